@@ -1,0 +1,96 @@
+"""Host buffers that are the images of shard files: allocated once, reused by every save.
+
+An arena is anonymous shared memory, so that the writer process writes from it without a copy; on CUDA it is
+registered once as pinned memory. Fresh pages cost ten times a copy into resident ones, which is why a save
+after the first allocates nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+
+import torch
+import xxhash
+
+from kempnerforge.checkpoint.commit import PlannedFile
+from kempnerforge.checkpoint.dtypes import DTYPES
+from kempnerforge.checkpoint.image_writer import padded
+from kempnerforge.checkpoint.plan import local_part
+from kempnerforge.checkpoint.shards import ShardImage, plan_image
+
+allocations = 0
+"""Arenas made by this process so far: a test asserts that it stands still."""
+
+
+class Arena:
+    """The image of one shard file in shared memory."""
+
+    def __init__(self, file: PlannedFile, *, pin: bool) -> None:
+        global allocations
+        allocations += 1
+        self.file = file
+        self.image: ShardImage = plan_image(file.shard_items)
+        self.fd = os.memfd_create(f"kempnerforge-{file.name}")
+        self._close = weakref.finalize(self, os.close, self.fd)
+        os.ftruncate(self.fd, padded(self.image.size_bytes))
+        self._memory = mmap.mmap(self.fd, padded(self.image.size_bytes))
+        self._memory[: len(self.image.header)] = self.image.header
+        self.header_digest = xxhash.xxh3_128_hexdigest(self.image.header)
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
+        if pin:
+            _pin(self._bytes)
+        self._pinned = pin
+
+    def views(self) -> dict[str, torch.Tensor]:
+        """By name, the place of each chunk: a tensor of its dtype and shape in the arena's memory."""
+        found = {}
+        for item, begin in zip(self.file.shard_items, self.image.begins, strict=True):
+            raw = self._bytes[begin : begin + item.size_bytes]
+            found[item.name] = raw.view(DTYPES[item.dtype]).view(item.sizes)
+        return found
+
+    def close(self) -> None:
+        """Release the memory; no view may be used any more."""
+        if self._pinned:
+            _unpin(self._bytes)
+        self._close()
+
+
+class ArenaSet:
+    """All arenas of one rank, and where each tensor goes."""
+
+    def __init__(self, files: Sequence[PlannedFile], *, pin: bool) -> None:
+        self.arenas = [Arena(file, pin=pin) for file in files]
+        self._targets = [arena.views() for arena in self.arenas]
+
+    @property
+    def size_bytes(self) -> int:
+        """Host memory that the arenas take."""
+        return sum(padded(arena.image.size_bytes) for arena in self.arenas)
+
+    def pairs(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(place in an arena, this rank's part of a tensor) for everything that this rank writes."""
+        return [
+            (target, local_part(tensors[name])) for views in self._targets for name, target in views.items()
+        ]
+
+    def close(self) -> None:
+        """Release all arenas."""
+        self._targets = []
+        for arena in self.arenas:
+            arena.close()
+
+
+def _pin(memory: torch.Tensor) -> None:
+    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[attr-defined]
+    if int(status) != 0:
+        raise RuntimeError(
+            f"cudaHostRegister of {memory.numel() / 1e9:.2f} GB failed with status {int(status)}"
+        )
+
+
+def _unpin(memory: torch.Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[attr-defined]

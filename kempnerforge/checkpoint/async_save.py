@@ -1,0 +1,318 @@
+"""``AsyncCheckpointer``: stage, write, commit, in the way that its mode says."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from kempnerforge.checkpoint import background, layout, leaves
+from kempnerforge.checkpoint.arena import ArenaSet
+from kempnerforge.checkpoint.background import Patience, SaveJob, SaveResult, result_key
+from kempnerforge.checkpoint.board import Board, LocalBoard, StoreBoard
+from kempnerforge.checkpoint.commit import Contents, Expected, PlannedItem
+from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.plan import digest_of, held_chunks, make_plan
+from kempnerforge.checkpoint.staging import BlockingCopy, Staging, StreamCopy, ThreadCopy
+from kempnerforge.checkpoint.tree import split_leaves
+from kempnerforge.checkpoint.writer import Writer
+from kempnerforge.config.schema import AsyncCheckpointMode
+from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.errors import SaveFailedError
+
+
+@dataclass
+class _Pending:
+    number: int
+    name: str
+    staging: Staging
+    thread: threading.Thread
+    result: SaveResult | None = None
+
+
+class AsyncCheckpointer:
+    """Saves any DCP-compatible state dict as a committed checkpoint of format 1.
+
+    ``save`` returns after the commit (``disabled``) or after the copy to host buffers (others). To overlap
+    the copy with computing as well, use ``async_pinned`` with ``begin_save`` and ``wait_for_staging``: it
+    copies to pinned buffers on a side stream, or, without CUDA, to pageable ones on a thread.
+
+    The host buffers, one image of each of this rank's files, are made by the first save and reused by all
+    others; a writer process writes from them. One save at a time: the next first waits for the one before.
+
+    Args:
+        mode: as above.
+        patience: how often a write is tried, and how long ranks wait for each other.
+        stall_timeout_s: a writer that makes no progress for so long is replaced, and its write tried again.
+    """
+
+    def __init__(
+        self,
+        mode: AsyncCheckpointMode = AsyncCheckpointMode.disabled,
+        *,
+        patience: Patience | None = None,
+        stall_timeout_s: float = 120.0,
+    ) -> None:
+        self.mode = mode
+        self._patience = patience or Patience()
+        self._writer = Writer(stall_timeout_s=stall_timeout_s)
+        self._control: ControlGroup | None = None
+        self._board: Board = LocalBoard()
+        self._held_digest = ""
+        self._expected: Expected | None = None
+        self._arenas: ArenaSet | None = None
+        self._number = 0
+        self._pending: _Pending | None = None
+
+    def save(
+        self,
+        state_dict: Mapping[str, Any],
+        checkpoint_id: str | os.PathLike[str],
+        process_group: dist.ProcessGroup | None = None,
+        **contents: Any,
+    ) -> None:
+        """Write ``state_dict`` as the folder ``checkpoint_id``, which must not exist.
+
+        Collective: all ranks of ``process_group`` (None: all ranks), which may be a subset.
+        Blocks: for the save before this one; then until the commit (``disabled``) or the copy (others).
+        Mutation: tensors may be changed on return.
+        Durable: on return with ``disabled``; else after ``wait``.
+
+        Non-tensor leaves become tagged JSON, those of the group's first rank; what JSON cannot hold is a
+        TypeError on all ranks before anything is written. SaveFailedError, on all ranks, names the rank and
+        the cause; in the asynchronous modes ``wait`` or the next ``save`` raises it, once. ``contents`` is
+        passed to ``begin_save``.
+        """
+        self.begin_save(state_dict, checkpoint_id, process_group, **contents)
+        self.wait_for_staging()
+        if self.blocks:
+            self.wait()
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a save has begun whose outcome this rank does not know yet. Never blocks."""
+        return self._pending is not None and self.poll() is None
+
+    def wait(self) -> SaveResult | None:
+        """Return when nothing is pending: the last save is committed. Not collective.
+
+        Raises SaveFailedError if it failed.
+        """
+        pending = self._pending
+        if pending is None:
+            return None
+        pending.thread.join()
+        deadline, pause_s = time.monotonic() + self._patience.save_timeout_s + 60, 0.001
+        while (result := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise SaveFailedError(f"{pending.name}: the first rank has not said what came of it")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
+        self._pending = None
+        if result.error:
+            raise SaveFailedError(f"{pending.name} was not saved: {result.error}")
+        return result
+
+    @property
+    def blocks(self) -> bool:
+        """Whether ``save`` returns only after the commit."""
+        return self.mode is AsyncCheckpointMode.disabled
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that this rank's buffers take."""
+        return self._arenas.size_bytes if self._arenas is not None else 0
+
+    @property
+    def save_bytes(self) -> int:
+        """Bytes that a save of all ranks writes, known after ``prepare``; on the first rank only."""
+        return self._expected.size_bytes if self._expected is not None else 0
+
+    @property
+    def num_files(self) -> int:
+        """Shard files of a save of all ranks; on the first rank only."""
+        return len(self._expected.files) if self._expected is not None else 0
+
+    @property
+    def writer_pid(self) -> int | None:
+        """The writer process, while there is one."""
+        return self._writer.pid
+
+    def prepare(self, state_dict: Mapping[str, Any], process_group: dist.ProcessGroup | None = None) -> None:
+        """Plan and make the buffers now, so that the first save costs what the others do.
+
+        Collective: all ranks of ``process_group``. Raises TypeError on all ranks.
+        """
+        control = self._join(process_group)
+        held, error = [], None
+        try:
+            held = held_chunks(split_leaves(state_dict)[0])
+        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
+            error = found
+        self._agree_on_plan(control, held, error)
+
+    def begin_save(
+        self,
+        state_dict: Mapping[str, Any],
+        checkpoint_id: str | os.PathLike[str],
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        extra_objects: Mapping[str, Any] | None = None,
+        provenance: Provenance | None = None,
+        config_toml: str = "",
+        before_commit: Callable[[], None] = lambda: None,
+        after_commit: Callable[[], list[str]] = list,
+    ) -> None:
+        """Begin to save. ``wait_for_staging`` must stand before the next change of a tensor.
+
+        Collective: all ranks of ``process_group``, which must be the same at every save.
+        Blocks: for the save before this one; for the copy, unless the mode is ``async_pinned``.
+        Mutation: tensors stay unmodified until ``wait_for_staging`` returns.
+        Durable: not on return; see ``poll`` and ``wait``.
+
+        ``extra_objects`` are non-tensor leaves whose nesting is kept. ``before_commit`` (may raise to forbid
+        it) and ``after_commit`` (returns warnings) run on the first rank's background thread. Raises
+        TypeError and SaveFailedError on all ranks, before anything is staged.
+        """
+        self.wait()
+        control = self._join(process_group)
+        contents = Contents(provenance or Provenance(), {}, config_toml)
+        final = Path(os.path.abspath(checkpoint_id))
+        temporary = final.with_name(layout.temporary_name(final.name, contents.provenance.attempt))
+        tensors: dict[str, torch.Tensor] = {}
+        held: list[PlannedItem] = []
+        error: Exception | None = None
+        try:
+            tensors, objects = split_leaves(state_dict)
+            for name, value in (extra_objects or {}).items():
+                objects[name] = leaves.encode(value, name=name)
+            contents = Contents(contents.provenance, objects, config_toml)
+            held = held_chunks(tensors)
+            if control.rank == 0:
+                _make_folder(final, temporary)
+        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
+            error = found
+        try:
+            self._agree_on_plan(control, held, error)
+        except BaseException:
+            if control.rank == 0 and not isinstance(error, SaveFailedError):
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        assert self._arenas is not None
+        self._number += 1
+        job = SaveJob(
+            number=self._number,
+            rank=control.rank,
+            num_ranks=control.num_ranks,
+            final=final,
+            temporary=temporary,
+            contents=contents,
+            staging=self._stage(self._arenas.pairs(tensors)),
+            arenas=self._arenas,
+            expected=self._expected,
+            before_commit=before_commit,
+            after_commit=after_commit,
+            patience=self._patience,
+        )
+        thread = background.start(job, self._writer, self._board)
+        self._pending = _Pending(job.number, final.name, job.staging, thread)
+
+    def wait_for_staging(self) -> None:
+        """Return when the tensors of the save that has begun may be changed: before the optimizer step.
+
+        Not collective. Blocks: for what the copy has not finished; on CUDA the device waits, not the host.
+        """
+        if self._pending is not None:
+            self._pending.staging.before_mutation()
+
+    def poll(self) -> SaveResult | None:
+        """The outcome of the save that has begun; None while it is not known. Never blocks, never raises."""
+        pending = self._pending
+        if pending is None:
+            return None
+        if pending.result is None:
+            message = self._board.read(result_key(pending.number))
+            pending.result = SaveResult(**message) if message is not None else None
+        return pending.result
+
+    def join(self) -> None:
+        """Let this rank's part of what is pending end, without raising. Not collective."""
+        if self._pending is not None:
+            self._pending.thread.join()
+
+    def close(self) -> None:
+        """Let what is pending end, without raising; end the writer; release the buffers. Not collective."""
+        self.join()
+        self._pending = None
+        self._writer.close()
+        if self._arenas is not None:
+            self._arenas.close()
+            self._arenas = None
+            self._held_digest = ""
+
+    def _join(self, process_group: dist.ProcessGroup | None) -> ControlGroup:
+        """The group that decides and a board of its own, made by the first call."""
+        if self._control is None:
+            group = process_group
+            if group is None and dist.is_initialized():
+                made = dist.new_group(backend="gloo")
+                assert isinstance(made, dist.ProcessGroup)
+                group = made
+            control = ControlGroup(group)
+            if group is not None:
+                prefix = control.on_rank0(lambda: secrets.token_hex(8))
+                self._board = StoreBoard(_get_default_store(), prefix)
+            self._control = control
+        return self._control
+
+    def _agree_on_plan(
+        self, control: ControlGroup, held: Sequence[PlannedItem], error: Exception | None
+    ) -> None:
+        """One small reduction while nothing changes; a new plan and new buffers when something has."""
+        digest = digest_of(held)
+        failed, changed = control.agree([error is not None, digest != self._held_digest])
+        if failed:
+            _raise_on_all(control, error)
+        if not changed:
+            return
+        everything = control.gather(list(held))
+        plan = control.on_rank0(lambda: make_plan(everything))
+        if self._arenas is not None:
+            self._arenas.close()
+        pin = self.mode is AsyncCheckpointMode.async_pinned and torch.cuda.is_available()
+        self._arenas = ArenaSet(plan.files[control.rank], pin=pin)
+        self._expected = plan.expected if control.rank == 0 else None
+        self._held_digest = digest
+
+    def _stage(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Staging:
+        if self.mode is not AsyncCheckpointMode.async_pinned:
+            return BlockingCopy(pairs)
+        devices = {source.device for _, source in pairs if source.is_cuda}
+        return StreamCopy(pairs, devices.pop()) if devices else ThreadCopy(pairs)
+
+
+def _make_folder(final: Path, temporary: Path) -> None:
+    if final.exists():
+        raise SaveFailedError(f"{final} exists; a committed checkpoint is never replaced")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+
+
+def _raise_on_all(control: ControlGroup, error: Exception | None) -> None:
+    """Raise on every rank: TypeError for a TypeError, SaveFailedError for the rest, with rank and cause."""
+    clear = isinstance(error, (TypeError, SaveFailedError))
+    text = "" if error is None else str(error) if clear else f"{type(error).__name__}: {error}"
+    told = control.gather((isinstance(error, TypeError), text))
+    rank, (is_type, text) = next((rank, one) for rank, one in enumerate(told) if one[1])
+    raise TypeError(f"rank {rank}: {text}") if is_type else SaveFailedError(f"rank {rank}: {text}")

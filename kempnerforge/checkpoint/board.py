@@ -1,0 +1,85 @@
+"""Where ranks post what came of their part of a save: the c10d store, so that no background thread ever
+enters a collective.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, Protocol
+
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.002, 0.1
+
+
+class Board(Protocol):
+    """A place for small messages that all ranks of a save see."""
+
+    def post(self, key: str, message: dict[str, Any]) -> None:
+        """Put a message under a key, once."""
+        ...
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """The message under a key; None while there is none. Never blocks."""
+        ...
+
+    def forget(self, key: str) -> None:
+        """Remove a message that nobody will read again."""
+        ...
+
+
+class LocalBoard:
+    """For one process alone."""
+
+    def __init__(self) -> None:
+        self._messages: dict[str, dict[str, Any]] = {}
+
+    def post(self, key: str, message: dict[str, Any]) -> None:
+        """Put a message under a key."""
+        self._messages[key] = message
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """The message under a key."""
+        return self._messages.get(key)
+
+    def forget(self, key: str) -> None:
+        """Remove a message."""
+        self._messages.pop(key, None)
+
+
+class StoreBoard:
+    """Over a c10d store, under a prefix of its own.
+
+    Never ``wait``s on the store: a client that waits holds its lock, and the training's own use of the same
+    client would stand still.
+    """
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        self._store = PrefixStore(f"kempnerforge/{prefix}", store)
+
+    def post(self, key: str, message: dict[str, Any]) -> None:
+        """Put a message under a key."""
+        self._store.set(key, json.dumps(message))
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """The message under a key."""
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def forget(self, key: str) -> None:
+        """Remove a message."""
+        self._store.delete_key(key)
+
+
+def collect(board: Board, keys: list[str], *, timeout_s: float) -> dict[str, dict[str, Any] | None]:
+    """Read ``keys`` until all are there or time is up; None for those still missing."""
+    found: dict[str, dict[str, Any] | None] = dict.fromkeys(keys)
+    deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
+    while True:
+        for key, message in found.items():
+            if message is None:
+                found[key] = board.read(key)
+        if None not in found.values() or time.monotonic() > deadline:
+            return found
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LAST_PAUSE_S)

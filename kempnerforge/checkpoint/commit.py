@@ -1,0 +1,144 @@
+"""From shard files in a hidden folder to a committed checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import index, layout, leaves, manifest
+from kempnerforge.checkpoint.digest import FileRecord, record_of
+from kempnerforge.checkpoint.index import Chunk, TensorEntry
+from kempnerforge.checkpoint.shards import ShardItem, plan_image
+from kempnerforge.errors import SaveFailedError
+
+
+@dataclass(frozen=True)
+class PlannedItem:
+    """A chunk that a rank has to write, with the shape of its whole tensor."""
+
+    item: ShardItem
+    global_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A shard file that a rank has to write."""
+
+    name: str
+    items: tuple[PlannedItem, ...]
+
+    @property
+    def shard_items(self) -> list[ShardItem]:
+        """What goes into the file."""
+        return [one.item for one in self.items]
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What a rank says of a file that it has written and synced."""
+
+    record: FileRecord
+    header_digest: str
+    """xxh3-128 of the header, which lists every chunk and its place: what the rank believes it wrote."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a checkpoint beside its tensors."""
+
+    provenance: manifest.Provenance = field(default_factory=manifest.Provenance)
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    """Non-tensor leaves by name, as JSON already."""
+    config_toml: str = ""
+
+
+class Expected:
+    """What all ranks together have to write: made once a plan, used at every commit."""
+
+    def __init__(self, files: tuple[PlannedFile, ...]) -> None:
+        self.files = files
+        self._sizes: dict[str, tuple[int, str]] = {}
+        chunks: dict[str, list[Chunk]] = {}
+        heads: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for file in files:
+            image = plan_image(file.shard_items)
+            self._sizes[file.name] = (image.size_bytes, xxhash.xxh3_128_hexdigest(image.header))
+            for planned, begin in zip(file.items, image.begins, strict=True):
+                item = planned.item
+                place = Chunk(file.name, begin, begin + item.size_bytes, item.offsets, item.sizes)
+                chunks.setdefault(item.name, []).append(place)
+                heads[item.name] = (item.dtype, planned.global_shape)
+        entries = {name: TensorEntry(*head, tuple(chunks[name])) for name, head in heads.items()}
+        self.index = index.encode(entries)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all shards and the index: nearly all that a save writes."""
+        return len(self.index) + sum(size for size, _ in self._sizes.values())
+
+    def check(self, reports: Mapping[str, FileReport]) -> None:
+        """Check that every planned file was reported, with every chunk, in full. Raises SaveFailedError.
+
+        DCP itself can report success for a write that failed (pytorch issue 191391).
+        """
+        for name, (size_bytes, header_digest) in self._sizes.items():
+            report = reports.get(name)
+            if report is None:
+                raise SaveFailedError(f"{name} was not written")
+            if report.record.size_bytes != size_bytes:
+                raise SaveFailedError(f"{name} has {report.record.size_bytes} of {size_bytes} bytes")
+            if report.header_digest != header_digest:
+                raise SaveFailedError(f"{name} was written to another plan")
+        if extra := reports.keys() - self._sizes.keys():
+            raise SaveFailedError(f"{sorted(extra)[0]} was written and not planned")
+
+
+def commit(
+    temporary: Path,
+    final: Path,
+    *,
+    expected: Expected,
+    reports: Mapping[str, FileReport],
+    contents: Contents,
+    before_publish: Callable[[], None] = lambda: None,
+) -> int:
+    """Check the writes, add the JSON files, the index and last the manifest, and publish.
+
+    ``before_publish`` may raise to forbid the rename, the last thing that is not undone. Durable on return.
+    Returns the bytes of the whole checkpoint. Raises SaveFailedError and OSError.
+    """
+    expected.check(reports)
+    for name, report in reports.items():
+        size_bytes = (temporary / name).stat().st_size
+        if size_bytes != report.record.size_bytes:
+            raise SaveFailedError(f"{name} has {size_bytes} of {report.record.size_bytes} bytes")
+    small = {
+        layout.INDEX: expected.index,
+        layout.TRAIN_STATE: (json.dumps(dict(contents.objects), indent=1) + "\n").encode(),
+    }
+    if contents.config_toml:
+        small[layout.CONFIG] = contents.config_toml.encode()
+    for name, data in small.items():
+        fsio.write_new_file(temporary / name, data)
+    shards = {name: report.record for name, report in reports.items()}
+    files = {**shards, **{name: record_of(data) for name, data in small.items()}}
+    body = manifest.encode(contents.provenance, files)
+    fsio.write_new_file(temporary / layout.MANIFEST, body)
+    fsio.fsync_folder(temporary)
+    before_publish()
+    fsio.publish(temporary, final)
+    return sum(record.size_bytes for record in files.values()) + len(body)
+
+
+def decode_objects(data: bytes) -> dict[str, Any]:
+    """The non-tensor leaves in the bytes of ``train_state.json``. Raises ValueError."""
+    body = json.loads(data)
+    if not isinstance(body, dict):
+        raise ValueError(f"{layout.TRAIN_STATE} is not a JSON object")
+    return {name: leaves.decode(value) for name, value in body.items()}

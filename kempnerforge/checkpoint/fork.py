@@ -1,0 +1,170 @@
+"""A new run that begins at a checkpoint of another one, which is left as it is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tomli
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import holds, layout, manifest, run_record, space
+from kempnerforge.checkpoint.digest import FileRecord, VerifiedFile
+from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.checkpoint.quota import read_quotas
+from kempnerforge.checkpoint.run_record import Parent
+from kempnerforge.errors import NoSpaceError, RunFolderError, StepNotFoundError
+
+Progress = Callable[[int, int], None]
+"""Told bytes done and bytes in all."""
+
+CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+"""Another file system, files of another owner, too many links, or no hard links here: copy instead."""
+
+
+@dataclass(frozen=True)
+class Forked:
+    """What a fork made."""
+
+    run_dir: Path
+    run_id: str
+    step: int
+    parent: Parent
+    size_bytes: int
+    linked_files: int
+    """Files that share their bytes with the parent's; the others were copied."""
+    copied_files: int
+
+
+def fork(step_folder: Path, run_dir: Path, *, link: bool, progress: Progress) -> Forked:
+    """Make ``run_dir`` the folder of a new run whose only checkpoint is ``step_folder``.
+
+    Every byte is checked against its digest on the way; with ``link`` files are hard-linked where that is
+    possible. The folder is made under a hidden name beside ``run_dir`` and gets its own by a rename, so it is
+    complete and durable when it is there. Nothing of the parent is changed; a step that a rollback set aside
+    is as good as any. While it is read, retention does not delete it.
+
+    Raises StepNotFoundError, DamagedCheckpointError, NoSpaceError, RunFolderError.
+    """
+    step_folder, run_dir = step_folder.resolve(), Path(os.path.abspath(run_dir))
+    building = run_dir.with_name(f".{run_dir.name}.fork")
+    found, step = _read_parent(step_folder)
+    with holds.hold(step_folder, what="kempnerforge ckpt fork"):
+        try:
+            _begin(run_dir, building)
+        except OSError as error:
+            raise RunFolderError(f"{run_dir} cannot be made: {error}") from error
+        try:
+            if not link:
+                _require_room(building, found)
+            forked = _fill(step_folder, found, step, building, link=link, progress=progress)
+            fsio.publish(building, run_dir)
+        except OSError as error:
+            raise RunFolderError(f"{step_folder} could not be forked into {run_dir}: {error}") from error
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return replace(forked, run_dir=run_dir)
+
+
+def _read_parent(step_folder: Path) -> tuple[Manifest, int]:
+    if not (step_folder / layout.MANIFEST).is_file():
+        raise StepNotFoundError(
+            f"{step_folder} is no committed checkpoint: it has no {layout.MANIFEST}. Give a step's folder, "
+            "such as RUN/checkpoints/step_00001000"
+        )
+    try:
+        found = manifest.load(step_folder, step=layout.step_number(step_folder.name))
+    except OSError as error:
+        raise RunFolderError(f"{step_folder} cannot be read: {error}") from error
+    if found.provenance.step is None:
+        raise StepNotFoundError(f"{step_folder} was not saved by a run: its manifest names no step")
+    return found, found.provenance.step
+
+
+def _begin(run_dir: Path, building: Path) -> None:
+    if run_dir.exists() or run_dir.is_symlink():
+        raise RunFolderError(f"{run_dir} exists; a fork makes a new run's folder. Give another name")
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        building.mkdir()
+    except FileExistsError:
+        raise RunFolderError(
+            f"{building} exists: another fork is making it, or was killed. If none is running, delete it"
+        ) from None
+
+
+def _require_room(building: Path, found: Manifest) -> None:
+    verdict = space.check(
+        building, found.size_bytes, needed_files=len(found.files), quotas=read_quotas(building)
+    )
+    if not verdict.fits:
+        raise NoSpaceError(f"the fork would not fit: {verdict}. Free some space, or link the files (--link)")
+
+
+def _fill(
+    step_folder: Path, found: Manifest, step: int, building: Path, *, link: bool, progress: Progress
+) -> Forked:
+    target = building / "checkpoints" / layout.step_name(step)
+    target.mkdir(parents=True)
+    done_bytes, linked = 0, 0
+
+    def advance(size_bytes: int) -> None:
+        nonlocal done_bytes
+        done_bytes += size_bytes
+        progress(done_bytes, found.size_bytes)
+
+    for name, record in found.files.items():
+        linked += _take_file(step_folder / name, target / name, record, link=link, advance=advance)
+    # Its own digest was right; it comes last, as in a commit.
+    fsio.write_new_file(target / layout.MANIFEST, (step_folder / layout.MANIFEST).read_bytes())
+    fsio.fsync_folder(target)
+    fsio.point_symlink(target.parent / layout.LATEST, target.name)
+    parent = Parent(found.provenance.run_id, step, str(step_folder))
+    record = run_record.new(parent=parent, global_batch_size=_global_batch_size(step_folder, found))
+    run_record.write(building, record)
+    return Forked(building, record.run_id, step, parent, found.size_bytes, linked, len(found.files) - linked)
+
+
+def _take_file(
+    source: Path, target: Path, record: FileRecord, *, link: bool, advance: Callable[[int], None]
+) -> bool:
+    """Link or copy one file, checking its digests. True for a link. Durable but for the name."""
+    with VerifiedFile(source, record) as file:
+        if link and _link(source, target):
+            for part in file.parts(0, record.size_bytes):
+                advance(part.nbytes)
+            return True
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            for part in file.parts(0, record.size_bytes):
+                fsio.write_all(fd, part)
+                advance(part.nbytes)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    return False
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in CANNOT_LINK:
+            raise
+        return False
+    return True
+
+
+def _global_batch_size(step_folder: Path, found: Manifest) -> int:
+    """Sequences per step that the parent trained with, for configs that leave it open; 0 when not known."""
+    if layout.CONFIG not in found.files:
+        return 0
+    try:
+        config = tomli.loads(manifest.read_verified(step_folder, found, layout.CONFIG).decode())
+        return int(config["train"]["global_batch_size"])
+    except (KeyError, TypeError, ValueError):
+        return 0

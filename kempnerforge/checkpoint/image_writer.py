@@ -1,0 +1,101 @@
+"""Write an arena, the image of a file, to disk: large direct writes, digested on the way.
+
+CPU time is what slows a training step beside a save, and the page cache costs one copy of every byte; so
+blocks go to the device from the arena itself (``O_DIRECT``) where the file system can do that, and the digest
+of the next block is computed while one is being written. No torch here: the writer process runs this.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from kempnerforge.checkpoint.digest import BLOCK_BYTES, FileRecord
+
+ALIGNMENT = 4096
+"""Arenas are padded to a multiple of it, which direct writes need."""
+
+
+_SYNC_BLOCKS = 4
+
+
+def padded(size_bytes: int) -> int:
+    """``size_bytes`` up to the next multiple of the alignment."""
+    return -(-size_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def write_image(
+    image: memoryview, path: Path, size_bytes: int, *, beat: Callable[[], None] = lambda: None
+) -> FileRecord:
+    """Write the first ``size_bytes`` of ``image`` as the new file ``path`` and fsync it.
+
+    ``image`` is page-aligned and at least ``padded(size_bytes)`` long. ``beat`` is called after every block.
+    Durable on return, but for the folder's entry. An unfinished file of an earlier try is replaced.
+    """
+    path.unlink(missing_ok=True)
+    fd, direct = _open(path)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as hasher:
+            digests = _write_blocks(fd, image, size_bytes, hasher, direct=direct, beat=beat)
+        os.ftruncate(fd, size_bytes)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return FileRecord(size_bytes, tuple(digests))
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o666), True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    # tmpfs and some network file systems: the file may exist already, made by the open that was refused.
+    path.unlink(missing_ok=True)
+    return os.open(path, flags, 0o666), False
+
+
+def _write_blocks(
+    fd: int,
+    image: memoryview,
+    size_bytes: int,
+    hasher: ThreadPoolExecutor,
+    *,
+    direct: bool,
+    beat: Callable[[], None],
+) -> list[str]:
+    digests = []
+    for begin in range(0, size_bytes, BLOCK_BYTES):
+        end = min(begin + BLOCK_BYTES, size_bytes)
+        digest = hasher.submit(xxhash.xxh3_128_hexdigest, image[begin:end])
+        _write_at(fd, image[begin : padded(end) if direct else end], begin)
+        digests.append(digest.result())
+        beat()
+        if not direct and len(digests) % _SYNC_BLOCKS == 0:
+            # In small portions: one fsync over gigabytes of dirty pages looks like a hang, and stalls others.
+            os.fdatasync(fd)
+            beat()
+    return digests
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    while data.nbytes:
+        written = os.pwrite(fd, data, offset)
+        if written == 0:
+            raise OSError(errno.EIO, "pwrite() wrote nothing")
+        if written < data.nbytes and written % ALIGNMENT:
+            # What is left is no longer aligned: the rest of this block goes through the page cache.
+            _clear_direct(fd)
+        data, offset = data[written:], offset + written
+
+
+def _clear_direct(fd: int) -> None:
+    import fcntl
+
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)

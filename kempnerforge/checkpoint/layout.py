@@ -1,0 +1,139 @@
+"""Names inside a checkpoint folder, and what is found there."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+INDEX = "index.bin"
+TRAIN_STATE = "train_state.json"
+CONFIG = "config.toml"
+LATEST = "latest"
+SHARD_SUFFIX = ".safetensors"
+
+_MORE_LISTINGS = 4
+
+_STEP = re.compile(r"step_(\d{8,})")
+_TEMPORARY = re.compile(r"\.step_(\d{8,})\.(\d+)\.tmp")
+_DELETING = re.compile(r"\.step_(\d{8,})(\.\d+\.tmp(\.\d+)?)?\.deleting")
+_SET_ASIDE = re.compile(r"(quarantined|rolledback|late)\.step_(\d{8,})\.(\d+)")
+
+
+def step_name(step: int) -> str:
+    """Folder name of a committed step."""
+    return f"step_{step:08d}"
+
+
+def step_number(name: str) -> int | None:
+    """The step whose committed folder has this very name; None for any other name."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match and name == step_name(int(match[1])) else None
+
+
+def is_set_aside(name: str) -> bool:
+    """Whether ``name`` is that of a step that was set aside: damaged, rolled back or late."""
+    return _SET_ASIDE.fullmatch(name) is not None
+
+
+def temporary_name(final_name: str, attempt: int) -> str:
+    """Hidden name of a checkpoint in flight; it carries the attempt so that a sweep can tell whose it is."""
+    return f".{final_name}.{attempt}.tmp"
+
+
+def quarantine_name(step: int, number: int) -> str:
+    """Name that a damaged step is set aside under."""
+    return f"quarantined.{step_name(step)}.{number}"
+
+
+def rolled_back_name(step: int, number: int) -> str:
+    """Name that a sound step is set aside under when the run goes back to an older one."""
+    return f"rolledback.{step_name(step)}.{number}"
+
+
+def late_name(step: int, number: int) -> str:
+    """Name that a step is set aside under when an attempt that was taken over committed it all the same."""
+    return f"late.{step_name(step)}.{number}"
+
+
+def fenced_name(temporary: str, attempt: int) -> str:
+    """Hidden name that ``attempt`` gives a checkpoint in flight of an older attempt, before it deletes it."""
+    return f"{temporary}.{attempt}.deleting"
+
+
+def shard_name(number: int, count: int) -> str:
+    """Name of the ``number``-th of ``count`` shard files."""
+    return f"shard_{number:05d}_of_{count:05d}{SHARD_SUFFIX}"
+
+
+@dataclass
+class FolderListing:
+    """What a checkpoint folder holds, by our names; anything else in it is not ours and is left alone."""
+
+    steps: list[int] = field(default_factory=list)
+    """Steps under their final name, newest first. Not checked yet."""
+    temporary: list[tuple[Path, int]] = field(default_factory=list)
+    """Folders in flight, with the attempt that made them."""
+    deleting: list[Path] = field(default_factory=list)
+    """Folders whose deletion was cut short."""
+    quarantined: list[Path] = field(default_factory=list)
+    """Steps that were set aside as damaged."""
+    rolled_back: list[Path] = field(default_factory=list)
+    """Steps that a rollback set aside."""
+    late: list[Path] = field(default_factory=list)
+    """Steps that were set aside because their attempt had been taken over before it committed them."""
+
+
+def list_folder(folder: Path) -> FolderListing:
+    """List ``folder``; one that does not exist is empty. Symbolic links are never ours.
+
+    A step that goes away meanwhile made way for a newer one, which may be missing too: then it lists again.
+    """
+    found, is_whole = _list_once(folder)
+    for _ in range(_MORE_LISTINGS):
+        if is_whole:
+            break
+        found, is_whole = _list_once(folder)
+    return found
+
+
+def _list_once(folder: Path) -> tuple[FolderListing, bool]:
+    """A listing, and whether all steps in it were still there when they were looked at."""
+    found, is_whole = FolderListing(), True
+    if not folder.is_dir():
+        return found, True
+    for entry in folder.iterdir():
+        if entry.is_symlink() or not entry.is_dir():
+            is_whole &= step_number(entry.name) is None or os.path.lexists(entry)
+            continue
+        if (step := step_number(entry.name)) is not None:
+            if _is_ours(entry):
+                found.steps.append(step)
+        elif match := _TEMPORARY.fullmatch(entry.name):
+            found.temporary.append((entry, int(match[2])))
+        elif _DELETING.fullmatch(entry.name):
+            found.deleting.append(entry)
+        elif match := _SET_ASIDE.fullmatch(entry.name):
+            kinds = {"quarantined": found.quarantined, "rolledback": found.rolled_back, "late": found.late}
+            kinds[match[1]].append(entry)
+    found.steps.sort(reverse=True)
+    return found, is_whole
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """Steps that are committed: under their final name, with a manifest. Newest first."""
+    return [step for step in list_folder(folder).steps if (folder / step_name(step) / MANIFEST).is_file()]
+
+
+def _is_ours(step_folder: Path) -> bool:
+    """Whether a folder with a step's name holds anything that a checkpoint has.
+
+    A folder of ours that lost its manifest is damaged and must be told; a foreign one is not ours to judge.
+    """
+    try:
+        names = os.listdir(step_folder)
+    except FileNotFoundError:  # it was deleted since it was listed
+        return False
+    return any(name in (MANIFEST, INDEX, TRAIN_STATE) or name.endswith(SHARD_SUFFIX) for name in names)

@@ -1,0 +1,296 @@
+"""The manager composes saving, retention and resume; a loop talks to nothing else of this package."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import layout, memory, timeline
+from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.keep import KeepPolicy
+from kempnerforge.checkpoint.lease import Lease
+from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.policy import SavePolicy
+from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.report import RunContext, SaveReport
+from kempnerforge.checkpoint.restore import Restorer
+from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.checkpoint.room import RoomKeeper
+from kempnerforge.checkpoint.saver import Saver, Snapshot
+from kempnerforge.checkpoint.state import TrainState, rng_name
+from kempnerforge.config.schema import CheckpointConfig
+from kempnerforge.distributed.control import ControlGroup, as_agreed
+from kempnerforge.errors import KempnerForgeError, LeaseLostError
+
+REQUEST = "checkpoint.request"
+"""A file of this name in the run's folder asks for a save; it is removed when the save begins."""
+
+
+class CheckpointManager:
+    """Saves, prunes and resumes the checkpoints of one run.
+
+    ``config.dir``, else ``run_dir/checkpoints``, holds them; ``run_dir`` gets the receipts.
+    ``control_group`` is a gloo group that nothing else uses; None is one process alone. ``lease``, on the
+    first rank, proves before every commit that it alone writes the run; without one, the caller has to.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        *,
+        state: TrainState,
+        run_dir: Path,
+        control_group: dist.ProcessGroup | None = None,
+        context: RunContext | None = None,
+        lease: Lease | None = None,
+    ) -> None:
+        self.config = config
+        self.state = state
+        self.run_dir = Path(run_dir)
+        self.folder = Path(config.dir).expanduser() if config.dir else self.run_dir / "checkpoints"
+        self.context = context or RunContext()
+        self._control = ControlGroup(control_group)
+        self._checkpointer = AsyncCheckpointer(config.async_mode)
+        self._lease = lease
+        self._retention = Retention(self.folder, KeepPolicy.from_config(config))
+        self._room = RoomKeeper(self.folder, config)
+        self._policy = SavePolicy.from_config(config)
+        self._ours: set[int] = set()
+        """On the first rank: steps that were there at the resume, or that this attempt committed."""
+        self._metrics: dict[str, float] = {}
+        self._metrics_step = -1
+        self._request_seen_at = 0.0
+        self._restorer = Restorer(
+            config,
+            folder=self.folder,
+            run_dir=self.run_dir,
+            control=self._control,
+            context=self.context,
+            check_lease=self._check_lease,
+        )
+        self._saver = Saver(
+            self._checkpointer, self.folder, control_group, max_failed_saves=config.max_failed_saves
+        )
+
+    # -- resume ------------------------------------------------------------------------------------------
+
+    def resume(self, state: TrainState) -> Receipt:
+        """Load the newest sound step of this run; else the warm start of ``load_path``; else begin at 0.
+
+        Collective: all ranks, on the control group.
+        Blocks: until all ranks have loaded the same step.
+        Mutation: fills ``state`` and this process's random number generators.
+        Durable: the receipt is, on return.
+
+        Raises NoSoundCheckpointError, UnreachableCheckpointError, MismatchError, StepNotFoundError: the same
+        on all ranks.
+        """
+        result = self._restorer.restore(state)
+        self._ours.update(layout.list_folder(self.folder).steps if self._control.rank == 0 else ())
+        if result.source == "resume":
+            self._saver.committed_step = result.step
+            # What the last attempt was killed before it could do.
+            self._control.on_rank0(lambda: self._link_and_prune(result.step))
+        if self._policy.plans_saves or self.config.save_last:
+            result.space_warning = self._prepare_saves(state)
+        self._saver.clock.restart()
+        return result
+
+    def _prepare_saves(self, state: TrainState) -> str:
+        """Plan the saves, make the host buffers, look for memory and disk; returns a warning or nothing."""
+        self._checkpointer.prepare(self._tensors(state), self._control.group)
+        mine = (socket.gethostname(), self._checkpointer.host_bytes)
+        needed = sum(size for host, size in self._control.gather(mine) if host == mine[0])
+        self._control.raise_together(memory.fault(needed, self.config.max_host_memory_gb))
+        return self._control.on_rank0(
+            lambda: self._room.before_training(self._checkpointer.save_bytes, self._checkpointer.num_files)
+        )
+
+    # -- save --------------------------------------------------------------------------------------------
+
+    def vote(self, *, requested: bool = False) -> tuple[int, ...]:
+        """This rank's part in the agreement after a step: a wish to save, the clock, which save is settled.
+
+        ``requested``: this rank was asked, by a signal say, to save. The first rank also looks for the file
+        ``checkpoint.request`` in the run's folder, and its clock is the one that counts.
+        """
+        first = self._control.rank == 0
+        wish = requested or (first and self._request_file_is_there())
+        since_ms = int(1000 * self._saver.clock.since_save_s) if first else 0
+        lost = self._lease is not None and bool(self._lease.lost)
+        return int(wish), since_ms, self._saver.settled(), int(lost)
+
+    def decide(self, step: int, agreed: Sequence[int]) -> str | None:
+        """From the maxima of all ranks' votes: why to save now, or None.
+
+        Takes in the outcome of an earlier save on all ranks at once. A save that is due while an earlier one
+        is being written is put off to the next step and counted. Raises on all ranks: SaveFailedError after
+        ``max_failed_saves`` failures in a row, LeaseLostError when another attempt has taken the run over.
+        """
+        requested, since_ms, settled, lost = agreed
+        if lost:
+            why = self._control.on_rank0(lambda: self._lease.lost if self._lease is not None else "")
+            raise as_agreed(LeaseLostError(why))
+        self._saver.learn(settled, step=step)
+        due = self._policy.due(step, seconds_since_last_save=since_ms / 1000, requested=bool(requested))
+        return self._saver.choose(due)
+
+    def _request_file_is_there(self) -> bool:
+        """Looks once a second at most: a look is a round trip on a shared file system."""
+        now = time.monotonic()
+        if now - self._request_seen_at < 1.0:
+            return False
+        self._request_seen_at = now
+        return (self.run_dir / REQUEST).exists()
+
+    def record_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics taken at ``step``; a save of that very step has them in its manifest."""
+        if step != self._metrics_step:
+            self._metrics, self._metrics_step = {}, step
+        self._metrics.update(metrics)
+
+    def save(self, state: TrainState, *, wait: bool = False, reason: str = "asked") -> SaveReport:
+        """Write ``state`` as ``step_{step:08d}``, commit it, point ``latest`` at it, prune.
+
+        Collective: all ranks, in the same order, on the control group.
+        Blocks: as ``async_mode`` says; with ``wait``, for an earlier save and until this one commits.
+        Mutation: tensors stay unmodified until ``wait_for_staging`` returns.
+        Durable: on return with ``wait`` or in the blocking mode, unless the report has an error.
+
+        A failed save leaves nothing behind and is reported; SaveFailedError is raised on all ranks after
+        ``max_failed_saves`` in a row, or at once with ``wait``. A step that is committed already is not
+        written again.
+        """
+        if reason == "asked" and self._control.rank == 0:
+            (self.run_dir / REQUEST).unlink(missing_ok=True)
+        skipped = self._control.on_rank0(lambda: self._no_room_for(state.step))
+        if skipped and not wait:
+            return self._saver.skip(state.step, reason, skipped)
+        return self._saver.save(self._snapshot(state, reason), reason=reason, wait=wait)
+
+    def after_step(self, state: TrainState) -> list[SaveReport]:
+        """All that a loop of your own needs after a step: agree, save if it is due, tell what was committed.
+
+        Collective: all ranks, in the same order, on the control group. Blocks, Mutation: as ``save``.
+        """
+        reason = self.decide(state.step, self._control.agree(self.vote()))
+        if reason is not None:
+            self.save(state, reason=reason)
+        return self.poll()
+
+    def _no_room_for(self, step: int) -> str:
+        """Why a save of ``step`` does not fit; empty when it does, or when nobody can tell."""
+        try:
+            if step not in self._ours and (self.folder / layout.step_name(step)).exists():
+                self._set_aside_late()
+            room = self._room.make()
+        except (OSError, KempnerForgeError):
+            return ""  # the save itself will meet the fault, and tell it
+        return "" if room.fits else room.warning(step)
+
+    def _tensors(self, state: TrainState) -> dict[str, torch.Tensor]:
+        return {**state.tensors(), rng_name(self._control.rank): state.capture_rng()}
+
+    def _snapshot(self, state: TrainState, reason: str) -> Snapshot:
+        return Snapshot(
+            step=state.step,
+            tensors=self._tensors(state),
+            objects=state.objects(),
+            provenance=Provenance(
+                step=state.step,
+                run_id=self.context.run_id,
+                attempt=self.context.attempt,
+                parent_step=self._saver.committed_step,
+                reason=reason,
+                layout=self.context.layout,
+                versions=self.context.versions,
+                metrics=self._metrics if self._metrics_step == state.step else {},
+            ),
+            config_toml=self.context.config_toml,
+            before_commit=self._check_lease,
+            after_commit=lambda step=state.step: self._after_commit(step),
+        )
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
+
+    def holds_lease(self) -> bool:
+        """Whether nobody has taken the run over, as far as can be told."""
+        try:
+            self._check_lease()
+        except LeaseLostError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def lease_warning(self) -> str:
+        """Why the lease cannot be renewed at present; empty when it can, and on other ranks."""
+        return self._lease.failing if self._lease is not None else ""
+
+    def _set_aside_late(self) -> list[str]:
+        """Steps that an older attempt committed after this one took over are no part of this timeline."""
+        cuts = timeline.cuts(self.run_dir)
+        late = timeline.set_aside_late(self.folder, cuts, run_id=self.context.run_id, trusted=self._ours)
+        return [f"a step that an older attempt committed late was set aside as {path.name}" for path in late]
+
+    def _after_commit(self, step: int) -> list[str]:
+        """Link and retention: conveniences, whose failure must not fail a committed save. First rank only."""
+        warnings: list[str] = []
+        self._ours.add(step)
+        try:
+            warnings += self._set_aside_late()
+            self._room.refresh()
+        except (OSError, KempnerForgeError) as error:
+            warnings.append(f"the folder of checkpoints could not be looked through: {error}")
+        return warnings + self._link_and_prune(step)
+
+    def _link_and_prune(self, step: int) -> list[str]:
+        warnings: list[str] = []
+        try:
+            fsio.point_symlink(self.folder / layout.LATEST, layout.step_name(step))
+        except OSError as error:
+            warnings.append(f"{self.folder / layout.LATEST} could not be pointed at step {step}: {error}")
+        try:
+            warnings += self._retention.apply().warnings
+        except OSError as error:
+            warnings.append(f"older checkpoints could not be deleted: {error}")
+        return warnings
+
+    def wait_for_staging(self) -> None:
+        """Stand before every optimizer step: staged copies precede mutation.
+
+        Not collective. Blocks: for what the copy has not finished; on CUDA the device waits, not the host.
+        """
+        self._saver.wait_for_staging()
+
+    def poll(self) -> list[SaveReport]:
+        """Outcomes of saves that all ranks have learnt of since the last call. Never blocks."""
+        return self._saver.reports()
+
+    def finish(self, state: TrainState) -> None:
+        """Commit the last step, if it is not and ``save_last`` is set; otherwise wait for what is pending.
+
+        Collective: all ranks, on the control group. Blocks: until the commit. Durable: on return.
+        Raises SaveFailedError on all ranks.
+        """
+        self._saver.settle(state.step)
+        if self.config.save_last and state.step > 0:
+            self.save(state, wait=True, reason="last")
+
+    def wait(self) -> None:
+        """Let a pending save end, without raising. Not collective; also after an error."""
+        self._saver.wait()
+
+    def close(self) -> None:
+        """Let a pending save end, end the writer, give the lease back. Not collective."""
+        self._saver.close()
+        if self._lease is not None:
+            self._lease.release()

@@ -1,0 +1,170 @@
+"""``manifest.json``: written last, it makes a folder a checkpoint and vouches for every other file in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import stat
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.digest import BLOCK_BYTES, FileRecord, VerifiedFile
+from kempnerforge.errors import DamagedCheckpointError, MismatchError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a checkpoint says of the run that made it, beside its tensors."""
+
+    step: int | None = None
+    run_id: str = ""
+    attempt: int = 0
+    parent_step: int | None = None
+    """The committed step that this timeline went on from; None for a fresh start."""
+    reason: str = "asked"
+    """What the step was saved for: ``interval``, ``last``, ``stop``, ``asked``."""
+    layout: dict[str, int] = field(default_factory=dict)
+    """Degrees of every kind of parallelism, and ``num_ranks``."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions and hardware that bitwise equality depends on."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics taken at this very step, such as ``eval/loss``; retention finds the best by them."""
+
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_MAX_BYTES = 1 << 30
+"""Far above any manifest: that of a checkpoint of 10 TB has 30 MB."""
+_OPTIONAL = ("metrics",)
+"""Fields that manifests of earlier versions lack."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A parsed manifest whose own digest was right."""
+
+    provenance: Provenance
+    time: float
+    """Seconds since the epoch, at the commit."""
+    files: dict[str, FileRecord]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files that the manifest names."""
+        return sum(record.size_bytes for record in self.files.values())
+
+
+def encode(provenance: Provenance, files: dict[str, FileRecord]) -> bytes:
+    """The bytes of ``manifest.json``. A metric that is not finite is left out: JSON has no word for it."""
+    body: dict[str, Any] = {
+        "format": FORMAT,
+        **asdict(provenance),
+        "metrics": {name: value for name, value in provenance.metrics.items() if math.isfinite(value)},
+        "time": time.time(),
+        "block_bytes": BLOCK_BYTES,
+        "files": {name: asdict(record) for name, record in sorted(files.items())},
+    }
+    body["digest"] = _digest(body)
+    return (json.dumps(body, indent=1) + "\n").encode()
+
+
+def decode(data: bytes, *, where: str) -> Manifest:
+    """Parse and check a manifest. ``where`` names the step in errors.
+
+    Raises DamagedCheckpointError, or MismatchError for a format of another version.
+    """
+    try:
+        body = json.loads(data)
+        stated = body.pop("digest")
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(where, f"{layout.MANIFEST} cannot be parsed ({error})") from None
+    if stated != _digest(body):
+        raise _damaged(where, f"{layout.MANIFEST} does not match its own digest")
+    if body.get("format") != FORMAT or body.get("block_bytes") != BLOCK_BYTES:
+        raise MismatchError(
+            f"{where} has checkpoint format {body.get('format')!r}; this version reads format {FORMAT}. "
+            "Use the version that wrote it."
+        )
+    try:
+        known = [name for name in Provenance.__dataclass_fields__ if name in body or name not in _OPTIONAL]
+        provenance = Provenance(**{name: body[name] for name in known})
+        if not isinstance(provenance.run_id, str) or not isinstance(provenance.reason, str):
+            raise TypeError("run_id and reason are text")
+        return Manifest(
+            provenance=replace(
+                provenance, metrics={str(key): float(value) for key, value in provenance.metrics.items()}
+            ),
+            time=_finite(body["time"]),
+            files={
+                name: FileRecord(int(record["size_bytes"]), tuple(record["xxh3_128"]))
+                for name, record in body["files"].items()
+            },
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise _damaged(where, f"{layout.MANIFEST} lacks a field ({error!r})") from None
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is no time")
+    return float(value)
+
+
+def load(step_folder: Path, *, step: int | None = None) -> Manifest:
+    """Read the manifest of ``step_folder`` and check it against names and sizes, without reading shards.
+
+    Raises DamagedCheckpointError; OSError other than a missing file as it comes.
+    """
+    where = step_folder.name
+    try:
+        found = (step_folder / layout.MANIFEST).lstat()
+        # Looked at before it is opened: a pipe would hang, a link would lead out of the folder.
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_BYTES:
+            raise _damaged(where, f"{layout.MANIFEST} is no manifest ({found.st_size} bytes)")
+        data = (step_folder / layout.MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise _damaged(where, f"{layout.MANIFEST} is missing") from None
+    manifest = decode(data, where=where)
+    if step is not None and manifest.provenance.step != step:
+        raise _damaged(where, f"its manifest is of step {manifest.provenance.step}")
+    for name, record in manifest.files.items():
+        if not _FILE_NAME.fullmatch(name):
+            raise _damaged(where, f"the manifest names {name!r}, which is no file of this folder")
+        if len(record.xxh3_128) != -(-record.size_bytes // BLOCK_BYTES):
+            raise _damaged(where, f"the manifest has too few digests for {name}")
+        try:
+            found = (step_folder / name).lstat()
+        except FileNotFoundError:
+            raise _damaged(where, f"{name} is missing") from None
+        if not stat.S_ISREG(found.st_mode):
+            raise _damaged(where, f"{name} is no regular file")
+        if found.st_size != record.size_bytes:
+            raise _damaged(where, f"{name} has {found.st_size} of {record.size_bytes} bytes")
+    for name in (layout.INDEX, layout.TRAIN_STATE):
+        if name not in manifest.files:
+            raise _damaged(where, f"the manifest does not list {name}")
+    return manifest
+
+
+def read_verified(step_folder: Path, manifest: Manifest, name: str) -> bytes:
+    """All bytes of one of the step's files, digests checked. Raises DamagedCheckpointError."""
+    record = manifest.files.get(name)
+    if record is None:
+        raise _damaged(step_folder.name, f"the manifest does not list {name}")
+    with VerifiedFile(step_folder / name, record) as file:
+        return file.read(0, record.size_bytes)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _damaged(where: str, what: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{where} is damaged: {what}")

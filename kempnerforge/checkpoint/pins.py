@@ -1,0 +1,120 @@
+"""Steps that a user wants kept: ``pins/step_00001000`` in the checkpoint folder, one file a step.
+
+A pin is made beside a run that writes and prunes, by somebody who may write to its folder; nobody else can
+make a run keep what its owner pays for. It lies outside of the step's folder, which is never changed after
+its commit.
+
+A pin and a deletion may meet. The pin is made first and then the step is looked for; the deletion takes the
+step's name away first and then looks for a pin (``retention``). So at least one of the two sees the other:
+either the pin reports that the step is gone, or the deletion gives the step back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import layout
+from kempnerforge.errors import RunFolderError, StepNotFoundError
+
+FOLDER = "pins"
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Who wants a step kept, and why."""
+
+    user: str = ""
+    host: str = ""
+    time: float = 0.0
+    """Seconds since the epoch."""
+    note: str = ""
+
+    def describe(self) -> str:
+        """The pin in words."""
+        by = f"pinned by {self.user}" if self.user else "pinned"
+        return f"{by}: {self.note}" if self.note else by
+
+
+def pin(folder: Path, step: int, *, note: str = "") -> bool:
+    """Keep ``step`` of the checkpoint folder ``folder`` until ``unpin``. False: it was pinned already.
+
+    Durable on return, and the step is there then. Raises StepNotFoundError when there is no such committed
+    step, RunFolderError when the folder cannot be written.
+    """
+    _require_committed(folder, step)
+    path = folder / FOLDER / layout.step_name(step)
+    body = json.dumps(asdict(Pin(_user(), socket.gethostname(), time.time(), note)))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        fsio.write_new_file(path, f"{body}\n".encode())
+        fsio.fsync_folder(path.parent)
+        fsio.fsync_folder(folder)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise RunFolderError(
+            f"step {step} was not pinned: {path.parent} cannot be written ({error}). Ask the owner of the "
+            "run to pin it, or copy the step's folder"
+        ) from error
+    try:
+        _require_committed(folder, step)
+    except StepNotFoundError:
+        path.unlink(missing_ok=True)
+        raise StepNotFoundError(f"step {step} was deleted while it was being pinned") from None
+    return True
+
+
+def unpin(folder: Path, step: int) -> bool:
+    """Leave ``step`` to retention again. False: it was not pinned. Raises RunFolderError."""
+    path = folder / FOLDER / layout.step_name(step)
+    try:
+        path.unlink()
+        fsio.fsync_folder(path.parent)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be removed: {error}") from error
+    return True
+
+
+def read(folder: Path) -> dict[int, Pin]:
+    """The pins in ``folder``, by step, those of steps that are gone included. Any content makes a pin."""
+    found = {}
+    try:
+        names = [path.name for path in (folder / FOLDER).iterdir()]
+    except FileNotFoundError:
+        return {}
+    for name in names:
+        if (step := layout.step_number(name)) is not None:
+            with contextlib.suppress(FileNotFoundError):
+                found[step] = _decode((folder / FOLDER / name).read_bytes())
+    return found
+
+
+def _decode(data: bytes) -> Pin:
+    try:
+        body = json.loads(data)
+        return Pin(str(body["user"]), str(body["host"]), float(body["time"]), str(body["note"]))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return Pin()
+
+
+def _require_committed(folder: Path, step: int) -> None:
+    if not (folder / layout.step_name(step) / layout.MANIFEST).is_file():
+        steps = layout.committed_steps(folder)
+        known = f"committed: {', '.join(map(str, steps))}" if steps else "none is committed"
+        raise StepNotFoundError(f"{folder} has no committed step {step}; {known}")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name
+        return ""

@@ -1,0 +1,157 @@
+"""The resume receipt: what was chosen, what was rejected and why, what was lost, what changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import run_record
+
+RECEIPTS = "receipts.jsonl"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A step that was looked at and not used."""
+
+    step: int
+    outcome: str
+    """``damaged`` here: the other outcomes end the run."""
+    reason: str
+    moved_to: str
+
+
+@dataclass
+class Receipt:
+    """How an attempt began. One line of ``receipts.jsonl``."""
+
+    attempt: int
+    source: str = "fresh start"
+    """``fresh start``, ``resume`` or ``warm start``."""
+    step: int = 0
+    """Step that this attempt goes on from."""
+    path: str = ""
+    rejected: list[Rejected] = field(default_factory=list)
+    lost_steps: int = 0
+    """Steps that an earlier attempt had logged beyond ``step``; they are done again."""
+    config_changes: dict[str, list[Any]] = field(default_factory=dict)
+    """Dotted key -> [value in the checkpoint, value now]."""
+    layout_changes: dict[str, list[Any]] = field(default_factory=dict)
+    version_changes: dict[str, list[Any]] = field(default_factory=dict)
+    data_changes: list[str] = field(default_factory=list)
+    rng: str = "derived from (seed, step, rank)"
+    """``restored`` on the same layout."""
+    cursor: str = "start"
+    """``restored`` when the data goes on where it was."""
+    next_batch: str = "not compared"
+    """``proved`` when the next batch has the digest that was stored with the step."""
+    not_loaded: list[str] = field(default_factory=list)
+    space_warning: str = ""
+    """What there is to say about the disk before training."""
+    load_s: float = 0.0
+    size_bytes: int = 0
+    time: float = field(default_factory=time.time)
+
+    def bitwise(self) -> bool:
+        """Whether nothing was found that keeps this attempt from repeating an uninterrupted run bit for bit.
+
+        ``train.max_steps`` counts as a difference: most schedules depend on it.
+        """
+        harmless = ("checkpoint.", "metrics.", "run.", "eval.", "data.cache_dir")
+        changed = [key for key in self.config_changes if not key.startswith(harmless)]
+        return self.source == "resume" and not (
+            changed or self.layout_changes or self.version_changes or self.data_changes
+        )
+
+    def lines(self) -> list[str]:
+        """The receipt for people."""
+        if self.source == "fresh start":
+            return ["fresh start at step 0"]
+        verb = "resumed" if self.source == "resume" else "warm start"
+        size = f"{self.size_bytes / 1e6:.1f} MB in {self.load_s:.2f} s"
+        result = [f"{verb} from {self.path} at step {self.step} ({size})"]
+        for one in self.rejected:
+            result.append(f"  step {one.step} was {one.outcome}, set aside as {one.moved_to}: {one.reason}")
+        if self.lost_steps:
+            result.append(f"  {self.lost_steps} steps after it were not committed and are done again")
+        for title in ("config", "layout", "version"):
+            for key, (before, now) in getattr(self, f"{title}_changes").items():
+                result.append(f"  {title}: {key} was {before!r}, is {now!r}")
+        result += [f"  data: {change}" for change in self.data_changes]
+        if self.not_loaded:
+            result.append(f"  not loaded: {', '.join(self.not_loaded)}")
+        result.append(f"  rng {self.rng}; data position: {self.cursor}")
+        if self.source == "resume" and not self.bitwise():
+            result.append("  for these changes, what follows may differ from an uninterrupted run")
+        return result
+
+    def write(self, run_dir: Path) -> None:
+        """Append to ``receipts.jsonl``, durably."""
+        body = {**dataclasses.asdict(self), "bitwise": self.bitwise()}
+        fsio.append_line(run_dir / RECEIPTS, json.dumps(body))
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested tables."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Keys whose values differ, with both values; None where a key is missing."""
+    keys = sorted({*before, *now})
+    return {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}
+
+
+def read_receipts(run_dir: Path) -> list[dict[str, Any]]:
+    """All receipts of a run, oldest first; lines that a crash tore are left out. Raises OSError."""
+    try:
+        lines = (run_dir / RECEIPTS).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    return [row for line in lines if (row := _row(line)) is not None]
+
+
+def last_logged_step(run_dir: Path) -> int:
+    """Step of the last whole training row in ``metrics.jsonl`` that counts; 0 when there is none.
+
+    What a rollback took back was given up on purpose: it is not lost, and counts no further than the step
+    that the run went back to. Reads the end of the file only: it grows for weeks. Raises OSError and
+    RunFolderError.
+    """
+    try:
+        with open(run_dir / METRICS, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 20)))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return 0
+    record = run_record.read(run_dir)
+    rollbacks = record.rollbacks if record is not None else ()
+    for line in reversed(lines):
+        row = _row(line)
+        if row is not None and "train/loss" in row and isinstance(row.get("step"), int):
+            later = [one.step for one in rollbacks if one.attempt > row.get("attempt", 0)]
+            return min([row["step"], *later])
+    return 0
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """One line of JSON; None for one that a crash tore, or that was read from its middle."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None

@@ -1,0 +1,73 @@
+"""What a save is told, and what it tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _any_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [] if stored == now else [f"fingerprint was {dict(stored)}, is {dict(now)}"]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a checkpoint records of its run, and a resume compares with."""
+
+    run_id: str = ""
+    attempt: int = 0
+    layout: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    config_toml: str = ""
+    allow_changed_data: bool = False
+    """Whether a checkpoint of other data may be gone on with."""
+    explain_data: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = _any_difference
+    """From the stored and the present data fingerprint to what differs, a line each."""
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What came of one save, the same on all ranks but for the timings."""
+
+    step: int
+    reason: str
+    blocking_s: float
+    write_s: float = 0.0
+    commit_s: float = 0.0
+    total_s: float = 0.0
+    """From the call to the commit."""
+    size_bytes: int = 0
+    lag_steps: int = 0
+    """Steps that were done before all ranks knew of the commit."""
+    deferred: int = 0
+    """Steps by which it was put off, because an earlier save was still being written."""
+    overhead_pct: float = 0.0
+    pending: bool = False
+    """It has only begun."""
+    skipped: str = ""
+    """Why it was left out for lack of space; empty when it was not."""
+    error: str = ""
+    """Why it failed; empty when it is committed."""
+    warnings: tuple[str, ...] = ()
+    """What went wrong after the commit: the link, the retention."""
+
+    def row(self) -> dict[str, Any]:
+        """The report as metrics, without ``step``: a row carries the step at which it is written."""
+        if self.skipped:
+            return {"checkpoint/skipped_no_space": 1, "checkpoint/error": self.skipped}
+        if self.error:
+            return {"checkpoint/blocking_s": self.blocking_s, "checkpoint/error": self.error}
+        return {
+            "checkpoint/step": self.step,
+            "checkpoint/reason": self.reason,
+            "checkpoint/blocking_s": self.blocking_s,
+            "checkpoint/write_s": self.write_s,
+            "checkpoint/commit_s": self.commit_s,
+            "checkpoint/total_s": self.total_s,
+            "checkpoint/size_bytes": self.size_bytes,
+            "checkpoint/write_gb_per_s": self.size_bytes / max(self.write_s, 1e-9) / 1e9,
+            "checkpoint/lag_steps": self.lag_steps,
+            "checkpoint/deferred": self.deferred,
+            "checkpoint/overhead_pct": self.overhead_pct,
+        }

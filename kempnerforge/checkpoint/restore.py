@@ -1,0 +1,153 @@
+"""From a folder of checkpoints to a state to go on from, and the receipt of how that went."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tomli
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import holds, receipt, resume, rng, timeline, warm_start
+from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.resume import Found, Loaded
+from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.config.schema import CheckpointConfig
+from kempnerforge.distributed.control import ControlGroup, as_agreed
+from kempnerforge.errors import MismatchError
+
+ALL_PARTS = ("model", "optimizer", "scheduler", "data", "rng")
+
+
+class Restorer:
+    """Fills a state from the newest sound step of a run, or from ``load_path``. Collective."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        *,
+        folder: Path,
+        run_dir: Path,
+        control: ControlGroup,
+        context: RunContext,
+        check_lease: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._run_dir = run_dir
+        self._control = control
+        self._context = context
+        self._check_lease = check_lease
+
+    def restore(self, state: TrainState) -> Receipt:
+        """What ``CheckpointManager.resume`` promises; the receipt is written."""
+        self._control.on_rank0(self._prepare_folder)
+        rejected: list[receipt.Rejected] = []
+        while True:
+            found, rejected = self._control.on_rank0(lambda known=rejected: self._choose(list(known)))
+            if found is None:
+                result = self._begin(state)
+                break
+            outcome = self._load(found, state, ALL_PARTS)
+            if isinstance(outcome, Loaded):
+                result = self._apply(found, outcome, state, ALL_PARTS, "resume")
+                result.rejected = rejected
+                break
+            rejected = self._control.on_rank0(
+                lambda step=found.step, why=outcome, known=rejected: self._quarantine(step, why, known)
+            )
+        self._control.on_rank0(lambda: result.write(self._run_dir))
+        return result
+
+    def _quarantine(self, step: int, why: str, rejected: list[receipt.Rejected]) -> list[receipt.Rejected]:
+        self._check_lease()
+        return [*rejected, resume.quarantine(self._folder, step, why)]
+
+    def _prepare_folder(self) -> None:
+        self._check_lease()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        fenced = timeline.fence(self._folder, self._context.attempt)
+        for path in fenced:
+            fsio.delete_tree(path)
+        resume.sweep(self._folder, attempt=self._context.attempt)
+        timeline.set_aside_late(
+            self._folder, timeline.cuts(self._run_dir), run_id=self._context.run_id, at_start=True
+        )
+
+    def _choose(self, rejected: list[receipt.Rejected]) -> tuple[Found | None, list[receipt.Rejected]]:
+        return resume.choose(self._folder, rejected), rejected
+
+    def _load(self, found: Found, state: TrainState, parts: Sequence[str]) -> Loaded | str:
+        return resume.load_together(
+            lambda: resume.load(
+                found,
+                state,
+                same_layout=found.manifest.provenance.layout == self._context.layout,
+                rank=self._control.rank,
+                parts=parts,
+                context=self._context,
+            ),
+            self._control,
+        )
+
+    def _begin(self, state: TrainState) -> Receipt:
+        rng.derive(state.seed, 0, self._control.rank, state.device)
+        if self._config.load_path is None:
+            return Receipt(self._context.attempt)
+        wanted = Path(self._config.load_path).expanduser()
+        found = self._control.on_rank0(lambda: warm_start.find(wanted))
+        parts = tuple(part for part in ALL_PARTS if part not in self._config.exclude_from_loading)
+        with contextlib.ExitStack() as reading:
+            # That run's retention must not delete what is being read.
+            self._control.on_rank0(
+                lambda: reading.enter_context(holds.hold(found.path, what="checkpoint.load_path"))
+            )
+            outcome = self._load(found, state, parts)
+        if isinstance(outcome, str):
+            raise as_agreed(warm_start.damaged(found, outcome))
+        return self._apply(found, outcome, state, parts, "warm start")
+
+    def _apply(
+        self, found: Found, loaded: Loaded, state: TrainState, parts: Sequence[str], source: str
+    ) -> Receipt:
+        state.load_objects(loaded.reader.objects, scheduler="scheduler" in parts, data="data" in parts)
+        result = Receipt(self._context.attempt, source=source, step=state.step, path=str(found.path))
+        if loaded.rng is not None:
+            rng.restore(loaded.rng, state.device)
+            result.rng = "restored"
+        else:
+            rng.derive(state.seed, state.step, self._control.rank, state.device)
+        provenance = found.manifest.provenance
+        result.cursor = "restored" if "data" in parts else "start"
+        result.not_loaded = [part for part in ALL_PARTS if part not in parts]
+        result.layout_changes = receipt.changes(provenance.layout, self._context.layout)
+        result.version_changes = receipt.changes(provenance.versions, self._context.versions)
+        result.data_changes = loaded.data_changes
+        result.size_bytes = found.manifest.size_bytes
+        result.load_s = loaded.load_s
+        if source == "resume":
+            result.lost_steps = self._control.on_rank0(
+                lambda: max(0, receipt.last_logged_step(self._run_dir) - state.step)
+            )
+        if found.config_toml and self._context.config_toml:
+            before, now = tomli.loads(found.config_toml), tomli.loads(self._context.config_toml)
+            result.config_changes = receipt.changes(receipt.flatten(before), receipt.flatten(now))
+        if "data" in parts and not result.data_changes:
+            self._prove_next_batch(found, loaded, state, result)
+        return result
+
+    def _prove_next_batch(self, found: Found, loaded: Loaded, state: TrainState, result: Receipt) -> None:
+        """Compare the batch that comes next with the one that came next when the step was saved."""
+        stored, now = loaded.reader.objects["data"].get("next_digest"), state.next_digest()
+        if stored is None or now is None or "train.global_batch_size" in result.config_changes:
+            return
+        if stored != now:
+            raise as_agreed(
+                MismatchError(
+                    f"{found.path}: the batch after step {state.step} had digest {stored}, here it would "
+                    f"have {now}: the data would not go on where they were"
+                )
+            )
+        result.next_batch = "proved"

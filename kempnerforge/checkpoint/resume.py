@@ -1,0 +1,261 @@
+"""Resuming: rank 0 chooses a step, all ranks load it, and all agree on how that went.
+
+Three things can go wrong, and they are not the same. A *damaged* step is set aside and all ranks go to the
+next older one together. An *unreachable* one may be sound: reads are repeated, then the run stops and nothing
+is renamed. A *mismatch* means that the config cannot fit: the run stops and says what differs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import tomli
+import torch
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import layout, manifest, timeline
+from kempnerforge.checkpoint.commit import decode_objects
+from kempnerforge.checkpoint.dtypes import DTYPE_NAMES, DTYPES
+from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.checkpoint.receipt import Rejected
+from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.state import MODEL, OPTIMIZER, TrainState, check_counters, rng_name
+from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
+from kempnerforge.distributed.control import ControlGroup, as_agreed
+from kempnerforge.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    MismatchError,
+    NoSoundCheckpointError,
+    UnreachableCheckpointError,
+)
+
+T = TypeVar("T")
+
+RETRY_DELAYS_S = (0.5, 1.0, 2.0)
+"""Pauses before a read that the storage did not answer is tried again."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A step whose manifest, names, sizes and small files are right."""
+
+    path: Path
+    step: int
+    manifest: Manifest
+    config_toml: str = ""
+
+
+@dataclass
+class Loaded:
+    """What one rank took from a step; nothing but tensors is applied before all ranks agree."""
+
+    reader: SafetensorsReader
+    rng: torch.Tensor | None = None
+    data_changes: list[str] = field(default_factory=list)
+    load_s: float = 0.0
+
+
+def with_retries(work: Callable[[], T], *, what: str) -> T:
+    """Run ``work``, again after a pause while the storage fails to answer.
+
+    Raises UnreachableCheckpointError when it still does not; errors about content pass through.
+    """
+    for delay_s in (*RETRY_DELAYS_S, None):
+        try:
+            return work()
+        except OSError as error:
+            if delay_s is None:
+                raise UnreachableCheckpointError(
+                    f"{what} cannot be read: {error}. It may be sound: nothing was renamed. "
+                    "Check the file system, then start the same command again."
+                ) from error
+            time.sleep(delay_s)
+    raise AssertionError("unreachable")
+
+
+def choose(folder: Path, rejected: list[Rejected]) -> Found | None:
+    """The newest step that looks sound; damaged ones on the way are set aside into ``rejected``.
+
+    Rank 0 only. Reads manifests and small files, no shards. Raises NoSoundCheckpointError when there are
+    checkpoints, quarantined ones included, and none is left, so that a run never quietly begins again.
+    """
+    listing = with_retries(lambda: layout.list_folder(folder), what=str(folder))
+    for step in listing.steps:
+        path = folder / layout.step_name(step)
+        try:
+            return with_retries(lambda path=path, step=step: inspect(path, step=step), what=str(path))
+        except DamagedCheckpointError as error:
+            rejected.append(quarantine(folder, step, str(error)))
+    set_aside = [*listing.quarantined, *listing.rolled_back, *listing.late]
+    if rejected or set_aside:
+        names = [one.moved_to for one in rejected] or [path.name for path in set_aside]
+        reasons = "".join(f"\n  {one.reason}" for one in rejected)
+        raise NoSoundCheckpointError(
+            f"no sound checkpoint is left in {folder}; set aside: {', '.join(names)}.{reasons}\n"
+            "To begin again at step 0 on purpose, give the run another name (--run.name=NEW) or move these "
+            "folders away."
+        )
+    return None
+
+
+def inspect(path: Path, *, step: int | None = None) -> Found:
+    """Check manifest, names, sizes and the digests of all small files.
+
+    Raises DamagedCheckpointError, MismatchError for another format, OSError.
+    """
+    found = manifest.load(path, step=step)
+    small = {
+        name: manifest.read_verified(path, found, name)
+        for name in found.files
+        if not name.endswith(layout.SHARD_SUFFIX) and name != layout.INDEX
+    }
+    try:
+        config_toml = small.get(layout.CONFIG, b"").decode()
+        tomli.loads(config_toml)
+        check_counters(decode_objects(small[layout.TRAIN_STATE]))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedCheckpointError(
+            f"{path.name} is damaged: its small files make no sense ({error})"
+        ) from None
+    return Found(path, found.provenance.step or 0, found, config_toml)
+
+
+def quarantine(folder: Path, step: int, reason: str) -> Rejected:
+    """Set a damaged step aside under another name. It is never deleted. Rank 0 only."""
+    target = timeline.set_aside(folder, step, layout.quarantine_name)
+    return Rejected(step, "damaged", reason, target.name)
+
+
+def sweep(folder: Path, *, attempt: int) -> None:
+    """Delete what older attempts left unfinished: folders in flight and half-done deletions. Rank 0 only."""
+    listing = layout.list_folder(folder)
+    for path, owner in listing.temporary:
+        if owner < attempt:
+            fsio.invalidate_then_delete(path)
+    fsio.remove_leftovers(folder / layout.LATEST)
+    for path in listing.deleting:
+        fsio.delete_tree(path)
+
+
+def load(
+    found: Found,
+    state: TrainState,
+    *,
+    same_layout: bool,
+    rank: int,
+    parts: Sequence[str],
+    context: RunContext,
+) -> Loaded:
+    """Read this rank's tensors in place, after checking that they fit.
+
+    ``parts`` of model, optimizer, data, rng. Not collective. Raises DamagedCheckpointError,
+    UnreachableCheckpointError, MismatchError.
+    """
+
+    def read() -> Loaded:
+        started = time.perf_counter()
+        loaded = Loaded(SafetensorsReader(found.path, known_manifest=found.manifest))
+        # Read here, so that no rank meets an error in them after the agreement.
+        assert isinstance(loaded.reader.objects, dict)
+        prefixes = tuple(
+            {"model": MODEL, "optimizer": OPTIMIZER}[p] for p in parts if p in ("model", "optimizer")
+        )
+        wanted = {name: tensor for name, tensor in state.tensors().items() if name.startswith(prefixes)}
+        check_fits(wanted, loaded.reader, prefixes)
+        if "data" in parts:
+            loaded.data_changes = _data_changes(loaded.reader, state, context)
+        name = rng_name(rank)
+        if "rng" in parts and same_layout and name in loaded.reader.index:
+            entry = loaded.reader.index[name]
+            loaded.rng = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+            wanted[name] = loaded.rng
+        load_tensors(wanted, loaded.reader)
+        loaded.reader.close()
+        loaded.load_s = time.perf_counter() - started
+        return loaded
+
+    return with_retries(read, what=str(found.path))
+
+
+def check_fits(
+    wanted: Mapping[str, torch.Tensor], reader: SafetensorsReader, prefixes: tuple[str, ...]
+) -> None:
+    """Raise MismatchError unless the step has exactly these tensors under ``prefixes``, of these shapes."""
+    problems = []
+    for name, tensor in wanted.items():
+        entry = reader.index.get(name)
+        if entry is None:
+            problems.append(f"{name} is not in the checkpoint")
+        elif entry.shape != tuple(tensor.shape):
+            problems.append(f"{name} has shape {entry.shape} in the checkpoint, {tuple(tensor.shape)} here")
+        elif entry.dtype != DTYPE_NAMES[tensor.dtype]:
+            problems.append(f"{name} is {entry.dtype} in the checkpoint, {DTYPE_NAMES[tensor.dtype]} here")
+    extra = [name for name in reader.index if name.startswith(prefixes) and name not in wanted]
+    problems += [f"{name} is in the checkpoint but not in this model" for name in extra]
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:8])
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise MismatchError(
+            f"{reader.path} cannot fit this config ({len(problems)} tensors differ):{shown}{more}\n"
+            f"The config that it was saved with: {reader.path / layout.CONFIG}"
+        )
+
+
+def _data_changes(reader: SafetensorsReader, state: TrainState, context: RunContext) -> list[str]:
+    try:
+        stored = reader.objects["data"]["fingerprint"]
+    except (KeyError, TypeError):
+        raise MismatchError(f"{reader.path} was saved without a position in the data") from None
+    changes = context.explain_data(stored, state.fingerprint)
+    if changes and not context.allow_changed_data:
+        raise MismatchError(
+            f"{reader.path} was trained on other data:\n  "
+            + "\n  ".join(changes)
+            + "\nTo go on with the data of this config, add --data.allow_changed=true"
+        )
+    return changes
+
+
+def load_together(work: Callable[[], Loaded], control: ControlGroup) -> Loaded | str:
+    """Run ``work`` on every rank and agree on the outcome.
+
+    Collective: all ranks, on the control group. Returns what this rank loaded, or, on all ranks, the reason
+    why the step is damaged; raises the same error on all ranks for the other outcomes.
+    """
+    loaded: Loaded | None = None
+    failure: tuple[str, str] | None = None
+    try:
+        loaded = work()
+    except CheckpointError as error:
+        failure = (type(error).__name__, str(error))
+    except Exception as error:  # noqa: BLE001 - the other ranks wait in the gather below
+        failure = ("Exception", f"{type(error).__name__}: {error}")
+    worst = worst_outcome(control.gather(failure))
+    if worst is None:
+        assert loaded is not None
+        return loaded
+    kind, message = worst
+    if kind == "DamagedCheckpointError":
+        return message
+    types = {"MismatchError": MismatchError, "UnreachableCheckpointError": UnreachableCheckpointError}
+    raise as_agreed(types.get(kind, CheckpointError)(message))
+
+
+def worst_outcome(outcomes: Sequence[tuple[str, str] | None]) -> tuple[str, str] | None:
+    """What all ranks act on: a fault before unreachable before mismatch before damaged; None if all loaded.
+
+    Damage comes last because it renames: that must not happen while a rank could not even read.
+    """
+    order = ("Exception", "UnreachableCheckpointError", "MismatchError", "DamagedCheckpointError")
+    found = [
+        (order.index(one[0]) if one[0] in order else 0, rank, one) for rank, one in enumerate(outcomes) if one
+    ]
+    if not found:
+        return None
+    _, rank, (kind, message) = min(found)
+    return kind, f"{message} (rank {rank})" if len(outcomes) > 1 else message

@@ -1,0 +1,130 @@
+"""Applying what ``keep`` decides: steps that nothing keeps lose their name first, then their bytes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import holds, layout, manifest, pins
+from kempnerforge.checkpoint.keep import KeepPolicy, StepFacts, Verdict, decide
+from kempnerforge.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What an application of the policy did."""
+
+    deleted: tuple[int, ...] = ()
+    """Steps that are gone, oldest first."""
+    warnings: tuple[str, ...] = ()
+    """What could not be deleted, and why."""
+
+
+class Retention:
+    """Applies a policy to a checkpoint folder, again and again.
+
+    All that it remembers is which steps it has found sound: a committed step does not change. The newest
+    sound one is looked at every time all the same.
+    """
+
+    def __init__(self, folder: Path, policy: KeepPolicy) -> None:
+        self.folder = folder
+        self.policy = policy
+        self._sound: dict[int, tuple[tuple[int, ...], StepFacts]] = {}
+        self._unfinished: list[Path] = []
+
+    def survey(self) -> list[StepFacts]:
+        """What is on disk now. Steps that vanish meanwhile are left out. Raises OSError."""
+        pinned, read = pins.read(self.folder), holds.readers(self.folder)
+        found: list[StepFacts] = []
+        for step in layout.list_folder(self.folder).steps:
+            try:
+                facts = self._look(step, anew=all(newer.problem for newer in found))
+            except (CheckpointError, OSError) as error:
+                facts = StepFacts(step, problem=str(error))
+            if facts.problem and not (self.folder / layout.step_name(step)).exists():
+                continue
+            pin = pinned[step].describe() if step in pinned else ""
+            found.append(replace(facts, pin=pin, readers=tuple(read.get(step, ()))))
+        return found
+
+    def verdicts(self) -> list[Verdict]:
+        """What ``apply`` would do now, newest step first. Changes nothing. Raises OSError."""
+        return decide(self.survey(), self.policy)
+
+    def apply(self) -> Pruned:
+        """Delete what nothing keeps, oldest first.
+
+        Safe beside other processes that save, read, pin or prune in the folder. What cannot be deleted is a
+        warning: the next call tries again. Raises OSError when the folder cannot be listed.
+        """
+        holds.remove_stale(self.folder)
+        unfinished, self._unfinished = self._unfinished, []
+        deleted: list[int] = []
+        warnings: list[str] = []
+        for path in unfinished:
+            self._delete_tree(path, warnings)
+        facts = self.survey()
+        sound = [one.step for one in facts if not one.problem]
+        for verdict in reversed(decide(facts, self.policy)):
+            if verdict.keep or not self._is_committed(max(sound)):
+                continue
+            if self._invalidate(verdict.step, warnings):
+                path = self.folder / layout.step_name(verdict.step)
+                self._delete_tree(path.with_name(fsio.deleting_name(path.name)), warnings)
+                deleted.append(verdict.step)
+        return Pruned(tuple(deleted), tuple(warnings))
+
+    def _is_committed(self, step: int) -> bool:
+        """Whether the step that the decision rests on is still there: a rollback may set it aside."""
+        return (self.folder / layout.step_name(step) / layout.MANIFEST).is_file()
+
+    def _look(self, step: int, *, anew: bool) -> StepFacts:
+        """What the manifest of a sound step says. Raises DamagedCheckpointError, MismatchError, OSError."""
+        path = self.folder / layout.step_name(step)
+        known = self._sound.get(step)
+        if known is not None and not anew and known[0] == _identity(path / layout.MANIFEST):
+            return known[1]
+        found = manifest.load(path, step=step)
+        facts = StepFacts(step, found.provenance.metrics)
+        self._sound[step] = (_identity(path / layout.MANIFEST), facts)
+        return facts
+
+    def _invalidate(self, step: int, warnings: list[str]) -> bool:
+        """Take the step's name away, durably; False when it stays after all, or somebody else was first."""
+        path = self.folder / layout.step_name(step)
+        doomed = path.with_name(fsio.deleting_name(path.name))
+        try:
+            os.rename(path, doomed)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            warnings.append(f"step {step} could not be deleted: {error}")
+            return False
+        if self._is_claimed(step):
+            os.rename(doomed, path)
+            return False
+        fsio.fsync_folder(self.folder)
+        self._sound.pop(step, None)
+        return True
+
+    def _is_claimed(self, step: int) -> bool:
+        """Whether somebody pinned or held the step while it still had its name, and so relies on it."""
+        try:
+            return step in pins.read(self.folder) or step in holds.readers(self.folder)
+        except OSError:  # not known: it stays for now
+            return True
+
+    def _delete_tree(self, doomed: Path, warnings: list[str]) -> None:
+        try:
+            fsio.delete_tree(doomed)
+        except OSError as error:
+            warnings.append(f"{doomed} could not be deleted: {error}; it is tried again after the next save")
+            self._unfinished.append(doomed)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size

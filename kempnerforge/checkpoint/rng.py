@@ -1,0 +1,87 @@
+"""The random number generators of one rank as one uint8 tensor.
+
+Little-endian, format ``KFRNG001``:
+
+======  =========================================================================================
+bytes   what
+======  =========================================================================================
+8       ``KFRNG001``
+2500    Python: 625 u32 of the Mersenne Twister (624 words and the position)
+12      Python: u32 whether a Gaussian is kept, f64 that Gaussian
+2500    NumPy's global generator: 624 u32 and u32 position
+12      NumPy: u32 whether a Gaussian is kept, f64 that Gaussian
+4 + n   u32 n, then torch's CPU generator as ``torch.get_rng_state`` gives it
+4 + m   u32 m, then the CUDA generator of this rank's device; m is 0 without CUDA
+======  =========================================================================================
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+
+import numpy as np
+import torch
+import xxhash
+
+from kempnerforge.errors import MismatchError
+
+MAGIC = b"KFRNG001"
+_FIXED = struct.Struct("<8s625IId625IId")
+
+
+def capture(device: torch.device) -> torch.Tensor:
+    """All generators of this rank, uint8 [n]. Consumes no random numbers."""
+    _, words, gauss = random.getstate()
+    twister = np.random.get_state(legacy=False)
+    raw = _FIXED.pack(
+        MAGIC,
+        *words,
+        gauss is not None,
+        gauss or 0.0,
+        *twister["state"]["key"].tolist(),
+        twister["state"]["pos"],
+        twister["has_gauss"],
+        twister["gauss"],
+    )
+    cpu = torch.get_rng_state().numpy().tobytes()
+    cuda = torch.cuda.get_rng_state(device).numpy().tobytes() if device.type == "cuda" else b""
+    raw += struct.pack("<I", len(cpu)) + cpu + struct.pack("<I", len(cuda)) + cuda
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+def restore(state: torch.Tensor, device: torch.device) -> None:
+    """Set all generators of this rank from ``capture``'s tensor.
+
+    Raises MismatchError for a tensor of another format, or one captured on another kind of device.
+    """
+    raw = state.cpu().numpy().tobytes()
+    if not raw.startswith(MAGIC):
+        raise MismatchError(f"RNG state has format {raw[:8]!r}; this version reads {MAGIC!r}")
+    values = _FIXED.unpack_from(raw)
+    python, numpy_state = values[1:628], values[628:]
+    cpu, rest = _take(raw[_FIXED.size :])
+    cuda, _ = _take(rest)
+    if bool(cuda) != (device.type == "cuda"):
+        raise MismatchError("RNG state was captured on another kind of device")
+    random.setstate((3, tuple(python[:625]), python[626] if python[625] else None))
+    key = np.array(numpy_state[:624], dtype=np.uint32)
+    np.random.set_state(("MT19937", key, numpy_state[624], numpy_state[625], numpy_state[626]))
+    torch.set_rng_state(torch.frombuffer(bytearray(cpu), dtype=torch.uint8))
+    if cuda:
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(cuda), dtype=torch.uint8), device)
+
+
+def derive(seed: int, step: int, rank: int, device: torch.device) -> None:
+    """Set all generators of this rank from (seed, step, rank): a fresh start, or another number of ranks."""
+    key = xxhash.xxh3_64_intdigest(f"rng:{seed}:{step}:{rank}".encode())
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(key)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(key)
+
+
+def _take(raw: bytes) -> tuple[bytes, bytes]:
+    (size,) = struct.unpack_from("<I", raw)
+    return raw[4 : 4 + size], raw[4 + size :]

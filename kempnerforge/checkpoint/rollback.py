@@ -1,0 +1,164 @@
+"""Going back to an older step of a run, and undoing that. Later steps get another name; none is deleted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import layout, lease, run_record, timeline
+from kempnerforge.checkpoint.receipt import read_receipts
+from kempnerforge.checkpoint.run_record import Rollback, RunRecord
+from kempnerforge.checkpoint.verify import verify
+from kempnerforge.errors import DamagedCheckpointError, RunFolderError, StepNotFoundError
+
+Note = Callable[[str], None]
+Progress = Callable[[int, int], None]
+"""Told bytes done and bytes in all."""
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """What a rollback, or its undoing, did."""
+
+    newest_step: int
+    """The step that the next start goes on from."""
+    renamed: dict[str, str]
+    """Old name -> new name, in ``folder``; empty when there was nothing to do."""
+    folder: str
+    wandb_id: str
+    """The run in wandb that the next attempt logs to."""
+
+
+def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Renamed:
+    """Set all steps after ``step`` aside, so that the next start goes on from it.
+
+    Takes the run's lease and the number of an attempt. The decision is written to ``run.json`` before the
+    first rename: if the process is killed after that, the next start of the run completes it. ``note`` is
+    told when the lease has to be watched. With no later step nothing is changed.
+
+    Raises StepNotFoundError, DamagedCheckpointError, UnreachableCheckpointError, MismatchError,
+    LeaseHeldError, RunFolderError.
+    """
+    _require_step(_record_of(run_dir).checkpoint_folder(run_dir), step)
+    held = lease.acquire(run_dir, after_attempt=timeline.last_attempt(run_dir), note=note)
+    try:
+        record = _record_of(run_dir)
+        folder = record.checkpoint_folder(run_dir)
+        later = [one for one in layout.list_folder(folder).steps if one > step]
+        if not later:
+            return Renamed(step, {}, str(folder), record.wandb_id)
+        _check_sound(folder, step, progress)
+        targets = {one: timeline.free_name(folder, one, layout.rolled_back_name) for one in later}
+        record = _begin_timeline(record, held.attempt, step, [path.name for path in targets.values()])
+        run_record.write(run_dir, record)
+        for one, target in targets.items():
+            (folder / layout.step_name(one)).rename(target)
+        fsio.fsync_folder(folder)
+        fsio.point_symlink(folder / layout.LATEST, layout.step_name(step))
+    except OSError as error:
+        raise RunFolderError(f"{run_dir} could not be rolled back: {error}") from error
+    finally:
+        held.release()
+    renamed = {layout.step_name(one): target.name for one, target in targets.items()}
+    return Renamed(step, renamed, str(folder), record.wandb_id)
+
+
+def undo(run_dir: Path, *, note: Note) -> Renamed:
+    """Take the last rollback back. Possible until an attempt has gone on from the older step.
+
+    Raises StepNotFoundError when there is no rollback, RunFolderError when it is too late, LeaseHeldError.
+    """
+    _record_of(run_dir)
+    held = lease.acquire(run_dir, after_attempt=timeline.last_attempt(run_dir), note=note)
+    try:
+        record = _record_of(run_dir)
+        folder = record.checkpoint_folder(run_dir)
+        last = _last_rollback(run_dir, record)
+        # run.json last: until then the rollback stands, and a next start completes it.
+        renamed = {}
+        for name in last.set_aside:
+            original = name.split(".")[1]
+            if (folder / name).exists() and not (folder / original).exists():
+                (folder / name).rename(folder / original)
+                renamed[name] = original
+        fsio.fsync_folder(folder)
+        record = replace(
+            record,
+            attempt=held.attempt,
+            rollbacks=record.rollbacks[:-1],
+            wandb_id=last.wandb_id,
+            wandb_first_attempt=last.wandb_first_attempt,
+        )
+        run_record.write(run_dir, record)
+        newest = max(layout.committed_steps(folder), default=last.step)
+        fsio.point_symlink(folder / layout.LATEST, layout.step_name(newest))
+    except OSError as error:
+        raise RunFolderError(f"{run_dir}: the rollback could not be undone: {error}") from error
+    finally:
+        held.release()
+    return Renamed(newest, renamed, str(folder), record.wandb_id)
+
+
+def _check_sound(folder: Path, step: int, progress: Progress) -> None:
+    path = folder / layout.step_name(step)
+    found = verify(path, progress=progress)
+    if not found.sound:
+        others = [str(one) for one in layout.committed_steps(folder) if one != step]
+        raise DamagedCheckpointError(
+            f"{path.name} is damaged: {found.problems[0]}. Nothing was changed. Other steps of this run: "
+            f"{', '.join(others)}. See: kempnerforge ckpt verify {path}"
+        )
+
+
+def _begin_timeline(record: RunRecord, attempt: int, step: int, names: list[str]) -> RunRecord:
+    before = Rollback(
+        attempt=attempt,
+        step=step,
+        time=time.time(),
+        wandb_id=record.wandb_id,
+        wandb_first_attempt=record.wandb_first_attempt,
+        set_aside=names,
+    )
+    return replace(
+        record,
+        attempt=attempt,
+        rollbacks=(*record.rollbacks, before),
+        # wandb takes no step below its newest one, so the new timeline needs a run of its own there.
+        wandb_id=f"{record.run_id}-rollback{attempt}",
+        wandb_first_attempt=attempt,
+    )
+
+
+def _last_rollback(run_dir: Path, record: RunRecord) -> Rollback:
+    if not record.rollbacks:
+        raise StepNotFoundError(f"{run_dir} has no rollback that could be undone")
+    last = record.rollbacks[-1]
+    since = [row["attempt"] for row in read_receipts(run_dir) if row["attempt"] > last.attempt]
+    if since:
+        example = record.checkpoint_folder(run_dir) / last.set_aside[0]
+        raise RunFolderError(
+            f"attempt {since[0]} has gone on from step {last.step} since, so the rollback cannot be undone. "
+            f"To go on from a step that it set aside, in a run of its own: "
+            f"kempnerforge ckpt fork {example} NEW_RUN"
+        )
+    return last
+
+
+def _record_of(run_dir: Path) -> RunRecord:
+    try:
+        record = run_record.read(run_dir)
+    except OSError as error:
+        raise RunFolderError(f"{run_dir / run_record.RUN_FILE} cannot be read: {error}") from error
+    if record is None:
+        raise RunFolderError(f"{run_dir} is no run's folder: it has no {run_record.RUN_FILE}")
+    return record
+
+
+def _require_step(folder: Path, step: int) -> None:
+    steps = layout.committed_steps(folder)
+    if step not in steps:
+        known = f"its steps: {', '.join(map(str, steps))}" if steps else "it has none"
+        raise StepNotFoundError(f"{folder} has no committed step {step}; {known}")

@@ -1,0 +1,71 @@
+"""Room for the next save of one run: looked for before training and before every save. First rank only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kempnerforge.checkpoint import layout, manifest, space
+from kempnerforge.checkpoint.keep import KeepPolicy
+from kempnerforge.checkpoint.quota import Quotas, read_quotas
+from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.checkpoint.space import Room, Verdict
+from kempnerforge.config.schema import CheckpointConfig
+from kempnerforge.errors import CheckpointError
+
+_SMALL_FILES = 4
+"""Beside the shards: index, train state, config, manifest."""
+_SMALL_BYTES = 1 << 18
+
+
+class RoomKeeper:
+    """Knows what a save needs, and deletes early what would go after it anyway."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self._folder = folder
+        # The save that needs the room becomes the newest of the last N itself.
+        before = config.model_copy(update={"keep_last_n": max(1, config.keep_last_n - 1)})
+        self._retention = Retention(folder, KeepPolicy.from_config(before))
+        self._quotas = Quotas()
+        self._needed_bytes = 0
+        self._needed_files = 0
+
+    def before_training(self, needed_bytes: int, num_shards: int) -> str:
+        """Take note of what a save needs and look whether one fits at all; returns a warning or nothing.
+
+        Raises NoSpaceError, OSError.
+        """
+        self._needed_bytes = needed_bytes + _SMALL_BYTES
+        self._needed_files = num_shards + _SMALL_FILES
+        self._quotas = read_quotas(self._folder)
+        prunable = [verdict.step for verdict in self._retention.verdicts() if not verdict.keep]
+        verdict = self._look()
+        warning = space.require_one_save(verdict, prunable_bytes=sum(map(self._size_of, prunable)))
+        # That quotas cannot be read is the rule on most machines, and no news at every start.
+        return "" if verdict.fits else warning
+
+    def refresh(self) -> None:
+        """Read quotas again, which may take seconds: on a background thread, after each commit."""
+        if self._quotas.known:
+            self._quotas = read_quotas(self._folder)
+
+    def make(self) -> Room:
+        """Make room for one save, as far as retention allows. Raises OSError."""
+        return space.make_room(self._look, lambda: self._retention.apply().deleted)
+
+    def _look(self) -> Verdict:
+        verdict = self._check()
+        if not verdict.fits and self._quotas.known:
+            self._quotas = read_quotas(self._folder)  # what it said is old by now
+            verdict = self._check()
+        return verdict
+
+    def _check(self) -> Verdict:
+        return space.check(
+            self._folder, self._needed_bytes, needed_files=self._needed_files, quotas=self._quotas
+        )
+
+    def _size_of(self, step: int) -> int:
+        try:
+            return manifest.load(self._folder / layout.step_name(step)).size_bytes
+        except (CheckpointError, OSError):
+            return 0

@@ -1,0 +1,202 @@
+"""Saving over time: one save at a time, others put off; failures counted, costs measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.background import SaveResult
+from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.report import SaveReport
+from kempnerforge.checkpoint.tax import StepClock
+from kempnerforge.errors import SaveFailedError
+
+
+@dataclass
+class Snapshot:
+    """What is saved: everything of one step."""
+
+    step: int
+    tensors: Mapping[str, torch.Tensor]
+    objects: Mapping[str, Any]
+    provenance: Provenance
+    config_toml: str
+    before_commit: Callable[[], None]
+    """Runs there before the rename; raises to forbid it."""
+    after_commit: Callable[[], list[str]]
+    """Runs on the first rank's background thread after the commit; returns what went wrong."""
+
+
+@dataclass
+class _Pending:
+    step: int
+    number: int
+    reason: str
+    blocking_s: float = 0.0
+    deferred: int = 0
+
+
+class Saver:
+    """Drives an ``AsyncCheckpointer`` for a loop. All ranks make the same calls in the same order."""
+
+    def __init__(
+        self,
+        checkpointer: AsyncCheckpointer,
+        folder: Path,
+        group: dist.ProcessGroup | None,
+        *,
+        max_failed_saves: int,
+    ) -> None:
+        self._checkpointer = checkpointer
+        self._folder = folder
+        self._group = group
+        self._max_failed_saves = max_failed_saves
+        self._pending: _Pending | None = None
+        self._number = 0
+        self._failed_in_a_row = 0
+        self._put_off: str | None = None
+        self._deferred = 0
+        self._reports: list[SaveReport] = []
+        self.clock = StepClock()
+        self.committed_step: int | None = None
+        """The newest step that this attempt knows to be committed."""
+
+    def settled(self) -> int:
+        """Number of the newest save whose outcome this rank knows; the first rank knows first."""
+        if self._pending is not None and self._checkpointer.poll() is not None:
+            return self._pending.number
+        return self._number - (self._pending is not None)
+
+    def learn(self, settled: int, *, step: int) -> None:
+        """Take in the outcome of the pending save, if ``settled``, which all ranks agreed on, covers it.
+
+        Raises SaveFailedError on all ranks after too many failures in a row.
+        """
+        if self._pending is not None and settled >= self._pending.number:
+            self.settle(step)
+
+    def settle(self, step: int) -> None:
+        """Wait for the outcome of the pending save, if there is one."""
+        if self._pending is not None:
+            self._settle(self._await_outcome(), step)
+
+    def choose(self, due: str | None) -> str | None:
+        """Why to save now: ``due``, or what was put off; None while an earlier save is being written."""
+        reason = due or self._put_off
+        if reason is not None and self._pending is not None:
+            self._put_off = reason
+            self._deferred += 1
+            return None
+        return reason
+
+    def save(self, snapshot: Snapshot, *, reason: str, wait: bool) -> SaveReport:
+        """Begin to save; with ``wait``, return after the commit and raise if there is none."""
+        started = time.perf_counter()
+        self.settle(snapshot.step)
+        if snapshot.step == self.committed_step:
+            return SaveReport(snapshot.step, reason, blocking_s=0.0)
+        self._number += 1
+        self.clock.saved()
+        deferred, self._deferred, self._put_off = self._deferred, 0, None
+        pending = _Pending(snapshot.step, self._number, reason, deferred=deferred)
+        try:
+            self._checkpointer.begin_save(
+                snapshot.tensors,
+                self._folder / layout.step_name(snapshot.step),
+                self._group,
+                extra_objects=snapshot.objects,
+                provenance=snapshot.provenance,
+                config_toml=snapshot.config_toml,
+                before_commit=snapshot.before_commit,
+                after_commit=snapshot.after_commit,
+            )
+        except SaveFailedError as error:
+            pending.blocking_s = time.perf_counter() - started
+            self._pending = pending
+            return self._settle(SaveResult(error=str(error)), snapshot.step, must_hold=wait)
+        self._pending = pending
+        if wait or self._checkpointer.blocks:
+            outcome = self._await_outcome()
+            pending.blocking_s = time.perf_counter() - started
+            self.clock.blocked(pending.blocking_s)
+            return self._settle(outcome, snapshot.step, must_hold=wait)
+        pending.blocking_s = time.perf_counter() - started
+        self.clock.blocked(pending.blocking_s)
+        return SaveReport(snapshot.step, reason, blocking_s=pending.blocking_s, pending=True)
+
+    def skip(self, step: int, reason: str, why: str) -> SaveReport:
+        """Leave a save out; the next one that is due is looked at anew."""
+        self._put_off = None
+        report = SaveReport(step, reason, blocking_s=0.0, skipped=why)
+        self._reports.append(report)
+        return report
+
+    def wait_for_staging(self) -> None:
+        """Return when tensors may be changed; the time counts as blocking."""
+        if self._pending is None:
+            return
+        started = time.perf_counter()
+        self._checkpointer.wait_for_staging()
+        waited_s = time.perf_counter() - started
+        self._pending.blocking_s += waited_s
+        self.clock.blocked(waited_s)
+
+    def reports(self) -> list[SaveReport]:
+        """Outcomes since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
+
+    def wait(self) -> None:
+        """Let what is pending end, without raising."""
+        self._checkpointer.join()
+
+    def close(self) -> None:
+        """Let what is pending end, without raising; end the writer."""
+        self._checkpointer.close()
+
+    def _await_outcome(self) -> SaveResult:
+        try:
+            result = self._checkpointer.wait()
+        except SaveFailedError as error:
+            return SaveResult(error=str(error))
+        assert result is not None
+        return result
+
+    def _settle(self, result: SaveResult, step: int, *, must_hold: bool = False) -> SaveReport:
+        pending, self._pending = self._pending, None
+        assert pending is not None
+        report = SaveReport(
+            pending.step,
+            pending.reason,
+            blocking_s=pending.blocking_s,
+            write_s=result.write_s,
+            commit_s=result.commit_s,
+            total_s=result.total_s,
+            size_bytes=result.size_bytes,
+            lag_steps=step - pending.step,
+            deferred=pending.deferred,
+            overhead_pct=self.clock.overhead_pct,
+            error=result.error,
+            warnings=tuple(result.warnings),
+        )
+        self._reports.append(report)
+        if not result.error:
+            self._failed_in_a_row = 0
+            self.committed_step = pending.step
+            return report
+        self._failed_in_a_row += 1
+        if must_hold or self._failed_in_a_row >= self._max_failed_saves:
+            count = self._failed_in_a_row
+            times = "1 save" if count == 1 else f"{count} saves in a row"
+            raise SaveFailedError(
+                f"{times} failed; the newest committed step is {self.committed_step}. {result.error}"
+            )
+        return report

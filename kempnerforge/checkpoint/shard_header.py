@@ -1,0 +1,74 @@
+"""The header of a shard file, read without trusting a byte of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from kempnerforge.checkpoint.index import ITEM_BYTES, Chunk
+
+MAX_HEADER_BYTES = 100_000_000
+"""What safetensors itself accepts."""
+
+HeaderEntry = tuple[str, Chunk]
+"""dtype, and the chunk as the index would have it."""
+
+
+def read(path: Path) -> dict[str, HeaderEntry]:
+    """Name -> dtype and chunk of everything in the shard at ``path``.
+
+    Raises ValueError, saying what is wrong, for a file that is not laid out as format 1 says: tensors one
+    after the other without gaps up to the end of the file, each listed in DCP's sharding entry. OSError as it
+    comes.
+    """
+    with open(path, "rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise ValueError("it is too short to have a header")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size_bytes - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"its header would have {length} bytes")
+        raw = file.read(length)
+    data_begin = 8 + length
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_repeats)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"its header cannot be parsed ({error})") from None
+    try:
+        offsets = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
+        found = {name: _entry(path.name, name, body, offsets, data_begin) for name, body in header.items()}
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"its header lacks something or has it in another form ({error!r})") from None
+    if extra := offsets.keys() - found.keys():
+        raise ValueError(f"its sharding entry names {sorted(extra)[0]}, which it does not hold")
+    end = data_begin
+    for name, (_, chunk) in sorted(found.items(), key=lambda item: (item[1][1].begin, item[1][1].end)):
+        if chunk.begin != end:
+            raise ValueError(f"{name} begins at byte {chunk.begin}, and what is before it ends at {end}")
+        end = chunk.end
+    if end != size_bytes:
+        raise ValueError(f"its tensors end at byte {end} of {size_bytes}")
+    return found
+
+
+def _entry(file: str, name: str, body: dict[str, Any], offsets: dict[str, Any], begin: int) -> HeaderEntry:
+    dtype, sizes = body["dtype"], tuple(int(size) for size in body["shape"])
+    first, last = (int(place) for place in body["data_offsets"])
+    place = tuple(int(offset) for offset in offsets[name]["saved_offsets"])
+    if dtype not in ITEM_BYTES or min((*sizes, *place, 0)) < 0:
+        raise ValueError(f"{name} has dtype {dtype!r}, shape {sizes}, offsets {place}")
+    if last - first != math.prod(sizes) * ITEM_BYTES[dtype]:
+        raise ValueError(f"{name} is {dtype} of shape {sizes} in {last - first} bytes")
+    return dtype, Chunk(file, begin + first, begin + last, place, sizes)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice in its header")
+    return found

@@ -1,0 +1,169 @@
+"""Whether a save fits, and what to do when it does not.
+
+The bytes of a save are known before it begins, so a full disk is met before the first byte and not in the
+middle of a shard. The order is fixed: a save that fits goes ahead; else what retention allows is deleted and
+the disk is looked at again; else this save is left out, loudly, and training goes on. Somebody else may fill
+the disk between the look and the write: then the save fails, leaves nothing behind and is counted as failed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from kempnerforge.checkpoint.quota import Quotas
+from kempnerforge.errors import NoSpaceError
+
+RESERVE_BYTES = 64 << 20
+"""Left free for what a run writes beside its checkpoints: metrics, logs, wandb; at most 2% of the disk."""
+RESERVE_FILES = 64
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one save fits in a folder."""
+
+    folder: Path
+    needed_bytes: int
+    needed_files: int
+    free_bytes: int | None
+    """The least that any known limit leaves, before the reserve; None when no limit is known."""
+    free_files: int | None
+    limited_by: str
+    """Which limit that is of ``free_bytes``, or of ``free_files`` when those are what is missing."""
+    fits: bool
+    unread: str = ""
+    """Which limits could not be asked for."""
+
+    def __str__(self) -> str:
+        what = f"{_size(self.needed_bytes)} in {self.needed_files} files"
+        have = "room" if self.free_bytes is None else _size(self.free_bytes)
+        files = "" if self.free_files is None else f" and {self.free_files} files"
+        return f"a save needs {what}; {self.folder} has {have}{files} left ({self.limited_by})"
+
+
+class Action(Enum):
+    """What to do about a save that is due."""
+
+    save = "save"
+    prune = "prune"
+    """Delete what retention allows, then look again."""
+    skip = "skip"
+    """Leave this save out; the next one that is due is looked at anew."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """How ``make_room`` ended."""
+
+    verdict: Verdict
+    pruned: list[int] = field(default_factory=list)
+    """Steps that were deleted on the way."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the save may begin."""
+        return self.verdict.fits
+
+    def warning(self, step: int) -> str:
+        """What to say of a save that is left out."""
+        return (
+            f"NO CHECKPOINT of step {step}: {self.verdict}, and retention allows nothing more to be deleted. "
+            "Training goes on; free some space, or set fewer checkpoints to be kept"
+        )
+
+
+def check(
+    folder: Path,
+    needed_bytes: int,
+    *,
+    needed_files: int = 0,
+    reserve_bytes: int = RESERVE_BYTES,
+    quotas: Quotas | None = None,
+) -> Verdict:
+    """Look whether ``needed_bytes`` fit in ``folder``, or where it will be made. ``quotas`` as last read.
+
+    A look costs one system call; reading quotas may take seconds and is the caller's. Raises OSError.
+    """
+    quotas = quotas or Quotas()
+    stat = os.statvfs(_existing(folder))
+    if stat.f_blocks:
+        reserve_bytes = min(reserve_bytes, stat.f_blocks * stat.f_frsize // 50)
+    bytes_left, files_left = {}, {}
+    # Some file systems report zeros for what they do not limit.
+    if stat.f_blocks:
+        bytes_left["file system"] = stat.f_bavail * stat.f_frsize
+    if stat.f_files:
+        files_left["file system"] = stat.f_favail
+    for quota in quotas.known:
+        if quota.free_bytes is not None:
+            bytes_left[quota.whose] = min(quota.free_bytes, bytes_left.get(quota.whose, quota.free_bytes))
+        if quota.free_files is not None:
+            files_left[quota.whose] = min(quota.free_files, files_left.get(quota.whose, quota.free_files))
+    by_bytes = min(bytes_left, key=bytes_left.__getitem__, default="no limit known")
+    by_files = min(files_left, key=files_left.__getitem__, default="no limit known")
+    free_bytes, free_files = bytes_left.get(by_bytes), files_left.get(by_files)
+    bytes_fit = free_bytes is None or needed_bytes + reserve_bytes <= free_bytes
+    files_fit = free_files is None or needed_files + RESERVE_FILES <= free_files
+    return Verdict(
+        folder=folder,
+        needed_bytes=needed_bytes,
+        needed_files=needed_files,
+        free_bytes=free_bytes,
+        free_files=free_files,
+        limited_by=by_files if bytes_fit and not files_fit else by_bytes,
+        fits=bytes_fit and files_fit,
+        unread=quotas.unread,
+    )
+
+
+def decide(verdict: Verdict, *, has_pruned: bool) -> Action:
+    """What comes next for a save that is due. Pure: this is the stated order."""
+    if verdict.fits:
+        return Action.save
+    return Action.skip if has_pruned else Action.prune
+
+
+def make_room(look: Callable[[], Verdict], prune: Callable[[], Sequence[int]]) -> Room:
+    """Follow ``decide`` to its end: look, delete what retention allows if that is needed, look again.
+
+    ``prune`` deletes and returns the steps that went; it keeps the newest sound one. Raises what they raise.
+    """
+    verdict = look()
+    if decide(verdict, has_pruned=False) is not Action.prune:
+        return Room(verdict)
+    pruned = list(prune())
+    return Room(look() if pruned else verdict, pruned)
+
+
+def require_one_save(verdict: Verdict, *, prunable_bytes: int) -> str:
+    """Before training: refuse a run none of whose saves would fit beside its newest checkpoint.
+
+    ``prunable_bytes`` is the size of the checkpoints that retention would delete to make room. Returns a
+    warning when a save fits only after that, or when limits are unknown; empty when all is well. Raises
+    NoSpaceError.
+    """
+    if not verdict.fits:
+        free_bytes = verdict.free_bytes
+        too_large = free_bytes is not None and verdict.needed_bytes > free_bytes + prunable_bytes
+        if not prunable_bytes or too_large:
+            raise NoSpaceError(
+                f"not one checkpoint would fit: {verdict}. Free some space, set checkpoint.dir to a file "
+                "system with more of it, or train without checkpoints (--checkpoint.interval=0 "
+                "--checkpoint.save_last=false)"
+            )
+        return f"{verdict}: older checkpoints will be deleted before the next save"
+    return f"quota not known, so only the file system is watched ({verdict.unread})" if verdict.unread else ""
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"

@@ -1,0 +1,88 @@
+"""What a step holds, read without torch: for looking at it, not for loading it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from kempnerforge.checkpoint import layout, manifest
+from kempnerforge.checkpoint.digest import VerifiedFile
+from kempnerforge.checkpoint.index import Index, TensorEntry
+from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.errors import DamagedCheckpointError
+
+KINDS = ("model", "optimizer", "rng")
+"""First part of a tensor's name; tensors of any other name, headers and small files are ``other``."""
+
+
+def kind_of(tensor_name: str) -> str:
+    """Which of ``KINDS`` a tensor is, or ``other``."""
+    first = tensor_name.partition(".")[0]
+    return first if first in KINDS else "other"
+
+
+@dataclass(frozen=True)
+class StepView:
+    """A step whose manifest, names and sizes are right. The digests of small files are checked when read."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path, *, step: int | None = None) -> StepView:
+        """Look at the step in ``path``. Raises DamagedCheckpointError, MismatchError, OSError."""
+        return cls(path, manifest.load(path, step=step))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all its files, the manifest's own included."""
+        return self.manifest.size_bytes + (self.path / layout.MANIFEST).stat().st_size
+
+    def tensors(self) -> dict[str, TensorEntry]:
+        """All tensors by name, sorted. Raises DamagedCheckpointError, OSError."""
+        with VerifiedFile(self.path / layout.INDEX, self.manifest.files[layout.INDEX]) as file:
+            return dict(Index(file))
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of model, optimizer, rng, and all else. Raises DamagedCheckpointError, OSError."""
+        sums: dict[str, int] = dict.fromkeys((*KINDS, "other"), 0)
+        for name, entry in self.tensors().items():
+            sums[kind_of(name)] += tensor_bytes(entry)
+        sums["other"] += self.size_bytes - sum(sums.values())
+        return sums
+
+    def train_state(self) -> dict[str, Any]:
+        """What is no tensor, tagged JSON as it is stored. Raises DamagedCheckpointError, OSError."""
+        try:
+            body = json.loads(manifest.read_verified(self.path, self.manifest, layout.TRAIN_STATE))
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(f"{layout.TRAIN_STATE} cannot be parsed ({error})") from None
+        if not isinstance(body, dict):
+            raise self._damaged(f"{layout.TRAIN_STATE} is not a JSON object")
+        return body
+
+    def config(self) -> dict[str, Any]:
+        """The run's config as tables; empty when none is stored. Raises DamagedCheckpointError, OSError."""
+        if layout.CONFIG not in self.manifest.files:
+            return {}
+        try:
+            return tomli.loads(manifest.read_verified(self.path, self.manifest, layout.CONFIG).decode())
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(f"{layout.CONFIG} cannot be parsed ({error})") from None
+
+    def shards(self) -> Iterator[str]:
+        """Names of its tensor files."""
+        return (name for name in self.manifest.files if name.endswith(layout.SHARD_SUFFIX))
+
+    def _damaged(self, what: str) -> DamagedCheckpointError:
+        return DamagedCheckpointError(f"{self.path.name} is damaged: {what}")
+
+
+def tensor_bytes(entry: TensorEntry) -> int:
+    """Bytes that the chunks of a tensor take."""
+    return sum(chunk.end - chunk.begin for chunk in entry.chunks)

@@ -1,0 +1,124 @@
+"""``kempnerforge ckpt verify`` and ``diff``: is every byte right, and what differs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kempnerforge.checkpoint import holds
+from kempnerforge.checkpoint.compare import TensorDifferences, changes, compare_tensors
+from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.checkpoint.verify import Verified
+from kempnerforge.checkpoint.verify import verify as verify_step
+from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli.ckpt_paths import AsJson, find_step, find_steps
+from kempnerforge.errors import EXIT_FAULT, CheckpointError, StepNotFoundError
+
+MAX_SHOWN = 20
+"""Lines of one kind that people are shown; --json has all."""
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="STEP_DIR|RUN", help="A step's folder, or a run's.")],
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that read and digest.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of a step, or of all steps of a run. Exit status 0: all sound, 1: one is damaged."""
+    steps, run = find_steps(path)
+    results: list[Verified] = []
+    failed: list[tuple[Path, CheckpointError]] = []
+    for step in steps:
+        try:
+            with text.progress(step.name) as progress:
+                results.append(verify_step(step, threads=threads, progress=progress))
+        except StepNotFoundError:
+            if run is None:
+                raise  # in a run that goes on, retention deletes steps
+            continue
+        except CheckpointError as error:
+            failed.append((step, error))
+        if not as_json:
+            _print_verified(results[-1]) if not failed or failed[-1][0] != step else typer.echo(failed[-1][1])
+    if as_json:
+        body = [{**asdict(one), "path": str(one.path), "sound": one.sound} for one in results]
+        errors = [{"path": str(step), "error": str(error)} for step, error in failed]
+        text.print_json(
+            {"sound": not errors and all(one.sound for one in results), "steps": body, "errors": errors}
+        )
+    if any(not one.sound for one in results):
+        raise typer.Exit(EXIT_FAULT)
+    if failed:
+        raise typer.Exit(failed[0][1].exit_status)
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A step's folder.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one, of any run and layout.")],
+    content: Annotated[
+        bool, typer.Option(help="Compare the bytes of tensors, too; they are read whole.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Say what differs between two steps: config, layout, versions, train state, tensors."""
+    path_a, path_b = find_step(a), find_step(b)
+    with holds.hold(path_a, what="diff"), holds.hold(path_b, what="diff"):
+        view_a, view_b = StepView.open(path_a), StepView.open(path_b)
+        tables = _tables(view_a, view_b)
+        with text.progress("comparing tensors") as progress:
+            tensors = compare_tensors(view_a, view_b, content=content, progress=progress)
+    if as_json:
+        body = {
+            "a": str(path_a),
+            "b": str(path_b),
+            "same": not tensors.any and not any(tables.values()),
+            **tables,
+            "tensors": asdict(tensors),
+        }
+        text.print_json(body)
+        return
+    for name, changed in tables.items():
+        _print_list(
+            f"{name.replace('_', ' ')}: {len(changed) or 'no'} differences",
+            [f"{key}: {text.value(before)} -> {text.value(now)}" for key, (before, now) in changed.items()],
+        )
+    _print_tensors(tensors)
+
+
+def _tables(a: StepView, b: StepView) -> dict[str, dict[str, list[Any]]]:
+    one, other = a.manifest.provenance, b.manifest.provenance
+    return {
+        "config": changes(a.config(), b.config()),
+        "layout": changes(one.layout, other.layout),
+        "versions": changes(one.versions, other.versions),
+        "train_state": changes(a.train_state(), b.train_state()),
+    }
+
+
+def _print_verified(one: Verified) -> None:
+    state = f"sound, {text.size(one.size_bytes)}" if one.sound else "DAMAGED"
+    _print_list(f"{one.path}: {state}", list(one.problems))
+    if one.foreign:
+        typer.echo(f"  not part of it: {', '.join(one.foreign)}")
+
+
+def _print_tensors(found: TensorDifferences) -> None:
+    _print_list(f"tensors only in A: {len(found.only_a)}", list(found.only_a))
+    _print_list(f"tensors only in B: {len(found.only_b)}", list(found.only_b))
+    shapes = [f"{name}: {before} -> {now}" for name, (before, now) in found.shape_or_dtype.items()]
+    _print_list(f"tensors of another shape or dtype: {len(shapes)}", shapes)
+    if found.content is None:
+        typer.echo(f"tensors of the same shape and dtype: {found.equal}; bytes not compared")
+    else:
+        _print_list(f"tensors whose content differs: {len(found.content)}", list(found.content))
+        typer.echo(f"tensors that are the same: {found.equal}")
+
+
+def _print_list(title: str, lines: list[str]) -> None:
+    typer.echo(title)
+    for line in lines[:MAX_SHOWN]:
+        typer.echo(f"  {line}")
+    if len(lines) > MAX_SHOWN:
+        typer.echo(f"  and {len(lines) - MAX_SHOWN} more; --json shows all")

@@ -1,0 +1,72 @@
+"""``kempnerforge ckpt pin``, ``unpin`` and ``prune``: what stays and what goes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kempnerforge.checkpoint import pins
+from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli.ckpt_list import folder_bytes
+from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_policy, find_run, parse_step
+from kempnerforge.errors import EXIT_FAULT, RunFolderError
+
+Step = Annotated[str, typer.Argument(metavar="STEP", help="The step's number.")]
+
+
+def pin(
+    run: RunPath,
+    step: Step,
+    note: Annotated[str, typer.Option(metavar="TEXT", help="Why; ckpt explain shows it.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Keep a step of RUN until it is unpinned, also while a run writes there."""
+    folder, number = find_run(run).folder, parse_step(step)
+    changed = pins.pin(folder, number, note=note)
+    if as_json:
+        text.print_json({"step": number, "pinned": True, "changed": changed})
+    else:
+        typer.echo(f"step {number} {'is pinned' if changed else 'was pinned already'}")
+
+
+def unpin(run: RunPath, step: Step, as_json: AsJson = False) -> None:
+    """Leave a step of RUN to the run's rules again."""
+    folder, number = find_run(run).folder, parse_step(step)
+    changed = pins.unpin(folder, number)
+    if as_json:
+        text.print_json({"step": number, "pinned": False, "changed": changed})
+    else:
+        typer.echo(f"step {number} {'is not pinned any more' if changed else 'was not pinned'}")
+
+
+def prune(
+    run: RunPath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which steps would go.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete the steps of RUN that its config does not keep, as a run does after each save."""
+    found = find_run(run)
+    policy = find_policy(found)
+    if not policy.source:
+        raise RunFolderError(f"{found.folder}: what to keep is not known: {policy.problem}")
+    retention = Retention(found.folder, policy.policy)
+    doomed = [verdict.step for verdict in reversed(retention.verdicts()) if not verdict.keep]
+    sizes = {step: folder_bytes(found.step(step)) for step in doomed}
+    warnings: tuple[str, ...] = ()
+    if not dry_run:
+        done = retention.apply()
+        doomed, warnings = list(done.deleted), done.warnings
+    freed = sum(sizes.get(step, 0) for step in doomed)
+    if as_json:
+        body = {"dry_run": dry_run, "policy_from": policy.source, "steps": doomed, "freed_bytes": freed}
+        text.print_json({**body, "warnings": list(warnings)})
+    else:
+        steps = f"{len(doomed)} {'step' if len(doomed) == 1 else 'steps'}"
+        listed = f": {', '.join(map(str, doomed))}" if doomed else ""
+        typer.echo(f"{'would delete' if dry_run else 'deleted'} {steps} ({text.size(freed)}){listed}")
+        for warning in warnings:
+            typer.echo(warning, err=True)
+    if warnings:
+        raise typer.Exit(EXIT_FAULT)

@@ -1,0 +1,229 @@
+"""``kempnerforge ckpt ls`` and ``explain``: which steps there are, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kempnerforge.checkpoint import layout, lease, manifest, pins
+from kempnerforge.checkpoint.keep import BestN, Verdict, decide
+from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.checkpoint.verify import verify
+from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli.ckpt_paths import AsJson, CheckpointFolder, FoundPolicy, RunPath, find_policy, find_run
+from kempnerforge.errors import EXIT_FAULT, CheckpointError, StepNotFoundError
+
+OTHERS = ("in flight", "being deleted", "quarantined", "rolled back", "late")
+"""Folders that are no committed steps, in the order in which they are shown."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One committed step."""
+
+    step: int
+    path: Path
+    verdict: Verdict
+    problem: str
+    """Why it is not sound; empty when it is, or looks so."""
+    manifest: Manifest | None
+    """None when it cannot be parsed."""
+
+
+def ls(
+    run: RunPath,
+    digests: Annotated[
+        bool, typer.Option("--verify", help="Check every byte, not only manifests, names and sizes.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the steps of RUN: age, size, what each was saved for, why it is kept, whether it is sound.
+
+    With --verify the exit status is 1 when a step is damaged.
+    """
+    found = find_run(run)
+    policy = find_policy(found)
+    steps = list(list_steps(found, policy, digests=digests))
+    others = list_others(found.folder)
+    writer = "" if found.run_dir is None else lease.live_holder(found.run_dir)
+    if as_json:
+        body = {
+            "folder": str(found.folder),
+            "writer": writer or None,
+            "digests_checked": digests,
+            "steps": [_as_json(one, digests=digests) for one in steps],
+            "others": others,
+        }
+        text.print_json(body)
+    else:
+        _print_steps(found, steps, digests=digests, known_policy=bool(policy.source))
+        for other in others:
+            name = Path(other["path"]).name
+            typer.echo(f"{other['what']}: {name}, {text.size(other['size_bytes'])}")
+        if writer:
+            typer.echo(f"a run is writing here: {writer}")
+    if digests and any(one.problem for one in steps):
+        raise typer.Exit(EXIT_FAULT)
+
+
+def explain(run: RunPath, as_json: AsJson = False) -> None:
+    """Say for every step of RUN which rule keeps it, or that it goes after the next save."""
+    found = find_run(run)
+    policy = find_policy(found)
+    verdicts = Retention(found.folder, policy.policy).verdicts()
+    steps = {verdict.step for verdict in verdicts}
+    lost_pins = sorted(step for step in pins.read(found.folder) if step not in steps)
+    if as_json:
+        body = {
+            "folder": str(found.folder),
+            "policy": [rule.describe() for rule in policy.policy.rules] if policy.source else None,
+            "policy_from": policy.source or None,
+            "policy_problem": policy.problem or None,
+            "steps": [_verdict_json(verdict) for verdict in verdicts],
+            "pins_without_step": lost_pins,
+        }
+        text.print_json(body)
+        return
+    rules = "; ".join(rule.describe() for rule in policy.policy.rules)
+    known = f"to be kept, by the config in {policy.source}: {rules}"
+    typer.echo(known if policy.source else f"what else is to be kept is not known: {policy.problem}")
+    for verdict in verdicts:
+        why = "; ".join(reason.text for reason in verdict.reasons)
+        typer.echo(
+            f"step {verdict.step}: {f'kept: {why}' if verdict.keep else _why_not(found, policy, verdict)}"
+        )
+    for step in lost_pins:
+        typer.echo(f"step {step} is pinned, and not there")
+
+
+def list_steps(found: CheckpointFolder, policy: FoundPolicy, *, digests: bool) -> Iterator[Listed]:
+    """The committed steps, newest first; those that vanish meanwhile are left out."""
+    facts = Retention(found.folder, policy.policy).survey()
+    verdicts = {verdict.step: verdict for verdict in decide(facts, policy.policy)}
+    for one in facts:
+        path = found.step(one.step)
+        problem = one.problem
+        if digests and not problem:
+            try:
+                problem = "; ".join(_digest_problems(path))
+            except StepNotFoundError:
+                continue
+        yield Listed(one.step, path, verdicts[one.step], problem, _manifest_of(path))
+
+
+def list_others(folder: Path) -> list[dict[str, Any]]:
+    """Folders in flight, being deleted and set aside, with their bytes so far."""
+    listing = layout.list_folder(folder)
+    groups = [
+        [path for path, _ in listing.temporary],
+        listing.deleting,
+        listing.quarantined,
+        listing.rolled_back,
+        listing.late,
+    ]
+    return [
+        {"what": what, "path": str(path), "size_bytes": folder_bytes(path)}
+        for what, paths in zip(OTHERS, groups, strict=True)
+        for path in sorted(paths)
+        if path.exists()
+    ]
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in ``folder``, leaving out what vanishes meanwhile."""
+    total = 0
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    total += entry.stat(follow_symlinks=False).st_size
+                except FileNotFoundError:
+                    continue
+    except FileNotFoundError:
+        return 0
+    return total
+
+
+def _digest_problems(path: Path) -> tuple[str, ...]:
+    try:
+        with text.progress(path.name) as progress:
+            return verify(path, progress=progress).problems
+    except StepNotFoundError:
+        raise
+    except CheckpointError as error:
+        return (str(error),)
+
+
+def _manifest_of(path: Path) -> Manifest | None:
+    try:
+        return manifest.decode((path / layout.MANIFEST).read_bytes(), where=path.name)
+    except (CheckpointError, OSError):
+        return None
+
+
+def _print_steps(found: CheckpointFolder, steps: list[Listed], *, digests: bool, known_policy: bool) -> None:
+    if not steps:
+        typer.echo(f"{found.folder}: no committed step")
+        return
+    rows = [("step", "age", "size", "saved for", "kept as", "state")]
+    for one in steps:
+        known = one.manifest
+        kept = ", ".join(dict.fromkeys(reason.rule for reason in one.verdict.reasons))
+        unkept = "nothing: goes after the next save" if known_policy else "?"
+        state = f"NOT SOUND: {one.problem}" if one.problem else "sound" if digests else "looks sound"
+        rows.append(
+            (
+                str(one.step),
+                text.age(known.time) if known else "?",
+                text.size(known.size_bytes) if known else "?",
+                known.provenance.reason if known else "?",
+                kept or unkept,
+                state,
+            )
+        )
+    text.print_columns(rows, right=(0, 2))
+
+
+def _as_json(one: Listed, *, digests: bool) -> dict[str, Any]:
+    known = one.manifest
+    provenance = asdict(known.provenance) if known else {}
+    state = "not sound" if one.problem else "sound" if digests else "looks sound"
+    return {
+        **_verdict_json(one.verdict),
+        "path": str(one.path),
+        "state": state,
+        "problem": one.problem or None,
+        "time": known.time if known else None,
+        "size_bytes": known.size_bytes if known else None,
+        "saved_for": provenance.get("reason"),
+        "attempt": provenance.get("attempt"),
+        "parent_step": provenance.get("parent_step"),
+        "metrics": provenance.get("metrics"),
+    }
+
+
+def _verdict_json(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "step": verdict.step,
+        "keep": verdict.keep,
+        "reasons": [asdict(reason) for reason in verdict.reasons],
+    }
+
+
+def _why_not(found: CheckpointFolder, policy: FoundPolicy, verdict: Verdict) -> str:
+    if not policy.source:
+        return "not known"
+    known = _manifest_of(found.step(verdict.step))
+    untaken = [
+        rule.metric
+        for rule in policy.policy.rules
+        if isinstance(rule, BestN) and known and rule.metric not in known.provenance.metrics
+    ]
+    note = f" ({', '.join(untaken)} was not taken at this step)" if untaken else ""
+    return f"goes after the next save: nothing keeps it{note}"

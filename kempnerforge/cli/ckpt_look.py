@@ -1,0 +1,124 @@
+"""``kempnerforge ckpt inspect`` and ``du``: what a step holds, and what takes the room."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.compare import describe
+from kempnerforge.checkpoint.index import TensorEntry
+from kempnerforge.checkpoint.step_view import KINDS, StepView, tensor_bytes
+from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli.ckpt_list import folder_bytes, list_others
+from kempnerforge.cli.ckpt_paths import AsJson, RunPath, StepPath, find_run, find_step
+from kempnerforge.errors import CheckpointError
+
+KIND_COLUMNS: tuple[str, ...] = (*KINDS, "other")
+
+
+def inspect(
+    step_dir: StepPath,
+    match: Annotated[
+        str, typer.Option(metavar="GLOB", help='Only tensors of such names, as "model.*".')
+    ] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """Show what a step holds: where it came from, files, tensors, layout, versions, train state."""
+    view = StepView.open(find_step(step_dir))
+    tensors = {name: entry for name, entry in view.tensors().items() if fnmatch.fnmatchcase(name, match)}
+    if as_json:
+        text.print_json(_as_json(view, tensors))
+        return
+    _print_origin(view)
+    typer.echo("files:")
+    rows = [(f"  {name}", text.size(record.size_bytes)) for name, record in view.manifest.files.items()]
+    text.print_columns(rows, right=(1,))
+    typer.echo("train state:")
+    for key, content in text.flatten(view.train_state()):
+        typer.echo(f"  {key} = {text.value(content)}")
+    typer.echo(f"tensors: {len(tensors)}" + ("" if match == "*" else f" that match {match}"))
+    if tensors:
+        rows = [
+            (f"  {name}", describe(entry), text.size(tensor_bytes(entry)), _chunks(entry))
+            for name, entry in tensors.items()
+        ]
+        text.print_columns(rows, right=(2,))
+
+
+def du(run: RunPath, as_json: AsJson = False) -> None:
+    """Show the bytes of every step of RUN: model, optimizer, rng, other; and of what is no step."""
+    found = find_run(run)
+    steps = []
+    for step in layout.list_folder(found.folder).steps:
+        path = found.step(step)
+        try:
+            kinds: dict[str, int | None] = dict(StepView.open(path, step=step).bytes_by_kind())
+            problem = ""
+        except (CheckpointError, OSError) as error:
+            kinds, problem = dict.fromkeys(KIND_COLUMNS), str(error)
+        total = folder_bytes(path)
+        if path.is_dir():
+            steps.append({"step": step, "bytes": kinds, "total_bytes": total, "problem": problem or None})
+    others = list_others(found.folder)
+    everything = sum(one["total_bytes"] for one in steps) + sum(other["size_bytes"] for other in others)
+    if as_json:
+        body = {"folder": str(found.folder), "steps": steps, "others": others, "total_bytes": everything}
+        text.print_json(body)
+        return
+    rows: list[tuple[str, ...]] = [("step", *KIND_COLUMNS, "total")]
+    for one in steps:
+        cells = [text.size(size) if size is not None else "?" for size in one["bytes"].values()]
+        rows.append((str(one["step"]), *cells, text.size(one["total_bytes"])))
+    text.print_columns(rows, right=range(len(rows[0])))
+    for other in others:
+        typer.echo(f"{other['what']}: {Path(other['path']).name}, {text.size(other['size_bytes'])}")
+    typer.echo(f"all: {text.size(everything)} in {found.folder}")
+
+
+def _print_origin(view: StepView) -> None:
+    known = view.manifest.provenance
+    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(view.manifest.time))
+    parent = "" if known.parent_step is None else f", after step {known.parent_step}"
+    lines = {
+        "step": "not of a run" if known.step is None else f"{known.step}, saved for: {known.reason}",
+        "run": f"{known.run_id or 'unknown'}, attempt {known.attempt}{parent}",
+        "time": f"{saved}, {text.age(view.manifest.time)} ago",
+        "size": text.size(view.size_bytes),
+        "layout": _pairs(known.layout),
+        "versions": _pairs(known.versions),
+        "metrics": _pairs(known.metrics),
+    }
+    typer.echo(str(view.path))
+    for name, content in lines.items():
+        if content:
+            typer.echo(f"{name}: {content}")
+
+
+def _pairs(table: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {content}" for name, content in table.items())
+
+
+def _chunks(entry: TensorEntry) -> str:
+    files = dict.fromkeys(chunk.file for chunk in entry.chunks)
+    return next(iter(files)) if len(files) == 1 else f"{len(entry.chunks)} chunks in {len(files)} files"
+
+
+def _as_json(view: StepView, tensors: dict[str, TensorEntry]) -> dict[str, Any]:
+    return {
+        "path": str(view.path),
+        **asdict(view.manifest.provenance),
+        "time": view.manifest.time,
+        "size_bytes": view.size_bytes,
+        "files": {name: record.size_bytes for name, record in view.manifest.files.items()},
+        "tensors": {
+            name: {**asdict(entry), "size_bytes": tensor_bytes(entry)} for name, entry in tensors.items()
+        },
+        "train_state": view.train_state(),
+        "config": view.config(),
+    }

@@ -1,0 +1,146 @@
+"""What the paths on the command line of ``kempnerforge ckpt`` mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kempnerforge.checkpoint import layout, run_record
+from kempnerforge.checkpoint.keep import KeepPolicy
+from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.errors import CheckpointError, RunFolderError, StepNotFoundError
+
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder, or the folder that its checkpoints are in.")
+]
+StepPath = Annotated[
+    Path, typer.Argument(metavar="STEP_DIR", help="A step's folder, or the link RUN/checkpoints/latest.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """Where the checkpoints of a run are."""
+
+    folder: Path
+    run_dir: Path | None
+    """The run's own folder; None when only its checkpoints were given."""
+
+    def step(self, step: int) -> Path:
+        """Where a committed step is."""
+        return self.folder / layout.step_name(step)
+
+
+def find_run(path: Path) -> CheckpointFolder:
+    """The checkpoint folder that RUN means. Raises RunFolderError."""
+    try:
+        if not path.is_dir():
+            raise RunFolderError(f"{path} {'is not a folder' if path.exists() else 'does not exist'}")
+        record = run_record.read(path)
+        if record is not None:
+            return CheckpointFolder(record.checkpoint_folder(path), path)
+        if (path / "checkpoints").is_dir():
+            return CheckpointFolder(path / "checkpoints", path)
+        if _is_step(path):
+            raise RunFolderError(f"{path} is one step; give the run's folder, or {path.parent}")
+        parent = run_record.read(path.absolute().parent)
+        if parent is not None and parent.checkpoint_folder(path.absolute().parent) == path.absolute():
+            return CheckpointFolder(path, path.absolute().parent)
+        if layout.list_folder(path) != layout.FolderListing():
+            return CheckpointFolder(path, None)
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {error}") from error
+    raise RunFolderError(
+        f"{path} has no checkpoints; give a run's folder, such as runs/NAME, or the folder its steps are in"
+    )
+
+
+def find_step(path: Path) -> Path:
+    """The folder that STEP_DIR means, links followed. Raises StepNotFoundError, RunFolderError."""
+    try:
+        real = path.resolve(strict=True)
+        if real.is_dir() and _is_step(real):
+            return real
+        if not real.is_dir():
+            raise StepNotFoundError(f"{path} is a file; give the step's folder")
+    except FileNotFoundError:
+        raise StepNotFoundError(f"{path} does not exist{_known_steps(path.parent)}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise RunFolderError(f"{path} cannot be read: {error}") from error
+    hint = _known_steps(path) or _known_steps(path / "checkpoints")
+    raise StepNotFoundError(f"{path} is not the folder of one step: it has no {layout.MANIFEST}{hint}")
+
+
+def find_steps(path: Path) -> tuple[list[Path], CheckpointFolder | None]:
+    """What STEP_DIR|RUN means: one step, or all committed steps of a run, newest first, and the run."""
+    if path.is_dir() and _is_step(path.resolve()):
+        return [path.resolve()], None
+    run = find_run(path)
+    steps = layout.list_folder(run.folder).steps
+    if not steps:
+        raise StepNotFoundError(f"{run.folder} has no committed step")
+    return [run.step(step) for step in steps], run
+
+
+def parse_step(text: str) -> int:
+    """The step in ``1000`` or ``step_00001000``. Raises StepNotFoundError."""
+    is_number = text.isascii() and text.isdecimal() and len(text) < 19
+    step = int(text) if is_number else layout.step_number(text)
+    if step is None:
+        raise StepNotFoundError(f"{text!r} is not a step; write its number, such as 1000")
+    return step
+
+
+@dataclass(frozen=True)
+class FoundPolicy:
+    """What a run keeps, as far as its checkpoints tell."""
+
+    policy: KeepPolicy
+    source: str
+    """The step whose config it is; empty when none was found."""
+    problem: str = ""
+    """Why there is none."""
+
+
+def find_policy(run: CheckpointFolder) -> FoundPolicy:
+    """The policy in the config of the newest sound step; an empty one when there is none."""
+    for step in layout.committed_steps(run.folder):
+        try:
+            config = StepView.open(run.step(step), step=step).config()
+        except (CheckpointError, OSError):
+            continue
+        if "checkpoint" not in config:
+            return FoundPolicy(KeepPolicy(), "", f"step {step} has no config of a run")
+        return _policy_of(config["checkpoint"], layout.step_name(step))
+    return FoundPolicy(KeepPolicy(), "", "no step looks sound")
+
+
+def _policy_of(table: object, source: str) -> FoundPolicy:
+    # Here, not above: pydantic takes longer to import than most commands take.
+    from pydantic import ValidationError
+
+    from kempnerforge.config.checkpoint import CheckpointConfig
+
+    try:
+        return FoundPolicy(KeepPolicy.from_config(CheckpointConfig.model_validate(table)), source)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, ('checkpoint', *first['loc'])))}: {first['msg']}"
+        return FoundPolicy(KeepPolicy(), "", f"the config in {source} is not of this version ({what})")
+
+
+def _is_step(path: Path) -> bool:
+    named = layout.step_number(path.name) is not None or layout.is_set_aside(path.name)
+    return named or (path / layout.MANIFEST).is_file()
+
+
+def _known_steps(folder: Path) -> str:
+    try:
+        steps = layout.committed_steps(folder)
+    except OSError:
+        return ""
+    return f"; steps in {folder}: {', '.join(map(str, steps))}" if steps else ""

@@ -1,0 +1,89 @@
+"""``kempnerforge config``: check, show and document configurations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kempnerforge.config.overrides import split_positionals
+from kempnerforge.config.reference import json_schema
+from kempnerforge.config.run import PLACEHOLDER
+from kempnerforge.config.schema import JobConfig, LoadedJob, load_job
+from kempnerforge.config.toml_text import render
+
+app = typer.Typer(help="Check, show and document configurations.", no_args_is_help=True)
+
+# click must leave --section.key alone: it hands all that it does not know on, in order.
+OVERRIDABLE = {"ignore_unknown_options": True}
+
+FileAndOverrides = Annotated[
+    list[str],
+    typer.Argument(metavar="FILE [--section.key=value ...]", help="The TOML file, and overrides."),
+]
+
+
+@app.command(context_settings=OVERRIDABLE)
+def check(
+    arguments: FileAndOverrides,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Check the layout for this number of processes too.")
+    ] = None,
+) -> None:
+    """Say whether FILE is valid; if not, everything that is wrong with it."""
+    file, overrides = _file_and_overrides(arguments)
+    job = load_job(file, overrides, world_size=world_size, inside_job=False).job
+    typer.echo(f"{file}: valid")
+    for line in _facts(job, world_size):
+        typer.echo(f"  {line}")
+
+
+@app.command(context_settings=OVERRIDABLE)
+def show(arguments: FileAndOverrides) -> None:
+    """Print FILE with defaults and overrides filled in, and where each value came from."""
+    file, overrides = _file_and_overrides(arguments)
+    typer.echo(_annotated(load_job(file, overrides, inside_job=False)), nl=False)
+
+
+@app.command()
+def schema(
+    file: Annotated[
+        Path | None, typer.Argument(help="Not read: the schema is the same for all files.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of configuration files, for editors."""
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _file_and_overrides(arguments: list[str]) -> tuple[str, list[str]]:
+    positionals, overrides = split_positionals(arguments)
+    if not positionals:
+        raise typer.BadParameter("FILE is missing")
+    # More than one is a fault among the overrides, reported with all others.
+    return positionals[0], [*overrides, *positionals[1:]]
+
+
+def _annotated(loaded: LoadedJob) -> str:
+    return render(loaded.job.model_dump(mode="json"), comment=lambda key: loaded.sources[key])
+
+
+def _facts(job: JobConfig, world_size: int | None) -> list[str]:
+    """What a valid configuration amounts to."""
+    facts = [f"{job.model.num_parameters:,} parameters"]
+    if world_size is None:
+        facts.append("layout: not checked; give --world-size N")
+    else:
+        layout = job.geometry(world_size)
+        tokens = layout.global_batch_size * job.train.seq_len
+        processes = "1 process" if world_size == 1 else f"{world_size} processes"
+        facts += [
+            f"{processes}: dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard}"
+            f" x tp {layout.tp} x pp {layout.pp}",
+            f"global batch: {layout.global_batch_size} sequences ({tokens:,} tokens),"
+            f" {layout.accumulation_steps} x batch_size {job.train.batch_size} on each data-parallel rank",
+        ]
+    if job.run.dir and (found := PLACEHOLDER.findall(job.run.dir)):
+        facts.append(f"run.dir: {', '.join(f'{{{name}}}' for name in found)} is filled in by the SLURM job")
+    return facts

@@ -1,0 +1,97 @@
+"""``[checkpoint]``: when and how to save, what to keep, what to start from."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from kempnerforge.config.section import AtLeastOne, AtLeastZero, NonEmpty, Positive, Section
+
+LoadablePart = Literal["model", "optimizer", "scheduler", "data", "rng"]
+
+
+class AsyncCheckpointMode(str, Enum):  # noqa: UP042 - code in the field formats members as plain strings
+    """What the training loop waits for when it saves."""
+
+    disabled = "disabled"
+    """The commit: written, durable and published."""
+    async_ = "async"
+    """The copy to host buffers; writing and commit happen behind."""
+    async_pinned = "async_with_pinned_mem"
+    """Only what the copy has not finished when the optimizer is about to step."""
+
+
+class DynCkptWindow(Section):
+    """Steps early in a run, where much changes, that are saved beside the regular ones."""
+
+    start: AtLeastOne = 1
+    """First step of the window."""
+
+    stop: AtLeastOne
+    """Last step of the window."""
+
+    strategy: Literal["power2"] = "power2"
+    """Which steps of it are saved: power2: 1, 2, 4, 8 and so on."""
+
+
+class CheckpointConfig(Section):
+    """When and how to save, what to keep, what to start from."""
+
+    dir: NonEmpty | None = None
+    """Where the checkpoints are; none means checkpoints/ in the run's folder."""
+
+    interval: AtLeastZero = 100
+    """Steps between saves; 0 means that no number of steps makes a save due."""
+
+    interval_minutes: Positive | None = None
+    """A save is due, too, when the last one is this many minutes ago."""
+
+    at_steps: list[AtLeastOne] = []  # noqa: RUF012 - pydantic copies it
+    """Further steps to save."""
+
+    dyn_ckpt_window: DynCkptWindow | None = None
+    """Early training dynamics: a window of steps to save more densely."""
+
+    save_first: bool = False
+    """Save step 0 too: the weights that training starts from."""
+
+    save_last: bool = True
+    """Commit the last step when the run ends, however it was asked to."""
+
+    # Not strict: TOML has strings where Python has members.
+    async_mode: Annotated[AsyncCheckpointMode, Field(strict=False)] = AsyncCheckpointMode.disabled
+    """What training waits for at a save: disabled: the commit; async: the copy to host memory;
+    async_with_pinned_mem: only what of that copy the next step does not hide."""
+
+    max_host_memory_gb: Positive | None = None
+    """Bound on the host memory of a node for the buffers that saving needs, checked before training;
+    none means what the system has to spare. They take one copy of what a node's ranks write."""
+
+    keep_last_n: AtLeastOne = 3
+    """How many of the newest checkpoints are kept. What other rules keep comes on top."""
+
+    keep_every_n_steps: AtLeastOne | None = None
+    """Keep for ever the first checkpoint at or after each multiple of this many steps."""
+
+    keep_steps: list[AtLeastZero] = []  # noqa: RUF012 - pydantic copies it
+    """Milestones: keep for ever the first checkpoint at or after each of these steps."""
+
+    keep_best_n: AtLeastOne | None = None
+    """Keep, too, this many checkpoints: those with the best values of best_metric."""
+
+    best_metric: NonEmpty | None = None
+    """The metric that keep_best_n goes by, such as "eval/loss"; only steps at which it was taken compete."""
+
+    best_mode: Literal["min", "max"] = "min"
+    """Whether the lowest or the highest values of best_metric are the best."""
+
+    load_path: NonEmpty | None = None
+    """Warm start: the checkpoint folder that a run without committed steps begins from."""
+
+    exclude_from_loading: list[LoadablePart] = []  # noqa: RUF012 - pydantic copies it
+    """Parts that a warm start leaves out of load_path."""
+
+    max_failed_saves: AtLeastOne = 3
+    """Failed saves in a row after which the run stops."""

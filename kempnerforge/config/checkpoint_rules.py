@@ -1,0 +1,124 @@
+"""Rules about ``[checkpoint]``: what is saved and kept must be able to happen. See ``rules``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kempnerforge.config.checkpoint import CheckpointConfig
+from kempnerforge.config.evaluation import EvalConfig
+from kempnerforge.config.names import nearest
+from kempnerforge.config.run import PLACEHOLDER
+from kempnerforge.config.train import TrainConfig
+from kempnerforge.errors import Fault
+
+METRICS = ("eval/loss", "train/loss")
+"""Metrics that a training run stores with a checkpoint, if they were taken at its step."""
+
+
+def checkpoint_dir_is_plain(checkpoint: CheckpointConfig) -> list[Fault]:
+    """Only ``run.dir`` expands placeholders; elsewhere they would quietly name a folder."""
+    found = PLACEHOLDER.search(checkpoint.dir or "")
+    if found is None:
+        return []
+    problem = f"{found[0]} is not expanded here"
+    return [Fault("checkpoint.dir", problem, "put it into run.dir, or write the folder out")]
+
+
+def saves_happen(checkpoint: CheckpointConfig, train: TrainConfig) -> list[Fault]:
+    """A run that asks for checkpoints gets at least one."""
+    if checkpoint.save_last or checkpoint.save_first or checkpoint.interval_minutes is not None:
+        return []
+    steps = _scheduled_steps(checkpoint)
+    if not steps or min(steps) <= train.max_steps:
+        return []
+    key = "interval" if checkpoint.interval else "at_steps" if checkpoint.at_steps else "dyn_ckpt_window"
+    problem = f"{min(steps)} is more than train.max_steps {train.max_steps}, and save_last is false"
+    fits = f"at most {train.max_steps}, or 0 for no checkpoints, or set save_last = true"
+    return [Fault(f"checkpoint.{key}", problem, f"no checkpoint would be written: {fits}")]
+
+
+def _scheduled_steps(checkpoint: CheckpointConfig) -> list[int]:
+    """The steps that are listed, those of the window, and the first one of the interval."""
+    steps = [*checkpoint.at_steps, *_window_steps(checkpoint)]
+    return [*steps, checkpoint.interval] if checkpoint.interval else steps
+
+
+def _window_steps(checkpoint: CheckpointConfig) -> list[int]:
+    window = checkpoint.dyn_ckpt_window
+    if window is None:
+        return []
+    powers = (1 << exponent for exponent in range(window.stop.bit_length()))
+    return [step for step in powers if window.start <= step <= window.stop]
+
+
+def dynamics_window_holds_steps(checkpoint: CheckpointConfig) -> list[Fault]:
+    """The window of early saves holds a power of two."""
+    window = checkpoint.dyn_ckpt_window
+    if window is None or _window_steps(checkpoint):
+        return []
+    problem = f"{window.stop}: no power of two lies between start {window.start} and stop {window.stop}"
+    fits = f"{1 << (window.start - 1).bit_length()} or more would fit"
+    return [Fault("checkpoint.dyn_ckpt_window.stop", problem, fits)]
+
+
+def milestones_are_saved(checkpoint: CheckpointConfig, train: TrainConfig) -> list[Fault]:
+    """Each milestone within the run is a step that is saved."""
+    interval, saved = checkpoint.interval, {*checkpoint.at_steps, *_window_steps(checkpoint)}
+    if checkpoint.save_first:
+        saved.add(0)
+    if checkpoint.save_last:
+        saved.add(train.max_steps)
+    missed = [
+        step
+        for step in checkpoint.keep_steps
+        if step <= train.max_steps and step not in saved and not (interval and step and step % interval == 0)
+    ]
+    if not missed:
+        return []
+    steps = ", ".join(map(str, missed))
+    how = "set save_first = true" if missed == [0] else f"put {steps} into at_steps too"
+    return [Fault("checkpoint.keep_steps", f"nothing is set to save {steps}", how)]
+
+
+def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> list[Fault]:
+    """Keeping the best needs a metric, and one that this run takes."""
+    count, metric = checkpoint.keep_best_n, checkpoint.best_metric
+    if count is None:
+        return [
+            Fault(f"checkpoint.{key}", f'"{value}" has no effect without keep_best_n', "set keep_best_n too")
+            for key, value, unset in (
+                ("best_metric", metric, None),
+                ("best_mode", checkpoint.best_mode, "min"),
+            )
+            if value != unset
+        ]
+    if metric is None:
+        problem = f"{count}: it is not said by which metric"
+        return [Fault("checkpoint.keep_best_n", problem, 'set best_metric, such as "eval/loss"')]
+    if metric not in METRICS:
+        close = nearest(metric, list(METRICS))
+        listed = " | ".join(f'"{name}"' for name in METRICS)
+        hint = f'did you mean "{close}"? allowed: {listed}' if close else f"allowed: {listed}"
+        return [Fault("checkpoint.best_metric", f'"{metric}" is not a metric of checkpoints', hint)]
+    if metric.startswith("eval/") and eval.interval == 0:
+        problem = f'"{metric}" is never taken: eval.interval is 0'
+        return [Fault("checkpoint.best_metric", problem, "set eval.interval, or choose a train/ metric")]
+    return []
+
+
+def exclusions_have_a_source(checkpoint: CheckpointConfig) -> list[Fault]:
+    """``exclude_from_loading`` is about a warm start."""
+    if not checkpoint.exclude_from_loading or checkpoint.load_path is not None:
+        return []
+    problem = "has no effect without checkpoint.load_path: a resume always loads everything"
+    return [Fault("checkpoint.exclude_from_loading", problem, "set load_path, or leave it out")]
+
+
+RULES: tuple[Callable[..., list[Fault]], ...] = (
+    checkpoint_dir_is_plain,
+    saves_happen,
+    dynamics_window_holds_steps,
+    milestones_are_saved,
+    best_goes_by_a_metric,
+    exclusions_have_a_source,
+)

@@ -1,0 +1,161 @@
+"""What the sections say about themselves: their keys, in words. Serves ``--help`` and error messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from kempnerforge.config.section import Section
+
+PLAIN_TYPES = {int: "integer", float: "number", bool: "true or false", str: "text", NoneType: "none"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One settable key."""
+
+    name: str
+    """Dotted name below the section that was walked, such as ``train.batch_size``."""
+    field: FieldInfo
+
+    @property
+    def allowed(self) -> str:
+        """Type and bounds in words, such as ``integer >= 1 or none``."""
+        return type_in_words(self.field.annotation, self.field.metadata)
+
+    @property
+    def default(self) -> str:
+        """Default as TOML would write it, ``none``, or ``required``."""
+        return "required" if self.field.is_required() else value_in_words(self.field.get_default())
+
+    @property
+    def doc(self) -> str:
+        """Documentation of the key, on one line."""
+        return " ".join((self.field.description or "").split())
+
+
+def walk_keys(section: type[Section], prefix: str = "") -> Iterator[Key]:
+    """All keys of ``section`` that hold a value, optional tables and what is in them included, in order."""
+    for name, field in section.model_fields.items():
+        nested = nested_section(field)
+        if nested is None or is_optional(field):
+            yield Key(prefix + name, field)
+        if nested is not None:
+            yield from walk_keys(nested, f"{prefix}{name}.")
+
+
+def nested_section(field: FieldInfo) -> type[Section] | None:
+    """The section that ``field`` holds, optional or not; None when it holds a plain value."""
+    for option in _options(field.annotation):
+        if isinstance(option, type) and issubclass(option, Section):
+            return option
+    return None
+
+
+def is_optional(field: FieldInfo) -> bool:
+    """Whether ``field`` may be None."""
+    return NoneType in _options(field.annotation)
+
+
+def takes_text(field: FieldInfo) -> bool:
+    """Whether ``field`` may hold any string (not only some listed ones)."""
+    return any(_without_bounds(option)[0] is str for option in _options(field.annotation))
+
+
+def known_values(field: FieldInfo) -> list[str]:
+    """The strings that a literal or enum field accepts, those inside a list included."""
+    found: list[str] = []
+    for option in _options(field.annotation):
+        inner = _without_bounds(option)[0]
+        for kind in (inner, *get_args(inner)):
+            found += [value for value in _listed_values(kind) if isinstance(value, str)]
+    return found
+
+
+def type_in_words(annotation: Any, metadata: list[Any]) -> str:
+    """Type and bounds for people: ``integer >= 1``, ``"a" | "b"``, ``list of text``."""
+    kind, inner_metadata = _without_bounds(annotation)
+    bounds = _Bounds([*metadata, *inner_metadata])
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(type_in_words(option, []) for option in get_args(kind))
+    if listed := _listed_values(kind):
+        return " | ".join(value_in_words(value) for value in listed)
+    if get_origin(kind) is list:
+        return f"list of {type_in_words(get_args(kind)[0], [])}"
+    if get_origin(kind) is tuple:
+        return f"[{', '.join(type_in_words(item, []) for item in get_args(kind))}]"
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return f"table with {', '.join(kind.model_fields)}"
+    if bounds.only_value is not None:
+        return value_in_words(bounds.only_value)
+    return f"{PLAIN_TYPES[kind]}{bounds}"
+
+
+def value_in_words(value: Any) -> str:
+    """A value as TOML would write it; long ones are cut."""
+    if value is None:
+        return "none"
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, (str, bool)):
+        text = json.dumps(value, ensure_ascii=False)
+    elif isinstance(value, (list, tuple)):
+        text = f"[{', '.join(value_in_words(item) for item in value)}]"
+    elif isinstance(value, dict):
+        text = f"{{{', '.join(f'{key} = {value_in_words(item)}' for key, item in value.items())}}}"
+    else:
+        text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class _Bounds:
+    """The limits that a field's metadata state, in words."""
+
+    def __init__(self, metadata: list[Any]) -> None:
+        self._limits: dict[str, Any] = {}
+        for item in metadata:
+            for name in ("ge", "gt", "le", "lt", "pattern"):
+                if (limit := getattr(item, name, None)) is not None:
+                    self._limits[name] = limit
+
+    @property
+    def only_value(self) -> Any:
+        """The value, when the limits leave just one; else None."""
+        low, high = self._limits.get("ge"), self._limits.get("le")
+        return low if low == high else None
+
+    def __str__(self) -> str:
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        parts = [f"{sign} {self._limits[name]}" for name, sign in signs.items() if name in self._limits]
+        text = f" {' and '.join(parts)}" if parts else ""
+        return f"{text} matching {self._limits['pattern']}" if "pattern" in self._limits else text
+
+
+def _options(annotation: Any) -> list[Any]:
+    """The members of a union, or the annotation itself."""
+    if get_origin(annotation) in (Union, UnionType):
+        return list(get_args(annotation))
+    return [annotation]
+
+
+def _without_bounds(annotation: Any) -> tuple[Any, list[Any]]:
+    """``Annotated[X, Field(ge=1)]`` -> X and the metadata of its Field."""
+    if get_origin(annotation) is not Annotated:
+        return annotation, []
+    kind, *extras = get_args(annotation)
+    return kind, [item for extra in extras if isinstance(extra, FieldInfo) for item in extra.metadata]
+
+
+def _listed_values(kind: Any) -> list[Any]:
+    """The values of a ``Literal`` or an ``Enum``; none for other types."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return [member.value for member in kind]
+    return []

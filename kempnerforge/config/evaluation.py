@@ -1,0 +1,15 @@
+"""``[eval]``: validation while training."""
+
+from __future__ import annotations
+
+from kempnerforge.config.section import AtLeastOne, AtLeastZero, Section
+
+
+class EvalConfig(Section):
+    """Validation while training."""
+
+    interval: AtLeastZero = 0
+    """Steps between validations; 0 means none."""
+
+    num_batches: AtLeastOne = 8
+    """Batches per validation."""

@@ -1,0 +1,89 @@
+"""Pydantic's errors -> faults that name key, value, what is allowed and the nearest known name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from kempnerforge.config.describe import known_values, nested_section, type_in_words, value_in_words
+from kempnerforge.config.names import nearest, suggest_key
+from kempnerforge.config.section import Section
+from kempnerforge.errors import Fault
+
+COMPLAINTS = {
+    "int_type": "is not an integer",
+    "float_type": "is not a number",
+    "finite_number": "is not a finite number",
+    "bool_type": "is not true or false",
+    "string_type": "is not text",
+    "list_type": "is not a list",
+    "tuple_type": "is not a list",
+    "model_type": "is not a table",
+    "greater_than": "is too small",
+    "greater_than_equal": "is too small",
+    "less_than": "is too large",
+    "less_than_equal": "is too large",
+}
+"""Pydantic's error type -> what is wrong with a value. Others are just "not allowed"."""
+
+
+def section_faults(
+    error: ValidationError, table: str, value: Any, section: type[Section], root: type[Section]
+) -> list[Fault]:
+    """One fault for each key of ``table`` that ``error`` names; ``value`` is the table as it was given."""
+    grouped: dict[str, list[str]] = {}
+    fields: dict[str, FieldInfo | None] = {}
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
+        parts, field = _resolve(item["loc"], section)
+        key = ".".join([table, *parts])
+        grouped.setdefault(key, []).append(item["type"])
+        fields[key] = field
+    return [_fault(key, kinds, fields[key], _at(key, table, value), root) for key, kinds in grouped.items()]
+
+
+def _resolve(location: tuple[int | str, ...], section: type[Section]) -> tuple[list[str], FieldInfo | None]:
+    """The keys in a pydantic location, without list positions and union members, and the last key's field."""
+    parts: list[str] = []
+    field: FieldInfo | None = None
+    table: type[Section] | None = section
+    for part in location:
+        if table is None:
+            break
+        parts.append(str(part))
+        field = table.model_fields.get(str(part))
+        table = nested_section(field) if field else None
+    return parts, field
+
+
+def _at(key: str, table: str, value: Any) -> Any:
+    """The value of ``key`` in what was given for ``table``; None when it is missing."""
+    for part in key.removeprefix(table).split(".")[1:]:
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _fault(key: str, kinds: list[str], field: FieldInfo | None, value: Any, root: type[Section]) -> Fault:
+    if field is None:
+        return Fault(key, "is not a known key", suggest_key(key, root))
+    allowed = f"allowed: {type_in_words(field.annotation, field.metadata)}"
+    if kinds == ["missing"] and value is None:
+        return Fault(key, "is missing", allowed)
+    complaint = COMPLAINTS.get(kinds[0], "is not allowed") if len(set(kinds)) == 1 else "is not allowed"
+    if value in ("", []):
+        complaint = "is empty"
+    elif isinstance(value, (list, tuple)):
+        # A complaint about one item would be wrong of the list as a whole.
+        complaint = "is not allowed"
+    return Fault(key, f"{value_in_words(value)} {complaint}", f"{_hint(value, field)}{allowed}")
+
+
+def _hint(value: Any, field: FieldInfo) -> str:
+    """``did you mean ...? `` when a word is close to one that is allowed."""
+    known = known_values(field)
+    words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
+    for word in words:
+        if word not in known and (close := nearest(word, known)):
+            return f'did you mean "{close}"? '
+    return ""

@@ -1,0 +1,113 @@
+"""What a configuration is put together from: files, each over the one it extends, then the command line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli
+
+from kempnerforge.errors import ConfigError, Fault
+
+Tree = dict[str, Any]
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values from one place."""
+
+    source: str
+    """The file, or ``command line``."""
+    tree: Tree
+
+
+def read_layers(path: Path) -> list[Layer]:
+    """The file at ``path`` and all that it extends, the outermost base first.
+
+    Raises:
+        ConfigError: a file is missing, unreadable or not TOML, or the files extend each other in a circle.
+    """
+    layers: list[Layer] = []
+    seen: list[str] = []
+    asked_by = ""
+    while True:
+        seen.append(os.path.abspath(path))
+        tree = _read_toml(path, asked_by)
+        base = tree.pop("extends", None)
+        layers.insert(0, Layer(str(path), tree))
+        if base is None:
+            return layers
+        if not isinstance(base, str) or not base:
+            raise _file_fault("extends", f"{base!r} is not a path", 'write extends = "base.toml"', path)
+        asked_by = str(path)
+        path = Path(os.path.normpath(path.parent / Path(base).expanduser()))
+        if os.path.abspath(path) in seen:
+            circle = " -> ".join(os.path.basename(file) for file in [*seen, path])
+            raise _file_fault("extends", f"goes in a circle: {circle}", "take one of them out", asked_by)
+
+
+def merge_layers(layers: Sequence[Layer]) -> Tree:
+    """One tree, later layers over earlier ones. Tables are merged key by key; lists are replaced whole."""
+    merged: Tree = {}
+    for layer in layers:
+        merged = _merge(merged, layer.tree)
+    return merged
+
+
+def source_of(key: str, layers: Sequence[Layer]) -> str:
+    """Where the value of the dotted ``key`` (or the last word on that table) comes from."""
+    for layer in reversed(layers):
+        value: Any = layer.tree
+        for part in key.split("."):
+            if not isinstance(value, dict):
+                return layer.source
+            if part not in value:
+                break
+            value = value[part]
+        else:
+            return layer.source
+    return DEFAULT
+
+
+def _read_toml(path: Path, asked_by: str) -> Tree:
+    origin = f" (which {asked_by} extends)" if asked_by else ""
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problem, hint = f"{path}{origin} does not exist", _files_near(path)
+    except UnicodeDecodeError as error:
+        problem, hint = f"{path}{origin} is not UTF-8 text: byte {error.start}", "is it a TOML file?"
+    except tomli.TOMLDecodeError as error:
+        problem, hint = f"{path}{origin} is not valid TOML: {error}", "text needs quotes; see https://toml.io"
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        problem, hint = f"{path}{origin} cannot be read: {reason}", ""
+    raise _file_fault("extends" if asked_by else "--config", problem, hint, asked_by)
+
+
+def _file_fault(key: str, problem: str, hint: str, source: str | Path) -> ConfigError:
+    return ConfigError([Fault(key, problem, hint, str(source))], where=str(source))
+
+
+def _files_near(path: Path) -> str:
+    """The TOML files beside a path that does not exist."""
+    try:
+        names = sorted(file.name for file in path.parent.glob("*.toml"))
+    except OSError:
+        names = []
+    if not names:
+        return f"there are no TOML files in {path.parent}"
+    return f"in {path.parent} there are: {', '.join(names[:12])}"
+
+
+def _merge(base: Tree, over: Tree) -> Tree:
+    merged = dict(base)
+    for name, value in over.items():
+        below = merged.get(name)
+        merged[name] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,63 @@
+"""From a file and a command line to a checked job and where each of its values came from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kempnerforge.config.job import JobConfig, validate_tree
+from kempnerforge.config.layers import DEFAULT, Layer, merge_layers, read_layers, source_of
+from kempnerforge.config.names import find_field
+from kempnerforge.config.overrides import COMMAND_LINE, override_layers, unset_none
+from kempnerforge.errors import ConfigError, Fault
+
+
+@dataclass(frozen=True)
+class LoadedJob:
+    """A valid job and its provenance."""
+
+    job: JobConfig
+    sources: dict[str, str]
+    """Dotted key, as in ``job.flat()`` -> path of the file, ``command line`` or ``default``."""
+
+
+def load_job(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int | None = None,
+    inside_job: bool = True,
+) -> LoadedJob:
+    """Read the TOML file at ``path`` (None: defaults only), put ``overrides`` over it and check it all.
+
+    Args:
+        path: the file; what it ``extends`` is read first.
+        overrides: arguments such as ``--train.seed=1``, or ``--train.seed`` and ``1``.
+        world_size: number of processes that the layout has to fit; None leaves that unchecked.
+        inside_job: whether ``run.dir`` can be expanded now; False for a check before the job starts.
+
+    Raises:
+        ConfigError: with every fault of the file, the overrides and their combination.
+    """
+    file_layers = [] if path is None else read_layers(Path(path))
+    line_layers, faults = override_layers(overrides, JobConfig)
+    layers = [*file_layers, *line_layers]
+    job, tree_faults = validate_tree(
+        unset_none(merge_layers(layers), JobConfig),
+        world_size=world_size,
+        environ=os.environ if inside_job else None,
+    )
+    faults += [_with_source(fault, layers) for fault in tree_faults]
+    if job is None or faults:
+        raise ConfigError(faults, where=COMMAND_LINE if path is None else str(path))
+    return LoadedJob(job, {key: source_of(key, layers) for key in job.flat()})
+
+
+def _with_source(fault: Fault, layers: list[Layer]) -> Fault:
+    source = source_of(fault.key, layers)
+    field = find_field(fault.key, JobConfig)
+    if source == DEFAULT and field is not None and field.is_required():
+        source = source_of(fault.key.rpartition(".")[0], layers)
+    return replace(fault, source=source)

@@ -1,0 +1,102 @@
+"""``[model]``: the shape of a Llama-style decoder."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from kempnerforge.config.section import AtLeastOne, Positive, Section
+
+FFN_MULTIPLE_OF = 256
+
+
+class RopeScalingConfig(Section):
+    """Llama 3.1's stretching of rotary frequencies to longer contexts (``rope_type`` "llama3")."""
+
+    factor: Annotated[float, Field(ge=1)]
+    """How many times longer the context becomes (Llama 3.1: 8)."""
+
+    low_freq_factor: Positive
+    """Wavelengths above original_max_position_embeddings / low_freq_factor are stretched in full
+    (Llama 3.1: 1)."""
+
+    high_freq_factor: Positive
+    """Wavelengths below original_max_position_embeddings / high_freq_factor stay as they are
+    (Llama 3.1: 4)."""
+
+    original_max_position_embeddings: AtLeastOne
+    """Context length in tokens before the stretching (Llama 3.1: 8192)."""
+
+
+class ModelConfig(Section):
+    """The shape of the Llama-style decoder."""
+
+    dim: AtLeastOne = 256
+    """Width of the residual stream."""
+
+    n_layers: AtLeastOne = 4
+    """Number of decoder layers."""
+
+    n_heads: AtLeastOne = 4
+    """Number of query heads."""
+
+    n_kv_heads: AtLeastOne | None = None
+    """Number of key and value heads (grouped-query attention); none means n_heads."""
+
+    head_dim: AtLeastOne | None = None
+    """Width of one head, an even number; none means dim / n_heads."""
+
+    ffn_hidden_dim: AtLeastOne | None = None
+    """Width of the feed-forward layer; none means Llama's rule, 8/3 x dim rounded up to a multiple
+    of 256."""
+
+    vocab_size: AtLeastOne = 257
+    """Rows of the embedding; at least the tokenizer's size (257 for bytes)."""
+
+    max_seq_len: AtLeastOne = 2048
+    """Longest sequence that the model takes, in tokens."""
+
+    rope_theta: Positive = 10000.0
+    """Base of the rotary frequencies (500000 for Llama 3)."""
+
+    rope_scaling: RopeScalingConfig | None = None
+    """Llama 3.1's stretching of the rotary frequencies, all four keys; none means no stretching."""
+
+    norm_eps: Positive = 1e-5
+    """Added to the mean square in RMSNorm."""
+
+    tie_embeddings: bool = False
+    """Use the embedding as the output layer too."""
+
+    init_std: Positive = 0.02
+    """Standard deviation of the initial weights."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """Width of one head."""
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the feed-forward layer. Default: Llama's rule (facebookresearch/llama, model.py)."""
+        if self.ffn_hidden_dim is not None:
+            return self.ffn_hidden_dim
+        two_thirds = 2 * (4 * self.dim) // 3
+        return -(-two_thirds // FFN_MULTIPLE_OF) * FFN_MULTIPLE_OF
+
+    @property
+    def num_parameters(self) -> int:
+        """Exact number of trainable parameters; a tied output layer is counted once."""
+        q_and_o = 2 * self.dim * self.n_heads * self.resolved_head_dim
+        k_and_v = 2 * self.dim * self.kv_heads * self.resolved_head_dim
+        feed_forward = 3 * self.dim * self.ffn_dim
+        norms = 2 * self.dim
+        layers = self.n_layers * (q_and_o + k_and_v + feed_forward + norms)
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        return layers + self.dim + embeddings

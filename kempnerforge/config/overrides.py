@@ -1,0 +1,90 @@
+"""``--section.key=value`` and ``--section.key value`` on a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tomli
+
+from kempnerforge.config.describe import is_optional, nested_section, takes_text, type_in_words
+from kempnerforge.config.layers import Layer
+from kempnerforge.config.names import find_field, suggest_key
+from kempnerforge.config.section import Section
+from kempnerforge.errors import Fault
+
+COMMAND_LINE = "command line"
+
+
+def split_positionals(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments that belong to no override, and the overrides, each as ``--key=value`` or ``--key``."""
+    positionals: list[str] = []
+    overrides: list[str] = []
+    waiting = False
+    for token in tokens:
+        if token.startswith("--"):
+            overrides.append(token)
+            waiting = "=" not in token
+        elif waiting:
+            overrides[-1] += f"={token}"
+            waiting = False
+        else:
+            positionals.append(token)
+    return positionals, overrides
+
+
+def override_layers(tokens: Sequence[str], root: type[Section]) -> tuple[list[Layer], list[Fault]]:
+    """A layer for each override, in order, so that the last of a key counts; and their faults."""
+    positionals, overrides = split_positionals(tokens)
+    faults = [
+        Fault(token, "is not an override", "write --section.key=value", COMMAND_LINE) for token in positionals
+    ]
+    layers: list[Layer] = []
+    for override in overrides:
+        key, equals, text = override.removeprefix("--").partition("=")
+        field = find_field(key, root)
+        if field is None:
+            faults.append(Fault(f"--{key}", "is not a known key", suggest_key(key, root), COMMAND_LINE))
+        elif not equals:
+            allowed = f"write --{key}=VALUE; allowed: {type_in_words(field.annotation, field.metadata)}"
+            faults.append(Fault(f"--{key}", "has no value", allowed, COMMAND_LINE))
+        else:
+            layers.append(Layer(COMMAND_LINE, _nest(key, parse_value(text, as_text=takes_text(field)))))
+    return layers, faults
+
+
+def parse_value(text: str, *, as_text: bool) -> Any:
+    """The value that ``text`` writes in TOML; the text itself where it is not TOML.
+
+    With ``as_text`` (the key takes any string) numbers, dates and the like stay text: only a quoted
+    string or a list is read as TOML.
+    """
+    try:
+        parsed = tomli.loads(f"value = {text}")
+    except ValueError:  # not TOML, or an integer of thousands of digits
+        return text
+    # A line break in the text could have smuggled in other keys.
+    if set(parsed) != {"value"}:
+        return text
+    value = parsed["value"]
+    return text if as_text and not isinstance(value, (str, list)) else value
+
+
+def unset_none(tree: dict[str, Any], section: type[Section]) -> dict[str, Any]:
+    """``tree`` with "none" and "null" turned into None where a key may be unset; TOML has no null."""
+    result = dict(tree)
+    for name, field in section.model_fields.items():
+        if name not in tree:
+            continue
+        nested, value = nested_section(field), tree[name]
+        if nested is not None and isinstance(value, dict):
+            result[name] = unset_none(value, nested)
+        elif value in ("none", "null") and is_optional(field):
+            result[name] = None
+    return result
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value

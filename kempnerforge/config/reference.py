@@ -1,0 +1,57 @@
+"""The reference of all keys: as text for ``--help``, as a JSON schema for editors."""
+
+from __future__ import annotations
+
+from textwrap import fill
+from typing import Any
+
+from kempnerforge.config.describe import nested_section, walk_keys
+from kempnerforge.config.job import JobConfig
+
+WIDTH = 100
+
+
+def keys_text() -> str:
+    """Every key with its type, default and documentation, grouped by section."""
+    blocks = []
+    for name, field in JobConfig.model_fields.items():
+        section = nested_section(field)
+        assert section is not None
+        summary = (section.__doc__ or "").splitlines()[0]
+        blocks.append(f"[{name}]  {summary}")
+        for key in walk_keys(section, f"{name}."):
+            default = key.default if key.field.is_required() else f"default {key.default}"
+            head = _wrap(f"--{key.name}  ({key.allowed}; {default})", indent=2)
+            doc = _wrap(key.doc, indent=6)
+            blocks.append(f"{head}\n{doc}")
+        blocks[-1] += "\n"
+    return "\n".join(blocks).rstrip("\n") + "\n"
+
+
+def _wrap(text: str, *, indent: int) -> str:
+    return fill(text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * 6, break_on_hyphens=False)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (2020-12) of a configuration file, for editors that check TOML."""
+    schema = _none_as_written(JobConfig.model_json_schema())
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "A TOML file, relative to this one, whose values hold where this one is silent.",
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _none_as_written(node: Any) -> Any:
+    """TOML has no null: a key is unset by leaving it out, or with the word "none"."""
+    if isinstance(node, list):
+        return [_none_as_written(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if node == {"type": "null"}:
+        return {"const": "none"}
+    return {
+        name: _none_as_written(value)
+        for name, value in node.items()
+        if not (name == "default" and value is None)
+    }

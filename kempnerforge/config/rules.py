@@ -1,0 +1,208 @@
+"""Rules that span keys: pure functions from sections to faults.
+
+The parameters of a rule name what it needs: sections, and of what is known about the start
+``world_size`` (processes; None when unknown) and ``environ`` (None when the check is not made inside
+the job). A rule runs when all its sections are valid, so that one bad section hides no more than it must.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any
+
+from kempnerforge.config import checkpoint_rules
+from kempnerforge.config.data import DataConfig
+from kempnerforge.config.distributed import DistributedConfig
+from kempnerforge.config.evaluation import EvalConfig
+from kempnerforge.config.geometry import batch_faults, derive_geometry
+from kempnerforge.config.model import ModelConfig
+from kempnerforge.config.names import nearest
+from kempnerforge.config.run import PLACEHOLDER, PLACEHOLDERS, RunConfig, unfilled_placeholders
+from kempnerforge.config.scheduler import SchedulerConfig
+from kempnerforge.config.train import TrainConfig
+from kempnerforge.errors import Fault
+
+BYTE_VOCABULARY = 257
+"""256 bytes and the separator of documents."""
+
+STAGES_PER_RANK = {"1f1b": 1, "gpipe": 1, "interleaved_1f1b": 2}
+"""Pipeline stages that one rank holds under each schedule."""
+
+
+def check_rules(known: Mapping[str, Any]) -> list[Fault]:
+    """Run each rule whose parameters are all in ``known``: valid sections, ``world_size``, ``environ``."""
+    faults: list[Fault] = []
+    for rule in RULES:
+        needs = signature(rule).parameters
+        if all(name in known for name in needs):
+            faults += rule(**{name: known[name] for name in needs})
+    return faults
+
+
+def run_dir_expands(run: RunConfig, environ: Mapping[str, str] | None) -> list[Fault]:
+    """``run.dir`` has only known placeholders, and inside the job each of them has a value."""
+    if run.dir is None:
+        return []
+    faults = []
+    for name in PLACEHOLDER.findall(run.dir):
+        if name not in PLACEHOLDERS:
+            close = nearest(name, list(PLACEHOLDERS))
+            hint = f"did you mean {{{close}}}?" if close else "known: {job_id}, {array_task_id}"
+            faults.append(Fault("run.dir", f"{{{name}}} is not a known placeholder", hint))
+    return faults + (unfilled_placeholders(run.dir, environ) if environ is not None else [])
+
+
+def heads_fit(model: ModelConfig) -> list[Fault]:
+    """Heads share ``dim`` and key/value heads evenly; rotary embedding turns pairs, so heads are even."""
+    faults = []
+    if model.n_heads % model.kv_heads:
+        fits = [count for count in range(1, model.n_heads + 1) if model.n_heads % count == 0]
+        problem = f"{model.kv_heads} does not divide n_heads {model.n_heads}"
+        faults.append(Fault("model.n_kv_heads", problem, f"allowed: {', '.join(map(str, fits))}"))
+    if model.head_dim is None and model.dim % model.n_heads:
+        problem = f"{model.dim} does not divide by n_heads {model.n_heads}"
+        lower = model.dim // model.n_heads * model.n_heads
+        near = " or ".join(str(dim) for dim in (lower, lower + model.n_heads) if dim)
+        faults.append(Fault("model.dim", problem, f"{near} would fit, or set head_dim"))
+    elif model.resolved_head_dim % 2:
+        key, how = ("dim", "dim / n_heads") if model.head_dim is None else ("head_dim", "head_dim")
+        problem = f"{how} is {model.resolved_head_dim}, and rotary embeddings need an even number"
+        faults.append(Fault(f"model.{key}", problem, "set head_dim to an even number"))
+    return faults
+
+
+def rope_scaling_is_ordered(model: ModelConfig) -> list[Fault]:
+    """The band between low and high frequencies has a width."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.high_freq_factor > scaling.low_freq_factor:
+        return []
+    problem = f"{scaling.high_freq_factor} is not above low_freq_factor {scaling.low_freq_factor}"
+    return [Fault("model.rope_scaling.high_freq_factor", problem, "Llama 3.1 has 4 above 1")]
+
+
+def sequence_fits_model(model: ModelConfig, train: TrainConfig) -> list[Fault]:
+    """No sequence is longer than the model takes."""
+    if train.seq_len <= model.max_seq_len:
+        return []
+    problem = f"{train.seq_len} is longer than model.max_seq_len {model.max_seq_len}"
+    return [Fault("train.seq_len", problem, f"allowed: at most {model.max_seq_len}, or raise max_seq_len")]
+
+
+def data_has_one_source(data: DataConfig) -> list[Fault]:
+    """Exactly one of text and prepared tokens."""
+    if (data.text is None) != (data.dataset_path is None):
+        return []
+    if data.text is None:
+        return [Fault("data.text", "neither text nor dataset_path is set", 'try text = "python-stdlib"')]
+    return [Fault("data.text", "text and dataset_path are both set", 'set one of them to "none"')]
+
+
+def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[Fault]:
+    """The embedding has a row for each id of the byte tokenizer. Others are checked when they are read."""
+    if data.text is None or data.tokenizer != "bytes" or model.vocab_size >= BYTE_VOCABULARY:
+        return []
+    problem = f'{model.vocab_size} is smaller than the "bytes" tokenizer\'s vocabulary'
+    return [Fault("model.vocab_size", problem, f"allowed: at least {BYTE_VOCABULARY}")]
+
+
+def validation_has_data(data: DataConfig, eval: EvalConfig) -> list[Fault]:
+    """Validation needs text that was held out."""
+    if eval.interval == 0 or data.text is None or data.val_fraction > 0:
+        return []
+    problem = f"validation every {eval.interval} steps, but data.val_fraction 0 holds no text out"
+    return [Fault("eval.interval", problem, "set val_fraction above 0, or interval = 0 for no validation")]
+
+
+def schedule_fits_run(scheduler: SchedulerConfig, train: TrainConfig) -> list[Fault]:
+    """Warmup and decay both happen within the run."""
+    if scheduler.name == "constant" and scheduler.decay_steps is not None:
+        problem = f"{scheduler.decay_steps} has no effect: the constant schedule does not decay"
+        return [Fault("scheduler.decay_steps", problem, "leave it out, or choose another schedule")]
+    warmup, total = scheduler.warmup_steps, train.max_steps
+    if warmup > total:
+        problem = f"{warmup} is more than train.max_steps {total}"
+        return [Fault("scheduler.warmup_steps", problem, f"allowed: at most {total}")]
+    decay = scheduler.resolved_decay_steps(total)
+    if warmup + decay <= total:
+        return []
+    if scheduler.decay_steps is None:
+        problem = f"{warmup} leaves too few of {total} steps for the decay of {decay}"
+        return [Fault("scheduler.warmup_steps", problem, f"allowed: at most {total - decay}")]
+    problem = f"warmup {warmup} + decay {decay} is more than train.max_steps {total}"
+    return [Fault("scheduler.decay_steps", problem, f"at most {total - warmup} would fit")]
+
+
+def layout_fits(distributed: DistributedConfig, train: TrainConfig, world_size: int | None) -> list[Fault]:
+    """The processes divide into the layout, and the global batch over its data-parallel ranks."""
+    if world_size is not None:
+        return derive_geometry(distributed, train, world_size)[1]
+    if distributed.dp_shard > 0:
+        return batch_faults(train, distributed.dp_replicate * distributed.dp_shard, "data-parallel ranks")
+    # With dp_shard = -1 the ranks are known only at the start, but they are a multiple of these.
+    return batch_faults(train, distributed.dp_replicate, "(dp_replicate)")
+
+
+def tensor_parallel_fits(distributed: DistributedConfig, model: ModelConfig) -> list[Fault]:
+    """Each tensor-parallel rank holds whole heads and an equal share of the feed-forward layer."""
+    sizes = {"n_heads": model.n_heads, "n_kv_heads": model.kv_heads, "ffn_hidden_dim": model.ffn_dim}
+    return [
+        Fault("distributed.tp", f"{distributed.tp} does not divide model.{name} {size}", "choose a divisor")
+        for name, size in sizes.items()
+        if size % distributed.tp
+    ]
+
+
+def pipeline_fits(distributed: DistributedConfig, model: ModelConfig, train: TrainConfig) -> list[Fault]:
+    """Each stage has a layer, microbatches divide the batch, and pipeline keys go with a pipeline."""
+    pp, schedule, micro = distributed.pp, distributed.pp_schedule, distributed.pp_microbatch_size
+    faults = []
+    if pp == 1:
+        needs = "has no effect without a pipeline", "leave it out, or set pp > 1"
+        if schedule != "1f1b":
+            faults.append(Fault("distributed.pp_schedule", f'"{schedule}" {needs[0]}', needs[1]))
+        if micro is not None:
+            faults.append(Fault("distributed.pp_microbatch_size", f"{micro} {needs[0]}", needs[1]))
+        return faults
+    stages = pp * STAGES_PER_RANK[schedule]
+    if model.n_layers < stages:
+        problem = f"{pp} ranks under {schedule} make {stages} stages, but model.n_layers is {model.n_layers}"
+        most = model.n_layers // STAGES_PER_RANK[schedule]
+        faults.append(Fault("distributed.pp", problem, f"allowed: at most {max(1, most)}"))
+    if micro is not None and train.batch_size % micro:
+        problem = f"{micro} does not divide train.batch_size {train.batch_size}"
+        faults.append(Fault("distributed.pp_microbatch_size", problem, "choose a divisor"))
+    if model.tie_embeddings:
+        problem = "the first and the last stage of a pipeline cannot share the embedding"
+        faults.append(Fault("model.tie_embeddings", problem, "set tie_embeddings = false, or pp = 1"))
+    return faults
+
+
+def not_available_in_this_version(distributed: DistributedConfig) -> list[Fault]:
+    """Refuse what the configuration can say and this version cannot do."""
+    asked = [
+        ("distributed.tp", distributed.tp, 1),
+        ("distributed.pp", distributed.pp, 1),
+    ]
+    return [
+        Fault(key, f"{value} is not available in this version", f"allowed: {only}")
+        for key, value, only in asked
+        if value != only
+    ]
+
+
+RULES: tuple[Callable[..., list[Fault]], ...] = (
+    run_dir_expands,
+    heads_fit,
+    rope_scaling_is_ordered,
+    sequence_fits_model,
+    data_has_one_source,
+    vocabulary_fits,
+    validation_has_data,
+    schedule_fits_run,
+    layout_fits,
+    tensor_parallel_fits,
+    pipeline_fits,
+    *checkpoint_rules.RULES,
+    not_available_in_this_version,
+)

@@ -1,0 +1,65 @@
+"""Resolved configurations as TOML text, and as flat dotted keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tomli_w
+
+Comment = Callable[[str], str]
+"""Dotted key -> what to say behind its line."""
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables -> dotted key -> value."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def render(tree: Mapping[str, Any], comment: Comment | None = None) -> str:
+    """TOML text of ``tree`` (section -> key -> value of plain JSON types).
+
+    TOML has no null: keys that are None are left out, or with ``comment`` are shown as comments. With
+    ``comment`` each line says what that returns for its key.
+    """
+    blocks: list[str] = []
+    _render_table(tree, "", comment, blocks)
+    return "\n".join(blocks)
+
+
+def _render_table(tree: Mapping[str, Any], table: str, comment: Comment | None, blocks: list[str]) -> None:
+    lines: list[tuple[str, str]] = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            continue
+        key = f"{table}.{name}" if table else name
+        if value is not None:
+            lines.append((f"{name} = {_value(value)}", key))
+        elif comment:
+            lines.append((f'# {name} = "none"', key))
+    if lines:
+        blocks.append(f"[{table}]\n{_aligned(lines, comment)}")
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            _render_table(value, f"{table}.{name}" if table else name, comment, blocks)
+
+
+def _aligned(lines: list[tuple[str, str]], comment: Comment | None) -> str:
+    if comment is None:
+        return "".join(f"{text}\n" for text, _ in lines)
+    # A long value must not push the comments of all others to the right.
+    width = max((len(text) for text, _ in lines if len(text) <= 48), default=0)
+    return "".join(f"{text:<{width}}  # {comment(key)}\n" for text, key in lines)
+
+
+def _value(value: Any) -> str:
+    """One value on one line; tomli_w by itself spreads lists over several."""
+    if isinstance(value, list):
+        return f"[{', '.join(_value(item) for item in value)}]"
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")

@@ -1,0 +1,79 @@
+"""Which documents, or which end of a single one, are held out for validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kempnerforge.data.corpus import Document, read_document
+
+
+@dataclass(frozen=True)
+class Part:
+    """The bytes ``start`` to ``end`` of a document; ``end`` None is its end."""
+
+    document: Document
+    start: int = 0
+    end: int | None = None
+
+
+def split_documents(documents: Sequence[Document], val_fraction: float) -> dict[str, list[Part]]:
+    """Assign every document to ``train`` or ``val``, in the given order; empty splits are left out.
+
+    A document is held out if its digest, read as a fraction of 2^128, is below ``val_fraction``: about that
+    fraction of them, and the choice for one document does not change when others are added or moved. Equal
+    documents go together. With two or more different documents each split gets at least one; a single one
+    is cut near its end instead, at a line end.
+    """
+    if val_fraction <= 0:
+        return {"train": [Part(document) for document in documents]}
+    if len(documents) == 1:
+        return _cut_document(documents[0], val_fraction)
+    held_out = _held_out({document.digest for document in documents}, val_fraction)
+    splits: dict[str, list[Part]] = {"train": [], "val": []}
+    for document in documents:
+        splits["val" if document.digest in held_out else "train"].append(Part(document))
+    return {name: parts for name, parts in splits.items() if parts}
+
+
+def line_end_before(content: bytes, start: int, target: int) -> int:
+    """A place in (start, target] to cut ``content`` at.
+
+    After a line end that no white space follows, since there a tokenizer cuts too; else after any line end;
+    else at ``target``, moved back to the start of a UTF-8 character.
+    """
+    first_found = -1
+    position = content.rfind(b"\n", start, target)
+    while position >= 0:
+        if first_found < 0:
+            first_found = position + 1
+        if not content[position + 1 : position + 2].isspace():
+            return position + 1
+        position = content.rfind(b"\n", start, position)
+    if first_found > 0:
+        return first_found
+    cut = target
+    while cut > start + 1 and cut > target - 3 and content[cut : cut + 1] and content[cut] & 0xC0 == 0x80:
+        cut -= 1
+    return cut
+
+
+def _held_out(digests: set[str], val_fraction: float) -> set[str]:
+    threshold = val_fraction * 2.0**128
+    chosen = {digest for digest in digests if int(digest, 16) < threshold}
+    if len(digests) < 2:
+        return set()
+    if not chosen:
+        return {min(digests)}
+    if chosen == digests:
+        return chosen - {max(digests)}
+    return chosen
+
+
+def _cut_document(document: Document, val_fraction: float) -> dict[str, list[Part]]:
+    content = read_document(document)
+    target = len(content) - max(1, round(len(content) * val_fraction))
+    if target <= 0:
+        return {"train": [Part(document)]}
+    cut = line_end_before(content, 0, target)
+    return {"train": [Part(document, 0, cut)], "val": [Part(document, cut)]}

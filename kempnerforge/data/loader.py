@@ -1,0 +1,232 @@
+"""Batches for one data-parallel rank, each with the cursor that a resume goes on from.
+
+Which samples form the global batch of a step depends on the seed and the cursor alone. A global batch is cut
+into micro-batches of ``batch_size`` in the order of its samples, and micro-batch ``m`` goes to data-parallel
+rank ``m % dp_size``: another number of ranks deals out the same micro-batches.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from kempnerforge.data.order import ids_digest, sample_ids
+from kempnerforge.data.tokens import Samples
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the training order."""
+
+    samples: int = 0
+    """Samples that all ranks together have consumed."""
+
+    def __post_init__(self) -> None:
+        if type(self.samples) is not int or self.samples < 0:
+            raise ValueError(f"a cursor counts samples from 0 on, not {self.samples!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values only, for a checkpoint."""
+        return {"samples": self.samples}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Cursor:
+        """The inverse of :meth:`to_json`. Raises ValueError for anything else."""
+        if not isinstance(value, dict) or value.keys() != {"samples"}:
+            raise ValueError(f"not a cursor: {value!r}")
+        return cls(value["samples"])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of one global batch. Shape suffixes: A accumulation steps, B batch_size, T seq_len."""
+
+    inputs_ABT: torch.Tensor
+    """Token ids, int64."""
+    targets_ABT: torch.Tensor
+    """The token after each input, int64."""
+    num_tokens: int
+    """Targets of the whole global batch, over all ranks."""
+    num_samples: int
+    """Sequences of the whole global batch."""
+    digest: str
+    """xxh3-64 of the global batch's sample ids in order; the same on every rank and in every layout."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch is dealt out.
+
+    Raises ValueError if ``global_batch_size`` is not a multiple of ``batch_size * dp_size``.
+    """
+
+    global_batch_size: int
+    batch_size: int
+    dp_rank: int
+    dp_size: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size < 1 or self.global_batch_size % (self.batch_size * self.dp_size):
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of "
+                f"batch_size {self.batch_size} x {self.dp_size} data-parallel ranks"
+            )
+        if not 0 <= self.dp_rank < self.dp_size:
+            raise ValueError(f"dp_rank {self.dp_rank} is not below dp_size {self.dp_size}")
+
+    def read(self, samples: Samples, ids: np.ndarray) -> Batch:
+        """Read this rank's part of the global batch ``ids`` [global_batch_size]."""
+        own_ids = ids.reshape(-1, self.dp_size, self.batch_size)[:, self.dp_rank]
+        rows = samples.read(own_ids.reshape(-1)).reshape(-1, self.batch_size, samples.seq_len + 1)
+        # Copied by numpy: torch would start a pool of threads of its own for the prefetching thread.
+        return Batch(
+            inputs_ABT=torch.from_numpy(np.ascontiguousarray(rows[..., :-1])),
+            targets_ABT=torch.from_numpy(np.ascontiguousarray(rows[..., 1:])),
+            num_tokens=ids.size * samples.seq_len,
+            num_samples=ids.size,
+            digest=ids_digest(ids),
+        )
+
+
+class BatchLoader:
+    """An endless iterator of ``(batch, cursor)``; ``cursor`` is the place after ``batch``.
+
+    A loader made with a cursor that another one yielded goes on with exactly the batches that followed it,
+    however far the other had read ahead and whatever its layout. Uses no global random state.
+
+    ``prefetch_batches`` are read ahead by a background thread; 0 reads each when it is asked for. An
+    exception while reading reaches the caller of ``next`` at the batch it belongs to. :meth:`close`, or
+    leaving a ``with`` block, ends the thread.
+
+    Raises ValueError if ``global_batch_size`` is not a multiple of ``batch_size * dp_size``.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        seed: int,
+        global_batch_size: int,
+        batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        cursor: Cursor | None = None,
+        prefetch_batches: int = 2,
+    ) -> None:
+        shape = BatchShape(global_batch_size, batch_size, dp_rank, dp_size)
+        self._source = _Source(samples, seed, shape, cursor or Cursor())
+        self._prefetcher = _Prefetcher(self._source, prefetch_batches) if prefetch_batches else None
+        self._closed = False
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> tuple[Batch, Cursor]:
+        if self._closed:
+            raise RuntimeError("the batch loader is closed")
+        return self._prefetcher.next() if self._prefetcher else self._source.next()
+
+    def close(self) -> None:
+        """End and join the background thread. The loader yields nothing more."""
+        self._closed = True
+        if self._prefetcher:
+            self._prefetcher.close()
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def batch_ids(cursor: Cursor, *, seed: int, num_samples: int, global_batch_size: int) -> np.ndarray:
+    """Sample ids of the global batch that ``cursor`` stands before, in order, int64 [global_batch_size]."""
+    start = cursor.samples
+    positions = np.arange(start, start + global_batch_size, dtype=np.int64)
+    return sample_ids(seed, positions, num_samples)
+
+
+class _Source:
+    """Reads one batch after the other, in whichever thread asks."""
+
+    def __init__(self, samples: Samples, seed: int, shape: BatchShape, cursor: Cursor) -> None:
+        self._samples = samples
+        self._seed = seed
+        self._shape = shape
+        self._cursor = cursor
+
+    def next(self) -> tuple[Batch, Cursor]:
+        size = self._shape.global_batch_size
+        after = Cursor(self._cursor.samples + size)
+        ids = batch_ids(
+            self._cursor, seed=self._seed, num_samples=self._samples.num_samples, global_batch_size=size
+        )
+        batch = self._shape.read(self._samples, ids)
+        self._cursor = after
+        return batch, after
+
+
+class _Prefetcher:
+    """One daemon thread that keeps a bounded queue of batches filled."""
+
+    def __init__(self, source: _Source, num_batches: int) -> None:
+        self._source = source
+        self._queue: queue.Queue[tuple[Batch, Cursor] | Exception] = queue.Queue(maxsize=num_batches)
+        self._closing = threading.Event()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._fill, name="kempnerforge-data", daemon=True)
+        self._thread.start()
+
+    def next(self) -> tuple[Batch, Cursor]:
+        if self._failure is None:
+            item = self._queue.get()
+            if not isinstance(item, Exception):
+                return item
+            self._failure = item
+        raise self._failure
+
+    def close(self) -> None:
+        self._closing.set()
+        # The thread puts at most one more item before it sees the event, and finds room for it.
+        while not self._queue.empty():
+            self._queue.get()
+        self._thread.join()
+
+    def _fill(self) -> None:
+        while not self._closing.is_set():
+            try:
+                item = self._source.next()
+            except Exception as error:  # noqa: BLE001  raised in the consumer's thread
+                self._queue.put(error)
+                return
+            self._queue.put(item)
+
+
+def eval_batches(
+    samples: Samples,
+    *,
+    num_batches: int,
+    global_batch_size: int,
+    batch_size: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+) -> Iterator[Batch]:
+    """The first ``num_batches * global_batch_size`` samples in their own order: the same at every evaluation.
+
+    Begins again at the first sample where the split is smaller. Each rank gets its part of every batch; the
+    union over the ranks does not depend on ``dp_size``.
+
+    Raises ValueError if ``global_batch_size`` is not a multiple of ``batch_size * dp_size``.
+    """
+    shape = BatchShape(global_batch_size, batch_size, dp_rank, dp_size)
+    ids = np.arange(num_batches * global_batch_size, dtype=np.int64) % samples.num_samples
+    return (shape.read(samples, part) for part in ids.reshape(num_batches, global_batch_size))

@@ -1,0 +1,99 @@
+"""One file of token ids on disk, memory-mapped: a ``.bin`` of a prepared folder, or a plain ``.npy``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from kempnerforge.errors import DataError
+
+NPY_DTYPES = ("uint16", "uint32", "int32", "int64")
+SCAN_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class TokenShard:
+    """Where the ids are and how they are stored."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    num_tokens: int
+    offset_bytes: int = 0
+    """Where in the file the ids begin."""
+    digest: str | None = None
+    """xxh3-128 that the ids must have, hexadecimal; None when nobody recorded it."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole file."""
+        return self.offset_bytes + self.num_tokens * self.dtype.itemsize
+
+    def map(self) -> np.ndarray:
+        """The ids [num_tokens], read-only, read from disk when they are used."""
+        return np.memmap(
+            self.path, dtype=self.dtype, mode="r", offset=self.offset_bytes, shape=(self.num_tokens,)
+        )
+
+    def size_problem(self) -> str | None:
+        """What is wrong with the file's size, or None."""
+        try:
+            found_bytes = self.path.stat().st_size
+        except OSError as error:
+            return f"{self.path}: {error.strerror}"
+        if found_bytes < self.size_bytes:
+            return f"{self.path}: cut short, {found_bytes:,} of {self.size_bytes:,} bytes"
+        if found_bytes > self.size_bytes:
+            return f"{self.path}: too long, {found_bytes:,} bytes instead of {self.size_bytes:,}"
+        return None
+
+    def content_problem(self, vocab_size: int | None) -> str | None:
+        """What is wrong with the ids, or None: reads them all. The size must be right."""
+        if self.digest is not None:
+            sound = content_digest(self) == self.digest
+            return None if sound else f"{self.path}: damaged, its digest does not fit the index"
+        ids = self.map()
+        for start in range(0, self.num_tokens, SCAN_TOKENS):
+            block = ids[start : start + SCAN_TOKENS]
+            problem = ids_problem(int(block.min()), int(block.max()), vocab_size)
+            if problem is not None:
+                return f"{self.path}: {problem}"
+        return None
+
+
+def ids_problem(lowest: int, highest: int, vocab_size: int | None) -> str | None:
+    """What is wrong with ids that span ``lowest`` to ``highest``, or None."""
+    if lowest < 0:
+        return f"holds the negative token id {lowest}"
+    if vocab_size is not None and highest >= vocab_size:
+        return f"holds token id {highest}, but the vocabulary has {vocab_size} ids (model.vocab_size)"
+    return None
+
+
+def content_digest(shard: TokenShard) -> str:
+    """xxh3-128, hexadecimal, of the bytes of the ids."""
+    return xxhash.xxh3_128_hexdigest(shard.map().data.cast("B"))
+
+
+def open_npy(path: Path) -> TokenShard:
+    """Read the header of a ``.npy`` file of token ids; nothing is unpickled.
+
+    Raises :class:`DataError` if it is not a one-dimensional array of a token dtype, is empty or is cut short.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path}: cut short, or not a .npy array: {error}") from error
+    if not isinstance(array, np.memmap) or array.ndim != 1:
+        shape = getattr(array, "shape", "none")
+        raise DataError(f"{path}: token shards are one-dimensional arrays; this one has shape {shape}")
+    if array.dtype.name not in NPY_DTYPES:
+        raise DataError(f"{path}: dtype {array.dtype}; token ids are {', '.join(NPY_DTYPES)}")
+    if array.size == 0:
+        raise DataError(f"{path}: holds no tokens")
+    return TokenShard(path, array.dtype, array.size, offset_bytes=array.offset)

@@ -1,0 +1,100 @@
+"""Ranks, devices and process groups, from torchrun, from SLURM, or as one process on its own.
+
+Two groups exist. The default group carries the training's tensors (NCCL on CUDA, gloo on the CPU). The
+control group is always gloo and carries what ranks must agree on; nothing else may use it, so a decision can
+never be queued behind, or raced by, a gradient.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.errors import ConfigError, Fault
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Where this process stands: ``rank`` of ``num_ranks``, ``rank_of_node`` on its node."""
+
+    rank: int
+    num_ranks: int
+    rank_of_node: int
+
+
+def find_place(env: dict[str, str] | os._Environ[str] = os.environ) -> RankPlace:
+    """This process's rank, from torchrun's variables, else SLURM's (``srun`` tasks), else alone."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return RankPlace(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return RankPlace(
+            int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+        )
+    return RankPlace(0, 1, 0)
+
+
+def first_slurm_node(nodelist: str) -> str:
+    """First host of a SLURM node list such as ``gpu[07-09,12],login1`` -> ``gpu07``."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
+    if match is None:
+        raise ConfigError([Fault("SLURM_STEP_NODELIST", f"cannot read a host from {nodelist!r}")])
+    return match.group(1) + (match.group(2) or "")
+
+
+def _set_rendezvous(place: RankPlace) -> None:
+    os.environ.setdefault("RANK", str(place.rank))
+    os.environ.setdefault("WORLD_SIZE", str(place.num_ranks))
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST", "")
+        os.environ["MASTER_ADDR"] = first_slurm_node(nodes) if place.num_ranks > 1 and nodes else "127.0.0.1"
+    if "MASTER_PORT" not in os.environ:
+        if place.num_ranks == 1:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+        else:
+            job = int(os.environ.get("SLURM_JOB_ID", "0"))
+            os.environ["MASTER_PORT"] = str(20000 + job % 20000)
+
+
+class World:
+    """All ranks of this run, the device of this one, and the control group that they agree on."""
+
+    def __init__(self, place: RankPlace, device: torch.device, control: ControlGroup) -> None:
+        self.rank = place.rank
+        self.num_ranks = place.num_ranks
+        self.rank_of_node = place.rank_of_node
+        self.device = device
+        self.control = control
+
+    @classmethod
+    def start(cls, *, timeout_s: float) -> World:
+        """Set the device, join the process groups.
+
+        Collective: all ranks. Blocks: until all ranks have joined, ``timeout_s`` at most.
+        """
+        place = find_place()
+        _set_rendezvous(place)
+        if torch.cuda.is_available():
+            device = torch.device("cuda", place.rank_of_node % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device("cpu")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = datetime.timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(control, dist.ProcessGroup)
+        return cls(place, device, ControlGroup(control))
+
+    def close(self) -> None:
+        """Leave the process groups. Not collective: also right after an error on one rank."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

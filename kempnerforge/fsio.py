@@ -1,0 +1,131 @@
+"""The few file system operations that durability rests on.
+
+POSIX promises that ``rename`` is atomic, and nothing about when a file's bytes or a folder's entries reach
+the disk. So a name that others may look for appears only by rename, after the fsync of what it names, and
+counts as durable only after the fsync of its parent folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the entries of ``folder`` (creations, renames, unlinks) durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write every byte of ``data``, going on after short writes."""
+    view = memoryview(data).cast("B")
+    while view.nbytes:
+        written = os.write(fd, view)
+        if written == 0:
+            raise OSError(errno.EIO, "write() wrote nothing")
+        view = view[written:]
+
+
+def write_new_file(path: Path, data: bytes) -> None:
+    """Write a file that does not exist yet and fsync it. The entry in its folder is not durable yet."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Replace ``path`` so that a reader, or a crash at any instant, finds the old bytes or the new ones."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        write_new_file(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a kill in the middle of replacing ``path`` left beside it. For the one writer only."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one whole line durably, in one write, so that a crash can tear at most the last line.
+
+    A torn last line of an earlier crash is closed first, so that it never merges with the new one.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        size = os.fstat(fd).st_size
+        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        write_all(fd, (("\n" if torn else "") + line + "\n").encode())
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished folder its final name and make that durable. This is the commit.
+
+    Raises FileExistsError when the name is taken: a committed folder is never replaced.
+    """
+    if final.exists() or final.is_symlink():
+        raise FileExistsError(errno.EEXIST, "a committed folder is never replaced", str(final))
+    os.rename(temporary, final)
+    fsync_folder(final.parent)
+
+
+def point_symlink(link: Path, target: str) -> None:
+    """Point ``link`` at ``target`` atomically, replacing an older link."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    os.symlink(target, temporary)
+    os.replace(temporary, link)
+    fsync_folder(link.parent)
+
+
+def invalidate_then_delete(folder: Path) -> None:
+    """Delete a folder so that no crash leaves a half-deleted one under its name.
+
+    The rename to a hidden name comes first and is durable before the first file goes.
+    """
+    doomed = folder.with_name(deleting_name(folder.name))
+    os.rename(folder, doomed)
+    fsync_folder(folder.parent)
+    delete_tree(doomed)
+
+
+def delete_tree(folder: Path) -> None:
+    """Delete a folder that no one looks for any more; another process may be deleting it too."""
+    while folder.exists():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+
+
+def deleting_name(name: str) -> str:
+    """The hidden name that a folder has while it is being deleted."""
+    return f".{name.lstrip('.')}.deleting"
+
+
+def read_range(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill ``buffer`` from ``offset``; returns the bytes read, fewer only at the end of the file."""
+    done = 0
+    while done < buffer.nbytes:
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done

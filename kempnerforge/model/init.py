@@ -1,0 +1,141 @@
+"""Initial weights that do not depend on how the model is sharded.
+
+A weight is cut into blocks of 2**20 elements of the contiguous whole tensor. Each block has a CPU generator
+of its own, keyed by the seed, the weight's name and the block's number, and is drawn whole; a rank draws the
+blocks that its shard touches, one at a time, and copies out what it holds. So one process and a thousand,
+under any layout, start from the same bits, and no rank ever holds more than one block beside its shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from kempnerforge.model.chunks import Box, local_box
+from kempnerforge.model.layers import RotaryEmbedding
+
+BLOCK_NUMEL = 2**20
+RESIDUAL_OUTPUTS = ("attention.wo.weight", "feed_forward.w2.weight")
+
+
+@torch.no_grad()
+def init_weights_(model: nn.Module, *, seed: int, init_std: float, n_layers: int) -> None:
+    """Fill every parameter in place and compute non-persistent buffers again.
+
+    Linear and embedding weights are normal with ``init_std``; those that write to the residual stream
+    (``wo``, ``w2``) are divided by sqrt(2 * n_layers), so that the stream's variance does not grow with depth
+    (GPT-2, section 2.3). Norms are ones. ``n_layers`` is the whole model's, also for a part of it.
+
+    Not collective; consumes no random numbers of the process. Raises TypeError for a parameter whose module
+    it has no rule for.
+    """
+    for name, param in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, nn.RMSNorm):
+            _local(param).fill_(1.0)
+        elif isinstance(owner, nn.Linear | nn.Embedding):
+            std = init_std / math.sqrt(2 * n_layers) if name.endswith(RESIDUAL_OUTPUTS) else init_std
+            normal_(param, seed=seed, name=name, std=std)
+        else:
+            raise TypeError(f"no rule for the initial value of {name} in a {type(owner).__name__}")
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            module.reset_buffers()
+
+
+@torch.no_grad()
+def normal_(tensor: Tensor, *, seed: int, name: str, std: float) -> None:
+    """Fill this rank's part of ``tensor``, plain or DTensor, with the normal values of (seed, name).
+
+    fp32 values, cast to the tensor's type.
+    """
+    local, box, shape = _local(tensor), local_box(tensor), tuple(tensor.shape)
+    numel = math.prod(shape)
+    if box.numel == 0:
+        return
+    buffer = torch.empty(min(BLOCK_NUMEL, numel), dtype=torch.float32, device="cpu")
+    first_block, last_block = _flat(box.start, shape) // BLOCK_NUMEL, _flat(_last(box), shape) // BLOCK_NUMEL
+    for block in range(first_block, last_block + 1):
+        start, stop = block * BLOCK_NUMEL, min((block + 1) * BLOCK_NUMEL, numel)
+        pieces = _pieces(shape, start, stop)
+        shared = [(piece, common) for piece in pieces if (common := _overlap(piece, box))]
+        if not shared:
+            continue
+        values = buffer[: stop - start].normal_(0.0, std, generator=block_generator(seed, name, block))
+        for piece, common in shared:
+            first = _flat(piece.start, shape) - start
+            source = values[first : first + piece.numel].view(piece.shape)
+            local[_slices(common, box)].copy_(source[_slices(common, piece)])
+
+
+def block_generator(seed: int, name: str, block: int) -> torch.Generator:
+    """The CPU generator of one block, keyed by an xxh3-64 of its coordinates.
+
+    torch's CPU generator (mt19937) uses the low 32 bits of a seed: of n blocks two share a stream with a
+    chance of about n**2 / 2**33, which is 1 in 10**6 for a hundred million weights. It would do no harm.
+    """
+    key = xxhash.xxh3_64_intdigest(f"{seed}\0{name}\0{block}".encode())
+    return torch.Generator(device="cpu").manual_seed(key)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _flat(index: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """Position of ``index`` in the contiguous tensor."""
+    position = 0
+    for i, length in zip(index, shape, strict=True):
+        position = position * length + i
+    return position
+
+
+def _last(box: Box) -> tuple[int, ...]:
+    return tuple(start + length - 1 for start, length in zip(box.start, box.shape, strict=True))
+
+
+def _pieces(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """Boxes that together are the flat range [start, stop) of a contiguous tensor, each contiguous in it.
+
+    Of a matrix: the end of a row, whole rows, the beginning of a row.
+    """
+    if len(shape) <= 1:
+        yield Box((start,) * len(shape), (stop - start,) * len(shape))
+        return
+    inner = math.prod(shape[1:])
+    first_whole, end_whole = -(-start // inner), stop // inner
+    if first_whole > end_whole:
+        yield from _row_pieces(shape, end_whole, start, stop)
+        return
+    if start < first_whole * inner:
+        yield from _row_pieces(shape, first_whole - 1, start, first_whole * inner)
+    if first_whole < end_whole:
+        zeros = (0,) * (len(shape) - 1)
+        yield Box((first_whole, *zeros), (end_whole - first_whole, *shape[1:]))
+    if end_whole * inner < stop:
+        yield from _row_pieces(shape, end_whole, end_whole * inner, stop)
+
+
+def _row_pieces(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[Box]:
+    """The pieces of a flat range that lies within one ``row`` of the first dimension."""
+    offset = row * math.prod(shape[1:])
+    for piece in _pieces(shape[1:], start - offset, stop - offset):
+        yield Box((row, *piece.start), (1, *piece.shape))
+
+
+def _overlap(a: Box, b: Box) -> Box | None:
+    start = tuple(max(x, y) for x, y in zip(a.start, b.start, strict=True))
+    stop = tuple(min(x + m, y + n) for x, m, y, n in zip(a.start, a.shape, b.start, b.shape, strict=True))
+    shape = tuple(end - begin for begin, end in zip(start, stop, strict=True))
+    return Box(start, shape) if all(length > 0 for length in shape) else None
+
+
+def _slices(part: Box, whole: Box) -> tuple[slice, ...]:
+    """``part`` as an index into the tensor that holds ``whole``."""
+    firsts = (a - b for a, b in zip(part.start, whole.start, strict=True))
+    return tuple(slice(first, first + n) for first, n in zip(firsts, part.shape, strict=True))

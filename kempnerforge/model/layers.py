@@ -1,0 +1,177 @@
+"""The parts of a Llama-style decoder.
+
+Shape suffixes: B sequences, T tokens, D model width, H query heads, K key and value heads, E head width,
+P rotary pairs (E / 2), F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+if TYPE_CHECKING:
+    from kempnerforge.config.schema import ModelConfig
+
+Remat = Literal["none", "selective", "full"]
+
+_aten = torch.ops.aten
+SAVED_OPS = frozenset(
+    {
+        _aten.mm.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+"""What "selective" keeps: the outputs that cost the most to compute again, matrix products and fused
+attention (torchtitan's choice, which drops every second product too). Norms, rotations and activations are
+computed again, and so is attention where no fused kernel fits: its products (``bmm``) have T x T elements."""
+
+
+class RotaryEmbedding(nn.Module):
+    """Tables of the rotary position embedding (RoFormer, arXiv:2104.09864).
+
+    The tables are fp32, computed in fp64 on the CPU, so that every device has the same bits and position
+    100,000 is as exact as position 1. They are not part of a checkpoint: call ``reset_buffers`` after
+    ``to_empty``.
+    """
+
+    cos_TP: Tensor
+    sin_TP: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = (config.max_seq_len, config.resolved_head_dim // 2)
+        self.register_buffer("cos_TP", torch.empty(shape, dtype=torch.float32), persistent=False)
+        self.register_buffer("sin_TP", torch.empty(shape, dtype=torch.float32), persistent=False)
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Compute the tables again, in place. Does nothing on the meta device."""
+        if self.cos_TP.is_meta:
+            return
+        positions_T = torch.arange(self.config.max_seq_len, dtype=torch.float64, device="cpu")
+        angles_TP = torch.outer(positions_T, rotary_frequencies(self.config))
+        self.cos_TP.copy_(angles_TP.cos())
+        self.sin_TP.copy_(angles_TP.sin())
+
+    def forward(self, seq_len: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the first ``seq_len`` positions, [T, P] each."""
+        return self.cos_TP[:seq_len], self.sin_TP[:seq_len]
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of every pair of channels, fp64 [P], stretched where ``rope_scaling`` is set.
+
+    Llama 3.1's rule (``apply_scaling`` in meta-llama/llama-models, ``rope_type = "llama3"`` elsewhere): long
+    wavelengths are divided by ``factor``, short ones stay, those between are interpolated.
+    """
+    head_dim = config.resolved_head_dim
+    pairs_P = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
+    freqs_P = config.rope_theta ** (-pairs_P / head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freqs_P
+    turns_P = scaling.original_max_position_embeddings * freqs_P / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth_P = ((turns_P - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth_P) * freqs_P / scaling.factor + smooth_P * freqs_P
+
+
+def rotate(x_BTHE: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels (2i, 2i + 1) by its position's angle, in fp32.
+
+    Neighbours form a pair as in Meta's weights; Hugging Face's pair channel i with i + E / 2.
+    """
+    even_BTHP, odd_BTHP = x_BTHE.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos_T1P, sin_T1P = cos_TP.unsqueeze(1), sin_TP.unsqueeze(1)
+    turned = (even_BTHP * cos_T1P - odd_BTHP * sin_T1P, even_BTHP * sin_T1P + odd_BTHP * cos_T1P)
+    return torch.stack(turned, dim=-1).flatten(-2).to(x_BTHE.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; groups of query heads share a key and value head (GQA, arXiv:2305.13245)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.resolved_head_dim
+        self.wq = nn.Linear(config.dim, config.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
+
+    def forward(self, x_BTD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        q_BTHE = rotate(self.wq(x_BTD).unflatten(-1, (-1, self.head_dim)), cos_TP, sin_TP)
+        k_BTKE = rotate(self.wk(x_BTD).unflatten(-1, (-1, self.head_dim)), cos_TP, sin_TP)
+        v_BTKE = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        mixed_BHTE = F.scaled_dot_product_attention(
+            q_BTHE.transpose(1, 2),
+            k_BTKE.transpose(1, 2),
+            v_BTKE.transpose(1, 2),
+            is_causal=True,
+            # Not every kernel takes it, so it is asked for only where heads are really shared.
+            enable_gqa=q_BTHE.size(2) != k_BTKE.size(2),
+        )
+        return self.wo(mixed_BHTE.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202): a gated feed-forward layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+
+
+class TransformerBlock(nn.Module):
+    """One decoder layer: attention and feed-forward, each behind a norm and a residual connection.
+
+    ``remat`` says which activations are computed again in the backward pass. The block does that itself
+    rather than inside a wrapper module, so parameter names stay what they are.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.remat: Remat = "none"
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x_BTD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        if self.remat == "none" or not torch.is_grad_enabled():
+            return self._compute(x_BTD, cos_TP, sin_TP)
+        # No operation of a block draws random numbers, so there is no RNG state to keep. "full" leaves
+        # context_fn out and does not name its default: torch.compile refuses that.
+        recompute = partial(checkpoint, self._compute, use_reentrant=False, preserve_rng_state=False)
+        if self.remat == "full":
+            return recompute(x_BTD, cos_TP, sin_TP)
+        return recompute(x_BTD, cos_TP, sin_TP, context_fn=_selective_contexts)
+
+    def _compute(self, x_BTD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TP, sin_TP)
+        return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
+
+
+def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_selective_contexts = partial(create_selective_checkpoint_contexts, _policy)

@@ -1,0 +1,60 @@
+"""A Llama-style decoder (arXiv:2302.13971, arXiv:2407.21783), modules named as by Meta and torchtitan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kempnerforge.model.layers import RotaryEmbedding, TransformerBlock
+
+if TYPE_CHECKING:
+    from kempnerforge.config.schema import ModelConfig
+
+
+class Llama(nn.Module):
+    """Token ids to logits.
+
+    Build it under ``torch.device("meta")``, shard it, then give it memory and weights with
+    ``kempnerforge.parallel.shard.materialize``. With ``tie_embeddings`` there is no ``output`` module: the
+    shared matrix exists once, as ``tok_embeddings.weight``.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.rope = RotaryEmbedding(config)
+        # A dict and not a list: a part of the model keeps its layers under their own numbers.
+        self.layers = nn.ModuleDict({str(i): TransformerBlock(config) for i in range(config.n_layers)})
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """int64 [B, T] -> logits [B, T, V].
+
+        Raises ValueError when T exceeds ``max_seq_len``.
+        """
+        seq_len = tokens_BT.size(1)
+        if seq_len > self.config.max_seq_len:
+            raise ValueError(f"{seq_len} tokens; model.max_seq_len is {self.config.max_seq_len}")
+        cos_TP, sin_TP = self.rope(seq_len)
+        x_BTD = self.tok_embeddings(tokens_BT)
+        for block in self.layers.values():
+            x_BTD = block(x_BTD, cos_TP, sin_TP)
+        x_BTD = self.norm(x_BTD)
+        if self.output is None:
+            return F.linear(x_BTD, self.tok_embeddings.weight)
+        return self.output(x_BTD)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Model FLOPs of one training token, forward and backward, recomputation left out.
+
+        6N + 12LHQT of PaLM, appendix B (arXiv:2204.02311): N weights that take part in matrix products, L
+        layers, H heads of width Q, T = ``seq_len``. An embedding that is only looked up is not in N.
+        """
+        config = self.config
+        looked_up = 0 if config.tie_embeddings else config.vocab_size * config.dim
+        attention = 12 * config.n_layers * config.n_heads * config.resolved_head_dim * seq_len
+        return 6 * (config.num_parameters - looked_up) + attention

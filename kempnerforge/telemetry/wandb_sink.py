@@ -1,0 +1,187 @@
+"""Rows to Weights & Biases: one run over all attempts, offline where there is no key, never a reason to stop.
+
+Without a key the client would stop at once or ask for one, so ``online`` becomes ``offline`` there. When the
+server does not answer, the run goes on offline too: a compute node often has the key and no internet.
+
+wandb keeps one row a step. Online it ignores a step that is below its newest one; offline every attempt
+writes a fragment of its own, and ``wandb sync`` appends the fragments in order of time, moving a step that is
+not above the newest one to a number that is. So the steps that an attempt trains again after it went back to
+a checkpoint are held back here, and that is said once. (A fragment is appended only because it was written
+with ``resume``; without, the upload of the second one overwrites the first.) The client keeps the newest
+step's row open for more metrics of the same step, so a kill can lose that one row; ``metrics.jsonl`` has all.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from kempnerforge.telemetry.sinks import Row
+
+_Mode = Literal["online", "offline", "disabled", "shared", "dryrun", "run"]
+_INIT_TIMEOUT_S = 30.0
+_FINISH_TIMEOUT_S = 30.0
+"""A preempted job has no more to give: what is not uploaded by then stays on disk for ``wandb sync``."""
+
+
+class WandbSink:
+    """Writes rows to one wandb run. Every failure ends in one warning and a sink that does nothing.
+
+    ``WANDB_MODE``, ``WANDB_BASE_URL`` and wandb's own settings files are respected.
+
+    Args:
+        run_dir: the run's folder; wandb keeps its files in ``wandb/`` there.
+        project: the wandb project.
+        name: the display name.
+        run_id: the same for all attempts of a run, but for those after a rollback.
+        config: the resolved configuration, nested.
+        attempt: which start of this run this is, counted from 1.
+        first_new_step: one above the newest step that earlier attempts have logged under ``run_id``
+            (``read_rows(...).next_step(...)``). Offline, rows below it are held back; online the server is
+            asked.
+        note: told in one line where the rows go.
+        warn: told once when wandb cannot be used, or no longer.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        project: str,
+        name: str,
+        run_id: str,
+        config: Mapping[str, Any],
+        attempt: int,
+        *,
+        first_new_step: int,
+        note: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._attempt = attempt
+        self._note = note
+        self._warn = warn
+        self._told_of_repeats = False
+        self._run = self._start(
+            {"dir": str(run_dir), "project": project, "name": name, "id": run_id, "config": dict(config)}
+        )
+        self._first_new_step = first_new_step
+        if self._run and not self._run.offline:
+            self._first_new_step = self._run.starting_step
+
+    def write(self, row: Row) -> None:
+        """Log ``row`` at its own step. Rows of one step are merged by wandb."""
+        if self._run is None:
+            return
+        step = row["step"]
+        if step < self._first_new_step:
+            self._tell_of_repeats()
+            return
+        metrics = {key: value for key, value in row.items() if key not in ("step", "time")}
+        self._guarded(lambda run: run.log({**metrics, "attempt": self._attempt}, step=step))
+
+    def receipt(self, receipt: Mapping[str, Any]) -> None:
+        """Put a resume receipt into the run's config, under this attempt's number."""
+        key = f"receipt/attempt_{self._attempt:04d}"
+        self._guarded(lambda run: run.config.update({key: dict(receipt)}, allow_val_change=True))
+
+    def close(self) -> None:
+        """Finish the run. Online this waits for the upload, for a bounded time.
+
+        Called while an exception is on its way up (in a ``finally``), it marks the run as failed.
+        """
+        exit_code = 0 if sys.exception() is None else 1
+        self._guarded(lambda run: run.finish(exit_code=exit_code))
+        self._run = None
+
+    def _tell_of_repeats(self) -> None:
+        if not self._told_of_repeats:
+            self._told_of_repeats = True
+            self._note(
+                f"wandb: an earlier attempt has logged up to step {self._first_new_step - 1}; "
+                "what is trained again up to there goes to metrics.jsonl only"
+            )
+
+    def _start(self, identity: dict[str, Any]) -> Any:
+        try:
+            # Imported here: it costs about a second, which runs without wandb do not pay.
+            import wandb
+
+            settings = wandb.setup(wandb.Settings(silent=True)).settings
+            if settings.mode != "online":
+                return self._init(identity, mode=settings.mode)
+            online_run = self._start_online(identity) if _has_key(settings) else None
+            return online_run or self._init(identity, mode="offline")
+        except Exception as error:  # noqa: BLE001 - whatever wandb raises, training goes on
+            self._warn(f"wandb could not start, so nothing is logged there: {_first_line(error)}")
+            return None
+
+    def _start_online(self, identity: dict[str, Any]) -> Any:
+        import wandb
+
+        try:
+            return self._init(identity, mode="online")
+        except (wandb.Error, TimeoutError) as error:
+            self._warn(
+                f"wandb cannot be used online, so this attempt is logged offline: {_first_line(error)}"
+            )
+            # The service still holds the run id for the attempt to reach the server.
+            wandb.teardown(1)
+            wandb.setup(wandb.Settings(silent=True))
+            return None
+
+    def _init(self, identity: dict[str, Any], *, mode: _Mode) -> Any:
+        import wandb
+
+        run = wandb.init(
+            **identity,
+            resume="allow",
+            allow_val_change=True,
+            settings=wandb.Settings(
+                mode=mode,
+                silent=True,
+                console="off",
+                init_timeout=_INIT_TIMEOUT_S,
+                finish_timeout=_FINISH_TIMEOUT_S,
+                finish_timeout_raises=True,
+                # By default a kill loses what was logged in the last 15 s.
+                x_transaction_log_flush_interval=0.5,
+            ),
+        )
+        if run.offline:
+            self._note(f"wandb: offline; to upload: wandb sync {Path(run.dir).parent}")
+        elif not run.disabled:
+            self._note(f"wandb: {run.url}")
+        return run
+
+    def _guarded(self, call: Callable[[Any], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        except Exception as error:  # noqa: BLE001 - whatever wandb raises, training goes on
+            folder = Path(self._run.dir).parent
+            self._run = None
+            self._warn(
+                f"wandb failed and is switched off: {_first_line(error)}. "
+                f"What it has on disk can be uploaded: wandb sync {folder}"
+            )
+
+
+def _has_key(settings: Any) -> bool:
+    """Whether the client could log in without asking a person."""
+    if settings.api_key or settings.identity_token_file:
+        return True
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        return netrc.netrc(path).authenticators(urlsplit(settings.base_url).netloc) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

@@ -1,0 +1,240 @@
+"""From a config to everything that the loop works with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kempnerforge.checkpoint.lease import Lease
+from kempnerforge.checkpoint.manager import CheckpointManager
+from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.config.schema import AsyncCheckpointMode, Geometry, JobConfig
+from kempnerforge.data.fingerprint import explain_difference, fingerprint
+from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids
+from kempnerforge.data.order import ids_digest
+from kempnerforge.data.prepare import prepare_cached
+from kempnerforge.data.tokenizer import load_tokenizer
+from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
+from kempnerforge.distributed.mesh import build_mesh
+from kempnerforge.distributed.world import World
+from kempnerforge.errors import DataError
+from kempnerforge.model.llama import Llama
+from kempnerforge.parallel.shard import materialize, parallelize
+from kempnerforge.telemetry.flops import peak_bf16_flops
+from kempnerforge.train.control import Control
+from kempnerforge.train.environment import versions
+from kempnerforge.train.optim import build_optimizer
+from kempnerforge.train.reports import Reports, build_reports
+from kempnerforge.train.run_folder import open_run
+from kempnerforge.train.step import LocalStep, TrainStep
+from kempnerforge.train.stop import StopSignals
+
+
+@dataclass
+class Run:
+    """One attempt of a run, ready for the loop."""
+
+    job: JobConfig
+    world: World
+    geometry: Geometry
+    folder: Path
+    state: TrainState
+    step: TrainStep
+    ckpt: CheckpointManager
+    control: Control
+    train_samples: Samples
+    val_samples: Samples | None
+    reports: Reports
+    flops_per_token: float
+    peak_flops: float | None
+    eval_losses: list[tuple[int, float]] = field(default_factory=list)
+    """(step, validation loss) of this attempt, in order."""
+
+    def batches(self) -> BatchLoader:
+        """The data from the state's cursor on."""
+        train = self.job.train
+        return BatchLoader(
+            self.train_samples,
+            seed=train.seed,
+            global_batch_size=self.geometry.global_batch_size,
+            batch_size=train.batch_size,
+            dp_rank=self.world.rank,
+            dp_size=self.geometry.dp,
+            cursor=Cursor(**self.state.cursor),
+            prefetch_batches=self.job.data.prefetch_batches,
+        )
+
+
+def build(job: JobConfig, world: World, signals: StopSignals) -> Run:
+    """Open the run's folder, the data, the model and the sinks. The state is that of step 0.
+
+    Collective: all ranks. Raises ConfigError, DataError and RunFolderError on all ranks.
+    """
+    first_geometry = job.geometry(world.num_ranks) if job.train.global_batch_size is None else None
+    first_size = first_geometry.global_batch_size if first_geometry else job.train.global_batch_size
+    assert first_size is not None
+    folder = job.run.folder
+    record, lease = open_run(
+        folder,
+        world.control,
+        first_global_batch_size=first_size,
+        checkpoint_dir=job.checkpoint.dir,
+        note=lambda text: print(text, flush=True),
+    )
+    if job.train.global_batch_size is None:
+        job = job.with_global_batch_size(record.global_batch_size)
+    try:
+        return _assemble(job, world, signals, record, lease)
+    except BaseException:
+        # So that the next start, on another host perhaps, need not watch a lease that nobody holds.
+        if lease is not None:
+            lease.release()
+        raise
+
+
+def _assemble(
+    job: JobConfig, world: World, signals: StopSignals, record: RunRecord, lease: Lease | None
+) -> Run:
+    geometry, folder = job.geometry(world.num_ranks), job.run.folder
+    reports = build_reports(job, rank=world.rank, folder=folder, record=record)
+    dataset = _open_data(job, world, reports)
+    model = _build_model(job, world, geometry)
+    optimizer = build_optimizer(model, job.optimizer, world.device)
+    state = _build_state(job, world, geometry, model, optimizer, dataset)
+    assert dist.group.WORLD is not None
+    step = LocalStep(
+        model,
+        optimizer,
+        device=world.device,
+        dp_group=dist.group.WORLD,
+        grad_clip_norm=job.train.grad_clip_norm,
+    )
+    ckpt = CheckpointManager(
+        job.checkpoint,
+        state=state,
+        run_dir=folder,
+        control_group=world.control.group,
+        context=_context(job, world, geometry, record),
+        lease=lease,
+    )
+    reports.note(
+        f"run {job.run.name}, attempt {record.attempt}: {job.model.num_parameters / 1e6:.1f}M parameters on "
+        f"{world.num_ranks} x {world.device.type}, {geometry.global_batch_size} sequences a step "
+        f"({geometry.accumulation_steps} x {job.train.batch_size} a rank), in {folder}"
+    )
+    if job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned and world.device.type != "cuda":
+        reports.note("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
+    return Run(
+        job=job,
+        world=world,
+        geometry=geometry,
+        folder=folder,
+        state=state,
+        step=step,
+        ckpt=ckpt,
+        control=Control(world.control, ckpt, signals),
+        train_samples=dataset.split("train", job.train.seq_len),
+        val_samples=dataset.split("val", job.train.seq_len) if job.eval.interval else None,
+        reports=reports,
+        flops_per_token=model.flops_per_token(job.train.seq_len),
+        peak_flops=_peak_flops(world.device),
+    )
+
+
+def _build_state(
+    job: JobConfig,
+    world: World,
+    geometry: Geometry,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    dataset: TokenDataset,
+) -> TrainState:
+    seed = job.train.seed
+    num_samples = dataset.split("train", job.train.seq_len).num_samples
+
+    def batch_digest(cursor: Mapping[str, Any]) -> str:
+        place, size = Cursor(**cursor), geometry.global_batch_size
+        return ids_digest(batch_ids(place, seed=seed, num_samples=num_samples, global_batch_size=size))
+
+    return TrainState(
+        model=model,
+        optimizer=optimizer,
+        device=world.device,
+        seed=seed,
+        # On rank 0: the digest of .npy shards is computed from their bytes.
+        fingerprint=world.control.on_rank0(lambda: fingerprint(dataset, "train", job.train.seq_len, seed)),
+        scheduler=job.scheduler.model_dump(mode="json"),
+        cursor=Cursor(0),
+        batch_digest=batch_digest,
+    )
+
+
+def _build_model(job: JobConfig, world: World, geometry: Geometry) -> Llama:
+    mesh = build_mesh(world.device.type, dp_replicate=geometry.dp_replicate, dp_shard=geometry.dp_shard)
+    with torch.device("meta"):
+        model = Llama(job.model)
+    parallelize(model, mesh, job.train)
+    materialize(model, world.device, seed=job.train.seed)
+    return model
+
+
+def _open_data(job: JobConfig, world: World, reports: Reports) -> TokenDataset:
+    """Rank 0 prepares and checks all tokens, the others wait; then every rank opens them."""
+
+    def on_rank0() -> Path:
+        if job.data.dataset_path is not None:
+            path = Path(job.data.dataset_path).expanduser()
+        else:
+            assert job.data.text is not None
+            reports.note(f"data: looking through {job.data.text}")
+            tokenizer = load_tokenizer(job.data.tokenizer)
+            path = prepare_cached(
+                job.data.text, tokenizer, job.data.cache_folder, val_fraction=job.data.val_fraction
+            )
+        dataset = open_dataset(path, vocab_size=job.model.vocab_size, val_fraction=job.data.val_fraction)
+        num_samples = dataset.split("train", job.train.seq_len).num_samples
+        reports.note(f"data: {num_samples:,} samples of {job.train.seq_len} tokens in {path}")
+        if job.eval.interval:
+            dataset.split("val", job.train.seq_len)
+        return path
+
+    path = world.control.on_rank0(on_rank0)
+    error, dataset = None, None
+    try:
+        dataset = open_dataset(
+            path, vocab_size=job.model.vocab_size, val_fraction=job.data.val_fraction, verify=False
+        )
+    except DataError as found:
+        error = found
+    world.control.raise_together(error)
+    assert dataset is not None
+    return dataset
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    return peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _context(job: JobConfig, world: World, geometry: Geometry, record: RunRecord) -> RunContext:
+    return RunContext(
+        run_id=record.run_id,
+        attempt=record.attempt,
+        layout={
+            "num_ranks": world.num_ranks,
+            "dp_replicate": geometry.dp_replicate,
+            "dp_shard": geometry.dp_shard,
+            "tp": geometry.tp,
+            "pp": geometry.pp,
+        },
+        versions=versions(world.device),
+        config_toml=job.to_toml(),
+        allow_changed_data=job.data.allow_changed,
+        explain_data=explain_difference,
+    )

@@ -1,0 +1,44 @@
+"""What bitwise equality depends on beside config and layout: how it is set, and what is recorded of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+from torch.utils import deterministic as deterministic_utils
+
+from kempnerforge import __version__
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What bitwise equality depends on beside config and layout."""
+    found = {
+        "kempnerforge": __version__,
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "machine": platform.machine(),
+    }
+    if device.type == "cuda":
+        from torch.cuda import nccl
+
+        found["device"] = torch.cuda.get_device_name(device)
+        found["cuda"] = str(torch.version.cuda)
+        found["nccl"] = ".".join(map(str, nccl.version()))
+    else:
+        found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    return found
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Deterministic algorithms, a fixed cuBLAS workspace and a pinned collective algorithm.
+
+    Before anything touches CUDA: the environment is read when it starts.
+    """
+    if not deterministic:
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    # It fills every fresh tensor to make bugs visible, which costs time and changes no correct result.
+    deterministic_utils.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,139 @@
+"""The training loop. No rank tests and no modes: what differs between layouts differs in ``build``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from kempnerforge.data.loader import eval_batches
+from kempnerforge.errors import NonFiniteError
+from kempnerforge.telemetry.flops import mfu
+from kempnerforge.telemetry.spans import Spans
+from kempnerforge.train.build import Run
+from kempnerforge.train.control import Agreed
+from kempnerforge.train.optim import lr_at
+from kempnerforge.train.step import UpdateResult
+
+
+def train(run: Run) -> str | None:
+    """Resume, then train until ``max_steps`` or until a stop is agreed on.
+
+    Collective: all ranks. Returns why it stopped with work left; None when it is finished.
+    """
+    job, state, step, ckpt, reports = run.job, run.state, run.step, run.ckpt, run.reports
+    receipt = ckpt.resume(state)
+    for line in receipt.lines():
+        reports.note(line)
+    if receipt.space_warning:
+        reports.warn(receipt.space_warning)
+    reports.receipt(dataclasses.asdict(receipt))
+    proof = reports.proof(receipt)
+    stop = None
+    if state.step == 0:
+        evaluate(run)
+        stop = _save_if_agreed(run).stop
+    spans = Spans(run.world.device.type)
+    batches = run.batches()
+    try:
+        while stop is None and state.step < job.train.max_steps:
+            with spans.span("step", host=True):
+                with spans.span("data", host=True):
+                    batch, cursor = next(batches)
+                with spans.span("forward_backward"):
+                    step.forward_backward(batch)
+                ckpt.wait_for_staging()
+                lr = lr_at(state.step, job.scheduler, base_lr=job.optimizer.lr, max_steps=job.train.max_steps)
+                with spans.span("optimizer"):
+                    update = step.update(lr)
+                state.advance(tokens=batch.num_tokens, cursor=cursor, skipped=update.skipped)
+            ckpt.record_metrics(state.step, {"train/loss": update.loss})
+            if told := proof.compare(state.step, update.loss):
+                reports.note(told)
+            reports.write(_row(run, update, lr, batch.num_tokens, batch.digest, spans.collect()))
+            _refuse_endless_skipping(run)
+            if job.eval.interval and state.step % job.eval.interval == 0:
+                evaluate(run)
+            stop = _save_if_agreed(run).stop
+    finally:
+        batches.close()
+    if state.step < job.train.max_steps:
+        return stop
+    if job.eval.interval and state.step % job.eval.interval:
+        evaluate(run)
+    ckpt.finish(state)
+    _report_saves(run)
+    return None
+
+
+def _save_if_agreed(run: Run) -> Agreed:
+    agreed = run.control.agree(run.state.step)
+    if agreed.save:
+        run.ckpt.save(run.state, wait=agreed.stop is not None, reason=agreed.save)
+    _report_saves(run)
+    return agreed
+
+
+def _report_saves(run: Run) -> None:
+    for report in run.ckpt.poll():
+        if report.error:
+            run.reports.warn(f"{report.error}; training goes on")
+        if report.skipped:
+            run.reports.warn(report.skipped)
+        run.reports.write({"step": run.state.step, **report.row()})
+        for warning in report.warnings:
+            run.reports.warn(warning)
+        if warning := run.ckpt.lease_warning():
+            run.reports.warn(f"the lease of this run cannot be renewed: {warning}")
+
+
+def evaluate(run: Run) -> None:
+    """Log the mean loss of the first ``eval.num_batches`` global batches of the validation split.
+
+    Collective: all ranks. Always the same sequences, whatever the layout; consumes no random numbers.
+    """
+    if run.val_samples is None:
+        return
+    batches = eval_batches(
+        run.val_samples,
+        num_batches=run.job.eval.num_batches,
+        global_batch_size=run.geometry.global_batch_size,
+        batch_size=run.job.train.batch_size,
+        dp_rank=run.world.rank,
+        dp_size=run.geometry.dp,
+    )
+    loss = run.step.evaluate(batches)
+    run.ckpt.record_metrics(run.state.step, {"eval/loss": loss})
+    run.eval_losses.append((run.state.step, loss))
+    run.reports.write({"step": run.state.step, "eval/loss": loss})
+
+
+def _row(
+    run: Run, update: UpdateResult, lr: float, num_tokens: int, digest: str, timings: Mapping[str, float]
+) -> dict[str, Any]:
+    tokens_per_s = num_tokens / timings["time/step_s"]
+    row: dict[str, Any] = {
+        "step": run.state.step,
+        "train/loss": update.loss,
+        "train/grad_norm": update.grad_norm,
+        "train/lr": lr,
+        "train/tokens": run.state.tokens,
+        "train/tokens_per_s": tokens_per_s,
+        "train/skipped_steps": run.state.skipped_steps,
+        "data/digest": digest,
+        **timings,
+    }
+    if run.peak_flops is not None:
+        row["train/mfu"] = mfu(tokens_per_s, run.flops_per_token, run.world.num_ranks, run.peak_flops)
+    return row
+
+
+def _refuse_endless_skipping(run: Run) -> None:
+    """All ranks count the same skipped steps, so all raise together."""
+    limit = run.job.train.max_skipped_steps
+    if run.state.skipped_in_a_row >= limit:
+        raise NonFiniteError(
+            f"loss or gradients were not finite in {limit} steps in a row, up to step {run.state.step}. "
+            "The last committed checkpoint is untouched. Look at train/loss and train/grad_norm in "
+            f"{run.folder / 'metrics.jsonl'}; a lower optimizer.lr or a longer warmup may help"
+        )

@@ -1,0 +1,52 @@
+"""Proof of resume: losses that are computed again are compared with those that were recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.telemetry.jsonl import read_rows
+
+COMPARED_STEPS = 5
+
+
+class Proof:
+    """Compares the first losses after a resume with the rows of the attempt that lost those steps."""
+
+    def __init__(self, recorded: Mapping[int, float] | None = None) -> None:
+        self._recorded = dict(recorded or {})
+        self._equal = 0
+
+    @classmethod
+    def of(cls, metrics: Path, receipt: Receipt) -> Proof:
+        """What can be compared: nothing, unless the same bits are promised and steps were lost."""
+        if not receipt.bitwise() or receipt.lost_steps == 0 or not metrics.exists():
+            return cls()
+        last = receipt.step + min(COMPARED_STEPS, receipt.lost_steps)
+        # Of several attempts that logged a step, the newest before this one counts.
+        return cls(
+            {
+                row["step"]: row["train/loss"]
+                for row in read_rows(metrics).rows
+                if "train/loss" in row
+                and receipt.step < row["step"] <= last
+                and row["attempt"] < receipt.attempt
+            }
+        )
+
+    def compare(self, step: int, loss: float) -> str | None:
+        """What there is to say after ``step``: a difference at once, the proof when all were equal."""
+        if step not in self._recorded:
+            return None
+        recorded = self._recorded.pop(step)
+        if repr(recorded) != repr(loss):
+            self._recorded.clear()
+            return (
+                f"warning: the loss of step {step} is {loss!r} and was {recorded!r} before the resume: "
+                "this attempt does not repeat the one before it bit for bit"
+            )
+        self._equal += 1
+        if self._recorded:
+            return None
+        return f"the first {self._equal} losses after the resume equal those recorded, bit for bit"

@@ -1,0 +1,84 @@
+"""All output of a run: its sinks, and the console that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.config.schema import JobConfig
+from kempnerforge.telemetry.console import ConsoleSink
+from kempnerforge.telemetry.jsonl import JsonlSink, read_rows
+from kempnerforge.telemetry.sinks import Sink, SinkSet
+from kempnerforge.telemetry.wandb_sink import WandbSink
+from kempnerforge.train.proof import Proof
+
+
+class Reports:
+    """All output of a run. Ranks other than 0 hold one that says nothing, so the loop needs no rank test."""
+
+    def __init__(
+        self,
+        sinks: SinkSet,
+        *,
+        console: ConsoleSink | None = None,
+        wandb: WandbSink | None = None,
+        metrics: Path | None = None,
+    ) -> None:
+        self._sinks = sinks
+        self._console = console
+        self._wandb = wandb
+        self._metrics = metrics
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Hand a row of metrics to all sinks."""
+        self._sinks.write(row)
+
+    def note(self, text: str) -> None:
+        """Say something that is good to know."""
+        if self._console is not None:
+            self._console.note(text)
+
+    def warn(self, text: str) -> None:
+        """Say something that should be looked at."""
+        if self._console is not None:
+            self._console.warn(text)
+
+    def receipt(self, receipt: Mapping[str, Any]) -> None:
+        """Put a resume receipt into wandb."""
+        if self._wandb is not None:
+            self._wandb.receipt(receipt)
+
+    def proof(self, receipt: Receipt) -> Proof:
+        """What of this attempt's losses can be compared with rows of an earlier one."""
+        return Proof.of(self._metrics, receipt) if self._metrics is not None else Proof()
+
+    def close(self) -> None:
+        """Hand over what is held back."""
+        self._sinks.close()
+
+
+def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord) -> Reports:
+    """The sinks that the config asks for, on rank 0."""
+    if rank != 0:
+        return Reports(SinkSet())
+    console = ConsoleSink(job.train.max_steps, job.metrics.log_interval)
+    metrics = folder / "metrics.jsonl"
+    sinks: list[Sink] = [console, JsonlSink(metrics, record.attempt, warn=console.warn)]
+    wandb = None
+    if job.metrics.enable_wandb:
+        wandb = WandbSink(
+            folder,
+            job.metrics.wandb_project,
+            job.metrics.wandb_run_name or job.run.name,
+            record.wandb_id,
+            job.model_dump(mode="json"),
+            record.attempt,
+            first_new_step=read_rows(metrics).next_step(record.wandb_first_attempt),
+            note=console.note,
+            warn=console.warn,
+        )
+        sinks.append(wandb)
+    return Reports(SinkSet(sinks), console=console, wandb=wandb, metrics=metrics)

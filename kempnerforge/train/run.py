@@ -1,0 +1,78 @@
+"""One attempt from start to exit status."""
+
+from __future__ import annotations
+
+import sys
+
+from kempnerforge.config.schema import LoadedJob
+from kempnerforge.distributed.world import World
+from kempnerforge.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_STOPPED, KempnerForgeError
+from kempnerforge.train.build import Run, build
+from kempnerforge.train.environment import set_determinism
+from kempnerforge.train.loop import train
+from kempnerforge.train.run_folder import record_exit
+from kempnerforge.train.stop import StopSignals
+
+
+def run_job(loaded: LoadedJob) -> int:
+    """Train what ``loaded`` describes, or go on with it. Returns the exit status.
+
+    Collective: all ranks. An error of ours is told without a traceback; any other one is a fault and goes up.
+    """
+    job = loaded.job
+    signals = StopSignals()
+    signals.install()
+    set_determinism(job.train.deterministic)
+    world: World | None = None
+    run: Run | None = None
+    status, reason = EXIT_FAULT, "unknown"
+    try:
+        world = World.start(timeout_s=job.distributed.timeout_s)
+        run = build(job, world, signals)
+        stop = train(run)
+        status, reason = EXIT_FINISHED if stop is None else EXIT_STOPPED, _goodbye(run, stop)
+        run.reports.note(reason)
+        return status
+    except KempnerForgeError as error:
+        _tell(error, world)
+        status, reason = error.exit_status, str(error)
+        return status
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if run is not None:
+            run.ckpt.wait()
+            _record(run, status, reason)
+            run.ckpt.close()
+            run.reports.close()
+        if world is not None and status in (EXIT_FINISHED, EXIT_STOPPED):
+            world.close()
+
+
+def _tell(error: KempnerForgeError, world: World | None) -> None:
+    rank = world.rank if world is not None else 0
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif not error.agreed:
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+def _record(run: Run, status: int, reason: str) -> None:
+    """Only while the lease is held: ``run.json`` is the next attempt's as soon as it has taken over."""
+    if run.world.rank == 0 and run.ckpt.holds_lease():
+        record_exit(run.folder, status=status, reason=reason, step=run.state.step)
+
+
+def _goodbye(run: Run, stop: str | None) -> str:
+    step = run.state.step
+    if stop is not None:
+        return f"stopped by {stop} at step {step}, which is committed. To go on: the same command"
+    learned = ""
+    if len(run.eval_losses) > 1:
+        (first_step, first), (_, last) = run.eval_losses[0], run.eval_losses[-1]
+        learned = f" Validation loss {first:.4f} at step {first_step}, {last:.4f} now."
+    return (
+        f"finished at step {step}.{learned} Files: {run.folder}. "
+        f"To go on: the same command with --train.max_steps={2 * step}"
+    )

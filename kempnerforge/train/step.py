@@ -1,0 +1,204 @@
+"""One optimizer step: forward and backward over the micro-batches, then the update.
+
+Shape suffixes: A micro-batches of gradient accumulation, B sequences, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+
+
+class Batch(Protocol):
+    """One rank's part of a global batch."""
+
+    @property
+    def inputs_ABT(self) -> Tensor:
+        """Token ids, int64 [A, B, T] on the CPU."""
+        ...
+
+    @property
+    def targets_ABT(self) -> Tensor:
+        """The token that follows each input, int64 [A, B, T] on the CPU."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the **global** batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What an update did. The same on every rank."""
+
+    grad_norm: float
+    """Norm of all gradients together, before clipping."""
+    loss: float
+    """Mean loss of the global batch."""
+    skipped: bool
+    """Loss or gradients were not finite: weights and optimizer state are as they were."""
+
+
+class TrainStep(Protocol):
+    """What the loop knows of a step, however the model is spread over the ranks."""
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Compute the gradients of ``batch``; the mean loss of the global batch, fp32 [] on the device."""
+        ...
+
+    def update(self, lr: float) -> UpdateResult:
+        """Apply the gradients with learning rate ``lr``, or skip the step, and drop them."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """Mean loss over all tokens of ``batches``, on all ranks."""
+        ...
+
+
+class LocalStep:
+    """A step of a model that every rank runs from end to end (FSDP2, HSDP, one process).
+
+    ``dp_group`` has exactly the ranks of the model's mesh. Consumes no random numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: torch.device,
+        dp_group: dist.ProcessGroup,
+        grad_clip_norm: float,
+    ) -> None:
+        if not isinstance(model, FSDPModule):
+            raise TypeError("LocalStep takes a model that parallelize() has sharded")
+        self._model = model
+        self._params = list(model.parameters())
+        self._optimizer = optimizer
+        self._device = device
+        self._dp_group = dp_group
+        self._grad_clip_norm = grad_clip_norm
+        self._loss: Tensor | None = None
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Add up the gradients of all micro-batches; returns the mean loss of the global batch, fp32 [].
+
+        Every micro-batch's gradients are scattered into this rank's shards as they appear: kept whole until
+        the last one, they would take the memory of the unsharded model as soon as a run goes on with fewer
+        ranks and accumulates. Only the reduction over HSDP's copies waits for the last micro-batch.
+
+        Collective: all ranks, in the same order. Blocks: not for the device.
+        """
+        inputs_ABT = batch.inputs_ABT.to(self._device, non_blocking=True)
+        targets_ABT = batch.targets_ABT.to(self._device, non_blocking=True)
+        loss = torch.zeros((), dtype=torch.float32, device=self._device)
+        last = inputs_ABT.size(0) - 1
+        for i, (inputs_BT, targets_BT) in enumerate(zip(inputs_ABT, targets_ABT, strict=True)):
+            self._model.set_requires_all_reduce(i == last)
+            part = self._sum_loss(inputs_BT, targets_BT) / batch.num_tokens
+            part.backward()
+            loss += part.detach()
+        dist.all_reduce(loss, group=self._dp_group)
+        self._loss = loss
+        return loss
+
+    def update(self, lr: float) -> UpdateResult:
+        """Clip and apply the gradients of the last ``forward_backward``, or skip the step.
+
+        A step whose loss or gradient norm is not finite is skipped: weights, moments and step counters stay.
+        All ranks decide alike without asking each other: both numbers are results of an all-reduce over all
+        ranks, of which each rank has the same bits.
+
+        Collective: all ranks, in the same order. Blocks: for the device, once.
+        Mutation: weights and optimizer state, unless skipped; gradients are dropped either way.
+        """
+        if self._loss is None:
+            raise RuntimeError("update() without a forward_backward() before it")
+        grads = [param.grad for param in self._params if param.grad is not None]
+        norm = global_norm(grads, group=self._dp_group, device=self._device)
+        loss, grad_norm = torch.stack([self._loss.double(), norm]).tolist()
+        self._loss = None
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            if 0 < self._grad_clip_norm < grad_norm:
+                scale = self._grad_clip_norm / grad_norm
+                torch._foreach_mul_(local_tensors(grads), scale)  # pyright: ignore[reportPrivateImportUsage]
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return UpdateResult(grad_norm=grad_norm, loss=loss, skipped=not finite)
+
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """Mean loss over all tokens of ``batches``, on all ranks, in training's numerics.
+
+        Every rank must bring the same number of micro-batches, one at least.
+
+        Collective: all ranks, in the same order. Blocks: for the device, once.
+        """
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        num_tokens = 0
+        self._model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                for inputs_BT, targets_BT in zip(batch.inputs_ABT, batch.targets_ABT, strict=True):
+                    loss += self._sum_loss(
+                        inputs_BT.to(self._device, non_blocking=True),
+                        targets_BT.to(self._device, non_blocking=True),
+                    )
+                    num_tokens += targets_BT.numel()
+        self._model.train()
+        # FSDP keeps the root's parameters whole after a forward pass; only a backward pass shards them again.
+        self._model.reshard()
+        if num_tokens == 0:
+            raise ValueError("nothing to evaluate on")
+        totals = torch.stack([loss, torch.full_like(loss, num_tokens)])
+        dist.all_reduce(totals, group=self._dp_group)
+        return (totals[0] / totals[1]).item()
+
+    def _sum_loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Cross-entropy in fp32, summed over all tokens."""
+        logits_BTV = self._model(inputs_BT)
+        return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
+
+
+def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of every tensor, sharing memory; parts without elements are left out."""
+    parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return [part for part in parts if part.numel()]
+
+
+def global_norm(tensors: Iterable[Tensor], *, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+    """2-norm of all ``tensors`` together, all ranks' shards included: fp64 [], the same bits on every rank.
+
+    ``group`` has exactly the ranks of the tensors' meshes. One reduction: each rank brings the squares of
+    what it holds, divided by how many ranks hold a copy of it.
+
+    Collective: all ranks of ``group``.
+    """
+    by_copies: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        by_copies.setdefault(_num_copies(tensor, group), []).append(tensor)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for copies, alike in by_copies.items():
+        if parts := local_tensors(alike):
+            total += torch.nn.utils.get_total_norm(parts).double().square() / copies
+    dist.all_reduce(total, group=group)
+    return total.sqrt()
+
+
+def _num_copies(tensor: Tensor, group: dist.ProcessGroup) -> int:
+    if not isinstance(tensor, DTensor):
+        return group.size()
+    mesh_dims = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in mesh_dims if isinstance(placement, Replicate))

@@ -1,0 +1,42 @@
+"""What tests of ``kempnerforge ckpt`` share; ``ckpt_fixtures`` has their fixtures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kempnerforge.checkpoint import layout
+
+CONFIG = """
+[train]
+seed = 1
+[checkpoint]
+keep_last_n = 2
+keep_best_n = 1
+best_metric = "eval/loss"
+"""
+LOSSES = {10: 4.0, 20: 1.0, 30: 3.0, 40: 2.0}
+
+
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Ckpt = Callable[..., Done]
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / layout.step_name(step)
+
+
+def shard(run: Path, step: int) -> Path:
+    (found,) = step_folder(run, step).glob("*.safetensors")
+    return found

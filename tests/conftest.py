@@ -1,0 +1,102 @@
+"""What every test stands on: one thread, private caches, no network for wandb, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Set at import, before torch is imported by any test module: OpenMP reads its variable once.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+for _name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+    os.environ.pop(_name, None)
+
+# Inherited by everything that a test starts, so that orphans are found too. One for each xdist worker.
+_OWNER_VARIABLE = "KEMPNERFORGE_TEST_OWNER"
+os.environ[_OWNER_VARIABLE] = uuid.uuid4().hex
+
+_GRACE_S = 10.0
+# Shared by all tests of one process and ended by Python itself.
+_SHARED = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_caches() -> Iterator[None]:
+    """Point ``XDG_CACHE_HOME`` at a folder of this session, so that no test touches the user's caches."""
+    with (
+        tempfile.TemporaryDirectory(prefix="kempnerforge-tests-") as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("XDG_CACHE_HOME", folder)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_process_left_behind() -> Iterator[None]:
+    """Fail a test that leaves processes running, and end them."""
+    before = _own_processes()
+    yield
+    deadline = time.monotonic() + _GRACE_S
+    while (left := _own_processes() - before) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if left:
+        names = [
+            f"{pid}: {_command_line(pid).replace(bytes(1), b' ').decode(errors='replace')}" for pid in left
+        ]
+        for pid in left:
+            _kill(pid)
+        pytest.fail("processes left behind by this test:\n" + "\n".join(names))
+
+
+def _own_processes() -> set[int]:
+    """Living processes that descend from this one, or that carry its mark in their environment."""
+    if not Path("/proc/self/stat").exists():
+        return set()
+    own_pid = os.getpid()
+    parents = {pid: parent for pid in _all_pids() if (parent := _living_parent(pid)) is not None}
+    mark = f"{_OWNER_VARIABLE}={os.environ[_OWNER_VARIABLE]}".encode()
+    found = set()
+    for pid in parents:
+        ancestor: int | None = parents[pid]
+        while ancestor not in (None, 0, own_pid):
+            ancestor = parents.get(ancestor)
+        if pid != own_pid and (ancestor == own_pid or mark in _read(pid, "environ").split(b"\0")):
+            found.add(pid)
+    return {pid for pid in found if not any(name in _command_line(pid) for name in _SHARED)}
+
+
+def _all_pids() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+
+
+def _living_parent(pid: int) -> int | None:
+    """The parent of a process, or None for one that is gone or a zombie."""
+    # The name, in parentheses, may hold spaces and parentheses itself.
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return int(fields[1]) if fields and fields[0] not in (b"Z", b"X") else None
+
+
+def _command_line(pid: int) -> bytes:
+    return _read(pid, "cmdline")
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:  # it ended meanwhile, or it belongs to somebody else
+        return b""
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

@@ -1,0 +1,206 @@
+"""Finds what breaks the import contract: layers, packages that stay apart, parts without torch, sizes, names.
+
+Everything is read from the syntax tree, so imports inside functions count as well.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = "kempnerforge"
+
+LAYERS = (
+    ("errors", "fsio"),
+    ("config",),
+    ("distributed", "model", "data", "telemetry", "slurm", "goodput"),
+    ("parallel", "checkpoint"),
+    ("train",),
+    ("cli",),
+)
+NEVER = {"checkpoint": ("model", "data", "train", "telemetry")}
+BANNED_NAMES = {"utils", "helpers", "common"}
+
+IMPORT_CALLS = ("importlib.import_module", "import_module", "__import__")
+
+# Not even inside a function.
+NO_TORCH = (
+    *("errors", "fsio", "config", "goodput", "slurm"),
+    *("checkpoint.layout", "checkpoint.manifest", "checkpoint.index", "checkpoint.policy"),
+    *("checkpoint.retention", "checkpoint.lease", "checkpoint.space", "checkpoint.verify"),
+    *("checkpoint.holder", "checkpoint.timeline", "checkpoint.rollback", "checkpoint.fork"),
+    *("checkpoint.quota", "checkpoint.run_record", "checkpoint.keep", "checkpoint.pins", "checkpoint.holds"),
+    *("checkpoint.digest", "checkpoint.step_view", "checkpoint.shard_header", "checkpoint.compare"),
+)
+# Not when they are imported; a command or a device may ask for it later.
+NO_TORCH_AT_IMPORT = ("cli", "telemetry")
+
+MAX_MODULE_LINES = 330
+MAX_FUNCTION_LINES = 70
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, by its full name."""
+
+    target: str
+    line: int
+    at_import: bool
+    """Whether it happens when the module itself is imported."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One parsed file of the package."""
+
+    name: str
+    path: Path
+    tree: ast.Module
+    imports: tuple[Import, ...]
+
+    @property
+    def part(self) -> str:
+        """The package or top-level module it belongs to, such as ``checkpoint``; empty for the root."""
+        return part_of(self.name)
+
+
+def part_of(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def module_name(root: Path, path: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def load(root: Path) -> dict[str, Module]:
+    paths = sorted((root / PACKAGE).rglob("*.py"))
+    names = {module_name(root, path): path for path in paths}
+    modules = {}
+    for name, path in names.items():
+        tree = ast.parse(path.read_text(), filename=str(path))
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        modules[name] = Module(name, path, tree, tuple(find_imports(tree, package, names)))
+    return modules
+
+
+def find_imports(
+    tree: ast.AST, package: str, known: dict[str, Path], at_import: bool = True
+) -> Iterator[Import]:
+    for node in ast.iter_child_nodes(tree):
+        deferred = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, at_import) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute(node, package)
+            for alias in node.names:
+                # ``from package import module`` imports the module.
+                full = f"{base}.{alias.name}"
+                yield Import(full if full in known else base, node.lineno, at_import)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "__import__",
+        ):
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    yield Import(argument.value, node.lineno, at_import)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            deferred = True
+        yield from find_imports(node, package, known, at_import and not deferred)
+
+
+def absolute(node: ast.ImportFrom, package: str) -> str:
+    if node.level == 0:
+        return node.module or ""
+    base = package.split(".")[: len(package.split(".")) - node.level + 1]
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def violations(root: Path) -> list[str]:
+    """Everything in the package under ``root`` that breaks the contract."""
+    modules = load(root)
+    found = []
+    for module in modules.values():
+        where = module.path.relative_to(root)
+        found += [f"{where}: {fault}" for fault in name_faults(module)]
+        found += [f"{where}:{line}: {fault}" for line, fault in layer_faults(module)]
+        found += [f"{where}:{line}: {fault}" for line, fault in torch_faults(module, modules)]
+        found += [f"{where}: {fault}" for fault in size_faults(module)]
+    return found
+
+
+def name_faults(module: Module) -> Iterator[str]:
+    if BANNED_NAMES & set(module.name.split(".")):
+        yield "a module is named after what it does; utils, helpers and common say nothing"
+    if module.part and not any(module.part in layer for layer in LAYERS):
+        yield f"{module.part} stands in no layer"
+
+
+def layer_faults(module: Module) -> Iterator[tuple[int, str]]:
+    own = layer_of(module.part)
+    for imported in module.imports:
+        if imported.target.split(".")[0] != PACKAGE:
+            continue
+        part = part_of(imported.target)
+        if part == module.part:
+            continue
+        if part in NEVER.get(module.part, ()):
+            yield imported.line, f"{module.part} never imports {part}"
+        elif layer_of(part) > own:
+            yield imported.line, f"{module.part or 'the root'} imports {part}, which is a layer above it"
+        elif layer_of(part) == own:
+            yield imported.line, f"{module.part} imports {part}, which is in the same layer"
+
+
+def layer_of(part: str) -> int:
+    """The layer's number; the root package is below all of them."""
+    return next((number for number, layer in enumerate(LAYERS) if part in layer), -1)
+
+
+def torch_faults(module: Module, modules: dict[str, Module]) -> Iterator[tuple[int, str]]:
+    inner = module.name.partition(".")[2]
+    if any(inner == name or inner.startswith(name + ".") for name in NO_TORCH):
+        direct = [imported for imported in module.imports if is_torch(imported.target)]
+        yield from (
+            (imported.line, "imports torch, and must not even inside a function") for imported in direct
+        )
+    elif module.part not in NO_TORCH_AT_IMPORT:
+        return
+    chain = chain_to_torch(module.name, modules)
+    if chain:
+        yield 1, f"importing it loads torch: {' -> '.join(chain)}"
+
+
+def is_torch(target: str) -> bool:
+    return target.split(".")[0] == "torch"
+
+
+def chain_to_torch(start: str, modules: dict[str, Module]) -> list[str]:
+    """The modules through which importing ``start`` loads torch; empty if it does not."""
+    seen = {start}
+    chains = [[start]]
+    while chains:
+        chain = chains.pop(0)
+        name = chain[-1]
+        parents = [name.rpartition(".")[0]] if "." in name else []
+        loaded = [imported.target for imported in modules[name].imports if imported.at_import]
+        for target in [*parents, *loaded]:
+            if is_torch(target):
+                return [*chain, target]
+            if target in modules and target not in seen:
+                seen.add(target)
+                chains.append([*chain, target])
+    return []
+
+
+def size_faults(module: Module) -> Iterator[str]:
+    lines = len(module.path.read_text().splitlines())
+    if lines > MAX_MODULE_LINES:
+        yield f"{lines} lines; at most {MAX_MODULE_LINES}"
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                yield f"{node.name} has {length} lines; at most {MAX_FUNCTION_LINES}"

@@ -1,0 +1,53 @@
+"""A process that takes leases, driven by lines of JSON on its standard input. Started by ``test_lease.py``.
+
+{"do": "acquire", "dir": PATH, ...}   -> {"attempt": 3, "took_over": "...", ...} or {"error": ...}
+{"do": "check"}, {"do": "release"}    -> {} or {"error": "LeaseLostError", "text": "..."}
+{"do": "lost"}                        -> {"lost": "..."}
+{"do": "rename", "from": A, "to": B}  -> {} or {"error": ...}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import lease
+from kempnerforge.checkpoint.lease import Lease
+
+held: Lease | None = None
+
+
+def do(request: dict[str, Any]) -> dict[str, Any]:
+    global held
+    what = request.pop("do")
+    if what == "acquire":
+        notes: list[str] = []
+        started = time.monotonic()
+        held = lease.acquire(Path(request.pop("dir")), note=notes.append, **request)
+        took_s = time.monotonic() - started
+        return {"attempt": held.attempt, "took_over": held.took_over, "took_s": took_s, "notes": notes}
+    if what == "rename":
+        fsio.publish(Path(request["from"]), Path(request["to"]))
+        return {}
+    assert held is not None
+    if what == "lost":
+        return {"lost": held.lost}
+    (held.check if what == "check" else held.release)()
+    return {}
+
+
+if __name__ == "__main__":
+    # Looks are cheap here; on a shared file system they are rarer.
+    lease._LOOK_EVERY_S = 0.02
+    for line in sys.stdin:
+        try:
+            answer = do(json.loads(line))
+        except Exception as error:  # noqa: BLE001 - the test judges it
+            answer = {"error": type(error).__name__, "text": str(error)}
+        print(json.dumps(answer), flush=True)
+    os._exit(0)

@@ -1,0 +1,125 @@
+"""What a run leaves on disk, read for tests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
+from kempnerforge.telemetry.jsonl import effective_rows, read_rows
+
+BITWISE_KEYS = ("train/loss", "train/grad_norm", "train/lr", "train/tokens", "data/digest", "eval/loss")
+"""What a run that was stopped and gone on with must log with the same bits as one that never was."""
+
+Counting = dict[int, dict[str, Any]]
+"""By step, the values that count."""
+
+
+@dataclass
+class RunFiles:
+    """A run's folder and its checkpoints."""
+
+    folder: Path = field(default_factory=Path)
+    checkpoints: Path = field(default_factory=Path)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """``run.json``."""
+        return json.loads((self.folder / "run.json").read_text())
+
+    def receipts(self) -> list[dict[str, Any]]:
+        """Resume receipts, oldest first; a line that a kill tore is left out."""
+        path = self.folder / "receipts.jsonl"
+        return read_rows(path).rows if path.exists() else []
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of ``metrics.jsonl``."""
+        path = self.folder / "metrics.jsonl"
+        return read_rows(path).rows if path.exists() else []
+
+    def counting(self) -> Counting:
+        """The rows that count: of every step, the values of ``BITWISE_KEYS``.
+
+        Fails if two rows that count disagree on a value.
+        """
+        resumes = {receipt["attempt"]: receipt["step"] for receipt in self.receipts()}
+        found: Counting = defaultdict(dict)
+        for row in effective_rows(self.rows(), resumes):
+            for key in BITWISE_KEYS:
+                if key in row:
+                    known = found[row["step"]].setdefault(key, row[key])
+                    same = repr(known) == repr(row[key])
+                    assert same, f"step {row['step']} has two values of {key} that count"
+        return dict(found)
+
+    def step_folder(self, step: int) -> Path:
+        """Where a committed step is."""
+        return self.checkpoints / f"step_{step:08d}"
+
+    def committed(self) -> list[int]:
+        """Steps under their final name with a manifest, newest first."""
+        return layout.committed_steps(self.checkpoints)
+
+    def sound(self) -> list[int]:
+        """Committed steps of which every byte is as the manifest says, newest first."""
+        return [step for step in self.committed() if unsound(self.step_folder(step)) is None]
+
+    def unfinished(self) -> list[str]:
+        """Hidden folders: checkpoints in flight and half-done deletions."""
+        return sorted(
+            path.name for path in self.checkpoints.glob(".*") if path.is_dir() and not path.is_symlink()
+        )
+
+    def names(self) -> set[str]:
+        """Everything in the checkpoint folder."""
+        return {path.name for path in self.checkpoints.iterdir()}
+
+
+def unsound(step_folder: Path) -> str | None:
+    """What is wrong with a committed step, judged from the manifest alone; None when it is sound."""
+    manifest = json.loads((step_folder / "manifest.json").read_text())
+    present = {path.name for path in step_folder.iterdir()} - {"manifest.json"}
+    if present != set(manifest["files"]):
+        return f"files are {sorted(present)}, the manifest has {sorted(manifest['files'])}"
+    for name, record in manifest["files"].items():
+        data = (step_folder / name).read_bytes()
+        block = manifest["block_bytes"]
+        digests = [xxhash.xxh3_128_hexdigest(data[at : at + block]) for at in range(0, len(data), block)]
+        if len(data) != record["size_bytes"] or digests != record["xxh3_128"]:
+            return f"{name} is not what the manifest says"
+    return None
+
+
+def tensor_digests(step_folder: Path) -> dict[str, str]:
+    """SHA-256 of dtype, shape and bytes of every tensor of a step, by name. Reads them whole."""
+    import torch
+
+    reader = SafetensorsReader(step_folder)
+    tensors = {}
+    for name, meta in reader.read_metadata().state_dict_metadata.items():
+        if name not in reader.objects:
+            tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype)
+    load_tensors(tensors, reader)
+    reader.close()
+    return {name: digest_of(tensor) for name, tensor in tensors.items()}
+
+
+def digest_of(tensor: Any) -> str:
+    """SHA-256 of a plain tensor's dtype, shape and bytes."""
+    import torch
+
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def digest_of_folder(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder, by name."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}

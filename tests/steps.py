@@ -1,0 +1,113 @@
+"""Steps of format 1 made without torch, in any layout, and ways to damage them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from kempnerforge.checkpoint import index, layout, manifest
+from kempnerforge.checkpoint.digest import record_of
+from kempnerforge.checkpoint.index import Chunk, TensorEntry
+from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.shards import ShardItem, plan_image
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offsets and sizes of a chunk."""
+
+CONFIG = """
+[train]
+seed = {seed}
+[checkpoint]
+keep_last_n = {keep_last_n}
+"""
+
+
+def arrays(step: int) -> dict[str, np.ndarray]:
+    """A small state that differs from step to step."""
+    generator = np.random.default_rng(step)
+    return {
+        "model.w": generator.random((6, 4), dtype=np.float32),
+        "model.b": np.arange(5, dtype=np.float32),
+        "optimizer.state.w.exp_avg": generator.random((6, 4), dtype=np.float32),
+        "optimizer.state.w.step": np.array(step, dtype=np.float32),
+        "rng.rank_00000": generator.integers(0, 255, 40, dtype=np.uint8),
+    }
+
+
+def write_step(
+    folder: Path,
+    step: int,
+    *,
+    state: Mapping[str, np.ndarray] | None = None,
+    boxes: Mapping[str, Sequence[Box]] | None = None,
+    config: str | None = CONFIG.format(seed=1, keep_last_n=2),
+    objects: Mapping[str, Any] | None = None,
+    **provenance: Any,
+) -> Path:
+    """Write a committed step. ``boxes``: tensor -> its chunks, the first into the first file and so on."""
+    path = folder / layout.step_name(step)
+    path.mkdir(parents=True)
+    state = arrays(step) if state is None else state
+    files: dict[str, bytes] = {}
+    entries: dict[str, TensorEntry] = {}
+    boxes = dict(boxes or {})
+    number_of_files = max([1, *(len(split) for split in boxes.values())])
+    for number in range(number_of_files):
+        name = layout.shard_name(number, number_of_files)
+        here = {}
+        for tensor, array in state.items():
+            split = boxes.get(tensor, [((0,) * array.ndim, array.shape)])
+            if number < len(split):
+                here[tensor] = split[number]
+        items = [ShardItem(tensor, _dtype(state[tensor]), *box) for tensor, box in here.items()]
+        image = plan_image(items)
+        data = image.header
+        for place in image.order:
+            item = items[place]
+            cut = tuple(slice(at, at + size) for at, size in zip(item.offsets, item.sizes, strict=True))
+            data += np.ascontiguousarray(state[item.name][cut]).tobytes()
+        files[name] = data
+        for item, begin in zip(items, image.begins, strict=True):
+            chunk = Chunk(name, begin, begin + item.size_bytes, item.offsets, item.sizes)
+            before = entries.get(item.name)
+            chunks = (*before.chunks, chunk) if before else (chunk,)
+            entries[item.name] = TensorEntry(item.dtype, state[item.name].shape, chunks)
+    files[layout.INDEX] = index.encode(entries)
+    files[layout.TRAIN_STATE] = json.dumps({"step": step, **(objects or {})}).encode()
+    if config is not None:
+        files[layout.CONFIG] = config.encode()
+    for name, data in files.items():
+        (path / name).write_bytes(data)
+    known = Provenance(**{"step": step, "run_id": "r", "attempt": 1, "reason": "interval", **provenance})
+    records = {name: record_of(data) for name, data in files.items()}
+    (path / layout.MANIFEST).write_bytes(manifest.encode(known, records))
+    return path
+
+
+def resign(path: Path, **changes: Any) -> None:
+    """Put the files as they are now, and ``changes``, into the manifest of the step in ``path``."""
+    body = json.loads((path / layout.MANIFEST).read_text())
+    del body["digest"]
+    for name in body["files"]:
+        record = record_of((path / name).read_bytes())
+        body["files"][name] = {"size_bytes": record.size_bytes, "xxh3_128": list(record.xxh3_128)}
+    body.update(changes)
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    body["digest"] = xxhash.xxh3_128_hexdigest(canonical)
+    (path / layout.MANIFEST).write_text(json.dumps(body))
+
+
+def flip_byte(path: Path, position: int) -> None:
+    """Change one byte of a file; negative positions count from its end."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+def _dtype(array: np.ndarray) -> str:
+    return {"float32": "F32", "uint8": "U8", "float64": "F64"}[array.dtype.name]

@@ -1,0 +1,29 @@
+"""The benchmarks run, and each arm does what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+
+
+def test_bench_save_compares_with_stock_dcp(tmp_path: Path) -> None:
+    arguments = ["--size-mb", "2", "--pairs", "2", "--steps", "2", "--width", "64", "--json", "out.json"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*command, str(REPO / "scripts/bench_save.py"), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "ratio" in ended.stdout
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert {name: len(rows) for name, rows in found["results"].items()} == {"ours": 2, "stock": 2}
+    for rows in found["results"].values():
+        assert all(row["durable_s"] >= row["blocking_s"] > 0 for row in rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"], "it cleans up"

@@ -1,0 +1,224 @@
+"""Small parts of the checkpoint package: leaves, generators, outcomes, receipts, file system."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import leaves, receipt, resume, rng
+from kempnerforge.checkpoint.commit import Expected, FileReport, PlannedFile, PlannedItem
+from kempnerforge.checkpoint.digest import FileRecord
+from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.shards import ShardItem, plan_image, split_by_name
+from kempnerforge.errors import MismatchError, SaveFailedError, UnreachableCheckpointError
+
+CPU = torch.device("cpu")
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(st.text() | st.integers() | st.booleans(), inner)
+        | st.frozensets(scalars)
+    ),
+    max_leaves=12,
+)
+
+
+@given(values)
+def test_leaves_round_trip_through_json(value: object) -> None:
+    assert leaves.decode(json.loads(json.dumps(leaves.encode(value, name="x"), allow_nan=False))) == value
+
+
+@pytest.mark.parametrize("bad", [object(), {"a": [1, {"b": object()}]}, np.float32(1), 1j, lambda: 1])
+def test_leaves_that_json_cannot_hold_are_named(bad: object) -> None:
+    with pytest.raises(TypeError, match=r"state.*a checkpoint cannot hold"):
+        leaves.encode({"state": bad}, name="root")
+
+
+def test_unknown_tags_are_refused() -> None:
+    with pytest.raises(ValueError, match="__reduce__"):
+        leaves.decode({"__reduce__": ["os.system", "true"]})
+
+
+def draw() -> list[object]:
+    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()]
+
+
+def test_generators_are_restored_exactly_and_capturing_draws_nothing() -> None:
+    rng.derive(1, 2, 3, CPU)
+    draw()  # leaves a Gaussian behind in Python and in NumPy
+    random.gauss(0, 1)
+    np.random.randn()
+    state = rng.capture(CPU)
+    assert state.dtype == torch.uint8
+    expected = draw()
+    rng.restore(state, CPU)
+    assert torch.equal(rng.capture(CPU), state)
+    assert draw() == expected
+
+
+def test_derived_generators_depend_on_seed_step_and_rank() -> None:
+    seen = []
+    for key in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 2, 3)]:
+        rng.derive(*key, CPU)
+        seen.append(str(draw()))
+    assert seen[0] == seen[4]
+    assert len(set(seen)) == 4
+
+
+def test_generators_of_another_format_are_a_mismatch() -> None:
+    with pytest.raises(MismatchError, match="RNG state has format"):
+        rng.restore(torch.zeros(5000, dtype=torch.uint8), CPU)
+
+
+FAULT = ("Exception", "TypeError: x")
+UNREACHABLE = ("UnreachableCheckpointError", "u")
+MISMATCH = ("MismatchError", "m")
+DAMAGED = ("DamagedCheckpointError", "d")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "agreed"),
+    [
+        ([None], None),
+        ([None, None], None),
+        ([DAMAGED], DAMAGED),
+        ([None, DAMAGED], ("DamagedCheckpointError", "d (rank 1)")),
+        ([DAMAGED, MISMATCH], ("MismatchError", "m (rank 1)")),
+        ([DAMAGED, None, UNREACHABLE, MISMATCH], ("UnreachableCheckpointError", "u (rank 2)")),
+        ([DAMAGED, UNREACHABLE, FAULT], ("Exception", "TypeError: x (rank 2)")),
+        ([("SomethingNew", "n"), DAMAGED], ("SomethingNew", "n (rank 0)")),
+    ],
+)
+def test_damage_renames_only_when_nothing_else_went_wrong(
+    outcomes: list[tuple[str, str] | None], agreed: tuple[str, str] | None
+) -> None:
+    assert resume.worst_outcome(outcomes) == agreed
+
+
+def test_reads_are_repeated_before_storage_is_called_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resume, "RETRY_DELAYS_S", (0.0, 0.0))
+    calls: list[int] = []
+
+    def fail_twice() -> str:
+        calls.append(1)
+        if len(calls) < 3:
+            raise OSError(5, "Input/output error")
+        return "read"
+
+    assert resume.with_retries(fail_twice, what="x") == "read"
+    calls.clear()
+    calls_needed = 4
+
+    def fail_always() -> None:
+        calls.append(1)
+        raise OSError(116, "Stale file handle")
+
+    with pytest.raises(UnreachableCheckpointError, match=r"the step cannot be read.*nothing was renamed"):
+        resume.with_retries(fail_always, what="the step")
+    assert len(calls) == calls_needed - 1
+
+
+def planned(*names: str, file: str = "a") -> PlannedFile:
+    return PlannedFile(file, tuple(PlannedItem(ShardItem(n, "F32", (0,), (2,)), (2,)) for n in names))
+
+
+def reported(plan: PlannedFile, *, missing_bytes: int = 0) -> FileReport:
+    image = plan_image(plan.shard_items)
+    record = FileRecord(image.size_bytes - missing_bytes, ())
+    return FileReport(record, xxhash.xxh3_128_hexdigest(image.header))
+
+
+@pytest.mark.parametrize(
+    ("reports", "problem"),
+    [
+        ({"a": reported(planned("w")), "b": reported(planned("v", file="b"))}, None),
+        ({"a": reported(planned("w"))}, "b was not written"),
+        ({"a": reported(planned("w"), missing_bytes=4), "b": reported(planned("v"))}, "a has .* of .* bytes"),
+        ({"a": reported(planned("w")), "b": reported(planned("x"))}, "b was written to another plan"),
+        (
+            {"a": reported(planned("w")), "b": reported(planned("v")), "c": reported(planned("u"))},
+            "c was written and not planned",
+        ),
+    ],
+)
+def test_a_commit_needs_every_planned_byte(reports: dict[str, FileReport], problem: str | None) -> None:
+    expected = Expected((planned("w"), planned("v", file="b")))
+    if problem is None:
+        expected.check(reports)
+    else:
+        with pytest.raises(SaveFailedError, match=problem):
+            expected.check(reports)
+
+
+def test_a_name_occurs_once_a_file() -> None:
+    assert split_by_name(["a", "b", "a", "c", "a", "b"]) == [[0, 1, 3], [2, 5], [4]]
+    assert split_by_name([]) == []
+
+
+def test_receipt_tells_what_may_differ() -> None:
+    assert Receipt(1).lines() == ["fresh start at step 0"]
+    same = Receipt(2, source="resume", step=5, config_changes={"checkpoint.interval": [1, 2]})
+    assert same.bitwise()
+    for field, change in [
+        ("config_changes", {"optimizer.lr": [0.1, 0.2]}),
+        ("layout_changes", {"num_ranks": [1, 2]}),
+        ("version_changes", {"torch": ["2.11", "2.13"]}),
+    ]:
+        changed = Receipt(2, source="resume", step=5, **{field: change})
+        assert not changed.bitwise()
+        (before, now) = next(iter(change.values()))
+        assert any(f"was {before!r}, is {now!r}" in line for line in changed.lines())
+        assert "may differ" in changed.lines()[-1]
+
+
+def test_last_logged_step_survives_torn_lines_and_other_rows(tmp_path: Path) -> None:
+    assert receipt.last_logged_step(tmp_path) == 0
+    rows = ['{"step": 3, "train/loss": 1}', '{"step": 4, "train/loss": 1}', '{"step": 4, "eval/loss": 2}']
+    (tmp_path / receipt.METRICS).write_text("\n".join([*rows, '{"step": 5, "train/lo']))
+    assert receipt.last_logged_step(tmp_path) == 4
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+    fsio.atomic_write(path, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fsio, "write_all", fail)
+    with pytest.raises(OSError, match="No space"):
+        fsio.atomic_write(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_torn_last_line_never_merges_with_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "receipts.jsonl"
+    path.write_text('{"a": 1}\n{"b": ')
+    fsio.append_line(path, '{"c": 3}')
+    fsio.append_line(path, '{"d": 4}')
+    assert path.read_text().splitlines() == ['{"a": 1}', '{"b": ', '{"c": 3}', '{"d": 4}']
+
+
+def test_publish_never_replaces(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "final").mkdir()
+    with pytest.raises(FileExistsError):
+        fsio.publish(tmp_path / "tmp", tmp_path / "final")
+    fsio.publish(tmp_path / "tmp", tmp_path / "other")
+    assert (tmp_path / "other").is_dir()

@@ -1,0 +1,138 @@
+"""``kempnerforge data`` as a new user would type it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_data_tokenizer import make_tokenizer
+from typer.testing import CliRunner, Result
+
+from kempnerforge.cli.data import app
+from kempnerforge.data.tokens import open_dataset
+from kempnerforge.errors import DataError
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch) -> Path:
+    """A working folder with 30 small files in ``texts/``."""
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    for number in range(30):
+        Path("texts", f"{number:02d}.txt").write_text(f"text number {number}\n")
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own."""
+    main = "from kempnerforge.cli.app import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", main, "data", *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_prepare_then_inspect(texts):
+    result = run("prepare", "texts/*.txt", "--out", "out", "--val-fraction", "0.2")
+    assert result.exit_code == 0, result.output
+    assert "train: " in result.stdout
+    assert f'dataset_path = "{texts / "out"}"' in result.stdout
+    assert "vocab_size = 257" in result.stdout
+    dataset = open_dataset("out", vocab_size=257)
+    assert set(dataset.shards) == {"train", "val"}
+
+    result = run("inspect", "out", "--json")
+    assert result.exit_code == 0
+    facts = json.loads(result.stdout)
+    assert facts["sound"]
+    assert (facts["vocab_size"], facts["tokenizer"], facts["separator_id"]) == (257, "bytes", 256)
+    assert sum(facts["documents"].values()) == 30
+    assert sum(facts["tokens"].values()) == sum(path.stat().st_size + 1 for path in Path("texts").iterdir())
+    assert facts["digest"] == dataset.digest
+    assert {shard["dtype"] for shard in facts["shards"]} == {"uint16"}
+
+    result = run("inspect", "out")
+    assert result.exit_code == 0
+    assert "train_00000.bin" in result.stdout
+    assert "ok" in result.stdout
+
+
+def test_prepare_with_a_real_tokenizer(texts):
+    make_tokenizer(texts / "tok" / "tokenizer.json")
+    Path("texts", "latin1.txt").write_bytes(b"caf\xe9\n")
+    result = run(
+        "prepare", "texts", "--out", "out", "--tokenizer", "tok/tokenizer.json", "--val-fraction", "0"
+    )
+    assert result.exit_code == 0, result.output
+    assert "1 documents not in UTF-8" in result.stdout
+    assert "no validation split" in result.stdout
+    assert json.loads(run("inspect", "out", "--json").stdout)["tokenizer"] == "tok/tokenizer.json"
+
+
+def test_a_full_folder_is_refused(texts):
+    Path("out").mkdir()
+    Path("out", "thesis.tex").write_text("years of work")
+    result = run("prepare", "texts", "--out", "out")
+    assert isinstance(result.exception, DataError)
+    assert Path("out", "thesis.tex").read_text() == "years of work"
+
+
+def test_inspect_names_damaged_shards_and_ends_with_1(texts):
+    assert run("prepare", "texts", "--out", "out", "--shard-tokens", "100").exit_code == 0
+    shard = Path("out", "train_00001.bin")
+    shard.write_bytes(b"\1" + shard.read_bytes()[1:])
+    Path("out", "train_00002.bin").unlink()
+    result = run("inspect", "out")
+    assert result.exit_code == 1
+    assert "train_00001.bin: damaged" in result.stdout
+    assert "train_00002.bin: No such file" in result.stdout
+    result = run("inspect", "out", "--json")
+    assert result.exit_code == 1
+    facts = json.loads(result.stdout)
+    assert not facts["sound"]
+    assert [shard["file"] for shard in facts["shards"] if shard["problem"]] == [
+        "train_00001.bin",
+        "train_00002.bin",
+    ]
+
+
+def test_inspect_reads_npy_shards(texts):
+    np.save("tokens.npy", np.arange(100))
+    facts = json.loads(run("inspect", "tokens.npy", "--json").stdout)
+    assert facts["sound"]
+    assert facts["tokens"] == {"train": 100}
+    assert facts["digest"] == open_dataset("tokens.npy").digest
+    assert "tokens.npy" in run("inspect", "tokens.npy").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "nothing/*.txt", "--out", "out"], "matches no file"),
+        (["prepare", "texts", "--out", "out", "--tokenizer", "absent.json"], "no such file"),
+        (["prepare", "texts", "--out", "texts"], "not an empty folder"),
+        (["prepare", "texts", "--out", "texts/00.txt/below"], "cannot write prepared tokens"),
+        (["prepare", "texts"], "Missing option '--out'"),
+        (["prepare", "texts", "--out", "out", "--val-fraction", "1.5"], "--val-fraction"),
+        (["inspect", "nowhere"], "no such file or folder"),
+        (["inspect", "texts"], "neither index.json nor .npy"),
+    ],
+)
+def test_what_cannot_work_ends_with_2_and_no_traceback(texts, arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not Path("out").exists()
+
+
+def test_the_command_needs_no_torch():
+    code = "import sys, kempnerforge.cli.data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,350 @@
+"""Rules that span keys and sections, the layout, and the batch."""
+
+from __future__ import annotations
+
+import pytest
+
+from kempnerforge.config import rules
+from kempnerforge.config.schema import (
+    DistributedConfig,
+    Geometry,
+    JobConfig,
+    ModelConfig,
+    TrainConfig,
+    load_job,
+)
+from kempnerforge.errors import ConfigError, Fault
+
+TEXT = "--data.text=python-stdlib"
+
+
+def faults(*overrides: str, world_size: int | None = None, inside_job: bool = True) -> list[Fault]:
+    """The faults of the defaults under ``overrides``; none when they are valid."""
+    text = [] if any(item.startswith("--data.text") for item in overrides) else [TEXT]
+    try:
+        load_job(None, [*text, *overrides], world_size=world_size, inside_job=inside_job)
+    except ConfigError as error:
+        return list(error.faults)
+    return []
+
+
+BROKEN = [
+    # overrides, key, part of the problem, part of what is allowed
+    (
+        ["--model.n_heads=4", "--model.n_kv_heads=3"],
+        "model.n_kv_heads",
+        "3 does not divide n_heads 4",
+        "1, 2, 4",
+    ),
+    (
+        ["--model.n_heads=2", "--model.n_kv_heads=4"],
+        "model.n_kv_heads",
+        "4 does not divide n_heads 2",
+        "1, 2",
+    ),
+    (["--model.dim=130"], "model.dim", "130 does not divide by n_heads 4", "128 or 132 would fit"),
+    (["--model.dim=100"], "model.dim", "dim / n_heads is 25", "even"),
+    (["--model.head_dim=33"], "model.head_dim", "head_dim is 33", "even"),
+    (["--train.seq_len=4096"], "train.seq_len", "longer than model.max_seq_len 2048", "at most 2048"),
+    (["--model.vocab_size=256"], "model.vocab_size", "256 is smaller", "at least 257"),
+    (["--data.text=none"], "data.text", "neither", "python-stdlib"),
+    (["--data.dataset_path=x"], "data.text", "both", "none"),
+    (["--eval.interval=5", "--data.val_fraction=0"], "eval.interval", "val_fraction 0", "above 0"),
+    (["--scheduler.warmup_steps=1001"], "scheduler.warmup_steps", "1001 is more than", "at most 1000"),
+    (
+        ["--scheduler.warmup_steps=600", "--scheduler.decay_steps=500"],
+        "scheduler.decay_steps",
+        "warmup 600 + decay 500",
+        "at most 400",
+    ),
+    (
+        ["--scheduler.name=wsd", "--scheduler.warmup_steps=950"],
+        "scheduler.warmup_steps",
+        "950 leaves too few of 1000 steps for the decay of 100",
+        "at most 900",
+    ),
+    (
+        ["--scheduler.name=constant", "--scheduler.decay_steps=5"],
+        "scheduler.decay_steps",
+        "no effect",
+        "another schedule",
+    ),
+    (
+        ["--checkpoint.interval=2000", "--checkpoint.save_last=false"],
+        "checkpoint.interval",
+        "2000 is more than train.max_steps 1000",
+        "at most 1000",
+    ),
+    (
+        ["--checkpoint.exclude_from_loading=['rng']"],
+        "checkpoint.exclude_from_loading",
+        "without checkpoint.load_path",
+        "load_path",
+    ),
+    (
+        ["--checkpoint.interval=0", "--checkpoint.save_last=false", "--checkpoint.at_steps=[2000, 1001]"],
+        "checkpoint.at_steps",
+        "1001 is more than train.max_steps 1000",
+        "no checkpoint would be written",
+    ),
+    (
+        ["--checkpoint.dyn_ckpt_window.start=9", "--checkpoint.dyn_ckpt_window.stop=15"],
+        "checkpoint.dyn_ckpt_window.stop",
+        "no power of two lies between start 9 and stop 15",
+        "16 or more",
+    ),
+    (
+        ["--checkpoint.dyn_ckpt_window={start=8, stop=4}"],
+        "checkpoint.dyn_ckpt_window.stop",
+        "4: no power of two",
+        "8 or more",
+    ),
+    (
+        ["--checkpoint.keep_steps=[300, 350, 425]"],
+        "checkpoint.keep_steps",
+        "nothing is set to save 350, 425",
+        "put 350, 425 into at_steps",
+    ),
+    (["--checkpoint.keep_steps=[0]"], "checkpoint.keep_steps", "to save 0", "save_first = true"),
+    (
+        ["--checkpoint.keep_best_n=2"],
+        "checkpoint.keep_best_n",
+        "2: it is not said by which metric",
+        '"eval/loss"',
+    ),
+    (
+        ["--checkpoint.best_metric=eval/loss"],
+        "checkpoint.best_metric",
+        "no effect without keep_best_n",
+        "set keep_best_n",
+    ),
+    (["--checkpoint.best_mode=max"], "checkpoint.best_mode", '"max" has no effect', "set keep_best_n"),
+    (
+        ["--checkpoint.keep_best_n=2", "--checkpoint.best_metric=eval/los", "--eval.interval=10"],
+        "checkpoint.best_metric",
+        '"eval/los" is not a metric',
+        'did you mean "eval/loss"?',
+    ),
+    (
+        ["--checkpoint.keep_best_n=2", "--checkpoint.best_metric=eval/loss"],
+        "checkpoint.best_metric",
+        "never taken: eval.interval is 0",
+        "set eval.interval",
+    ),
+    (["--checkpoint.dir=/x/{job_id}"], "checkpoint.dir", "{job_id} is not expanded here", "run.dir"),
+    (["--run.dir=/x/{jobid}"], "run.dir", "{jobid} is not a known placeholder", "{job_id}"),
+    (
+        [
+            "--model.rope_scaling={factor=8,low_freq_factor=4,high_freq_factor=4,"
+            "original_max_position_embeddings=8192}"
+        ],
+        "model.rope_scaling.high_freq_factor",
+        "4.0 is not above low_freq_factor 4.0",
+        "",
+    ),
+    (["--distributed.tp=2"], "distributed.tp", "2 is not available in this version", "allowed: 1"),
+    (["--distributed.pp=2"], "distributed.pp", "2 is not available in this version", "allowed: 1"),
+    (
+        ["--distributed.pp_schedule=gpipe"],
+        "distributed.pp_schedule",
+        "no effect without a pipeline",
+        "pp > 1",
+    ),
+    (["--distributed.pp_microbatch_size=2"], "distributed.pp_microbatch_size", "no effect", "pp > 1"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "key", "problem", "allowed"), BROKEN)
+def test_a_broken_rule_is_one_fault(overrides: list[str], key: str, problem: str, allowed: str) -> None:
+    [fault] = faults(*overrides)
+    assert fault.key == key
+    assert problem in fault.problem
+    assert allowed in fault.allowed
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["--model.vocab_size=100", "--data.text=none", "--data.dataset_path=x"],
+        ["--model.vocab_size=100", "--data.tokenizer=tokenizer.json"],
+        ["--model.dim=130", "--model.head_dim=32"],
+        ["--eval.interval=5", "--data.text=none", "--data.dataset_path=x", "--data.val_fraction=0"],
+        ["--scheduler.warmup_steps=1000"],
+        ["--scheduler.name=constant", "--scheduler.warmup_steps=1000"],
+        ["--checkpoint.interval=0", "--checkpoint.save_last=false"],
+        ["--checkpoint.interval=2000"],
+        ["--checkpoint.interval=2000", "--checkpoint.save_last=false", "--checkpoint.save_first=true"],
+        ["--checkpoint.interval=2000", "--checkpoint.save_last=false", "--checkpoint.interval_minutes=5"],
+        ["--checkpoint.interval=2000", "--checkpoint.save_last=false", "--checkpoint.at_steps=[7]"],
+        ["--checkpoint.dyn_ckpt_window.stop=1"],
+        ["--checkpoint.dyn_ckpt_window={start=8, stop=8}"],
+        [
+            "--checkpoint.keep_steps=[0, 7, 16, 300, 1000, 1234]",
+            "--checkpoint.save_first=true",
+            "--checkpoint.at_steps=[7]",
+            "--checkpoint.dyn_ckpt_window.stop=16",
+        ],
+        ["--checkpoint.keep_best_n=2", "--checkpoint.best_metric=train/loss", "--checkpoint.best_mode=max"],
+        ["--checkpoint.keep_best_n=2", "--checkpoint.best_metric=eval/loss", "--eval.interval=10"],
+        ["--checkpoint.load_path=x", "--checkpoint.exclude_from_loading=['rng', 'data']"],
+        ["--train.seq_len=2048"],
+    ],
+)
+def test_what_the_rules_let_pass(overrides: list[str]) -> None:
+    assert faults(*overrides) == []
+
+
+def test_run_dir_placeholders_are_needed_only_inside_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    [fault] = faults("--run.dir=/x/{job_id}")
+    assert (fault.key, "SLURM_JOB_ID is not set" in fault.problem) == ("run.dir", True)
+    assert faults("--run.dir=/x/{job_id}", inside_job=False) == []
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert faults("--run.dir=/x/{job_id}") == []
+
+
+BAD_LAYOUTS = [
+    # overrides, processes, key, part of the problem, part of what would fit
+    (["--distributed.dp_shard=4"], 2, "dp_shard", "= 4, but processes started: 2", "start 4 processes"),
+    (["--distributed.dp_shard=4"], 2, "dp_shard", "= 4", "dp_shard = 2 or -1"),
+    (
+        ["--distributed.dp_replicate=3"],
+        8,
+        "dp_replicate",
+        "3 does not divide the number of processes, 8",
+        "multiple",
+    ),
+    (
+        ["--distributed.dp_replicate=3", "--distributed.dp_shard=2"],
+        8,
+        "dp_replicate",
+        "= 6, but processes started: 8",
+        "start 6 processes",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "key", "problem", "fits"), BAD_LAYOUTS)
+def test_processes_must_fill_the_layout(
+    overrides: list[str], world_size: int, key: str, problem: str, fits: str
+) -> None:
+    [fault] = faults(*overrides, world_size=world_size)
+    assert fault.key == f"distributed.{key}"
+    assert problem in fault.problem
+    assert fits in fault.allowed
+
+
+BAD_BATCHES = [
+    (48, 5, 4, "48 does not divide by batch_size 5 x 4", "40 or 60", "batch_size 4, 6 or 12"),
+    (20, 8, 2, "20 does not divide by batch_size 8 x 2", "16 or 32", "batch_size 2, 5 or 10"),
+    (7, 4, 2, "= 8", "global_batch_size 8 would fit", None),
+]
+
+
+@pytest.mark.parametrize(("total", "per_rank", "ranks", "problem", "totals", "sizes"), BAD_BATCHES)
+def test_a_global_batch_that_does_not_divide_names_sizes_that_do(
+    total: int, per_rank: int, ranks: int, problem: str, totals: str, sizes: str | None
+) -> None:
+    overrides = [f"--train.global_batch_size={total}", f"--train.batch_size={per_rank}"]
+    [fault] = faults(*overrides, world_size=ranks)
+    assert fault.key == "train.global_batch_size"
+    assert problem in fault.problem
+    assert totals in fault.allowed
+    named = fault.allowed.partition("batch_size ")[2].partition(" would fit")[0]
+    for size in named.split(" or "):
+        assert faults(f"--train.global_batch_size={size}", overrides[1], world_size=ranks) == []
+    _, _, others = fault.allowed.partition("so would batch_size ")
+    assert bool(others) == (sizes is not None)
+    for size in others.replace(" or ", ", ").split(", ") if others else []:
+        assert faults(overrides[0], f"--train.batch_size={size}", world_size=ranks) == []
+
+
+def test_without_a_world_size_the_batch_is_checked_as_far_as_it_can_be() -> None:
+    assert faults("--train.global_batch_size=12")[0].key == "train.global_batch_size"
+    batch = ["--train.global_batch_size=24"]
+    assert faults(*batch) == []
+    assert faults(*batch, "--distributed.dp_replicate=2")[0].key == "train.global_batch_size"
+    assert faults(*batch, "--distributed.dp_shard=2")[0].key == "train.global_batch_size"
+    assert faults(*batch, "--distributed.dp_shard=3") == []
+
+
+def test_geometry() -> None:
+    job = load_job(None, [TEXT, "--train.batch_size=4", "--distributed.dp_replicate=2"]).job
+    assert job.geometry(8) == Geometry(
+        dp_replicate=2, dp_shard=4, dp=8, tp=1, pp=1, global_batch_size=32, accumulation_steps=1
+    )
+    kept = job.with_global_batch_size(32)
+    assert kept.train.global_batch_size == 32
+    assert kept.geometry(2).accumulation_steps == 4
+    assert kept.geometry(2).global_batch_size == 32
+    assert job.train.global_batch_size is None
+    with pytest.raises(ConfigError, match=r"train.global_batch_size: 32 does not divide by batch_size 4 x 6"):
+        kept.geometry(6)
+    with pytest.raises(ConfigError, match=r"distributed.dp_replicate"):
+        job.geometry(3)
+    with pytest.raises(ConfigError, match=r"train.global_batch_size: 31 does not divide"):
+        job.with_global_batch_size(31)
+
+
+def test_no_job_can_be_made_that_contradicts_itself() -> None:
+    with pytest.raises(ConfigError, match="neither text nor dataset_path"):
+        JobConfig()
+
+
+PIPELINE = DistributedConfig(pp=4)
+INTERLEAVED = DistributedConfig(pp=4, pp_schedule="interleaved_1f1b")
+
+
+@pytest.mark.parametrize(
+    ("distributed", "model", "train", "keys"),
+    [
+        (PIPELINE, ModelConfig(n_layers=4), TrainConfig(), []),
+        (PIPELINE, ModelConfig(n_layers=3), TrainConfig(), ["distributed.pp"]),
+        (INTERLEAVED, ModelConfig(n_layers=8), TrainConfig(), []),
+        (INTERLEAVED, ModelConfig(n_layers=7), TrainConfig(), ["distributed.pp"]),
+        (PIPELINE, ModelConfig(tie_embeddings=True), TrainConfig(), ["model.tie_embeddings"]),
+        (
+            DistributedConfig(pp=2, pp_microbatch_size=3),
+            ModelConfig(),
+            TrainConfig(batch_size=8),
+            ["distributed.pp_microbatch_size"],
+        ),
+        (DistributedConfig(pp=2, pp_microbatch_size=4), ModelConfig(), TrainConfig(batch_size=8), []),
+    ],
+)
+def test_pipeline_rules(
+    distributed: DistributedConfig, model: ModelConfig, train: TrainConfig, keys: list[str]
+) -> None:
+    assert [fault.key for fault in rules.pipeline_fits(distributed, model, train)] == keys
+
+
+@pytest.mark.parametrize(
+    ("tp", "model", "problems"),
+    [
+        (2, ModelConfig(n_heads=4, n_kv_heads=2), []),
+        (4, ModelConfig(n_heads=4, n_kv_heads=2), ["4 does not divide model.n_kv_heads 2"]),
+        (
+            3,
+            ModelConfig(n_heads=4),
+            [
+                "3 does not divide model.n_heads 4",
+                "3 does not divide model.n_kv_heads 4",
+            ],
+        ),
+        (2, ModelConfig(ffn_hidden_dim=33), ["2 does not divide model.ffn_hidden_dim 33"]),
+    ],
+)
+def test_tensor_parallel_rules(tp: int, model: ModelConfig, problems: list[str]) -> None:
+    found = [fault.problem for fault in rules.tensor_parallel_fits(DistributedConfig(tp=tp), model)]
+    assert len(found) == len(problems)
+    for problem, start in zip(found, problems, strict=True):
+        assert problem.startswith(start)
+
+
+def test_every_rule_asks_for_things_that_exist() -> None:
+    """A misspelled parameter would switch a rule off without a word."""
+    from inspect import signature
+
+    known = {*JobConfig.model_fields, "world_size", "environ"}
+    for rule in rules.RULES:
+        assert set(signature(rule).parameters) <= known, rule.__name__

@@ -1,0 +1,125 @@
+"""Bytes and real ``tokenizer.json`` files to ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from kempnerforge.data.tokenizer import ByteTokenizer, load_tokenizer, token_dtype
+from kempnerforge.errors import DataError
+
+TEXT = "def hello(world):\n    return world + 1\n\nprint(hello(2))\n" * 20
+
+
+def make_tokenizer(path: Path, *, eos: str = "</s>", vocab_size: int = 300) -> Tokenizer:
+    """Train and save a small byte-level BPE tokenizer; its file asks for <begin>, cutting and padding too."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<begin>", eos],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", tokenizer.token_to_id("<begin>"))]
+    )
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+def test_bytes_are_their_own_ids():
+    tokenizer = ByteTokenizer()
+    raw = bytes(range(256))
+    assert tokenizer.encode(raw).tolist() == list(range(256))
+    assert tokenizer.encode("é").tolist() == [0xC3, 0xA9]
+    assert tokenizer.encode(b"").size == 0
+    assert (tokenizer.separator_id, tokenizer.vocab_size) == (256, 257)
+    assert [ids.tolist() for ids in tokenizer.encode_batch([b"ab", b"c"])] == [[97, 98], [99]]
+
+
+def test_a_real_tokenizer_json(tmp_path):
+    reference = make_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    reference.no_truncation()
+    reference.no_padding()
+    ids = tokenizer.encode(TEXT)
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == reference.encode(TEXT, add_special_tokens=False).ids
+    assert reference.decode(ids.tolist()) == TEXT
+    assert tokenizer.separator_id == reference.token_to_id("</s>")
+    assert tokenizer.vocab_size == reference.get_vocab_size()
+    assert [batch.tolist() for batch in tokenizer.encode_batch([TEXT.encode(), b"x"])] == [
+        ids.tolist(),
+        reference.encode("x", add_special_tokens=False).ids,
+    ]
+    assert load_tokenizer(str(tmp_path)).digest == tokenizer.digest
+
+
+def test_separators_in_the_text_stay_text(tmp_path):
+    make_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    ids = tokenizer.encode("a</s>b")
+    assert tokenizer.separator_id not in ids
+    assert ids.size > 3
+
+
+def test_bytes_that_are_not_utf8_are_replaced(tmp_path):
+    make_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode(b"a\xffb").tolist() == tokenizer.encode("a\ufffdb").tolist()
+    assert tokenizer.reads_utf8
+    assert not ByteTokenizer().reads_utf8
+
+
+@pytest.mark.parametrize("eos", ["<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<eos>"])
+def test_well_known_separators_are_found(tmp_path, eos):
+    reference = make_tokenizer(tmp_path / "tokenizer.json", eos=eos)
+    assert load_tokenizer(str(tmp_path)).separator_id == reference.token_to_id(eos)
+
+
+@pytest.mark.parametrize("value", ["[STOP]", {"content": "[STOP]", "lstrip": False}])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_file_beside_it_names_the_separator(tmp_path, name, value):
+    reference = make_tokenizer(tmp_path / "tokenizer.json", eos="[STOP]")
+    with pytest.raises(DataError, match=r"no end-of-text token.*tokenizer_config\.json"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / name).write_text(json.dumps({"eos_token": value}))
+    assert load_tokenizer(str(tmp_path)).separator_id == reference.token_to_id("[STOP]")
+
+
+def test_the_separator_is_part_of_the_digest(tmp_path):
+    make_tokenizer(tmp_path / "tokenizer.json")
+    before = load_tokenizer(str(tmp_path)).digest
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<begin>"}')
+    assert load_tokenizer(str(tmp_path)).digest != before
+
+
+def test_unusable_tokenizers_are_named(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        load_tokenizer(str(tmp_path / "absent.json"))
+    broken = tmp_path / "tokenizer.json"
+    broken.write_text('{"model": 3}')
+    with pytest.raises(DataError, match=r"not a Hugging Face tokenizer\.json"):
+        load_tokenizer(str(broken))
+    make_tokenizer(broken)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<nowhere>"}')
+    with pytest.raises(DataError, match="'<nowhere>' is not in the vocabulary"):
+        load_tokenizer(str(broken))
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be read as JSON"):
+        load_tokenizer(str(broken))
+
+
+def test_the_smallest_dtype_that_holds_every_id():
+    assert token_dtype(65_536).name == "uint16"
+    assert token_dtype(65_537).name == "uint32"

@@ -1,0 +1,231 @@
+"""What a person sees: plain lines in a file, one progress line on a terminal, and no way to stop a run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import re
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kempnerforge.telemetry.console import ConsoleSink
+from kempnerforge.telemetry.console_text import duration, seconds, si, si_bytes
+from kempnerforge.telemetry.sinks import Row
+
+COMMIT = {
+    "checkpoint/step": 150,
+    "checkpoint/size_bytes": 12_400_000,
+    "checkpoint/total_s": 0.08,
+    "checkpoint/write_s": 0.05,
+    "checkpoint/commit_s": 0.02,
+    "checkpoint/blocking_s": 0.081,
+}
+
+
+def train_row(step: int, **more: float) -> Row:
+    row = {"train/loss": 2.34121, "train/grad_norm": 0.871, "train/lr": 3e-4, "train/tokens_per_s": 41_234.5}
+    return {"step": step, **row, **{f"train/{name}": value for name, value in more.items()}}
+
+
+def plain(max_steps: int, log_interval: int, show: Callable[[ConsoleSink], None]) -> list[str]:
+    file = io.StringIO()
+    sink = ConsoleSink(max_steps, log_interval, file=file)
+    show(sink)
+    sink.close()
+    return file.getvalue().splitlines()
+
+
+def without_eta(line: str) -> str:
+    return re.sub(r"  eta \S+$", "", line)
+
+
+def test_plain_lines_every_interval_the_first_and_the_last_step() -> None:
+    def show(sink: ConsoleSink) -> None:
+        for step in range(101, 125):
+            sink.write(train_row(step))
+
+    lines = plain(124, 10, show)
+    fields = "loss 2.3412  grad_norm 0.87  lr 3.0e-04  41.2k tok/s"
+    assert [without_eta(line) for line in lines] == [
+        f"step {step}/124  {fields}" for step in (101, 110, 120, 124)
+    ]
+    assert "eta" not in lines[0]
+    assert re.search(r"  eta \d\d:\d\d$", lines[1])
+
+
+def test_what_a_row_lacks_is_left_out_and_mfu_is_shown_where_known() -> None:
+    def show(sink: ConsoleSink) -> None:
+        sink.write({"step": 1, "train/loss": 10.0})
+        sink.write(train_row(2, mfu=0.4123))
+
+    first, second = plain(2, 1, show)
+    assert first == "step 1/2  loss 10.0000"
+    assert "  mfu 41.2%" in second
+
+
+def test_commits_validation_notes_and_warnings_have_lines_of_their_own() -> None:
+    def show(sink: ConsoleSink) -> None:
+        sink.note("run [bold]x[/bold] starts in runs/[a]/:smile:")
+        sink.write({"step": 150, "eval/loss": 2.41})
+        sink.write({"step": 152, **COMMIT})
+        sink.write({"step": 153, "checkpoint/blocking_s": 0.2})  # a save that has only begun
+        sink.warn("the disk is nearly full " + "x" * 300)
+
+    assert plain(200, 10, show) == [
+        "run [bold]x[/bold] starts in runs/[a]/:smile:",
+        "eval  step 150  loss 2.4100",
+        "checkpoint step 150 committed: 12.4 MB in 0.08 s (write 0.05 s, commit 0.02 s), blocked 0.08 s",
+        "warning: the disk is nearly full " + "x" * 300,
+    ]
+
+
+def test_a_skipped_step_is_always_shown() -> None:
+    def show(sink: ConsoleSink) -> None:
+        for step in range(1, 10):
+            sink.write(train_row(step, **({"loss": math.nan} if step == 4 else {})))
+            sink.write(train_row(step, **({"grad_norm": math.inf} if step == 6 else {})))
+
+    lines = plain(100, 50, show)
+    skipped = [line for line in lines if line.endswith("skipped: not finite")]
+    assert [line.split()[1] for line in skipped] == ["4/100", "6/100"]
+    assert "loss nan" in skipped[0]
+    assert "grad_norm inf" in skipped[1]
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[tuple[io.TextIOWrapper, Callable[[], str]]]:
+    """A pseudo terminal: a file to write to, and what has arrived on the screen's side so far."""
+    screen, tty = os.openpty()
+
+    def arrived() -> str:
+        data = b""
+        while select.select([screen], [], [], 0.3)[0]:  # the kernel passes it on in its own time
+            data += os.read(screen, 1 << 16)
+        return data.decode()
+
+    with os.fdopen(tty, "w", encoding="utf-8") as file:
+        yield file, arrived
+    os.close(screen)
+
+
+def visible(output: str) -> list[str]:
+    """The lines that stand on the screen after ``output``: the control codes used are erase and colours."""
+    lines = []
+    for line in output.replace("\r\n", "\n").split("\n"):
+        last_drawing = line.split("\r\x1b[2K")[-1]
+        lines.append(re.sub(r"\x1b\[[0-9;]*m", "", last_drawing))
+    return lines
+
+
+def test_a_terminal_keeps_progress_on_one_line_below_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with terminal() as (file, arrived):
+        sink = ConsoleSink(60, 1, file=file)
+        sink.note("begins")
+        for step in range(1, 61):
+            sink.write(train_row(step))
+            if step == 30:
+                sink.write({"step": 30, "eval/loss": 2.41})
+                sink.write({"step": 30, **COMMIT})
+        sink.note("ends")
+        sink.close()
+        output = arrived()
+    first, evaluation, commit, progress, last, end = visible(output)
+    assert first == "begins"
+    assert evaluation == "eval  step 30  loss 2.4100"
+    assert commit.startswith("checkpoint step 150 committed")
+    assert re.fullmatch(
+        r"━{20} step 60/60  loss 2.3412  grad_norm 0.87  lr 3.0e-04  41.2k tok/s  eta 00:00", progress
+    )
+    assert (last, end) == ("ends", "")
+    assert "\x1b[?25l" not in output  # the cursor stays visible: a killed run leaves the terminal as it was
+
+
+def test_a_narrow_terminal_cuts_the_progress_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    with terminal() as (file, arrived):
+        sink = ConsoleSink(10, 1, file=file)
+        for step in range(1, 11):
+            sink.write(train_row(step))
+        sink.close()
+        progress, _ = visible(arrived())
+    assert len(progress) <= 39
+    assert progress.endswith("…")
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    with terminal() as (file, arrived):
+        sink = ConsoleSink(2, 1, file=file)
+        sink.write(train_row(1))
+        sink.write(train_row(2))
+        sink.close()
+        output = arrived()
+    assert "\x1b" not in output
+    assert output.count("\n") == 2
+
+
+SHOW_MANY = """
+import sys
+from kempnerforge.telemetry.console import ConsoleSink
+sink = ConsoleSink(2000, 1)
+for step in range(1, 2001):
+    sink.write({"step": step, "train/loss": 1.0})
+sink.note("Å")
+sink.close()
+print("trained to the end", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("broken", ["closed pipe", "full disk", "ascii"])
+def test_a_broken_output_never_stops_the_run(broken: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"} if broken == "ascii" else None
+    command = [sys.executable, "-c", SHOW_MANY]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as pipe, open("/dev/full", "w") as full:
+        output = {"closed pipe": pipe, "full disk": full, "ascii": subprocess.DEVNULL}[broken]
+        done = subprocess.run(
+            command,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.stderr.startswith("trained to the end\n")
+    if broken != "full disk":  # there Python itself cannot flush stdout when it ends
+        assert done.returncode == 0
+        assert done.stderr == "trained to the end\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (si(950), "950"),
+        (si(41_234.5), "41.2k"),
+        (si(1.84e6), "1.8M"),
+        (si(2.5e9), "2.5G"),
+        (si_bytes(812), "812 B"),
+        (si_bytes(12_400_000), "12.4 MB"),
+        (si_bytes(1.75e12), "1.8 TB"),
+        (seconds(0.083), "0.08 s"),
+        (seconds(12.34), "12.3 s"),
+        (seconds(3723), "1:02:03"),
+        (duration(41.4), "00:41"),
+        (duration(59.6), "01:00"),
+        (duration(3723), "1:02:03"),
+        (duration(2 * 86400 + 3 * 3600 + 4 * 60 + 5), "2d 03:04:05"),
+    ],
+)
+def test_numbers_for_people(text: str, expected: str) -> None:
+    assert text == expected

@@ -1,0 +1,207 @@
+"""metrics.jsonl: rows that survive kills and full disks, and which of them count."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kempnerforge.telemetry.jsonl import JsonlSink, effective_rows, read_rows
+
+
+def fail_on_warning(text: str) -> None:
+    raise AssertionError(text)
+
+
+def jsonl(path: Path, attempt: int = 1) -> JsonlSink:
+    return JsonlSink(path, attempt, warn=fail_on_warning)
+
+
+def test_rows_come_back_bit_for_bit(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    draw = random.Random(7)
+    values = [draw.uniform(-1, 1) * 10 ** draw.randint(-300, 300) for _ in range(200)]
+    values += [math.inf, -math.inf, 5e-324, -0.0, 0.1 + 0.2]
+    sink = jsonl(path, attempt=3)
+    for step, value in enumerate(values):
+        sink.write({"train/loss": value, "step": step, "data/digest": "ab12", "time": 1.5})
+    sink.close()
+    read = read_rows(path)
+    assert read.torn == 0
+    assert read.next_step() == len(values)
+    assert (read.next_step(3), read.next_step(4)) == (len(values), 0)
+    assert [row["train/loss"].hex() for row in read.rows] == [value.hex() for value in values]
+    assert list(read.rows[0]) == ["step", "attempt", "time", "train/loss", "data/digest"]
+    assert read.rows[0]["attempt"] == 3
+    assert read.rows[0]["data/digest"] == "ab12"
+
+
+def test_a_nan_is_valid_json_and_a_nan_again_after_reading(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = jsonl(path)
+    sink.write({"step": 1, "train/loss": math.nan, "train/grad_norm": -math.inf})
+    sink.close()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    strict = json.loads(path.read_text(), parse_constant=refuse)
+    assert strict["train/loss"] == "NaN"
+    assert strict["train/grad_norm"] == "-Infinity"
+    assert math.isnan(read_rows(path).rows[0]["train/loss"])
+
+
+def test_every_cut_of_the_last_line_is_repaired_by_the_next_attempt(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = jsonl(path)
+    sink.write({"step": 1, "train/loss": 1.0, "time": 1.0})
+    whole_bytes = path.stat().st_size
+    sink.write({"step": 2, "note": "ä", "time": 1.0})
+    sink.close()
+    content = path.read_bytes()
+    for size_bytes in range(whole_bytes, len(content) + 1):
+        path.write_bytes(content[:size_bytes])
+        sink = jsonl(path, attempt=2)
+        sink.write({"step": 2, "time": 1.0})
+        sink.write({"step": 3, "time": 1.0})
+        sink.close()
+        read = read_rows(path)
+        # A line that lacks only its newline is a whole row.
+        lost_row = size_bytes < len(content) - 1
+        first_attempt = [(1, 1)] if lost_row else [(1, 1), (1, 2)]
+        assert [(row["attempt"], row["step"]) for row in read.rows] == [*first_attempt, (2, 2), (2, 3)]
+        assert read.torn == (1 if lost_row and size_bytes > whole_bytes else 0)
+
+
+def test_kills_leave_at_most_one_torn_line_each(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    code = """
+import sys
+from pathlib import Path
+from kempnerforge.telemetry.jsonl import JsonlSink
+sink = JsonlSink(Path(sys.argv[1]), int(sys.argv[2]), warn=print)
+print("ready", flush=True)
+step = 0
+while True:
+    step += 1
+    sink.write({"step": step, "train/loss": 1 / step, "note": "x" * 3000})
+"""
+    draw = random.Random(11)
+    for attempt in range(1, 6):
+        command = [sys.executable, "-c", code, str(path), str(attempt)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(draw.uniform(0.0, 0.1))
+            process.send_signal(signal.SIGKILL)
+    read = read_rows(path)
+    assert read.torn <= 5
+    for attempt in range(1, 6):
+        steps = [row["step"] for row in read.rows if row["attempt"] == attempt]
+        assert steps == list(range(1, len(steps) + 1))
+    assert len(read.rows) > 5
+
+
+def test_a_full_disk_costs_rows_and_two_warnings_but_not_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    warnings: list[str] = []
+    sink = JsonlSink(path, 1, warn=warnings.append)
+    sink.write({"step": 1, "time": 1.0})
+    # A limit on the file's size stands in for a full disk: short writes first, then errors.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+    try:
+        for step in (2, 3, 4):
+            sink.write({"step": step, "time": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    sink.write({"step": 5, "time": 1.0})
+    sink.write({"step": 6, "time": 1.0})
+    sink.close()
+    read = read_rows(path)
+    assert [row["step"] for row in read.rows] == [1, 5, 6]
+    assert read.torn == 1
+    assert len(warnings) == 2
+    assert "rows are lost" in warnings[0]
+    assert "3 rows are missing" in warnings[1]
+
+
+def test_what_json_cannot_hold_is_an_error_and_leaves_no_trace(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = jsonl(path)
+    with pytest.raises(TypeError):
+        sink.write({"step": 1, "train/loss": object()})
+    sink.close()
+    assert path.read_bytes() == b""
+    assert read_rows(path).next_step() == 0
+
+
+def test_lines_of_zeros_and_foreign_json_are_counted_as_torn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(
+        b'{"step": 1, "attempt": 1}\n\0\0\0\0\n[1, 2]\n"x"\n\xff\xfe\n\n{"step": 2, "attempt": 1}\n'
+    )
+    read = read_rows(path)
+    assert [row["step"] for row in read.rows] == [1, 2]
+    assert read.torn == 4
+
+
+def test_two_attempts_share_the_file_without_overwriting(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = jsonl(path, 1)
+    second = jsonl(path, 2)
+    for step in range(1, 4):
+        first.write({"step": step})
+        second.write({"step": step})
+    first.close()
+    second.close()
+    assert [(row["attempt"], row["step"]) for row in read_rows(path).rows] == [
+        (attempt, step) for step in (1, 2, 3) for attempt in (1, 2)
+    ]
+    assert oct(os.stat(path).st_mode & 0o200) == "0o200"
+
+
+# (attempt, first step, last step) of what was logged; attempt -> resumed step; what counts, in the same form
+EFFECTIVE = {
+    "one attempt": ([(1, 1, 5)], {1: 0}, [(1, 1, 5)]),
+    "killed at 5, resumed from 3": ([(1, 1, 5), (2, 4, 8)], {1: 0, 2: 3}, [(1, 1, 3), (2, 4, 8)]),
+    "resumed where it ended": ([(1, 1, 4), (2, 5, 6)], {1: 0, 2: 4}, [(1, 1, 4), (2, 5, 6)]),
+    "killed before the first commit": ([(1, 1, 3), (2, 1, 4)], {1: 0, 2: 0}, [(2, 1, 4)]),
+    "three, each going back": (
+        [(1, 1, 9), (2, 7, 12), (3, 10, 15)],
+        {1: 0, 2: 6, 3: 9},
+        [(1, 1, 6), (2, 7, 9), (3, 10, 15)],
+    ),
+    "a rollback below two attempts": (
+        [(1, 1, 9), (2, 7, 12), (3, 3, 5)],
+        {1: 0, 2: 6, 3: 2},
+        [(1, 1, 2), (3, 3, 5)],
+    ),
+    "an attempt that logged nothing": ([(1, 1, 5), (3, 5, 6)], {1: 0, 2: 3, 3: 4}, [(1, 1, 3), (3, 5, 6)]),
+    "an attempt that never chose a step": ([(1, 1, 5), (3, 6, 7)], {1: 0, 3: 5}, [(1, 1, 5), (3, 6, 7)]),
+    "nothing": ([], {1: 0}, []),
+}
+
+
+@pytest.mark.parametrize("case", EFFECTIVE)
+def test_effective_rows(case: str) -> None:
+    def rows(spans: list[tuple[int, int, int]]) -> list[dict[str, int]]:
+        return [
+            {"attempt": attempt, "step": step}
+            for attempt, first, last in spans
+            for step in range(first, last + 1)
+        ]
+
+    logged, resumes, counting = EFFECTIVE[case]
+    assert effective_rows(rows(logged), resumes) == rows(counting)

@@ -1,0 +1,114 @@
+"""The real wandb client against a small local server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from wandb_testing import FAKE_KEY, Told, WandbServer, as_a_user_without_settings, fragments, make_sink
+
+from kempnerforge.telemetry import wandb_sink
+from kempnerforge.telemetry.sinks import SinkSet
+
+
+@pytest.fixture(autouse=True)
+def fresh_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No settings of this machine's user; the client's service process ends with the test."""
+    as_a_user_without_settings(monkeypatch, tmp_path / "home")
+    yield
+    import wandb
+
+    wandb.teardown()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
+    """A running server, with a key for it in the user's netrc file."""
+    with WandbServer() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        host = server.url.removeprefix("http://")
+        (tmp_path / "home" / ".netrc").write_text(f"machine {host} login user password {FAKE_KEY}\n")
+        (tmp_path / "home" / ".netrc").chmod(0o600)
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_with_a_key_attempts_continue_one_online_run(tmp_path: Path, server: WandbServer) -> None:
+    told = [Told(), Told()]
+    for attempt, steps in ((1, range(1, 6)), (2, range(4, 9))):
+        sink = make_sink(tmp_path, told[attempt - 1], attempt=attempt)
+        sink.receipt({"chosen_step": steps[0] - 1})
+        for step in steps:
+            sink.write({"step": step, "train/loss": 10.0 * attempt + step})
+        sink.close()
+    # Steps 4 and 5 were trained twice: wandb keeps the first, and nothing is out of order.
+    assert [(row["_step"], row["attempt"]) for row in server.history] == [
+        *((step, 1) for step in range(1, 6)),
+        *((step, 2) for step in range(6, 9)),
+    ]
+    assert set(server.run_names) == {"run0001"}
+    assert server.configs[-1]["receipt/attempt_0002"] == {"value": {"chosen_step": 3}}
+    assert server.exit_codes == [0, 0]
+    assert [len(one.notes) for one in told] == [1, 2]
+    assert told[1].notes[1].startswith("wandb: an earlier attempt has logged up to step 5;")
+    assert told[0].warnings == told[1].warnings == []
+    assert fragments(tmp_path) == []
+
+
+def test_closing_on_the_way_out_of_an_error_marks_the_run_as_failed(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    sinks = SinkSet([make_sink(tmp_path, Told())])
+
+    def train() -> None:
+        try:
+            raise RuntimeError("diverged")
+        finally:
+            sinks.close()
+
+    with pytest.raises(RuntimeError, match="diverged"):
+        train()
+    assert server.exit_codes == [1]
+
+
+def test_a_server_that_goes_away_does_not_hold_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: WandbServer
+) -> None:
+    monkeypatch.setattr(wandb_sink, "_FINISH_TIMEOUT_S", 2.0)
+    told = Told()
+    sink = make_sink(tmp_path, told)
+    server.shutdown()
+    server.server_close()
+    sink.write({"step": 1, "train/loss": 0.5})
+    start_s = time.monotonic()
+    sink.close()
+    assert time.monotonic() - start_s < 10
+    assert len(told.warnings) == 1
+    assert "wandb sync" in told.warnings[0]
+
+
+def test_offline_fragments_of_all_attempts_upload_into_one_run(tmp_path: Path, server: WandbServer) -> None:
+    told = [Told(), Told()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        for attempt, steps, first_new_step in ((1, range(1, 6), 0), (2, range(4, 9), 6)):
+            sink = make_sink(tmp_path, told[attempt - 1], attempt=attempt, first_new_step=first_new_step)
+            for step in steps:
+                sink.write({"step": step, "train/loss": 10.0 * attempt + step})
+            sink.close()
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, fragments(tmp_path))]
+    subprocess.run(command, timeout=60, check=True, capture_output=True)
+    assert [(row["_step"], row["train/loss"]) for row in server.history] == [
+        *((step, 10.0 + step) for step in range(1, 6)),
+        *((step, 20.0 + step) for step in range(6, 9)),
+    ]
+    assert set(server.run_names) == {"run0001"}
+    assert told[1].notes[1].startswith("wandb: an earlier attempt has logged up to step 5;")

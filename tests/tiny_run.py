@@ -1,0 +1,83 @@
+"""A tiny model and made-up batches for the tests of sharding and of the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kempnerforge.config.schema import ModelConfig, OptimizerConfig, TrainConfig
+from kempnerforge.distributed.mesh import build_mesh
+from kempnerforge.model.llama import Llama
+from kempnerforge.parallel.shard import materialize, parallelize
+from kempnerforge.train.optim import build_optimizer
+from kempnerforge.train.step import LocalStep
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(
+    dim=36,
+    n_layers=2,
+    n_heads=3,
+    n_kv_heads=1,
+    head_dim=2,
+    ffn_hidden_dim=50,
+    vocab_size=67,
+    max_seq_len=16,
+    init_std=0.2,
+)
+"""Shards over 4 ranks are uneven, and two ranks hold nothing of the keys' and values' weights."""
+GLOBAL_BATCH, SEQ_LEN = 8, 12
+
+
+@dataclass(frozen=True)
+class FakeBatch:
+    """One rank's part of a global batch."""
+
+    inputs_ABT: Tensor
+    targets_ABT: Tensor
+    num_tokens: int
+
+
+def global_batch(step: int) -> Tensor:
+    """The same token ids on every rank, int64 [GLOBAL_BATCH, SEQ_LEN + 1]."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randint(MODEL.vocab_size, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
+
+
+def batch_of_rank(step: int, accumulation: int) -> FakeBatch:
+    """This rank's sequences of the global batch, in ``accumulation`` micro-batches."""
+    mine = global_batch(step).chunk(dist.get_world_size())[dist.get_rank()]
+    mine_ABT = mine.view(accumulation, -1, SEQ_LEN + 1)
+    return FakeBatch(mine_ABT[..., :-1], mine_ABT[..., 1:], GLOBAL_BATCH * SEQ_LEN)
+
+
+def train_config(**changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"mixed_precision": "fp32"} | changes)
+
+
+def sharded_model(
+    train: TrainConfig | None = None, *, replicate: int = 1, config: ModelConfig = MODEL, seed: int = 7
+) -> Llama:
+    """A model over all ranks, with ``replicate`` copies."""
+    mesh = build_mesh("cpu", dp_replicate=replicate, dp_shard=dist.get_world_size() // replicate)
+    with torch.device("meta"):
+        model = Llama(config)
+    parallelize(model, mesh, train or train_config())
+    materialize(model, CPU, seed=seed)
+    return model
+
+
+def local_step(model: Llama, *, grad_clip_norm: float = 1.0, lr: float = 0.01) -> LocalStep:
+    optimizer = build_optimizer(model, OptimizerConfig(lr=lr), CPU)
+    world = dist.group.WORLD
+    assert world is not None
+    return LocalStep(model, optimizer, device=CPU, dp_group=world, grad_clip_norm=grad_clip_norm)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of the whole tensor, on every rank."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()

@@ -1,0 +1,158 @@
+"""Shared by the tests of the wandb sink: a sink, its fragments read back, a small server for the client."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kempnerforge.telemetry.wandb_sink import WandbSink
+
+FAKE_KEY = "k" * 40
+ENTITY = {"id": "e", "name": "us"}
+
+
+def as_a_user_without_settings(patch: pytest.MonkeyPatch, home: Path) -> None:
+    """Hide what this machine's user has set up for wandb."""
+    home.mkdir()
+    patch.setenv("HOME", str(home))
+    patch.delenv("WANDB_MODE", raising=False)
+    patch.delenv("NETRC", raising=False)
+    patch.setenv("WANDB_X_DISABLE_STATS", "true")  # its process outlives a killed client by seconds
+
+
+class Told:
+    """Collects what a sink says."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+
+def make_sink(folder: Path, told: Told, *, attempt: int = 1, first_new_step: int = 0) -> WandbSink:
+    return WandbSink(
+        folder,
+        "proj",
+        "a run",
+        "run0001",
+        {"train": {"max_steps": 8}},
+        attempt,
+        first_new_step=first_new_step,
+        note=told.notes.append,
+        warn=told.warnings.append,
+    )
+
+
+def fragments(folder: Path) -> list[Path]:
+    return sorted((folder / "wandb").glob("offline-run-*"))
+
+
+def records(fragment: Path) -> list[dict[str, Any]]:
+    """All records of a run's transaction log, read by wandb's own tool."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(fragment)]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def history(fragment: Path) -> dict[int, dict[str, Any]]:
+    items = [record["history"]["item"] for record in records(fragment) if record["type"] == "history"]
+    assert len({item["_step"] for item in items}) == len(items)
+    return {item["_step"]: item for item in items}
+
+
+class WandbServer(ThreadingHTTPServer):
+    """As much of a wandb server as the client needs: runs, their resume status, and their history lines."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), WandbRequest)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.run_names: list[str] = []
+        self.configs: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []
+        self.exit_codes: list[int] = []
+
+    def answer_query(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """The data of a GraphQL answer; empty for what only reports."""
+        if operation == "RunResumeStatus":
+            known = variables["name"] in self.run_names
+            return {
+                "model": {
+                    "id": "m",
+                    "name": "proj",
+                    "entity": ENTITY,
+                    "bucket": self.status() if known else None,
+                }
+            }
+        if operation == "UpsertBucket":
+            self.run_names.append(variables["name"])
+            self.configs.append(json.loads(variables["config"] or "{}"))
+            project = {"id": "m", "name": variables["project"], "entity": ENTITY}
+            bucket = {"id": "b", "name": variables["name"], "displayName": "a run", "project": project}
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if operation == "CreateRunFiles":
+            files = [{"name": name, "uploadUrl": f"{self.url}/upload"} for name in variables["files"]]
+            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        return {}
+
+    def status(self) -> dict[str, Any]:
+        """What a client is told that resumes this run."""
+        newest = [json.dumps(self.history[-1])] if self.history else []
+        return {
+            "id": "b",
+            "name": self.run_names[0],
+            "displayName": "a run",
+            "summaryMetrics": json.dumps(self.history[-1] if self.history else {}),
+            "historyLineCount": len(self.history),
+            "eventsLineCount": 0,
+            "logLineCount": 0,
+            "historyTail": json.dumps(newest),
+            "eventsTail": "[]",
+            "config": "{}",
+            "tags": [],
+            "notes": None,
+            "wandbConfig": json.dumps({"t": {}}),  # without it the run counts as never started
+        }
+
+    def take_stream(self, body: dict[str, Any]) -> None:
+        """Store history lines at the offset that the client names."""
+        stream = body.get("files", {}).get("wandb-history.jsonl")
+        if stream:
+            lines = [json.loads(line) for line in stream["content"]]
+            self.history[stream["offset"] :] = lines
+        if body.get("complete"):
+            self.exit_codes.append(body["exitcode"])
+
+
+class WandbRequest(BaseHTTPRequestHandler):
+    """One request of the client; everything that is not known is answered with an empty object."""
+
+    protocol_version = "HTTP/1.1"
+    server: WandbServer
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        answer: dict[str, Any] = {}
+        if self.path == "/graphql":
+            query = json.loads(body)
+            answer = {"data": self.server.answer_query(query["operationName"], query.get("variables") or {})}
+        elif self.path.endswith("/file_stream"):
+            self.server.take_stream(json.loads(body))
+        payload = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep the test's output quiet."""
