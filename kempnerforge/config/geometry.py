@@ -24,6 +24,13 @@ class Geometry:
     accumulation_steps: int
     """Micro-batches of ``train.batch_size`` that each data-parallel rank computes per optimizer step."""
 
+    def dp_rank(self, rank: int) -> int:
+        """Which part of the data ``rank`` of all processes computes, of ``dp``.
+
+        Ranks count as in ``kempnerforge.distributed.mesh``: tp innermost, pp outermost.
+        """
+        return rank // self.tp % self.dp
+
 
 def derive_geometry(
     distributed: DistributedConfig, train: TrainConfig, world_size: int

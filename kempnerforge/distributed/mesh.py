@@ -6,15 +6,21 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
-def build_mesh(device_type: str, *, dp_replicate: int, dp_shard: int) -> DeviceMesh:
-    """Mesh over all ranks: ``("dp_shard",)`` for FSDP, ``("dp_replicate", "dp_shard")`` for HSDP.
+def build_mesh(device_type: str, *, dp_replicate: int, dp_shard: int, tp: int = 1, pp: int = 1) -> DeviceMesh:
+    """Mesh over all ranks with the dimensions ``pp``, ``dp_replicate``, ``dp_shard`` and ``tp``, in this order.
 
-    The innermost dimension has neighbouring ranks, so shards are gathered within a node and only gradients
-    cross nodes under HSDP. Collective: all ranks.
+    Dimensions of size 1 are left out, except ``dp_shard``, which is always there. The innermost dimension has
+    neighbouring ranks: tensor parallelism, which talks in every layer, stays within a node, then shards are
+    gathered; only gradients (HSDP) and activations between stages cross nodes. Collective: all ranks.
     """
-    assert dp_replicate * dp_shard == dist.get_world_size()
-    if dp_replicate == 1:
-        return init_device_mesh(device_type, (dp_shard,), mesh_dim_names=("dp_shard",))
-    return init_device_mesh(
-        device_type, (dp_replicate, dp_shard), mesh_dim_names=("dp_replicate", "dp_shard")
-    )
+    assert pp * dp_replicate * dp_shard * tp == dist.get_world_size()
+    sizes = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
+    used = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
+    return init_device_mesh(device_type, tuple(used.values()), mesh_dim_names=tuple(used))
+
+
+def dp_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The data-parallel part of ``mesh``: ``("dp_shard",)``, or ``("dp_replicate", "dp_shard")`` for HSDP."""
+    assert mesh.mesh_dim_names is not None
+    names = tuple(name for name in ("dp_replicate", "dp_shard") if name in mesh.mesh_dim_names)
+    return mesh if names == mesh.mesh_dim_names else mesh[names]

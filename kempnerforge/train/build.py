@@ -65,7 +65,7 @@ class Run:
             seed=train.seed,
             global_batch_size=self.geometry.global_batch_size,
             batch_size=train.batch_size,
-            dp_rank=self.world.rank,
+            dp_rank=self.geometry.dp_rank(self.world.rank),
             dp_size=self.geometry.dp,
             cursor=Cursor(**self.state.cursor),
             prefetch_batches=self.job.data.prefetch_batches,
@@ -177,7 +177,13 @@ def _build_state(
 
 
 def _build_model(job: JobConfig, world: World, geometry: Geometry) -> Llama:
-    mesh = build_mesh(world.device.type, dp_replicate=geometry.dp_replicate, dp_shard=geometry.dp_shard)
+    mesh = build_mesh(
+        world.device.type,
+        dp_replicate=geometry.dp_replicate,
+        dp_shard=geometry.dp_shard,
+        tp=geometry.tp,
+        pp=geometry.pp,
+    )
     with torch.device("meta"):
         model = Llama(job.model)
     parallelize(model, mesh, job.train)

@@ -99,7 +99,7 @@ def evaluate(run: Run) -> None:
         num_batches=run.job.eval.num_batches,
         global_batch_size=run.geometry.global_batch_size,
         batch_size=run.job.train.batch_size,
-        dp_rank=run.world.rank,
+        dp_rank=run.geometry.dp_rank(run.world.rank),
         dp_size=run.geometry.dp,
     )
     loss = run.step.evaluate(batches)
