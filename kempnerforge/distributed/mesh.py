@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 def build_mesh(device_type: str, *, dp_replicate: int, dp_shard: int, tp: int = 1, pp: int = 1) -> DeviceMesh:
-    """Mesh over all ranks with the dimensions ``pp``, ``dp_replicate``, ``dp_shard`` and ``tp``, in this order.
+    """Mesh over all ranks: dimensions ``pp``, ``dp_replicate``, ``dp_shard`` and ``tp``, in this order.
 
     Dimensions of size 1 are left out, except ``dp_shard``, which is always there. The innermost dimension has
     neighbouring ranks: tensor parallelism, which talks in every layer, stays within a node, then shards are
