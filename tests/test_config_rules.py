@@ -310,6 +310,14 @@ INTERLEAVED = DistributedConfig(pp=4, pp_schedule="interleaved_1f1b")
             ["distributed.pp_microbatch_size"],
         ),
         (DistributedConfig(pp=2, pp_microbatch_size=4), ModelConfig(), TrainConfig(batch_size=8), []),
+        (DistributedConfig(pp=2, pp_layers=[1, 3]), ModelConfig(n_layers=4), TrainConfig(), []),
+        (
+            DistributedConfig(pp=2, pp_layers=[1, 2]),
+            ModelConfig(n_layers=4),
+            TrainConfig(),
+            ["distributed.pp_layers"],
+        ),
+        (DistributedConfig(pp_layers=[4]), ModelConfig(n_layers=4), TrainConfig(), ["distributed.pp_layers"]),
     ],
 )
 def test_pipeline_rules(

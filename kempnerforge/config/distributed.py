@@ -33,5 +33,9 @@ class DistributedConfig(Section):
     pp_microbatch_size: AtLeastOne | None = None
     """Sequences per microbatch in the pipeline; divides train.batch_size. None means 1."""
 
+    pp_layers: list[AtLeastOne] | None = None
+    """Decoder layers of each pipeline stage, in order; none means as even as can be, embedding and output
+    layer counted."""
+
     timeout_s: Annotated[float, Field(gt=0, le=7 * 24 * 3600)] = 1800.0
     """How long a rank waits for the others in a collective, in seconds."""

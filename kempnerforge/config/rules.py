@@ -20,14 +20,12 @@ from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.names import nearest
 from kempnerforge.config.run import PLACEHOLDER, PLACEHOLDERS, RunConfig, unfilled_placeholders
 from kempnerforge.config.scheduler import SchedulerConfig
+from kempnerforge.config.stages import STAGES_PER_RANK, num_stages
 from kempnerforge.config.train import TrainConfig
 from kempnerforge.errors import Fault
 
 BYTE_VOCABULARY = 257
 """256 bytes and the separator of documents."""
-
-STAGES_PER_RANK = {"1f1b": 1, "gpipe": 1, "interleaved_1f1b": 2}
-"""Pipeline stages that one rank holds under each schedule."""
 
 
 def check_rules(known: Mapping[str, Any]) -> list[Fault]:
@@ -163,12 +161,16 @@ def pipeline_fits(distributed: DistributedConfig, model: ModelConfig, train: Tra
             faults.append(Fault("distributed.pp_schedule", f'"{schedule}" {needs[0]}', needs[1]))
         if micro is not None:
             faults.append(Fault("distributed.pp_microbatch_size", f"{micro} {needs[0]}", needs[1]))
+        if distributed.pp_layers is not None:
+            faults.append(Fault("distributed.pp_layers", f"{distributed.pp_layers} {needs[0]}", needs[1]))
         return faults
-    stages = pp * STAGES_PER_RANK[schedule]
+    stages = num_stages(distributed)
     if model.n_layers < stages:
         problem = f"{pp} ranks under {schedule} make {stages} stages, but model.n_layers is {model.n_layers}"
         most = model.n_layers // STAGES_PER_RANK[schedule]
         faults.append(Fault("distributed.pp", problem, f"allowed: at most {max(1, most)}"))
+    elif distributed.pp_layers is not None:
+        faults += _pp_layers_fit(distributed.pp_layers, stages, model.n_layers)
     if micro is not None and train.batch_size % micro:
         problem = f"{micro} does not divide train.batch_size {train.batch_size}"
         faults.append(Fault("distributed.pp_microbatch_size", problem, "choose a divisor"))
@@ -176,6 +178,13 @@ def pipeline_fits(distributed: DistributedConfig, model: ModelConfig, train: Tra
         problem = "the first and the last stage of a pipeline cannot share the embedding"
         faults.append(Fault("model.tie_embeddings", problem, "set tie_embeddings = false, or pp = 1"))
     return faults
+
+
+def _pp_layers_fit(pp_layers: list[int], stages: int, n_layers: int) -> list[Fault]:
+    if len(pp_layers) == stages and sum(pp_layers) == n_layers:
+        return []
+    problem = f"{pp_layers} are {len(pp_layers)} stages with {sum(pp_layers)} layers"
+    return [Fault("distributed.pp_layers", problem, f"{stages} numbers whose sum is n_layers {n_layers}")]
 
 
 def not_available_in_this_version(distributed: DistributedConfig) -> list[Fault]:
