@@ -236,3 +236,18 @@ def slow_shards(seconds: float, *, rank: int | None) -> None:
         return replacement
 
     _wrap("kempnerforge.checkpoint.writer:Writer.write", make)
+
+
+def slow_to_learn(seconds: float, *, rank: int | None) -> None:
+    """Every look for the outcome of a save takes so much longer."""
+    if not _here(rank):
+        return
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any) -> Any:
+            time.sleep(seconds)
+            return original(*args)
+
+        return replacement
+
+    _wrap("kempnerforge.checkpoint.board:StoreBoard.read", make)

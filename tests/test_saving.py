@@ -88,3 +88,11 @@ def test_losses_after_a_resume_are_compared_with_those_recorded(tmp_path: Path) 
     assert proof.compare(7, 5 - 0.7) is None
     other_layout = Receipt(2, source="resume", step=5, lost_steps=3, layout_changes={"num_ranks": [1, 2]})
     assert Proof.of(metrics, other_layout).compare(6, 1.0) is None, "the same bits are not promised"
+
+
+def test_the_rank_with_the_store_ends_after_all_have_learnt_of_the_last_save(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **{"train.max_steps": 3, "checkpoint.interval": 0, "eval.interval": 0})
+    ended = launcher.run(run, ranks=2, sabotage=[("slow_to_learn", {"seconds": 1.5, "rank": 1})])
+    assert ended.statuses == [0, 0], ended.output

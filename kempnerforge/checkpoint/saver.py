@@ -17,6 +17,7 @@ from kempnerforge.checkpoint.background import SaveResult
 from kempnerforge.checkpoint.manifest import Provenance
 from kempnerforge.checkpoint.report import SaveReport
 from kempnerforge.checkpoint.tax import StepClock
+from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import SaveFailedError
 
 
@@ -58,6 +59,7 @@ class Saver:
         self._checkpointer = checkpointer
         self._folder = folder
         self._group = group
+        self._control = ControlGroup(group)
         self._max_failed_saves = max_failed_saves
         self._pending: _Pending | None = None
         self._number = 0
@@ -163,11 +165,17 @@ class Saver:
         self._checkpointer.close()
 
     def _await_outcome(self) -> SaveResult:
+        """What came of the pending save. All ranks return together.
+
+        Whoever hosts the store that the outcome is read from, usually the first rank, may end its process
+        right after: not before all others have read it.
+        """
         try:
             result = self._checkpointer.wait()
+            assert result is not None
         except SaveFailedError as error:
-            return SaveResult(error=str(error))
-        assert result is not None
+            result = SaveResult(error=str(error))
+        self._control.agree([0])
         return result
 
     def _settle(self, result: SaveResult, step: int, *, must_hold: bool = False) -> SaveReport:
