@@ -40,7 +40,7 @@ class Provenance:
 
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
-_MAX_BYTES = 1 << 30
+_MAX_BYTES = 1 << 28
 """Far above any manifest: that of a checkpoint of 10 TB has 30 MB."""
 _OPTIONAL = ("metrics",)
 """Fields that manifests of earlier versions lack."""
