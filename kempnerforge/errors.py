@@ -11,6 +11,7 @@
         ├── DamagedCheckpointError    1  structure or digest is wrong, on a second read too
         ├── UnreachableCheckpointError 1 storage did not answer (EIO, ESTALE, missing on one node only)
         ├── MismatchError             2  sound, but it cannot fit this config
+        │   └── NoTrainingStateError  2  sound, but weights alone: no run can go on from it
         ├── NoSoundCheckpointError    1  checkpoints exist and none of them loads
         ├── NoSpaceError              2  not even one save would fit; told before training
         ├── LeaseLostError            1  another attempt has taken this run over
@@ -128,6 +129,10 @@ class MismatchError(CheckpointError):
     """A sound checkpoint that cannot fit this configuration."""
 
     exit_status = EXIT_BAD_CONFIG
+
+
+class NoTrainingStateError(MismatchError):
+    """A sound checkpoint that no run can go on from: it has tensors, but no training state."""
 
 
 class NoSoundCheckpointError(CheckpointError):

@@ -23,6 +23,25 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def make_folder(folder: Path) -> None:
+    """Make ``folder``, and those above it that are missing. Their names are durable on return.
+
+    So is the name of the lowest one that was there: who made it may have been killed before its sync.
+    """
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    try:
+        fsync_folder(folder.parent)
+    except OSError as error:  # it may not be listed, or is of a file system that syncs no folders
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL):
+            raise
+    for one in reversed(missing):
+        one.mkdir(exist_ok=True)
+        fsync_folder(one.parent)
+
+
 def write_all(fd: int, data: bytes | memoryview) -> None:
     """Write every byte of ``data``, going on after short writes."""
     view = memoryview(data).cast("B")
@@ -73,6 +92,8 @@ def append_line(path: Path, line: str) -> None:
         torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
         write_all(fd, (("\n" if torn else "") + line + "\n").encode())
         os.fsync(fd)
+        if size == 0:
+            fsync_folder(path.parent)
     finally:
         os.close(fd)
 
@@ -80,12 +101,22 @@ def append_line(path: Path, line: str) -> None:
 def publish(temporary: Path, final: Path) -> None:
     """Give a finished folder its final name and make that durable. This is the commit.
 
-    Raises FileExistsError when the name is taken: a committed folder is never replaced.
+    Raises FileExistsError when the name is taken: a committed folder is never replaced. After another OSError
+    the folder has its old name again, as far as the file system lets it: what failed must not be found.
     """
     if final.exists() or final.is_symlink():
         raise FileExistsError(errno.EEXIST, "a committed folder is never replaced", str(final))
-    os.rename(temporary, final)
-    fsync_folder(final.parent)
+    folder = temporary.stat()
+    try:
+        os.rename(temporary, final)
+        fsync_folder(final.parent)
+    except OSError:
+        # By its inode: another process may have taken the name, and a rename may be done and yet fail.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(folder, final.lstat()):
+                os.rename(final, temporary)
+                fsync_folder(final.parent)
+        raise
 
 
 def point_symlink(link: Path, target: str) -> None:

@@ -88,7 +88,7 @@ def _read_parent(step_folder: Path) -> tuple[Manifest, int]:
 def _begin(run_dir: Path, building: Path) -> None:
     if run_dir.exists() or run_dir.is_symlink():
         raise RunFolderError(f"{run_dir} exists; a fork makes a new run's folder. Give another name")
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    fsio.make_folder(run_dir.parent)
     try:
         building.mkdir()
     except FileExistsError:

@@ -34,22 +34,26 @@ def write_image(
 ) -> FileRecord:
     """Write the first ``size_bytes`` of ``image`` as the new file ``path`` and fsync it.
 
-    ``image`` is page-aligned and at least ``padded(size_bytes)`` long. ``beat`` is called after every block.
+    ``image`` is page-aligned and at least ``padded(size_bytes)`` long. ``beat`` is called after every system
+    call that may take long: a slow disk is not a hang.
     Durable on return, but for the folder's entry. An unfinished file of an earlier try is replaced.
     """
     path.unlink(missing_ok=True)
-    fd, direct = _open(path)
+    beat()
+    fd, direct = _open(path, beat)
+    beat()
     try:
         with ThreadPoolExecutor(max_workers=1) as hasher:
             digests = _write_blocks(fd, image, size_bytes, hasher, direct=direct, beat=beat)
         os.ftruncate(fd, size_bytes)
+        beat()
         os.fsync(fd)
     finally:
         os.close(fd)
     return FileRecord(size_bytes, tuple(digests))
 
 
-def _open(path: Path) -> tuple[int, bool]:
+def _open(path: Path, beat: Callable[[], None]) -> tuple[int, bool]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         return os.open(path, flags | os.O_DIRECT, 0o666), True
@@ -57,7 +61,9 @@ def _open(path: Path) -> tuple[int, bool]:
         if error.errno != errno.EINVAL:
             raise
     # tmpfs and some network file systems: the file may exist already, made by the open that was refused.
+    beat()
     path.unlink(missing_ok=True)
+    beat()
     return os.open(path, flags, 0o666), False
 
 
@@ -74,9 +80,8 @@ def _write_blocks(
     for begin in range(0, size_bytes, BLOCK_BYTES):
         end = min(begin + BLOCK_BYTES, size_bytes)
         digest = hasher.submit(xxhash.xxh3_128_hexdigest, image[begin:end])
-        _write_at(fd, image[begin : padded(end) if direct else end], begin)
+        _write_at(fd, image[begin : padded(end) if direct else end], begin, beat)
         digests.append(digest.result())
-        beat()
         if not direct and len(digests) % _SYNC_BLOCKS == 0:
             # In small portions: one fsync over gigabytes of dirty pages looks like a hang, and stalls others.
             os.fdatasync(fd)
@@ -84,9 +89,10 @@ def _write_blocks(
     return digests
 
 
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
+def _write_at(fd: int, data: memoryview, offset: int, beat: Callable[[], None]) -> None:
     while data.nbytes:
         written = os.pwrite(fd, data, offset)
+        beat()
         if written == 0:
             raise OSError(errno.EIO, "pwrite() wrote nothing")
         if written < data.nbytes and written % ALIGNMENT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -168,7 +169,9 @@ class CheckpointManager:
         written again.
         """
         if reason == "asked" and self._control.rank == 0:
-            (self.run_dir / REQUEST).unlink(missing_ok=True)
+            # If it stays, it asks again: that costs a save. An error on this rank alone would cost the run.
+            with contextlib.suppress(OSError):
+                (self.run_dir / REQUEST).unlink(missing_ok=True)
         skipped = self._control.on_rank0(lambda: self._no_room_for(state.step))
         if skipped and not wait:
             return self._saver.skip(state.step, reason, skipped)

@@ -15,7 +15,7 @@ import xxhash
 
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.digest import BLOCK_BYTES, FileRecord, VerifiedFile
-from kempnerforge.errors import DamagedCheckpointError, MismatchError
+from kempnerforge.errors import DamagedCheckpointError, MismatchError, NoTrainingStateError
 
 FORMAT = 1
 
@@ -40,7 +40,7 @@ class Provenance:
 
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
-_MAX_BYTES = 1 << 30
+_MAX_BYTES = 1 << 28
 """Far above any manifest: that of a checkpoint of 10 TB has 30 MB."""
 _OPTIONAL = ("metrics",)
 """Fields that manifests of earlier versions lack."""
@@ -95,8 +95,7 @@ def decode(data: bytes, *, where: str) -> Manifest:
     try:
         known = [name for name in Provenance.__dataclass_fields__ if name in body or name not in _OPTIONAL]
         provenance = Provenance(**{name: body[name] for name in known})
-        if not isinstance(provenance.run_id, str) or not isinstance(provenance.reason, str):
-            raise TypeError("run_id and reason are text")
+        _check_types(provenance)
         return Manifest(
             provenance=replace(
                 provenance, metrics={str(key): float(value) for key, value in provenance.metrics.items()}
@@ -111,16 +110,27 @@ def decode(data: bytes, *, where: str) -> Manifest:
         raise _damaged(where, f"{layout.MANIFEST} lacks a field ({error!r})") from None
 
 
+def _check_types(provenance: Provenance) -> None:
+    """Raise TypeError for what somebody wrote who can make a digest, and no run of ours did."""
+    if not isinstance(provenance.run_id, str) or not isinstance(provenance.reason, str):
+        raise TypeError("run_id and reason are text")
+    if not isinstance(provenance.layout, dict) or not isinstance(provenance.versions, dict):
+        raise TypeError("layout and versions are tables")
+    numbers = (provenance.step, provenance.parent_step)
+    if type(provenance.attempt) is not int or any(n is not None and type(n) is not int for n in numbers):
+        raise TypeError("attempt, step and parent_step are whole numbers")
+
+
 def _finite(value: Any) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{value} is no time")
     return float(value)
 
 
-def load(step_folder: Path, *, step: int | None = None) -> Manifest:
-    """Read the manifest of ``step_folder`` and check it against names and sizes, without reading shards.
+def read(step_folder: Path) -> Manifest:
+    """What the manifest of ``step_folder`` says, compared with nothing but its own digest.
 
-    Raises DamagedCheckpointError; OSError other than a missing file as it comes.
+    Raises DamagedCheckpointError, MismatchError; OSError other than a missing file as it comes.
     """
     where = step_folder.name
     try:
@@ -131,7 +141,19 @@ def load(step_folder: Path, *, step: int | None = None) -> Manifest:
         data = (step_folder / layout.MANIFEST).read_bytes()
     except FileNotFoundError:
         raise _damaged(where, f"{layout.MANIFEST} is missing") from None
-    manifest = decode(data, where=where)
+    return decode(data, where=where)
+
+
+def load(step_folder: Path, *, step: int | None = None) -> Manifest:
+    """Read the manifest of ``step_folder`` and check it against names and sizes, without reading shards.
+
+    With ``step`` it has to be that step of a run. Raises DamagedCheckpointError, MismatchError (of a run's
+    step also NoTrainingStateError); OSError other than a missing file as it comes.
+    """
+    where = step_folder.name
+    manifest = read(step_folder)
+    if step is not None and manifest.provenance.step is None:
+        raise NoTrainingStateError(f"{where} holds no training state: its manifest is of no step of a run")
     if step is not None and manifest.provenance.step != step:
         raise _damaged(where, f"its manifest is of step {manifest.provenance.step}")
     for name, record in manifest.files.items():

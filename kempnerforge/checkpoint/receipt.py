@@ -24,9 +24,10 @@ class Rejected:
 
     step: int
     outcome: str
-    """``damaged`` here: the other outcomes end the run."""
+    """``damaged``, or ``no training state`` (weights alone, say): the other outcomes end the run."""
     reason: str
-    moved_to: str
+    moved_to: str = ""
+    """Its name now; empty for one that was left where it is."""
 
 
 @dataclass
@@ -79,7 +80,8 @@ class Receipt:
         size = f"{self.size_bytes / 1e6:.1f} MB in {self.load_s:.2f} s"
         result = [f"{verb} from {self.path} at step {self.step} ({size})"]
         for one in self.rejected:
-            result.append(f"  step {one.step} was {one.outcome}, set aside as {one.moved_to}: {one.reason}")
+            fate = f"was {one.outcome}, set aside as {one.moved_to}" if one.moved_to else "was left as it is"
+            result.append(f"  step {one.step} {fate}: {one.reason}")
         if self.lost_steps:
             result.append(f"  {self.lost_steps} steps after it were not committed and are done again")
         for title in ("config", "layout", "version"):

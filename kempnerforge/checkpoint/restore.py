@@ -67,7 +67,7 @@ class Restorer:
 
     def _prepare_folder(self) -> None:
         self._check_lease()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        fsio.make_folder(self._folder)
         fenced = timeline.fence(self._folder, self._context.attempt)
         for path in fenced:
             fsio.delete_tree(path)

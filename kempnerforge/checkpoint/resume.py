@@ -19,11 +19,12 @@ import torch
 from kempnerforge import fsio
 from kempnerforge.checkpoint import layout, manifest, timeline
 from kempnerforge.checkpoint.commit import decode_objects
+from kempnerforge.checkpoint.counters import check_counters, require_training_state
 from kempnerforge.checkpoint.dtypes import DTYPE_NAMES, DTYPES
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.receipt import Rejected
 from kempnerforge.checkpoint.report import RunContext
-from kempnerforge.checkpoint.state import MODEL, OPTIMIZER, TrainState, check_counters, rng_name
+from kempnerforge.checkpoint.state import MODEL, OPTIMIZER, TrainState, rng_name
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import (
@@ -31,6 +32,7 @@ from kempnerforge.errors import (
     DamagedCheckpointError,
     MismatchError,
     NoSoundCheckpointError,
+    NoTrainingStateError,
     UnreachableCheckpointError,
 )
 
@@ -91,12 +93,14 @@ def choose(folder: Path, rejected: list[Rejected]) -> Found | None:
             return with_retries(lambda path=path, step=step: inspect(path, step=step), what=str(path))
         except DamagedCheckpointError as error:
             rejected.append(quarantine(folder, step, str(error)))
+        except NoTrainingStateError as error:
+            rejected.append(Rejected(step, "no training state", str(error)))
     set_aside = [*listing.quarantined, *listing.rolled_back, *listing.late]
     if rejected or set_aside:
-        names = [one.moved_to for one in rejected] or [path.name for path in set_aside]
+        names = [one.moved_to for one in rejected if one.moved_to] or [path.name for path in set_aside]
         reasons = "".join(f"\n  {one.reason}" for one in rejected)
         raise NoSoundCheckpointError(
-            f"no sound checkpoint is left in {folder}; set aside: {', '.join(names)}.{reasons}\n"
+            f"no sound checkpoint is left in {folder}; set aside: {', '.join(names) or 'none'}.{reasons}\n"
             "To begin again at step 0 on purpose, give the run another name (--run.name=NEW) or move these "
             "folders away."
         )
@@ -106,7 +110,8 @@ def choose(folder: Path, rejected: list[Rejected]) -> Found | None:
 def inspect(path: Path, *, step: int | None = None) -> Found:
     """Check manifest, names, sizes and the digests of all small files.
 
-    Raises DamagedCheckpointError, MismatchError for another format, OSError.
+    With ``step`` it has to be that step of a run, to go on from. Raises DamagedCheckpointError, MismatchError
+    for another format, NoTrainingStateError, OSError.
     """
     found = manifest.load(path, step=step)
     small = {
@@ -117,11 +122,14 @@ def inspect(path: Path, *, step: int | None = None) -> Found:
     try:
         config_toml = small.get(layout.CONFIG, b"").decode()
         tomli.loads(config_toml)
-        check_counters(decode_objects(small[layout.TRAIN_STATE]))
+        objects = decode_objects(small[layout.TRAIN_STATE])
+        check_counters(objects)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedCheckpointError(
             f"{path.name} is damaged: its small files make no sense ({error})"
         ) from None
+    if step is not None:
+        require_training_state(path, objects)
     return Found(path, found.provenance.step or 0, found, config_toml)
 
 

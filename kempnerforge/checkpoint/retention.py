@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, layout, manifest, pins
+from kempnerforge.checkpoint import holds, layout, pins
+from kempnerforge.checkpoint.counters import load_resumable
 from kempnerforge.checkpoint.keep import KeepPolicy, StepFacts, Verdict, decide
 from kempnerforge.errors import CheckpointError
 
@@ -64,6 +65,8 @@ class Retention:
         unfinished, self._unfinished = self._unfinished, []
         deleted: list[int] = []
         warnings: list[str] = []
+        if unfinished:
+            fsio.fsync_folder(self.folder)
         for path in unfinished:
             self._delete_tree(path, warnings)
         facts = self.survey()
@@ -87,7 +90,7 @@ class Retention:
         known = self._sound.get(step)
         if known is not None and not anew and known[0] == _identity(path / layout.MANIFEST):
             return known[1]
-        found = manifest.load(path, step=step)
+        found = load_resumable(path, step=step)
         facts = StepFacts(step, found.provenance.metrics)
         self._sound[step] = (_identity(path / layout.MANIFEST), facts)
         return facts
@@ -102,12 +105,19 @@ class Retention:
             return False
         except OSError as error:
             warnings.append(f"step {step} could not be deleted: {error}")
-            return False
+            if path.exists() or not doomed.exists():
+                return False
+            # It was done all the same, as network file systems have it.
         if self._is_claimed(step):
             os.rename(doomed, path)
             return False
-        fsio.fsync_folder(self.folder)
         self._sound.pop(step, None)
+        try:
+            fsio.fsync_folder(self.folder)
+        except OSError as error:
+            warnings.append(f"{doomed} could not be deleted: {error}; it is tried again after the next save")
+            self._unfinished.append(doomed)
+            return False
         return True
 
     def _is_claimed(self, step: int) -> bool:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,29 @@ HeaderEntry = tuple[str, Chunk]
 
 
 def read(path: Path) -> dict[str, HeaderEntry]:
-    """Name -> dtype and chunk of everything in the shard at ``path``.
+    """``decode`` the header of the file at ``path``. Raises ValueError, OSError."""
+    with open(path, "rb") as file:
+
+        def read_bytes(begin: int, end: int) -> bytes:
+            file.seek(begin)
+            return file.read(end - begin)
+
+        return decode(path.name, read_bytes, os.fstat(file.fileno()).st_size)
+
+
+def decode(name: str, read_bytes: Callable[[int, int], bytes], size_bytes: int) -> dict[str, HeaderEntry]:
+    """Name -> dtype and chunk of everything in the shard ``name``, which has ``size_bytes``.
 
     Raises ValueError, saying what is wrong, for a file that is not laid out as format 1 says: tensors one
-    after the other without gaps up to the end of the file, each listed in DCP's sharding entry. OSError as it
-    comes.
+    after the other without gaps up to the end of the file, each listed in DCP's sharding entry. What
+    ``read_bytes`` (from, up to) raises comes as it is.
     """
-    with open(path, "rb") as file:
-        size_bytes = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise ValueError("it is too short to have a header")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(size_bytes - 8, MAX_HEADER_BYTES):
-            raise ValueError(f"its header would have {length} bytes")
-        raw = file.read(length)
+    if size_bytes < 8:
+        raise ValueError("it is too short to have a header")
+    (length,) = struct.unpack("<Q", read_bytes(0, 8))
+    if length > min(size_bytes - 8, MAX_HEADER_BYTES):
+        raise ValueError(f"its header would have {length} bytes")
+    raw = read_bytes(8, 8 + length)
     data_begin = 8 + length
     try:
         header = json.loads(raw, object_pairs_hook=_without_repeats)
@@ -41,7 +50,7 @@ def read(path: Path) -> dict[str, HeaderEntry]:
         raise ValueError(f"its header cannot be parsed ({error})") from None
     try:
         offsets = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
-        found = {name: _entry(path.name, name, body, offsets, data_begin) for name, body in header.items()}
+        found = {tensor: _entry(name, tensor, body, offsets, data_begin) for tensor, body in header.items()}
     except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"its header lacks something or has it in another form ({error!r})") from None
     if extra := offsets.keys() - found.keys():

@@ -20,18 +20,6 @@ def rng_name(rank: int) -> str:
     return f"rng.rank_{rank:05d}"
 
 
-COUNTERS = ("step", "tokens", "skipped_steps", "skipped_in_a_row")
-
-
-def check_counters(objects: Mapping[str, Any]) -> None:
-    """Raise ValueError unless counters that ``TrainState`` saved are whole numbers.
-
-    A checkpoint that is no ``TrainState``'s has none of them, and is not judged here.
-    """
-    if "step" in objects and not all(type(objects.get(name)) is int for name in COUNTERS):
-        raise ValueError(f"{', '.join(COUNTERS)} are not all whole numbers")
-
-
 class TrainState:
     """Everything that a run needs to go on where it was.
 

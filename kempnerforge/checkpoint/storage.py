@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from kempnerforge import fsio
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, PlannedFile, commit
 from kempnerforge.checkpoint.digest import DigestingFile
@@ -61,7 +62,7 @@ class SafetensorsWriter(StorageWriter):
         """Make the hidden folder and give every rank its files. Coordinator only."""
         if self.final.exists():
             raise SaveFailedError(f"{self.final} exists; a committed checkpoint is never replaced")
-        self.final.parent.mkdir(parents=True, exist_ok=True)
+        fsio.make_folder(self.final.parent)
         self.temporary.mkdir()
         by_rank = [[_planned(item) for item in plan.items] for plan in plans]
         shared_out = name_files(by_rank)

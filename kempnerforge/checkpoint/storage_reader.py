@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from kempnerforge.checkpoint import layout, manifest
+from kempnerforge.checkpoint import layout, manifest, shard_header
 from kempnerforge.checkpoint.commit import decode_objects
 from kempnerforge.checkpoint.digest import VerifiedFile
 from kempnerforge.checkpoint.dtypes import DTYPE_NAMES, DTYPES
@@ -119,11 +119,26 @@ class SafetensorsReader(StorageReader):
                 raise DamagedCheckpointError(f"{self.path.name} is damaged: {name} is not in the manifest")
             wanted.sort(key=lambda pair: pair[0].begin)
             with VerifiedFile(self.path / name, record) as file:
+                self._check_header(file, wanted)
                 for chunk, item in wanted:
                     self._read_item(file, chunk, item, planner)
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _check_header(self, file: VerifiedFile, wanted: list[tuple[Chunk, ReadItem]]) -> None:
+        """Digests cannot tell two shards that changed places in the manifest too; what they hold can."""
+        name = file.path.name
+        try:
+            header = shard_header.decode(name, file.read, file.record.size_bytes)
+        except ValueError as error:
+            raise DamagedCheckpointError(f"{self.path.name} is damaged: {name}: {error}") from None
+        for chunk, item in wanted:
+            tensor = item.storage_index.fqn
+            if header.get(tensor) != (self.index[tensor].dtype, chunk):
+                raise DamagedCheckpointError(
+                    f"{self.path.name} is damaged: {name} and {layout.INDEX} disagree on {tensor}"
+                )
 
     def _pickled_in_memory(self, name: str) -> io.BytesIO:
         # DCP's planner insists on unpickling; these bytes were pickled here, from checked JSON.

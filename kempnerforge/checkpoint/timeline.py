@@ -96,9 +96,8 @@ def set_aside_late(
         if step <= lowest or step in trusted:
             continue
         try:
-            data = (folder / layout.step_name(step) / layout.MANIFEST).read_bytes()
-            provenance = manifest.decode(data, where=layout.step_name(step)).provenance
-        except (FileNotFoundError, DamagedCheckpointError, MismatchError):
+            provenance = manifest.read(folder / layout.step_name(step)).provenance
+        except (DamagedCheckpointError, MismatchError):
             continue
         if provenance.run_id == run_id:
             committed[step] = provenance.attempt

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 
 from kempnerforge.checkpoint import layout, resume
 from kempnerforge.checkpoint.resume import Found
-from kempnerforge.errors import DamagedCheckpointError, StepNotFoundError
+from kempnerforge.errors import DamagedCheckpointError, NoTrainingStateError, StepNotFoundError
 
 
 def find(path: Path) -> Found:
@@ -21,7 +22,10 @@ def find(path: Path) -> Found:
     for folder in (path, path / "checkpoints"):
         for step in layout.committed_steps(folder):
             newest = folder / layout.step_name(step)
-            return resume.with_retries(functools.partial(resume.inspect, newest, step=step), what=str(newest))
+            with contextlib.suppress(NoTrainingStateError):  # named by its own path, it can be loaded
+                return resume.with_retries(
+                    functools.partial(resume.inspect, newest, step=step), what=str(newest)
+                )
     what = "holds no committed checkpoint" if path.exists() else "does not exist"
     raise StepNotFoundError(
         f"checkpoint.load_path: {path} {what}; give a step's folder, such as RUN/checkpoints/step_00001000, "

@@ -162,7 +162,7 @@ def _digest_problems(path: Path) -> tuple[str, ...]:
 
 def _manifest_of(path: Path) -> Manifest | None:
     try:
-        return manifest.decode((path / layout.MANIFEST).read_bytes(), where=path.name)
+        return manifest.read(path)
     except (CheckpointError, OSError):
         return None
 

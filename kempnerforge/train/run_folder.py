@@ -74,7 +74,7 @@ def _begin_attempt(
     folder: Path, first_global_batch_size: int, checkpoint_dir: str, note: Callable[[str], None]
 ) -> tuple[Lease, RunRecord, str]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        fsio.make_folder(folder)
         if run_record.read(folder) is None and (folder / "checkpoints").exists():
             raise RunFolderError(
                 f"{folder} has checkpoints but no {RUN_FILE}: it is not known whose they are. Put "

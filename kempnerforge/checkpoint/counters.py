@@ -1,0 +1,48 @@
+"""Which steps a run can go on from: those with a whole training state, not with weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kempnerforge.checkpoint import layout, manifest
+from kempnerforge.checkpoint.commit import decode_objects
+from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.errors import DamagedCheckpointError, NoTrainingStateError
+
+COUNTERS = ("step", "tokens", "skipped_steps", "skipped_in_a_row")
+
+
+def check_counters(objects: Mapping[str, Any]) -> None:
+    """Raise ValueError unless counters that ``TrainState`` saved are whole numbers.
+
+    A checkpoint that is no ``TrainState``'s has none of them, and is not judged here.
+    """
+    if "step" in objects and not all(type(objects.get(name)) is int for name in COUNTERS):
+        raise ValueError(f"{', '.join(COUNTERS)} are not all whole numbers")
+
+
+def require_training_state(step_folder: Path, objects: Mapping[str, Any]) -> None:
+    """Raise NoTrainingStateError unless a run can go on from a step with these ``objects``."""
+    if "step" not in objects:
+        raise NoTrainingStateError(
+            f"{step_folder.name} holds no training state (weights alone?): {layout.TRAIN_STATE} has no step"
+        )
+
+
+def load_resumable(step_folder: Path, *, step: int) -> Manifest:
+    """``manifest.load`` for a step that a run can go on from.
+
+    Retention must not count any other as the newest: it would delete those that the run needs. Raises what
+    ``manifest.load`` raises.
+    """
+    found = manifest.load(step_folder, step=step)
+    try:
+        objects = decode_objects(manifest.read_verified(step_folder, found, layout.TRAIN_STATE))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedCheckpointError(
+            f"{step_folder.name} is damaged: {layout.TRAIN_STATE} makes no sense ({error})"
+        ) from None
+    require_training_state(step_folder, objects)
+    return found

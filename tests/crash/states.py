@@ -1,0 +1,94 @@
+"""Small training states of which every bit at every step is known without a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from kempnerforge.checkpoint import rng
+from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
+from kempnerforge.config.schema import OptimizerConfig
+from kempnerforge.train.optim import build_optimizer
+
+CPU = torch.device("cpu")
+SEED = 11
+SHAPES = {"weight": (37, 24), "other": (9, 7), "bias": (5,)}
+
+
+class Small(nn.Module):
+    """Three parameters whose shards are uneven."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in SHAPES.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+def value_at(step: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    """What a tensor of the checkpoint of ``step`` holds."""
+    seed = xxhash.xxh3_64_intdigest(f"{step} {name}".encode()) % 2**31
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rank_here() -> int:
+    """This process's rank; 0 for one process alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks_here() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def make_state() -> TrainState:
+    """A model and its optimizer, sharded over the ranks if there are several."""
+    model = Small()
+    if ranks_here() > 1:
+        fully_shard(model)
+    optimizer = build_optimizer(model, OptimizerConfig(), CPU)
+    return TrainState(model=model, optimizer=optimizer, device=CPU, seed=SEED, cursor={"samples": 0})
+
+
+def set_step(state: TrainState, step: int) -> None:
+    """Give every tensor the value that it has at ``step``."""
+    with torch.no_grad():
+        for name, tensor in state.tensors().items():
+            whole = value_at(step, name, tuple(tensor.shape))
+            if isinstance(tensor, DTensor):
+                whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.copy_(whole)
+    state.step, state.cursor = step, {"samples": 10 * step}
+    rng.derive(SEED, step, rank_here(), CPU)
+
+
+def expected_tensors(step: int, ranks: int) -> dict[str, Tensor]:
+    """All tensors of the checkpoint of ``step``, whole, without having read any."""
+    state = make_state()
+    found = {name: value_at(step, name, tuple(tensor.shape)) for name, tensor in state.tensors().items()}
+    for rank in range(ranks):
+        rng.derive(SEED, step, rank, CPU)
+        found[f"rng.rank_{rank:05d}"] = rng.capture(CPU)
+    return found
+
+
+def check_step(path: Path, step: int, expected: Mapping[str, Tensor]) -> None:
+    """Fail unless the checkpoint at ``path`` holds exactly ``expected``."""
+    reader = SafetensorsReader(path)
+    try:
+        assert set(reader.index) == set(expected)
+        loaded = {name: torch.full(tensor.shape, 77).to(tensor.dtype) for name, tensor in expected.items()}
+        load_tensors(loaded, reader)
+        assert (reader.objects["step"], reader.objects["samples"]) == (step, 10 * step)
+    finally:
+        reader.close()
+    for name, tensor in expected.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor), f"{name} of step {step} differs"
