@@ -348,13 +348,13 @@ def test_a_step_stays_when_it_is_not_known_who_relies_on_it(
 def test_a_step_that_cannot_be_read_stays_and_is_not_counted(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = retention.manifest.load
+    load = retention.load_resumable
 
     def fail(path: Path, **known: Any) -> object:
         if path.name == "step_00000004":
             raise OSError(116, "Stale file handle")
         return load(path, **known)
 
-    monkeypatch.setattr(retention.manifest, "load", fail)
+    monkeypatch.setattr(retention, "load_resumable", fail)
     assert prune(folder).apply().deleted == (1, 2)
     assert layout.committed_steps(folder) == [4, 3]

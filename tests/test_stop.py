@@ -109,6 +109,23 @@ def test_a_rank_that_dies_alone_does_not_leave_the_other_waiting(
     assert_goes_on_bitwise(launcher, run, uninterrupted, run.committed()[0])
 
 
+def test_a_rank_that_hangs_alone_ends_the_other_within_the_configured_time(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS | {"checkpoint.interval": 2, "distributed.timeout_s": 3.0})
+    attempt = launcher.start(run, ranks=2)
+    wait_for(lambda: len(run.committed()) > 1, attempt)
+    attempt.signal(signal.SIGSTOP, rank=1)
+    wait_for(lambda: "Traceback" in attempt.output() or "imed out" in attempt.output(), attempt, timeout_s=40)
+    attempt.signal(signal.SIGKILL, rank=1)
+    ended = attempt.wait(20)
+    assert ended.statuses[0] not in (0, 75, 2), ended.output
+    newest = run.committed()[0]
+    assert run.sound() == run.committed()
+    launcher.finish(run, ranks=2)
+    assert run.receipts()[-1]["step"] == newest
+
+
 # -- numbers that are none -------------------------------------------------------------------------------
 
 SKIPPING = {

@@ -55,6 +55,23 @@ def test_a_rolled_back_run_goes_on_in_a_new_timeline(
     assert run.receipts()[-1]["step"] == 12
 
 
+def test_after_a_rollback_two_saves_and_a_kill_the_new_timeline_goes_on(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **{"train.max_steps": 16, "checkpoint.keep_last_n": 4})
+    launcher.finish(run)
+    whole = run.counting()
+    kempnerforge("ckpt", "rollback", run.folder, 4)
+    killed = ("kill_at_call", {"target": "kempnerforge.fsio:publish", "call": 2, "after": True})
+    ended = launcher.run(run, sabotage=[killed])
+    assert ended.statuses == [-signal.SIGKILL]
+    assert run.committed() == [12, 8, 4], "older steps of the old timeline are not back"
+    launcher.finish(run)
+    assert run.receipts()[-1]["step"] == 12
+    assert [manifest_of(run, step)["attempt"] for step in (4, 8, 12, 16)] == [1, 3, 3, 4]
+    assert run.counting() == whole
+
+
 def test_a_forked_run_repeats_its_parent(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     # The global batch is left open, and the parent fixed it: the fork must not choose it anew.
     parent = make_run(tmp_path / "a", corpus, **{"train.global_batch_size": None, "train.batch_size": 4})
