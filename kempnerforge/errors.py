@@ -5,6 +5,7 @@
     ├── DataError                     2  corrupt, empty, missing or foreign training data
     ├── RunFolderError                2  the run's folder cannot be used (node-local, not writable, foreign)
     │   └── LeaseHeldError            2  another process is writing this run
+    ├── NoProgressError              76  several attempts ended in faults of their own; told before training
     ├── NonFiniteError                1  too many non-finite steps in a row
     └── CheckpointError               1
         ├── StepNotFoundError         2  a step or path that was asked for by name does not exist
@@ -31,6 +32,8 @@ EXIT_FAULT = 1
 EXIT_BAD_CONFIG = 2
 EXIT_STOPPED = 75
 """Stopped on purpose with work left (preemption, deadline): safe to requeue."""
+EXIT_NO_PROGRESS = 76
+"""Several attempts in a row ended in faults of their own without progress: do not requeue."""
 
 
 class KempnerForgeError(Exception):
@@ -99,6 +102,12 @@ class RunFolderError(KempnerForgeError):
 
 class LeaseHeldError(RunFolderError):
     """Another process that is alive is writing this run."""
+
+
+class NoProgressError(KempnerForgeError):
+    """Several attempts ended in a recorded fault of their own without a new committed step."""
+
+    exit_status = EXIT_NO_PROGRESS
 
 
 class NonFiniteError(KempnerForgeError):

@@ -251,3 +251,26 @@ def slow_to_learn(seconds: float, *, rank: int | None) -> None:
         return replacement
 
     _wrap("kempnerforge.checkpoint.board:StoreBoard.read", make)
+
+
+def crash_at_loss(*, how: str, call: int, rank: int | None) -> None:
+    """Die by the signal ``how``, or ``raise``, in the ``call``-th micro-batch of training of this attempt."""
+    if not _here(rank):
+        return
+    import torch
+
+    made = 0
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            nonlocal made
+            made += torch.is_grad_enabled()
+            if made == call:
+                if how == "raise":
+                    raise ValueError("no such luck")
+                os.kill(os.getpid(), getattr(signal, how))
+            return original(*args, **kwargs)
+
+        return replacement
+
+    _wrap("torch.nn.functional:cross_entropy", make)

@@ -19,7 +19,7 @@ _MORE_LISTINGS = 4
 _STEP = re.compile(r"step_(\d{8,})")
 _TEMPORARY = re.compile(r"\.step_(\d{8,})\.(\d+)\.tmp")
 _DELETING = re.compile(r"\.step_(\d{8,})(\.\d+\.tmp(\.\d+)?)?\.deleting")
-_SET_ASIDE = re.compile(r"(quarantined|rolledback|late)\.step_(\d{8,})\.(\d+)")
+_SET_ASIDE = re.compile(r"(quarantined|rolledback|late|suspect)\.step_(\d{8,})\.(\d+)")
 
 
 def step_name(step: int) -> str:
@@ -58,6 +58,11 @@ def late_name(step: int, number: int) -> str:
     return f"late.{step_name(step)}.{number}"
 
 
+def suspect_name(step: int, number: int) -> str:
+    """Name that a step is set aside under when the run twice died right after it."""
+    return f"suspect.{step_name(step)}.{number}"
+
+
 def fenced_name(temporary: str, attempt: int) -> str:
     """Hidden name that ``attempt`` gives a checkpoint in flight of an older attempt, before it deletes it."""
     return f"{temporary}.{attempt}.deleting"
@@ -84,6 +89,8 @@ class FolderListing:
     """Steps that a rollback set aside."""
     late: list[Path] = field(default_factory=list)
     """Steps that were set aside because their attempt had been taken over before it committed them."""
+    suspect: list[Path] = field(default_factory=list)
+    """Steps that were set aside because the run twice died right after them."""
 
 
 def list_folder(folder: Path) -> FolderListing:
@@ -116,8 +123,8 @@ def _list_once(folder: Path) -> tuple[FolderListing, bool]:
         elif _DELETING.fullmatch(entry.name):
             found.deleting.append(entry)
         elif match := _SET_ASIDE.fullmatch(entry.name):
-            kinds = {"quarantined": found.quarantined, "rolledback": found.rolled_back, "late": found.late}
-            kinds[match[1]].append(entry)
+            name = {"rolledback": "rolled_back"}.get(match[1], match[1])
+            getattr(found, name).append(entry)
     found.steps.sort(reverse=True)
     return found, is_whole
 

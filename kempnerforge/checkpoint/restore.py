@@ -17,6 +17,8 @@ from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import MismatchError
+from kempnerforge.goodput import breaker
+from kempnerforge.goodput.history import read_history
 
 ALL_PARTS = ("model", "optimizer", "scheduler", "data", "rng")
 
@@ -77,7 +79,9 @@ class Restorer:
         )
 
     def _choose(self, rejected: list[receipt.Rejected]) -> tuple[Found | None, list[receipt.Rejected]]:
-        return resume.choose(self._folder, rejected), rejected
+        rollbacks = [cut.attempt for cut in timeline.cuts(self._run_dir) if cut.is_rollback]
+        suspects = breaker.suspects(read_history(self._run_dir, rollbacks=rollbacks))
+        return resume.choose(self._folder, rejected, suspects), rejected
 
     def _load(self, found: Found, state: TrainState, parts: Sequence[str]) -> Loaded | str:
         return resume.load_together(

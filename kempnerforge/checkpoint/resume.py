@@ -80,22 +80,34 @@ def with_retries(work: Callable[[], T], *, what: str) -> T:
     raise AssertionError("unreachable")
 
 
-def choose(folder: Path, rejected: list[Rejected]) -> Found | None:
+def choose(folder: Path, rejected: list[Rejected], suspects: Mapping[int, str] | None = None) -> Found | None:
     """The newest step that looks sound; damaged ones on the way are set aside into ``rejected``.
 
     Rank 0 only. Reads manifests and small files, no shards. Raises NoSoundCheckpointError when there are
     checkpoints, quarantined ones included, and none is left, so that a run never quietly begins again.
+    ``suspects``, with reasons, are set aside when an older sound step exists; else the newest is tried again.
     """
     listing = with_retries(lambda: layout.list_folder(folder), what=str(folder))
+    passed: list[Found] = []
     for step in listing.steps:
         path = folder / layout.step_name(step)
         try:
-            return with_retries(lambda path=path, step=step: inspect(path, step=step), what=str(path))
+            found = with_retries(lambda path=path, step=step: inspect(path, step=step), what=str(path))
         except DamagedCheckpointError as error:
             rejected.append(quarantine(folder, step, str(error)))
+            continue
         except NoTrainingStateError as error:
             rejected.append(Rejected(step, "no training state", str(error)))
-    set_aside = [*listing.quarantined, *listing.rolled_back, *listing.late]
+            continue
+        if step in (suspects or {}):
+            passed.append(found)
+            continue
+        for one in passed:
+            rejected.append(_step_over(folder, one.step, (suspects or {})[one.step]))
+        return found
+    if passed:
+        return passed[0]
+    set_aside = [*listing.quarantined, *listing.rolled_back, *listing.late, *listing.suspect]
     if rejected or set_aside:
         names = [one.moved_to for one in rejected if one.moved_to] or [path.name for path in set_aside]
         reasons = "".join(f"\n  {one.reason}" for one in rejected)
@@ -137,6 +149,12 @@ def quarantine(folder: Path, step: int, reason: str) -> Rejected:
     """Set a damaged step aside under another name. It is never deleted. Rank 0 only."""
     target = timeline.set_aside(folder, step, layout.quarantine_name)
     return Rejected(step, "damaged", reason, target.name)
+
+
+def _step_over(folder: Path, step: int, reason: str) -> Rejected:
+    """Set a sound step aside that the run twice died right after. It is never deleted. Rank 0 only."""
+    target = timeline.set_aside(folder, step, layout.suspect_name)
+    return Rejected(step, "suspect", f"the run died right after it: {reason}", target.name)
 
 
 def sweep(folder: Path, *, attempt: int) -> None:

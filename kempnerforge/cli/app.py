@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
-from typer.main import get_group
+from typer.main import get_command as make_command
 
 from kempnerforge import __version__
 from kempnerforge.errors import EXIT_FAULT, KempnerForgeError
@@ -32,7 +32,25 @@ def _data() -> typer.Typer:
     return data.app
 
 
-GROUPS: dict[str, Callable[[], typer.Typer]] = {"ckpt": _ckpt, "config": _config, "data": _data}
+def _report() -> typer.Typer:
+    from kempnerforge.cli import report
+
+    return report.app
+
+
+def _unblock() -> typer.Typer:
+    from kempnerforge.cli import unblock
+
+    return unblock.app
+
+
+GROUPS: dict[str, Callable[[], typer.Typer]] = {
+    "ckpt": _ckpt,
+    "config": _config,
+    "data": _data,
+    "report": _report,
+    "unblock": _unblock,
+}
 
 
 class _Groups(TyperGroup):
@@ -44,7 +62,7 @@ class _Groups(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in GROUPS:
             return None
-        command = get_group(GROUPS[cmd_name]())
+        command = make_command(GROUPS[cmd_name]())
         command.name = cmd_name
         return command
 

@@ -19,7 +19,7 @@ from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, CheckpointFolder, FoundPolicy, RunPath, find_policy, find_run
 from kempnerforge.errors import EXIT_FAULT, CheckpointError, StepNotFoundError
 
-OTHERS = ("in flight", "being deleted", "quarantined", "rolled back", "late")
+OTHERS = ("in flight", "being deleted", "quarantined", "rolled back", "late", "suspect")
 """Folders that are no committed steps, in the order in which they are shown."""
 
 
@@ -126,6 +126,7 @@ def list_others(folder: Path) -> list[dict[str, Any]]:
         listing.quarantined,
         listing.rolled_back,
         listing.late,
+        listing.suspect,
     ]
     return [
         {"what": what, "path": str(path), "size_bytes": folder_bytes(path)}

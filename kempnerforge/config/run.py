@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kempnerforge.config.section import NonEmpty, Section
+from kempnerforge.config.section import AtLeastZero, NonEmpty, Section
 from kempnerforge.errors import ConfigError, Fault
 
 PLACEHOLDERS = {"job_id": "SLURM_JOB_ID", "array_task_id": "SLURM_ARRAY_TASK_ID"}
@@ -30,6 +30,10 @@ class RunConfig(Section):
     dir: NonEmpty | None = None
     """The run's folder, shared by all nodes; none means runs/<name>. A relative path starts at the
     current folder. {job_id} and {array_task_id} are replaced by the SLURM job's."""
+
+    max_faults_without_progress: AtLeastZero = 3
+    """Attempts that may end in a fault of their own without a new committed step; the start after that
+    ends with status 76 (kempnerforge unblock RUN lets it go on). 0 means that it never does."""
 
     @property
     def folder(self) -> Path:

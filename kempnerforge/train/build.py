@@ -28,6 +28,7 @@ from kempnerforge.errors import DataError
 from kempnerforge.model.llama import Llama
 from kempnerforge.parallel.shard import materialize, parallelize
 from kempnerforge.telemetry.flops import peak_bf16_flops
+from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.control import Control
 from kempnerforge.train.environment import versions
 from kempnerforge.train.optim import build_optimizer
@@ -52,6 +53,7 @@ class Run:
     train_samples: Samples
     val_samples: Samples | None
     reports: Reports
+    book: AttemptBook
     flops_per_token: float
     peak_flops: float | None
     eval_losses: list[tuple[int, float]] = field(default_factory=list)
@@ -72,7 +74,7 @@ class Run:
         )
 
 
-def build(job: JobConfig, world: World, signals: StopSignals) -> Run:
+def build(job: JobConfig, world: World, signals: StopSignals, book: AttemptBook) -> Run:
     """Open the run's folder, the data, the model and the sinks. The state is that of step 0.
 
     Collective: all ranks. Raises ConfigError, DataError and RunFolderError on all ranks.
@@ -91,7 +93,9 @@ def build(job: JobConfig, world: World, signals: StopSignals) -> Run:
     if job.train.global_batch_size is None:
         job = job.with_global_batch_size(record.global_batch_size)
     try:
-        return _assemble(job, world, signals, record, lease)
+        book.open(job, record, world.control, _layout(job.geometry(world.num_ranks), world))
+        book.lap("folder")
+        return _assemble(job, world, signals, record, lease, book)
     except BaseException:
         # So that the next start, on another host perhaps, need not watch a lease that nobody holds.
         if lease is not None:
@@ -100,14 +104,21 @@ def build(job: JobConfig, world: World, signals: StopSignals) -> Run:
 
 
 def _assemble(
-    job: JobConfig, world: World, signals: StopSignals, record: RunRecord, lease: Lease | None
+    job: JobConfig,
+    world: World,
+    signals: StopSignals,
+    record: RunRecord,
+    lease: Lease | None,
+    book: AttemptBook,
 ) -> Run:
     geometry, folder = job.geometry(world.num_ranks), job.run.folder
     reports = build_reports(job, rank=world.rank, folder=folder, record=record)
     dataset = _open_data(job, world, reports)
+    book.lap("data")
     model = _build_model(job, world, geometry)
     optimizer = build_optimizer(model, job.optimizer, world.device)
     state = _build_state(job, world, geometry, model, optimizer, dataset)
+    book.lap("model")
     assert dist.group.WORLD is not None
     step = LocalStep(
         model,
@@ -143,6 +154,7 @@ def _assemble(
         train_samples=dataset.split("train", job.train.seq_len),
         val_samples=dataset.split("val", job.train.seq_len) if job.eval.interval else None,
         reports=reports,
+        book=book,
         flops_per_token=model.flops_per_token(job.train.seq_len),
         peak_flops=_peak_flops(world.device),
     )
@@ -232,15 +244,19 @@ def _context(job: JobConfig, world: World, geometry: Geometry, record: RunRecord
     return RunContext(
         run_id=record.run_id,
         attempt=record.attempt,
-        layout={
-            "num_ranks": world.num_ranks,
-            "dp_replicate": geometry.dp_replicate,
-            "dp_shard": geometry.dp_shard,
-            "tp": geometry.tp,
-            "pp": geometry.pp,
-        },
+        layout=_layout(geometry, world),
         versions=versions(world.device),
         config_toml=job.to_toml(),
         allow_changed_data=job.data.allow_changed,
         explain_data=explain_difference,
     )
+
+
+def _layout(geometry: Geometry, world: World) -> dict[str, int]:
+    return {
+        "num_ranks": world.num_ranks,
+        "dp_replicate": geometry.dp_replicate,
+        "dp_shard": geometry.dp_shard,
+        "tp": geometry.tp,
+        "pp": geometry.pp,
+    }

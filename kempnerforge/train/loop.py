@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,13 @@ def train(run: Run) -> str | None:
     if receipt.space_warning:
         reports.warn(receipt.space_warning)
     reports.receipt(dataclasses.asdict(receipt))
+    run.book.resumed(
+        step=state.step,
+        skipped=state.skipped_steps,
+        source=receipt.source,
+        lost_steps=receipt.lost_steps,
+        load_s=receipt.load_s,
+    )
     proof = reports.proof(receipt)
     stop = None
     if state.step == 0:
@@ -50,7 +58,9 @@ def train(run: Run) -> str | None:
             ckpt.record_metrics(state.step, {"train/loss": update.loss})
             if told := proof.compare(state.step, update.loss):
                 reports.note(told)
-            reports.write(_row(run, update, lr, batch.num_tokens, batch.digest, spans.collect()))
+            timings = spans.collect()
+            run.book.stepped(state.step, state.skipped_steps, timings)
+            reports.write(_row(run, update, lr, batch.num_tokens, batch.digest, timings))
             _refuse_endless_skipping(run)
             if job.eval.interval and state.step % job.eval.interval == 0:
                 evaluate(run)
@@ -81,6 +91,7 @@ def _report_saves(run: Run) -> None:
         if report.skipped:
             run.reports.warn(report.skipped)
         run.reports.write({"step": run.state.step, **report.row()})
+        run.book.saved(report)
         for warning in report.warnings:
             run.reports.warn(warning)
         if warning := run.ckpt.lease_warning():
@@ -102,7 +113,9 @@ def evaluate(run: Run) -> None:
         dp_rank=run.geometry.dp_rank(run.world.rank),
         dp_size=run.geometry.dp,
     )
+    started = time.perf_counter()
     loss = run.step.evaluate(batches)
+    run.book.spent("eval", time.perf_counter() - started)
     run.ckpt.record_metrics(run.state.step, {"eval/loss": loss})
     run.eval_losses.append((run.state.step, loss))
     run.reports.write({"step": run.state.step, "eval/loss": loss})

@@ -7,6 +7,7 @@ import sys
 from kempnerforge.config.schema import LoadedJob
 from kempnerforge.distributed.world import World
 from kempnerforge.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_STOPPED, KempnerForgeError
+from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.build import Run, build
 from kempnerforge.train.environment import set_determinism
 from kempnerforge.train.loop import train
@@ -20,6 +21,8 @@ def run_job(loaded: LoadedJob) -> int:
     Collective: all ranks. An error of ours is told without a traceback; any other one is a fault and goes up.
     """
     job = loaded.job
+    book = AttemptBook()
+    failed: Exception | None = None
     signals = StopSignals()
     signals.install()
     set_determinism(job.train.deterministic)
@@ -28,22 +31,29 @@ def run_job(loaded: LoadedJob) -> int:
     status, reason = EXIT_FAULT, "unknown"
     try:
         world = World.start(timeout_s=job.distributed.timeout_s)
-        run = build(job, world, signals)
+        book.lap("process_groups")
+        run = build(job, world, signals, book)
         stop = train(run)
         status, reason = EXIT_FINISHED if stop is None else EXIT_STOPPED, _goodbye(run, stop)
         run.reports.note(reason)
         return status
     except KempnerForgeError as error:
         _tell(error, world)
+        failed = error
+        book.fault(error)
         status, reason = error.exit_status, str(error)
         return status
     except Exception as error:
+        failed = error
+        book.fault(error)
         reason = f"{type(error).__name__}: {error}"
         raise
     finally:
         if run is not None:
             run.ckpt.wait()
             _record(run, status, reason)
+        book.end(status=status, reason=reason, step=run.state.step if run else None, error=failed)
+        if run is not None:
             run.ckpt.close()
             run.reports.close()
         if world is not None and status in (EXIT_FINISHED, EXIT_STOPPED):

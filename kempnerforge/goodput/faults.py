@@ -1,0 +1,133 @@
+"""Faults that ranks record themselves, each in a file of its own: ``faults/attempt_00003.rank_00001.txt``.
+
+The first line says who writes: attempt, rank, host. An exception is a further line of JSON. A process that
+SIGSEGV or SIGABRT ends can write nothing by itself: ``faulthandler`` writes its stacks there from C. A
+file with nothing but its first line says that nothing happened, and is removed.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import re
+import socket
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from kempnerforge import fsio
+
+FOLDER = "faults"
+
+_NAME = re.compile(r"attempt_(\d+)\.rank_(\d+)\.txt")
+_FATAL = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
+_PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
+_PEER_TEXT = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|socket (closed|timeout)|remote process exited"
+    r"|timed out (waiting|after)|timeout waiting|recvValue failed|failed to recv",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class FaultRecord:
+    """What one rank recorded."""
+
+    attempt: int
+    rank: int
+    host: str
+    time: float
+    text: str
+    """Type and message of the exception, or the signal."""
+    by_peer: bool
+    """Whether it only says that another rank went away: no cause by itself."""
+    path: str
+
+
+def is_peer_loss(type_name: str, message: str) -> bool:
+    """Whether an exception is what a rank sees when another one has gone. Pure.
+
+    Types of torch.distributed, and the texts of gloo and of the c10d store.
+    """
+    return type_name in _PEER_TYPES or _PEER_TEXT.search(message) is not None
+
+
+class FaultFile:
+    """This rank's file, open for ``faulthandler`` until ``close``."""
+
+    def __init__(self, run_dir: Path, *, attempt: int, rank: int) -> None:
+        self.path = run_dir / FOLDER / f"attempt_{attempt:05d}.rank_{rank:05d}.txt"
+        self.path.parent.mkdir(exist_ok=True)
+        head = {"attempt": attempt, "rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+        self._file: TextIO | None = open(self.path, "a")  # noqa: SIM115 - faulthandler needs it open
+        self._file.write(json.dumps(head) + "\n")
+        self._file.flush()
+        faulthandler.enable(file=self._file, all_threads=True)
+
+    def record(self, error: BaseException) -> None:
+        """Write an exception down, durably. Raises OSError."""
+        name = type(error).__name__
+        body = {
+            "time": time.time(),
+            "type": name,
+            "message": str(error),
+            "by_peer": is_peer_loss(name, str(error)),
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        fsio.append_line(self.path, json.dumps(body))
+
+    def close(self) -> None:
+        """Stop recording; the file goes when it records nothing."""
+        if self._file is None:
+            return
+        faulthandler.disable()
+        self._file.close()
+        self._file = None
+        if _read(self.path) is None:
+            self.path.unlink(missing_ok=True)
+
+
+def read_faults(run_dir: Path) -> list[FaultRecord]:
+    """All recorded faults of a run, in the order of attempts and time. Raises OSError."""
+    folder = run_dir / FOLDER
+    if not folder.is_dir():
+        return []
+    found = [_read(path) for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted((one for one in found if one), key=lambda one: (one.attempt, one.time, one.rank))
+
+
+def remove_empty(run_dir: Path, *, before_attempt: int) -> None:
+    """Remove files of older attempts that record nothing. Rank 0 only. Raises OSError."""
+    for path in (run_dir / FOLDER).glob("attempt_*.txt"):
+        match = _NAME.fullmatch(path.name)
+        if match and int(match[1]) < before_attempt and _read(path) is None:
+            path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> FaultRecord | None:
+    match = _NAME.fullmatch(path.name)
+    try:
+        content, changed = path.read_text(errors="replace"), path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    head, _, rest = content.partition("\n")
+    if match is None or not rest.strip():
+        return None
+    try:
+        host = str(json.loads(head)["host"])
+    except (ValueError, KeyError, TypeError):
+        host = ""
+    common = {"attempt": int(match[1]), "rank": int(match[2]), "host": host, "path": str(path)}
+    if fatal := _FATAL.search(rest):
+        return FaultRecord(**common, time=changed, text=fatal[1], by_peer=False)
+    for line in rest.splitlines():
+        try:
+            body = json.loads(line)
+            text = f"{body['type']}: {body['message']}"
+            return FaultRecord(**common, time=float(body["time"]), text=text, by_peer=bool(body["by_peer"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return FaultRecord(**common, time=changed, text=rest.strip().splitlines()[0], by_peer=False)

@@ -1,0 +1,35 @@
+"""How often to save, and how often this run is interrupted. Pure."""
+
+from __future__ import annotations
+
+import math
+
+
+def young(stall_s: float, mtti_s: float) -> float:
+    """Seconds between saves by Young (1974): sqrt(2 S M)."""
+    return math.sqrt(2 * stall_s * mtti_s)
+
+
+def daly(stall_s: float, mtti_s: float) -> float:
+    """Seconds between saves by Daly (2006), of higher order; the MTTI itself when a save costs twice that."""
+    if stall_s >= 2 * mtti_s:
+        return mtti_s
+    ratio = stall_s / (2 * mtti_s)
+    return young(stall_s, mtti_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_s
+
+
+def rate_bounds(failures: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Exact bounds on the mean of a Poisson count that came out as ``failures`` (Garwood 1936)."""
+    tail = (1 - confidence) / 2
+    low = 0.0 if failures == 0 else _solve(failures - 1, 1 - tail)
+    return low, _solve(failures, tail)
+
+
+def _solve(count: int, probability: float) -> float:
+    """The mean at which a Poisson count is at most ``count`` with ``probability``."""
+    low, high = 0.0, 2.0 * count + 20.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        below = sum(math.exp(k * math.log(middle) - middle - math.lgamma(k + 1)) for k in range(count + 1))
+        low, high = (middle, high) if below > probability else (low, middle)
+    return (low + high) / 2

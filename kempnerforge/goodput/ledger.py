@@ -1,0 +1,61 @@
+"""``ledger.jsonl``: what happened to a run, one JSON object a line, only ever appended to. Rank 0 writes.
+
+Events are described in ``docs/run-folder.md``. A line goes out in one write, so a kill tears at most the last
+one; the next writer ends it. ``start``, ``resume``, ``healthy`` and ``end`` are durable on return;
+``progress`` and ``commit`` survive the death of the process, not that of the node, and can be missed without harm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from kempnerforge import fsio
+
+LEDGER = "ledger.jsonl"
+DURABLE = ("start", "resume", "healthy", "end", "unblock")
+
+Event = dict[str, Any]
+"""``event`` (its kind), ``attempt``, ``time`` (seconds since the epoch), and what belongs to the kind."""
+
+
+class Ledger:
+    """Appends events of one attempt to the ledger in ``run_dir``."""
+
+    def __init__(self, run_dir: Path, attempt: int) -> None:
+        self.path = run_dir / LEDGER
+        self.attempt = attempt
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append one event. Raises OSError."""
+        line = json.dumps({"event": event, "attempt": self.attempt, "time": time.time(), **values})
+        if event in DURABLE:
+            fsio.append_line(self.path, line)
+            return
+        # A leading newline ends a line that was torn, without a look at the file; readers skip empty lines.
+        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            fsio.write_all(fd, f"\n{line}\n".encode())
+        finally:
+            os.close(fd)
+
+
+def read_events(run_dir: Path) -> list[Event]:
+    """All events, oldest first; torn lines are left out. No ledger is no events. Raises OSError."""
+    try:
+        lines = (run_dir / LEDGER).read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [event for line in lines if (event := _event(line)) is not None]
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(found, dict) and {"event", "attempt", "time"} <= found.keys()
+    return found if whole else None

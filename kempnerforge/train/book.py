@@ -1,0 +1,143 @@
+"""The record of one attempt: what goes into the ledger, and the file for this rank's own faults."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any
+
+from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.report import SaveReport
+from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.config.schema import JobConfig
+from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.errors import (
+    EXIT_BAD_CONFIG,
+    EXIT_FINISHED,
+    EXIT_NO_PROGRESS,
+    EXIT_STOPPED,
+    KempnerForgeError,
+    NoProgressError,
+)
+from kempnerforge.goodput import breaker
+from kempnerforge.goodput.faults import FaultFile, is_peer_loss, remove_empty
+from kempnerforge.goodput.history import read_history
+from kempnerforge.goodput.ledger import Ledger
+
+_SPACING = 0.02
+_MIN_SPACING_S, _MAX_SPACING_S = 0.05, 10.0
+
+
+class AttemptBook:
+    """Rank 0 writes the ledger; every rank has a file for its faults. Nothing is written before ``open``."""
+
+    def __init__(self) -> None:
+        self._started = time.time()
+        self._lap = time.perf_counter()
+        self._setup_s: dict[str, float] = {}
+        self._spent_s: dict[str, float] = {}
+        self._ledger: Ledger | None = None
+        self._faults: FaultFile | None = None
+        self._healthy_from: tuple[int, int] | None = None
+        self._loop_began = self._told = 0.0
+
+    def lap(self, part: str) -> None:
+        """The time since the last lap was spent on ``part`` of the set-up."""
+        now = time.perf_counter()
+        self._setup_s[part] = self._setup_s.get(part, 0.0) + now - self._lap
+        self._lap = now
+
+    def open(
+        self, job: JobConfig, record: RunRecord, control: ControlGroup, layout_now: dict[str, int]
+    ) -> None:
+        """Begin the record of an attempt; refuse it when the run makes no progress.
+
+        Collective: all ranks. Durable: on return. Raises NoProgressError on all ranks.
+        """
+        hosts = control.gather(socket.gethostname())
+        folder = job.run.folder
+
+        def begin() -> None:
+            remove_empty(folder, before_attempt=record.attempt)
+            rollbacks = [one.attempt for one in record.rollbacks]
+            history = read_history(folder, rollbacks=rollbacks)
+            self._ledger = Ledger(folder, record.attempt)
+            self._ledger.write(
+                "start",
+                process_started=self._started,
+                hosts=hosts,
+                slurm_job_id=os.environ.get("SLURM_JOB_ID", ""),
+                slurm_restart_count=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+                layout=geometry,
+            )
+            committed = layout.committed_steps(record.checkpoint_folder(folder))
+            row = breaker.without_progress(history, newest_committed=max(committed, default=0))
+            why = breaker.refusal(row, limit=job.run.max_faults_without_progress, run_dir=str(folder))
+            if why:
+                raise NoProgressError(why)
+
+        control.on_rank0(begin)
+        self._faults = FaultFile(folder, attempt=record.attempt, rank=control.rank)
+
+    def resumed(self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float) -> None:
+        """The state is loaded and the loop begins."""
+        self.lap("resume")
+        self._healthy_from = (step, skipped)
+        self._loop_began = self._told = time.perf_counter()
+        self._write(
+            "resume", step=step, source=source, lost_steps=lost_steps, load_s=load_s, setup_s=self._setup_s
+        )
+
+    def stepped(self, step: int, skipped: int, timings: dict[str, float]) -> None:
+        """A step is done. ``timings`` are those of its row. Summaries miss 2% of an attempt, 10 s at most."""
+        data_s = timings.get("time/data_s", 0.0)
+        self.spent("data", data_s)
+        self.spent("step", timings.get("time/step_s", 0.0) - data_s)
+        if self._healthy_from is not None:
+            began, before = self._healthy_from
+            if step - began - (skipped - before) >= breaker.HEALTHY_STEPS:
+                self._healthy_from = None
+                self._write("healthy", step=step)
+        now = time.perf_counter()
+        pause_s = min(max(_SPACING * (now - self._loop_began), _MIN_SPACING_S), _MAX_SPACING_S)
+        if now - self._told >= pause_s:
+            self._told = now
+            self._write("progress", step=step, spent_s=self._spent_s)
+
+    def spent(self, part: str, seconds: float) -> None:
+        """Time of the loop that went into ``part``: step, data, eval or checkpoint."""
+        self._spent_s[part] = self._spent_s.get(part, 0.0) + seconds
+
+    def saved(self, report: SaveReport) -> None:
+        """The outcome of a save is known."""
+        if not report.error and not report.skipped:
+            names = ("step", "reason", "blocking_s", "write_s", "commit_s", "total_s", "size_bytes")
+            self._write("commit", **{name: getattr(report, name) for name in names})
+
+    def fault(self, error: BaseException) -> None:
+        """An error ends this rank. What all ranks raise together, rank 0 tells in the end alone."""
+        agreed = isinstance(error, KempnerForgeError) and error.agreed
+        if self._faults is not None and not agreed:
+            self._faults.record(error)
+
+    def end(self, *, status: int, reason: str, step: int | None, error: BaseException | None) -> None:
+        """Write how the attempt ended, durably, and close this rank's file."""
+        told = {"kind": end_kind(status, reason, error), "status": status, "reason": reason}
+        self._write("end", **told, step=step, spent_s=self._spent_s)
+        if self._faults is not None:
+            self._faults.close()
+
+    def _write(self, event: str, **values: Any) -> None:
+        if self._ledger is not None:
+            self._ledger.write(event, **values)
+
+
+def end_kind(status: int, reason: str, error: BaseException | None) -> str:
+    """Which kind of end it was, of ``goodput.history.KINDS``. Pure."""
+    if error is not None and is_peer_loss(type(error).__name__, str(error)):
+        return "lost"
+    if status == EXIT_STOPPED:
+        return "deadline" if "deadline" in reason else "stopped"
+    kinds = {EXIT_FINISHED: "finished", EXIT_BAD_CONFIG: "config", EXIT_NO_PROGRESS: "blocked"}
+    return kinds.get(status, "fault")
