@@ -49,7 +49,11 @@ def account(history: Sequence[AttemptHistory], *, now: float, running: bool) -> 
 
 def _attempt(one: AttemptHistory, *, kept_to: int | None, started: float, ended: float) -> dict[str, Any]:
     """One attempt; steps above ``kept_to`` were done again."""
-    marks = [event for event in (*one.progress, one.end) if event and "spent_s" in event]
+    marks = [
+        event
+        for event in (*one.progress, one.end)
+        if event and event.get("spent_s") and event["step"] is not None
+    ]
     spent = marks[-1]["spent_s"] if marks else {}
     parts: dict[str, float] = {name: spent.get(name, 0.0) for name in ("data", "eval")}
     inside = sum(event["blocking_s"] for event in one.commits)
@@ -89,7 +93,8 @@ def _step_s_at(step: int, began: int, marks: Sequence[dict[str, Any]]) -> float:
 def saving(history: Sequence[AttemptHistory], *, wall_s: float) -> dict[str, Any]:
     """Checkpoint timings, the failure rate with its 95% interval, and the intervals that follow from them.
 
-    A failure is an attempt that ended in a fault of its own or was lost; a stop that was agreed on loses nothing.
+    A failure is an attempt that ended in a fault of its own or was lost; a stop that was
+    agreed on loses nothing.
     """
     commits = [event for one in history for event in one.commits]
     failures = sum(one.kind in INTERRUPTIONS and not one.is_last for one in history)

@@ -15,7 +15,8 @@ def without_progress(history: Sequence[AttemptHistory], *, newest_committed: int
     """The attempts that ended in a fault of their own since the run last committed a new step, oldest first.
 
     A step is new when it is above all that were committed before, so that a run which was set back and
-    commits the same steps again makes no progress. Attempts that ended otherwise neither count nor break the row.
+    commits the same steps again makes no progress. Attempts that ended otherwise neither
+    count nor break the row.
     """
     row: list[AttemptHistory] = []
     highest = 0

@@ -2,7 +2,8 @@
 
 Events are described in ``docs/run-folder.md``. A line goes out in one write, so a kill tears at most the last
 one; the next writer ends it. ``start``, ``resume``, ``healthy`` and ``end`` are durable on return;
-``progress`` and ``commit`` survive the death of the process, not that of the node, and can be missed without harm.
+``progress`` and ``commit`` survive the death of the process, not that of the node, and
+can be missed without harm.
 """
 
 from __future__ import annotations

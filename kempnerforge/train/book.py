@@ -48,9 +48,7 @@ class AttemptBook:
         self._setup_s[part] = self._setup_s.get(part, 0.0) + now - self._lap
         self._lap = now
 
-    def open(
-        self, job: JobConfig, record: RunRecord, control: ControlGroup, layout_now: dict[str, int]
-    ) -> None:
+    def open(self, job: JobConfig, record: RunRecord, control: ControlGroup, ranks: dict[str, int]) -> None:
         """Begin the record of an attempt; refuse it when the run makes no progress.
 
         Collective: all ranks. Durable: on return. Raises NoProgressError on all ranks.
@@ -69,7 +67,7 @@ class AttemptBook:
                 hosts=hosts,
                 slurm_job_id=os.environ.get("SLURM_JOB_ID", ""),
                 slurm_restart_count=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-                layout=geometry,
+                layout=ranks,
             )
             committed = layout.committed_steps(record.checkpoint_folder(folder))
             row = breaker.without_progress(history, newest_committed=max(committed, default=0))
@@ -93,7 +91,7 @@ class AttemptBook:
         """A step is done. ``timings`` are those of its row. Summaries miss 2% of an attempt, 10 s at most."""
         data_s = timings.get("time/data_s", 0.0)
         self.spent("data", data_s)
-        self.spent("step", timings.get("time/step_s", 0.0) - data_s)
+        self.spent("step", timings.get("time/step_s", 0.0) - data_s - timings.get("time/staging_s", 0.0))
         if self._healthy_from is not None:
             began, before = self._healthy_from
             if step - began - (skipped - before) >= breaker.HEALTHY_STEPS:

@@ -50,7 +50,8 @@ def train(run: Run) -> str | None:
                     batch, cursor = next(batches)
                 with spans.span("forward_backward"):
                     step.forward_backward(batch)
-                ckpt.wait_for_staging()
+                with spans.span("staging", host=True):
+                    ckpt.wait_for_staging()
                 lr = lr_at(state.step, job.scheduler, base_lr=job.optimizer.lr, max_steps=job.train.max_steps)
                 with spans.span("optimizer"):
                     update = step.update(lr)

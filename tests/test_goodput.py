@@ -1,0 +1,116 @@
+"""The policies of goodput: tables of what happened and what follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kempnerforge.goodput import breaker
+from kempnerforge.goodput.faults import FaultRecord, is_peer_loss
+from kempnerforge.goodput.history import AttemptHistory, derive
+from kempnerforge.goodput.interval import daly, rate_bounds, young
+from kempnerforge.goodput.ledger import Ledger, read_events
+
+
+def history(*attempts: tuple[str, int, list[int], bool], unblocked: int = 0) -> list[AttemptHistory]:
+    """Attempts as (kind, began at, committed steps, healthy)."""
+    events: list[dict[str, Any]] = []
+    for number, (kind, began, commits, healthy) in enumerate(attempts, 1):
+        common = {"attempt": number, "time": float(number)}
+        events += [{"event": "start", **common}, {"event": "resume", "step": began, **common}]
+        events += [{"event": "commit", "step": step, **common} for step in commits]
+        events += [{"event": "healthy", "step": began + 10, **common}] if healthy else []
+        if kind != "lost":
+            events.append({"event": "end", "kind": kind, "reason": kind, "step": began, **common})
+    if unblocked:
+        events.append({"event": "unblock", "attempt": unblocked, "time": 99.0})
+    return derive(events, [])
+
+
+F = "fault"
+ROWS: list[tuple[list[tuple[str, int, list[int], bool]], list[int]]] = [
+    ([], []),
+    ([(F, 0, [], False)] * 3, [1, 2, 3]),
+    ([(F, 0, [4], True), (F, 4, [], False)], [2]),
+    ([(F, 0, [], False), (F, 0, [], False), (F, 0, [4], True)], []),
+    # What is no fault of the run's own neither counts nor breaks the row.
+    ([(F, 8, [], False), ("lost", 8, [], False), ("config", 8, [], False), (F, 8, [], False)], [1, 4]),
+    ([("lost", 8, [], False), ("stopped", 8, [], False), ("deadline", 8, [], False)], []),
+    # A step that was committed before is no progress.
+    ([(F, 8, [], False), (F, 8, [], False), (F, 4, [8], True), (F, 8, [], False)], [1, 2, 3, 4]),
+]
+
+
+@pytest.mark.parametrize(("attempts", "expected"), ROWS)
+def test_attempts_without_progress(attempts: list[Any], expected: list[int]) -> None:
+    found = history(*attempts)
+    newest = max([0, *(step for one in attempts for step in (one[1], *one[2]))])
+    row = breaker.without_progress(found, newest_committed=newest)
+    assert [one.number for one in row] == expected
+    assert bool(breaker.refusal(row, limit=3, run_dir="r")) is (len(expected) >= 3)
+    assert breaker.refusal(row, limit=0, run_dir="r") == ""
+
+
+def test_an_unblocked_run_counts_anew() -> None:
+    attempts = [(F, 0, [], False)] * 4
+    row = breaker.without_progress(history(*attempts, unblocked=3), newest_committed=0)
+    assert [one.number for one in row] == [4]
+
+
+@pytest.mark.parametrize(
+    ("attempts", "expected"),
+    [
+        ([(F, 8, [], False)], []),
+        ([(F, 8, [], False)] * 2, [8]),
+        ([(F, 8, [], False), ("lost", 8, [], False), (F, 8, [], False)], [8]),
+        ([(F, 8, [], False), (F, 8, [], True)], []),
+        ([(F, 0, [], False)] * 2, []),
+        ([(F, 8, [], False), (F, 8, [], False), (F, 4, [8], True)], []),
+        ([("lost", 8, [], False)] * 3, []),
+    ],
+)
+def test_suspect_steps(attempts: list[Any], expected: list[int]) -> None:
+    assert list(breaker.suspects(history(*attempts))) == expected
+
+
+def test_the_cause_is_the_earliest_record_that_is_no_consequence() -> None:
+    start = {"event": "start", "attempt": 1, "time": 0.0}
+    lost = {"event": "end", "attempt": 1, "time": 9.0, "kind": "lost", "reason": "peer", "step": 1}
+    peer = FaultRecord(1, 0, "a", 1.0, "RuntimeError: Connection closed by peer", True, "f")
+    own = FaultRecord(1, 3, "b", 2.0, "ValueError: x", False, "g")
+    (found,) = derive([start, lost], [peer, own])
+    assert (found.kind, found.cause) == ("fault", own)
+    (found,) = derive([start, lost], [peer])
+    assert found.kind == "lost"
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "expected"),
+    [
+        ("RuntimeError", "[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1", True),
+        ("DistBackendError", "NCCL error: remote process exited or there was a network error", True),
+        ("RuntimeError", "CUDA error: an illegal memory access was encountered", False),
+        ("ValueError", "bad", False),
+    ],
+)
+def test_peer_losses_are_told_from_causes(name: str, message: str, expected: bool) -> None:
+    assert is_peer_loss(name, message) is expected
+
+
+def test_a_torn_line_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, 1)
+    for event in ("progress", "start"):
+        with ledger.path.open("ab") as file:
+            file.write(b'{"event": "torn", "att')
+        ledger.write(event, step=1)
+    assert [event["event"] for event in read_events(tmp_path)] == ["progress", "start"]
+
+
+def test_intervals_and_bounds() -> None:
+    assert young(2.0, 3600.0) == pytest.approx(120.0)
+    assert daly(2.0, 3600.0) == pytest.approx(118.67, abs=0.01)
+    assert daly(10.0, 4.0) == 4.0
+    assert rate_bounds(0) == pytest.approx((0.0, 3.689), abs=1e-3)
+    assert rate_bounds(5) == pytest.approx((1.623, 11.668), abs=1e-3)
