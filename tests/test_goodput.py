@@ -12,6 +12,7 @@ from kempnerforge.goodput.faults import FaultRecord, is_peer_loss
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.interval import daly, rate_bounds, young
 from kempnerforge.goodput.ledger import Ledger, read_events
+from kempnerforge.train.book import AttemptBook
 
 
 def history(*attempts: tuple[str, int, list[int], bool], unblocked: int = 0) -> list[AttemptHistory]:
@@ -114,3 +115,13 @@ def test_intervals_and_bounds() -> None:
     assert daly(10.0, 4.0) == 4.0
     assert rate_bounds(0) == pytest.approx((0.0, 3.689), abs=1e-3)
     assert rate_bounds(5) == pytest.approx((1.623, 11.668), abs=1e-3)
+
+
+def test_a_ledger_that_cannot_be_written_costs_a_warning_and_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    book = AttemptBook()
+    book._ledger = Ledger(tmp_path / "gone", 1)
+    book.resumed(step=0, skipped=0, source="fresh start", lost_steps=0, load_s=0.0)
+    book.end(status=0, reason="finished", step=1, error=None)
+    assert capsys.readouterr().err.count("record of this attempt is not complete") == 1

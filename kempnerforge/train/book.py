@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from typing import Any
 
@@ -41,6 +42,7 @@ class AttemptBook:
         self._faults: FaultFile | None = None
         self._healthy_from: tuple[int, int] | None = None
         self._loop_began = self._told = 0.0
+        self._warned = False
 
     def lap(self, part: str) -> None:
         """The time since the last lap was spent on ``part`` of the set-up."""
@@ -117,7 +119,10 @@ class AttemptBook:
         """An error ends this rank. What all ranks raise together, rank 0 tells in the end alone."""
         agreed = isinstance(error, KempnerForgeError) and error.agreed
         if self._faults is not None and not agreed:
-            self._faults.record(error)
+            try:
+                self._faults.record(error)
+            except OSError as failed:
+                self._warn(failed)
 
     def end(self, *, status: int, reason: str, step: int | None, error: BaseException | None) -> None:
         """Write how the attempt ended, durably, and close this rank's file."""
@@ -127,8 +132,20 @@ class AttemptBook:
             self._faults.close()
 
     def _write(self, event: str, **values: Any) -> None:
-        if self._ledger is not None:
+        if self._ledger is None:
+            return
+        try:
             self._ledger.write(event, **values)
+        except OSError as error:
+            self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        """A full disk costs part of the record, never the run. Told once."""
+        if not self._warned:
+            self._warned = True
+            print(
+                f"warning: the record of this attempt is not complete: {error}", file=sys.stderr, flush=True
+            )
 
 
 def end_kind(status: int, reason: str, error: BaseException | None) -> str:
