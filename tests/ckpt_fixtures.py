@@ -53,7 +53,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         checkpointer.save(
             tensors,
             run / "checkpoints" / layout.step_name(step),
-            extra_objects={"step": step, "data": {"cursor": {"samples": 4 * step}}},
+            extra_objects={
+                "step": step,
+                "tokens": 0,
+                "skipped_steps": 0,
+                "skipped_in_a_row": 0,
+                "data": {"cursor": {"samples": 4 * step}},
+            },
             provenance=Provenance(
                 step=step,
                 run_id="abc",

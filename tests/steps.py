@@ -78,7 +78,8 @@ def write_step(
             chunks = (*before.chunks, chunk) if before else (chunk,)
             entries[item.name] = TensorEntry(item.dtype, state[item.name].shape, chunks)
     files[layout.INDEX] = index.encode(entries)
-    files[layout.TRAIN_STATE] = json.dumps({"step": step, **(objects or {})}).encode()
+    counters = {"step": step, "tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
+    files[layout.TRAIN_STATE] = json.dumps({**counters, **(objects or {})}).encode()
     if config is not None:
         files[layout.CONFIG] = config.encode()
     for name, data in files.items():

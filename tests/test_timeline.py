@@ -44,8 +44,9 @@ def save(run: Path, step: int, *, attempt: int = 1, run_id: str = "abc", parent:
     path = run / "checkpoints" / layout.step_name(step)
     provenance = Provenance(step=step, run_id=run_id, attempt=attempt, parent_step=parent, reason="interval")
     checkpointer = AsyncCheckpointer()
+    counters = {"step": step, "tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
     checkpointer.save(
-        {"model": {"w": torch.full((5000,), float(step))}, "step": step},
+        {"model": {"w": torch.full((5000,), float(step))}, **counters},
         path,
         provenance=provenance,
         config_toml=CONFIG,

@@ -14,11 +14,13 @@ from kempnerforge.errors import DamagedCheckpointError, NoTrainingStateError
 COUNTERS = ("step", "tokens", "skipped_steps", "skipped_in_a_row")
 
 
-def check_counters(objects: Mapping[str, Any]) -> None:
-    """Raise ValueError unless counters that ``TrainState`` saved are whole numbers.
+def check_counters(objects: Mapping[str, Any], *, step: int | None) -> None:
+    """Raise ValueError unless the counters of a ``TrainState`` are whole numbers, and of the manifest's step.
 
     A checkpoint that is no ``TrainState``'s has none of them, and is not judged here.
     """
+    if step is not None and objects.get("step", step) != step:
+        raise ValueError(f"it is of step {objects['step']}, the manifest of step {step}")
     if "step" in objects and not all(type(objects.get(name)) is int for name in COUNTERS):
         raise ValueError(f"{', '.join(COUNTERS)} are not all whole numbers")
 

@@ -135,7 +135,7 @@ def inspect(path: Path, *, step: int | None = None) -> Found:
         config_toml = small.get(layout.CONFIG, b"").decode()
         tomli.loads(config_toml)
         objects = decode_objects(small[layout.TRAIN_STATE])
-        check_counters(objects)
+        check_counters(objects, step=found.provenance.step)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedCheckpointError(
             f"{path.name} is damaged: its small files make no sense ({error})"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kempnerforge.checkpoint import holds, layout, leaves, manifest, shard_header
+from kempnerforge.checkpoint.counters import check_counters
 from kempnerforge.checkpoint.digest import BLOCK_BYTES, VerifiedFile
 from kempnerforge.checkpoint.index import Chunk, TensorEntry
 from kempnerforge.checkpoint.manifest import Manifest
@@ -140,16 +141,15 @@ def _disagreements(view: StepView, wrong: set[str]) -> Iterator[str]:
 
 def _train_state_problems(view: StepView) -> Iterator[str]:
     try:
-        objects = leaves.decode(view.train_state())
+        objects = {name: leaves.decode(value) for name, value in view.train_state().items()}
+        if view.manifest.provenance.step is not None:
+            check_counters(objects, step=view.manifest.provenance.step)
     except DamagedCheckpointError as error:
         yield _without_name(error, view.path)
         return
     except (ValueError, TypeError, RecursionError) as error:
         yield f"{layout.TRAIN_STATE}: {error}"
         return
-    step, stated = view.manifest.provenance.step, objects.get("step")
-    if step is not None and isinstance(stated, int) and stated != step:
-        yield f"{layout.TRAIN_STATE} is of step {stated}, the manifest of step {step}"
 
 
 def _problems_of(view: StepView, read: Callable[[], object]) -> Iterator[str]:

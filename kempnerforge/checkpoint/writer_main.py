@@ -65,10 +65,14 @@ def serve(connection: socket.socket, pulse: Pulse) -> None:
     """Answer requests until the other side is gone."""
     arenas = Arenas()
     while True:
-        data, fds, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 1)
-        if not data:
+        try:
+            data, fds, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 1)
+            if not data:
+                return
+            answer = _answer(json.loads(data), arenas.view(fds[0]), pulse)
+            connection.sendall(json.dumps(answer).encode() + b"\n")
+        except ConnectionError:  # the trainer was killed
             return
-        connection.sendall(json.dumps(_answer(json.loads(data), arenas.view(fds[0]), pulse)).encode() + b"\n")
 
 
 def _answer(request: dict[str, Any], image: memoryview, pulse: Pulse) -> dict[str, Any]:
