@@ -40,7 +40,7 @@ BAD_CONFIGS: dict[str, tuple[str, list[str], list[str]]] = {
         ["--data.text=python-stdlib"],
         ["dataset_path", "text"],
     ),
-    "a parallelism that does not exist yet": ("[distributed]\ntp = 2", [], ["distributed.tp", "1"]),
+    "a parallelism that does not fit": ("[distributed]\ntp = 3", [], ["distributed.tp", "n_heads"]),
     "several faults": ("[train]\nseed = -1\n[eval]\ninterval = 'x'", [], ["train.seed", "eval.interval"]),
 }
 

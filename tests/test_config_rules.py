@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kempnerforge.config import rules
+from kempnerforge.config.geometry import derive_geometry
 from kempnerforge.config.schema import (
     DistributedConfig,
     Geometry,
@@ -142,8 +143,18 @@ BROKEN = [
         "4.0 is not above low_freq_factor 4.0",
         "",
     ),
-    (["--distributed.tp=2"], "distributed.tp", "2 is not available in this version", "allowed: 1"),
-    (["--distributed.pp=2"], "distributed.pp", "2 is not available in this version", "allowed: 1"),
+    (
+        ["--distributed.tp=2", "--train.seq_len=255"],
+        "distributed.tp",
+        "2 does not divide train.seq_len 255",
+        "choose a divisor",
+    ),
+    (
+        ["--distributed.pp=4", "--train.batch_size=3"],
+        "train.batch_size",
+        "3 makes 3 microbatches a rank; 1f1b with pp 4 needs at least 4",
+        "batch_size 4 would fit",
+    ),
     (
         ["--distributed.pp_schedule=gpipe"],
         "distributed.pp_schedule",
@@ -327,6 +338,33 @@ def test_pipeline_rules(
 
 
 @pytest.mark.parametrize(
+    ("schedule", "pp", "batch", "dp", "fits"),
+    [
+        ("1f1b", 4, {"batch_size": 4}, 1, None),
+        ("1f1b", 4, {"batch_size": 2}, 1, "batch_size 4 would fit"),
+        ("1f1b", 4, {"batch_size": 1, "global_batch_size": 8}, 2, None),
+        ("1f1b", 4, {"batch_size": 1, "global_batch_size": 4}, 2, "global_batch_size 8 would fit"),
+        ("1f1b", 3, {"batch_size": 2, "global_batch_size": 4}, 2, "global_batch_size 8 would fit"),
+        ("gpipe", 4, {"batch_size": 1}, 1, None),
+        ("interleaved_1f1b", 2, {"batch_size": 1}, 1, None),
+        ("interleaved_1f1b", 2, {"batch_size": 8}, 1, None),
+        ("interleaved_1f1b", 2, {"batch_size": 5}, 1, "batch_size 4 or 6 would fit"),
+        ("interleaved_1f1b", 4, {"batch_size": 10}, 1, None),
+        ("interleaved_1f1b", 2, {"batch_size": 1, "global_batch_size": 14}, 2, "12 or 16 would fit"),
+    ],
+)
+def test_microbatches_fit_the_schedule(
+    schedule: str, pp: int, batch: dict[str, int], dp: int, fits: str | None
+) -> None:
+    distributed = DistributedConfig.model_validate({"pp": pp, "pp_schedule": schedule, "dp_shard": dp})
+    geometry, faults = derive_geometry(distributed, TrainConfig(**batch), pp * dp)
+    assert (geometry is None) == (fits is not None)
+    for fault in faults:
+        assert fits is not None
+        assert fits in fault.allowed
+
+
+@pytest.mark.parametrize(
     ("tp", "model", "problems"),
     [
         (2, ModelConfig(n_heads=4, n_kv_heads=2), []),
@@ -340,10 +378,14 @@ def test_pipeline_rules(
             ],
         ),
         (2, ModelConfig(ffn_hidden_dim=33), ["2 does not divide model.ffn_hidden_dim 33"]),
+        (8, ModelConfig(n_heads=8), ["8 does not divide train.seq_len 36"]),
+        (4, ModelConfig(vocab_size=6), ["4 ranks cannot each have some of model.vocab_size 6"]),
+        (4, ModelConfig(vocab_size=7), []),
     ],
 )
 def test_tensor_parallel_rules(tp: int, model: ModelConfig, problems: list[str]) -> None:
-    found = [fault.problem for fault in rules.tensor_parallel_fits(DistributedConfig(tp=tp), model)]
+    faults = rules.tensor_parallel_fits(DistributedConfig(tp=tp), model, TrainConfig(seq_len=36))
+    found = [fault.problem for fault in faults]
     assert len(found) == len(problems)
     for problem, start in zip(found, problems, strict=True):
         assert problem.startswith(start)

@@ -43,7 +43,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tenso
 def test_matrices_decay_and_norms_do_not() -> None:
     model = small_model()
     config = OptimizerConfig(lr=0.5, weight_decay=0.2, betas=(0.8, 0.9), eps=1e-6)
-    optimizer = build_optimizer(model, config, CPU)
+    optimizer = build_optimizer([model], config, CPU)
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert {name: group["weight_decay"] for name, group in groups.items()} == {"decay": 0.2, "no_decay": 0.0}
     assert [tuple(p.shape) for p in groups["decay"]["params"]] == [(11, 6), (3, 6)]
@@ -58,7 +58,7 @@ def _compare_with_lazy_state(fused: bool, sharded: bool) -> None:
         model = small_model()
         if sharded:
             fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        optimizer = build_optimizer(model, OptimizerConfig(fused=fused), CPU)
+        optimizer = build_optimizer([model], OptimizerConfig(fused=fused), CPU)
         assert bool(optimizer.param_groups[0]["fused"]) == fused
         if kind == "lazy":
             optimizer.state.clear()

@@ -224,7 +224,7 @@ def _misuse() -> None:
     world = dist.group.WORLD
     assert world is not None
     with pytest.raises(TypeError, match="that parallelize"):
-        LocalStep(nn.Linear(1, 1), step._optimizer, device=CPU, dp_group=world, grad_clip_norm=1.0)
+        LocalStep(nn.Linear(1, 1), step._optimizer, device=CPU, group=world, grad_clip_norm=1.0)
 
 
 def test_misuse_is_told() -> None:

@@ -72,10 +72,10 @@ def sharded_model(
 
 
 def local_step(model: Llama, *, grad_clip_norm: float = 1.0, lr: float = 0.01) -> LocalStep:
-    optimizer = build_optimizer(model, OptimizerConfig(lr=lr), CPU)
+    optimizer = build_optimizer([model], OptimizerConfig(lr=lr), CPU)
     world = dist.group.WORLD
     assert world is not None
-    return LocalStep(model, optimizer, device=CPU, dp_group=world, grad_clip_norm=grad_clip_norm)
+    return LocalStep(model, optimizer, device=CPU, group=world, grad_clip_norm=grad_clip_norm)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ is renamed. A *mismatch* means that the config cannot fit: the run stops and say
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -192,7 +192,7 @@ def load(
             {"model": MODEL, "optimizer": OPTIMIZER}[p] for p in parts if p in ("model", "optimizer")
         )
         wanted = {name: tensor for name, tensor in state.tensors().items() if name.startswith(prefixes)}
-        check_fits(wanted, loaded.reader, prefixes)
+        check_fits(wanted, loaded.reader, prefixes, elsewhere=state.names_elsewhere())
         if "data" in parts:
             loaded.data_changes = _data_changes(loaded.reader, state, context)
         name = rng_name(rank)
@@ -209,9 +209,16 @@ def load(
 
 
 def check_fits(
-    wanted: Mapping[str, torch.Tensor], reader: SafetensorsReader, prefixes: tuple[str, ...]
+    wanted: Mapping[str, torch.Tensor],
+    reader: SafetensorsReader,
+    prefixes: tuple[str, ...],
+    *,
+    elsewhere: Set[str] = frozenset(),
 ) -> None:
-    """Raise MismatchError unless the step has exactly these tensors under ``prefixes``, of these shapes."""
+    """Raise MismatchError unless the step has exactly these tensors under ``prefixes``, of these shapes.
+
+    Those ``elsewhere`` are other ranks' to check.
+    """
     problems = []
     for name, tensor in wanted.items():
         entry = reader.index.get(name)
@@ -221,7 +228,8 @@ def check_fits(
             problems.append(f"{name} has shape {entry.shape} in the checkpoint, {tuple(tensor.shape)} here")
         elif entry.dtype != DTYPE_NAMES[tensor.dtype]:
             problems.append(f"{name} is {entry.dtype} in the checkpoint, {DTYPE_NAMES[tensor.dtype]} here")
-    extra = [name for name in reader.index if name.startswith(prefixes) and name not in wanted]
+    known = wanted.keys() | elsewhere
+    extra = [name for name in reader.index if name.startswith(prefixes) and name not in known]
     problems += [f"{name} is in the checkpoint but not in this model" for name in extra]
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:8])

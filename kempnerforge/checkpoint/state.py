@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,15 @@ class TrainState:
     """Everything that a run needs to go on where it was.
 
     Tensors are handed out by reference, so that loading fills them in place. Adam's and AdamW's state is made
-    here if it does not exist, because making it later would change the tree.
+    here if it does not exist, because making it later would change the tree. ``model`` may be several parts
+    of one, as a pipeline's rank holds them; ``groups`` then has the names of the whole model's parameters by
+    the ``name`` of the optimizer's group, so that every rank stores the same.
     """
 
     def __init__(
         self,
         *,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module],
         optimizer: torch.optim.Optimizer,
         device: torch.device | None = None,
         seed: int = 0,
@@ -38,11 +40,14 @@ class TrainState:
         scheduler: Mapping[str, Any] | None = None,
         cursor: Any = None,
         batch_digest: Callable[[Mapping[str, Any]], str] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         make_state(optimizer)
-        self.model = model
+        self.parts = (model,) if isinstance(model, nn.Module) else tuple(model)
+        """What this rank holds of the model: all of it, or its stages of a pipeline."""
         self.optimizer = optimizer
-        self.device = device or next(model.parameters()).device
+        self._groups = groups
+        self.device = device or next(self.parts[0].parameters()).device
         self.seed = seed
         self.fingerprint = dict(fingerprint or {})
         """What the data is; a checkpoint of other data is refused."""
@@ -74,13 +79,25 @@ class TrainState:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Model and optimizer tensors by checkpoint name, by reference."""
-        found = {MODEL + name: tensor for name, tensor in self.model.state_dict().items()}
-        names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
-        for parameter, name in names.items():
+        found = {MODEL + name: t for part in self.parts for name, t in part.state_dict().items()}
+        for parameter, name in self._names().items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
                     found[f"{OPTIMIZER}state.{name}.{key}"] = value
         return found
+
+    def names_elsewhere(self) -> set[str]:
+        """Names of the tensors that only other ranks hold: those of other stages of a pipeline."""
+        if self._groups is None:
+            return set()
+        mine = set(self._names().values())
+        others = {name for group in self._groups.values() for name in group} - mine
+        keys = {key for state in self.optimizer.state.values() for key in state}
+        moments = {f"{OPTIMIZER}state.{name}.{key}" for name in others for key in keys}
+        return {MODEL + name for name in others} | moments
+
+    def _names(self) -> dict[torch.Tensor, str]:
+        return {parameter: name for part in self.parts for name, parameter in part.named_parameters()}
 
     def capture_rng(self) -> torch.Tensor:
         """This rank's generators, uint8."""
@@ -88,11 +105,13 @@ class TrainState:
 
     def objects(self) -> dict[str, Any]:
         """What is no tensor: the content of ``train_state.json``."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names = self._names()
         groups = [
             {
                 **{key: value for key, value in group.items() if key != "params"},
-                "params": [names[parameter] for parameter in group["params"]],
+                "params": list(self._groups[group["name"]])
+                if self._groups is not None
+                else [names[parameter] for parameter in group["params"]],
             }
             for group in self.optimizer.param_groups
         ]

@@ -28,10 +28,13 @@ class DistributedConfig(Section):
     """Ranks that share the layers out (pipeline parallelism)."""
 
     pp_schedule: Literal["1f1b", "gpipe", "interleaved_1f1b"] = "1f1b"
-    """Order of the microbatches in the pipeline."""
+    """Order of the microbatches in the pipeline. 1f1b needs at least pp microbatches a step;
+    interleaved_1f1b puts two stages on a rank and takes pp, or a few more that come out even."""
 
     pp_microbatch_size: AtLeastOne | None = None
-    """Sequences per microbatch in the pipeline; divides train.batch_size. None means 1."""
+    """Sequences per microbatch in the pipeline; divides train.batch_size. None means 1. All sequences of
+    a rank's optimizer step (global_batch_size / data-parallel ranks) go through the pipeline at once, and
+    batch_size only deals them out."""
 
     pp_layers: list[AtLeastOne] | None = None
     """Decoder layers of each pipeline stage, in order; none means as even as can be, embedding and output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from kempnerforge.config.distributed import DistributedConfig
@@ -23,6 +24,8 @@ class Geometry:
     """Sequences per optimizer step over all ranks."""
     accumulation_steps: int
     """Micro-batches of ``train.batch_size`` that each data-parallel rank computes per optimizer step."""
+    pp_microbatches: int = 1
+    """Microbatches that a data-parallel rank's sequences make on their way through the pipeline."""
 
     def dp_rank(self, rank: int) -> int:
         """Which part of the data ``rank`` of all processes computes, of ``dp``.
@@ -30,6 +33,10 @@ class Geometry:
         Ranks count as in ``kempnerforge.distributed.mesh``: tp innermost, pp outermost.
         """
         return rank // self.tp % self.dp
+
+    def pp_rank(self, rank: int) -> int:
+        """Which stages of the pipeline ``rank`` of all processes holds, of ``pp``."""
+        return rank // (self.tp * self.dp)
 
 
 def derive_geometry(
@@ -43,6 +50,9 @@ def derive_geometry(
     faults = batch_faults(train, dp, "data-parallel ranks")
     if faults:
         return None, faults
+    faults = microbatch_faults(distributed, train, dp)
+    if faults:
+        return None, faults
     global_batch_size = train.global_batch_size or train.batch_size * dp
     geometry = Geometry(
         dp_replicate=distributed.dp_replicate,
@@ -52,6 +62,7 @@ def derive_geometry(
         pp=distributed.pp,
         global_batch_size=global_batch_size,
         accumulation_steps=global_batch_size // (train.batch_size * dp),
+        pp_microbatches=_pp_microbatches(distributed, global_batch_size // dp),
     )
     return geometry, []
 
@@ -68,6 +79,43 @@ def batch_faults(train: TrainConfig, dp: int, dp_in_words: str) -> list[Fault]:
         fits += f", and so would batch_size {' or '.join(map(str, sizes))}"
     problem = f"{total} does not divide by batch_size {per_rank} x {dp} {dp_in_words} = {unit}"
     return [Fault("train.global_batch_size", problem, fits)]
+
+
+def microbatch_faults(distributed: DistributedConfig, train: TrainConfig, dp: int) -> list[Fault]:
+    """The fault of a number of microbatches that the pipeline's schedule cannot run, naming batches that fit.
+
+    ``dp`` is of no account while ``train.global_batch_size`` is open.
+    """
+    pp, schedule, micro = distributed.pp, distributed.pp_schedule, distributed.pp_microbatch_size or 1
+    if pp == 1 or train.batch_size % micro:
+        return []
+    if train.global_batch_size is None:
+        key, value, unit, per_unit = "train.batch_size", train.batch_size, micro, 1
+    else:
+        key, value, unit = "train.global_batch_size", train.global_batch_size, train.batch_size * dp
+        per_unit = train.batch_size // micro
+    units = value // unit
+    if schedule_runs(schedule, units * per_unit, pp):
+        return []
+    least = f"at least {pp}" if schedule == "1f1b" else f"a multiple of {units * per_unit // pp}"
+    problem = f"{value} makes {units * per_unit} microbatches a rank; {schedule} with pp {pp} needs {least}"
+    below = [n for n in range(1, units) if schedule_runs(schedule, n * per_unit, pp)][-1:]
+    above = next(n for n in itertools.count(units + 1) if schedule_runs(schedule, n * per_unit, pp))
+    fits = " or ".join(str(n * unit) for n in (*below, above))
+    return [Fault(key, problem, f"{key.removeprefix('train.')} {fits} would fit")]
+
+
+def _pp_microbatches(distributed: DistributedConfig, sequences: int) -> int:
+    return sequences // (distributed.pp_microbatch_size or 1) if distributed.pp > 1 else 1
+
+
+def schedule_runs(schedule: str, microbatches: int, pp: int) -> bool:
+    """Whether torch's schedule of that name takes so many microbatches (its own checks, 2.11 to 2.13)."""
+    if schedule == "1f1b":
+        return microbatches >= pp
+    if schedule == "interleaved_1f1b":
+        return microbatches % max(1, microbatches // pp) == 0
+    return True
 
 
 def _resolve_dp_shard(distributed: DistributedConfig, world_size: int) -> tuple[int | None, list[Fault]]:

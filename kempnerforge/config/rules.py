@@ -15,7 +15,7 @@ from kempnerforge.config import checkpoint_rules
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.evaluation import EvalConfig
-from kempnerforge.config.geometry import batch_faults, derive_geometry
+from kempnerforge.config.geometry import batch_faults, derive_geometry, microbatch_faults
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.names import nearest
 from kempnerforge.config.run import PLACEHOLDER, PLACEHOLDERS, RunConfig, unfilled_placeholders
@@ -136,19 +136,35 @@ def layout_fits(distributed: DistributedConfig, train: TrainConfig, world_size: 
     if world_size is not None:
         return derive_geometry(distributed, train, world_size)[1]
     if distributed.dp_shard > 0:
-        return batch_faults(train, distributed.dp_replicate * distributed.dp_shard, "data-parallel ranks")
+        dp = distributed.dp_replicate * distributed.dp_shard
+        return batch_faults(train, dp, "data-parallel ranks") or microbatch_faults(distributed, train, dp)
     # With dp_shard = -1 the ranks are known only at the start, but they are a multiple of these.
-    return batch_faults(train, distributed.dp_replicate, "(dp_replicate)")
+    faults = batch_faults(train, distributed.dp_replicate, "(dp_replicate)")
+    if train.global_batch_size is None:
+        faults += microbatch_faults(distributed, train, dp=1)
+    return faults
 
 
-def tensor_parallel_fits(distributed: DistributedConfig, model: ModelConfig) -> list[Fault]:
-    """Each tensor-parallel rank holds whole heads and an equal share of the feed-forward layer."""
-    sizes = {"n_heads": model.n_heads, "n_kv_heads": model.kv_heads, "ffn_hidden_dim": model.ffn_dim}
-    return [
-        Fault("distributed.tp", f"{distributed.tp} does not divide model.{name} {size}", "choose a divisor")
+def tensor_parallel_fits(
+    distributed: DistributedConfig, model: ModelConfig, train: TrainConfig
+) -> list[Fault]:
+    """Each tensor-parallel rank holds whole heads, equal shares of the rest, and a row of the embedding."""
+    tp, rows = distributed.tp, model.vocab_size
+    sizes = {
+        "model.n_heads": model.n_heads,
+        "model.n_kv_heads": model.kv_heads,
+        "model.ffn_hidden_dim": model.ffn_dim,
+        "train.seq_len": train.seq_len,
+    }
+    faults = [
+        Fault("distributed.tp", f"{tp} does not divide {name} {size}", "choose a divisor")
         for name, size in sizes.items()
-        if size % distributed.tp
+        if size % tp
     ]
+    if -(-rows // tp) * (tp - 1) >= rows:
+        problem = f"{tp} ranks cannot each have some of model.vocab_size {rows}"
+        faults.append(Fault("distributed.tp", problem, "choose a smaller one"))
+    return faults
 
 
 def pipeline_fits(distributed: DistributedConfig, model: ModelConfig, train: TrainConfig) -> list[Fault]:
@@ -187,19 +203,6 @@ def _pp_layers_fit(pp_layers: list[int], stages: int, n_layers: int) -> list[Fau
     return [Fault("distributed.pp_layers", problem, f"{stages} numbers whose sum is n_layers {n_layers}")]
 
 
-def not_available_in_this_version(distributed: DistributedConfig) -> list[Fault]:
-    """Refuse what the configuration can say and this version cannot do."""
-    asked = [
-        ("distributed.tp", distributed.tp, 1),
-        ("distributed.pp", distributed.pp, 1),
-    ]
-    return [
-        Fault(key, f"{value} is not available in this version", f"allowed: {only}")
-        for key, value, only in asked
-        if value != only
-    ]
-
-
 RULES: tuple[Callable[..., list[Fault]], ...] = (
     run_dir_expands,
     heads_fit,
@@ -213,5 +216,4 @@ RULES: tuple[Callable[..., list[Fault]], ...] = (
     tensor_parallel_fits,
     pipeline_fits,
     *checkpoint_rules.RULES,
-    not_available_in_this_version,
 )

@@ -24,6 +24,7 @@ _aten = torch.ops.aten
 SAVED_OPS = frozenset(
     {
         _aten.mm.default,
+        torch.ops._c10d_functional.reduce_scatter_tensor.default,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
@@ -31,8 +32,9 @@ SAVED_OPS = frozenset(
     }
 )
 """What "selective" keeps: the outputs that cost the most to compute again, matrix products and fused
-attention (torchtitan's choice, which drops every second product too). Norms, rotations and activations are
-computed again, and so is attention where no fused kernel fits: its products (``bmm``) have T x T elements."""
+attention (torchtitan's choice, which drops every second product too), and what tensor parallelism sums over
+ranks. Norms, rotations and activations are computed again, and so is attention where no fused kernel fits:
+its products (``bmm``) have T x T elements."""
 
 
 class RotaryEmbedding(nn.Module):

@@ -11,42 +11,60 @@ from kempnerforge.model.layers import RotaryEmbedding, TransformerBlock
 
 if TYPE_CHECKING:
     from kempnerforge.config.schema import ModelConfig
+    from kempnerforge.config.stages import Stage
 
 
 class Llama(nn.Module):
-    """Token ids to logits.
+    """Token ids to logits, or a pipeline stage of that.
 
     Build it under ``torch.device("meta")``, shard it, then give it memory and weights with
     ``kempnerforge.parallel.shard.materialize``. With ``tie_embeddings`` there is no ``output`` module: the
-    shared matrix exists once, as ``tok_embeddings.weight``.
+    shared matrix exists once, as ``tok_embeddings.weight``. ``keep_stage`` makes a stage of it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.sequence_shards = 1
+        """Ranks over which tensor parallelism spreads the positions between blocks."""
+        self.tok_embeddings: nn.Embedding | None = nn.Embedding(config.vocab_size, config.dim)
         self.rope = RotaryEmbedding(config)
         # A dict and not a list: a part of the model keeps its layers under their own numbers.
         self.layers = nn.ModuleDict({str(i): TransformerBlock(config) for i in range(config.n_layers)})
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def keep_stage(self, stage: Stage) -> None:
+        """Drop what other stages of a pipeline compute. What stays keeps its names."""
+        for name in list(self.layers):
+            if int(name) not in stage.layers:
+                del self.layers[name]
+        if not stage.has_embedding:
+            self.tok_embeddings = None
+        if not stage.has_head:
+            self.norm = self.output = None
+
+    def forward(self, x: Tensor) -> Tensor:
         """int64 [B, T] -> logits [B, T, V].
 
-        Raises ValueError when T exceeds ``max_seq_len``.
+        A stage without the embedding takes, and one without the output layer gives, [B, T, D]: under tensor
+        parallelism only this rank's T / ``sequence_shards`` positions. Raises ValueError when T exceeds
+        ``max_seq_len``.
         """
-        seq_len = tokens_BT.size(1)
+        seq_len = x.size(1) if self.tok_embeddings is not None else x.size(1) * self.sequence_shards
         if seq_len > self.config.max_seq_len:
             raise ValueError(f"{seq_len} tokens; model.max_seq_len is {self.config.max_seq_len}")
         cos_TP, sin_TP = self.rope(seq_len)
-        x_BTD = self.tok_embeddings(tokens_BT)
+        x_BTD = self.tok_embeddings(x) if self.tok_embeddings is not None else x
         for block in self.layers.values():
             x_BTD = block(x_BTD, cos_TP, sin_TP)
+        if self.norm is None:
+            return x_BTD
         x_BTD = self.norm(x_BTD)
-        if self.output is None:
-            return F.linear(x_BTD, self.tok_embeddings.weight)
-        return self.output(x_BTD)
+        if self.output is not None:
+            return self.output(x_BTD)
+        assert self.tok_embeddings is not None
+        return F.linear(x_BTD, self.tok_embeddings.weight)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Model FLOPs of one training token, forward and backward, recomputation left out.

@@ -8,18 +8,20 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from kempnerforge.distributed.mesh import dp_mesh
 from kempnerforge.model.init import init_weights_
 from kempnerforge.model.layers import TransformerBlock
 from kempnerforge.model.llama import Llama
+from kempnerforge.parallel.tensor import tensor_parallel
 
 if TYPE_CHECKING:
     from kempnerforge.config.schema import TrainConfig
 
 
 def parallelize(model: Llama, mesh: DeviceMesh, train: TrainConfig) -> None:
-    """Set up activation checkpointing, then compilation, then FSDP2, in place.
+    """Set up tensor parallelism, then activation checkpointing, then compilation, then FSDP2, in place.
 
-    ``mesh`` has the dimension ``dp_shard``, or ``dp_replicate`` and ``dp_shard`` for HSDP. Parameter names
+    ``model`` is whole, or a pipeline stage; ``mesh`` is ``distributed.mesh.build_mesh``'s. Parameter names
     stay what they are. Parameters, gradients and optimizer state are fp32; with "bf16" forward and backward
     see bf16 copies of the weights, and gradients are reduced in fp32.
 
@@ -28,6 +30,9 @@ def parallelize(model: Llama, mesh: DeviceMesh, train: TrainConfig) -> None:
 
     Collective: all ranks of ``mesh``.
     """
+    names = mesh.mesh_dim_names or ()
+    if "tp" in names:
+        tensor_parallel(model, mesh["tp"])
     blocks = [block for block in model.layers.values() if isinstance(block, TransformerBlock)]
     for block in blocks:
         block.remat = train.activation_checkpointing
@@ -41,7 +46,9 @@ def parallelize(model: Llama, mesh: DeviceMesh, train: TrainConfig) -> None:
     else:
         policy = MixedPrecisionPolicy()
     for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # A stage computes many microbatches in turn: its weights stay whole from the first forward to the end
+        # of the last backward, as its gradients do.
+        fully_shard(module, mesh=dp_mesh(mesh), mp_policy=policy, reshard_after_forward="pp" not in names)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.manager import CheckpointManager
@@ -22,19 +21,17 @@ from kempnerforge.data.order import ids_digest
 from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
-from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.distributed.world import World
 from kempnerforge.errors import DataError
-from kempnerforge.model.llama import Llama
-from kempnerforge.parallel.shard import materialize, parallelize
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.control import Control
 from kempnerforge.train.environment import versions
 from kempnerforge.train.optim import build_optimizer
+from kempnerforge.train.placement import PlacedModel, build_model
 from kempnerforge.train.reports import Reports, build_reports
 from kempnerforge.train.run_folder import open_run
-from kempnerforge.train.step import LocalStep, TrainStep
+from kempnerforge.train.step import TrainStep
 from kempnerforge.train.stop import StopSignals
 
 
@@ -115,18 +112,11 @@ def _assemble(
     reports = build_reports(job, rank=world.rank, folder=folder, record=record)
     dataset = _open_data(job, world, reports)
     book.lap("data")
-    model = _build_model(job, world, geometry)
-    optimizer = build_optimizer(model, job.optimizer, world.device)
+    model = build_model(job, geometry, rank=world.rank, device=world.device)
+    optimizer = build_optimizer(model.parts, job.optimizer, world.device)
     state = _build_state(job, world, geometry, model, optimizer, dataset)
     book.lap("model")
-    assert dist.group.WORLD is not None
-    step = LocalStep(
-        model,
-        optimizer,
-        device=world.device,
-        dp_group=dist.group.WORLD,
-        grad_clip_norm=job.train.grad_clip_norm,
-    )
+    step = model.step(optimizer, geometry, job.train)
     ckpt = CheckpointManager(
         job.checkpoint,
         state=state,
@@ -138,7 +128,7 @@ def _assemble(
     reports.note(
         f"run {job.run.name}, attempt {record.attempt}: {job.model.num_parameters / 1e6:.1f}M parameters on "
         f"{world.num_ranks} x {world.device.type}, {geometry.global_batch_size} sequences a step "
-        f"({geometry.accumulation_steps} x {job.train.batch_size} a rank), in {folder}"
+        f"({_batches_in_words(job, geometry)}), in {folder}"
     )
     if job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned and world.device.type != "cuda":
         reports.note("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
@@ -155,7 +145,7 @@ def _assemble(
         val_samples=dataset.split("val", job.train.seq_len) if job.eval.interval else None,
         reports=reports,
         book=book,
-        flops_per_token=model.flops_per_token(job.train.seq_len),
+        flops_per_token=model.parts[0].flops_per_token(job.train.seq_len),
         peak_flops=_peak_flops(world.device),
     )
 
@@ -164,7 +154,7 @@ def _build_state(
     job: JobConfig,
     world: World,
     geometry: Geometry,
-    model: Llama,
+    model: PlacedModel,
     optimizer: torch.optim.Optimizer,
     dataset: TokenDataset,
 ) -> TrainState:
@@ -176,7 +166,8 @@ def _build_state(
         return ids_digest(batch_ids(place, seed=seed, num_samples=num_samples, global_batch_size=size))
 
     return TrainState(
-        model=model,
+        model=model.parts,
+        groups=model.groups,
         optimizer=optimizer,
         device=world.device,
         seed=seed,
@@ -186,21 +177,6 @@ def _build_state(
         cursor=Cursor(0),
         batch_digest=batch_digest,
     )
-
-
-def _build_model(job: JobConfig, world: World, geometry: Geometry) -> Llama:
-    mesh = build_mesh(
-        world.device.type,
-        dp_replicate=geometry.dp_replicate,
-        dp_shard=geometry.dp_shard,
-        tp=geometry.tp,
-        pp=geometry.pp,
-    )
-    with torch.device("meta"):
-        model = Llama(job.model)
-    parallelize(model, mesh, job.train)
-    materialize(model, world.device, seed=job.train.seed)
-    return model
 
 
 def _open_data(job: JobConfig, world: World, reports: Reports) -> TokenDataset:
@@ -234,6 +210,13 @@ def _open_data(job: JobConfig, world: World, reports: Reports) -> TokenDataset:
     world.control.raise_together(error)
     assert dataset is not None
     return dataset
+
+
+def _batches_in_words(job: JobConfig, geometry: Geometry) -> str:
+    if geometry.pp > 1:
+        size = job.distributed.pp_microbatch_size or 1
+        return f"{geometry.pp_microbatches} microbatches of {size} through {geometry.pp} ranks"
+    return f"{geometry.accumulation_steps} x {job.train.batch_size} a rank"
 
 
 def _peak_flops(device: torch.device) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,19 +17,31 @@ if TYPE_CHECKING:
 FUSED_DEVICES = ("cpu", "cuda")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) with two parameter groups, and its state there from the start.
+def parameter_groups(parts: Sequence[nn.Module]) -> dict[str, dict[str, nn.Parameter]]:
+    """The parameters of ``parts`` by group and name.
 
-    The group named "decay" has the matrices; "no_decay" has the rest, the norms, whose weights have no reason
-    to be small. State tensors are created here and not in the first step.
+    "decay" has the matrices; "no_decay" has the rest, the norms, whose weights have no reason to be small.
     """
-    decay = [param for param in model.parameters() if param.ndim >= 2]
-    no_decay = [param for param in model.parameters() if param.ndim < 2]
+    groups: dict[str, dict[str, nn.Parameter]] = {"decay": {}, "no_decay": {}}
+    for part in parts:
+        for name, param in part.named_parameters():
+            groups["decay" if param.ndim >= 2 else "no_decay"][name] = param
+    return groups
+
+
+def build_optimizer(
+    parts: Sequence[nn.Module], config: OptimizerConfig, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) with ``parameter_groups``, and its state there from the start.
+
+    State tensors are created here and not in the first step.
+    """
+    groups = parameter_groups(parts)
     fused = config.fused and device.type in FUSED_DEVICES
     optimizer = torch.optim.AdamW(
         [
-            {"name": "decay", "params": decay, "weight_decay": config.weight_decay},
-            {"name": "no_decay", "params": no_decay, "weight_decay": 0.0},
+            {"name": "decay", "params": [*groups["decay"].values()], "weight_decay": config.weight_decay},
+            {"name": "no_decay", "params": [*groups["no_decay"].values()], "weight_decay": 0.0},
         ],
         lr=config.lr,
         betas=config.betas,

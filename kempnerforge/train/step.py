@@ -6,9 +6,9 @@ Shape suffixes: A micro-batches of gradient accumulation, B sequences, T tokens,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import loss_parallel
 
 
 class Batch(Protocol):
@@ -65,30 +66,86 @@ class TrainStep(Protocol):
         ...
 
 
-class LocalStep:
-    """A step of a model that every rank runs from end to end (FSDP2, HSDP, one process).
+class Updater:
+    """The second half of every step: the loss and the norm of the whole model, clipping, the optimizer.
 
-    ``dp_group`` has exactly the ranks of the model's mesh. Consumes no random numbers.
+    ``parts`` are what this rank holds of the model, ``group`` has all ranks of the run, and ``loss_copies``
+    ranks compute each loss (tensor parallelism). Consumes no random numbers.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        parts: Sequence[nn.Module],
         optimizer: torch.optim.Optimizer,
         *,
         device: torch.device,
-        dp_group: dist.ProcessGroup,
+        group: dist.ProcessGroup,
         grad_clip_norm: float,
+        loss_copies: int = 1,
     ) -> None:
-        if not isinstance(model, FSDPModule):
-            raise TypeError("LocalStep takes a model that parallelize() has sharded")
-        self._model = model
-        self._params = list(model.parameters())
+        if not all(isinstance(part, FSDPModule) for part in parts):
+            raise TypeError(f"{type(self).__name__} takes a model that parallelize() has sharded")
+        self._params = [param for part in parts for param in part.parameters()]
         self._optimizer = optimizer
         self._device = device
-        self._dp_group = dp_group
+        self._group = group
         self._grad_clip_norm = grad_clip_norm
+        self._loss_copies = loss_copies
         self._loss: Tensor | None = None
+
+    def update(self, lr: float) -> UpdateResult:
+        """Clip and apply the gradients of the last ``forward_backward``, or skip the step.
+
+        A step whose loss or gradient norm is not finite is skipped: weights, moments and step counters stay.
+        All ranks decide alike without asking each other: both numbers are results of an all-reduce over all
+        ranks, of which each rank has the same bits.
+
+        Collective: all ranks, in the same order. Blocks: for the device, once.
+        Mutation: weights and optimizer state, unless skipped; gradients are dropped either way.
+        """
+        if self._loss is None:
+            raise RuntimeError("update() without a forward_backward() before it")
+        grads = [param.grad for param in self._params if param.grad is not None]
+        norm = global_norm(grads, group=self._group, device=self._device)
+        loss, grad_norm = torch.stack([self._loss.double(), norm]).tolist()
+        self._loss = None
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:
+            if 0 < self._grad_clip_norm < grad_norm:
+                scale = self._grad_clip_norm / grad_norm
+                torch._foreach_mul_(local_tensors(grads), scale)  # pyright: ignore[reportPrivateImportUsage]
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return UpdateResult(grad_norm=grad_norm, loss=loss, skipped=not finite)
+
+    def _total(self, loss: Tensor) -> Tensor:
+        """The loss of the global batch from what each rank computed of it; kept for ``update``.
+
+        The same bits on every rank, also on those that computed none.
+        """
+        dist.all_reduce(loss, group=self._group)
+        self._loss = loss / self._loss_copies
+        return self._loss
+
+    def _mean(self, loss: Tensor, num_tokens: int) -> float:
+        """Mean of losses that ranks summed, fp64 [], over their tokens; who computed none brings 0."""
+        totals = torch.stack([loss, torch.full_like(loss, num_tokens)])
+        dist.all_reduce(totals, group=self._group)
+        summed, count = totals.tolist()
+        if count == 0:
+            raise ValueError("nothing to evaluate on")
+        return summed / count
+
+
+class LocalStep(Updater):
+    """A step of a model that every rank runs from end to end (FSDP2, HSDP, tensor parallelism)."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        super().__init__([model], optimizer, **options)
+        assert isinstance(model, FSDPModule)
+        self._model = model
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Add up the gradients of all micro-batches; returns the mean loss of the global batch, fp32 [].
@@ -105,39 +162,11 @@ class LocalStep:
         last = inputs_ABT.size(0) - 1
         for i, (inputs_BT, targets_BT) in enumerate(zip(inputs_ABT, targets_ABT, strict=True)):
             self._model.set_requires_all_reduce(i == last)
-            part = self._sum_loss(inputs_BT, targets_BT) / batch.num_tokens
-            part.backward()
+            with loss_parallel():
+                part = sum_loss(self._model(inputs_BT), targets_BT) / batch.num_tokens
+                part.backward()
             loss += part.detach()
-        dist.all_reduce(loss, group=self._dp_group)
-        self._loss = loss
-        return loss
-
-    def update(self, lr: float) -> UpdateResult:
-        """Clip and apply the gradients of the last ``forward_backward``, or skip the step.
-
-        A step whose loss or gradient norm is not finite is skipped: weights, moments and step counters stay.
-        All ranks decide alike without asking each other: both numbers are results of an all-reduce over all
-        ranks, of which each rank has the same bits.
-
-        Collective: all ranks, in the same order. Blocks: for the device, once.
-        Mutation: weights and optimizer state, unless skipped; gradients are dropped either way.
-        """
-        if self._loss is None:
-            raise RuntimeError("update() without a forward_backward() before it")
-        grads = [param.grad for param in self._params if param.grad is not None]
-        norm = global_norm(grads, group=self._dp_group, device=self._device)
-        loss, grad_norm = torch.stack([self._loss.double(), norm]).tolist()
-        self._loss = None
-        finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:
-            if 0 < self._grad_clip_norm < grad_norm:
-                scale = self._grad_clip_norm / grad_norm
-                torch._foreach_mul_(local_tensors(grads), scale)  # pyright: ignore[reportPrivateImportUsage]
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return UpdateResult(grad_norm=grad_norm, loss=loss, skipped=not finite)
+        return self._total(loss)
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Mean loss over all tokens of ``batches``, on all ranks, in training's numerics.
@@ -149,27 +178,25 @@ class LocalStep:
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         num_tokens = 0
         self._model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), loss_parallel():
             for batch in batches:
                 for inputs_BT, targets_BT in zip(batch.inputs_ABT, batch.targets_ABT, strict=True):
-                    loss += self._sum_loss(
-                        inputs_BT.to(self._device, non_blocking=True),
-                        targets_BT.to(self._device, non_blocking=True),
-                    )
+                    logits_BTV = self._model(inputs_BT.to(self._device, non_blocking=True))
+                    loss += sum_loss(logits_BTV, targets_BT.to(self._device, non_blocking=True))
                     num_tokens += targets_BT.numel()
         self._model.train()
         # FSDP keeps the root's parameters whole after a forward pass; only a backward pass shards them again.
         self._model.reshard()
-        if num_tokens == 0:
-            raise ValueError("nothing to evaluate on")
-        totals = torch.stack([loss, torch.full_like(loss, num_tokens)])
-        dist.all_reduce(totals, group=self._dp_group)
-        return (totals[0] / totals[1]).item()
+        return self._mean(loss, num_tokens)
 
-    def _sum_loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Cross-entropy in fp32, summed over all tokens."""
-        logits_BTV = self._model(inputs_BT)
-        return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
+
+def sum_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Cross-entropy in fp32, summed over all tokens: a plain tensor, [].
+
+    Logits that tensor parallelism cut along the vocabulary stay so: under ``loss_parallel``, backward too.
+    """
+    loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
+    return loss.to_local() if isinstance(loss, DTensor) else loss
 
 
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -181,8 +208,8 @@ def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
 def global_norm(tensors: Iterable[Tensor], *, group: dist.ProcessGroup, device: torch.device) -> Tensor:
     """2-norm of all ``tensors`` together, all ranks' shards included: fp64 [], the same bits on every rank.
 
-    ``group`` has exactly the ranks of the tensors' meshes. One reduction: each rank brings the squares of
-    what it holds, divided by how many ranks hold a copy of it.
+    ``group`` has the ranks of every stage's mesh. One reduction: each rank brings the squares of what it
+    holds, divided by how many ranks hold a copy of it.
 
     Collective: all ranks of ``group``.
     """

@@ -1,0 +1,83 @@
+"""One optimizer step of a model that several ranks compute in stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.parallel import loss_parallel
+
+from kempnerforge.parallel.pipeline import Pipeline
+from kempnerforge.train.step import Batch, Updater, sum_loss
+
+
+class PipelineStep(Updater):
+    """A step in which all of a rank's sequences go through one schedule, in microbatches.
+
+    Gradient accumulation means nothing here: a fuller pipeline idles less. The stages' weights and gradients
+    are whole from the first microbatch to the last; then gradients are reduced and sharded.
+    """
+
+    def __init__(self, pipeline: Pipeline, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        super().__init__(pipeline.parts, optimizer, **options)
+        self._pipeline = pipeline
+        self._schedule = pipeline.training_schedule(self._share_of_loss)
+        self._num_tokens = 0
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Compute the gradients of all microbatches; returns the mean loss of the global batch, fp32 [].
+
+        Collective: all ranks, in the same order. Blocks: not for the device.
+        """
+        self._num_tokens = batch.num_tokens
+        losses: list[Tensor] = []
+        tokens, targets = self._inputs(batch)
+        with loss_parallel():
+            self._schedule.step(*tokens, target=targets, losses=losses, return_outputs=False)
+        loss = torch.zeros((), dtype=torch.float32, device=self._device)
+        for part in losses:
+            loss += part.detach()
+        return self._total(loss)
+
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """Mean loss over all tokens of ``batches``, on all ranks, in training's numerics.
+
+        Every rank must bring the same number of batches, of the size of training's, one at least.
+
+        Collective: all ranks, in the same order. Blocks: for the device, once.
+        """
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        num_tokens = 0
+        schedule = self._pipeline.forward_schedule(sum_loss)
+        with torch.no_grad(), loss_parallel():
+            for batch in batches:
+                tokens, targets = self._inputs(batch)
+                if targets is None:
+                    schedule.step(*tokens)
+                    continue
+                losses = schedule.step(*tokens, targets=targets)
+                assert losses is not None
+                loss += losses.double().sum()
+                num_tokens += targets.numel()
+        # A forward pass alone leaves the weights whole.
+        for part in self._pipeline.parts:
+            for module in part.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        return self._mean(loss, num_tokens)
+
+    def _inputs(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
+        """Tokens for a first stage and targets for a last one: all of this rank's sequences, [B, T]."""
+        tokens, targets = [], None
+        if self._pipeline.has_first:
+            tokens = [batch.inputs_ABT.flatten(0, 1).to(self._device, non_blocking=True)]
+        if self._pipeline.has_last:
+            targets = batch.targets_ABT.flatten(0, 1).to(self._device, non_blocking=True)
+        return tokens, targets
+
+    def _share_of_loss(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+        """What a microbatch adds to the mean loss of the global batch."""
+        return sum_loss(logits_BTV, targets_BT) / self._num_tokens

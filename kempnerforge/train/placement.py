@@ -1,0 +1,81 @@
+"""What this rank holds of the model, and the step that goes with it: all that differs between layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from kempnerforge.config.schema import Geometry, JobConfig, TrainConfig
+from kempnerforge.config.stages import make_stages, num_stages, stages_of
+from kempnerforge.distributed.mesh import build_mesh
+from kempnerforge.model.llama import Llama
+from kempnerforge.parallel.pipeline import Pipeline
+from kempnerforge.parallel.shard import materialize, parallelize
+from kempnerforge.train.optim import parameter_groups
+from kempnerforge.train.pipeline_step import PipelineStep
+from kempnerforge.train.step import LocalStep, TrainStep
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A rank's parts of the model, sharded, with memory and initial weights."""
+
+    parts: Sequence[Llama]
+    """The whole model, or this rank's stages of it."""
+    groups: dict[str, list[str]]
+    """Names of the **whole** model's parameters by optimizer group, in the model's order."""
+    pipeline: Pipeline | None
+    device: torch.device
+
+    def step(self, optimizer: torch.optim.Optimizer, geometry: Geometry, train: TrainConfig) -> TrainStep:
+        """How this rank takes an optimizer step."""
+        assert dist.group.WORLD is not None
+        options = {
+            "device": self.device,
+            "group": dist.group.WORLD,
+            "grad_clip_norm": train.grad_clip_norm,
+            "loss_copies": geometry.tp,
+        }
+        if self.pipeline is not None:
+            return PipelineStep(self.pipeline, optimizer, **options)
+        return LocalStep(self.parts[0], optimizer, **options)
+
+
+def build_model(job: JobConfig, geometry: Geometry, *, rank: int, device: torch.device) -> PlacedModel:
+    """The parts of the model that ``rank`` holds. Collective: all ranks."""
+    mesh = build_mesh(
+        device.type,
+        dp_replicate=geometry.dp_replicate,
+        dp_shard=geometry.dp_shard,
+        tp=geometry.tp,
+        pp=geometry.pp,
+    )
+    with torch.device("meta"):
+        model = Llama(job.model)
+    groups = {name: list(params) for name, params in parameter_groups([model]).items()}
+    parts, pipeline = [model], None
+    if geometry.pp > 1:
+        stages = stages_of(make_stages(job.model, job.distributed), geometry.pp_rank(rank), geometry.pp)
+        with torch.device("meta"):
+            parts = [Llama(job.model) for _ in stages]
+        for part, stage in zip(parts, stages, strict=True):
+            part.keep_stage(stage)
+        pipeline = Pipeline(
+            parts=parts,
+            stage_numbers=[stage.index for stage in stages],
+            num_stages=num_stages(job.distributed),
+            schedule=job.distributed.pp_schedule,
+            microbatches=geometry.pp_microbatches,
+            microbatch_size=job.distributed.pp_microbatch_size or 1,
+            seq_len=job.train.seq_len,
+            dtype=torch.bfloat16 if job.train.mixed_precision == "bf16" else torch.float32,
+            device=device,
+            group=mesh.get_group("pp"),
+        )
+    for part in parts:
+        parallelize(part, mesh, job.train)
+        materialize(part, device, seed=job.train.seed)
+    return PlacedModel(parts, groups, pipeline, device)
