@@ -65,7 +65,7 @@ def export(
     max_shard_bytes: int = hf_folder.SHARD_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> Exported:
-    """Write the weights of a step, cast to ``dtype`` (safetensors name), and ``small_files`` as the folder ``out``.
+    """Write the weights of a step, cast to ``dtype`` (safetensors name), and ``small_files``, as ``out``.
 
     ``tensors`` has to name every weight of the step. Who calls holds the step against retention. The folder
     appears by a rename, complete and durable. Raises RunFolderError when it exists or cannot be written,
@@ -162,10 +162,8 @@ def _pieces(source: VerifiedFile, chunk: Chunk) -> Iterator[memoryview]:
             yield part[begin : begin + PIECE_BYTES]
 
 
-def _write(
-    part: memoryview, at: int, chunk: Chunk, target: _Target, dtype: str, outputs: _Outputs
-) -> None:
-    """Cast ``part``, which begins at byte ``at`` of the chunk's file, and write each run of it to its place."""
+def _write(part: memoryview, at: int, chunk: Chunk, target: _Target, dtype: str, outputs: _Outputs) -> None:
+    """Cast ``part``, which begins at byte ``at`` of the chunk's file, and write its runs to their places."""
     item, out_item = ITEM_BYTES[target.source_dtype], ITEM_BYTES[dtype]
     first = (at - chunk.begin) // item
     try:
@@ -181,7 +179,7 @@ def _write(
 
 
 def _runs(chunk: Chunk, tensor: MappedTensor, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """Elements ``first`` to ``last`` of a chunk, row by row of its box, cut where they part in the new tensor.
+    """Elements ``first`` to ``last`` of a chunk, in the order of its box, cut where they part in the new one.
 
     Yields (element of the new tensor, first, last), each contiguous in both.
     """

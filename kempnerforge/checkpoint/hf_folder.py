@@ -1,4 +1,4 @@
-"""A folder of weights as Hugging Face writes it: safetensors files with whole tensors, and an index of them."""
+"""A folder of weights as Hugging Face writes it: safetensors files of whole tensors, and an index of them."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
         body = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise StepNotFoundError(
-            f"{path} does not exist; give the folder of a Hugging Face model, with {CONFIG} and .safetensors files"
+            f"{path} does not exist; give a Hugging Face model's folder, with {CONFIG} and .safetensors files"
         ) from None
     except (ValueError, RecursionError) as error:
         raise MismatchError(f"{path} cannot be parsed: {error}") from None
@@ -162,7 +162,9 @@ def _by_index(folder: Path, index: Mapping[str, Any]) -> dict[str, Stored]:
         raise MismatchError(f"{folder / INDEX} has no weight_map")
     for name in where.values():
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-            raise MismatchError(f"{folder / INDEX} names {name!r}, which is no safetensors file of this folder")
+            raise MismatchError(
+                f"{folder / INDEX} names {name!r}, which is no safetensors file of this folder"
+            )
     found: dict[str, Stored] = {}
     for name in sorted(set(where.values())):
         for tensor, place in _in_file(folder / name).items():
@@ -170,7 +172,9 @@ def _by_index(folder: Path, index: Mapping[str, Any]) -> dict[str, Stored]:
                 raise MismatchError(f"{folder / name} holds {tensor}, which {INDEX} does not place there")
             found[tensor] = place
     if missing := sorted(where.keys() - found.keys()):
-        raise MismatchError(f"{folder / where[missing[0]]} does not hold {missing[0]}, which {INDEX} places there")
+        raise MismatchError(
+            f"{folder / where[missing[0]]} does not hold {missing[0]}, which {INDEX} places there"
+        )
     return found
 
 

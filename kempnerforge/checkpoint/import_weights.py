@@ -1,7 +1,7 @@
 """A Hugging Face folder as a committed checkpoint that holds weights only. Needs no torch.
 
-Weights become fp32, the type that training keeps them in, and are written in the order of the new files, a few
-megabytes at a time: memory does not depend on the size of the model or of its tensors.
+Weights become fp32, the type that training keeps them in, and are written in the order of the new files, a
+few megabytes at a time: memory does not depend on the size of the model or of its tensors.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def import_weights(
     config_toml: str,
     progress: Progress = lambda done, total: None,
 ) -> Imported:
-    """Make ``out`` a checkpoint of format 1, at step 0, with the weights in the Hugging Face folder ``source``.
+    """Make ``out`` a checkpoint of format 1, at step 0, of the weights in the Hugging Face folder ``source``.
 
-    ``redundant``: names that ``source`` may have beside ``tensors`` -> the name whose bytes they repeat, or an
-    empty string when they need not be looked at. The checkpoint appears by a rename, complete and durable.
+    ``redundant``: names that ``source`` may have beside ``tensors`` -> the name whose bytes they repeat, or
+    an empty string when they need not be looked at. The checkpoint appears by a rename, complete and durable.
     Raises MismatchError, StepNotFoundError, DamagedCheckpointError, RunFolderError when ``out`` exists or
     cannot be made, NoSpaceError; OSError as it comes.
     """
@@ -82,7 +82,9 @@ def import_weights(
             config_toml,
         )
         size_bytes = commit(building, out, expected=expected, reports=reports, contents=contents)
-    num_parameters = sum(_size_bytes(stored[one.hf_name]) // _item_bytes(stored[one.hf_name]) for one in tensors)
+    num_parameters = sum(
+        _size_bytes(stored[one.hf_name]) // _item_bytes(stored[one.hf_name]) for one in tensors
+    )
     return Imported(out, num_parameters, size_bytes, len(files))
 
 

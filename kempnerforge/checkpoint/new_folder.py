@@ -17,8 +17,8 @@ from kempnerforge.errors import NoSpaceError, RunFolderError
 def begin(final: Path, *, what: str, purpose: str) -> Iterator[Path]:
     """A hidden folder beside ``final`` to fill and then to ``fsio.publish``; what is left of it is deleted.
 
-    ``what`` is a word for the work, such as ``fork``; ``purpose`` says what it makes. A kill leaves the hidden
-    folder, and the next try says so. Raises RunFolderError when ``final`` exists or cannot be made.
+    ``what`` is a word for the work, such as ``fork``; ``purpose`` says what it makes. A kill leaves the
+    hidden folder, and the next try says so. Raises RunFolderError when ``final`` exists or cannot be made.
     """
     building = final.with_name(f".{final.name}.{what}")
     article = "an" if what[0] in "aeiou" else "a"

@@ -1,9 +1,9 @@
 """Names, shapes and configuration of Hugging Face's Llama, to and from ours. No torch.
 
 The two agree in everything but the order of rows in the query and key projections. We turn neighbouring
-channels (2i, 2i + 1) of a head together, as Meta's weights have it; Hugging Face turns channels (i, i + E / 2)
-of a head of width E. So its row i is our row 2i, and its row i + E / 2 our row 2i + 1 (``permute`` in
-transformers' ``convert_llama_weights_to_hf.py``). Values are not touched.
+channels (2i, 2i + 1) of a head together, as Meta's weights have it; Hugging Face turns channels i and
+i + E / 2 of a head of width E. So its row i is our row 2i, and its row i + E / 2 our row 2i + 1 (``permute``
+in transformers' ``convert_llama_weights_to_hf.py``). Values are not touched.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class HfTensor:
     hf_name: str
     shape: tuple[int, ...]
     row_order: tuple[int, ...] = ()
-    """Within every len(row_order) rows, Hugging Face's row i is our row row_order[i]; empty: the same rows."""
+    """Within every len(row_order) rows, their row i is our row row_order[i]; empty: the same rows."""
 
 
 def tensor_map(config: ModelConfig) -> list[HfTensor]:
@@ -217,5 +217,7 @@ def _rope(hf: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
     if kind == "default":
         return found, []
     if kind != "llama3":
-        return found, [Fault(f"{key}.rope_type", f"is {kind!r}", "only 'default' and 'llama3' can be imported")]
+        return found, [
+            Fault(f"{key}.rope_type", f"is {kind!r}", "only 'default' and 'llama3' can be imported")
+        ]
     return {**found, "rope_scaling": {name: table[name] for name in _LLAMA3 if name in table}}, []
