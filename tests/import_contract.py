@@ -33,6 +33,7 @@ NO_TORCH = (
     *("checkpoint.holder", "checkpoint.timeline", "checkpoint.rollback", "checkpoint.fork"),
     *("checkpoint.quota", "checkpoint.run_record", "checkpoint.keep", "checkpoint.pins", "checkpoint.holds"),
     *("checkpoint.digest", "checkpoint.step_view", "checkpoint.shard_header", "checkpoint.compare"),
+    *("checkpoint.export", "checkpoint.import_weights", "checkpoint.float_cast", "model.hf"),
 )
 # Not when they are imported; a command or a device may ask for it later.
 NO_TORCH_AT_IMPORT = ("cli", "telemetry")

@@ -16,7 +16,7 @@ import torch
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import fork as forking
-from kempnerforge.checkpoint import layout, lease, manifest, receipt, rollback, run_record, timeline
+from kempnerforge.checkpoint import layout, lease, manifest, receipt, rollback, run_record, space, timeline
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.manifest import Provenance
 from kempnerforge.checkpoint.receipt import Receipt
@@ -404,7 +404,7 @@ def test_a_fork_that_cannot_be_leaves_nothing(run: Path, tmp_path: Path, case: s
 def test_a_fork_that_does_not_fit_is_not_begun(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forking.space, "RESERVE_FILES", 1 << 62)
+    monkeypatch.setattr(space, "RESERVE_FILES", 1 << 62)
     with pytest.raises(NoSpaceError, match="would not fit"):
         forking.fork(run / "checkpoints" / "step_00000008", tmp_path / "new", link=False, progress=quiet)
     assert not list(tmp_path.glob("*new*"))

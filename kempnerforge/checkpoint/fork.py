@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +11,11 @@ from pathlib import Path
 import tomli
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, layout, manifest, run_record, space
+from kempnerforge.checkpoint import holds, layout, manifest, new_folder, run_record
 from kempnerforge.checkpoint.digest import FileRecord, VerifiedFile
 from kempnerforge.checkpoint.manifest import Manifest
-from kempnerforge.checkpoint.quota import read_quotas
 from kempnerforge.checkpoint.run_record import Parent
-from kempnerforge.errors import NoSpaceError, RunFolderError, StepNotFoundError
+from kempnerforge.errors import RunFolderError, StepNotFoundError
 
 Progress = Callable[[int, int], None]
 """Told bytes done and bytes in all."""
@@ -51,22 +49,22 @@ def fork(step_folder: Path, run_dir: Path, *, link: bool, progress: Progress) ->
     Raises StepNotFoundError, DamagedCheckpointError, NoSpaceError, RunFolderError.
     """
     step_folder, run_dir = step_folder.resolve(), Path(os.path.abspath(run_dir))
-    building = run_dir.with_name(f".{run_dir.name}.fork")
     found, step = _read_parent(step_folder)
     with holds.hold(step_folder, what="kempnerforge ckpt fork"):
         try:
-            _begin(run_dir, building)
-        except OSError as error:
-            raise RunFolderError(f"{run_dir} cannot be made: {error}") from error
-        try:
-            if not link:
-                _require_room(building, found)
-            forked = _fill(step_folder, found, step, building, link=link, progress=progress)
-            fsio.publish(building, run_dir)
+            with new_folder.begin(run_dir, what="fork", purpose="a new run's folder") as building:
+                if not link:
+                    new_folder.require_room(
+                        building,
+                        found.size_bytes,
+                        len(found.files),
+                        what="fork",
+                        hint=", or link the files (--link)",
+                    )
+                forked = _fill(step_folder, found, step, building, link=link, progress=progress)
+                fsio.publish(building, run_dir)
         except OSError as error:
             raise RunFolderError(f"{step_folder} could not be forked into {run_dir}: {error}") from error
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     return replace(forked, run_dir=run_dir)
 
 
@@ -83,26 +81,6 @@ def _read_parent(step_folder: Path) -> tuple[Manifest, int]:
     if found.provenance.step is None:
         raise StepNotFoundError(f"{step_folder} was not saved by a run: its manifest names no step")
     return found, found.provenance.step
-
-
-def _begin(run_dir: Path, building: Path) -> None:
-    if run_dir.exists() or run_dir.is_symlink():
-        raise RunFolderError(f"{run_dir} exists; a fork makes a new run's folder. Give another name")
-    fsio.make_folder(run_dir.parent)
-    try:
-        building.mkdir()
-    except FileExistsError:
-        raise RunFolderError(
-            f"{building} exists: another fork is making it, or was killed. If none is running, delete it"
-        ) from None
-
-
-def _require_room(building: Path, found: Manifest) -> None:
-    verdict = space.check(
-        building, found.size_bytes, needed_files=len(found.files), quotas=read_quotas(building)
-    )
-    if not verdict.fits:
-        raise NoSpaceError(f"the fork would not fit: {verdict}. Free some space, or link the files (--link)")
 
 
 def _fill(

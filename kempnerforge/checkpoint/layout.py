@@ -13,6 +13,8 @@ TRAIN_STATE = "train_state.json"
 CONFIG = "config.toml"
 LATEST = "latest"
 SHARD_SUFFIX = ".safetensors"
+MODEL_PREFIX = "model."
+"""What the names of a model's tensors begin with in a checkpoint."""
 
 _MORE_LISTINGS = 4
 

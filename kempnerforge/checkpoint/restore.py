@@ -126,8 +126,9 @@ class Restorer:
         provenance = found.manifest.provenance
         result.cursor = "restored" if "data" in parts else "start"
         result.not_loaded = [part for part in ALL_PARTS if part not in parts]
-        result.layout_changes = receipt.changes(provenance.layout, self._context.layout)
-        result.version_changes = receipt.changes(provenance.versions, self._context.versions)
+        if saved_by_run := bool(provenance.layout):  # imported weights have no layout that could differ
+            result.layout_changes = receipt.changes(provenance.layout, self._context.layout)
+            result.version_changes = receipt.changes(provenance.versions, self._context.versions)
         result.data_changes = loaded.data_changes
         result.size_bytes = found.manifest.size_bytes
         result.load_s = loaded.load_s
@@ -137,6 +138,8 @@ class Restorer:
             )
         if found.config_toml and self._context.config_toml:
             before, now = tomli.loads(found.config_toml), tomli.loads(self._context.config_toml)
+            if not saved_by_run:
+                now = {section: table for section, table in now.items() if section in before}
             result.config_changes = receipt.changes(receipt.flatten(before), receipt.flatten(now))
         if "data" in parts and not result.data_changes:
             self._prove_next_batch(found, loaded, state, result)

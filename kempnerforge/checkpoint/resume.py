@@ -7,6 +7,7 @@ is renamed. A *mismatch* means that the config cannot fit: the run stops and say
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -192,6 +193,7 @@ def load(
             {"model": MODEL, "optimizer": OPTIMIZER}[p] for p in parts if p in ("model", "optimizer")
         )
         wanted = {name: tensor for name, tensor in state.tensors().items() if name.startswith(prefixes)}
+        _check_parts(parts, wanted, loaded.reader)
         check_fits(wanted, loaded.reader, prefixes, elsewhere=state.names_elsewhere())
         if "data" in parts:
             loaded.data_changes = _data_changes(loaded.reader, state, context)
@@ -206,6 +208,24 @@ def load(
         return loaded
 
     return with_retries(read, what=str(found.path))
+
+
+def _check_parts(parts: Sequence[str], wanted: Mapping[str, torch.Tensor], reader: SafetensorsReader) -> None:
+    """Raise MismatchError when the step has nothing of a part that is asked for: it holds weights only.
+
+    Generators may be missing: they are derived then, as under another layout.
+    """
+    kinds = {name.partition(".")[0] for name in (*reader.index, *reader.objects)}
+    keys = {"optimizer": "optimizer", "scheduler": "step", "data": "data", "rng": "rng"}
+    absent = [part for part, key in keys.items() if key not in kinds]
+    if not any(name.startswith(OPTIMIZER) for name in wanted):
+        absent = [part for part in absent if part != "optimizer"]
+    if any(part in absent and part != "rng" for part in parts):
+        given = json.dumps(absent, separators=(",", ":"))
+        raise MismatchError(
+            f"{reader.path} has no {', '.join(absent)}. A new run can begin from what it has, with it as "
+            f"checkpoint.load_path and --checkpoint.exclude_from_loading='{given}'"
+        )
 
 
 def check_fits(

@@ -19,7 +19,7 @@ HeaderEntry = tuple[str, Chunk]
 """dtype, and the chunk as the index would have it."""
 
 
-def read(path: Path) -> dict[str, HeaderEntry]:
+def read(path: Path, *, sharded: bool = True) -> dict[str, HeaderEntry]:
     """``decode`` the header of the file at ``path``. Raises ValueError, OSError."""
     with open(path, "rb") as file:
 
@@ -27,15 +27,18 @@ def read(path: Path) -> dict[str, HeaderEntry]:
             file.seek(begin)
             return file.read(end - begin)
 
-        return decode(path.name, read_bytes, os.fstat(file.fileno()).st_size)
+        return decode(path.name, read_bytes, os.fstat(file.fileno()).st_size, sharded=sharded)
 
 
-def decode(name: str, read_bytes: Callable[[int, int], bytes], size_bytes: int) -> dict[str, HeaderEntry]:
+def decode(
+    name: str, read_bytes: Callable[[int, int], bytes], size_bytes: int, *, sharded: bool = True
+) -> dict[str, HeaderEntry]:
     """Name -> dtype and chunk of everything in the shard ``name``, which has ``size_bytes``.
 
     Raises ValueError, saying what is wrong, for a file that is not laid out as format 1 says: tensors one
-    after the other without gaps up to the end of the file, each listed in DCP's sharding entry. What
-    ``read_bytes`` (from, up to) raises comes as it is.
+    after the other without gaps up to the end of the file, each listed in DCP's sharding entry. Without
+    ``sharded`` it is a safetensors file of anyone's, in which every tensor is whole. What ``read_bytes``
+    (from, up to) raises comes as it is.
     """
     if size_bytes < 8:
         raise ValueError("it is too short to have a header")
@@ -49,7 +52,11 @@ def decode(name: str, read_bytes: Callable[[int, int], bytes], size_bytes: int) 
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"its header cannot be parsed ({error})") from None
     try:
-        offsets = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
+        metadata = header.pop("__metadata__", {})
+        if sharded:
+            offsets = json.loads(metadata["DCP_SHARDING_INFO"])
+        else:
+            offsets = {tensor: {"saved_offsets": [0] * len(body["shape"])} for tensor, body in header.items()}
         found = {tensor: _entry(name, tensor, body, offsets, data_begin) for tensor, body in header.items()}
     except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"its header lacks something or has it in another form ({error!r})") from None

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kempnerforge.checkpoint import rng
+from kempnerforge.checkpoint import layout, rng
 from kempnerforge.checkpoint.optimizer_state import make_state
 
-MODEL, OPTIMIZER = "model.", "optimizer."
+MODEL, OPTIMIZER = layout.MODEL_PREFIX, "optimizer."
 
 
 def rng_name(rank: int) -> str:

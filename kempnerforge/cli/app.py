@@ -32,6 +32,12 @@ def _data() -> typer.Typer:
     return data.app
 
 
+def _import() -> typer.Typer:
+    from kempnerforge.cli import weights
+
+    return weights.import_app
+
+
 def _report() -> typer.Typer:
     from kempnerforge.cli import report
 
@@ -48,6 +54,7 @@ GROUPS: dict[str, Callable[[], typer.Typer]] = {
     "ckpt": _ckpt,
     "config": _config,
     "data": _data,
+    "import": _import,
     "report": _report,
     "unblock": _unblock,
 }

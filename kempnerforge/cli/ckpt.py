@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from kempnerforge.cli import ckpt_check, ckpt_keep, ckpt_list, ckpt_look, timeline
+from kempnerforge.cli import ckpt_check, ckpt_keep, ckpt_list, ckpt_look, timeline, weights
 
 app = typer.Typer(help="Look at, check, compare and prune checkpoints.", no_args_is_help=True)
 
@@ -24,5 +24,6 @@ for command in (
     ckpt_look.du,
     timeline.rollback,
     timeline.fork,
+    weights.export,
 ):
     app.command()(command)

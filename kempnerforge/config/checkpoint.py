@@ -95,3 +95,6 @@ class CheckpointConfig(Section):
 
     max_failed_saves: AtLeastOne = 3
     """Failed saves in a row after which the run stops."""
+
+    export_dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
+    """Type of the weights that `kempnerforge ckpt export` writes unless told otherwise; fp32 is exact."""

@@ -1,0 +1,264 @@
+"""The weights of a step as a Hugging Face folder, whatever layout they were saved under.
+
+The step's files are read once each, in the order of their bytes, block by verified block; every piece of a
+block goes straight to its places in the new files. So memory is a few blocks, whatever the size of the model
+and of its tensors, and no block is read twice however many ranks share a tensor. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import hf_folder, layout, new_folder
+from kempnerforge.checkpoint.digest import VerifiedFile
+from kempnerforge.checkpoint.float_cast import FLOATS, cast
+from kempnerforge.checkpoint.hf_folder import MappedTensor, PlannedFile
+from kempnerforge.checkpoint.index import ITEM_BYTES, Chunk, TensorEntry
+from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.errors import DamagedCheckpointError, MismatchError, RunFolderError
+
+Progress = Callable[[int, int], None]
+"""Told bytes done and bytes in all."""
+
+PIECE_BYTES = 4 << 20
+_MAX_OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made."""
+
+    path: Path
+    dtype: str
+    """Safetensors name."""
+    num_parameters: int
+    size_bytes: int
+    """Of all files."""
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a tensor goes."""
+
+    tensor: MappedTensor
+    source_dtype: str
+    file: str
+    begin: int
+    """Byte of its first element."""
+
+
+def export(
+    view: StepView,
+    out: Path,
+    tensors: Sequence[MappedTensor],
+    *,
+    dtype: str,
+    small_files: Mapping[str, bytes],
+    max_shard_bytes: int = hf_folder.SHARD_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> Exported:
+    """Write the weights of a step, cast to ``dtype`` (safetensors name), and ``small_files``, as ``out``.
+
+    ``tensors`` has to name every weight of the step. Who calls holds the step against retention. The folder
+    appears by a rename, complete and durable. Raises RunFolderError when it exists or cannot be written,
+    MismatchError, DamagedCheckpointError, NoSpaceError; OSError when the step cannot be read.
+    """
+    entries = view.tensors()
+    _check_fits(view, entries, tensors)
+    files = hf_folder.plan_files(tensors, dtype, max_shard_bytes)
+    small = {hf_folder.INDEX: hf_folder.index_json(files), **small_files}
+    size_bytes = sum(file.size_bytes for file in files) + sum(map(len, small.values()))
+    out = Path(os.path.abspath(out))
+    with new_folder.begin(out, what="export", purpose="a new folder") as building:
+        new_folder.require_room(building, size_bytes, len(files) + len(small), what="export")
+        for file in files:
+            _create(building / file.name, file)
+        _copy(view, building, _targets(entries, tensors, files), dtype, progress)
+        for file in files:
+            _sync(building / file.name)
+        for name, data in small.items():
+            fsio.write_new_file(building / name, data)
+        fsio.fsync_folder(building)
+        fsio.publish(building, out)
+    num_parameters = sum(_numel(tensor.shape) for tensor in tensors)
+    return Exported(out, dtype, num_parameters, size_bytes, (*(file.name for file in files), *small))
+
+
+def _check_fits(view: StepView, entries: Mapping[str, TensorEntry], tensors: Sequence[MappedTensor]) -> None:
+    """Raise MismatchError unless the step has exactly these weights, in floating point."""
+    problems, wanted = [], set()
+    for tensor in tensors:
+        name = layout.MODEL_PREFIX + tensor.name
+        wanted.add(name)
+        entry = entries.get(name)
+        if entry is None:
+            problems.append(f"{name} is not in the checkpoint")
+        elif entry.shape != tensor.shape:
+            problems.append(f"{name} has shape {entry.shape}, by the config {tensor.shape}")
+        elif entry.dtype not in FLOATS:
+            problems.append(f"{name} is {entry.dtype}; {', '.join(FLOATS)} can be exported")
+    extra = [name for name in entries if name.startswith(layout.MODEL_PREFIX) and name not in wanted]
+    problems += [f"{name} has no name in Hugging Face's Llama" for name in extra]
+    if problems:
+        raise MismatchError(f"{view.path} cannot be exported:{hf_folder.listed(problems)}")
+
+
+def _targets(
+    entries: Mapping[str, TensorEntry], tensors: Sequence[MappedTensor], files: Sequence[PlannedFile]
+) -> dict[str, list[tuple[Chunk, _Target]]]:
+    """File of the step -> its chunks and where they go, in the order of their bytes."""
+    places = {name: (file.name, begin) for file in files for name, begin in file.begins.items()}
+    found: dict[str, list[tuple[Chunk, _Target]]] = {}
+    for tensor in tensors:
+        entry = entries[layout.MODEL_PREFIX + tensor.name]
+        target = _Target(tensor, entry.dtype, *places[tensor.hf_name])
+        for chunk in entry.chunks:
+            found.setdefault(chunk.file, []).append((chunk, target))
+    return {
+        name: sorted(pairs, key=lambda pair: (pair[0].begin, pair[0].end))
+        for name, pairs in sorted(found.items())
+    }
+
+
+def _copy(
+    view: StepView,
+    building: Path,
+    work: Mapping[str, Sequence[tuple[Chunk, _Target]]],
+    dtype: str,
+    progress: Progress,
+) -> None:
+    done = 0
+    total = sum(chunk.end - chunk.begin for pairs in work.values() for chunk, _ in pairs)
+    outputs = _Outputs(building)
+    try:
+        for name, pairs in work.items():
+            record = view.manifest.files.get(name)
+            if record is None:
+                raise DamagedCheckpointError(f"{view.path.name} is damaged: {name} is not in the manifest")
+            with VerifiedFile(view.path / name, record) as source:
+                for chunk, target in pairs:
+                    at = chunk.begin
+                    for part in _pieces(source, chunk):
+                        _write(part, at, chunk, target, dtype, outputs)
+                        at += part.nbytes
+                        done += part.nbytes
+                        progress(done, total)
+    finally:
+        outputs.close()
+
+
+def _pieces(source: VerifiedFile, chunk: Chunk) -> Iterator[memoryview]:
+    """The verified bytes of a chunk, small enough to be cast in the processor's cache."""
+    for part in source.parts(chunk.begin, chunk.end):
+        for begin in range(0, part.nbytes, PIECE_BYTES):
+            yield part[begin : begin + PIECE_BYTES]
+
+
+def _write(part: memoryview, at: int, chunk: Chunk, target: _Target, dtype: str, outputs: _Outputs) -> None:
+    """Cast ``part``, which begins at byte ``at`` of the chunk's file, and write its runs to their places."""
+    item, out_item = ITEM_BYTES[target.source_dtype], ITEM_BYTES[dtype]
+    first = (at - chunk.begin) // item
+    try:
+        data = cast(np.frombuffer(part, dtype=np.uint8), target.source_dtype, dtype).data
+    except OverflowError as error:
+        raise MismatchError(
+            f"{target.tensor.name} holds {error}, which {dtype} cannot; export it with another --dtype"
+        ) from None
+    fd = outputs.open(target.file)
+    for place, begin, end in _runs(chunk, target.tensor, first, first + part.nbytes // item):
+        run = data[(begin - first) * out_item : (end - first) * out_item]
+        outputs.write_at(fd, run, target.begin + place * out_item)
+
+
+def _runs(chunk: Chunk, tensor: MappedTensor, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Elements ``first`` to ``last`` of a chunk, in the order of its box, cut where they part in the new one.
+
+    Yields (element of the new tensor, first, last), each contiguous in both.
+    """
+    width, box_width = _numel(tensor.shape[1:]), _numel(chunk.sizes[1:])
+    order = tensor.row_order
+    row_0 = chunk.offsets[0]
+    if width == box_width and not order:
+        yield row_0 * width + first, first, last
+        return
+    column = chunk.offsets[1]
+    place_of = {ours: theirs for theirs, ours in enumerate(order)}
+    while first < last:
+        row, at = divmod(first, box_width)
+        end = min(last, (row + 1) * box_width)
+        row += row_0
+        if order:
+            group, inside = divmod(row, len(order))
+            row = group * len(order) + place_of[inside]
+        yield row * width + column + at, first, end
+        first = end
+
+
+def _numel(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _create(path: Path, file: PlannedFile) -> None:
+    try:
+        with open(path, "xb") as new:
+            new.write(file.header)
+            new.truncate(file.size_bytes)
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise _not_written(path, error) from error
+    finally:
+        os.close(fd)
+
+
+def _not_written(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(f"{path} cannot be written: {error}. Nothing was left behind")
+
+
+class _Outputs:
+    """Files that are written here and there, of which the last used stay open."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def open(self, name: str) -> int:
+        """A descriptor of the file ``name``, valid until the next call."""
+        fd = self._open.pop(name, None)
+        if fd is None:
+            fd = os.open(self._folder / name, os.O_WRONLY | os.O_CLOEXEC)
+        self._open[name] = fd
+        if len(self._open) > _MAX_OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        return fd
+
+    def write_at(self, fd: int, data: memoryview, offset: int) -> None:
+        """Write all of ``data``. Raises RunFolderError."""
+        try:
+            while data.nbytes:
+                written = os.pwrite(fd, data, offset)
+                data, offset = data[written:], offset + written
+        except OSError as error:
+            raise _not_written(self._folder, error) from error
+
+    def close(self) -> None:
+        """Close what is open."""
+        for fd in self._open.values():
+            os.close(fd)

@@ -1,0 +1,201 @@
+"""A Hugging Face folder as a committed checkpoint that holds weights only. Needs no torch.
+
+Weights become fp32, the type that training keeps them in, and are written in the order of the new files, a
+few megabytes at a time: memory does not depend on the size of the model or of its tensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import hf_folder, layout, new_folder
+from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, PlannedFile, PlannedItem, commit
+from kempnerforge.checkpoint.digest import DigestingFile
+from kempnerforge.checkpoint.float_cast import FLOATS, cast
+from kempnerforge.checkpoint.hf_folder import MappedTensor, Stored
+from kempnerforge.checkpoint.index import ITEM_BYTES
+from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.shards import ShardItem, plan_image
+from kempnerforge.errors import DamagedCheckpointError, MismatchError
+
+Progress = Callable[[int, int], None]
+"""Told bytes done and bytes in all."""
+
+DTYPE = "F32"
+PIECE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import made."""
+
+    path: Path
+    num_parameters: int
+    size_bytes: int
+    """Of all files."""
+    num_files: int
+    """That hold weights."""
+
+
+def import_weights(
+    source: Path,
+    out: Path,
+    tensors: Sequence[MappedTensor],
+    *,
+    redundant: Mapping[str, str],
+    config_toml: str,
+    progress: Progress = lambda done, total: None,
+) -> Imported:
+    """Make ``out`` a checkpoint of format 1, at step 0, of the weights in the Hugging Face folder ``source``.
+
+    ``redundant``: names that ``source`` may have beside ``tensors`` -> the name whose bytes they repeat, or
+    an empty string when they need not be looked at. The checkpoint appears by a rename, complete and durable.
+    Raises MismatchError, StepNotFoundError, DamagedCheckpointError, RunFolderError when ``out`` exists or
+    cannot be made, NoSpaceError; OSError as it comes.
+    """
+    stored = hf_folder.find_tensors(source)
+    _check_fits(source, stored, tensors, redundant)
+    files = _plan(tensors)
+    expected = Expected(tuple(files))
+    of_ours = {layout.MODEL_PREFIX + tensor.name: tensor for tensor in tensors}
+    total, done = sum(_size_bytes(stored[tensor.hf_name]) for tensor in tensors), 0
+
+    def advance(size_bytes: int) -> None:
+        nonlocal done
+        done += size_bytes
+        progress(done, total)
+
+    out = Path(os.path.abspath(out))
+    with new_folder.begin(out, what="import", purpose="a new checkpoint's folder") as building:
+        new_folder.require_room(building, expected.size_bytes, len(files) + 4, what="import")
+        reports = {file.name: _write_file(building, file, of_ours, stored, advance) for file in files}
+        contents = Contents(
+            Provenance(step=0, reason="import"),
+            {"imported_from": {"format": "hf", "path": str(source.resolve())}},
+            config_toml,
+        )
+        size_bytes = commit(building, out, expected=expected, reports=reports, contents=contents)
+    num_parameters = sum(
+        _size_bytes(stored[one.hf_name]) // _item_bytes(stored[one.hf_name]) for one in tensors
+    )
+    return Imported(out, num_parameters, size_bytes, len(files))
+
+
+def _check_fits(
+    source: Path, stored: Mapping[str, Stored], tensors: Sequence[MappedTensor], redundant: Mapping[str, str]
+) -> None:
+    """Raise MismatchError unless ``source`` has exactly these tensors, in floating point."""
+    problems = []
+    for tensor in tensors:
+        found = stored.get(tensor.hf_name)
+        if found is None:
+            problems.append(f"{tensor.hf_name} is missing")
+        elif found.shape != tensor.shape:
+            problems.append(f"{tensor.hf_name} has shape {found.shape}, by config.json {tensor.shape}")
+        elif found.dtype not in FLOATS:
+            problems.append(f"{tensor.hf_name} is {found.dtype}; {', '.join(FLOATS)} can be imported")
+    known = {tensor.hf_name for tensor in tensors}
+    for name in sorted(stored.keys() - known):
+        if name not in redundant:
+            problems.append(f"{name} is no weight of a Llama")
+        elif (twin := redundant[name]) and not problems and not _same_bytes(stored[name], stored[twin]):
+            problems.append(f"{name} differs from {twin}, and config.json ties them (tie_word_embeddings)")
+    if problems:
+        raise MismatchError(f"{source} cannot be imported:{hf_folder.listed(problems)}")
+
+
+def _plan(tensors: Sequence[MappedTensor]) -> list[PlannedFile]:
+    """Files of at most 5 GB: many of them can be read by many ranks at once."""
+    tensors = sorted(tensors, key=lambda tensor: tensor.name)
+    items = [
+        PlannedItem(
+            ShardItem(layout.MODEL_PREFIX + one.name, DTYPE, (0,) * len(one.shape), one.shape), one.shape
+        )
+        for one in tensors
+    ]
+    groups = hf_folder.group_by_size([one.item.size_bytes for one in items], hf_folder.SHARD_BYTES)
+    return [
+        PlannedFile(layout.shard_name(number, len(groups)), tuple(items[place] for place in group))
+        for number, group in enumerate(groups)
+    ]
+
+
+def _write_file(
+    building: Path,
+    file: PlannedFile,
+    of_ours: Mapping[str, MappedTensor],
+    stored: Mapping[str, Stored],
+    advance: Callable[[int], None],
+) -> FileReport:
+    image = plan_image(file.shard_items)
+    new = DigestingFile(building / file.name)
+    try:
+        new.write(memoryview(image.header))
+        for place in image.order:
+            tensor = of_ours[file.items[place].item.name]
+            _write_tensor(new, tensor, stored[tensor.hf_name], advance)
+        record = new.finish()
+    finally:
+        new.close()
+    return FileReport(record, xxhash.xxh3_128_hexdigest(image.header))
+
+
+def _write_tensor(
+    new: DigestingFile, tensor: MappedTensor, source: Stored, advance: Callable[[int], None]
+) -> None:
+    """Some rows at a time, always whole groups of those that change places among each other."""
+    order = np.argsort(tensor.row_order)
+    group = max(1, len(order))
+    group_bytes = group * _item_bytes(source)
+    for size in source.shape[1:]:
+        group_bytes *= size
+    fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        begin, end = source.begin, source.begin + _size_bytes(source)
+        step = max(1, PIECE_BYTES // group_bytes) * group_bytes
+        for at in range(begin, end, step):
+            data = _read(fd, source, at, min(at + step, end))
+            if len(order):
+                data = data.reshape(-1, len(order), group_bytes // len(order))[:, order].reshape(-1)
+            new.write(cast(data, source.dtype, DTYPE).data)
+            advance(data.nbytes)
+    finally:
+        os.close(fd)
+
+
+def _same_bytes(one: Stored, other: Stored) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open(one.path, "rb") as file, open(other.path, "rb") as twin:
+        size_bytes = _size_bytes(one)
+        for at in range(0, size_bytes, PIECE_BYTES):
+            end = min(at + PIECE_BYTES, size_bytes)
+            data = _read(file.fileno(), one, one.begin + at, one.begin + end)
+            if not np.array_equal(data, _read(twin.fileno(), other, other.begin + at, other.begin + end)):
+                return False
+    return True
+
+
+def _read(fd: int, source: Stored, begin: int, end: int) -> np.ndarray:
+    data = np.empty(end - begin, dtype=np.uint8)
+    if fsio.read_range(fd, data.data, begin) < data.nbytes:
+        raise DamagedCheckpointError(f"{source.path} ends before byte {end}")
+    return data
+
+
+def _item_bytes(source: Stored) -> int:
+    return ITEM_BYTES[source.dtype]
+
+
+def _size_bytes(source: Stored) -> int:
+    size_bytes = _item_bytes(source)
+    for size in source.shape:
+        size_bytes *= size
+    return size_bytes

@@ -1,0 +1,51 @@
+"""A folder that is under its name only when it is complete: made beside it, hidden, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import space
+from kempnerforge.checkpoint.quota import read_quotas
+from kempnerforge.errors import NoSpaceError, RunFolderError
+
+
+@contextlib.contextmanager
+def begin(final: Path, *, what: str, purpose: str) -> Iterator[Path]:
+    """A hidden folder beside ``final`` to fill and then to ``fsio.publish``; what is left of it is deleted.
+
+    ``what`` is a word for the work, such as ``fork``; ``purpose`` says what it makes. A kill leaves the
+    hidden folder, and the next try says so. Raises RunFolderError when ``final`` exists or cannot be made.
+    """
+    building = final.with_name(f".{final.name}.{what}")
+    article = "an" if what[0] in "aeiou" else "a"
+    if final.exists() or final.is_symlink():
+        raise RunFolderError(f"{final} exists; {article} {what} makes {purpose}. Give another name")
+    try:
+        fsio.make_folder(final.parent)
+        _make(building, what)
+    except OSError as error:
+        raise RunFolderError(f"{final} cannot be made: {error}") from error
+    try:
+        yield building
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _make(building: Path, what: str) -> None:
+    try:
+        building.mkdir()
+    except FileExistsError:
+        raise RunFolderError(
+            f"{building} exists: another {what} is making it, or was killed. If none is running, delete it"
+        ) from None
+
+
+def require_room(building: Path, size_bytes: int, num_files: int, *, what: str, hint: str = "") -> None:
+    """Raise NoSpaceError when that much does not fit where ``building`` is."""
+    verdict = space.check(building, size_bytes, needed_files=num_files, quotas=read_quotas(building))
+    if not verdict.fits:
+        raise NoSpaceError(f"the {what} would not fit: {verdict}. Free some space{hint}")
