@@ -3,9 +3,9 @@
     with Cluster(folder) as cluster:
         job = cluster.run("sbatch", "--parsable", "--wrap=hostname").strip()
 
-Nothing outside the folder is read or written: it has its own munge key and socket, its own configuration and its
-own state. The two nodes share this host's real cores but claim many, so that several jobs fit beside each other;
-their GPUs are terminals, which is enough for SLURM to count them.
+Nothing outside the folder is read or written: it has its own munge key and socket, its own configuration
+and its own state. The nodes share this host's cores but claim many, so that several jobs fit beside each
+other; their GPUs are terminals, which is enough for SLURM to count them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
 KILL_WAIT_S = 20
 GRACE_S = 60
 
@@ -60,15 +60,17 @@ MinJobAge=600
 ReturnToService=2
 SlurmdTimeout=600
 MailProg=/bin/true
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={node_ports[0]} {node}
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={node_ports[1]} {node}
-PartitionName=main Nodes=n1,n2 Default=YES PreemptMode=OFF PriorityTier=5
-PartitionName=low Nodes=n1,n2 GraceTime=0 PriorityTier=1
-PartitionName=low_with_grace Nodes=n1,n2 GraceTime={grace_s} PriorityTier=1
-PartitionName=high Nodes=n1,n2 PreemptMode=OFF PriorityTier=9
+{nodes}
+PartitionName=main Nodes=ALL Default=YES PreemptMode=OFF PriorityTier=5
+PartitionName=low Nodes=ALL GraceTime=0 PriorityTier=1
+PartitionName=low_with_grace Nodes=ALL GraceTime={grace_s} PriorityTier=1
+PartitionName=high Nodes=ALL PreemptMode=OFF PriorityTier=9
 """
-NODE = "CPUs=32 RealMemory=1000 Gres=gpu:4 State=UNKNOWN"
-GRES = "NodeName=n[1-2] Name=gpu File=/dev/tty[1-4]\n"
+NODE = (
+    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
+    "CPUs=32 RealMemory=1000 Gres=gpu:4 State=UNKNOWN"
+)
+GRES = "NodeName=n[1-3] Name=gpu File=/dev/tty[1-4]\n"
 
 
 def missing_programs() -> list[str]:
@@ -83,7 +85,11 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environ = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("SLURM_", "SBATCH_"))
+            },
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
         }
@@ -119,7 +125,7 @@ class Cluster:
 
     def close(self) -> None:
         """End jobs, daemons and their children. May be called at any time, and twice."""
-        if len(self._daemons) > 2:
+        if len(self._daemons) > 1:
             self.run("scancel", "--signal=KILL", "--full", "--user", str(os.getuid()), check=False)
             self.run("scancel", "--user", str(os.getuid()), check=False)
         for daemon in reversed(self._daemons):
@@ -152,15 +158,16 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        ports = _free_ports(3)
+        ports = _free_ports(1 + len(NODES))
         (self.folder / "gres.conf").write_text(GRES)
         (self.folder / "slurm.conf").write_text(
             CONF.format(
                 folder=self.folder,
                 user=_user(),
                 controller_port=ports[0],
-                node_ports=ports[1:],
-                node=NODE,
+                nodes="\n".join(
+                    NODE.format(name=name, port=port) for name, port in zip(NODES, ports[1:], strict=True)
+                ),
                 kill_wait_s=KILL_WAIT_S,
                 grace_s=GRACE_S,
             )
@@ -183,7 +190,12 @@ class Cluster:
         with open(self.folder / f"{len(self._daemons)}.{command[0]}.out", "wb") as out:
             self._daemons.append(
                 subprocess.Popen(
-                    command, env=self.environ, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=self.folder
+                    command,
+                    env=self.environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    cwd=self.folder,
                 )
             )
 

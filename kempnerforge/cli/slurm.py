@@ -72,8 +72,18 @@ def decide_for(job: SlurmJob, run_dir: Path) -> Decision:
         job_state=slurm_job.state(job.job_id),
         status=mine["status"] if mine else None,
         reason=mine["reason"] if mine else "",
+        asked=_asked(job, run_dir),
         lost_nodes=slurm_job.lost_nodes(job.node_names),
     )
+
+
+def _asked(job: SlurmJob, run_dir: Path) -> str:
+    """The batch shell's traps write the signal into the stop file; of a GraceTime it hears nothing."""
+    stop_file = run_dir / "stop.request"
+    word = stop_file.read_text().strip() if stop_file.exists() else ""
+    if word.startswith("SIG"):
+        return word
+    return "preempted" if slurm_job.is_preempted(job.job_id) else ""
 
 
 def _try_to_exclude(job: SlurmJob, decision: Decision) -> None:
@@ -91,6 +101,9 @@ def _attempt(folder: Path) -> int:
 def _this_job() -> SlurmJob:
     job = slurm_job.this_job(os.environ)
     if job is None:
-        print("SLURM_JOB_ID is not set: this is for scripts of SLURM jobs. See: kempnerforge submit --help", file=sys.stderr)
+        print(
+            "SLURM_JOB_ID is not set: this is for scripts of SLURM jobs. See: kempnerforge submit --help",
+            file=sys.stderr,
+        )
         raise typer.Exit(EXIT_FAULT)
     return job

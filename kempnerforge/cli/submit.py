@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.run import PLACEHOLDER
@@ -16,16 +17,29 @@ from kempnerforge.errors import ConfigError, Fault, RunFolderError
 from kempnerforge.slurm import job as slurm_job
 from kempnerforge.slurm.script import Request, check_options, render
 
-FILE_NAME = {"job_id": "%j", "array_task_id": "%a"}
+app = typer.Typer(add_completion=False)
+SBATCH = "sbatch options"
 
 
+class _Submit(TyperCommand):
+    """Keeps what stands after ``--`` apart: those are options of sbatch. click would drop the mark."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        ctx.meta[SBATCH] = args[at + 1 :]
+        return super().parse_args(ctx, args[:at])
+
+
+@app.command(cls=_Submit, context_settings={"ignore_unknown_options": True})
 def submit(
     context: typer.Context,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")],
     time: Annotated[str, typer.Option(help="Time limit, as sbatch takes it: 24:00:00, 2-12.")],
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="FILE [--section.key=value ...] [-- SBATCH_OPTION ...]", help="The TOML file."),
+        typer.Argument(
+            metavar="FILE [--section.key=value ...] [-- SBATCH_OPTION ...]", help="The TOML file."
+        ),
     ],
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node; 0 trains on the CPU.")] = 1,
     processes_per_node: Annotated[
@@ -34,9 +48,9 @@ def submit(
     script: Annotated[Path, typer.Option(help="The training script.")] = Path("scripts/train.py"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and queue nothing.")] = False,
 ) -> None:
-    """Check FILE on NODES x GPUS, then train it as a SLURM job that goes on by itself until it is finished."""
-    given, sbatch_options = _split_sbatch_options(context, arguments)
-    positionals, overrides = split_positionals(given)
+    """Check FILE on this layout, then train it as a SLURM job that goes on by itself until it is finished."""
+    sbatch_options: list[str] = context.meta[SBATCH]
+    positionals, overrides = split_positionals(arguments)
     if not positionals:
         raise typer.BadParameter("FILE is missing")
     ranks = processes_per_node or max(1, gpus_per_node)
@@ -53,7 +67,7 @@ def submit(
         processes_per_node=ranks,
         time=time,
         train=[str(script), "--config", file, *overrides],
-        command=shlex.join(["kempnerforge", *sys.argv[1:]]),
+        command=shlex.join(["kempnerforge", *(word for word in sys.argv[1:] if word != "--dry-run")]),
         output=_log(job),
         bin_dir=str(Path(sys.executable).parent),
         sbatch_options=sbatch_options,
@@ -64,14 +78,6 @@ def submit(
         return
     _make_folder(Path(request.output).parent)
     _follow(slurm_job.submit(text), job, request)
-
-
-def _split_sbatch_options(context: typer.Context, arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before ``--`` and after it; click drops the mark, so it is found on the command line."""
-    if "--" not in sys.argv:
-        return arguments, []
-    after = sys.argv[sys.argv.index("--") + 1 :]
-    return arguments[: len(arguments) - len(after)], after
 
 
 def _log(job: JobConfig) -> str:
@@ -92,7 +98,7 @@ def _follow(job_id: str, job: JobConfig, request: Request) -> None:
     run_dir = job.run.dir or f"runs/{job.run.name}"
     log = request.output.replace("%j", job_id).replace("%x", request.name)
     for line in (
-        f"job {job_id}: {request.nodes} x {request.processes_per_node} processes, at most {request.time} a start",
+        f"job {job_id}: {request.nodes} x {request.processes_per_node} processes, {request.time} a start",
         f"  follow it     tail -F {log}",
         f"  its state     squeue -j {job_id}",
         f"  checkpoints   kempnerforge ckpt ls {run_dir}",

@@ -29,16 +29,18 @@ def decide(
     job_state: str,
     status: int | None,
     reason: str = "",
+    asked: str = "",
     lost_nodes: Sequence[str] = (),
     faulty_nodes: Sequence[str] = (),
 ) -> Decision:
     """Whether the job is put back into the queue.
 
     Args:
-        job_state: what ``squeue`` says. Anything but RUNNING means that SLURM itself is ending the job: it was
-            cancelled, or is being requeued already.
+        job_state: what ``squeue`` says. Anything but RUNNING means that SLURM itself is ending the job: it
+            was cancelled, or is being requeued already.
         status: the exit status that this attempt left in the run's folder; None when it left none.
         reason: what it said beside that.
+        asked: how SLURM asked this attempt to stop, as far as the job itself can tell; empty when it did not.
         lost_nodes: nodes of the job that SLURM takes for lost.
         faulty_nodes: nodes that the run's recorded faults name.
     """
@@ -56,6 +58,9 @@ def decide(
         if any(word in reason for word in BY_HAND) and "SIGTERM" not in reason and "SIGUSR1" not in reason:
             return Decision(False, end, f"it was stopped by hand ({reason})")
         return Decision(True, end, "work is left", bad)
+    if asked:
+        # It came before the trainer could handle signals, or broke a collective; its commits stand.
+        return Decision(True, end, f"it was asked to stop ({asked})", bad)
     if lost_nodes:
         return Decision(True, end, f"it lost {', '.join(lost_nodes)}", bad)
     if faulty_nodes:

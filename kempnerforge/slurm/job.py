@@ -58,6 +58,17 @@ def state(job_id: str) -> str:
     return ask("squeue", "--noheader", f"--jobs={job_id}", "--format=%T").strip()
 
 
+def is_preempted(job_id: str) -> bool:
+    """Whether the job lives only for what is left of its GraceTime."""
+    return parse_preempted(ask("scontrol", "-o", "show", "job", job_id))
+
+
+def parse_preempted(job_line: str) -> bool:
+    """The same, from the line of ``scontrol -o show job``; SLURM prints the time only where there is one."""
+    found = re.search(r"\bPreemptTime=(\S+)", job_line)
+    return found is not None and found[1] not in ("None", "N/A", "Unknown")
+
+
 def lost_nodes(node_names: Sequence[str]) -> list[str]:
     """Those of the nodes that SLURM takes for lost."""
     if not node_names:

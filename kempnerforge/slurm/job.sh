@@ -1,5 +1,6 @@
 #!/bin/bash
-# Trains one run, and goes on with it after preemption, time limits and lost nodes. Made by: @COMMAND@
+# Trains one run, and goes on with it after preemption, time limits and lost nodes. Made by:
+# @COMMAND@
 @SBATCH@
 # -- values ----------------------------------------------------------------------------------------------
 @PATH@processes_per_node=@PROCESSES@
@@ -19,15 +20,12 @@ first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol -o show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
 port=$((20000 + (SLURM_JOB_ID * 7 + restart) % 12000))
 
-# Handlers ask for a stop and return; what follows is decided when training has ended.
-stop() { # name of the signal
-    [[ -n $srun ]] || return
-    echo "$(date +%FT%T) $1: asking the run to save and stop"
-    echo "$1" >"$run_dir/stop.request"
-    kill -s "${1#SIG}" "$srun" # srun hands it to every torchrun, and that to its ranks
-}
-trap 'stop SIGUSR1' USR1
-trap 'stop SIGTERM' TERM
+# Handlers ask for a stop and return; what follows is decided when training has ended. SIGUSR1 comes to this shell
+# alone, so it is handed on: by srun to every torchrun, and by that to its ranks. SIGTERM is sent to all of them by
+# SLURM itself, and a second one would cut short what the first began.
+srun=
+trap 'echo SIGTERM >"$run_dir/stop.request"' TERM
+trap 'echo SIGUSR1 >"$run_dir/stop.request"; kill -s USR1 "$srun"' USR1
 
 srun --kill-on-bad-exit=0 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$processes_per_node" \
     --rdzv-backend c10d --rdzv-endpoint "$address:$port" --rdzv-id "$SLURM_JOB_ID-$restart" \
@@ -35,6 +33,7 @@ srun --kill-on-bad-exit=0 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$p
 srun=$!
 # A trap interrupts wait, so wait again. A foreground srun would put the traps off until it ends.
 while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done
-srun=
+trap '' TERM USR1 # nothing is left to stop, and requeueing sends SIGTERM
 
-@AFTER@
+# Puts the job back into the queue exactly when work is left and nobody cancelled it; else this is the job's status.
+kempnerforge slurm after "$run_dir"

@@ -1,4 +1,4 @@
-"""The sbatch script of a run, from one template; the files in ``slurm/`` of the repository are made by it too."""
+"""The sbatch script of a run, from one template. The files in ``slurm/`` are made by it too."""
 
 from __future__ import annotations
 
@@ -49,25 +49,17 @@ class Request:
 
 def render(request: Request) -> str:
     """The script."""
-    # Such a line may break a comment or a directive, and sbatch would run the rest.
-    values = [request.name, request.command, request.output, *request.sbatch_options, *request.train]
-    assert not any("\n" in value for value in values)
     path = f'PATH={shlex.quote(request.bin_dir)}:"$PATH"\n' if request.bin_dir else ""
     filled = {
-        "@COMMAND@": request.command,
+        # In one line: what follows a line break in a comment would be run.
+        "@COMMAND@": " ".join(request.command.splitlines()),
         "@SBATCH@": "\n".join(f"#SBATCH {option}" for option in _directives(request)),
         "@PATH@": path,
         "@PROCESSES@": str(request.processes_per_node),
         "@TRAIN@": " ".join(shlex.quote(word) for word in request.train),
-        "@AFTER@": AFTER,
     }
     pattern = re.compile("|".join(filled))
     return pattern.sub(lambda found: filled[found[0]], TEMPLATE.read_text(encoding="utf-8"))
-
-
-AFTER = """\
-# Puts the job back into the queue exactly when work is left and the job was not cancelled.
-kempnerforge slurm after "$run_dir\""""
 
 
 def _directives(request: Request) -> list[str]:
@@ -120,7 +112,9 @@ def option_faults(time: str, sbatch_options: Sequence[str]) -> list[Fault]:
     for option in sbatch_options:
         name = option.partition("=")[0]
         name = name if name.startswith("--") else name[:2]
-        if name in OWNED:
+        if len(option.splitlines()) > 1:
+            faults.append(Fault(repr(option), "has a line break", "write it in one line"))
+        elif name in OWNED:
             instead = f"write {OWNED[name]} before --" if OWNED[name] else "there is one task a node"
             faults.append(Fault(option, "decides the layout, which is checked before", instead))
         elif re.match(r"--\w+\.\w", option):
