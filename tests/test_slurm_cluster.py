@@ -152,7 +152,7 @@ def scenarios(
         one.happens(cluster, one.job)
     # Here, not in the tests: what SLURM starts during a test would count as left behind by it.
     wait_until(
-        lambda: all([has_ended(cluster, one) for one in SCENARIOS.values()]),
+        lambda: sum(has_ended(cluster, one) for one in SCENARIOS.values()) == len(SCENARIOS),
         "all jobs end",
         deadline,
         lambda: "".join(one.log for one in SCENARIOS.values() if cluster.state(one.job) not in ENDED),

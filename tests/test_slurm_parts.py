@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kempnerforge.cli.slurm import nodes_of
 from kempnerforge.errors import ConfigError
 from kempnerforge.slurm import nodes
 from kempnerforge.slurm.decision import decide
@@ -80,6 +81,10 @@ def test_a_job_is_requeued_exactly_when_it_should_be(
 def test_lost_nodes() -> None:
     listing = "n1 mixed\nn2 down*\nn3 idle\nn4 drained\nn5 allocated*\nn6 fail\nn2 down*\n"
     assert parse_lost_nodes(listing) == ["n2", "n5", "n6"]
+
+
+def test_hosts_are_found_among_the_nodes_of_the_job() -> None:
+    assert nodes_of({"n2.cluster.org", "n10"}, ["n1", "n2"]) == ["n2"]
 
 
 def test_preempted() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,8 @@ from kempnerforge.checkpoint import run_record
 from kempnerforge.cli.train import split_config
 from kempnerforge.config.schema import load_job
 from kempnerforge.errors import EXIT_FAULT, RunFolderError
+from kempnerforge.goodput.faults import read_faults
+from kempnerforge.goodput.history import read_history
 from kempnerforge.slurm import job as slurm_job
 from kempnerforge.slurm.decision import Decision, decide
 from kempnerforge.slurm.job import SlurmError, SlurmJob
@@ -62,19 +65,25 @@ def after(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
 
 def decide_for(job: SlurmJob, run_dir: Path) -> Decision:
     """The decision for a job whose training has just ended."""
-    record = run_record.read(run_dir)
     began = run_dir / NOTES / f"{job.attempt_name}.began"
     before = int(began.read_text()) if began.exists() else 0
-    last = record.last_exit if record is not None else None
-    # An attempt that was killed left the exit of the one before it.
-    mine = last if last is not None and last["attempt"] > before else None
+    # An attempt that was killed left the end of the one before it.
+    ends = [one.end for one in read_history(run_dir) if one.number > before and one.end is not None]
+    hosts = {one.host for one in read_faults(run_dir) if one.attempt > before and not one.by_peer}
     return decide(
         job_state=slurm_job.state(job.job_id),
-        status=mine["status"] if mine else None,
-        reason=mine["reason"] if mine else "",
+        status=ends[-1]["status"] if ends else None,
+        reason=str(ends[-1]["reason"]) if ends else "",
         asked=_asked(job, run_dir),
         lost_nodes=slurm_job.lost_nodes(job.node_names),
+        faulty_nodes=nodes_of(hosts, job.node_names),
     )
+
+
+def nodes_of(hosts: Collection[str], node_names: Sequence[str]) -> list[str]:
+    """The job's nodes that have one of the host names; either may be written with its domain."""
+    short = {host.partition(".")[0] for host in hosts}
+    return [name for name in node_names if name.partition(".")[0] in short]
 
 
 def _asked(job: SlurmJob, run_dir: Path) -> str:

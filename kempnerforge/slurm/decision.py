@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kempnerforge.errors import EXIT_BAD_CONFIG, EXIT_FAULT, EXIT_FINISHED, EXIT_STOPPED
+from kempnerforge.errors import (
+    EXIT_BAD_CONFIG,
+    EXIT_FAULT,
+    EXIT_FINISHED,
+    EXIT_NO_PROGRESS,
+    EXIT_STOPPED,
+)
 
-EXIT_NO_PROGRESS = 76
 BY_HAND = ("SIGINT", "stop.request")
 """Words in the reason of a stop that only a person gives: Ctrl-C, and a stop file that names no signal."""
 
@@ -42,7 +47,8 @@ def decide(
         reason: what it said beside that.
         asked: how SLURM asked this attempt to stop, as far as the job itself can tell; empty when it did not.
         lost_nodes: nodes of the job that SLURM takes for lost.
-        faulty_nodes: nodes that the run's recorded faults name.
+        faulty_nodes: nodes of the job that faults recorded by this attempt name. The trainer's breaker (status
+            76) bounds how often a run that makes no progress is put back for them.
     """
     end = EXIT_FAULT if status is None else status
     if job_state != "RUNNING":
