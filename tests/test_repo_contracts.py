@@ -42,7 +42,8 @@ def test_ci_runs_the_readme_commands() -> None:
     steps = subprocess.run(
         [ROOT / ".ci" / "run", "--list"], capture_output=True, text=True, check=True
     ).stdout
-    assert steps.splitlines() == [*quick_start_commands(), "ruff check", "ruff format --check", "pyright"]
+    checks = ["ruff check", "ruff format --check", "pyright"]
+    assert steps.splitlines() == [".ci/install-slurm", *quick_start_commands(), *checks]
 
 
 README_OF_A_COPY = """# A project
@@ -72,6 +73,8 @@ def run_ci_on_a_copy(folder: Path, first: str) -> subprocess.CompletedProcess[st
     scratch.mkdir()
     (repo / ".ci" / "run").write_bytes((ROOT / ".ci" / "run").read_bytes())
     (repo / ".ci" / "run").chmod(0o755)
+    (repo / ".ci" / "install-slurm").write_text("#!/bin/sh\necho installed\n")
+    (repo / ".ci" / "install-slurm").chmod(0o755)
     (repo / "README.md").write_text(README_OF_A_COPY.format(first=first, second=SECOND))
     (repo / "tool").write_text('#!/bin/sh\necho "tool: $(basename "$0") $*"\n')
     (repo / "tool").chmod(0o755)
@@ -103,9 +106,9 @@ def test_ci_works_in_fresh_clones_and_ends_with_the_line_of_pytest(tmp_path: Pat
     assert "tool: ruff format --check\n" in done.stdout
     assert "tool: pyright \n" in done.stdout
     results = re.findall(
-        r"^(quick start|tests|ruff check|ruff format|pyright) +ok +\d+$", done.stdout, re.MULTILINE
+        r"^(slurm|quick start|tests|ruff check|ruff format|pyright) +ok +\d+$", done.stdout, re.MULTILINE
     )
-    assert len(results) == 5
+    assert len(results) == 6
     assert done.stdout.splitlines()[-1] == "== 3 passed in 0.12s =="
 
 
@@ -113,7 +116,7 @@ def test_ci_fails_when_one_step_fails_and_runs_the_others(tmp_path: Path) -> Non
     done = run_ci_on_a_copy(tmp_path, "exit 3")
     assert done.returncode == 1
     assert re.search(r"^quick start +exit 3 +\d+$", done.stdout, re.MULTILINE)
-    assert len(re.findall(r" ok +\d+$", done.stdout, re.MULTILINE)) == 4
+    assert len(re.findall(r" ok +\d+$", done.stdout, re.MULTILINE)) == 5
 
 
 def test_ci_refuses_a_quick_start_of_another_form(tmp_path: Path) -> None:

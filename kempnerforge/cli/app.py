@@ -50,6 +50,18 @@ def _unblock() -> typer.Typer:
     return unblock.app
 
 
+def _slurm() -> typer.Typer:
+    from kempnerforge.cli import slurm
+
+    return slurm.app
+
+
+def _submit() -> typer.Typer:
+    from kempnerforge.cli import submit
+
+    return submit.app
+
+
 GROUPS: dict[str, Callable[[], typer.Typer]] = {
     "ckpt": _ckpt,
     "config": _config,
@@ -57,6 +69,8 @@ GROUPS: dict[str, Callable[[], typer.Typer]] = {
     "import": _import,
     "report": _report,
     "unblock": _unblock,
+    "submit": _submit,
+    "slurm": _slurm,
 }
 
 
@@ -77,7 +91,7 @@ class _Groups(TyperGroup):
 app = typer.Typer(
     name="kempnerforge",
     cls=_Groups,
-    help="Looks after checkpoints, configurations and data of training runs.",
+    help="Looks after checkpoints, configurations, data and SLURM jobs of training runs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -1,0 +1,118 @@
+"""``kempnerforge slurm``: what a batch script calls before and after training."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kempnerforge.checkpoint import run_record
+from kempnerforge.cli.train import split_config
+from kempnerforge.config.schema import load_job
+from kempnerforge.errors import EXIT_FAULT, RunFolderError
+from kempnerforge.goodput.faults import read_faults
+from kempnerforge.goodput.history import read_history
+from kempnerforge.slurm import job as slurm_job
+from kempnerforge.slurm.decision import Decision, decide
+from kempnerforge.slurm.job import SlurmError, SlurmJob
+from kempnerforge.slurm.note import attempt_note, git_revision
+
+app = typer.Typer(help="What a batch script calls before and after training.", no_args_is_help=True)
+NOTES = "slurm"
+
+
+@app.command()
+def begin(
+    arguments: Annotated[list[str], typer.Argument(metavar="-- --config FILE [--section.key=value ...]")],
+    processes_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each node.")],
+) -> None:
+    """Check the configuration on this job's nodes, note the attempt, and print the run's folder."""
+    job = _this_job()
+    file, overrides = split_config(arguments)
+    loaded = load_job(file, overrides, world_size=processes_per_node * len(job.node_names))
+    folder = loaded.job.run.folder.absolute()
+    text = attempt_note(
+        os.environ,
+        command=["train.py", *arguments],
+        config_toml=loaded.job.to_toml(),
+        revision=git_revision(Path.cwd()),
+    )
+    try:
+        (folder / NOTES).mkdir(parents=True, exist_ok=True)
+        (folder / NOTES / f"{job.attempt_name}.txt").write_text(text)
+        (folder / NOTES / f"{job.attempt_name}.began").write_text(str(_attempt(folder)))
+    except OSError as error:
+        raise RunFolderError(f"run.dir: {folder} cannot be used: {error}") from error
+    typer.echo(folder)
+
+
+@app.command()
+def after(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
+    """Requeue this job when its run has work left. Ends with the status that the job should have."""
+    job = _this_job()
+    decision = decide_for(job, run_dir)
+    print(f"requeue: {'yes' if decision.requeue else 'no'}: {decision.why}", flush=True)
+    if decision.requeue:
+        if decision.exclude:
+            _try_to_exclude(job, decision)
+        slurm_job.requeue(job.job_id)
+    raise typer.Exit(decision.status)
+
+
+def decide_for(job: SlurmJob, run_dir: Path) -> Decision:
+    """The decision for a job whose training has just ended."""
+    began = run_dir / NOTES / f"{job.attempt_name}.began"
+    before = int(began.read_text()) if began.exists() else 0
+    # An attempt that was killed left the end of the one before it.
+    ends = [one.end for one in read_history(run_dir) if one.number > before and one.end is not None]
+    hosts = {one.host for one in read_faults(run_dir) if one.attempt > before and not one.by_peer}
+    return decide(
+        job_state=slurm_job.state(job.job_id),
+        status=ends[-1]["status"] if ends else None,
+        reason=str(ends[-1]["reason"]) if ends else "",
+        asked=_asked(job, run_dir),
+        lost_nodes=slurm_job.lost_nodes(job.node_names),
+        faulty_nodes=nodes_of(hosts, job.node_names),
+    )
+
+
+def nodes_of(hosts: Collection[str], node_names: Sequence[str]) -> list[str]:
+    """The job's nodes that have one of the host names; either may be written with its domain."""
+    short = {host.partition(".")[0] for host in hosts}
+    return [name for name in node_names if name.partition(".")[0] in short]
+
+
+def _asked(job: SlurmJob, run_dir: Path) -> str:
+    """The batch shell's traps write the signal into the stop file; of a GraceTime it hears nothing."""
+    stop_file = run_dir / "stop.request"
+    word = stop_file.read_text().strip() if stop_file.exists() else ""
+    if word.startswith("SIG"):
+        return word
+    return "preempted" if slurm_job.is_preempted(job.job_id) else ""
+
+
+def _try_to_exclude(job: SlurmJob, decision: Decision) -> None:
+    try:
+        slurm_job.exclude(job.job_id, decision.exclude)
+    except SlurmError as error:  # going on matters more
+        print(f"cannot leave out {', '.join(decision.exclude)}: {error}", file=sys.stderr)
+
+
+def _attempt(folder: Path) -> int:
+    record = run_record.read(folder)
+    return record.attempt if record is not None else 0
+
+
+def _this_job() -> SlurmJob:
+    job = slurm_job.this_job(os.environ)
+    if job is None:
+        print(
+            "SLURM_JOB_ID is not set: this is for scripts of SLURM jobs. See: kempnerforge submit --help",
+            file=sys.stderr,
+        )
+        raise typer.Exit(EXIT_FAULT)
+    return job

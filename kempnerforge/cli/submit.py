@@ -1,0 +1,109 @@
+"""``kempnerforge submit``: check a configuration, then queue it on SLURM."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from kempnerforge.config.overrides import split_positionals
+from kempnerforge.config.run import PLACEHOLDER
+from kempnerforge.config.schema import JobConfig, load_job
+from kempnerforge.errors import ConfigError, Fault, RunFolderError
+from kempnerforge.slurm import job as slurm_job
+from kempnerforge.slurm.script import Request, check_options, render
+
+app = typer.Typer(add_completion=False)
+SBATCH = "sbatch options"
+
+
+class _Submit(TyperCommand):
+    """Keeps what stands after ``--`` apart: those are options of sbatch. click would drop the mark."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        ctx.meta[SBATCH] = args[at + 1 :]
+        return super().parse_args(ctx, args[:at])
+
+
+@app.command(cls=_Submit, context_settings={"ignore_unknown_options": True})
+def submit(
+    context: typer.Context,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")],
+    time: Annotated[str, typer.Option(help="Time limit, as sbatch takes it: 24:00:00, 2-12.")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE [--section.key=value ...] [-- SBATCH_OPTION ...]", help="The TOML file."
+        ),
+    ],
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node; 0 trains on the CPU.")] = 1,
+    processes_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on each node.", show_default="one a GPU")
+    ] = None,
+    script: Annotated[Path, typer.Option(help="The training script.")] = Path("scripts/train.py"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and queue nothing.")] = False,
+) -> None:
+    """Check FILE on this layout, then train it as a SLURM job that goes on by itself until it is finished."""
+    sbatch_options: list[str] = context.meta[SBATCH]
+    positionals, overrides = split_positionals(arguments)
+    if not positionals:
+        raise typer.BadParameter("FILE is missing")
+    ranks = processes_per_node or max(1, gpus_per_node)
+    file, overrides = positionals[0], [*overrides, *positionals[1:]]
+    job = load_job(file, overrides, world_size=nodes * ranks, inside_job=False).job
+    check_options(time, sbatch_options)
+    if not script.is_file():
+        hint = "run this in the repository's folder, or give --script"
+        raise ConfigError([Fault("--script", f"{script} does not exist", hint)], where="command line")
+    request = Request(
+        name=job.run.name,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        processes_per_node=ranks,
+        time=time,
+        train=[str(script), "--config", file, *overrides],
+        command=shlex.join(["kempnerforge", *(word for word in sys.argv[1:] if word != "--dry-run")]),
+        output=_log(job),
+        bin_dir=str(Path(sys.executable).parent),
+        sbatch_options=sbatch_options,
+    )
+    text = render(request)
+    if dry_run:
+        typer.echo(text, nl=False)
+        return
+    _make_folder(Path(request.output).parent)
+    _follow(slurm_job.submit(text), job, request)
+
+
+def _log(job: JobConfig) -> str:
+    """Where the job's log goes: into the run's folder, unless SLURM would have to make it."""
+    if job.run.dir and PLACEHOLDER.search(job.run.dir):
+        return "slurm-%x-%j.log"
+    return str(job.run.folder / "slurm" / "%j.log")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"run.dir: {folder} cannot be made: {error}") from error
+
+
+def _follow(job_id: str, job: JobConfig, request: Request) -> None:
+    run_dir = job.run.dir or f"runs/{job.run.name}"
+    log = request.output.replace("%j", job_id).replace("%x", request.name)
+    for line in (
+        f"job {job_id}: {request.nodes} x {request.processes_per_node} processes, {request.time} a start",
+        f"  follow it     tail -F {log}",
+        f"  its state     squeue -j {job_id}",
+        f"  checkpoints   kempnerforge ckpt ls {run_dir}",
+        f"  save now      touch {run_dir}/checkpoint.request",
+        f"  end it        scancel {job_id}",
+        f"  save, requeue scancel --batch --signal=USR1 {job_id}",
+    ):
+        typer.echo(line)

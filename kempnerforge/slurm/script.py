@@ -1,0 +1,128 @@
+"""The sbatch script of a run, from one template. The files in ``slurm/`` are made by it too."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kempnerforge.errors import ConfigError, Fault
+
+TEMPLATE = Path(__file__).parent / "job.sh"
+OWNED = {
+    "--nodes": "--nodes",
+    "-N": "--nodes",
+    "--time": "--time",
+    "-t": "--time",
+    "--gpus-per-node": "--gpus-per-node",
+    "--ntasks-per-node": "",
+    "--ntasks": "",
+    "-n": "",
+}
+"""Options of sbatch that the layout depends on -> the option of ours to use instead, if there is one."""
+
+STOP_BEFORE_S = 120
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of SLURM for one run."""
+
+    name: str
+    nodes: int
+    gpus_per_node: int
+    processes_per_node: int
+    time: str
+    """As sbatch takes it, such as ``24:00:00``."""
+    train: Sequence[str]
+    """The training script and its arguments."""
+    command: str
+    """What made the script, for its first line."""
+    output: str = "slurm-%x-%j.log"
+    bin_dir: str = ""
+    """Where torchrun and kempnerforge are; empty to take them from PATH."""
+    sbatch_options: Sequence[str] = ()
+
+
+def render(request: Request) -> str:
+    """The script."""
+    path = f'PATH={shlex.quote(request.bin_dir)}:"$PATH"\n' if request.bin_dir else ""
+    filled = {
+        # In one line: what follows a line break in a comment would be run.
+        "@COMMAND@": " ".join(request.command.splitlines()),
+        "@SBATCH@": "\n".join(f"#SBATCH {option}" for option in _directives(request)),
+        "@PATH@": path,
+        "@PROCESSES@": str(request.processes_per_node),
+        "@TRAIN@": " ".join(shlex.quote(word) for word in request.train),
+    }
+    pattern = re.compile("|".join(filled))
+    return pattern.sub(lambda found: filled[found[0]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _directives(request: Request) -> list[str]:
+    lines = [
+        f"--job-name={request.name}",
+        f"--nodes={request.nodes}",
+        "--ntasks-per-node=1",
+        *([f"--gpus-per-node={request.gpus_per_node}"] if request.gpus_per_node else []),
+        f"--time={request.time}",
+        f"--output={shlex.quote(request.output)}",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=B:USR1@{stop_before_s(request.time)}",
+    ]
+    for option in request.sbatch_options:
+        if option.startswith("-"):
+            lines.append(shlex.quote(option))
+        else:
+            lines[-1] += f" {shlex.quote(option)}"
+    return lines
+
+
+def stop_before_s(time: str) -> int:
+    """Seconds before the limit at which the batch shell is told: 120, of short jobs a quarter."""
+    seconds = parse_time_s(time)
+    return STOP_BEFORE_S if seconds is None else min(STOP_BEFORE_S, seconds // 4)
+
+
+def parse_time_s(text: str) -> int | None:
+    """Seconds in a time limit of sbatch: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None for one that is none."""
+    match = _TIME.fullmatch(text)
+    if match is None:
+        return None
+    days, *rest = match.groups()
+    numbers = [int(part) for part in rest if part is not None]
+    if days is not None:
+        hours, minutes, seconds = [*numbers, 0, 0][:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, (minutes, seconds) = 0, [*numbers, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def option_faults(time: str, sbatch_options: Sequence[str]) -> list[Fault]:
+    """What is wrong with the time limit and with options that are handed on."""
+    faults = []
+    if not parse_time_s(time):
+        faults.append(Fault("--time", f'"{time}" is not a time limit', "such as 90, 24:00:00 or 2-12"))
+    for option in sbatch_options:
+        name = option.partition("=")[0]
+        name = name if name.startswith("--") else name[:2]
+        if len(option.splitlines()) > 1:
+            faults.append(Fault(repr(option), "has a line break", "write it in one line"))
+        elif name in OWNED:
+            instead = f"write {OWNED[name]} before --" if OWNED[name] else "there is one task a node"
+            faults.append(Fault(option, "decides the layout, which is checked before", instead))
+        elif re.match(r"--\w+\.\w", option):
+            faults.append(Fault(option, "is not an option of sbatch", "overrides stand before --"))
+    return faults
+
+
+def check_options(time: str, sbatch_options: Sequence[str]) -> None:
+    """Raise ConfigError when ``option_faults`` finds any."""
+    if faults := option_faults(time, sbatch_options):
+        raise ConfigError(faults, where="command line")
