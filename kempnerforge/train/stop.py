@@ -30,7 +30,7 @@ process and torchrun passes TERM on. A signal that comes later than this after t
 
 
 class StopSignals:
-    """Remembers the first stop signal that this process got."""
+    """Remembers the first stop signal that this process got; any other one replaces an announcement."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -67,7 +67,8 @@ class StopSignals:
             raise StopRequestedError(signal.Signals(self.received).name)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self.received = self.received or number
+        if self.received in (0, ANNOUNCEMENT):  # what ends the run now says more than what announced it
+            self.received = number
         self._interrupt()
 
     def _request_save(self, _number: int, _frame: FrameType | None) -> None:
