@@ -2,14 +2,14 @@
 
     torchrun --nproc-per-node 2 scripts/bench_stop.py --size-mb 500 --pairs 5
 
-Each round sends SIGTERM to the last rank while all train (matrix products and an all-reduce a step), as a scheduler
-would; the ranks agree on it after the step under way and save. Of every round it measures, by one clock,
+Each round sends SIGTERM to the last rank while all train (matrix products and an all-reduce a step), and all
+agree on it after the step under way and save. Of every round it measures, by one clock,
 
   stop_s     from the signal until the checkpoint is committed: the rest of a step, the agreement, the save
   step_s     the median of steps without a signal: at most one of them is part of stop_s
-  raw_s      the same bytes, each rank its own at the same time, in 16 MiB direct writes and an fsync, no digests
+  raw_s      the same bytes, each rank its share at the same time, in 16 MiB direct writes and an fsync
 
-alternating, and prints medians, spread (quartiles), their ratio, and whether stop_s is within 1.2 x raw_s + 2 s.
+alternating. It prints medians, spread (quartiles), the ratio, and whether stop_s is within 1.2 x raw_s + 2 s.
 Figures are of this machine and minute: compare ratios.
 """
 
@@ -42,12 +42,12 @@ BLOCK_BYTES = 16 << 20
 
 
 class Weights(torch.nn.Module):
-    """``size_mb`` of sharded fp32 parameters over all ranks."""
+    """Sharded fp32 parameters, a third of ``size_mb`` over all ranks: AdamW adds two moments."""
 
     def __init__(self, size_mb: int, device: torch.device) -> None:
         super().__init__()
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        rows = max(1, size_mb * 250_000 // (24 * 1024 * mesh.size()))
+        rows = max(1, size_mb * 250_000 // (72 * 1024 * mesh.size()))
         for number in range(24):
             local = torch.rand(rows, 1024, device=device)
             weight = torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)]))
@@ -62,7 +62,7 @@ class Loop:
         assert isinstance(group, dist.ProcessGroup)
         self._control = ControlGroup(group)
         model = Weights(size_mb, device)
-        self._state = TrainState(model=model, optimizer=torch.optim.SGD(model.parameters()), device=device)
+        self._state = TrainState(model=model, optimizer=torch.optim.AdamW(model.parameters()), device=device)
         config = CheckpointConfig(interval=0, async_mode=AsyncCheckpointMode(mode), keep_last_n=1)
         self._manager = CheckpointManager(config, state=self._state, run_dir=folder, control_group=group)
         self._manager.resume(self._state)
@@ -73,7 +73,7 @@ class Loop:
         self.step_s: list[float] = []
 
     def until_stopped(self, steps_before: int) -> float:
-        """Train; the last rank gets SIGTERM in the middle of a step; returns seconds until it is committed."""
+        """Train; the last rank gets SIGTERM in the middle of a step. Returns seconds until the commit."""
         self._signals.received = 0
         is_last = dist.get_rank() == dist.get_world_size() - 1
         sent, number = 0.0, 0
