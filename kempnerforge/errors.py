@@ -6,6 +6,7 @@
     ├── RunFolderError                2  the run's folder cannot be used (node-local, not writable, foreign)
     │   └── LeaseHeldError            2  another process is writing this run
     ├── NoProgressError              76  several attempts ended in faults of their own; told before training
+    ├── StopRequestedError           75  asked to stop while it was being set up
     ├── NonFiniteError                1  too many non-finite steps in a row
     └── CheckpointError               1
         ├── StepNotFoundError         2  a step or path that was asked for by name does not exist
@@ -108,6 +109,20 @@ class NoProgressError(KempnerForgeError):
     """Several attempts ended in a recorded fault of their own without a new committed step."""
 
     exit_status = EXIT_NO_PROGRESS
+
+
+class StopRequestedError(KempnerForgeError):
+    """The run was asked to stop before its first step, when there was nothing to commit."""
+
+    exit_status = EXIT_STOPPED
+
+    def __init__(self, by: str) -> None:
+        self.by = by
+        """What asked: the name of a signal, or what the stop file says."""
+        super().__init__(by)
+
+    def __str__(self) -> str:
+        return f"stopped by {self.by} during set-up, before a step. To go on: the same command"
 
 
 class NonFiniteError(KempnerForgeError):

@@ -6,11 +6,13 @@ A function that takes ``rank`` does nothing on other ranks; None means every ran
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import importlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -274,3 +276,66 @@ def crash_at_loss(*, how: str, call: int, rank: int | None) -> None:
         return replacement
 
     _wrap("torch.nn.functional:cross_entropy", make)
+
+
+def set_value(target: str, value: Any) -> None:
+    """Another value for a constant ``module:name``."""
+    _wrap(target, lambda _old: value)
+
+
+def set_environment(values: dict[str, str]) -> None:
+    """More environment variables."""
+    os.environ.update(values)
+
+
+def stuck_at(
+    target: str,
+    *,
+    seconds: float,
+    marker: str,
+    call: int = 1,
+    rank: int | None = None,
+    hold_after_s: float = -1,
+) -> None:
+    """The ``call``-th call of ``module:function`` first sleeps; the file ``marker`` says that it does.
+
+    With ``hold_after_s`` it sleeps for so long like others, then in C, keeping the interpreter lock.
+    """
+    if not _here(rank):
+        return
+    calls = 0
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                Path(f"{marker}.{os.environ['RANK']}").touch()
+                time.sleep(seconds if hold_after_s < 0 else hold_after_s)
+                if hold_after_s >= 0:
+                    ctypes.PyDLL(None).sleep(int(seconds))
+            return original(*args, **kwargs)
+
+        return replacement
+
+    _wrap(target, make)
+
+
+def freeze_writer(*, call: int, seconds: float, rank: int) -> None:
+    """The writer process is stopped by SIGSTOP for a while when it gets its ``call``-th shard."""
+    if not _here(rank):
+        return
+    calls = 0
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(writer: Any, *args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                os.kill(writer.pid, signal.SIGSTOP)
+                threading.Timer(seconds, os.kill, (writer.pid, signal.SIGCONT)).start()
+            return original(writer, *args)
+
+        return replacement
+
+    _wrap("kempnerforge.checkpoint.writer:Writer.write", make)

@@ -51,6 +51,7 @@ BROKEN = [
     (["--data.text=none"], "data.text", "neither", "python-stdlib"),
     (["--data.dataset_path=x"], "data.text", "both", "none"),
     (["--eval.interval=5", "--data.val_fraction=0"], "eval.interval", "val_fraction 0", "above 0"),
+    (["--train.max_minutes=1"], "train.max_minutes", "no more than deadline_margin_s", "lower"),
     (["--scheduler.warmup_steps=1001"], "scheduler.warmup_steps", "1001 is more than", "at most 1000"),
     (
         ["--scheduler.warmup_steps=600", "--scheduler.decay_steps=500"],

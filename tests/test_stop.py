@@ -90,8 +90,13 @@ def test_a_signal_before_the_first_step_is_not_forgotten(
     wait_for((run.folder / "run.json").exists, attempt)
     attempt.signal(signal.SIGTERM, rank=1)
     ended = attempt.wait()
-    assert_stopped(run, ended, signal.SIGTERM)
-    assert_goes_on_bitwise(launcher, run, uninterrupted, run.record["last_exit"]["step"])
+    assert ended.statuses == [75, 75], ended.output
+    last_exit = run.record["last_exit"]
+    assert last_exit["status"] == 75
+    assert "SIGTERM" in last_exit["reason"]
+    assert "the same command" in ended.outputs[0]
+    assert "Traceback" not in ended.output
+    assert_goes_on_bitwise(launcher, run, uninterrupted, last_exit["step"])
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -35,7 +35,7 @@ from kempnerforge.errors import SaveFailedError
 class _Pending:
     number: int
     name: str
-    staging: Staging
+    job: SaveJob
     thread: threading.Thread
     result: SaveResult | None = None
 
@@ -144,6 +144,14 @@ class AsyncCheckpointer:
         return len(self._expected.files) if self._expected is not None else 0
 
     @property
+    def in_flight(self) -> tuple[str, str, float] | None:
+        """Name, this rank's part (``background.Part``) and age in seconds of the pending save. Any thread."""
+        pending = self._pending
+        if pending is None:
+            return None
+        return pending.name, pending.job.part.doing, time.perf_counter() - pending.job.started
+
+    @property
     def writer_pid(self) -> int | None:
         """The writer process, while there is one."""
         return self._writer.pid
@@ -225,7 +233,7 @@ class AsyncCheckpointer:
             patience=self._patience,
         )
         thread = background.start(job, self._writer, self._board)
-        self._pending = _Pending(job.number, final.name, job.staging, thread)
+        self._pending = _Pending(job.number, final.name, job, thread)
 
     def wait_for_staging(self) -> None:
         """Return when the tensors of the save that has begun may be changed: before the optimizer step.
@@ -233,7 +241,7 @@ class AsyncCheckpointer:
         Not collective. Blocks: for what the copy has not finished; on CUDA the device waits, not the host.
         """
         if self._pending is not None:
-            self._pending.staging.before_mutation()
+            self._pending.job.staging.before_mutation()
 
     def poll(self) -> SaveResult | None:
         """The outcome of the save that has begun; None while it is not known. Never blocks, never raises."""

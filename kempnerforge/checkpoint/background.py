@@ -47,6 +47,14 @@ class Patience:
     """A rank that has not reported after so long fails the save."""
 
 
+@dataclass
+class Part:
+    """How far a rank is with its part of a save: written by its thread, read by any."""
+
+    doing: str = "copy"
+    """``copy``, ``write``, on the first rank ``commit``, then ``done``."""
+
+
 @dataclass(frozen=True)
 class SaveJob:
     """One save under way, on one rank."""
@@ -64,6 +72,7 @@ class SaveJob:
     before_commit: Callable[[], None]
     after_commit: Callable[[], list[str]]
     patience: Patience
+    part: Part = field(default_factory=Part)
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -84,12 +93,15 @@ def start(job: SaveJob, writer: Writer, board: Board) -> threading.Thread:
 def _work(job: SaveJob, writer: Writer, board: Board) -> None:
     try:
         job.staging.finish()
+        job.part.doing = "write"
         message: dict[str, Any] = _write(job, writer)
     except Exception as error:  # noqa: BLE001 - whatever it is, the first rank must learn of it
         message = {"error": str(error) or type(error).__name__}
     board.post(f"{job.number}/rank{job.rank}", message)
     if job.rank == 0:
+        job.part.doing = "commit"
         _conclude(job, board)
+    job.part.doing = "done"
 
 
 def _write(job: SaveJob, writer: Writer) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -266,6 +268,16 @@ class CheckpointManager:
         except OSError as error:
             warnings.append(f"older checkpoints could not be deleted: {error}")
         return warnings
+
+    @property
+    def in_flight(self) -> tuple[str, str, float] | None:
+        """Name, this rank's part and age in seconds of the save that is pending. Any thread."""
+        return self._checkpointer.in_flight
+
+    def kill_writer(self) -> None:
+        """End the writer process at once: this process is about to end. Any thread."""
+        if (pid := self._checkpointer.writer_pid) is not None:
+            os.kill(pid, signal.SIGKILL)
 
     def wait_for_staging(self) -> None:
         """Stand before every optimizer step: staged copies precede mutation.

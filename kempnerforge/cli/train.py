@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from kempnerforge.config.reference import keys_text
 from kempnerforge.config.schema import load_job
 from kempnerforge.errors import EXIT_FINISHED, ConfigError, Fault
+from kempnerforge.train.stop import StopSignals
 
 USAGE = """\
 usage: train.py --config FILE [--section.key=value ...]
@@ -45,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{error}\nSee: python scripts/train.py --help", file=sys.stderr)
         return error.exit_status
 
-    # Here, not above: help and refusals need no torch, which takes seconds to import.
+    # Before torch, whose import takes seconds: a signal that comes meanwhile is not lost.
+    signals = StopSignals()
+    signals.install()
+    # Here, not above: help and refusals need no torch.
     from kempnerforge.train.run import run_job
 
-    return run_job(loaded)
+    return run_job(loaded, signals)
 
 
 def rank_and_world_size(environ: Mapping[str, str]) -> tuple[int, int]:

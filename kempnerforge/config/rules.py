@@ -131,6 +131,16 @@ def schedule_fits_run(scheduler: SchedulerConfig, train: TrainConfig) -> list[Fa
     return [Fault("scheduler.decay_steps", problem, f"at most {total - warmup} would fit")]
 
 
+def time_limit_leaves_time(train: TrainConfig) -> list[Fault]:
+    """There is time to train before the last save has to start."""
+    if train.max_minutes is None or 60 * train.max_minutes > train.deadline_margin_s:
+        return []
+    problem = (
+        f"{train.max_minutes:g} minutes are no more than deadline_margin_s, {train.deadline_margin_s:g} s"
+    )
+    return [Fault("train.max_minutes", problem, "raise it, or lower deadline_margin_s")]
+
+
 def layout_fits(distributed: DistributedConfig, train: TrainConfig, world_size: int | None) -> list[Fault]:
     """The processes divide into the layout, and the global batch over its data-parallel ranks."""
     if world_size is not None:
@@ -212,6 +222,7 @@ RULES: tuple[Callable[..., list[Fault]], ...] = (
     vocabulary_fits,
     validation_has_data,
     schedule_fits_run,
+    time_limit_leaves_time,
     layout_fits,
     tensor_parallel_fits,
     pipeline_fits,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kempnerforge.config.section import AtLeastOne, NotNegative, Section
+from kempnerforge.config.section import AtLeastOne, NotNegative, Positive, Section
 
 
 class TrainConfig(Section):
@@ -45,3 +45,23 @@ class TrainConfig(Section):
 
     max_skipped_steps: AtLeastOne = 10
     """Steps in a row with non-finite loss or gradients, each skipped, after which the run stops."""
+
+    max_minutes: Positive | None = None
+    """Minutes from the start of an attempt after which it stops with status 75, its last step committed.
+    None means no limit of its own; the end of a SLURM job is known without it."""
+
+    deadline_margin_s: NotNegative = 60.0
+    """Seconds that are to be left when the last save before the end of the job, or of max_minutes, commits.
+    The save starts earlier by this, by what 99% of saves took, and by a step."""
+
+    shutdown_timeout_s: Positive = 25.0
+    """Seconds from SIGTERM, SIGINT or SIGHUP until a process that has not stopped ends at once, with its
+    stacks. Below what kills it without a word: torchrun --shutdown-timeout and SLURM's KillWait, 30 s both;
+    raise it together with them where a step and a save take longer. SIGUSR1 starts no clock."""
+
+    hang_multiple: NotNegative = 10.0
+    """A step or a save that lasts this many times its median is reported while it lasts, with the rank that
+    lags and all stacks. It ends nothing; distributed.timeout_s does. 0 reports none."""
+
+    hang_floor_s: Positive = 60.0
+    """No step or save is reported before it has lasted this many seconds."""

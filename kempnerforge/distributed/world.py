@@ -12,9 +12,11 @@ import os
 import re
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _world
 
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import ConfigError, Fault
@@ -62,6 +64,18 @@ def _set_rendezvous(place: RankPlace) -> None:
         else:
             job = int(os.environ.get("SLURM_JOB_ID", "0"))
             os.environ["MASTER_PORT"] = str(20000 + job % 20000)
+
+
+def collectives_issued() -> int:
+    """How many collectives this process has issued so far, on all its groups together. Never blocks.
+
+    Any thread. Compared between ranks, it tells which one others wait for.
+    """
+    return sum(_sequence_number(group) for group in list(_world.pg_map))
+
+
+def _sequence_number(group: Any) -> int:
+    return group._get_sequence_number_for_group()
 
 
 class World:

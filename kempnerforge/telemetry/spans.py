@@ -8,7 +8,7 @@ loss has reached the host), so that timing adds no synchronisation of its own.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,11 @@ class Spans:
 
     Args:
         device_type: ``"cuda"`` times on the device; anything else on the host.
+        on_enter: told the name of every span that begins.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, *, on_enter: Callable[[str], None] = lambda _name: None) -> None:
+        self._on_enter = on_enter
         self._device = _CudaEvents() if device_type == "cuda" else None
         self._host_s: dict[str, float] = {}
 
@@ -33,6 +35,7 @@ class Spans:
             host: use the host's clock on CUDA too, for what the device takes no part in: waiting for data,
                 or a whole step that ends in a synchronisation.
         """
+        self._on_enter(name)
         if self._device is not None and not host:
             with self._device.span(name):
                 yield

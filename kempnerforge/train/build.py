@@ -21,18 +21,19 @@ from kempnerforge.data.order import ids_digest
 from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
-from kempnerforge.distributed.world import World
-from kempnerforge.errors import DataError
+from kempnerforge.distributed.world import World, collectives_issued
+from kempnerforge.errors import DataError, StopRequestedError
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.control import Control
 from kempnerforge.train.environment import versions
 from kempnerforge.train.optim import build_optimizer
 from kempnerforge.train.placement import PlacedModel, build_model
+from kempnerforge.train.progress import Progress
 from kempnerforge.train.reports import Reports, build_reports
-from kempnerforge.train.run_folder import open_run
+from kempnerforge.train.run_folder import open_run, record_stop
 from kempnerforge.train.step import TrainStep
-from kempnerforge.train.stop import StopSignals
+from kempnerforge.train.stopping import Stopping
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Run:
     val_samples: Samples | None
     reports: Reports
     book: AttemptBook
+    progress: Progress
     flops_per_token: float
     peak_flops: float | None
     eval_losses: list[tuple[int, float]] = field(default_factory=list)
@@ -71,10 +73,10 @@ class Run:
         )
 
 
-def build(job: JobConfig, world: World, signals: StopSignals, book: AttemptBook) -> Run:
+def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -> Run:
     """Open the run's folder, the data, the model and the sinks. The state is that of step 0.
 
-    Collective: all ranks. Raises ConfigError, DataError and RunFolderError on all ranks.
+    Collective: all ranks. Raises ConfigError, DataError, RunFolderError and StopRequestedError on all ranks.
     """
     first_geometry = job.geometry(world.num_ranks) if job.train.global_batch_size is None else None
     first_size = first_geometry.global_batch_size if first_geometry else job.train.global_batch_size
@@ -92,8 +94,12 @@ def build(job: JobConfig, world: World, signals: StopSignals, book: AttemptBook)
     try:
         book.open(job, record, world.control, _layout(job.geometry(world.num_ranks), world))
         book.lap("folder")
-        return _assemble(job, world, signals, record, lease, book)
-    except BaseException:
+        stopping.open(job, record.attempt, is_first=world.rank == 0)
+        stopping.end_set_up_if_asked(world.control)
+        return _assemble(job, world, stopping, record, lease, book)
+    except BaseException as error:
+        if lease is not None and isinstance(error, StopRequestedError):
+            record_stop(record.checkpoint_folder(folder), folder, error)
         # So that the next start, on another host perhaps, need not watch a lease that nobody holds.
         if lease is not None:
             lease.release()
@@ -103,14 +109,15 @@ def build(job: JobConfig, world: World, signals: StopSignals, book: AttemptBook)
 def _assemble(
     job: JobConfig,
     world: World,
-    signals: StopSignals,
+    stopping: Stopping,
     record: RunRecord,
     lease: Lease | None,
     book: AttemptBook,
 ) -> Run:
     geometry, folder = job.geometry(world.num_ranks), job.run.folder
     reports = build_reports(job, rank=world.rank, folder=folder, record=record)
-    dataset = _open_data(job, world, reports)
+    dataset = _open_data(job, world, reports, stopping)
+    stopping.end_set_up_if_asked(world.control)
     book.lap("data")
     model = build_model(job, geometry, rank=world.rank, device=world.device)
     optimizer = build_optimizer(model.parts, job.optimizer, world.device)
@@ -140,11 +147,12 @@ def _assemble(
         state=state,
         step=step,
         ckpt=ckpt,
-        control=Control(world.control, ckpt, signals),
+        control=Control(world.control, ckpt, stopping),
         train_samples=dataset.split("train", job.train.seq_len),
         val_samples=dataset.split("val", job.train.seq_len) if job.eval.interval else None,
         reports=reports,
         book=book,
+        progress=Progress(collectives_issued),
         flops_per_token=model.parts[0].flops_per_token(job.train.seq_len),
         peak_flops=_peak_flops(world.device),
     )
@@ -179,7 +187,7 @@ def _build_state(
     )
 
 
-def _open_data(job: JobConfig, world: World, reports: Reports) -> TokenDataset:
+def _open_data(job: JobConfig, world: World, reports: Reports, stopping: Stopping) -> TokenDataset:
     """Rank 0 prepares and checks all tokens, the others wait; then every rank opens them."""
 
     def on_rank0() -> Path:
@@ -199,7 +207,7 @@ def _open_data(job: JobConfig, world: World, reports: Reports) -> TokenDataset:
             dataset.split("val", job.train.seq_len)
         return path
 
-    path = world.control.on_rank0(on_rank0)
+    path = world.control.on_rank0(lambda: stopping.signals.interruptible(on_rank0))
     error, dataset = None, None
     try:
         dataset = open_dataset(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
 
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.train.stop import StopSignals
+from kempnerforge.train.stopping import Stopping
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,10 @@ class Agreed:
 class Control:
     """Gathers each rank's wishes and gives all the same answer."""
 
-    def __init__(self, group: ControlGroup, ckpt: CheckpointManager, signals: StopSignals) -> None:
+    def __init__(self, group: ControlGroup, ckpt: CheckpointManager, stopping: Stopping) -> None:
         self._group = group
         self._ckpt = ckpt
-        self._signals = signals
+        self.stopping = stopping
 
     def agree(self, step: int) -> Agreed:
         """Decide what follows ``step``.
@@ -34,11 +33,23 @@ class Control:
         Collective: all ranks, on the control group. Blocks: until all ranks have finished the step.
         Raises SaveFailedError on all ranks after too many failed saves.
         """
-        requested, self._signals.save_requested = self._signals.save_requested, False
+        signals = self.stopping.signals
+        requested, signals.save_requested = signals.save_requested, False
         votes = self._ckpt.vote(requested=requested)
-        stop, *agreed = self._group.agree([self._signals.received, *votes])
-        reason = self._ckpt.decide(step, agreed)
-        if stop:
-            name = signal.Signals(stop).name
-            return Agreed(save=f"stop: {name}", stop=name)
-        return Agreed(save=reason, stop=None)
+        stop, *agreed = self._group.agree([self._stop_vote(), *votes])
+        due = self._ckpt.decide(step, agreed)
+        reason = self.stopping.reason(stop, self._group)
+        if reason is not None:
+            return Agreed(save=f"stop: {reason}", stop=reason)
+        return Agreed(save=due, stop=None)
+
+    def agree_to_start(self) -> Agreed:
+        """Decide whether to stop before the first step after a resume, when no save can be due.
+
+        Collective: all ranks, on the control group.
+        """
+        reason = self.stopping.reason(self._group.agree([self._stop_vote()])[0], self._group)
+        return Agreed(save=f"stop: {reason}" if reason else None, stop=reason)
+
+    def _stop_vote(self) -> int:
+        return self.stopping.vote(save_is_pending=self._ckpt.in_flight is not None)

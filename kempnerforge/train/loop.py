@@ -41,10 +41,13 @@ def train(run: Run) -> str | None:
     if state.step == 0:
         evaluate(run)
         stop = _save_if_agreed(run).stop
-    spans = Spans(run.world.device.type)
+    else:
+        stop = _stop_if_agreed(run)
+    spans = Spans(run.world.device.type, on_enter=run.progress.phase)
     batches = run.batches()
     try:
         while stop is None and state.step < job.train.max_steps:
+            run.progress.begin("step", state.step + 1)
             with spans.span("step", host=True):
                 with spans.span("data", host=True):
                     batch, cursor = next(batches)
@@ -69,20 +72,48 @@ def train(run: Run) -> str | None:
     finally:
         batches.close()
     if state.step < job.train.max_steps:
+        _tell_margin(run)
         return stop
     if job.eval.interval and state.step % job.eval.interval:
         evaluate(run)
+    run.progress.begin("save", state.step)
     ckpt.finish(state)
     _report_saves(run)
     return None
 
 
 def _save_if_agreed(run: Run) -> Agreed:
+    deadline = run.control.stopping.deadline
+    run.progress.begin("agree", run.state.step)
+    if deadline is not None:
+        deadline.step_ends()
     agreed = run.control.agree(run.state.step)
     if agreed.save:
+        run.progress.begin("save", run.state.step)
         run.ckpt.save(run.state, wait=agreed.stop is not None, reason=agreed.save)
     _report_saves(run)
+    if deadline is not None:
+        deadline.step_begins()
+        if news := deadline.news():
+            run.reports.note(news)
     return agreed
+
+
+def _stop_if_agreed(run: Run) -> str | None:
+    """Before the first step after a resume. A step that is committed is not written again."""
+    agreed = run.control.agree_to_start()
+    if agreed.save:
+        run.ckpt.save(run.state, wait=True, reason=agreed.save)
+        _report_saves(run)
+    return agreed.stop
+
+
+def _tell_margin(run: Run) -> None:
+    """How much time was left when the run stopped with its last step committed."""
+    deadline = run.control.stopping.deadline
+    if deadline is not None and (left_s := deadline.left_s) is not None:
+        run.reports.write({"step": run.state.step, "deadline/margin_s": left_s})
+        run.reports.note(f"deadline: {left_s:.1f} s were left")
 
 
 def _report_saves(run: Run) -> None:
@@ -93,6 +124,10 @@ def _report_saves(run: Run) -> None:
             run.reports.warn(report.skipped)
         run.reports.write({"step": run.state.step, **report.row()})
         run.book.saved(report)
+        if report.total_s:
+            run.progress.saved(report.total_s)
+            if run.control.stopping.deadline is not None:
+                run.control.stopping.deadline.saved(report.total_s)
         for warning in report.warnings:
             run.reports.warn(warning)
         if warning := run.ckpt.lease_warning():
@@ -106,6 +141,7 @@ def evaluate(run: Run) -> None:
     """
     if run.val_samples is None:
         return
+    run.progress.begin("eval", run.state.step)
     batches = eval_batches(
         run.val_samples,
         num_batches=run.job.eval.num_batches,

@@ -5,26 +5,34 @@ from __future__ import annotations
 import sys
 
 from kempnerforge.config.schema import LoadedJob
-from kempnerforge.distributed.world import World
-from kempnerforge.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_STOPPED, KempnerForgeError
+from kempnerforge.distributed.world import World, find_place
+from kempnerforge.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_STOPPED, KempnerForgeError, StopRequestedError
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.build import Run, build
 from kempnerforge.train.environment import set_determinism
+from kempnerforge.train.hang_watch import watched
 from kempnerforge.train.loop import train
 from kempnerforge.train.run_folder import record_exit
+from kempnerforge.train.shutdown import Shutdown
+from kempnerforge.train.stacks import Stacks
 from kempnerforge.train.stop import StopSignals
+from kempnerforge.train.stopping import Stopping
 
 
-def run_job(loaded: LoadedJob) -> int:
+def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
     """Train what ``loaded`` describes, or go on with it. Returns the exit status.
 
-    Collective: all ranks. An error of ours is told without a traceback; any other one is a fault and goes up.
+    ``signals`` have been taken over already. An error of ours is told without a traceback; any other one is a
+    fault and goes up.
+
+    Collective: all ranks.
     """
     job = loaded.job
     book = AttemptBook()
     failed: Exception | None = None
-    signals = StopSignals()
-    signals.install()
+    stacks = Stacks(find_place().rank)
+    shutdown = Shutdown(signals, timeout_s=job.train.shutdown_timeout_s, stacks=stacks)
+    stopping = Stopping(signals, shutdown, stacks)
     set_determinism(job.train.deterministic)
     world: World | None = None
     run: Run | None = None
@@ -32,8 +40,10 @@ def run_job(loaded: LoadedJob) -> int:
     try:
         world = World.start(timeout_s=job.distributed.timeout_s)
         book.lap("process_groups")
-        run = build(job, world, signals, book)
-        stop = train(run)
+        run = build(job, world, stopping, book)
+        shutdown.last_words = lambda why, run=run: _end_at_once(run, why)
+        with watched(run):
+            stop = train(run)
         status, reason = EXIT_FINISHED if stop is None else EXIT_STOPPED, _goodbye(run, stop)
         run.reports.note(reason)
         return status
@@ -58,12 +68,14 @@ def run_job(loaded: LoadedJob) -> int:
             run.reports.close()
         if world is not None and status in (EXIT_FINISHED, EXIT_STOPPED):
             world.close()
+        stopping.close()
 
 
 def _tell(error: KempnerForgeError, world: World | None) -> None:
     rank = world.rank if world is not None else 0
     if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        head = "" if isinstance(error, StopRequestedError) else "error: "
+        print(f"{head}{error}", file=sys.stderr, flush=True)
     elif not error.agreed:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
@@ -72,6 +84,14 @@ def _record(run: Run, status: int, reason: str) -> None:
     """Only while the lease is held: ``run.json`` is the next attempt's as soon as it has taken over."""
     if run.world.rank == 0 and run.ckpt.holds_lease():
         record_exit(run.folder, status=status, reason=reason, step=run.state.step)
+
+
+def _end_at_once(run: Run, why: str) -> None:
+    """The last thing that this process does, on a thread, while the main one is stuck."""
+    run.ckpt.kill_writer()
+    reason = f"{why}: ended at once at step {run.state.step}, which may not be committed"
+    _record(run, EXIT_STOPPED, reason)
+    run.book.end(status=EXIT_STOPPED, reason=reason, step=run.state.step, error=None)
 
 
 def _goodbye(run: Run, stop: str | None) -> str:

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import run_record, timeline
+from kempnerforge.checkpoint import layout, run_record, timeline
 from kempnerforge.checkpoint.lease import Lease, acquire
 from kempnerforge.checkpoint.run_record import RUN_FILE, RunRecord
 from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.errors import RunFolderError
+from kempnerforge.errors import RunFolderError, StopRequestedError
 
 _NONCE_WAIT_S = 10.0
 """Network file systems may show another node's new file late."""
@@ -68,6 +68,12 @@ def record_exit(folder: Path, *, status: int, reason: str, step: int) -> None:
         "time": time.time(),
     }
     run_record.write(folder, replace(record, last_exit=last_exit))
+
+
+def record_stop(checkpoints: Path, folder: Path, error: StopRequestedError) -> None:
+    """Write that this attempt was stopped before its first step. Rank 0 only."""
+    newest = max(layout.committed_steps(checkpoints), default=0)
+    record_exit(folder, status=error.exit_status, reason=str(error), step=newest)
 
 
 def _begin_attempt(

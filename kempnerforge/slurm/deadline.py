@@ -1,0 +1,77 @@
+"""When SLURM ends this job: from the environment, and from ``squeue``, which knows when that was moved."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Mapping
+from datetime import datetime
+
+ASK_EVERY_S = 60.0
+"""``scontrol update EndTime`` moves the end of a running job."""
+_SQUEUE_TIMEOUT_S = 20.0
+
+
+def end_in_environment(environ: Mapping[str, str]) -> float | None:
+    """``SLURM_JOB_END_TIME``, Unix time in seconds; None where SLURM (before 23.02) does not set it."""
+    text = environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdecimal() else None
+
+
+def parse_end(text: str) -> float | None:
+    """What ``squeue -o %e`` prints, local time, as Unix time; None for a job without an end (``N/A``).
+
+    Raises ValueError for anything else.
+    """
+    lines = text.split()
+    if not lines:
+        raise ValueError("squeue does not know the job")
+    if lines[0].upper() in ("N/A", "NONE", "UNKNOWN"):
+        return None
+    return datetime.fromisoformat(lines[0]).timestamp()
+
+
+def ask_squeue(job_id: str, environ: Mapping[str, str]) -> float | None:
+    """The end of the job, Unix time; None when it has none. Raises OSError or ValueError, with the reason."""
+    try:
+        done = subprocess.run(
+            ["squeue", "-h", "-j", job_id, "-o", "%e"],
+            env={**environ, "SLURM_TIME_FORMAT": "standard"},
+            capture_output=True,
+            text=True,
+            timeout=_SQUEUE_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"squeue has not answered after {_SQUEUE_TIMEOUT_S:g} s") from error
+    if done.returncode:
+        raise OSError(f"squeue: {done.stderr.strip() or f'exit status {done.returncode}'}")
+    return parse_end(done.stdout)
+
+
+class JobEnd:
+    """The end of this SLURM job, kept up to date by a thread. For rank 0: one question a minute for a job."""
+
+    def __init__(self, job_id: str, environ: Mapping[str, str] = os.environ) -> None:
+        self.at = end_in_environment(environ)
+        """Unix time; None while it is not known, and for a job without a limit."""
+        self.problem = ""
+        """Why ``squeue`` could not be asked the last time. What was known before still counts."""
+        self._job_id = job_id
+        self._environ = dict(environ)
+        self._closed = threading.Event()
+        threading.Thread(target=self._keep_asking, name="slurm-deadline", daemon=True).start()
+
+    def close(self) -> None:
+        """Ask no more."""
+        self._closed.set()
+
+    def _keep_asking(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self.at = ask_squeue(self._job_id, self._environ)
+                self.problem = ""
+            except (OSError, ValueError) as error:
+                self.problem = str(error)
+            self._closed.wait(ASK_EVERY_S)

@@ -1,0 +1,46 @@
+"""Watches one attempt for hangs, from the resume to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.distributed.distributed_c10d import _get_default_store
+
+from kempnerforge.checkpoint.board import StoreBoard
+from kempnerforge.train.build import Run
+from kempnerforge.train.hangs import HangWatch, Rules, SaveInFlight
+
+
+@contextmanager
+def watched(run: Run) -> Iterator[None]:
+    """While the body runs, this rank's thread watches it."""
+
+    def save_in_flight() -> SaveInFlight | None:
+        found = run.ckpt.in_flight
+        return SaveInFlight(*found) if found is not None else None
+
+    attempt = run.ckpt.context.attempt
+    watch = HangWatch(
+        run.progress,
+        Rules.of(run.job.train, run.job.distributed.timeout_s),
+        rank=run.world.rank,
+        num_ranks=run.world.num_ranks,
+        attempt=attempt,
+        connect=lambda: _connect(attempt),
+        stacks=run.control.stopping.stacks,
+        save_in_flight=save_in_flight,
+        tell=run.reports.warn,
+    )
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.close()
+
+
+def _connect(attempt: int) -> StoreBoard:
+    """A connection of its own, made when it is needed: whatever hangs may be using the training's."""
+    store: Any = _get_default_store()
+    return StoreBoard(store.clone(), f"hangs/{attempt}")

@@ -1,0 +1,75 @@
+"""Where the stacks of a rank's threads go: to standard error, and to a file in the run's folder."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import threading
+import time
+from pathlib import Path
+
+FOLDER = "stacks"
+_STDERR = 2
+
+
+def file_name(attempt: int, rank: str) -> str:
+    """``attempt_3.rank_00012.txt``; ``rank`` may be a pattern."""
+    return f"attempt_{attempt}.rank_{rank}.txt"
+
+
+class Stacks:
+    """Writes this process's stacks, of all Python threads. Any thread may call.
+
+    The one timer of ``faulthandler`` is managed here: it runs in C and needs no interpreter lock, so it
+    works when some extension never gives that lock back and no Python thread moves any more.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._path: Path | None = None
+        self._lock = threading.Lock()
+        self._ending = False
+
+    def open(self, run_dir: Path, attempt: int) -> None:
+        """From now on there is a place for files. Makes none: most attempts never need one."""
+        self._path = run_dir / FOLDER / file_name(attempt, f"{self._rank:05d}")
+
+    def to_stderr(self, why: str) -> None:
+        """Print them."""
+        os.write(_STDERR, f"\nrank {self._rank}: {why}; the stacks of all its threads:\n".encode())
+        faulthandler.dump_traceback(_STDERR, all_threads=True)
+
+    def to_file(self, why: str) -> Path | None:
+        """Append them to this rank's file; None when there is no place or it cannot be written."""
+        if self._path is None:
+            return None
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                os.write(fd, f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n".encode())
+                faulthandler.dump_traceback(fd, all_threads=True)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            os.write(_STDERR, f"rank {self._rank}: {self._path} cannot be written: {error}\n".encode())
+            return None
+        return self._path
+
+    def print_unless_called_again(self, within_s: float) -> None:
+        """Print the stacks if this is not called again soon enough: then no Python thread runs any more."""
+        with self._lock:
+            if not self._ending:
+                faulthandler.dump_traceback_later(within_s, file=_STDERR)
+
+    def end_process_in(self, seconds: float) -> None:
+        """Whatever happens, print the stacks and end the process with status 1 then, unless ``disarm``ed."""
+        with self._lock:
+            self._ending = True
+            faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
+
+    def disarm(self) -> None:
+        """Stop both timers."""
+        with self._lock:
+            self._ending = True
+            faulthandler.cancel_dump_traceback_later()

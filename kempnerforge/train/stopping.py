@@ -1,0 +1,95 @@
+"""Every reason to stop early, as one number that rides on the agreement after a step."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from kempnerforge.config.schema import JobConfig
+from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.errors import StopRequestedError
+from kempnerforge.telemetry.jsonl import read_rows
+from kempnerforge.train.deadline import Deadline
+from kempnerforge.train.shutdown import Shutdown
+from kempnerforge.train.stacks import Stacks
+from kempnerforge.train.stop import StopSignals
+from kempnerforge.train.stop_file import StopFile, attempt_started
+
+_DEADLINE = 100
+_SIGNAL = 200
+_FILE = 300
+"""Of several reasons the largest is given: a file may say more than the signal beside it."""
+
+
+class Stopping:
+    """What this rank knows of a stop. The file and the deadline are rank 0's alone."""
+
+    def __init__(self, signals: StopSignals, shutdown: Shutdown, stacks: Stacks) -> None:
+        self.signals = signals
+        self.file: StopFile | None = None
+        self.deadline: Deadline | None = None
+        self.shutdown = shutdown
+        self.stacks = stacks
+
+    def open(self, job: JobConfig, attempt: int, *, is_first: bool) -> None:
+        """The run's folder is this attempt's: rank 0 looks for the file and at the clock from now on."""
+        folder = job.run.folder
+        self.stacks.open(folder, attempt)
+        if not is_first:
+            return
+        started = attempt_started()
+        self.file = StopFile(folder)
+        self.file.remove_stale(started)
+        self.deadline = Deadline(
+            started=started,
+            max_minutes=job.train.max_minutes,
+            margin_s=job.train.deadline_margin_s,
+            saves_s=_earlier_saves(folder),
+        )
+
+    def close(self) -> None:
+        """The attempt has ended in order. Main thread only."""
+        if self.deadline is not None:
+            self.deadline.close()
+        self.shutdown.close()
+
+    def vote(self, *, save_is_pending: bool = False) -> int:
+        """This rank's part in the agreement; 0 to go on."""
+        if self.file is not None and self.file.is_there():
+            return _FILE
+        if self.signals.received:
+            return _SIGNAL + self.signals.received
+        due = self.deadline is not None and self.deadline.is_due(save_is_pending=save_is_pending)
+        return _DEADLINE if due else 0
+
+    def reason(self, agreed: int, control: ControlGroup) -> str | None:
+        """From the maximum of all votes: why all ranks stop now, or None.
+
+        Collective: all ranks of ``control``, with the same ``agreed``. Consumes the file.
+        """
+        if not agreed:
+            return None
+        if _SIGNAL < agreed < _FILE:
+            self.shutdown.agreed(agreed - _SIGNAL)
+        told = control.on_rank0(lambda: self.file.consume() if self.file is not None else "")
+        if agreed == _FILE:
+            return told
+        return "deadline" if agreed == _DEADLINE else signal.Signals(agreed - _SIGNAL).name
+
+    def end_set_up_if_asked(self, control: ControlGroup) -> None:
+        """Between two parts of the set-up: there is nothing to commit yet.
+
+        Collective: all ranks of ``control``. Raises StopRequestedError on all ranks.
+        """
+        reason = self.reason(control.agree([self.vote()])[0], control)
+        if reason is not None:
+            error = StopRequestedError(reason)
+            error.agreed = True
+            raise error
+
+
+def _earlier_saves(folder: Path) -> list[float]:
+    """What the saves of earlier attempts took, in seconds, oldest first."""
+    metrics = folder / "metrics.jsonl"
+    rows = read_rows(metrics).rows if metrics.exists() else []
+    return [row["checkpoint/total_s"] for row in rows if "checkpoint/total_s" in row]

@@ -1,0 +1,223 @@
+"""When waiting for a stop is over, when a last save has to start, what is a hang: tables."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kempnerforge.slurm.deadline import end_in_environment, parse_end
+from kempnerforge.train.deadline import Deadline, latest_start, p99
+from kempnerforge.train.hangs import who_lags
+from kempnerforge.train.progress import Place, Progress, limit_s
+from kempnerforge.train.stop import Patience
+from kempnerforge.train.stop_file import StopFile, attempt_started
+
+TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "ends_after_s"),
+    [
+        ([(0, TERM)], None),
+        ([(0, TERM), (0.01, TERM), (4.9, TERM)], None),  # from the terminal, from torchrun, from srun
+        ([(0, INT), (0.01, INT), (0.02, TERM)], None),
+        ([(0, TERM), (5, TERM)], 5),
+        ([(0, INT), (6, TERM)], 6),
+        ([(0, HUP), (1, HUP), (7, INT)], 7),
+        ([(0, USR1), (100, USR1)], None),  # announcements
+        ([(0, USR1), (100, TERM)], None),  # the announced end
+        ([(0, USR1), (100, TERM), (101, TERM)], None),
+        ([(0, USR1), (100, TERM), (105, TERM)], 105),
+        ([(0, TERM), (10, USR1)], None),
+        ([(0, signal.SIGUSR2), (10, signal.SIGCONT)], None),
+    ],
+)
+def test_which_signal_is_a_second_one(
+    arrivals: list[tuple[float, signal.Signals]], ends_after_s: float | None
+) -> None:
+    patience = Patience(1000.0, again_after_s=5.0)
+    ends = [at for at, number in arrivals if patience.arrived(number, at) is not None]
+    assert ends == ([] if ends_after_s is None else [ends_after_s])
+
+
+def test_the_clock_of_a_stop_starts_at_the_first_signal_that_ends_the_run() -> None:
+    patience = Patience(25.0)
+    assert patience.ends_at is None
+    patience.arrived(USR1, 100.0)
+    patience.agreed(USR1, 101.0)
+    assert patience.ends_at is None
+    patience.arrived(TERM, 200.0)
+    patience.arrived(TERM, 201.0)
+    assert patience.ends_at == 225.0
+    assert "SIGTERM" in patience.timeout_reason
+
+
+def test_a_signal_that_another_rank_got_starts_the_clock_and_is_not_the_first_of_two() -> None:
+    patience = Patience(25.0, again_after_s=5.0)
+    patience.agreed(TERM, 10.0)
+    assert patience.ends_at == 35.0
+    assert patience.arrived(TERM, 16.0) is None, "SLURM reaches the nodes one after the other"
+    assert patience.arrived(TERM, 21.0) is not None
+    assert patience.ends_at == 35.0
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], 0.0),
+        ([3.0], 3.0),
+        ([1.0, 9.0, 2.0], 9.0),
+        ([float(i) for i in range(1, 101)], 99.0),
+        ([float(i) for i in range(1, 1001)], 990.0),
+    ],
+)
+def test_p99(values: list[float], expected: float) -> None:
+    assert p99(values) == expected
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"saves_s": [], "steps_s": [2.0], "margin_s": 10.0}, 988.0),
+        ({"saves_s": [30.0, 20.0], "steps_s": [2.0, 5.0], "margin_s": 10.0}, 955.0),
+        ({"saves_s": [30.0], "steps_s": [5.0], "margin_s": 0.0}, 965.0),
+        ({"saves_s": [30.0], "steps_s": [5.0], "margin_s": 0.0, "save_is_pending": True}, 935.0),
+        ({"saves_s": [900.0], "steps_s": [200.0], "margin_s": 0.0}, -100.0),
+    ],
+)
+def test_when_the_last_save_has_to_start(known: dict[str, Any], expected: float) -> None:
+    assert latest_start(1000.0, **known) == expected
+
+
+def test_no_deadline_ends_an_attempt_before_it_has_done_a_step() -> None:
+    over = Deadline(started=time.time() - 600, max_minutes=1, margin_s=60, environ={})
+    assert not over.is_due(save_is_pending=False)
+    over.step_begins()
+    over.step_ends()
+    assert over.is_due(save_is_pending=False)
+
+
+def test_the_earlier_end_counts() -> None:
+    def end_of(max_minutes: float | None, job_end: float | None) -> float | None:
+        job = {"SLURM_JOB_ID": "1", "PATH": "/nowhere"} if job_end is not None else {}
+        environ = {**job, "SLURM_JOB_END_TIME": f"{job_end:.0f}" if job_end is not None else ""}
+        deadline = Deadline(started=1000.0, max_minutes=max_minutes, margin_s=1, environ=environ)
+        try:
+            return deadline.at
+        finally:
+            deadline.close()
+
+    assert end_of(None, None) is None
+    assert end_of(1, None) == 1060
+    assert end_of(None, 5000) == 5000
+    assert end_of(1, 5000) == 1060
+    assert end_of(1000, 5000) == 5000
+
+
+@pytest.mark.parametrize("text", ["2026-03-04T05:06:07\n", "2026-03-04T05:06:07\n2026-03-04T09:00:00\n"])
+def test_squeue_prints_local_time(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC-2")
+    time.tzset()
+    try:
+        assert parse_end(text) == 1772593567.0  # 03:06:07 UTC
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_job_without_an_end_has_none() -> None:
+    for text in ("N/A\n", "NONE\n", "Unknown\n"):
+        assert parse_end(text) is None
+    for text in ("", "tomorrow\n"):
+        with pytest.raises(ValueError):
+            parse_end(text)
+    assert end_in_environment({}) is None
+    assert end_in_environment({"SLURM_JOB_END_TIME": "1772593567"}) == 1772593567.0
+
+
+def test_only_a_stop_file_made_before_the_start_is_stale(tmp_path: Path) -> None:
+    started = attempt_started()
+    request = tmp_path / "stop.request"
+    file = StopFile(tmp_path)
+    assert not file.remove_stale(started)
+    request.write_text("")
+    assert not file.remove_stale(started)
+    assert file.is_there()
+    os.utime(request, (started - 5, started - 5))
+    assert file.remove_stale(started)
+    assert not file.is_there()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchrun_started_before_its_workers() -> None:
+    alone = attempt_started({})
+    assert alone <= time.time()
+    assert attempt_started({"TORCHELASTIC_RUN_ID": "x"}) <= alone
+
+
+@pytest.mark.parametrize(
+    ("took_s", "expected"),
+    [
+        ([], 900.0),
+        ([0.1, 0.2, 0.3], 60.0),
+        ([8.0, 10.0, 1000.0], 100.0),
+        ([600.0], 900.0),
+    ],
+)
+def test_what_is_too_long(took_s: list[float], expected: float) -> None:
+    assert limit_s(took_s, multiple=10, floor_s=60, ceiling_s=900) == expected
+
+
+def post(place: Place, done: float = 0.0, save_part: str = "done") -> dict[str, Any]:
+    return {"order": place.order, "done": done, "where": str(place), "save_part": save_part}
+
+
+BACKWARD, DATA = Place("step", 7, "forward_backward"), Place("step", 7, "data")
+AGREE, EVAL = Place("agree", 6), Place("eval", 6)
+
+
+@pytest.mark.parametrize(
+    ("posts", "lags"),
+    [
+        ([post(BACKWARD, 0.4), post(BACKWARD, 0.3), post(BACKWARD, 0.4)], "Rank 1 lags"),
+        ([post(BACKWARD), post(BACKWARD), post(DATA, 0.9)], "Rank 2 lags: it is at step 7, data"),
+        ([post(AGREE), post(EVAL), post(AGREE)], "Rank 1 lags: it is at eval 6"),
+        ([post(AGREE), post(BACKWARD), post(DATA)], "Rank 0 lags: it is at agree 6"),
+        ([post(BACKWARD, 0.4)] * 3, "All ranks stand at the same place (step 7, forward_backward)"),
+        ([post(DATA), post(BACKWARD), post(DATA)], "2 ranks (0, 2) lag"),
+        ([post(BACKWARD), None, post(DATA)], "Rank 1 does not answer"),
+    ],
+)
+def test_who_lags(posts: list[dict[str, Any] | None], lags: str) -> None:
+    answers = {rank: one for rank, one in enumerate(posts) if one is not None}
+    assert lags in who_lags(answers, 3)
+
+
+def test_who_lags_in_a_save() -> None:
+    parts = {0: post(DATA, save_part="commit"), 1: post(BACKWARD, save_part="write")}
+    assert "Rank 1 lags: still at its write" in who_lags(parts, 2, saving=True)
+    parts = {0: post(DATA, save_part="commit"), 1: post(DATA, save_part="done")}
+    assert "rank 0 has not committed" in who_lags(parts, 2, saving=True)
+
+
+def test_progress_measures_each_activity_on_its_own() -> None:
+    issued = 0
+    progress = Progress(lambda: issued)
+    for step in (1, 2, 3):
+        progress.begin("step", step)
+        progress.phase("data")
+        issued += 5
+        progress.begin("agree", step)
+        issued += 1
+    progress.begin("step", 4)
+    assert progress.collectives_per_step == 6
+    assert len(progress.took_s("step")) == 3
+    assert progress.took_s("agree") == progress.took_s("step")
+    assert progress.took_s("eval") == []
+    progress.saved(12.0)
+    assert progress.took_s("save") == [12.0]
