@@ -88,8 +88,8 @@ def test_lost_nodes() -> None:
     assert parse_lost_nodes(listing) == ["n2", "n5", "n6"]
 
 
-def event(attempt: int, kind: str, **values: Any) -> dict[str, Any]:
-    return {"event": kind, "attempt": attempt, "time": float(attempt), **values}
+def event(attempt: int, name: str, **values: Any) -> dict[str, Any]:
+    return {"event": name, "attempt": attempt, "time": float(attempt), **values}
 
 
 @pytest.mark.parametrize(
