@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from kempnerforge.cli.slurm import nodes_of
+from kempnerforge.cli.slurm import lost_in_a_row, nodes_of
 from kempnerforge.errors import ConfigError
+from kempnerforge.goodput.history import derive
 from kempnerforge.slurm import nodes
 from kempnerforge.slurm.decision import decide
 from kempnerforge.slurm.job import SlurmJob, parse_lost_nodes, parse_preempted, this_job
@@ -67,6 +68,10 @@ RUNNING = {"job_state": "RUNNING"}
         (RUNNING | {"status": None, "lost_nodes": ["n2"]}, True, 1),
         (RUNNING | {"status": 1, "lost_nodes": ["n2"]}, True, 1),
         (RUNNING | {"status": 1, "faulty_nodes": ["n2"]}, True, 1),
+        (RUNNING | {"status": None, "lost_in_a_row": 0}, True, 1),  # it had committed a step
+        (RUNNING | {"status": 1, "lost_in_a_row": 2}, True, 1),
+        (RUNNING | {"status": 1, "lost_in_a_row": 3}, False, 1),
+        (RUNNING | {"status": 2, "lost_in_a_row": 0}, False, 2),
     ],
 )
 def test_a_job_is_requeued_exactly_when_it_should_be(
@@ -81,6 +86,28 @@ def test_a_job_is_requeued_exactly_when_it_should_be(
 def test_lost_nodes() -> None:
     listing = "n1 mixed\nn2 down*\nn3 idle\nn4 drained\nn5 allocated*\nn6 fail\nn2 down*\n"
     assert parse_lost_nodes(listing) == ["n2", "n5", "n6"]
+
+
+def event(attempt: int, name: str, **values: Any) -> dict[str, Any]:
+    return {"event": name, "attempt": attempt, "time": float(attempt), **values}
+
+
+@pytest.mark.parametrize(
+    ("events", "before", "count"),
+    [
+        ([], 0, None),
+        ([event(1, "start")], 0, 1),
+        ([event(1, "start")], 1, None),
+        ([event(1, "start"), event(1, "commit", step=3)], 0, 0),
+        ([event(1, "commit", step=3), event(2, "start"), event(3, "start")], 2, 2),
+        ([event(1, "start"), event(2, "end", kind="stopped"), event(3, "end", kind="lost")], 2, 1),
+        ([event(1, "end", kind="fault")], 0, None),
+    ],
+)
+def test_attempts_that_were_lost_in_a_row(
+    events: list[dict[str, Any]], before: int, count: int | None
+) -> None:
+    assert lost_in_a_row(derive(events, []), before=before) == count
 
 
 def test_hosts_are_found_among_the_nodes_of_the_job() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from kempnerforge.cli.train import split_config
 from kempnerforge.config.schema import load_job
 from kempnerforge.errors import EXIT_FAULT, RunFolderError
 from kempnerforge.goodput.faults import read_faults
-from kempnerforge.goodput.history import read_history
+from kempnerforge.goodput.history import AttemptHistory, read_history
 from kempnerforge.slurm import job as slurm_job
 from kempnerforge.slurm.decision import Decision, decide
 from kempnerforge.slurm.job import SlurmError, SlurmJob
@@ -68,7 +69,8 @@ def decide_for(job: SlurmJob, run_dir: Path) -> Decision:
     began = run_dir / NOTES / f"{job.attempt_name}.began"
     before = int(began.read_text()) if began.exists() else 0
     # An attempt that was killed left the end of the one before it.
-    ends = [one.end for one in read_history(run_dir) if one.number > before and one.end is not None]
+    history = read_history(run_dir)
+    ends = [one.end for one in history if one.number > before and one.end is not None]
     hosts = {one.host for one in read_faults(run_dir) if one.attempt > before and not one.by_peer}
     return decide(
         job_state=slurm_job.state(job.job_id),
@@ -77,7 +79,19 @@ def decide_for(job: SlurmJob, run_dir: Path) -> Decision:
         asked=_asked(job, run_dir),
         lost_nodes=slurm_job.lost_nodes(job.node_names),
         faulty_nodes=nodes_of(hosts, job.node_names),
+        lost_in_a_row=lost_in_a_row(history, before=before),
     )
+
+
+def lost_in_a_row(history: Sequence[AttemptHistory], *, before: int) -> int | None:
+    """How many of the newest attempts were lost and committed nothing; None unless the last one was lost.
+
+    ``before``: the number of the last attempt that began before this job's start.
+    """
+    if not history or history[-1].number <= before or history[-1].kind != "lost":
+        return None
+    row = takewhile(lambda one: one.kind == "lost" and not one.commits, reversed(history))
+    return sum(1 for _ in row)
 
 
 def nodes_of(hosts: Collection[str], node_names: Sequence[str]) -> list[str]:

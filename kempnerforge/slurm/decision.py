@@ -16,6 +16,9 @@ from kempnerforge.errors import (
 BY_HAND = ("SIGINT", "stop.request")
 """Words in the reason of a stop that only a person gives: Ctrl-C, and a stop file that names no signal."""
 
+LOST_LIMIT = 3
+"""Attempts in a row that may be lost before their first commit."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -37,6 +40,7 @@ def decide(
     asked: str = "",
     lost_nodes: Sequence[str] = (),
     faulty_nodes: Sequence[str] = (),
+    lost_in_a_row: int | None = None,
 ) -> Decision:
     """Whether the job is put back into the queue.
 
@@ -47,8 +51,11 @@ def decide(
         reason: what it said beside that.
         asked: how SLURM asked this attempt to stop, as far as the job itself can tell; empty when it did not.
         lost_nodes: nodes of the job that SLURM takes for lost.
-        faulty_nodes: nodes of the job that faults recorded by this attempt name. The trainer's breaker (status
-            76) bounds how often a run that makes no progress is put back for them.
+        faulty_nodes: nodes of the job that faults recorded by this attempt name. The trainer's breaker
+            (status 76) bounds how often a run that makes no progress is put back for them.
+        lost_in_a_row: newest attempts that committed nothing and went away without a word, or with a rank that
+            did; None when this one did not end so. SLURM misses a dead node only minutes later, so one such
+            end is a reason to go on; the breaker does not count them, so several are a reason to stop.
     """
     end = EXIT_FAULT if status is None else status
     if job_state != "RUNNING":
@@ -71,5 +78,7 @@ def decide(
         return Decision(True, end, f"it lost {', '.join(lost_nodes)}", bad)
     if faulty_nodes:
         return Decision(True, end, f"a recorded fault names {', '.join(faulty_nodes)}", bad)
+    if lost_in_a_row is not None and lost_in_a_row < LOST_LIMIT:
+        return Decision(True, end, "a rank was killed or lost", bad)
     told = "it left no word in the run's folder" if status is None else f"it ended in a fault ({status})"
     return Decision(False, end, f"{told}; see the log")
