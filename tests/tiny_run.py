@@ -60,10 +60,16 @@ def train_config(**changes: Any) -> TrainConfig:
 
 
 def sharded_model(
-    train: TrainConfig | None = None, *, replicate: int = 1, config: ModelConfig = MODEL, seed: int = 7
+    train: TrainConfig | None = None,
+    *,
+    replicate: int = 1,
+    tp: int = 1,
+    config: ModelConfig = MODEL,
+    seed: int = 7,
 ) -> Llama:
-    """A model over all ranks, with ``replicate`` copies."""
-    mesh = build_mesh("cpu", dp_replicate=replicate, dp_shard=dist.get_world_size() // replicate)
+    """A model over all ranks, with ``replicate`` copies and ``tp`` ranks to a layer."""
+    shard = dist.get_world_size() // replicate // tp
+    mesh = build_mesh("cpu", dp_replicate=replicate, dp_shard=shard, tp=tp)
     with torch.device("meta"):
         model = Llama(config)
     parallelize(model, mesh, train or train_config())
@@ -71,11 +77,11 @@ def sharded_model(
     return model
 
 
-def local_step(model: Llama, *, grad_clip_norm: float = 1.0, lr: float = 0.01) -> LocalStep:
+def local_step(model: Llama, *, grad_clip_norm: float = 1.0, lr: float = 0.01, tp: int = 1) -> LocalStep:
     optimizer = build_optimizer([model], OptimizerConfig(lr=lr), CPU)
     world = dist.group.WORLD
     assert world is not None
-    return LocalStep(model, optimizer, device=CPU, group=world, grad_clip_norm=grad_clip_norm)
+    return LocalStep(model, optimizer, device=CPU, group=world, grad_clip_norm=grad_clip_norm, loss_copies=tp)
 
 
 def whole(tensor: Tensor) -> Tensor:

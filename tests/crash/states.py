@@ -53,7 +53,7 @@ def make_state() -> TrainState:
     model = Small()
     if ranks_here() > 1:
         fully_shard(model)
-    optimizer = build_optimizer(model, OptimizerConfig(), CPU)
+    optimizer = build_optimizer([model], OptimizerConfig(), CPU)
     return TrainState(model=model, optimizer=optimizer, device=CPU, seed=SEED, cursor={"samples": 0})
 
 
