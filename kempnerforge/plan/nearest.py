@@ -109,14 +109,14 @@ def _changes(wanted: DistributedConfig, sizes: dict[str, int]) -> list[str]:
         for name, size in sizes.items()
         if size != getattr(wanted, name) and not (name == "dp_shard" and wanted.dp_shard == -1)
     ]
-    if sizes["pp"] == wanted.pp:
-        return changed
     if sizes["pp"] == 1:
         default = DistributedConfig()
         names = (setting.partition("=")[0] for setting in _WITHOUT_PIPELINE)
         set_here = [getattr(wanted, name) != getattr(default, name) for name in names]
         return changed + [one for one, is_set in zip(_WITHOUT_PIPELINE, set_here, strict=True) if is_set]
-    return [*changed, "pp_layers=none"] if wanted.pp_layers is not None else changed
+    # How many layers each stage has says nothing about another number of stages.
+    is_other = sizes["pp"] != wanted.pp and wanted.pp_layers is not None
+    return [*changed, "pp_layers=none"] if is_other else changed
 
 
 def _sizes_near(wanted: DistributedConfig, world_size: int) -> list[int]:

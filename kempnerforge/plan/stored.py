@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from kempnerforge.config.geometry import Geometry
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.stages import make_stages, stages_of
-from kempnerforge.plan.tensors import Parameter, local_shape, stage_parameters
+from kempnerforge.plan.tensors import Parameter, local_shape, stage_parameters, tp_shape
 
 FP32 = 4
 COPIES = ("model", "exp_avg", "exp_avg_sq")
@@ -44,14 +44,16 @@ def checkpoint_size(job: JobConfig, geometry: Geometry) -> CheckpointSize:
     parameters = [one for stage in stages for one in stage_parameters(job.model, stage)]
     ranks = geometry.world_size
     payload = sum(len(COPIES) * FP32 * one.numel + FP32 for one in parameters) + ranks * RNG_BYTES
-    named = [chunks for one in parameters for chunks in _names_and_chunks(one, geometry)]
+    named = [chunks for one in parameters for chunks in _stored(one, geometry)]
     digits = 2 * len(str(payload // ranks))
-    header = sum(count * (_header_bytes(name, ndim) + digits) for name, ndim, count in named)
-    shard_headers = ranks * (ALIGNMENT * math.ceil((header / ranks + 350) / ALIGNMENT))
-    index = 32 + sum(31 + len(name) + 8 * ndim + count * (20 + 16 * ndim) for name, ndim, count in named)
-    index += ranks * (36 + 31 + 15 + 8 + 36)
-    manifest = 1_500 + ranks * 130 + payload // DIGEST_UNIT_BYTES * 36
-    other = 4_000 + sum(len(one.name) + 4 for one in parameters)
+    header = sum(count * (_header_bytes(name, shape) + digits) for name, shape, count in named) / ranks
+    shard_headers = ranks * ALIGNMENT * math.ceil((header + 100) / ALIGNMENT)
+    index = 32 + sum(
+        23 + len(name) + 8 * len(shape) + count * (20 + 16 * len(shape)) for name, shape, count in named
+    )
+    index += ranks * (23 + 16 + 8 + 20 + 16 + 36)
+    manifest = 900 + ranks * 130 + payload // DIGEST_UNIT_BYTES * 36
+    other = 2_700 + sum(len(one.name) + 4 for one in parameters)
     return CheckpointSize(payload, payload + shard_headers + index + manifest + other, ranks + OTHER_FILES)
 
 
@@ -81,20 +83,20 @@ def staged_on_node(by_pp_rank: Sequence[int], geometry: Geometry, ranks_per_node
     return max(totals)
 
 
-def _names_and_chunks(parameter: Parameter, geometry: Geometry) -> list[tuple[str, int, int]]:
-    """(name, dimensions, chunks) of everything that a checkpoint has of one parameter."""
+def _stored(parameter: Parameter, geometry: Geometry) -> list[tuple[str, tuple[int, ...], int]]:
+    """(name, shape of a chunk, number of chunks) of everything that a checkpoint has of one parameter."""
     chunks = geometry.tp if parameter.tp_dim is not None else 1
-    rows = parameter.shape[0] if parameter.tp_dim != 0 else -(-parameter.shape[0] // geometry.tp)
-    shards = math.ceil(rows / -(-rows // geometry.dp_shard))
-    ndim = len(parameter.shape)
-    found = [(f"optimizer.state.{parameter.name}.{copy}", ndim, chunks * shards) for copy in COPIES[1:]]
-    found.append((f"model.{parameter.name}", ndim, chunks * shards))
-    found.append((f"optimizer.state.{parameter.name}.step", 0, 1))
+    rows = tp_shape(parameter, geometry.tp)[0]
+    shape = local_shape(parameter, geometry)
+    chunks *= math.ceil(rows / shape[0])
+    found = [(f"optimizer.state.{parameter.name}.{copy}", shape, chunks) for copy in COPIES[1:]]
+    found.append((f"model.{parameter.name}", shape, chunks))
+    found.append((f"optimizer.state.{parameter.name}.step", (), 1))
     return found
 
 
-def _header_bytes(name: str, ndim: int) -> int:
+def _header_bytes(name: str, shape: tuple[int, ...]) -> int:
     """JSON of one tensor in a shard's header, twice as it stands there; its data offsets are left out."""
-    entry = len(f'"{name}":{{"dtype":"F32","shape":[],"data_offsets":[,]}},') + 6 * ndim
-    sharding = len(f'\\"{name}\\": {{\\"saved_offsets\\": []}}, ') + 5 * ndim
+    entry = len(f'"{name}":{{"dtype":"F32","shape":[],"data_offsets":[,]}},') + len(",".join(map(str, shape)))
+    sharding = len(f'\\"{name}\\": {{\\"saved_offsets\\": []}}, ') + 3 * len(shape)
     return entry + sharding
