@@ -1,4 +1,4 @@
-"""The arithmetic of ``kempnerforge plan``, against real models, autograd, torch's schedules and real checkpoints."""
+"""The arithmetic of ``kempnerforge plan``, against real models, autograd, schedules and checkpoints."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -50,10 +51,6 @@ def geometry(*, pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, tp: int =
 
 def model_of(name: str) -> ModelConfig:
     return load_job(CONFIGS / f"{name}.toml").job.model
-
-
-def job_of(**sections: object) -> JobConfig:
-    return JobConfig.model_validate({"data": {"text": "python-stdlib"}, **sections})
 
 
 def test_ranks_stand_in_the_mesh_as_torch_lays_it_out() -> None:
@@ -118,7 +115,7 @@ class _FusedNorm(torch.autograd.Function):
     """Keeps what CUDA's fused kernel keeps: its input and a number a row. The CPU has none and keeps more."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ANN001
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, torch.zeros(*x.shape[:-1], 1))
         return x * weight
 
@@ -158,7 +155,7 @@ def kept_by_autograd(block: TransformerBlock, inputs: tuple[Tensor, ...]) -> int
 
 
 def kept_for_recomputation(block: TransformerBlock, inputs: tuple[Tensor, ...]) -> int:
-    """Bytes that checkpointing holds on to, which it does in Python: the input, and results not to be repeated."""
+    """Bytes that checkpointing holds on to, in Python: the input, and results that are not repeated."""
 
     gc.collect()
     gc.freeze()  # what there is already is not looked at again
@@ -245,7 +242,7 @@ def test_a_real_checkpoint_has_the_files_and_bytes_that_were_planned(
     files = {file.name: file.stat().st_size for file in folder.iterdir()}
     assert plan.checkpoint.num_files == len(files)
 
-    payload, written = 0, []
+    written = []
     for name, size in files.items():
         if name.endswith(SHARD_SUFFIX):
             with open(folder / name, "rb") as file:
@@ -256,7 +253,9 @@ def test_a_real_checkpoint_has_the_files_and_bytes_that_were_planned(
     assert plan.checkpoint.payload_bytes - without_cuda == payload
     assert plan.checkpoint.size_bytes == pytest.approx(sum(files.values()), rel=0.02)
     beside = sum(files.values()) - payload
-    assert plan.checkpoint.size_bytes - plan.checkpoint.payload_bytes == pytest.approx(beside, rel=0.15)
+    assert plan.checkpoint.size_bytes - plan.checkpoint.payload_bytes == pytest.approx(
+        beside, abs=4096 * ranks
+    )
 
     [place] = plan.pipeline
     largest = FP32 * max(math.prod(entry) for entry in shapes_in(folder))
@@ -344,7 +343,7 @@ def test_state_is_sixteen_bytes_a_parameter_and_sharding_divides_it() -> None:
 def test_memory_falls_where_it_should() -> None:
     """What each way to save memory is there for; all else equal."""
 
-    def need(world_size: int, **changes: dict[str, object]) -> int:
+    def need(world_size: int, **changes: Mapping[str, object]) -> int:
         tree = load_job(CONFIGS / "llama_7b.toml").job.model_dump(mode="json")
         for section, keys in changes.items():
             tree[section] |= keys

@@ -18,8 +18,9 @@ full                   D/t
 =====================  =======================================================================================
 
 An element is 2 bytes under "bf16" and 4 under "fp32". Attention adds an fp32 number for every head, and each
-norm one for every token. The eager rows are counted against autograd in tests; what the compiler keeps is up
-to its partitioner, so the compiled rows are what it may be expected to do.
+norm one for every token (as CUDA's fused kernel does; on the CPU norms keep fp32 copies). The eager rows are
+counted against autograd in tests for t = 1; what the compiler keeps is up to its partitioner, so the compiled
+rows are what it may be expected to do.
 """
 
 from __future__ import annotations
