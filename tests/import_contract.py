@@ -15,7 +15,7 @@ PACKAGE = "kempnerforge"
 LAYERS = (
     ("errors", "fsio"),
     ("config",),
-    ("distributed", "model", "data", "telemetry", "slurm", "goodput"),
+    ("distributed", "model", "data", "telemetry", "slurm", "goodput", "plan"),
     ("parallel", "checkpoint"),
     ("train",),
     ("cli",),
@@ -27,7 +27,7 @@ IMPORT_CALLS = ("importlib.import_module", "import_module", "__import__")
 
 # Not even inside a function.
 NO_TORCH = (
-    *("errors", "fsio", "config", "goodput", "slurm"),
+    *("errors", "fsio", "config", "goodput", "slurm", "plan"),
     *("checkpoint.layout", "checkpoint.manifest", "checkpoint.index", "checkpoint.policy"),
     *("checkpoint.retention", "checkpoint.lease", "checkpoint.space", "checkpoint.verify"),
     *("checkpoint.holder", "checkpoint.timeline", "checkpoint.rollback", "checkpoint.fork"),

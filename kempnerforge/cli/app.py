@@ -38,6 +38,12 @@ def _import() -> typer.Typer:
     return weights.import_app
 
 
+def _plan() -> typer.Typer:
+    from kempnerforge.cli import plan
+
+    return plan.app
+
+
 def _report() -> typer.Typer:
     from kempnerforge.cli import report
 
@@ -67,6 +73,7 @@ GROUPS: dict[str, Callable[[], typer.Typer]] = {
     "config": _config,
     "data": _data,
     "import": _import,
+    "plan": _plan,
     "report": _report,
     "unblock": _unblock,
     "submit": _submit,

@@ -38,6 +38,31 @@ class Geometry:
         """Which stages of the pipeline ``rank`` of all processes holds, of ``pp``."""
         return rank // (self.tp * self.dp)
 
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Dimension -> size, the outermost first, as in ``kempnerforge.distributed.mesh``."""
+        return {"pp": self.pp, "dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "tp": self.tp}
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all dimensions together."""
+        return self.pp * self.dp * self.tp
+
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Where ``rank`` of all processes stands in each dimension of the mesh."""
+        place = {}
+        for dim, size in reversed(self.mesh.items()):
+            rank, place[dim] = divmod(rank, size)
+        return {dim: place[dim] for dim in self.mesh}
+
+    def groups(self, dim: str) -> list[list[int]]:
+        """The ranks that differ in ``dim`` alone, group by group: those that its collectives join."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            others = tuple(place for name, place in self.coordinate(rank).items() if name != dim)
+            found.setdefault(others, []).append(rank)
+        return list(found.values())
+
 
 def derive_geometry(
     distributed: DistributedConfig, train: TrainConfig, world_size: int

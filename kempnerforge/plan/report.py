@@ -1,0 +1,135 @@
+"""All that ``kempnerforge plan`` says about a job on a number of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from kempnerforge.config.geometry import Geometry
+from kempnerforge.config.job import JobConfig
+from kempnerforge.config.stages import Stage, make_stages, stages_of
+from kempnerforge.plan.memory import RESERVED_SHARE, DeviceMemory, device_memory
+from kempnerforge.plan.pipeline import bubble_fraction, in_flight, microbatch_size, num_microbatches
+from kempnerforge.plan.stored import CheckpointSize, checkpoint_size, staged_bytes, staged_on_node
+from kempnerforge.plan.tensors import local_numel, stage_parameters
+
+
+@dataclass(frozen=True)
+class PipelineRank:
+    """What the ranks at one place of the pipeline hold and need. Without a pipeline there is one place."""
+
+    first_rank: int
+    last_rank: int
+    """They follow each other."""
+    stages: tuple[Stage, ...]
+    parameters: int
+    """Exact number that the rank with the most of them holds."""
+    in_flight: int
+    """Most (stage, microbatch) pairs with activations at once."""
+    memory: DeviceMemory
+    staged_bytes: int
+    """Host memory of the rank that stages the most for a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job on a number of processes."""
+
+    job: JobConfig
+    geometry: Geometry
+    pipeline: tuple[PipelineRank, ...]
+    microbatch_size: int
+    num_microbatches: int
+    """Of one pass through the pipeline."""
+    bubble_fraction: float
+    checkpoint: CheckpointSize
+    ranks_per_node: int
+    staged_on_node_bytes: int
+    """Host memory of the node whose ranks stage the most together."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.geometry.global_batch_size * self.job.train.seq_len
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of the rank that needs the most."""
+        return max(place.memory.total for place in self.pipeline)
+
+    def fits(self, memory_gb: float) -> bool:
+        """Whether every rank fits a device of ``memory_gb``, with ``RESERVED_SHARE`` of it left free."""
+        return all(place.memory.fits(memory_gb * 1e9) for place in self.pipeline)
+
+    def to_json(self, memory_gb: float | None = None) -> dict[str, Any]:
+        """Plain JSON types; sizes in bytes."""
+        geometry = self.geometry
+        body: dict[str, Any] = {
+            "possible": True,
+            "world_size": geometry.world_size,
+            "mesh": geometry.mesh,
+            "groups": {dim: geometry.groups(dim) for dim, size in geometry.mesh.items() if size > 1},
+            "parameters": self.job.model.num_parameters,
+            "pipeline": [_place_json(place) for place in self.pipeline],
+            "device_bytes": self.device_bytes,
+            "staged_on_node_bytes": self.staged_on_node_bytes,
+            "ranks_per_node": self.ranks_per_node,
+            "async_mode": self.job.checkpoint.async_mode.value,
+            "checkpoint": dataclasses.asdict(self.checkpoint),
+            "global_batch_size": geometry.global_batch_size,
+            "tokens_per_step": self.tokens_per_step,
+            "accumulation_steps": geometry.accumulation_steps,
+            "microbatch_size": self.microbatch_size,
+            "num_microbatches": self.num_microbatches,
+            "bubble_fraction": self.bubble_fraction,
+        }
+        if memory_gb is not None:
+            body |= {"memory_gb": memory_gb, "reserved_share": RESERVED_SHARE, "fits": self.fits(memory_gb)}
+        return body
+
+
+def make_plan(job: JobConfig, world_size: int, *, ranks_per_node: int = 8) -> Plan:
+    """Work everything out. Raises ConfigError when ``world_size`` processes do not divide into the layout."""
+    geometry = job.geometry(world_size)
+    microbatches = num_microbatches(job.distributed, job.train)
+    pipeline = tuple(_place(job, geometry, pp_rank) for pp_rank in range(geometry.pp))
+    return Plan(
+        job=job,
+        geometry=geometry,
+        pipeline=pipeline,
+        microbatch_size=microbatch_size(job.distributed, job.train),
+        num_microbatches=microbatches,
+        bubble_fraction=bubble_fraction(job.distributed, microbatches),
+        checkpoint=checkpoint_size(job, geometry),
+        ranks_per_node=ranks_per_node,
+        staged_on_node_bytes=staged_on_node(
+            [place.staged_bytes for place in pipeline], geometry, ranks_per_node
+        ),
+    )
+
+
+def _place(job: JobConfig, geometry: Geometry, pp_rank: int) -> PipelineRank:
+    stages = stages_of(make_stages(job.model, job.distributed), pp_rank, geometry.pp)
+    ranks = geometry.world_size // geometry.pp
+    held = [parameter for stage in stages for parameter in stage_parameters(job.model, stage)]
+    return PipelineRank(
+        first_rank=pp_rank * ranks,
+        last_rank=(pp_rank + 1) * ranks - 1,
+        stages=stages,
+        parameters=local_numel(held, geometry),
+        in_flight=in_flight(job.distributed, num_microbatches(job.distributed, job.train), pp_rank),
+        memory=device_memory(job, geometry, pp_rank),
+        staged_bytes=staged_bytes(job, geometry, pp_rank),
+    )
+
+
+def _place_json(place: PipelineRank) -> dict[str, Any]:
+    return {
+        "ranks": [place.first_rank, place.last_rank],
+        "stages": [dataclasses.asdict(stage) for stage in place.stages],
+        "parameters": place.parameters,
+        "in_flight": place.in_flight,
+        "memory": {**dataclasses.asdict(place.memory), "total": place.memory.total},
+        "staged_bytes": place.staged_bytes,
+    }
