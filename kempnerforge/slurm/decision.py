@@ -54,8 +54,8 @@ def decide(
         faulty_nodes: nodes of the job that faults recorded by this attempt name. The trainer's breaker
             (status 76) bounds how often a run that makes no progress is put back for them.
         lost_in_a_row: newest attempts that committed nothing and went away without a word, or with a
-            rank that did; None when this one did not end so. SLURM misses a dead node only minutes later, so one such
-            end is a reason to go on; the breaker does not count them, so several are a reason to stop.
+            rank that did; None when this one did not end so. SLURM misses a dead node only minutes later, so
+            one such end is a reason to go on; the breaker does not count them, so several are one to stop.
     """
     end = EXIT_FAULT if status is None else status
     if job_state != "RUNNING":
