@@ -22,7 +22,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("n1", "n2", "n3")
-KILL_WAIT_S = 20
+KILL_WAIT_S = 60
+"""Long: nothing waits for it unless the machine is so busy that a save takes that long."""
 GRACE_S = 60
 
 CONF = """\
