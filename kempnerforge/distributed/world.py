@@ -75,7 +75,10 @@ def collectives_issued() -> int:
 
 
 def _sequence_number(group: Any) -> int:
-    return group._get_sequence_number_for_group()
+    try:
+        return group._get_sequence_number_for_group()
+    except RuntimeError:  # a backend that does not count; it is the same on all ranks
+        return 0
 
 
 class World:
