@@ -249,7 +249,7 @@ def stopped_and_gone_on_is_bitwise(launcher: Launcher, corpus: Path, base: Path,
     assert tensor_digests(stopped.step_folder(4)) == tensor_digests(whole.step_folder(4))
 
 
-@pytest.mark.parametrize("name", ["pp2tp2", "pp2dp2 interleaved"])
+@pytest.mark.parametrize("name", ["tp2", "pp2dp2 interleaved"])
 def test_under_the_same_layout_it_goes_on_bitwise(
     launcher: Launcher, corpus: Path, tmp_path: Path, name: str
 ) -> None:
