@@ -160,31 +160,33 @@ def _parts(stage: Stage) -> str:
 
 
 def _memory_table(found: Plan) -> Table:
-    columns = ("weights", "grads", "optimizer", "gathered", "activations", "working", "total")
+    columns = ("weights", "grads", "optimizer", "gathered", "activations", "buffers", "working", "total")
     table = _table(
-        "device memory of a rank in GB at the peak of a step (gathered, activations, working: estimated)",
+        "device memory of a rank in GB at the peak of a step; estimated from gathered on",
         "ranks", "peak at", *columns, right=len(columns),
     )  # fmt: skip
     for place in found.pipeline:
         memory = place.memory
         sizes = (memory.weights, memory.gradients, memory.optimizer, memory.gathered)
-        sizes = (*sizes, memory.activations, memory.working, memory.total)
+        sizes = (*sizes, memory.activations, memory.buffers, memory.working, memory.total)
         table.add_row(_span(place), memory.peak, *(f"{count / 1e9:.2f}" for count in sizes))
     return table
 
 
 def _facts(found: Plan) -> list[str]:
     job, geometry, checkpoint = found.job, found.geometry, found.checkpoint
+    passes = f"{geometry.accumulation_steps} x batch_size {job.train.batch_size}"
+    if geometry.pp > 1:
+        passes = f"{geometry.pp_microbatches} x pp_microbatch_size {found.microbatch_size}"
     facts = [
         f"model        {job.model.num_parameters:,} parameters",
         f"batch        {geometry.global_batch_size} sequences = {found.tokens_per_step:,} tokens a step:"
-        f" {geometry.accumulation_steps} x batch_size {job.train.batch_size} on each of"
-        f" {geometry.dp} data-parallel ranks",
+        f" {passes} on each of {geometry.dp} data-parallel ranks",
     ]
     if geometry.pp > 1:
         facts.append(
-            f"pipeline     {job.distributed.pp_schedule}, {found.num_microbatches} microbatches of"
-            f" {found.microbatch_size} a pass, bubble {100 * found.bubble_fraction:.1f} % of the time"
+            f"pipeline     {job.distributed.pp_schedule}, {geometry.pp_microbatches} microbatches,"
+            f" bubble {100 * found.bubble_fraction:.1f} % of the time"
         )
     pinned = "pinned" if job.checkpoint.async_mode.value == "async_with_pinned_mem" else "pageable"
     most = max(place.staged_bytes for place in found.pipeline)
