@@ -49,8 +49,9 @@ def test_it_needs_no_torch_and_fits_100_columns_when_piped() -> None:
         [*command, "--memory-gb=80"], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    tables = done.stdout.split("\nmodel ")[0].splitlines()
-    assert max(map(len, tables)) <= 100
+    # The first line may have a long path in it.
+    assert max(map(len, done.stdout.splitlines()[1:])) <= 100
+    assert "…" not in done.stdout
     assert "\x1b" not in done.stdout
     for text in (
         "pp 2 x dp_replicate 1 x dp_shard 8 x tp 2",
@@ -96,7 +97,7 @@ def test_host_memory_beyond_its_limit_is_said(
     for limit, is_said in ((10, True), (30, False)):
         arguments = ["plan", LLAMA, "--world-size=32", f"--checkpoint.max_host_memory_gb={limit}"]
         told = kempnerforge(monkeypatch, capsys, *arguments)
-        assert ("training would not start" in told.stdout) == is_said
+        assert ("the run would not start" in told.stdout) == is_said
 
 
 TP3 = ["--distributed.tp=3"]
