@@ -40,7 +40,7 @@ def test_it_is_valid_at_its_stated_world_size(file: Path) -> None:
 
 MEMORY = re.compile(
     r"^# `kempnerforge plan`, GB a GPU at the peak: ([\d.]+) state \+ ([\d.]+) gathered \+"
-    r" ([\d.]+) activations \+\n# ([\d.]+) working = ([\d.]+) of (\d+)\.$",
+    r" ([\d.]+) activations \+\n# ([\d.]+) buffers \+ ([\d.]+) working = ([\d.]+) of (\d+)\.$",
     re.MULTILINE,
 )
 
@@ -53,10 +53,10 @@ def test_a_llama_fits_its_gpus_and_its_memory_is_what_plan_says(file: Path) -> N
     assert stated, "the comment does not say what plan says"
     most = max((place.memory for place in plan.pipeline), key=lambda memory: memory.total)
     state = most.weights + most.gradients + most.optimizer
-    planned = [state, most.gathered, most.activations, most.working, most.total]
-    assert list(stated.groups()[:5]) == [f"{size / 1e9:.1f}" for size in planned]
-    assert f"H100-{stated[6]}GB" in text.splitlines()[0]
-    assert plan.fits(float(stated[6]))
+    planned = [state, most.gathered, most.activations, most.buffers, most.working, most.total]
+    assert list(stated.groups()[:6]) == [f"{size / 1e9:.1f}" for size in planned]
+    assert f"H100-{stated[7]}GB" in text.splitlines()[0]
+    assert plan.fits(float(stated[7]))
 
 
 def test_the_larger_configs_use_tensor_and_pipeline_parallelism() -> None:

@@ -230,12 +230,19 @@ def test_bubbles_are_those_of_the_paper() -> None:
     assert bubble_fraction(DistributedConfig(pp=4, pp_schedule="interleaved_1f1b"), 4) == 3 / 11
 
 
-@pytest.mark.parametrize(("ranks", "replicate"), [(1, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, {}),
+        (4, {"distributed.dp_replicate": 2}),
+        (4, {"distributed.tp": 2}),
+        (4, {"distributed.tp": 2, "distributed.pp": 2, "train.batch_size": 2}),
+    ],
+)
 def test_a_real_checkpoint_has_the_files_and_bytes_that_were_planned(
-    launcher: Launcher, corpus: Path, tmp_path: Path, ranks: int, replicate: int
+    launcher: Launcher, corpus: Path, tmp_path: Path, ranks: int, layout: dict[str, int]
 ) -> None:
-    settings = {"train.max_steps": 3, "eval.interval": 0, "distributed.dp_replicate": replicate}
-    run = make_run(tmp_path, corpus, **settings)
+    run = make_run(tmp_path, corpus, **{"train.max_steps": 3, "eval.interval": 0}, **layout)
     launcher.finish(run, ranks=ranks)
     folder = run.step_folder(3)
     plan = make_plan(load_job(folder / "config.toml").job, ranks)
@@ -257,9 +264,9 @@ def test_a_real_checkpoint_has_the_files_and_bytes_that_were_planned(
         beside, abs=4096 * ranks
     )
 
-    [place] = plan.pipeline
+    most = max(place.staged_bytes for place in plan.pipeline)
     largest = FP32 * max(math.prod(entry) for entry in shapes_in(folder))
-    assert place.staged_bytes == pytest.approx(max(written), abs=largest)
+    assert most == pytest.approx(max(written), abs=largest)
 
 
 def shapes_in(folder: Path) -> list[list[int]]:

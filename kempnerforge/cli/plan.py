@@ -160,46 +160,46 @@ def _parts(stage: Stage) -> str:
 
 
 def _memory_table(found: Plan) -> Table:
-    columns = ("weights", "grads", "optimizer", "gathered", "activations", "working", "total")
+    columns = ("weights", "grads", "optim", "gathered", "activations", "buffers", "working", "total")
     table = _table(
-        "device memory of a rank in GB at the peak of a step (gathered, activations, working: estimated)",
+        "device memory of a rank in GB at the peak of a step; estimated from gathered on",
         "ranks", "peak at", *columns, right=len(columns),
     )  # fmt: skip
     for place in found.pipeline:
         memory = place.memory
         sizes = (memory.weights, memory.gradients, memory.optimizer, memory.gathered)
-        sizes = (*sizes, memory.activations, memory.working, memory.total)
+        sizes = (*sizes, memory.activations, memory.buffers, memory.working, memory.total)
         table.add_row(_span(place), memory.peak, *(f"{count / 1e9:.2f}" for count in sizes))
     return table
 
 
 def _facts(found: Plan) -> list[str]:
     job, geometry, checkpoint = found.job, found.geometry, found.checkpoint
+    passes = f"{geometry.accumulation_steps} x batch_size {job.train.batch_size}"
+    if geometry.pp > 1:
+        passes = f"{geometry.pp_microbatches} x pp_microbatch_size {found.microbatch_size}"
     facts = [
         f"model        {job.model.num_parameters:,} parameters",
-        f"batch        {geometry.global_batch_size} sequences = {found.tokens_per_step:,} tokens a step:"
-        f" {geometry.accumulation_steps} x batch_size {job.train.batch_size} on each of"
-        f" {geometry.dp} data-parallel ranks",
+        f"batch        {geometry.global_batch_size} sequences = {found.tokens_per_step:,} tokens a step",
+        f"             {passes} on each of {geometry.dp} data-parallel ranks",
     ]
     if geometry.pp > 1:
         facts.append(
-            f"pipeline     {job.distributed.pp_schedule}, {found.num_microbatches} microbatches of"
-            f" {found.microbatch_size} a pass, bubble {100 * found.bubble_fraction:.1f} % of the time"
+            f"pipeline     {job.distributed.pp_schedule}, {geometry.pp_microbatches} microbatches,"
+            f" bubble {100 * found.bubble_fraction:.1f} % of the time"
         )
     pinned = "pinned" if job.checkpoint.async_mode.value == "async_with_pinned_mem" else "pageable"
     most = max(place.staged_bytes for place in found.pipeline)
     facts += [
-        f"checkpoint   {size(checkpoint.size_bytes)} in {checkpoint.num_files} files: weights and two"
-        f" moments in fp32 ({checkpoint.payload_bytes:,} bytes of tensors)",
+        f"checkpoint   {size(checkpoint.size_bytes)} in {checkpoint.num_files} files; weights and two"
+        f" moments, fp32: {checkpoint.payload_bytes:,} bytes",
         f"staging      {size(most)} of {pinned} host memory a rank,"
         f" {size(found.staged_on_node_bytes)} a node of {found.ranks_per_node}"
-        f" (async_mode {job.checkpoint.async_mode.value})",
+        f" ({job.checkpoint.async_mode.value})",
     ]
     limit = job.checkpoint.max_host_memory_gb
     if limit is not None and found.staged_on_node_bytes > limit * 1e9:
-        facts.append(
-            f"             more than checkpoint.max_host_memory_gb {limit}: training would not start"
-        )
+        facts.append(f"             more than checkpoint.max_host_memory_gb {limit}: the run would not start")
     return facts
 
 
@@ -209,7 +209,7 @@ def _verdict(found: Plan, memory_gb: float | None) -> list[str]:
         return [f"device       {need:.1f} GB at least; give --memory-gb to compare"]
     usable = (1 - RESERVED_SHARE) * memory_gb
     answer = "fits" if found.fits(memory_gb) else "does not fit"
-    reserve = f"{100 * RESERVED_SHARE:.0f} % are left for CUDA, NCCL and fragmentation"
+    reserve = f"{100 * RESERVED_SHARE:.0f} % left for CUDA, NCCL, fragmentation"
     return [f"device       {answer}: {need:.1f} GB of {usable:.1f} GB usable ({memory_gb:g} GB; {reserve})"]
 
 

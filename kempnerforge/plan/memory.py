@@ -25,7 +25,7 @@ from kempnerforge.config.geometry import Geometry
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.stages import Stage, make_stages, stages_of
 from kempnerforge.plan import activations
-from kempnerforge.plan.pipeline import in_flight, microbatch_size, num_microbatches
+from kempnerforge.plan.pipeline import in_flight, microbatch_size
 from kempnerforge.plan.tensors import (
     gathered_numel,
     layer_parameters,
@@ -50,6 +50,8 @@ class DeviceMemory:
     gathered: int
     """Whole weights and whole gradients of what is in use."""
     activations: int
+    buffers: int
+    """What pipeline ranks receive into: torch has a buffer for every microbatch of the step and direction."""
     working: int
     """Logits and loss, or the temporaries of the layer in its backward pass."""
     peak: str
@@ -58,9 +60,8 @@ class DeviceMemory:
     @property
     def total(self) -> int:
         """All of them together."""
-        return (
-            self.weights + self.gradients + self.optimizer + self.gathered + self.activations + self.working
-        )
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.gathered + self.activations + self.buffers + self.working
 
     def fits(self, device_bytes: float) -> bool:
         """Whether it fits a device of ``device_bytes``, ``RESERVED_SHARE`` of which is left free."""
@@ -82,6 +83,7 @@ def device_memory(job: JobConfig, geometry: Geometry, pp_rank: int) -> DeviceMem
         optimizer=2 * state,
         gathered=gathered,
         activations=alive,
+        buffers=_buffers(job, geometry, stages, pp_rank),
         working=working,
         peak=peak,
     )
@@ -124,16 +126,22 @@ def _activations(job: JobConfig, geometry: Geometry, stages: Sequence[Stage], pp
     """
     model, train, tp = job.model, job.train, geometry.tp
     tokens = microbatch_size(job.distributed, train) * train.seq_len
-    microbatches = num_microbatches(job.distributed, train)
-    flying = in_flight(job.distributed, microbatches, pp_rank)
+    flying = in_flight(job.distributed, geometry.pp_microbatches, pp_rank)
     layers = max(len(stage.layers) for stage in stages)
     per_token = flying * layers * activations.kept_by_layer(model, train, tp)
     if any(stage.has_head for stage in stages):
         per_token += activations.kept_by_head(model, train, tp)
     if geometry.pp > 1:
-        # Buffers to receive into, one a microbatch; those in flight count as inputs of layers already.
-        received = sum(not stage.has_embedding for stage in stages) * microbatches - flying
-        returned = sum(not stage.has_head for stage in stages) * microbatches
-        handed_on = flying
-        per_token += (max(0, received) + returned + handed_on) * activations.boundary(model, train, tp)
+        per_token += flying * activations.boundary(model, train, tp)  # outputs, until their backward pass
     return round(tokens * per_token)
+
+
+def _buffers(job: JobConfig, geometry: Geometry, stages: Sequence[Stage], pp_rank: int) -> int:
+    """Bytes of receive buffers; those of microbatches in flight count as the inputs of layers already."""
+    if geometry.pp == 1:
+        return 0
+    inputs = sum(not stage.has_embedding for stage in stages) * geometry.pp_microbatches
+    gradients = sum(not stage.has_head for stage in stages) * geometry.pp_microbatches
+    waiting = max(0, inputs - in_flight(job.distributed, geometry.pp_microbatches, pp_rank)) + gradients
+    tokens = microbatch_size(job.distributed, job.train) * job.train.seq_len
+    return round(tokens * waiting * activations.boundary(job.model, job.train, geometry.tp))

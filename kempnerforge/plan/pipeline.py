@@ -17,11 +17,6 @@ def microbatch_size(distributed: DistributedConfig, train: TrainConfig) -> int:
     return train.batch_size if distributed.pp == 1 else distributed.pp_microbatch_size or 1
 
 
-def num_microbatches(distributed: DistributedConfig, train: TrainConfig) -> int:
-    """Microbatches of one pass through the pipeline; each micro-batch of gradient accumulation is a pass."""
-    return train.batch_size // microbatch_size(distributed, train)
-
-
 def in_flight(distributed: DistributedConfig, microbatches: int, pp_rank: int) -> int:
     """Most (stage, microbatch) pairs whose activations a pipeline rank keeps at once.
 

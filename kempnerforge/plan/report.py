@@ -10,7 +10,7 @@ from kempnerforge.config.geometry import Geometry
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.stages import Stage, make_stages, stages_of
 from kempnerforge.plan.memory import RESERVED_SHARE, DeviceMemory, device_memory
-from kempnerforge.plan.pipeline import bubble_fraction, in_flight, microbatch_size, num_microbatches
+from kempnerforge.plan.pipeline import bubble_fraction, in_flight, microbatch_size
 from kempnerforge.plan.stored import CheckpointSize, checkpoint_size, staged_bytes, staged_on_node
 from kempnerforge.plan.tensors import local_numel, stage_parameters
 
@@ -40,8 +40,6 @@ class Plan:
     geometry: Geometry
     pipeline: tuple[PipelineRank, ...]
     microbatch_size: int
-    num_microbatches: int
-    """Of one pass through the pipeline."""
     bubble_fraction: float
     checkpoint: CheckpointSize
     ranks_per_node: int
@@ -81,7 +79,7 @@ class Plan:
             "tokens_per_step": self.tokens_per_step,
             "accumulation_steps": geometry.accumulation_steps,
             "microbatch_size": self.microbatch_size,
-            "num_microbatches": self.num_microbatches,
+            "pp_microbatches": geometry.pp_microbatches,
             "bubble_fraction": self.bubble_fraction,
         }
         if memory_gb is not None:
@@ -92,15 +90,13 @@ class Plan:
 def make_plan(job: JobConfig, world_size: int, *, ranks_per_node: int = 8) -> Plan:
     """Work everything out. Raises ConfigError when ``world_size`` processes do not divide into the layout."""
     geometry = job.geometry(world_size)
-    microbatches = num_microbatches(job.distributed, job.train)
     pipeline = tuple(_place(job, geometry, pp_rank) for pp_rank in range(geometry.pp))
     return Plan(
         job=job,
         geometry=geometry,
         pipeline=pipeline,
         microbatch_size=microbatch_size(job.distributed, job.train),
-        num_microbatches=microbatches,
-        bubble_fraction=bubble_fraction(job.distributed, microbatches),
+        bubble_fraction=bubble_fraction(job.distributed, geometry.pp_microbatches),
         checkpoint=checkpoint_size(job, geometry),
         ranks_per_node=ranks_per_node,
         staged_on_node_bytes=staged_on_node(
@@ -118,7 +114,7 @@ def _place(job: JobConfig, geometry: Geometry, pp_rank: int) -> PipelineRank:
         last_rank=(pp_rank + 1) * ranks - 1,
         stages=stages,
         parameters=local_numel(held, geometry),
-        in_flight=in_flight(job.distributed, num_microbatches(job.distributed, job.train), pp_rank),
+        in_flight=in_flight(job.distributed, geometry.pp_microbatches, pp_rank),
         memory=device_memory(job, geometry, pp_rank),
         staged_bytes=staged_bytes(job, geometry, pp_rank),
     )
