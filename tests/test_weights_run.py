@@ -84,6 +84,22 @@ def test_weights_go_out_of_one_run_and_into_another(
     assert second.committed() == [2]
 
 
+@pytest.mark.parametrize("layout", ["tp", "pp"])
+def test_other_layouts_are_exported_too(
+    ckpt: Ckpt, launcher: Launcher, corpus: Path, tmp_path: Path, layout: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = make_run(tmp_path / "run", corpus, **SHORT, **{f"distributed.{layout}": 2, "train.batch_size": 2})
+    launcher.finish(run, ranks=2)
+    assert ckpt("export", run.step_folder(2), "--out", tmp_path / "hf").status == 0
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokens = torch.arange(64).view(2, 32) * 4
+    with torch.no_grad():
+        ours, theirs = load_model(run.step_folder(2))(tokens), other(tokens).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_real_pretrained_model_is_tuned_and_goes_back_to_transformers(
     launcher: Launcher, corpus: Path, tmp_path: Path

@@ -7,6 +7,7 @@ and of its tensors, and no block is read twice however many ranks share a tensor
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,7 +89,7 @@ def export(
             fsio.write_new_file(building / name, data)
         fsio.fsync_folder(building)
         fsio.publish(building, out)
-    num_parameters = sum(_numel(tensor.shape) for tensor in tensors)
+    num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     return Exported(out, dtype, num_parameters, size_bytes, (*(file.name for file in files), *small))
 
 
@@ -183,7 +184,7 @@ def _runs(chunk: Chunk, tensor: MappedTensor, first: int, last: int) -> Iterator
 
     Yields (element of the new tensor, first, last), each contiguous in both.
     """
-    width, box_width = _numel(tensor.shape[1:]), _numel(chunk.sizes[1:])
+    width, box_width = math.prod(tensor.shape[1:]), math.prod(chunk.sizes[1:])
     order = tensor.row_order
     row_0 = chunk.offsets[0]
     if width == box_width and not order:
@@ -200,13 +201,6 @@ def _runs(chunk: Chunk, tensor: MappedTensor, first: int, last: int) -> Iterator
             row = group * len(order) + place_of[inside]
         yield row * width + column + at, first, end
         first = end
-
-
-def _numel(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _create(path: Path, file: PlannedFile) -> None:

@@ -6,6 +6,7 @@ few megabytes at a time: memory does not depend on the size of the model or of i
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,9 +83,7 @@ def import_weights(
             config_toml,
         )
         size_bytes = commit(building, out, expected=expected, reports=reports, contents=contents)
-    num_parameters = sum(
-        _size_bytes(stored[one.hf_name]) // _item_bytes(stored[one.hf_name]) for one in tensors
-    )
+    num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     return Imported(out, num_parameters, size_bytes, len(files))
 
 
@@ -153,9 +152,7 @@ def _write_tensor(
     """Some rows at a time, always whole groups of those that change places among each other."""
     order = np.argsort(tensor.row_order)
     group = max(1, len(order))
-    group_bytes = group * _item_bytes(source)
-    for size in source.shape[1:]:
-        group_bytes *= size
+    group_bytes = group * math.prod(source.shape[1:]) * ITEM_BYTES[source.dtype]
     fd = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         begin, end = source.begin, source.begin + _size_bytes(source)
@@ -190,12 +187,5 @@ def _read(fd: int, source: Stored, begin: int, end: int) -> np.ndarray:
     return data
 
 
-def _item_bytes(source: Stored) -> int:
-    return ITEM_BYTES[source.dtype]
-
-
 def _size_bytes(source: Stored) -> int:
-    size_bytes = _item_bytes(source)
-    for size in source.shape:
-        size_bytes *= size
-    return size_bytes
+    return math.prod(source.shape) * ITEM_BYTES[source.dtype]
