@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_files import Counting, tensor_digests
+import torch
+from run_files import Counting, digest_of, tensor_digests
 from runs import Launcher, Run, copy_run, make_run
 
 from kempnerforge.checkpoint import layout, shard_header
@@ -217,6 +218,22 @@ def test_bf16_recomputation_and_compilation(
     launcher: Launcher, corpus: Path, tmp_path: Path, name: str
 ) -> None:
     mixed(launcher, corpus, tmp_path, name, **{"train.compile_model": True, "distributed.timeout_s": 300})
+
+
+def test_a_loss_that_is_not_finite_in_the_last_stage_is_skipped_by_all(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", corpus, **SETTINGS)
+    poison = ("poison_loss", {"calls": [3], "rank": 1})
+    arguments = (*overrides_of("pp2"), "--train.max_steps=2")
+    ended = launcher.run(run, *arguments, ranks=2, sabotage=[poison], timeout_s=400)
+    assert ended.statuses == [0, 0], ended.output
+    losses = [row["train/loss"] for row in run.rows() if "train/loss" in row]
+    skipped = [row["train/skipped_steps"] for row in run.rows() if "train/loss" in row]
+    assert [math.isfinite(loss) for loss in losses] == [False, True]
+    assert skipped == [1, 1]
+    counts = {d for name, d in tensor_digests(run.step_folder(2)).items() if name.endswith(".step")}
+    assert counts == {digest_of(torch.tensor(1.0))}, "some stage took the bad step"
 
 
 KILLED_UNDER = ("dp2tp2", "pp2", "hsdp2x2", "pp2dp2 interleaved", "tp2")
