@@ -87,6 +87,8 @@ class HangWatch:
     def start(self) -> None:
         """Begin to watch; nothing to do when ``train.hang_multiple`` is 0."""
         if self._rules.multiple:
+            # Here, not by the thread: it may never get to run.
+            self._rearm(time.monotonic())
             self._thread.start()
 
     def close(self) -> None:
@@ -97,8 +99,7 @@ class HangWatch:
         while not self._closed.wait(self._tick_s):
             now = time.monotonic()
             if now - self._rearmed_at >= _REARM_EVERY_S:
-                self._rearmed_at = now
-                self._stacks.print_unless_called_again(self._rules.floor_s + 2 * _REARM_EVERY_S)
+                self._rearm(now)
             late = self._late(now)
             for what in [what for what in self._reported if what not in late]:
                 self._over(what)
@@ -107,6 +108,10 @@ class HangWatch:
                 if seconds >= 2 * self._reported.get(what, limit / 2):
                     self._reported[what] = seconds
                     self._report(what, seconds)
+
+    def _rearm(self, now: float) -> None:
+        self._rearmed_at = now
+        self._stacks.print_unless_called_again(self._rules.floor_s + 2 * _REARM_EVERY_S)
 
     def _late(self, now: float) -> dict[str, tuple[float, float]]:
         """What is late -> (seconds so far, limit)."""
