@@ -50,6 +50,11 @@ def _path_of(argument: Any, keywords: dict[str, Any]) -> str:
     return folder + os.fspath(argument)
 
 
+def set_umask(mask: int) -> None:
+    """Begin with the file mode mask that a careful user has set."""
+    os.umask(mask)
+
+
 def kill_at_call(target: str, *, call: int = 1, after: bool = False, rank: int | None = 0) -> None:
     """Die before, or right after, the ``call``-th call of ``module:function``."""
     if not _here(rank):

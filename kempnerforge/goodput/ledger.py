@@ -37,7 +37,7 @@ class Ledger:
             fsio.append_line(self.path, line)
             return
         # A leading newline ends a line that was torn, without a look at the file; readers skip empty lines.
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        fd = fsio.open_file(self.path, os.O_WRONLY | os.O_APPEND)
         try:
             fsio.write_all(fd, f"\n{line}\n".encode())
         finally:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from kempnerforge import fsio
 from kempnerforge.telemetry.sinks import Row
 
 _Mode = Literal["online", "offline", "disabled", "shared", "dryrun", "run"]
@@ -136,6 +137,9 @@ class WandbSink:
     def _init(self, identity: dict[str, Any], *, mode: _Mode) -> Any:
         import wandb
 
+        if mode != "disabled":
+            # Made by us, so that others of the group may go on with the run.
+            fsio.make_folder(Path(identity["dir"], "wandb"))
         run = wandb.init(
             **identity,
             resume="allow",
