@@ -32,6 +32,12 @@ def _data() -> typer.Typer:
     return data.app
 
 
+def _eval() -> typer.Typer:
+    from kempnerforge.cli import evaluate
+
+    return evaluate.app
+
+
 def _import() -> typer.Typer:
     from kempnerforge.cli import weights
 
@@ -72,6 +78,7 @@ GROUPS: dict[str, Callable[[], typer.Typer]] = {
     "ckpt": _ckpt,
     "config": _config,
     "data": _data,
+    "eval": _eval,
     "import": _import,
     "plan": _plan,
     "report": _report,
