@@ -74,6 +74,12 @@ def _submit() -> typer.Typer:
     return submit.app
 
 
+def _wandb() -> typer.Typer:
+    from kempnerforge.cli import wandb
+
+    return wandb.app
+
+
 GROUPS: dict[str, Callable[[], typer.Typer]] = {
     "ckpt": _ckpt,
     "config": _config,
@@ -85,6 +91,7 @@ GROUPS: dict[str, Callable[[], typer.Typer]] = {
     "unblock": _unblock,
     "submit": _submit,
     "slurm": _slurm,
+    "wandb": _wandb,
 }
 
 

@@ -109,7 +109,7 @@ def evaluate_step(
 
 
 def _load(step_folder: Path, state: TrainState, world: World) -> tuple[Found, list[str]]:
-    """Fill the model of ``state`` from the step, held by rank 0 meanwhile; what was found, how the data differs.
+    """Fill the model of ``state`` from the step, held by rank 0 meanwhile; with how the data differs.
 
     Collective: all ranks.
     """
