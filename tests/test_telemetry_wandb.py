@@ -42,7 +42,9 @@ def test_without_a_key_rows_and_receipt_are_kept_offline(
     assert by_type["run"][0]["config"]["update"]["train"] == {"max_steps": 8}
     updates = [config["update"] for config in by_type["config"]]
     expected = {"chosen_step": 2, "rejected": [{"step": 3, "why": "damaged"}]}
-    assert {"receipt/attempt_0002": expected, "attempt": 2, "place": {}} in updates
+    place = {"hosts": ["node2"], "slurm_job_id": "7", "slurm_restart_count": 1}
+    entries = {"attempt": 2, **place, "receipt/attempt_0002": expected, "place/attempt_0002": place}
+    assert entries in updates
     assert told.warnings == []
     assert told.notes == [f"wandb: offline; to upload: kempnerforge wandb sync {tmp_path}"]
     assert capfd.readouterr() == ("", "")
@@ -80,7 +82,7 @@ from pathlib import Path
 from kempnerforge.telemetry.wandb_sink import WandbSink
 
 sink = WandbSink(
-    Path(sys.argv[1]), "proj", "a run", "run0001", {}, 1, first_new_step=0, note=print, warn=print
+    Path(sys.argv[1]), "proj", "a run", "run0001", {}, 1, place={}, first_new_step=0, note=print, warn=print
 )
 """
 

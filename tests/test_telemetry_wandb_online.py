@@ -21,7 +21,7 @@ def test_with_a_key_attempts_continue_one_online_run(tmp_path: Path, server: Wan
     told = [Told(), Told()]
     for attempt, steps in ((1, range(1, 6)), (2, range(4, 9))):
         sink = make_sink(tmp_path, told[attempt - 1], attempt=attempt)
-        sink.receipt({"chosen_step": steps[0] - 1, "place": {"hosts": [f"node{attempt}"]}})
+        sink.receipt({"chosen_step": steps[0] - 1})
         for step in steps:
             sink.write({"step": step, "train/loss": 10.0 * attempt + step})
         sink.close()
@@ -32,10 +32,16 @@ def test_with_a_key_attempts_continue_one_online_run(tmp_path: Path, server: Wan
     ]
     assert set(server.run_names) == {"run0001"}
     for attempt in (1, 2):
-        receipt = {"chosen_step": 3 * attempt - 3, "place": {"hosts": [f"node{attempt}"]}}
+        receipt = {"chosen_step": 3 * attempt - 3}
         assert server.configs[-1][f"receipt/attempt_000{attempt}"] == {"value": receipt}
-    assert server.configs[-1]["attempt"] == {"value": 2}
-    assert server.configs[-1]["place"] == {"value": {"hosts": ["node2"]}}
+        place = server.configs[-1][f"place/attempt_000{attempt}"]["value"]
+        assert place == {
+            "hosts": [f"node{attempt}"],
+            "slurm_job_id": "7",
+            "slurm_restart_count": attempt - 1,
+        }
+    newest = {key: server.configs[-1][key]["value"] for key in ("attempt", "hosts", "slurm_restart_count")}
+    assert newest == {"attempt": 2, "hosts": ["node2"], "slurm_restart_count": 1}
     assert server.exit_codes == [0, 0]
     assert [len(one.notes) for one in told] == [1, 2]
     assert told[1].notes[1].startswith("wandb: an earlier attempt has logged up to step 5;")

@@ -17,6 +17,7 @@ from kempnerforge.checkpoint import lease, run_record
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.cli import app as command_line
 from kempnerforge.cli.wandb import last_lasting_step
+from kempnerforge.goodput.ledger import places, read_events
 from kempnerforge.telemetry import wandb_upload
 from kempnerforge.telemetry.jsonl import JsonlSink
 from kempnerforge.telemetry.wandb_upload import by_step
@@ -44,7 +45,7 @@ def made_up_run(folder: Path, attempts: dict[int, tuple[int, range]], *, finishe
     """The files of a run: by attempt, the step that it went on from and the steps that it logged."""
     folder.mkdir()
     for attempt, (start, steps) in attempts.items():
-        Receipt(attempt, step=start, place={"hosts": [f"node{attempt}"]}).write(folder)
+        Receipt(attempt, step=start).write(folder)
         sink = JsonlSink(folder / "metrics.jsonl", attempt, warn=pytest.fail)
         for step in steps:
             sink.write({"step": step, "time": 1e9 + step, "train/loss": attempt + 1 / step})
@@ -102,7 +103,11 @@ def test_five_killed_attempts_become_one_run_with_each_step_once(
     config = {key: entry["value"] for key, entry in server.configs[-1].items() if key != "_wandb"}
     assert config["optimizer"]["lr"] == 0.002
     assert config["attempt"] == 6
-    assert len(config["place"]["hosts"]) == 1
+    ledger = [event for event in read_events(run.folder) if event["event"] == "start"]
+    assert [config[f"place/attempt_{event['attempt']:04d}"]["hosts"] for event in ledger] == [
+        event["hosts"] for event in ledger
+    ]
+    assert len(ledger) == 6
     receipts = [config[f"receipt/attempt_{attempt:04d}"] for attempt in range(1, 7)]
     assert [receipt["step"] for receipt in receipts] == [0, 0, 4, 4, 8, 8]
     changes = [receipt.get("config_changes", {}) for receipt in receipts]  # wandb drops what is empty
@@ -225,3 +230,16 @@ def test_rows_of_one_step_become_one_and_the_later_value_counts() -> None:
         (0, {"step": 0, "a": 5}),
         (2, {"step": 2, "a": 1, "b": 3, "attempt": 2}),
     ]
+
+
+def test_where_each_attempt_ran_is_read_from_the_ledger() -> None:
+    start = {"event": "start", "time": 0.0, "slurm_job_id": "", "slurm_restart_count": 0}
+    events = [
+        {**start, "attempt": 1, "hosts": ["b", "a", "b", "a"]},
+        {"event": "commit", "attempt": 1, "time": 1.0},
+        {**start, "attempt": 3, "hosts": ["c"], "slurm_job_id": "77", "slurm_restart_count": 2},
+    ]
+    assert places(events) == {
+        1: {"hosts": ["a", "b"]},
+        3: {"hosts": ["c"], "slurm_job_id": "77", "slurm_restart_count": 2},
+    }

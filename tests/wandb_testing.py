@@ -45,6 +45,7 @@ def make_sink(folder: Path, told: Told, *, attempt: int = 1, first_new_step: int
         "run0001",
         {"train": {"max_steps": 8}},
         attempt,
+        place={"hosts": [f"node{attempt}"], "slurm_job_id": "7", "slurm_restart_count": attempt - 1},
         first_new_step=first_new_step,
         note=told.notes.append,
         warn=told.warnings.append,

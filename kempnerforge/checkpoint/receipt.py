@@ -57,8 +57,6 @@ class Receipt:
     not_loaded: list[str] = field(default_factory=list)
     space_warning: str = ""
     """What there is to say about the disk before training."""
-    place: dict[str, Any] = field(default_factory=dict)
-    """Where this attempt runs: ``hosts``, and in a SLURM job its id and restart count."""
     load_s: float = 0.0
     size_bytes: int = 0
     time: float = field(default_factory=time.time)

@@ -20,8 +20,6 @@ class RunContext:
     layout: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     config_toml: str = ""
-    place: dict[str, Any] = field(default_factory=dict)
-    """Where the attempt runs: its hosts and its SLURM job. For people; nothing is decided by it."""
     allow_changed_data: bool = False
     """Whether a checkpoint of other data may be gone on with."""
     explain_data: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = _any_difference

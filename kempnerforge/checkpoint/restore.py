@@ -60,7 +60,6 @@ class Restorer:
             rejected = self._control.on_rank0(
                 lambda step=found.step, why=outcome, known=rejected: self._quarantine(step, why, known)
             )
-        result.place = self._context.place
         self._control.on_rank0(lambda: result.write(self._run_dir))
         return result
 

@@ -17,6 +17,7 @@ from kempnerforge.checkpoint.step_view import StepView
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_run
 from kempnerforge.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, RunFolderError
+from kempnerforge.goodput.ledger import places, read_events
 from kempnerforge.telemetry.jsonl import effective_rows, read_rows
 from kempnerforge.telemetry.wandb_upload import Content, Uploaded, by_step, upload
 
@@ -140,6 +141,7 @@ def _read(
         name=metrics.get("wandb_run_name") or names.get("name") or run_dir.resolve().name,
         config=config,
         receipts=read_receipts(run_dir),
+        places=places(read_events(run_dir)),
         steps={step: row for step, row in steps.items() if step <= limit},
         failed=bool(record.last_exit) and record.last_exit["status"] not in (EXIT_FINISHED, EXIT_STOPPED),
     )

@@ -43,6 +43,7 @@ class WandbSink:
         run_id: the same for all attempts of a run, but for those after a rollback.
         config: the resolved configuration, nested.
         attempt: which start of this run this is, counted from 1.
+        place: where this attempt runs: ``hosts``, and in a SLURM job its id and restart count.
         first_new_step: one above the newest step that earlier attempts have logged under ``run_id``
             (``read_rows(...).next_step(...)``). Offline, rows below it are held back; online the server is
             asked.
@@ -59,12 +60,14 @@ class WandbSink:
         config: Mapping[str, Any],
         attempt: int,
         *,
+        place: Mapping[str, Any],
         first_new_step: int,
         note: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
         self._run_dir = run_dir
         self._attempt = attempt
+        self._place = place
         self._note = note
         self._warn = warn
         self._told_of_repeats = False
@@ -87,8 +90,8 @@ class WandbSink:
         self._guarded(lambda run: run.log({**metrics, "attempt": self._attempt}, step=step))
 
     def receipt(self, receipt: Mapping[str, Any]) -> None:
-        """Put how this attempt began into the run's config."""
-        values = receipt_config(receipt, self._attempt)
+        """Put how this attempt began, and where it runs, into the run's config."""
+        values = attempt_config(self._attempt, receipt, self._place)
         self._guarded(lambda run: run.config.update(values, allow_val_change=True))
 
     def close(self) -> None:
@@ -174,10 +177,13 @@ class WandbSink:
             )
 
 
-def receipt_config(receipt: Mapping[str, Any], attempt: int) -> dict[str, Any]:
-    """Entries of a run's config: how ``attempt`` began, and as the newest one, where it runs."""
-    place = dict(receipt.get("place", {}))
-    return {"attempt": attempt, "place": place, f"receipt/attempt_{attempt:04d}": dict(receipt)}
+def attempt_config(attempt: int, receipt: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a run's config: how ``attempt``, the newest one, began, with what changed, and where it ran.
+
+    ``place``: ``hosts``, and in a SLURM job ``slurm_job_id`` and ``slurm_restart_count``.
+    """
+    key = f"attempt_{attempt:04d}"
+    return {"attempt": attempt, **place, f"receipt/{key}": dict(receipt), f"place/{key}": dict(place)}
 
 
 def has_key(settings: Any) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 
 from kempnerforge.errors import UploadError
 from kempnerforge.telemetry.sinks import Row
-from kempnerforge.telemetry.wandb_sink import first_line, has_key, receipt_config
+from kempnerforge.telemetry.wandb_sink import attempt_config, first_line, has_key
 
 _INIT_TIMEOUT_S = 30.0
 _ASK_EVERY_S = 1.0
@@ -37,6 +37,8 @@ class Content:
     """The resolved configuration, nested."""
     receipts: Sequence[Mapping[str, Any]]
     """How each attempt began, oldest first."""
+    places: Mapping[int, Mapping[str, Any]]
+    """Where each attempt ran, as far as it is known."""
     steps: Mapping[int, Row]
     """By step, in order; see ``by_step``."""
     failed: bool
@@ -115,7 +117,9 @@ def _send(content: Content, folder: str, timeout_s: float) -> Uploaded:
     )
     new = {step: row for step, row in content.steps.items() if step >= run.starting_step}
     for receipt in content.receipts:
-        run.config.update(receipt_config(receipt, receipt["attempt"]), allow_val_change=True)
+        attempt = receipt["attempt"]
+        values = attempt_config(attempt, receipt, content.places.get(attempt, {}))
+        run.config.update(values, allow_val_change=True)
     for step, row in new.items():
         metrics = {key: value for key, value in row.items() if key not in ("step", "time")}
         run.log({**metrics, "_timestamp": row["time"]}, step=step)

@@ -26,7 +26,7 @@ from kempnerforge.errors import DataError, StopRequestedError
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.control import Control
-from kempnerforge.train.environment import place, versions
+from kempnerforge.train.environment import versions
 from kempnerforge.train.optim import build_optimizer
 from kempnerforge.train.placement import PlacedModel, build_model
 from kempnerforge.train.progress import Progress
@@ -244,7 +244,6 @@ def _context(job: JobConfig, world: World, geometry: Geometry, record: RunRecord
         layout=_layout(geometry, world),
         versions=versions(world.device),
         config_toml=job.to_toml(),
-        place=place(world.control),
         allow_changed_data=job.data.allow_changed,
         explain_data=explain_difference,
     )

@@ -1,18 +1,14 @@
-"""What a start finds around it: where it runs, and what bitwise equality depends on beside the config."""
+"""What bitwise equality depends on beside config and layout: how it is set, and what is recorded of it."""
 
 from __future__ import annotations
 
 import os
 import platform
-import socket
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch.utils import deterministic as deterministic_utils
 
 from kempnerforge import __version__
-from kempnerforge.distributed.control import ControlGroup
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -31,18 +27,6 @@ def versions(device: torch.device) -> dict[str, str]:
         found["nccl"] = ".".join(map(str, nccl.version()))
     else:
         found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    return found
-
-
-def place(control: ControlGroup, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Where this attempt runs: the ``hosts`` of its ranks, and in a SLURM job its id and restart count.
-
-    Collective: all ranks, on the control group.
-    """
-    found: dict[str, Any] = {"hosts": sorted(set(control.gather(socket.gethostname())))}
-    if job := environ.get("SLURM_JOB_ID"):
-        # SLURM leaves the count unset in a job's first run.
-        found |= {"slurm_job_id": job, "slurm_restart_count": int(environ.get("SLURM_RESTART_COUNT") or 0)}
     return found
 
 
