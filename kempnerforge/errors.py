@@ -7,6 +7,7 @@
     │   └── LeaseHeldError            2  another process is writing this run
     ├── NoProgressError              76  several attempts ended in faults of their own; told before training
     ├── StopRequestedError           75  asked to stop while it was being set up
+    ├── UploadError                   1  metrics could not be brought to wandb
     ├── NonFiniteError                1  too many non-finite steps in a row
     └── CheckpointError               1
         ├── StepNotFoundError         2  a step or path that was asked for by name does not exist
@@ -123,6 +124,10 @@ class StopRequestedError(KempnerForgeError):
 
     def __str__(self) -> str:
         return f"stopped by {self.by} during set-up, before a step. To go on: the same command"
+
+
+class UploadError(KempnerForgeError):
+    """Metrics could not be brought to wandb; what is on disk is untouched."""
 
 
 class NonFiniteError(KempnerForgeError):

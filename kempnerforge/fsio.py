@@ -3,6 +3,9 @@
 POSIX promises that ``rename`` is atomic, and nothing about when a file's bytes or a folder's entries reach
 the disk. So a name that others may look for appears only by rename, after the fsync of what it names, and
 counts as durable only after the fsync of its parent folder.
+
+All files and folders are made here, because new ones take the group permissions of their folder: on a shared
+cluster a group goes on with a run that one of them began, whatever that one's umask is.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 
@@ -34,12 +38,62 @@ def make_folder(folder: Path) -> None:
         folder = folder.parent
     try:
         fsync_folder(folder.parent)
-    except OSError as error:  # it may not be listed, or is of a file system that syncs no folders
+    except OSError as error:
+        # It may not be listed, or is of a file system that syncs no folders.
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL):
             raise
     for one in reversed(missing):
-        one.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            new_folder(one)
         fsync_folder(one.parent)
+
+
+def new_folder(folder: Path) -> None:
+    """Make a folder that does not exist yet in one that does, with the group permissions of that one.
+
+    Its name is not durable yet. Raises FileExistsError.
+    """
+    folder.mkdir()
+    _share_with_group(folder, os.stat(folder), folder.parent)
+
+
+def open_file(path: Path, flags: int) -> int:
+    """A descriptor of ``path``, which is made, with the group permissions of its folder, if it is missing.
+
+    ``flags`` as for ``os.open``; O_CREAT and O_CLOEXEC are added. With O_EXCL it must be missing.
+    """
+    flags |= os.O_CREAT | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags | os.O_EXCL, 0o666)
+    except FileExistsError:
+        if flags & os.O_EXCL:
+            raise
+        return os.open(path, flags, 0o666)
+    _share_with_group(fd, os.fstat(fd), path.parent)
+    return fd
+
+
+def _share_with_group(made: int | Path, found: os.stat_result, folder: Path) -> None:
+    """Give what was just made in ``folder`` the group permissions of ``folder``; files stay not executable.
+
+    Only when both are of one group: else the permissions meant for that group would be given to another one,
+    the user's own. The system passes a folder's group on where the folder is setgid, setgid bit included.
+    Never an error: some network file systems know no modes.
+    """
+    with contextlib.suppress(OSError):
+        above = os.stat(folder)
+        bits = stat.S_IRWXG if stat.S_ISDIR(found.st_mode) else stat.S_IRGRP | stat.S_IWGRP
+        mode = stat.S_IMODE(found.st_mode) & ~stat.S_IRWXG | above.st_mode & bits
+        if found.st_gid == above.st_gid and mode != stat.S_IMODE(found.st_mode) and not _has_acl(folder):
+            os.chmod(made, mode)
+
+
+def _has_acl(folder: Path) -> bool:
+    """Whether an access control list says what new files in ``folder`` get; the system does as it says."""
+    try:
+        return bool(os.getxattr(folder, "system.posix_acl_default"))
+    except OSError:
+        return False
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
@@ -54,7 +108,7 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 def write_new_file(path: Path, data: bytes) -> None:
     """Write a file that does not exist yet and fsync it. The entry in its folder is not durable yet."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    fd = open_file(path, os.O_WRONLY | os.O_EXCL)
     try:
         write_all(fd, data)
         os.fsync(fd)
@@ -86,7 +140,7 @@ def append_line(path: Path, line: str) -> None:
 
     A torn last line of an earlier crash is closed first, so that it never merges with the new one.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    fd = open_file(path, os.O_RDWR | os.O_APPEND)
     try:
         size = os.fstat(fd).st_size
         torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"

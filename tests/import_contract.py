@@ -19,6 +19,7 @@ LAYERS = (
     ("parallel", "checkpoint"),
     ("train",),
     ("cli",),
+    ("__main__",),
 )
 NEVER = {"checkpoint": ("model", "data", "train", "telemetry")}
 BANNED_NAMES = {"utils", "helpers", "common"}

@@ -34,6 +34,7 @@ PRELOAD = (
     "torch.distributed.tensor",
     "torch.distributed.checkpoint.hf_storage",
     "kempnerforge.cli.train",
+    "kempnerforge.cli.evaluate",
     "kempnerforge.train.run",
     "sabotage",
 )
@@ -106,14 +107,16 @@ def run_rank(task: dict[str, Any]) -> int:
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     for module, function, arguments in task["sabotage"]:
         getattr(importlib.import_module(module), function)(**arguments)
-    sys.argv = ["scripts/train.py", *task["arguments"]]
-    return importlib.import_module("kempnerforge.cli.train").main()
+    sys.argv = [task["program"], *task["arguments"]]
+    return importlib.import_module(task["program"]).main() or 0
 
 
 def end_process(task: dict[str, Any]) -> None:
     """Run the rank and end the process as Python does, but for taking modules apart, which takes 0.5 s."""
     try:
         status = run_rank(task)
+    except SystemExit as ended:
+        status = int(ended.code or 0)
     except BaseException:  # noqa: BLE001 - as at the top of any script
         traceback.print_exc()
         status = 1

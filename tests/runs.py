@@ -130,8 +130,9 @@ class Launcher:
         *overrides: str,
         ranks: int = 1,
         sabotage: Sequence[Sabotage] = (),
+        command: Sequence[str] = (),
     ) -> Attempt:
-        """Start the run's command, on ``ranks`` ranks, as another attempt."""
+        """Start the run's command, or ``kempnerforge command``, on ``ranks`` ranks, as another attempt."""
         run.starts += 1
         logs = [run.base / f"start_{run.starts}.rank_{rank}.log" for rank in range(ranks)]
         common = {
@@ -141,7 +142,8 @@ class Launcher:
             "MASTER_PORT": str(_free_port()),
         }
         request = {
-            "arguments": [f"--config={run.config}", *overrides],
+            "program": "kempnerforge.cli.app" if command else "kempnerforge.cli.train",
+            "arguments": [*command, *overrides] if command else [f"--config={run.config}", *overrides],
             "cwd": str(run.base),
             "sabotage": [["sabotage", *one] for one in sabotage],
             "ranks": [
@@ -160,10 +162,11 @@ class Launcher:
         *overrides: str,
         ranks: int = 1,
         sabotage: Sequence[Sabotage] = (),
+        command: Sequence[str] = (),
         timeout_s: float = 60.0,
     ) -> Ended:
         """``start`` and ``wait``."""
-        return self.start(run, *overrides, ranks=ranks, sabotage=sabotage).wait(timeout_s)
+        return self.start(run, *overrides, ranks=ranks, sabotage=sabotage, command=command).wait(timeout_s)
 
     def finish(self, run: Run, *overrides: str, ranks: int = 1) -> Ended:
         """``run``, which must end with status 0 on all ranks."""

@@ -50,6 +50,24 @@ def _path_of(argument: Any, keywords: dict[str, Any]) -> str:
     return folder + os.fspath(argument)
 
 
+def set_umask(mask: int) -> None:
+    """Begin with the file mode mask that a careful user has set."""
+    os.umask(mask)
+
+
+def list_at_call(target: str, *, folder: str, into: str) -> None:
+    """Write the names in ``folder`` to the file ``into``, a line each, whenever ``target`` is called."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            Path(into).write_text("\n".join(os.listdir(folder)))
+            return original(*args, **kwargs)
+
+        return replacement
+
+    _wrap(target, make)
+
+
 def kill_at_call(target: str, *, call: int = 1, after: bool = False, rank: int | None = 0) -> None:
     """Die before, or right after, the ``call``-th call of ``module:function``."""
     if not _here(rank):

@@ -4,41 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wandb_testing import FAKE_KEY, Told, WandbServer, as_a_user_without_settings, fragments, make_sink
+from wandb_testing import Told, WandbServer, fragments, make_sink
 
 from kempnerforge.telemetry import wandb_sink
 from kempnerforge.telemetry.sinks import SinkSet
 
-
-@pytest.fixture(autouse=True)
-def fresh_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No settings of this machine's user; the client's service process ends with the test."""
-    as_a_user_without_settings(monkeypatch, tmp_path / "home")
-    yield
-    import wandb
-
-    wandb.teardown()
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
-    """A running server, with a key for it in the user's netrc file."""
-    with WandbServer() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        host = server.url.removeprefix("http://")
-        (tmp_path / "home" / ".netrc").write_text(f"machine {host} login user password {FAKE_KEY}\n")
-        (tmp_path / "home" / ".netrc").chmod(0o600)
-        yield server
-        server.shutdown()
-        thread.join()
+pytest_plugins = ["wandb_fixtures"]
+pytestmark = pytest.mark.usefixtures("fresh_client")
 
 
 def test_with_a_key_attempts_continue_one_online_run(tmp_path: Path, server: WandbServer) -> None:
@@ -55,7 +31,17 @@ def test_with_a_key_attempts_continue_one_online_run(tmp_path: Path, server: Wan
         *((step, 2) for step in range(6, 9)),
     ]
     assert set(server.run_names) == {"run0001"}
-    assert server.configs[-1]["receipt/attempt_0002"] == {"value": {"chosen_step": 3}}
+    for attempt in (1, 2):
+        receipt = {"chosen_step": 3 * attempt - 3}
+        assert server.configs[-1][f"receipt/attempt_000{attempt}"] == {"value": receipt}
+        place = server.configs[-1][f"place/attempt_000{attempt}"]["value"]
+        assert place == {
+            "hosts": [f"node{attempt}"],
+            "slurm_job_id": "7",
+            "slurm_restart_count": attempt - 1,
+        }
+    newest = {key: server.configs[-1][key]["value"] for key in ("attempt", "hosts", "slurm_restart_count")}
+    assert newest == {"attempt": 2, "hosts": ["node2"], "slurm_restart_count": 1}
     assert server.exit_codes == [0, 0]
     assert [len(one.notes) for one in told] == [1, 2]
     assert told[1].notes[1].startswith("wandb: an earlier attempt has logged up to step 5;")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import re
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,6 +45,7 @@ def make_sink(folder: Path, told: Told, *, attempt: int = 1, first_new_step: int
         "run0001",
         {"train": {"max_steps": 8}},
         attempt,
+        place={"hosts": [f"node{attempt}"], "slurm_job_id": "7", "slurm_restart_count": attempt - 1},
         first_new_step=first_new_step,
         note=told.notes.append,
         warn=told.warnings.append,
@@ -76,6 +79,8 @@ class WandbServer(ThreadingHTTPServer):
         self.configs: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
         self.exit_codes: list[int] = []
+        self.refuse_from_step = math.inf
+        """Answers 404 to rows from this step on."""
 
     def answer_query(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
         """The data of a GraphQL answer; empty for what only reports."""
@@ -95,6 +100,13 @@ class WandbServer(ThreadingHTTPServer):
             project = {"id": "m", "name": variables["project"], "entity": ENTITY}
             bucket = {"id": "b", "name": variables["name"], "displayName": "a run", "project": project}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if operation in ("Viewer", "GetDefaultEntity"):
+            return {"viewer": {"id": "u", "username": "us", "entity": ENTITY["name"], "flags": "{}"}}
+        if operation in ("Run", "RunHistoryKeys"):
+            newest = self.history[-1]["_step"] if self.history else -1
+            run = {"id": "b", "name": self.run_names[0], "displayName": "a run", "state": "finished"}
+            run |= {"user": {}, "historyKeys": {"lastStep": newest}, "tags": []}
+            return {"project": {"internalId": "1", "run": run}}
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/upload"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
@@ -113,20 +125,27 @@ class WandbServer(ThreadingHTTPServer):
             "logLineCount": 0,
             "historyTail": json.dumps(newest),
             "eventsTail": "[]",
-            "config": "{}",
+            "config": json.dumps(self.configs[-1]),
             "tags": [],
             "notes": None,
             "wandbConfig": json.dumps({"t": {}}),  # without it the run counts as never started
         }
 
-    def take_stream(self, body: dict[str, Any]) -> None:
-        """Store history lines at the offset that the client names."""
+    def take_stream(self, body: dict[str, Any]) -> bool:
+        """Store history lines at the offset that the client names. False: it is refused."""
         stream = body.get("files", {}).get("wandb-history.jsonl")
         if stream:
             lines = [json.loads(line) for line in stream["content"]]
-            self.history[stream["offset"] :] = lines
+            taken = [line for line in lines if line["_step"] < self.refuse_from_step]
+            self.history[stream["offset"] :] = taken
+            if taken != lines:
+                return False
         if body.get("complete"):
             self.exit_codes.append(body["exitcode"])
+        return True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that have gone."""
 
 
 class WandbRequest(BaseHTTPRequestHandler):
@@ -140,13 +159,16 @@ class WandbRequest(BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         answer: dict[str, Any] = {}
+        accepted = True
         if self.path == "/graphql":
             query = json.loads(body)
-            answer = {"data": self.server.answer_query(query["operationName"], query.get("variables") or {})}
+            named = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])
+            name = query.get("operationName") or (named[1] if named else "")
+            answer = {"data": self.server.answer_query(name, query.get("variables") or {})}
         elif self.path.endswith("/file_stream"):
-            self.server.take_stream(json.loads(body))
+            accepted = self.server.take_stream(json.loads(body))
         payload = json.dumps(answer).encode()
-        self.send_response(200)
+        self.send_response(200 if accepted else 404)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()

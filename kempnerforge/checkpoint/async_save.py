@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from kempnerforge import fsio
 from kempnerforge.checkpoint import background, layout, leaves
 from kempnerforge.checkpoint.arena import ArenaSet
 from kempnerforge.checkpoint.background import Patience, SaveJob, SaveResult, result_key
@@ -312,9 +313,9 @@ class AsyncCheckpointer:
 def _make_folder(final: Path, temporary: Path) -> None:
     if final.exists():
         raise SaveFailedError(f"{final} exists; a committed checkpoint is never replaced")
-    final.parent.mkdir(parents=True, exist_ok=True)
+    fsio.make_folder(final.parent)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    fsio.new_folder(temporary)
 
 
 def _raise_on_all(control: ControlGroup, error: Exception | None) -> None:

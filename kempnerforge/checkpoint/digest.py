@@ -69,7 +69,7 @@ class DigestingFile:
     """A new file that is digested while it is written."""
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._fd = fsio.open_file(path, os.O_WRONLY | os.O_EXCL)
         self._digester = BlockDigester()
 
     def write(self, data: memoryview) -> None:

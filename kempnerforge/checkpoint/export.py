@@ -205,7 +205,7 @@ def _runs(chunk: Chunk, tensor: MappedTensor, first: int, last: int) -> Iterator
 
 def _create(path: Path, file: PlannedFile) -> None:
     try:
-        with open(path, "xb") as new:
+        with os.fdopen(fsio.open_file(path, os.O_WRONLY | os.O_EXCL), "wb") as new:
             new.write(file.header)
             new.truncate(file.size_bytes)
     except OSError as error:

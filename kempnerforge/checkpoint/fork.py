@@ -87,7 +87,7 @@ def _fill(
     step_folder: Path, found: Manifest, step: int, building: Path, *, link: bool, progress: Progress
 ) -> Forked:
     target = building / "checkpoints" / layout.step_name(step)
-    target.mkdir(parents=True)
+    fsio.make_folder(target)
     done_bytes, linked = 0, 0
 
     def advance(size_bytes: int) -> None:
@@ -116,7 +116,7 @@ def _take_file(
             for part in file.parts(0, record.size_bytes):
                 advance(part.nbytes)
             return True
-        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = fsio.open_file(target, os.O_WRONLY | os.O_EXCL)
         try:
             for part in file.parts(0, record.size_bytes):
                 fsio.write_all(fd, part)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import threading
 import time
@@ -123,7 +124,8 @@ def _create(step_folder: Path, what: str) -> Path | None:
     data = (json.dumps({"what": what, "reader": asdict(reader)}) + "\n").encode()
     while True:
         try:
-            path.parent.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                fsio.new_folder(path.parent)
             fsio.write_new_file(path, data)
             return path
         except FileNotFoundError:
@@ -138,7 +140,8 @@ def _renew(path: Path, ended: threading.Event) -> None:
     while not ended.wait(RENEW_EVERY_S):
         with contextlib.suppress(OSError):
             # Makes it anew when it is gone: this process slept for so long that it was taken for dead.
-            path.touch()
+            os.close(fsio.open_file(path, os.O_WRONLY))
+            os.utime(path)
 
 
 def _decode(data: bytes) -> tuple[str, Holder | None]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import xxhash
 
+from kempnerforge import fsio
 from kempnerforge.checkpoint.digest import BLOCK_BYTES, FileRecord
 
 ALIGNMENT = 4096
@@ -54,9 +55,9 @@ def write_image(
 
 
 def _open(path: Path, beat: Callable[[], None]) -> tuple[int, bool]:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_EXCL
     try:
-        return os.open(path, flags | os.O_DIRECT, 0o666), True
+        return fsio.open_file(path, flags | os.O_DIRECT), True
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -64,7 +65,7 @@ def _open(path: Path, beat: Callable[[], None]) -> tuple[int, bool]:
     beat()
     path.unlink(missing_ok=True)
     beat()
-    return os.open(path, flags, 0o666), False
+    return fsio.open_file(path, flags), False
 
 
 def _write_blocks(

@@ -30,6 +30,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from kempnerforge import fsio
 from kempnerforge.checkpoint import holder
 from kempnerforge.checkpoint.holder import Holder
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, RunFolderError
@@ -216,7 +217,7 @@ def _claim(run_dir: Path, owner: Holder) -> tuple[Path, int, Holder] | None:
     """Create the lease file of ``owner.attempt``; None when another process was faster."""
     path = run_dir / f"lease.{owner.attempt}.json"
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        fd = fsio.open_file(path, os.O_RDWR | os.O_EXCL)
     except FileExistsError:
         return None
     except OSError as error:

@@ -37,7 +37,7 @@ def begin(final: Path, *, what: str, purpose: str) -> Iterator[Path]:
 
 def _make(building: Path, what: str) -> None:
     try:
-        building.mkdir()
+        fsio.new_folder(building)
     except FileExistsError:
         raise RunFolderError(
             f"{building} exists: another {what} is making it, or was killed. If none is running, delete it"

@@ -11,10 +11,12 @@ import torch
 def make_state(optimizer: torch.optim.Optimizer) -> None:
     """Create what the first step would create, as torch's Adam and AdamW do: zeros.
 
-    Nothing happens where state exists already. Raises TypeError for an optimizer whose state is unknown here;
-    such a one must have taken a step before it is saved or loaded.
+    Nothing happens where state exists already, nor for SGD without momentum, which has none. Raises TypeError
+    for an optimizer whose state is unknown here; such a one must take a step before it is saved or loaded.
     """
     if optimizer.state:
+        return
+    if isinstance(optimizer, torch.optim.SGD) and not any(one["momentum"] for one in optimizer.param_groups):
         return
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         raise TypeError(

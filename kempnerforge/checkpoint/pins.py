@@ -52,7 +52,8 @@ def pin(folder: Path, step: int, *, note: str = "") -> bool:
     path = folder / FOLDER / layout.step_name(step)
     body = json.dumps(asdict(Pin(_user(), socket.gethostname(), time.time(), note)))
     try:
-        path.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            fsio.new_folder(path.parent)
         fsio.write_new_file(path, f"{body}\n".encode())
         fsio.fsync_folder(path.parent)
         fsio.fsync_folder(folder)

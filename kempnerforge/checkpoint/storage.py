@@ -63,7 +63,7 @@ class SafetensorsWriter(StorageWriter):
         if self.final.exists():
             raise SaveFailedError(f"{self.final} exists; a committed checkpoint is never replaced")
         fsio.make_folder(self.final.parent)
-        self.temporary.mkdir()
+        fsio.new_folder(self.temporary)
         by_rank = [[_planned(item) for item in plan.items] for plan in plans]
         shared_out = name_files(by_rank)
         self._expected = shared_out.expected

@@ -32,6 +32,12 @@ def _data() -> typer.Typer:
     return data.app
 
 
+def _eval() -> typer.Typer:
+    from kempnerforge.cli import evaluate
+
+    return evaluate.app
+
+
 def _import() -> typer.Typer:
     from kempnerforge.cli import weights
 
@@ -68,16 +74,24 @@ def _submit() -> typer.Typer:
     return submit.app
 
 
+def _wandb() -> typer.Typer:
+    from kempnerforge.cli import wandb
+
+    return wandb.app
+
+
 GROUPS: dict[str, Callable[[], typer.Typer]] = {
     "ckpt": _ckpt,
     "config": _config,
     "data": _data,
+    "eval": _eval,
     "import": _import,
     "plan": _plan,
     "report": _report,
     "unblock": _unblock,
     "submit": _submit,
     "slurm": _slurm,
+    "wandb": _wandb,
 }
 
 

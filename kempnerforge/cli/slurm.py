@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from kempnerforge import fsio
 from kempnerforge.checkpoint import run_record
 from kempnerforge.cli.train import split_config
 from kempnerforge.config.schema import load_job
@@ -43,9 +44,9 @@ def begin(
         revision=git_revision(Path.cwd()),
     )
     try:
-        (folder / NOTES).mkdir(parents=True, exist_ok=True)
-        (folder / NOTES / f"{job.attempt_name}.txt").write_text(text)
-        (folder / NOTES / f"{job.attempt_name}.began").write_text(str(_attempt(folder)))
+        fsio.make_folder(folder / NOTES)
+        fsio.atomic_write(folder / NOTES / f"{job.attempt_name}.txt", text.encode())
+        fsio.atomic_write(folder / NOTES / f"{job.attempt_name}.began", str(_attempt(folder)).encode())
     except OSError as error:
         raise RunFolderError(f"run.dir: {folder} cannot be used: {error}") from error
     typer.echo(folder)

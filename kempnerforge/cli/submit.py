@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from kempnerforge import fsio
 from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.run import PLACEHOLDER
 from kempnerforge.config.schema import JobConfig, load_job
@@ -89,7 +90,7 @@ def _log(job: JobConfig) -> str:
 
 def _make_folder(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        fsio.make_folder(folder)
     except OSError as error:
         raise RunFolderError(f"run.dir: {folder} cannot be made: {error}") from error
 

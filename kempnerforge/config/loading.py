@@ -41,9 +41,26 @@ def load_job(
     Raises:
         ConfigError: with every fault of the file, the overrides and their combination.
     """
-    file_layers = [] if path is None else read_layers(Path(path))
+    return load_layers(
+        [] if path is None else read_layers(Path(path)),
+        overrides,
+        where=COMMAND_LINE if path is None else str(path),
+        world_size=world_size,
+        inside_job=inside_job,
+    )
+
+
+def load_layers(
+    base: Sequence[Layer],
+    overrides: Sequence[str],
+    *,
+    where: str,
+    world_size: int | None,
+    inside_job: bool,
+) -> LoadedJob:
+    """``load_job`` with layers in the place of a file; ``where`` is what an error is told of."""
     line_layers, faults = override_layers(overrides, JobConfig)
-    layers = [*file_layers, *line_layers]
+    layers = [*base, *line_layers]
     job, tree_faults = validate_tree(
         unset_none(merge_layers(layers), JobConfig),
         world_size=world_size,
@@ -51,7 +68,7 @@ def load_job(
     )
     faults += [_with_source(fault, layers) for fault in tree_faults]
     if job is None or faults:
-        raise ConfigError(faults, where=COMMAND_LINE if path is None else str(path))
+        raise ConfigError(faults, where=where)
     return LoadedJob(job, {key: source_of(key, layers) for key in job.flat()})
 
 

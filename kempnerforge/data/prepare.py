@@ -22,7 +22,7 @@ from kempnerforge.data.index import FORMAT, INDEX_NAME, Index, SplitEntry, json_
 from kempnerforge.data.shard_writer import ShardWriter
 from kempnerforge.data.tokenizer import Tokenizer, token_dtype
 from kempnerforge.errors import DataError
-from kempnerforge.fsio import fsync_folder, publish, write_new_file
+from kempnerforge.fsio import fsync_folder, make_folder, new_folder, publish, write_new_file
 
 SHARD_TOKENS = 128 << 20
 """Tokens a shard before the next one is begun."""
@@ -109,9 +109,9 @@ class _Preparation:
         """Write beside ``folder`` and publish; None if another process published first."""
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent)
             _sweep_abandoned(folder)
-            temporary.mkdir()
+            new_folder(temporary)
             try:
                 index = self._write_splits(temporary)
                 write_new_file(temporary / INDEX_NAME, index.to_json())

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from kempnerforge.data.index import ShardEntry, SplitEntry
-from kempnerforge.fsio import write_all
+from kempnerforge.fsio import open_file, write_all
 
 
 class ShardWriter:
@@ -69,8 +69,7 @@ class ShardWriter:
 
     def _open_shard(self) -> None:
         self._name = f"{self._split}_{len(self._entries):05d}.bin"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._fd = os.open(self._folder / self._name, flags, 0o666)
+        self._fd = open_file(self._folder / self._name, os.O_WRONLY | os.O_EXCL)
         self._shard_digest = xxhash.xxh3_128()
         self._tokens = self._documents = self._max_id = 0
 

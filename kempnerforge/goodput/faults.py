@@ -7,6 +7,7 @@ file with nothing but its first line says that nothing happened, and is removed.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -60,9 +61,10 @@ class FaultFile:
 
     def __init__(self, run_dir: Path, *, attempt: int, rank: int) -> None:
         self.path = run_dir / FOLDER / f"attempt_{attempt:05d}.rank_{rank:05d}.txt"
-        self.path.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # every rank makes it
+            fsio.new_folder(self.path.parent)
         head = {"attempt": attempt, "rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
-        self._file: TextIO | None = open(self.path, "a")  # noqa: SIM115 - faulthandler needs it open
+        self._file: TextIO | None = os.fdopen(fsio.open_file(self.path, os.O_WRONLY | os.O_APPEND), "a")
         self._file.write(json.dumps(head) + "\n")
         self._file.flush()
         faulthandler.enable(file=self._file, all_threads=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Ledger:
             fsio.append_line(self.path, line)
             return
         # A leading newline ends a line that was torn, without a look at the file; readers skip empty lines.
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        fd = fsio.open_file(self.path, os.O_WRONLY | os.O_APPEND)
         try:
             fsio.write_all(fd, f"\n{line}\n".encode())
         finally:
@@ -51,6 +52,18 @@ def read_events(run_dir: Path) -> list[Event]:
     except FileNotFoundError:
         return []
     return [event for line in lines if (event := _event(line)) is not None]
+
+
+def places(events: Sequence[Event]) -> dict[int, dict[str, Any]]:
+    """Where each attempt ran: its ``hosts``, each once, and in a SLURM job its id and restart count. Pure."""
+    found: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event["event"] == "start":
+            place: dict[str, Any] = {"hosts": sorted(set(event.get("hosts", ())))}
+            if event.get("slurm_job_id"):
+                place |= {key: event.get(key) for key in ("slurm_job_id", "slurm_restart_count")}
+            found[event["attempt"]] = place
+    return found
 
 
 def _event(line: bytes) -> Event | None:

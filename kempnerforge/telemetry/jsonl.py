@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kempnerforge import fsio
 from kempnerforge.telemetry.sinks import Row
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -43,7 +44,7 @@ class JsonlSink:
         self._attempt = attempt
         self._warn = warn
         self._lost_rows = 0
-        self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._fd = fsio.open_file(path, os.O_RDWR | os.O_APPEND)
         self._torn = _ends_torn(self._fd)
 
     def write(self, row: Row) -> None:

@@ -8,7 +8,8 @@ writes a fragment of its own, and ``wandb sync`` appends the fragments in order 
 not above the newest one to a number that is. So the steps that an attempt trains again after it went back to
 a checkpoint are held back here, and that is said once. (A fragment is appended only because it was written
 with ``resume``; without, the upload of the second one overwrites the first.) The client keeps the newest
-step's row open for more metrics of the same step, so a kill can lose that one row; ``metrics.jsonl`` has all.
+step's row open for more metrics of the same step, so a kill can lose that one row; ``metrics.jsonl`` has all,
+and ``wandb_upload`` brings it there.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from kempnerforge import fsio
 from kempnerforge.telemetry.sinks import Row
 
 _Mode = Literal["online", "offline", "disabled", "shared", "dryrun", "run"]
 _INIT_TIMEOUT_S = 30.0
 _FINISH_TIMEOUT_S = 30.0
-"""A preempted job has no more to give: what is not uploaded by then stays on disk for ``wandb sync``."""
+"""A preempted job has no more to give: what is not uploaded by then is for ``kempnerforge wandb sync``."""
 
 
 class WandbSink:
@@ -41,6 +43,7 @@ class WandbSink:
         run_id: the same for all attempts of a run, but for those after a rollback.
         config: the resolved configuration, nested.
         attempt: which start of this run this is, counted from 1.
+        place: where this attempt runs: ``hosts``, and in a SLURM job its id and restart count.
         first_new_step: one above the newest step that earlier attempts have logged under ``run_id``
             (``read_rows(...).next_step(...)``). Offline, rows below it are held back; online the server is
             asked.
@@ -57,11 +60,14 @@ class WandbSink:
         config: Mapping[str, Any],
         attempt: int,
         *,
+        place: Mapping[str, Any],
         first_new_step: int,
         note: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
+        self._run_dir = run_dir
         self._attempt = attempt
+        self._place = place
         self._note = note
         self._warn = warn
         self._told_of_repeats = False
@@ -84,9 +90,9 @@ class WandbSink:
         self._guarded(lambda run: run.log({**metrics, "attempt": self._attempt}, step=step))
 
     def receipt(self, receipt: Mapping[str, Any]) -> None:
-        """Put a resume receipt into the run's config, under this attempt's number."""
-        key = f"receipt/attempt_{self._attempt:04d}"
-        self._guarded(lambda run: run.config.update({key: dict(receipt)}, allow_val_change=True))
+        """Put how this attempt began, and where it runs, into the run's config."""
+        values = attempt_config(self._attempt, receipt, self._place)
+        self._guarded(lambda run: run.config.update(values, allow_val_change=True))
 
     def close(self) -> None:
         """Finish the run. Online this waits for the upload, for a bounded time.
@@ -113,10 +119,10 @@ class WandbSink:
             settings = wandb.setup(wandb.Settings(silent=True)).settings
             if settings.mode != "online":
                 return self._init(identity, mode=settings.mode)
-            online_run = self._start_online(identity) if _has_key(settings) else None
+            online_run = self._start_online(identity) if has_key(settings) else None
             return online_run or self._init(identity, mode="offline")
         except Exception as error:  # noqa: BLE001 - whatever wandb raises, training goes on
-            self._warn(f"wandb could not start, so nothing is logged there: {_first_line(error)}")
+            self._warn(f"wandb could not start, so nothing is logged there: {first_line(error)}")
             return None
 
     def _start_online(self, identity: dict[str, Any]) -> Any:
@@ -125,9 +131,7 @@ class WandbSink:
         try:
             return self._init(identity, mode="online")
         except (wandb.Error, TimeoutError) as error:
-            self._warn(
-                f"wandb cannot be used online, so this attempt is logged offline: {_first_line(error)}"
-            )
+            self._warn(f"wandb cannot be used online, so this attempt is logged offline: {first_line(error)}")
             # The service still holds the run id for the attempt to reach the server.
             wandb.teardown(1)
             wandb.setup(wandb.Settings(silent=True))
@@ -136,6 +140,9 @@ class WandbSink:
     def _init(self, identity: dict[str, Any], *, mode: _Mode) -> Any:
         import wandb
 
+        if mode != "disabled":
+            # Made by us, so that others of the group may go on with the run.
+            fsio.make_folder(Path(identity["dir"], "wandb"))
         run = wandb.init(
             **identity,
             resume="allow",
@@ -152,7 +159,7 @@ class WandbSink:
             ),
         )
         if run.offline:
-            self._note(f"wandb: offline; to upload: wandb sync {Path(run.dir).parent}")
+            self._note(f"wandb: offline; to upload: kempnerforge wandb sync {identity['dir']}")
         elif not run.disabled:
             self._note(f"wandb: {run.url}")
         return run
@@ -163,15 +170,23 @@ class WandbSink:
         try:
             call(self._run)
         except Exception as error:  # noqa: BLE001 - whatever wandb raises, training goes on
-            folder = Path(self._run.dir).parent
             self._run = None
             self._warn(
-                f"wandb failed and is switched off: {_first_line(error)}. "
-                f"What it has on disk can be uploaded: wandb sync {folder}"
+                f"wandb failed and is switched off: {first_line(error)}. "
+                f"To upload what is missing there: kempnerforge wandb sync {self._run_dir}"
             )
 
 
-def _has_key(settings: Any) -> bool:
+def attempt_config(attempt: int, receipt: Mapping[str, Any], place: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a run's config: how ``attempt``, the newest one, began, with what changed, and where it ran.
+
+    ``place``: ``hosts``, and in a SLURM job ``slurm_job_id`` and ``slurm_restart_count``.
+    """
+    key = f"attempt_{attempt:04d}"
+    return {"attempt": attempt, **place, f"receipt/{key}": dict(receipt), f"place/{key}": dict(place)}
+
+
+def has_key(settings: Any) -> bool:
     """Whether the client could log in without asking a person."""
     if settings.api_key or settings.identity_token_file:
         return True
@@ -182,6 +197,7 @@ def _has_key(settings: Any) -> bool:
         return False
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from kempnerforge.train.progress import Progress
 from kempnerforge.train.reports import Reports, build_reports
 from kempnerforge.train.run_folder import open_run, record_stop
 from kempnerforge.train.step import TrainStep
+from kempnerforge.train.stop import StopSignals
 from kempnerforge.train.stopping import Stopping
 
 
@@ -116,7 +117,7 @@ def _assemble(
 ) -> Run:
     geometry, folder = job.geometry(world.num_ranks), job.run.folder
     reports = build_reports(job, rank=world.rank, folder=folder, record=record)
-    dataset = _open_data(job, world, reports, stopping)
+    dataset = open_data(job, world, stopping.signals, note=reports.note)
     stopping.end_set_up_if_asked(world.control)
     book.lap("data")
     model = build_model(job, geometry, rank=world.rank, device=world.device)
@@ -187,27 +188,32 @@ def _build_state(
     )
 
 
-def _open_data(job: JobConfig, world: World, reports: Reports, stopping: Stopping) -> TokenDataset:
-    """Rank 0 prepares and checks all tokens, the others wait; then every rank opens them."""
+def open_data(
+    job: JobConfig, world: World, signals: StopSignals, *, note: Callable[[str], None]
+) -> TokenDataset:
+    """Rank 0 prepares and checks all tokens, the others wait; then every rank opens them.
+
+    Collective: all ranks. ``note`` is told, on rank 0. Raises DataError on all ranks.
+    """
 
     def on_rank0() -> Path:
         if job.data.dataset_path is not None:
             path = Path(job.data.dataset_path).expanduser()
         else:
             assert job.data.text is not None
-            reports.note(f"data: looking through {job.data.text}")
+            note(f"data: looking through {job.data.text}")
             tokenizer = load_tokenizer(job.data.tokenizer)
             path = prepare_cached(
                 job.data.text, tokenizer, job.data.cache_folder, val_fraction=job.data.val_fraction
             )
         dataset = open_dataset(path, vocab_size=job.model.vocab_size, val_fraction=job.data.val_fraction)
         num_samples = dataset.split("train", job.train.seq_len).num_samples
-        reports.note(f"data: {num_samples:,} samples of {job.train.seq_len} tokens in {path}")
+        note(f"data: {num_samples:,} samples of {job.train.seq_len} tokens in {path}")
         if job.eval.interval:
             dataset.split("val", job.train.seq_len)
         return path
 
-    path = world.control.on_rank0(lambda: stopping.signals.interruptible(on_rank0))
+    path = world.control.on_rank0(lambda: signals.interruptible(on_rank0))
     error, dataset = None, None
     try:
         dataset = open_dataset(

@@ -7,12 +7,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from kempnerforge.data.loader import eval_batches
 from kempnerforge.errors import NonFiniteError
 from kempnerforge.telemetry.flops import mfu
 from kempnerforge.telemetry.spans import Spans
 from kempnerforge.train.build import Run
 from kempnerforge.train.control import Agreed
+from kempnerforge.train.evaluation import validation_loss
 from kempnerforge.train.optim import lr_at
 from kempnerforge.train.step import UpdateResult
 
@@ -142,16 +142,8 @@ def evaluate(run: Run) -> None:
     if run.val_samples is None:
         return
     run.progress.begin("eval", run.state.step)
-    batches = eval_batches(
-        run.val_samples,
-        num_batches=run.job.eval.num_batches,
-        global_batch_size=run.geometry.global_batch_size,
-        batch_size=run.job.train.batch_size,
-        dp_rank=run.geometry.dp_rank(run.world.rank),
-        dp_size=run.geometry.dp,
-    )
     started = time.perf_counter()
-    loss = run.step.evaluate(batches)
+    loss = validation_loss(run.step, run.val_samples, run.job, run.geometry, rank=run.world.rank)
     run.book.spent("eval", time.perf_counter() - started)
     run.ckpt.record_metrics(run.state.step, {"eval/loss": loss})
     run.eval_losses.append((run.state.step, loss))

@@ -9,6 +9,7 @@ from typing import Any
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.config.schema import JobConfig
+from kempnerforge.goodput.ledger import places, read_events
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.jsonl import JsonlSink, read_rows
 from kempnerforge.telemetry.sinks import Sink, SinkSet
@@ -76,6 +77,7 @@ def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord)
             record.wandb_id,
             job.model_dump(mode="json"),
             record.attempt,
+            place=places(read_events(folder)).get(record.attempt, {}),
             first_new_step=read_rows(metrics).next_step(record.wandb_first_attempt),
             note=console.note,
             warn=console.warn,

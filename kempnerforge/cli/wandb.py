@@ -1,0 +1,186 @@
+"""``kempnerforge wandb``: bring a run to Weights & Biases that was trained where there is no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kempnerforge.checkpoint import layout, lease, run_record, timeline
+from kempnerforge.checkpoint.receipt import METRICS, read_receipts
+from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_run
+from kempnerforge.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, RunFolderError
+from kempnerforge.goodput.ledger import places, read_events
+from kempnerforge.telemetry.jsonl import effective_rows, read_rows
+from kempnerforge.telemetry.wandb_upload import Content, Uploaded, by_step, upload
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Bring runs that were trained offline to Weights & Biases."""
+
+
+@app.command()
+def sync(
+    run: RunPath,
+    project: Annotated[str | None, typer.Option(help="Default: the run's metrics.wandb_project.")] = None,
+    entity: Annotated[str | None, typer.Option(help="User or team; default: the account's own.")] = None,
+    uncommitted: Annotated[
+        bool, typer.Option("--uncommitted", help="Also steps that will be trained again if the run goes on.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Although an attempt may still be logging to wandb online.")
+    ] = False,
+    timeout_s: Annotated[float, typer.Option(min=1, help="How long the upload may take, in seconds.")] = 600,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what counts; use no network.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Upload the rows of RUN that count into one wandb run, each step once. Repeat it for what is new.
+
+    A step that attempts trained several times counts once: as it was trained on the way to where the run is
+    now. A run that has not finished is uploaded up to its newest committed step.
+    """
+    run_dir = find_run(run).run_dir
+    record = run_record.read(run_dir) if run_dir is not None else None
+    if run_dir is None or record is None:
+        raise RunFolderError(f"{run} has no {run_record.RUN_FILE}, so it is not known which run it is of")
+    read = _read(run_dir, record, project=project, entity=entity, uncommitted=uncommitted)
+    if not as_json:
+        for line in read.lines(run_dir):
+            typer.echo(line)
+    done: Uploaded | None = None
+    if not dry_run and read.content.steps:
+        if not force:
+            _refuse_beside_an_online_attempt(run_dir)
+        done = upload(read.content, timeout_s=timeout_s)
+    if as_json:
+        text.print_json(read.as_json(run_dir, done))
+    elif done is None:
+        typer.echo("nothing was uploaded" + (" (--dry-run)" if dry_run else ""))
+    else:
+        already = len(read.content.steps) - done.num_steps
+        typer.echo(f"uploaded {_count(done.num_steps, 'step')} to {done.url}; {already} were there already")
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the files of a run hold for wandb."""
+
+    content: Content
+    num_rows: int
+    num_repeated: int
+    """Rows that do not count: their steps were trained again, or rolled back."""
+    held_back: Sequence[int]
+    """Steps that count now, and will not if the run goes on."""
+    has_config: bool
+
+    def lines(self, run_dir: Path) -> list[str]:
+        content, steps = self.content, list(self.content.steps)
+        first = f"{run_dir}: {_count(len(steps), 'step')} of {_count(len(content.receipts), 'attempt')}"
+        if steps:
+            first += f", {steps[0]} to {steps[-1]}"
+        if self.num_repeated:
+            repeated = "their steps were trained again, or rolled back"
+            first += f"; {self.num_repeated} of {self.num_rows} rows do not count: {repeated}"
+        result = [first]
+        if self.held_back:
+            result.append(
+                f"held back: {_count(len(self.held_back), 'step')} up to {self.held_back[-1]}, above the "
+                "newest committed step: trained again if the run goes on (--uncommitted uploads them)"
+            )
+        if not self.has_config:
+            result.append("no committed step looks sound, so the run's config is not known")
+        whose = f"{content.entity}/" if content.entity else ""
+        return [*result, f'wandb: run {content.run_id} "{content.name}" of {whose}{content.project}']
+
+    def as_json(self, run_dir: Path, done: Uploaded | None) -> dict[str, Any]:
+        return {
+            "run": str(run_dir),
+            "wandb_id": self.content.run_id,
+            "project": self.content.project,
+            "entity": self.content.entity,
+            "name": self.content.name,
+            "attempts": len(self.content.receipts),
+            "steps": len(self.content.steps),
+            "rows": self.num_rows,
+            "rows_that_do_not_count": self.num_repeated,
+            "steps_held_back": len(self.held_back),
+            "uploaded": None if done is None else vars(done),
+        }
+
+
+def _read(
+    run_dir: Path, record: RunRecord, *, project: str | None, entity: str | None, uncommitted: bool
+) -> _Read:
+    # Before the rows: what is committed while they are read only makes the limit too low.
+    folder = record.checkpoint_folder(run_dir)
+    committed = layout.committed_steps(folder) if folder.is_dir() else []
+    limit = math.inf if uncommitted else last_lasting_step(record, committed)
+    try:
+        rows = read_rows(run_dir / METRICS).rows
+    except FileNotFoundError:
+        raise RunFolderError(f"{run_dir} has no {METRICS}: nothing has been logged yet") from None
+    cuts = timeline.cuts(run_dir)
+    counting = effective_rows(rows, {cut.attempt: cut.step for cut in cuts})
+    steps = by_step(counting)
+    config = _config(folder, committed)
+    metrics, names = config.get("metrics", {}), config.get("run", {})
+    content = Content(
+        run_id=record.wandb_id,
+        project=project or metrics.get("wandb_project", "kempnerforge"),
+        entity=entity,
+        name=metrics.get("wandb_run_name") or names.get("name") or run_dir.resolve().name,
+        config=config,
+        receipts=read_receipts(run_dir),
+        places=places(read_events(run_dir)),
+        steps={step: row for step, row in steps.items() if step <= limit},
+        failed=bool(record.last_exit) and record.last_exit["status"] not in (EXIT_FINISHED, EXIT_STOPPED),
+    )
+    held_back = [step for step in steps if step > limit]
+    return _Read(content, len(rows), len(rows) - len(counting), held_back, bool(config))
+
+
+def last_lasting_step(record: RunRecord, committed: Sequence[int]) -> float:
+    """The newest step that no later attempt trains again, as far as one can tell: pure.
+
+    The newest committed step, from which the next attempt goes on; every step for a run that has finished,
+    whose checkpoints may be gone.
+    """
+    last = record.last_exit
+    if last is not None and last["attempt"] == record.attempt and last["status"] == EXIT_FINISHED:
+        return math.inf
+    return max(committed, default=0)
+
+
+def _config(folder: Path, committed: Sequence[int]) -> dict[str, Any]:
+    """The config in the newest step that looks sound; empty when there is none."""
+    for step in committed:
+        try:
+            return StepView.open(folder / layout.step_name(step), step=step).config()
+        except (CheckpointError, OSError):
+            continue
+    return {}
+
+
+def _refuse_beside_an_online_attempt(run_dir: Path) -> None:
+    """Two clients on one run overwrite each other's rows."""
+    newest = run_dir / "wandb" / "latest-run"
+    holder = lease.live_holder(run_dir)
+    if holder and newest.is_symlink() and not newest.readlink().name.startswith("offline-"):
+        raise RunFolderError(
+            f"{holder} may be logging to wandb online, and uploads it all itself. Wait until it has ended; "
+            f"if you know that it has: kempnerforge wandb sync {run_dir} --force"
+        )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
