@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -57,11 +58,11 @@ def test_a_save_that_stands_still_is_reported_while_training_goes_on(
     attempt.signal(signal.SIGTERM)
     ended = attempt.wait()
     assert ended.statuses == [75, 75], ended.output
-    assert "saving step_00000006 has lasted" in ended.outputs[0]
+    assert re.search(r"saving step_\d+ has lasted .* Rank 1 lags: still at its write", ended.outputs[0])
     assert run.sound()[0] == run.record["last_exit"]["step"]
     for rank in (0, 1):
         stacks = (run.folder / f"stacks/attempt_1.rank_{rank:05d}.txt").read_text()
-        assert "saving step_00000006 has lasted" in stacks
+        assert re.search(r"saving step_\d+ has lasted", stacks)
 
 
 def test_nothing_is_reported_of_a_healthy_run_or_when_it_is_switched_off(
