@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import threading
 import time
 from pathlib import Path
+
+from kempnerforge import fsio
 
 FOLDER = "stacks"
 _STDERR = 2
@@ -44,8 +47,9 @@ class Stacks:
         if self._path is None:
             return None
         try:
-            self._path.parent.mkdir(exist_ok=True)
-            fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            with contextlib.suppress(FileExistsError):
+                fsio.new_folder(self._path.parent)
+            fd = fsio.open_file(self._path, os.O_WRONLY | os.O_APPEND)
             try:
                 os.write(fd, f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n".encode())
                 faulthandler.dump_traceback(fd, all_threads=True)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from kempnerforge import fsio
 from kempnerforge.checkpoint.holder import process_state
 
 NAME = "stop.request"
@@ -47,7 +48,7 @@ class StopFile:
         probe = self._path.with_name(f".{NAME}.{os.getpid()}")
         try:
             made = self._path.stat().st_mtime
-            probe.write_bytes(b"")
+            os.close(fsio.open_file(probe, os.O_WRONLY | os.O_TRUNC))
             ahead_s = probe.stat().st_mtime - time.time()
             probe.unlink()
         except FileNotFoundError:
