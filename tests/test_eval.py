@@ -85,6 +85,15 @@ def test_another_layout_gives_the_same_loss_but_for_rounding(launcher: Launcher,
     assert logged(trained, 8) < result(hybrid)["eval/loss"] < logged(trained, 4)
 
 
+@pytest.mark.parametrize("dimension", ["tp", "pp"])
+def test_tensor_and_pipeline_parallelism_evaluate_the_same_step(
+    launcher: Launcher, trained: Run, dimension: str
+) -> None:
+    found = result(evaluate(launcher, trained, 8, f"--distributed.{dimension}=2", ranks=2))
+    assert (found["geometry"][dimension], found["geometry"]["dp"]) == (2, 1)
+    assert found["eval/loss"] == pytest.approx(logged(trained, 8), rel=1e-5)
+
+
 def test_other_data_and_another_size_are_overrides(launcher: Launcher, trained: Run, tmp_path: Path) -> None:
     small = result(evaluate(launcher, trained, 8, "--eval.num_batches", "1"))
     assert small["tokens"] == 128
