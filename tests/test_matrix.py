@@ -217,7 +217,7 @@ def test_bf16_and_recomputation(launcher: Launcher, corpus: Path, tmp_path: Path
 def test_bf16_recomputation_and_compilation(
     launcher: Launcher, corpus: Path, tmp_path: Path, name: str
 ) -> None:
-    mixed(launcher, corpus, tmp_path, name, **{"train.compile_model": True, "distributed.timeout_s": 300})
+    mixed(launcher, corpus, tmp_path, name, **{"train.compile_model": "true", "distributed.timeout_s": 300})
 
 
 def test_a_loss_that_is_not_finite_in_the_last_stage_is_skipped_by_all(
