@@ -101,6 +101,7 @@ def test_other_layouts_are_exported_too(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_real_pretrained_model_is_tuned_and_goes_back_to_transformers(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
