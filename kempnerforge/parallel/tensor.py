@@ -42,6 +42,10 @@ def tensor_parallel(model: Llama, mesh: DeviceMesh) -> None:
     if model.output is not None:
         plan["output"] = ColwiseParallel(input_layouts=Shard(1), use_local_output=False)
     parallelize_module(model, mesh, plan)
+    if model.tok_embeddings is not None:
+        # What comes out is a collective that may still run. Given to a compiled block, torch 2.13 computes
+        # its gradient as zero, without a word; a copy waits and is plain.
+        model.tok_embeddings.register_forward_hook(lambda _module, _inputs, output: output.clone())
     if model.norm is not None and model.output is None:
         # The tied output layer is no module with an input of its own to prepare.
         whole = PrepareModuleOutput(
