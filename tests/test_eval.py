@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from runs import Ended, Launcher, Run, copy_run, make_run, write_corpus
 
+from kempnerforge.cli.evaluate import evaluate as evaluate_command
 from kempnerforge.cli.evaluate import load_for
+from kempnerforge.config.schema import Geometry
 from kempnerforge.errors import ConfigError
 
 pytest_plugins = ["run_fixtures"]
@@ -103,6 +105,18 @@ def test_other_data_and_another_size_are_overrides(launcher: Launcher, trained: 
     found = result(ended)
     assert found["eval/loss"] not in (small["eval/loss"], logged(trained, 8))
     assert any(line.startswith("the tokens themselves (digest): was ") for line in found["data_changes"])
+
+
+def test_a_loss_that_is_not_finite_is_json_too(
+    monkeypatch: pytest.MonkeyPatch, trained: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kempnerforge.train import evaluation
+
+    geometry = Geometry(1, 1, 1, 1, 1, global_batch_size=4, accumulation_steps=4)
+    diverged = evaluation.Evaluation(8, float("nan"), 256, geometry, 1, "cpu", [], 1.0)
+    monkeypatch.setattr(evaluation, "evaluate_step", lambda *_args, **_options: diverged)
+    evaluate_command([str(trained.step_folder(8))], as_json=True)
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["eval/loss"] == "NaN"
 
 
 def test_retention_sees_that_the_step_is_being_read(launcher: Launcher, trained: Run, tmp_path: Path) -> None:

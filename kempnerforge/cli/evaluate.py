@@ -19,6 +19,7 @@ from kempnerforge.config.layers import Layer
 from kempnerforge.config.loading import LoadedJob, load_layers
 from kempnerforge.config.overrides import split_positionals
 from kempnerforge.errors import ConfigError, KempnerForgeError, StepNotFoundError
+from kempnerforge.telemetry.jsonl import encode_value
 
 app = typer.Typer(add_completion=False)
 
@@ -78,7 +79,7 @@ def _print(
     step_folder: Path, num_batches: int, result: Evaluation, *, note: Callable[[str], None], as_json: bool
 ) -> None:
     if as_json:
-        body = {"path": str(step_folder), "eval/loss": result.loss, "num_batches": num_batches}
+        body = {"path": str(step_folder), "eval/loss": encode_value(result.loss), "num_batches": num_batches}
         body |= {key: value for key, value in asdict(result).items() if key != "loss"}
         typer.echo(json.dumps(body, indent=2))
         return

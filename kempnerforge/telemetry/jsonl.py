@@ -129,12 +129,13 @@ def effective_rows(rows: Sequence[Row], resumes: Mapping[int, int]) -> list[Row]
 
 def _encode(row: Row, attempt: int) -> bytes:
     first = {"step": row["step"], "attempt": attempt, "time": row.get("time", time.time())}
-    rest = {key: _encode_value(value) for key, value in row.items() if key not in first}
+    rest = {key: encode_value(value) for key, value in row.items() if key not in first}
     text = json.dumps({**first, **rest}, allow_nan=False, ensure_ascii=False, separators=(", ", ": "))
     return text.encode() + b"\n"
 
 
-def _encode_value(value: Any) -> Any:
+def encode_value(value: Any) -> Any:
+    """``value`` as JSON can hold it: floats that are not finite become their names."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
