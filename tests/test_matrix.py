@@ -211,13 +211,28 @@ def test_bf16_and_recomputation(launcher: Launcher, corpus: Path, tmp_path: Path
     mixed(launcher, corpus, tmp_path, name)
 
 
+COMPILED = {"train.compile_model": "true", "distributed.timeout_s": 300}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("name", ["tp2", "pp2", "dp2tp2", "pp2tp2", "pp2dp2 interleaved"])
+@needs_compiler
+@pytest.mark.parametrize("name", ["dp2tp2", "pp2tp2", "pp2dp2 interleaved"])
 def test_bf16_recomputation_and_compilation(
     launcher: Launcher, corpus: Path, tmp_path: Path, name: str
 ) -> None:
-    mixed(launcher, corpus, tmp_path, name, **{"train.compile_model": "true", "distributed.timeout_s": 300})
+    mixed(launcher, corpus, tmp_path, name, **COMPILED)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name", ["tp2", "pp2", "dp2tp2", "pp2tp2", "pp2dp2 interleaved"])
+def test_compiled_and_recomputed_it_is_the_same_course(
+    launcher: Launcher, corpus: Path, tmp_path: Path, uninterrupted: Callable[[int], Run], name: str
+) -> None:
+    run = make_run(tmp_path / "run", corpus, **SETTINGS)
+    go_on(launcher, run, name, to=4, **COMPILED | {"train.activation_checkpointing": "selective"})
+    assert_same_course(run.counting(), uninterrupted(4).counting())
 
 
 def test_a_loss_that_is_not_finite_in_the_last_stage_is_skipped_by_all(
