@@ -45,6 +45,8 @@ def make_folder(folder: Path) -> None:
     for one in reversed(missing):
         with contextlib.suppress(FileExistsError):
             new_folder(one)
+        if not one.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(one))
         fsync_folder(one.parent)
 
 
