@@ -245,21 +245,15 @@ def failing_shards(name: str, *, rank: int | None, error: str = "ENOSPC") -> Non
 
 def slow_shards(seconds: float, *, rank: int | None) -> None:
     """Every write of a shard takes so much longer."""
-    if not _here(rank):
-        return
-
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def replacement(*args: Any) -> Any:
-            time.sleep(seconds)
-            return original(*args)
-
-        return replacement
-
-    _wrap("kempnerforge.checkpoint.writer:Writer.write", make)
+    _slow("kempnerforge.checkpoint.writer:Writer.write", seconds, rank)
 
 
 def slow_to_learn(seconds: float, *, rank: int | None) -> None:
     """Every look for the outcome of a save takes so much longer."""
+    _slow("kempnerforge.checkpoint.board:StoreBoard.read", seconds, rank)
+
+
+def _slow(target: str, seconds: float, rank: int | None) -> None:
     if not _here(rank):
         return
 
@@ -270,7 +264,7 @@ def slow_to_learn(seconds: float, *, rank: int | None) -> None:
 
         return replacement
 
-    _wrap("kempnerforge.checkpoint.board:StoreBoard.read", make)
+    _wrap(target, make)
 
 
 def crash_at_loss(*, how: str, call: int, rank: int | None) -> None:

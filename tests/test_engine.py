@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from tmpfs import mounted_tmpfs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -176,13 +177,8 @@ def test_a_writer_that_always_dies_fails_the_save_and_poisons_nothing(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], check=False)
-    if mounted.returncode != 0:
-        pytest.skip("needs the right to mount a small tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted_tmpfs(tmp_path / "disk", "size=8m", lazy=True) as folder:
+        yield folder
 
 
 def test_a_full_disk_fails_one_save_and_leaves_nothing(

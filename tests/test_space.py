@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tmpfs import mounted_tmpfs
 
 from kempnerforge.checkpoint import quota
 from kempnerforge.checkpoint.quota import Mount, Quota, Quotas
@@ -25,16 +25,8 @@ TOO_LARGE = replace(FITS, free_bytes=4 * MB, fits=False)
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MiB and 200 files."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    options = "size=8m,nr_inodes=200"
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted_tmpfs(tmp_path / "disk", "size=8m,nr_inodes=200") as folder:
+        yield folder
 
 
 def write(path: Path, size_bytes: int) -> None:

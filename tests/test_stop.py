@@ -6,7 +6,6 @@ import errno
 import math
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from run_files import tensor_digests
 from runs import Attempt, Ended, Launcher, Run, make_run
+from tmpfs import mounted_tmpfs
 
 pytest_plugins = ["run_fixtures"]
 
@@ -302,13 +302,8 @@ def test_a_last_save_that_fails_is_a_failed_run(launcher: Launcher, corpus: Path
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 2.5 MB: two checkpoints fit, a third does not."""
-    folder = tmp_path / "small_disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted_tmpfs(tmp_path / "small_disk", "size=2500k") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("what", ["the checkpoints", "the whole run"])

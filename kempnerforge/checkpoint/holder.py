@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kempnerforge.slurm.job import restart_count
+
 COUNTER_DIGITS = 20
 """Width of the counter in the file, so that every state of a lease has the same length."""
 
@@ -42,7 +44,6 @@ class Holder:
     @classmethod
     def of_this_process(cls, attempt: int, environ: Mapping[str, str] = os.environ) -> Holder:
         """This process as the holder of ``attempt``."""
-        restarts = environ.get("SLURM_RESTART_COUNT", "")
         state = process_state(os.getpid())
         return cls(
             attempt=attempt,
@@ -54,8 +55,7 @@ class Holder:
             start_ticks=state.start_ticks if state else -1,
             started=time.time(),
             slurm_job_id=environ.get("SLURM_JOB_ID", ""),
-            # SLURM leaves it unset in a job's first run.
-            slurm_restart_count=int(restarts) if restarts.isdecimal() else 0,
+            slurm_restart_count=restart_count(environ),
         )
 
     def describe(self) -> str:

@@ -78,7 +78,7 @@ class CheckpointManager:
             check_lease=self._check_lease,
         )
         self._saver = Saver(
-            self._checkpointer, self.folder, control_group, max_failed_saves=config.max_failed_saves
+            self._checkpointer, self.folder, self._control, max_failed_saves=config.max_failed_saves
         )
 
     # -- resume ------------------------------------------------------------------------------------------

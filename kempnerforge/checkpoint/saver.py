@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
@@ -52,14 +51,13 @@ class Saver:
         self,
         checkpointer: AsyncCheckpointer,
         folder: Path,
-        group: dist.ProcessGroup | None,
+        control: ControlGroup,
         *,
         max_failed_saves: int,
     ) -> None:
         self._checkpointer = checkpointer
         self._folder = folder
-        self._group = group
-        self._control = ControlGroup(group)
+        self._control = control
         self._max_failed_saves = max_failed_saves
         self._pending: _Pending | None = None
         self._number = 0
@@ -113,7 +111,7 @@ class Saver:
             self._checkpointer.begin_save(
                 snapshot.tensors,
                 self._folder / layout.step_name(snapshot.step),
-                self._group,
+                self._control.group,
                 extra_objects=snapshot.objects,
                 provenance=snapshot.provenance,
                 config_toml=snapshot.config_toml,

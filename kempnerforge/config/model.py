@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from pydantic import Field
@@ -91,12 +92,24 @@ class ModelConfig(Section):
         return -(-two_thirds // FFN_MULTIPLE_OF) * FFN_MULTIPLE_OF
 
     @property
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters of one decoder layer, by name within it, in the model's order."""
+        queries, keys = self.n_heads * self.resolved_head_dim, self.kv_heads * self.resolved_head_dim
+        return {
+            "attention_norm.weight": (self.dim,),
+            "attention.wq.weight": (queries, self.dim),
+            "attention.wk.weight": (keys, self.dim),
+            "attention.wv.weight": (keys, self.dim),
+            "attention.wo.weight": (self.dim, queries),
+            "ffn_norm.weight": (self.dim,),
+            "feed_forward.w1.weight": (self.ffn_dim, self.dim),
+            "feed_forward.w2.weight": (self.dim, self.ffn_dim),
+            "feed_forward.w3.weight": (self.ffn_dim, self.dim),
+        }
+
+    @property
     def num_parameters(self) -> int:
         """Exact number of trainable parameters; a tied output layer is counted once."""
-        q_and_o = 2 * self.dim * self.n_heads * self.resolved_head_dim
-        k_and_v = 2 * self.dim * self.kv_heads * self.resolved_head_dim
-        feed_forward = 3 * self.dim * self.ffn_dim
-        norms = 2 * self.dim
-        layers = self.n_layers * (q_and_o + k_and_v + feed_forward + norms)
+        layers = self.n_layers * sum(map(math.prod, self.layer_shapes.values()))
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return layers + self.dim + embeddings

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kempnerforge.goodput.faults import FaultRecord, read_faults
 from kempnerforge.goodput.ledger import Event, read_events
@@ -94,9 +93,3 @@ def derive(
         one.acknowledged = one.number <= acknowledged
         one.is_last = one is history[-1]
     return history
-
-
-def as_json(one: AttemptHistory) -> dict[str, Any]:
-    """An attempt for other programs."""
-    cause = vars(one.cause) if one.cause else None
-    return {"attempt": one.number, "kind": one.kind, "reason": one.reason, "cause": cause}

@@ -85,24 +85,19 @@ class HfTensor:
 
 def tensor_map(config: ModelConfig) -> list[HfTensor]:
     """All weights of a model, in the order of its layers. A tied output layer is the embedding: no entry."""
-    dim, ffn, width = config.dim, config.ffn_dim, config.resolved_head_dim
-    queries, keys = config.n_heads * width, config.kv_heads * width
+    dim, width = config.dim, config.resolved_head_dim
     rotary = (*range(0, width, 2), *range(1, width, 2))
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-        "attention_norm.weight": ((dim,), ()),
-        "attention.wq.weight": ((queries, dim), rotary),
-        "attention.wk.weight": ((keys, dim), rotary),
-        "attention.wv.weight": ((keys, dim), ()),
-        "attention.wo.weight": ((dim, queries), ()),
-        "ffn_norm.weight": ((dim,), ()),
-        "feed_forward.w1.weight": ((ffn, dim), ()),
-        "feed_forward.w3.weight": ((ffn, dim), ()),
-        "feed_forward.w2.weight": ((dim, ffn), ()),
-    }
+    row_orders = {"attention.wq.weight": rotary, "attention.wk.weight": rotary}
+    shapes = config.layer_shapes
     found = [HfTensor(*_EMBEDDING, (config.vocab_size, dim))]
     for layer in range(config.n_layers):
         found += [
-            HfTensor(f"layers.{layer}.{ours}", f"model.layers.{layer}.{theirs}", *shapes[ours])
+            HfTensor(
+                f"layers.{layer}.{ours}",
+                f"model.layers.{layer}.{theirs}",
+                shapes[ours],
+                row_orders.get(ours, ()),
+            )
             for ours, theirs in _LAYER.items()
         ]
     found.append(HfTensor(*_NORM, (dim,)))

@@ -29,20 +29,17 @@ class Parameter:
 
 def layer_parameters(model: ModelConfig, number: int) -> list[Parameter]:
     """The parameters of decoder layer ``number``, cut by heads and by feed-forward width."""
-    width, kv_width = model.n_heads * model.resolved_head_dim, model.kv_heads * model.resolved_head_dim
-    dim, hidden = model.dim, model.ffn_dim
-    shapes: list[tuple[str, tuple[int, ...], int | None]] = [
-        ("attention_norm", (dim,), None),
-        ("attention.wq", (width, dim), 0),
-        ("attention.wk", (kv_width, dim), 0),
-        ("attention.wv", (kv_width, dim), 0),
-        ("attention.wo", (dim, width), 1),
-        ("ffn_norm", (dim,), None),
-        ("feed_forward.w1", (hidden, dim), 0),
-        ("feed_forward.w2", (dim, hidden), 1),
-        ("feed_forward.w3", (hidden, dim), 0),
+    return [
+        Parameter(f"layers.{number}.{name}", shape, _tp_dim(name, shape))
+        for name, shape in model.layer_shapes.items()
     ]
-    return [Parameter(f"layers.{number}.{name}.weight", shape, cut) for name, shape, cut in shapes]
+
+
+def _tp_dim(name: str, shape: tuple[int, ...]) -> int | None:
+    """Megatron's cuts: matrices that write to the residual stream by column, all others by row."""
+    if len(shape) < 2:
+        return None
+    return 1 if name in ("attention.wo.weight", "feed_forward.w2.weight") else 0
 
 
 def outer_parameters(model: ModelConfig, stage: Stage) -> list[Parameter]:

@@ -42,15 +42,19 @@ def this_job(environ: Mapping[str, str]) -> SlurmJob | None:
     job_id = environ.get("SLURM_JOB_ID", "")
     if not job_id:
         return None
-    restarts = environ.get("SLURM_RESTART_COUNT", "")
     return SlurmJob(
         job_id=job_id,
-        # SLURM leaves it unset in a job's first run.
-        restart_count=int(restarts) if restarts.isdecimal() else 0,
+        restart_count=restart_count(environ),
         node_names=tuple(nodes.expand(environ.get("SLURM_JOB_NODELIST", ""))),
         array_job_id=environ.get("SLURM_ARRAY_JOB_ID", ""),
         array_task_id=environ.get("SLURM_ARRAY_TASK_ID", ""),
     )
+
+
+def restart_count(environ: Mapping[str, str]) -> int:
+    """How often SLURM has started this job again. SLURM leaves it unset in a job's first run."""
+    restarts = environ.get("SLURM_RESTART_COUNT", "")
+    return int(restarts) if restarts.isdecimal() else 0
 
 
 def state(job_id: str) -> str:

@@ -25,6 +25,7 @@ from kempnerforge.goodput import breaker
 from kempnerforge.goodput.faults import FaultFile, is_peer_loss, remove_empty
 from kempnerforge.goodput.history import read_history
 from kempnerforge.goodput.ledger import Ledger
+from kempnerforge.slurm.job import restart_count
 
 _SPACING = 0.02
 _MIN_SPACING_S, _MAX_SPACING_S = 0.05, 10.0
@@ -68,7 +69,7 @@ class AttemptBook:
                 process_started=self._started,
                 hosts=hosts,
                 slurm_job_id=os.environ.get("SLURM_JOB_ID", ""),
-                slurm_restart_count=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+                slurm_restart_count=restart_count(os.environ),
                 layout=ranks,
             )
             committed = layout.committed_steps(record.checkpoint_folder(folder))
@@ -106,7 +107,7 @@ class AttemptBook:
             self._write("progress", step=step, spent_s=self._spent_s)
 
     def spent(self, part: str, seconds: float) -> None:
-        """Time of the loop that went into ``part``: step, data, eval or checkpoint."""
+        """Time of the loop that went into ``part``: step, data or eval."""
         self._spent_s[part] = self._spent_s.get(part, 0.0) + seconds
 
     def saved(self, report: SaveReport) -> None:

@@ -83,19 +83,16 @@ def train(run: Run) -> str | None:
 
 
 def _save_if_agreed(run: Run) -> Agreed:
-    deadline = run.control.stopping.deadline
+    stopping = run.control.stopping
     run.progress.begin("agree", run.state.step)
-    if deadline is not None:
-        deadline.step_ends()
+    stopping.step_ends()
     agreed = run.control.agree(run.state.step)
     if agreed.save:
         run.progress.begin("save", run.state.step)
         run.ckpt.save(run.state, wait=agreed.stop is not None, reason=agreed.save)
     _report_saves(run)
-    if deadline is not None:
-        deadline.step_begins()
-        if news := deadline.news():
-            run.reports.note(news)
+    if news := stopping.step_begins():
+        run.reports.note(news)
     return agreed
 
 
@@ -110,8 +107,7 @@ def _stop_if_agreed(run: Run) -> str | None:
 
 def _tell_margin(run: Run) -> None:
     """How much time was left when the run stopped with its last step committed."""
-    deadline = run.control.stopping.deadline
-    if deadline is not None and (left_s := deadline.left_s) is not None:
+    if (left_s := run.control.stopping.left_s) is not None:
         run.reports.write({"step": run.state.step, "deadline/margin_s": left_s})
         run.reports.note(f"deadline: {left_s:.1f} s were left")
 
@@ -126,8 +122,7 @@ def _report_saves(run: Run) -> None:
         run.book.saved(report)
         if report.total_s:
             run.progress.saved(report.total_s)
-            if run.control.stopping.deadline is not None:
-                run.control.stopping.deadline.saved(report.total_s)
+            run.control.stopping.saved(report.total_s)
         for warning in report.warnings:
             run.reports.warn(warning)
         if warning := run.ckpt.lease_warning():

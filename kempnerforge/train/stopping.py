@@ -8,7 +8,7 @@ from pathlib import Path
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import StopRequestedError
-from kempnerforge.telemetry.jsonl import read_rows
+from kempnerforge.goodput.ledger import read_events
 from kempnerforge.train.deadline import Deadline
 from kempnerforge.train.shutdown import Shutdown
 from kempnerforge.train.stacks import Stacks
@@ -53,6 +53,28 @@ class Stopping:
             self.deadline.close()
         self.shutdown.close()
 
+    def step_ends(self) -> None:
+        """Everything from ``step_begins`` to here is one step: data, training, validation."""
+        if self.deadline is not None:
+            self.deadline.step_ends()
+
+    def step_begins(self) -> str:
+        """See ``step_ends``. Returns what there is to say of the deadline, once; empty on other ranks."""
+        if self.deadline is None:
+            return ""
+        self.deadline.step_begins()
+        return self.deadline.news()
+
+    def saved(self, seconds: float) -> None:
+        """A save took so long, from the call to the commit."""
+        if self.deadline is not None:
+            self.deadline.saved(seconds)
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the deadline; None when there is none, and on other ranks."""
+        return self.deadline.left_s if self.deadline is not None else None
+
     def vote(self, *, save_is_pending: bool = False) -> int:
         """This rank's part in the agreement; 0 to go on."""
         if self.file is not None and self.file.is_there():
@@ -90,6 +112,4 @@ class Stopping:
 
 def _earlier_saves(folder: Path) -> list[float]:
     """What the saves of earlier attempts took, in seconds, oldest first."""
-    metrics = folder / "metrics.jsonl"
-    rows = read_rows(metrics).rows if metrics.exists() else []
-    return [row["checkpoint/total_s"] for row in rows if "checkpoint/total_s" in row]
+    return [event["total_s"] for event in read_events(folder) if event["event"] == "commit"]
