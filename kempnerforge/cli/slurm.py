@@ -22,6 +22,7 @@ from kempnerforge.slurm import job as slurm_job
 from kempnerforge.slurm.decision import Decision, decide
 from kempnerforge.slurm.job import SlurmError, SlurmJob
 from kempnerforge.slurm.note import attempt_note, git_revision
+from kempnerforge.train import stop_file
 
 app = typer.Typer(help="What a batch script calls before and after training.", no_args_is_help=True)
 NOTES = "slurm"
@@ -103,8 +104,8 @@ def nodes_of(hosts: Collection[str], node_names: Sequence[str]) -> list[str]:
 
 def _asked(job: SlurmJob, run_dir: Path) -> str:
     """The batch shell's traps write the signal into the stop file; of a GraceTime it hears nothing."""
-    stop_file = run_dir / "stop.request"
-    word = stop_file.read_text().strip() if stop_file.exists() else ""
+    path = run_dir / stop_file.NAME
+    word = path.read_text().strip() if path.exists() else ""
     if word.startswith("SIG"):
         return word
     return "preempted" if slurm_job.is_preempted(job.job_id) else ""
