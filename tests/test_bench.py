@@ -29,13 +29,6 @@ def run_small(name: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_bench_save_compares_with_stock_dcp(tmp_path: Path) -> None:
-    found = run_small("bench_save", tmp_path)
-    assert {name: len(rows) for name, rows in found["results"].items()} == {"ours": 2, "stock": 2}
-    for rows in found["results"].values():
-        assert all(row["durable_s"] >= row["blocking_s"] > 0 for row in rows)
-
-
 def test_bench_stop_measures_from_the_signal_to_the_commit(tmp_path: Path) -> None:
     found = run_small("bench_stop", tmp_path)
     assert found["size_bytes"] > 1_800_000

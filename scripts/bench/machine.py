@@ -1,0 +1,102 @@
+"""The machine: what it is, and what it can do at the most. Written apart from the engine that is measured."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+BLOCK_BYTES = 16 << 20
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What figures of this machine depend on."""
+    return {
+        "cpu": _cpu_model(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "file_system": _file_system(folder),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS", ""),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def tell(found: dict[str, Any]) -> str:
+    """The facts, in a line."""
+    return ", ".join(f"{name} {value}" for name, value in found.items())
+
+
+def cpu_seconds(*pids: int | None) -> float:
+    """Processor time so far of this process with all its threads, and of ``pids``, in seconds."""
+    total = 0.0
+    for pid in (os.getpid(), *(pid for pid in pids if pid is not None)):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def raw_write_s(path: Path, size_bytes: int, *, barrier: Callable[[], object]) -> float:
+    """Seconds until ``size_bytes`` are durable in a new file: 16 MiB direct writes and an fsync.
+
+    All ranks at once, between two barriers. File systems without direct writes go through their cache.
+    """
+    size_bytes = -(-size_bytes // 4096) * 4096
+    image = mmap.mmap(-1, -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES)
+    noise = os.urandom(1 << 20)
+    for start in range(0, len(image), len(noise)):
+        image[start : start + len(noise)] = noise
+    view = memoryview(image)
+    fd = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    barrier()
+    started = time.perf_counter()
+    done = 0
+    while done < size_bytes:
+        done += os.write(fd, view[done : min(done + BLOCK_BYTES, size_bytes)])
+    os.fsync(fd)
+    barrier()
+    took_s = time.perf_counter() - started
+    os.close(fd)
+    path.unlink()
+    view.release()
+    image.close()
+    return took_s
+
+
+def drop_cache(folder: Path) -> None:
+    """Forget the pages of all files in ``folder``, so that the next read comes from the disk."""
+    for path in folder.iterdir():
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o666)
+    except OSError:
+        return os.open(path, flags, 0o666)
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _file_system(folder: Path) -> str:
+    """Kind of the file system that ``folder`` is on: the longest mount point above it."""
+    above = str(folder.resolve())
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    return max(
+        (m for m in mounts if (above + "/").startswith(m[0].rstrip("/") + "/")), key=lambda m: len(m[0])
+    )[1]

@@ -1,0 +1,153 @@
+"""Arms that save the same state: ours, and stock DCP as its tutorials use it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.config.schema import AsyncCheckpointMode
+
+
+class Saver(Protocol):
+    """Saves one state, over and over."""
+
+    def begin(self, path: Path) -> None:
+        """Begin a save; a blocking arm returns when it is durable."""
+        ...
+
+    def before_update(self) -> None:
+        """Return when tensors may change."""
+        ...
+
+    def done(self) -> bool:
+        """Whether what was begun is committed. Never blocks."""
+        ...
+
+    def wait(self) -> None:
+        """Return when it is."""
+        ...
+
+    def pid(self) -> int | None:
+        """A process beside this one that takes part."""
+        ...
+
+    def close(self) -> None:
+        """Release what is held."""
+        ...
+
+
+class Ours:
+    """``AsyncCheckpointer``."""
+
+    def __init__(self, model: nn.Module, optimizer: Any, mode: AsyncCheckpointMode) -> None:
+        self._state = TrainState(model=model, optimizer=optimizer)
+        self._checkpointer = AsyncCheckpointer(mode)
+
+    def begin(self, path: Path) -> None:
+        """Begin, and in the blocking mode wait."""
+        objects = self._state.objects()
+        self._checkpointer.begin_save(self._state.tensors(), path, extra_objects=objects)
+        if self._checkpointer.blocks:
+            self._checkpointer.wait()
+
+    def before_update(self) -> None:
+        """Wait for the copy."""
+        self._checkpointer.wait_for_staging()
+
+    def done(self) -> bool:
+        """Whether it is committed."""
+        return not self._checkpointer.is_pending
+
+    def wait(self) -> None:
+        """Until it is committed."""
+        self._checkpointer.wait()
+
+    def pid(self) -> int | None:
+        """The writer process."""
+        return self._checkpointer.writer_pid
+
+    def close(self) -> None:
+        """End the writer."""
+        self._checkpointer.close()
+
+    @property
+    def host_bytes(self) -> int:
+        """What this rank's buffers take."""
+        return self._checkpointer.host_bytes
+
+
+class StockAsync:
+    """``dcp.async_save`` with its defaults, a thread and fresh buffers, and a gloo group of its own."""
+
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        self._parts = model, optimizer
+        self._group = dist.new_group(backend="gloo")
+        self._future: Future[object] | None = None
+
+    def begin(self, path: Path) -> None:
+        """Begin; it returns after the copy."""
+        weights, moments = get_state_dict(*self._parts)
+        assert isinstance(self._group, dist.ProcessGroup)
+        future = async_save(
+            {"model": weights, "optimizer": moments}, checkpoint_id=path, process_group=self._group
+        )
+        assert isinstance(future, Future)
+        self._future = future
+
+    def before_update(self) -> None:
+        """The copy was synchronous."""
+
+    def done(self) -> bool:
+        """Whether ``.metadata`` is there."""
+        return self._future is None or self._future.done()
+
+    def wait(self) -> None:
+        """Until ``.metadata`` is there."""
+        if self._future is not None:
+            self._future.result()
+
+    def pid(self) -> int | None:
+        """None."""
+        return None
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class StockBlocking:
+    """``dcp.save`` to files that it syncs, its default."""
+
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        self._parts = model, optimizer
+
+    def begin(self, path: Path) -> None:
+        """Save."""
+        weights, moments = get_state_dict(*self._parts)
+        writer = FileSystemWriter(path, sync_files=True)
+        save({"model": weights, "optimizer": moments}, storage_writer=writer)
+
+    def before_update(self) -> None:
+        """It blocks."""
+
+    def done(self) -> bool:
+        """It blocks."""
+        return True
+
+    def wait(self) -> None:
+        """It blocks."""
+
+    def pid(self) -> int | None:
+        """None."""
+        return None
+
+    def close(self) -> None:
+        """Nothing is held."""
