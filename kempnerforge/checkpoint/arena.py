@@ -73,9 +73,12 @@ class ArenaSet:
 
     def pairs(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(place in an arena, this rank's part of a tensor) for everything that this rank writes."""
-        return [
-            (target, local_part(tensors[name])) for views in self._targets for name, target in views.items()
-        ]
+        with torch.no_grad():  # else every ``to_local`` makes a node of a graph
+            return [
+                (target, local_part(tensors[name]))
+                for views in self._targets
+                for name, target in views.items()
+            ]
 
     def close(self) -> None:
         """Release all arenas."""

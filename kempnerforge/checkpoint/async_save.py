@@ -18,12 +18,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import background, layout, leaves
-from kempnerforge.checkpoint.arena import ArenaSet
+from kempnerforge.checkpoint.agreed_plan import AgreedPlan
 from kempnerforge.checkpoint.background import Patience, SaveJob, SaveResult, result_key
 from kempnerforge.checkpoint.board import Board, LocalBoard, StoreBoard
-from kempnerforge.checkpoint.commit import Contents, Expected, PlannedItem
+from kempnerforge.checkpoint.commit import Contents
 from kempnerforge.checkpoint.manifest import Provenance
-from kempnerforge.checkpoint.plan import digest_of, held_chunks, make_plan
 from kempnerforge.checkpoint.staging import BlockingCopy, Staging, StreamCopy, ThreadCopy
 from kempnerforge.checkpoint.tree import split_leaves
 from kempnerforge.checkpoint.writer import Writer
@@ -69,9 +68,7 @@ class AsyncCheckpointer:
         self._writer = Writer(stall_timeout_s=stall_timeout_s)
         self._control: ControlGroup | None = None
         self._board: Board = LocalBoard()
-        self._held_digest = ""
-        self._expected: Expected | None = None
-        self._arenas: ArenaSet | None = None
+        self._plan = AgreedPlan()
         self._number = 0
         self._pending: _Pending | None = None
 
@@ -132,17 +129,17 @@ class AsyncCheckpointer:
     @property
     def host_bytes(self) -> int:
         """Host memory that this rank's buffers take."""
-        return self._arenas.size_bytes if self._arenas is not None else 0
+        return self._plan.arenas.size_bytes if self._plan.arenas is not None else 0
 
     @property
     def save_bytes(self) -> int:
         """Bytes that a save of all ranks writes, known after ``prepare``; on the first rank only."""
-        return self._expected.size_bytes if self._expected is not None else 0
+        return self._plan.expected.size_bytes if self._plan.expected is not None else 0
 
     @property
     def num_files(self) -> int:
         """Shard files of a save of all ranks; on the first rank only."""
-        return len(self._expected.files) if self._expected is not None else 0
+        return len(self._plan.expected.files) if self._plan.expected is not None else 0
 
     @property
     def in_flight(self) -> tuple[str, str, float] | None:
@@ -163,12 +160,12 @@ class AsyncCheckpointer:
         Collective: all ranks of ``process_group``. Raises TypeError on all ranks.
         """
         control = self._join(process_group)
-        held, error = [], None
+        error = None
         try:
-            held = held_chunks(split_leaves(state_dict)[0])
+            self._plan.look_at(split_leaves(state_dict)[0])
         except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
             error = found
-        self._agree_on_plan(control, held, error)
+        self._agree(control, error)
 
     def begin_save(
         self,
@@ -199,25 +196,25 @@ class AsyncCheckpointer:
         final = Path(os.path.abspath(checkpoint_id))
         temporary = final.with_name(layout.temporary_name(final.name, contents.provenance.attempt))
         tensors: dict[str, torch.Tensor] = {}
-        held: list[PlannedItem] = []
         error: Exception | None = None
         try:
             tensors, objects = split_leaves(state_dict)
             for name, value in (extra_objects or {}).items():
                 objects[name] = leaves.encode(value, name=name)
             contents = Contents(contents.provenance, objects, config_toml)
-            held = held_chunks(tensors)
+            self._plan.look_at(tensors)
             if control.rank == 0:
                 _make_folder(final, temporary)
         except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
             error = found
         try:
-            self._agree_on_plan(control, held, error)
+            self._agree(control, error)
         except BaseException:
             if control.rank == 0 and not isinstance(error, SaveFailedError):
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        assert self._arenas is not None
+        arenas = self._plan.arenas
+        assert arenas is not None
         self._number += 1
         job = SaveJob(
             number=self._number,
@@ -226,9 +223,9 @@ class AsyncCheckpointer:
             final=final,
             temporary=temporary,
             contents=contents,
-            staging=self._stage(self._arenas.pairs(tensors)),
-            arenas=self._arenas,
-            expected=self._expected,
+            staging=self._stage(arenas.pairs(tensors)),
+            arenas=arenas,
+            expected=self._plan.expected,
             before_commit=before_commit,
             after_commit=after_commit,
             patience=self._patience,
@@ -264,10 +261,7 @@ class AsyncCheckpointer:
         self.join()
         self._pending = None
         self._writer.close()
-        if self._arenas is not None:
-            self._arenas.close()
-            self._arenas = None
-            self._held_digest = ""
+        self._plan.release()
 
     def _join(self, process_group: dist.ProcessGroup | None) -> ControlGroup:
         """The group that decides and a board of its own, made by the first call."""
@@ -284,24 +278,9 @@ class AsyncCheckpointer:
             self._control = control
         return self._control
 
-    def _agree_on_plan(
-        self, control: ControlGroup, held: Sequence[PlannedItem], error: Exception | None
-    ) -> None:
-        """One small reduction while nothing changes; a new plan and new buffers when something has."""
-        digest = digest_of(held)
-        failed, changed = control.agree([error is not None, digest != self._held_digest])
-        if failed:
-            _raise_on_all(control, error)
-        if not changed:
-            return
-        everything = control.gather(list(held))
-        plan = control.on_rank0(lambda: make_plan(everything))
-        if self._arenas is not None:
-            self._arenas.close()
+    def _agree(self, control: ControlGroup, error: Exception | None) -> None:
         pin = self.mode is AsyncCheckpointMode.async_pinned and torch.cuda.is_available()
-        self._arenas = ArenaSet(plan.files[control.rank], pin=pin)
-        self._expected = plan.expected if control.rank == 0 else None
-        self._held_digest = digest
+        self._plan.agree(control, error, pin=pin)
 
     def _stage(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Staging:
         if self.mode is not AsyncCheckpointMode.async_pinned:
@@ -316,12 +295,3 @@ def _make_folder(final: Path, temporary: Path) -> None:
     fsio.make_folder(final.parent)
     shutil.rmtree(temporary, ignore_errors=True)
     fsio.new_folder(temporary)
-
-
-def _raise_on_all(control: ControlGroup, error: Exception | None) -> None:
-    """Raise on every rank: TypeError for a TypeError, SaveFailedError for the rest, with rank and cause."""
-    clear = isinstance(error, (TypeError, SaveFailedError))
-    text = "" if error is None else str(error) if clear else f"{type(error).__name__}: {error}"
-    told = control.gather((isinstance(error, TypeError), text))
-    rank, (is_type, text) = next((rank, one) for rank, one in enumerate(told) if one[1])
-    raise TypeError(f"rank {rank}: {text}") if is_type else SaveFailedError(f"rank {rank}: {text}")

@@ -17,8 +17,11 @@ def split_leaves(state_dict: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor]
 
     Raises TypeError, naming the leaf, for what a checkpoint cannot hold.
     """
+    tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    if len(tensors) == len(state_dict):  # flat already; looking closer costs as much as a small save
+        return tensors, {}
     plain = {
-        name: value.state_dict() if isinstance(value, Stateful) else value
+        name: value.state_dict() if name not in tensors and isinstance(value, Stateful) else value
         for name, value in state_dict.items()
     }
     flat, _ = flatten_state_dict(plain)
