@@ -15,6 +15,7 @@ import errno
 import os
 import shutil
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -216,3 +217,18 @@ def read_range(fd: int, buffer: memoryview, offset: int) -> int:
             break
         done += count
     return done
+
+
+def read_scattered(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
+    """Fill all ``buffers`` from ``offset`` on; False when the file ends before."""
+    left = [buffer for buffer in buffers if buffer.nbytes]
+    while left:
+        count = os.preadv(fd, left, offset)
+        if count == 0:
+            return False
+        offset += count
+        while left and count >= left[0].nbytes:
+            count -= left.pop(0).nbytes
+        if left:
+            left[0] = left[0][count:]
+    return True

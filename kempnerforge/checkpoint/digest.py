@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from kempnerforge import fsio
 from kempnerforge.errors import DamagedCheckpointError
 
 BLOCK_BYTES = 16 << 20
+_GROUP_BYTES = 1 << 20
+_GROUP_BUFFERS = 1024
+"""What one system call may scatter to."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +93,21 @@ class DigestingFile:
 class VerifiedFile:
     """A file of a checkpoint that gives out only bytes whose block has the digest of the manifest.
 
-    Raises DamagedCheckpointError when a block is wrong on a second read too, and OSError as it comes.
+    Raises DamagedCheckpointError when a block is wrong on a second read too, and OSError as it comes. With
+    ``keep`` every block that was read stays in memory: for a file that is read here and there. ``buffer``, of
+    ``BLOCK_BYTES``, may be shared by files that are read one after the other: fresh pages cost as much again.
     """
 
-    def __init__(self, path: Path, record: FileRecord) -> None:
+    def __init__(
+        self, path: Path, record: FileRecord, *, keep: bool = False, buffer: memoryview | None = None
+    ) -> None:
         self.path = path
         self.record = record
+        self._kept: dict[int, memoryview] | None = {} if keep else None
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         # Also when nobody closes it: readers are handed around, and descriptors are few.
         self._close = weakref.finalize(self, os.close, self._fd)
-        self._buffer = memoryview(bytearray(min(BLOCK_BYTES, record.size_bytes)))
+        self._buffer = buffer
         self._loaded: tuple[int, memoryview] | None = None
 
     def close(self) -> None:
@@ -116,11 +124,17 @@ class VerifiedFile:
         """Verified bytes of one block; valid until the next call."""
         if self._loaded is not None and self._loaded[0] == number:
             return self._loaded[1]
+        if self._kept is not None:
+            if number in self._kept:
+                return self._kept[number]
+            self._buffer = None
         self._loaded = None
         for again in (False, True):
             view = self._read_block(number, drop_cache=again)
             if xxhash.xxh3_128_hexdigest(view) == self.record.xxh3_128[number]:
                 self._loaded = (number, view)
+                if self._kept is not None:
+                    self._kept[number] = view
                 return view
         begin = number * BLOCK_BYTES
         raise DamagedCheckpointError(
@@ -134,8 +148,17 @@ class VerifiedFile:
         if drop_cache:
             # A bit that flipped in memory must not condemn a sound file: ask the device again.
             os.posix_fadvise(self._fd, begin, want, os.POSIX_FADV_DONTNEED)
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(min(BLOCK_BYTES, self.record.size_bytes)))
         got = fsio.read_range(self._fd, self._buffer[:want], begin)
         return self._buffer[:got]
+
+    def view(self, begin: int, end: int) -> memoryview:
+        """Verified bytes ``begin`` to ``end``, without a copy where one block has them."""
+        number, offset = divmod(begin, BLOCK_BYTES)
+        if 0 <= begin < end <= self.record.size_bytes and offset + end - begin <= BLOCK_BYTES:
+            return self.block(number)[offset : offset + end - begin]
+        return memoryview(self.read(begin, end))
 
     def read(self, begin: int, end: int) -> bytes:
         """Verified bytes ``begin`` to ``end``."""
@@ -143,13 +166,78 @@ class VerifiedFile:
 
     def parts(self, begin: int, end: int) -> Iterator[memoryview]:
         """Verified bytes ``begin`` to ``end`` in pieces, each valid until the next."""
-        if not 0 <= begin <= end <= self.record.size_bytes:
-            raise DamagedCheckpointError(
-                f"{self.path.parent.name} is damaged: bytes {begin} to {end} of {self.path.name} lie outside "
-                f"its {self.record.size_bytes} bytes"
-            )
+        self._check_range(begin, end)
         while begin < end:
             number, offset = divmod(begin, BLOCK_BYTES)
             part = self.block(number)[offset : offset + end - begin]
             yield part
             begin += part.nbytes
+
+    def read_into(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
+        """Fill every (offset in the file, memory) with verified bytes; together, in the order of the file.
+
+        Where pieces tile a block, it is read straight into them and digested there: a copy less. Nothing in
+        them is to be used when this raises.
+        """
+        for number, parts in self._by_block(sorted(pieces, key=lambda piece: piece[0])).items():
+            if self._read_straight(number, parts):
+                continue
+            block, start = self.block(number), number * BLOCK_BYTES
+            for begin, memory in parts:
+                memory[:] = block[begin - start : begin - start + memory.nbytes]
+
+    def _by_block(self, pieces: Iterable[tuple[int, memoryview]]) -> dict[int, list[tuple[int, memoryview]]]:
+        found: dict[int, list[tuple[int, memoryview]]] = {}
+        for begin, memory in pieces:
+            self._check_range(begin, begin + memory.nbytes)
+            while memory.nbytes:
+                number, offset = divmod(begin, BLOCK_BYTES)
+                part = memory[: BLOCK_BYTES - offset]
+                found.setdefault(number, []).append((begin, part))
+                begin, memory = begin + part.nbytes, memory[part.nbytes :]
+        return found
+
+    def _read_straight(self, number: int, parts: Sequence[tuple[int, memoryview]]) -> bool:
+        """Read a block into the pieces that tile it; False when they do not, or when its digest is wrong."""
+        offset = number * BLOCK_BYTES
+        end = min(offset + BLOCK_BYTES, self.record.size_bytes)
+        if self._loaded is not None and self._loaded[0] == number:
+            return False
+        for begin, memory in parts:
+            if begin != offset:
+                return False
+            offset += memory.nbytes
+        if offset != end:
+            return False
+        os.posix_fadvise(self._fd, end, BLOCK_BYTES, os.POSIX_FADV_WILLNEED)
+        digester, offset = xxhash.xxh3_128(), number * BLOCK_BYTES
+        for group in _groups([memory for _, memory in parts]):
+            if not fsio.read_scattered(self._fd, group, offset):
+                return False
+            for memory in group:
+                digester.update(memory)
+                offset += memory.nbytes
+        return digester.hexdigest() == self.record.xxh3_128[number]
+
+    def _check_range(self, begin: int, end: int) -> None:
+        if not 0 <= begin <= end <= self.record.size_bytes:
+            raise DamagedCheckpointError(
+                f"{self.path.parent.name} is damaged: bytes {begin} to {end} of {self.path.name} lie outside "
+                f"its {self.record.size_bytes} bytes"
+            )
+
+
+def _groups(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """``buffers``, cut up and put together into groups that are still in the cache when they are digested."""
+    group: list[memoryview] = []
+    room = _GROUP_BYTES
+    for buffer in buffers:
+        while buffer.nbytes:
+            part = buffer[:room]
+            group.append(part)
+            buffer, room = buffer[part.nbytes :], room - part.nbytes
+            if not room or len(group) == _GROUP_BUFFERS:
+                yield group
+                group, room = [], _GROUP_BYTES
+    if group:
+        yield group

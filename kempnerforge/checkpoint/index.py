@@ -14,17 +14,21 @@ files      JSON list of file names
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kempnerforge.checkpoint.digest import VerifiedFile
 from kempnerforge.errors import DamagedCheckpointError
 
 MAGIC = b"KFINDEX1"
+_LONGEST_NAME = 2 + 0xFFFF
+_FEW = 16
+"""Chunks of a tensor up to which plain Python is faster than starting numpy."""
 _HEADER = struct.Struct("<8sQQQ")
 
 ITEM_BYTES = {
@@ -87,22 +91,41 @@ def _encode_record(name: str, entry: TensorEntry, number_of: dict[str, int]) -> 
     return b"".join(parts)
 
 
-class Index(Mapping[str, TensorEntry]):
-    """The index of a committed step, read entry by entry through ``file``, whose digests are checked.
+class _Record:
+    """One name's record, its chunks still packed."""
 
-    Raises DamagedCheckpointError for anything that is not an index, and for a tensor whose chunks do not
-    cover it exactly.
+    __slots__ = ("chunk", "count", "dtype", "packed", "shape")
+
+    def __init__(self, raw: memoryview) -> None:
+        ndim = raw[8]
+        self.dtype = bytes(raw[:8]).rstrip(b"\0").decode()
+        *shape, self.count = struct.unpack_from(f"<{ndim}QI", raw, 9)
+        self.shape = tuple(shape)
+        self.packed = raw[9 + 8 * ndim + 4 :]
+        self.chunk = struct.Struct(f"<IQQ{2 * ndim}Q")
+        if self.packed.nbytes != self.count * self.chunk.size:
+            raise ValueError("chunks are missing")
+
+
+class Index(Mapping[str, TensorEntry]):
+    """The index of a committed step, read record by record through ``file``, whose digests are checked.
+
+    ``file`` should keep its blocks: names are found by bisection. Raises DamagedCheckpointError for anything
+    that is not an index, and for a tensor whose chunks do not cover it exactly.
     """
 
     def __init__(self, file: VerifiedFile) -> None:
         self._file = file
         self._entries: dict[str, TensorEntry] = {}
+        self._records: dict[str, _Record] = {}
+        self._likely = 0
         try:
-            magic, self._count, self._table, files_at = _HEADER.unpack(file.read(0, _HEADER.size))
+            magic, count, table, files_at = _HEADER.unpack(file.read(0, _HEADER.size))
             if magic != MAGIC:
                 raise ValueError("it does not begin with KFINDEX1")
-            if self._table + 8 * (self._count + 1) != files_at:
+            if table + 8 * (count + 1) != files_at:
                 raise ValueError("its tables do not fit together")
+            self._begins = struct.unpack(f"<{count + 1}Q", file.read(table, files_at))
             self._files = [str(name) for name in json.loads(file.read(files_at, file.record.size_bytes))]
         except (ValueError, TypeError, struct.error, RecursionError) as error:
             raise self._damaged(str(error)) from None
@@ -116,81 +139,154 @@ class Index(Mapping[str, TensorEntry]):
         self._file.close()
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._begins) - 1
 
     def __iter__(self) -> Iterator[str]:
-        names = [self._record(position)[0] for position in range(self._count)]
-        if any(one.encode() >= other.encode() for one, other in itertools.pairwise(names)):
+        names = [self._name(position) for position in range(len(self))]
+        if any(one >= other for one, other in itertools.pairwise(names)):
             raise self._damaged("its names are not sorted")
-        return iter(names)
+        return iter([self._decode(name) for name in names])
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._find(name) is not None
+
+    def has_prefix(self, prefix: str) -> bool:
+        """Whether there is a name that begins with ``prefix``."""
+        wanted = prefix.encode()
+        position = self._bisect(wanted)
+        return position < len(self) and self._name(position).startswith(wanted)
+
+    def head(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Safetensors dtype and shape. Raises KeyError."""
+        record = self._record(name)
+        return record.dtype, record.shape
 
     def __getitem__(self, name: str) -> TensorEntry:
         if name not in self._entries:
-            self._entries[name] = self._find(name)
+            record = self._record(name)
+            rows = record.chunk.iter_unpack(record.packed)
+            entry = TensorEntry(record.dtype, record.shape, self._chunks(name, record, rows))
+            if problem := cover_problem(entry):
+                raise self._damaged(f"{name}: {problem}")
+            self._entries[name] = entry
         return self._entries[name]
 
-    def _find(self, name: str) -> TensorEntry:
-        low, high = 0, self._count
-        wanted = name.encode()
-        while low < high:
-            middle = (low + high) // 2
-            found, raw = self._record(middle)
-            if found == name:
-                return self._entry(name, raw)
-            if found.encode() < wanted:
-                low = middle + 1
-            else:
-                high = middle
-        raise KeyError(name)
+    def part(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Chunk]:
+        """The chunks that have something of the box at ``offsets``, ``sizes``; they cover it exactly once.
 
-    def _record(self, position: int) -> tuple[str, bytes]:
-        begin, end = struct.unpack("<2Q", self._file.read(*_table_slot(self._table, position)))
-        raw = self._file.read(begin, end)
-        try:
-            (length,) = struct.unpack_from("<H", raw)
-            return raw[2 : 2 + length].decode(), raw[2 + length :]
-        except (struct.error, UnicodeDecodeError) as error:
-            raise self._damaged(f"record {position}: {error}") from None
-
-    def _entry(self, name: str, raw: bytes) -> TensorEntry:
-        try:
-            dtype_raw, ndim = struct.unpack_from("<8sB", raw)
-            dtype = dtype_raw.rstrip(b"\0").decode()
-            *shape, count = struct.unpack_from(f"<{ndim}QI", raw, 9)
-            chunk_format = struct.Struct(f"<IQQ{ndim}Q{ndim}Q")
-            chunks = []
-            for values in chunk_format.iter_unpack(raw[9 + 8 * ndim + 4 :]):
-                file, begin, end, *box = values
-                chunks.append(Chunk(self._files[file], begin, end, tuple(box[:ndim]), tuple(box[ndim:])))
-        except (struct.error, UnicodeDecodeError, IndexError) as error:
-            raise self._damaged(f"{name}: {error}") from None
-        entry = TensorEntry(dtype, tuple(shape), tuple(chunks))
-        problem = "chunks are missing" if len(chunks) != count else cover_problem(entry)
-        if problem:
+        Only they are unpacked and checked: with thousands of ranks a tensor has thousands of others. The box
+        must have the tensor's number of dimensions. Raises KeyError.
+        """
+        record = self._record(name)
+        if 0 in sizes:
+            return []
+        rows: Iterable[tuple[int, ...]] = record.chunk.iter_unpack(record.packed)
+        if record.count > _FEW:
+            rows = _rows_in_box(record.packed, offsets, sizes)
+        found = [chunk for chunk in self._chunks(name, record, rows) if shared_box(chunk, offsets, sizes)]
+        if problem := cover_problem(TensorEntry(record.dtype, record.shape, tuple(found)), (offsets, sizes)):
             raise self._damaged(f"{name}: {problem}")
-        return entry
+        return found
+
+    def _chunks(self, name: str, record: _Record, rows: Iterable[tuple[int, ...]]) -> tuple[Chunk, ...]:
+        files, middle = self._files, 3 + len(record.shape)
+        try:
+            return tuple(Chunk(files[row[0]], row[1], row[2], row[3:middle], row[middle:]) for row in rows)
+        except IndexError:
+            raise self._damaged(f"{name}: it lies in a file without a name") from None
+
+    def _record(self, name: str) -> _Record:
+        if name not in self._records:
+            position = self._find(name)
+            if position is None:
+                raise KeyError(name)
+            begin, end = self._begins[position : position + 2]
+            try:
+                self._records[name] = _Record(self._file.view(begin, end)[2 + len(name.encode()) :])
+            except (struct.error, ValueError, IndexError) as error:
+                raise self._damaged(f"{name}: {error}") from None
+        return self._records[name]
+
+    def _find(self, name: str) -> int | None:
+        """Position of ``name``. Names are mostly asked for in their order."""
+        wanted = name.encode()
+        position = self._likely
+        if position >= len(self) or self._name(position) != wanted:
+            position = self._bisect(wanted)
+            if position >= len(self) or self._name(position) != wanted:
+                return None
+        self._likely = position + 1
+        return position
+
+    def _bisect(self, wanted: bytes) -> int:
+        return bisect.bisect_left(range(len(self)), wanted, key=self._name)
+
+    def _name(self, position: int) -> bytes:
+        begin, end = self._begins[position : position + 2]
+        raw = self._file.view(begin, min(end, begin + _LONGEST_NAME))
+        length = raw[0] | raw[1] << 8 if raw.nbytes > 1 else raw.nbytes
+        if raw.nbytes < 2 + length:
+            raise self._damaged(f"record {position} is too short")
+        return bytes(raw[2 : 2 + length])
+
+    def _decode(self, name: bytes) -> str:
+        try:
+            return name.decode()
+        except UnicodeDecodeError as error:
+            raise self._damaged(f"a name: {error}") from None
 
 
-def _table_slot(table: int, position: int) -> tuple[int, int]:
-    return table + 8 * position, table + 8 * (position + 2)
+def _rows_in_box(
+    packed: memoryview, offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> list[tuple[int, ...]]:
+    """The rows of many packed chunks that share something with a box."""
+    import numpy as np  # only here: looking at a small index should not wait for it
+
+    ndim = len(offsets)
+    place = [("offsets", "<u8", (ndim,)), ("sizes", "<u8", (ndim,))]
+    table = np.frombuffer(packed, np.dtype([("file", "<u4"), ("begin", "<u8"), ("end", "<u8"), *place]))
+    begins = np.array(offsets, "<u8")
+    ends = begins + np.array(sizes, "<u8")
+    meet = (table["offsets"] < ends) & (table["offsets"] + table["sizes"] > begins)
+    found = table[meet.all(axis=1)].tolist()
+    return [(file, begin, end, *map(int, at), *map(int, size)) for file, begin, end, at, size in found]
 
 
-def cover_problem(entry: TensorEntry) -> str | None:
-    """What keeps the chunks of ``entry`` from covering it exactly once; None when they do."""
+def shared_box(
+    chunk: Chunk, offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Offsets, in the tensor, and sizes of what ``chunk`` shares with a box; None when that is nothing."""
+    if chunk.offsets == offsets and chunk.sizes == sizes:
+        return offsets, sizes
+    starts = tuple(map(max, chunk.offsets, offsets))
+    ends = [min(a + n, b + m) for a, n, b, m in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)]
+    lengths = tuple(end - start for start, end in zip(starts, ends, strict=True))
+    return (starts, lengths) if min(lengths, default=1) > 0 else None
+
+
+def cover_problem(
+    entry: TensorEntry, box: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+) -> str | None:
+    """What keeps the chunks of ``entry`` from covering it exactly once; None when they do.
+
+    With a ``box`` (offsets, sizes) of the tensor, from covering that; they must all meet it.
+    """
     item_bytes = ITEM_BYTES.get(entry.dtype)
     if item_bytes is None:
         return f"dtype {entry.dtype!r} is unknown"
     covered = 0
     for chunk in entry.chunks:
-        box = zip(chunk.offsets, chunk.sizes, entry.shape, strict=True)
-        inside = all(offset + size <= full for offset, size, full in box)
+        place = zip(chunk.offsets, chunk.sizes, entry.shape, strict=True)
+        inside = all(offset + size <= full for offset, size, full in place)
         volume = math.prod(chunk.sizes)
         if not inside or chunk.end - chunk.begin != volume * item_bytes:
             return f"the chunk at {chunk.offsets} does not fit {entry.shape}"
-        covered += volume
-    if covered != math.prod(entry.shape):
-        return f"chunks hold {covered} of {math.prod(entry.shape)} elements"
-    if _overlap(entry.chunks):
+        shared = shared_box(chunk, *box) if box else None
+        covered += math.prod(shared[1]) if shared else volume
+    wanted = math.prod(box[1] if box else entry.shape)
+    if covered != wanted:
+        return f"chunks hold {covered} of {wanted} elements"
+    if len(entry.chunks) > 1 and _overlap(entry.chunks):
         return "chunks overlap"
     return None
 

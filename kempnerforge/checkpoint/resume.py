@@ -7,9 +7,8 @@ is renamed. A *mismatch* means that the config cannot fit: the run stops and say
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +20,8 @@ from kempnerforge import fsio
 from kempnerforge.checkpoint import layout, manifest, timeline
 from kempnerforge.checkpoint.commit import decode_objects
 from kempnerforge.checkpoint.counters import check_counters, require_training_state
-from kempnerforge.checkpoint.dtypes import DTYPE_NAMES, DTYPES
+from kempnerforge.checkpoint.dtypes import DTYPES
+from kempnerforge.checkpoint.fit import check_fits, check_no_more, check_parts
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.receipt import Rejected
 from kempnerforge.checkpoint.report import RunContext
@@ -193,8 +193,10 @@ def load(
             {"model": MODEL, "optimizer": OPTIMIZER}[p] for p in parts if p in ("model", "optimizer")
         )
         wanted = {name: tensor for name, tensor in state.tensors().items() if name.startswith(prefixes)}
-        _check_parts(parts, wanted, loaded.reader)
-        check_fits(wanted, loaded.reader, prefixes, elsewhere=state.names_elsewhere())
+        check_parts(parts, wanted, loaded.reader)
+        check_fits(wanted, loaded.reader)
+        if rank == 0:
+            check_no_more({*wanted, *state.names_elsewhere()}, loaded.reader, prefixes)
         if "data" in parts:
             loaded.data_changes = _data_changes(loaded.reader, state, context)
         name = rng_name(rank)
@@ -208,56 +210,6 @@ def load(
         return loaded
 
     return with_retries(read, what=str(found.path))
-
-
-def _check_parts(parts: Sequence[str], wanted: Mapping[str, torch.Tensor], reader: SafetensorsReader) -> None:
-    """Raise MismatchError when the step has nothing of a part that is asked for: it holds weights only.
-
-    Generators may be missing: they are derived then, as under another layout.
-    """
-    kinds = {name.partition(".")[0] for name in (*reader.index, *reader.objects)}
-    keys = {"optimizer": "optimizer", "scheduler": "step", "data": "data", "rng": "rng"}
-    absent = [part for part, key in keys.items() if key not in kinds]
-    if not any(name.startswith(OPTIMIZER) for name in wanted):
-        absent = [part for part in absent if part != "optimizer"]
-    if any(part in absent and part != "rng" for part in parts):
-        given = json.dumps(absent, separators=(",", ":"))
-        raise MismatchError(
-            f"{reader.path} has no {', '.join(absent)}. A new run can begin from what it has, with it as "
-            f"checkpoint.load_path and --checkpoint.exclude_from_loading='{given}'"
-        )
-
-
-def check_fits(
-    wanted: Mapping[str, torch.Tensor],
-    reader: SafetensorsReader,
-    prefixes: tuple[str, ...],
-    *,
-    elsewhere: Set[str] = frozenset(),
-) -> None:
-    """Raise MismatchError unless the step has exactly these tensors under ``prefixes``, of these shapes.
-
-    Those ``elsewhere`` are other ranks' to check.
-    """
-    problems = []
-    for name, tensor in wanted.items():
-        entry = reader.index.get(name)
-        if entry is None:
-            problems.append(f"{name} is not in the checkpoint")
-        elif entry.shape != tuple(tensor.shape):
-            problems.append(f"{name} has shape {entry.shape} in the checkpoint, {tuple(tensor.shape)} here")
-        elif entry.dtype != DTYPE_NAMES[tensor.dtype]:
-            problems.append(f"{name} is {entry.dtype} in the checkpoint, {DTYPE_NAMES[tensor.dtype]} here")
-    known = wanted.keys() | elsewhere
-    extra = [name for name in reader.index if name.startswith(prefixes) and name not in known]
-    problems += [f"{name} is in the checkpoint but not in this model" for name in extra]
-    if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:8])
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise MismatchError(
-            f"{reader.path} cannot fit this config ({len(problems)} tensors differ):{shown}{more}\n"
-            f"The config that it was saved with: {reader.path / layout.CONFIG}"
-        )
 
 
 def _data_changes(reader: SafetensorsReader, state: TrainState, context: RunContext) -> list[str]:

@@ -45,7 +45,7 @@ class StepView:
 
     def tensors(self) -> dict[str, TensorEntry]:
         """All tensors by name, sorted. Raises DamagedCheckpointError, OSError."""
-        with VerifiedFile(self.path / layout.INDEX, self.manifest.files[layout.INDEX]) as file:
+        with VerifiedFile(self.path / layout.INDEX, self.manifest.files[layout.INDEX], keep=True) as file:
             return dict(Index(file))
 
     def bytes_by_kind(self) -> dict[str, int]:

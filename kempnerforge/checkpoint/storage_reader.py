@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -21,14 +19,17 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.futures import Future
 
-from kempnerforge.checkpoint import layout, manifest, shard_header
+from kempnerforge.checkpoint import layout, manifest
 from kempnerforge.checkpoint.commit import decode_objects
 from kempnerforge.checkpoint.digest import VerifiedFile
 from kempnerforge.checkpoint.dtypes import DTYPE_NAMES, DTYPES
-from kempnerforge.checkpoint.index import Chunk, Index
-from kempnerforge.checkpoint.storage import tensor_bytes
+from kempnerforge.checkpoint.index import Index, shared_box
+from kempnerforge.checkpoint.part_reader import Part, read_parts
+from kempnerforge.checkpoint.plan import local_part
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
 
@@ -65,7 +66,7 @@ class SafetensorsReader(StorageReader):
         """The step's index: a mapping from tensor names to entries."""
         if self._open_index is None:
             record = self.manifest.files[layout.INDEX]
-            self._open_index = Index(VerifiedFile(self.path / layout.INDEX, record))
+            self._open_index = Index(VerifiedFile(self.path / layout.INDEX, record, keep=True))
         return self._open_index
 
     @property
@@ -106,39 +107,20 @@ class SafetensorsReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read every item, file by file and in the order of its bytes."""
-        per_file: dict[str, list[tuple[Chunk, ReadItem]]] = {}
+        parts, targets = [], []
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
                 planner.load_bytes(item, self._pickled_in_memory(item.storage_index.fqn))
                 continue
-            chunk = self._chunk_of(item)
-            per_file.setdefault(chunk.file, []).append((chunk, item))
-        for name, wanted in sorted(per_file.items()):
-            record = self.manifest.files.get(name)
-            if record is None:
-                raise DamagedCheckpointError(f"{self.path.name} is damaged: {name} is not in the manifest")
-            wanted.sort(key=lambda pair: pair[0].begin)
-            with VerifiedFile(self.path / name, record) as file:
-                self._check_header(file, wanted)
-                for chunk, item in wanted:
-                    self._read_item(file, chunk, item, planner)
+            target = planner.resolve_tensor(item)
+            targets.append((item, target))
+            parts.append(self._part(item, target.detach()))
+        read_parts(self.path, self.manifest.files, parts)
+        for item, target in targets:
+            planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)
         return future
-
-    def _check_header(self, file: VerifiedFile, wanted: list[tuple[Chunk, ReadItem]]) -> None:
-        """Digests cannot tell two shards that changed places in the manifest too; what they hold can."""
-        name = file.path.name
-        try:
-            header = shard_header.decode(name, file.read, file.record.size_bytes)
-        except ValueError as error:
-            raise DamagedCheckpointError(f"{self.path.name} is damaged: {name}: {error}") from None
-        for chunk, item in wanted:
-            tensor = item.storage_index.fqn
-            if header.get(tensor) != (self.index[tensor].dtype, chunk):
-                raise DamagedCheckpointError(
-                    f"{self.path.name} is damaged: {name} and {layout.INDEX} disagree on {tensor}"
-                )
 
     def _pickled_in_memory(self, name: str) -> io.BytesIO:
         # DCP's planner insists on unpickling; these bytes were pickled here, from checked JSON.
@@ -147,19 +129,17 @@ class SafetensorsReader(StorageReader):
         buffer.seek(0)
         return buffer
 
-    def _chunk_of(self, item: ReadItem) -> Chunk:
-        entry = self.index[item.storage_index.fqn]
-        offsets = tuple(item.storage_index.offset or ())
-        return next(chunk for chunk in entry.chunks if chunk.offsets == offsets)
+    def _part(self, item: ReadItem, target: torch.Tensor) -> Part:
+        name, offsets = item.storage_index.fqn, tuple(item.storage_index.offset or ())
+        entry = self.index[name]
+        self.check_dtype(name, entry.dtype, target)
+        chunk = next(chunk for chunk in entry.chunks if chunk.offsets == offsets)
+        return Part(name, entry.dtype, chunk, tuple(item.storage_offsets), target)
 
-    def _read_item(self, file: VerifiedFile, chunk: Chunk, item: ReadItem, planner: LoadPlanner) -> None:
-        target = planner.resolve_tensor(item).detach()
-        name = item.storage_index.fqn
-        stored = DTYPES[self.index[name].dtype]
-        if target.dtype != stored:
-            raise MismatchError(f"{name} is {stored} in {self.path.name} and {target.dtype} here")
-        fill_box(file, chunk, tuple(item.storage_offsets), tuple(item.lengths), target)
-        planner.commit_tensor(item, target)
+    def check_dtype(self, name: str, stored: str, target: torch.Tensor) -> None:
+        """Raise MismatchError when the tensor would be cast."""
+        if target.dtype != DTYPES.get(stored):
+            raise MismatchError(f"{name} is {DTYPES[stored]} in {self.path.name} and {target.dtype} here")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -167,43 +147,50 @@ class SafetensorsReader(StorageReader):
         return (Path(checkpoint_id) / layout.MANIFEST).is_file()
 
 
-def fill_box(
-    file: VerifiedFile, chunk: Chunk, starts: tuple[int, ...], lengths: tuple[int, ...], target: torch.Tensor
-) -> None:
-    """Copy the box ``starts``, ``lengths`` of ``chunk`` into ``target`` (shape ``lengths``, any device).
-
-    Reads the rows of dimension 0 that the box touches, in full; straight into ``target`` where that is
-    possible, else through one host tensor of those rows.
-    """
-    if math.prod(lengths) == 0:
-        return
-    row_bytes = (chunk.end - chunk.begin) // (chunk.sizes[0] if chunk.sizes else 1)
-    begin = chunk.begin + (starts[0] * row_bytes if starts else 0)
-    end = begin + (lengths[0] if lengths else 1) * row_bytes
-    whole_rows = lengths[1:] == chunk.sizes[1:]
-    direct = whole_rows and target.device.type == "cpu" and target.is_contiguous()
-    host = target if direct else torch.empty((*lengths[:1], *chunk.sizes[1:]), dtype=target.dtype)
-    view, done = tensor_bytes(host), 0
-    for part in file.parts(begin, end):
-        view[done : done + part.nbytes] = part
-        done += part.nbytes
-    if not direct:
-        box = host
-        for dim in range(1, len(lengths)):
-            box = box.narrow(dim, starts[dim], lengths[dim])
-        target.copy_(box)
-
-
-def load_tensors(tensors: dict[str, torch.Tensor], reader: SafetensorsReader) -> None:
+def load_tensors(tensors: Mapping[str, torch.Tensor], reader: SafetensorsReader) -> None:
     """Fill ``tensors`` (by checkpoint name, DTensors included) in place, each rank its own part.
 
-    Not collective: DCP's planner is driven for this rank alone, so that ranks can agree on the outcome
-    afterwards. Raises what ``SafetensorsReader`` raises, KeyError for a name that is not there.
+    Not collective. Only the index entries and the blocks that are needed are read. When it raises, the
+    tensors may hold anything. Raises what ``SafetensorsReader`` raises, MismatchError for another shape,
+    KeyError for a name that is not there.
     """
-    planner = DefaultLoadPlanner(flatten_state_dict=False)
-    planner.set_up_planner(dict(tensors), reader.read_metadata(), is_coordinator=True)
-    (plan,) = planner.create_global_plan([planner.create_local_plan()])
-    reader.read_data(planner.finish_plan(plan), planner).wait()
+    parts: list[Part] = []
+    boxes: dict[tuple[object, ...], Box] = {}
+    for name in sorted(tensors, key=str.encode):
+        tensor = tensors[name]
+        dtype, shape = reader.index.head(name)
+        reader.check_dtype(name, dtype, tensor)
+        if shape != tuple(tensor.shape):
+            raise MismatchError(f"{name} is {shape} in {reader.path.name} and {tuple(tensor.shape)} here")
+        sizes, offsets = _box(tensor, boxes)
+        with torch.no_grad():
+            local = local_part(tensor)
+        for chunk in reader.index.part(name, offsets, sizes):
+            shared = shared_box(chunk, offsets, sizes)
+            assert shared is not None
+            starts, lengths = shared
+            target = local
+            if lengths != sizes:
+                for dim, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                    target = target.narrow(dim, start - offsets[dim], length)
+            in_chunk = tuple(start - first for start, first in zip(starts, chunk.offsets, strict=True))
+            parts.append(Part(name, dtype, chunk, in_chunk, target))
+    read_parts(reader.path, reader.manifest.files, parts)
+
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Sizes and offsets."""
+
+
+def _box(tensor: torch.Tensor, known: dict[tuple[object, ...], Box]) -> Box:
+    """What this rank holds of a tensor; ``known`` is filled, because many tensors are alike."""
+    if not isinstance(tensor, DTensor):
+        return tuple(tensor.shape), (0,) * tensor.ndim
+    key = (tensor.shape, tensor.device_mesh, tensor.placements)
+    if key not in known:
+        sizes, offsets = compute_local_shape_and_global_offset(*key)
+        known[key] = tuple(sizes), tuple(offsets)
+    return known[key]
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
