@@ -128,11 +128,11 @@ def _conclude(job: SaveJob, board: Board) -> None:
         result = SaveResult(error=f"rank 0: {type(error).__name__}: {error}")
     if result.error:
         shutil.rmtree(job.temporary, ignore_errors=True)
+    board.post(result_key(job.number), asdict(result))
     for key in keys:
         board.forget(key)
     # Every rank has read the outcome before last: it has begun a save since.
     board.forget(result_key(job.number - 2))
-    board.post(result_key(job.number), asdict(result))
 
 
 def _commit(job: SaveJob, reports: Sequence[Mapping[str, Any] | None]) -> SaveResult:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -22,6 +23,10 @@ class Board(Protocol):
 
     def read(self, key: str) -> dict[str, Any] | None:
         """The message under a key; None while there is none. Never blocks."""
+        ...
+
+    def read_all(self, keys: Sequence[str]) -> list[dict[str, Any]] | None:
+        """The messages under all keys; None while one is missing. Never blocks."""
         ...
 
     def forget(self, key: str) -> None:
@@ -42,6 +47,10 @@ class LocalBoard:
     def read(self, key: str) -> dict[str, Any] | None:
         """The message under a key."""
         return self._messages.get(key)
+
+    def read_all(self, keys: Sequence[str]) -> list[dict[str, Any]] | None:
+        """The messages under all keys."""
+        return [self._messages[key] for key in keys] if self._messages.keys() >= set(keys) else None
 
     def forget(self, key: str) -> None:
         """Remove a message."""
@@ -66,6 +75,13 @@ class StoreBoard:
         """The message under a key."""
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
+    def read_all(self, keys: Sequence[str]) -> list[dict[str, Any]] | None:
+        """The messages under all keys: two round trips, however many there are."""
+        keys = list(keys)
+        if not self._store.check(keys):
+            return None
+        return [json.loads(raw) for raw in self._store.multi_get(keys)]
+
     def forget(self, key: str) -> None:
         """Remove a message."""
         self._store.delete_key(key)
@@ -73,13 +89,10 @@ class StoreBoard:
 
 def collect(board: Board, keys: list[str], *, timeout_s: float) -> dict[str, dict[str, Any] | None]:
     """Read ``keys`` until all are there or time is up; None for those still missing."""
-    found: dict[str, dict[str, Any] | None] = dict.fromkeys(keys)
     deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
-    while True:
-        for key, message in found.items():
-            if message is None:
-                found[key] = board.read(key)
-        if None not in found.values() or time.monotonic() > deadline:
-            return found
+    while (messages := board.read_all(keys)) is None:
+        if time.monotonic() > deadline:
+            return {key: board.read(key) for key in keys}
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+    return dict(zip(keys, messages, strict=True))
