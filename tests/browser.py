@@ -28,7 +28,7 @@ QUIET = (
     *("--disable-default-apps", "--disable-dev-shm-usage", "--enable-logging=stderr"),
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
-"""No sandbox: it works neither for root nor in most containers. No name is resolved, nothing leaves the host."""
+"""No sandbox: it works neither for root nor in most containers. Names are not resolved: nothing leaves."""
 BROWSER_ITSELF = "not an origin"
 """What began a request that no page made."""
 DARK = "--blink-settings=preferredColorScheme=0"

@@ -144,6 +144,7 @@ def encode_value(value: Any) -> Any:
 
 
 def decode_value(value: Any) -> Any:
+    """A value of a row, with what ``encode_value`` did undone."""
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 
