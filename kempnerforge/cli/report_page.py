@@ -17,6 +17,7 @@ from kempnerforge import __version__
 from kempnerforge.cli import report_text
 from kempnerforge.cli.ckpt_text import count
 from kempnerforge.cli.report_figures import loss_figure, throughput_figure
+from kempnerforge.cli.report_saving import saving_section
 from kempnerforge.cli.report_table import row, table
 from kempnerforge.cli.report_timeline import Commit, end_sign, timeline_figure
 from kempnerforge.goodput.plot import duration
@@ -68,7 +69,7 @@ def page(report: Report) -> bytes:
 {throughput_figure(report.curves)}
 <div class="pair">
 {_parts(body)}
-{_saving(body)}
+{saving_section(body["saving"])}
 </div>
 {_attempts(body["attempts"])}
 </main>
@@ -125,26 +126,6 @@ def _parts(body: Mapping[str, Any]) -> str:
         '<section id="parts" class="card"><h2>Where the time went</h2>'
         f'<div class="stack" aria-hidden="true">{"".join(bars)}</div>'
         f"{table(('part', 'time', 'share'), rows)}</section>"
-    )
-
-
-def _saving(body: Mapping[str, Any]) -> str:
-    found = body["saving"]
-    timings = [
-        row(report_text.TIMINGS[name], duration(each["p50"]), duration(each["p99"]))
-        for name, each in found["timings"].items()
-        if each["p50"] is not None
-    ]
-    intervals = [
-        row(name, duration(found[key]) if found[key] is not None else "unknown")
-        for key, name in report_text.INTERVALS.items()
-    ]
-    said = "".join(f'<p class="words">{escape(line)}</p>' for line in report_text.saving_lines(found))
-    return (
-        '<section id="saving" class="card"><h2>Checkpoints</h2>'
-        f'<p class="words">{count(found["commits"], "commit")}.</p>'
-        f"{table(('of a save', 'p50', 'p99'), timings) if timings else ''}"
-        f"{table(('time between saves', ''), intervals)}{said}</section>"
     )
 
 

@@ -113,5 +113,5 @@ def saving_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _difference(saved_s: float) -> str:
-    what = "saved" if saved_s >= 0 else "more"
+    what = "less" if saved_s >= 0 else "more"
     return f"{duration(abs(saved_s))} {what} over this run"

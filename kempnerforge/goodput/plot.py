@@ -16,6 +16,21 @@ _TIME_STEPS = (
     *(hours * _HOUR for hours in (1, 2, 3, 6, 12)),
     *(days * _DAY for days in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)),
 )
+_SHORT_TIMES = (
+    *(1e-3, 1e-2, 0.1, 0.3, 1, 3, 10, 30),
+    *(
+        _MINUTE,
+        3 * _MINUTE,
+        10 * _MINUTE,
+        30 * _MINUTE,
+        _HOUR,
+        3 * _HOUR,
+        12 * _HOUR,
+        _DAY,
+        3 * _DAY,
+        10 * _DAY,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,13 @@ def time_axis(seconds: float, *, ticks: int = 6) -> Axis:
     values = [place * width for place in range(int(high / width + 1e-9) + 1)]
     unit, scale = next((one for one in _UNITS if width >= one[1]), _UNITS[-1])
     return Axis(0.0, high, tuple((value, f"{value / scale:g} {unit}" if value else "0") for value in values))
+
+
+def log_time_axis(low_s: float, high_s: float, *, ticks: int = 6) -> Axis:
+    """A logarithmic axis of seconds, with at most so many ticks at times that have a short name."""
+    values = [value for value in _SHORT_TIMES if low_s <= value <= high_s]
+    values = values[:: -(-len(values) // ticks) or 1]
+    return Axis(low_s, high_s, tuple((value, duration(value)) for value in values), is_log=True)
 
 
 def _mantissas(at_least: float) -> Iterable[float]:
