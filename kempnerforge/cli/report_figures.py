@@ -48,11 +48,6 @@ class Series:
     """Points of what counts."""
     dots: bool = False
 
-    @property
-    def is_thinned(self) -> bool:
-        """Whether a bucket holds more than one value."""
-        return any(one.low < one.high for one in self.counting)
-
 
 def series(name: str, css: str, curves: Curves, key: str, *, dots: bool = False) -> Series:
     """A metric of a run, thinned. Stretches that were done again share the same number of buckets."""
@@ -106,7 +101,7 @@ def figure(name: str, title: str, unit: str, found: Sequence[Series], y: Axis) -
     head = f'<figure id="{name}" class="card"><figcaption><h2>{title}</h2>'
     if not steps:
         return f'{head}<p class="words">No row of it has been logged yet.</p></figcaption></figure>'
-    x = linear_axis(min(steps), max(steps), ticks=6, margin=0)
+    x = linear_axis(min(steps), max(steps), ticks=6, margin=0, least=1)
     words = escape(_words(found))
     shapes = [grid(y), *(_repeated(one, x, y) for one in found), *(_counting(one, x, y) for one in found)]
     shapes += [
@@ -121,6 +116,11 @@ def figure(name: str, title: str, unit: str, found: Sequence[Series], y: Axis) -
         f"{_bad_marks(found, x)}{ticks(x, y)}</div>"
         f'<p class="unit below">step</p>{_table(title, found, _slab_rows(found, x, ROWS))}</figure>'
     )
+
+
+def _is_thinned(*parts: Sequence[Bucket]) -> bool:
+    """Whether a bucket holds more than one value."""
+    return any(one.low < one.high for part in parts for one in part)
 
 
 def _ends(part: Sequence[Bucket]) -> list[float]:
@@ -144,7 +144,7 @@ def _words(found: Sequence[Series]) -> str:
             )
         if one.not_finite:
             said.append(f"{count(len(one.not_finite), 'step')} had a {one.name} that is not finite.")
-    if any(one.is_thinned for one in found):
+    if _is_thinned(*(one.counting for one in found)):
         said.append(
             "The line is the mean of neighbouring steps, the band around it their lowest to highest value."
         )
@@ -165,13 +165,17 @@ def _legend(found: Sequence[Series]) -> str:
 
 
 def _repeated(one: Series, x: Axis, y: Axis) -> str:
-    """Wide and pale, since a loss that was repeated lies under the one that counts, bit for bit."""
+    """Wide and pale, since a loss that was repeated lies under the one that counts, bit for bit.
+
+    Narrow where it is thinned: then it goes to and fro between extremes.
+    """
     paths = []
     for part in one.repeated:
         points = [(x.place(each.middle), y.place(value)) for each in part for value in _extremes(each)]
         if points:
             paths.append(line_path(points) if len(points) > 1 else dots_path(points))
-    return f'<path class="halo" d="{"".join(paths)}"/>' if paths else ""
+    css = "halo thinned" if _is_thinned(*one.repeated) else "halo"
+    return f'<path class="{css}" d="{"".join(paths)}"/>' if paths else ""
 
 
 def _extremes(each: Bucket) -> tuple[float, ...]:
@@ -184,7 +188,7 @@ def _counting(one: Series, x: Axis, y: Axis) -> str:
     means = [(x.place(each.middle), y.place(each.mean)) for each in one.counting]
     has_dots = len(means) == 1 or (one.dots and len(means) <= MAX_DOTS)
     band = ""
-    if one.is_thinned:
+    if _is_thinned(one.counting):
         edges = [(x.place(each.middle), y.place(each.low), y.place(each.high)) for each in one.counting]
         band = f'<path class="band c-{one.css}" d="{band_path(edges)}"/>'
     dots = f'<path class="dots c-{one.css}" d="{dots_path(means)}"/>' if has_dots else ""

@@ -52,7 +52,9 @@ def timeline_figure(
         keys.append('<li><i class="key commit"></i>commit</li>')
     axis = time_axis(wall_s)
     step = axis.ticks[1][0] / wall_s if len(axis.ticks) > 1 else 1.0
-    lines = _lines if len(attempts) <= MAX_LINES else _one_line
+    lines, note = _lines, ""
+    if len(attempts) > MAX_LINES:
+        lines, note = _one_line, " All are on one line: each place of it shows what fills most of it."
     ticks = "".join(
         f'<span class="xtick" style="left:{100 * axis.place(value):.2f}%">{label}</span>'
         for value, label in axis.ticks
@@ -60,7 +62,7 @@ def timeline_figure(
     words = (
         f"{count(len(attempts), 'attempt')} in {duration(wall_s)}, {count(len(commits), 'commit')}, "
         f"{count(sum(one['lost_steps'] for one in attempts), 'lost step')}. "
-        f"How they ended: {_ends(attempts)}."
+        f"How they ended: {_ends(attempts)}.{note}"
     )
     return (
         f'{head}<p class="words">{escape(words)}</p></figcaption><ul class="legend">{"".join(keys)}</ul>'
@@ -109,7 +111,7 @@ def _one_line(
         commits,
         origin=origin,
         wall_s=wall_s,
-        told=f"{len(attempts)} attempts on one line: what fills most of each place",
+        told=f"{len(attempts)} attempts on one line",
         end="",
         attempts=len(attempts),
     )

@@ -49,14 +49,19 @@ class Axis:
         return (at - low) / (high - low)
 
 
-def linear_axis(low: float, high: float, *, ticks: int = 5, margin: float = 0.04) -> Axis:
+def linear_axis(low: float, high: float, *, ticks: int = 5, margin: float = 0.04, least: float = 0.0) -> Axis:
     """A linear axis that holds ``low`` to ``high``, with at most so many ticks at round values.
 
     ``margin``: room beyond both ends, as a share of the range; a range of nothing gets some around it.
+    ``least``: how far apart ticks must be; 1 for whole numbers.
     """
     room = (high - low) * margin if high > low else abs(high) / 2 or 0.5
     low, high = low - room, high + room
-    width = next(step for step in _mantissas((high - low) / ticks) if (high - low) / step <= ticks)
+    width = next(
+        step
+        for step in _mantissas(max(least, (high - low) / ticks))
+        if (high - low) / step <= ticks and step >= least
+    )
     first = math.ceil(low / width - 1e-9)
     count = math.floor(high / width + 1e-9) - first + 1
     values = [(first + place) * width for place in range(count)]
