@@ -243,7 +243,7 @@ def test_the_rows_that_count_are_those_of_the_counting_rule(tmp_path: Path) -> N
     ]
     path = write_run(tmp_path / "run", [], rows) / "metrics.jsonl"
     with path.open("ab") as file:
-        file.write(b'{"step": 61, "att\n[1]\n{"step": 3}\n\n')
+        file.write(b'{"step": 61, "att\n[1]\n{"step": 3}\n{"step": 4, "attempt": 1, "train/loss": null}\n\n')
     found = read_curves(path, ["train/loss", "eval/loss"], resumes)
     counting = effective_rows(read_rows(path).rows[: len(rows)], resumes)
     curve = found.counting["train/loss"]

@@ -34,7 +34,10 @@ TRAINING, LOST = (0x2A, 0x78, 0xD6), (0xE3, 0x49, 0x48)
 
 
 def report(*arguments: object) -> subprocess.CompletedProcess[str]:
-    code = "from kempnerforge.cli.app import main; main(); import sys; assert 'torch' not in sys.modules"
+    code = (
+        "import sys\nfrom kempnerforge.cli.app import main\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+    )
     command = [sys.executable, "-c", code, "report", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -52,17 +52,20 @@ def read_curves(path: Path, keys: Sequence[str], resumes: Mapping[int, int]) -> 
         for line in file:
             try:
                 row = from_json(line)
-                step, attempt = row["step"], row["attempt"]
-            except (ValueError, TypeError, KeyError):  # torn, or no row
+            except ValueError:  # torn
                 continue
+            if not isinstance(row, dict) or not {"step", "attempt"} <= row.keys():
+                continue
+            step, attempt = row["step"], row["attempt"]
             if attempt not in last:
                 last[attempt] = last_step_that_counts(attempt, resumes)
             counts = step <= last[attempt]
             for key in keys:
-                if key in row:
+                value = decode_value(row.get(key))
+                if isinstance(value, int | float):
                     curve = (
                         found.counting[key] if counts else found.repeated[key].setdefault(attempt, Curve())
                     )
                     curve.steps.append(step)
-                    curve.values.append(decode_value(row[key]))
+                    curve.values.append(value)
     return found
