@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from kempnerforge.cli.report import app
 from kempnerforge.cli.report_page import KEYS, Report, page
@@ -369,17 +370,23 @@ def test_a_page_of_thousands_of_attempts_and_commits_is_small() -> None:
     assert 'data-attempts="2000"' in text
 
 
-@pytest.mark.parametrize("file", ["none/page.html", "folder", "file/page.html"])
+@pytest.mark.parametrize("file", ["none/page.html", "file/page.html"])
 def test_a_page_that_cannot_be_written_is_an_error_that_says_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     run = write_run(tmp_path / "run", TWICE_KILLED)
-    (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunFolderError, match=f"^{file} cannot be written: .*; give --html a file"):
         app([str(run), "--html", file], standalone_mode=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
+@pytest.mark.parametrize("folder", [".", "/", ""])
+def test_a_folder_is_no_page(tmp_path: Path, folder: str) -> None:
+    done = CliRunner().invoke(app, [str(write_run(tmp_path / "run", TWICE_KILLED)), "--html", folder])
+    assert done.exit_code == 2
+    assert "is a directory" in done.output
 
 
 def test_json_stays_one_object_beside_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

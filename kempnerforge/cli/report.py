@@ -29,7 +29,9 @@ def report(
     run: RunPath,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also write one page with plots, which needs no network."),
+        typer.Option(
+            metavar="FILE", dir_okay=False, help="Also write one page with plots, which needs no network."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
