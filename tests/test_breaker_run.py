@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -77,45 +76,3 @@ def test_after_two_deaths_the_step_is_passed_over_and_after_three_the_run_refuse
     assert done.returncode == 0, done.stderr
     launcher.finish(run)
     assert run.receipts()[-1]["step"] == 4
-
-
-def has_told_of_steps_to_lose(run: Run, attempt: int) -> bool:
-    """Whether this attempt has committed, and the ledger has a summary of steps after that."""
-    own = [one for one in ends(run) if one.number == attempt and one.began_at is not None]
-    if not own or not own[0].progress or not run.committed():
-        return False
-    return own[0].progress[-1]["step"] > max(run.committed()) > (own[0].began_at or 0)
-
-
-def test_the_parts_of_a_run_that_was_killed_five_times_add_up(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
-    run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 20_000, "checkpoint.interval": 40})
-    for number in range(1, 6):
-        attempt = launcher.start(run)
-        deadline = time.monotonic() + 60
-        while not has_told_of_steps_to_lose(run, number):
-            assert time.monotonic() < deadline, attempt.output()
-            time.sleep(0.005)
-        attempt.kill()
-        attempt.wait()
-    launcher.finish(run, f"--train.max_steps={max(run.committed()) + 10}")
-    code = "from kempnerforge.cli.app import main; main()"
-    command = [sys.executable, "-c", code, "report", str(run.folder)]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    body = json.loads(done.stdout)
-    parts, wall_s = body["parts_s"], body["wall_s"]
-    assert abs(sum(parts.values()) - wall_s) <= 0.01 * wall_s
-    assert all(seconds >= -0.01 * wall_s for seconds in parts.values()), parts
-    assert parts["effective"] > 0
-    assert parts["lost"] > 0
-    assert [one["kind"] for one in body["attempts"]] == ["lost"] * 5 + ["finished"]
-    assert body["saving"]["failures"] == 5
-    assert body["saving"]["daly_s"] > 0
-    for one, receipt in zip(body["attempts"], run.receipts(), strict=True):
-        assert one["began_at"] == receipt["step"]
-    told = subprocess.run(command, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
-    assert "were effective training" in told.stdout
-    print(told.stdout)

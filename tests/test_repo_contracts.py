@@ -38,12 +38,15 @@ def test_the_quick_start_is_two_commands_that_do_their_own_set_up() -> None:
     assert test.endswith("python -m pytest")
 
 
+INSTALLERS = (".ci/install-slurm", ".ci/install-chromium")
+
+
 def test_ci_runs_the_readme_commands() -> None:
     steps = subprocess.run(
         [ROOT / ".ci" / "run", "--list"], capture_output=True, text=True, check=True
     ).stdout
     checks = ["ruff check", "ruff format --check", "pyright"]
-    assert steps.splitlines() == [".ci/install-slurm", *quick_start_commands(), *checks]
+    assert steps.splitlines() == [*INSTALLERS, *quick_start_commands(), *checks]
 
 
 README_OF_A_COPY = """# A project
@@ -73,8 +76,9 @@ def run_ci_on_a_copy(folder: Path, first: str) -> subprocess.CompletedProcess[st
     scratch.mkdir()
     (repo / ".ci" / "run").write_bytes((ROOT / ".ci" / "run").read_bytes())
     (repo / ".ci" / "run").chmod(0o755)
-    (repo / ".ci" / "install-slurm").write_text("#!/bin/sh\necho installed\n")
-    (repo / ".ci" / "install-slurm").chmod(0o755)
+    for name in INSTALLERS:
+        (repo / name).write_text("#!/bin/sh\necho installed\n")
+        (repo / name).chmod(0o755)
     (repo / "README.md").write_text(README_OF_A_COPY.format(first=first, second=SECOND))
     (repo / "tool").write_text('#!/bin/sh\necho "tool: $(basename "$0") $*"\n')
     (repo / "tool").chmod(0o755)
@@ -106,9 +110,11 @@ def test_ci_works_in_fresh_clones_and_ends_with_the_line_of_pytest(tmp_path: Pat
     assert "tool: ruff format --check\n" in done.stdout
     assert "tool: pyright \n" in done.stdout
     results = re.findall(
-        r"^(slurm|quick start|tests|ruff check|ruff format|pyright) +ok +\d+$", done.stdout, re.MULTILINE
+        r"^(slurm|browser|quick start|tests|ruff check|ruff format|pyright) +ok +\d+$",
+        done.stdout,
+        re.MULTILINE,
     )
-    assert len(results) == 6
+    assert len(results) == 7
     assert done.stdout.splitlines()[-1] == "== 3 passed in 0.12s =="
 
 
@@ -116,7 +122,7 @@ def test_ci_fails_when_one_step_fails_and_runs_the_others(tmp_path: Path) -> Non
     done = run_ci_on_a_copy(tmp_path, "exit 3")
     assert done.returncode == 1
     assert re.search(r"^quick start +exit 3 +\d+$", done.stdout, re.MULTILINE)
-    assert len(re.findall(r" ok +\d+$", done.stdout, re.MULTILINE)) == 5
+    assert len(re.findall(r" ok +\d+$", done.stdout, re.MULTILINE)) == 6
 
 
 def test_ci_refuses_a_quick_start_of_another_form(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def size(size_bytes: int) -> str:
     return f"{number / 1000:.1f} PB"
 
 
+def count(number: int, what: str) -> str:
+    """``1 step``, ``2,000 steps``."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def age(then: float) -> str:
     """How long ago ``then`` (seconds since the epoch) was."""
     seconds = max(0, int(time.time() - then))

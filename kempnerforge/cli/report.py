@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from kempnerforge import fsio
 from kempnerforge.checkpoint import lease, timeline
+from kempnerforge.checkpoint.receipt import METRICS
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_run
+from kempnerforge.cli.report_page import KEYS, Report, page
+from kempnerforge.cli.report_text import print_report
+from kempnerforge.cli.report_timeline import Commit
 from kempnerforge.errors import RunFolderError
 from kempnerforge.goodput.accounting import account, saving
-from kempnerforge.goodput.history import read_history
+from kempnerforge.goodput.history import AttemptHistory, read_history
+from kempnerforge.telemetry.curves import read_curves
 
 app = typer.Typer()
 
-PARTS = {
-    "effective": "effective training",
-    "lost": "steps that were lost and done again",
-    "data": "waiting for data",
-    "eval": "validation",
-    "checkpoint": "waiting for checkpoints",
-    "setup": "set-up and load",
-    "rest": "rest: logging, ending",
-    "idle": "idle between attempts",
-}
-
 
 @app.command()
-def report(run: RunPath, as_json: AsJson = False) -> None:
+def report(
+    run: RunPath,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", dir_okay=False, help="Also write one page with plots, which needs no network."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Effective training time of RUN, where the rest went, how attempts ended, how often to save."""
     run_dir = find_run(run).run_dir
     if run_dir is None:
@@ -41,39 +46,35 @@ def report(run: RunPath, as_json: AsJson = False) -> None:
     running = history[-1].end is None and bool(lease.live_holder(run_dir))
     if running:
         history[-1].end = {"kind": "running", "reason": "it is running", "step": None}
-    body = account(history, now=time.time(), running=running)
+    now = time.time()
+    body = account(history, now=now, running=running)
     body["saving"] = saving(history, wall_s=body["wall_s"] - body["parts_s"]["idle"])
+    size_bytes = _write_page(html, run_dir, body, history, cuts, now) if html is not None else 0
     if as_json:
         text.print_json(body)
-    else:
-        _print(str(run_dir), body)
-
-
-def _print(run_dir: str, body: dict[str, Any]) -> None:
-    wall_s, found = body["wall_s"], body["saving"]
-    typer.echo(f"{run_dir}: {100 * body['ettr']:.1f}% of {wall_s:.1f} s were effective training")
-    rows = [
-        (name, f"{body['parts_s'][key]:.1f} s", _percent(body["parts_s"][key], wall_s))
-        for key, name in PARTS.items()
-    ]
-    text.print_columns(rows, right=(1, 2))
-    for one in body["attempts"]:
-        where = f"steps {one['began_at']} to {one['last_step']}" if one["began_at"] is not None else "no step"
-        lost = f", {one['lost_steps']} lost" if one["lost_steps"] else ""
-        typer.echo(
-            f"attempt {one['attempt']}: {one['wall_s']:.1f} s, {where}{lost}; {one['kind']}: {one['reason']}"
-        )
-    for name, timing in found["timings"].items():
-        if timing["p50"] is not None:
-            typer.echo(f"checkpoint {name}: p50 {timing['p50']:.3f}, p99 {timing['p99']:.3f}")
-    low, high = found["mtti_95_s"]
-    if found["mtti_s"] is None:
-        typer.echo(f"no failure yet; the mean time to interrupt is above {low:.0f} s (95%)")
         return
-    typer.echo(f"{found['failures']} failures: one in {found['mtti_s']:.0f} s (95%: {low:.0f} to {high:.0f})")
-    if found["daly_s"] is not None:
-        typer.echo(f"best interval: Young {found['young_s']:.1f} s, Daly {found['daly_s']:.1f} s")
+    print_report(str(run_dir), body)
+    if html is not None:
+        typer.echo(f"wrote {html} ({text.size(size_bytes)}); open it in a browser")
 
 
-def _percent(seconds: float, wall_s: float) -> str:
-    return f"{100 * seconds / wall_s:.1f}%" if wall_s else "-"
+def _write_page(
+    file: Path,
+    run_dir: Path,
+    body: dict[str, Any],
+    history: list[AttemptHistory],
+    cuts: list[timeline.Cut],
+    now: float,
+) -> int:
+    """Write the page. Returns its size in bytes. Raises RunFolderError when it cannot be written."""
+    curves = read_curves(run_dir / METRICS, KEYS, {cut.attempt: cut.step for cut in cuts})
+    commits = [Commit(one.number, event["time"], event["step"]) for one in history for event in one.commits]
+    made = page(Report(str(run_dir.resolve()), body, curves, commits, now))
+    try:
+        fsio.atomic_write(file, made)
+    except OSError as error:
+        raise RunFolderError(
+            f"{file} cannot be written: {error.strerror}; "
+            "give --html a file in a folder that exists and that you may write"
+        ) from error
+    return len(made)

@@ -68,7 +68,9 @@ def sync(
         typer.echo("nothing was uploaded" + (" (--dry-run)" if dry_run else ""))
     else:
         already = len(read.content.steps) - done.num_steps
-        typer.echo(f"uploaded {_count(done.num_steps, 'step')} to {done.url}; {already} were there already")
+        typer.echo(
+            f"uploaded {text.count(done.num_steps, 'step')} to {done.url}; {already} were there already"
+        )
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class _Read:
 
     def lines(self, run_dir: Path) -> list[str]:
         content, steps = self.content, list(self.content.steps)
-        first = f"{run_dir}: {_count(len(steps), 'step')} of {_count(len(content.receipts), 'attempt')}"
+        first = (
+            f"{run_dir}: {text.count(len(steps), 'step')} of {text.count(len(content.receipts), 'attempt')}"
+        )
         if steps:
             first += f", {steps[0]} to {steps[-1]}"
         if self.num_repeated:
@@ -94,7 +98,7 @@ class _Read:
         result = [first]
         if self.held_back:
             result.append(
-                f"held back: {_count(len(self.held_back), 'step')} up to {self.held_back[-1]}, above the "
+                f"held back: {text.count(len(self.held_back), 'step')} up to {self.held_back[-1]}, above the "
                 "newest committed step: trained again if the run goes on (--uncommitted uploads them)"
             )
         if not self.has_config:
@@ -180,7 +184,3 @@ def _refuse_beside_an_online_attempt(run_dir: Path) -> None:
             f"{holder} may be logging to wandb online, and uploads it all itself. Wait until it has ended; "
             f"if you know that it has: kempnerforge wandb sync {run_dir} --force"
         )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

@@ -6,21 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from kempnerforge.goodput.history import AttemptHistory
-from kempnerforge.goodput.interval import daly, rate_bounds, young
+from kempnerforge.goodput.interval import daly, expected_overhead, rate_bounds, young
 
 INTERRUPTIONS = ("fault", "lost")
+PARTS = ("effective", "lost", "data", "eval", "checkpoint", "setup", "load", "rest", "idle")
 
 
 def account(history: Sequence[AttemptHistory], *, now: float, running: bool) -> dict[str, Any]:
     """Seconds by part; they sum to ``wall_s``. ``rest`` is what no part of an attempt was measured to take.
 
-    Steps count as lost when a later attempt began below them. ``running``: the last attempt is alive.
+    ``setup_parts_s`` sum to the part ``setup``. Steps count as lost when a later attempt began below them.
+    ``running``: the last attempt is alive.
     """
     begun = [one for one in history if one.start is not None]
-    names = ("effective", "lost", "data", "eval", "checkpoint", "setup", "rest", "idle")
-    parts = dict.fromkeys(names, 0.0)
-    if not begun:
-        return {"wall_s": 0.0, "parts_s": parts, "ettr": 0.0, "lost_steps": 0, "attempts": []}
+    parts = dict.fromkeys(PARTS, 0.0)
+    setup: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     before = 0.0
     for place, one in enumerate(begun):
@@ -33,14 +33,15 @@ def account(history: Sequence[AttemptHistory], *, now: float, running: bool) -> 
         row = _attempt(one, kept_to=min(began, default=None), started=started, ended=ended)
         for name, seconds in row["parts_s"].items():
             parts[name] += seconds
+        for name, seconds in row["setup_parts_s"].items():
+            setup[name] = setup.get(name, 0.0) + seconds
         rows.append(row)
         before = ended
-    first = begun[0].start
-    assert first is not None
-    wall_s = before - first["process_started"]
+    wall_s = before - rows[0]["started"] if rows else 0.0
     return {
         "wall_s": wall_s,
         "parts_s": parts,
+        "setup_parts_s": setup,
         "ettr": parts["effective"] / wall_s if wall_s else 0.0,
         "lost_steps": sum(row["lost_steps"] for row in rows),
         "attempts": rows,
@@ -58,8 +59,9 @@ def _attempt(one: AttemptHistory, *, kept_to: int | None, started: float, ended:
     parts: dict[str, float] = {name: spent.get(name, 0.0) for name in ("data", "eval")}
     inside = sum(event["blocking_s"] for event in one.commits)
     parts["checkpoint"] = inside
-    # To the event itself: what comes after it is the loop.
-    parts["setup"] = (one.resume["time"] if one.resume else ended) - started
+    setup = _setup(one, started=started, ended=ended)
+    parts["load"] = one.resume.get("load_s", 0.0) if one.resume else 0.0
+    parts["setup"] = sum(setup.values())
     step_s, began, last = spent.get("step", 0.0), one.began_at or 0, one.last_step
     kept = last if kept_to is None else min(max(kept_to, began), last)
     lost_s = step_s - _step_s_at(kept, began, marks)
@@ -73,9 +75,36 @@ def _attempt(one: AttemptHistory, *, kept_to: int | None, started: float, ended:
         "last_step": last,
         "lost_steps": last - kept,
         "started": started,
+        "resumed": one.resume["time"] if one.resume else None,
+        "lost_from": _time_at(kept, one) if last > kept else None,
         "wall_s": ended - started,
         "parts_s": parts,
+        "setup_parts_s": setup,
     }
+
+
+def _setup(one: AttemptHistory, *, started: float, ended: float) -> dict[str, float]:
+    """Seconds of the set-up without the load, by part; ``unfinished`` where it did not come to an end."""
+    if one.resume is None:
+        return {"unfinished": ended - started}
+    laps = one.resume.get("setup_s", {})
+    found = {name: seconds for name, seconds in laps.items() if name != "resume"}
+    # To the event itself, on the clock of the events: what comes after it is the loop.
+    took_s = one.resume["time"] - started - one.resume.get("load_s", 0.0)
+    return {**found, "resume": took_s - sum(found.values())}
+
+
+def _time_at(step: int, one: AttemptHistory) -> float:
+    """When an attempt that began had done ``step``, between two events in proportion."""
+    assert one.resume is not None
+    low_step, low = one.resume["step"], one.resume["time"]
+    for event in (*one.progress, one.end):
+        if step <= low_step or event is None or event["step"] is None:
+            break
+        if event["step"] >= step:
+            return low + (event["time"] - low) * (step - low_step) / (event["step"] - low_step)
+        low_step, low = event["step"], event["time"]
+    return low
 
 
 def _step_s_at(step: int, began: int, marks: Sequence[dict[str, Any]]) -> float:
@@ -104,17 +133,65 @@ def saving(history: Sequence[AttemptHistory], *, wall_s: float) -> dict[str, Any
         name: {f"p{percent}": _quantile([event[name] for event in commits], percent) for percent in (50, 99)}
         for name in ("blocking_s", "write_s", "commit_s", "total_s")
     }
-    stall_s = _quantile([event["blocking_s"] for event in commits], 50)
-    known = bool(mtti_s and stall_s)
-    return {
+    stall_s, lag_s = timings["blocking_s"]["p50"], timings["total_s"]["p50"]
+    interval_s = _quantile([gap for one in history for gap in _gaps(one)], 50)
+    found: dict[str, Any] = {
         "commits": len(commits),
         "timings": timings,
         "failures": failures,
         "mtti_s": mtti_s,
         "mtti_95_s": [wall_s / high, wall_s / low if low else None],
-        "young_s": young(stall_s, mtti_s) if known and mtti_s and stall_s else None,
-        "daly_s": daly(stall_s, mtti_s) if known and mtti_s and stall_s else None,
+        "interval_s": interval_s,
+        "young_s": None,
+        "daly_s": None,
+        "expected": None,
     }
+    if not mtti_s or not stall_s:
+        return found
+    best_s = daly(stall_s, mtti_s)
+    found |= {"young_s": young(stall_s, mtti_s), "daly_s": best_s}
+    if interval_s and lag_s is not None:
+        known = {"stall_s": stall_s, "mtti_s": mtti_s, "lag_s": lag_s, "restart_s": _restart_s(history)}
+        found["expected"] = _expected(interval_s, best_s, wall_s=wall_s, known=known)
+    return found
+
+
+def _expected(interval_s: float, daly_s: float, *, wall_s: float, known: dict[str, float]) -> dict[str, Any]:
+    """What the model expects saving to cost, at the measured interval and at Daly's.
+
+    No save begins before the one before it is committed: an interval below the lag cannot be had.
+    """
+    best_s = max(daly_s, known["lag_s"])
+    measured, best = (expected_overhead(each_s, **known) for each_s in (interval_s, best_s))
+    return {
+        **known,
+        "best_interval_s": best_s,
+        "overhead": measured,
+        "best_overhead": best,
+        "saved_s": (measured - best) * wall_s,
+    }
+
+
+def _gaps(one: AttemptHistory) -> list[float]:
+    """Seconds from where training goes on, after a resume or a stall, to the beginning of the next save."""
+    gaps: list[float] = []
+    goes_on = one.resume["time"] if one.resume else None
+    for event in one.commits:
+        began = event["time"] - event["total_s"]
+        if goes_on is not None:
+            gaps.append(max(0.0, began - goes_on))
+        goes_on = began + event["blocking_s"]
+    return gaps
+
+
+def _restart_s(history: Sequence[AttemptHistory]) -> float:
+    """Mean seconds from the start of a process to its first step, for attempts after the first."""
+    took_s = [
+        one.resume["time"] - one.start["process_started"]
+        for one in history[1:]
+        if one.start is not None and one.resume is not None
+    ]
+    return sum(took_s) / len(took_s) if took_s else 0.0
 
 
 def _quantile(values: list[float], percent: int) -> float | None:

@@ -18,6 +18,25 @@ def daly(stall_s: float, mtti_s: float) -> float:
     return young(stall_s, mtti_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_s
 
 
+def expected_overhead(
+    interval_s: float, *, stall_s: float, mtti_s: float, lag_s: float = 0.0, restart_s: float = 0.0
+) -> float:
+    """Share of the time that saving every ``interval_s`` is expected to cost: stalls, lost work, restarts.
+
+    1 - (1 - (restart + lag + interval / 2) / MTTI) / (1 + stall / interval), to first order: good while an
+    interval is much shorter than the MTTI, and 1 at most.
+
+    Args:
+        interval_s: from one save to the next, the stall left out.
+        stall_s: for how long training waits for one save.
+        mtti_s: mean time to interrupt.
+        lag_s: from the step that is saved to its commit.
+        restart_s: from an interrupt to the first step after it.
+    """
+    useful = 1 - (restart_s + lag_s + interval_s / 2) / mtti_s
+    return min(1.0, 1 - useful / (1 + stall_s / interval_s))
+
+
 def rate_bounds(failures: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Exact bounds on the mean of a Poisson count that came out as ``failures`` (Garwood 1936)."""
     tail = (1 - confidence) / 2

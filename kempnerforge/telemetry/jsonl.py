@@ -103,7 +103,7 @@ def read_rows(path: Path) -> RowsRead:
         except ValueError:  # UnicodeDecodeError is one too
             row = None
         if isinstance(row, dict):
-            rows.append({key: _decode_value(value) for key, value in row.items()})
+            rows.append({key: decode_value(value) for key, value in row.items()})
         else:
             torn += 1
     return RowsRead(rows, torn)
@@ -120,11 +120,13 @@ def effective_rows(rows: Sequence[Row], resumes: Mapping[int, int]) -> list[Row]
         resumes: attempt -> the step it resumed from; 0 for a fresh start. An attempt that ended before it
             had chosen a step is not in it.
     """
-    last_step_that_counts = {
-        attempt: min((step for later, step in resumes.items() if later > attempt), default=math.inf)
-        for attempt in {row["attempt"] for row in rows}
-    }
-    return [row for row in rows if row["step"] <= last_step_that_counts[row["attempt"]]]
+    last = {attempt: last_step_that_counts(attempt, resumes) for attempt in {row["attempt"] for row in rows}}
+    return [row for row in rows if row["step"] <= last[row["attempt"]]]
+
+
+def last_step_that_counts(attempt: int, resumes: Mapping[int, int]) -> float:
+    """Up to which step the rows of ``attempt`` count; infinite where no later attempt resumed."""
+    return min((step for later, step in resumes.items() if later > attempt), default=math.inf)
 
 
 def _encode(row: Row, attempt: int) -> bytes:
@@ -141,7 +143,8 @@ def encode_value(value: Any) -> Any:
     return value
 
 
-def _decode_value(value: Any) -> Any:
+def decode_value(value: Any) -> Any:
+    """A value of a row, with what ``encode_value`` did undone."""
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 

@@ -1,0 +1,149 @@
+"""The page of ``kempnerforge report --html``: one file; no network, no script, no other file. Pure.
+
+What a run says of itself, such as the text of a fault, is arbitrary: all of it is escaped. The page also
+forbids itself to load anything, by a content security policy.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from kempnerforge import __version__
+from kempnerforge.cli import report_text
+from kempnerforge.cli.ckpt_text import count
+from kempnerforge.cli.report_figures import loss_figure, throughput_figure
+from kempnerforge.cli.report_saving import saving_section
+from kempnerforge.cli.report_table import row, table
+from kempnerforge.cli.report_timeline import Commit, end_sign, timeline_figure
+from kempnerforge.goodput.plot import duration
+from kempnerforge.telemetry.curves import Curves
+
+MAX_ATTEMPTS = 200
+"""Rows of the table of attempts; older ones are left out, and the page says so."""
+KEYS = ("train/loss", "eval/loss", "train/tokens_per_s")
+"""What the page needs of ``metrics.jsonl``."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a run."""
+
+    run_dir: str
+    body: Mapping[str, Any]
+    """What ``--json`` prints."""
+    curves: Curves
+    commits: Sequence[Commit]
+    now: float
+    """When it was looked at, in seconds since the epoch."""
+
+
+def page(report: Report) -> bytes:
+    """The page, in UTF-8; at most about 1 MB however long the run is."""
+    body = report.body
+    name = escape(report.run_dir.rstrip("/").rpartition("/")[2] or report.run_dir)
+    style = importlib.resources.files("kempnerforge.cli").joinpath("report.css").read_text()
+    looked = f"{_utc(report.now)}, kempnerforge {escape(__version__)}"
+    text = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{name}: report</title>
+<style>
+{style}</style>
+</head>
+<body>
+<header><p class="eyebrow">Report of a training run</p><h1>{name}</h1>
+<p class="words">{escape(report.run_dir)} · looked at {looked}</p></header>
+<main>
+{_cards(body)}
+{timeline_figure(body["attempts"], report.commits, wall_s=body["wall_s"])}
+{loss_figure(report.curves)}
+{throughput_figure(report.curves)}
+<div class="pair">
+{_parts(body)}
+{saving_section(body["saving"])}
+</div>
+{_attempts(body["attempts"])}
+</main>
+</body>
+</html>
+"""
+    return text.encode(errors="replace")
+
+
+def _utc(then: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(then))
+
+
+def _cards(body: Mapping[str, Any]) -> str:
+    attempts, found = body["attempts"], body["saving"]
+    done = sum(one["last_step"] - (one["began_at"] or 0) for one in attempts)
+    lost = f"of {count(done, 'step')} done" if done else "no step done yet"
+    low, high = found["mtti_95_s"]
+    rate, bounds = "none yet", f"mean time to interrupt above {duration(low)} (95%)"
+    if found["mtti_s"] is not None:
+        rate = f"1 in {duration(found['mtti_s'])}"
+        bounds = f"{count(found['failures'], 'failure')}; 95%: {duration(low)} to {duration(high)}"
+    ended = f"newest attempt: {end_sign(attempts[-1]['kind'])}" if attempts else ""
+    cards = (
+        ("Effective training time", f"{100 * body['ettr']:.1f}%", f"of {duration(body['wall_s'])} wall time"),
+        ("Lost steps", f"{body['lost_steps']:,}", lost),
+        ("Restarts", f"{max(0, len(attempts) - 1):,}", ended),
+        ("Failure rate", rate, bounds),
+    )
+    tiles = "".join(
+        f'<div class="card tile"><dt>{name}</dt><dd><strong>{value}</strong><span>{note}</span></dd></div>'
+        for name, value, note in cards
+    )
+    return f'<dl class="cards">{tiles}</dl>'
+
+
+def _parts(body: Mapping[str, Any]) -> str:
+    wall_s = body["wall_s"]
+    bars, rows = [], []
+    for key, name in report_text.PARTS.items():
+        seconds = body["parts_s"][key]
+        share = report_text.percent(seconds, wall_s)
+        if wall_s and seconds > 0:
+            width = 100 * seconds / wall_s
+            bars.append(f'<i class="bar c-{key}" style="width:{width:.3f}%" title="{name}: {share}"></i>')
+        rows.append(row(f'<i class="key c-{key}"></i>{name}', duration(max(0.0, seconds)), share))
+        if key == "setup":
+            rows += [
+                row(f'<span class="sub">{escape(part)}</span>', duration(max(0.0, each)), "", css="minor")
+                for part, each in report_text.setup_rows(body["setup_parts_s"])
+            ]
+    rows.append(row("wall time", duration(wall_s), "100.0%" if wall_s else "-", css="sum"))
+    return (
+        '<section id="parts" class="card"><h2>Where the time went</h2>'
+        f'<div class="stack" aria-hidden="true">{"".join(bars)}</div>'
+        f"{table(('part', 'time', 'share'), rows)}</section>"
+    )
+
+
+def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for one in attempts[-MAX_ATTEMPTS:]:
+        steps = f"{one['began_at']:,} to {one['last_step']:,}" if one["began_at"] is not None else "none"
+        cells = (_utc(one["started"]), duration(one["wall_s"]), steps, f"{one['lost_steps']:,}")
+        rows.append(
+            row(
+                str(one["attempt"]), *cells, end_sign(one["kind"]), escape(report_text.clipped(one["reason"]))
+            )
+        )
+    older = len(attempts) - len(rows)
+    note = f"{count(older, 'older attempt')} left out; kempnerforge report --json has all."
+    return (
+        '<section id="attempts" class="card"><h2>Attempts</h2>'
+        + (f'<p class="words">{note}</p>' if older else "")
+        + table(("attempt", "began", "lasted", "steps", "lost", "end", "reason"), rows)
+        + "</section>"
+    )

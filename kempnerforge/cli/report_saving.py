@@ -1,0 +1,67 @@
+"""The part of the report's page about checkpoints: their timings, and what saving how often costs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from kempnerforge.cli import report_text
+from kempnerforge.cli.ckpt_text import count
+from kempnerforge.cli.report_axes import grid, ticks
+from kempnerforge.cli.report_table import row, table
+from kempnerforge.goodput.interval import expected_overhead
+from kempnerforge.goodput.plot import dots_path, duration, line_path, linear_axis, log_time_axis
+
+POINTS = 100
+
+
+def saving_section(found: Mapping[str, Any]) -> str:
+    """Timings, intervals and the model; ``found`` as ``accounting.saving`` gives it."""
+    timings = [
+        row(report_text.TIMINGS[name], duration(each["p50"]), duration(each["p99"]))
+        for name, each in found["timings"].items()
+        if each["p50"] is not None
+    ]
+    intervals = [
+        row(name, duration(found[key]) if found[key] is not None else "unknown")
+        for key, name in report_text.INTERVALS.items()
+    ]
+    said = "".join(f'<p class="words">{escape(line)}</p>' for line in report_text.saving_lines(found))
+    return (
+        '<section id="saving" class="card"><h2>Checkpoints</h2>'
+        f'<p class="words">{count(found["commits"], "commit")}.</p>'
+        f"{table(('of a save', 'p50', 'p99'), timings) if timings else ''}"
+        f"{table(('time between saves', ''), intervals)}{said}{_model(found)}</section>"
+    )
+
+
+def _model(found: Mapping[str, Any]) -> str:
+    """The expected overhead over the interval, with the measured one and the best one."""
+    expected, measured_s = found["expected"], found["interval_s"]
+    if expected is None or not measured_s:
+        return ""
+    best_s = expected["best_interval_s"]
+    known = {name: expected[name] for name in ("stall_s", "mtti_s", "lag_s", "restart_s")}
+    low_s, high_s = min(measured_s, best_s) / 4, max(measured_s, best_s) * 4
+    x = log_time_axis(low_s, high_s)
+    each_s = [low_s * (high_s / low_s) ** (place / (POINTS - 1)) for place in range(POINTS)]
+    percents = [100 * expected_overhead(one, **known) for one in each_s]
+    y = linear_axis(0, 1.05 * max(percents), ticks=4, margin=0)
+    line = line_path(
+        [(x.place(one), y.place(percent)) for one, percent in zip(each_s, percents, strict=True)]
+    )
+    measured, best = 100 * expected["overhead"], 100 * expected["best_overhead"]
+    dots = "".join(
+        f'<path class="dots c-{css}" d="{dots_path([(x.place(interval_s), y.place(percent))])}"/>'
+        for css, interval_s, percent in (("measured", measured_s, measured), ("best", best_s, best))
+    )
+    words = f"Expected overhead: {measured:.1f}% at the measured interval, {best:.1f}% at the best one."
+    return (
+        '<ul class="legend"><li><i class="key dot c-measured"></i>measured interval</li>'
+        '<li><i class="key dot c-best"></i>best interval</li></ul>'
+        '<p class="unit">expected overhead, % of the time</p><div class="area low">'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{words}">'
+        f'{grid(y)}<path class="line c-effective" d="{line}"/>{dots}</svg>{ticks(x, y)}</div>'
+        '<p class="unit below">time between saves</p>'
+    )

@@ -1,0 +1,397 @@
+"""What ``kempnerforge report`` works out and draws: tables of histories, intervals, ticks and odd runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from array import array
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from kempnerforge.cli.report import app
+from kempnerforge.cli.report_page import KEYS, Report, page
+from kempnerforge.cli.report_text import MAX_REASON, PARTS
+from kempnerforge.cli.report_timeline import Commit
+from kempnerforge.errors import RunFolderError
+from kempnerforge.goodput import accounting
+from kempnerforge.goodput.accounting import account, saving
+from kempnerforge.goodput.history import AttemptHistory, derive
+from kempnerforge.goodput.interval import daly, expected_overhead
+from kempnerforge.goodput.plot import duration, linear_axis, log_axis, number, thin, time_axis
+from kempnerforge.goodput.stretches import Stretch, paint, stretches
+from kempnerforge.telemetry.curves import Curve, Curves, read_curves
+from kempnerforge.telemetry.jsonl import effective_rows, read_rows
+
+SETUP = {"process_groups": 1.0, "folder": 2.0, "data": 0.5, "model": 1.5, "resume": 5.0}
+HOSTILE = '<script>document.title="owned"</script><img src=http://example.org/x.png onerror=a()>"\'&\0\ud800'
+
+
+def write_run(folder: Path, events: list[dict[str, Any]], rows: list[dict[str, Any]] | None = None) -> Path:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    if rows is not None:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def attempt(
+    number: int, begun: float, *, at: int, to: int, commits: tuple[int, ...] = ()
+) -> list[dict[str, Any]]:
+    """One that sets up for 8 s, loads for 2 s, does a step a second, and says so at the end of each ten."""
+    common = {"attempt": number}
+    loop = begun + 10
+    found = [
+        {"event": "start", **common, "time": begun + 3, "process_started": begun, "hosts": ["a"]},
+        {"event": "resume", **common, "time": loop, "step": at, "load_s": 2.0, "setup_s": SETUP},
+    ]
+    for step in range(at + 1, to + 1):
+        if step % 10 == 0 or step == to:
+            spent = {"step": 0.9 * (step - at), "data": 0.1 * (step - at)}
+            found.append(
+                {"event": "progress", **common, "time": loop + step - at, "step": step, "spent_s": spent}
+            )
+        if step in commits:
+            took = {"blocking_s": 0.25, "write_s": 1.0, "commit_s": 0.1, "total_s": 2.0}
+            found.append({"event": "commit", **common, "time": loop + step - at + 2, "step": step, **took})
+    return found
+
+
+TWICE_KILLED = [
+    *attempt(1, 1000.0, at=0, to=45, commits=(20, 40)),
+    *[{"event": "start", "attempt": 2, "time": 1061.0, "process_started": 1060.0, "hosts": ["a"]}],
+    *attempt(3, 1070.0, at=40, to=60, commits=(60,)),
+    {
+        "event": "end",
+        "attempt": 3,
+        "time": 1102.0,
+        "kind": "finished",
+        "reason": "done",
+        "step": 60,
+        "spent_s": {},
+    },
+]
+
+
+def test_a_set_up_is_split_and_the_parts_still_sum_to_the_wall_time() -> None:
+    body = account(derive(TWICE_KILLED, []), now=0.0, running=False)
+    assert body["wall_s"] == 102.0
+    assert sum(body["parts_s"].values()) == pytest.approx(102.0)
+    assert list(body["parts_s"]) == list(accounting.PARTS) == list(PARTS)
+    # Two attempts began, with 8 s of set-up and 2 s of load each; one did not, and had 1 s.
+    assert body["parts_s"]["load"] == 4.0
+    assert body["parts_s"]["setup"] == 17.0
+    parts = {
+        "process_groups": 2.0,
+        "folder": 4.0,
+        "data": 1.0,
+        "model": 3.0,
+        "resume": 6.0,
+        "unfinished": 1.0,
+    }
+    assert body["setup_parts_s"] == pytest.approx(parts)
+    assert body["parts_s"]["lost"] == pytest.approx(4.5)
+    assert body["parts_s"]["idle"] == pytest.approx(5.0 + 9.0)
+
+
+def test_the_stretches_of_a_run() -> None:
+    body = account(derive(TWICE_KILLED, []), now=0.0, running=False)
+    found = stretches(body["attempts"])
+    assert [(one.attempt, one.kind, one.began, one.ended) for one in found] == [
+        (1, "setup", 0, 8),
+        (1, "load", 8, 10),
+        (1, "training", 10, 50),
+        (1, "lost", 50, 55),
+        (2, "idle", 55, 60),
+        (2, "setup", 60, 61),
+        (3, "idle", 61, 70),
+        (3, "setup", 70, 78),
+        (3, "load", 78, 80),
+        (3, "training", 80, 102),
+    ]
+
+
+def test_many_stretches_become_one_line() -> None:
+    found = [Stretch(1, "setup", 0, 2), Stretch(1, "training", 2, 6.4), Stretch(1, "lost", 6.4, 10)]
+    assert paint(found, wall_s=10, columns=5) == [(0, 1, "setup"), (1, 3, "training"), (3, 5, "lost")]
+    many = [Stretch(n, "training" if n % 2 else "idle", n / 10, n / 10 + 0.1) for n in range(100_000)]
+    assert len(paint(many, wall_s=10_000, columns=600)) <= 600
+
+
+@pytest.mark.parametrize(
+    ("interval_s", "known", "expected"),
+    [
+        # Half an interval of an MTTI of 1000 s is lost; nothing else costs anything.
+        (100.0, {"stall_s": 0.0, "mtti_s": 1000.0}, 0.05),
+        (100.0, {"stall_s": 100.0, "mtti_s": 1e12}, 0.5),
+        (100.0, {"stall_s": 25.0, "mtti_s": 1000.0, "lag_s": 20.0, "restart_s": 30.0}, 1 - 0.9 / 1.25),
+        # Where the model no longer holds, all is lost and not more.
+        (100.0, {"stall_s": 1.0, "mtti_s": 10.0}, 1.0),
+    ],
+)
+def test_the_expected_overhead(interval_s: float, known: dict[str, float], expected: float) -> None:
+    assert expected_overhead(interval_s, **known) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("stall_s", "mtti_s"), [(0.1, 3600.0), (2.0, 3600.0), (20.0, 36_000.0)])
+def test_dalys_interval_is_about_the_best_of_the_model(stall_s: float, mtti_s: float) -> None:
+    at_daly = expected_overhead(daly(stall_s, mtti_s), stall_s=stall_s, mtti_s=mtti_s)
+    others = [expected_overhead(10 ** (n / 50), stall_s=stall_s, mtti_s=mtti_s) for n in range(-100, 250)]
+    assert min(others) <= at_daly * 1.001
+    assert at_daly <= min(others) * 1.02
+
+
+def test_what_another_interval_would_have_saved() -> None:
+    history = derive(TWICE_KILLED, [])
+    found = saving(history, wall_s=90.0)
+    # Saves begin at steps 20 and 40 of the first attempt, and 20 steps into the third.
+    assert found["interval_s"] == pytest.approx(20.0)
+    assert found["failures"] == 2
+    known = {"stall_s": 0.25, "mtti_s": 45.0, "lag_s": 2.0, "restart_s": 10.0}
+    best_s = daly(0.25, 45.0)
+    overhead, best = expected_overhead(20.0, **known), expected_overhead(best_s, **known)
+    wanted = {**known, "best_interval_s": best_s, "overhead": overhead, "best_overhead": best}
+    assert found["expected"] == pytest.approx({**wanted, "saved_s": 90.0 * (overhead - best)})
+    assert found["expected"]["saved_s"] > 0
+
+
+def test_no_interval_is_shorter_than_a_save() -> None:
+    events = [{**event, "total_s": 12.0} if event["event"] == "commit" else event for event in TWICE_KILLED]
+    found = saving(derive(events, []), wall_s=90.0)
+    assert found["daly_s"] < 12.0
+    assert found["expected"]["best_interval_s"] == 12.0
+
+
+@pytest.mark.parametrize(
+    ("axis", "labels"),
+    [
+        (linear_axis(0, 210, margin=0), ["0", "50", "100", "150", "200"]),
+        (linear_axis(2.31, 5.6), ["3", "4", "5"]),
+        (linear_axis(0.2, 0.24), ["0.20", "0.21", "0.22", "0.23", "0.24"]),
+        (linear_axis(1, 3, margin=0, least=1), ["1", "2", "3"]),
+        (linear_axis(7, 7, least=1), ["4", "6", "8", "10"]),
+        (linear_axis(3, 3), ["2", "3", "4"]),
+        (linear_axis(0, 0), ["-0.4", "-0.2", "0.0", "0.2", "0.4"]),
+        (linear_axis(0, 1e6, margin=0), ["0", "200k", "400k", "600k", "800k", "1.0M"]),
+        (log_axis(0.5, 900), ["1", "10", "100", "1,000"]),
+        (log_axis(1.8, 14.5), ["2", "3", "5", "10"]),
+        (time_axis(8.7), ["0", "2 s", "4 s", "6 s", "8 s"]),
+        (time_axis(300), ["0", "1 min", "2 min", "3 min", "4 min", "5 min"]),
+        (time_axis(500_000), ["0", "1 d", "2 d", "3 d", "4 d", "5 d"]),
+        (time_axis(0), ["0", "1 ms"]),
+    ],
+)
+def test_ticks(axis: Any, labels: list[str]) -> None:
+    assert [label for _, label in axis.ticks] == labels
+    assert all(-1e-9 <= axis.place(value) <= 1 + 1e-9 for value, _ in axis.ticks)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *(
+            (0, "0 ms"),
+            (0.0731, "73.1 ms"),
+            (0.99991, "1 s"),
+            (12.345, "12.3 s"),
+            (59.99, "1 min"),
+            (250, "4 min 10 s"),
+        ),
+        *((3599.9, "1 h"), (4000, "1 h 7 min"), (86_399, "1 d"), (1e6, "11 d 14 h"), (1e8, "1157 d 10 h")),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_numbers() -> None:
+    assert [number(value, 100) for value in (0, 1500, 20_000, 20_500, 3.25e6)] == [
+        "0",
+        "1,500",
+        "20.0k",
+        "20.5k",
+        "3.2500M",
+    ]
+
+
+def test_thinning_keeps_every_spike() -> None:
+    values = [float(n % 7) for n in range(10_000)]
+    values[1234], values[8765], values[5000] = 99.0, -99.0, math.nan
+    found = thin(range(10_000), values, buckets=100)
+    assert len(found) == 100
+    assert max(found, key=lambda one: one.high).first <= 1234 <= max(found, key=lambda one: one.high).last
+    assert min(found, key=lambda one: one.low).first <= 8765 <= min(found, key=lambda one: one.low).last
+    assert sum(one.mean for one in found) / 100 == pytest.approx(3.0, abs=0.1)
+    assert [one.mean for one in thin([1, 2, 3], [5.0, math.inf, 7.0], buckets=3)] == [5.0, 7.0]
+    assert thin([], [], buckets=3) == []
+
+
+def test_the_rows_that_count_are_those_of_the_counting_rule(tmp_path: Path) -> None:
+    resumes = {1: 0, 2: 30, 3: 20}
+    rows = [
+        {
+            "step": step,
+            "attempt": number,
+            "time": 0.0,
+            "train/loss": "NaN" if step == 33 else step + number / 10,
+        }
+        for number, (begun, ended) in {1: (0, 40), 2: (30, 50), 3: (20, 60)}.items()
+        for step in range(begun + 1, ended + 1)
+    ]
+    path = write_run(tmp_path / "run", [], rows) / "metrics.jsonl"
+    with path.open("ab") as file:
+        file.write(b'{"step": 61, "att\n[1]\n{"step": 3}\n{"step": 4, "attempt": 1, "train/loss": null}\n\n')
+    found = read_curves(path, ["train/loss", "eval/loss"], resumes)
+    counting = effective_rows(read_rows(path).rows[: len(rows)], resumes)
+    curve = found.counting["train/loss"]
+    assert list(curve.steps) == [row["step"] for row in counting]
+    assert repr(list(curve.values)) == repr([float(row["train/loss"]) for row in counting])
+    repeated = found.repeated["train/loss"]
+    assert [list(one.steps) for one in repeated.values()] == [list(range(21, 41)), list(range(31, 51))]
+    assert sum(len(one.steps) for one in repeated.values()) + len(counting) == len(rows)
+    assert not found.counting["eval/loss"].steps
+    assert not read_curves(tmp_path / "none", KEYS, {}).counting["train/loss"].steps
+
+
+class Checked(HTMLParser):
+    """Fails on what is not closed in order; remembers elements, words and links."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[str] = []
+        self.links: list[str] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.links += [name for name, _ in attrs if name in ("src", "href", "style") and name != "style"]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def made(history: list[AttemptHistory], curves: Curves, *, run_dir: str = "runs/x") -> tuple[Checked, str]:
+    body = account(history, now=2000.0, running=False)
+    body["saving"] = saving(history, wall_s=body["wall_s"] - body["parts_s"]["idle"])
+    commits = [Commit(one.number, event["time"], event["step"]) for one in history for event in one.commits]
+    text = page(Report(run_dir, body, curves, commits, 2000.0)).decode()
+    checked = Checked(text)
+    assert "script" not in checked.elements
+    assert checked.links == []
+    return checked, text
+
+
+def curves(loss: list[float], *, first: int = 1) -> Curves:
+    found = Curves({key: Curve() for key in KEYS}, {key: {} for key in KEYS})
+    steps = array("d", range(first, first + len(loss)))
+    found.counting["train/loss"] = Curve(steps, array("d", loss))
+    found.counting["train/tokens_per_s"] = Curve(steps, array("d", [1000.0] * len(loss)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("events", "loss", "said"),
+    [
+        ([], [], ["No attempt has come far enough", "No row of it has been logged yet"]),
+        (TWICE_KILLED[:1], [], ["lost", "none yet", "No row of it"]),
+        (attempt(1, 0.0, at=0, to=5), [3.0], ["Training loss from 3 at step 1", "There was no failure yet"]),
+        (attempt(1, 0.0, at=0, to=5), [math.nan] * 3, ["3 steps had a training loss that is not finite."]),
+        (
+            attempt(1, 0.0, at=0, to=5),
+            [2.0, math.inf, 1.0],
+            ["1 step had a training loss that is not finite."],
+        ),
+        (attempt(1, 0.0, at=0, to=5), [0.0] * 4, ["lowest 0 near step 1"]),
+        (TWICE_KILLED, [9.0, 0.1], ["on a logarithmic scale", "Expected to first order"]),
+    ],
+)
+def test_a_page_of_an_odd_run_is_honest(
+    events: list[dict[str, Any]], loss: list[float], said: list[str]
+) -> None:
+    checked, _ = made(derive(events, []), curves(loss))
+    for words in said:
+        assert words in checked.words
+
+
+def test_whatever_a_run_says_of_itself_is_text() -> None:
+    end = {
+        "event": "end",
+        "attempt": 3,
+        "time": 1103.0,
+        "kind": HOSTILE,
+        "reason": HOSTILE + "x" * 5000,
+        "step": 60,
+    }
+    checked, text = made(derive([*TWICE_KILLED[:-1], end], []), curves([1.0]), run_dir=f"runs/{HOSTILE}")
+    assert "img" not in checked.elements
+    assert checked.words.count('<script>document.title="owned"</script>') >= 3
+    assert "x" * (MAX_REASON + 1) not in text
+
+
+def test_a_page_of_a_million_rows_is_small_and_shows_its_spike() -> None:
+    draw = random.Random(1)
+    loss = [2 + draw.random() for _ in range(1_000_000)]
+    loss[700_000] = 50.0
+    found = curves(loss)
+    found.counting["train/tokens_per_s"] = Curve()
+    checked, text = made(derive(attempt(1, 0.0, at=0, to=1_000_000), []), found)
+    assert len(text) < 300_000
+    assert "highest 50" in checked.words
+    assert "band around it" in checked.words
+
+
+def test_a_page_of_thousands_of_attempts_and_commits_is_small() -> None:
+    events: list[dict[str, Any]] = []
+    found = curves([2.0] * 4000)
+    for place in range(2000):
+        at = 2 * place
+        events += attempt(place + 1, 100.0 * place, at=at, to=at + 9, commits=(at + 2,))
+        steps = array("d", range(at + 3, at + 10))
+        found.repeated["train/loss"][place + 1] = Curve(steps, array("d", [2.0] * 7))
+    checked, text = made(derive(events, []), found)
+    assert len(text) < 1_000_000
+    assert "1,800 older attempts left out" in checked.words
+    assert 'data-attempts="2000"' in text
+
+
+@pytest.mark.parametrize("file", ["none/page.html", "file/page.html"])
+def test_a_page_that_cannot_be_written_is_an_error_that_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    run = write_run(tmp_path / "run", TWICE_KILLED)
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunFolderError, match=f"^{file} cannot be written: .*; give --html a file"):
+        app([str(run), "--html", file], standalone_mode=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+
+
+@pytest.mark.parametrize("folder", [".", "/", ""])
+def test_a_folder_is_no_page(tmp_path: Path, folder: str) -> None:
+    done = CliRunner().invoke(app, [str(write_run(tmp_path / "run", TWICE_KILLED)), "--html", folder])
+    assert done.exit_code == 2
+    assert "is a directory" in done.output
+
+
+def test_json_stays_one_object_beside_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"step": 1, "attempt": 1, "time": 0.0, "train/loss": 2.5, "train/tokens_per_s": 10.0}]
+    run = write_run(tmp_path / "run", TWICE_KILLED, rows)
+    app([str(run), "--html", str(tmp_path / "page.html"), "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["lost_steps"] == 5
+    assert "Training loss from 2.5 at step 1" in (tmp_path / "page.html").read_text()
