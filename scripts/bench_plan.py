@@ -6,13 +6,14 @@ One process plays the first rank of ``--ranks``; what the others would send it i
 holds its rows of ``--tensors`` tensors. Counted is what the first rank does for a save beside moving tensors:
 
   first      unpack what all ranks hold, share out, check, plan the files, encode the index
-  repeated   a save of the same tree: compare, read and check the reports of all ranks, write index and manifest
+  repeated   a save of the same tree: compare, read and check all ranks' reports, write index and manifest
 
-For DCP: create its plan, unpack all ranks' plans, make and check the global plan, pack it for all ranks, unpack
-their results, write ``.metadata`` (``FileSystemWriter.finish``); with its plan cache (``enable_plan_caching``)
-plans do not travel again. Ours reads the reports from a real store (c10d's) and commits a real folder, whose
-shard files are empty ones of the right size. ``before reading`` is what a rank does before it reads tensors:
-ours finds its parts in the index, DCP unpickles ``.metadata`` and looks for this rank's chunks.
+For DCP: create its plan, unpack all ranks' plans, make and check the global plan, pack it for all ranks,
+unpack their results, write ``.metadata`` (``FileSystemWriter.finish``); with its plan cache
+(``enable_plan_caching``) plans do not travel again. Ours reads the reports from a real store (c10d's) and
+commits a real folder, whose shard files are empty ones of the right size. ``before reading`` is what a rank
+does before it reads tensors: ours finds its parts in the index, DCP unpickles ``.metadata`` and looks for its
+chunks.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 import xxhash
 from bench import command, machine, pairs
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -39,7 +41,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.distributed_c10d import TCPStore
 
 from kempnerforge.checkpoint import manifest
 from kempnerforge.checkpoint.board import StoreBoard, collect

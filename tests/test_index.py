@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kempnerforge.checkpoint import index
+from kempnerforge import fsio
+from kempnerforge.checkpoint import digest, index
 from kempnerforge.checkpoint.digest import VerifiedFile, record_of
 from kempnerforge.checkpoint.index import Chunk, Index, TensorEntry
 from kempnerforge.errors import DamagedCheckpointError
@@ -17,7 +18,7 @@ from kempnerforge.errors import DamagedCheckpointError
 def open_index(folder: Path, data: bytes) -> Index:
     path = folder / "index.bin"
     path.write_bytes(data)
-    return Index(VerifiedFile(path, record_of(data)))
+    return Index(VerifiedFile(path, record_of(data), keep=True))
 
 
 def whole(shape: tuple[int, ...], file: str = "a") -> TensorEntry:
@@ -88,3 +89,81 @@ def test_wrong_bytes_with_a_right_digest_are_damage_not_a_crash(
         list(opened.items())
     except DamagedCheckpointError:
         pass
+
+
+GRIDS = {"rows": (40, 1), "columns": (1, 40), "grid": (8, 6), "few": (2, 2)}
+
+
+def grid(rows: int, columns: int) -> TensorEntry:
+    """A tensor of 2 x 3 elements a chunk."""
+    chunks = [
+        Chunk(
+            f"f{row % 3}",
+            24 * (row * columns + column),
+            24 * (row * columns + column + 1),
+            (2 * row, 3 * column),
+            (2, 3),
+        )
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    return TensorEntry("F32", (2 * rows, 3 * columns), tuple(chunks))
+
+
+@pytest.mark.parametrize("layout", GRIDS)
+def test_a_part_is_the_chunks_that_a_box_meets(tmp_path: Path, layout: str) -> None:
+    entry = grid(*GRIDS[layout])
+    opened = open_index(tmp_path, index.encode({"v": whole((3,)), "w": entry}))
+    height, width = entry.shape
+    for offsets, sizes in [
+        ((0, 0), entry.shape),
+        ((1, 1), (height - 2, width - 2)),
+        ((height - 1, width - 1), (1, 1)),
+        ((height - 2, 0), (2, width)),
+        ((0, 0), (0, width)),
+    ]:
+        met = [
+            chunk
+            for chunk in entry.chunks
+            if all(
+                a < b + n and b < a + m
+                for a, m, b, n in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True)
+            )
+        ]
+        assert opened.part("w", offsets, sizes) == ([] if 0 in sizes else met)
+    with pytest.raises(KeyError):
+        opened.part("x", (0, 0), (1, 1))
+
+
+@pytest.mark.parametrize("layout", GRIDS)
+def test_a_part_with_a_hole_or_an_overlap_is_damage(tmp_path: Path, layout: str) -> None:
+    entry = grid(*GRIDS[layout])
+    first, *others = entry.chunks
+    shifted = Chunk(first.file, first.begin, first.end, others[0].offsets, first.sizes)
+    for chunks in (tuple(others), (*others, shifted)):
+        opened = open_index(tmp_path, index.encode({"w": TensorEntry("F32", entry.shape, chunks)}))
+        with pytest.raises(DamagedCheckpointError, match="w: chunks (hold|overlap)"):
+            opened.part("w", (0, 0), entry.shape)
+        assert opened.part("w", others[-1].offsets, (2, 3)) == [others[-1]]
+
+
+def test_a_look_up_reads_a_few_blocks_of_a_large_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digest, "BLOCK_BYTES", 4096)
+    names = [f"layers.{number:05d}.weight" for number in range(4000)]
+    data = index.encode({name: whole((number % 7 + 1,)) for number, name in enumerate(names)})
+    opened = open_index(tmp_path, data)
+    reads: list[int] = []
+    read_range = fsio.read_range
+    monkeypatch.setattr(fsio, "read_range", lambda *args: (reads.append(args[2]), read_range(*args))[1])
+    assert opened.part(names[1234], (0,), (3,)) == [Chunk("a", 100, 112, (0,), (3,))]
+    assert len(reads) < 12 < len(data) // 4096
+    assert opened.has_prefix("layers.03")
+    assert not opened.has_prefix("optimizer.")
+    assert names[17] in opened
+    assert "layers.00017" not in opened
+    assert len(reads) < 36
+    for name in names:
+        opened.head(name)
+    assert len(reads) == len(set(reads)), "no block is read twice"
