@@ -1,7 +1,7 @@
 """Files with a digest for every 16 MiB block, written and read.
 
-A block is the unit of trust: a reader that needs 1 KB reads the block that holds it, and no byte reaches its
-caller before the block's digest was right.
+A block is the unit of trust: a reader that needs 1 KB reads the block that holds it, and gets nothing, or an
+error, before the block's digest was right.
 """
 
 from __future__ import annotations
