@@ -77,7 +77,9 @@ def test_back_to_back_saves_are_never_torn(
 ) -> None:
     # A slow writer: by the time that it looks at the buffers, the loop is steps further.
     write = checkpointer._writer.write
-    monkeypatch.setattr(checkpointer._writer, "write", lambda *args: (time.sleep(0.004), write(*args))[1])
+    monkeypatch.setattr(
+        checkpointer._writer, "write", lambda *args, **more: (time.sleep(0.004), write(*args, **more))[1]
+    )
     tensors = {f"p{number}": torch.zeros(257, 3) for number in range(5)}
     for step in range(saves):
         checkpointer.wait_for_staging()
@@ -258,7 +260,7 @@ def one_rank_fails(folder: str) -> list[str]:
     return told
 
 
-def fail_to_write(*_: object) -> None:
+def fail_to_write(*_: object, **__: object) -> None:
     raise OSError(5, "Input/output error")
 
 

@@ -142,7 +142,7 @@ def test_a_part_with_a_hole_or_an_overlap_is_damage(tmp_path: Path, layout: str)
     shifted = Chunk(first.file, first.begin, first.end, others[0].offsets, first.sizes)
     for chunks in (tuple(others), (*others, shifted)):
         opened = open_index(tmp_path, index.encode({"w": TensorEntry("F32", entry.shape, chunks)}))
-        with pytest.raises(DamagedCheckpointError, match="w: chunks (hold|overlap)"):
+        with pytest.raises(DamagedCheckpointError, match=r"w: chunks (hold|overlap)"):
             opened.part("w", (0, 0), entry.shape)
         assert opened.part("w", others[-1].offsets, (2, 3)) == [others[-1]]
 

@@ -45,12 +45,23 @@ class Arena:
         self._pinned = pin
 
     def views(self) -> dict[str, torch.Tensor]:
-        """By name, the place of each chunk: a tensor of its dtype and shape in the arena's memory."""
+        """By name, the place of each chunk: a tensor of its dtype and shape in the arena's memory.
+
+        In the order of their bytes.
+        """
         found = {}
-        for item, begin in zip(self.file.shard_items, self.image.begins, strict=True):
+        for place in self.image.order:
+            item, begin = self.file.items[place].item, self.image.begins[place]
             raw = self._bytes[begin : begin + item.size_bytes]
             found[item.name] = raw.view(DTYPES[item.dtype]).view(item.sizes)
         return found
+
+    def staged_bytes(self, copied: int) -> int:
+        """How much of the file is there when the first ``copied`` of its views are filled."""
+        if copied >= len(self.image.order):
+            return self.image.size_bytes
+        # The next one's first byte: what is before it is there.
+        return self.image.begins[self.image.order[max(0, copied)]]
 
     def close(self) -> None:
         """Release the memory; no view may be used any more."""
@@ -79,6 +90,10 @@ class ArenaSet:
                 for views in self._targets
                 for name, target in views.items()
             ]
+
+    def staged_bytes(self, number: int, copied: int) -> int:
+        """How much of an arena's file is there when the first ``copied`` of all ``pairs`` are."""
+        return self.arenas[number].staged_bytes(copied - sum(map(len, self._targets[:number])))
 
     def close(self) -> None:
         """Release all arenas."""

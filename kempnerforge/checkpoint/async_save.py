@@ -232,6 +232,7 @@ class AsyncCheckpointer:
         )
         thread = background.start(job, self._writer, self._board)
         self._pending = _Pending(job.number, final.name, job, thread)
+        job.staging.start()
 
     def wait_for_staging(self) -> None:
         """Return when the tensors of the save that has begun may be changed: before the optimizer step.

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, commi
 from kempnerforge.checkpoint.digest import FileRecord
 from kempnerforge.checkpoint.staging import Staging
 from kempnerforge.checkpoint.writer import Writer, with_backoff
+from kempnerforge.errors import SaveFailedError
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class SaveResult:
     error: str = ""
     """Why it failed, with the rank and the cause; empty when it is committed."""
     write_s: float = 0.0
-    """The slowest rank's time for writing, digesting and syncing."""
+    """The slowest rank's time for writing, digesting and syncing, while and after it was copied."""
     commit_s: float = 0.0
     """From the last rank's report to the commit."""
     total_s: float = 0.0
@@ -92,9 +94,8 @@ def start(job: SaveJob, writer: Writer, board: Board) -> threading.Thread:
 
 def _work(job: SaveJob, writer: Writer, board: Board) -> None:
     try:
-        job.staging.finish()
-        job.part.doing = "write"
         message: dict[str, Any] = _write(job, writer)
+        job.staging.finish()
     except Exception as error:  # noqa: BLE001 - whatever it is, the first rank must learn of it
         message = {"error": str(error) or type(error).__name__}
     board.post(f"{job.number}/rank{job.rank}", message)
@@ -106,10 +107,13 @@ def _work(job: SaveJob, writer: Writer, board: Board) -> None:
 
 def _write(job: SaveJob, writer: Writer) -> dict[str, Any]:
     files, write_s = {}, 0.0
-    for arena in job.arenas.arenas:
-        path = job.temporary / arena.file.name
+    for number, arena in enumerate(job.arenas.arenas):
+        path, size_bytes = job.temporary / arena.file.name, arena.image.size_bytes
+        staged = partial(_staged_bytes, job, number)
         written = with_backoff(
-            lambda arena=arena, path=path: writer.write(arena.fd, path, arena.image.size_bytes),
+            lambda arena=arena, path=path, size_bytes=size_bytes, staged=staged: writer.write(
+                arena.fd, path, size_bytes, staged=staged
+            ),
             tries=job.patience.write_tries,
             first_pause_s=job.patience.first_pause_s,
         )
@@ -117,6 +121,17 @@ def _write(job: SaveJob, writer: Writer) -> dict[str, Any]:
         files[arena.file.name] = [record.size_bytes, record.xxh3_128, arena.header_digest]
         write_s += written.write_s
     return {"files": files, "write_s": write_s}
+
+
+def _staged_bytes(job: SaveJob, number: int) -> int:
+    """How much of an arena is there to be written. Raises SaveFailedError for what the copy raised."""
+    try:
+        size_bytes = job.arenas.staged_bytes(number, job.staging.copied())
+    except Exception as error:
+        raise SaveFailedError(f"copying to host memory failed: {type(error).__name__}: {error}") from error
+    if size_bytes == job.arenas.arenas[number].image.size_bytes:
+        job.part.doing = "write"
+    return size_bytes
 
 
 def _conclude(job: SaveJob, board: Board) -> None:

@@ -31,12 +31,18 @@ def padded(size_bytes: int) -> int:
 
 
 def write_image(
-    image: memoryview, path: Path, size_bytes: int, *, beat: Callable[[], None] = lambda: None
+    image: memoryview,
+    path: Path,
+    size_bytes: int,
+    *,
+    beat: Callable[[], None] = lambda: None,
+    until: Callable[[int], None] = lambda end: None,
 ) -> FileRecord:
     """Write the first ``size_bytes`` of ``image`` as the new file ``path`` and fsync it.
 
     ``image`` is page-aligned and at least ``padded(size_bytes)`` long. ``beat`` is called after every system
-    call that may take long: a slow disk is not a hang.
+    call that may take long: a slow disk is not a hang. ``until`` returns when the image's first so many bytes
+    are there.
     Durable on return, but for the folder's entry. An unfinished file of an earlier try is replaced.
     """
     path.unlink(missing_ok=True)
@@ -45,7 +51,7 @@ def write_image(
     beat()
     try:
         with ThreadPoolExecutor(max_workers=1) as hasher:
-            digests = _write_blocks(fd, image, size_bytes, hasher, direct=direct, beat=beat)
+            digests = _write_blocks(fd, image, size_bytes, hasher, direct=direct, beat=beat, until=until)
         os.ftruncate(fd, size_bytes)
         beat()
         os.fsync(fd)
@@ -76,10 +82,12 @@ def _write_blocks(
     *,
     direct: bool,
     beat: Callable[[], None],
+    until: Callable[[int], None],
 ) -> list[str]:
     digests = []
     for begin in range(0, size_bytes, BLOCK_BYTES):
         end = min(begin + BLOCK_BYTES, size_bytes)
+        until(end)
         digest = hasher.submit(xxhash.xxh3_128_hexdigest, image[begin:end])
         _write_at(fd, image[begin : padded(end) if direct else end], begin, beat)
         digests.append(digest.result())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -12,8 +12,20 @@ Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """(target in an arena, source on any device)."""
 
 
+GROUP_BYTES = 64 << 20
+"""How much is copied from a device between two looks at how far it is."""
+
+
 class Staging(Protocol):
-    """One copy under way."""
+    """One copy, of pairs in their order. The writer follows it: it need not wait for the last byte."""
+
+    def start(self) -> None:
+        """Begin. What goes wrong is ``finish``'s to raise."""
+        ...
+
+    def copied(self) -> int:
+        """How many pairs are in the arena, as they will stay. Any thread. Raises what the copy raised."""
+        ...
 
     def before_mutation(self) -> None:
         """Return when, as far as the caller's next work is concerned, the sources may change."""
@@ -25,19 +37,54 @@ class Staging(Protocol):
 
 
 class BlockingCopy:
-    """Copies on the calling thread, on the current stream."""
+    """Copies on the calling thread, on the current stream: ``start`` returns when it is done."""
 
     def __init__(self, pairs: Pairs) -> None:
-        for target, source in pairs:
-            target.copy_(source, non_blocking=True)
-        if any(source.is_cuda for _, source in pairs):
-            torch.cuda.current_stream().synchronize()
+        self._pairs = pairs
+        self._copied = 0
+        self._error: BaseException | None = None
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Copy everything."""
+        self._copy()
+
+    def _copy(self) -> None:
+        try:
+            for group in _groups(self._pairs):
+                for target, source in group:
+                    target.copy_(source, non_blocking=True)
+                if group[-1][1].is_cuda:
+                    torch.cuda.current_stream().synchronize()
+                self._copied += len(group)
+        except BaseException as error:  # noqa: BLE001 - raised again by ``finish``
+            self._error = error
+        finally:
+            self._pairs = ()  # the sources are not kept alive until the next save
+            self._ended.set()
+
+    def copied(self) -> int:
+        """Pairs that are copied."""
+        if self._error is not None:
+            raise self._error
+        return self._copied
 
     def before_mutation(self) -> None:
         """Everything is copied already."""
+        self._ended.wait()
 
     def finish(self) -> None:
-        """Everything is copied already."""
+        """Wait for the end."""
+        self._ended.wait()
+        self.copied()
+
+
+class ThreadCopy(BlockingCopy):
+    """Copies on a thread beside the next forward and backward, where there is no CUDA."""
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._copy, name="checkpoint-staging", daemon=True).start()
 
 
 class StreamCopy:
@@ -51,49 +98,65 @@ class StreamCopy:
     _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
     def __init__(self, pairs: Pairs, device: torch.device) -> None:
+        self._pairs = pairs
         self._device = device
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        stream = self._streams[device]
-        stream.wait_stream(torch.cuda.current_stream(device))
+        self._events: list[tuple[int, torch.cuda.Event]] = []
+        self._passed = 0
+        self._error: BaseException | None = None
+        self._queued = threading.Event()
+
+    def start(self) -> None:
+        """Queue the copies."""
+        try:
+            self._queue()
+        except BaseException as error:  # noqa: BLE001 - raised again by ``finish``
+            self._error = error
+        finally:
+            self._queued.set()
+
+    def _queue(self) -> None:
+        if self._device not in self._streams:
+            self._streams[self._device] = torch.cuda.Stream(self._device)
+        stream, copied = self._streams[self._device], 0
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record(stream)
+            for group in _groups(self._pairs):
+                for target, source in group:
+                    target.copy_(source, non_blocking=True)
+                copied += len(group)
+                event = torch.cuda.Event()
+                event.record(stream)
+                self._events.append((copied, event))
+
+    def copied(self) -> int:
+        """Pairs whose copies the device has done."""
+        if not self._queued.is_set():
+            return 0
+        if self._error is not None:
+            raise self._error
+        while self._passed < len(self._events) and self._events[self._passed][1].query():
+            self._passed += 1
+        return self._events[self._passed - 1][0] if self._passed else 0
 
     def before_mutation(self) -> None:
         """Queue the wait on the compute stream."""
-        torch.cuda.current_stream(self._device).wait_event(self._copied)
+        if self._events:
+            torch.cuda.current_stream(self._device).wait_event(self._events[-1][1])
 
     def finish(self) -> None:
         """Wait for the device."""
-        self._copied.synchronize()
-
-
-class ThreadCopy:
-    """Copies on a thread beside the next forward and backward, where there is no CUDA."""
-
-    def __init__(self, pairs: Pairs) -> None:
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._copy, args=(pairs,), name="checkpoint-staging", daemon=True
-        )
-        self._thread.start()
-
-    def _copy(self, pairs: Pairs) -> None:
-        try:
-            for target, source in pairs:
-                target.copy_(source)
-        except BaseException as error:  # noqa: BLE001 - raised again by ``finish``
-            self._error = error
-
-    def before_mutation(self) -> None:
-        """Wait for the thread; an error is ``finish``'s to raise."""
-        self._thread.join()
-
-    def finish(self) -> None:
-        """Wait for the thread."""
-        self._thread.join()
+        self._queued.wait()
         if self._error is not None:
             raise self._error
+        if self._events:
+            self._events[-1][1].synchronize()
+
+
+def _groups(pairs: Pairs) -> Iterator[Pairs]:
+    """``pairs`` in runs: one by one on the host, ``GROUP_BYTES`` together on a device."""
+    begin, size_bytes = 0, 0
+    for place, (target, source) in enumerate(pairs):
+        size_bytes += target.nbytes
+        if not source.is_cuda or size_bytes >= GROUP_BYTES or place == len(pairs) - 1:
+            yield pairs[begin : place + 1]
+            begin, size_bytes = place + 1, 0

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kempnerforge.checkpoint.digest import FileRecord
-from kempnerforge.checkpoint.writer_main import PULSE_BYTES, Pulse
+from kempnerforge.checkpoint.writer_main import FOLLOW_S, PULSE_BYTES, Pulse
+from kempnerforge.errors import SaveFailedError
 
 _POLL_S = 0.2
 
@@ -45,16 +46,25 @@ class Writer:
         """The process, while there is one."""
         return self._process.pid if self._process is not None else None
 
-    def write(self, arena_fd: int, path: Path, size_bytes: int) -> Written:
+    def write(
+        self, arena_fd: int, path: Path, size_bytes: int, *, staged: Callable[[], int] | None = None
+    ) -> Written:
         """Write the arena's first ``size_bytes`` as ``path``. Blocks until it is durable.
 
-        Raises WriterFailedError; the writer is replaced by a new one for the next call if it was at fault.
+        ``staged`` tells how many of them are there as they will stay: the writer follows; None is all. What
+        it raises, SaveFailedError, ends the write. Raises WriterFailedError; the writer is replaced by a new
+        one for the next call if it was at fault.
         """
         connection, pulse = self._start()
+        staged = staged or (lambda: size_bytes)
+        pulse.staged = staged()
         request = json.dumps({"path": str(path), "size_bytes": size_bytes}).encode()
         try:
             socket.send_fds(connection, [request], [arena_fd])
-            answer = json.loads(self._receive(connection, pulse))
+            answer = json.loads(self._receive(connection, pulse, size_bytes, staged))
+        except SaveFailedError:
+            self._kill()  # it waits for bytes that will not come
+            raise
         except (OSError, ValueError) as error:
             status = self._kill()
             raise WriterFailedError(
@@ -64,15 +74,20 @@ class Writer:
             raise WriterFailedError(f"{path.name}: {answer['error']}")
         return Written(FileRecord(answer["size_bytes"], tuple(answer["xxh3_128"])), answer["write_s"])
 
-    def _receive(self, connection: socket.socket, pulse: Pulse) -> bytes:
+    def _receive(
+        self, connection: socket.socket, pulse: Pulse, size_bytes: int, staged: Callable[[], int]
+    ) -> bytes:
         received = b""
-        seen, moved_at = pulse.read(), time.monotonic()
+        seen, moved_at = pulse.beats, time.monotonic()
         while not received.endswith(b"\n"):
+            if pulse.staged < size_bytes:
+                pulse.staged = staged()
+            connection.settimeout(_POLL_S if pulse.staged >= size_bytes else FOLLOW_S)
             try:
                 data = connection.recv(1 << 20)
             except TimeoutError:
-                if pulse.read() != seen:
-                    seen, moved_at = pulse.read(), time.monotonic()
+                if pulse.beats != seen:
+                    seen, moved_at = pulse.beats, time.monotonic()
                 elif time.monotonic() - moved_at > self._stall_timeout_s:
                     pid, stalled_s = self.pid, self._stall_timeout_s
                     self._kill()
@@ -104,7 +119,6 @@ class Writer:
                     pass_fds=[theirs.fileno(), pulse_fd],
                     stdin=subprocess.DEVNULL,
                 )
-            ours.settimeout(_POLL_S)
             self._connection, self._pulse = ours, Pulse(pulse_fd)
             os.close(pulse_fd)
         return self._connection, self._pulse

@@ -11,9 +11,11 @@ it never outlives its trainer. Started as
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
+import select
 import signal
 import socket
 import sys
@@ -23,23 +25,42 @@ from typing import Any
 
 from kempnerforge.checkpoint.image_writer import write_image
 
-PULSE_BYTES = 8
+PULSE_BYTES = 16
+FOLLOW_S = 0.002
+"""Between two looks at how far the trainer's copy is."""
 REQUEST_BYTES = 1 << 16
 
 
 class Pulse:
-    """A counter in shared memory that moves while the writer does something."""
+    """Two counters in shared memory: ``beats`` moves while the writer works, ``staged`` is the trainer's.
+
+    Through ctypes, whose loads and stores of aligned 64-bit numbers are never torn.
+    """
 
     def __init__(self, fd: int) -> None:
-        self._memory = mmap.mmap(fd, PULSE_BYTES)
+        memory = mmap.mmap(fd, PULSE_BYTES)
+        self._beats, self._staged = (
+            ctypes.c_uint64.from_buffer(memory),
+            ctypes.c_uint64.from_buffer(memory, 8),
+        )
 
     def beat(self) -> None:
         """Move on."""
-        self._memory[:] = (self.read() + 1).to_bytes(PULSE_BYTES, "little")
+        self._beats.value += 1
 
-    def read(self) -> int:
+    @property
+    def beats(self) -> int:
         """The count."""
-        return int.from_bytes(self._memory[:], "little")
+        return self._beats.value
+
+    @property
+    def staged(self) -> int:
+        """How many bytes of the arena that is being written are there."""
+        return self._staged.value
+
+    @staged.setter
+    def staged(self, size_bytes: int) -> None:
+        self._staged.value = size_bytes
 
 
 class Arenas:
@@ -69,16 +90,21 @@ def serve(connection: socket.socket, pulse: Pulse) -> None:
             data, fds, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 1)
             if not data:
                 return
-            answer = _answer(json.loads(data), arenas.view(fds[0]), pulse)
+            answer = _answer(json.loads(data), arenas.view(fds[0]), pulse, connection)
             connection.sendall(json.dumps(answer).encode() + b"\n")
         except ConnectionError:  # the trainer was killed
             return
 
 
-def _answer(request: dict[str, Any], image: memoryview, pulse: Pulse) -> dict[str, Any]:
+def _answer(
+    request: dict[str, Any], image: memoryview, pulse: Pulse, connection: socket.socket
+) -> dict[str, Any]:
     started = time.perf_counter()
+    path, size_bytes = Path(request["path"]), request["size_bytes"]
     try:
-        record = write_image(image, Path(request["path"]), request["size_bytes"], beat=pulse.beat)
+        record = write_image(
+            image, path, size_bytes, beat=pulse.beat, until=lambda end: _follow(pulse, end, connection)
+        )
     except OSError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {
@@ -86,6 +112,14 @@ def _answer(request: dict[str, Any], image: memoryview, pulse: Pulse) -> dict[st
         "xxh3_128": record.xxh3_128,
         "write_s": time.perf_counter() - started,
     }
+
+
+def _follow(pulse: Pulse, end: int, connection: socket.socket) -> None:
+    """Return when the arena has its first ``end`` bytes. Raises ConnectionError when the trainer is gone."""
+    while pulse.staged < end:
+        pulse.beat()
+        if select.select([connection], [], [], FOLLOW_S)[0]:  # nothing is sent before an answer: it closed
+            raise ConnectionAbortedError("the trainer is gone")
 
 
 def main() -> None:
