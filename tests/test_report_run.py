@@ -87,7 +87,7 @@ def test_the_parts_of_a_run_that_was_killed_five_times_add_up(killed: Run, body:
     for name in ("effective", "lost", "eval", "checkpoint", "setup", "load"):
         assert parts[name] > 0, name
     setup = body["setup_parts_s"]
-    assert set(setup) == {"process_groups", "folder", "data", "model", "resume", "unfinished"}
+    assert set(setup) == {"launch", "process_groups", "folder", "data", "model", "resume", "unfinished"}
     assert sum(setup.values()) == pytest.approx(parts["setup"])
     assert all(seconds >= -0.01 * wall_s for seconds in setup.values()), setup
     assert [one["kind"] for one in body["attempts"]] == ["lost"] * 5 + ["finished"]

@@ -22,6 +22,7 @@ PARTS = {
     "idle": "idle between attempts",
 }
 SETUP_PARTS = {
+    "launch": "torchrun, Python and its imports",
     "process_groups": "process groups",
     "folder": "run folder and lease",
     "data": "data",

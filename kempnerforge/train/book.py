@@ -26,6 +26,7 @@ from kempnerforge.goodput.faults import FaultFile, is_peer_loss, remove_empty
 from kempnerforge.goodput.history import read_history
 from kempnerforge.goodput.ledger import Ledger
 from kempnerforge.slurm.job import restart_count
+from kempnerforge.train.stop_file import attempt_started
 
 _SPACING = 0.02
 _MIN_SPACING_S, _MAX_SPACING_S = 0.05, 10.0
@@ -35,9 +36,11 @@ class AttemptBook:
     """Rank 0 writes the ledger; every rank has a file for its faults. Nothing is written before ``open``."""
 
     def __init__(self) -> None:
-        self._started = time.time()
+        # Ranks that torchrun starts again are not as old as it is.
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        self._started = attempt_started({}) if again else attempt_started()
         self._lap = time.perf_counter()
-        self._setup_s: dict[str, float] = {}
+        self._setup_s: dict[str, float] = {"launch": max(0.0, time.time() - self._started)}
         self._spent_s: dict[str, float] = {}
         self._ledger: Ledger | None = None
         self._faults: FaultFile | None = None
