@@ -248,6 +248,28 @@ def slow_shards(seconds: float, *, rank: int | None) -> None:
     _slow("kempnerforge.checkpoint.writer:Writer.write", seconds, rank)
 
 
+def slow_staging(seconds: float, *, rank: int | None) -> None:
+    """Every blocking copy to host buffers takes so much longer."""
+    _slow("kempnerforge.checkpoint.staging:BlockingCopy.__init__", seconds, rank)
+
+
+def busy_shards(seconds: float, *, rank: int | None) -> None:
+    """Every write of a shard keeps the interpreter busy for so long, beside the training."""
+    if not _here(rank):
+        return
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any) -> Any:
+            ends = time.monotonic() + seconds
+            while time.monotonic() < ends:
+                pass
+            return original(*args)
+
+        return replacement
+
+    _wrap("kempnerforge.checkpoint.writer:Writer.write", make)
+
+
 def slow_to_learn(seconds: float, *, rank: int | None) -> None:
     """Every look for the outcome of a save takes so much longer."""
     _slow("kempnerforge.checkpoint.board:StoreBoard.read", seconds, rank)

@@ -84,7 +84,7 @@ class TaxMeter:
 
     def boundary(self, steps: int, seconds: float) -> None:
         """An interval of ``steps`` steps has ended that took ``seconds``."""
-        self._intervals += 1
+        self._intervals += steps > 0
         warming_up = self._intervals <= WARM_UP_INTERVALS
         seconds -= self._left_out_s
         if self._beside and self._save is not None:
