@@ -45,6 +45,8 @@ class Measured:
     """Whether quiet steps are known, beside which a save can be measured."""
     tried: bool = False
     """Whether a save began since."""
+    writing: bool = False
+    """Whether one is under way."""
     mtti_s: float = math.inf
 
 
@@ -71,7 +73,9 @@ def spacing(known: Measured, *, auto: bool, max_overhead_pct: float | None) -> S
     if max_overhead_pct is None:
         return Spacing()
     if known.cost_s is None:
-        wait_s = (RETRY_S if known.tried else 0.0) if known.has_baseline else NEVER
+        wait_s = RETRY_S if known.tried else 0.0
+        if known.writing or not known.has_baseline:
+            wait_s = NEVER
         return Spacing(wait_s, wait_s if auto else NEVER)
     bound_s = 100 * known.cost_s / max_overhead_pct
     if not auto:
@@ -142,6 +146,7 @@ class Pacer:
             durable_s=statistics.fmean(save.durable_s for save in saves) if saves else 0.0,
             has_baseline=meter.quiet_step_s is not None,
             tried=meter.tried,
+            writing=meter.is_pending,
             mtti_s=expected_mtti(self._failures, exposure_s, prior_s=self._prior_s),
         )
         found = spacing(known, auto=self._auto, max_overhead_pct=self._max_pct)
@@ -158,8 +163,9 @@ class Pacer:
         if not self._is_active:
             return 0, 0
         found = self._update()
-        # A disk that is full is not looked at after every step.
-        auto_s = NEVER if self._clock.since_skip_s < RETRY_S else found.auto_s
+        # What is under way may change the spacing; a disk that is full is not looked at after every step.
+        waits = self._clock.meter.is_pending or self._clock.since_skip_s < RETRY_S
+        auto_s = NEVER if waits else found.auto_s
         return _milliseconds(found.bound_s), _milliseconds(auto_s)
 
     def paced(self, reports: list[SaveReport]) -> list[SaveReport]:

@@ -60,7 +60,8 @@ class TaxMeter:
         self._ended_s = 0.0
         self._left_out_s = 0.0
         self._save: SaveTax | None = None
-        self._pending = self._beside = False
+        self.is_pending = self._beside = False
+        """``is_pending``: a save's outcome is not known to all yet."""
         self.tried = False
         """Whether a save began since quiet steps are known."""
 
@@ -68,7 +69,7 @@ class TaxMeter:
         """In the interval that goes on."""
         self._fold_standing()
         self._save = SaveTax()
-        self._pending = self._beside = True
+        self.is_pending = self._beside = True
         self.tried |= self.quiet_step_s is not None
 
     def stood_still(self, seconds: float) -> None:
@@ -97,7 +98,7 @@ class TaxMeter:
         elif steps > 0 and not warming_up:
             self._quiet.append(seconds / steps)
         self._left_out_s = 0.0
-        self._beside = self._pending
+        self._beside = self.is_pending
 
     def save_ended(self, *, durable_s: float, at_boundary: bool) -> SaveTax:
         """All know the outcome of the pending save. ``durable_s`` is 0 for one that failed.
@@ -105,7 +106,7 @@ class TaxMeter:
         A save that ends inside an interval goes on to be charged with it: the returned object changes.
         """
         assert self._save is not None
-        self._pending = False
+        self.is_pending = False
         if at_boundary:
             self._beside = False
         save = self._save
