@@ -181,9 +181,10 @@ class Pacer:
         if self._auto and not self._held.why:
             return None
         natural_s = self._natural_s(step_s)
-        if self._auto:
-            return self._held.auto_s if natural_s is None else min(self._held.auto_s, natural_s)
-        return None if natural_s is None else max(self._held.bound_s, natural_s)
+        held_s = None if natural_s is None else max(self._held.bound_s, natural_s)
+        if not self._auto:
+            return held_s
+        return self._held.auto_s if held_s is None else min(self._held.auto_s, held_s)
 
     def _natural_s(self, step_s: float | None) -> float | None:
         """Seconds between saves that nothing stretches; None where no number is set, or none is known."""
