@@ -52,7 +52,8 @@ class CheckpointConfig(Section):
 
     max_overhead_pct: Percent | None = None
     """At most this share of the time goes into the saves that interval and interval_minutes ask for, by the
-    measured tax of a save: they come less often when it is too high. None means no bound, and 1 with interval = "auto"."""
+    measured tax of a save: they come less often when it is too high. Left at none, there is no bound, and
+    one of 1 with interval = "auto"."""
 
     expected_mtti_hours: Positive | None = None
     """For interval = "auto": mean hours to an interruption to begin with, worth one that was seen; none means
