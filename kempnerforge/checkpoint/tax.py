@@ -86,16 +86,15 @@ class TaxMeter:
     def boundary(self, steps: int, seconds: float) -> None:
         """An interval of ``steps`` steps has ended that took ``seconds``."""
         self._intervals += steps > 0
-        warming_up = self._intervals <= WARM_UP_INTERVALS
         seconds -= self._left_out_s
         if self._beside and self._save is not None:
-            step_s = None if warming_up else self.quiet_step_s
+            step_s = self.quiet_step_s
             standing_s, self._save.standing_s = self._save.standing_s, 0.0
             self._save.is_lower_bound |= step_s is None
             cost_s = standing_s if step_s is None else seconds - steps * step_s
             self._save.ended_s += cost_s
             self._ended_s += cost_s
-        elif steps > 0 and not warming_up:
+        elif steps > 0 and self._intervals > WARM_UP_INTERVALS:
             self._quiet.append(seconds / steps)
         self._left_out_s = 0.0
         self._beside = self.is_pending
