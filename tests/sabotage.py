@@ -253,21 +253,29 @@ def slow_staging(seconds: float, *, rank: int | None) -> None:
     _slow("kempnerforge.checkpoint.staging:BlockingCopy.__init__", seconds, rank)
 
 
-def busy_shards(seconds: float, *, rank: int | None) -> None:
-    """Every write of a shard keeps the interpreter busy for so long, beside the training."""
+def contended_shards(seconds: float, *, rank: int | None) -> None:
+    """Every write of a shard keeps for so long what training needs too, as it may processors and memory."""
     if not _here(rank):
         return
+    needed = threading.Lock()
 
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+    def keep(original: Callable[..., Any]) -> Callable[..., Any]:
         def replacement(*args: Any) -> Any:
-            ends = time.monotonic() + seconds
-            while time.monotonic() < ends:
-                pass
-            return original(*args)
+            with needed:
+                time.sleep(seconds)
+                return original(*args)
 
         return replacement
 
-    _wrap("kempnerforge.checkpoint.writer:Writer.write", make)
+    def need(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            with needed:
+                return original(*args, **kwargs)
+
+        return replacement
+
+    _wrap("kempnerforge.checkpoint.writer:Writer.write", keep)
+    _wrap("torch.nn.functional:cross_entropy", need)
 
 
 def slow_to_learn(seconds: float, *, rank: int | None) -> None:

@@ -51,13 +51,13 @@ def test_the_overhead_is_what_slowed_steps_cost_and_not_the_call(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"checkpoint.interval": 15})
-    ended = launcher.run(run, sabotage=[("busy_shards", {"seconds": 0.5, "rank": None})])
+    ended = launcher.run(run, sabotage=[("contended_shards", {"seconds": 1.0, "rank": None})])
     assert ended.statuses == [0], ended.output
     first, last = (row for row in commits(run) if row["checkpoint/lag_steps"])
     for row in (first, last):
         assert not row["checkpoint/tax_is_lower_bound"]
         assert row["checkpoint/tax_s"] > 3 * row["checkpoint/blocking_s"]
-        assert row["checkpoint/tax_s"] < row["checkpoint/total_s"] + 1
+        assert row["checkpoint/tax_s"] > 0.5, "the call returned at once, the step behind it took a second"
     elapsed_s = first["time"] - min(began(run).values())
     call_pct = 100 * first["checkpoint/blocking_s"] / elapsed_s
     assert first["checkpoint/overhead_pct"] > 2 * call_pct
@@ -126,7 +126,7 @@ def test_an_expensive_save_stretches_the_interval_for_all_ranks_alike(
 ) -> None:
     pace = {"checkpoint.interval": 4, "checkpoint.max_overhead_pct": 10.0}
     run = make_run(tmp_path, corpus, **SETTINGS, **pace)
-    ended = launcher.run(run, ranks=2, sabotage=[("slow_staging", {"seconds": 0.4, "rank": 1})])
+    ended = launcher.run(run, ranks=2, sabotage=[("slow_staging", {"seconds": 0.8, "rank": 1})])
     assert ended.statuses == [0, 0], ended.output
     assert re.search(r"stretched to .* s \(a save costs .*max_overhead_pct is 10\)", ended.outputs[0])
     saved, done = commits(run), began(run)
@@ -146,7 +146,7 @@ def test_an_expensive_save_stretches_the_interval_for_all_ranks_alike(
 def test_a_loop_of_ones_own_is_measured_and_paced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    slow_s, write = 0.05, Writer.write
+    slow_s, write = 0.15, Writer.write
 
     def slow_write(*args: Any) -> Any:
         time.sleep(slow_s)
@@ -169,9 +169,9 @@ def test_a_loop_of_ones_own_is_measured_and_paced(
         optimizer.step()
         optimizer.zero_grad()
         beside = ckpt.in_flight is not None and mode == "async"
-        time.sleep(0.03 if beside else 0.005)
+        time.sleep(0.1 if beside else 0.005)
         if beside:
-            slowed_s[state.step] = 0.025
+            slowed_s[state.step] = 0.095
         state.advance()
         reports += ckpt.after_step(state)
     ckpt.finish(state)
