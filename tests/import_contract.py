@@ -30,6 +30,7 @@ IMPORT_CALLS = ("importlib.import_module", "import_module", "__import__")
 NO_TORCH = (
     *("errors", "fsio", "config", "goodput", "slurm", "plan"),
     *("checkpoint.layout", "checkpoint.manifest", "checkpoint.index", "checkpoint.policy"),
+    *("checkpoint.pace", "checkpoint.tax"),
     *("checkpoint.retention", "checkpoint.lease", "checkpoint.space", "checkpoint.verify"),
     *("checkpoint.holder", "checkpoint.timeline", "checkpoint.rollback", "checkpoint.fork"),
     *("checkpoint.quota", "checkpoint.run_record", "checkpoint.keep", "checkpoint.pins", "checkpoint.holds"),

@@ -248,6 +248,36 @@ def slow_shards(seconds: float, *, rank: int | None) -> None:
     _slow("kempnerforge.checkpoint.writer:Writer.write", seconds, rank)
 
 
+def slow_staging(seconds: float, *, rank: int | None) -> None:
+    """Every blocking copy to host buffers takes so much longer."""
+    _slow("kempnerforge.checkpoint.staging:BlockingCopy.__init__", seconds, rank)
+
+
+def contended_shards(seconds: float, *, rank: int | None) -> None:
+    """Every write of a shard keeps for so long what training needs too, as it may processors and memory."""
+    if not _here(rank):
+        return
+    needed = threading.Lock()
+
+    def keep(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any) -> Any:
+            with needed:
+                time.sleep(seconds)
+                return original(*args)
+
+        return replacement
+
+    def need(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            with needed:
+                return original(*args, **kwargs)
+
+        return replacement
+
+    _wrap("kempnerforge.checkpoint.writer:Writer.write", keep)
+    _wrap("torch.nn.functional:cross_entropy", need)
+
+
 def slow_to_learn(seconds: float, *, rank: int | None) -> None:
     """Every look for the outcome of a save takes so much longer."""
     _slow("kempnerforge.checkpoint.board:StoreBoard.read", seconds, rank)

@@ -19,6 +19,7 @@ from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.keep import KeepPolicy
 from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.pace import Pacer
 from kempnerforge.checkpoint.policy import SavePolicy
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.report import RunContext, SaveReport
@@ -80,6 +81,7 @@ class CheckpointManager:
         self._saver = Saver(
             self._checkpointer, self.folder, self._control, max_failed_saves=config.max_failed_saves
         )
+        self._pacer = Pacer(config, self._saver.clock, rank=self._control.rank, ranks=self._control.num_ranks)
 
     # -- resume ------------------------------------------------------------------------------------------
 
@@ -102,7 +104,8 @@ class CheckpointManager:
             self._control.on_rank0(lambda: self._link_and_prune(result.step))
         if self._policy.plans_saves or self.config.save_last:
             result.space_warning = self._prepare_saves(state)
-        self._saver.clock.restart()
+        self._pacer.remember(self.run_dir, resumed_at=state.step)
+        self._saver.clock.restart(state.step)
         return result
 
     def _prepare_saves(self, state: TrainState) -> str:
@@ -118,7 +121,7 @@ class CheckpointManager:
     # -- save --------------------------------------------------------------------------------------------
 
     def vote(self, *, requested: bool = False) -> tuple[int, ...]:
-        """This rank's part in the agreement after a step: a wish to save, the clock, which save is settled.
+        """This rank's part in the agreement after a step: a wish, the clock, which save is settled, the pace.
 
         ``requested``: this rank was asked, by a signal say, to save. The first rank also looks for the file
         ``checkpoint.request`` in the run's folder, and its clock is the one that counts.
@@ -127,7 +130,7 @@ class CheckpointManager:
         wish = requested or (first and self._request_file_is_there())
         since_ms = int(1000 * self._saver.clock.since_save_s) if first else 0
         lost = self._lease is not None and bool(self._lease.lost)
-        return int(wish), since_ms, self._saver.settled(), int(lost)
+        return int(wish), since_ms, self._saver.settled(), int(lost), *self._pacer.votes()
 
     def decide(self, step: int, agreed: Sequence[int]) -> str | None:
         """From the maxima of all ranks' votes: why to save now, or None.
@@ -136,12 +139,16 @@ class CheckpointManager:
         is being written is put off to the next step and counted. Raises on all ranks: SaveFailedError after
         ``max_failed_saves`` failures in a row, LeaseLostError when another attempt has taken the run over.
         """
-        requested, since_ms, settled, lost = agreed
+        requested, since_ms, settled, lost, *pace = agreed
+        self._saver.clock.boundary(step)
         if lost:
             why = self._control.on_rank0(lambda: self._lease.lost if self._lease is not None else "")
             raise as_agreed(LeaseLostError(why))
         self._saver.learn(settled, step=step)
-        due = self._policy.due(step, seconds_since_last_save=since_ms / 1000, requested=bool(requested))
+        since_s, bound_s, auto_s = (milliseconds / 1000 for milliseconds in (since_ms, *pace))
+        due = self._policy.due(
+            step, seconds_since_last_save=since_s, requested=bool(requested), bound_s=bound_s, auto_s=auto_s
+        )
         return self._saver.choose(due)
 
     def _request_file_is_there(self) -> bool:
@@ -288,7 +295,15 @@ class CheckpointManager:
 
     def poll(self) -> list[SaveReport]:
         """Outcomes of saves that all ranks have learnt of since the last call. Never blocks."""
-        return self._saver.reports()
+        return self._pacer.paced(self._saver.reports())
+
+    def news(self) -> str:
+        """What has changed in the pace of saves since the last call, in words, on the first rank."""
+        return self._pacer.news()
+
+    def leave_out(self, seconds: float) -> None:
+        """So much time since the last step was no part of it, a validation say: no tax of a save."""
+        self._saver.clock.meter.left_out(seconds)
 
     def finish(self, state: TrainState) -> None:
         """Commit the last step, if it is not and ``save_last`` is set; otherwise wait for what is pending.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +17,10 @@ class Moment:
     """Optimizer steps done."""
     seconds_since_last_save: float = 0.0
     """By one clock for all ranks: rank 0's. Since the start of the attempt, if it has saved nothing yet."""
+    bound_s: float = 0.0
+    """Seconds that must lie between the last save and one that an interval makes due."""
+    auto_s: float = math.inf
+    """Seconds between saves as ``pace`` works them out."""
     requested: bool = False
     """Whether a user asked for a save: by a file, or by a signal."""
 
@@ -83,14 +88,15 @@ class PowersOfTwo:
 
 @dataclass(frozen=True)
 class EverySteps:
-    """Multiples of ``interval``."""
+    """Multiples of ``interval``; under a bound, those that are late enough."""
 
     interval: int
     reason: str = "interval"
 
     def due(self, moment: Moment) -> bool:
         """True at a multiple; step 0 is ``FirstStep``'s."""
-        return moment.step > 0 and moment.step % self.interval == 0
+        late_enough = moment.seconds_since_last_save >= moment.bound_s
+        return moment.step > 0 and moment.step % self.interval == 0 and late_enough
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,18 @@ class EveryMinutes:
 
     def due(self, moment: Moment) -> bool:
         """True once the last save is ``minutes`` ago; a step must have been done since the start."""
-        return moment.step > 0 and moment.seconds_since_last_save >= 60 * self.minutes
+        return moment.step > 0 and moment.seconds_since_last_save >= max(60 * self.minutes, moment.bound_s)
+
+
+@dataclass(frozen=True)
+class Auto:
+    """A spacing that is worked out while training: see ``pace``."""
+
+    reason: str = "auto"
+
+    def due(self, moment: Moment) -> bool:
+        """True once the last save is as long ago as ``pace`` wants; a step must have been done."""
+        return moment.step > 0 and moment.seconds_since_last_save >= moment.auto_s
 
 
 @dataclass(frozen=True)
@@ -121,7 +138,9 @@ class SavePolicy:
             policies.append(ListedSteps(frozenset(config.at_steps)))
         if window := config.dyn_ckpt_window:
             policies.append(PowersOfTwo(window.start, window.stop))
-        if config.interval:
+        if config.interval == "auto":
+            policies.append(Auto())
+        elif config.interval:
             policies.append(EverySteps(config.interval))
         if config.interval_minutes is not None:
             policies.append(EveryMinutes(config.interval_minutes))
@@ -132,12 +151,20 @@ class SavePolicy:
         """Whether any save is planned; one may always be asked for."""
         return any(not isinstance(policy, OnRequest) for policy in self.policies)
 
-    def due(self, step: int, *, seconds_since_last_save: float = 0.0, requested: bool = False) -> str | None:
-        """Why to save after ``step``: ``asked``, ``first``, ``listed``, ``dynamics``, ``interval`` or
-        ``minutes``; None when no save is due.
+    def due(
+        self,
+        step: int,
+        *,
+        seconds_since_last_save: float = 0.0,
+        requested: bool = False,
+        bound_s: float = 0.0,
+        auto_s: float = math.inf,
+    ) -> str | None:
+        """Why to save after ``step``: ``asked``, ``first``, ``listed``, ``dynamics``, ``auto``, ``interval``
+        or ``minutes``; None when no save is due.
 
         Pure: the same arguments give the same answer on every rank. A save that is put off stays the caller's
         to remember.
         """
-        moment = Moment(step, seconds_since_last_save, requested)
+        moment = Moment(step, seconds_since_last_save, bound_s, auto_s, requested)
         return next((policy.reason for policy in self.policies if policy.due(moment)), None)

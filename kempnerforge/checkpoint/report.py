@@ -42,7 +42,14 @@ class SaveReport:
     """Steps that were done before all ranks knew of the commit."""
     deferred: int = 0
     """Steps by which it was put off, because an earlier save was still being written."""
+    tax_s: float = 0.0
+    """How much longer the loop took because of it, as far as is known now; see ``tax``."""
+    tax_is_lower_bound: bool = False
+    """Only the time that the loop stood still could be counted: no quiet steps are known."""
     overhead_pct: float = 0.0
+    """The tax of all saves of this attempt, in percent of its time in the loop."""
+    interval_s: float | None = None
+    """Seconds between saves as they are paced now, on the first rank; None where nothing paces them."""
     pending: bool = False
     """It has only begun."""
     skipped: str = ""
@@ -69,5 +76,8 @@ class SaveReport:
             "checkpoint/write_gb_per_s": self.size_bytes / max(self.write_s, 1e-9) / 1e9,
             "checkpoint/lag_steps": self.lag_steps,
             "checkpoint/deferred": self.deferred,
+            "checkpoint/tax_s": self.tax_s,
+            "checkpoint/tax_is_lower_bound": self.tax_is_lower_bound,
             "checkpoint/overhead_pct": self.overhead_pct,
+            **({} if self.interval_s is None else {"checkpoint/interval_s": self.interval_s}),
         }

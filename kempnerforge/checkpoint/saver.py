@@ -81,12 +81,18 @@ class Saver:
         Raises SaveFailedError on all ranks after too many failures in a row.
         """
         if self._pending is not None and settled >= self._pending.number:
-            self.settle(step)
+            self._settle(self._await_outcome(), step, at_boundary=True)
 
-    def settle(self, step: int) -> None:
-        """Wait for the outcome of the pending save, if there is one."""
-        if self._pending is not None:
-            self._settle(self._await_outcome(), step)
+    def settle(self, step: int) -> float:
+        """Wait for the outcome of the pending save, if there is one; returns the seconds that this took."""
+        if self._pending is None:
+            return 0.0
+        started = time.perf_counter()
+        result = self._await_outcome()
+        waited_s = time.perf_counter() - started
+        self.clock.meter.stood_still(waited_s)
+        self._settle(result, step)
+        return waited_s
 
     def choose(self, due: str | None) -> str | None:
         """Why to save now: ``due``, or what was put off; None while an earlier save is being written."""
@@ -100,11 +106,11 @@ class Saver:
     def save(self, snapshot: Snapshot, *, reason: str, wait: bool) -> SaveReport:
         """Begin to save; with ``wait``, return after the commit and raise if there is none."""
         started = time.perf_counter()
-        self.settle(snapshot.step)
+        counted_s = self.settle(snapshot.step)
         if snapshot.step == self.committed_step:
             return SaveReport(snapshot.step, reason, blocking_s=0.0)
         self._number += 1
-        self.clock.saved()
+        self.clock.save_begins()
         deferred, self._deferred, self._put_off = self._deferred, 0, None
         pending = _Pending(snapshot.step, self._number, reason, deferred=deferred)
         try:
@@ -119,22 +125,26 @@ class Saver:
                 after_commit=snapshot.after_commit,
             )
         except SaveFailedError as error:
-            pending.blocking_s = time.perf_counter() - started
-            self._pending = pending
+            self._pending = self._returns(pending, started, counted_s)
             return self._settle(SaveResult(error=str(error)), snapshot.step, must_hold=wait)
         self._pending = pending
         if wait or self._checkpointer.blocks:
             outcome = self._await_outcome()
-            pending.blocking_s = time.perf_counter() - started
-            self.clock.blocked(pending.blocking_s)
+            self._returns(pending, started, counted_s)
             return self._settle(outcome, snapshot.step, must_hold=wait)
-        pending.blocking_s = time.perf_counter() - started
-        self.clock.blocked(pending.blocking_s)
+        self._returns(pending, started, counted_s)
         return SaveReport(snapshot.step, reason, blocking_s=pending.blocking_s, pending=True)
+
+    def _returns(self, pending: _Pending, started: float, counted_s: float) -> _Pending:
+        """The call is over; ``counted_s`` of it, for an earlier save, are counted already."""
+        pending.blocking_s = time.perf_counter() - started
+        self.clock.meter.stood_still(pending.blocking_s - counted_s)
+        return pending
 
     def skip(self, step: int, reason: str, why: str) -> SaveReport:
         """Leave a save out; the next one that is due is looked at anew."""
         self._put_off = None
+        self.clock.skipped()
         report = SaveReport(step, reason, blocking_s=0.0, skipped=why)
         self._reports.append(report)
         return report
@@ -147,7 +157,7 @@ class Saver:
         self._checkpointer.wait_for_staging()
         waited_s = time.perf_counter() - started
         self._pending.blocking_s += waited_s
-        self.clock.blocked(waited_s)
+        self.clock.meter.stood_still(waited_s)
 
     def reports(self) -> list[SaveReport]:
         """Outcomes since the last call."""
@@ -176,9 +186,12 @@ class Saver:
         self._control.agree([0])
         return result
 
-    def _settle(self, result: SaveResult, step: int, *, must_hold: bool = False) -> SaveReport:
+    def _settle(
+        self, result: SaveResult, step: int, *, must_hold: bool = False, at_boundary: bool = False
+    ) -> SaveReport:
         pending, self._pending = self._pending, None
         assert pending is not None
+        tax = self.clock.meter.save_ended(durable_s=result.total_s, at_boundary=at_boundary)
         report = SaveReport(
             pending.step,
             pending.reason,
@@ -189,6 +202,8 @@ class Saver:
             size_bytes=result.size_bytes,
             lag_steps=step - pending.step,
             deferred=pending.deferred,
+            tax_s=tax.tax_s,
+            tax_is_lower_bound=tax.is_lower_bound,
             overhead_pct=self.clock.overhead_pct,
             error=result.error,
             warnings=tuple(result.warnings),

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from kempnerforge.config.section import AtLeastOne, AtLeastZero, NonEmpty, Positive, Section
 
+Percent = Annotated[float, Field(gt=0, le=100)]
 LoadablePart = Literal["model", "optimizer", "scheduler", "data", "rng"]
 
 
@@ -42,11 +43,21 @@ class CheckpointConfig(Section):
     dir: NonEmpty | None = None
     """Where the checkpoints are; none means checkpoints/ in the run's folder."""
 
-    interval: AtLeastZero = 100
-    """Steps between saves; 0 means that no number of steps makes a save due."""
+    interval: AtLeastZero | Literal["auto"] = 100
+    """Steps between saves; 0 means that no number of steps makes a save due; "auto" works out the seconds
+    between saves from what a save is measured to cost and how often this run was interrupted."""
 
     interval_minutes: Positive | None = None
     """A save is due, too, when the last one is this many minutes ago."""
+
+    max_overhead_pct: Percent | None = None
+    """At most this share of the time goes into the saves that interval and interval_minutes ask for, by the
+    measured tax of a save: they come less often when it is too high. Left at none, there is no bound, and
+    one of 1 with interval = "auto"."""
+
+    expected_mtti_hours: Positive | None = None
+    """For interval = "auto": mean hours to an interruption to begin with, worth one that was seen; none means
+    50,000 h shared by the ranks, at most 24 h."""
 
     at_steps: list[AtLeastOne] = []  # noqa: RUF012 - pydantic copies it
     """Further steps to save."""

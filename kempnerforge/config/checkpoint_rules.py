@@ -26,7 +26,8 @@ def checkpoint_dir_is_plain(checkpoint: CheckpointConfig) -> list[Fault]:
 
 def saves_happen(checkpoint: CheckpointConfig, train: TrainConfig) -> list[Fault]:
     """A run that asks for checkpoints gets at least one."""
-    if checkpoint.save_last or checkpoint.save_first or checkpoint.interval_minutes is not None:
+    by_time = checkpoint.interval_minutes is not None or checkpoint.interval == "auto"
+    if checkpoint.save_last or checkpoint.save_first or by_time:
         return []
     steps = _scheduled_steps(checkpoint)
     if not steps or min(steps) <= train.max_steps:
@@ -40,7 +41,13 @@ def saves_happen(checkpoint: CheckpointConfig, train: TrainConfig) -> list[Fault
 def _scheduled_steps(checkpoint: CheckpointConfig) -> list[int]:
     """The steps that are listed, those of the window, and the first one of the interval."""
     steps = [*checkpoint.at_steps, *_window_steps(checkpoint)]
-    return [*steps, checkpoint.interval] if checkpoint.interval else steps
+    every = _every(checkpoint)
+    return [*steps, every] if every else steps
+
+
+def _every(checkpoint: CheckpointConfig) -> int:
+    """Steps between saves; 0 when no number of steps makes one due."""
+    return 0 if checkpoint.interval == "auto" else checkpoint.interval
 
 
 def _window_steps(checkpoint: CheckpointConfig) -> list[int]:
@@ -63,7 +70,7 @@ def dynamics_window_holds_steps(checkpoint: CheckpointConfig) -> list[Fault]:
 
 def milestones_are_saved(checkpoint: CheckpointConfig, train: TrainConfig) -> list[Fault]:
     """Each milestone within the run is a step that is saved."""
-    interval, saved = checkpoint.interval, {*checkpoint.at_steps, *_window_steps(checkpoint)}
+    interval, saved = _every(checkpoint), {*checkpoint.at_steps, *_window_steps(checkpoint)}
     if checkpoint.save_first:
         saved.add(0)
     if checkpoint.save_last:
@@ -78,6 +85,19 @@ def milestones_are_saved(checkpoint: CheckpointConfig, train: TrainConfig) -> li
     steps = ", ".join(map(str, missed))
     how = "set save_first = true" if missed == [0] else f"put {steps} into at_steps too"
     return [Fault("checkpoint.keep_steps", f"nothing is set to save {steps}", how)]
+
+
+def pace_has_saves(checkpoint: CheckpointConfig) -> list[Fault]:
+    """What paces saves needs saves that it paces."""
+    faults = []
+    hours, percent = checkpoint.expected_mtti_hours, checkpoint.max_overhead_pct
+    if hours is not None and checkpoint.interval != "auto":
+        problem = f'{hours:g} has no effect unless checkpoint.interval is "auto"'
+        faults.append(Fault("checkpoint.expected_mtti_hours", problem, "leave it out"))
+    if percent is not None and checkpoint.interval == 0 and checkpoint.interval_minutes is None:
+        problem = f"{percent:g} has no effect: interval is 0 and interval_minutes is not set"
+        faults.append(Fault("checkpoint.max_overhead_pct", problem, "set one of them, or leave it out"))
+    return faults
 
 
 def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> list[Fault]:
@@ -119,6 +139,7 @@ RULES: tuple[Callable[..., list[Fault]], ...] = (
     saves_happen,
     dynamics_window_holds_steps,
     milestones_are_saved,
+    pace_has_saves,
     best_goes_by_a_metric,
     exclusions_have_a_source,
 )

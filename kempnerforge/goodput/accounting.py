@@ -133,7 +133,9 @@ def saving(history: Sequence[AttemptHistory], *, wall_s: float) -> dict[str, Any
         name: {f"p{percent}": _quantile([event[name] for event in commits], percent) for percent in (50, 99)}
         for name in ("blocking_s", "write_s", "commit_s", "total_s")
     }
-    stall_s, lag_s = timings["blocking_s"]["p50"], timings["total_s"]["p50"]
+    # An older ledger knows no tax, nor does a save before the first quiet steps.
+    taxes = [max(event.get("tax_s") or 0.0, event["blocking_s"]) for event in commits]
+    stall_s, lag_s = _quantile(taxes, 50), timings["total_s"]["p50"]
     interval_s = _quantile([gap for one in history for gap in _gaps(one)], 50)
     found: dict[str, Any] = {
         "commits": len(commits),
@@ -192,6 +194,29 @@ def _restart_s(history: Sequence[AttemptHistory]) -> float:
         if one.start is not None and one.resume is not None
     ]
     return sum(took_s) / len(took_s) if took_s else 0.0
+
+
+def interruptions(
+    history: Sequence[AttemptHistory], *, resumed_at: int, rollbacks: Sequence[int] = ()
+) -> tuple[int, float]:
+    """Failures in training, and the seconds that were trained, of all attempts but the last, which runs.
+
+    An attempt that ended in a fault or was lost is a failure; so is one that was stopped and lost steps (it
+    had no time to save), unless a rollback, an attempt number in ``rollbacks``, took them. One that did not
+    get as far as training counts for nothing: no saving would have helped it. ``resumed_at``: the step that
+    the running attempt went on from.
+    """
+    trained = [one for one in history if one.resume is not None and not one.is_last]
+    failures, seconds = 0, 0.0
+    for place, one in enumerate(trained):
+        assert one.resume is not None
+        seconds += max(0.0, one.last_seen - one.resume["time"])
+        later = trained[place + 1] if place + 1 < len(trained) else history[-1]
+        next_began = resumed_at if later.is_last else later.began_at or 0
+        rolled_back = any(one.number < number <= later.number for number in rollbacks)
+        cut_short = one.kind in ("stopped", "deadline") and next_began < one.last_step and not rolled_back
+        failures += one.kind in INTERRUPTIONS or cut_short
+    return failures, seconds
 
 
 def _quantile(values: list[float], percent: int) -> float | None:

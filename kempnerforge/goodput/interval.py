@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 
+RANK_S_PER_FAILURE = 50_000 * 3600.0
+"""A rank's time for one failure: 419 in 54 days on 16,384 GPUs are 50,676 h (The Llama 3 Herd of Models)."""
+LONGEST_PRIOR_S = 24 * 3600.0
+"""Small jobs are not ended by GPUs but by preemption, their nodes, and their own mistakes."""
+
 
 def young(stall_s: float, mtti_s: float) -> float:
     """Seconds between saves by Young (1974): sqrt(2 S M)."""
@@ -35,6 +40,21 @@ def expected_overhead(
     """
     useful = 1 - (restart_s + lag_s + interval_s / 2) / mtti_s
     return min(1.0, 1 - useful / (1 + stall_s / interval_s))
+
+
+def prior_mtti(num_ranks: int) -> float:
+    """Mean seconds to an interruption to reckon with before anything is known of a run."""
+    return min(RANK_S_PER_FAILURE / num_ranks, LONGEST_PRIOR_S)
+
+
+def expected_mtti(failures: int, exposure_s: float, *, prior_s: float) -> float:
+    """Mean seconds to an interruption: (prior + exposure) / (1 + failures).
+
+    Failures are Poisson with a rate that is Gamma distributed with shape 1 and rate ``prior_s``, which is
+    worth one failure seen in that time; this is one over the mean of the posterior (Gelman et al., Bayesian
+    Data Analysis, 3rd ed., 2.6).
+    """
+    return (prior_s + exposure_s) / (1 + failures)
 
 
 def rate_bounds(failures: int, *, confidence: float = 0.95) -> tuple[float, float]:

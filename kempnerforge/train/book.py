@@ -117,7 +117,8 @@ class AttemptBook:
         """The outcome of a save is known."""
         if not report.error and not report.skipped:
             names = ("step", "reason", "blocking_s", "write_s", "commit_s", "total_s", "size_bytes")
-            self._write("commit", **{name: getattr(report, name) for name in names})
+            tax_s = None if report.tax_is_lower_bound else report.tax_s
+            self._write("commit", **{name: getattr(report, name) for name in names}, tax_s=tax_s)
 
     def fault(self, error: BaseException) -> None:
         """An error ends this rank. What all ranks raise together, rank 0 tells in the end alone."""

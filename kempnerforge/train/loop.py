@@ -91,6 +91,8 @@ def _save_if_agreed(run: Run) -> Agreed:
         run.progress.begin("save", run.state.step)
         run.ckpt.save(run.state, wait=agreed.stop is not None, reason=agreed.save)
     _report_saves(run)
+    if news := run.ckpt.news():
+        run.reports.note(news)
     if news := stopping.step_begins():
         run.reports.note(news)
     return agreed
@@ -139,7 +141,9 @@ def evaluate(run: Run) -> None:
     run.progress.begin("eval", run.state.step)
     started = time.perf_counter()
     loss = validation_loss(run.step, run.val_samples, run.job, run.geometry, rank=run.world.rank)
-    run.book.spent("eval", time.perf_counter() - started)
+    taken_s = time.perf_counter() - started
+    run.book.spent("eval", taken_s)
+    run.ckpt.leave_out(taken_s)
     run.ckpt.record_metrics(run.state.step, {"eval/loss": loss})
     run.eval_losses.append((run.state.step, loss))
     run.reports.write({"step": run.state.step, "eval/loss": loss})

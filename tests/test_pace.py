@@ -1,0 +1,289 @@
+"""How far apart saves are: tables of what is known and what follows; the words for it; earlier attempts."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kempnerforge.checkpoint.pace import (
+    LONGEST_S,
+    NEVER,
+    RETRY_S,
+    SHORTEST_S,
+    Measured,
+    Pacer,
+    Spacing,
+    spacing,
+    steady,
+)
+from kempnerforge.checkpoint.policy import SavePolicy
+from kempnerforge.checkpoint.tax import StepClock
+from kempnerforge.config.schema import CheckpointConfig
+from kempnerforge.goodput.accounting import interruptions, saving
+from kempnerforge.goodput.history import derive
+from kempnerforge.goodput.interval import daly, expected_mtti, prior_mtti
+
+HOUR = 3600.0
+COLD = Measured()
+FIRST = Measured(has_baseline=True)
+WRITING = Measured(has_baseline=True, tried=True, writing=True)
+TRIED = Measured(has_baseline=True, tried=True)
+
+
+def known(cost_s: float, *, mtti_s: float = 24 * HOUR, durable_s: float = 1.0) -> Measured:
+    return Measured(cost_s=cost_s, durable_s=durable_s, has_baseline=True, tried=True, mtti_s=mtti_s)
+
+
+TABLE: list[tuple[str, Measured, bool, float | None, Spacing]] = [
+    ("nothing paces", known(5.0), False, None, Spacing(0.0, NEVER)),
+    ("before quiet steps are known nothing could be measured", COLD, False, 1.0, Spacing(NEVER, NEVER)),
+    ("the first save comes as soon as it can be measured", FIRST, True, 1.0, Spacing(0.0, 0.0)),
+    ("the first multiple", FIRST, False, 1.0, Spacing(0.0, NEVER)),
+    ("it is under way", WRITING, True, 1.0, Spacing(NEVER, NEVER)),
+    ("it has failed", TRIED, True, 1.0, Spacing(RETRY_S, RETRY_S)),
+    ("a bound alone", known(0.5), False, 2.0, Spacing(25.0, NEVER)),
+    ("a bound of all time", known(0.5), False, 100.0, Spacing(0.5, NEVER)),
+    ("Daly", known(2.0, mtti_s=HOUR), True, 10.0, Spacing(20.0, daly(2.0, HOUR), "failures")),
+    ("Daly, with few failures", known(0.5), True, 1.0, Spacing(50.0, daly(0.5, 24 * HOUR), "failures")),
+    ("the bound is longer", known(2.0, mtti_s=HOUR), True, 1.0, Spacing(200.0, 200.0, "overhead")),
+    ("writing is longer", known(0.5, durable_s=900.0), True, 1.0, Spacing(50.0, 900.0, "writing")),
+    ("no shorter than this", known(0.0), True, 1.0, Spacing(0.0, SHORTEST_S, "failures")),
+    ("no longer than this", known(90.0, mtti_s=1e9), True, 100.0, Spacing(90.0, LONGEST_S, "failures")),
+    ("unless the bound says so", known(600.0), True, 1.0, Spacing(60_000.0, 60_000.0, "overhead")),
+]
+
+
+@pytest.mark.parametrize(("what", "measured", "auto", "percent", "expected"), TABLE)
+def test_spacing(what: str, measured: Measured, auto: bool, percent: float | None, expected: Spacing) -> None:
+    found = spacing(measured, auto=auto, max_overhead_pct=percent)
+    assert (found.bound_s, found.auto_s) == pytest.approx((expected.bound_s, expected.auto_s)), what
+    assert found.why == expected.why
+
+
+@given(
+    cost_s=st.floats(0, 1e5),
+    mtti_s=st.floats(1, 1e9),
+    durable_s=st.floats(0, 1e5),
+    percent=st.floats(0.01, 100),
+)
+def test_auto_keeps_its_promises(cost_s: float, mtti_s: float, durable_s: float, percent: float) -> None:
+    found = spacing(known(cost_s, mtti_s=mtti_s, durable_s=durable_s), auto=True, max_overhead_pct=percent)
+    assert found.auto_s >= max(found.bound_s, durable_s, SHORTEST_S)
+    assert cost_s <= found.auto_s * percent / 100 * (1 + 1e-9)
+    assert found.auto_s <= max(LONGEST_S, found.bound_s, durable_s)
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "expected"),
+    [
+        (NEVER, NEVER, NEVER),
+        (NEVER, 0.0, 0.0),
+        (0.0, 60.0, 60.0),
+        (100.0, 100.1, 100.1),
+        (100.0, 99.0, 100.0),
+        (100.0, 81.0, 100.0),
+        (100.0, 79.0, 79.0),
+    ],
+)
+def test_a_spacing_rises_at_once_and_falls_by_a_good_part_only(
+    held: float, wanted: float, expected: float
+) -> None:
+    assert steady(held, wanted) == expected
+
+
+def policy(**settings: Any) -> SavePolicy:
+    return SavePolicy.from_config(CheckpointConfig.model_validate(settings))
+
+
+def test_the_bound_holds_intervals_and_nothing_else() -> None:
+    found = policy(interval=10, interval_minutes=1.0, at_steps=[20], save_first=True)
+    held = {"seconds_since_last_save": 60.0, "bound_s": 90.0}
+    assert found.due(10, **held) is None
+    assert found.due(11, **held) is None, "nor minutes"
+    assert found.due(20, **held) == "listed"
+    assert found.due(0, **held) == "first"
+    assert found.due(10, requested=True, **held) == "asked"
+    assert found.due(30, seconds_since_last_save=90.0, bound_s=90.0) == "interval"
+    assert found.due(31, seconds_since_last_save=90.0, bound_s=90.0) == "minutes"
+
+
+def test_auto_is_due_by_the_clock_after_a_step() -> None:
+    found = policy(interval="auto")
+    assert found.due(7, seconds_since_last_save=9.9, auto_s=10.0) is None
+    assert found.due(7, seconds_since_last_save=10.0, auto_s=10.0) == "auto"
+    assert found.due(0, seconds_since_last_save=10.0, auto_s=10.0) is None
+    assert found.due(7, seconds_since_last_save=1e9) is None, "not before anything was agreed on"
+    assert found.plans_saves
+
+
+# -- failures ----------------------------------------------------------------------------------------------
+
+
+def test_failures_change_what_is_expected_by_as_much_as_they_say() -> None:
+    assert prior_mtti(1) == prior_mtti(8) == 24 * HOUR
+    assert prior_mtti(16_384) == pytest.approx(3.05 * HOUR, rel=0.01), "Llama 3: 419 in 54 days"
+    assert expected_mtti(0, 0.0, prior_s=24 * HOUR) == 24 * HOUR
+    assert expected_mtti(0, 240 * HOUR, prior_s=24 * HOUR) == 264 * HOUR
+    assert expected_mtti(5, 36 * HOUR, prior_s=24 * HOUR) == 10 * HOUR
+    assert expected_mtti(1000, 1000 * HOUR, prior_s=24 * HOUR) == pytest.approx(HOUR, rel=0.03)
+
+
+def attempts(*rows: tuple[str, int, int, float], running: bool = True) -> list[dict[str, Any]]:
+    """Events of attempts as (kind, began at, last step, seconds trained); then of one that runs."""
+    events: list[dict[str, Any]] = []
+    now = 0.0
+    for number, (kind, began, last, seconds) in enumerate(rows, 1):
+        layout = {"num_ranks": 2 if number > 1 else 1}
+        common = {"attempt": number}
+        events.append({"event": "start", "time": now, "layout": layout, "process_started": now, **common})
+        if kind != "config":
+            events.append({"event": "resume", "step": began, "time": now + 5, **common})
+            events.append({"event": "progress", "step": last, "time": now + 5 + seconds, **common})
+        commit = {"blocking_s": 0.5, "total_s": 3.0, "write_s": 2.0, "commit_s": 0.1, "tax_s": float(number)}
+        events.append({"event": "commit", "step": began, "time": now + 5, **common, **commit})
+        if kind != "lost":
+            end = {"kind": kind, "reason": kind, "step": last, "time": now + 5 + seconds}
+            events.append({"event": "end", **end, **common})
+        now += 1000.0
+    if running:
+        start = {"event": "start", "attempt": len(rows) + 1, "time": now, "process_started": now}
+        events.append({**start, "layout": {"num_ranks": 2}})
+    return events
+
+
+FAILURES: list[tuple[str, list[tuple[str, int, int, float]], int, list[int], tuple[int, float]]] = [
+    ("none yet", [], 0, [], (0, 0.0)),
+    ("killed", [("lost", 0, 50, 100.0), ("lost", 40, 90, 100.0)], 80, [], (2, 200.0)),
+    ("a fault of its own", [("fault", 0, 50, 100.0)], 40, [], (1, 100.0)),
+    ("stopped in time", [("stopped", 0, 50, 100.0), ("deadline", 50, 90, 70.0)], 90, [], (0, 170.0)),
+    ("stopped, and steps were lost", [("stopped", 0, 50, 100.0)], 40, [], (1, 100.0)),
+    ("the same between attempts", [("deadline", 0, 50, 9.0), ("stopped", 40, 90, 9.0)], 90, [], (1, 18.0)),
+    ("rolled back by a user", [("stopped", 0, 50, 100.0), ("config", 0, 0, 0.0)], 40, [2], (0, 100.0)),
+    ("finished and gone on with", [("finished", 0, 50, 100.0)], 50, [], (0, 100.0)),
+    ("did not get as far as training", [("config", 0, 0, 0.0)], 0, [], (0, 0.0)),
+]
+
+
+@pytest.mark.parametrize(("what", "rows", "resumed_at", "rollbacks", "expected"), FAILURES)
+def test_what_counts_as_a_failure_in_training(
+    what: str, rows: Any, resumed_at: int, rollbacks: list[int], expected: tuple[int, float]
+) -> None:
+    history = derive(attempts(*rows), [], rollbacks=rollbacks)
+    found = interruptions(history, resumed_at=resumed_at, rollbacks=rollbacks)
+    assert found == expected, what
+
+
+def test_the_report_reckons_with_the_tax_where_the_ledger_has_one() -> None:
+    events = attempts(("lost", 0, 50, 100.0), ("lost", 40, 90, 100.0), ("lost", 80, 95, 100.0))
+    assert saving(derive(events, []), wall_s=3000.0)["daly_s"] == pytest.approx(daly(2.0, 1000.0))
+    for event in events:
+        event.pop("tax_s", None)
+    assert saving(derive(events, []), wall_s=3000.0)["daly_s"] == pytest.approx(daly(0.5, 1000.0))
+
+
+# -- the pacer ---------------------------------------------------------------------------------------------
+
+
+def make_pacer(rank: int = 0, ranks: int = 2, **settings: Any) -> tuple[Pacer, StepClock]:
+    clock = StepClock()
+    return Pacer(CheckpointConfig.model_validate(settings), clock, rank=rank, ranks=ranks), clock
+
+
+def run_steps(clock: StepClock, count: int, seconds: float = 2.0) -> None:
+    for _ in range(count):
+        clock.meter.boundary(1, seconds)
+
+
+def run_save(clock: StepClock, tax_s: float, *, step_s: float = 2.0, durable_s: float = 1.0) -> None:
+    clock.meter.save_begins()
+    clock.meter.boundary(1, step_s + tax_s)
+    clock.meter.save_ended(durable_s=durable_s, at_boundary=True)
+
+
+def test_auto_from_the_first_step_on_in_words_and_votes() -> None:
+    pacer, clock = make_pacer(interval="auto")
+    assert min(pacer.votes()) > 1e15
+    run_steps(clock, 8)
+    assert pacer.votes() == (0, 0)
+    clock.meter.save_begins()
+    assert min(pacer.votes()) > 1e15
+    clock.meter.boundary(1, 2.12)
+    clock.meter.save_ended(durable_s=0.0, at_boundary=True)
+    assert pacer.votes() == (60_000, 60_000)
+    run_save(clock, 0.12)
+    bound_ms, auto_ms = pacer.votes()
+    assert bound_ms == pytest.approx(12_000, rel=0.01)
+    assert auto_ms == pytest.approx(1000 * daly(0.12, 24 * HOUR), rel=0.01)
+    told = "checkpoint interval: 144 s (auto: a save costs 0.12 s, one failure in 24.0 h expected)"
+    assert pacer.news() == told
+    assert pacer.news() == ""
+    clock.meter.save_begins()
+    assert pacer.votes() == (bound_ms, 1 << 62), "what is being written is waited for"
+    clock.meter.boundary(1, 2.12)
+    clock.meter.save_ended(durable_s=1.0, at_boundary=True)
+    for _ in range(8):
+        run_save(clock, 0.121)
+    assert pacer.votes()[1] >= auto_ms
+    assert pacer.news() == "", "no change worth a word"
+    for _ in range(8):
+        run_save(clock, 30.0)
+    assert pacer.votes() == (pytest.approx(3_000_000), pytest.approx(3_000_000))
+    assert pacer.news() == "checkpoint interval: 50 min (auto: a save costs 30 s, at most 1% of the time)"
+    for _ in range(8):
+        run_save(clock, 0.1, durable_s=4000.0)
+    assert pacer.votes()[1] == pytest.approx(4_000_000)
+    assert pacer.news() == "checkpoint interval: 67 min (auto: a save takes 67 min to be durable)"
+    clock.skipped()
+    assert pacer.votes()[1] > 1e15, "a full disk is not looked at after every step"
+
+
+def test_an_interval_in_steps_is_stretched_and_relaxed_in_words() -> None:
+    pacer, clock = make_pacer(interval=10, max_overhead_pct=5.0)
+    run_steps(clock, 10)
+    run_save(clock, 0.5)
+    assert pacer.votes()[0] == pytest.approx(10_000)
+    assert pacer.news() == "", "20 s of steps are longer than the bound"
+    for _ in range(8):
+        run_save(clock, 2.0)
+        run_steps(clock, 1)
+    assert pacer.votes()[0] == pytest.approx(40_000)
+    told = "checkpoint interval: stretched to 40 s (a save costs 2 s, checkpoint.max_overhead_pct is 5)"
+    assert pacer.news() == told
+    for tax_s in (1.9, 2.1, 1.8, 1.7, 2.2):
+        run_save(clock, tax_s)
+        pacer.votes()
+        assert pacer.news() == "", "noise is no news"
+    for _ in range(8):
+        run_save(clock, 0.25)
+        run_steps(clock, 1)
+    assert pacer.votes()[0] == pytest.approx(5_000)
+    assert pacer.news() == "checkpoint interval: as configured, 20 s (a save costs 0.25 s)"
+
+
+def test_only_the_first_rank_speaks_and_only_when_something_is_paced() -> None:
+    for pacer, clock in (make_pacer(rank=1, interval="auto"), make_pacer(interval=10)):
+        run_steps(clock, 10)
+        run_save(clock, 5.0)
+        assert pacer.votes() == (0, 0)
+        assert pacer.news() == ""
+
+
+def test_earlier_attempts_say_what_a_save_costs_and_how_often_they_failed(tmp_path: Path) -> None:
+    rows = [("lost", 0, 50, 400.0), ("lost", 40, 90, 400.0), ("lost", 80, 95, 400.0)]
+    text = "".join(json.dumps(event) + "\n" for event in attempts(*rows))
+    (tmp_path / "ledger.jsonl").write_text(text)
+    pacer, _ = make_pacer(interval="auto", max_overhead_pct=50.0, expected_mtti_hours=1.0)
+    pacer.remember(tmp_path, resumed_at=90)
+    # Attempts 2 and 3 had this layout: (2 + 3) / 2. Three failures in 1200 s, one in 3600 s before.
+    assert pacer.votes()[1] == pytest.approx(1000 * daly(2.5, (3600 + 1200) / 4), rel=1e-3)
+    told = "checkpoint interval: 76 s (auto: a save costs 2.5 s, one failure in 20 min expected)"
+    assert pacer.news() == told
+    fresh, _ = make_pacer(interval="auto")
+    fresh.remember(tmp_path / "gone", resumed_at=0)
+    assert math.isclose(fresh.votes()[1], 1 << 62), "no record is no reason not to train"

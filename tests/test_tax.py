@@ -1,0 +1,191 @@
+"""The tax of a save: tables of intervals and what they come to. No clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kempnerforge.checkpoint.tax import (
+    BASELINE_INTERVALS,
+    QUIET_WINDOW,
+    SAVES_WINDOW,
+    WARM_UP_INTERVALS,
+    SaveTax,
+    TaxMeter,
+    cost_s,
+)
+
+STEP_S = 2.0
+COLD = WARM_UP_INTERVALS + BASELINE_INTERVALS
+
+
+def warm(steps: Sequence[float] = (STEP_S,) * COLD) -> TaxMeter:
+    """A meter that has seen these quiet steps."""
+    meter = TaxMeter()
+    for seconds in steps:
+        meter.boundary(1, seconds)
+    return meter
+
+
+def save(meter: TaxMeter, *beside: float, call_s: float = 0.0, durable_s: float = 1.0) -> SaveTax:
+    """A save that begins now, stands still for ``call_s``, and is known at the end of these intervals."""
+    meter.save_begins()
+    meter.stood_still(call_s)
+    for seconds in beside:
+        meter.boundary(1, seconds)
+    return meter.save_ended(durable_s=durable_s, at_boundary=bool(beside))
+
+
+TABLE: list[tuple[str, tuple[float, ...], float, float]] = [
+    # what, seconds of the steps beside the save, of the call, tax
+    ("the call alone", (2.5,), 0.5, 0.5),
+    ("steps that are slowed, and a call that returns at once", (3.0, 3.0, 2.5), 0.0, 2.5),
+    ("both", (3.5, 3.0), 0.5, 2.5),
+    ("noise: quicker beside it than otherwise", (1.75, 2.0), 0.0, -0.25),
+    ("many steps, none slowed", (2.0,) * 40, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("what", "beside", "call_s", "tax_s"), TABLE)
+def test_the_tax_is_what_the_steps_beside_a_save_take_longer(
+    what: str, beside: tuple[float, ...], call_s: float, tax_s: float
+) -> None:
+    meter = warm()
+    found = save(meter, *beside, call_s=call_s)
+    assert found.tax_s == pytest.approx(tax_s), what
+    assert found.blocked_s == call_s
+    assert not found.is_lower_bound
+    for _ in range(5):
+        meter.boundary(1, STEP_S)
+    assert meter.sum_s == pytest.approx(tax_s), "quiet steps cost nothing"
+    assert meter.known == [found]
+
+
+def test_a_blocking_save_is_charged_with_its_interval_when_that_ends() -> None:
+    meter = warm()
+    found = save(meter, call_s=0.7)
+    assert found.tax_s == pytest.approx(0.7)
+    assert meter.sum_s == pytest.approx(0.7), "before the step has ended, the call is what is known"
+    meter.boundary(1, STEP_S + 1.0)  # the call, and caches that were cold behind it
+    assert found.tax_s == pytest.approx(1.0)
+    meter.boundary(1, STEP_S)
+    assert meter.sum_s == pytest.approx(1.0), "the next step is quiet"
+
+
+def test_waiting_before_the_optimizer_is_inside_the_interval_and_not_counted_twice() -> None:
+    meter = warm()
+    meter.save_begins()
+    meter.stood_still(0.1)
+    meter.stood_still(0.4)
+    meter.boundary(1, STEP_S + 0.5)
+    assert meter.save_ended(durable_s=1.0, at_boundary=True).tax_s == pytest.approx(0.5)
+
+
+def test_without_quiet_steps_standing_still_is_counted_and_it_is_said() -> None:
+    meter = TaxMeter()
+    for _ in range(30):
+        found = save(meter, 9.0, call_s=0.5)  # back to back: no step is ever quiet
+        assert found.tax_s == pytest.approx(0.5)
+        assert found.is_lower_bound
+    assert meter.sum_s == pytest.approx(15.0)
+    assert meter.known == []
+    assert not meter.tried, "nothing could have been measured"
+    assert save(TaxMeter(), call_s=0.5).is_lower_bound
+
+
+def test_the_first_steps_are_no_measure_and_are_charged_to_no_save() -> None:
+    meter = TaxMeter()
+    found = save(meter, 60.0, call_s=0.25)  # compiling
+    assert (found.tax_s, found.is_lower_bound) == (0.25, True)
+    for seconds in (30.0,) * (WARM_UP_INTERVALS - 1) + (STEP_S,) * (BASELINE_INTERVALS - 1):
+        meter.boundary(1, seconds)
+        assert meter.quiet_step_s is None
+    meter.boundary(1, STEP_S)
+    assert meter.quiet_step_s == STEP_S
+
+
+def test_validation_is_left_out_beside_a_save_and_in_quiet_steps() -> None:
+    meter = warm()
+    meter.left_out(100.0)
+    meter.boundary(1, STEP_S + 100.0)
+    assert meter.quiet_step_s == STEP_S
+    meter.save_begins()
+    meter.left_out(50.0)
+    meter.boundary(1, STEP_S + 50.5)
+    assert meter.save_ended(durable_s=1.0, at_boundary=True).tax_s == pytest.approx(0.5)
+
+
+def test_a_failed_save_costs_what_it_cost_but_says_nothing_of_the_next() -> None:
+    meter = warm()
+    assert save(meter, STEP_S + 3.0, durable_s=0.0).tax_s == pytest.approx(3.0)
+    assert meter.sum_s == pytest.approx(3.0)
+    assert meter.known == []
+    assert meter.tried
+
+
+def test_two_saves_in_one_interval_are_charged_once() -> None:
+    """As when a final save first waits for the one before it."""
+    meter = warm()
+    first = save(meter, call_s=0.5)
+    second = save(meter, call_s=0.25)
+    meter.boundary(1, STEP_S + 1.0)
+    assert first.tax_s == pytest.approx(0.5)
+    assert second.tax_s == pytest.approx(0.5)
+    assert meter.sum_s == pytest.approx(1.0)
+
+
+def test_the_pace_of_steps_is_that_of_the_newest_quiet_ones() -> None:
+    meter = warm((STEP_S,) * 100)
+    for _ in range(QUIET_WINDOW // 2 + 1):
+        meter.boundary(1, 3 * STEP_S)
+    assert meter.quiet_step_s == 3 * STEP_S
+    meter.boundary(4, 4 * STEP_S)
+    assert meter.quiet_step_s == 3 * STEP_S, "one that covers several steps is one measurement of a step"
+    assert warm((STEP_S,) * COLD + (500.0,)).quiet_step_s == STEP_S, "one stall moves no median"
+
+
+def test_several_steps_between_boundaries_and_none() -> None:
+    meter = warm()
+    meter.save_begins()
+    meter.boundary(3, 3 * STEP_S + 1.5)
+    assert meter.save_ended(durable_s=1.0, at_boundary=True).tax_s == pytest.approx(1.5)
+    meter.boundary(0, 77.0)  # the agreement before the first step
+    assert (meter.quiet_step_s, meter.sum_s) == (STEP_S, pytest.approx(1.5))
+
+
+def test_what_a_save_costs_is_the_mean_of_the_newest_and_at_least_their_standing_still() -> None:
+    assert cost_s([]) is None
+    assert cost_s([SaveTax(ended_s=tax) for tax in (1.0, -0.5, 2.5)]) == pytest.approx(1.0)
+    assert cost_s([SaveTax(ended_s=-1.0, blocked_s=0.25)] * 2) == pytest.approx(0.25)
+    meter = warm((STEP_S,) * 40)
+    for tax in (100.0,) + (1.0,) * SAVES_WINDOW:
+        save(meter, STEP_S + tax)
+        meter.boundary(1, STEP_S)
+    assert cost_s(meter.known) == pytest.approx(1.0)
+    assert meter.sum_s == pytest.approx(100.0 + SAVES_WINDOW)
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0.5, 4.0), st.sampled_from(["quiet", "begin", "end", "both"])),
+        min_size=0,
+        max_size=60,
+    )
+)
+def test_the_sum_is_that_of_the_saves_whatever_comes(events: list[tuple[float, str]]) -> None:
+    meter, saves, pending = warm(), [], False
+    for seconds, what in events:
+        if what in ("begin", "both") and not pending:
+            meter.save_begins()
+            meter.stood_still(0.1)
+            pending = True
+        meter.boundary(1, seconds)
+        if what in ("end", "both") and pending:
+            saves.append(meter.save_ended(durable_s=1.0, at_boundary=True))
+            pending = False
+    if pending:
+        saves.append(meter.save_ended(durable_s=1.0, at_boundary=True))
+    assert meter.sum_s == pytest.approx(sum(one.tax_s for one in saves), abs=1e-9)
