@@ -233,10 +233,10 @@ def failing_shards(name: str, *, rank: int | None, error: str = "ENOSPC") -> Non
     number = getattr(errno, error)
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def replacement(self: Any, arena_fd: int, path: Path, size_bytes: int) -> Any:
+        def replacement(self: Any, arena_fd: int, path: Path, size_bytes: int, **more: Any) -> Any:
             if name in str(path):
                 raise OSError(number, os.strerror(number))
-            return original(self, arena_fd, path, size_bytes)
+            return original(self, arena_fd, path, size_bytes, **more)
 
         return replacement
 
@@ -370,13 +370,13 @@ def freeze_writer(*, call: int, seconds: float, rank: int) -> None:
     calls = 0
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def replacement(writer: Any, *args: Any) -> Any:
+        def replacement(writer: Any, *args: Any, **more: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls == call:
                 os.kill(writer.pid, signal.SIGSTOP)
                 threading.Timer(seconds, os.kill, (writer.pid, signal.SIGCONT)).start()
-            return original(writer, *args)
+            return original(writer, *args, **more)
 
         return replacement
 
