@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +124,16 @@ def unreadable(name: str, *, rank: int | None, times: int = 1 << 30) -> None:
     failed = 0
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def replacement(fd: int, buffer: memoryview, offset: int) -> int:
+        def replacement(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
             nonlocal failed
             if name in _path_of(fd, {}) and failed < times:
                 failed += 1
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return original(fd, buffer, offset)
+            return original(fd, buffers, offset)
 
         return replacement
 
-    _wrap("kempnerforge.fsio:read_range", make)
+    _wrap("os:preadv", make)
 
 
 def misread(name: str, *, rank: int | None) -> None:
@@ -142,15 +142,19 @@ def misread(name: str, *, rank: int | None) -> None:
         return
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def replacement(fd: int, buffer: memoryview, offset: int) -> int:
-            done = original(fd, buffer, offset)
+        def replacement(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            left = done = original(fd, buffers, offset)
             if done and name in _path_of(fd, {}):
-                buffer[done - 1] ^= 1
+                for buffer in buffers:
+                    if left <= buffer.nbytes:
+                        buffer[left - 1] ^= 1
+                        break
+                    left -= buffer.nbytes
             return done
 
         return replacement
 
-    _wrap("kempnerforge.fsio:read_range", make)
+    _wrap("os:preadv", make)
 
 
 def failing(operation: str, name: str, *, rank: int | None, error: str = "ENOSPC") -> None:
