@@ -264,10 +264,10 @@ def contended_shards(seconds: float, *, rank: int | None) -> None:
     needed = threading.Lock()
 
     def keep(original: Callable[..., Any]) -> Callable[..., Any]:
-        def replacement(*args: Any) -> Any:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
             with needed:
                 time.sleep(seconds)
-                return original(*args)
+                return original(*args, **kwargs)
 
         return replacement
 
@@ -292,9 +292,9 @@ def _slow(target: str, seconds: float, rank: int | None) -> None:
         return
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def replacement(*args: Any) -> Any:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
             time.sleep(seconds)
-            return original(*args)
+            return original(*args, **kwargs)
 
         return replacement
 
