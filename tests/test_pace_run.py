@@ -148,9 +148,9 @@ def test_a_loop_of_ones_own_is_measured_and_paced(
 ) -> None:
     slow_s, write = 0.15, Writer.write
 
-    def slow_write(*args: Any) -> Any:
+    def slow_write(*args: Any, **more: Any) -> Any:
         time.sleep(slow_s)
-        return write(*args)
+        return write(*args, **more)
 
     monkeypatch.setattr(Writer, "write", slow_write)
     model = torch.nn.Linear(8, 1)
