@@ -7,14 +7,22 @@ import time
 from kempnerforge.cli.train import main
 
 STEP_S = 0.7
+FAULT_AT = "KEMPNERFORGE_TEST_FAULT_AT"
+"""Call of the first start's optimizer that fails; unset: none."""
+FAST = "KEMPNERFORGE_TEST_FAST"
 
 if __name__ == "__main__":
-    if "SLURM_RESTART_COUNT" not in os.environ:
+    if "SLURM_RESTART_COUNT" not in os.environ and FAST not in os.environ:
         from kempnerforge.train.step import LocalStep
 
         update = LocalStep.update
+        calls = 0
 
         def slow_update(*arguments):
+            global calls
+            calls += 1
+            if str(calls) == os.environ.get(FAULT_AT):
+                raise ValueError("this node is bad")
             time.sleep(STEP_S)
             return update(*arguments)
 

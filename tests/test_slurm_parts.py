@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from kempnerforge import hostlist
 from kempnerforge.cli.slurm import lost_in_a_row, nodes_of
 from kempnerforge.errors import ConfigError
 from kempnerforge.goodput.history import derive
-from kempnerforge.slurm import nodes
 from kempnerforge.slurm.decision import decide
-from kempnerforge.slurm.job import SlurmJob, parse_lost_nodes, parse_preempted, this_job
+from kempnerforge.slurm.job import SlurmJob, node_name, parse_facts, parse_lost_nodes, this_job
 from kempnerforge.slurm.note import attempt_note
 from kempnerforge.slurm.script import option_faults, parse_time_s, stop_before_s
 
@@ -31,17 +32,18 @@ ROOT = Path(__file__).parents[1]
         ("gpu[07-09,12],login1", ["gpu07", "gpu08", "gpu09", "gpu12", "login1"]),
         ("a[1-2]b[08,10]", ["a1b08", "a1b10", "a2b08", "a2b10"]),
         ("n[98-101]", ["n98", "n99", "n100", "n101"]),
+        ("holygpu8a[101]", ["holygpu8a101"]),
         ("a-b.c,[3-4]x", ["a-b.c", "3x", "4x"]),
     ],
 )
 def test_node_lists(text: str, hosts: list[str]) -> None:
-    assert nodes.expand(text) == hosts
+    assert hostlist.expand(text) == hosts
 
 
 @pytest.mark.parametrize("text", ["a[", "a[1-", "a[]", "a[2-1]", "a[x]", "a,,b", "a]", ","])
 def test_what_is_no_node_list(text: str) -> None:
     with pytest.raises(ConfigError, match="node list"):
-        nodes.expand(text)
+        hostlist.expand(text)
 
 
 RUNNING = {"job_state": "RUNNING"}
@@ -72,6 +74,9 @@ RUNNING = {"job_state": "RUNNING"}
         (RUNNING | {"status": 1, "lost_in_a_row": 2}, True, 1),
         (RUNNING | {"status": 1, "lost_in_a_row": 3}, False, 1),
         (RUNNING | {"status": 2, "lost_in_a_row": 0}, False, 2),
+        (RUNNING | {"status": 75, "reason": "deadline", "may_requeue": False}, False, 75),
+        (RUNNING | {"status": 1, "faulty_nodes": ["n2"], "may_requeue": False}, False, 1),
+        (RUNNING | {"status": 0, "may_requeue": False}, False, 0),
     ],
 )
 def test_a_job_is_requeued_exactly_when_it_should_be(
@@ -114,10 +119,10 @@ def test_hosts_are_found_among_the_nodes_of_the_job() -> None:
     assert nodes_of({"n2.cluster.org", "n10"}, ["n1", "n2"]) == ["n2"]
 
 
-def test_preempted() -> None:
-    assert parse_preempted("JobId=1 PreemptEligibleTime=x PreemptTime=2026-11-25T12:25:24 SuspendTime=None")
-    assert not parse_preempted("JobId=1 PreemptTime=None")
-    assert not parse_preempted("JobId=1 SuspendTime=None")
+def test_facts_leave_out_what_has_no_value() -> None:
+    line = "JobId=1 Name=a=b PreemptTime=2026-11-25T12:25:24 SuspendTime=None ExcNodeList=(null) Requeue=0 x"
+    known = {"JobId": "1", "Name": "a=b", "PreemptTime": "2026-11-25T12:25:24", "Requeue": "0"}
+    assert parse_facts(line) == known
 
 
 def test_this_job() -> None:
@@ -131,7 +136,12 @@ def test_this_job() -> None:
     }
     found = this_job(array)
     assert found == SlurmJob("7", 3, ("n1", "n2"), "6", "1")
-    assert found.attempt_name == "7.3"
+    assert (found.attempt_name, found.handle) == ("7.3", "6_1")
+
+
+def test_a_node_is_called_as_slurm_calls_it() -> None:
+    assert node_name({"SLURMD_NODENAME": "gpu07"}) == "gpu07"
+    assert node_name({}) == socket.gethostname()
 
 
 @pytest.mark.parametrize(
