@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import socket
@@ -17,9 +18,10 @@ from kempnerforge.cli.slurm import lost_in_a_row, nodes_of
 from kempnerforge.errors import ConfigError
 from kempnerforge.goodput.history import derive
 from kempnerforge.slurm.decision import decide
+from kempnerforge.slurm.grace import Grace, parse_grace
 from kempnerforge.slurm.job import SlurmJob, node_name, parse_facts, parse_lost_nodes, this_job
 from kempnerforge.slurm.note import attempt_note
-from kempnerforge.slurm.script import option_faults, parse_time_s, stop_before_s
+from kempnerforge.slurm.script import array_faults, option_faults, option_value, parse_time_s, stop_before_s
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,6 +178,73 @@ def test_options_that_would_get_round_the_check_are_refused() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [
+        (["--qos=low"], None),
+        (["--partition=gpu,low"], "gpu,low"),
+        (["--qos=low", "--partition", "gpu"], "gpu"),
+        (["-p", "gpu", "-x", "n1"], "gpu"),
+        (["-pgpu"], "gpu"),
+        (["-p"], ""),
+        (["--prefer=x", "--partitions=x"], None),
+    ],
+)
+def test_the_value_of_an_option_of_sbatch(options: list[str], value: str | None) -> None:
+    assert option_value(options, "--partition", "-p") == value
+
+
+@pytest.mark.parametrize(
+    ("options", "is_shared", "refused"),
+    [
+        (["--array=0-3"], True, True),
+        (["-a", "1,3"], True, True),
+        (["--array=0-3"], False, False),
+        (["--array=1-9%1"], True, False),
+        (["--array=1-9%2"], True, True),
+        (["--array=3"], True, False),
+        ([], True, False),
+    ],
+)
+def test_tasks_of_an_array_that_would_write_one_run(
+    options: list[str], is_shared: bool, refused: bool
+) -> None:
+    assert bool(array_faults(options, "runs/x", is_shared=is_shared)) is refused
+
+
+CONFIG = "Configuration data\nKillOnBadExit           = 0\nKillWait                = 45 sec\n"
+PARTITIONS = """\
+PartitionName=main Default=YES GraceTime=0 PreemptMode=OFF
+PartitionName=low Default=NO GraceTime=300 PreemptMode=REQUEUE
+PartitionName=off Default=NO GraceTime=300 PreemptMode=OFF
+PartitionName=short Default=NO GraceTime=20 PreemptMode=REQUEUE
+"""
+
+
+@pytest.mark.parametrize(
+    ("partition", "kill_wait_s", "grace_s", "timeout_s"),
+    [
+        ("", 45, 0, 40),
+        ("low", 45, 300, 295),
+        ("off", 45, 0, 40),
+        ("short", 45, 20, 40),
+        ("low,main", 45, 0, 40),
+    ],
+)
+def test_a_stop_may_take_what_the_partition_grants(
+    partition: str, kill_wait_s: int, grace_s: int, timeout_s: int
+) -> None:
+    found = parse_grace(CONFIG, PARTITIONS, partition)
+    assert found == Grace(kill_wait_s, grace_s)
+    assert found.shutdown_timeout_s == timeout_s
+
+
+def test_what_a_partition_grants_is_not_guessed() -> None:
+    assert parse_grace(CONFIG, PARTITIONS, "gpu") is None
+    assert parse_grace(CONFIG, "", "") is None
+    assert parse_grace("", PARTITIONS, "low") is None
+
+
 def test_a_note_hides_secrets() -> None:
     environ = {"WANDB_API_KEY": "s3cr3t", "HF_TOKEN": "s3cr3t", "HOME": "/home/x"}
     text = attempt_note(environ, command=["train.py"], config_toml="[run]\n", revision="abc\n")
@@ -220,6 +289,34 @@ def test_a_layout_that_cannot_work_is_not_queued() -> None:
     assert "but processes started: 24" in done.stderr
     assert "--train.sed: is not a known key" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+SCONTROL = """#!/bin/bash
+case "$*" in
+    "show config") echo "KillWait = 30 sec" ;;
+    "-o show partition") echo "PartitionName=low Default=YES GraceTime=900 PreemptMode=REQUEUE" ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+def test_submit_gives_a_stop_the_time_that_it_has(tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "run").mkdir()
+    commit = {"event": "commit", "attempt": 1, "time": 1.0, "step": 4, "total_s": 1000.0}
+    (tmp_path / "run/ledger.jsonl").write_text(json.dumps(commit) + "\n")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", PATH=path)
+    assert "--train.shutdown_timeout_s=895)" in done.stdout
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=955" in done.stdout
+    assert done.stderr == ""
+    done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/run", PATH=path)
+    assert "saves of this run took up to 1000 s" in done.stderr
+    own = "--train.shutdown_timeout_s=1000"
+    done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", own, PATH=path)
+    assert f"{own})" in done.stdout
+    assert "is 1000 s: a stop that hangs would be killed without a word" in done.stderr
 
 
 def test_without_slurm_the_error_says_so(tmp_path: Path) -> None:
