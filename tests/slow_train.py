@@ -9,12 +9,18 @@ from kempnerforge.cli.train import main
 STEP_S = 0.7
 FAULT_AT = "KEMPNERFORGE_TEST_FAULT_AT"
 """Call of the first start's optimizer that fails; unset: none."""
+SLOW_DATA = "KEMPNERFORGE_TEST_SLOW_DATA"
+"""The first start prepares its data for so long that only a signal ends it."""
 FAST = "KEMPNERFORGE_TEST_FAST"
 
 if __name__ == "__main__":
     if "SLURM_RESTART_COUNT" not in os.environ and FAST not in os.environ:
         from kempnerforge.train.step import LocalStep
 
+        if SLOW_DATA in os.environ:
+            from kempnerforge.train import build
+
+            build.prepare_cached = lambda *_arguments, **_options: time.sleep(3600)
         update = LocalStep.update
         calls = 0
 

@@ -24,7 +24,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 NODES = ("n1", "n2", "n3")
 KILL_WAIT_S = 60
 """Long: nothing waits for it unless the machine is so busy that a save takes that long."""
-GRACE_S = 60
+GRACE_S = 90
 
 CONF = """\
 ClusterName=private

@@ -28,6 +28,11 @@ Facts = dict[str, str]
 """What ``scontrol show job`` says of a job."""
 
 
+def is_training(_cluster: Cluster, job: Job) -> bool:
+    """Whether it has done a few steps."""
+    return len(job.run.rows()) > 2
+
+
 @dataclass
 class Job:
     """A run as one SLURM job, and what happens to it once it trains."""
@@ -42,6 +47,8 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
     environ: dict[str, str | None] = field(default_factory=dict)
     """Of the submission, and so of the job; None takes a variable away."""
+    when: Callable[[Cluster, Job], bool] = is_training
+    """Whether it is time for what happens."""
     after: Job | None = None
     """Goes on with that job's run, and is submitted right behind it."""
 
@@ -86,15 +93,11 @@ class Job:
     def go_on(self, cluster: Cluster, known: dict[str, Facts]) -> bool:
         """Do what is due; whether the job has ended."""
         self.facts = known[self.id]
-        if not self.has_happened and self.is_training():
+        if not self.has_happened and self.when(cluster, self):
             self.has_happened = True
             self.happens(cluster, self)
         _restore_limit(cluster, self.facts)
         return self.facts["JobState"] in ENDED
-
-    def is_training(self) -> bool:
-        """Whether it has done a few steps."""
-        return len(self.run.rows()) > 2
 
 
 @dataclass
@@ -118,7 +121,7 @@ class Array(Job):
         self.other_facts, self.facts = tasks["0"], tasks["1"]
         self.other = self._run_of(tasks["0"])
         self.run = self._run_of(tasks["1"])
-        if not self.has_happened and self.is_training() and len(self.other.rows()) > 2:
+        if not self.has_happened and self.when(cluster, self) and len(self.other.rows()) > 2:
             self.has_happened = True
             self.happens(cluster, self)
         return all(facts["JobState"] in ENDED for facts in tasks.values())

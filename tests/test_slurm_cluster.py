@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from run_files import tensor_digests
 from runs import Launcher, Run, make_run
-from slurm_cluster import Cluster, missing_programs
+from slurm_cluster import GRACE_S, KILL_WAIT_S, Cluster, missing_programs
 from slurm_jobs import SETTINGS, STEPS, Array, Job, near_the_limit, run_all
 from wandb_testing import FAKE_KEY, WandbServer, fragments, history, records
+
+from kempnerforge.slurm.grace import BEFORE_KILL_S
 
 pytest_plugins = ["run_fixtures"]
 
@@ -72,6 +74,22 @@ JOBS = [
     scancel("-b", "-s", "TERM"),
 ]
 ONLINE.settings |= WANDB
+
+
+def has_step(cluster: Cluster, job: Job) -> bool:
+    """Whether srun has started torchrun, which takes seconds to be ready for signals."""
+    return f"StepId={job.id}.0" in cluster.run("scontrol", "show", "step", f"{job.id}.0", check=False)
+
+
+def prepares_data(_cluster: Cluster, job: Job) -> bool:
+    return "data: looking through" in job.log
+
+
+AT_THE_START = scancel("-b", "-s", "USR1")
+AT_THE_START.name, AT_THE_START.when = "at the start", has_step
+IN_DATA = scancel("-b", "-s", "USR1")
+IN_DATA.name, IN_DATA.when = "in data", prepares_data
+IN_DATA.environ["KEMPNERFORGE_TEST_SLOW_DATA"] = "1"
 FULL = scancel("-f", "-s", "TERM")
 FULL.settings["checkpoint.interval"] = 2
 
@@ -135,9 +153,8 @@ def done(
     cluster: Cluster, corpus: Path, wandb_server: WandbServer, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """All jobs have ended. Not in a test: what SLURM starts during one would count as left behind by it."""
-    run_all(
-        cluster, [*JOBS, FULL, ARRAY, FIRST, SECOND, THIRD, FAULTY], corpus, tmp_path_factory.mktemp("jobs")
-    )
+    others = [AT_THE_START, IN_DATA, FULL, ARRAY, FIRST, SECOND, THIRD, FAULTY]
+    run_all(cluster, [*JOBS, *others], corpus, tmp_path_factory.mktemp("jobs"))
 
 
 def assert_bitwise(run: Run, uninterrupted: Run) -> None:
@@ -164,6 +181,32 @@ def test_a_job_that_is_stopped_is_saved_and_goes_on_exactly_when_it_should(
     assert 0 < receipts[1]["step"] < STEPS
     assert receipts[1]["lost_steps"] == 0
     assert_bitwise(job.run, uninterrupted[job.nodes])
+
+
+@pytest.mark.parametrize(
+    ("job", "why"),
+    [
+        # Before torchrun handles signals, USR1 ends it: that the shell was asked is what its file tells.
+        (AT_THE_START, "it was asked to stop (SIGUSR1)"),
+        # Nobody looks for the file while data is prepared: the signal itself breaks that off.
+        (IN_DATA, "work is left"),
+    ],
+    ids=["at the start", "in data"],
+)
+def test_a_job_that_is_stopped_before_it_trains_is_requeued(
+    uninterrupted: dict[int, Run], job: Job, why: str
+) -> None:
+    assert (job.restarts, job.facts["JobState"]) == (1, "COMPLETED"), job.log
+    assert f"requeue: yes: {why}" in job.log
+    assert_bitwise(job.run, uninterrupted[1])
+
+
+def test_a_stop_may_take_as_long_as_the_partition_grants() -> None:
+    timeouts = {"with grace": GRACE_S - BEFORE_KILL_S, "time limit": KILL_WAIT_S - BEFORE_KILL_S}
+    for job in JOBS:
+        if job.name in timeouts:
+            note = (job.run.folder / "slurm" / f"{job.id}.0.txt").read_text()
+            assert f"--train.shutdown_timeout_s={timeouts[job.name]}\n" in note
 
 
 def test_a_term_that_srun_hears_alone_kills_and_the_run_goes_on_from_its_newest_step(

@@ -40,7 +40,9 @@ class _Submit(TyperCommand):
 def submit(
     context: typer.Context,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")],
-    time: Annotated[str, typer.Option(help="Time limit, as sbatch takes it: 24:00:00, 2-12.")],
+    time: Annotated[
+        str, typer.Option(help="Time limit of a start, as sbatch takes it: 30 (minutes), 24:00:00, 2-12.")
+    ],
     arguments: Annotated[
         list[str],
         typer.Argument(
@@ -49,12 +51,16 @@ def submit(
     ],
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node; 0 trains on the CPU.")] = 1,
     processes_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Ranks on each node.", show_default="one a GPU")
+        int | None, typer.Option(min=1, help="Ranks on each node.", show_default="one a GPU, else 1")
     ] = None,
     script: Annotated[Path, typer.Option(help="The training script.")] = Path("scripts/train.py"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and queue nothing.")] = False,
 ) -> None:
-    """Check FILE on this layout, then train it as a SLURM job that goes on by itself until it is finished."""
+    """Check FILE on this layout, then train it as a SLURM job that goes on by itself until it is finished.
+
+    Such as: kempnerforge submit run.toml --nodes 4 --gpus-per-node 8 --time 24:00:00 --train.seed=1
+    -- --partition=gpu. Overrides of the config stand before the --, options of sbatch behind it.
+    """
     sbatch_options: list[str] = context.meta[SBATCH]
     positionals, overrides = split_positionals(arguments)
     if not positionals:
@@ -139,7 +145,7 @@ def _follow(job_id: str, run_dir: str, request: Request) -> None:
     for pattern, value in (("%x", request.name), ("%j", job_id), ("%A", job_id), ("%a", "*")):
         log = log.replace(pattern, value)
     for line in (
-        f"job {job_id}: {request.nodes} x {request.processes_per_node} processes, {request.time} a start",
+        f"job {job_id}: {request.nodes} x {request.processes_per_node} processes, time limit {request.time}",
         f"  follow it     tail -F {log}",
         f"  its state     squeue -j {job_id}",
         f"  checkpoints   kempnerforge ckpt ls {run_dir}",
