@@ -62,7 +62,7 @@ ReturnToService=2
 SlurmdTimeout=600
 MailProg=/bin/true
 {nodes}
-PartitionName=main Nodes=ALL Default=YES PreemptMode=OFF PriorityTier=5
+PartitionName=main Nodes=ALL Default=YES PreemptMode=OFF PriorityTier=1
 PartitionName=low Nodes=ALL GraceTime=0 PriorityTier=1
 PartitionName=low_with_grace Nodes=ALL GraceTime={grace_s} PriorityTier=1
 PartitionName=high Nodes=ALL PreemptMode=OFF PriorityTier=9

@@ -77,7 +77,7 @@ ONLINE.settings |= WANDB
 
 
 def has_step(cluster: Cluster, job: Job) -> bool:
-    """Whether srun has started torchrun, which takes seconds to be ready for signals."""
+    """Whether srun has started torchrun, which ``slow_torchrun`` makes wait before it handles signals."""
     return f"StepId={job.id}.0" in cluster.run("scontrol", "show", "step", f"{job.id}.0", check=False)
 
 
@@ -87,6 +87,7 @@ def prepares_data(_cluster: Cluster, job: Job) -> bool:
 
 AT_THE_START = scancel("-b", "-s", "USR1")
 AT_THE_START.name, AT_THE_START.when = "at the start", has_step
+AT_THE_START.environ["PYTHONPATH"] = str(Path(__file__).parent / "slow_torchrun")
 IN_DATA = scancel("-b", "-s", "USR1")
 IN_DATA.name, IN_DATA.when = "in data", prepares_data
 IN_DATA.environ["KEMPNERFORGE_TEST_SLOW_DATA"] = "1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
@@ -60,9 +61,12 @@ def after(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
     decision = decide_for(job, run_dir)
     print(f"requeue: {'yes' if decision.requeue else 'no'}: {decision.why}", flush=True)
     if decision.requeue:
+        # Requeueing ends this script by SIGTERM, and nodes can be left out only of a job that is in the queue
+        # again. Until this script has ended, SLURM does not start it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        slurm_job.requeue(job.handle)
         if decision.exclude:
             _try_to_exclude(job, decision)
-        slurm_job.requeue(job.handle)
     raise typer.Exit(decision.status)
 
 

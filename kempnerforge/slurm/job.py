@@ -105,7 +105,7 @@ def parse_lost_nodes(listing: str) -> list[str]:
 
 
 def exclude(handle: str, node_names: Sequence[str]) -> None:
-    """Keep the job's next starts off these nodes, beside those that it leaves out already."""
+    """Keep the starts of a job that is in the queue off these nodes, beside those that it leaves out already."""
     before = hostlist.expand(facts(handle).get("ExcNodeList", ""))
     names = ",".join(sorted({*before, *node_names}))
     ask("scontrol", "update", f"JobId={handle}", f"ExcNodeList={names}")
