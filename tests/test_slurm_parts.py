@@ -19,7 +19,7 @@ from kempnerforge.errors import ConfigError
 from kempnerforge.goodput.history import derive
 from kempnerforge.slurm.decision import decide
 from kempnerforge.slurm.grace import Grace, parse_grace
-from kempnerforge.slurm.job import SlurmJob, node_name, parse_facts, parse_lost_nodes, this_job
+from kempnerforge.slurm.job import SlurmJob, leaves_enough, node_name, parse_facts, parse_lost_nodes, this_job
 from kempnerforge.slurm.note import attempt_note
 from kempnerforge.slurm.script import array_faults, option_faults, option_value, parse_time_s, stop_before_s
 
@@ -93,6 +93,26 @@ def test_a_job_is_requeued_exactly_when_it_should_be(
 def test_lost_nodes() -> None:
     listing = "n1 mixed\nn2 down*\nn3 idle\nn4 drained\nn5 allocated*\nn6 fail\nn2 down*\n"
     assert parse_lost_nodes(listing) == ["n2", "n5", "n6"]
+
+
+NODES = "n1 mixed\nn2 idle\nn3 allocated+\nn4 drained\nn5 down*\nn6 idle*\nn1 mixed\n"
+
+
+@pytest.mark.parametrize(
+    ("out", "asked_for", "needed", "enough"),
+    [
+        ({"n1"}, (), 2, True),
+        ({"n1"}, (), 3, False),
+        ({"n1", "n4"}, (), 2, True),
+        ({"n1", "n2", "n3"}, (), 1, False),
+        ({"n1"}, ("n2",), 1, True),
+        ({"n1"}, ("n1", "n2"), 2, False),
+    ],
+)
+def test_no_node_is_left_out_that_the_job_cannot_do_without(
+    out: set[str], asked_for: tuple[str, ...], needed: int, enough: bool
+) -> None:
+    assert leaves_enough(NODES, out, asked_for=asked_for, needed=needed) is enough
 
 
 def event(attempt: int, name: str, **values: Any) -> dict[str, Any]:

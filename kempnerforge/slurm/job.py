@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kempnerforge import hostlist
@@ -15,6 +15,8 @@ from kempnerforge.errors import KempnerForgeError
 
 _ASK_TIMEOUT_S = 60.0
 """A busy controller answers late; SLURM's own clients retry within this time."""
+_USABLE = r"(idle|mixed|allocated|completing|reserved|planned)[-+#~%@^!]?"
+"""States of nodes that jobs can be started on, now or later. A ``*`` behind it would say that it is lost."""
 _NO_VALUE = ("(null)", "None", "N/A", "Unknown")
 
 
@@ -105,10 +107,31 @@ def parse_lost_nodes(listing: str) -> list[str]:
 
 
 def exclude(handle: str, node_names: Sequence[str]) -> None:
-    """Keep the starts of a job that is in the queue off these nodes, beside those that it leaves out already."""
-    before = hostlist.expand(facts(handle).get("ExcNodeList", ""))
-    names = ",".join(sorted({*before, *node_names}))
-    ask("scontrol", "update", f"JobId={handle}", f"ExcNodeList={names}")
+    """Keep the next starts of a job in the queue off these nodes, beside those that it leaves out already.
+
+    Raises SlurmError, also when it could never start then.
+    """
+    job = facts(handle)
+    out = {*hostlist.expand(job.get("ExcNodeList", "")), *node_names}
+    listing = ask("sinfo", "--noheader", "--Node", f"--partition={job['Partition']}", "--format=%N %T")
+    needed = int(job["NumNodes"].partition("-")[0])
+    if not leaves_enough(listing, out, asked_for=hostlist.expand(job.get("ReqNodeList", "")), needed=needed):
+        raise SlurmError(f"the job needs {needed} nodes, and too few of those that it may use would be left")
+    ask("scontrol", "update", f"JobId={handle}", f"ExcNodeList={','.join(sorted(out))}")
+
+
+def leaves_enough(listing: str, out: Collection[str], *, asked_for: Collection[str], needed: int) -> bool:
+    """Whether a job can start without the nodes ``out``. Pure.
+
+    Args:
+        listing: the nodes of its partition, from ``sinfo --format="%N %T"``.
+        out: nodes that it would leave out.
+        asked_for: nodes that it must have (``--nodelist``).
+        needed: how many it needs.
+    """
+    lines = [line.split() for line in listing.splitlines()]
+    usable = {name for name, state, *_ in lines if re.fullmatch(_USABLE, state)}
+    return not set(asked_for) & set(out) and len(usable - set(out)) >= needed
 
 
 def requeue(handle: str) -> None:

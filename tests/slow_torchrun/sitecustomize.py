@@ -1,4 +1,4 @@
-"""torchrun takes long to start, in a job's first start: as from a file system that many nodes read at once."""
+"""torchrun takes long to start in a job's first start, as from a file system that many nodes read at once."""
 
 import os
 import sys
