@@ -20,6 +20,7 @@ from wandb_testing import FAKE_KEY, WandbServer, fragments, history, records
 from kempnerforge.slurm.grace import BEFORE_KILL_S
 
 pytest_plugins = ["run_fixtures"]
+pytestmark = pytest.mark.timeout(600)
 
 REQUIRED = "KEMPNERFORGE_TEST_SLURM"
 """Set by ``.ci/run``: there a missing SLURM is a failure."""
@@ -163,7 +164,6 @@ def assert_bitwise(run: Run, uninterrupted: Run) -> None:
     assert tensor_digests(run.step_folder(STEPS)) == tensor_digests(uninterrupted.step_folder(STEPS))
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
 def test_a_job_that_is_stopped_is_saved_and_goes_on_exactly_when_it_should(
     uninterrupted: dict[int, Run], job: Job
