@@ -144,6 +144,8 @@ def _follow(job_id: str, run_dir: str, request: Request) -> None:
     log = request.output
     for pattern, value in (("%x", request.name), ("%j", job_id), ("%A", job_id), ("%a", "*")):
         log = log.replace(pattern, value)
+    if "%A" not in request.output:
+        run_dir = run_dir.replace("{job_id}", job_id)
     for line in (
         f"job {job_id}: {request.nodes} x {request.processes_per_node} processes, time limit {request.time}",
         f"  follow it     tail -F {log}",
