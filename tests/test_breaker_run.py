@@ -55,7 +55,7 @@ def test_a_killed_rank_is_lost_and_a_finished_run_leaves_no_fault_files(
 def test_a_fault_file_that_one_rank_cannot_open_ends_no_rank(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 2})
+    run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 4})
     (run.folder / "faults").mkdir(parents=True)
     (run.folder / "faults/attempt_00001.rank_00001.txt").symlink_to(tmp_path / "gone/file")
     ended = launcher.finish(run, ranks=2)

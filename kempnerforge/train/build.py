@@ -22,7 +22,7 @@ from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.world import World, collectives_issued
-from kempnerforge.errors import DataError, KempnerForgeError
+from kempnerforge.errors import DataError, KempnerForgeError, LeaseLostError
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.control import Control
@@ -100,7 +100,9 @@ def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -
         return _assemble(job, world, stopping, record, lease, book)
     except BaseException as error:
         if lease is not None and isinstance(error, KempnerForgeError):
-            record_refusal(record.checkpoint_folder(folder), folder, error)
+            # Not when another attempt has taken over: run.json is that one's.
+            if not isinstance(error, LeaseLostError):
+                record_refusal(record.checkpoint_folder(folder), folder, error)
         # So that the next start, on another host perhaps, need not watch a lease that nobody holds.
         if lease is not None:
             lease.release()
