@@ -99,10 +99,10 @@ def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -
         stopping.end_set_up_if_asked(world.control)
         return _assemble(job, world, stopping, record, lease, book)
     except BaseException as error:
-        if lease is not None and isinstance(error, KempnerForgeError):
-            # Not when another attempt has taken over: run.json is that one's.
-            if not isinstance(error, LeaseLostError):
-                record_refusal(record.checkpoint_folder(folder), folder, error)
+        # Of a run that another attempt has taken over, run.json is that one's.
+        is_mine = lease is not None and not isinstance(error, LeaseLostError)
+        if is_mine and isinstance(error, KempnerForgeError):
+            record_refusal(record.checkpoint_folder(folder), folder, error)
         # So that the next start, on another host perhaps, need not watch a lease that nobody holds.
         if lease is not None:
             lease.release()
