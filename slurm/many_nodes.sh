@@ -13,7 +13,7 @@
 # -- values ----------------------------------------------------------------------------------------------
 processes_per_node=8
 train=(scripts/train.py --config configs/llama_7b.toml)
-# How long torchrun lets a rank save after a signal; SLURM's own KillWait and GraceTime may be shorter.
+# How long torchrun lets ranks save after a signal; they end themselves before, after train.shutdown_timeout_s.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 # --------------------------------------------------------------------------------------------------------
 

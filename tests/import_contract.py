@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = "kempnerforge"
 
 LAYERS = (
-    ("errors", "fsio"),
+    ("errors", "fsio", "hostlist"),
     ("config",),
     ("distributed", "model", "data", "telemetry", "slurm", "goodput", "plan"),
     ("parallel", "checkpoint"),
@@ -28,7 +28,7 @@ IMPORT_CALLS = ("importlib.import_module", "import_module", "__import__")
 
 # Not even inside a function.
 NO_TORCH = (
-    *("errors", "fsio", "config", "goodput", "slurm", "plan"),
+    *("errors", "fsio", "hostlist", "config", "goodput", "slurm", "plan"),
     *("checkpoint.layout", "checkpoint.manifest", "checkpoint.index", "checkpoint.policy"),
     *("checkpoint.pace", "checkpoint.tax"),
     *("checkpoint.retention", "checkpoint.lease", "checkpoint.space", "checkpoint.verify"),

@@ -7,15 +7,32 @@ import time
 from kempnerforge.cli.train import main
 
 STEP_S = 0.7
+SLOW_STEPS = 20
+"""Later steps are slower still: a job that is to be stopped must not end before, on a busy machine."""
+FAULT_AT = "KEMPNERFORGE_TEST_FAULT_AT"
+"""Call of the first start's optimizer that fails; unset: none."""
+SLOW_DATA = "KEMPNERFORGE_TEST_SLOW_DATA"
+"""The first start prepares its data for so long that only a signal ends it."""
+FAST = "KEMPNERFORGE_TEST_FAST"
 
 if __name__ == "__main__":
-    if "SLURM_RESTART_COUNT" not in os.environ:
+    if "SLURM_RESTART_COUNT" not in os.environ and FAST not in os.environ:
         from kempnerforge.train.step import LocalStep
 
+        if SLOW_DATA in os.environ:
+            from kempnerforge.train import build
+
+            build.prepare_cached = lambda *_arguments, **_options: time.sleep(3600)
         update = LocalStep.update
+        calls = 0
 
         def slow_update(*arguments):
-            time.sleep(STEP_S)
+            global calls
+            calls += 1
+            if str(calls) == os.environ.get(FAULT_AT):
+                raise ValueError("this node is bad")
+            waits = calls > SLOW_STEPS and os.environ.get("SLURM_ARRAY_TASK_ID") != "0"
+            time.sleep(STEP_S * (5 if waits else 1))
             return update(*arguments)
 
         LocalStep.update = slow_update

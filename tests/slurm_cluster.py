@@ -24,7 +24,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 NODES = ("n1", "n2", "n3")
 KILL_WAIT_S = 60
 """Long: nothing waits for it unless the machine is so busy that a save takes that long."""
-GRACE_S = 60
+GRACE_S = 90
 
 CONF = """\
 ClusterName=private
@@ -62,7 +62,7 @@ ReturnToService=2
 SlurmdTimeout=600
 MailProg=/bin/true
 {nodes}
-PartitionName=main Nodes=ALL Default=YES PreemptMode=OFF PriorityTier=5
+PartitionName=main Nodes=ALL Default=YES PreemptMode=OFF PriorityTier=1
 PartitionName=low Nodes=ALL GraceTime=0 PriorityTier=1
 PartitionName=low_with_grace Nodes=ALL GraceTime={grace_s} PriorityTier=1
 PartitionName=high Nodes=ALL PreemptMode=OFF PriorityTier=9

@@ -52,6 +52,17 @@ def test_a_killed_rank_is_lost_and_a_finished_run_leaves_no_fault_files(
     assert list((run.folder / "faults").glob("*.rank_00001.txt")) == []
 
 
+def test_a_fault_file_that_one_rank_cannot_open_ends_no_rank(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 4})
+    (run.folder / "faults").mkdir(parents=True)
+    (run.folder / "faults/attempt_00001.rank_00001.txt").symlink_to(tmp_path / "gone/file")
+    ended = launcher.finish(run, ranks=2)
+    assert "the record of this attempt is not complete" in ended.outputs[1]
+    assert "record of this attempt" not in ended.outputs[0]
+
+
 def test_after_two_deaths_the_step_is_passed_over_and_after_three_the_run_refuses(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
@@ -70,6 +81,9 @@ def test_after_two_deaths_the_step_is_passed_over_and_after_three_the_run_refuse
     assert "no progress: 3 attempts" in refused.output
     assert "Segmentation fault" in refused.output
     assert "Traceback" not in refused.output
+    last = run.record["last_exit"]
+    assert (last["status"], last["attempt"], last["step"]) == (76, 5, 4)
+    assert last["reason"].startswith("no progress: 3 attempts")
     assert [one.kind for one in ends(run)] == ["finished", "fault", "fault", "fault", "blocked"]
     code = "from kempnerforge.cli.app import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "unblock", str(run.folder)], capture_output=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kempnerforge.goodput import breaker
-from kempnerforge.goodput.faults import FaultRecord, is_peer_loss
+from kempnerforge.goodput.faults import FaultRecord, is_peer_loss, read_faults
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.interval import daly, rate_bounds, young
 from kempnerforge.goodput.ledger import Ledger, read_events
@@ -87,17 +90,111 @@ def test_the_cause_is_the_earliest_record_that_is_no_consequence() -> None:
     assert found.kind == "lost"
 
 
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:2363, "
+WATCHDOG = "[PG ID 0 PG GUID 0(default_pg) Rank 3] Process group watchdog thread terminated with exception: "
+TIMEOUT = (
+    "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=BROADCAST, "
+    "NumelIn=112, NumelOut=112, Timeout(ms)=1800000) ran for 1800011 milliseconds before timing out."
+)
+REMOTE = (
+    "remote process exited or there was a network error, NCCL version 2.21.5\nncclRemoteError: A call failed "
+    "possibly due to a network error or a remote process exiting prematurely.\nLast error:\n"
+    "socketProgress: Connection closed by remote peer ip-172-31-36-217.eu-north-1.compute.internal<59116>"
+)
+SYSTEM = (
+    "unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.18.6\nncclSystemError: "
+    "System call (e.g. socket, malloc) or external library call failed or device error. \nLast error:\n"
+)
+CUDA = (
+    "unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.23.4\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 1 'invalid argument'"
+)
+USAGE = (
+    "invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.21.5\nncclInvalidUsage: This "
+    "usually reflects invalid usage of NCCL library.\nLast error:\nDuplicate GPU detected : rank 0 and rank "
+    "1 both on CUDA device 1c000"
+)
+ILLEGAL = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously"
+
+
 @pytest.mark.parametrize(
     ("name", "message", "expected"),
     [
         ("RuntimeError", "[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1", True),
-        ("DistBackendError", "NCCL error: remote process exited or there was a network error", True),
-        ("RuntimeError", "CUDA error: an illegal memory access was encountered", False),
+        ("DistBackendError", "NCCL error: " + REMOTE, True),
+        ("DistBackendError", WATCHDOG + "NCCL error: " + REMOTE, True),
+        ("DistBackendError", WATCHDOG + TIMEOUT, True),
+        ("RuntimeError", "[Rank 2] NCCL watchdog thread terminated with exception: " + TIMEOUT, True),
+        ("RuntimeError", "NCCL communicator was aborted on rank 3. Original reason: " + TIMEOUT, True),
+        (
+            "DistBackendError",
+            NCCL + SYSTEM + "socketStartConnect: Connect to 192.168.19.14<52822> failed : No route to host",
+            True,
+        ),
+        (
+            "DistBackendError",
+            NCCL + "internal error, NCCL version 2.14.3\nncclInternalError: Internal check "
+            "failed.\nLast error:\nNet : Call to recv from 10.58.226.18<38309> failed : Connection refused",
+            True,
+        ),
+        (
+            "DistBackendError",
+            NCCL + SYSTEM + "Error while creating shared memory segment /dev/shm/nccl-BUbmpc (size 9637888)",
+            False,
+        ),
+        ("DistBackendError", NCCL + CUDA, False),
+        ("DistBackendError", NCCL + USAGE, False),
+        ("DistBackendError", WATCHDOG + ILLEGAL, False),
+        ("RuntimeError", ILLEGAL, False),
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB.", False),
+        ("DistStoreError", "Timed out after 31 seconds waiting for clients. 1/2 clients joined.", True),
         ("ValueError", "bad", False),
     ],
 )
 def test_peer_losses_are_told_from_causes(name: str, message: str, expected: bool) -> None:
+    """The texts are those that users have reported to PyTorch, Megatron, vLLM and NCCL."""
     assert is_peer_loss(name, message) is expected
+
+
+ABORT = """
+import ctypes, sys, time
+from pathlib import Path
+from kempnerforge.goodput.faults import FaultFile
+
+run_dir, watchdog, raised, thread = sys.argv[1:]
+faults = FaultFile(Path(run_dir), attempt=1, rank=0, host="n1", watchdog=watchdog == "watchdog")
+if raised:
+    faults.record(RuntimeError(raised))
+libc = ctypes.CDLL(None)
+if thread == "native":
+    abort = ctypes.cast(libc.abort, ctypes.c_void_p)
+    libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, abort, None)
+    time.sleep(30)
+libc.abort()
+"""
+
+
+@pytest.mark.parametrize(
+    ("watchdog", "raised", "thread", "text", "by_peer"),
+    [
+        ("watchdog", "", "native", "Aborted", True),
+        # An abort in Python's own thread, or where there is no NCCL, is nobody else's.
+        ("watchdog", "", "python", "Aborted", False),
+        ("", "", "native", "Aborted", False),
+        # What was raised before the abort says more.
+        ("watchdog", "CUDA error: unspecified launch failure", "native", "RuntimeError: CUDA error", False),
+        ("watchdog", "Connection reset by peer", "python", "RuntimeError: Connection reset", True),
+    ],
+)
+def test_an_abort_by_the_watchdog_is_no_fault_of_this_rank(
+    tmp_path: Path, watchdog: str, raised: str, thread: str, text: str, by_peer: bool
+) -> None:
+    command = [sys.executable, "-c", ABORT, str(tmp_path), watchdog, raised, thread]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    (fault,) = read_faults(tmp_path)
+    assert (fault.host, fault.by_peer) == ("n1", by_peer)
+    assert fault.text.startswith(text)
 
 
 def test_a_torn_line_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:

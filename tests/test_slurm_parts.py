@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +13,15 @@ from typing import Any
 
 import pytest
 
+from kempnerforge import hostlist
 from kempnerforge.cli.slurm import lost_in_a_row, nodes_of
 from kempnerforge.errors import ConfigError
 from kempnerforge.goodput.history import derive
-from kempnerforge.slurm import nodes
 from kempnerforge.slurm.decision import decide
-from kempnerforge.slurm.job import SlurmJob, parse_lost_nodes, parse_preempted, this_job
+from kempnerforge.slurm.grace import Grace, parse_grace
+from kempnerforge.slurm.job import SlurmJob, leaves_enough, node_name, parse_facts, parse_lost_nodes, this_job
 from kempnerforge.slurm.note import attempt_note
-from kempnerforge.slurm.script import option_faults, parse_time_s, stop_before_s
+from kempnerforge.slurm.script import array_faults, option_faults, option_value, parse_time_s, stop_before_s
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,17 +34,18 @@ ROOT = Path(__file__).parents[1]
         ("gpu[07-09,12],login1", ["gpu07", "gpu08", "gpu09", "gpu12", "login1"]),
         ("a[1-2]b[08,10]", ["a1b08", "a1b10", "a2b08", "a2b10"]),
         ("n[98-101]", ["n98", "n99", "n100", "n101"]),
+        ("holygpu8a[101]", ["holygpu8a101"]),
         ("a-b.c,[3-4]x", ["a-b.c", "3x", "4x"]),
     ],
 )
 def test_node_lists(text: str, hosts: list[str]) -> None:
-    assert nodes.expand(text) == hosts
+    assert hostlist.expand(text) == hosts
 
 
 @pytest.mark.parametrize("text", ["a[", "a[1-", "a[]", "a[2-1]", "a[x]", "a,,b", "a]", ","])
 def test_what_is_no_node_list(text: str) -> None:
     with pytest.raises(ConfigError, match="node list"):
-        nodes.expand(text)
+        hostlist.expand(text)
 
 
 RUNNING = {"job_state": "RUNNING"}
@@ -72,6 +76,9 @@ RUNNING = {"job_state": "RUNNING"}
         (RUNNING | {"status": 1, "lost_in_a_row": 2}, True, 1),
         (RUNNING | {"status": 1, "lost_in_a_row": 3}, False, 1),
         (RUNNING | {"status": 2, "lost_in_a_row": 0}, False, 2),
+        (RUNNING | {"status": 75, "reason": "deadline", "may_requeue": False}, False, 75),
+        (RUNNING | {"status": 1, "faulty_nodes": ["n2"], "may_requeue": False}, False, 1),
+        (RUNNING | {"status": 0, "may_requeue": False}, False, 0),
     ],
 )
 def test_a_job_is_requeued_exactly_when_it_should_be(
@@ -86,6 +93,26 @@ def test_a_job_is_requeued_exactly_when_it_should_be(
 def test_lost_nodes() -> None:
     listing = "n1 mixed\nn2 down*\nn3 idle\nn4 drained\nn5 allocated*\nn6 fail\nn2 down*\n"
     assert parse_lost_nodes(listing) == ["n2", "n5", "n6"]
+
+
+NODES = "n1 mixed\nn2 idle\nn3 allocated+\nn4 drained\nn5 down*\nn6 idle*\nn1 mixed\n"
+
+
+@pytest.mark.parametrize(
+    ("out", "asked_for", "needed", "enough"),
+    [
+        ({"n1"}, (), 2, True),
+        ({"n1"}, (), 3, False),
+        ({"n1", "n4"}, (), 2, True),
+        ({"n1", "n2", "n3"}, (), 1, False),
+        ({"n1"}, ("n2",), 1, True),
+        ({"n1"}, ("n1", "n2"), 2, False),
+    ],
+)
+def test_no_node_is_left_out_that_the_job_cannot_do_without(
+    out: set[str], asked_for: tuple[str, ...], needed: int, enough: bool
+) -> None:
+    assert leaves_enough(NODES, out, asked_for=asked_for, needed=needed) is enough
 
 
 def event(attempt: int, name: str, **values: Any) -> dict[str, Any]:
@@ -114,10 +141,10 @@ def test_hosts_are_found_among_the_nodes_of_the_job() -> None:
     assert nodes_of({"n2.cluster.org", "n10"}, ["n1", "n2"]) == ["n2"]
 
 
-def test_preempted() -> None:
-    assert parse_preempted("JobId=1 PreemptEligibleTime=x PreemptTime=2026-11-25T12:25:24 SuspendTime=None")
-    assert not parse_preempted("JobId=1 PreemptTime=None")
-    assert not parse_preempted("JobId=1 SuspendTime=None")
+def test_facts_leave_out_what_has_no_value() -> None:
+    line = "JobId=1 Name=a=b PreemptTime=2026-11-25T12:25:24 SuspendTime=None ExcNodeList=(null) Requeue=0 x"
+    known = {"JobId": "1", "Name": "a=b", "PreemptTime": "2026-11-25T12:25:24", "Requeue": "0"}
+    assert parse_facts(line) == known
 
 
 def test_this_job() -> None:
@@ -131,7 +158,12 @@ def test_this_job() -> None:
     }
     found = this_job(array)
     assert found == SlurmJob("7", 3, ("n1", "n2"), "6", "1")
-    assert found.attempt_name == "7.3"
+    assert (found.attempt_name, found.handle) == ("7.3", "6_1")
+
+
+def test_a_node_is_called_as_slurm_calls_it() -> None:
+    assert node_name({"SLURMD_NODENAME": "gpu07"}) == "gpu07"
+    assert node_name({}) == socket.gethostname()
 
 
 @pytest.mark.parametrize(
@@ -164,6 +196,73 @@ def test_options_that_would_get_round_the_check_are_refused() -> None:
         "--train.seed=3",
         repr("--a\nb"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [
+        (["--qos=low"], None),
+        (["--partition=gpu,low"], "gpu,low"),
+        (["--qos=low", "--partition", "gpu"], "gpu"),
+        (["-p", "gpu", "-x", "n1"], "gpu"),
+        (["-pgpu"], "gpu"),
+        (["-p"], ""),
+        (["--prefer=x", "--partitions=x"], None),
+    ],
+)
+def test_the_value_of_an_option_of_sbatch(options: list[str], value: str | None) -> None:
+    assert option_value(options, "--partition", "-p") == value
+
+
+@pytest.mark.parametrize(
+    ("options", "is_shared", "refused"),
+    [
+        (["--array=0-3"], True, True),
+        (["-a", "1,3"], True, True),
+        (["--array=0-3"], False, False),
+        (["--array=1-9%1"], True, False),
+        (["--array=1-9%2"], True, True),
+        (["--array=3"], True, False),
+        ([], True, False),
+    ],
+)
+def test_tasks_of_an_array_that_would_write_one_run(
+    options: list[str], is_shared: bool, refused: bool
+) -> None:
+    assert bool(array_faults(options, "runs/x", is_shared=is_shared)) is refused
+
+
+CONFIG = "Configuration data\nKillOnBadExit           = 0\nKillWait                = 45 sec\n"
+PARTITIONS = """\
+PartitionName=main Default=YES GraceTime=0 PreemptMode=OFF
+PartitionName=low Default=NO GraceTime=300 PreemptMode=REQUEUE
+PartitionName=off Default=NO GraceTime=300 PreemptMode=OFF
+PartitionName=short Default=NO GraceTime=20 PreemptMode=REQUEUE
+"""
+
+
+@pytest.mark.parametrize(
+    ("partition", "kill_wait_s", "grace_s", "timeout_s"),
+    [
+        ("", 45, 0, 40),
+        ("low", 45, 300, 295),
+        ("off", 45, 0, 40),
+        ("short", 45, 20, 40),
+        ("low,main", 45, 0, 40),
+    ],
+)
+def test_a_stop_may_take_what_the_partition_grants(
+    partition: str, kill_wait_s: int, grace_s: int, timeout_s: int
+) -> None:
+    found = parse_grace(CONFIG, PARTITIONS, partition)
+    assert found == Grace(kill_wait_s, grace_s)
+    assert found.shutdown_timeout_s == timeout_s
+
+
+def test_what_a_partition_grants_is_not_guessed() -> None:
+    assert parse_grace(CONFIG, PARTITIONS, "gpu") is None
+    assert parse_grace(CONFIG, "", "") is None
+    assert parse_grace("", PARTITIONS, "low") is None
 
 
 def test_a_note_hides_secrets() -> None:
@@ -210,6 +309,34 @@ def test_a_layout_that_cannot_work_is_not_queued() -> None:
     assert "but processes started: 24" in done.stderr
     assert "--train.sed: is not a known key" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+SCONTROL = """#!/bin/bash
+case "$*" in
+    "show config") echo "KillWait = 30 sec" ;;
+    "-o show partition") echo "PartitionName=low Default=YES GraceTime=900 PreemptMode=REQUEUE" ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+def test_submit_gives_a_stop_the_time_that_it_has(tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "run").mkdir()
+    commit = {"event": "commit", "attempt": 1, "time": 1.0, "step": 4, "total_s": 1000.0}
+    (tmp_path / "run/ledger.jsonl").write_text(json.dumps(commit) + "\n")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", PATH=path)
+    assert "--train.shutdown_timeout_s=895)" in done.stdout
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=955" in done.stdout
+    assert done.stderr == ""
+    done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/run", PATH=path)
+    assert "saves of this run took up to 1000 s" in done.stderr
+    own = "--train.shutdown_timeout_s=1000"
+    done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", own, PATH=path)
+    assert f"{own})" in done.stdout
+    assert "is 1000 s: a stop that hangs would be killed without a word" in done.stderr
 
 
 def test_without_slurm_the_error_says_so(tmp_path: Path) -> None:

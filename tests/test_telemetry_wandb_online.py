@@ -49,6 +49,26 @@ def test_with_a_key_attempts_continue_one_online_run(tmp_path: Path, server: Wan
     assert fragments(tmp_path) == []
 
 
+def test_rows_that_never_reached_the_server_are_logged_by_the_next_attempt(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    told = [Told(), Told()]
+    rows = {step: {"step": step, "time": 100.0 + step, "train/loss": 10.0 + step} for step in range(1, 6)}
+    sink = make_sink(tmp_path, told[0])
+    for row in rows.values():
+        sink.write(row)
+    sink.close()
+    del server.history[3:]  # the client was killed before it had sent them
+    sink = make_sink(tmp_path, told[1], attempt=2)
+    sink.catch_up(lambda: {step: row | {"attempt": 1} for step, row in rows.items()})
+    sink.write({"step": 6, "train/loss": 26.0})
+    sink.close()
+    logged = [(row["_step"], row["attempt"], row["train/loss"]) for row in server.history]
+    assert logged == [*((step, 1, 10.0 + step) for step in range(1, 6)), (6, 2, 26.0)]
+    assert [row["_timestamp"] for row in server.history[3:5]] == [104.0, 105.0]
+    assert told[1].warnings == []
+
+
 def test_closing_on_the_way_out_of_an_error_marks_the_run_as_failed(
     tmp_path: Path, server: WandbServer
 ) -> None:

@@ -19,8 +19,7 @@ from kempnerforge.cli import app as command_line
 from kempnerforge.cli.wandb import last_lasting_step
 from kempnerforge.goodput.ledger import places, read_events
 from kempnerforge.telemetry import wandb_upload
-from kempnerforge.telemetry.jsonl import JsonlSink
-from kempnerforge.telemetry.wandb_upload import by_step
+from kempnerforge.telemetry.jsonl import JsonlSink, by_step
 
 pytest_plugins = ["run_fixtures", "wandb_fixtures"]
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.distributed.world import RankPlace, World, find_place, first_slurm_node
+from kempnerforge.distributed.world import RankPlace, World, find_place
 from kempnerforge.errors import ConfigError, DataError, Fault, KempnerForgeError
 
 
@@ -37,14 +37,6 @@ from kempnerforge.errors import ConfigError, DataError, Fault, KempnerForgeError
 )
 def test_place_comes_from_torchrun_then_srun_then_alone(env: dict[str, str], place: RankPlace) -> None:
     assert find_place(env) == place
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("gpu1", "gpu1"), ("gpu[07-09,12],login1", "gpu07"), ("a,b", "a"), ("holygpu8a[101]", "holygpu8a101")],
-)
-def test_first_node_of_a_slurm_list(nodes: str, first: str) -> None:
-    assert first_slurm_node(nodes) == first
 
 
 def alone_agrees() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
@@ -60,9 +61,12 @@ def after(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
     decision = decide_for(job, run_dir)
     print(f"requeue: {'yes' if decision.requeue else 'no'}: {decision.why}", flush=True)
     if decision.requeue:
+        # Requeueing ends this script by SIGTERM, and nodes can be left out only of a job that is in the queue
+        # again. Until this script has ended, SLURM does not start it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        slurm_job.requeue(job.handle)
         if decision.exclude:
             _try_to_exclude(job, decision)
-        slurm_job.requeue(job.job_id)
     raise typer.Exit(decision.status)
 
 
@@ -74,14 +78,16 @@ def decide_for(job: SlurmJob, run_dir: Path) -> Decision:
     history = read_history(run_dir)
     ends = [one.end for one in history if one.number > before and one.end is not None]
     hosts = {one.host for one in read_faults(run_dir) if one.attempt > before and not one.by_peer}
+    facts = slurm_job.facts(job.handle)
     return decide(
-        job_state=slurm_job.state(job.job_id),
+        job_state=slurm_job.state(job.handle),
         status=ends[-1]["status"] if ends else None,
         reason=str(ends[-1]["reason"]) if ends else "",
-        asked=_asked(job, run_dir),
+        asked=_asked(facts, run_dir),
         lost_nodes=slurm_job.lost_nodes(job.node_names),
         faulty_nodes=nodes_of(hosts, job.node_names),
         lost_in_a_row=lost_in_a_row(history, before=before),
+        may_requeue=facts.get("Requeue") != "0",
     )
 
 
@@ -102,18 +108,18 @@ def nodes_of(hosts: Collection[str], node_names: Sequence[str]) -> list[str]:
     return [name for name in node_names if name.partition(".")[0] in short]
 
 
-def _asked(job: SlurmJob, run_dir: Path) -> str:
+def _asked(facts: Mapping[str, str], run_dir: Path) -> str:
     """The batch shell's traps write the signal into the stop file; of a GraceTime it hears nothing."""
     path = run_dir / stop_file.NAME
     word = path.read_text().strip() if path.exists() else ""
     if word.startswith("SIG"):
         return word
-    return "preempted" if slurm_job.is_preempted(job.job_id) else ""
+    return "preempted" if "PreemptTime" in facts else ""
 
 
 def _try_to_exclude(job: SlurmJob, decision: Decision) -> None:
     try:
-        slurm_job.exclude(job.job_id, decision.exclude)
+        slurm_job.exclude(job.handle, decision.exclude)
     except SlurmError as error:  # going on matters more
         print(f"cannot leave out {', '.join(decision.exclude)}: {error}", file=sys.stderr)
 

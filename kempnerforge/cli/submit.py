@@ -11,15 +11,20 @@ import typer
 from typer.core import TyperCommand
 
 from kempnerforge import fsio
+from kempnerforge.config.layers import DEFAULT
 from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.run import PLACEHOLDER
-from kempnerforge.config.schema import JobConfig, load_job
+from kempnerforge.config.schema import LoadedJob, load_job
 from kempnerforge.errors import ConfigError, Fault, RunFolderError
+from kempnerforge.goodput.ledger import read_events, saves_s
 from kempnerforge.slurm import job as slurm_job
-from kempnerforge.slurm.script import Request, check_options, render
+from kempnerforge.slurm.grace import ask_grace
+from kempnerforge.slurm.script import Request, check_options, option_value, render
+from kempnerforge.train.deadline import p99
 
 app = typer.Typer(add_completion=False)
 SBATCH = "sbatch options"
+TIMEOUT = "train.shutdown_timeout_s"
 
 
 class _Submit(TyperCommand):
@@ -35,7 +40,9 @@ class _Submit(TyperCommand):
 def submit(
     context: typer.Context,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")],
-    time: Annotated[str, typer.Option(help="Time limit, as sbatch takes it: 24:00:00, 2-12.")],
+    time: Annotated[
+        str, typer.Option(help="Time limit of a start, as sbatch takes it: 30 (minutes), 24:00:00, 2-12.")
+    ],
     arguments: Annotated[
         list[str],
         typer.Argument(
@@ -44,23 +51,31 @@ def submit(
     ],
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node; 0 trains on the CPU.")] = 1,
     processes_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Ranks on each node.", show_default="one a GPU")
+        int | None, typer.Option(min=1, help="Ranks on each node.", show_default="one a GPU, else 1")
     ] = None,
     script: Annotated[Path, typer.Option(help="The training script.")] = Path("scripts/train.py"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and queue nothing.")] = False,
 ) -> None:
-    """Check FILE on this layout, then train it as a SLURM job that goes on by itself until it is finished."""
+    """Check FILE on this layout, then train it as a SLURM job that goes on by itself until it is finished.
+
+    Such as: kempnerforge submit run.toml --nodes 4 --gpus-per-node 8 --time 24:00:00 --train.seed=1
+    -- --partition=gpu. Overrides of the config stand before the --, options of sbatch behind it.
+    """
     sbatch_options: list[str] = context.meta[SBATCH]
     positionals, overrides = split_positionals(arguments)
     if not positionals:
         raise typer.BadParameter("FILE is missing")
     ranks = processes_per_node or max(1, gpus_per_node)
     file, overrides = positionals[0], [*overrides, *positionals[1:]]
-    job = load_job(file, overrides, world_size=nodes * ranks, inside_job=False).job
-    check_options(time, sbatch_options)
+    loaded = load_job(file, overrides, world_size=nodes * ranks, inside_job=False)
+    job, run_dir = loaded.job, loaded.job.run.dir or f"runs/{loaded.job.run.name}"
+    check_options(time, sbatch_options, run_dir, is_shared=not PLACEHOLDER.search(run_dir))
     if not script.is_file():
         hint = "run this in the repository's folder, or give --script"
         raise ConfigError([Fault("--script", f"{script} does not exist", hint)], where="command line")
+    timeout_s = _shutdown_timeout_s(loaded, run_dir, sbatch_options)
+    if timeout_s != job.train.shutdown_timeout_s:
+        overrides = [*overrides, f"--{TIMEOUT}={timeout_s:g}"]
     request = Request(
         name=job.run.name,
         nodes=nodes,
@@ -69,7 +84,8 @@ def submit(
         time=time,
         train=[str(script), "--config", file, *overrides],
         command=shlex.join(["kempnerforge", *(word for word in sys.argv[1:] if word != "--dry-run")]),
-        output=_log(job),
+        output=_log(run_dir, sbatch_options),
+        shutdown_timeout_s=timeout_s,
         bin_dir=str(Path(sys.executable).parent),
         sbatch_options=sbatch_options,
     )
@@ -78,14 +94,43 @@ def submit(
         typer.echo(text, nl=False)
         return
     _make_folder(Path(request.output).parent)
-    _follow(slurm_job.submit(text), job, request)
+    _follow(slurm_job.submit(text), run_dir, request)
 
 
-def _log(job: JobConfig) -> str:
+def _shutdown_timeout_s(loaded: LoadedJob, run_dir: str, sbatch_options: list[str]) -> float:
+    """``train.shutdown_timeout_s``: the user's, else what the partition grants. Warns of what may be lost."""
+    own = loaded.job.train.shutdown_timeout_s
+    grace = ask_grace(sbatch_options)
+    if grace is None:
+        return own
+    is_own = loaded.sources[TIMEOUT] != DEFAULT
+    timeout_s = own if is_own else float(grace.shutdown_timeout_s)
+    granted = f"this partition grants {grace.longest_s} s between SIGTERM and SIGKILL"
+    if timeout_s >= grace.longest_s:
+        _warn(f"{granted}, and {TIMEOUT} is {own:g} s: a stop that hangs would be killed without a word")
+    longest_s = p99(_earlier_saves_s(run_dir))
+    if longest_s > min(timeout_s, grace.longest_s):
+        _warn(
+            f"{granted}, {TIMEOUT} is {timeout_s:g} s, and saves of this run took up to {longest_s:.0f} s: "
+            "a preemption may cost the steps since the last save (checkpoint.interval_minutes bounds them)"
+        )
+    return timeout_s
+
+
+def _earlier_saves_s(run_dir: str) -> list[float]:
+    return saves_s(read_events(Path(run_dir).expanduser()))
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def _log(run_dir: str, sbatch_options: list[str]) -> str:
     """Where the job's log goes: into the run's folder, unless SLURM would have to make it."""
-    if job.run.dir and PLACEHOLDER.search(job.run.dir):
-        return "slurm-%x-%j.log"
-    return str(job.run.folder / "slurm" / "%j.log")
+    if not PLACEHOLDER.search(run_dir):
+        return str(Path(run_dir).expanduser() / "slurm" / "%j.log")
+    is_array = option_value(sbatch_options, "--array", "-a") is not None
+    return "slurm-%x-%A_%a.log" if is_array else "slurm-%x-%j.log"
 
 
 def _make_folder(folder: Path) -> None:
@@ -95,11 +140,14 @@ def _make_folder(folder: Path) -> None:
         raise RunFolderError(f"run.dir: {folder} cannot be made: {error}") from error
 
 
-def _follow(job_id: str, job: JobConfig, request: Request) -> None:
-    run_dir = job.run.dir or f"runs/{job.run.name}"
-    log = request.output.replace("%j", job_id).replace("%x", request.name)
+def _follow(job_id: str, run_dir: str, request: Request) -> None:
+    log = request.output
+    for pattern, value in (("%x", request.name), ("%j", job_id), ("%A", job_id), ("%a", "*")):
+        log = log.replace(pattern, value)
+    if "%A" not in request.output:
+        run_dir = run_dir.replace("{job_id}", job_id)
     for line in (
-        f"job {job_id}: {request.nodes} x {request.processes_per_node} processes, {request.time} a start",
+        f"job {job_id}: {request.nodes} x {request.processes_per_node} processes, time limit {request.time}",
         f"  follow it     tail -F {log}",
         f"  its state     squeue -j {job_id}",
         f"  checkpoints   kempnerforge ckpt ls {run_dir}",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
+from kempnerforge import hostlist
 from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.errors import ConfigError, Fault
 
 
 @dataclass(frozen=True)
@@ -42,20 +41,12 @@ def find_place(env: dict[str, str] | os._Environ[str] = os.environ) -> RankPlace
     return RankPlace(0, 1, 0)
 
 
-def first_slurm_node(nodelist: str) -> str:
-    """First host of a SLURM node list such as ``gpu[07-09,12],login1`` -> ``gpu07``."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodelist)
-    if match is None:
-        raise ConfigError([Fault("SLURM_STEP_NODELIST", f"cannot read a host from {nodelist!r}")])
-    return match.group(1) + (match.group(2) or "")
-
-
 def _set_rendezvous(place: RankPlace) -> None:
     os.environ.setdefault("RANK", str(place.rank))
     os.environ.setdefault("WORLD_SIZE", str(place.num_ranks))
     if "MASTER_ADDR" not in os.environ:
-        nodes = os.environ.get("SLURM_STEP_NODELIST", "")
-        os.environ["MASTER_ADDR"] = first_slurm_node(nodes) if place.num_ranks > 1 and nodes else "127.0.0.1"
+        nodes = hostlist.expand(os.environ.get("SLURM_STEP_NODELIST", ""))
+        os.environ["MASTER_ADDR"] = nodes[0] if place.num_ranks > 1 and nodes else "127.0.0.1"
     if "MASTER_PORT" not in os.environ:
         if place.num_ranks == 1:
             with socket.socket() as probe:

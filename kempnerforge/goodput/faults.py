@@ -12,7 +12,6 @@ import faulthandler
 import json
 import os
 import re
-import socket
 import time
 import traceback
 from dataclasses import dataclass
@@ -28,9 +27,16 @@ _FATAL = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
 _PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
 _PEER_TEXT = re.compile(
     r"connection (closed|reset|refused)|broken pipe|socket (closed|timeout)|remote process exited"
-    r"|timed out (waiting|after)|timeout waiting|recvValue failed|failed to recv",
+    r"|timed out (waiting|after)|timeout waiting|recvValue failed|failed to recv"
+    r"|watchdog caught collective operation timeout",
     re.IGNORECASE,
 )
+_OWN_TEXT = re.compile(
+    r"CUDA (error|failure)|ncclUnhandledCudaError|ncclInvalid(Usage|Argument)|shared memory segment"
+    r"|out of memory|no space left",
+    re.IGNORECASE,
+)
+"""What NCCL's errors say when the cause is this rank's GPU, memory or call."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +57,24 @@ class FaultRecord:
 def is_peer_loss(type_name: str, message: str) -> bool:
     """Whether an exception is what a rank sees when another one has gone. Pure.
 
-    Types of torch.distributed, and the texts of gloo and of the c10d store.
+    Types of torch.distributed, and the texts of gloo, of NCCL and its watchdog, and of the c10d store.
     """
+    if _OWN_TEXT.search(message):
+        return False
     return type_name in _PEER_TYPES or _PEER_TEXT.search(message) is not None
 
 
 class FaultFile:
-    """This rank's file, open for ``faulthandler`` until ``close``."""
+    """This rank's file, open for ``faulthandler`` until ``close``. Raises OSError.
 
-    def __init__(self, run_dir: Path, *, attempt: int, rank: int) -> None:
+    ``host``: this node, by the name that SLURM has for it. ``watchdog``: whether NCCL's watchdog runs here.
+    """
+
+    def __init__(self, run_dir: Path, *, attempt: int, rank: int, host: str, watchdog: bool) -> None:
         self.path = run_dir / FOLDER / f"attempt_{attempt:05d}.rank_{rank:05d}.txt"
         with contextlib.suppress(FileExistsError):  # every rank makes it
             fsio.new_folder(self.path.parent)
-        head = {"attempt": attempt, "rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+        head = {"attempt": attempt, "rank": rank, "host": host, "pid": os.getpid(), "watchdog": watchdog}
         self._file: TextIO | None = os.fdopen(fsio.open_file(self.path, os.O_WRONLY | os.O_APPEND), "a")
         self._file.write(json.dumps(head) + "\n")
         self._file.flush()
@@ -119,12 +130,11 @@ def _read(path: Path) -> FaultRecord | None:
     if match is None or not rest.strip():
         return None
     try:
-        host = str(json.loads(head)["host"])
+        host, watchdog = str(json.loads(head)["host"]), bool(json.loads(head).get("watchdog"))
     except (ValueError, KeyError, TypeError):
-        host = ""
+        host, watchdog = "", False
     common = {"attempt": int(match[1]), "rank": int(match[2]), "host": host, "path": str(path)}
-    if fatal := _FATAL.search(rest):
-        return FaultRecord(**common, time=changed, text=fatal[1], by_peer=False)
+    # An exception comes first: with NCCL, its watchdog may abort the process before it has ended.
     for line in rest.splitlines():
         try:
             body = json.loads(line)
@@ -132,4 +142,17 @@ def _read(path: Path) -> FaultRecord | None:
             return FaultRecord(**common, time=float(body["time"]), text=text, by_peer=bool(body["by_peer"]))
         except (ValueError, KeyError, TypeError):
             continue
+    if fatal := _FATAL.search(rest):
+        by_peer = watchdog and is_watchdog_abort(rest[fatal.start() :])
+        return FaultRecord(**common, time=changed, text=fatal[1], by_peer=by_peer)
     return FaultRecord(**common, time=changed, text=rest.strip().splitlines()[0], by_peer=False)
+
+
+def is_watchdog_abort(dump: str) -> bool:
+    """Whether a dump of ``faulthandler`` is of an abort on a thread that Python does not know. Pure.
+
+    With NCCL that is its watchdog's: it ends the process when a collective failed or took too long, which is
+    what the loss of another rank looks like. What it says goes to standard error alone. The price: a CUDA
+    error that the watchdog sees before any other code does (which would raise it) is not told apart.
+    """
+    return dump.startswith("Fatal Python error: Aborted") and "Current thread" not in dump

@@ -66,6 +66,11 @@ def places(events: Sequence[Event]) -> dict[int, dict[str, Any]]:
     return found
 
 
+def saves_s(events: Sequence[Event]) -> list[float]:
+    """What the saves took, in seconds, from the call to the commit, oldest first. Pure."""
+    return [event["total_s"] for event in events if event["event"] == "commit"]
+
+
 def _event(line: bytes) -> Event | None:
     try:
         found = json.loads(line)

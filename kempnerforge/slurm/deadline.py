@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 from collections.abc import Mapping
 from datetime import datetime
 
+from kempnerforge.slurm import job as slurm_job
+from kempnerforge.slurm.job import SlurmError, SlurmJob
+
 ASK_EVERY_S = 60.0
 """``scontrol update EndTime`` moves the end of a running job."""
-_SQUEUE_TIMEOUT_S = 20.0
 
 
 def end_in_environment(environ: Mapping[str, str]) -> float | None:
@@ -32,33 +33,15 @@ def parse_end(text: str) -> float | None:
     return datetime.fromisoformat(lines[0]).timestamp()
 
 
-def ask_squeue(job_id: str, environ: Mapping[str, str]) -> float | None:
-    """The end of the job, Unix time; None when it has none. Raises OSError or ValueError, with the reason."""
-    try:
-        done = subprocess.run(
-            ["squeue", "-h", "-j", job_id, "-o", "%e"],
-            env={**environ, "SLURM_TIME_FORMAT": "standard"},
-            capture_output=True,
-            text=True,
-            timeout=_SQUEUE_TIMEOUT_S,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise OSError(f"squeue has not answered after {_SQUEUE_TIMEOUT_S:g} s") from error
-    if done.returncode:
-        raise OSError(f"squeue: {done.stderr.strip() or f'exit status {done.returncode}'}")
-    return parse_end(done.stdout)
-
-
 class JobEnd:
     """The end of this SLURM job, kept up to date by a thread. For rank 0: one question a minute for a job."""
 
-    def __init__(self, job_id: str, environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, job: SlurmJob, environ: Mapping[str, str] = os.environ) -> None:
         self.at = end_in_environment(environ)
         """Unix time; None while it is not known, and for a job without a limit."""
         self.problem = ""
         """Why ``squeue`` could not be asked the last time. What was known before still counts."""
-        self._job_id = job_id
+        self._handle = job.handle
         self._environ = dict(environ)
         self._closed = threading.Event()
         threading.Thread(target=self._keep_asking, name="slurm-deadline", daemon=True).start()
@@ -70,8 +53,9 @@ class JobEnd:
     def _keep_asking(self) -> None:
         while not self._closed.is_set():
             try:
-                self.at = ask_squeue(self._job_id, self._environ)
+                text = slurm_job.ask("squeue", "-h", "-j", self._handle, "-o", "%e", environ=self._environ)
+                self.at = parse_end(text)
                 self.problem = ""
-            except (OSError, ValueError) as error:
+            except (SlurmError, ValueError) as error:
                 self.problem = str(error)
             self._closed.wait(ASK_EVERY_S)

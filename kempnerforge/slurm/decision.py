@@ -41,6 +41,7 @@ def decide(
     lost_nodes: Sequence[str] = (),
     faulty_nodes: Sequence[str] = (),
     lost_in_a_row: int | None = None,
+    may_requeue: bool = True,
 ) -> Decision:
     """Whether the job is put back into the queue.
 
@@ -56,7 +57,23 @@ def decide(
         lost_in_a_row: newest attempts that committed nothing and went away without a word, or with a rank
             that did; None when this one did not end so. SLURM misses a dead node only minutes later, so one
             such end is a reason to go on; the breaker does not count them, so several are a reason to stop.
+        may_requeue: whether SLURM would do it. Of a job with --no-requeue the next one of a chain goes on.
     """
+    found = _decide(job_state, status, reason, asked, tuple(lost_nodes), tuple(faulty_nodes), lost_in_a_row)
+    if found.requeue and not may_requeue:
+        return Decision(False, found.status, f"{found.why}, but the job is not to be requeued (--no-requeue)")
+    return found
+
+
+def _decide(
+    job_state: str,
+    status: int | None,
+    reason: str,
+    asked: str,
+    lost_nodes: tuple[str, ...],
+    faulty_nodes: tuple[str, ...],
+    lost_in_a_row: int | None,
+) -> Decision:
     end = EXIT_FAULT if status is None else status
     if job_state != "RUNNING":
         return Decision(False, end, f"SLURM is ending the job ({job_state or 'not listed'})")

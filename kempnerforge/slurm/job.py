@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from kempnerforge import hostlist
 from kempnerforge.errors import KempnerForgeError
-from kempnerforge.slurm import nodes
 
 _ASK_TIMEOUT_S = 60.0
 """A busy controller answers late; SLURM's own clients retry within this time."""
+_USABLE = r"(idle|mixed|allocated|completing|reserved|planned)[-+#~%@^!]?"
+"""States of nodes that jobs can be started on, now or later. A ``*`` behind it would say that it is lost."""
+_NO_VALUE = ("(null)", "None", "N/A", "Unknown")
 
 
 class SlurmError(KempnerForgeError):
@@ -32,6 +37,11 @@ class SlurmJob:
     array_task_id: str = ""
 
     @property
+    def handle(self) -> str:
+        """For SLURM's commands. The plain id of one task of an array means all of them."""
+        return f"{self.array_job_id}_{self.array_task_id}" if self.array_task_id else self.job_id
+
+    @property
     def attempt_name(self) -> str:
         """A name that no other start of any job has, such as ``1234.0``."""
         return f"{self.job_id}.{self.restart_count}"
@@ -45,7 +55,7 @@ def this_job(environ: Mapping[str, str]) -> SlurmJob | None:
     return SlurmJob(
         job_id=job_id,
         restart_count=restart_count(environ),
-        node_names=tuple(nodes.expand(environ.get("SLURM_JOB_NODELIST", ""))),
+        node_names=tuple(hostlist.expand(environ.get("SLURM_JOB_NODELIST", ""))),
         array_job_id=environ.get("SLURM_ARRAY_JOB_ID", ""),
         array_task_id=environ.get("SLURM_ARRAY_TASK_ID", ""),
     )
@@ -57,20 +67,25 @@ def restart_count(environ: Mapping[str, str]) -> int:
     return int(restarts) if restarts.isdecimal() else 0
 
 
-def state(job_id: str) -> str:
+def node_name(environ: Mapping[str, str]) -> str:
+    """This node as SLURM calls it, which need not be by its host name; outside of SLURM by that."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def state(handle: str) -> str:
     """RUNNING, PENDING, COMPLETING, ...; empty when SLURM no longer lists the job."""
-    return ask("squeue", "--noheader", f"--jobs={job_id}", "--format=%T").strip()
+    return ask("squeue", "--noheader", f"--jobs={handle}", "--format=%T").strip()
 
 
-def is_preempted(job_id: str) -> bool:
-    """Whether the job lives only for what is left of its GraceTime."""
-    return parse_preempted(ask("scontrol", "-o", "show", "job", job_id))
+def facts(handle: str) -> dict[str, str]:
+    """What ``scontrol`` says of a job, such as ``ExcNodeList`` and ``PreemptTime``."""
+    return parse_facts(ask("scontrol", "-o", "show", "job", handle))
 
 
-def parse_preempted(job_line: str) -> bool:
-    """The same, from the line of ``scontrol -o show job``; SLURM prints the time only where there is one."""
-    found = re.search(r"\bPreemptTime=(\S+)", job_line)
-    return found is not None and found[1] not in ("None", "N/A", "Unknown")
+def parse_facts(line: str) -> dict[str, str]:
+    """The ``Key=value`` words of a line of ``scontrol -o show``, but for those without a value."""
+    pairs = (word.partition("=") for word in line.split())
+    return {key: value for key, mark, value in pairs if mark and value not in _NO_VALUE}
 
 
 def lost_nodes(node_names: Sequence[str]) -> list[str]:
@@ -91,17 +106,37 @@ def parse_lost_nodes(listing: str) -> list[str]:
     return sorted(set(lost))
 
 
-def exclude(job_id: str, node_names: Sequence[str]) -> None:
-    """Keep the job's next starts off these nodes, beside those that it leaves out already."""
-    known = re.search(r"\bExcNodeList=(\S+)", ask("scontrol", "-o", "show", "job", job_id))
-    before = nodes.expand(known[1]) if known and known[1] != "(null)" else []
-    names = ",".join(sorted({*before, *node_names}))
-    ask("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={names}")
+def exclude(handle: str, node_names: Sequence[str]) -> None:
+    """Keep the next starts of a job in the queue off these nodes, beside those that it leaves out already.
+
+    Raises SlurmError, also when it could never start then.
+    """
+    job = facts(handle)
+    out = {*hostlist.expand(job.get("ExcNodeList", "")), *node_names}
+    listing = ask("sinfo", "--noheader", "--Node", f"--partition={job['Partition']}", "--format=%N %T")
+    needed = int(job["NumNodes"].partition("-")[0])
+    if not leaves_enough(listing, out, asked_for=hostlist.expand(job.get("ReqNodeList", "")), needed=needed):
+        raise SlurmError(f"the job needs {needed} nodes, and too few of those that it may use would be left")
+    ask("scontrol", "update", f"JobId={handle}", f"ExcNodeList={','.join(sorted(out))}")
 
 
-def requeue(job_id: str) -> None:
+def leaves_enough(listing: str, out: Collection[str], *, asked_for: Collection[str], needed: int) -> bool:
+    """Whether a job can start without the nodes ``out``. Pure.
+
+    Args:
+        listing: the nodes of its partition, from ``sinfo --format="%N %T"``.
+        out: nodes that it would leave out.
+        asked_for: nodes that it must have (``--nodelist``).
+        needed: how many it needs.
+    """
+    lines = [line.split() for line in listing.splitlines()]
+    usable = {name for name, state, *_ in lines if re.fullmatch(_USABLE, state)}
+    return not set(asked_for) & set(out) and len(usable - set(out)) >= needed
+
+
+def requeue(handle: str) -> None:
     """Put the job back into the queue. SLURM ends the calling script too, by SIGTERM."""
-    ask("scontrol", "requeue", job_id)
+    ask("scontrol", "requeue", handle)
 
 
 def submit(script: str) -> str:
@@ -110,17 +145,23 @@ def submit(script: str) -> str:
     return ask("sbatch", "--parsable", text=script).strip().partition(";")[0]
 
 
-def ask(*command: str, text: str = "") -> str:
-    """What a command of SLURM prints.
+def ask(*command: str, text: str = "", environ: Mapping[str, str] = os.environ) -> str:
+    """What a command of SLURM prints. Times are in its standard format, whatever the user prefers.
 
     Raises:
         SlurmError: it is not installed, does not answer, or fails.
     """
-    if shutil.which(command[0]) is None:
+    if shutil.which(command[0], path=environ.get("PATH")) is None:
         raise SlurmError(f"{command[0]} is not installed here; run this where SLURM's commands are")
     try:
         done = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=_ASK_TIMEOUT_S, check=False
+            command,
+            env={**environ, "SLURM_TIME_FORMAT": "standard"},
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=_ASK_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{' '.join(command)}: no answer in {_ASK_TIMEOUT_S:g} s; try again") from None

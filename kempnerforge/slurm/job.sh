@@ -5,8 +5,8 @@
 # -- values ----------------------------------------------------------------------------------------------
 @PATH@processes_per_node=@PROCESSES@
 train=(@TRAIN@)
-# How long torchrun lets a rank save after a signal; SLURM's own KillWait and GraceTime may be shorter.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
+# How long torchrun lets ranks save after a signal; they end themselves before, after train.shutdown_timeout_s.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=@TIMEOUT@
 # --------------------------------------------------------------------------------------------------------
 
 restart=${SLURM_RESTART_COUNT:-0}

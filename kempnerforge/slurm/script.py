@@ -6,6 +6,8 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
 from pathlib import Path
 
 from kempnerforge.errors import ConfigError, Fault
@@ -24,6 +26,8 @@ OWNED = {
 """Options of sbatch that the layout depends on -> the option of ours to use instead, if there is one."""
 
 STOP_BEFORE_S = 120
+TORCHRUN_TIMEOUT_S = 600
+"""How long torchrun waits at least for ranks that save after a signal."""
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
@@ -42,6 +46,8 @@ class Request:
     command: str
     """What made the script, for its first line."""
     output: str = "slurm-%x-%j.log"
+    shutdown_timeout_s: float = 25
+    """After which the ranks end themselves."""
     bin_dir: str = ""
     """Where torchrun and kempnerforge are; empty to take them from PATH."""
     sbatch_options: Sequence[str] = ()
@@ -55,6 +61,7 @@ def render(request: Request) -> str:
         "@COMMAND@": " ".join(request.command.splitlines()),
         "@SBATCH@": "\n".join(f"#SBATCH {option}" for option in _directives(request)),
         "@PATH@": path,
+        "@TIMEOUT@": str(max(TORCHRUN_TIMEOUT_S, ceil(request.shutdown_timeout_s) + 60)),
         "@PROCESSES@": str(request.processes_per_node),
         "@TRAIN@": " ".join(shlex.quote(word) for word in request.train),
     }
@@ -104,6 +111,29 @@ def parse_time_s(text: str) -> int | None:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def option_value(options: Sequence[str], name: str, letter: str) -> str | None:
+    """The value of an option of sbatch, written as ``--name=V``, ``--name V``, ``-nV`` or ``-n V``."""
+    found = None
+    for option, following in pairwise([*options, ""]):
+        if option in (name, letter):
+            found = following
+        elif option.startswith(f"{name}="):
+            found = option.removeprefix(f"{name}=")
+        elif option.startswith(letter) and not option.startswith("--"):
+            found = option.removeprefix(letter)
+    return found
+
+
+def array_faults(options: Sequence[str], run_dir: str, *, is_shared: bool) -> list[Fault]:
+    """What is wrong with ``--array``, when all of its tasks train in ``run_dir`` (``is_shared``)."""
+    array = option_value(options, "--array", "-a")
+    if array is None or not is_shared or array.endswith("%1") or array.isdecimal():
+        return []
+    problem = f"all of its tasks would write one run, {run_dir}"
+    allowed = "put {array_task_id} into run.dir, or write %1 behind it: one task after the other"
+    return [Fault(f"--array={array}", problem, allowed)]
+
+
 def option_faults(time: str, sbatch_options: Sequence[str]) -> list[Fault]:
     """What is wrong with the time limit and with options that are handed on."""
     faults = []
@@ -122,7 +152,11 @@ def option_faults(time: str, sbatch_options: Sequence[str]) -> list[Fault]:
     return faults
 
 
-def check_options(time: str, sbatch_options: Sequence[str]) -> None:
-    """Raise ConfigError when ``option_faults`` finds any."""
-    if faults := option_faults(time, sbatch_options):
+def check_options(time: str, sbatch_options: Sequence[str], run_dir: str, *, is_shared: bool) -> None:
+    """Raise ConfigError when ``option_faults`` or ``array_faults`` finds any."""
+    faults = [
+        *option_faults(time, sbatch_options),
+        *array_faults(sbatch_options, run_dir, is_shared=is_shared),
+    ]
+    if faults:
         raise ConfigError(faults, where="command line")

@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +127,14 @@ def effective_rows(rows: Sequence[Row], resumes: Mapping[int, int]) -> list[Row]
 def last_step_that_counts(attempt: int, resumes: Mapping[int, int]) -> float:
     """Up to which step the rows of ``attempt`` count; infinite where no later attempt resumed."""
     return min((step for later, step in resumes.items() if later > attempt), default=math.inf)
+
+
+def by_step(rows: Iterable[Row]) -> dict[int, dict[str, Any]]:
+    """One row a step, in order of steps: wandb cannot come back to a step. Of two values the later counts."""
+    merged: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        merged.setdefault(row["step"], {}).update(row)
+    return dict(sorted(merged.items()))
 
 
 def _encode(row: Row, attempt: int) -> bytes:

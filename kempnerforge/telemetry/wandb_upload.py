@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class Content:
     places: Mapping[int, Mapping[str, Any]]
     """Where each attempt ran, as far as it is known."""
     steps: Mapping[int, Row]
-    """By step, in order; see ``by_step``."""
+    """By step, in order; see ``jsonl.by_step``."""
     failed: bool
     """Whether wandb is to show the run as failed."""
 
@@ -54,14 +54,6 @@ class Uploaded:
     """Steps below it were in wandb already."""
     num_steps: int
     """Steps that were handed over now."""
-
-
-def by_step(rows: Iterable[Row]) -> dict[int, dict[str, Any]]:
-    """One row a step, in order of steps: wandb cannot come back to a step. Of two values the later counts."""
-    merged: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        merged.setdefault(row["step"], {}).update(row)
-    return dict(sorted(merged.items()))
 
 
 def upload(content: Content, *, timeout_s: float) -> Uploaded:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from typing import Any
@@ -12,7 +11,7 @@ from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.report import SaveReport
 from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.config.schema import JobConfig
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.world import World
 from kempnerforge.errors import (
     EXIT_BAD_CONFIG,
     EXIT_FINISHED,
@@ -25,7 +24,7 @@ from kempnerforge.goodput import breaker
 from kempnerforge.goodput.faults import FaultFile, is_peer_loss, remove_empty
 from kempnerforge.goodput.history import read_history
 from kempnerforge.goodput.ledger import Ledger
-from kempnerforge.slurm.job import restart_count
+from kempnerforge.slurm.job import node_name, restart_count
 from kempnerforge.train.stop_file import attempt_started
 
 _SPACING = 0.02
@@ -54,12 +53,13 @@ class AttemptBook:
         self._setup_s[part] = self._setup_s.get(part, 0.0) + now - self._lap
         self._lap = now
 
-    def open(self, job: JobConfig, record: RunRecord, control: ControlGroup, ranks: dict[str, int]) -> None:
+    def open(self, job: JobConfig, record: RunRecord, world: World, ranks: dict[str, int]) -> None:
         """Begin the record of an attempt; refuse it when the run makes no progress.
 
         Collective: all ranks. Durable: on return. Raises NoProgressError on all ranks.
         """
-        hosts = control.gather(socket.gethostname())
+        control, host = world.control, node_name(os.environ)
+        hosts = control.gather(host)
         folder = job.run.folder
 
         def begin() -> None:
@@ -82,7 +82,16 @@ class AttemptBook:
                 raise NoProgressError(why)
 
         control.on_rank0(begin)
-        self._faults = FaultFile(folder, attempt=record.attempt, rank=control.rank)
+        try:
+            self._faults = FaultFile(
+                folder,
+                attempt=record.attempt,
+                rank=world.rank,
+                host=host,
+                watchdog=world.device.type == "cuda",
+            )
+        except OSError as error:  # on one rank alone, perhaps: no reason to end it, and so all of them
+            self._warn(error)
 
     def resumed(self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float) -> None:
         """The state is loaded and the loop begins."""

@@ -22,7 +22,7 @@ from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.world import World, collectives_issued
-from kempnerforge.errors import DataError, StopRequestedError
+from kempnerforge.errors import DataError, KempnerForgeError, LeaseLostError
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.control import Control
@@ -31,7 +31,7 @@ from kempnerforge.train.optim import build_optimizer
 from kempnerforge.train.placement import PlacedModel, build_model
 from kempnerforge.train.progress import Progress
 from kempnerforge.train.reports import Reports, build_reports
-from kempnerforge.train.run_folder import open_run, record_stop
+from kempnerforge.train.run_folder import open_run, record_refusal
 from kempnerforge.train.step import TrainStep
 from kempnerforge.train.stop import StopSignals
 from kempnerforge.train.stopping import Stopping
@@ -93,14 +93,16 @@ def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -
     if job.train.global_batch_size is None:
         job = job.with_global_batch_size(record.global_batch_size)
     try:
-        book.open(job, record, world.control, _layout(job.geometry(world.num_ranks), world))
+        book.open(job, record, world, _layout(job.geometry(world.num_ranks), world))
         book.lap("folder")
         stopping.open(job, record.attempt, is_first=world.rank == 0)
         stopping.end_set_up_if_asked(world.control)
         return _assemble(job, world, stopping, record, lease, book)
     except BaseException as error:
-        if lease is not None and isinstance(error, StopRequestedError):
-            record_stop(record.checkpoint_folder(folder), folder, error)
+        # Of a run that another attempt has taken over, run.json is that one's.
+        is_mine = lease is not None and not isinstance(error, LeaseLostError)
+        if is_mine and isinstance(error, KempnerForgeError):
+            record_refusal(record.checkpoint_folder(folder), folder, error)
         # So that the next start, on another host perhaps, need not watch a lease that nobody holds.
         if lease is not None:
             lease.release()

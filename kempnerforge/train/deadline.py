@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from kempnerforge.slurm.deadline import JobEnd
+from kempnerforge.slurm.job import this_job
 
 RECENT_STEPS = 500
 RECENT_SAVES = 200
@@ -58,8 +59,8 @@ class Deadline:
     ) -> None:
         self._own_end = started + 60 * max_minutes if max_minutes is not None else None
         self._margin_s = margin_s
-        job_id = environ.get("SLURM_JOB_ID", "")
-        self._job = JobEnd(job_id, environ) if job_id else None
+        job = this_job(environ)
+        self._job = JobEnd(job, environ) if job is not None else None
         self._saves_s: deque[float] = deque(saves_s, RECENT_SAVES)
         self._steps_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._step_began: float | None = None

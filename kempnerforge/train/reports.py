@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.timeline import cuts
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.goodput.ledger import places, read_events
 from kempnerforge.telemetry.console import ConsoleSink
-from kempnerforge.telemetry.jsonl import JsonlSink, read_rows
-from kempnerforge.telemetry.sinks import Sink, SinkSet
+from kempnerforge.telemetry.jsonl import JsonlSink, by_step, effective_rows, read_rows
+from kempnerforge.telemetry.sinks import Row, Sink, SinkSet
 from kempnerforge.telemetry.wandb_sink import WandbSink
 from kempnerforge.train.proof import Proof
 
@@ -27,11 +28,13 @@ class Reports:
         console: ConsoleSink | None = None,
         wandb: WandbSink | None = None,
         metrics: Path | None = None,
+        logged: Callable[[], Mapping[int, Row]] = dict,
     ) -> None:
         self._sinks = sinks
         self._console = console
         self._wandb = wandb
         self._metrics = metrics
+        self._logged = logged
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Hand a row of metrics to all sinks."""
@@ -48,9 +51,10 @@ class Reports:
             self._console.warn(text)
 
     def receipt(self, receipt: Mapping[str, Any]) -> None:
-        """Put a resume receipt into wandb."""
+        """Put a resume receipt into wandb, and what the server has not got of earlier attempts."""
         if self._wandb is not None:
             self._wandb.receipt(receipt)
+            self._wandb.catch_up(self._logged)
 
     def proof(self, receipt: Receipt) -> Proof:
         """What of this attempt's losses can be compared with rows of an earlier one."""
@@ -83,4 +87,9 @@ def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord)
             warn=console.warn,
         )
         sinks.append(wandb)
-    return Reports(SinkSet(sinks), console=console, wandb=wandb, metrics=metrics)
+
+    def logged() -> dict[int, dict[str, Any]]:
+        rows = [row for row in read_rows(metrics).rows if row["attempt"] >= record.wandb_first_attempt]
+        return by_step(effective_rows(rows, {cut.attempt: cut.step for cut in cuts(folder)}))
+
+    return Reports(SinkSet(sinks), console=console, wandb=wandb, metrics=metrics, logged=logged)

@@ -15,7 +15,7 @@ from kempnerforge.checkpoint import layout, run_record, timeline
 from kempnerforge.checkpoint.lease import Lease, acquire
 from kempnerforge.checkpoint.run_record import RUN_FILE, RunRecord
 from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.errors import RunFolderError, StopRequestedError
+from kempnerforge.errors import KempnerForgeError, RunFolderError
 
 _NONCE_WAIT_S = 10.0
 """Network file systems may show another node's new file late."""
@@ -70,8 +70,8 @@ def record_exit(folder: Path, *, status: int, reason: str, step: int) -> None:
     run_record.write(folder, replace(record, last_exit=last_exit))
 
 
-def record_stop(checkpoints: Path, folder: Path, error: StopRequestedError) -> None:
-    """Write that this attempt was stopped before its first step. Rank 0 only."""
+def record_refusal(checkpoints: Path, folder: Path, error: KempnerForgeError) -> None:
+    """Write why this attempt ended before its first step: stopped, blocked, refused. Rank 0 only."""
     newest = max(layout.committed_steps(checkpoints), default=0)
     record_exit(folder, status=error.exit_status, reason=str(error), step=newest)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import StopRequestedError
-from kempnerforge.goodput.ledger import read_events
+from kempnerforge.goodput.ledger import read_events, saves_s
 from kempnerforge.train.deadline import Deadline
 from kempnerforge.train.shutdown import Shutdown
 from kempnerforge.train.stacks import Stacks
@@ -44,7 +43,7 @@ class Stopping:
             started=started,
             max_minutes=job.train.max_minutes,
             margin_s=job.train.deadline_margin_s,
-            saves_s=_earlier_saves(folder),
+            saves_s=saves_s(read_events(folder)),
         )
 
     def close(self) -> None:
@@ -108,8 +107,3 @@ class Stopping:
             error = StopRequestedError(reason)
             error.agreed = True
             raise error
-
-
-def _earlier_saves(folder: Path) -> list[float]:
-    """What the saves of earlier attempts took, in seconds, oldest first."""
-    return [event["total_s"] for event in read_events(folder) if event["event"] == "commit"]

@@ -1,0 +1,8 @@
+"""torchrun takes long to start in a job's first start, as from a file system that many nodes read at once."""
+
+import os
+import sys
+import time
+
+if "SLURM_RESTART_COUNT" not in os.environ and any(word.endswith("torchrun") for word in sys.orig_argv):
+    time.sleep(30)
