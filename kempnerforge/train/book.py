@@ -54,15 +54,17 @@ class AttemptBook:
         self._setup_s[part] = self._setup_s.get(part, 0.0) + now - self._lap
         self._lap = now
 
-    def open(self, job: JobConfig, record: RunRecord, control: ControlGroup, ranks: dict[str, int]) -> None:
+    def open(self, job: JobConfig, record: RunRecord, control: ControlGroup, ranks: dict[str, int]) -> bool:
         """Begin the record of an attempt; refuse it when the run makes no progress.
+
+        Returns whether the run has a committed step.
 
         Collective: all ranks. Durable: on return. Raises NoProgressError on all ranks.
         """
         hosts = control.gather(socket.gethostname())
         folder = job.run.folder
 
-        def begin() -> None:
+        def begin() -> bool:
             remove_empty(folder, before_attempt=record.attempt)
             rollbacks = [one.attempt for one in record.rollbacks]
             history = read_history(folder, rollbacks=rollbacks)
@@ -80,9 +82,11 @@ class AttemptBook:
             why = breaker.refusal(row, limit=job.run.max_faults_without_progress, run_dir=str(folder))
             if why:
                 raise NoProgressError(why)
+            return bool(committed)
 
-        control.on_rank0(begin)
+        has_steps = control.on_rank0(begin)
         self._faults = FaultFile(folder, attempt=record.attempt, rank=control.rank)
+        return has_steps
 
     def resumed(self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float) -> None:
         """The state is loaded and the loop begins."""
