@@ -11,6 +11,7 @@ import errno
 import importlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -64,6 +65,22 @@ def list_at_call(target: str, *, folder: str, into: str) -> None:
             return original(*args, **kwargs)
 
         return replacement
+
+    _wrap(target, make)
+
+
+def delete_at_call(target: str, *, folder: str) -> None:
+    """Delete what is in ``folder`` when ``target`` is called, on rank 0."""
+    if not _here(0):
+        return
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def delete_first(*args: Any, **keywords: Any) -> Any:
+            for path in Path(folder).iterdir():
+                path.unlink() if path.is_symlink() else shutil.rmtree(path)
+            return original(*args, **keywords)
+
+        return delete_first
 
     _wrap(target, make)
 

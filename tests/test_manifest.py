@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -132,16 +134,18 @@ def test_a_listing_from_which_a_step_went_away_is_made_anew(
 ) -> None:
     """The newer step that made way for the deletion can be missing from it."""
     write_step(tmp_path, 5)
-    listdir = os.listdir
+    scandir = os.scandir
 
-    def stale_once(folder: Path) -> list[str]:
-        names = listdir(folder)
-        if Path(folder) == tmp_path and (tmp_path / "step_00000005").exists():
-            shutil.rmtree(tmp_path / "step_00000005")
-            write_step(tmp_path, 6)
-        return names
+    def stale_once(folder: Path | int) -> Any:
+        if folder != tmp_path or not (tmp_path / "step_00000005").exists():
+            return scandir(folder)
+        with scandir(folder) as entries:
+            found = list(entries)
+        shutil.rmtree(tmp_path / "step_00000005")
+        write_step(tmp_path, 6)
+        return contextlib.nullcontext(found)
 
-    monkeypatch.setattr(os, "listdir", stale_once)
+    monkeypatch.setattr(os, "scandir", stale_once)
     assert layout.list_folder(tmp_path).steps == [6]
 
 

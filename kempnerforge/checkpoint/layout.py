@@ -113,20 +113,26 @@ def _list_once(folder: Path) -> tuple[FolderListing, bool]:
     found, is_whole = FolderListing(), True
     if not folder.is_dir():
         return found, True
-    for entry in folder.iterdir():
-        if entry.is_symlink() or not entry.is_dir():
-            is_whole &= step_number(entry.name) is None or os.path.lexists(entry)
-            continue
-        if (step := step_number(entry.name)) is not None:
-            if _is_ours(entry):
+    # scandir tells kinds without asking for each: on a network file system every question is a round trip.
+    # Steps are looked at when the listing is whole, so that one that is missing from it is noticed.
+    with os.scandir(folder) as entries:
+        listed = list(entries)
+    for entry in listed:
+        name, step = entry.name, step_number(entry.name)
+        if entry.is_symlink() or not entry.is_dir(follow_symlinks=False):
+            is_whole &= step is None or os.path.lexists(entry)
+        elif step is not None:
+            if _is_ours(entry.path):
                 found.steps.append(step)
-        elif match := _TEMPORARY.fullmatch(entry.name):
-            found.temporary.append((entry, int(match[2])))
-        elif _DELETING.fullmatch(entry.name):
-            found.deleting.append(entry)
-        elif match := _SET_ASIDE.fullmatch(entry.name):
-            name = {"rolledback": "rolled_back"}.get(match[1], match[1])
-            getattr(found, name).append(entry)
+            else:
+                is_whole &= os.path.lexists(entry)
+        elif match := _TEMPORARY.fullmatch(name):
+            found.temporary.append((folder / name, int(match[2])))
+        elif _DELETING.fullmatch(name):
+            found.deleting.append(folder / name)
+        elif match := _SET_ASIDE.fullmatch(name):
+            kind = {"rolledback": "rolled_back"}.get(match[1], match[1])
+            getattr(found, kind).append(folder / name)
     found.steps.sort(reverse=True)
     return found, is_whole
 
@@ -136,13 +142,15 @@ def committed_steps(folder: Path) -> list[int]:
     return [step for step in list_folder(folder).steps if (folder / step_name(step) / MANIFEST).is_file()]
 
 
-def _is_ours(step_folder: Path) -> bool:
+def _is_ours(step_folder: str) -> bool:
     """Whether a folder with a step's name holds anything that a checkpoint has.
 
     A folder of ours that lost its manifest is damaged and must be told; a foreign one is not ours to judge.
     """
+    if os.path.lexists(f"{step_folder}/{MANIFEST}"):
+        return True
     try:
         names = os.listdir(step_folder)
     except FileNotFoundError:  # it was deleted since it was listed
         return False
-    return any(name in (MANIFEST, INDEX, TRAIN_STATE) or name.endswith(SHARD_SUFFIX) for name in names)
+    return any(name in (INDEX, TRAIN_STATE) or name.endswith(SHARD_SUFFIX) for name in names)

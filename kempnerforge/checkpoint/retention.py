@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from kempnerforge import fsio
 from kempnerforge.checkpoint import holds, layout, pins
 from kempnerforge.checkpoint.counters import load_resumable
 from kempnerforge.checkpoint.keep import KeepPolicy, StepFacts, Verdict, decide
+from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.errors import CheckpointError
 
 
@@ -36,19 +38,29 @@ class Retention:
         self._sound: dict[int, tuple[tuple[int, ...], StepFacts]] = {}
         self._unfinished: list[Path] = []
 
-    def survey(self) -> list[StepFacts]:
-        """What is on disk now. Steps that vanish meanwhile are left out. Raises OSError."""
+    def survey(
+        self, steps: Sequence[int] | None = None, *, seen: Callable[[int, Manifest], object] = lambda *_: None
+    ) -> list[StepFacts]:
+        """What is on disk now. Steps that vanish meanwhile are left out. Raises OSError.
+
+        ``steps``, newest first, are those of a listing that was just made. ``seen`` is told the manifest of
+        every step that is looked at anew and found sound.
+        """
         pinned, read = pins.read(self.folder), holds.readers(self.folder)
         found: list[StepFacts] = []
-        for step in layout.list_folder(self.folder).steps:
+        any_sound = False
+        for step in layout.list_folder(self.folder).steps if steps is None else steps:
             try:
-                facts = self._look(step, anew=all(newer.problem for newer in found))
+                facts = self._look(step, seen, anew=not any_sound)
+                any_sound = True
             except (CheckpointError, OSError) as error:
                 facts = StepFacts(step, problem=str(error))
             if facts.problem and not (self.folder / layout.step_name(step)).exists():
                 continue
-            pin = pinned[step].describe() if step in pinned else ""
-            found.append(replace(facts, pin=pin, readers=tuple(read.get(step, ()))))
+            if step in pinned or step in read:
+                pin = pinned[step].describe() if step in pinned else ""
+                facts = replace(facts, pin=pin, readers=tuple(read.get(step, ())))
+            found.append(facts)
         return found
 
     def verdicts(self) -> list[Verdict]:
@@ -84,15 +96,16 @@ class Retention:
         """Whether the step that the decision rests on is still there: a rollback may set it aside."""
         return (self.folder / layout.step_name(step) / layout.MANIFEST).is_file()
 
-    def _look(self, step: int, *, anew: bool) -> StepFacts:
+    def _look(self, step: int, seen: Callable[[int, Manifest], object], *, anew: bool) -> StepFacts:
         """What the manifest of a sound step says. Raises DamagedCheckpointError, MismatchError, OSError."""
         path = self.folder / layout.step_name(step)
         known = self._sound.get(step)
-        if known is not None and not anew and known[0] == _identity(path / layout.MANIFEST):
+        if known is not None and not anew and known[0] == _identity(path):
             return known[1]
         found = load_resumable(path, step=step)
+        seen(step, found)
         facts = StepFacts(step, found.provenance.metrics)
-        self._sound[step] = (_identity(path / layout.MANIFEST), facts)
+        self._sound[step] = (_identity(path), facts)
         return facts
 
     def _invalidate(self, step: int, warnings: list[str]) -> bool:
@@ -135,6 +148,6 @@ class Retention:
             self._unfinished.append(doomed)
 
 
-def _identity(path: Path) -> tuple[int, ...]:
-    stat = path.stat()
+def _identity(step_folder: Path) -> tuple[int, ...]:
+    stat = os.stat(f"{step_folder}/{layout.MANIFEST}")
     return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size

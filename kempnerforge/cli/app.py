@@ -2,116 +2,61 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, ClassVar
 
 import typer
-from typer.core import TyperGroup
-from typer.main import get_command as make_command
 
 from kempnerforge import __version__
+from kempnerforge.cli.lazy import LazyGroup, Member
 from kempnerforge.errors import EXIT_FAULT, KempnerForgeError
 
 
-def _ckpt() -> typer.Typer:
-    from kempnerforge.cli import ckpt
+class Groups(LazyGroup):
+    """All groups."""
 
-    return ckpt.app
-
-
-def _config() -> typer.Typer:
-    from kempnerforge.cli import config
-
-    return config.app
-
-
-def _data() -> typer.Typer:
-    from kempnerforge.cli import data
-
-    return data.app
-
-
-def _eval() -> typer.Typer:
-    from kempnerforge.cli import evaluate
-
-    return evaluate.app
-
-
-def _import() -> typer.Typer:
-    from kempnerforge.cli import weights
-
-    return weights.import_app
-
-
-def _plan() -> typer.Typer:
-    from kempnerforge.cli import plan
-
-    return plan.app
-
-
-def _report() -> typer.Typer:
-    from kempnerforge.cli import report
-
-    return report.app
-
-
-def _unblock() -> typer.Typer:
-    from kempnerforge.cli import unblock
-
-    return unblock.app
-
-
-def _slurm() -> typer.Typer:
-    from kempnerforge.cli import slurm
-
-    return slurm.app
-
-
-def _submit() -> typer.Typer:
-    from kempnerforge.cli import submit
-
-    return submit.app
-
-
-def _wandb() -> typer.Typer:
-    from kempnerforge.cli import wandb
-
-    return wandb.app
-
-
-GROUPS: dict[str, Callable[[], typer.Typer]] = {
-    "ckpt": _ckpt,
-    "config": _config,
-    "data": _data,
-    "eval": _eval,
-    "import": _import,
-    "plan": _plan,
-    "report": _report,
-    "unblock": _unblock,
-    "submit": _submit,
-    "slurm": _slurm,
-    "wandb": _wandb,
-}
-
-
-class _Groups(TyperGroup):
-    """Imports the group that is asked for: pydantic and NumPy take longer than most commands of ``ckpt``."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(GROUPS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in GROUPS:
-            return None
-        command = make_command(GROUPS[cmd_name]())
-        command.name = cmd_name
-        return command
+    members: ClassVar = {
+        "ckpt": Member("ckpt", "app", "Look at, check, compare and prune checkpoints."),
+        "config": Member("config", "app", "Check, show and document configurations."),
+        "data": Member("data", "app", "Make token shards from text, and look at them."),
+        "eval": Member(
+            "evaluate",
+            "app",
+            "Print the validation loss of a checkpoint, under the config that is stored with it and any "
+            "layout.",
+        ),
+        "import": Member("weights", "import_app", "Make checkpoints from weights of others."),
+        "plan": Member(
+            "plan",
+            "app",
+            "Mesh, stages, memory, checkpoint size and batch of FILE on N processes. Needs no GPU.",
+        ),
+        "report": Member(
+            "report",
+            "app",
+            "Effective training time of RUN, where the rest went, how attempts ended, how often to save.",
+        ),
+        "unblock": Member(
+            "unblock",
+            "app",
+            "Say that the cause of RUN's faults is seen to: attempts so far no longer count against it.",
+        ),
+        "submit": Member(
+            "submit",
+            "app",
+            "Check FILE on this layout, then train it as a SLURM job that goes on by itself until it is "
+            "finished.",
+        ),
+        "slurm": Member("slurm", "app", "What a batch script calls before and after training."),
+        "wandb": Member("wandb", "app", "Bring runs that were trained offline to Weights & Biases."),
+    }
 
 
 app = typer.Typer(
     name="kempnerforge",
-    cls=_Groups,
+    cls=Groups,
     help="Looks after checkpoints, configurations, data and SLURM jobs of training runs.",
     no_args_is_help=True,
     add_completion=False,
@@ -138,6 +83,9 @@ def _options(
 
 def main() -> None:
     """Run the command line; errors raised on purpose end it with their message and exit status."""
+    gc.set_threshold(50_000, 20, 20)  # commands are short: looking for garbage takes a tenth of their time
+    # pydantic would look through the metadata of every installed package for plugins: we want none.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     try:
         app()
     except KempnerForgeError as error:

@@ -6,24 +6,81 @@ reading is left out.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import typer
 
-from kempnerforge.cli import ckpt_check, ckpt_keep, ckpt_list, ckpt_look, timeline, weights
+from kempnerforge.cli.lazy import LazyGroup, Member
 
-app = typer.Typer(help="Look at, check, compare and prune checkpoints.", no_args_is_help=True)
 
-for command in (
-    ckpt_list.ls,
-    ckpt_look.inspect,
-    ckpt_check.verify,
-    ckpt_check.diff,
-    ckpt_list.explain,
-    ckpt_keep.pin,
-    ckpt_keep.unpin,
-    ckpt_keep.prune,
-    ckpt_look.du,
-    timeline.rollback,
-    timeline.fork,
-    weights.export,
-):
-    app.command()(command)
+class Commands(LazyGroup):
+    """All commands of the group."""
+
+    members: ClassVar = {
+        "ls": Member(
+            "ckpt_list",
+            "ls",
+            "List the steps of RUN: age, size, what each was saved for, why it is kept, whether it is sound.",
+        ),
+        "inspect": Member(
+            "ckpt_look",
+            "inspect",
+            "Show what a step holds: where it came from, files, tensors, layout, versions, train state.",
+        ),
+        "verify": Member(
+            "ckpt_check",
+            "verify",
+            "Check every byte of a step, or of all steps of a run. Exit status 0: all sound, 1: one is "
+            "damaged.",
+        ),
+        "diff": Member(
+            "ckpt_check",
+            "diff",
+            "Say what differs between two steps: config, layout, versions, train state, tensors.",
+        ),
+        "explain": Member(
+            "ckpt_list",
+            "explain",
+            "Say for every step of RUN which rule keeps it, or that it goes after the next save.",
+        ),
+        "pin": Member(
+            "ckpt_keep", "pin", "Keep a step of RUN until it is unpinned, also while a run writes there."
+        ),
+        "unpin": Member("ckpt_keep", "unpin", "Leave a step of RUN to the run's rules again."),
+        "prune": Member(
+            "ckpt_keep",
+            "prune",
+            "Delete the steps of RUN that its config does not keep, as a run does after each save.",
+        ),
+        "du": Member(
+            "ckpt_look",
+            "du",
+            "Show the bytes of every step of RUN: model, optimizer, rng, other; and of what is no step.",
+        ),
+        "rollback": Member(
+            "timeline",
+            "rollback",
+            "Go back to STEP of RUN: set later steps aside, so that the same command goes on from it.",
+        ),
+        "fork": Member(
+            "timeline", "fork", "Make NEW_RUN a new run that goes on from STEP_DIR, which stays as it is."
+        ),
+        "export": Member(
+            "weights",
+            "export",
+            "Write the weights of a step, of any layout, as a folder that other tools load.",
+        ),
+    }
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Look at, check, compare and prune checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+@app.callback()
+def _group() -> None:
+    pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,6 @@ from kempnerforge.checkpoint import layout, lease, manifest, pins
 from kempnerforge.checkpoint.keep import BestN, Verdict, decide
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.retention import Retention
-from kempnerforge.checkpoint.verify import verify
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, CheckpointFolder, FoundPolicy, RunPath, find_policy, find_run
 from kempnerforge.errors import EXIT_FAULT, CheckpointError, StepNotFoundError
@@ -48,9 +47,10 @@ def ls(
     With --verify the exit status is 1 when a step is damaged.
     """
     found = find_run(run)
-    policy = find_policy(found)
-    steps = list(list_steps(found, policy, digests=digests))
-    others = list_others(found.folder)
+    listing = layout.list_folder(found.folder)
+    policy = find_policy(found, listing.steps)
+    steps = list(list_steps(found, listing.steps, policy, digests=digests))
+    others = list_others(listing)
     writer = "" if found.run_dir is None else lease.live_holder(found.run_dir)
     if as_json:
         body = {
@@ -75,8 +75,9 @@ def ls(
 def explain(run: RunPath, as_json: AsJson = False) -> None:
     """Say for every step of RUN which rule keeps it, or that it goes after the next save."""
     found = find_run(run)
-    policy = find_policy(found)
-    verdicts = Retention(found.folder, policy.policy).verdicts()
+    listed = layout.list_folder(found.folder).steps
+    policy = find_policy(found, listed)
+    verdicts = decide(Retention(found.folder, policy.policy).survey(listed), policy.policy)
     steps = {verdict.step for verdict in verdicts}
     lost_pins = sorted(step for step in pins.read(found.folder) if step not in steps)
     if as_json:
@@ -102,9 +103,12 @@ def explain(run: RunPath, as_json: AsJson = False) -> None:
         typer.echo(f"step {step} is pinned, and not there")
 
 
-def list_steps(found: CheckpointFolder, policy: FoundPolicy, *, digests: bool) -> Iterator[Listed]:
-    """The committed steps, newest first; those that vanish meanwhile are left out."""
-    facts = Retention(found.folder, policy.policy).survey()
+def list_steps(
+    found: CheckpointFolder, steps: Sequence[int], policy: FoundPolicy, *, digests: bool
+) -> Iterator[Listed]:
+    """The committed ``steps``, newest first; those that vanish meanwhile are left out."""
+    manifests: dict[int, Manifest] = {}
+    facts = Retention(found.folder, policy.policy).survey(steps, seen=manifests.__setitem__)
     verdicts = {verdict.step: verdict for verdict in decide(facts, policy.policy)}
     for one in facts:
         path = found.step(one.step)
@@ -114,12 +118,12 @@ def list_steps(found: CheckpointFolder, policy: FoundPolicy, *, digests: bool) -
                 problem = "; ".join(_digest_problems(path))
             except StepNotFoundError:
                 continue
-        yield Listed(one.step, path, verdicts[one.step], problem, _manifest_of(path))
+        known = manifests.get(one.step) or _manifest_of(path)
+        yield Listed(one.step, path, verdicts[one.step], problem, known)
 
 
-def list_others(folder: Path) -> list[dict[str, Any]]:
+def list_others(listing: layout.FolderListing) -> list[dict[str, Any]]:
     """Folders in flight, being deleted and set aside, with their bytes so far."""
-    listing = layout.list_folder(folder)
     groups = [
         [path for path, _ in listing.temporary],
         listing.deleting,
@@ -152,6 +156,8 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _digest_problems(path: Path) -> tuple[str, ...]:
+    from kempnerforge.checkpoint.verify import verify
+
     try:
         with text.progress(path.name) as progress:
             return verify(path, progress=progress).problems

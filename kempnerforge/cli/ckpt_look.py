@@ -55,7 +55,8 @@ def du(run: RunPath, as_json: AsJson = False) -> None:
     """Show the bytes of every step of RUN: model, optimizer, rng, other; and of what is no step."""
     found = find_run(run)
     steps = []
-    for step in layout.list_folder(found.folder).steps:
+    listing = layout.list_folder(found.folder)
+    for step in listing.steps:
         path = found.step(step)
         try:
             kinds: dict[str, int | None] = dict(StepView.open(path, step=step).bytes_by_kind())
@@ -65,7 +66,7 @@ def du(run: RunPath, as_json: AsJson = False) -> None:
         total = folder_bytes(path)
         if path.is_dir():
             steps.append({"step": step, "bytes": kinds, "total_bytes": total, "problem": problem or None})
-    others = list_others(found.folder)
+    others = list_others(listing)
     everything = sum(one["total_bytes"] for one in steps) + sum(other["size_bytes"] for other in others)
     if as_json:
         body = {"folder": str(found.folder), "steps": steps, "others": others, "total_bytes": everything}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -106,9 +107,9 @@ class FoundPolicy:
     """Why there is none."""
 
 
-def find_policy(run: CheckpointFolder) -> FoundPolicy:
-    """The policy in the config of the newest sound step; an empty one when there is none."""
-    for step in layout.committed_steps(run.folder):
+def find_policy(run: CheckpointFolder, steps: Sequence[int]) -> FoundPolicy:
+    """The policy in the config of the newest sound one of ``steps``; an empty one when there is none."""
+    for step in steps:
         try:
             config = StepView.open(run.step(step), step=step).config()
         except (CheckpointError, OSError):

@@ -22,12 +22,14 @@ def print_json(body: Any) -> None:
 def print_columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
     """Print rows in columns; those at the positions ``right`` are aligned to the right."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    lines = []
     for row in rows:
         cells = [
             cell.rjust(width) if place in right else cell.ljust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        typer.echo("  ".join(cells).rstrip())
+        lines.append("  ".join(cells).rstrip())
+    typer.echo("\n".join(lines))
 
 
 def size(size_bytes: int) -> str:

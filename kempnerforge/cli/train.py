@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from kempnerforge.config.reference import keys_text
-from kempnerforge.config.schema import load_job
+from kempnerforge.config.schema import LoadedJob, load_job
 from kempnerforge.errors import EXIT_FINISHED, ConfigError, Fault
 from kempnerforge.train.stop import StopSignals
 
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_status
     if "-h" in arguments or "--help" in arguments:
         if rank == 0:
+            from kempnerforge.config.reference import keys_text
+
             print(f"{USAGE}\n{keys_text()}", end="")
         return EXIT_FINISHED
     try:
@@ -49,10 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch, whose import takes seconds: a signal that comes meanwhile is not lost.
     signals = StopSignals()
     signals.install()
-    # Here, not above: help and refusals need no torch.
-    from kempnerforge.train.run import run_job
+    return import_training()(loaded, signals)
 
-    return run_job(loaded, signals)
+
+def import_training() -> Callable[[LoadedJob, StopSignals], int]:
+    """``train.run.run_job``. Help and refusals need no torch; this does.
+
+    Nothing of what is imported ever goes away: looking for garbage meanwhile takes a sixth of the time, and
+    looking through all of it later would make a step late now and then.
+    """
+    gc.disable()
+    try:
+        from kempnerforge.train.run import run_job
+    finally:
+        gc.freeze()
+        gc.enable()
+    return run_job
 
 
 def rank_and_world_size(environ: Mapping[str, str]) -> tuple[int, int]:

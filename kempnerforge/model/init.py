@@ -43,6 +43,11 @@ def init_weights_(model: nn.Module, *, seed: int, init_std: float, n_layers: int
             normal_(param, seed=seed, name=name, std=std)
         else:
             raise TypeError(f"no rule for the initial value of {name} in a {type(owner).__name__}")
+    reset_buffers_(model)
+
+
+def reset_buffers_(model: nn.Module) -> None:
+    """Compute non-persistent buffers again. Not collective."""
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):
             module.reset_buffers()

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from kempnerforge.distributed.mesh import dp_mesh
-from kempnerforge.model.init import init_weights_
+from kempnerforge.model.init import init_weights_, reset_buffers_
 from kempnerforge.model.layers import TransformerBlock
 from kempnerforge.model.llama import Llama
 from kempnerforge.parallel.tensor import tensor_parallel
@@ -56,10 +56,14 @@ def parallelize(model: Llama, mesh: DeviceMesh, train: TrainConfig) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def materialize(model: Llama, device: torch.device, *, seed: int) -> None:
+def materialize(model: Llama, device: torch.device, *, seed: int | None) -> None:
     """Give a model that ``parallelize`` has sharded on the meta device its memory and its initial weights.
 
-    Every rank allocates and draws its own shard only. Not collective.
+    Every rank allocates and draws its own shard only. ``seed`` is None for weights that are to be loaded:
+    until then they hold anything. Not collective.
     """
     model.to_empty(device=device)
-    init_weights_(model, seed=seed, init_std=model.config.init_std, n_layers=model.config.n_layers)
+    if seed is None:
+        reset_buffers_(model)
+    else:
+        init_weights_(model, seed=seed, init_std=model.config.init_std, n_layers=model.config.n_layers)

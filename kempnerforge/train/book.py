@@ -53,8 +53,10 @@ class AttemptBook:
         self._setup_s[part] = self._setup_s.get(part, 0.0) + now - self._lap
         self._lap = now
 
-    def open(self, job: JobConfig, record: RunRecord, world: World, ranks: dict[str, int]) -> None:
+    def open(self, job: JobConfig, record: RunRecord, world: World, ranks: dict[str, int]) -> bool:
         """Begin the record of an attempt; refuse it when the run makes no progress.
+
+        Returns whether the run has a committed step.
 
         Collective: all ranks. Durable: on return. Raises NoProgressError on all ranks.
         """
@@ -62,7 +64,7 @@ class AttemptBook:
         hosts = control.gather(host)
         folder = job.run.folder
 
-        def begin() -> None:
+        def begin() -> bool:
             remove_empty(folder, before_attempt=record.attempt)
             rollbacks = [one.attempt for one in record.rollbacks]
             history = read_history(folder, rollbacks=rollbacks)
@@ -80,8 +82,9 @@ class AttemptBook:
             why = breaker.refusal(row, limit=job.run.max_faults_without_progress, run_dir=str(folder))
             if why:
                 raise NoProgressError(why)
+            return bool(committed)
 
-        control.on_rank0(begin)
+        has_steps = control.on_rank0(begin)
         try:
             self._faults = FaultFile(
                 folder,
@@ -92,6 +95,7 @@ class AttemptBook:
             )
         except OSError as error:  # on one rank alone, perhaps: no reason to end it, and so all of them
             self._warn(error)
+        return has_steps
 
     def resumed(self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float) -> None:
         """The state is loaded and the loop begins."""

@@ -56,6 +56,8 @@ class Run:
     progress: Progress
     flops_per_token: float
     peak_flops: float | None
+    has_weights: bool
+    """Whether initial weights were drawn: not for a run with a committed step, which takes that step's."""
     eval_losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, validation loss) of this attempt, in order."""
 
@@ -75,7 +77,7 @@ class Run:
 
 
 def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -> Run:
-    """Open the run's folder, the data, the model and the sinks. The state is that of step 0.
+    """Open the run's folder, the data, the model and the sinks. The state is that of step 0, but for weights.
 
     Collective: all ranks. Raises ConfigError, DataError, RunFolderError and StopRequestedError on all ranks.
     """
@@ -93,11 +95,11 @@ def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -
     if job.train.global_batch_size is None:
         job = job.with_global_batch_size(record.global_batch_size)
     try:
-        book.open(job, record, world, _layout(job.geometry(world.num_ranks), world))
+        has_steps = book.open(job, record, world, _layout(job.geometry(world.num_ranks), world))
         book.lap("folder")
         stopping.open(job, record.attempt, is_first=world.rank == 0)
         stopping.end_set_up_if_asked(world.control)
-        return _assemble(job, world, stopping, record, lease, book)
+        return _assemble(job, world, stopping, record, lease, book, draw=not has_steps)
     except BaseException as error:
         # Of a run that another attempt has taken over, run.json is that one's.
         is_mine = lease is not None and not isinstance(error, LeaseLostError)
@@ -116,13 +118,15 @@ def _assemble(
     record: RunRecord,
     lease: Lease | None,
     book: AttemptBook,
+    *,
+    draw: bool,
 ) -> Run:
     geometry, folder = job.geometry(world.num_ranks), job.run.folder
     reports = build_reports(job, rank=world.rank, folder=folder, record=record)
     dataset = open_data(job, world, stopping.signals, note=reports.note)
     stopping.end_set_up_if_asked(world.control)
     book.lap("data")
-    model = build_model(job, geometry, rank=world.rank, device=world.device)
+    model = build_model(job, geometry, rank=world.rank, device=world.device, draw=draw)
     optimizer = build_optimizer(model.parts, job.optimizer, world.device)
     state = _build_state(job, world, geometry, model, optimizer, dataset)
     book.lap("model")
@@ -158,6 +162,7 @@ def _assemble(
         progress=Progress(collectives_issued),
         flops_per_token=model.parts[0].flops_per_token(job.train.seq_len),
         peak_flops=_peak_flops(world.device),
+        has_weights=draw,
     )
 
 

@@ -81,7 +81,7 @@ def evaluate_step(
     started = time.perf_counter()
     geometry = job.geometry(world.num_ranks)
     dataset = open_data(job, world, StopSignals(), note=note)
-    model = build_model(job, geometry, rank=world.rank, device=world.device)
+    model = build_model(job, geometry, rank=world.rank, device=world.device, draw=False)
     # Nothing is updated, and plain SGD keeps nothing beside the weights.
     optimizer = torch.optim.SGD([one for part in model.parts for one in part.parameters()])
     seed = job.train.seed

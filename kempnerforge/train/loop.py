@@ -7,7 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from kempnerforge.errors import NonFiniteError
+from kempnerforge.distributed.control import as_agreed
+from kempnerforge.errors import NonFiniteError, RunFolderError
 from kempnerforge.telemetry.flops import mfu
 from kempnerforge.telemetry.spans import Spans
 from kempnerforge.train.build import Run
@@ -24,6 +25,10 @@ def train(run: Run) -> str | None:
     """
     job, state, step, ckpt, reports = run.job, run.state, run.step, run.ckpt, run.reports
     receipt = ckpt.resume(state)
+    if not run.has_weights and receipt.source != "resume":
+        raise as_agreed(
+            RunFolderError(f"{ckpt.folder}: the steps that were there went away during the start")
+        )
     for line in receipt.lines():
         reports.note(line)
     if receipt.space_warning:

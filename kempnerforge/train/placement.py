@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,16 +13,17 @@ from kempnerforge.config.schema import Geometry, JobConfig, TrainConfig
 from kempnerforge.config.stages import make_stages, num_stages, stages_of
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model.llama import Llama
-from kempnerforge.parallel.pipeline import Pipeline
 from kempnerforge.parallel.shard import materialize, parallelize
 from kempnerforge.train.optim import parameter_groups
-from kempnerforge.train.pipeline_step import PipelineStep
 from kempnerforge.train.step import LocalStep, TrainStep
+
+if TYPE_CHECKING:
+    from kempnerforge.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
 class PlacedModel:
-    """A rank's parts of the model, sharded, with memory and initial weights."""
+    """A rank's parts of the model, sharded, with memory."""
 
     parts: Sequence[Llama]
     """The whole model, or this rank's stages of it."""
@@ -40,12 +42,20 @@ class PlacedModel:
             "loss_copies": geometry.tp,
         }
         if self.pipeline is not None:
+            # Here and below, not above: torch's pipelining imports its compiler, half a second.
+            from kempnerforge.train.pipeline_step import PipelineStep
+
             return PipelineStep(self.pipeline, optimizer, **options)
         return LocalStep(self.parts[0], optimizer, **options)
 
 
-def build_model(job: JobConfig, geometry: Geometry, *, rank: int, device: torch.device) -> PlacedModel:
-    """The parts of the model that ``rank`` holds. Collective: all ranks."""
+def build_model(
+    job: JobConfig, geometry: Geometry, *, rank: int, device: torch.device, draw: bool
+) -> PlacedModel:
+    """The parts of the model that ``rank`` holds. Collective: all ranks.
+
+    ``draw``: with initial weights; else they are to be loaded before anything reads them.
+    """
     mesh = build_mesh(
         device.type,
         dp_replicate=geometry.dp_replicate,
@@ -58,6 +68,8 @@ def build_model(job: JobConfig, geometry: Geometry, *, rank: int, device: torch.
     groups = {name: list(params) for name, params in parameter_groups([model]).items()}
     parts, pipeline = [model], None
     if geometry.pp > 1:
+        from kempnerforge.parallel.pipeline import Pipeline
+
         stages = stages_of(make_stages(job.model, job.distributed), geometry.pp_rank(rank), geometry.pp)
         with torch.device("meta"):
             parts = [Llama(job.model) for _ in stages]
@@ -77,5 +89,5 @@ def build_model(job: JobConfig, geometry: Geometry, *, rank: int, device: torch.
         )
     for part in parts:
         parallelize(part, mesh, job.train)
-        materialize(part, device, seed=job.train.seed)
+        materialize(part, device, seed=job.train.seed if draw else None)
     return PlacedModel(parts, groups, pipeline, device)

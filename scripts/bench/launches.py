@@ -1,0 +1,200 @@
+"""The product and the bare loop, started by torchrun as a user starts them: same model, same batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.pairs import Measured, alternate
+from kempnerforge.config.schema import JobConfig, ModelConfig
+from kempnerforge.data.loader import BatchLoader
+from kempnerforge.data.tokens import open_dataset
+from kempnerforge.goodput.ledger import read_events
+from kempnerforge.telemetry.jsonl import read_rows
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both train, in a folder of its own."""
+
+    folder: Path
+    model: ModelConfig
+    ranks: int
+    batch_size: int
+    """Sequences of a rank."""
+    seq_len: int
+    steps: int
+    """That there are batches for."""
+    mixed_precision: str = "fp32"
+    compile_model: bool = False
+
+    @property
+    def tolerance(self) -> float:
+        """Of losses, relative: the arms take sums in another order."""
+        return 1e-5 if self.mixed_precision == "fp32" else 2e-2
+
+    def write(self) -> None:
+        """Make the tokens, the batches that the product's loader draws from them, and the config."""
+        data = self.folder / "tokens"
+        data.mkdir()
+        size = self.ranks * self.batch_size
+        count = max(2 * self.steps * size, 64) * self.seq_len + 1
+        tokens = np.random.default_rng(0).integers(self.model.vocab_size, size=count, dtype=np.uint16)
+        np.save(data / "train_0.npy", tokens)
+        samples = open_dataset(data, vocab_size=self.model.vocab_size).split("train", self.seq_len)
+        job = self.job()
+        with BatchLoader(
+            samples, seed=job.train.seed, global_batch_size=size, batch_size=size, prefetch_batches=0
+        ) as loader:
+            drawn = [next(loader)[0] for _ in range(self.steps)]
+        whole = [np.concatenate([b.inputs_ABT[0], b.targets_ABT[0][:, -1:]], axis=1) for b in drawn]
+        np.save(self.folder / "batches.npy", np.stack(whole))
+        (self.folder / "job.toml").write_text(job.to_toml())
+
+    def job(self) -> JobConfig:
+        """The product's config: everything that is on by default, a save in view but none due."""
+        return JobConfig.model_validate(
+            {
+                "run": {"name": "bench"},
+                "model": self.model.model_dump(mode="json"),
+                "data": {"dataset_path": str(self.folder / "tokens")},
+                "train": {
+                    "global_batch_size": self.ranks * self.batch_size,
+                    "batch_size": self.batch_size,
+                    "seq_len": self.seq_len,
+                    "max_steps": self.steps,
+                    "mixed_precision": self.mixed_precision,
+                    "compile_model": self.compile_model,
+                },
+                "scheduler": {"name": "constant", "warmup_steps": 0},
+                "checkpoint": {
+                    "interval": 0,
+                    "interval_minutes": 10_000.0,
+                    "save_last": False,
+                    "async_mode": "async",
+                },
+            }
+        )
+
+    def launch(self, *command: str) -> float:
+        """Start ``command`` under torchrun and wait for it; when it was started, seconds since the epoch."""
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        began = time.time()
+        done = subprocess.run(
+            [*torchrun, "--nproc-per-node", str(self.ranks), *command],
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(
+                f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+            )
+        return began
+
+    def train(self, run: Path, *overrides: str) -> Ours:
+        """``scripts/train.py``, once, with ``run`` as the run's folder."""
+        config = ("--config", str(self.folder / "job.toml"), f"--run.dir={run}")
+        began = self.launch(str(HERE.parent / "train.py"), *config, *overrides)
+        events = read_events(run)
+        attempt = events[-1]["attempt"]
+        rows = [row for row in read_rows(run / "metrics.jsonl").rows if row["attempt"] == attempt]
+        mine = {event["event"]: event for event in events if event["attempt"] == attempt}
+        return Ours(began, [row for row in rows if "train/loss" in row], mine["start"], mine["resume"])
+
+    def bare(self, *, start: int = 0, steps: int, load: Path | None = None, save: Path | None = None) -> Bare:
+        """``bare_loop.py``, once."""
+        job = self.job()
+        spec = {
+            "start": start,
+            "steps": steps,
+            "load": load and str(load),
+            "save": save and str(save),
+            "batches": str(self.folder / "batches.npy"),
+            "out": str(self.folder / "bare.json"),
+            **job.optimizer.model_dump(mode="json", include={"lr", "weight_decay", "betas", "eps"}),
+            **job.train.model_dump(
+                mode="json", include={"seed", "grad_clip_norm", "mixed_precision", "compile_model"}
+            ),
+            "model": job.model.model_dump(mode="json"),
+        }
+        (self.folder / "bare_spec.json").write_text(json.dumps(spec))
+        began = self.launch(str(HERE / "bare_loop.py"), str(self.folder / "bare_spec.json"))
+        return Bare(began, **json.loads((self.folder / "bare.json").read_text()))
+
+
+@dataclass(frozen=True)
+class Ours:
+    """What an attempt of the product left."""
+
+    began: float
+    rows: list[dict[str, Any]]
+    """Of training, from metrics.jsonl."""
+    start: dict[str, Any]
+    """Event of the ledger."""
+    resume: dict[str, Any]
+    """Event of the ledger."""
+
+    @property
+    def losses(self) -> list[float]:
+        """Of all steps."""
+        return [row["train/loss"] for row in self.rows]
+
+    @property
+    def step_ended(self) -> list[float]:
+        """When each step was logged."""
+        return [row["time"] for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Bare:
+    """What the bare loop wrote."""
+
+    began: float
+    losses: list[float]
+    step_ended: list[float]
+    ended: dict[str, float]
+    """Part of the start -> when it ended. All times are seconds since the epoch."""
+
+
+def largest_difference(ours: Sequence[float], bare: Sequence[float]) -> float:
+    """Of two losses of one step, relative. Raises ValueError unless both took as many steps."""
+    return max(abs(one - other) / abs(other) for one, other in zip(ours, bare, strict=True))
+
+
+def compare_starts(
+    arms: tuple[Callable[[], tuple[Ours, Measured]], Callable[[], tuple[Bare, Measured]]],
+    number: int,
+    *,
+    warmups: int,
+    tolerance: float,
+) -> tuple[dict[str, list[Measured]], list[float], float]:
+    """Start ours and the bare loop by turns.
+
+    Returns what was measured, the losses of the last start, and by how much those of the arms differ at the
+    most. Ends the benchmark when that is more than ``tolerance``: then the bare loop does other work.
+    """
+    losses: dict[str, list[float]] = {}
+
+    def measure(name: str, start: Callable[[], tuple[Ours | Bare, Measured]]) -> Measured:
+        done, measured = start()
+        losses[name] = done.losses
+        return measured
+
+    named = {"ours": lambda _pair: measure("ours", arms[0]), "bare": lambda _pair: measure("bare", arms[1])}
+    found = alternate(named, number, warmups=warmups)
+    apart = largest_difference(losses["ours"], losses["bare"])
+    if not apart <= tolerance:  # also when one is not a number
+        sys.exit(f"the losses differ by {apart:.2g}, relative: the bare loop does other work")
+    return found, losses["ours"], apart

@@ -1,0 +1,77 @@
+"""A run's folder with many committed steps, as a run leaves it, made in seconds: sound to the last digest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kempnerforge.checkpoint import layout, manifest, run_record
+from kempnerforge.checkpoint.commit import Expected, PlannedFile, PlannedItem
+from kempnerforge.checkpoint.digest import FileRecord, record_of
+from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.shards import ShardItem, plan_image
+
+CONFIG = """\
+[train]
+seed = 1
+[checkpoint]
+interval = 10
+keep_last_n = 2
+keep_every_n_steps = 1000
+"""
+_ITEMS = 20
+_ELEMENTS = 8
+
+
+def make_run(folder: Path, *, steps: int, shards: int) -> None:
+    """Put a run with ``steps`` steps, 10 apart, each of ``shards`` files, into the new folder ``folder``."""
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    run_record.write(folder, run_record.new(attempt=1, global_batch_size=8))
+    files = tuple(_planned(number, shards) for number in range(shards))
+    index = Expected(files).index
+    shard_data = {file.name: _bytes_of(file, number) for number, file in enumerate(files)}
+    shared = {**shard_data, layout.INDEX: index, layout.CONFIG: CONFIG.encode()}
+    records = {name: record_of(data) for name, data in shared.items()}
+    for step in range(10, 10 * steps + 1, 10):
+        _make_step(checkpoints, step, shared, records, shards)
+    (checkpoints / layout.LATEST).symlink_to(layout.step_name(10 * steps))
+
+
+def _make_step(
+    checkpoints: Path, step: int, shared: dict[str, bytes], records: dict[str, FileRecord], shards: int
+) -> None:
+    path = checkpoints / layout.step_name(step)
+    path.mkdir()
+    counters = {"step": step, "tokens": 1000 * step, "skipped_steps": 0, "skipped_in_a_row": 0}
+    train_state = json.dumps({**counters, "data": {"cursor": {"samples": 8 * step}}}, indent=1).encode()
+    for name, data in {**shared, layout.TRAIN_STATE: train_state}.items():
+        (path / name).write_bytes(data)
+    provenance = Provenance(
+        step=step,
+        run_id="bench",
+        attempt=1,
+        parent_step=step - 10 or None,
+        reason="interval",
+        layout={"num_ranks": shards, "dp_shard": shards},
+        versions={"torch": "0"},
+        metrics={"train/loss": 1 / step},
+    )
+    body = manifest.encode(provenance, {**records, layout.TRAIN_STATE: record_of(train_state)})
+    (path / layout.MANIFEST).write_bytes(body)
+
+
+def _planned(number: int, shards: int) -> PlannedFile:
+    items = tuple(
+        PlannedItem(
+            ShardItem(f"model.layers.{item}.weight", "F32", (number * _ELEMENTS,), (_ELEMENTS,)),
+            (shards * _ELEMENTS,),
+        )
+        for item in range(_ITEMS)
+    )
+    return PlannedFile(layout.shard_name(number, shards), items)
+
+
+def _bytes_of(file: PlannedFile, number: int) -> bytes:
+    image = plan_image(file.shard_items)
+    return image.header + bytes([number % 256]) * (image.size_bytes - len(image.header))
