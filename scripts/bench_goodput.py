@@ -8,7 +8,7 @@ seed, each arm from its first step to its last through SIGKILLs of all its proce
 process in the time that the job is up; after each, a pause of ``--delay-s`` and the same command again.
 
   ours        scripts/train.py, async_with_pinned_mem, saves as ``--interval`` says
-  reference   scripts/bench_reference_loop.py: FSDP2 and stock ``dcp.save``, for which the loop waits, as
+  reference   scripts/bench/reference_loop.py: FSDP2 and stock ``dcp.save``, for which the loop waits, as
               ``--reference-interval`` says
 
 ``daly`` is Daly's interval for the arm's own measured cost of a save: for the reference, about the best that

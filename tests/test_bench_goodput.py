@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import bench_goodput
-import bench_reference_loop as reference
 import pytest
 from bench import arms
+from bench import reference_loop as reference
 from bench.goodput_arithmetic import (
     PARTS,
     Cost,

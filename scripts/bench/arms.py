@@ -136,7 +136,7 @@ class Arm:
                 program += [f"--checkpoint.expected_mtti_hours={hours}", "--checkpoint.max_overhead_pct=50"]
             rows, newest = folder / "metrics.jsonl", lambda: max(committed_steps(checkpoints), default=0)
         else:
-            program = ["bench_reference_loop.py", "--config", str(config), "--folder", str(folder)]
+            program = ["bench/reference_loop.py", "--config", str(config), "--folder", str(folder)]
             program += ["--steps", str(given.steps), "--interval", interval]
             rows, newest = folder / "rows.jsonl", lambda: newest_of_reference(checkpoints)
         program[0] = str(SCRIPTS / program[0])
