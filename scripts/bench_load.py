@@ -102,7 +102,7 @@ def seconds(
         dist.barrier()
     started = time.perf_counter()
     work(tensors, path)
-    command.finish(device)
+    machine.finish(device)
     took = torch.tensor(time.perf_counter() - started)
     dist.all_reduce(took, op=dist.ReduceOp.MAX)
     return took.item()

@@ -8,6 +8,7 @@ every step, and writes console, metrics.jsonl and ledger; no save is due. Of eve
 
   step_s      median time from one step's end to the next, of all steps but the first ones
   outside_ms  of ours alone: what is not forward, backward or update. Waiting for the other ranks is in it
+  of the matrix rate: the FLOP/s of ours over those of large matrix products, measured afterwards
 
 The losses of both must agree, or the benchmark fails: then the reference does not do the same work.
 """
@@ -26,6 +27,7 @@ from bench import command, machine, pairs
 from bench.launches import Bare, Ours, Task, compare_starts
 
 from kempnerforge.config.schema import ModelConfig
+from kempnerforge.model.llama import Llama
 
 SIZES = {
     "tiny": {"ranks": 2, "dim": 64, "n_layers": 2, "seq_len": 32, "batch_size": 2, "steps": 6, "pairs": 1},
@@ -79,6 +81,17 @@ def make_task(arguments: argparse.Namespace, folder: Path) -> Task:
     return task
 
 
+def of_matrix_rate(task: Task, step_s: list[float]) -> list[float]:
+    """What ours reaches of the FLOP/s of matrix products on one device, or core, for each rank."""
+    on_gpu = torch.cuda.is_available()
+    device, width = torch.device("cuda" if on_gpu else "cpu"), 8192 if on_gpu else 1024
+    rate = machine.matmul_flops(device, torch.bfloat16 if on_gpu else torch.float32, width=width)
+    with torch.device("meta"):
+        flops_per_token = Llama(task.model).flops_per_token(task.seq_len)
+    flops = task.batch_size * task.seq_len * flops_per_token
+    return [flops / one / rate for one in step_s]
+
+
 def main() -> None:
     """Measure and print."""
     arguments = command.parse(__doc__, SIZES)
@@ -101,6 +114,7 @@ def main() -> None:
     row = pairs.compare("step_s", *step_s, goal=1.02)
     extra_ms = [1000 * (one - other) for one, other in zip(*step_s, strict=True)]
     others = {"ours - bare, ms a step": extra_ms, "outside_ms": pairs.column(found["ours"], "outside_ms")}
+    others["of the matrix rate"] = of_matrix_rate(task, step_s[0])
     parameters = task.model.num_parameters / 1e6
     print(
         f"{parameters:.1f}M parameters, {task.ranks} ranks, {task.steps} steps a start; {machine.tell(told)}"

@@ -125,8 +125,12 @@ def main() -> None:
         where = f"{dist.get_world_size()} x {device.type}"
         print(f"{state_bytes(model) / 1e6:.0f} MB on {where}; {machine.tell(told)}")
         print(f"{arguments.pairs} pairs of {arguments.saves} saves, a save every {arguments.steps} steps")
-        step_s = [row["step_s"] for of_arm in found.values() for row in of_arm]
-        pairs.show(rows, reference="dcp.async_save", others={"step_s": step_s})
+        others = {"step_s": [row["step_s"] for of_arm in found.values() for row in of_arm]}
+        if device.type == "cuda":  # nothing that the copy to the host can hide behind a step costs the step
+            mine = state_bytes(model) // dist.get_world_size()
+            rate = machine.to_host_bytes_per_s(device, min(mine, 1 << 30))
+            others["limit: copy - step, s"] = [max(0.0, mine / rate - step_s) for step_s in others["step_s"]]
+        pairs.show(rows, reference="dcp.async_save", others=others)
         if arguments.json:
             pairs.write_json(
                 arguments.json, rows, machine=told, measured=found, size_bytes=state_bytes(model)

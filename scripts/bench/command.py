@@ -57,12 +57,6 @@ def start_ranks() -> torch.device:
     return torch.device("cpu")
 
 
-def finish(device: torch.device) -> None:
-    """Wait for what the device was given to do, so that a clock can be read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @contextmanager
 def shared_folder(above: Path | None) -> Iterator[Path]:
     """A new folder that all ranks know, gone afterwards."""

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 BLOCK_BYTES = 16 << 20
 
 
@@ -67,6 +69,38 @@ def raw_write_s(path: Path, size_bytes: int, *, barrier: Callable[[], object]) -
     view.release()
     image.close()
     return took_s
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, *, width: int, seconds: float = 1.0) -> float:
+    """FLOP/s of square matrix products: the most that a model can reach here."""
+    a = torch.rand(width, width, device=device).to(dtype)
+    torch.mm(a, a)
+    finish(device)
+    started, count = time.perf_counter(), 0
+    while (took_s := time.perf_counter() - started) < seconds or not count:
+        for _ in range(4):
+            torch.mm(a, a)
+        finish(device)
+        count += 4
+    return count * 2 * width**3 / took_s
+
+
+def to_host_bytes_per_s(device: torch.device, size_bytes: int) -> float:
+    """Bytes a second from a CUDA device to pinned memory, all in one copy, the second one."""
+    source = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+    for _ in range(2):
+        finish(device)
+        started = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        finish(device)
+    return size_bytes / (time.perf_counter() - started)
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what the device was given to do, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def drop_cache(folder: Path) -> None:

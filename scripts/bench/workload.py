@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from bench.command import finish
+from bench.machine import finish
 from kempnerforge.checkpoint.optimizer_state import make_state
 from kempnerforge.config.schema import ModelConfig, TrainConfig
 from kempnerforge.distributed.mesh import build_mesh
