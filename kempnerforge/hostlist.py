@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-from kempnerforge.errors import ConfigError, Fault
-
 _PART = re.compile(r"([^,\[\]]*)\[([^\[\]]*)\]|([^,\[\]]+)")
 _WORD = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -15,7 +13,7 @@ def expand(nodelist: str) -> list[str]:
     """The hosts of a list, in its order: ``a[1-2]b[08,10]`` -> a1b08, a1b10, a2b08, a2b10.
 
     Raises:
-        ConfigError: it is not a list of hosts.
+        ValueError: it is not a list of hosts.
     """
     words = _WORD.findall(nodelist)
     if ",".join(words) != nodelist:
@@ -46,6 +44,5 @@ def _numbers(ranges: str, nodelist: str) -> list[str]:
     return numbers
 
 
-def _unreadable(nodelist: str) -> ConfigError:
-    hint = "SLURM writes lists such as gpu[07-09,12],login1"
-    return ConfigError([Fault("node list", f'"{nodelist}" cannot be read', hint)])
+def _unreadable(nodelist: str) -> ValueError:
+    return ValueError(f'node list "{nodelist}" cannot be read; SLURM writes such as gpu[07-09,12],login1')

@@ -46,10 +46,10 @@ IMPORTS = {
 def parts_of_ours(done: Ours) -> pairs.Measured:
     """From the ledger and metrics.jsonl."""
     setup_s = dict(done.resume["setup_s"])
-    load_s = setup_s.pop("resume")
+    load_s, launch_s = setup_s.pop("resume"), setup_s.pop("launch")
     return {
         "total_s": done.step_ended[0] - done.began,
-        "start_s": done.start["process_started"] - done.began,
+        "start_s": done.start["process_started"] + launch_s - done.began,
         "set_up_s": sum(setup_s.values()),
         "load_s": load_s,
         "first_step_s": done.step_ended[0] - done.resume["time"],

@@ -15,7 +15,6 @@ import pytest
 
 from kempnerforge import hostlist
 from kempnerforge.cli.slurm import lost_in_a_row, nodes_of
-from kempnerforge.errors import ConfigError
 from kempnerforge.goodput.history import derive
 from kempnerforge.slurm.decision import decide
 from kempnerforge.slurm.grace import Grace, parse_grace
@@ -44,7 +43,7 @@ def test_node_lists(text: str, hosts: list[str]) -> None:
 
 @pytest.mark.parametrize("text", ["a[", "a[1-", "a[]", "a[2-1]", "a[x]", "a,,b", "a]", ","])
 def test_what_is_no_node_list(text: str) -> None:
-    with pytest.raises(ConfigError, match="node list"):
+    with pytest.raises(ValueError, match="node list"):
         hostlist.expand(text)
 
 

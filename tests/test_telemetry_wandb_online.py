@@ -60,12 +60,14 @@ def test_rows_that_never_reached_the_server_are_logged_by_the_next_attempt(
     sink.close()
     del server.history[3:]  # the client was killed before it had sent them
     sink = make_sink(tmp_path, told[1], attempt=2)
-    sink.catch_up(lambda: {step: row | {"attempt": 1} for step, row in rows.items()})
+    place = {"place/attempt_0001": {"hosts": ["node1"]}}
+    sink.catch_up(lambda: (place, {step: row | {"attempt": 1} for step, row in rows.items()}))
     sink.write({"step": 6, "train/loss": 26.0})
     sink.close()
     logged = [(row["_step"], row["attempt"], row["train/loss"]) for row in server.history]
     assert logged == [*((step, 1, 10.0 + step) for step in range(1, 6)), (6, 2, 26.0)]
     assert [row["_timestamp"] for row in server.history[3:5]] == [104.0, 105.0]
+    assert server.configs[-1]["place/attempt_0001"]["value"] == {"hosts": ["node1"]}
     assert told[1].warnings == []
 
 

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import _world
 
 from kempnerforge import hostlist
 from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.errors import ConfigError, Fault
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ def _set_rendezvous(place: RankPlace) -> None:
     os.environ.setdefault("RANK", str(place.rank))
     os.environ.setdefault("WORLD_SIZE", str(place.num_ranks))
     if "MASTER_ADDR" not in os.environ:
-        nodes = hostlist.expand(os.environ.get("SLURM_STEP_NODELIST", ""))
+        try:
+            nodes = hostlist.expand(os.environ.get("SLURM_STEP_NODELIST", ""))
+        except ValueError as error:
+            raise ConfigError([Fault("SLURM_STEP_NODELIST", str(error), "set MASTER_ADDR")]) from None
         os.environ["MASTER_ADDR"] = nodes[0] if place.num_ranks > 1 and nodes else "127.0.0.1"
     if "MASTER_PORT" not in os.environ:
         if place.num_ranks == 1:

@@ -55,10 +55,17 @@ def this_job(environ: Mapping[str, str]) -> SlurmJob | None:
     return SlurmJob(
         job_id=job_id,
         restart_count=restart_count(environ),
-        node_names=tuple(hostlist.expand(environ.get("SLURM_JOB_NODELIST", ""))),
+        node_names=tuple(_hosts(environ.get("SLURM_JOB_NODELIST", ""))),
         array_job_id=environ.get("SLURM_ARRAY_JOB_ID", ""),
         array_task_id=environ.get("SLURM_ARRAY_TASK_ID", ""),
     )
+
+
+def _hosts(nodelist: str) -> list[str]:
+    try:
+        return hostlist.expand(nodelist)
+    except ValueError as error:
+        raise SlurmError(str(error)) from None
 
 
 def restart_count(environ: Mapping[str, str]) -> int:
@@ -112,10 +119,10 @@ def exclude(handle: str, node_names: Sequence[str]) -> None:
     Raises SlurmError, also when it could never start then.
     """
     job = facts(handle)
-    out = {*hostlist.expand(job.get("ExcNodeList", "")), *node_names}
+    out = {*_hosts(job.get("ExcNodeList", "")), *node_names}
     listing = ask("sinfo", "--noheader", "--Node", f"--partition={job['Partition']}", "--format=%N %T")
     needed = int(job["NumNodes"].partition("-")[0])
-    if not leaves_enough(listing, out, asked_for=hostlist.expand(job.get("ReqNodeList", "")), needed=needed):
+    if not leaves_enough(listing, out, asked_for=_hosts(job.get("ReqNodeList", "")), needed=needed):
         raise SlurmError(f"the job needs {needed} nodes, and too few of those that it may use would be left")
     ask("scontrol", "update", f"JobId={handle}", f"ExcNodeList={','.join(sorted(out))}")
 

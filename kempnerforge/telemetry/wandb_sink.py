@@ -94,16 +94,17 @@ class WandbSink:
         values = attempt_config(self._attempt, receipt, self._place)
         self._guarded(lambda run: run.config.update(values, allow_val_change=True))
 
-    def catch_up(self, logged: Callable[[], Mapping[int, Row]]) -> None:
-        """Online: log what earlier attempts logged and the server does not have. Before any row of this one.
+    def catch_up(self, earlier: Callable[[], tuple[Mapping[str, Any], Mapping[int, Row]]]) -> None:
+        """Online: log what earlier attempts logged and the server may not have. Before any row of this one.
 
         What ends a job ends wandb's uploading process too, with all that it has not sent, and wandb takes no
-        step below its newest one. ``logged``: the rows that count, by step.
+        step below its newest one. ``earlier``: their entries of the config, the rows that count by step.
         """
         if self._run is not None and not self._run.offline:
-            self._guarded(lambda run: self._log_missing(run, logged()))
+            self._guarded(lambda run: self._log_missing(run, *earlier()))
 
-    def _log_missing(self, run: Any, steps: Mapping[int, Row]) -> None:
+    def _log_missing(self, run: Any, config: Mapping[str, Any], steps: Mapping[int, Row]) -> None:
+        run.config.update(dict(config), allow_val_change=True)
         for step in [step for step in steps if step >= self._first_new_step]:
             metrics = {key: value for key, value in steps[step].items() if key not in ("step", "time")}
             run.log({**metrics, "_timestamp": steps[step]["time"]}, step=step)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.receipt import Receipt, read_receipts
 from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.checkpoint.timeline import cuts
 from kempnerforge.config.schema import JobConfig
@@ -14,7 +15,7 @@ from kempnerforge.goodput.ledger import places, read_events
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.jsonl import JsonlSink, by_step, effective_rows, read_rows
 from kempnerforge.telemetry.sinks import Row, Sink, SinkSet
-from kempnerforge.telemetry.wandb_sink import WandbSink
+from kempnerforge.telemetry.wandb_sink import WandbSink, attempt_config
 from kempnerforge.train.proof import Proof
 
 
@@ -28,13 +29,13 @@ class Reports:
         console: ConsoleSink | None = None,
         wandb: WandbSink | None = None,
         metrics: Path | None = None,
-        logged: Callable[[], Mapping[int, Row]] = dict,
+        earlier: Callable[[], tuple[Mapping[str, Any], Mapping[int, Row]]] = lambda: ({}, {}),
     ) -> None:
         self._sinks = sinks
         self._console = console
         self._wandb = wandb
         self._metrics = metrics
-        self._logged = logged
+        self._earlier = earlier
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Hand a row of metrics to all sinks."""
@@ -54,7 +55,7 @@ class Reports:
         """Put a resume receipt into wandb, and what the server has not got of earlier attempts."""
         if self._wandb is not None:
             self._wandb.receipt(receipt)
-            self._wandb.catch_up(self._logged)
+            self._wandb.catch_up(self._earlier)
 
     def proof(self, receipt: Receipt) -> Proof:
         """What of this attempt's losses can be compared with rows of an earlier one."""
@@ -88,8 +89,22 @@ def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord)
         )
         sinks.append(wandb)
 
-    def logged() -> dict[int, dict[str, Any]]:
-        rows = [row for row in read_rows(metrics).rows if row["attempt"] >= record.wandb_first_attempt]
-        return by_step(effective_rows(rows, {cut.attempt: cut.step for cut in cuts(folder)}))
+    return Reports(
+        SinkSet(sinks),
+        console=console,
+        wandb=wandb,
+        metrics=metrics,
+        earlier=partial(_earlier, folder, record, metrics),
+    )
 
-    return Reports(SinkSet(sinks), console=console, wandb=wandb, metrics=metrics, logged=logged)
+
+def _earlier(folder: Path, record: RunRecord, metrics: Path) -> tuple[dict[str, Any], Mapping[int, Row]]:
+    """What earlier attempts put into the same wandb run: entries of its config, and the rows that count."""
+    where, config = places(read_events(folder)), {}
+    for receipt in read_receipts(folder):
+        attempt = receipt["attempt"]
+        if record.wandb_first_attempt <= attempt < record.attempt:
+            entries = attempt_config(attempt, receipt, where.get(attempt, {}))
+            config |= {key: value for key, value in entries.items() if f"/attempt_{attempt:04d}" in key}
+    rows = [row for row in read_rows(metrics).rows if row["attempt"] >= record.wandb_first_attempt]
+    return config, by_step(effective_rows(rows, {cut.attempt: cut.step for cut in cuts(folder)}))
