@@ -209,7 +209,6 @@ class VerifiedFile:
             offset += memory.nbytes
         if offset != end:
             return False
-        os.posix_fadvise(self._fd, end, BLOCK_BYTES, os.POSIX_FADV_WILLNEED)
         digester, offset = xxhash.xxh3_128(), number * BLOCK_BYTES
         for group in _groups([memory for _, memory in parts]):
             if not fsio.read_scattered(self._fd, group, offset):
