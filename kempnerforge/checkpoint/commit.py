@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import index, layout, leaves, manifest
+from kempnerforge.checkpoint import index, layout, manifest
 from kempnerforge.checkpoint.digest import FileRecord, record_of
 from kempnerforge.checkpoint.index import Chunk, TensorEntry
 from kempnerforge.checkpoint.shards import ShardItem, plan_image
@@ -134,11 +134,3 @@ def commit(
     before_publish()
     fsio.publish(temporary, final)
     return sum(record.size_bytes for record in files.values()) + len(body)
-
-
-def decode_objects(data: bytes) -> dict[str, Any]:
-    """The non-tensor leaves in the bytes of ``train_state.json``. Raises ValueError."""
-    body = json.loads(data)
-    if not isinstance(body, dict):
-        raise ValueError(f"{layout.TRAIN_STATE} is not a JSON object")
-    return {name: leaves.decode(value) for name, value in body.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.checkpoint import layout, manifest
-from kempnerforge.checkpoint.commit import decode_objects
+from kempnerforge.checkpoint.leaves import decode_objects
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.errors import DamagedCheckpointError, NoTrainingStateError
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -23,8 +23,7 @@ _GROUP_BUFFERS = 1024
 """What one system call may scatter to."""
 
 
-@dataclass(frozen=True)
-class FileRecord:
+class FileRecord(NamedTuple):
     """What the manifest says of one file."""
 
     size_bytes: int

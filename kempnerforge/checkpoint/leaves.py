@@ -16,6 +16,7 @@ dict                   an object; ``{"__dict__": [[key, value], ...]}`` when a k
 from __future__ import annotations
 
 import base64
+import json
 import math
 from typing import Any
 
@@ -57,6 +58,16 @@ def decode(value: Any) -> Any:
         if tag.startswith("__"):
             raise ValueError(f"unknown tag {tag!r}")
     return {key: decode(item) for key, item in value.items()}
+
+
+def decode_objects(data: bytes) -> dict[str, Any]:
+    """The non-tensor leaves in the bytes of ``train_state.json``, by name. Raises ValueError."""
+    body = json.loads(data)
+    if not isinstance(body, dict):
+        raise ValueError("it is not a JSON object")
+    if b'"__' not in data:  # nothing is tagged: the JSON is what was stored
+        return body
+    return {name: decode(value) for name, value in body.items()}
 
 
 _SEQUENCES: dict[type, str] = {tuple: "__tuple__", set: "__set__", frozenset: "__frozenset__"}

@@ -72,7 +72,7 @@ def encode(provenance: Provenance, files: dict[str, FileRecord]) -> bytes:
         "metrics": {name: value for name, value in provenance.metrics.items() if math.isfinite(value)},
         "time": time.time(),
         "block_bytes": BLOCK_BYTES,
-        "files": {name: asdict(record) for name, record in sorted(files.items())},
+        "files": {name: record._asdict() for name, record in sorted(files.items())},
     }
     body["digest"] = _digest(body)
     return (json.dumps(body, indent=1) + "\n").encode()
@@ -166,7 +166,7 @@ def load(step_folder: Path, *, step: int | None = None) -> Manifest:
     With ``step`` it has to be that step of a run. Raises DamagedCheckpointError, MismatchError (of a run's
     step also NoTrainingStateError); OSError other than a missing file as it comes.
     """
-    where = step_folder.name
+    where, folder = step_folder.name, str(step_folder)
     manifest = read(step_folder)
     if step is not None and manifest.provenance.step is None:
         raise NoTrainingStateError(f"{where} holds no training state: its manifest is of no step of a run")
@@ -178,7 +178,7 @@ def load(step_folder: Path, *, step: int | None = None) -> Manifest:
         if len(record.xxh3_128) != -(-record.size_bytes // BLOCK_BYTES):
             raise _damaged(where, f"the manifest has too few digests for {name}")
         try:
-            found = os.lstat(f"{step_folder}/{name}")
+            found = os.lstat(f"{folder}/{name}")
         except FileNotFoundError:
             raise _damaged(where, f"{name} is missing") from None
         if not stat.S_ISREG(found.st_mode):

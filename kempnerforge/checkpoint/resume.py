@@ -18,10 +18,10 @@ import torch
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import layout, manifest, timeline
-from kempnerforge.checkpoint.commit import decode_objects
 from kempnerforge.checkpoint.counters import check_counters, require_training_state
 from kempnerforge.checkpoint.dtypes import DTYPES
 from kempnerforge.checkpoint.fit import check_fits, check_no_more, check_parts
+from kempnerforge.checkpoint.leaves import decode_objects
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.receipt import Rejected
 from kempnerforge.checkpoint.report import RunContext

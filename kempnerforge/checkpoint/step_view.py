@@ -6,15 +6,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli
 
 from kempnerforge.checkpoint import layout, manifest
 from kempnerforge.checkpoint.digest import VerifiedFile
-from kempnerforge.checkpoint.index import Index, TensorEntry
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.errors import DamagedCheckpointError
+
+if TYPE_CHECKING:
+    from kempnerforge.checkpoint.index import TensorEntry
 
 KINDS = ("model", "optimizer", "rng")
 """First part of a tensor's name; tensors of any other name, headers and small files are ``other``."""
@@ -45,6 +47,8 @@ class StepView:
 
     def tensors(self) -> dict[str, TensorEntry]:
         """All tensors by name, sorted. Raises DamagedCheckpointError, OSError."""
+        from kempnerforge.checkpoint.index import Index  # listing steps needs none of it
+
         with VerifiedFile(self.path / layout.INDEX, self.manifest.files[layout.INDEX], keep=True) as file:
             return dict(Index(file))
 

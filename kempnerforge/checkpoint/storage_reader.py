@@ -24,10 +24,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.futures import Future
 
 from kempnerforge.checkpoint import layout, manifest
-from kempnerforge.checkpoint.commit import decode_objects
 from kempnerforge.checkpoint.digest import VerifiedFile
 from kempnerforge.checkpoint.dtypes import DTYPE_NAMES, DTYPES
 from kempnerforge.checkpoint.index import Index, shared_box
+from kempnerforge.checkpoint.leaves import decode_objects
 from kempnerforge.checkpoint.part_reader import Part, read_parts
 from kempnerforge.checkpoint.plan import local_part
 from kempnerforge.errors import DamagedCheckpointError, MismatchError

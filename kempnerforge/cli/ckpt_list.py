@@ -27,12 +27,17 @@ class Listed:
     """One committed step."""
 
     step: int
-    path: Path
+    found: CheckpointFolder
     verdict: Verdict
     problem: str
     """Why it is not sound; empty when it is, or looks so."""
     manifest: Manifest | None
     """None when it cannot be parsed."""
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self.found.step(self.step)
 
 
 def ls(
@@ -111,15 +116,14 @@ def list_steps(
     facts = Retention(found.folder, policy.policy).survey(steps, seen=manifests.__setitem__)
     verdicts = {verdict.step: verdict for verdict in decide(facts, policy.policy)}
     for one in facts:
-        path = found.step(one.step)
         problem = one.problem
         if digests and not problem:
             try:
-                problem = "; ".join(_digest_problems(path))
+                problem = "; ".join(_digest_problems(found.step(one.step)))
             except StepNotFoundError:
                 continue
-        known = manifests.get(one.step) or _manifest_of(path)
-        yield Listed(one.step, path, verdicts[one.step], problem, known)
+        known = manifests.get(one.step) or _manifest_of(found.step(one.step))
+        yield Listed(one.step, found, verdicts[one.step], problem, known)
 
 
 def list_others(listing: layout.FolderListing) -> list[dict[str, Any]]:
