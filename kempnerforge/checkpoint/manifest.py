@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import math
 import os
@@ -173,7 +174,7 @@ def load(step_folder: Path, *, step: int | None = None) -> Manifest:
     if step is not None and manifest.provenance.step != step:
         raise _damaged(where, f"its manifest is of step {manifest.provenance.step}")
     for name, record in manifest.files.items():
-        if not _FILE_NAME.fullmatch(name):
+        if not _is_file_name(name):
             raise _damaged(where, f"the manifest names {name!r}, which is no file of this folder")
         if len(record.xxh3_128) != -(-record.size_bytes // BLOCK_BYTES):
             raise _damaged(where, f"the manifest has too few digests for {name}")
@@ -189,6 +190,12 @@ def load(step_folder: Path, *, step: int | None = None) -> Manifest:
         if name not in manifest.files:
             raise _damaged(where, f"the manifest does not list {name}")
     return manifest
+
+
+@functools.lru_cache(maxsize=10_000)
+def _is_file_name(name: str) -> bool:
+    """Steps of a run have the same names."""
+    return _FILE_NAME.fullmatch(name) is not None
 
 
 def read_verified(step_folder: Path, manifest: Manifest, name: str) -> bytes:
