@@ -94,7 +94,7 @@ def main() -> None:
         Path(spec["out"]).write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()
-    # Seen once in fifty starts: gloo's threads abort the interpreter on its way out. Nothing is measured there.
+    # Once in fifty starts gloo's threads aborted the interpreter on its way out. Nothing is measured there.
     os._exit(0)
 
 
