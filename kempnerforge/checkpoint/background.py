@@ -16,7 +16,7 @@ from kempnerforge.checkpoint.board import Board, collect
 from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, commit
 from kempnerforge.checkpoint.digest import FileRecord
 from kempnerforge.checkpoint.staging import Staging
-from kempnerforge.checkpoint.writer import Writer, with_backoff
+from kempnerforge.checkpoint.writer import Writer, Written, with_backoff
 from kempnerforge.errors import SaveFailedError
 
 
@@ -108,12 +108,8 @@ def _work(job: SaveJob, writer: Writer, board: Board) -> None:
 def _write(job: SaveJob, writer: Writer) -> dict[str, Any]:
     files, write_s = {}, 0.0
     for number, arena in enumerate(job.arenas.arenas):
-        path, size_bytes = job.temporary / arena.file.name, arena.image.size_bytes
-        staged = partial(_staged_bytes, job, number)
         written = with_backoff(
-            lambda arena=arena, path=path, size_bytes=size_bytes, staged=staged: writer.write(
-                arena.fd, path, size_bytes, staged=staged
-            ),
+            partial(_write_file, job, writer, number),
             tries=job.patience.write_tries,
             first_pause_s=job.patience.first_pause_s,
         )
@@ -121,6 +117,12 @@ def _write(job: SaveJob, writer: Writer) -> dict[str, Any]:
         files[arena.file.name] = [record.size_bytes, record.xxh3_128, arena.header_digest]
         write_s += written.write_s
     return {"files": files, "write_s": write_s}
+
+
+def _write_file(job: SaveJob, writer: Writer, number: int) -> Written:
+    arena = job.arenas.arenas[number]
+    path, staged = job.temporary / arena.file.name, partial(_staged_bytes, job, number)
+    return writer.write(arena.fd, path, arena.image.size_bytes, staged=staged)
 
 
 def _staged_bytes(job: SaveJob, number: int) -> int:

@@ -116,7 +116,7 @@ class Pacer:
         """
         if self._is_active:
             with contextlib.suppress(OSError):
-                rollbacks = [cut.attempt for cut in timeline.cuts(run_dir) if cut.is_rollback]
+                rollbacks = timeline.rollbacks(run_dir)
                 self._learn(read_history(run_dir, rollbacks=rollbacks), resumed_at, rollbacks)
 
     def _learn(self, history: Sequence[AttemptHistory], resumed_at: int, rollbacks: Sequence[int]) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint import layout, shard_header
 from kempnerforge.checkpoint.digest import BLOCK_BYTES, FileRecord, VerifiedFile
 from kempnerforge.checkpoint.index import Chunk
 from kempnerforge.errors import DamagedCheckpointError
@@ -79,15 +78,14 @@ def _check_header(file: VerifiedFile, wanted: Sequence[Part]) -> None:
     """Digests cannot tell two shards that changed places in the manifest too; what they say they hold can."""
     name = file.path.name
     try:
-        (length,) = struct.unpack("<Q", file.view(0, 8))
-        header = json.loads(file.read(8, 8 + length))
+        header, data_begin = shard_header.parse(file.read, file.record.size_bytes)
         offsets = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
         for part in wanted:
             told, chunk = header[part.name], part.chunk
             same = (
                 told["dtype"] == part.dtype
                 and tuple(told["shape"]) == chunk.sizes
-                and told["data_offsets"] == [chunk.begin - 8 - length, chunk.end - 8 - length]
+                and told["data_offsets"] == [chunk.begin - data_begin, chunk.end - data_begin]
                 and tuple(offsets[part.name]["saved_offsets"]) == chunk.offsets
             )
             if not same:
@@ -96,7 +94,7 @@ def _check_header(file: VerifiedFile, wanted: Sequence[Part]) -> None:
         raise DamagedCheckpointError(
             f"{file.path.parent.name} is damaged: {name} and {layout.INDEX} disagree on {error}"
         ) from None
-    except (ValueError, TypeError, AttributeError, RecursionError, struct.error) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpointError(
             f"{file.path.parent.name} is damaged: {name}: its header cannot be read ({error})"
         ) from None

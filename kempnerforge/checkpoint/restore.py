@@ -79,7 +79,7 @@ class Restorer:
         )
 
     def _choose(self, rejected: list[receipt.Rejected]) -> tuple[Found | None, list[receipt.Rejected]]:
-        rollbacks = [cut.attempt for cut in timeline.cuts(self._run_dir) if cut.is_rollback]
+        rollbacks = timeline.rollbacks(self._run_dir)
         suspects = breaker.suspects(read_history(self._run_dir, rollbacks=rollbacks))
         return resume.choose(self._folder, rejected, suspects), rejected
 

@@ -40,17 +40,7 @@ def decode(
     ``sharded`` it is a safetensors file of anyone's, in which every tensor is whole. What ``read_bytes``
     (from, up to) raises comes as it is.
     """
-    if size_bytes < 8:
-        raise ValueError("it is too short to have a header")
-    (length,) = struct.unpack("<Q", read_bytes(0, 8))
-    if length > min(size_bytes - 8, MAX_HEADER_BYTES):
-        raise ValueError(f"its header would have {length} bytes")
-    raw = read_bytes(8, 8 + length)
-    data_begin = 8 + length
-    try:
-        header = json.loads(raw, object_pairs_hook=_without_repeats)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"its header cannot be parsed ({error})") from None
+    header, data_begin = parse(read_bytes, size_bytes)
     try:
         metadata = header.pop("__metadata__", {})
         if sharded:
@@ -70,6 +60,23 @@ def decode(
     if end != size_bytes:
         raise ValueError(f"its tensors end at byte {end} of {size_bytes}")
     return found
+
+
+def parse(read_bytes: Callable[[int, int], bytes], size_bytes: int) -> tuple[Any, int]:
+    """The JSON of a header, unchecked but for names that occur twice, and where the data begins.
+
+    Raises ValueError, and what ``read_bytes`` raises.
+    """
+    if size_bytes < 8:
+        raise ValueError("it is too short to have a header")
+    (length,) = struct.unpack("<Q", read_bytes(0, 8))
+    if length > min(size_bytes - 8, MAX_HEADER_BYTES):
+        raise ValueError(f"its header would have {length} bytes")
+    try:
+        header = json.loads(read_bytes(8, 8 + length), object_pairs_hook=_without_repeats)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"its header cannot be parsed ({error})") from None
+    return header, 8 + length
 
 
 def _entry(file: str, name: str, body: dict[str, Any], offsets: dict[str, Any], begin: int) -> HeaderEntry:

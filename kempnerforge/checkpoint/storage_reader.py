@@ -25,7 +25,7 @@ from torch.futures import Future
 
 from kempnerforge.checkpoint import layout, manifest
 from kempnerforge.checkpoint.digest import VerifiedFile
-from kempnerforge.checkpoint.dtypes import DTYPE_NAMES, DTYPES
+from kempnerforge.checkpoint.dtypes import DTYPES
 from kempnerforge.checkpoint.index import Index, shared_box
 from kempnerforge.checkpoint.leaves import decode_objects
 from kempnerforge.checkpoint.part_reader import Part, read_parts
@@ -191,11 +191,6 @@ def _box(tensor: torch.Tensor, known: dict[tuple[object, ...], Box]) -> Box:
         sizes, offsets = compute_local_shape_and_global_offset(*key)
         known[key] = tuple(sizes), tuple(offsets)
     return known[key]
-
-
-def dtype_name(tensor: torch.Tensor) -> str:
-    """Safetensors name of a tensor's dtype."""
-    return DTYPE_NAMES[tensor.dtype]
 
 
 class _LazyMetadata(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):

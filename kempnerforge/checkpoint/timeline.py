@@ -45,6 +45,12 @@ def cuts(run_dir: Path) -> list[Cut]:
     ]
 
 
+def rollbacks(run_dir: Path) -> list[int]:
+    """The attempt numbers of the run's rollbacks. Raises OSError and RunFolderError."""
+    record = run_record.read(run_dir)
+    return [rollback.attempt for rollback in record.rollbacks] if record is not None else []
+
+
 def last_attempt(run_dir: Path) -> int:
     """The highest attempt number in ``run.json`` and ``receipts.jsonl``; 0 for a run that was never started.
 
