@@ -109,7 +109,7 @@ class AsyncCheckpointer:
         pending = self._pending
         if pending is None:
             return None
-        pending.thread.join()
+        self.join()
         deadline, pause_s = time.monotonic() + self._patience.save_timeout_s + 60, 0.001
         while (result := self.poll()) is None:
             if time.monotonic() > deadline:
@@ -230,6 +230,7 @@ class AsyncCheckpointer:
             after_commit=after_commit,
             patience=self._patience,
         )
+        self._writer.hurry(self.blocks)
         thread = background.start(job, self._writer, self._board)
         self._pending = _Pending(job.number, final.name, job, thread)
         job.staging.start()
@@ -255,6 +256,7 @@ class AsyncCheckpointer:
     def join(self) -> None:
         """Let this rank's part of what is pending end, without raising. Not collective."""
         if self._pending is not None:
+            self._writer.hurry(True)
             self._pending.thread.join()
 
     def close(self) -> None:

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.digest import BLOCK_BYTES, FileRecord
+from kempnerforge.checkpoint.lanes import Lanes
 
 ALIGNMENT = 4096
 """Arenas are padded to a multiple of it, which direct writes need."""
 
-
 _SYNC_BLOCKS = 4
+_SLOW_BLOCK_S = 1.0
+"""A block that takes so long may find no idle core: the file's others do not wait for one."""
 
 
 def padded(size_bytes: int) -> int:
@@ -34,15 +36,17 @@ def write_image(
     image: memoryview,
     path: Path,
     size_bytes: int,
+    lanes: Lanes,
     *,
     beat: Callable[[], None] = lambda: None,
     until: Callable[[int], None] = lambda end: None,
+    prompt: Callable[[], bool] = lambda: True,
 ) -> FileRecord:
     """Write the first ``size_bytes`` of ``image`` as the new file ``path`` and fsync it.
 
     ``image`` is page-aligned and at least ``padded(size_bytes)`` long. ``beat`` is called after every system
     call that may take long: a slow disk is not a hang. ``until`` returns when the image's first so many bytes
-    are there.
+    are there. ``prompt`` tells, before each block, whether somebody waits for the file.
     Durable on return, but for the folder's entry. An unfinished file of an earlier try is replaced.
     """
     path.unlink(missing_ok=True)
@@ -50,8 +54,21 @@ def write_image(
     fd, direct = _open(path, beat)
     beat()
     try:
-        with ThreadPoolExecutor(max_workers=1) as hasher:
-            digests = _write_blocks(fd, image, size_bytes, hasher, direct=direct, beat=beat, until=until)
+        digests = []
+        slow = False
+        for begin in range(0, size_bytes, BLOCK_BYTES):
+            end = min(begin + BLOCK_BYTES, size_bytes)
+            until(end)
+            started = time.monotonic()
+            lane = lanes.pick(prompt=slow or prompt())
+            digest = lane.submit(xxhash.xxh3_128_hexdigest, image[begin:end])
+            lane.submit(_write_at, fd, image[begin : padded(end) if direct else end], begin, beat).result()
+            digests.append(digest.result())
+            slow = slow or time.monotonic() - started > _SLOW_BLOCK_S
+            if not direct and len(digests) % _SYNC_BLOCKS == 0:
+                # One fsync over gigabytes of dirty pages looks like a hang, and stalls others.
+                os.fdatasync(fd)
+                beat()
         os.ftruncate(fd, size_bytes)
         beat()
         os.fsync(fd)
@@ -72,30 +89,6 @@ def _open(path: Path, beat: Callable[[], None]) -> tuple[int, bool]:
     path.unlink(missing_ok=True)
     beat()
     return fsio.open_file(path, flags), False
-
-
-def _write_blocks(
-    fd: int,
-    image: memoryview,
-    size_bytes: int,
-    hasher: ThreadPoolExecutor,
-    *,
-    direct: bool,
-    beat: Callable[[], None],
-    until: Callable[[int], None],
-) -> list[str]:
-    digests = []
-    for begin in range(0, size_bytes, BLOCK_BYTES):
-        end = min(begin + BLOCK_BYTES, size_bytes)
-        until(end)
-        digest = hasher.submit(xxhash.xxh3_128_hexdigest, image[begin:end])
-        _write_at(fd, image[begin : padded(end) if direct else end], begin, beat)
-        digests.append(digest.result())
-        if not direct and len(digests) % _SYNC_BLOCKS == 0:
-            # In small portions: one fsync over gigabytes of dirty pages looks like a hang, and stalls others.
-            os.fdatasync(fd)
-            beat()
-    return digests
 
 
 def _write_at(fd: int, data: memoryview, offset: int, beat: Callable[[], None]) -> None:

@@ -40,6 +40,14 @@ class Writer:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._pulse: Pulse | None = None
+        self._prompt = True
+
+    def hurry(self, waits: bool) -> None:
+        """Whether somebody waits for what is or will be written; else it takes idle time only. Any thread."""
+        self._prompt = waits
+        pulse = self._pulse
+        if pulse is not None:
+            pulse.prompt = waits
 
     @property
     def pid(self) -> int | None:
@@ -58,6 +66,7 @@ class Writer:
         connection, pulse = self._start()
         staged = staged or (lambda: size_bytes)
         pulse.staged = staged()
+        pulse.prompt = self._prompt
         request = json.dumps({"path": str(path), "size_bytes": size_bytes}).encode()
         try:
             socket.send_fds(connection, [request], [arena_fd])

@@ -24,24 +24,25 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.checkpoint.image_writer import write_image
+from kempnerforge.checkpoint.lanes import Lanes
+from kempnerforge.checkpoint.shared_memory import map_filled
 
-PULSE_BYTES = 16
+PULSE_BYTES = 24
 FOLLOW_S = 0.002
 """Between two looks at how far the trainer's copy is."""
 REQUEST_BYTES = 1 << 16
 
 
 class Pulse:
-    """Two counters in shared memory: ``beats`` moves while the writer works, ``staged`` is the trainer's.
+    """Numbers in shared memory: ``beats`` moves while the writer works, the others are the trainer's.
 
     Through ctypes, whose loads and stores of aligned 64-bit numbers are never torn.
     """
 
     def __init__(self, fd: int) -> None:
         memory = mmap.mmap(fd, PULSE_BYTES)
-        self._beats, self._staged = (
-            ctypes.c_uint64.from_buffer(memory),
-            ctypes.c_uint64.from_buffer(memory, 8),
+        self._beats, self._staged, self._prompt = (
+            ctypes.c_uint64.from_buffer(memory, offset) for offset in range(0, PULSE_BYTES, 8)
         )
 
     def beat(self) -> None:
@@ -62,12 +63,21 @@ class Pulse:
     def staged(self, size_bytes: int) -> None:
         self._staged.value = size_bytes
 
+    @property
+    def prompt(self) -> bool:
+        """Whether somebody waits for what is being written."""
+        return bool(self._prompt.value)
+
+    @prompt.setter
+    def prompt(self, waits: bool) -> None:
+        self._prompt.value = waits
+
 
 class Arenas:
     """Mappings of arenas that have been sent before: mapping a gigabyte anew costs its page faults."""
 
     def __init__(self) -> None:
-        self._by_inode: dict[int, mmap.mmap] = {}
+        self._by_inode: dict[int, memoryview] = {}
 
     def view(self, fd: int) -> memoryview:
         """The arena behind ``fd``, which is closed."""
@@ -75,35 +85,41 @@ class Arenas:
             status = os.fstat(fd)
             known = self._by_inode.get(status.st_ino)
             if known is None or len(known) != status.st_size:
-                known = mmap.mmap(fd, status.st_size, prot=mmap.PROT_READ)
+                known = map_filled(fd, status.st_size)
                 self._by_inode[status.st_ino] = known
         finally:
             os.close(fd)
-        return memoryview(known)
+        return known
 
 
 def serve(connection: socket.socket, pulse: Pulse) -> None:
     """Answer requests until the other side is gone."""
-    arenas = Arenas()
+    arenas, lanes = Arenas(), Lanes()
     while True:
         try:
             data, fds, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 1)
             if not data:
                 return
-            answer = _answer(json.loads(data), arenas.view(fds[0]), pulse, connection)
+            answer = _answer(json.loads(data), arenas.view(fds[0]), lanes, pulse, connection)
             connection.sendall(json.dumps(answer).encode() + b"\n")
         except ConnectionError:  # the trainer was killed
             return
 
 
 def _answer(
-    request: dict[str, Any], image: memoryview, pulse: Pulse, connection: socket.socket
+    request: dict[str, Any], image: memoryview, lanes: Lanes, pulse: Pulse, connection: socket.socket
 ) -> dict[str, Any]:
     started = time.perf_counter()
     path, size_bytes = Path(request["path"]), request["size_bytes"]
     try:
         record = write_image(
-            image, path, size_bytes, beat=pulse.beat, until=lambda end: _follow(pulse, end, connection)
+            image,
+            path,
+            size_bytes,
+            lanes,
+            beat=pulse.beat,
+            until=lambda end: _follow(pulse, end, connection),
+            prompt=lambda: pulse.prompt,
         )
     except OSError as error:
         return {"error": f"{type(error).__name__}: {error}"}

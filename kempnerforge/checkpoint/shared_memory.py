@@ -1,0 +1,71 @@
+"""Memory that the trainer and its writer share: a memfd, mapped so that huge pages fit, and made of them.
+
+A direct write pins every page of its block, and so does registering memory with CUDA: with pages of 4 KiB
+that takes more processor time than digesting the bytes. ``MADV_COLLAPSE`` (Linux 6.1) makes huge pages once,
+whatever ``shmem_enabled`` says; where it is refused, or memory is too fragmented, small pages do the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import weakref
+
+HUGE_BYTES = 2 << 20
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
+_MAP_FIXED = 0x10
+_ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_NO_ACCESS = 0
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def map_new(fd: int, size_bytes: int) -> memoryview:
+    """The first ``size_bytes`` of ``fd``, still empty, to be filled: of huge pages, where there are any.
+
+    Unmapped when the last buffer made of it is gone. Raises OSError.
+    """
+    memory = _map_aligned(fd, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+    whole = size_bytes // HUGE_BYTES * HUGE_BYTES
+    for begin in range(0, whole, HUGE_BYTES):
+        memory[begin] = 0  # what has no page at all is not collapsed
+    if whole:
+        address = ctypes.addressof(memory)
+        _libc.madvise(address, whole, _MADV_HUGEPAGE)
+        _libc.madvise(address, whole, _MADV_COLLAPSE)
+    return memoryview(memory).cast("B")
+
+
+def map_filled(fd: int, size_bytes: int) -> memoryview:
+    """The first ``size_bytes`` of ``fd`` as another process fills them, to be read. Raises OSError."""
+    return memoryview(_map_aligned(fd, size_bytes, mmap.PROT_READ)).cast("B").toreadonly()
+
+
+def _map_aligned(fd: int, size_bytes: int, protection: int) -> ctypes.Array[ctypes.c_ubyte]:
+    """From an address that a huge page can begin at, which the kernel would not choose."""
+    reserved_bytes = size_bytes + HUGE_BYTES
+    reserved = _map(None, reserved_bytes, _NO_ACCESS, _ANONYMOUS, -1)
+    begin = -(-reserved // HUGE_BYTES) * HUGE_BYTES
+    try:
+        _map(begin, size_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, fd)
+    except OSError:
+        _libc.munmap(reserved, reserved_bytes)
+        raise
+    memory = (ctypes.c_ubyte * size_bytes).from_address(begin)
+    unmap = weakref.finalize(memory, _libc.munmap, reserved, reserved_bytes)
+    unmap.atexit = False  # a thread may still copy into it
+    return memory
+
+
+def _map(address: int | None, size_bytes: int, protection: int, flags: int, fd: int) -> int:
+    found = _libc.mmap(address, size_bytes, protection, flags, fd, 0)
+    if found == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, f"mmap() of {size_bytes} bytes: {os.strerror(number)}")
+    return found
