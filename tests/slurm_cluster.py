@@ -177,11 +177,11 @@ class Cluster:
         for name in ("socket", "pid-file", "log-file", "seed-file"):
             munge.append(f"--{name}={self.folder}/munge.{name.removesuffix('-file')}")
         self._daemon(*munge)
-        self._wait_for((self.folder / "munge.socket").exists, "munged")
+        self.wait_for((self.folder / "munge.socket").exists, "munged")
         self._daemon("slurmctld", "-D", "-c")
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
-        self._wait_for(self._is_ready, "slurmctld and slurmd")
+        self.wait_for(self._is_ready, "slurmctld and slurmd")
 
     def _is_ready(self) -> bool:
         states = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T", check=False)
@@ -200,7 +200,8 @@ class Cluster:
                 )
             )
 
-    def _wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+        """Return when ``condition`` holds. Raises RuntimeError, with the logs of all daemons."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             ended = [daemon.args for daemon in self._daemons if daemon.poll() is not None]
@@ -210,7 +211,7 @@ class Cluster:
                     for path in sorted(self.folder.iterdir())
                     if path.suffix in (".out", ".log")
                 )
-                raise RuntimeError(f"{what} did not start (ended: {ended})\n{logs}")
+                raise RuntimeError(f"not in time: {what} (ended: {ended})\n{logs}")
             time.sleep(0.05)
 
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from kempnerforge.checkpoint import arena
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import Patience
+from kempnerforge.checkpoint.board import LocalBoard
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.errors import SaveFailedError
@@ -104,6 +105,9 @@ def test_saves_after_the_first_allocate_no_buffers(checkpointer: AsyncCheckpoint
     for step in range(20):
         checkpointer.save(state, tmp_path / f"c{step}")
     assert arena.allocations == before
+    checkpointer.wait()
+    assert isinstance(checkpointer._board, LocalBoard)
+    assert sorted(checkpointer._board._messages) == ["19/result", "20/rank0", "20/result"]
     checkpointer.save({**state, "new": torch.ones(2)}, tmp_path / "other")
     checkpointer.wait()
     assert arena.allocations == before + 1

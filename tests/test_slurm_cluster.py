@@ -39,9 +39,12 @@ def preempt(cluster: Cluster, _job: Job) -> None:
     )
 
 
-def node_down(cluster: Cluster, _job: Job) -> None:
+def node_down(cluster: Cluster, job: Job) -> None:
     cluster.run("scontrol", "update", "NodeName=n3", "State=DOWN", "Reason=test")
-    cluster.run("scontrol", "update", "NodeName=n3", "State=RESUME")
+    # Given back while the old step still ends on it, it lets the next attempt start but create no step.
+    cluster.wait_for(lambda: cluster.state(job.id) == "PENDING", f"{job.name}: its requeueing")
+    # Refused when slurmd has registered meanwhile, which brings the node back too.
+    cluster.run("scontrol", "update", "NodeName=n3", "State=RESUME", check=False)
 
 
 def scancel(*options: str) -> Job:

@@ -99,6 +99,7 @@ def _work(job: SaveJob, writer: Writer, board: Board) -> None:
     except Exception as error:  # noqa: BLE001 - whatever it is, the first rank must learn of it
         message = {"error": str(error) or type(error).__name__}
     board.post(f"{job.number}/rank{job.rank}", message)
+    board.forget(f"{job.number - 1}/rank{job.rank}")  # it was read: this save has begun since
     if job.rank == 0:
         job.part.doing = "commit"
         _conclude(job, board)
@@ -146,8 +147,6 @@ def _conclude(job: SaveJob, board: Board) -> None:
     if result.error:
         shutil.rmtree(job.temporary, ignore_errors=True)
     board.post(result_key(job.number), asdict(result))
-    for key in keys:
-        board.forget(key)
     # Every rank has read the outcome before last: it has begun a save since.
     board.forget(result_key(job.number - 2))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -147,6 +148,19 @@ class SafetensorsReader(StorageReader):
         return (Path(checkpoint_id) / layout.MANIFEST).is_file()
 
 
+@contextlib.contextmanager
+def _no_looking_for_garbage() -> Iterator[None]:
+    """None is made by the thousands of objects of a plan, and the search for it took as long as the load."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_no_looking_for_garbage()
 def load_tensors(tensors: Mapping[str, torch.Tensor], reader: SafetensorsReader) -> None:
     """Fill ``tensors`` (by checkpoint name, DTensors included) in place, each rank its own part.
 
