@@ -10,7 +10,7 @@ of state, each from a checkpoint of its own format that it wrote itself; files a
   load_s        reading the state; ours checks every digest, and makes ready the buffers of the saves to come
   first_step_s  the first step
   imports_s     importing what training needs, alone, in one process; the bare loop imports torch,
-                distributed, fsdp and checkpoint. ``import torch`` alone stands beside
+                distributed, fsdp and checkpoint. ``import torch`` alone, and with ``fully_shard``, stand beside
 
 Both must find the state that they saved: the losses of two steps must agree, or the benchmark fails.
 """
@@ -40,7 +40,10 @@ IMPORTS = {
     "ours": "from kempnerforge.cli.train import import_training; import_training()",
     "bare": "import torch.distributed.fsdp, torch.distributed.checkpoint.state_dict",
     "torch": "import torch",
+    "fully_shard": "from torch.distributed.fsdp import fully_shard",
 }
+ALONE = "torch", "fully_shard"
+"""Imported for comparison."""
 
 
 def parts_of_ours(done: Ours) -> pairs.Measured:
@@ -106,8 +109,8 @@ def main() -> None:
 
         def bare() -> tuple[Bare, pairs.Measured]:
             done = task.bare(start=SAVED_STEP, steps=task.steps, load=saved)
-            alone = {"imports_s": import_s(IMPORTS["bare"]), "torch_s": import_s(IMPORTS["torch"])}
-            return done, {**parts_of_bare(done), **alone}
+            alone = {f"{name}_s": import_s(IMPORTS[name]) for name in ALONE}
+            return done, {**parts_of_bare(done), "imports_s": import_s(IMPORTS["bare"]), **alone}
 
         found, losses, apart = compare_starts(
             (ours, bare), arguments.pairs, warmups=int(arguments.size != "tiny"), tolerance=task.tolerance
@@ -121,9 +124,8 @@ def main() -> None:
     size_bytes = STATE_BYTES * task.model.num_parameters
     print(f"{size_bytes / 1e6:.0f} MB of state, {task.ranks} ranks; {machine.tell(told)}")
     print(f"{arguments.pairs} pairs; losses after the resume differ by {apart:.2g}, relative")
-    pairs.show(
-        rows, reference="bare, dcp.load", others={"import torch": pairs.column(found["bare"], "torch_s")}
-    )
+    alone = {IMPORTS[name]: pairs.column(found["bare"], f"{name}_s") for name in ALONE}
+    pairs.show(rows, reference="bare, dcp.load", others=alone)
     if arguments.json:
         rest = {"machine": told, "measured": found, "size_bytes": size_bytes, "losses_differ_by": apart}
         rest["losses"] = losses

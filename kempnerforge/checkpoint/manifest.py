@@ -46,6 +46,8 @@ class Provenance:
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _MAX_BYTES = 1 << 28
 """Far above any manifest: that of a checkpoint of 10 TB has 30 MB."""
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+"""Made once: a run has thousands of steps."""
 _OPTIONAL = ("metrics",)
 """Fields that manifests of earlier versions lack."""
 
@@ -222,7 +224,7 @@ def _read_small(path: str, record: FileRecord) -> bytes | None:
 
 
 def _digest(body: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    return xxhash.xxh3_128_hexdigest(_CANONICAL.encode(body).encode())
 
 
 def _damaged(where: str, what: str) -> DamagedCheckpointError:

@@ -83,7 +83,7 @@ def _options(
 
 def main() -> None:
     """Run the command line; errors raised on purpose end it with their message and exit status."""
-    gc.set_threshold(50_000, 20, 20)  # commands are short: looking for garbage takes a tenth of their time
+    gc.set_threshold(500_000, 20, 20)  # commands are short: looking for garbage takes a tenth of their time
     # pydantic would look through the metadata of every installed package for plugins: we want none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     try:
