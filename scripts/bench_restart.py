@@ -10,7 +10,7 @@ of state, each from a checkpoint of its own format that it wrote itself; files a
   load_s        reading the state; ours checks every digest, and makes ready the buffers of the saves to come
   first_step_s  the first step
   imports_s     importing what training needs, alone, in one process; the bare loop imports torch,
-                distributed, fsdp and checkpoint. ``import torch`` alone, and with ``fully_shard``, stand beside
+                distributed, fsdp and checkpoint. Beside: ``import torch`` alone, and with ``fully_shard``
 
 Both must find the state that they saved: the losses of two steps must agree, or the benchmark fails.
 """

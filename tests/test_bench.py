@@ -55,6 +55,13 @@ def test_bench_load_loads_in_every_arm(tmp_path: Path) -> None:
         assert {name: len(rows) for name, rows in arms.items()} == {"ours": 2, "stock": 2, "raw": 2}
 
 
+def test_bench_parts_has_each_part_beside_the_first_step(tmp_path: Path) -> None:
+    found = run_small("bench_parts", tmp_path, "--size", "tiny")
+    parts = ("nothing", "copy", "write", "prompt", "save")
+    assert {name: len(rows) for name, rows in found["measured"].items()} == dict.fromkeys(parts, 2)
+    assert {name: len(steps) for name, steps in found["by_step"].items()} == dict.fromkeys(parts, 3)
+
+
 def test_bench_memory_counts_writers_and_buffers(tmp_path: Path) -> None:
     found = run_small("bench_memory", tmp_path, "--size", "tiny")
     assert found["buffers"] == 1, "no save after the first makes buffers"

@@ -32,12 +32,11 @@ def map_new(fd: int, size_bytes: int) -> memoryview:
     Unmapped when the last buffer made of it is gone. Raises OSError.
     """
     memory = _map_aligned(fd, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
-    whole = size_bytes // HUGE_BYTES * HUGE_BYTES
-    for begin in range(0, whole, HUGE_BYTES):
-        memory[begin] = 0  # what has no page at all is not collapsed
+    address, whole = ctypes.addressof(memory), size_bytes // HUGE_BYTES * HUGE_BYTES
     if whole:
-        address = ctypes.addressof(memory)
         _libc.madvise(address, whole, _MADV_HUGEPAGE)
+        for begin in range(0, whole, HUGE_BYTES):
+            memory[begin] = 0  # what has no page at all is not collapsed
         _libc.madvise(address, whole, _MADV_COLLAPSE)
     return memoryview(memory).cast("B")
 

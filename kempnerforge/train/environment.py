@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 
@@ -9,6 +10,11 @@ import torch
 from torch.utils import deterministic as deterministic_utils
 
 from kempnerforge import __version__
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 256 << 20
+_LARGEST_BYTES = 32 << 20
+"""The largest block that glibc keeps at all."""
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -42,3 +48,16 @@ def set_determinism(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(True)
     # It fills every fresh tensor to make bugs visible, which costs time and changes no correct result.
     deterministic_utils.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what a step on the CPU frees for the next step, where this is glibc's malloc.
+
+    By its own rules it gives large blocks back to the kernel: thousands of page faults a step, 2% of its time.
+    What ``MALLOC_MMAP_THRESHOLD_`` or ``MALLOC_TRIM_THRESHOLD_`` say is left alone. See mallopt(3).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGEST_BYTES)
+    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

@@ -9,7 +9,7 @@ from kempnerforge.distributed.world import World, find_place
 from kempnerforge.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_STOPPED, KempnerForgeError, StopRequestedError
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.build import Run, build
-from kempnerforge.train.environment import set_determinism
+from kempnerforge.train.environment import keep_freed_memory, set_determinism
 from kempnerforge.train.hang_watch import watched
 from kempnerforge.train.loop import train
 from kempnerforge.train.run_folder import record_exit
@@ -34,6 +34,7 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
     shutdown = Shutdown(signals, timeout_s=job.train.shutdown_timeout_s, stacks=stacks)
     stopping = Stopping(signals, shutdown, stacks)
     set_determinism(job.train.deterministic)
+    keep_freed_memory()
     world: World | None = None
     run: Run | None = None
     status, reason = EXIT_FAULT, "unknown"
