@@ -53,7 +53,7 @@ def set_determinism(deterministic: bool) -> None:
 def keep_freed_memory() -> None:
     """Let malloc keep what a step on the CPU frees for the next step, where this is glibc's malloc.
 
-    By its own rules it gives large blocks back to the kernel: thousands of page faults a step, 2% of its time.
+    By its own rules it gives large blocks back to the kernel: thousands of page faults, 2% of a step's time.
     What ``MALLOC_MMAP_THRESHOLD_`` or ``MALLOC_TRIM_THRESHOLD_`` say is left alone. See mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
