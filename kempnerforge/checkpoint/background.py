@@ -99,10 +99,10 @@ def _work(job: SaveJob, writer: Writer, board: Board) -> None:
     except Exception as error:  # noqa: BLE001 - whatever it is, the first rank must learn of it
         message = {"error": str(error) or type(error).__name__}
     board.post(f"{job.number}/rank{job.rank}", message)
-    board.forget(f"{job.number - 1}/rank{job.rank}")  # it was read: this save has begun since
     if job.rank == 0:
         job.part.doing = "commit"
         _conclude(job, board)
+    board.forget(f"{job.number - 1}/rank{job.rank}")  # it was read: this save has begun since
     job.part.doing = "done"
 
 
