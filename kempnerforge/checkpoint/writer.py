@@ -91,7 +91,7 @@ class Writer:
         while not received.endswith(b"\n"):
             if pulse.staged < size_bytes:
                 pulse.staged = staged()
-            connection.settimeout(_POLL_S if pulse.staged >= size_bytes else FOLLOW_S)
+            connection.settimeout(_POLL_S if pulse.staged >= size_bytes else FOLLOW_S[pulse.prompt])
             try:
                 data = connection.recv(1 << 20)
             except TimeoutError:

@@ -28,8 +28,8 @@ from kempnerforge.checkpoint.lanes import Lanes
 from kempnerforge.checkpoint.shared_memory import map_filled
 
 PULSE_BYTES = 24
-FOLLOW_S = 0.002
-"""Between two looks at how far the trainer's copy is."""
+FOLLOW_S = {True: 0.002, False: 0.01}
+"""Between two looks at how far the trainer's copy is, by whether somebody waits: looks take time from steps."""
 REQUEST_BYTES = 1 << 16
 
 
@@ -134,7 +134,9 @@ def _follow(pulse: Pulse, end: int, connection: socket.socket) -> None:
     """Return when the arena has its first ``end`` bytes. Raises ConnectionError when the trainer is gone."""
     while pulse.staged < end:
         pulse.beat()
-        if select.select([connection], [], [], FOLLOW_S)[0]:  # nothing is sent before an answer: it closed
+        if select.select([connection], [], [], FOLLOW_S[pulse.prompt])[
+            0
+        ]:  # nothing is sent before an answer: it closed
             raise ConnectionAbortedError("the trainer is gone")
 
 
