@@ -29,7 +29,7 @@ from kempnerforge.checkpoint.shared_memory import map_filled
 
 PULSE_BYTES = 24
 FOLLOW_S = {True: 0.002, False: 0.01}
-"""Between two looks at how far the trainer's copy is, by whether somebody waits: looks take time from steps."""
+"""Between two looks at how far the trainer's copy is, by whether somebody waits: a look takes time."""
 REQUEST_BYTES = 1 << 16
 
 
