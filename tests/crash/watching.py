@@ -197,7 +197,8 @@ class Watcher:
         elif fault.kind == "kill_parent":
             os.kill(os.getppid(), signal.SIGKILL)
         elif fault.kind == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this thread: by the process, another would stop first, and this one go on, perhaps to a lock.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         elif fault.kind == "delay":
             time.sleep(fault.value)
         elif fault.kind in ("ENOSPC", "EIO"):
