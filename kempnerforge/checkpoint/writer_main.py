@@ -134,9 +134,8 @@ def _follow(pulse: Pulse, end: int, connection: socket.socket) -> None:
     """Return when the arena has its first ``end`` bytes. Raises ConnectionError when the trainer is gone."""
     while pulse.staged < end:
         pulse.beat()
-        if select.select([connection], [], [], FOLLOW_S[pulse.prompt])[
-            0
-        ]:  # nothing is sent before an answer: it closed
+        closed, _, _ = select.select([connection], [], [], FOLLOW_S[pulse.prompt])
+        if closed:  # nothing is sent before an answer
             raise ConnectionAbortedError("the trainer is gone")
 
 
