@@ -31,7 +31,7 @@ from bench.savers import Ours
 from bench.workload import Steps, model_config, sharded_llama, state_bytes
 
 from kempnerforge.checkpoint.agreed_plan import AgreedPlan
-from kempnerforge.checkpoint.staging import StreamCopy, ThreadCopy
+from kempnerforge.checkpoint.staging import overlapping
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
@@ -76,14 +76,13 @@ class Nothing:
 class Copy:
     """The copy alone."""
 
-    def __init__(self, plan: AgreedPlan, tensors: dict[str, torch.Tensor], device: torch.device) -> None:
+    def __init__(self, plan: AgreedPlan, tensors: dict[str, torch.Tensor]) -> None:
         assert plan.arenas is not None
-        self._pairs, self._device = plan.arenas.pairs(tensors), device
+        self._pairs = plan.arenas.pairs(tensors)
 
     def begin(self, path: Path) -> None:
         """Start it."""
-        on_gpu = self._device.type == "cuda"
-        self._staging = StreamCopy(self._pairs, self._device) if on_gpu else ThreadCopy(self._pairs)
+        self._staging = overlapping(self._pairs)
         self._staging.start()
 
     def before_update(self) -> None:
@@ -177,7 +176,7 @@ def main() -> None:
     plan.agree(ControlGroup(group), None, pin=device.type == "cuda")
     save = Ours(model, optimizer, AsyncCheckpointMode.async_pinned)
     idle, prompt = Write(plan, prompt=False), Write(plan, prompt=True)
-    parts: dict[str, Part] = {"nothing": Nothing(), "copy": Copy(plan, tensors, device)}
+    parts: dict[str, Part] = {"nothing": Nothing(), "copy": Copy(plan, tensors)}
     parts |= {"write": idle, "prompt": prompt, "save": save}
     steps = Steps(arguments.width, device)
     with command.shared_folder(arguments.dir) as folder:

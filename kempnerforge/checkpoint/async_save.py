@@ -23,7 +23,7 @@ from kempnerforge.checkpoint.background import Patience, SaveJob, SaveResult, re
 from kempnerforge.checkpoint.board import Board, LocalBoard, StoreBoard
 from kempnerforge.checkpoint.commit import Contents
 from kempnerforge.checkpoint.manifest import Provenance
-from kempnerforge.checkpoint.staging import BlockingCopy, Staging, StreamCopy, ThreadCopy
+from kempnerforge.checkpoint.staging import BlockingCopy, Staging, overlapping
 from kempnerforge.checkpoint.tree import split_leaves
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
@@ -288,8 +288,7 @@ class AsyncCheckpointer:
     def _stage(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Staging:
         if self.mode is not AsyncCheckpointMode.async_pinned:
             return BlockingCopy(pairs)
-        devices = {source.device for _, source in pairs if source.is_cuda}
-        return StreamCopy(pairs, devices.pop()) if devices else ThreadCopy(pairs)
+        return overlapping(pairs)
 
 
 def _make_folder(final: Path, temporary: Path) -> None:

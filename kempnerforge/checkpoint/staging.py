@@ -152,6 +152,12 @@ class StreamCopy:
             self._events[-1][1].synchronize()
 
 
+def overlapping(pairs: Pairs) -> Staging:
+    """The copy that goes on beside the next forward and backward, by where the sources are."""
+    devices = {source.device for _, source in pairs if source.is_cuda}
+    return StreamCopy(pairs, devices.pop()) if devices else ThreadCopy(pairs)
+
+
 def _groups(pairs: Pairs) -> Iterator[Pairs]:
     """``pairs`` in runs: one by one on the host, ``GROUP_BYTES`` together on a device."""
     begin, size_bytes = 0, 0
