@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,8 +102,8 @@ def test_a_full_disk_on_one_rank_fails_one_save_on_all(small_disk: Path) -> None
     first, second = run_ranks(fill_the_disk, 2, str(small_disk))
     assert first == second
     assert [bool(error) for error in first] == [False, True, False]
-    assert "rank 1: " in first[1]
-    assert "No space left on device" in first[1]
+    # Rank 1 may fill the disk before rank 0 has written its small part: both fail then, and one is named.
+    assert re.search(r"rank [01]: shard_.*No space left on device", first[1])
     assert sorted(os.listdir(small_disk)) == ["c0", "c2"]
     loaded = {f"w{rank}": torch.zeros(200_000) for rank in range(2)}
     load_tensors(loaded, SafetensorsReader(small_disk / "c2"))
