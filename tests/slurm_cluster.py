@@ -22,9 +22,9 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("n1", "n2", "n3")
-KILL_WAIT_S = 60
-"""Long: nothing waits for it unless the machine is so busy that a save takes that long."""
-GRACE_S = 90
+KILL_WAIT_S = 240
+GRACE_S = 300
+"""Both long: nothing waits for them unless the machine is so busy that a save takes that long."""
 
 CONF = """\
 ClusterName=private
@@ -114,15 +114,6 @@ class Cluster:
         )
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
-
-    def state(self, job: str) -> str:
-        """``RUNNING``, ``PENDING``, ``COMPLETED``, ... of a job."""
-        return self.facts(job)["JobState"]
-
-    def facts(self, job: str) -> dict[str, str]:
-        """What ``scontrol show job`` says of one job."""
-        words = self.run("scontrol", "-o", "show", "job", job).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
 
     def close(self) -> None:
         """End jobs, daemons and their children. May be called at any time, and twice."""

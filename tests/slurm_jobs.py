@@ -21,7 +21,7 @@ STEPS = 60
 SETTINGS = {"train.max_steps": STEPS, "checkpoint.interval": 0, "eval.interval": 0}
 ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 MINUTES = 10
-TIMEOUT_S = 500.0
+TIMEOUT_S = 1000.0
 SCRIPT = Path(__file__).parent / "slow_train.py"
 
 Facts = dict[str, str]
@@ -51,6 +51,8 @@ class Job:
     """Whether it is time for what happens."""
     after: Job | None = None
     """Goes on with that job's run, and is submitted right behind it."""
+    then: Callable[[Cluster], object] = lambda _cluster: None
+    """What happens when it is queued again. Not waited for: the other jobs' turns would be missed."""
 
     id: str = ""
     said: str = ""
@@ -96,6 +98,8 @@ class Job:
         if not self.has_happened and self.when(cluster, self):
             self.has_happened = True
             self.happens(cluster, self)
+        elif self.has_happened and self.facts["JobState"] == "PENDING":
+            self.then(cluster)
         _restore_limit(cluster, self.facts)
         return self.facts["JobState"] in ENDED
 
@@ -151,10 +155,11 @@ def run_all(cluster: Cluster, jobs: Sequence[Job], corpus: Path, folder: Path) -
 
 def near_the_limit(cluster: Cluster, job: Job) -> None:
     """Bring the end of the job's time near enough for SLURM to announce it at its next look."""
-    cluster.run("scontrol", "update", f"JobId={job.id}", "EndTime=now+60")
+    cluster.run("scontrol", "update", f"JobId={job.id}", "EndTime=now+115")
 
 
 def _restore_limit(cluster: Cluster, facts: Facts) -> None:
     """Moving the end made the limit shorter, for the next start too."""
-    if facts["JobState"] == "PENDING" and facts["TimeLimit"] != f"00:{MINUTES}:00":
+    is_next = facts["JobState"] == "PENDING" or (facts["JobState"] == "RUNNING" and facts["Restarts"] != "0")
+    if is_next and facts["TimeLimit"] != f"00:{MINUTES}:00":
         cluster.run("scontrol", "update", f"JobId={facts['JobId']}", f"TimeLimit={MINUTES}")

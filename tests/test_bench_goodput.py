@@ -174,6 +174,7 @@ import json, os, subprocess, sys, time
 rows, steps = sys.argv[1], int(sys.argv[2])
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
 done = [json.loads(line)["checkpoint/step"] for line in open(rows)] if os.path.exists(rows) else []
+time.sleep(0.3)
 with open(rows, "a") as out:
     for step in range(max(done, default=0) + 1, steps + 1):
         time.sleep(0.02)

@@ -55,6 +55,8 @@ class Process:
 
     def signal(self, number: signal.Signals) -> None:
         self.popen.send_signal(number)
+        if number == signal.SIGSTOP:  # one thread stops after the other: until all have
+            os.waitid(os.P_PID, self.popen.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 class Processes:

@@ -41,7 +41,7 @@ def test_a_save_that_is_due_while_one_is_written_is_put_off_and_counted(
     plain = make_run(tmp_path / "plain", corpus, **settings)
     launcher.finish(plain, ranks=2)
     slow = make_run(tmp_path / "slow", corpus, **settings, **{"checkpoint.async_mode": mode})
-    ended = launcher.run(slow, ranks=2, sabotage=[("slow_shards", {"seconds": 0.4, "rank": 1})])
+    ended = launcher.run(slow, ranks=2, sabotage=[("slow_shards", {"seconds": 1.5, "rank": 1})])
     assert ended.statuses == [0, 0], ended.output
     commits = [row for row in slow.rows() if "checkpoint/step" in row]
     assert len(commits) < 15, "not every second step could be saved"

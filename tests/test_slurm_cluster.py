@@ -20,7 +20,7 @@ from wandb_testing import FAKE_KEY, WandbServer, fragments, history, records
 from kempnerforge.slurm.grace import BEFORE_KILL_S
 
 pytest_plugins = ["run_fixtures"]
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 REQUIRED = "KEMPNERFORGE_TEST_SLURM"
 """Set by ``.ci/run``: there a missing SLURM is a failure."""
@@ -39,10 +39,12 @@ def preempt(cluster: Cluster, _job: Job) -> None:
     )
 
 
-def node_down(cluster: Cluster, job: Job) -> None:
+def node_down(cluster: Cluster, _job: Job) -> None:
     cluster.run("scontrol", "update", "NodeName=n3", "State=DOWN", "Reason=test")
-    # Given back while the old step still ends on it, it lets the next attempt start but create no step.
-    cluster.wait_for(lambda: cluster.state(job.id) == "PENDING", f"{job.name}: its requeueing")
+
+
+def node_up(cluster: Cluster) -> None:
+    """Given back while the old step still ends on it, it lets the next attempt start but create no step."""
     # Refused when slurmd has registered meanwhile, which brings the node back too.
     cluster.run("scontrol", "update", "NodeName=n3", "State=RESUME", check=False)
 
@@ -62,7 +64,7 @@ JOBS = [
     Job("without grace", ["--partition=low", *TWO], nodes=2, gpus=1),
     Job("with grace", ["--partition=low_with_grace", *TWO], preempt, nodes=2, gpus=1),
     Job("time limit", TWO, near_the_limit, nodes=2),
-    Job("node down", ["--nodelist=n1,n3"], node_down, nodes=2),
+    Job("node down", ["--nodelist=n1,n3"], node_down, nodes=2, then=node_up),
     Job(
         "scontrol requeue", ["--exclude=n3"], lambda cluster, job: cluster.run("scontrol", "requeue", job.id)
     ),

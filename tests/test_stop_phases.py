@@ -51,6 +51,7 @@ def assert_stopped(run: Run, ended: Ended, reason: str, *, commits: bool = True)
 # -- signals, in every phase -----------------------------------------------------------------------------
 
 FORWARD = "kempnerforge.train.step:LocalStep.forward_backward"
+END = "kempnerforge.train.shutdown:Shutdown._end"
 
 
 @pytest.mark.parametrize("rank", [0, None], ids=["to rank 0", "to all"])
@@ -73,7 +74,7 @@ def test_a_signal_to_one_rank_before_it_has_joined_the_others_is_not_lost(
     launcher: Launcher, corpus: Path, tmp_path: Path, rank: int
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS)
-    sabotage = [stuck(tmp_path, "kempnerforge.train.run:World.start", seconds=0.5, rank=rank)]
+    sabotage = [stuck(tmp_path, "kempnerforge.train.run:World.start", seconds=2, rank=rank)]
     attempt = launcher.start(run, ranks=2, sabotage=sabotage)
     wait_for(is_stuck(tmp_path, rank), attempt)
     attempt.signal(signal.SIGTERM, rank=rank)
@@ -87,7 +88,7 @@ def test_a_signal_during_the_resume_stops_before_another_step(
     launcher.finish(run, "--train.max_steps=4", ranks=2)
     rows = len([row for row in run.rows() if "train/loss" in row])
     target = "kempnerforge.checkpoint.manager:CheckpointManager.resume"
-    attempt = launcher.start(run, ranks=2, sabotage=[stuck(tmp_path, target, seconds=0.5, rank=1)])
+    attempt = launcher.start(run, ranks=2, sabotage=[stuck(tmp_path, target, seconds=2, rank=1)])
     wait_for(is_stuck(tmp_path, 1), attempt)
     attempt.signal(signal.SIGTERM, rank=1)
     assert_stopped(run, attempt.wait(30), "SIGTERM")
@@ -116,7 +117,7 @@ def test_a_signal_during_validation_commits_the_step(
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"eval.interval": 3})
     target = "kempnerforge.train.step:LocalStep.evaluate"
-    attempt = launcher.start(run, ranks=2, sabotage=[stuck(tmp_path, target, seconds=0.3, call=2)])
+    attempt = launcher.start(run, ranks=2, sabotage=[stuck(tmp_path, target, seconds=2, call=2)])
     wait_for(is_stuck(tmp_path, 0, 1), attempt)
     attempt.signal(signal.SIGHUP, rank=1)
     assert_stopped(run, attempt.wait(30), "SIGHUP")
@@ -128,7 +129,7 @@ def test_a_signal_during_the_last_commit_changes_nothing(
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 3})
     target = "kempnerforge.checkpoint.manager:CheckpointManager.finish"
-    attempt = launcher.start(run, ranks=2, sabotage=[stuck(tmp_path, target, seconds=0.3)])
+    attempt = launcher.start(run, ranks=2, sabotage=[stuck(tmp_path, target, seconds=2)])
     wait_for(is_stuck(tmp_path, 0, 1), attempt)
     attempt.signal(signal.SIGTERM)
     ended = attempt.wait(30)
@@ -212,7 +213,9 @@ def test_a_stop_that_takes_too_long_ends_the_process_with_its_stacks(
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.shutdown_timeout_s": 1.0})
     # Rank 1 is stuck and rank 0 waits for it in a collective; each of them hears of it all the same.
-    attempt = launcher.start(run, ranks=2, sabotage=[stuck(tmp_path, FORWARD, call=3, rank=1)])
+    # Rank 1 ends last: when it is gone, rank 0 fails in that collective.
+    late = stuck(tmp_path, END, seconds=0.5, rank=1)
+    attempt = launcher.start(run, ranks=2, sabotage=[late, stuck(tmp_path, FORWARD, call=3, rank=1)])
     wait_for(is_stuck(tmp_path, 1), attempt)
     attempt.signal(signal.SIGTERM)
     ended = attempt.wait(30)
@@ -227,7 +230,8 @@ def test_a_commit_that_hangs_is_not_waited_for_and_tears_nothing(
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.shutdown_timeout_s": 1.0, "checkpoint.interval": 2})
     frozen = ("freeze_writer", {"call": 2, "seconds": 60, "rank": 0})
-    attempt = launcher.start(run, ranks=2, sabotage=[frozen])
+    late = stuck(tmp_path, END, seconds=0.5, rank=0)  # it has the store that rank 1 reads from
+    attempt = launcher.start(run, ranks=2, sabotage=[frozen, late])
     wait_for(lambda: run.unfinished() != [] and run.committed() == [2], attempt)
     attempt.signal(signal.SIGTERM)
     ended = attempt.wait(30)
@@ -241,14 +245,14 @@ def test_a_commit_that_hangs_is_not_waited_for_and_tears_nothing(
 def test_code_that_never_gives_the_interpreter_lock_back_is_ended_too(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path, corpus, **SETTINGS | {"train.shutdown_timeout_s": 1.0})
+    run = make_run(tmp_path, corpus, **SETTINGS | {"train.shutdown_timeout_s": 3.0})
     soon = ("set_value", {"target": "kempnerforge.train.shutdown:_LAST_WORDS_S", "value": 0.5})
-    attempt = launcher.start(run, sabotage=[soon, stuck(tmp_path, FORWARD, call=3, hold_after_s=0.5)])
+    attempt = launcher.start(run, sabotage=[soon, stuck(tmp_path, FORWARD, call=3, hold_after_s=2)])
     wait_for(is_stuck(tmp_path, 0), attempt)
     attempt.signal(signal.SIGTERM)
     ended = attempt.wait(30)
     assert ended.statuses == [1], ended.output
-    assert "Timeout (0:00:01.5" in ended.output
+    assert "Timeout (0:00:03.5" in ended.output
     assert "sabotage.py" in ended.output
 
 
@@ -262,7 +266,8 @@ def test_a_stop_file_stops_all_ranks_and_is_consumed(
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 20000})
     attempt = launcher.start(run, ranks=2)
     wait_for(lambda: len(run.rows()) > 2, attempt)
-    (run.folder / "stop.request").write_text(text)
+    (run.base / "new").write_text(text)
+    (run.base / "new").rename(run.folder / "stop.request")
     assert_stopped(run, attempt.wait(30), f"stopped by {reason}")
     assert not (run.folder / "stop.request").exists()
 
@@ -277,7 +282,7 @@ def test_a_stop_file_of_an_earlier_attempt_is_removed_and_one_made_during_set_up
     time.sleep(0.1)
     launcher.finish(run, ranks=2)
     assert not request.exists()
-    sabotage = [stuck(tmp_path, "kempnerforge.train.run:World.start", seconds=0.5, rank=0)]
+    sabotage = [stuck(tmp_path, "kempnerforge.train.run:World.start", seconds=2, rank=0)]
     attempt = launcher.start(run, "--train.max_steps=400", ranks=2, sabotage=sabotage)
     wait_for(is_stuck(tmp_path, 0), attempt)
     request.write_text("preempted")

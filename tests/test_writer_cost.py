@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,7 +114,10 @@ def test_a_lane_has_the_priority_that_it_says() -> None:
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
-def test_it_is_asked_before_each_block_whether_somebody_waits(tmp_path: Path, fd: int) -> None:
+def test_it_is_asked_before_each_block_whether_somebody_waits(
+    tmp_path: Path, fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_writer, "_SLOW_BLOCK_S", math.inf)
     lanes, answers = Noted(), iter([False, True, False])
     write(tmp_path / "f", fd, lanes, 3, prompt=lambda: next(answers))
     assert lanes.prompt == [False, True, False]
@@ -121,9 +126,16 @@ def test_it_is_asked_before_each_block_whether_somebody_waits(tmp_path: Path, fd
 def test_a_file_whose_block_takes_long_waits_for_no_idle_core(
     tmp_path: Path, fd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_writer, "_SLOW_BLOCK_S", 0.2)
-    lanes, pauses = Noted(), iter([0.0, 0.0, 0.0, 0.3])  # unlink, open, first and second block
-    write(tmp_path / "f", fd, lanes, 4, prompt=lambda: False, beat=lambda: time.sleep(next(pauses, 0.0)))
+    clock, write_at = [0.0], image_writer._write_at
+
+    def slow_second(fd: int, data: memoryview, offset: int, beat: Callable[[], None]) -> None:
+        clock[0] += 1.5 if offset == image_writer.BLOCK_BYTES else 0.1
+        write_at(fd, data, offset, beat)
+
+    monkeypatch.setattr(image_writer, "_write_at", slow_second)
+    monkeypatch.setattr(image_writer, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    lanes = Noted()
+    write(tmp_path / "f", fd, lanes, 4, prompt=lambda: False)
     assert lanes.prompt == [False, False, True, True]
 
 

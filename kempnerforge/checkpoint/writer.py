@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,13 +42,14 @@ class Writer:
         self._connection: socket.socket | None = None
         self._pulse: Pulse | None = None
         self._prompt = True
+        self._telling = threading.Lock()
 
     def hurry(self, waits: bool) -> None:
         """Whether somebody waits for what is or will be written; else it takes idle time only. Any thread."""
-        self._prompt = waits
-        pulse = self._pulse
-        if pulse is not None:
-            pulse.prompt = waits
+        with self._telling:
+            self._prompt = waits
+            if self._pulse is not None:
+                self._pulse.prompt = waits
 
     @property
     def pid(self) -> int | None:
@@ -66,7 +68,8 @@ class Writer:
         connection, pulse = self._start()
         staged = staged or (lambda: size_bytes)
         pulse.staged = staged()
-        pulse.prompt = self._prompt
+        with self._telling:
+            pulse.prompt = self._prompt
         request = json.dumps({"path": str(path), "size_bytes": size_bytes}).encode()
         try:
             socket.send_fds(connection, [request], [arena_fd])

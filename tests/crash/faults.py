@@ -98,9 +98,10 @@ def sample(strikes: Sequence[Strike], count: int, seed: int) -> list[Strike]:
     groups: dict[tuple[str, str], list[Strike]] = {}
     for strike in strikes:
         groups.setdefault((strike.role, strike.kind), []).append(strike)
-    for group in groups.values():
-        rng.shuffle(group)
-    order = sorted(groups, key=lambda _: rng.random())
+    keys = sorted(groups)  # not as they were recorded: which writer was first is chance
+    for key in keys:
+        rng.shuffle(groups[key])
+    order = sorted(keys, key=lambda _: rng.random())
     picked: list[Strike] = []
     while len(picked) < count and any(groups.values()):
         picked += [groups[key].pop() for key in order if groups[key]]
