@@ -53,10 +53,10 @@ def test_a_save_that_stands_still_is_reported_while_training_goes_on(
     while "Rank 1 lags: still at its write" not in attempt.output():
         assert time.monotonic() < deadline, attempt.output()
         time.sleep(0.05)
-    rows = len(run.rows())
-    while len(run.rows()) == rows:  # training goes on meanwhile
-        assert time.monotonic() < deadline, attempt.output()
+    rows, committed = len(run.rows()), run.committed()
+    while len(run.rows()) == rows and run.committed() == committed:
         time.sleep(0.05)
+    assert run.committed() == committed, "training goes on meanwhile"
     attempt.signal(signal.SIGTERM)
     ended = attempt.wait()
     assert ended.statuses == [75, 75], ended.output

@@ -44,7 +44,7 @@ def node_down(cluster: Cluster, _job: Job) -> None:
 
 
 def node_up(cluster: Cluster) -> None:
-    """Given back while the old step still ends on it, it lets the next attempt start but create no step."""
+    """Not earlier: while the old step still ends on it, it lets the next attempt start but create no step."""
     # Refused when slurmd has registered meanwhile, which brings the node back too.
     cluster.run("scontrol", "update", "NodeName=n3", "State=RESUME", check=False)
 

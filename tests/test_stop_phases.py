@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from runs import Attempt, Ended, Launcher, Run, Sabotage, make_run
 
+from kempnerforge import fsio
+
 pytest_plugins = ["run_fixtures"]
 
 REPO = Path(__file__).parent.parent
@@ -266,8 +268,7 @@ def test_a_stop_file_stops_all_ranks_and_is_consumed(
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 20000})
     attempt = launcher.start(run, ranks=2)
     wait_for(lambda: len(run.rows()) > 2, attempt)
-    (run.base / "new").write_text(text)
-    (run.base / "new").rename(run.folder / "stop.request")
+    fsio.atomic_write(run.folder / "stop.request", text.encode())
     assert_stopped(run, attempt.wait(30), f"stopped by {reason}")
     assert not (run.folder / "stop.request").exists()
 
@@ -285,7 +286,7 @@ def test_a_stop_file_of_an_earlier_attempt_is_removed_and_one_made_during_set_up
     sabotage = [stuck(tmp_path, "kempnerforge.train.run:World.start", seconds=2, rank=0)]
     attempt = launcher.start(run, "--train.max_steps=400", ranks=2, sabotage=sabotage)
     wait_for(is_stuck(tmp_path, 0), attempt)
-    request.write_text("preempted")
+    fsio.atomic_write(request, b"preempted")
     assert_stopped(run, attempt.wait(30), "preempted", commits=False)
     assert not request.exists()
 

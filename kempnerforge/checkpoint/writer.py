@@ -48,8 +48,9 @@ class Writer:
         """Whether somebody waits for what is or will be written; else it takes idle time only. Any thread."""
         with self._telling:
             self._prompt = waits
-            if self._pulse is not None:
-                self._pulse.prompt = waits
+            pulse = self._pulse  # ``_kill`` may forget it meanwhile
+            if pulse is not None:
+                pulse.prompt = waits
 
     @property
     def pid(self) -> int | None:
