@@ -1,0 +1,72 @@
+"""The benchmarks of the loop, of a restart and of the command line run, and their references do the work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+from bench.launches import largest_difference  # noqa: E402
+
+
+def run_tiny(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Run a benchmark at its smallest size in ``folder``: its table, and its JSON."""
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--size", "tiny", "--json", "out.json"]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert [path.name for path in folder.iterdir()] == ["out.json"], "it cleans up"
+    found = json.loads((folder / "out.json").read_text())
+    assert found["machine"]["cpus"] >= 1
+    for row in found["comparisons"]:
+        assert row["ours"]["median"] > 0
+        assert row["reference"]["median"] > 0
+        assert row["name"] in ended.stdout
+        assert len(row["ratio_95"]) == 2
+    return ended.stdout, found
+
+
+def test_bench_loop_trains_the_same_model_in_both_arms(tmp_path: Path) -> None:
+    table, found = run_tiny("bench_loop", tmp_path)
+    assert [(row["name"], row["goal"]) for row in found["comparisons"]] == [("step_s", 1.02)]
+    assert found["losses_differ_by"] < 1e-5
+    assert len(found["losses"]) == 6
+    assert found["measured"]["ours"][0]["outside_ms"] > 0
+    assert "ours - bare, ms a step" in table
+
+
+def test_bench_restart_loads_in_both_arms_what_each_saved(tmp_path: Path) -> None:
+    """The bare loop draws no weights when it loads, and the second loss depends on the loaded moments."""
+    _, found = run_tiny("bench_restart", tmp_path)
+    parts = ["total_s", "start_s", "set_up_s", "load_s", "first_step_s", "imports_s"]
+    assert [row["name"] for row in found["comparisons"]] == parts
+    assert {row["name"]: row["goal"] for row in found["comparisons"] if row["goal"]} == {
+        "total_s": 1.1,
+        "imports_s": 1.1,
+    }
+    assert len(found["losses"]) == 2
+    assert found["losses_differ_by"] < 1e-5
+    for measured in found["measured"].values():
+        (row,) = measured
+        assert row["total_s"] == pytest.approx(sum(row[part] for part in parts[1:5]), abs=0.5)
+
+
+def test_bench_cli_lists_as_many_steps_as_it_made(tmp_path: Path) -> None:
+    _, found = run_tiny("bench_cli", tmp_path)
+    assert set(found["extra"]) == {"--help wall_s", "--help cpu_s", "ckpt ls wall_s", "ckpt ls cpu_s"}
+    assert {name: len(rows) for name, rows in found["measured"].items()} == {
+        "pass": 2,
+        "--help": 2,
+        "ckpt ls": 2,
+    }
+
+
+def test_a_reference_that_does_other_work_is_found() -> None:
+    assert largest_difference([2.0, 4.0], [2.0, 4.4]) == pytest.approx(0.4 / 4.4)
+    with pytest.raises(ValueError):
+        largest_difference([2.0], [2.0, 4.4])

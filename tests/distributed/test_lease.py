@@ -1,0 +1,370 @@
+"""The lease, held and taken over by real processes: killed, stopped, racing, restarted by SLURM."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kempnerforge.checkpoint import holder, layout, lease, timeline
+from kempnerforge.checkpoint.holder import Holder
+from kempnerforge.errors import LeaseHeldError, LeaseLostError, RunFolderError
+
+REPO = Path(__file__).parents[2]
+SCRIPT = REPO / "tests/support/lease_process.py"
+QUICK = {"renew_every_s": 0.05, "stale_after_s": 0.6}
+
+
+class Process:
+    """One ``lease_process.py``."""
+
+    def __init__(self, **env: str) -> None:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+        self.popen = subprocess.Popen(
+            [sys.executable, str(SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**clean, **env},
+        )
+
+    def send(self, do: str, **request: Any) -> None:
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(json.dumps({"do": do, **request}) + "\n")
+        self.popen.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.popen.stdout is not None
+        return json.loads(self.popen.stdout.readline())
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        self.send(do, **request)
+        return self.answer()
+
+    def acquire(self, folder: Path, **request: Any) -> dict[str, Any]:
+        return self.ask("acquire", dir=str(folder), **{**QUICK, **request})
+
+    def signal(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+        if number == signal.SIGSTOP:  # one thread stops after the other: until all have
+            os.waitid(os.P_PID, self.popen.pid, os.WSTOPPED | os.WNOWAIT)
+
+
+class Processes:
+    """Starts them, and ends them all."""
+
+    def __init__(self) -> None:
+        self.started: list[Process] = []
+
+    def __call__(self, **env: str) -> Process:
+        self.started.append(Process(**env))
+        return self.started[-1]
+
+
+@pytest.fixture
+def process() -> Iterator[Processes]:
+    found = Processes()
+    yield found
+    for one in found.started:
+        one.popen.kill()
+        one.popen.communicate()
+
+
+@pytest.fixture(autouse=True)
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_LOOK_EVERY_S", 0.02)
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def leases(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("lease*"))
+
+
+def fill(folder: Path) -> None:
+    """Leave no room in the file system that ``folder`` is on."""
+    with open(folder / "filler", "wb", buffering=0) as filler:
+        try:
+            while filler.write(bytes(1 << 12)):
+                continue
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+
+
+def leave_behind(folder: Path, attempt: int = 3, **changes: Any) -> Path:
+    """A lease of a holder that is like this process but for ``changes``, and that nobody renews."""
+    owner = replace(Holder.of_this_process(attempt), **changes)
+    path = folder / f"lease.{attempt}.json"
+    path.write_bytes(holder.encode(owner, counter=7, released=False))
+    return path
+
+
+ELSEWHERE = {"host": "node7", "boot_id": "another-kernel", "pid": 1}
+
+
+def test_a_free_lease_is_taken_at_once_and_numbers_attempts(tmp_path: Path) -> None:
+    first = lease.acquire(tmp_path)
+    assert (first.attempt, first.took_over) == (1, "")
+    first.check()
+    first.release()
+    first.release()
+    second = lease.acquire(tmp_path)
+    assert (second.attempt, second.took_over) == (2, "")
+    assert leases(tmp_path) == ["lease.2.json"]
+    second.release()
+    later = lease.acquire(tmp_path, after_attempt=40)
+    assert later.attempt == 41
+    later.release()
+
+
+def test_the_file_says_who_holds_the_run(tmp_path: Path) -> None:
+    held = lease.acquire(tmp_path, renew_every_s=0.02)
+    before = json.loads((tmp_path / "lease.1.json").read_text())
+    assert before["pid"] == os.getpid()
+    assert before["attempt"] == 1
+    assert not before["released"]
+    assert {"host", "boot_id", "started", "start_ticks", "slurm_job_id", "slurm_restart_count"} <= set(before)
+    deadline = time.monotonic() + 10
+    while json.loads((tmp_path / "lease.1.json").read_text())["counter"] < "00000000000000000003":
+        assert time.monotonic() < deadline, "the counter does not move"
+        time.sleep(0.01)
+    size_bytes = (tmp_path / "lease.1.json").stat().st_size
+    held.release()
+    after = json.loads((tmp_path / "lease.1.json").read_text())
+    assert after["released"]
+    assert (tmp_path / "lease.1.json").stat().st_size == size_bytes
+
+
+def test_two_runs_on_one_folder_one_refuses(tmp_path: Path, process: Processes) -> None:
+    other = process()
+    assert other.acquire(tmp_path)["attempt"] == 1
+    started = time.monotonic()
+    notes: list[str] = []
+    with pytest.raises(LeaseHeldError) as caught:
+        lease.acquire(tmp_path, stale_after_s=30, note=notes.append)
+    assert time.monotonic() - started < 5
+    assert isinstance(caught.value, RunFolderError)
+    assert caught.value.exit_status == 2
+    pid = other.popen.pid
+    for part in (
+        f"attempt 1, pid {pid} on ",
+        "since 20",
+        f"(kill {pid} (on ",
+        "--run.name=NEW",
+        str(tmp_path),
+    ):
+        assert part in str(caught.value)
+    assert "watching it for up to 30 s" in notes[0]
+    assert other.ask("check") == {}
+
+
+def test_the_lease_of_a_killed_process_is_taken_at_once(tmp_path: Path, process: Processes) -> None:
+    other = process()
+    other.acquire(tmp_path)
+    other.signal(signal.SIGKILL)
+    # Its parent, this process, has not asked for its status: it is still in the table of processes.
+    os.waitid(os.P_PID, other.popen.pid, os.WEXITED | os.WNOWAIT)
+    started = time.monotonic()
+    held = lease.acquire(tmp_path, stale_after_s=30)
+    assert time.monotonic() - started < 2
+    assert held.attempt == 2
+    assert held.took_over.endswith("its process has ended")
+    assert f"pid {other.popen.pid}" in held.took_over
+    held.release()
+
+
+def test_a_stopped_holder_is_taken_over_and_finds_out(tmp_path: Path, process: Processes) -> None:
+    stopped, taker = process(), process()
+    assert stopped.acquire(tmp_path)["attempt"] == 1
+    stopped.signal(signal.SIGSTOP)
+    taken = taker.acquire(tmp_path)
+    assert taken["attempt"] == 2
+    assert "its lease has not moved for 0.6 s" in taken["took_over"]
+    assert 0.5 < taken["took_s"] < 5
+    stopped.signal(signal.SIGCONT)
+    lost = stopped.ask("check")
+    assert lost["error"] == "LeaseLostError"
+    assert "commits nothing any more" in lost["text"]
+    time.sleep(0.3)
+    assert stopped.ask("lost")["lost"]
+    assert taker.ask("check") == {}, "the old holder must not touch the new lease"
+    assert leases(tmp_path) == ["lease.2.json"]
+    assert stopped.ask("release") == {}
+    assert taker.ask("check") == {}
+
+
+@pytest.mark.parametrize("before", ["nothing", "dead", "stale", "unreadable", "released"])
+def test_of_several_that_race_exactly_one_wins(tmp_path: Path, process: Processes, before: str) -> None:
+    racers = [process() for _ in range(3)]
+    for number in range(5):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        least = 1
+        if before == "dead":
+            leave_behind(folder, start_ticks=1)
+            least = 4
+        elif before == "stale":
+            leave_behind(folder, **ELSEWHERE)
+            least = 4
+        elif before == "unreadable":
+            (folder / "lease.3.json").touch()
+            least = 4
+        elif before == "released":
+            lease.acquire(folder).release()
+            least = 2
+        for racer in racers:
+            racer.send("acquire", dir=str(folder), renew_every_s=0.03, stale_after_s=0.25)
+        answers = [racer.answer() for racer in racers]
+        winners = [racer for racer, answer in zip(racers, answers, strict=True) if "attempt" in answer]
+        assert len(winners) == 1, answers
+        assert [answer.get("attempt") for answer in answers if "attempt" in answer] == [least]
+        assert {answer.get("error") for answer in answers} == {None, "LeaseHeldError"}
+        assert winners[0].ask("check") == {}
+        assert leases(folder) == [f"lease.{least}.json"]
+        winners[0].ask("release")
+
+
+def test_a_reused_pid_is_another_process(tmp_path: Path) -> None:
+    now = Holder.of_this_process(0)
+    leave_behind(tmp_path, start_ticks=now.start_ticks - 1)
+    held = lease.acquire(tmp_path, stale_after_s=30)
+    assert held.took_over.endswith("its process has ended")
+    held.release()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        ELSEWHERE,
+        {"boot_id": "before-the-reboot", "start_ticks": 1},
+        {"pid_namespace": "pid:[1]", "pid": 99999999},
+        {"boot_id": ""},
+        {"start_ticks": -1},
+    ],
+    ids=["alive here", "another host", "another boot", "a container", "no boot id", "no start time"],
+)
+def test_where_the_process_cannot_be_judged_the_counter_is(tmp_path: Path, changes: dict[str, Any]) -> None:
+    leave_behind(tmp_path, **changes)
+    assert lease.live_holder(tmp_path).startswith("attempt 3, pid ")
+    started = time.monotonic()
+    held = lease.acquire(tmp_path, stale_after_s=0.3)
+    assert time.monotonic() - started >= 0.3
+    assert held.took_over.endswith("its lease has not moved for 0.3 s")
+    held.release()
+    assert lease.live_holder(tmp_path) == ""
+
+
+def test_a_look_that_hangs_is_no_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The storage hangs for everybody, the holder too: it must be seen not to move for long enough after that.
+    leave_behind(tmp_path, **ELSEWHERE)
+    real, looks = lease._read_newest, []
+
+    def slow(folder: Path) -> Any:
+        looks.append(time.monotonic())
+        if len(looks) == 2:
+            time.sleep(0.5)
+        return real(folder)
+
+    monkeypatch.setattr(lease, "_read_newest", slow)
+    held = lease.acquire(tmp_path, stale_after_s=0.3)
+    assert looks[-1] - looks[2] >= 0.2
+    held.release()
+
+
+def test_a_requeued_slurm_job_takes_over_at_once(tmp_path: Path, process: Processes) -> None:
+    first = process(SLURM_JOB_ID="77")
+    first.acquire(tmp_path)
+    again = process(SLURM_JOB_ID="77", SLURM_RESTART_COUNT="1")
+    taken = again.acquire(tmp_path, stale_after_s=30)
+    assert (taken["attempt"], taken["notes"]) == (2, [])
+    assert taken["took_s"] < 2
+    assert "its SLURM job has been restarted" in taken["took_over"]
+    assert first.ask("check")["error"] == "LeaseLostError"
+
+
+@pytest.mark.parametrize(
+    ("job", "count", "command"),
+    [("77", "2", "kill "), ("77", "1", "kill "), ("78", "5", "scancel 77")],
+    ids=["same start", "earlier start", "another job"],
+)
+def test_other_starts_do_not(tmp_path: Path, process: Processes, job: str, count: str, command: str) -> None:
+    process(SLURM_JOB_ID="77", SLURM_RESTART_COUNT="2").acquire(tmp_path)
+    refused = process(SLURM_JOB_ID=job, SLURM_RESTART_COUNT=count).acquire(tmp_path)
+    assert refused["error"] == "LeaseHeldError"
+    assert "SLURM job 77" in refused["text"]
+    assert f"({command}" in refused["text"]
+
+
+def test_a_process_that_slept_does_not_get_a_number_below_the_highest(tmp_path: Path) -> None:
+    held = lease.acquire(tmp_path, after_attempt=8)
+    assert lease._claim(tmp_path, Holder.of_this_process(8)) is None
+    assert leases(tmp_path) == ["lease.9.json"]
+    held.check()
+    held.release()
+
+
+def test_a_lease_that_was_deleted_is_lost(tmp_path: Path) -> None:
+    held = lease.acquire(tmp_path)
+    (tmp_path / "lease.1.json").unlink()
+    with pytest.raises(LeaseLostError, match="was removed"):
+        held.check()
+    held.release()
+
+
+def test_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        lease.acquire(tmp_path / "missing")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_disk_does_not_make_a_live_run_look_dead(tmp_path: Path) -> None:
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        held = lease.acquire(tmp_path, renew_every_s=0.02)
+        fill(tmp_path)
+        with pytest.raises(LeaseHeldError):
+            lease.acquire(tmp_path, stale_after_s=5)
+        assert held.failing == ""
+        held.release()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_zombies_late_commit_does_not_land(tmp_path: Path, process: Processes) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    temporary = checkpoints / layout.temporary_name("step_00000004", 1)
+    temporary.mkdir(parents=True)
+    (temporary / "shard").write_bytes(b"x")
+    zombie = process()
+    zombie.acquire(tmp_path)
+    assert zombie.ask("check") == {}, "it may commit: the check comes before the rename"
+    zombie.signal(signal.SIGSTOP)
+    held = lease.acquire(tmp_path, stale_after_s=0.5)
+    mine = checkpoints / layout.temporary_name("step_00000008", held.attempt)
+    mine.mkdir()
+    fenced = timeline.fence(checkpoints, held.attempt)
+    zombie.signal(signal.SIGCONT)
+    late = zombie.ask("rename", **{"from": str(temporary), "to": str(checkpoints / "step_00000004")})
+    assert late["error"] == "FileNotFoundError"
+    assert [path.name for path in fenced] == [".step_00000004.1.tmp.2.deleting"]
+    listing = layout.list_folder(checkpoints)
+    assert listing.steps == []
+    assert listing.deleting == fenced, "the sweep must find it"
+    assert listing.temporary == [(mine, 2)]
+    held.release()

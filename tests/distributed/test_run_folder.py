@@ -1,0 +1,82 @@
+"""run.json, attempts, and the check that all ranks see one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from support.ranks import run_ranks
+
+from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.errors import RunFolderError
+from kempnerforge.train import run_folder
+from kempnerforge.train.run_folder import open_run, record_exit
+
+ALONE = ControlGroup(None)
+
+
+def begin(folder: Path, size: int) -> RunRecord:
+    """One attempt that ends in order."""
+    record, lease = open_run(folder, ALONE, first_global_batch_size=size)
+    assert lease is not None
+    lease.release()
+    return record
+
+
+def test_attempts_are_counted_and_identity_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    first = begin(folder, 12)
+    record_exit(folder, status=75, reason="stopped by SIGTERM", step=40)
+    second = begin(folder, 99)
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert (first.run_id, first.wandb_id, 12) == (second.run_id, second.wandb_id, second.global_batch_size)
+    assert second.last_exit is not None
+    assert (second.last_exit["status"], second.last_exit["step"], second.last_exit["attempt"]) == (75, 40, 1)
+    assert sorted(path.name for path in folder.iterdir()) == ["lease.2.json", "run.json"]
+    other = begin(tmp_path / "runs" / "b", 12)
+    assert other.run_id != first.run_id
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"run_id": 1}', '{"unknown": 1}'])
+def test_a_broken_run_file_is_told_and_left_alone(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"run\.json cannot be read"):
+        open_run(tmp_path, ALONE, first_global_batch_size=1)
+    assert (tmp_path / "run.json").read_text() == content
+
+
+def test_checkpoints_without_a_run_file_are_not_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(RunFolderError, match="it is not known whose"):
+        open_run(tmp_path, ALONE, first_global_batch_size=1)
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match=r"run\.dir: .*cannot be used"):
+        open_run(tmp_path / "file" / "run", ALONE, first_global_batch_size=1)
+
+
+def open_on_two_nodes(base: str) -> str:
+    # Two nodes whose disks are their own: the same relative path is another folder on each.
+    node = Path(base) / f"node{dist.get_rank()}"
+    node.mkdir()
+    os.chdir(node)
+    run_folder._NONCE_WAIT_S = 0.5
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    with pytest.raises(RunFolderError) as caught:
+        open_run(Path("runs/x"), ControlGroup(group), first_global_batch_size=1)
+    return str(caught.value)
+
+
+def test_a_node_local_folder_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    first, second = run_ranks(open_on_two_nodes, 2, str(tmp_path))
+    assert first == second
+    assert "must be on a file system that all nodes share" in first
+    assert "node1/runs/x" in first
+    assert json.loads((tmp_path / "node0/runs/x/run.json").read_text())["attempt"] == 1

@@ -1,0 +1,92 @@
+"""Recorded faults, the breaker and suspect checkpoints, on real runs that die."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.runs import Launcher, Run, make_run
+
+from kempnerforge.goodput.history import AttemptHistory, read_history
+
+pytest_plugins = ["support.run_fixtures"]
+
+SETTINGS = {"train.max_steps": 30, "checkpoint.interval": 4, "eval.interval": 0}
+
+
+def crash(how: str, call: int, rank: int) -> list[tuple[str, dict[str, object]]]:
+    return [("crash_at_loss", {"how": how, "call": call, "rank": rank})]
+
+
+def ends(run: Run) -> list[AttemptHistory]:
+    return read_history(run.folder)
+
+
+@pytest.mark.parametrize(
+    ("how", "text"), [("SIGSEGV", "Segmentation fault"), ("SIGABRT", "Aborted"), ("raise", "ValueError: no")]
+)
+def test_a_fault_on_rank_1_is_recorded_with_rank_and_host(
+    launcher: Launcher, corpus: Path, tmp_path: Path, how: str, text: str
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS)
+    launcher.run(run, ranks=2, faults=crash(how, 11, 1))
+    (one,) = ends(run)
+    assert one.kind == "fault", one.reason
+    assert one.cause is not None
+    assert (one.cause.rank, text in one.cause.text) == (1, True), one.reason
+    start = json.loads((run.folder / "ledger.jsonl").read_text().splitlines()[0])
+    assert one.cause.host == start["hosts"][1]
+
+
+def test_a_killed_rank_is_lost_and_a_finished_run_leaves_no_fault_files(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS)
+    launcher.run(run, ranks=2, faults=crash("SIGKILL", 11, 1))
+    launcher.finish(run, ranks=2)
+    assert [one.kind for one in ends(run)] == ["lost", "finished"]
+    assert list((run.folder / "faults").glob("*.rank_00001.txt")) == []
+
+
+def test_a_fault_file_that_one_rank_cannot_open_ends_no_rank(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 4})
+    (run.folder / "faults").mkdir(parents=True)
+    (run.folder / "faults/attempt_00001.rank_00001.txt").symlink_to(tmp_path / "gone/file")
+    ended = launcher.finish(run, ranks=2)
+    assert "the record of this attempt is not complete" in ended.outputs[1]
+    assert "record of this attempt" not in ended.outputs[0]
+
+
+def test_after_two_deaths_the_step_is_passed_over_and_after_three_the_run_refuses(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS)
+    attempt = launcher.run(run, "--train.max_steps=8")
+    assert attempt.statuses == [0]
+    for _ in range(2):
+        assert launcher.run(run, faults=crash("SIGSEGV", 5, 0)).statuses == [-signal.SIGSEGV]
+    ended = launcher.run(run, faults=crash("SIGSEGV", 5, 0))
+    receipt = run.receipts()[-1]
+    assert receipt["step"] == 4, ended.output
+    assert [(one["step"], one["outcome"]) for one in receipt["rejected"]] == [(8, "suspect")]
+    assert (run.checkpoints / "suspect.step_00000008.1" / "manifest.json").exists()
+    refused = launcher.run(run)
+    assert refused.statuses == [76], refused.output
+    assert "no progress: 3 attempts" in refused.output
+    assert "Segmentation fault" in refused.output
+    assert "Traceback" not in refused.output
+    last = run.record["last_exit"]
+    assert (last["status"], last["attempt"], last["step"]) == (76, 5, 4)
+    assert last["reason"].startswith("no progress: 3 attempts")
+    assert [one.kind for one in ends(run)] == ["finished", "fault", "fault", "fault", "blocked"]
+    code = "from kempnerforge.cli.app import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "unblock", str(run.folder)], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    launcher.finish(run)
+    assert run.receipts()[-1]["step"] == 4

@@ -1,0 +1,192 @@
+"""``kempnerforge report`` on a run that was killed five times, and its page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.browser import DARK, Seen, missing_browser, open_page
+from support.runs import Launcher, Run, copy_run, make_run
+
+from kempnerforge.goodput.history import read_history
+
+pytest_plugins = ["support.run_fixtures"]
+
+needs_browser = pytest.mark.skipif(
+    missing_browser() and not os.environ.get("KEMPNERFORGE_TEST_BROWSER"),
+    reason="no chromium here; .ci/install-chromium installs it",
+)
+"""The variable is set by ``.ci/run``: there a missing browser is a failure."""
+SETTINGS = {"train.max_steps": 20_000, "checkpoint.interval": 40, "eval.interval": 20}
+LOSE = (4, 25, 10, 0, 18)
+"""Steps above the newest commit at which each attempt is killed, at least; 0: in its set-up."""
+
+
+TRAINING, LOST = (0x2A, 0x78, 0xD6), (0xE3, 0x49, 0x48)
+"""Colours of the page in the light."""
+
+
+def report(*arguments: object) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import sys\nfrom kempnerforge.cli.app import main\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code, "report", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def steps_to_lose(run: Run, attempt: int) -> int:
+    """How far the ledger knows this attempt to be above what it has committed itself; 0 before that."""
+    own = next((one for one in read_history(run.folder) if one.number == attempt), None)
+    if own is None or not own.commits or not own.progress:
+        return 0
+    return own.progress[-1]["step"] - max(run.committed())
+
+
+@pytest.fixture(scope="module")
+def killed(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that was killed five times by SIGKILL, once of these in its set-up, and then finished."""
+    run = make_run(tmp_path_factory.mktemp("killed") / "base", corpus, **SETTINGS)
+    for number, lose in enumerate(LOSE, 1):
+        if lose == 0:
+            ended = launcher.run(
+                run, faults=[("kill_at_call", {"target": "kempnerforge.train.build:build_model"})]
+            )
+            assert ended.statuses == [-9], ended.output
+            continue
+        attempt = launcher.start(run)
+        deadline = time.monotonic() + 60
+        while steps_to_lose(run, number) < lose:
+            assert time.monotonic() < deadline, attempt.output()
+            time.sleep(0.005)
+        attempt.kill()
+        attempt.wait()
+    launcher.finish(run, f"--train.max_steps={max(run.committed()) + 45}")
+    return run
+
+
+@pytest.fixture(scope="module")
+def body(killed: Run) -> dict[str, Any]:
+    """What ``--json`` says of it."""
+    done = report(killed.folder, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_parts_of_a_run_that_was_killed_five_times_add_up(killed: Run, body: dict[str, Any]) -> None:
+    parts, wall_s = body["parts_s"], body["wall_s"]
+    assert abs(sum(parts.values()) - wall_s) <= 0.01 * wall_s
+    assert all(seconds >= -0.01 * wall_s for seconds in parts.values()), parts
+    for name in ("effective", "lost", "eval", "checkpoint", "setup", "load"):
+        assert parts[name] > 0, name
+    setup = body["setup_parts_s"]
+    assert set(setup) == {"launch", "process_groups", "folder", "data", "model", "resume", "unfinished"}
+    assert sum(setup.values()) == pytest.approx(parts["setup"])
+    assert all(seconds >= -0.01 * wall_s for seconds in setup.values()), setup
+    assert [one["kind"] for one in body["attempts"]] == ["lost"] * 5 + ["finished"]
+    assert [one["lost_steps"] >= lose for one, lose in zip(body["attempts"], LOSE, strict=False)] == [
+        True
+    ] * 5
+    trained = [one for one in body["attempts"] if one["began_at"] is not None]
+    for one, receipt in zip(trained, killed.receipts(), strict=True):
+        assert one["began_at"] == receipt["step"]
+        assert one["parts_s"]["load"] == pytest.approx(receipt["load_s"])
+
+
+def test_what_dalys_interval_would_have_saved_is_told(killed: Run, body: dict[str, Any]) -> None:
+    found = body["saving"]
+    assert found["failures"] == 5
+    expected = found["expected"]
+    assert expected["best_interval_s"] >= found["daly_s"] > 0
+    assert found["interval_s"] > 0
+    assert expected["saved_s"] <= body["wall_s"]
+    told = report(killed.folder)
+    assert told.returncode == 0, told.stderr
+    assert "were effective training" in told.stdout
+    assert "Expected to first order" in told.stdout
+    print(told.stdout)
+
+
+@pytest.fixture(scope="module")
+def page(killed: Run) -> Path:
+    """Its page."""
+    file = killed.base / "page.html"
+    done = report(killed.folder, "--html", file)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {file}" in done.stdout
+    return file
+
+
+@needs_browser
+def test_the_page_in_a_browser_shows_every_attempt_and_commit(
+    killed: Run, body: dict[str, Any], page: Path, tmp_path: Path
+) -> None:
+    seen = open_page(page, tmp_path)
+    assert_alone(seen)
+    assert seen.dom.count('data-attempts="1"') == 6
+    assert (
+        sum(int(number) for number in re.findall(r'data-commits="(\d+)"', seen.dom))
+        == body["saving"]["commits"]
+    )
+    assert body["saving"]["commits"] == len(read_commits(killed))
+    assert seen.dom.count('class="bar c-lost" style="left') == sum(
+        one["lost_steps"] > 0 for one in body["attempts"]
+    )
+    for figure in ("loss", "throughput", "timeline"):
+        assert f'<figure id="{figure}"' in seen.dom
+    assert f"{100 * body['ettr']:.1f}%" in seen.dom
+    assert seen.count(*TRAINING) > 2000
+    assert seen.count(*LOST) > 20
+    assert seen.corner() > 200
+
+
+def read_commits(run: Run) -> list[dict[str, Any]]:
+    lines = (run.folder / "ledger.jsonl").read_text().splitlines()
+    return [event for line in lines if line and (event := json.loads(line))["event"] == "commit"]
+
+
+def assert_alone(seen: Seen) -> None:
+    """The page needs nothing but itself."""
+    assert seen.requests == []
+    assert seen.console == []
+    assert not re.search(r"<(script|link|img|iframe)\b|url\(|@import", seen.dom)
+
+
+@needs_browser
+def test_a_fault_whose_text_is_html_does_nothing(killed: Run, tmp_path: Path) -> None:
+    run = copy_run(killed, tmp_path / "copy")
+    html = '<script>document.title="owned"</script><img src=http://example.org/x.png onerror=a()>'
+    end = {"event": "end", "attempt": 6, "time": time.time(), "kind": "fault", "reason": html, "step": 1}
+    with (run.folder / "ledger.jsonl").open("a") as ledger:
+        ledger.write(json.dumps(end) + "\n")
+    file = tmp_path / "page.html"
+    assert report(run.folder, "--html", file).returncode == 0
+    seen = open_page(file, tmp_path / "browser")
+    assert_alone(seen)
+    assert "<title>run: report</title>" in seen.dom
+    assert "&lt;script&gt;document.title=" in seen.dom
+
+
+@needs_browser
+def test_the_page_is_dark_where_that_is_preferred(page: Path, tmp_path: Path) -> None:
+    seen = open_page(page, tmp_path, DARK)
+    assert seen.corner() < 50
+
+
+@needs_browser
+def test_a_page_that_is_not_alone_is_found_out(tmp_path: Path) -> None:
+    file = tmp_path / "bad.html"
+    file.write_text('<img src="http://example.org/x.png"><script>console.error("no")</script>')
+    seen = open_page(file, tmp_path)
+    assert seen.requests == ["http://example.org/x.png"]
+    assert len(seen.console) == 1
+    assert seen.count(*TRAINING) == 0
+    with pytest.raises(AssertionError):
+        assert_alone(seen)

@@ -1,0 +1,98 @@
+"""Saving over time: put off while one is written, asked for from outside, and the proof after a resume."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from support.runs import Attempt, Launcher, Run, make_run
+
+from kempnerforge.checkpoint import layout, manifest
+from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.train.proof import Proof
+
+pytest_plugins = ["support.run_fixtures"]
+
+LONG = {"train.max_steps": 4000, "checkpoint.interval": 0, "eval.interval": 0, "metrics.log_interval": 500}
+
+
+def reasons(run: Run) -> dict[int, str]:
+    return {
+        step: manifest.load(run.step_folder(step)).provenance.reason
+        for step in layout.committed_steps(run.checkpoints)
+    }
+
+
+def wait_for_commit(run: Run, attempt: Attempt, count: int) -> None:
+    deadline = time.monotonic() + 40
+    while len(run.committed()) < count:
+        assert time.monotonic() < deadline, attempt.output()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
+def test_a_save_that_is_due_while_one_is_written_is_put_off_and_counted(
+    launcher: Launcher, corpus: Path, tmp_path: Path, mode: str
+) -> None:
+    settings = {"train.max_steps": 30, "checkpoint.interval": 2, "eval.interval": 0}
+    plain = make_run(tmp_path / "plain", corpus, **settings)
+    launcher.finish(plain, ranks=2)
+    slow = make_run(tmp_path / "slow", corpus, **settings, **{"checkpoint.async_mode": mode})
+    ended = launcher.run(slow, ranks=2, faults=[("slow_shards", {"seconds": 1.5, "rank": 1})])
+    assert ended.statuses == [0, 0], ended.output
+    commits = [row for row in slow.rows() if "checkpoint/step" in row]
+    assert len(commits) < 15, "not every second step could be saved"
+    assert max(row["checkpoint/deferred"] for row in commits) > 0
+    assert max(row["checkpoint/lag_steps"] for row in commits) > 0
+    assert all(row["checkpoint/blocking_s"] < row["checkpoint/total_s"] for row in commits[:-1])
+    assert slow.sound()[0] == 30
+    assert slow.counting() == plain.counting(), "when saves happen changes no loss"
+
+
+def test_a_save_can_be_asked_for_by_a_file_and_by_a_signal(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **LONG, **{"checkpoint.async_mode": "async"})
+    attempt = launcher.start(run, ranks=2)
+    while len(run.rows()) < 5:
+        time.sleep(0.02)
+    request = run.folder / "checkpoint.request"
+    request.touch()
+    wait_for_commit(run, attempt, 1)
+    deadline = time.monotonic() + 10
+    while request.exists():
+        assert time.monotonic() < deadline
+    attempt.signal(signal.SIGUSR2, rank=1)
+    wait_for_commit(run, attempt, 2)
+    attempt.signal(signal.SIGTERM)
+    assert attempt.wait().statuses == [75, 75]
+    asked = [step for step, reason in reasons(run).items() if reason == "asked"]
+    assert len(asked) == 2
+    assert reasons(run)[run.committed()[0]] == "stop: SIGTERM"
+
+
+def test_losses_after_a_resume_are_compared_with_those_recorded(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "attempt": 1, "time": 0, "train/loss": 5 - step / 10} for step in range(1, 9)]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    receipt = Receipt(2, source="resume", step=5, lost_steps=3)
+    proof = Proof.of(metrics, receipt)
+    assert proof.compare(6, 5 - 0.6) is None
+    assert proof.compare(7, 5 - 0.7) is None
+    assert "the first 3 losses after the resume equal" in str(proof.compare(8, 5 - 0.8))
+    proof = Proof.of(metrics, receipt)
+    assert "warning: the loss of step 6 is 4.5 and was 4.4" in str(proof.compare(6, 4.5))
+    assert proof.compare(7, 5 - 0.7) is None
+    other_layout = Receipt(2, source="resume", step=5, lost_steps=3, layout_changes={"num_ranks": [1, 2]})
+    assert Proof.of(metrics, other_layout).compare(6, 1.0) is None, "the same bits are not promised"
+
+
+def test_the_rank_with_the_store_ends_after_all_have_learnt_of_the_last_save(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **{"train.max_steps": 3, "checkpoint.interval": 0, "eval.interval": 0})
+    ended = launcher.run(run, ranks=2, faults=[("slow_to_learn", {"seconds": 1.5, "rank": 1})])
+    assert ended.statuses == [0, 0], ended.output

@@ -1,0 +1,352 @@
+"""Stop signals, stop files and deadlines in every phase of an attempt: no hang, a commit, the status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import Attempt, Ended, Fault, Launcher, Run, make_run
+
+from kempnerforge import fsio
+
+pytest_plugins = ["support.run_fixtures"]
+
+REPO = Path(__file__).parents[2]
+SETTINGS = {"train.max_steps": 400, "checkpoint.interval": 0, "eval.interval": 0}
+
+
+def wait_for(condition: Callable[[], bool], attempt: Attempt, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, attempt.output()
+        time.sleep(0.005)
+
+
+def stuck(tmp_path: Path, target: str, **how: Any) -> Fault:
+    return ("stuck_at", {"target": target, "marker": str(tmp_path / "stuck"), "seconds": 60, **how})
+
+
+def is_stuck(tmp_path: Path, *ranks: int) -> Callable[[], bool]:
+    return lambda: all((tmp_path / f"stuck.{rank}").exists() for rank in ranks)
+
+
+def assert_stopped(run: Run, ended: Ended, reason: str, *, commits: bool = True) -> None:
+    assert ended.statuses == [75] * len(ended.statuses), ended.output
+    last_exit = run.record["last_exit"]
+    assert last_exit["status"] == 75
+    assert reason in last_exit["reason"]
+    assert reason in ended.outputs[0]
+    assert "Traceback" not in ended.output
+    assert "the stacks of all its threads" not in ended.output
+    if commits:
+        assert run.sound()[0] == last_exit["step"] == max(row["step"] for row in run.rows())
+
+
+# -- signals, in every phase -----------------------------------------------------------------------------
+
+FORWARD = "kempnerforge.train.step:LocalStep.forward_backward"
+END = "kempnerforge.train.shutdown:Shutdown._end"
+
+
+@pytest.mark.parametrize("rank", [0, None], ids=["to rank 0", "to all"])
+def test_a_signal_ends_the_preparation_of_data_which_may_take_hours(
+    launcher: Launcher, corpus: Path, tmp_path: Path, rank: int | None
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS)
+    attempt = launcher.start(
+        run, ranks=2, faults=[stuck(tmp_path, "kempnerforge.train.build:prepare_cached", rank=0)]
+    )
+    wait_for(is_stuck(tmp_path, 0), attempt)
+    attempt.signal(signal.SIGTERM, rank=rank)
+    assert_stopped(run, attempt.wait(30), "SIGTERM", commits=False)
+    assert run.committed() == []
+    launcher.finish(run, "--train.max_steps=4", ranks=2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_before_it_has_joined_the_others_is_not_lost(
+    launcher: Launcher, corpus: Path, tmp_path: Path, rank: int
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS)
+    faults = [stuck(tmp_path, "kempnerforge.train.run:World.start", seconds=2, rank=rank)]
+    attempt = launcher.start(run, ranks=2, faults=faults)
+    wait_for(is_stuck(tmp_path, rank), attempt)
+    attempt.signal(signal.SIGTERM, rank=rank)
+    assert_stopped(run, attempt.wait(30), "SIGTERM", commits=False)
+
+
+def test_a_signal_during_the_resume_stops_before_another_step(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS)
+    launcher.finish(run, "--train.max_steps=4", ranks=2)
+    rows = len([row for row in run.rows() if "train/loss" in row])
+    target = "kempnerforge.checkpoint.manager:CheckpointManager.resume"
+    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, target, seconds=2, rank=1)])
+    wait_for(is_stuck(tmp_path, 1), attempt)
+    attempt.signal(signal.SIGTERM, rank=1)
+    assert_stopped(run, attempt.wait(30), "SIGTERM")
+    assert run.committed() == [4]
+    assert len([row for row in run.rows() if "train/loss" in row]) == rows
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_signal_to_the_whole_group_during_a_save_leaves_the_writers_alone(
+    launcher: Launcher, corpus: Path, tmp_path: Path, mode: str
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS | {"checkpoint.interval": 2, "checkpoint.async_mode": mode})
+    attempt = launcher.start(run, ranks=2, faults=[("slow_shards", {"seconds": 0.5, "rank": 1})])
+    wait_for(lambda: bool(run.committed()), attempt)
+    wait_for(lambda: bool(run.unfinished()), attempt)
+    for number in (signal.SIGCONT, signal.SIGTERM, signal.SIGUSR1):
+        attempt.signal(number)
+    ended = attempt.wait(30)
+    assert_stopped(run, ended, "SIGTERM")
+    assert "writer process died" not in ended.output
+    assert run.unfinished() == []
+
+
+def test_a_signal_during_validation_commits_the_step(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS | {"eval.interval": 3})
+    target = "kempnerforge.train.step:LocalStep.evaluate"
+    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, target, seconds=2, call=2)])
+    wait_for(is_stuck(tmp_path, 0, 1), attempt)
+    attempt.signal(signal.SIGHUP, rank=1)
+    assert_stopped(run, attempt.wait(30), "SIGHUP")
+    assert run.committed() == [3]
+
+
+def test_a_signal_during_the_last_commit_changes_nothing(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 3})
+    target = "kempnerforge.checkpoint.manager:CheckpointManager.finish"
+    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, target, seconds=2)])
+    wait_for(is_stuck(tmp_path, 0, 1), attempt)
+    attempt.signal(signal.SIGTERM)
+    ended = attempt.wait(30)
+    assert ended.statuses == [0, 0], ended.output
+    assert run.sound() == [3]
+
+
+@pytest.mark.parametrize("to_all", [False, True], ids=["TERM to the agent", "Ctrl-C"])
+def test_signals_through_torchrun(corpus: Path, tmp_path: Path, to_all: bool) -> None:
+    """Ctrl-C reaches agent and workers, and the agent passes it on as well: twice, and not meant twice."""
+    run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 20000})
+    log = tmp_path / "log"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with log.open("wb") as file:
+        agent = subprocess.Popen(
+            [*torchrun, str(REPO / "scripts/train.py"), f"--config={run.config}"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while len(run.rows()) < 3:
+            assert time.monotonic() < deadline, log.read_text()
+            assert agent.poll() is None, log.read_text()
+            time.sleep(0.05)
+        if to_all:
+            os.killpg(agent.pid, signal.SIGINT)
+        else:
+            agent.send_signal(signal.SIGTERM)
+        agent.wait(60)
+    finally:
+        agent.kill()
+        agent.wait()
+    last_exit = run.record["last_exit"]
+    assert last_exit["status"] == 75, log.read_text()
+    assert ("SIGINT" if to_all else "SIGTERM") in last_exit["reason"]
+    assert run.sound() == [last_exit["step"]]
+    assert not (run.folder / "stacks").exists()
+
+
+# -- ended at once ---------------------------------------------------------------------------------------
+
+
+def assert_ended_with_stacks(run: Run, ended: Ended, rank: int, why: str) -> None:
+    stacks = (run.folder / f"stacks/attempt_1.rank_{rank:05d}.txt").read_text()
+    for text in (ended.outputs[rank], stacks):
+        assert why in text
+        assert "fault_injection.py" in text, "the frame that the main thread is stuck in"
+        assert text.count("Thread 0x") > 2
+
+
+def test_a_second_signal_that_is_meant_ends_a_stuck_process_with_its_stacks(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS | {"checkpoint.interval": 2})
+    soon = ("set_value", {"target": "kempnerforge.train.stop:AGAIN_AFTER_S", "value": 1.0})
+    attempt = launcher.start(run, ranks=2, faults=[soon, stuck(tmp_path, FORWARD, call=4)])
+    wait_for(is_stuck(tmp_path, 0, 1), attempt)
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):  # back to back: one request
+        attempt.signal(number)
+    time.sleep(1.2)
+    assert "SIGINT" not in attempt.output()
+    attempt.signal(signal.SIGUSR1)  # an announcement is never the second signal
+    time.sleep(0.3)
+    assert "SIGUSR1" not in attempt.output()
+    attempt.signal(signal.SIGINT)
+    ended = attempt.wait(30)
+    assert ended.statuses == [75, 75], ended.output
+    for rank in (0, 1):
+        assert_ended_with_stacks(run, ended, rank, " s after SIG")
+    assert "ended at once" in run.record["last_exit"]["reason"]
+    assert run.sound() == [2]
+    assert run.unfinished() == []
+    launcher.finish(run, "--train.max_steps=6", ranks=2)
+    assert run.receipts()[-1]["step"] == 2
+
+
+def test_a_stop_that_takes_too_long_ends_the_process_with_its_stacks(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS | {"train.shutdown_timeout_s": 1.0})
+    # Rank 1 is stuck and rank 0 waits for it in a collective; each of them hears of it all the same.
+    # Rank 1 ends last: when it is gone, rank 0 fails in that collective.
+    late = stuck(tmp_path, END, seconds=0.5, rank=1)
+    attempt = launcher.start(run, ranks=2, faults=[late, stuck(tmp_path, FORWARD, call=3, rank=1)])
+    wait_for(is_stuck(tmp_path, 1), attempt)
+    attempt.signal(signal.SIGTERM)
+    ended = attempt.wait(30)
+    assert 75 in ended.statuses, ended.output
+    assert_ended_with_stacks(run, ended, 1, "not stopped 1 s after SIGTERM")
+    assert "not stopped 1 s after SIGTERM" in ended.outputs[0]
+    assert "Traceback" not in ended.outputs[1]
+
+
+def test_a_commit_that_hangs_is_not_waited_for_and_tears_nothing(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS | {"train.shutdown_timeout_s": 1.0, "checkpoint.interval": 2})
+    frozen = ("freeze_writer", {"call": 2, "seconds": 60, "rank": 0})
+    late = stuck(tmp_path, END, seconds=0.5, rank=0)  # it has the store that rank 1 reads from
+    attempt = launcher.start(run, ranks=2, faults=[frozen, late])
+    wait_for(lambda: run.unfinished() != [] and run.committed() == [2], attempt)
+    attempt.signal(signal.SIGTERM)
+    ended = attempt.wait(30)
+    assert ended.statuses == [75, 75], ended.output
+    assert run.sound() == run.committed() == [2]
+    launcher.finish(run, "--train.max_steps=6", ranks=2)
+    assert run.receipts()[-1]["step"] == 2
+    assert run.unfinished() == []
+
+
+def test_code_that_never_gives_the_interpreter_lock_back_is_ended_too(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS | {"train.shutdown_timeout_s": 3.0})
+    soon = ("set_value", {"target": "kempnerforge.train.shutdown:_LAST_WORDS_S", "value": 0.5})
+    attempt = launcher.start(run, faults=[soon, stuck(tmp_path, FORWARD, call=3, hold_after_s=2)])
+    wait_for(is_stuck(tmp_path, 0), attempt)
+    attempt.signal(signal.SIGTERM)
+    ended = attempt.wait(30)
+    assert ended.statuses == [1], ended.output
+    assert "Timeout (0:00:03.5" in ended.output
+    assert "fault_injection.py" in ended.output
+
+
+# -- the stop file ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "reason"), [("preempted\nby=me\n", "preempted"), ("", "stop.request")])
+def test_a_stop_file_stops_all_ranks_and_is_consumed(
+    launcher: Launcher, corpus: Path, tmp_path: Path, text: str, reason: str
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 20000})
+    attempt = launcher.start(run, ranks=2)
+    wait_for(lambda: len(run.rows()) > 2, attempt)
+    fsio.atomic_write(run.folder / "stop.request", text.encode())
+    assert_stopped(run, attempt.wait(30), f"stopped by {reason}")
+    assert not (run.folder / "stop.request").exists()
+
+
+def test_a_stop_file_of_an_earlier_attempt_is_removed_and_one_made_during_set_up_counts(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 3})
+    run.folder.mkdir()
+    request = run.folder / "stop.request"
+    request.write_text("preempted")
+    time.sleep(0.1)
+    launcher.finish(run, ranks=2)
+    assert not request.exists()
+    faults = [stuck(tmp_path, "kempnerforge.train.run:World.start", seconds=2, rank=0)]
+    attempt = launcher.start(run, "--train.max_steps=400", ranks=2, faults=faults)
+    wait_for(is_stuck(tmp_path, 0), attempt)
+    fsio.atomic_write(request, b"preempted")
+    assert_stopped(run, attempt.wait(30), "preempted", commits=False)
+    assert not request.exists()
+
+
+# -- the deadline ----------------------------------------------------------------------------------------
+
+ENDLESS = SETTINGS | {"train.max_steps": 1_000_000, "train.deadline_margin_s": 1.0}
+
+
+def test_a_run_stops_in_time_for_its_last_save_and_logs_what_was_left(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **ENDLESS | {"train.max_minutes": 0.08})
+    assert_stopped(run, launcher.run(run, ranks=2), "deadline")
+    (left_s,) = [row["deadline/margin_s"] for row in run.rows() if "deadline/margin_s" in row]
+    assert left_s < 0.08 * 60
+    (manifest,) = run.checkpoints.glob("step_*/manifest.json")
+    assert '"stop: deadline"' in manifest.read_text()
+
+
+def test_a_last_step_that_is_committed_already_is_not_saved_again(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus, **ENDLESS | {"train.max_minutes": 0.06, "checkpoint.at_steps": [1]})
+    # The first step takes so long that the time is up after it.
+    slow = stuck(tmp_path, FORWARD, seconds=3.5, rank=1)
+    assert_stopped(run, launcher.run(run, ranks=2, faults=[slow]), "deadline")
+    commits = [row["checkpoint/step"] for row in run.rows() if "checkpoint/step" in row]
+    assert commits[0] == 1
+    assert len(commits) == len(set(commits))
+
+
+def fake_squeue(folder: Path, script: str) -> Fault:
+    """A ``squeue`` first in the PATH of every rank, in a SLURM job."""
+    folder.mkdir()
+    (folder / "squeue").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "squeue").chmod(0o755 | stat.S_IXUSR)
+    path = f"{folder}:{os.environ['PATH']}"
+    return ("set_environment", {"values": {"PATH": path, "SLURM_JOB_ID": "77"}})
+
+
+def test_the_end_of_a_slurm_job_is_asked_for_again_and_again(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    # An end in a day; then somebody moves it to three seconds from now.
+    script = f"test -e {tmp_path}/moved && cat {tmp_path}/moved || date -d '+1 day' +%Y-%m-%dT%H:%M:%S"
+    run = make_run(tmp_path / "run", corpus, **ENDLESS)
+    often = ("set_value", {"target": "kempnerforge.slurm.deadline:ASK_EVERY_S", "value": 0.2})
+    attempt = launcher.start(run, ranks=2, faults=[fake_squeue(tmp_path / "bin", script), often])
+    wait_for(lambda: len(run.rows()) > 5, attempt)
+    soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 3))
+    (tmp_path / "moved.new").write_text(soon)
+    (tmp_path / "moved.new").rename(tmp_path / "moved")
+    assert_stopped(run, attempt.wait(30), "deadline")
+
+
+def test_a_squeue_that_fails_is_a_note_and_no_fault(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", corpus, **SETTINGS | {"train.max_steps": 60})
+    broken = fake_squeue(tmp_path / "bin", "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
+    ended = launcher.run(run, ranks=2, faults=[broken])
+    assert ended.statuses == [0, 0], ended.output
+    assert ended.outputs[0].count("Unable to contact") == 1
+    assert "deadline/margin_s" not in str(run.rows())

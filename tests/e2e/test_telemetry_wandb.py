@@ -1,0 +1,143 @@
+"""The real wandb client, offline and in trouble."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.wandb_server import FAKE_KEY, Told, fragments, history, make_sink, records
+
+from kempnerforge.telemetry import wandb_sink
+
+pytest_plugins = ["support.wandb_fixtures"]
+pytestmark = pytest.mark.usefixtures("fresh_client")
+
+
+def test_without_a_key_rows_and_receipt_are_kept_offline(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    told = Told()
+    sink = make_sink(tmp_path, told, attempt=2)
+    sink.receipt({"chosen_step": 2, "rejected": [{"step": 3, "why": "damaged"}]})
+    for step in (3, 4, 7):
+        sink.write({"step": step, "time": 1.0, "train/loss": 1 / step, "data/digest": "ab"})
+    sink.write({"step": 7, "time": 1.0, "checkpoint/step": 4, "checkpoint/commit_s": 0.25})
+    sink.close()
+
+    (fragment,) = fragments(tmp_path)
+    rows = history(fragment)
+    assert list(rows) == [3, 4, 7]
+    assert {step: row["train/loss"] for step, row in rows.items()} == {3: 1 / 3, 4: 1 / 4, 7: 1 / 7}
+    assert rows[7]["checkpoint/commit_s"] == 0.25
+    assert rows[7]["attempt"] == 2
+    by_type: dict[str, list[Any]] = {}
+    for record in records(fragment):
+        by_type.setdefault(record["type"], []).append(record[record["type"]])
+    assert by_type["run"][0]["run_id"] == "run0001"
+    assert by_type["run"][0]["config"]["update"]["train"] == {"max_steps": 8}
+    updates = [config["update"] for config in by_type["config"]]
+    expected = {"chosen_step": 2, "rejected": [{"step": 3, "why": "damaged"}]}
+    place = {"hosts": ["node2"], "slurm_job_id": "7", "slurm_restart_count": 1}
+    entries = {"attempt": 2, **place, "receipt/attempt_0002": expected, "place/attempt_0002": place}
+    assert entries in updates
+    assert told.warnings == []
+    assert told.notes == [f"wandb: offline; to upload: kempnerforge wandb sync {tmp_path}"]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("mode", ["disabled", "offline", "dryrun"])
+def test_wandb_mode_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
+    told = Told()
+    sink = make_sink(tmp_path, told)
+    sink.write({"step": 1, "train/loss": 1.0})
+    sink.close()
+    assert told.warnings == []
+    assert len(fragments(tmp_path)) == len(told.notes) == (0 if mode == "disabled" else 1)
+
+
+def test_a_failing_start_warns_once_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "no-such-mode")
+    told = Told()
+    sink = make_sink(tmp_path, told)
+    sink.receipt({"chosen_step": 0})
+    sink.write({"step": 1, "train/loss": 1.0})
+    sink.close()
+    assert told.notes == []
+    assert len(told.warnings) == 1
+    assert told.warnings[0].startswith("wandb could not start")
+
+
+CHILD_OF_A_TEST = """
+import os, signal, sys, time
+from pathlib import Path
+from kempnerforge.telemetry.wandb_sink import WandbSink
+
+sink = WandbSink(
+    Path(sys.argv[1]), "proj", "a run", "run0001", {}, 1, place={}, first_new_step=0, note=print, warn=print
+)
+"""
+
+
+def run_python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` after making a sink, as a process group of its own."""
+    program = CHILD_OF_A_TEST + textwrap.dedent(code)
+    command = [sys.executable, "-c", program, str(folder)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, start_new_session=True
+    )
+
+
+def test_a_client_that_dies_warns_once_and_training_goes_on(tmp_path: Path) -> None:
+    done = run_python(
+        tmp_path,
+        """
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        for child in children:
+            os.killpg(int(child), signal.SIGKILL)
+        for step in range(200):
+            sink.write({"step": step, "train/loss": 1.0})
+            time.sleep(0.001)
+        sink.close()
+        print("trained to the end")
+        """,
+    )
+    assert done.returncode == 0
+    (warning,) = [line for line in done.stdout.splitlines() if "switched off" in line]
+    assert warning.endswith(f"kempnerforge wandb sync {tmp_path}")
+    assert done.stdout.endswith("trained to the end\n")
+
+
+def test_a_kill_loses_at_most_the_newest_step(tmp_path: Path) -> None:
+    done = run_python(
+        tmp_path,
+        """
+        for step in range(1, 501):
+            sink.write({"step": step, "train/loss": float(step)})
+        time.sleep(1.5)
+        os.kill(0, signal.SIGKILL)
+        """,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert list(history(fragments(tmp_path)[0]))[:499] == list(range(1, 500))
+
+
+def test_a_server_that_is_gone_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb_sink, "_INIT_TIMEOUT_S", 1.0)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
+    told = Told()
+    sink = make_sink(tmp_path, told)
+    sink.write({"step": 1, "train/loss": 0.5})
+    sink.close()
+    assert len(told.warnings) == 1
+    assert "cannot be used online" in told.warnings[0]
+    assert history(fragments(tmp_path)[0])[1]["train/loss"] == 0.5

@@ -1,0 +1,164 @@
+"""The crash campaign: every prefix of a recording, and all that a crash there could leave on the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.crash.crash_choices import choices
+from support.crash.disk_model import Disk, Op, read_log
+from support.crash.file_operations import install, uninstall
+from support.crash.file_trees import Tree, read_tree, write_tree
+from support.crash.file_watcher import Control, Watch
+from support.crash.oracle import CHECKPOINTS, Commit, Oracle, allowed_after, find_commits
+from support.crash.save_driver import Plan, save_all
+from support.ranks import run_ranks
+
+STEPS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Everything that a few saves did, and what was there afterwards."""
+
+    ops: list[Op]
+    attempts: list[Op]
+    """With those that the file system refused: what a count of operations counts."""
+    commits: list[Commit]
+    tree: Tree
+    ranks: int
+
+
+Case = tuple[int, int, bool]
+"""Ranks, ``keep_last_n``, whether direct writes are refused."""
+RecordingOf = Callable[[Case], Recording]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a campaign tried."""
+
+    operations: int = 0
+    states: int = 0
+    """Crashes: a prefix of the recording and a choice of what is lost."""
+    distinct: int = 0
+    """Trees that came of them; each is recovered and loaded once."""
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            *(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
+        )
+
+
+def record(
+    base: Path,
+    *,
+    ranks: int,
+    keep_last_n: int,
+    no_direct: bool = False,
+    mode: str = "async",
+    steps: tuple[int, ...] = STEPS,
+) -> Recording:
+    """Save a few steps with real processes, in a run folder that is durable already, and record it."""
+    run_dir = base / "run"
+    run_dir.mkdir()
+    control, log = base / "control", base / "log"
+    Control(control)
+    plan = Plan(
+        str(run_dir),
+        steps,
+        keep_last_n=keep_last_n,
+        mode=mode,
+        wait=False,
+        log=str(log),
+        control=str(control),
+        no_direct=no_direct,
+    )
+    for told in run_ranks(save_all, ranks, plan):
+        assert told == {"resumed": 0, "errors": [""] * len(steps), "rejected": []}
+    ops = read_log(log)
+    return Recording(ops, read_log(log, attempts=True), find_commits(ops), read_tree(run_dir), ranks)
+
+
+def explore(
+    ops: Sequence[Op],
+    oracle: Oracle,
+    allowed: Callable[[int], set[int | None]],
+    *,
+    samples: int,
+    seed: int,
+    start: Tree | None = None,
+) -> Tally:
+    """Check every crash after every prefix of ``ops``, which begin at ``start``.
+
+    ``allowed`` says what may be resumed after a number of operations. Fails at the first state that is wrong.
+    """
+    rng = random.Random(seed)
+    disk, states, before = Disk(start), 0, oracle.distinct
+    for done in range(len(ops) + 1):
+        if done:
+            disk.apply(ops[done - 1])
+        for choice in choices(disk.units(), rng, samples=samples):
+            states += 1
+            try:
+                oracle.check_tree(disk.crash(choice, rng), allowed(done))
+            except Exception as error:
+                last = f"{ops[done - 1].op} {ops[done - 1].path}" if done else "nothing"
+                raise AssertionError(f"after {done} operations, the last {last}: {error}") from error
+    return Tally(len(ops), states, oracle.distinct - before)
+
+
+def explore_recording(recording: Recording, scratch: Path, *, samples: int, seed: int) -> Tally:
+    """``explore`` a recording of saves."""
+    oracle = Oracle(scratch, ranks=recording.ranks)
+    commits = recording.commits
+    return explore(
+        recording.ops, oracle, lambda done: allowed_after(commits, done), samples=samples, seed=seed
+    )
+
+
+def sample_trees(recording: Recording, count: int, seed: int) -> list[tuple[Tree, set[int | None]]]:
+    """Trees that random crashes leave, with what may be resumed."""
+    rng = random.Random(seed)
+    found = []
+    for done in sorted(rng.sample(range(1, len(recording.ops) + 1), count)):
+        disk = Disk()
+        for op in recording.ops[:done]:
+            disk.apply(op)
+        choice = rng.choice(list(choices(disk.units(), rng, samples=5)))
+        found.append((disk.crash(choice, rng), allowed_after(recording.commits, done)))
+    return found
+
+
+def explore_recovery(
+    tree: Tree, allowed: set[int | None], scratch: Path, *, ranks: int, samples: int, seed: int
+) -> Tally:
+    """Recover ``tree``, which a crash left, and crash again at every operation of the recovery."""
+    run_dir = scratch / "run"
+    write_tree(tree, run_dir)
+    Control(scratch / "control")
+    oracle = Oracle(scratch, ranks=ranks)
+    install(Watch(str(run_dir), str(scratch / "log"), str(scratch / "control"), "rank0"))
+    try:
+        found = oracle.recover(run_dir)
+    finally:
+        uninstall()
+    assert found in allowed
+    ops = read_log(scratch / "log")
+    return explore(ops, oracle, lambda _: {found}, samples=samples, seed=seed, start=tree)
+
+
+def go_on(tree: Tree, allowed: set[int | None], scratch: Path) -> None:
+    """Train on, in one process, from ``tree``, which a crash left: one more save, and all is in order."""
+    run_dir = scratch / "run"
+    write_tree(tree, run_dir)
+    told = save_all(Plan(str(run_dir), (STEPS[-1] + 1,), attempt=2))
+    assert (told["resumed"] or None) in allowed
+    assert told["errors"] == [""]
+    assert told["rejected"] == []
+    assert Oracle(scratch, ranks=1).recover(run_dir) == STEPS[-1] + 1
+    left = {path.name for path in (run_dir / CHECKPOINTS).iterdir()} - {f"step_{STEPS[-1] + 1:08d}", "latest"}
+    assert not left, f"{left} stays for ever"

@@ -1,0 +1,160 @@
+"""Which faults to try, and what has to come of each."""
+
+from __future__ import annotations
+
+import multiprocessing.forkserver
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import support.ranks as ranks_module
+from support.crash.disk_model import Op, read_log
+from support.crash.file_watcher import WRITES, Control
+from support.crash.oracle import CHECKPOINTS, Oracle, find_commits
+from support.crash.save_driver import Plan, Strike, Struck, save_all
+from support.ranks import RanksFailed, run_ranks
+
+from kempnerforge.checkpoint import layout
+
+ALWAYS = 1_000_000
+"""As ``count``: from the nth operation on, all fail."""
+
+
+def operations_of_a_save(ops: Sequence[Op]) -> dict[str, list[str]]:
+    """By role, the operations of the last save in a recording of attempts, its deletions included."""
+    first = max(n for n, op in enumerate(ops) if op.op == "mkdir" and op.path.endswith(".tmp"))
+    found: dict[str, list[str]] = {}
+    for op in ops[first:]:
+        found.setdefault(op.role, []).append(op.op)
+    return found
+
+
+def every_strike(operations: dict[str, list[str]]) -> list[Strike]:
+    """Every kind of fault at every operation of every process."""
+    found = []
+    for role, ops in operations.items():
+        for nth, op in enumerate(ops):
+            found += [Strike(role, nth, kind) for kind in ("EIO", "ENOSPC", "late_EIO")]
+            found += [Strike(role, nth, "ENOSPC", count=ALWAYS)]
+            if op in WRITES:
+                found += [Strike(role, nth, kind) for kind in ("short", "short_aligned")]
+            if role.startswith("writer"):
+                found += [Strike(role, nth, "EIO", count=ALWAYS), Strike(role, nth, "kill")]
+                found += [Strike(role, nth, "kill", count=ALWAYS)]
+    return found
+
+
+def check_strikes(by_rank: Sequence[Sequence[Struck]]) -> Counter[str]:
+    """Fail unless every save under a fault was committed, or failed alike on all ranks and left nothing, and
+    the one after it was committed. Counts how they ended."""
+    counts: Counter[str] = Counter()
+    before: set[str] = set()
+    for struck, *others in zip(*by_rank, strict=True):
+        what = f"{struck.strike}: {struck.hit}, then {struck.after}"
+        for other in others:
+            assert (other.hit.error, other.after.error) == (struck.hit.error, struck.after.error), what
+        name = layout.step_name(struck.hit.step)
+        if struck.hit.error:
+            rank = struck.strike.role[-1]
+            assert f"rank {rank}: " in struck.hit.error, what
+            # Where the disk goes on failing the name cannot be taken back; what has it is whole.
+            assert struck.strike.count > 1 or name not in struck.hit.names, f"it failed and is there: {what}"
+        else:
+            assert name in struck.hit.names, what
+        in_flight = [one for one in struck.hit.names if one.startswith(".step_") and one.endswith(".tmp")]
+        assert not in_flight, what
+        assert struck.after.error == "", what
+        left = set(struck.after.names) - before - {layout.LATEST, layout.step_name(struck.after.step)}
+        assert not left, f"{sorted(left)} was left behind by {what}"
+        before = set(struck.after.names)
+        outcome = "failed cleanly" if struck.hit.error else "committed"
+        counts[outcome if struck.fired else "not hit"] += 1
+    return counts
+
+
+def every_kill(ops: Sequence[Op], *, saves: int = 2) -> list[Strike]:
+    """A kill before every operation of every process in the first saves of a recording, in the middle of
+    every write, and of the rank behind each operation of its writer."""
+    begins = [n for n, op in enumerate(ops) if op.op == "mkdir" and op.path.endswith(".tmp")]
+    seen: Counter[str] = Counter()
+    found = []
+    # The save after them begins with a folder that is there already.
+    end = max(n for n, op in enumerate(ops[: begins[saves]]) if op.done) + 1
+    for op in ops[:end]:
+        nth, seen[op.role] = seen[op.role], seen[op.role] + 1
+        kinds = ["kill"]
+        if op.op in WRITES:
+            kinds.append("kill_half")
+        if op.role.startswith("writer"):
+            kinds.append("kill_parent")
+        found += [Strike(op.role, nth, kind) for kind in kinds]
+    return found
+
+
+def sample(strikes: Sequence[Strike], count: int, seed: int) -> list[Strike]:
+    """A seeded choice that has every kind and every role, as far as ``count`` goes."""
+    rng = random.Random(seed)
+    groups: dict[tuple[str, str], list[Strike]] = {}
+    for strike in strikes:
+        groups.setdefault((strike.role, strike.kind), []).append(strike)
+    keys = sorted(groups)  # not as they were recorded: which writer was first is chance
+    for key in keys:
+        rng.shuffle(groups[key])
+    order = sorted(keys, key=lambda _: rng.random())
+    picked: list[Strike] = []
+    while len(picked) < count and any(groups.values()):
+        picked += [groups[key].pop() for key in order if groups[key]]
+    return picked[:count]
+
+
+def kill_and_go_on(base: Path, strike: Strike, *, steps: tuple[int, ...] = (1, 2), ranks: int = 2) -> str:
+    """Save, be killed, start again: the newest commit is resumed and the rest is saved. Says how it ended."""
+    base.mkdir()
+    run_dir, log = base / "run", base / "log"
+    run_dir.mkdir()
+    Control(base / "control").arm(strike.role, strike.nth, strike.kind, count=strike.count)
+    plan = Plan(str(run_dir), steps, log=str(log), control=str(base / "control"))
+    killed = _is_killed(plan, ranks)
+    assert Control(base / "control").fired == 1, strike
+    assert killed is not (strike.role.startswith("writer") and strike.kind != "kill_parent"), strike
+    committed = [commit.step for commit in find_commits(read_log(log))]
+    newest = committed[-1] if committed else 0
+    last = steps[-1] + 1
+    for told in run_ranks(save_all, ranks, Plan(str(run_dir), (*steps, last), attempt=2)):
+        assert told["resumed"] == newest, f"{strike}: {told}, committed are {committed}"
+        assert told["rejected"] == []
+        assert not any(told["errors"]), told
+    folder = run_dir / CHECKPOINTS
+    assert Oracle(base, ranks=ranks).recover(run_dir) == last
+    names = {path.name for path in folder.iterdir()}
+    assert names == {layout.step_name(last), layout.LATEST}, f"{strike}: {names}"
+    return f"killed, {newest} resumed" if killed else "went on"
+
+
+def _is_killed(plan: Plan, ranks: int) -> bool:
+    try:
+        run_ranks(save_all, ranks, plan)
+    except RanksFailed as error:
+        if "SIGKILL" not in str(error):
+            raise
+        return True
+    return False
+
+
+def start_ranks_quickly() -> None:
+    """Let ranks fork from a process that has imported what they need; no effect if they do so already."""
+    modules = ("torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint")
+    ours = ("kempnerforge.checkpoint.manager", "kempnerforge.train.optim")
+    multiprocessing.forkserver.set_forkserver_preload([*modules, *ours])
+    multiprocessing.forkserver.ensure_running()
+
+
+def kill_all(base: Path, strikes: Iterable[Strike]) -> Counter[str]:
+    """``kill_and_go_on`` for each; counts how they ended."""
+    # The ranks that are left get little time, as when a launcher ends them.
+    before, ranks_module.SECOND_FAILURE_GRACE_S = ranks_module.SECOND_FAILURE_GRACE_S, 0.3
+    try:
+        return Counter(kill_and_go_on(base / str(n), strike) for n, strike in enumerate(strikes))
+    finally:
+        ranks_module.SECOND_FAILURE_GRACE_S = before

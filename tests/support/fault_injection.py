@@ -1,0 +1,405 @@
+"""What can happen to a rank while it trains.
+
+``fork_server.py`` calls these in the ranks' own processes before training begins: production code has no
+hooks for them.
+A function that takes ``rank`` does nothing on other ranks; None means every rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+FILE_OPERATIONS = ("open", "write", "fsync", "rename", "replace", "symlink", "unlink", "mkdir", "rmdir")
+
+
+def _here(rank: int | None) -> bool:
+    return rank is None or int(os.environ["RANK"]) == rank
+
+
+def _die() -> None:
+    """``kill -9`` of the whole process group, from inside."""
+    os.killpg(0, signal.SIGKILL)
+    signal.pause()
+
+
+def _wrap(target: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace ``module:attribute.path`` by ``make(original)``."""
+    module, _, path = target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def _path_of(argument: Any, keywords: dict[str, Any]) -> str:
+    """The path that a file operation is about; deletions below a folder give paths relative to ``dir_fd``."""
+    if isinstance(argument, int):
+        return os.readlink(f"/proc/self/fd/{argument}")
+    folder_fd = keywords.get("dir_fd")
+    folder = "" if folder_fd is None else os.readlink(f"/proc/self/fd/{folder_fd}") + "/"
+    return folder + os.fspath(argument)
+
+
+def set_umask(mask: int) -> None:
+    """Begin with the file mode mask that a careful user has set."""
+    os.umask(mask)
+
+
+def list_at_call(target: str, *, folder: str, into: str) -> None:
+    """Write the names in ``folder`` to the file ``into``, a line each, whenever ``target`` is called."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            Path(into).write_text("\n".join(os.listdir(folder)))
+            return original(*args, **kwargs)
+
+        return replacement
+
+    _wrap(target, make)
+
+
+def delete_at_call(target: str, *, folder: str) -> None:
+    """Delete what is in ``folder`` when ``target`` is called, on rank 0."""
+    if not _here(0):
+        return
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def delete_first(*args: Any, **keywords: Any) -> Any:
+            for path in Path(folder).iterdir():
+                path.unlink() if path.is_symlink() else shutil.rmtree(path)
+            return original(*args, **keywords)
+
+        return delete_first
+
+    _wrap(target, make)
+
+
+def kill_at_call(target: str, *, call: int = 1, after: bool = False, rank: int | None = 0) -> None:
+    """Die before, or right after, the ``call``-th call of ``module:function``."""
+    if not _here(rank):
+        return
+    calls = 0
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call and not after:
+                _die()
+            result = original(*args, **kwargs)
+            if calls == call:
+                _die()
+            return result
+
+        return replacement
+
+    _wrap(target, make)
+
+
+def kill_at_file_operation(number: int, *, below: str, half: bool = False, rank: int = 0) -> None:
+    """Die before the ``number``-th operation that changes something below the folder ``below``.
+
+    With ``half``, a write of more than one byte is carried out by half first.
+    """
+    if not _here(rank):
+        return
+    seen = 0
+
+    def make(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(first: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            changes = name != "open" or args[0] & os.O_CREAT
+            if changes and below in _path_of(first, kwargs):
+                seen += 1
+                if seen == number:
+                    if half and name == "write":
+                        original(first, args[0][: len(args[0]) // 2])
+                    _die()
+            return original(first, *args, **kwargs)
+
+        return replacement
+
+    for name in FILE_OPERATIONS:
+        setattr(os, name, make(name, getattr(os, name)))
+
+
+def unreadable(name: str, *, rank: int | None, times: int = 1 << 30) -> None:
+    """The first ``times`` reads of files whose path contains ``name`` fail with EIO."""
+    if not _here(rank):
+        return
+    failed = 0
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            nonlocal failed
+            if name in _path_of(fd, {}) and failed < times:
+                failed += 1
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return original(fd, buffers, offset)
+
+        return replacement
+
+    _wrap("os:preadv", make)
+
+
+def misread(name: str, *, rank: int | None) -> None:
+    """Every read of files whose path contains ``name`` gives a wrong last byte."""
+    if not _here(rank):
+        return
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            left = done = original(fd, buffers, offset)
+            if done and name in _path_of(fd, {}):
+                for buffer in buffers:
+                    if left <= buffer.nbytes:
+                        buffer[left - 1] ^= 1
+                        break
+                    left -= buffer.nbytes
+            return done
+
+        return replacement
+
+    _wrap("os:preadv", make)
+
+
+def failing(operation: str, name: str, *, rank: int | None, error: str = "ENOSPC") -> None:
+    """``os.<operation>`` fails for paths that contain ``name``."""
+    if not _here(rank):
+        return
+    number = getattr(errno, error)
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(first: Any, *args: Any, **kwargs: Any) -> Any:
+            if name in _path_of(first, kwargs):
+                raise OSError(number, os.strerror(number))
+            return original(first, *args, **kwargs)
+
+        return replacement
+
+    _wrap(f"os:{operation}", make)
+
+
+def poison_loss(*, calls: list[int], rank: int | None) -> None:
+    """The loss of the given micro-batches of training, counted from 1 in this attempt, is not a number."""
+    if not _here(rank):
+        return
+    import torch
+
+    made = 0
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            nonlocal made
+            loss = original(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                return loss
+            made += 1
+            return loss * float("nan") if made in calls else loss
+
+        return replacement
+
+    _wrap("torch.nn.functional:cross_entropy", make)
+
+
+def report_loaded(path: str) -> None:
+    """Write digests of all tensors, whole, as every rank together holds them right after resuming."""
+    from support.run_files import digest_of
+    from torch.distributed.tensor import DTensor
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(manager: Any, state: Any) -> Any:
+            receipt = original(manager, state)
+            digests = {}
+            for name, tensor in state.tensors().items():
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                digests[name] = digest_of(whole)
+            Path(f"{path}.rank_{os.environ['RANK']}.json").write_text(json.dumps(digests))
+            return receipt
+
+        return replacement
+
+    _wrap("kempnerforge.checkpoint.manager:CheckpointManager.resume", make)
+
+
+def record_samples(path: str) -> None:
+    """Append the ids of all samples that this rank reads to ``path``, a line for each read."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(samples: Any, ids: Any) -> Any:
+            with open(f"{path}.rank_{os.environ['RANK']}.jsonl", "a") as file:
+                file.write(json.dumps(ids.tolist()) + "\n")
+            return original(samples, ids)
+
+        return replacement
+
+    _wrap("kempnerforge.data.tokens:Samples.read", make)
+
+
+def failing_shards(name: str, *, rank: int | None, error: str = "ENOSPC") -> None:
+    """The writer process cannot write shards whose path contains ``name``; trying again does not help."""
+    if not _here(rank):
+        return
+    number = getattr(errno, error)
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(self: Any, arena_fd: int, path: Path, size_bytes: int, **more: Any) -> Any:
+            if name in str(path):
+                raise OSError(number, os.strerror(number))
+            return original(self, arena_fd, path, size_bytes, **more)
+
+        return replacement
+
+    _wrap("kempnerforge.checkpoint.writer:Writer.write", make)
+
+
+def slow_shards(seconds: float, *, rank: int | None) -> None:
+    """Every write of a shard takes so much longer."""
+    _slow("kempnerforge.checkpoint.writer:Writer.write", seconds, rank)
+
+
+def slow_staging(seconds: float, *, rank: int | None) -> None:
+    """Every blocking copy to host buffers takes so much longer."""
+    _slow("kempnerforge.checkpoint.staging:BlockingCopy.__init__", seconds, rank)
+
+
+def contended_shards(seconds: float, *, rank: int | None) -> None:
+    """Every write of a shard keeps for so long what training needs too, as it may processors and memory."""
+    if not _here(rank):
+        return
+    needed = threading.Lock()
+
+    def keep(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            with needed:
+                time.sleep(seconds)
+                return original(*args, **kwargs)
+
+        return replacement
+
+    def need(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            with needed:
+                return original(*args, **kwargs)
+
+        return replacement
+
+    _wrap("kempnerforge.checkpoint.writer:Writer.write", keep)
+    _wrap("torch.nn.functional:cross_entropy", need)
+
+
+def slow_to_learn(seconds: float, *, rank: int | None) -> None:
+    """Every look for the outcome of a save takes so much longer."""
+    _slow("kempnerforge.checkpoint.board:StoreBoard.read", seconds, rank)
+
+
+def _slow(target: str, seconds: float, rank: int | None) -> None:
+    if not _here(rank):
+        return
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(seconds)
+            return original(*args, **kwargs)
+
+        return replacement
+
+    _wrap(target, make)
+
+
+def crash_at_loss(*, how: str, call: int, rank: int | None) -> None:
+    """Die by the signal ``how``, or ``raise``, in the ``call``-th micro-batch of training of this attempt."""
+    if not _here(rank):
+        return
+    import torch
+
+    made = 0
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            nonlocal made
+            made += torch.is_grad_enabled()
+            if made == call:
+                if how == "raise":
+                    raise ValueError("no such luck")
+                os.kill(os.getpid(), getattr(signal, how))
+            return original(*args, **kwargs)
+
+        return replacement
+
+    _wrap("torch.nn.functional:cross_entropy", make)
+
+
+def set_value(target: str, value: Any) -> None:
+    """Another value for a constant ``module:name``."""
+    _wrap(target, lambda _old: value)
+
+
+def set_environment(values: dict[str, str]) -> None:
+    """More environment variables."""
+    os.environ.update(values)
+
+
+def stuck_at(
+    target: str,
+    *,
+    seconds: float,
+    marker: str,
+    call: int = 1,
+    rank: int | None = None,
+    hold_after_s: float = -1,
+) -> None:
+    """The ``call``-th call of ``module:function`` first sleeps; the file ``marker`` says that it does.
+
+    With ``hold_after_s`` it sleeps for so long like others, then in C, keeping the interpreter lock.
+    """
+    if not _here(rank):
+        return
+    calls = 0
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                Path(f"{marker}.{os.environ['RANK']}").touch()
+                time.sleep(seconds if hold_after_s < 0 else hold_after_s)
+                if hold_after_s >= 0:
+                    ctypes.PyDLL(None).sleep(int(seconds))
+            return original(*args, **kwargs)
+
+        return replacement
+
+    _wrap(target, make)
+
+
+def freeze_writer(*, call: int, seconds: float, rank: int) -> None:
+    """The writer process is stopped by SIGSTOP for a while when it gets its ``call``-th shard."""
+    if not _here(rank):
+        return
+    calls = 0
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(writer: Any, *args: Any, **more: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                os.kill(writer.pid, signal.SIGSTOP)
+                threading.Timer(seconds, os.kill, (writer.pid, signal.SIGCONT)).start()
+            return original(writer, *args, **more)
+
+        return replacement
+
+    _wrap("kempnerforge.checkpoint.writer:Writer.write", make)

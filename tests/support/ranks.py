@@ -1,0 +1,175 @@
+"""Run a function on several real ranks (gloo, one process each) from inside a test.
+
+    from support.ranks import run_ranks
+
+    def total(values: list[int]) -> int:          # top level of the test module, so that it can be pickled
+        tensor = torch.tensor(values[dist.get_rank()])
+        dist.all_reduce(tensor)
+        return int(tensor)
+
+    assert run_ranks(total, 2, [3, 4]) == [7, 7]
+
+Each rank is a fresh process forked from a server that has imported torch and nothing else, so it starts in
+milliseconds and inherits neither threads, process groups nor random state from the test process; of the test
+process it gets the environment, ``monkeypatch.setenv`` included. The default process group is up when ``fn``
+is called and is destroyed after it. ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``MASTER_ADDR`` are set as
+torchrun sets them. Rendezvous is over a file: no port to collide on.
+
+Arguments and results travel by plain pickle: send tensors (not DTensors), arrays, numbers, paths. What ranks
+print comes out of the test process when they have ended, so pytest shows it beside a failure.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+SECOND_FAILURE_GRACE_S = 3.0
+"""How long to listen, after a first failure, for the errors of other ranks: one of them may be the cause."""
+
+
+EXIT_GRACE_S = 10.0
+"""How long a rank that has delivered its result may take to leave its process group and exit."""
+
+
+class RanksFailed(AssertionError):
+    """A rank raised, died or hung. The message holds the tracebacks of those that raised."""
+
+
+def run_ranks(fn: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[T]:
+    """Call ``fn(*args)`` on ``world_size`` ranks and return their results, by rank.
+
+    Raises RanksFailed when a rank raises, dies, or has not ended after ``timeout_s``; the others are killed
+    first, so no process is left over. On a timeout the output shows where each rank stood.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor"])
+    payload = pickle.dumps((fn, args, dict(os.environ)))
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        ranks: list[Any] = []
+        pipes: list[Connection] = []
+        try:
+            for rank in range(world_size):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_rank_main, args=(rank, world_size, folder, timeout_s, payload, theirs)
+                )
+                process.start()
+                theirs.close()
+                ranks.append(process)
+                pipes.append(ours)
+            results = _collect(ranks, pipes, timeout_s)
+            for process in ranks:
+                process.join(EXIT_GRACE_S)
+            return results
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+            for pipe in pipes:
+                pipe.close()
+            for rank in range(len(ranks)):
+                _print_log(folder, rank)
+
+
+def _log(folder: str, rank: int) -> Path:
+    return Path(folder, f"rank_{rank}.log")
+
+
+def _print_log(folder: str, rank: int) -> None:
+    log = _log(folder, rank)
+    if log.exists() and (text := log.read_text(errors="replace")):
+        print(f"--- output of rank {rank} ---\n{text}", end="")
+
+
+def _rank_main(
+    rank: int, world_size: int, folder: str, timeout_s: float, payload: bytes, pipe: Connection
+) -> None:
+    """The life of one rank: join, call, report, leave."""
+    with open(_log(folder, rank), "wb") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    torch.set_num_threads(1)
+    try:
+        fn, args, env = pickle.loads(payload)
+        os.environ.update(env)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        message = (True, fn(*args))
+        data = pickle.dumps(message)
+    except BaseException:  # noqa: BLE001 - whatever ends a rank must reach the test's output
+        data = pickle.dumps((False, traceback.format_exc()))
+    sys.stdout.flush()
+    pipe.send_bytes(data)
+    pipe.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _collect(ranks: list[Any], pipes: list[Connection], timeout_s: float) -> list[Any]:
+    """Results of all ranks; RanksFailed as soon as one has failed, or when time is up."""
+    results: dict[int, Any] = {}
+    failures: list[str] = []
+    open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + timeout_s
+    while open_pipes and (left_s := deadline - time.monotonic()) > 0:
+        for ready in wait(list(open_pipes), timeout=left_s):
+            assert isinstance(ready, Connection)
+            rank = open_pipes.pop(ready)
+            try:
+                succeeded, value = pickle.loads(ready.recv_bytes())
+            except EOFError:
+                ranks[rank].join()
+                succeeded, value = False, _describe_death(ranks[rank].exitcode)
+            if succeeded:
+                results[rank] = value
+            elif not failures:
+                failures.append(f"--- rank {rank} failed first ---\n{value}")
+                deadline = min(deadline, time.monotonic() + SECOND_FAILURE_GRACE_S)
+            else:
+                failures.append(f"--- rank {rank} failed too ---\n{value}")
+    if failures:
+        raise RanksFailed("\n" + "\n".join(failures))
+    if open_pipes:
+        hanging = sorted(open_pipes.values())
+        _ask_for_stacks([ranks[rank] for rank in hanging])
+        raise RanksFailed(f"ranks {hanging} have not ended after {timeout_s} s; where they stood is printed")
+    return [results[rank] for rank in range(len(ranks))]
+
+
+def _describe_death(exit_code: int) -> str:
+    cause = signal.Signals(-exit_code).name if exit_code < 0 else f"exit status {exit_code}"
+    return f"died without a word ({cause})"
+
+
+def _ask_for_stacks(hanging: list[Any]) -> None:
+    """Have ranks print where they are; faulthandler answers from C, so a blocked rank answers too."""
+    for process in hanging:
+        os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(0.5)

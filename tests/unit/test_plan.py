@@ -1,0 +1,378 @@
+"""The arithmetic of ``kempnerforge plan``, against real models, autograd, schedules and checkpoints."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from support.runs import Launcher, make_run
+from torch import Tensor, nn
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.stage import _PipelineStageBase
+
+from kempnerforge.checkpoint.commit import PlannedItem
+from kempnerforge.checkpoint.layout import SHARD_SUFFIX
+from kempnerforge.checkpoint.plan import make_plan as make_save_plan
+from kempnerforge.checkpoint.shards import ShardItem
+from kempnerforge.config.schema import (
+    DistributedConfig,
+    Geometry,
+    JobConfig,
+    ModelConfig,
+    TrainConfig,
+    load_job,
+)
+from kempnerforge.config.stages import STAGES_PER_RANK, make_stages
+from kempnerforge.model.layers import Remat, RotaryEmbedding, TransformerBlock
+from kempnerforge.model.llama import Llama
+from kempnerforge.plan import activations, tensors
+from kempnerforge.plan.memory import device_memory
+from kempnerforge.plan.pipeline import bubble_fraction, in_flight
+from kempnerforge.plan.report import make_plan
+from kempnerforge.plan.stored import FP32, RNG_BYTES, staged_bytes, staged_on_node
+
+pytest_plugins = ["support.run_fixtures"]
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+UNEVEN = ModelConfig(
+    dim=36, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=2, ffn_hidden_dim=50, vocab_size=67, max_seq_len=16
+)
+
+
+def geometry(*, pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, tp: int = 1) -> Geometry:
+    return Geometry(dp_replicate, dp_shard, dp_replicate * dp_shard, tp, pp, 1, 1)
+
+
+def model_of(name: str) -> ModelConfig:
+    return load_job(CONFIGS / f"{name}.toml").job.model
+
+
+def test_ranks_stand_in_the_mesh_as_torch_lays_it_out() -> None:
+    layout = geometry(pp=2, dp_replicate=2, dp_shard=3, tp=2)
+    mesh = torch.arange(24).view(*layout.mesh.values())
+    for rank in range(24):
+        assert mesh[tuple(layout.coordinate(rank).values())] == rank
+    for place, dim in enumerate(layout.mesh):
+        rows = mesh.movedim(place, -1).reshape(-1, layout.mesh[dim])
+        assert sorted(layout.groups(dim)) == sorted(rows.tolist())
+
+
+@pytest.mark.parametrize("model", ["llama_7b", "llama_13b", "llama_70b", "llama_1b", None])
+def test_the_parameters_are_those_of_the_real_model(model: str | None) -> None:
+    config = UNEVEN if model is None else model_of(model)
+    with torch.device("meta"):
+        real = {name: tuple(one.shape) for name, one in Llama(config).named_parameters()}
+    [stage] = make_stages(config, DistributedConfig())
+    counted = tensors.stage_parameters(config, stage)
+    assert {one.name: one.shape for one in counted} == real
+    assert sum(one.numel for one in counted) == config.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("llama_7b", geometry(pp=2, dp_shard=3, tp=4)),
+        ("llama_13b", geometry(pp=4, dp_shard=7, tp=2)),
+        ("llama_70b", geometry(pp=4, dp_shard=2, tp=8)),
+        ("llama_7b", geometry(dp_replicate=4, dp_shard=8)),
+        (None, geometry(pp=3, dp_shard=4, tp=2)),
+    ],
+)
+def test_what_ranks_hold_is_what_chunks_of_the_real_model_have_and_adds_up(
+    model: str | None, layout: Geometry
+) -> None:
+    config = UNEVEN if model is None else model_of(model)
+    with torch.device("meta"):
+        real = dict(Llama(config).named_parameters())
+    distributed = DistributedConfig(pp=layout.pp)
+    held, copies = 0, 0
+    for stage in make_stages(config, distributed):
+        parameters = tensors.stage_parameters(config, stage)
+        largest = tensors.local_numel(parameters, layout)
+        for tp_rank, shard_rank in itertools.product(range(layout.tp), range(layout.dp_shard)):
+            mine = tensors.local_numel(parameters, layout, tp_rank=tp_rank, shard_rank=shard_rank)
+            assert mine <= largest
+            counted = 0
+            for one in parameters:
+                piece = real[one.name]
+                if one.tp_dim is not None:
+                    piece = piece.chunk(layout.tp, one.tp_dim)[tp_rank]
+                pieces = piece.chunk(layout.dp_shard, 0)
+                counted += pieces[shard_rank].numel() if shard_rank < len(pieces) else 0
+            assert mine == counted
+            held += mine
+        copies += (layout.tp - 1) * sum(one.numel for one in parameters if one.tp_dim is None)
+    assert held - copies == config.num_parameters
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Keeps what CUDA's fused kernel keeps: its input and a number a row. The CPU has none and keeps more."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, torch.zeros(*x.shape[:-1], 1))
+        return x * weight
+
+
+class _Norm(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FusedNorm.apply(x, self.weight.to(x.dtype))  # type: ignore[return-value]
+
+
+def block_and_input(model: ModelConfig, train: TrainConfig) -> tuple[TransformerBlock, tuple[Tensor, ...]]:
+    dtype = torch.bfloat16 if train.mixed_precision == "bf16" else torch.float32
+    block = TransformerBlock(model).to(dtype)
+    block.attention_norm, block.ffn_norm = _Norm(model.dim), _Norm(model.dim)  # type: ignore[assignment]
+    block.remat = train.activation_checkpointing
+    x = torch.zeros(2, 32, model.dim, dtype=dtype, requires_grad=True)
+    return block, (x * 1, *RotaryEmbedding(model)(32))
+
+
+def kept_by_autograd(block: TransformerBlock, inputs: tuple[Tensor, ...]) -> int:
+    """Bytes of all different memory that the graph of one forward pass holds, parameters left out."""
+    known = {one.untyped_storage().data_ptr() for one in (*block.parameters(), *inputs[1:])}
+    found: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = (storage.nbytes(), saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        block(*inputs)
+    return sum(size for size, _ in found.values())
+
+
+def kept_for_recomputation(block: TransformerBlock, inputs: tuple[Tensor, ...]) -> int:
+    """Bytes that checkpointing holds on to, in Python: the input, and results that are not repeated."""
+
+    gc.collect()
+    gc.freeze()  # what there is already is not looked at again
+    try:
+        out = block(*inputs)
+        storages = [one.untyped_storage() for one in gc.get_objects() if type(one) is Tensor]
+    finally:
+        gc.unfreeze()
+    result = out.untyped_storage().data_ptr()
+    kept = {one.data_ptr(): one.nbytes() for one in storages if one.nbytes() and one.data_ptr() != result}
+    return sum(kept.values()) + inputs[0].untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("n_kv_heads", [8, 2])
+def test_activations_are_what_autograd_keeps(checkpointing: Remat, precision: str, n_kv_heads: int) -> None:
+    model = ModelConfig(
+        dim=64, n_layers=1, n_heads=8, n_kv_heads=n_kv_heads, head_dim=16, ffn_hidden_dim=176, max_seq_len=32
+    )
+    train = TrainConfig.model_validate(
+        {"activation_checkpointing": checkpointing, "mixed_precision": precision}
+    )
+    block, inputs = block_and_input(model, train)
+    count = kept_by_autograd if checkpointing == "none" else kept_for_recomputation
+    assert count(block, inputs) == 2 * 32 * activations.kept_by_layer(model, train, 1)
+
+
+class _Stage(_PipelineStageBase):
+    """As much of a stage as a schedule looks at to make its order."""
+
+    def __init__(self, index: int, pp: int, count: int) -> None:
+        self.stage_index, self.num_stages = index, count
+        self.group_size, self.group_rank, self.submod = pp, index % pp, None  # type: ignore[assignment]
+
+    def _create_grad_recv_info(self, *_: object) -> tuple[object, ...]:  # type: ignore[override]
+        return ()
+
+    def _prepare_forward_infra(self, *_: object) -> tuple[object, ...]:  # type: ignore[override]
+        return ()
+
+    def _prepare_backward_infra(self, *_: object) -> None:  # type: ignore[override]
+        return None
+
+
+@pytest.mark.parametrize(("pp", "microbatches"), [(2, 2), (2, 8), (4, 4), (4, 8), (8, 16)])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved_1f1b"])
+def test_microbatches_in_flight_are_those_of_torchs_schedules(
+    schedule: str, pp: int, microbatches: int
+) -> None:
+    distributed = DistributedConfig.model_validate({"pp": pp, "pp_schedule": schedule})
+    count = pp * STAGES_PER_RANK[schedule]
+    stages = [_Stage(index, pp, count) for index in range(0, count, pp)]
+    if schedule == "interleaved_1f1b":
+        order = ScheduleInterleaved1F1B(stages, microbatches).pipeline_order  # type: ignore[arg-type]
+    else:
+        kind = Schedule1F1B if schedule == "1f1b" else ScheduleGPipe
+        order = kind(stages[0], microbatches)._get_pipeline_order()
+    assert order is not None
+    for pp_rank in range(pp):
+        alive, most = 0, 0
+        for action in filter(None, order[pp_rank]):
+            alive += {"FORWARD": 1, "FULL_BACKWARD": -1}.get(action.computation_type.name, 0)
+            most = max(most, alive)
+        assert alive == 0
+        assert in_flight(distributed, microbatches, pp_rank) == most
+
+
+def test_bubbles_are_those_of_the_paper() -> None:
+    assert bubble_fraction(DistributedConfig(), 1) == 0
+    assert bubble_fraction(DistributedConfig(pp=4), 4) == 3 / 7
+    assert bubble_fraction(DistributedConfig(pp=4, pp_schedule="interleaved_1f1b"), 4) == 3 / 11
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, {}),
+        (4, {"distributed.dp_replicate": 2}),
+        (4, {"distributed.tp": 2}),
+        (4, {"distributed.tp": 2, "distributed.pp": 2, "train.batch_size": 2}),
+    ],
+)
+def test_a_real_checkpoint_has_the_files_and_bytes_that_were_planned(
+    launcher: Launcher, corpus: Path, tmp_path: Path, ranks: int, layout: dict[str, int]
+) -> None:
+    run = make_run(tmp_path, corpus, **{"train.max_steps": 3, "eval.interval": 0}, **layout)
+    launcher.finish(run, ranks=ranks)
+    folder = run.step_folder(3)
+    plan = make_plan(load_job(folder / "config.toml").job, ranks)
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    assert plan.checkpoint.num_files == len(files)
+
+    written = []
+    for name, size in files.items():
+        if name.endswith(SHARD_SUFFIX):
+            with open(folder / name, "rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+            written.append(size - 8 - header)
+    payload = sum(written)
+    without_cuda = 16 * ranks
+    assert plan.checkpoint.payload_bytes - without_cuda == payload
+    assert plan.checkpoint.size_bytes == pytest.approx(sum(files.values()), rel=0.02)
+    beside = sum(files.values()) - payload
+    assert plan.checkpoint.size_bytes - plan.checkpoint.payload_bytes == pytest.approx(
+        beside, abs=4096 * ranks
+    )
+
+    most = max(place.staged_bytes for place in plan.pipeline)
+    largest = FP32 * max(math.prod(entry) for entry in shapes_in(folder))
+    assert most == pytest.approx(max(written), abs=largest)
+
+
+def shapes_in(folder: Path) -> list[list[int]]:
+    found = []
+    for file in folder.glob(f"*{SHARD_SUFFIX}"):
+        raw = file.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        found += [body["shape"] for name, body in header.items() if name != "__metadata__"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        geometry(tp=2),
+        geometry(dp_shard=3, tp=2),
+        geometry(dp_replicate=3, dp_shard=2, tp=2),
+        geometry(pp=3, dp_replicate=2, dp_shard=2),
+    ],
+)
+def test_staging_takes_what_the_save_plan_gives_a_rank_to_write(layout: Geometry) -> None:
+    distributed = DistributedConfig(
+        pp=layout.pp, tp=layout.tp, dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard
+    )
+    job = JobConfig.model_validate(
+        {
+            "data": {"text": "python-stdlib"},
+            "model": UNEVEN.model_copy(update={"vocab_size": 301}).model_dump(),
+            "distributed": distributed.model_dump(),
+            "train": {"seq_len": 16},
+        }
+    )
+    stages = make_stages(job.model, distributed)
+    held_by_rank: list[list[PlannedItem]] = []
+    for rank in range(layout.world_size):
+        place = layout.coordinate(rank)
+        held = []
+        for one in tensors.stage_parameters(job.model, stages[place["pp"]]):
+            cut = tensors.tp_shape(one, layout.tp, place["tp"])
+            shape = tensors.local_shape(one, layout, tp_rank=place["tp"], shard_rank=place["dp_shard"])
+            offsets = [0] * len(shape)
+            if one.tp_dim is not None:
+                pieces = tensors.chunk_lengths(one.shape[one.tp_dim], layout.tp)
+                offsets[one.tp_dim] = sum(pieces[: place["tp"]])
+            offsets[0] += sum(tensors.chunk_lengths(cut[0], layout.dp_shard)[: place["dp_shard"]])
+            if math.prod(shape):
+                item = (tuple(offsets), shape)
+                held += [
+                    PlannedItem(ShardItem(f"{name}.{one.name}", "F32", *item), one.shape) for name in "wmv"
+                ]
+        held_by_rank.append(held)
+    saved = make_save_plan(held_by_rank)
+    written = [sum(i.item.size_bytes for file in of_rank for i in file.items) for of_rank in saved.files]
+    largest = max(i.item.size_bytes for held in held_by_rank for i in held)
+    a_stage = layout.world_size // layout.pp
+    staged = [staged_bytes(job, layout, pp_rank) for pp_rank in range(layout.pp)]
+    for pp_rank in range(layout.pp):
+        most = max(written[pp_rank * a_stage : (pp_rank + 1) * a_stage])
+        assert staged[pp_rank] - RNG_BYTES == pytest.approx(most, abs=largest)
+        if layout.dp_replicate == 1:
+            norms = 3 * FP32 * sum(one.numel for one in _norms(job.model, stages[pp_rank]))
+            assert abs(staged[pp_rank] - RNG_BYTES - most) <= norms
+    assert staged_on_node(staged, layout, a_stage) == max(staged) * a_stage
+    assert staged_on_node(staged, layout, layout.world_size) == sum(staged) * a_stage
+
+
+def _norms(model: ModelConfig, stage: object) -> list[tensors.Parameter]:
+    return [one for one in tensors.stage_parameters(model, stage) if one.tp_dim is None]  # type: ignore[arg-type]
+
+
+def test_state_is_sixteen_bytes_a_parameter_and_sharding_divides_it() -> None:
+    job = load_job(CONFIGS / "llama_7b.toml").job
+    alone, shared = geometry(), geometry(dp_shard=8)
+    for layout in (alone, shared):
+        memory = device_memory(job, layout, 0)
+        state = memory.weights + memory.gradients + memory.optimizer
+        assert state == 16 * job.model.num_parameters // layout.dp_shard
+    assert device_memory(job, alone, 0).activations == device_memory(job, shared, 0).activations
+
+
+def test_memory_falls_where_it_should() -> None:
+    """What each way to save memory is there for; all else equal."""
+
+    def need(world_size: int, **changes: Mapping[str, object]) -> int:
+        tree = load_job(CONFIGS / "llama_7b.toml").job.model_dump(mode="json")
+        for section, keys in changes.items():
+            tree[section] |= keys
+        return make_plan(JobConfig.model_validate(tree), world_size).device_bytes
+
+    def layout(**keys: object) -> dict[str, object]:
+        return {"dp_replicate": 1, "dp_shard": -1, **keys}
+
+    base = need(8, distributed=layout())
+    for name, less in {
+        "none": need(
+            8, distributed=layout(), train={"activation_checkpointing": "none", "compile_model": False}
+        ),
+        "one": need(1, distributed=layout()),
+        "fp32": need(8, distributed=layout(), train={"mixed_precision": "fp32"}),
+    }.items():
+        assert base < less, name
+    assert need(8, distributed=layout(), train={"activation_checkpointing": "full"}) < base
+    assert need(8, distributed=layout(), train={"batch_size": 1}) < base
+    assert need(16, distributed=layout(tp=2)) < base
+    deep = {"batch_size": 16}
+    one_by_one = need(16, distributed=layout(pp=4), train=deep)
+    assert one_by_one < need(16, distributed=layout(pp=4, pp_schedule="gpipe"), train=deep)
+    assert one_by_one < need(16, distributed=layout(pp=4, pp_schedule="interleaved_1f1b"), train=deep)
+    assert one_by_one < need(16, distributed=layout(pp=4, pp_microbatch_size=4), train=deep)

@@ -1,0 +1,206 @@
+"""``kempnerforge plan`` as a user meets it, and its agreement with ``kempnerforge config check``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kempnerforge.cli.app import main
+from kempnerforge.config.schema import load_job
+from kempnerforge.errors import ConfigError
+from kempnerforge.plan.nearest import nearest_layouts
+
+ROOT = Path(__file__).parents[2]
+LLAMA = str(ROOT / "configs" / "llama_7b.toml")
+FREE = ["--distributed.dp_replicate=1", "--distributed.dp_shard=-1"]
+
+
+class Told:
+    """What a command said."""
+
+    def __init__(self, status: int, stdout: str, stderr: str) -> None:
+        self.status, self.stdout, self.stderr = status, stdout, stderr
+
+
+def kempnerforge(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> Told:
+    monkeypatch.setattr(sys, "argv", ["kempnerforge", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    status = ended.value.code
+    assert isinstance(status, int)
+    told = capsys.readouterr()
+    return Told(status, told.out, told.err)
+
+
+def test_it_needs_no_torch_and_fits_100_columns_when_piped() -> None:
+    code = (
+        "import sys; from kempnerforge.cli.app import main\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    layout = ["--distributed.tp=2", "--distributed.pp=2", "--distributed.pp_microbatch_size=2"]
+    command = [sys.executable, "-c", code, "plan", LLAMA, *FREE, *layout, "--world-size", "32"]
+    done = subprocess.run(
+        [*command, "--memory-gb=80"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    # The first line may have a long path in it.
+    assert max(map(len, done.stdout.splitlines()[1:])) <= 100
+    assert "…" not in done.stdout
+    assert "\x1b" not in done.stdout
+    for text in (
+        "pp 2 x dp_replicate 1 x dp_shard 8 x tp 2",
+        "{0-14 by 2}",
+        "embedding, layers 0-15",
+        "layers 16-31, head",
+        "6,738,415,616 parameters",
+        "4,194,304 tokens a step",
+        "64 x pp_microbatch_size 2 on each of 8 data-parallel ranks",
+        "1f1b, 64 microbatches, bubble 1.5 %",
+        "fits: ",
+    ):
+        assert text in done.stdout, text
+
+
+def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", LLAMA, "--world-size", 32, "--json", "--memory-gb=80", "--ranks-per-node=4"]
+    told = kempnerforge(monkeypatch, capsys, *arguments)
+    assert told.status == 0, told.stderr
+    body = json.loads(told.stdout)
+    assert body["mesh"] == {"pp": 1, "dp_replicate": 4, "dp_shard": 8, "tp": 1}
+    assert body["groups"]["dp_replicate"][0] == [0, 8, 16, 24]
+    assert (body["possible"], body["fits"]) == (True, True)
+    [place] = body["pipeline"]
+    assert place["parameters"] == 6_738_415_616 // 8
+    assert body["staged_on_node_bytes"] == 4 * place["staged_bytes"]
+    assert body["device_bytes"] == place["memory"]["total"]
+    parts = ("weights", "gradients", "optimizer", "gathered", "activations", "buffers", "working")
+    assert sum(place["memory"][part] for part in parts) == body["device_bytes"]
+
+
+def test_a_device_that_is_too_small_is_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = kempnerforge(monkeypatch, capsys, "plan", LLAMA, "--world-size=32", "--memory-gb=40")
+    assert told.status == 1
+    assert "does not fit: " in told.stdout
+
+
+def test_host_memory_beyond_its_limit_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for limit, is_said in ((10, True), (30, False)):
+        arguments = ["plan", LLAMA, "--world-size=32", f"--checkpoint.max_host_memory_gb={limit}"]
+        told = kempnerforge(monkeypatch, capsys, *arguments)
+        assert ("the run would not start" in told.stdout) == is_said
+
+
+TP3 = ["--distributed.tp=3"]
+LAYOUTS = [
+    (overrides, world_size)
+    for overrides in (
+        [],
+        FREE,
+        [*FREE, "--distributed.tp=2"],
+        [*FREE, *TP3],
+        [*FREE, "--distributed.tp=64"],
+        [*FREE, "--distributed.pp=2"],
+        [*FREE, "--distributed.pp=40"],
+        [*FREE, "--distributed.pp=4", "--distributed.pp_schedule=interleaved_1f1b"],
+        [*FREE, "--distributed.pp=32", "--distributed.pp_schedule=interleaved_1f1b"],
+        [*FREE, "--distributed.pp=2", "--distributed.pp_layers=[15,17]"],
+        [*FREE, "--distributed.pp=4", "--distributed.pp_layers=[15,17]"],
+        [*FREE, "--distributed.pp_schedule=gpipe"],
+        [*FREE, "--distributed.pp=2", "--distributed.pp_microbatch_size=3"],
+        [*FREE, "--distributed.tp=2", "--distributed.pp=2", "--model.tie_embeddings=true"],
+        ["--distributed.dp_replicate=2", "--distributed.tp=2"],
+        ["--distributed.dp_replicate=3", "--distributed.dp_shard=-1"],
+    )
+    for world_size in (1, 3, 8, 32, 64)
+]
+
+
+@pytest.mark.parametrize(("overrides", "world_size"), LAYOUTS)
+def test_plan_and_config_check_agree_and_what_is_near_is_possible(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    world_size: int,
+) -> None:
+    arguments = [LLAMA, *overrides, f"--world-size={world_size}"]
+    planned = kempnerforge(monkeypatch, capsys, "plan", *arguments)
+    checked = kempnerforge(monkeypatch, capsys, "config", "check", *arguments)
+    assert planned.status == checked.status
+    if checked.status == 0:
+        return
+    assert checked.status == 2
+    assert planned.stdout == ""
+    assert planned.stderr.startswith(checked.stderr)
+    near = nearest_layouts(LLAMA, overrides, world_size)
+    for change in near.overrides:
+        assert " ".join(change) in planned.stderr
+        job = load_job(LLAMA, [*overrides, *change], world_size=world_size, inside_job=False).job
+        assert job.geometry(world_size).world_size == world_size
+    for size in near.world_sizes:
+        assert size != world_size
+        assert load_job(LLAMA, overrides, world_size=size, inside_job=False).job.geometry(size)
+    assert near.overrides or near.world_sizes or world_size == 3, "nothing is near"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "first", "sizes"),
+    [
+        ([*FREE, *TP3], 32, ("--distributed.tp=4",), ()),
+        ([*FREE, "--distributed.tp=64"], 64, ("--distributed.tp=32",), ()),
+        ([], 16, ("--distributed.dp_replicate=2",), (32,)),
+        ([*FREE, "--distributed.pp=64"], 64, ("--distributed.pp=32",), ()),
+        ([*FREE, "--distributed.tp=8"], 12, ("--distributed.tp=4", "--distributed.pp=3"), (8, 16)),
+        ([*FREE, "--distributed.pp_schedule=gpipe"], 8, ("--distributed.pp_schedule=1f1b",), ()),
+    ],
+)
+def test_the_nearest_layout(
+    overrides: list[str], world_size: int, first: tuple[str, ...], sizes: tuple[int, ...]
+) -> None:
+    near = nearest_layouts(LLAMA, overrides, world_size)
+    assert (near.overrides[0] if near.overrides else ()) == first
+    assert near.world_sizes[: len(sizes)] == sizes
+
+
+def test_a_file_that_is_wrong_elsewhere_gets_no_layouts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = kempnerforge(
+        monkeypatch, capsys, "plan", LLAMA, "--optimizer.lr=x", *TP3, "--world-size=8", "--json"
+    )
+    assert told.status == 2
+    body = json.loads(told.stdout)
+    assert body["possible"] is False
+    assert {fault["key"] for fault in body["faults"]} >= {"optimizer.lr", "distributed.tp"}
+    assert body["nearest"] == {"overrides": [], "world_sizes": []}
+    with pytest.raises(ConfigError):
+        load_job(LLAMA, ["--optimizer.lr=x"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan"], ["plan", LLAMA], ["plan", "--train.seed=1", "--world-size=2"]]
+)
+def test_wrong_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    told = kempnerforge(monkeypatch, capsys, *arguments)
+    assert told.status == 2
+    assert "Usage:" in told.stderr
+
+
+def test_a_file_that_does_not_exist_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    told = kempnerforge(monkeypatch, capsys, "plan", tmp_path / "none.toml", "--world-size=2")
+    assert told.status == 2
+    assert "does not exist" in told.stderr
+    assert "possible" not in told.stderr

@@ -1,0 +1,360 @@
+"""Deleting what nothing keeps, beside others who pin, read, save and prune."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.step_maker import flip_byte, resign, write_step
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import holds, layout, pins, retention
+from kempnerforge.checkpoint.keep import KeepPolicy
+from kempnerforge.checkpoint.retention import Pruned, Retention
+from kempnerforge.config.schema import CheckpointConfig
+from kempnerforge.errors import RunFolderError
+
+
+def prune(folder: Path, **settings: Any) -> Retention:
+    config = CheckpointConfig.model_validate({"keep_last_n": 1} | settings)
+    return Retention(folder, KeepPolicy.from_config(config))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Steps 1 to 4, with losses 3, 1, 2, 4."""
+    for step, loss in enumerate([3.0, 1.0, 2.0, 4.0], 1):
+        write_step(tmp_path / "checkpoints", step, metrics={"eval/loss": loss})
+    return tmp_path / "checkpoints"
+
+
+def test_only_what_nothing_keeps_goes(folder: Path) -> None:
+    found = prune(folder, keep_best_n=1, best_metric="eval/loss", keep_steps=[1])
+    before = tree(folder)
+    assert [verdict.step for verdict in found.verdicts() if not verdict.keep] == [3]
+    assert tree(folder) == before, "looking changes nothing"
+    assert found.apply() == Pruned(deleted=(3,))
+    assert layout.committed_steps(folder) == [4, 2, 1]
+    assert set(os.listdir(folder)) == {"step_00000001", "step_00000002", "step_00000004"}
+    assert found.apply() == Pruned()
+    assert prune(folder, keep_best_n=1, best_metric="eval/loss", keep_steps=[1]).apply() == Pruned(), (
+        "restart"
+    )
+
+
+def test_the_policy_survives_a_restart_because_metrics_are_on_disk(folder: Path) -> None:
+    for step in (5, 6, 7):
+        write_step(folder, step, metrics={"eval/loss": 10.0 - step})
+        prune(folder, keep_best_n=2, best_metric="eval/loss").apply()
+    assert layout.committed_steps(folder) == [7, 3, 2]
+
+
+FOREIGN = [
+    "step_9.bak",
+    "step_00000000000",
+    "step_5",
+    "other",
+    ".step_00000008.tmp",
+    "step_00000008.1",
+    "lost+found",
+]
+
+
+def test_names_that_are_not_ours_are_never_touched(folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    shutil.copytree(folder / "step_00000004", outside)
+    for name in FOREIGN:
+        shutil.copytree(outside, folder / name)
+    (folder / "step_00000000").symlink_to(outside)
+    (folder / "latest").symlink_to("step_00000001")
+    (folder / "step_00000009").mkdir()  # a step's name, and nothing of ours in it
+    (folder / "step_00000009" / "notes.txt").write_text("mine")
+    (folder / ".step_00000006.2.tmp").mkdir()
+    (folder / "quarantined.step_00000002.1").mkdir()
+    others = set(os.listdir(folder)) - {f"step_0000000{step}" for step in (1, 2, 3, 4)}
+    contents = tree(outside)
+    assert prune(folder).apply().deleted == (1, 2, 3)
+    assert set(os.listdir(folder)) == others | {"step_00000004"}
+    for name in [*FOREIGN, "step_00000000"]:
+        assert tree(folder / name) == contents
+
+
+def damaged_by(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: change(folder / "step_00000004")
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "no manifest": lambda step: (step / "manifest.json").unlink(),
+    "short shard": lambda step: os.truncate(next(step.glob("*.safetensors")), 100),
+    "no index": lambda step: (step / "index.bin").unlink(),
+    "manifest of another step": lambda step: resign(step, step=3),
+    "manifest with a flipped bit": lambda step: flip_byte(step / "manifest.json", 40),
+    "another format": lambda step: resign(step, format=2),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_newest_sound_step_stays_when_a_newer_one_is_damaged(folder: Path, damage: str) -> None:
+    DAMAGE[damage](folder / "step_00000004")
+    assert prune(folder).apply().deleted == (1, 2)
+    assert set(os.listdir(folder)) == {"step_00000003", "step_00000004"}
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_damage_of_the_newest_sound_step_is_seen_although_it_was_sound_before(
+    folder: Path, newer: bool
+) -> None:
+    found = prune(folder)
+    pins.pin(folder, 3)
+    assert found.apply().deleted == (1, 2)
+    pins.unpin(folder, 3)
+    os.truncate(next((folder / "step_00000004").glob("*.safetensors")), 100)
+    if newer:
+        os.truncate(next(write_step(folder, 5).glob("*.safetensors")), 100)
+    assert found.apply() == Pruned()
+    assert 3 in layout.committed_steps(folder)
+
+
+def test_a_folder_that_is_not_there_has_nothing_to_delete(tmp_path: Path) -> None:
+    assert prune(tmp_path / "checkpoints").apply() == Pruned()
+
+
+def test_pins_keep(folder: Path) -> None:
+    assert pins.pin(folder, 1, note="for the paper")
+    assert not pins.pin(folder, 1)
+    assert pins.read(folder)[1].note == "for the paper"
+    assert prune(folder).apply().deleted == (2, 3)
+    assert pins.unpin(folder, 1)
+    assert not pins.unpin(folder, 1)
+    assert prune(folder).apply().deleted == (1,)
+
+
+def test_a_folder_that_is_not_ours_to_write_cannot_be_pinned_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pins.fsio, "write_new_file", refuse)
+    with pytest.raises(RunFolderError, match=r"step 1 was not pinned: .*pins cannot be written"):
+        pins.pin(folder, 1)
+    monkeypatch.undo()
+    assert pins.read(folder) == {}
+
+
+def test_any_file_in_pins_is_a_pin_and_other_names_are_not(folder: Path) -> None:
+    (folder / "pins").mkdir()
+    (folder / "pins" / "step_00000001").touch()
+    (folder / "pins" / "step_00000002").write_text("[" * 100_000)
+    (folder / "pins" / "3").touch()
+    assert prune(folder).apply().deleted == (3,)
+
+
+def test_readers_keep(folder: Path) -> None:
+    with holds.hold(folder / "step_00000001", what="verify") as held:
+        assert held
+        ((reader,),) = holds.readers(folder).values()
+        assert reader.startswith(f"verify (pid {os.getpid()} on ")
+        assert prune(folder).apply().deleted == (2, 3)
+    assert set(os.listdir(folder)) == {"step_00000001", "step_00000004"}
+    assert prune(folder).apply().deleted == (1,)
+
+
+def test_holds_that_nobody_renews_are_removed(folder: Path) -> None:
+    with holds.hold(folder / "step_00000001", what="verify"):
+        (path,) = (folder / "holds").iterdir()
+        os.utime(path, (1, 1))
+        assert prune(folder).apply().deleted == (1, 2, 3)
+        assert list((folder / "holds").iterdir()) == []
+
+
+# Those who come between the decision and the deletion
+
+
+def at_the_rename(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], *, after: bool = False) -> None:
+    """Run ``act`` once, just before (or after) retention takes a step's name away."""
+    rename, done = os.rename, []
+
+    def spy(source: Path, target: Path) -> None:
+        first = not done and str(target).endswith(".deleting")
+        if first and not after:
+            done.append(act())
+        rename(source, target)
+        if first and after:
+            done.append(act())
+
+    monkeypatch.setattr(retention.os, "rename", spy)
+
+
+def test_a_pin_that_comes_between_decision_and_deletion_holds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tree(folder / "step_00000001")
+    at_the_rename(monkeypatch, lambda: pins.pin(folder, 1))
+    assert prune(folder).apply().deleted == (2, 3)
+    assert tree(folder / "step_00000001") == before
+
+
+def test_a_pin_that_comes_too_late_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pin() -> None:
+        with pytest.raises(pins.StepNotFoundError, match="no committed step 1"):
+            pins.pin(folder, 1)
+
+    at_the_rename(monkeypatch, pin, after=True)
+    assert prune(folder).apply().deleted == (1, 2, 3)
+    assert pins.read(folder) == {}
+
+
+def test_a_step_that_goes_while_it_is_being_pinned_is_not_pinned(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = fsio.write_new_file
+
+    def spy(path: Path, data: bytes) -> None:
+        shutil.rmtree(folder / "step_00000001")
+        write(path, data)
+
+    monkeypatch.setattr(pins.fsio, "write_new_file", spy)
+    with pytest.raises(pins.StepNotFoundError, match="deleted while it was being pinned"):
+        pins.pin(folder, 1)
+    assert pins.read(folder) == {}
+
+
+def test_a_reader_that_comes_between_decision_and_deletion_is_undisturbed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = holds.hold(folder / "step_00000001", what="verify")
+    at_the_rename(monkeypatch, reading.__enter__)
+    assert prune(folder).apply().deleted == (2, 3)
+    assert (folder / "step_00000001" / "manifest.json").exists()
+    reading.__exit__(None, None, None)
+
+
+def test_a_step_is_only_deleted_while_the_one_it_gives_way_to_is_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rollback that sets the newest step aside meanwhile must not leave the run without any."""
+    at_the_rename(
+        monkeypatch, lambda: (folder / "step_00000004").rename(folder / "rolledback.step_00000004.1")
+    )
+    assert prune(folder).apply().deleted == (1,)
+    assert layout.committed_steps(folder) == [3, 2]
+
+
+def test_two_who_prune_at_once_do_not_disturb_each_other(folder: Path) -> None:
+    for step in range(5, 60):
+        write_step(folder, step)
+    barrier, results = threading.Barrier(3), []
+
+    def work() -> None:
+        found = prune(folder)
+        barrier.wait()
+        results.append(found.apply())
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [result.warnings for result in results] == [(), (), ()]
+    assert sorted(step for result in results for step in result.deleted) == list(range(1, 59))
+    assert os.listdir(folder) == ["step_00000059"]
+
+
+def test_pins_and_deletions_at_full_speed(folder: Path) -> None:
+    """Whatever the timing: a pin that was made holds, one that was refused left nothing."""
+    for step in range(5, 120):
+        write_step(folder, step)
+    pinned, refused = [], []
+
+    def pin_them() -> None:
+        for step in range(1, 119):
+            try:
+                pins.pin(folder, step)
+                pinned.append(step)
+            except pins.StepNotFoundError:
+                refused.append(step)
+
+    pinning = threading.Thread(target=pin_them)
+    pinning.start()
+    deleted = prune(folder).apply().deleted
+    pinning.join()
+    assert set(pinned).isdisjoint(deleted)
+    assert sorted([*pins.read(folder)]) == pinned
+    assert set(pinned) <= set(layout.committed_steps(folder))
+
+
+# Storage that fails
+
+
+def test_what_cannot_be_deleted_is_told_and_tried_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete = fsio.delete_tree
+
+    def fail(doomed: Path) -> None:
+        if "00000002" in doomed.name:
+            raise OSError(5, "Input/output error", str(doomed))
+        delete(doomed)
+
+    monkeypatch.setattr(fsio, "delete_tree", fail)
+    found = prune(folder)
+    result = found.apply()
+    assert result.deleted == (1, 2, 3)
+    assert len(result.warnings) == 1
+    assert "step_00000002.deleting could not be deleted: [Errno 5]" in result.warnings[0]
+    assert set(os.listdir(folder)) == {"step_00000004", ".step_00000002.deleting"}
+    monkeypatch.undo()
+    assert found.apply() == Pruned()
+    assert os.listdir(folder) == ["step_00000004"]
+
+
+def test_a_step_that_cannot_be_renamed_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(retention.os, "rename", fail)
+    result = prune(folder).apply()
+    assert result.deleted == ()
+    assert [warning.partition(":")[0] for warning in result.warnings] == [
+        f"step {step} could not be deleted" for step in (1, 2, 3)
+    ]
+    assert layout.committed_steps(folder) == [4, 3, 2, 1]
+
+
+def test_a_step_stays_when_it_is_not_known_who_relies_on_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    found = prune(folder)
+    facts = found.survey()
+    monkeypatch.setattr(found, "survey", lambda: facts)
+    monkeypatch.setattr(retention.pins, "read", fail)
+    assert found.apply() == Pruned()
+    assert layout.committed_steps(folder) == [4, 3, 2, 1]
+
+
+def test_a_step_that_cannot_be_read_stays_and_is_not_counted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = retention.load_resumable
+
+    def fail(path: Path, **known: Any) -> object:
+        if path.name == "step_00000004":
+            raise OSError(116, "Stale file handle")
+        return load(path, **known)
+
+    monkeypatch.setattr(retention, "load_resumable", fail)
+    assert prune(folder).apply().deleted == (1, 2)
+    assert layout.committed_steps(folder) == [4, 3]

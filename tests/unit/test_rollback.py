@@ -1,0 +1,470 @@
+"""Which steps belong to a run's timeline; rollback and its undoing; forks. On real checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import fork as forking
+from kempnerforge.checkpoint import layout, lease, manifest, receipt, rollback, run_record, space, timeline
+from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.timeline import Cut, late_arrivals
+from kempnerforge.checkpoint.verify import verify
+from kempnerforge.errors import (
+    DamagedCheckpointError,
+    KempnerForgeError,
+    LeaseHeldError,
+    NoSpaceError,
+    RunFolderError,
+    StepNotFoundError,
+)
+
+CONFIG = "[train]\nglobal_batch_size = 6\n"
+
+
+def quiet(*_: object) -> None:
+    return
+
+
+def save(run: Path, step: int, *, attempt: int = 1, run_id: str = "abc", parent: int | None = None) -> Path:
+    """A real checkpoint whose tensor holds the step."""
+    path = run / "checkpoints" / layout.step_name(step)
+    provenance = Provenance(step=step, run_id=run_id, attempt=attempt, parent_step=parent, reason="interval")
+    checkpointer = AsyncCheckpointer()
+    counters = {"step": step, "tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
+    checkpointer.save(
+        {"model": {"w": torch.full((5000,), float(step))}, **counters},
+        path,
+        provenance=provenance,
+        config_toml=CONFIG,
+    )
+    checkpointer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one attempt, which has committed steps 4, 8 and 12 and ended."""
+    run = tmp_path_factory.mktemp("template") / "run"
+    for step in (4, 8, 12):
+        save(run, step, parent=step - 4)
+    record = RunRecord("abc", "abc", 1.0, attempt=1, global_batch_size=6)
+    run_record.write(run, record)
+    Receipt(1).write(run)
+    log(run, attempt=1, steps=range(1, 14))
+    fsio.point_symlink(run / "checkpoints" / layout.LATEST, layout.step_name(12))
+    return run
+
+
+@pytest.fixture
+def run(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "run", symlinks=True))
+
+
+def log(run: Path, *, attempt: int, steps: range) -> None:
+    with open(run / "metrics.jsonl", "a") as file:
+        for step in steps:
+            file.write(json.dumps({"step": step, "attempt": attempt, "train/loss": 1.0}) + "\n")
+
+
+def resume(run: Path) -> int:
+    """What a start of the run does, up to its receipt. Returns the step that it goes on from."""
+    held = lease.acquire(run, after_attempt=timeline.last_attempt(run))
+    record = run_record.read(run)
+    assert record is not None
+    run_record.write(run, replace(record, attempt=held.attempt))
+    folder = record.checkpoint_folder(run)
+    timeline.fence(folder, held.attempt)
+    timeline.set_aside_late(folder, timeline.cuts(run), run_id=record.run_id, at_start=True)
+    step = max(layout.committed_steps(folder), default=0)
+    lost_steps = max(0, receipt.last_logged_step(run) - step)
+    Receipt(held.attempt, source="resume", step=step, lost_steps=lost_steps).write(run)
+    held.release()
+    return step
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def record_of(run: Path) -> RunRecord:
+    record = run_record.read(run)
+    assert record is not None
+    return record
+
+
+def tensor_bytes(step_folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(step_folder.glob("*.safetensors")))
+
+
+# The rule
+
+CASES: dict[str, tuple[dict[int, int], list[Cut], list[int]]] = {
+    "nothing began again": ({4: 1, 8: 1}, [Cut(1, 0)], []),
+    "it was resumed from": ({4: 1, 8: 1}, [Cut(1, 0), Cut(2, 8)], []),
+    "it came after the takeover": ({4: 1, 8: 1}, [Cut(1, 0), Cut(2, 4)], [8]),
+    "the new attempt's own": ({4: 1, 8: 2}, [Cut(1, 0), Cut(2, 4)], []),
+    "two takeovers later": ({4: 1, 12: 2, 16: 1}, [Cut(2, 4), Cut(3, 12)], [16]),
+    "a fresh start left all behind": ({4: 1}, [Cut(1, 0), Cut(2, 0)], [4]),
+    "attempts that never got to a step": ({4: 1, 8: 5}, [Cut(1, 0), Cut(5, 4)], []),
+    "rolled back": ({4: 1, 8: 1, 12: 2}, [Cut(2, 8), Cut(3, 4, is_rollback=True)], [8, 12]),
+    "after a rollback": ({4: 1, 8: 4}, [Cut(2, 8), Cut(3, 4, is_rollback=True), Cut(4, 4)], []),
+    "no receipts": ({4: 1, 8: 2}, [], []),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_counts_if_no_later_attempt_began_below_it(case: str) -> None:
+    committed, cuts, left = CASES[case]
+    assert sorted(late_arrivals(committed, cuts)) == left
+
+
+def test_a_rollback_is_named_before_a_resume() -> None:
+    assert late_arrivals({8: 1}, [Cut(2, 4, is_rollback=True), Cut(3, 4)])[8].is_rollback
+
+
+def test_a_late_step_is_set_aside_and_never_chosen(run: Path) -> None:
+    assert resume(run) == 12
+    save(run, 16, attempt=2)
+    save(run, 20, attempt=1)
+    assert resume(run) == 16
+    assert "late.step_00000020.1" in names(run)
+    assert verify(run / "checkpoints" / "late.step_00000020.1").sound
+    assert layout.list_folder(run / "checkpoints").late == [run / "checkpoints" / "late.step_00000020.1"]
+    save(run, 20, attempt=1)
+    moved = timeline.set_aside_late(run / "checkpoints", timeline.cuts(run), run_id="abc")
+    assert [path.name for path in moved] == ["late.step_00000020.2"]
+
+
+def test_steps_that_this_attempt_trusts_are_not_read(run: Path) -> None:
+    Receipt(2, source="resume", step=8).write(run)
+    cuts = timeline.cuts(run)
+    folder = run / "checkpoints"
+    assert timeline.set_aside_late(folder, cuts, run_id="abc", trusted={12}) == []
+    assert timeline.set_aside_late(folder, cuts, run_id="of another run") == []
+    (folder / "step_00000012" / layout.MANIFEST).write_text("{")
+    assert timeline.set_aside_late(folder, cuts, run_id="abc") == [], "damage is for the resume to judge"
+
+
+def test_a_fresh_start_elsewhere_does_not_cost_a_run_its_steps(run: Path) -> None:
+    # Attempt 2 was started with another checkpoint.dir, saw no steps and began at 0.
+    Receipt(2, step=0).write(run)
+    assert resume(run) == 12
+    assert not layout.list_folder(run / "checkpoints").late
+
+
+def test_an_attempts_number_is_above_all_receipts(run: Path) -> None:
+    Receipt(9, source="resume", step=12).write(run)
+    (run / "run.json").unlink()
+    assert timeline.last_attempt(run) == 9
+
+
+# Rollback
+
+
+def test_a_rollback_sets_later_steps_aside_and_the_run_goes_on_from_there(run: Path) -> None:
+    done = rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    assert done.renamed == {
+        "step_00000012": "rolledback.step_00000012.1",
+        "step_00000008": "rolledback.step_00000008.1",
+    }
+    assert names(run) == ["latest", *sorted(done.renamed.values()), "step_00000004"]
+    assert os.readlink(run / "checkpoints" / "latest") == "step_00000004"
+    assert verify(run / "checkpoints" / "rolledback.step_00000012.1").sound
+    assert resume(run) == 4
+    # 13 steps were logged; none of those after step 4 counts as lost: they were given up on purpose.
+    assert receipt.read_receipts(run)[-1]["lost_steps"] == 0
+    log(run, attempt=3, steps=range(5, 8))
+    assert receipt.last_logged_step(run) == 7
+    save(run, 8, attempt=3, parent=4)
+    assert resume(run) == 8
+    assert manifest.load(run / "checkpoints" / "step_00000008").provenance.parent_step == 4
+
+
+def test_a_rollback_begins_a_new_run_in_wandb_and_keeps_its_own_identity(run: Path) -> None:
+    done = rollback.roll_back(run, 8, note=quiet, progress=quiet)
+    record = record_of(run)
+    assert (record.run_id, record.wandb_id, record.wandb_first_attempt) == ("abc", "abc-rollback2", 2)
+    assert done.wandb_id == "abc-rollback2"
+    assert record.attempt == 2
+    again = rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    assert again.wandb_id == "abc-rollback3"
+    assert len(record_of(run).rollbacks) == 2
+
+
+def test_a_second_timeline_can_be_rolled_back_too(run: Path) -> None:
+    rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    assert resume(run) == 4
+    save(run, 8, attempt=3, parent=4)
+    done = rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    assert done.renamed == {"step_00000008": "rolledback.step_00000008.2"}
+    assert resume(run) == 4
+
+
+def test_the_newest_step_needs_no_rollback(run: Path) -> None:
+    before = (run / "run.json").read_bytes()
+    assert rollback.roll_back(run, 12, note=quiet, progress=quiet).renamed == {}
+    assert (run / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", range(3))
+def test_a_rollback_that_was_killed_is_completed_by_the_next_start(
+    run: Path, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.rename
+    done: list[Path] = []
+
+    def rename(self: Path, target: Path) -> Path:
+        if len(done) == kept:
+            raise KeyboardInterrupt
+        done.append(self)
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        if kept < 2:
+            with pytest.raises(KeyboardInterrupt):
+                rollback.roll_back(run, 4, note=quiet, progress=quiet)
+        else:
+            rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    assert resume(run) == 4
+    assert [path.name for path in sorted(layout.list_folder(run / "checkpoints").rolled_back)] == [
+        "rolledback.step_00000008.1",
+        "rolledback.step_00000012.1",
+    ]
+
+
+def test_nothing_is_changed_before_the_decision_is_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_record, "write", fail)
+    with pytest.raises(RunFolderError, match=r"could not be rolled back: .*No space left"):
+        rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    monkeypatch.undo()
+    assert resume(run) == 12
+
+
+def test_a_live_run_is_not_rolled_back(run: Path) -> None:
+    held = lease.acquire(run, renew_every_s=0.05)
+    with pytest.raises(LeaseHeldError, match="is being written by attempt 1"):
+        rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    held.check()
+    held.release()
+    assert "step_00000012" in names(run)
+
+
+def test_a_step_that_is_missing_or_damaged_is_refused(run: Path) -> None:
+    with pytest.raises(StepNotFoundError, match="no committed step 6; its steps: 12, 8, 4"):
+        rollback.roll_back(run, 6, note=quiet, progress=quiet)
+    shard = next((run / "checkpoints" / "step_00000004").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DamagedCheckpointError) as caught:
+        rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    for part in ("step_00000004 is damaged", shard.name, "Nothing was changed", "12, 8", "ckpt verify"):
+        assert part in str(caught.value)
+    assert record_of(run).rollbacks == ()
+    assert resume(run) == 12
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(RunFolderError, match="is no run's folder"):
+            rollback.roll_back(folder, 4, note=quiet, progress=quiet)
+
+
+def test_checkpoints_that_the_config_moved_are_found(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    run_record.write(run, replace(record_of(run), checkpoint_dir=str(tmp_path / "elsewhere")))
+    done = rollback.roll_back(run, 8, note=quiet, progress=quiet)
+    assert done.folder == str(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "rolledback.step_00000012.1").is_dir()
+
+
+def test_a_rollback_can_be_undone_until_an_attempt_has_gone_on(run: Path) -> None:
+    before = {path.name: tensor_bytes(path) for path in (run / "checkpoints").glob("step_*")}
+    rollback.roll_back(run, 8, note=quiet, progress=quiet)
+    rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    assert rollback.undo(run, note=quiet).newest_step == 8
+    assert record_of(run).wandb_id == "abc-rollback2"
+    done = rollback.undo(run, note=quiet)
+    assert (done.newest_step, done.renamed) == (12, {"rolledback.step_00000012.1": "step_00000012"})
+    assert {path.name: tensor_bytes(path) for path in (run / "checkpoints").glob("step_*")} == before
+    assert os.readlink(run / "checkpoints" / "latest") == "step_00000012"
+    record = record_of(run)
+    assert (record.wandb_id, record.wandb_first_attempt, record.rollbacks) == ("abc", 0, ())
+    assert resume(run) == 12
+    with pytest.raises(StepNotFoundError, match="no rollback"):
+        rollback.undo(run, note=quiet)
+    rollback.roll_back(run, 8, note=quiet, progress=quiet)
+    resume(run)
+    with pytest.raises(RunFolderError, match=r"cannot be undone.*ckpt fork .*rolledback\.step_00000012\.1"):
+        rollback.undo(run, note=quiet)
+
+
+# Fork
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_fork_is_a_run_of_its_own_that_begins_at_the_step(run: Path, tmp_path: Path, link: bool) -> None:
+    seen: list[tuple[int, int]] = []
+    source = run / "checkpoints" / "step_00000008"
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()}
+    new = tmp_path / "deep" / "new"
+    done = forking.fork(source, new, link=link, progress=lambda *progress: seen.append(progress))
+    copy = new / "checkpoints" / "step_00000008"
+    assert verify(copy).sound
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
+        path.name: data for path, (data, _) in before.items()
+    }
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()} == before
+    shared = [
+        path.name for path in copy.iterdir() if path.stat().st_ino == (source / path.name).stat().st_ino
+    ]
+    assert len(shared) == (done.linked_files if link else 0)
+    assert bool(shared) is link
+    record = record_of(new)
+    assert record.run_id == done.run_id != "abc"
+    assert (record.wandb_id, record.attempt, record.global_batch_size) == (record.run_id, 0, 6)
+    assert record.parent is not None
+    assert (record.parent.run_id, record.parent.step, record.parent.path) == ("abc", 8, str(source))
+    assert seen[-1] == (done.size_bytes, done.size_bytes)
+    assert seen == sorted(seen)
+    assert sorted(path.name for path in new.parent.iterdir()) == ["new"]
+    assert sorted(path.name for path in new.iterdir()) == ["checkpoints", "run.json"]
+    assert resume(new) == 8
+    assert resume(new) == 8
+    assert resume(run) == 12
+
+
+def test_a_step_that_a_rollback_set_aside_can_be_forked(run: Path, tmp_path: Path) -> None:
+    rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    aside = run / "checkpoints" / "rolledback.step_00000012.1"
+    assert forking.fork(aside, tmp_path / "new", link=False, progress=quiet).step == 12
+    assert resume(tmp_path / "new") == 12
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+Fault = Callable[[Path, Path], object]
+BAD_FORKS: dict[str, tuple[Fault, type[KempnerForgeError], str]] = {
+    "no such step": (lambda step, _: shutil.rmtree(step), StepNotFoundError, "is no committed checkpoint"),
+    "not committed": (lambda step, _: (step / layout.MANIFEST).unlink(), StepNotFoundError, "manifest"),
+    "a damaged shard": (
+        lambda step, _: flip(next(step.glob("*.safetensors"))),
+        DamagedCheckpointError,
+        "wrong digest",
+    ),
+    "a damaged manifest": (
+        lambda step, _: flip(step / layout.MANIFEST),
+        DamagedCheckpointError,
+        "step_00000008 is damaged",
+    ),
+    "a missing file": (lambda step, _: (step / layout.INDEX).unlink(), DamagedCheckpointError, "index"),
+    "a taken name": (lambda _, new: new.mkdir(), RunFolderError, "exists; a fork makes a new"),
+    "a file in the way": (lambda _, new: new.parent.joinpath("in").touch(), RunFolderError, "cannot be made"),
+    "another fork": (lambda _, new: (new.parent / ".new.fork").mkdir(), RunFolderError, "another fork"),
+}
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("case", BAD_FORKS)
+def test_a_fork_that_cannot_be_leaves_nothing(run: Path, tmp_path: Path, case: str, link: bool) -> None:
+    damage, error, text = BAD_FORKS[case]
+    new = tmp_path / "new"
+    damage(run / "checkpoints" / "step_00000008", new)
+    before = sorted(tmp_path.rglob("*"))
+    target = tmp_path / "in" / "new" if case == "a file in the way" else new
+    with pytest.raises(error, match=text):
+        forking.fork(run / "checkpoints" / "step_00000008", target, link=link, progress=quiet)
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "holds"] == before
+
+
+def test_a_fork_that_does_not_fit_is_not_begun(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(space, "RESERVE_FILES", 1 << 62)
+    with pytest.raises(NoSpaceError, match="would not fit"):
+        forking.fork(run / "checkpoints" / "step_00000008", tmp_path / "new", link=False, progress=quiet)
+    assert not list(tmp_path.glob("*new*"))
+
+
+def test_links_that_are_not_possible_become_copies(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    done = forking.fork(run / "checkpoints" / "step_00000008", tmp_path / "new", link=True, progress=quiet)
+    assert (done.linked_files, done.copied_files) == (0, 4)
+    assert verify(tmp_path / "new" / "checkpoints" / "step_00000008").sound
+
+
+# Commands
+
+
+def kempnerforge(*arguments: object) -> subprocess.CompletedProcess[str]:
+    code = "from kempnerforge.cli.app import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_commands_say_what_they_did(run: Path, tmp_path: Path) -> None:
+    done = kempnerforge("ckpt", "rollback", run, 8)
+    assert done.returncode == 0, done.stderr
+    assert "step_00000012 -> rolledback.step_00000012.1\n" in done.stdout
+    assert f"kempnerforge ckpt rollback {run} --undo" in done.stdout
+    done = kempnerforge("ckpt", "rollback", run, "--undo", "--json")
+    assert json.loads(done.stdout)["newest_step"] == 12
+    done = kempnerforge("ckpt", "rollback", run, 12)
+    assert "is the newest" in done.stdout
+    done = kempnerforge("ckpt", "fork", run / "checkpoints" / "step_00000008", tmp_path / "new", "--link")
+    assert done.returncode == 0, done.stderr
+    assert f"--run.dir={tmp_path / 'new'}" in done.stdout
+    done = kempnerforge("ckpt", "fork", run / "checkpoints" / "step_00000008", tmp_path / "two", "--json")
+    assert json.loads(done.stdout)["parent"]["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["rollback", "RUN", "6"], 2, "no committed step 6"),
+        (["rollback", "RUN"], 2, "give either STEP or --undo"),
+        (["rollback", "RUN", "4", "--undo"], 2, "give either STEP or --undo"),
+        (["rollback", "RUN", "--undo"], 2, "no rollback"),
+        (["rollback", "RUN/metrics.jsonl", "4"], 2, "is not a folder"),
+        (["rollback", "RUN", "four"], 2, "four"),
+        (["fork", "RUN", "RUN/new"], 2, "is not the folder of one step"),
+        (["fork", "RUN/checkpoints/step_00000004", "RUN"], 2, "exists; a fork makes a new"),
+    ],
+)
+def test_bad_arguments_are_told_without_a_traceback(
+    run: Path, arguments: list[str], status: int, text: str
+) -> None:
+    done = kempnerforge("ckpt", *(argument.replace("RUN", str(run)) for argument in arguments))
+    assert done.returncode == status, done.stdout + done.stderr
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,360 @@
+"""Parts that need no SLURM: node lists, the decision to requeue, the script, what ``submit`` refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kempnerforge import hostlist
+from kempnerforge.cli.slurm import lost_in_a_row, nodes_of
+from kempnerforge.goodput.history import derive
+from kempnerforge.slurm.decision import decide
+from kempnerforge.slurm.grace import Grace, parse_grace
+from kempnerforge.slurm.job import SlurmJob, leaves_enough, node_name, parse_facts, parse_lost_nodes, this_job
+from kempnerforge.slurm.note import attempt_note
+from kempnerforge.slurm.script import array_faults, option_faults, option_value, parse_time_s, stop_before_s
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("", []),
+        ("login1", ["login1"]),
+        ("gpu[07-09,12],login1", ["gpu07", "gpu08", "gpu09", "gpu12", "login1"]),
+        ("a[1-2]b[08,10]", ["a1b08", "a1b10", "a2b08", "a2b10"]),
+        ("n[98-101]", ["n98", "n99", "n100", "n101"]),
+        ("holygpu8a[101]", ["holygpu8a101"]),
+        ("a-b.c,[3-4]x", ["a-b.c", "3x", "4x"]),
+    ],
+)
+def test_node_lists(text: str, hosts: list[str]) -> None:
+    assert hostlist.expand(text) == hosts
+
+
+@pytest.mark.parametrize("text", ["a[", "a[1-", "a[]", "a[2-1]", "a[x]", "a,,b", "a]", ","])
+def test_what_is_no_node_list(text: str) -> None:
+    with pytest.raises(ValueError, match="node list"):
+        hostlist.expand(text)
+
+
+RUNNING = {"job_state": "RUNNING"}
+
+
+@pytest.mark.parametrize(
+    ("known", "requeue", "status"),
+    [
+        (RUNNING | {"status": 75, "reason": "stopped by SIGTERM at step 3"}, True, 75),
+        (RUNNING | {"status": 75, "reason": "stopped by SIGUSR1 at step 3"}, True, 75),
+        (RUNNING | {"status": 75, "reason": "stopped by SIGINT at step 3"}, False, 75),
+        (RUNNING | {"status": 75, "reason": "stopped by stop.request at step 3"}, False, 75),
+        (RUNNING | {"status": 75, "reason": "stopped by stop.request (SIGUSR1)"}, True, 75),
+        ({"job_state": "CANCELLED", "status": 75, "asked": "SIGTERM"}, False, 75),
+        ({"job_state": "COMPLETING", "status": 75, "asked": "SIGTERM"}, False, 75),
+        ({"job_state": "", "status": None}, False, 1),
+        (RUNNING | {"status": 0}, False, 0),
+        (RUNNING | {"status": 0, "asked": "SIGUSR1"}, False, 0),
+        (RUNNING | {"status": 2, "asked": "SIGUSR1"}, False, 2),
+        (RUNNING | {"status": 76, "lost_nodes": ["n1"]}, False, 76),
+        (RUNNING | {"status": None}, False, 1),
+        (RUNNING | {"status": 1, "reason": "RuntimeError"}, False, 1),
+        (RUNNING | {"status": None, "asked": "preempted"}, True, 1),
+        (RUNNING | {"status": None, "lost_nodes": ["n2"]}, True, 1),
+        (RUNNING | {"status": 1, "lost_nodes": ["n2"]}, True, 1),
+        (RUNNING | {"status": 1, "faulty_nodes": ["n2"]}, True, 1),
+        (RUNNING | {"status": None, "lost_in_a_row": 0}, True, 1),  # it had committed a step
+        (RUNNING | {"status": 1, "lost_in_a_row": 2}, True, 1),
+        (RUNNING | {"status": 1, "lost_in_a_row": 3}, False, 1),
+        (RUNNING | {"status": 2, "lost_in_a_row": 0}, False, 2),
+        (RUNNING | {"status": 75, "reason": "deadline", "may_requeue": False}, False, 75),
+        (RUNNING | {"status": 1, "faulty_nodes": ["n2"], "may_requeue": False}, False, 1),
+        (RUNNING | {"status": 0, "may_requeue": False}, False, 0),
+    ],
+)
+def test_a_job_is_requeued_exactly_when_it_should_be(
+    known: dict[str, Any], requeue: bool, status: int
+) -> None:
+    decision = decide(**known)
+    assert (decision.requeue, decision.status) == (requeue, status)
+    assert decision.why
+    assert decision.exclude == (("n2",) if requeue and "n2" in str(known) else ())
+
+
+def test_lost_nodes() -> None:
+    listing = "n1 mixed\nn2 down*\nn3 idle\nn4 drained\nn5 allocated*\nn6 fail\nn2 down*\n"
+    assert parse_lost_nodes(listing) == ["n2", "n5", "n6"]
+
+
+NODES = "n1 mixed\nn2 idle\nn3 allocated+\nn4 drained\nn5 down*\nn6 idle*\nn1 mixed\n"
+
+
+@pytest.mark.parametrize(
+    ("out", "asked_for", "needed", "enough"),
+    [
+        ({"n1"}, (), 2, True),
+        ({"n1"}, (), 3, False),
+        ({"n1", "n4"}, (), 2, True),
+        ({"n1", "n2", "n3"}, (), 1, False),
+        ({"n1"}, ("n2",), 1, True),
+        ({"n1"}, ("n1", "n2"), 2, False),
+    ],
+)
+def test_no_node_is_left_out_that_the_job_cannot_do_without(
+    out: set[str], asked_for: tuple[str, ...], needed: int, enough: bool
+) -> None:
+    assert leaves_enough(NODES, out, asked_for=asked_for, needed=needed) is enough
+
+
+def event(attempt: int, name: str, **values: Any) -> dict[str, Any]:
+    return {"event": name, "attempt": attempt, "time": float(attempt), **values}
+
+
+@pytest.mark.parametrize(
+    ("events", "before", "count"),
+    [
+        ([], 0, None),
+        ([event(1, "start")], 0, 1),
+        ([event(1, "start")], 1, None),
+        ([event(1, "start"), event(1, "commit", step=3)], 0, 0),
+        ([event(1, "commit", step=3), event(2, "start"), event(3, "start")], 2, 2),
+        ([event(1, "start"), event(2, "end", kind="stopped"), event(3, "end", kind="lost")], 2, 1),
+        ([event(1, "end", kind="fault")], 0, None),
+    ],
+)
+def test_attempts_that_were_lost_in_a_row(
+    events: list[dict[str, Any]], before: int, count: int | None
+) -> None:
+    assert lost_in_a_row(derive(events, []), before=before) == count
+
+
+def test_hosts_are_found_among_the_nodes_of_the_job() -> None:
+    assert nodes_of({"n2.cluster.org", "n10"}, ["n1", "n2"]) == ["n2"]
+
+
+def test_facts_leave_out_what_has_no_value() -> None:
+    line = "JobId=1 Name=a=b PreemptTime=2026-11-25T12:25:24 SuspendTime=None ExcNodeList=(null) Requeue=0 x"
+    known = {"JobId": "1", "Name": "a=b", "PreemptTime": "2026-11-25T12:25:24", "Requeue": "0"}
+    assert parse_facts(line) == known
+
+
+def test_this_job() -> None:
+    assert this_job({}) is None
+    environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    assert this_job(environ) == SlurmJob("7", 0, ("n1", "n2"))
+    array = environ | {
+        "SLURM_RESTART_COUNT": "3",
+        "SLURM_ARRAY_JOB_ID": "6",
+        "SLURM_ARRAY_TASK_ID": "1",
+    }
+    found = this_job(array)
+    assert found == SlurmJob("7", 3, ("n1", "n2"), "6", "1")
+    assert (found.attempt_name, found.handle) == ("7.3", "6_1")
+
+
+def test_a_node_is_called_as_slurm_calls_it() -> None:
+    assert node_name({"SLURMD_NODENAME": "gpu07"}) == "gpu07"
+    assert node_name({}) == socket.gethostname()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("24:00:00", 86400),
+        ("2-12", 216000),
+        ("1-0:30", 88200),
+        ("1-00:00:05", 86405),
+        ("soon", None),
+        ("", None),
+    ],
+)
+def test_time_limits(text: str, seconds: int | None) -> None:
+    assert parse_time_s(text) == seconds
+
+
+def test_short_jobs_are_not_told_at_their_start() -> None:
+    assert (stop_before_s("24:00:00"), stop_before_s("1:00")) == (120, 15)
+
+
+def test_options_that_would_get_round_the_check_are_refused() -> None:
+    faults = option_faults("soon", ["-N4", "--time=3", "-p", "gpu", "--qos=low", "--train.seed=3", "--a\nb"])
+    assert [fault.key for fault in faults] == [
+        "--time",
+        "-N4",
+        "--time=3",
+        "--train.seed=3",
+        repr("--a\nb"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "value"),
+    [
+        (["--qos=low"], None),
+        (["--partition=gpu,low"], "gpu,low"),
+        (["--qos=low", "--partition", "gpu"], "gpu"),
+        (["-p", "gpu", "-x", "n1"], "gpu"),
+        (["-pgpu"], "gpu"),
+        (["-p"], ""),
+        (["--prefer=x", "--partitions=x"], None),
+    ],
+)
+def test_the_value_of_an_option_of_sbatch(options: list[str], value: str | None) -> None:
+    assert option_value(options, "--partition", "-p") == value
+
+
+@pytest.mark.parametrize(
+    ("options", "is_shared", "refused"),
+    [
+        (["--array=0-3"], True, True),
+        (["-a", "1,3"], True, True),
+        (["--array=0-3"], False, False),
+        (["--array=1-9%1"], True, False),
+        (["--array=1-9%2"], True, True),
+        (["--array=3"], True, False),
+        ([], True, False),
+    ],
+)
+def test_tasks_of_an_array_that_would_write_one_run(
+    options: list[str], is_shared: bool, refused: bool
+) -> None:
+    assert bool(array_faults(options, "runs/x", is_shared=is_shared)) is refused
+
+
+CONFIG = "Configuration data\nKillOnBadExit           = 0\nKillWait                = 45 sec\n"
+PARTITIONS = """\
+PartitionName=main Default=YES GraceTime=0 PreemptMode=OFF
+PartitionName=low Default=NO GraceTime=300 PreemptMode=REQUEUE
+PartitionName=off Default=NO GraceTime=300 PreemptMode=OFF
+PartitionName=short Default=NO GraceTime=20 PreemptMode=REQUEUE
+"""
+
+
+@pytest.mark.parametrize(
+    ("partition", "kill_wait_s", "grace_s", "timeout_s"),
+    [
+        ("", 45, 0, 40),
+        ("low", 45, 300, 295),
+        ("off", 45, 0, 40),
+        ("short", 45, 20, 40),
+        ("low,main", 45, 0, 40),
+    ],
+)
+def test_a_stop_may_take_what_the_partition_grants(
+    partition: str, kill_wait_s: int, grace_s: int, timeout_s: int
+) -> None:
+    found = parse_grace(CONFIG, PARTITIONS, partition)
+    assert found == Grace(kill_wait_s, grace_s)
+    assert found.shutdown_timeout_s == timeout_s
+
+
+def test_what_a_partition_grants_is_not_guessed() -> None:
+    assert parse_grace(CONFIG, PARTITIONS, "gpu") is None
+    assert parse_grace(CONFIG, "", "") is None
+    assert parse_grace("", PARTITIONS, "low") is None
+
+
+def test_a_note_hides_secrets() -> None:
+    environ = {"WANDB_API_KEY": "s3cr3t", "HF_TOKEN": "s3cr3t", "HOME": "/home/x"}
+    text = attempt_note(environ, command=["train.py"], config_toml="[run]\n", revision="abc\n")
+    assert "s3cr3t" not in text
+    assert "HOME='/home/x'" in text
+
+
+# -- the command -----------------------------------------------------------------------------------------
+
+
+def kempnerforge(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from kempnerforge.cli.app import main\ntry:\n    main()\n"
+    code += "finally:\n    assert 'torch' not in sys.modules"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, check=False
+    )
+
+
+LLAMA = ["submit", "configs/llama_7b.toml", "--nodes=4", "--gpus-per-node=8", "--time=24:00:00"]
+
+
+def test_a_dry_run_prints_a_script_that_bash_can_read() -> None:
+    name = "--run.dir=runs/it's; rm x"
+    done = kempnerforge(*LLAMA, "--dry-run", name, "--", "-p", "gpu", "--qos=low")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for line in ("--nodes=4", "--gpus-per-node=8", "--signal=B:USR1@120", "--requeue", "-p gpu", "--qos=low"):
+        assert f"#SBATCH {line}" in lines
+    assert lines[0] == "#!/bin/bash"
+    assert "@" not in "".join(line for line in lines if line.isupper())
+    (train,) = [line for line in lines if line.startswith("train=(")]
+    assert shlex.split(train.removeprefix("train=(").removesuffix(")"))[-1] == name
+    checked = subprocess.run(["bash", "-n"], input=done.stdout, text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_a_layout_that_cannot_work_is_not_queued() -> None:
+    arguments = ["--nodes=3", "--train.sed=1"]
+    done = kempnerforge(*LLAMA, *arguments, PATH="")
+    assert done.returncode == 2
+    assert "but processes started: 24" in done.stderr
+    assert "--train.sed: is not a known key" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+SCONTROL = """#!/bin/bash
+case "$*" in
+    "show config") echo "KillWait = 30 sec" ;;
+    "-o show partition") echo "PartitionName=low Default=YES GraceTime=900 PreemptMode=REQUEUE" ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+def test_submit_gives_a_stop_the_time_that_it_has(tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "run").mkdir()
+    commit = {"event": "commit", "attempt": 1, "time": 1.0, "step": 4, "total_s": 1000.0}
+    (tmp_path / "run/ledger.jsonl").write_text(json.dumps(commit) + "\n")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", PATH=path)
+    assert "--train.shutdown_timeout_s=895)" in done.stdout
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=955" in done.stdout
+    assert done.stderr == ""
+    done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/run", PATH=path)
+    assert "saves of this run took up to 1000 s" in done.stderr
+    own = "--train.shutdown_timeout_s=1000"
+    done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", own, PATH=path)
+    assert f"{own})" in done.stdout
+    assert "is 1000 s: a stop that hangs would be killed without a word" in done.stderr
+
+
+def test_without_slurm_the_error_says_so(tmp_path: Path) -> None:
+    done = kempnerforge(*LLAMA, f"--run.dir={tmp_path}", PATH="")
+    assert done.returncode == 1
+    assert done.stderr.startswith("sbatch is not installed here")
+    assert kempnerforge("slurm", "after", str(tmp_path), SLURM_JOB_ID="").returncode == 1
+
+
+SCRIPTS = {
+    "one_node.sh": ["configs/quickstart.toml", "--nodes", "1", "--gpus-per-node", "2", "--time", "2:00:00"],
+    "many_nodes.sh": [
+        *("configs/llama_7b.toml", "--nodes", "4", "--gpus-per-node", "8", "--time", "24:00:00"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_scripts_of_the_repository_are_what_submit_renders(name: str) -> None:
+    done = kempnerforge("submit", *SCRIPTS[name], "--dry-run")
+    made = "".join(line for line in done.stdout.splitlines(True) if not line.startswith("PATH="))
+    assert (ROOT / "slurm" / name).read_text() == made

@@ -1,0 +1,477 @@
+"""Weights out and in: the same bits, the same logits as transformers, and nothing half done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.ckpt_cli import Ckpt
+from support.step_maker import flip_byte, write_step
+from support.weight_cases import VARIANTS, assert_equal, config_toml, make_model, process, save, weights_of
+from test_data_tokenizer import make_tokenizer
+
+from kempnerforge.checkpoint import holds
+from kempnerforge.checkpoint.float_cast import cast
+from kempnerforge.cli import app, ckpt_text
+from kempnerforge.config.schema import ModelConfig, load_job
+from kempnerforge.config.toml_text import render
+from kempnerforge.model.hf import tensor_map
+from kempnerforge.model.llama import Llama
+
+pytest_plugins = ["support.ckpt_fixtures"]
+
+
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face folder, found by its index."""
+    where = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    found = {}
+    for file in sorted(set(where.values())):
+        tensors = load_file(folder / file)
+        assert set(tensors) == {name for name, place in where.items() if place == file}
+        found.update(tensors)
+    return found
+
+
+@pytest.fixture
+def import_hf(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run ``kempnerforge import hf`` in this process: (status, out, err)."""
+
+    def run(*arguments: object) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kempnerforge", "import", "hf", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            app.main()
+        return (ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+# Equal to transformers
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_computes_the_same_logits_and_the_way_back_is_exact(
+    ckpt: Ckpt, import_hf: Any, tmp_path: Path, variant: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(**VARIANTS[variant])
+    step, out, back = save(tmp_path, model, split=3), tmp_path / "hf", tmp_path / "back"
+    assert ckpt("export", step, "--out", out, "--max-shard-size", "30KB").status == 0
+    other = AutoModelForCausalLM.from_pretrained(out)
+    assert other.dtype == torch.float32
+    tokens = torch.randint(61, (2, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours, theirs = model(tokens), other(tokens).logits
+    assert ours.abs().max() > 1
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+    status, told, _ = import_hf(out, "--out", back)
+    assert status == 0
+    assert_equal(weights_of(back), model.state_dict())
+    assert ckpt("verify", back).status == 0
+    assert config_toml(model).splitlines()[1] in told
+
+
+def test_folders_that_transformers_saved_are_imported(import_hf: Any, tmp_path: Path) -> None:
+    """In one file and in several; in bf16 too; with tied embeddings and without."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for number, settings in enumerate(
+        ({"tie_word_embeddings": True}, {"max_shard_size": "20KB"}, {"dtype": "bf16"})
+    ):
+        torch.manual_seed(number)
+        config = LlamaConfig(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=settings.get("tie_word_embeddings", False),
+        )
+        other = LlamaForCausalLM(config)
+        if "dtype" in settings:
+            other = other.to(torch.bfloat16)
+        folder, out = tmp_path / f"hf{number}", tmp_path / f"ours{number}"
+        other.save_pretrained(folder, max_shard_size=settings.get("max_shard_size", "5GB"))
+        assert ((folder / "model.safetensors.index.json").exists()) == ("max_shard_size" in settings)
+        status, _, err = import_hf(folder, "--out", out)
+        assert status == 0, err
+        extending = tmp_path / "job.toml"
+        extending.write_text(f'extends = "{out}/config.toml"\n[data]\ntext = "x"\ntokenizer = "t"\n')
+        job = load_job(extending, ["--train.seq_len=8"]).job
+        ours = Llama(job.model)
+        ours.load_state_dict(weights_of(out))
+        tokens = torch.arange(40).view(1, 40)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(tokens), other.float()(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+# Out
+
+
+@pytest.mark.parametrize("split", [1, 2, 5])
+def test_any_layout_gives_the_same_bytes(ckpt: Ckpt, tmp_path: Path, split: int) -> None:
+    model = make_model(n_kv_heads=2)
+    whole, parts = save(tmp_path / "whole", model), save(tmp_path / "parts", model, split=split)
+    for step, out in ((whole, "a"), (parts, "b")):
+        assert ckpt("export", step, "--out", tmp_path / out).status == 0
+    for name in ("model.safetensors", "config.json", "model.safetensors.index.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_rows_of_queries_and_keys_change_places_within_their_heads(ckpt: Ckpt, tmp_path: Path) -> None:
+    model = make_model(n_kv_heads=2)
+    assert ckpt("export", save(tmp_path, model, split=2), "--out", tmp_path / "hf").status == 0
+    found, ours = exported(tmp_path / "hf"), model.state_dict()
+    for name in ("q", "k"):
+        theirs = found[f"model.layers.1.self_attn.{name}_proj.weight"].view(-1, 2, 6, 48)
+        mine = ours[f"layers.1.attention.w{name}.weight"].view(-1, 6, 2, 48)
+        assert torch.equal(theirs, mine.transpose(1, 2))
+    assert torch.equal(found["model.layers.1.self_attn.v_proj.weight"], ours["layers.1.attention.wv.weight"])
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_dtype_is_the_command_s_or_the_run_s(
+    ckpt: Ckpt, tmp_path: Path, dtype: str, torch_dtype: torch.dtype
+) -> None:
+    model = make_model()
+    extra = f'[checkpoint]\nexport_dtype = "{dtype}"\n'
+    step = save(tmp_path, model, split=2, extra=extra)
+    assert ckpt("export", step, "--out", tmp_path / "run").status == 0
+    assert ckpt("export", step, "--out", tmp_path / "fp32", "--dtype", "fp32").status == 0
+    assert ckpt("export", save(tmp_path / "x", model), "--out", tmp_path / "a", "--dtype", dtype).status == 0
+    exact = exported(tmp_path / "fp32")
+    assert_equal(exported(tmp_path / "run"), {name: tensor.to(torch_dtype) for name, tensor in exact.items()})
+    assert_equal(exported(tmp_path / "run"), exported(tmp_path / "a"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["torch_dtype"] == str(torch_dtype)[6:]
+
+
+def test_files_hold_no_more_than_they_may(ckpt: Ckpt, tmp_path: Path) -> None:
+    model = make_model()
+    done = ckpt(
+        "export", save(tmp_path, model), "--out", tmp_path / "hf", "--max-shard-size", "0.03MB", "--json"
+    )
+    assert done.status == 0
+    shards = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert all(path.stat().st_size < 31000 for path in shards)
+    assert len(shards) < len(exported(tmp_path / "hf")) / 2
+    assert sorted(done.json["files"]) == sorted(os.listdir(tmp_path / "hf"))
+    assert done.json["size_bytes"] == sum(path.stat().st_size for path in (tmp_path / "hf").iterdir())
+    assert (
+        ckpt(
+            "export", save(tmp_path / "x", model), "--out", tmp_path / "y", "--max-shard-size", "much"
+        ).status
+        == 2
+    )
+
+
+def test_a_step_that_was_set_aside_is_exported_by_its_name(ckpt: Ckpt, tmp_path: Path) -> None:
+    step = save(tmp_path, make_model())
+    for name in ("rolledback.step_00000007.1", "late.step_00000007.1"):
+        step = step.rename(tmp_path / name)
+        assert ckpt("export", step, "--out", tmp_path / f"{name}.hf").status == 0
+    assert exported(tmp_path / f"{name}.hf")
+
+
+def test_a_damaged_block_ends_the_export_and_nothing_appears(ckpt: Ckpt, tmp_path: Path) -> None:
+    step = save(tmp_path, make_model(), split=2)
+    before = sorted(tmp_path.iterdir())
+    flip_byte(step / "shard_00001_of_00002.safetensors", -3)
+    done = ckpt("export", step, "--out", tmp_path / "hf")
+    assert done.status == 1
+    assert "shard_00001_of_00002.safetensors has a wrong digest" in done.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_value_that_a_dtype_cannot_hold_is_told(ckpt: Ckpt, tmp_path: Path) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.norm.weight[3] = 70000.0
+    done = ckpt("export", save(tmp_path, model), "--out", tmp_path / "hf", "--dtype", "fp16")
+    assert done.status == 2
+    assert "norm.weight holds 70000" in done.err
+    assert not (tmp_path / "hf").exists()
+
+
+def test_an_existing_folder_is_refused(ckpt: Ckpt, import_hf: Any, tmp_path: Path) -> None:
+    step = save(tmp_path, make_model())
+    (tmp_path / "hf").mkdir()
+    done = ckpt("export", step, "--out", tmp_path / "hf")
+    assert (done.status, done.err) == (
+        2,
+        f"{tmp_path}/hf exists; an export makes a new folder. Give another name\n",
+    )
+    assert ckpt("export", step, "--out", tmp_path / "new").status == 0
+    status, _, err = import_hf(tmp_path / "new", "--out", step)
+    assert status == 2
+    assert "exists; an import makes a new checkpoint's folder" in err
+
+
+def test_the_step_is_held_while_it_is_read(
+    ckpt: Ckpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, seen = save(tmp_path, make_model()), []
+
+    @contextlib.contextmanager
+    def watching(_: str) -> Any:
+        yield lambda done, total: seen.append((done, total, list(holds.readers(tmp_path))))
+
+    monkeypatch.setattr(ckpt_text, "progress", watching)
+    assert ckpt("export", step, "--out", tmp_path / "hf").status == 0
+    assert seen
+    assert all(held == [7] for *_, held in seen)
+    assert [done for done, *_ in seen] == sorted(done for done, *_ in seen)
+    assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in exported(tmp_path / "hf").values())
+    assert holds.readers(tmp_path) == {}
+
+
+def test_a_killed_export_leaves_nothing_under_the_name(tmp_path: Path) -> None:
+    step = save(tmp_path, make_model())
+    wait = (
+        "import time; from kempnerforge import fsio\n"
+        "fsio.publish = lambda *_: time.sleep(60)"  # all is written; only the rename is left
+    )
+    code = f"{wait}\nfrom kempnerforge.cli.app import main\nmain()"
+    started = subprocess.Popen(
+        [sys.executable, "-c", code, "ckpt", "export", str(step), "--out", str(tmp_path / "hf")]
+    )
+    hidden = tmp_path / ".hf.export" / "config.json"
+    deadline = time.monotonic() + 60
+    while not hidden.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert hidden.exists()
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    assert not (tmp_path / "hf").exists()
+    again = process("ckpt", "export", step, "--out", tmp_path / "hf")
+    assert again.returncode == 2
+    assert "another export is making it, or was killed" in again.stderr
+    shutil.rmtree(hidden.parent)
+    assert process("ckpt", "export", step, "--out", tmp_path / "hf").returncode == 0
+
+
+@pytest.mark.parametrize("config", [None, "[train]\nseed = 1\n", "[model]\nwidth = 3\n"])
+def test_a_step_without_the_shape_of_its_model_is_refused(
+    ckpt: Ckpt, tmp_path: Path, config: str | None
+) -> None:
+    done = ckpt("export", write_step(tmp_path, 7, config=config), "--out", tmp_path / "hf")
+    assert done.status == 2
+    assert "Traceback" not in done.err
+    assert "[model]" in done.err or "model.width" in done.err
+
+
+def test_a_step_of_another_model_is_refused(ckpt: Ckpt, tmp_path: Path) -> None:
+    step = write_step(tmp_path, 7, config=config_toml(make_model()))
+    done = ckpt("export", step, "--out", tmp_path / "hf")
+    assert done.status == 2
+    assert "model.tok_embeddings.weight is not in the checkpoint" in done.err
+    assert "and 15 more" in done.err
+
+
+# Tokenizers
+
+
+def test_the_run_s_tokenizer_goes_with_its_weights(ckpt: Ckpt, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    file = tmp_path / "tok" / "tokenizer.json"
+    make_tokenizer(file)
+    step = save(tmp_path, make_model(vocab_size=400), extra=f'[data]\ntext = "x"\ntokenizer = "{file}"\n')
+    assert ckpt("export", step, "--out", tmp_path / "hf").status == 0
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == file.read_bytes()
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (
+        config["eos_token_id"]
+        == json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    )
+    assert loaded.convert_ids_to_tokens(config["eos_token_id"]) == "</s>"
+
+    file.unlink()
+    done = ckpt("export", step, "--out", tmp_path / "without")
+    assert done.status == 0
+    assert "tokenizer.json is not there, so none is exported; give --tokenizer FILE" in done.err
+    assert not (tmp_path / "without" / "tokenizer.json").exists()
+    small = save(tmp_path / "small", make_model(vocab_size=3))
+    done = ckpt("export", small, "--out", tmp_path / "no", "--tokenizer", tmp_path / "hf")
+    assert done.status == 2
+    assert "not its own" in done.err
+
+
+def test_bytes_end_with_the_separator(ckpt: Ckpt, tmp_path: Path) -> None:
+    step = save(tmp_path, make_model(vocab_size=257), extra='[data]\ntext = "x"\ntokenizer = "bytes"\n')
+    assert ckpt("export", step, "--out", tmp_path / "hf").status == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 256
+
+
+# In
+
+
+@pytest.fixture
+def folder(ckpt: Ckpt, tmp_path: Path) -> Path:
+    """A Hugging Face folder in one file, to be changed."""
+    step = save(tmp_path / "source", make_model(n_kv_heads=2, tie_embeddings=True))
+    assert ckpt("export", step, "--out", tmp_path / "hf").status == 0
+    (tmp_path / "hf" / "model.safetensors.index.json").unlink()
+    return tmp_path / "hf"
+
+
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    tensors: dict[str, Any] = load_file(folder / "model.safetensors") | changes
+    save_file({name: one for name, one in tensors.items() if one is not None}, folder / "model.safetensors")
+
+
+EMBEDDING = "model.embed_tokens.weight"
+BIAS = "model.layers.0.self_attn.q_proj.bias"
+BAD: dict[str, tuple[Any, int, str]] = {
+    "a bias": (lambda f: rewrite(f, **{BIAS: torch.zeros(48)}), 2, f"{BIAS} is no weight of a Llama"),
+    "a missing weight": (lambda f: rewrite(f, **{EMBEDDING: None}), 2, f"{EMBEDDING} is missing"),
+    "another shape": (lambda f: rewrite(f, **{"model.norm.weight": torch.zeros(9)}), 2, "has shape (9,)"),
+    "integers": (
+        lambda f: rewrite(f, **{"model.norm.weight": torch.zeros(48, dtype=torch.int8)}),
+        2,
+        "model.norm.weight is I8; F32, F16, BF16 can be imported",
+    ),
+    "an output layer of its own": (
+        lambda f: rewrite(f, **{"lm_head.weight": torch.zeros(61, 48)}),
+        2,
+        "lm_head.weight differs from model.embed_tokens.weight",
+    ),
+    "a file cut short": (lambda f: os.truncate(f / "model.safetensors", 5000), 1, "is damaged"),
+    "no config": (lambda f: (f / "config.json").unlink(), 2, "config.json does not exist"),
+    "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), 2, "cannot be parsed"),
+    "another architecture": (lambda f: (f / "config.json").write_text("{}"), 2, "model_type: is None"),
+    "only a pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        2,
+        "pytorch_model.bin is a pickle",
+    ),
+    "an index that leads out": (
+        lambda f: (f / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"x": "../x.safetensors"}}'
+        ),
+        2,
+        "names '../x.safetensors'",
+    ),
+    "an index of a file that is not there": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": "x.safetensors"}}'),
+        2,
+        "x.safetensors is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_imported_is_told_and_nothing_appears(
+    import_hf: Any, folder: Path, tmp_path: Path, case: str
+) -> None:
+    damage, status, told = BAD[case]
+    damage(folder)
+    before = sorted(tmp_path.iterdir())
+    found, out, err = import_hf(folder, "--out", tmp_path / "ours")
+    assert (found, out) == (status, "")
+    assert told in err
+    assert "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_repeats_other_bytes_is_left_out(import_hf: Any, folder: Path, tmp_path: Path) -> None:
+    """Folders of earlier versions have rotary frequencies, and tied models often the output layer."""
+    embedding = load_file(folder / "model.safetensors")[EMBEDDING]
+    extra = {
+        "lm_head.weight": embedding.clone(),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(6),
+    }
+    rewrite(folder, **extra)
+    status, told, err = import_hf(folder, "--out", tmp_path / "ours", "--json")
+    assert status == 0, err
+    body = json.loads(told)
+    assert body["exclude_from_loading"] == ["optimizer", "scheduler", "data", "rng"]
+    assert body["num_parameters"] == sum(tensor.numel() for tensor in weights_of(tmp_path / "ours").values())
+    assert sorted(os.listdir(tmp_path / "ours")) == sorted(
+        ["config.toml", "index.bin", "manifest.json", "shard_00000_of_00001.safetensors", "train_state.json"]
+    )
+
+
+def test_stock_torch_reads_what_was_imported(import_hf: Any, folder: Path, tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    assert import_hf(folder, "--out", tmp_path / "ours")[0] == 0
+    want = weights_of(tmp_path / "ours")
+    state = {f"model.{name}": torch.empty_like(tensor) for name, tensor in want.items()}
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "ours")))
+    assert_equal({name.removeprefix("model."): tensor for name, tensor in state.items()}, want)
+
+
+# Casts
+
+
+@pytest.mark.parametrize("target", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("source", ["BF16", "F16", "F32"])
+def test_casts_are_torch_s(source: str, target: str) -> None:
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=generator, dtype=torch.int64).to(
+        torch.int32
+    )
+    values = bits.view(torch.float32)
+    values = torch.cat([values, torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1 + 2**-8, 1 + 3 * 2**-8])])
+    values = values[~values.isnan()].to(dtypes[source])
+    values = values[~(values.isfinite() & ~values.to(dtypes[target]).isfinite())]  # these are refused
+    raw = values.view(torch.uint8).numpy()
+    found = torch.from_numpy(cast(raw, source, target).copy()).view(dtypes[target])
+    assert torch.equal(found, values.to(dtypes[target]))
+    assert cast(np.array([np.nan], np.float32).view(np.uint8), "F32", "BF16").tobytes() == b"\xc0\x7f"
+
+
+# Memory
+
+PEAK = """
+import atexit
+def told():
+    import re, sys
+    print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], file=sys.stderr)
+atexit.register(told)
+"""
+
+
+def peak_mb(*arguments: object) -> float:
+    done = process(*arguments, code=PEAK)
+    assert done.returncode == 0, done.stderr
+    return int(done.stderr.split("peak ")[1]) / 1000
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Out and in: a model of 200 MB, its largest tensor 61 MB, takes hardly more than a tiny one."""
+    sizes = {"dim": 512, "n_layers": 2, "n_heads": 8, "ffn_hidden_dim": 6000, "vocab_size": 30000}
+
+    def zeros(name: str, changes: dict[str, Any]) -> Path:
+        config = ModelConfig.model_validate(changes)
+        state = {f"model.{one.name}": np.zeros(one.shape, np.float32) for one in tensor_map(config)}
+        boxes = {key: [((0,) * array.ndim, array.shape)] for key, array in state.items()}
+        text = render({"model": config.model_dump(mode="json")})
+        return write_step(tmp_path / name, 7, state=state, boxes=boxes, config=text)
+
+    small, large = zeros("small", {"dim": 32, "n_heads": 2}), zeros("large", sizes)
+    model_mb = sum(path.stat().st_size for path in large.iterdir()) / 1e6
+    assert model_mb > 190
+    for verb in (["ckpt", "export"], ["import", "hf"]):
+        peaks = []
+        for step in (small, large):
+            source = step if verb[1] == "export" else tmp_path / f"{step.parent.name}.export"
+            peaks.append(peak_mb(*verb, source, "--out", tmp_path / f"{step.parent.name}.{verb[1]}"))
+        assert peaks[1] - peaks[0] < 50, (verb, peaks, model_mb)
