@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import importlib
 import json
 import os
 import shutil
@@ -20,6 +19,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from support.patch_target import patch_target, resolve
+
+RESUME = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.resume")
+READ_SAMPLES = patch_target("kempnerforge.data.tokens:Samples.read")
+WRITE_SHARD = patch_target("kempnerforge.checkpoint.writer:Writer.write")
+COPY_TO_HOST = patch_target("kempnerforge.checkpoint.staging:BlockingCopy.__init__")
+READ_OUTCOME = patch_target("kempnerforge.checkpoint.board:StoreBoard.read")
+CROSS_ENTROPY = patch_target("torch.nn.functional:cross_entropy")
 FILE_OPERATIONS = ("open", "write", "fsync", "rename", "replace", "symlink", "unlink", "mkdir", "rmdir")
 
 
@@ -35,11 +42,7 @@ def _die() -> None:
 
 def _wrap(target: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replace ``module:attribute.path`` by ``make(original)``."""
-    module, _, path = target.partition(":")
-    owner: Any = importlib.import_module(module)
-    *outer, name = path.split(".")
-    for part in outer:
-        owner = getattr(owner, part)
+    owner, name = resolve(target)
     setattr(owner, name, make(getattr(owner, name)))
 
 
@@ -211,7 +214,7 @@ def poison_loss(*, calls: list[int], rank: int | None) -> None:
 
         return replacement
 
-    _wrap("torch.nn.functional:cross_entropy", make)
+    _wrap(CROSS_ENTROPY, make)
 
 
 def report_loaded(path: str) -> None:
@@ -231,7 +234,7 @@ def report_loaded(path: str) -> None:
 
         return replacement
 
-    _wrap("kempnerforge.checkpoint.manager:CheckpointManager.resume", make)
+    _wrap(RESUME, make)
 
 
 def record_samples(path: str) -> None:
@@ -245,7 +248,7 @@ def record_samples(path: str) -> None:
 
         return replacement
 
-    _wrap("kempnerforge.data.tokens:Samples.read", make)
+    _wrap(READ_SAMPLES, make)
 
 
 def failing_shards(name: str, *, rank: int | None, error: str = "ENOSPC") -> None:
@@ -262,17 +265,17 @@ def failing_shards(name: str, *, rank: int | None, error: str = "ENOSPC") -> Non
 
         return replacement
 
-    _wrap("kempnerforge.checkpoint.writer:Writer.write", make)
+    _wrap(WRITE_SHARD, make)
 
 
 def slow_shards(seconds: float, *, rank: int | None) -> None:
     """Every write of a shard takes so much longer."""
-    _slow("kempnerforge.checkpoint.writer:Writer.write", seconds, rank)
+    _slow(WRITE_SHARD, seconds, rank)
 
 
 def slow_staging(seconds: float, *, rank: int | None) -> None:
     """Every blocking copy to host buffers takes so much longer."""
-    _slow("kempnerforge.checkpoint.staging:BlockingCopy.__init__", seconds, rank)
+    _slow(COPY_TO_HOST, seconds, rank)
 
 
 def contended_shards(seconds: float, *, rank: int | None) -> None:
@@ -296,13 +299,13 @@ def contended_shards(seconds: float, *, rank: int | None) -> None:
 
         return replacement
 
-    _wrap("kempnerforge.checkpoint.writer:Writer.write", keep)
-    _wrap("torch.nn.functional:cross_entropy", need)
+    _wrap(WRITE_SHARD, keep)
+    _wrap(CROSS_ENTROPY, need)
 
 
 def slow_to_learn(seconds: float, *, rank: int | None) -> None:
     """Every look for the outcome of a save takes so much longer."""
-    _slow("kempnerforge.checkpoint.board:StoreBoard.read", seconds, rank)
+    _slow(READ_OUTCOME, seconds, rank)
 
 
 def _slow(target: str, seconds: float, rank: int | None) -> None:
@@ -339,7 +342,7 @@ def crash_at_loss(*, how: str, call: int, rank: int | None) -> None:
 
         return replacement
 
-    _wrap("torch.nn.functional:cross_entropy", make)
+    _wrap(CROSS_ENTROPY, make)
 
 
 def set_value(target: str, value: Any) -> None:
@@ -402,4 +405,4 @@ def freeze_writer(*, call: int, seconds: float, rank: int) -> None:
 
         return replacement
 
-    _wrap("kempnerforge.checkpoint.writer:Writer.write", make)
+    _wrap(WRITE_SHARD, make)

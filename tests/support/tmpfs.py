@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import subprocess
+import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+_MNT_DETACH = 2
+
 
 @contextmanager
 def mounted_tmpfs(folder: Path, options: str, *, lazy: bool = False) -> Iterator[Path]:
-    """``folder``, which is made, as a tmpfs with ``options``, such as ``size=8m``.
+    """Mount a tmpfs at ``folder``, which is made, with ``options`` such as ``size=8m``.
 
-    Skips the test where none can be mounted. Fails it when a file is still open at the end, unless ``lazy``.
+    Skip the test where none can be mounted. Fail it when a file is still open at the end, unless ``lazy``.
     """
+    libc = ctypes.CDLL(None, use_errno=True)
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.decode().strip()}")
+    if libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, options.encode()):
+        pytest.skip(f"a small tmpfs cannot be mounted here: {os.strerror(ctypes.get_errno())}")
     yield folder
-    subprocess.run(["umount", *(["-l"] if lazy else []), str(folder)], check=True)
+    if libc.umount2(bytes(folder), _MNT_DETACH if lazy else 0):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))

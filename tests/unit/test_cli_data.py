@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_data_tokenizer import make_tokenizer
+from support.tokenizers import make_tokenizer
 from typer.testing import CliRunner, Result
 
 from kempnerforge.cli.data import app
@@ -29,14 +27,6 @@ def texts(tmp_path, monkeypatch) -> Path:
 
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The installed command in a process of its own."""
-    main = "from kempnerforge.cli.app import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", main, "data", *arguments], capture_output=True, text=True, timeout=60
-    )
 
 
 def test_prepare_then_inspect(texts):
@@ -110,29 +100,3 @@ def test_inspect_reads_npy_shards(texts):
     assert facts["tokens"] == {"train": 100}
     assert facts["digest"] == open_dataset("tokens.npy").digest
     assert "tokens.npy" in run("inspect", "tokens.npy").stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["prepare", "nothing/*.txt", "--out", "out"], "matches no file"),
-        (["prepare", "texts", "--out", "out", "--tokenizer", "absent.json"], "no such file"),
-        (["prepare", "texts", "--out", "texts"], "not an empty folder"),
-        (["prepare", "texts", "--out", "texts/00.txt/below"], "cannot write prepared tokens"),
-        (["prepare", "texts"], "Missing option '--out'"),
-        (["prepare", "texts", "--out", "out", "--val-fraction", "1.5"], "--val-fraction"),
-        (["inspect", "nowhere"], "no such file or folder"),
-        (["inspect", "texts"], "neither index.json nor .npy"),
-    ],
-)
-def test_what_cannot_work_ends_with_2_and_no_traceback(texts, arguments, message):
-    done = command(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not Path("out").exists()
-
-
-def test_the_command_needs_no_torch():
-    code = "import sys, kempnerforge.cli.data; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kempnerforge.goodput import breaker
-from kempnerforge.goodput.faults import FaultRecord, is_peer_loss, read_faults
+from kempnerforge.goodput.faults import FaultRecord, is_peer_loss
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.interval import daly, rate_bounds, young
 from kempnerforge.goodput.ledger import Ledger, read_events
@@ -154,47 +151,6 @@ ILLEGAL = "CUDA error: an illegal memory access was encountered\nCUDA kernel err
 def test_peer_losses_are_told_from_causes(name: str, message: str, expected: bool) -> None:
     """The texts are those that users have reported to PyTorch, Megatron, vLLM and NCCL."""
     assert is_peer_loss(name, message) is expected
-
-
-ABORT = """
-import ctypes, sys, time
-from pathlib import Path
-from kempnerforge.goodput.faults import FaultFile
-
-run_dir, watchdog, raised, thread = sys.argv[1:]
-faults = FaultFile(Path(run_dir), attempt=1, rank=0, host="n1", watchdog=watchdog == "watchdog")
-if raised:
-    faults.record(RuntimeError(raised))
-libc = ctypes.CDLL(None)
-if thread == "native":
-    abort = ctypes.cast(libc.abort, ctypes.c_void_p)
-    libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, abort, None)
-    time.sleep(30)
-libc.abort()
-"""
-
-
-@pytest.mark.parametrize(
-    ("watchdog", "raised", "thread", "text", "by_peer"),
-    [
-        ("watchdog", "", "native", "Aborted", True),
-        # An abort in Python's own thread, or where there is no NCCL, is nobody else's.
-        ("watchdog", "", "python", "Aborted", False),
-        ("", "", "native", "Aborted", False),
-        # What was raised before the abort says more.
-        ("watchdog", "CUDA error: unspecified launch failure", "native", "RuntimeError: CUDA error", False),
-        ("watchdog", "Connection reset by peer", "python", "RuntimeError: Connection reset", True),
-    ],
-)
-def test_an_abort_by_the_watchdog_is_no_fault_of_this_rank(
-    tmp_path: Path, watchdog: str, raised: str, thread: str, text: str, by_peer: bool
-) -> None:
-    command = [sys.executable, "-c", ABORT, str(tmp_path), watchdog, raised, thread]
-    done = subprocess.run(command, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGABRT, done.stderr
-    (fault,) = read_faults(tmp_path)
-    assert (fault.host, fault.by_peer) == ("n1", by_peer)
-    assert fault.text.startswith(text)
 
 
 def test_a_torn_line_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:

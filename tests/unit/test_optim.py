@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -85,11 +84,6 @@ def describe(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
 @pytest.mark.parametrize("fused", [True, False])
 def test_state_made_early_trains_as_torchs_own(fused: bool) -> None:
     _compare_with_lazy_state(fused, sharded=False)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_state_made_early_trains_as_torchs_own_when_sharded(fused: bool) -> None:
-    run_ranks(_compare_with_lazy_state, 2, fused, True)
 
 
 def at(step: int, max_steps: int = 100, **config: Any) -> float:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 import time
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -118,27 +115,3 @@ def test_a_hold_that_cannot_be_parsed_is_one_that_is_being_written(step: Path, c
     assert holds.readers(step.parent) == {7: ["a reader"]}
     holds.remove_stale(step.parent, now=time.time() + 2 * holds.LIFETIME_S)
     assert [path.name for path in files(step)] == ["README", "step_7.0123.json"]
-
-
-def hold_for_ever(step: Path, held: Event) -> None:
-    with holds.hold(step, what="verify"):
-        held.set()
-        time.sleep(600)
-
-
-def test_a_reader_that_was_killed_keeps_nothing(step: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    held = context.Event()
-    process = context.Process(target=hold_for_ever, args=(step, held))
-    process.start()
-    assert held.wait(20)
-    assert list(holds.readers(step.parent)) == [7]
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGSTOP)
-    assert list(holds.readers(step.parent)) == [7], "stopped is not ended"
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert len(files(step)) == 1
-    assert holds.readers(step.parent) == {}
-    holds.remove_stale(step.parent)
-    assert files(step) == []

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import fork as forking
-from kempnerforge.checkpoint import layout, lease, manifest, receipt, rollback, run_record, space, timeline
+from kempnerforge.checkpoint import layout, lease, receipt, rollback, run_record, space, timeline
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.manifest import Provenance
 from kempnerforge.checkpoint.receipt import Receipt
@@ -136,19 +134,6 @@ def test_a_rollback_is_named_before_a_resume() -> None:
     assert late_arrivals({8: 1}, [Cut(2, 4, is_rollback=True), Cut(3, 4)])[8].is_rollback
 
 
-def test_a_late_step_is_set_aside_and_never_chosen(run: Path) -> None:
-    assert resume(run) == 12
-    save(run, 16, attempt=2)
-    save(run, 20, attempt=1)
-    assert resume(run) == 16
-    assert "late.step_00000020.1" in names(run)
-    assert verify(run / "checkpoints" / "late.step_00000020.1").sound
-    assert layout.list_folder(run / "checkpoints").late == [run / "checkpoints" / "late.step_00000020.1"]
-    save(run, 20, attempt=1)
-    moved = timeline.set_aside_late(run / "checkpoints", timeline.cuts(run), run_id="abc")
-    assert [path.name for path in moved] == ["late.step_00000020.2"]
-
-
 def test_steps_that_this_attempt_trusts_are_not_read(run: Path) -> None:
     Receipt(2, source="resume", step=8).write(run)
     cuts = timeline.cuts(run)
@@ -175,25 +160,6 @@ def test_an_attempts_number_is_above_all_receipts(run: Path) -> None:
 # Rollback
 
 
-def test_a_rollback_sets_later_steps_aside_and_the_run_goes_on_from_there(run: Path) -> None:
-    done = rollback.roll_back(run, 4, note=quiet, progress=quiet)
-    assert done.renamed == {
-        "step_00000012": "rolledback.step_00000012.1",
-        "step_00000008": "rolledback.step_00000008.1",
-    }
-    assert names(run) == ["latest", *sorted(done.renamed.values()), "step_00000004"]
-    assert os.readlink(run / "checkpoints" / "latest") == "step_00000004"
-    assert verify(run / "checkpoints" / "rolledback.step_00000012.1").sound
-    assert resume(run) == 4
-    # 13 steps were logged; none of those after step 4 counts as lost: they were given up on purpose.
-    assert receipt.read_receipts(run)[-1]["lost_steps"] == 0
-    log(run, attempt=3, steps=range(5, 8))
-    assert receipt.last_logged_step(run) == 7
-    save(run, 8, attempt=3, parent=4)
-    assert resume(run) == 8
-    assert manifest.load(run / "checkpoints" / "step_00000008").provenance.parent_step == 4
-
-
 def test_a_rollback_begins_a_new_run_in_wandb_and_keeps_its_own_identity(run: Path) -> None:
     done = rollback.roll_back(run, 8, note=quiet, progress=quiet)
     record = record_of(run)
@@ -203,15 +169,6 @@ def test_a_rollback_begins_a_new_run_in_wandb_and_keeps_its_own_identity(run: Pa
     again = rollback.roll_back(run, 4, note=quiet, progress=quiet)
     assert again.wandb_id == "abc-rollback3"
     assert len(record_of(run).rollbacks) == 2
-
-
-def test_a_second_timeline_can_be_rolled_back_too(run: Path) -> None:
-    rollback.roll_back(run, 4, note=quiet, progress=quiet)
-    assert resume(run) == 4
-    save(run, 8, attempt=3, parent=4)
-    done = rollback.roll_back(run, 4, note=quiet, progress=quiet)
-    assert done.renamed == {"step_00000008": "rolledback.step_00000008.2"}
-    assert resume(run) == 4
 
 
 def test_the_newest_step_needs_no_rollback(run: Path) -> None:
@@ -423,48 +380,3 @@ def test_links_that_are_not_possible_become_copies(
 
 
 # Commands
-
-
-def kempnerforge(*arguments: object) -> subprocess.CompletedProcess[str]:
-    code = "from kempnerforge.cli.app import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-
-
-def test_the_commands_say_what_they_did(run: Path, tmp_path: Path) -> None:
-    done = kempnerforge("ckpt", "rollback", run, 8)
-    assert done.returncode == 0, done.stderr
-    assert "step_00000012 -> rolledback.step_00000012.1\n" in done.stdout
-    assert f"kempnerforge ckpt rollback {run} --undo" in done.stdout
-    done = kempnerforge("ckpt", "rollback", run, "--undo", "--json")
-    assert json.loads(done.stdout)["newest_step"] == 12
-    done = kempnerforge("ckpt", "rollback", run, 12)
-    assert "is the newest" in done.stdout
-    done = kempnerforge("ckpt", "fork", run / "checkpoints" / "step_00000008", tmp_path / "new", "--link")
-    assert done.returncode == 0, done.stderr
-    assert f"--run.dir={tmp_path / 'new'}" in done.stdout
-    done = kempnerforge("ckpt", "fork", run / "checkpoints" / "step_00000008", tmp_path / "two", "--json")
-    assert json.loads(done.stdout)["parent"]["step"] == 8
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "text"),
-    [
-        (["rollback", "RUN", "6"], 2, "no committed step 6"),
-        (["rollback", "RUN"], 2, "give either STEP or --undo"),
-        (["rollback", "RUN", "4", "--undo"], 2, "give either STEP or --undo"),
-        (["rollback", "RUN", "--undo"], 2, "no rollback"),
-        (["rollback", "RUN/metrics.jsonl", "4"], 2, "is not a folder"),
-        (["rollback", "RUN", "four"], 2, "four"),
-        (["fork", "RUN", "RUN/new"], 2, "is not the folder of one step"),
-        (["fork", "RUN/checkpoints/step_00000004", "RUN"], 2, "exists; a fork makes a new"),
-    ],
-)
-def test_bad_arguments_are_told_without_a_traceback(
-    run: Path, arguments: list[str], status: int, text: str
-) -> None:
-    done = kempnerforge("ckpt", *(argument.replace("RUN", str(run)) for argument in arguments))
-    assert done.returncode == status, done.stdout + done.stderr
-    assert text in done.stderr
-    assert "Traceback" not in done.stderr

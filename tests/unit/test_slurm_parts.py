@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
 import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +15,6 @@ from kempnerforge.slurm.grace import Grace, parse_grace
 from kempnerforge.slurm.job import SlurmJob, leaves_enough, node_name, parse_facts, parse_lost_nodes, this_job
 from kempnerforge.slurm.note import attempt_note
 from kempnerforge.slurm.script import array_faults, option_faults, option_value, parse_time_s, stop_before_s
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -272,89 +264,3 @@ def test_a_note_hides_secrets() -> None:
 
 
 # -- the command -----------------------------------------------------------------------------------------
-
-
-def kempnerforge(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from kempnerforge.cli.app import main\ntry:\n    main()\n"
-    code += "finally:\n    assert 'torch' not in sys.modules"
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, check=False
-    )
-
-
-LLAMA = ["submit", "configs/llama_7b.toml", "--nodes=4", "--gpus-per-node=8", "--time=24:00:00"]
-
-
-def test_a_dry_run_prints_a_script_that_bash_can_read() -> None:
-    name = "--run.dir=runs/it's; rm x"
-    done = kempnerforge(*LLAMA, "--dry-run", name, "--", "-p", "gpu", "--qos=low")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    for line in ("--nodes=4", "--gpus-per-node=8", "--signal=B:USR1@120", "--requeue", "-p gpu", "--qos=low"):
-        assert f"#SBATCH {line}" in lines
-    assert lines[0] == "#!/bin/bash"
-    assert "@" not in "".join(line for line in lines if line.isupper())
-    (train,) = [line for line in lines if line.startswith("train=(")]
-    assert shlex.split(train.removeprefix("train=(").removesuffix(")"))[-1] == name
-    checked = subprocess.run(["bash", "-n"], input=done.stdout, text=True, capture_output=True, check=False)
-    assert checked.returncode == 0, checked.stderr
-
-
-def test_a_layout_that_cannot_work_is_not_queued() -> None:
-    arguments = ["--nodes=3", "--train.sed=1"]
-    done = kempnerforge(*LLAMA, *arguments, PATH="")
-    assert done.returncode == 2
-    assert "but processes started: 24" in done.stderr
-    assert "--train.sed: is not a known key" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-SCONTROL = """#!/bin/bash
-case "$*" in
-    "show config") echo "KillWait = 30 sec" ;;
-    "-o show partition") echo "PartitionName=low Default=YES GraceTime=900 PreemptMode=REQUEUE" ;;
-    *) exit 1 ;;
-esac
-"""
-
-
-def test_submit_gives_a_stop_the_time_that_it_has(tmp_path: Path) -> None:
-    (tmp_path / "scontrol").write_text(SCONTROL)
-    (tmp_path / "scontrol").chmod(0o755)
-    (tmp_path / "run").mkdir()
-    commit = {"event": "commit", "attempt": 1, "time": 1.0, "step": 4, "total_s": 1000.0}
-    (tmp_path / "run/ledger.jsonl").write_text(json.dumps(commit) + "\n")
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", PATH=path)
-    assert "--train.shutdown_timeout_s=895)" in done.stdout
-    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=955" in done.stdout
-    assert done.stderr == ""
-    done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/run", PATH=path)
-    assert "saves of this run took up to 1000 s" in done.stderr
-    own = "--train.shutdown_timeout_s=1000"
-    done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", own, PATH=path)
-    assert f"{own})" in done.stdout
-    assert "is 1000 s: a stop that hangs would be killed without a word" in done.stderr
-
-
-def test_without_slurm_the_error_says_so(tmp_path: Path) -> None:
-    done = kempnerforge(*LLAMA, f"--run.dir={tmp_path}", PATH="")
-    assert done.returncode == 1
-    assert done.stderr.startswith("sbatch is not installed here")
-    assert kempnerforge("slurm", "after", str(tmp_path), SLURM_JOB_ID="").returncode == 1
-
-
-SCRIPTS = {
-    "one_node.sh": ["configs/quickstart.toml", "--nodes", "1", "--gpus-per-node", "2", "--time", "2:00:00"],
-    "many_nodes.sh": [
-        *("configs/llama_7b.toml", "--nodes", "4", "--gpus-per-node", "8", "--time", "24:00:00"),
-    ],
-}
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_scripts_of_the_repository_are_what_submit_renders(name: str) -> None:
-    done = kempnerforge("submit", *SCRIPTS[name], "--dry-run")
-    made = "".join(line for line in done.stdout.splitlines(True) if not line.startswith("PATH="))
-    assert (ROOT / "slurm" / name).read_text() == made

@@ -8,9 +8,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -80,35 +77,6 @@ def test_every_cut_of_the_last_line_is_repaired_by_the_next_attempt(tmp_path: Pa
         first_attempt = [(1, 1)] if lost_row else [(1, 1), (1, 2)]
         assert [(row["attempt"], row["step"]) for row in read.rows] == [*first_attempt, (2, 2), (2, 3)]
         assert read.torn == (1 if lost_row and size_bytes > whole_bytes else 0)
-
-
-def test_kills_leave_at_most_one_torn_line_each(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    code = """
-import sys
-from pathlib import Path
-from kempnerforge.telemetry.jsonl import JsonlSink
-sink = JsonlSink(Path(sys.argv[1]), int(sys.argv[2]), warn=print)
-print("ready", flush=True)
-step = 0
-while True:
-    step += 1
-    sink.write({"step": step, "train/loss": 1 / step, "note": "x" * 3000})
-"""
-    draw = random.Random(11)
-    for attempt in range(1, 6):
-        command = [sys.executable, "-c", code, str(path), str(attempt)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(draw.uniform(0.0, 0.1))
-            process.send_signal(signal.SIGKILL)
-    read = read_rows(path)
-    assert read.torn <= 5
-    for attempt in range(1, 6):
-        steps = [row["step"] for row in read.rows if row["attempt"] == attempt]
-        assert steps == list(range(1, len(steps) + 1))
-    assert len(read.rows) > 5
 
 
 def test_a_full_disk_costs_rows_and_two_warnings_but_not_the_run(tmp_path: Path) -> None:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.ckpt_cli import Ckpt
 from support.step_maker import flip_byte, write_step
-from support.weight_cases import VARIANTS, assert_equal, config_toml, make_model, process, save, weights_of
-from test_data_tokenizer import make_tokenizer
+from support.tokenizers import make_tokenizer
+from support.weight_cases import VARIANTS, assert_equal, config_toml, make_model, save, weights_of
 
 from kempnerforge.checkpoint import holds
 from kempnerforge.checkpoint.float_cast import cast
 from kempnerforge.cli import app, ckpt_text
-from kempnerforge.config.schema import ModelConfig, load_job
-from kempnerforge.config.toml_text import render
-from kempnerforge.model.hf import tensor_map
+from kempnerforge.config.schema import load_job
 from kempnerforge.model.llama import Llama
 
 pytest_plugins = ["support.ckpt_fixtures"]
@@ -239,31 +233,6 @@ def test_the_step_is_held_while_it_is_read(
     assert holds.readers(tmp_path) == {}
 
 
-def test_a_killed_export_leaves_nothing_under_the_name(tmp_path: Path) -> None:
-    step = save(tmp_path, make_model())
-    wait = (
-        "import time; from kempnerforge import fsio\n"
-        "fsio.publish = lambda *_: time.sleep(60)"  # all is written; only the rename is left
-    )
-    code = f"{wait}\nfrom kempnerforge.cli.app import main\nmain()"
-    started = subprocess.Popen(
-        [sys.executable, "-c", code, "ckpt", "export", str(step), "--out", str(tmp_path / "hf")]
-    )
-    hidden = tmp_path / ".hf.export" / "config.json"
-    deadline = time.monotonic() + 60
-    while not hidden.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert hidden.exists()
-    started.send_signal(signal.SIGKILL)
-    started.wait()
-    assert not (tmp_path / "hf").exists()
-    again = process("ckpt", "export", step, "--out", tmp_path / "hf")
-    assert again.returncode == 2
-    assert "another export is making it, or was killed" in again.stderr
-    shutil.rmtree(hidden.parent)
-    assert process("ckpt", "export", step, "--out", tmp_path / "hf").returncode == 0
-
-
 @pytest.mark.parametrize("config", [None, "[train]\nseed = 1\n", "[model]\nwidth = 3\n"])
 def test_a_step_without_the_shape_of_its_model_is_refused(
     ckpt: Ckpt, tmp_path: Path, config: str | None
@@ -439,39 +408,3 @@ def test_casts_are_torch_s(source: str, target: str) -> None:
 
 
 # Memory
-
-PEAK = """
-import atexit
-def told():
-    import re, sys
-    print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], file=sys.stderr)
-atexit.register(told)
-"""
-
-
-def peak_mb(*arguments: object) -> float:
-    done = process(*arguments, code=PEAK)
-    assert done.returncode == 0, done.stderr
-    return int(done.stderr.split("peak ")[1]) / 1000
-
-
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Out and in: a model of 200 MB, its largest tensor 61 MB, takes hardly more than a tiny one."""
-    sizes = {"dim": 512, "n_layers": 2, "n_heads": 8, "ffn_hidden_dim": 6000, "vocab_size": 30000}
-
-    def zeros(name: str, changes: dict[str, Any]) -> Path:
-        config = ModelConfig.model_validate(changes)
-        state = {f"model.{one.name}": np.zeros(one.shape, np.float32) for one in tensor_map(config)}
-        boxes = {key: [((0,) * array.ndim, array.shape)] for key, array in state.items()}
-        text = render({"model": config.model_dump(mode="json")})
-        return write_step(tmp_path / name, 7, state=state, boxes=boxes, config=text)
-
-    small, large = zeros("small", {"dim": 32, "n_heads": 2}), zeros("large", sizes)
-    model_mb = sum(path.stat().st_size for path in large.iterdir()) / 1e6
-    assert model_mb > 190
-    for verb in (["ckpt", "export"], ["import", "hf"]):
-        peaks = []
-        for step in (small, large):
-            source = step if verb[1] == "export" else tmp_path / f"{step.parent.name}.export"
-            peaks.append(peak_mb(*verb, source, "--out", tmp_path / f"{step.parent.name}.{verb[1]}"))
-        assert peaks[1] - peaks[0] < 50, (verb, peaks, model_mb)

@@ -17,7 +17,7 @@ from kempnerforge.config.schema import load_job
 from kempnerforge.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-HELP = ROOT / "tests" / "golden" / "train_help.txt"
+HELP = ROOT / "tests/e2e/golden" / "train_help.txt"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID")
 
 BAD = """

@@ -1,0 +1,48 @@
+"""A reader that was killed holds nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+from support.step_maker import write_step
+
+from kempnerforge.checkpoint import holds
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Path:
+    return write_step(tmp_path / "checkpoints", 7)
+
+
+def files(step: Path) -> list[Path]:
+    return sorted((step.parent / "holds").glob("*"))
+
+
+def hold_for_ever(step: Path, held: Event) -> None:
+    with holds.hold(step, what="verify"):
+        held.set()
+        time.sleep(600)
+
+
+def test_a_reader_that_was_killed_keeps_nothing(step: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    process = context.Process(target=hold_for_ever, args=(step, held))
+    process.start()
+    assert held.wait(20)
+    assert list(holds.readers(step.parent)) == [7]
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    assert list(holds.readers(step.parent)) == [7], "stopped is not ended"
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert len(files(step)) == 1
+    assert holds.readers(step.parent) == {}
+    holds.remove_stale(step.parent)
+    assert files(step) == []

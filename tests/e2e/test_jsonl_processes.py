@@ -1,0 +1,44 @@
+"""Rows of a process that is killed."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from kempnerforge.telemetry.jsonl import read_rows
+
+
+def test_kills_leave_at_most_one_torn_line_each(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    code = """
+import sys
+from pathlib import Path
+from kempnerforge.telemetry.jsonl import JsonlSink
+sink = JsonlSink(Path(sys.argv[1]), int(sys.argv[2]), warn=print)
+print("ready", flush=True)
+step = 0
+while True:
+    step += 1
+    sink.write({"step": step, "train/loss": 1 / step, "note": "x" * 3000})
+"""
+    draw = random.Random(11)
+    for attempt in range(1, 6):
+        command = [sys.executable, "-c", code, str(path), str(attempt)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(draw.uniform(0.0, 0.1))
+            process.send_signal(signal.SIGKILL)
+    read = read_rows(path)
+    assert read.torn <= 5
+    for attempt in range(1, 6):
+        steps = [row["step"] for row in read.rows if row["attempt"] == attempt]
+        assert steps == list(range(1, len(steps) + 1))
+    assert len(read.rows) > 5
+
+
+# (attempt, first step, last step) of what was logged; attempt -> resumed step; what counts, in the same form

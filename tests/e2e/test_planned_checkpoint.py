@@ -1,0 +1,67 @@
+"""What ``plan`` says of a checkpoint is what a run writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from support.runs import Launcher, make_run
+
+from kempnerforge.checkpoint.layout import SHARD_SUFFIX
+from kempnerforge.config.schema import (
+    load_job,
+)
+from kempnerforge.plan.report import make_plan
+from kempnerforge.plan.stored import FP32
+
+pytest_plugins = ["support.run_fixtures"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        (1, {}),
+        (4, {"distributed.dp_replicate": 2}),
+        (4, {"distributed.tp": 2}),
+        (4, {"distributed.tp": 2, "distributed.pp": 2, "train.batch_size": 2}),
+    ],
+)
+def test_a_real_checkpoint_has_the_files_and_bytes_that_were_planned(
+    launcher: Launcher, corpus: Path, tmp_path: Path, ranks: int, layout: dict[str, int]
+) -> None:
+    run = make_run(tmp_path, corpus, **{"train.max_steps": 3, "eval.interval": 0}, **layout)
+    launcher.finish(run, ranks=ranks)
+    folder = run.step_folder(3)
+    plan = make_plan(load_job(folder / "config.toml").job, ranks)
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    assert plan.checkpoint.num_files == len(files)
+
+    written = []
+    for name, size in files.items():
+        if name.endswith(SHARD_SUFFIX):
+            with open(folder / name, "rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+            written.append(size - 8 - header)
+    payload = sum(written)
+    without_cuda = 16 * ranks
+    assert plan.checkpoint.payload_bytes - without_cuda == payload
+    assert plan.checkpoint.size_bytes == pytest.approx(sum(files.values()), rel=0.02)
+    beside = sum(files.values()) - payload
+    assert plan.checkpoint.size_bytes - plan.checkpoint.payload_bytes == pytest.approx(
+        beside, abs=4096 * ranks
+    )
+
+    most = max(place.staged_bytes for place in plan.pipeline)
+    largest = FP32 * max(math.prod(entry) for entry in shapes_in(folder))
+    assert most == pytest.approx(max(written), abs=largest)
+
+
+def shapes_in(folder: Path) -> list[list[int]]:
+    found = []
+    for file in folder.glob(f"*{SHARD_SUFFIX}"):
+        raw = file.read_bytes()
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        found += [body["shape"] for name, body in header.items() if name != "__metadata__"]
+    return found

@@ -1,0 +1,116 @@
+"""Quotas as the tools of the system tell them: programs that answer, fail and hang."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from kempnerforge.checkpoint import quota
+from kempnerforge.checkpoint.quota import Mount
+from kempnerforge.checkpoint.space import check
+
+# The file system
+
+
+# Before training
+
+
+# Quotas
+
+
+NO_LIMITS = "/dev/sda1 6000 0 0 0 100 0 0 0\n"
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of commands that is all of PATH but for the shell's own."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sh", "sleep", "cat"):
+        found = next(path for path in (f"/usr/bin/{name}", f"/bin/{name}") if os.path.exists(path))
+        (folder / name).symlink_to(found)
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def install(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f"#!{folder}/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_quota_is_asked_for_user_and_group(tools: Path, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    user, group = NO_LIMITS.replace("0 0 0 100", "0 9000 0 100"), NO_LIMITS.replace("6000 0 0", "6000 0 7000")
+    answer = f'case "$*" in *-u*) echo "{user.strip()}";; *) echo "{group.strip()}";; esac'
+    install(tools, "quota", f'echo "$*" >>{asked}\n{answer}\nexit 1')
+    found = quota.read_quotas(tmp_path)
+    assert found.unread == ""
+    assert [(one.whose, one.free_bytes) for one in found.known] == [
+        ("user quota", 3000 * 1024),
+        ("group quota", 1000 * 1024),
+    ]
+    point = quota.find_mount(tmp_path).point
+    assert asked.read_text().splitlines() == [
+        f"-w -p -v --filesystem={point} -u {os.geteuid()}",
+        f"-w -p -v --filesystem={point} -g {os.getegid()}",
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder to another group needs root")
+def test_the_group_is_the_one_that_new_files_will_have(tools: Path, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    install(tools, "quota", f'echo "$*" >>{asked}')
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    os.chown(shared, -1, 4321)
+    shared.chmod(0o755 | stat.S_ISGID)
+    quota.read_quotas(shared)
+    assert asked.read_text().splitlines()[1].endswith("-g 4321")
+
+
+def test_lustre_has_a_tool_of_its_own(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quota, "find_mount", lambda _: Mount("/mnt/lustre", "lustre", "mgs:/fs"))
+    assert quota.read_quotas(tmp_path).unread == "no command lfs here"
+    install(tools, "lfs", 'echo "$6 6000 0 10000 - 100 0 0 -"')
+    found = quota.read_quotas(tmp_path)
+    assert [(one.whose, one.free_bytes, one.free_files) for one in found.known] == [
+        ("user quota", 4000 * 1024, None),
+        ("group quota", 4000 * 1024, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "unread"),
+    [
+        (None, "no command quota here"),
+        ("echo 'quota: no such device' >&2; exit 1", "quota: no such device"),
+        ("exit 3", "exit status 3"),
+        ("echo none", ""),
+    ],
+)
+def test_a_tool_that_does_not_tell_is_no_limit_and_is_told(
+    tools: Path, tmp_path: Path, script: str | None, unread: str
+) -> None:
+    if script is not None:
+        install(tools, "quota", script)
+    found = quota.read_quotas(tmp_path)
+    assert found.known == ()
+    assert found.unread.endswith(unread)
+    assert bool(found.unread) is bool(unread)
+    verdict = check(tmp_path, 1, reserve_bytes=0, quotas=found)
+    assert verdict.fits
+    assert verdict.unread == found.unread
+
+
+def test_a_tool_that_hangs_is_given_up(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quota, "TIMEOUT_S", 0.2)
+    install(tools, "quota", "exec sleep 100")
+    started = time.monotonic()
+    found = quota.read_quotas(tmp_path)
+    assert time.monotonic() - started < 5
+    assert "no answer after 0.2 s" in found.unread

@@ -1,0 +1,187 @@
+"""Rollbacks, followed by saves of the next attempt, and the commands in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import layout, lease, manifest, receipt, rollback, run_record, timeline
+from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.verify import verify
+
+CONFIG = "[train]\nglobal_batch_size = 6\n"
+
+
+def quiet(*_: object) -> None:
+    return
+
+
+def save(run: Path, step: int, *, attempt: int = 1, run_id: str = "abc", parent: int | None = None) -> Path:
+    """A real checkpoint whose tensor holds the step."""
+    path = run / "checkpoints" / layout.step_name(step)
+    provenance = Provenance(step=step, run_id=run_id, attempt=attempt, parent_step=parent, reason="interval")
+    checkpointer = AsyncCheckpointer()
+    counters = {"step": step, "tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
+    checkpointer.save(
+        {"model": {"w": torch.full((5000,), float(step))}, **counters},
+        path,
+        provenance=provenance,
+        config_toml=CONFIG,
+    )
+    checkpointer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one attempt, which has committed steps 4, 8 and 12 and ended."""
+    run = tmp_path_factory.mktemp("template") / "run"
+    for step in (4, 8, 12):
+        save(run, step, parent=step - 4)
+    record = RunRecord("abc", "abc", 1.0, attempt=1, global_batch_size=6)
+    run_record.write(run, record)
+    Receipt(1).write(run)
+    log(run, attempt=1, steps=range(1, 14))
+    fsio.point_symlink(run / "checkpoints" / layout.LATEST, layout.step_name(12))
+    return run
+
+
+@pytest.fixture
+def run(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "run", symlinks=True))
+
+
+def log(run: Path, *, attempt: int, steps: range) -> None:
+    with open(run / "metrics.jsonl", "a") as file:
+        for step in steps:
+            file.write(json.dumps({"step": step, "attempt": attempt, "train/loss": 1.0}) + "\n")
+
+
+def resume(run: Path) -> int:
+    """What a start of the run does, up to its receipt. Returns the step that it goes on from."""
+    held = lease.acquire(run, after_attempt=timeline.last_attempt(run))
+    record = run_record.read(run)
+    assert record is not None
+    run_record.write(run, replace(record, attempt=held.attempt))
+    folder = record.checkpoint_folder(run)
+    timeline.fence(folder, held.attempt)
+    timeline.set_aside_late(folder, timeline.cuts(run), run_id=record.run_id, at_start=True)
+    step = max(layout.committed_steps(folder), default=0)
+    lost_steps = max(0, receipt.last_logged_step(run) - step)
+    Receipt(held.attempt, source="resume", step=step, lost_steps=lost_steps).write(run)
+    held.release()
+    return step
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+# The rule
+
+
+def test_a_late_step_is_set_aside_and_never_chosen(run: Path) -> None:
+    assert resume(run) == 12
+    save(run, 16, attempt=2)
+    save(run, 20, attempt=1)
+    assert resume(run) == 16
+    assert "late.step_00000020.1" in names(run)
+    assert verify(run / "checkpoints" / "late.step_00000020.1").sound
+    assert layout.list_folder(run / "checkpoints").late == [run / "checkpoints" / "late.step_00000020.1"]
+    save(run, 20, attempt=1)
+    moved = timeline.set_aside_late(run / "checkpoints", timeline.cuts(run), run_id="abc")
+    assert [path.name for path in moved] == ["late.step_00000020.2"]
+
+
+# Rollback
+
+
+def test_a_rollback_sets_later_steps_aside_and_the_run_goes_on_from_there(run: Path) -> None:
+    done = rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    assert done.renamed == {
+        "step_00000012": "rolledback.step_00000012.1",
+        "step_00000008": "rolledback.step_00000008.1",
+    }
+    assert names(run) == ["latest", *sorted(done.renamed.values()), "step_00000004"]
+    assert os.readlink(run / "checkpoints" / "latest") == "step_00000004"
+    assert verify(run / "checkpoints" / "rolledback.step_00000012.1").sound
+    assert resume(run) == 4
+    # 13 steps were logged; none of those after step 4 counts as lost: they were given up on purpose.
+    assert receipt.read_receipts(run)[-1]["lost_steps"] == 0
+    log(run, attempt=3, steps=range(5, 8))
+    assert receipt.last_logged_step(run) == 7
+    save(run, 8, attempt=3, parent=4)
+    assert resume(run) == 8
+    assert manifest.load(run / "checkpoints" / "step_00000008").provenance.parent_step == 4
+
+
+def test_a_second_timeline_can_be_rolled_back_too(run: Path) -> None:
+    rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    assert resume(run) == 4
+    save(run, 8, attempt=3, parent=4)
+    done = rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    assert done.renamed == {"step_00000008": "rolledback.step_00000008.2"}
+    assert resume(run) == 4
+
+
+# Fork
+
+
+# Commands
+
+
+def kempnerforge(*arguments: object) -> subprocess.CompletedProcess[str]:
+    code = "from kempnerforge.cli.app import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_commands_say_what_they_did(run: Path, tmp_path: Path) -> None:
+    done = kempnerforge("ckpt", "rollback", run, 8)
+    assert done.returncode == 0, done.stderr
+    assert "step_00000012 -> rolledback.step_00000012.1\n" in done.stdout
+    assert f"kempnerforge ckpt rollback {run} --undo" in done.stdout
+    done = kempnerforge("ckpt", "rollback", run, "--undo", "--json")
+    assert json.loads(done.stdout)["newest_step"] == 12
+    done = kempnerforge("ckpt", "rollback", run, 12)
+    assert "is the newest" in done.stdout
+    done = kempnerforge("ckpt", "fork", run / "checkpoints" / "step_00000008", tmp_path / "new", "--link")
+    assert done.returncode == 0, done.stderr
+    assert f"--run.dir={tmp_path / 'new'}" in done.stdout
+    done = kempnerforge("ckpt", "fork", run / "checkpoints" / "step_00000008", tmp_path / "two", "--json")
+    assert json.loads(done.stdout)["parent"]["step"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["rollback", "RUN", "6"], 2, "no committed step 6"),
+        (["rollback", "RUN"], 2, "give either STEP or --undo"),
+        (["rollback", "RUN", "4", "--undo"], 2, "give either STEP or --undo"),
+        (["rollback", "RUN", "--undo"], 2, "no rollback"),
+        (["rollback", "RUN/metrics.jsonl", "4"], 2, "is not a folder"),
+        (["rollback", "RUN", "four"], 2, "four"),
+        (["fork", "RUN", "RUN/new"], 2, "is not the folder of one step"),
+        (["fork", "RUN/checkpoints/step_00000004", "RUN"], 2, "exists; a fork makes a new"),
+    ],
+)
+def test_bad_arguments_are_told_without_a_traceback(
+    run: Path, arguments: list[str], status: int, text: str
+) -> None:
+    done = kempnerforge("ckpt", *(argument.replace("RUN", str(run)) for argument in arguments))
+    assert done.returncode == status, done.stdout + done.stderr
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
