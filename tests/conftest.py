@@ -1,4 +1,11 @@
-"""What every test stands on: one thread, private caches, no network for wandb, and no process left behind."""
+"""Which tests run, and what every test stands on.
+
+``python -m pytest`` runs ``tests/unit`` and the tests marked ``smoke``. Naming a path or an expression (``-k``,
+``-m``) selects among all tests; ``--everything`` runs all of them, ``--rest`` those that the default run leaves
+out. Tests marked ``slow`` run with ``-m slow`` only.
+
+Every test has one OpenMP thread, private caches and no network for wandb, and leaves no process behind.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +30,46 @@ for _name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
 _OWNER_VARIABLE = "KEMPNERFORGE_TEST_OWNER"
 os.environ[_OWNER_VARIABLE] = uuid.uuid4().hex
 
+_UNIT = Path(__file__).with_name("unit")
+
 _GRACE_S = 10.0
 # Shared by all tests of one process and ended by Python itself.
 _SHARED = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--everything", action="store_true", help="run all tests but the slow ones")
+    parser.addoption(
+        "--rest", action="store_true", help="run what the default run leaves out, but the slow ones"
+    )
+
+
+def _is_default_run(config: pytest.Config) -> bool:
+    """Whether nothing was selected: no path, no expression, neither option."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    option = config.option
+    return not (named or option.everything or option.rest or option.keyword or option.markexpr != "not slow")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say what is left out."""
+    if _is_default_run(config):
+        return "tests: tests/unit and the smoke tests; --everything runs all but the slow ones"
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not part of the default run, or what is."""
+    default = _is_default_run(config)
+    if not (default or config.option.rest):
+        return
+    chosen = [item for item in items if _is_in_default_run(item) is default]
+    config.hook.pytest_deselected(items=list(set(items) - set(chosen)))
+    items[:] = chosen
+
+
+def _is_in_default_run(item: pytest.Item) -> bool:
+    return item.path.is_relative_to(_UNIT) or item.get_closest_marker("smoke") is not None
 
 
 @pytest.fixture(scope="session", autouse=True)
