@@ -1,8 +1,8 @@
 """Which tests run, and what every test stands on.
 
-``python -m pytest`` runs ``tests/unit`` and the tests marked ``smoke``. Naming a path or an expression (``-k``,
-``-m``) selects among all tests; ``--everything`` runs all of them, ``--rest`` those that the default run leaves
-out. Tests marked ``slow`` run with ``-m slow`` only.
+``python -m pytest`` runs ``tests/unit`` and the tests marked ``smoke``. Naming a path or an expression
+(``-k``, ``-m``) selects among all tests; ``--everything`` runs all of them, ``--rest`` those that the default
+run leaves out. Tests marked ``slow`` run with ``-m slow`` only.
 
 Every test has one OpenMP thread, private caches and no network for wandb, and leaves no process behind.
 """
