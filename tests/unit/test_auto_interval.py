@@ -60,7 +60,9 @@ TABLE: list[tuple[str, Measured, bool, float | None, Spacing]] = [
 
 
 @pytest.mark.parametrize(("what", "measured", "auto", "percent", "expected"), TABLE)
-def test_spacing(what: str, measured: Measured, auto: bool, percent: float | None, expected: Spacing) -> None:
+def test_spacing_table_matches(
+    what: str, measured: Measured, auto: bool, percent: float | None, expected: Spacing
+) -> None:
     found = spacing(measured, auto=auto, max_overhead_pct=percent)
     assert (found.bound_s, found.auto_s) == pytest.approx((expected.bound_s, expected.auto_s)), what
     assert found.why == expected.why
@@ -72,7 +74,7 @@ def test_spacing(what: str, measured: Measured, auto: bool, percent: float | Non
     durable_s=st.floats(0, 1e5),
     percent=st.floats(0.01, 100),
 )
-def test_auto_keeps_its_promises(cost_s: float, mtti_s: float, durable_s: float, percent: float) -> None:
+def test_spacing_auto_within_bounds(cost_s: float, mtti_s: float, durable_s: float, percent: float) -> None:
     found = spacing(known(cost_s, mtti_s=mtti_s, durable_s=durable_s), auto=True, max_overhead_pct=percent)
     assert found.auto_s >= max(found.bound_s, durable_s, SHORTEST_S)
     assert cost_s <= found.auto_s * percent / 100 * (1 + 1e-9)
@@ -80,7 +82,7 @@ def test_auto_keeps_its_promises(cost_s: float, mtti_s: float, durable_s: float,
 
 
 @pytest.mark.parametrize(
-    ("held", "wanted", "expected"),
+    ("current", "wanted", "expected"),
     [
         (NEVER, NEVER, NEVER),
         (NEVER, 0.0, 0.0),
@@ -91,29 +93,29 @@ def test_auto_keeps_its_promises(cost_s: float, mtti_s: float, durable_s: float,
         (100.0, 79.0, 79.0),
     ],
 )
-def test_a_spacing_rises_at_once_and_falls_by_a_good_part_only(
-    held: float, wanted: float, expected: float
+def test_spacing_steady_rises_at_once_falls_on_large_drop(
+    current: float, wanted: float, expected: float
 ) -> None:
-    assert steady(held, wanted) == expected
+    assert steady(current, wanted) == expected
 
 
 def policy(**settings: Any) -> SavePolicy:
     return SavePolicy.from_config(CheckpointConfig.model_validate(settings))
 
 
-def test_the_bound_holds_intervals_and_nothing_else() -> None:
+def test_save_policy_bound_delays_intervals_only() -> None:
     found = policy(interval=10, interval_minutes=1.0, at_steps=[20], save_first=True)
-    held = {"seconds_since_last_save": 60.0, "bound_s": 90.0}
-    assert found.due(10, **held) is None
-    assert found.due(11, **held) is None, "nor minutes"
-    assert found.due(20, **held) == "listed"
-    assert found.due(0, **held) == "first"
-    assert found.due(10, requested=True, **held) == "asked"
+    early = {"seconds_since_last_save": 60.0, "bound_s": 90.0}
+    assert found.due(10, **early) is None
+    assert found.due(11, **early) is None, "nor minutes"
+    assert found.due(20, **early) == "listed"
+    assert found.due(0, **early) == "first"
+    assert found.due(10, requested=True, **early) == "asked"
     assert found.due(30, seconds_since_last_save=90.0, bound_s=90.0) == "interval"
     assert found.due(31, seconds_since_last_save=90.0, bound_s=90.0) == "minutes"
 
 
-def test_auto_is_due_by_the_clock_after_a_step() -> None:
+def test_save_policy_auto_due_by_clock_after_step() -> None:
     found = policy(interval="auto")
     assert found.due(7, seconds_since_last_save=9.9, auto_s=10.0) is None
     assert found.due(7, seconds_since_last_save=10.0, auto_s=10.0) == "auto"
@@ -125,7 +127,7 @@ def test_auto_is_due_by_the_clock_after_a_step() -> None:
 # -- failures ----------------------------------------------------------------------------------------------
 
 
-def test_failures_change_what_is_expected_by_as_much_as_they_say() -> None:
+def test_expected_mtti_failures_shift_prior() -> None:
     assert prior_mtti(1) == prior_mtti(8) == 24 * HOUR
     assert prior_mtti(16_384) == pytest.approx(3.05 * HOUR, rel=0.01), "Llama 3: 419 in 54 days"
     assert expected_mtti(0, 0.0, prior_s=24 * HOUR) == 24 * HOUR
@@ -165,13 +167,13 @@ FAILURES: list[tuple[str, list[tuple[str, int, int, float]], int, list[int], tup
     ("stopped, and steps were lost", [("stopped", 0, 50, 100.0)], 40, [], (1, 100.0)),
     ("the same between attempts", [("deadline", 0, 50, 9.0), ("stopped", 40, 90, 9.0)], 90, [], (1, 18.0)),
     ("rolled back by a user", [("stopped", 0, 50, 100.0), ("config", 0, 0, 0.0)], 40, [2], (0, 100.0)),
-    ("finished and gone on with", [("finished", 0, 50, 100.0)], 50, [], (0, 100.0)),
+    ("finished and continued", [("finished", 0, 50, 100.0)], 50, [], (0, 100.0)),
     ("did not get as far as training", [("config", 0, 0, 0.0)], 0, [], (0, 0.0)),
 ]
 
 
 @pytest.mark.parametrize(("what", "rows", "resumed_at", "rollbacks", "expected"), FAILURES)
-def test_what_counts_as_a_failure_in_training(
+def test_interruptions_table_counts_failures(
     what: str, rows: Any, resumed_at: int, rollbacks: list[int], expected: tuple[int, float]
 ) -> None:
     history = derive(attempts(*rows), [], rollbacks=rollbacks)
@@ -179,7 +181,7 @@ def test_what_counts_as_a_failure_in_training(
     assert found == expected, what
 
 
-def test_the_report_reckons_with_the_tax_where_the_ledger_has_one() -> None:
+def test_saving_ledger_with_overhead_uses_it() -> None:
     events = attempts(("lost", 0, 50, 100.0), ("lost", 40, 90, 100.0), ("lost", 80, 95, 100.0))
     assert saving(derive(events, []), wall_s=3000.0)["daly_s"] == pytest.approx(daly(2.0, 1000.0))
     for event in events:
@@ -200,13 +202,13 @@ def run_steps(clock: StepClock, count: int, seconds: float = 2.0) -> None:
         clock.meter.boundary(1, seconds)
 
 
-def run_save(clock: StepClock, tax_s: float, *, step_s: float = 2.0, durable_s: float = 1.0) -> None:
+def run_save(clock: StepClock, overhead_s: float, *, step_s: float = 2.0, durable_s: float = 1.0) -> None:
     clock.meter.save_begins()
-    clock.meter.boundary(1, step_s + tax_s)
+    clock.meter.boundary(1, step_s + overhead_s)
     clock.meter.save_ended(durable_s=durable_s, at_boundary=True)
 
 
-def test_auto_from_the_first_step_on_in_words_and_votes() -> None:
+def test_pacer_auto_interval_votes_and_news() -> None:
     pacer, clock = make_pacer(interval="auto")
     assert min(pacer.votes()) > 1e15
     run_steps(clock, 8)
@@ -220,8 +222,8 @@ def test_auto_from_the_first_step_on_in_words_and_votes() -> None:
     bound_ms, auto_ms = pacer.votes()
     assert bound_ms == pytest.approx(12_000, rel=0.01)
     assert auto_ms == pytest.approx(1000 * daly(0.12, 24 * HOUR), rel=0.01)
-    told = "checkpoint interval: 144 s (auto: a save costs 0.12 s, one failure in 24.0 h expected)"
-    assert pacer.news() == told
+    news = "checkpoint interval: 144 s (auto: a save costs 0.12 s, one failure in 24.0 h expected)"
+    assert pacer.news() == news
     assert pacer.news() == ""
     clock.meter.save_begins()
     assert pacer.votes() == (bound_ms, 1 << 62), "what is being written is waited for"
@@ -243,7 +245,7 @@ def test_auto_from_the_first_step_on_in_words_and_votes() -> None:
     assert pacer.votes()[1] > 1e15, "a full disk is not looked at after every step"
 
 
-def test_an_interval_in_steps_is_stretched_and_relaxed_in_words() -> None:
+def test_pacer_step_interval_stretched_then_relaxed() -> None:
     pacer, clock = make_pacer(interval=10, max_overhead_pct=5.0)
     run_steps(clock, 10)
     run_save(clock, 0.5)
@@ -253,10 +255,10 @@ def test_an_interval_in_steps_is_stretched_and_relaxed_in_words() -> None:
         run_save(clock, 2.0)
         run_steps(clock, 1)
     assert pacer.votes()[0] == pytest.approx(40_000)
-    told = "checkpoint interval: stretched to 40 s (a save costs 2 s, checkpoint.max_overhead_pct is 5)"
-    assert pacer.news() == told
-    for tax_s in (1.9, 2.1, 1.8, 1.7, 2.2):
-        run_save(clock, tax_s)
+    news = "checkpoint interval: stretched to 40 s (a save costs 2 s, checkpoint.max_overhead_pct is 5)"
+    assert pacer.news() == news
+    for overhead_s in (1.9, 2.1, 1.8, 1.7, 2.2):
+        run_save(clock, overhead_s)
         pacer.votes()
         assert pacer.news() == "", "noise is no news"
     for _ in range(8):
@@ -266,7 +268,7 @@ def test_an_interval_in_steps_is_stretched_and_relaxed_in_words() -> None:
     assert pacer.news() == "checkpoint interval: as configured, 20 s (a save costs 0.25 s)"
 
 
-def test_only_the_first_rank_speaks_and_only_when_something_is_paced() -> None:
+def test_pacer_other_rank_or_nothing_paced_is_silent() -> None:
     for pacer, clock in (make_pacer(rank=1, interval="auto"), make_pacer(interval=10)):
         run_steps(clock, 10)
         run_save(clock, 5.0)
@@ -274,7 +276,7 @@ def test_only_the_first_rank_speaks_and_only_when_something_is_paced() -> None:
         assert pacer.news() == ""
 
 
-def test_earlier_attempts_say_what_a_save_costs_and_how_often_they_failed(tmp_path: Path) -> None:
+def test_pacer_earlier_attempts_give_cost_and_failures(tmp_path: Path) -> None:
     rows = [("lost", 0, 50, 400.0), ("lost", 40, 90, 400.0), ("lost", 80, 95, 400.0)]
     text = "".join(json.dumps(event) + "\n" for event in attempts(*rows))
     (tmp_path / "ledger.jsonl").write_text(text)
@@ -282,8 +284,8 @@ def test_earlier_attempts_say_what_a_save_costs_and_how_often_they_failed(tmp_pa
     pacer.remember(tmp_path, resumed_at=90)
     # Attempts 2 and 3 had this layout: (2 + 3) / 2. Three failures in 1200 s, one in 3600 s before.
     assert pacer.votes()[1] == pytest.approx(1000 * daly(2.5, (3600 + 1200) / 4), rel=1e-3)
-    told = "checkpoint interval: 76 s (auto: a save costs 2.5 s, one failure in 20 min expected)"
-    assert pacer.news() == told
+    news = "checkpoint interval: 76 s (auto: a save costs 2.5 s, one failure in 20 min expected)"
+    assert pacer.news() == news
     fresh, _ = make_pacer(interval="auto")
     fresh.remember(tmp_path / "gone", resumed_at=0)
     assert math.isclose(fresh.votes()[1], 1 << 62), "no record is no reason not to train"

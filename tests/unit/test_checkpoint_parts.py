@@ -37,17 +37,17 @@ values = st.recursive(
 
 
 @given(values)
-def test_leaves_round_trip_through_json(value: object) -> None:
+def test_leaves_json_round_trip_equal(value: object) -> None:
     assert leaves.decode(json.loads(json.dumps(leaves.encode(value, name="x"), allow_nan=False))) == value
 
 
 @pytest.mark.parametrize("bad", [object(), {"a": [1, {"b": object()}]}, np.float32(1), 1j, lambda: 1])
-def test_leaves_that_json_cannot_hold_are_named(bad: object) -> None:
+def test_leaves_unsupported_value_named(bad: object) -> None:
     with pytest.raises(TypeError, match=r"state.*a checkpoint cannot hold"):
         leaves.encode({"state": bad}, name="root")
 
 
-def test_unknown_tags_are_refused() -> None:
+def test_leaves_unknown_tag_refused() -> None:
     with pytest.raises(ValueError, match="__reduce__"):
         leaves.decode({"__reduce__": ["os.system", "true"]})
 
@@ -56,7 +56,7 @@ def draw() -> list[object]:
     return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(3).tolist()]
 
 
-def test_generators_are_restored_exactly_and_capturing_draws_nothing() -> None:
+def test_rng_restore_exact_capture_draws_nothing() -> None:
     rng.derive(1, 2, 3, CPU)
     draw()  # leaves a Gaussian behind in Python and in NumPy
     random.gauss(0, 1)
@@ -69,7 +69,7 @@ def test_generators_are_restored_exactly_and_capturing_draws_nothing() -> None:
     assert draw() == expected
 
 
-def test_derived_generators_depend_on_seed_step_and_rank() -> None:
+def test_rng_derive_depends_on_seed_step_rank() -> None:
     seen = []
     for key in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 2, 3)]:
         rng.derive(*key, CPU)
@@ -78,7 +78,7 @@ def test_derived_generators_depend_on_seed_step_and_rank() -> None:
     assert len(set(seen)) == 4
 
 
-def test_generators_of_another_format_are_a_mismatch() -> None:
+def test_rng_other_format_is_mismatch() -> None:
     with pytest.raises(MismatchError, match="RNG state has format"):
         rng.restore(torch.zeros(5000, dtype=torch.uint8), CPU)
 
@@ -102,13 +102,14 @@ DAMAGED = ("DamagedCheckpointError", "d")
         ([("SomethingNew", "n"), DAMAGED], ("SomethingNew", "n (rank 0)")),
     ],
 )
-def test_damage_renames_only_when_nothing_else_went_wrong(
+def test_resume_worst_outcome_damage_ranks_last(
     outcomes: list[tuple[str, str] | None], agreed: tuple[str, str] | None
 ) -> None:
+    """Damage renames a step only when nothing else went wrong on any rank."""
     assert resume.worst_outcome(outcomes) == agreed
 
 
-def test_reads_are_repeated_before_storage_is_called_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_read_errors_retried_then_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "RETRY_DELAYS_S", (0.0, 0.0))
     calls: list[int] = []
 
@@ -154,7 +155,7 @@ def reported(plan: PlannedFile, *, missing_bytes: int = 0) -> FileReport:
         ),
     ],
 )
-def test_a_commit_needs_every_planned_byte(reports: dict[str, FileReport], problem: str | None) -> None:
+def test_commit_missing_or_extra_bytes_refused(reports: dict[str, FileReport], problem: str | None) -> None:
     expected = Expected((planned("w"), planned("v", file="b")))
     if problem is None:
         expected.check(reports)
@@ -163,12 +164,12 @@ def test_a_commit_needs_every_planned_byte(reports: dict[str, FileReport], probl
             expected.check(reports)
 
 
-def test_a_name_occurs_once_a_file() -> None:
+def test_shards_split_by_name_once_per_file() -> None:
     assert split_by_name(["a", "b", "a", "c", "a", "b"]) == [[0, 1, 3], [2, 5], [4]]
     assert split_by_name([]) == []
 
 
-def test_receipt_tells_what_may_differ() -> None:
+def test_receipt_changes_reported() -> None:
     assert Receipt(1).lines() == ["fresh start at step 0"]
     same = Receipt(2, source="resume", step=5, config_changes={"checkpoint.interval": [1, 2]})
     assert same.bitwise()
@@ -184,16 +185,15 @@ def test_receipt_tells_what_may_differ() -> None:
         assert "may differ" in changed.lines()[-1]
 
 
-def test_last_logged_step_survives_torn_lines_and_other_rows(tmp_path: Path) -> None:
+def test_receipt_last_logged_step_skips_other_lines(tmp_path: Path) -> None:
+    """Torn lines and rows of other kinds do not count."""
     assert receipt.last_logged_step(tmp_path) == 0
     rows = ['{"step": 3, "train/loss": 1}', '{"step": 4, "train/loss": 1}', '{"step": 4, "eval/loss": 2}']
     (tmp_path / receipt.METRICS).write_text("\n".join([*rows, '{"step": 5, "train/lo']))
     assert receipt.last_logged_step(tmp_path) == 4
 
 
-def test_atomic_write_leaves_the_old_file_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_atomic_write_failure_keeps_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.json"
     fsio.atomic_write(path, b"old")
 
@@ -207,7 +207,7 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_a_torn_last_line_never_merges_with_the_next(tmp_path: Path) -> None:
+def test_append_line_after_torn_line_stays_separate(tmp_path: Path) -> None:
     path = tmp_path / "receipts.jsonl"
     path.write_text('{"a": 1}\n{"b": ')
     fsio.append_line(path, '{"c": 3}')
@@ -215,7 +215,7 @@ def test_a_torn_last_line_never_merges_with_the_next(tmp_path: Path) -> None:
     assert path.read_text().splitlines() == ['{"a": 1}', '{"b": ', '{"c": 3}', '{"d": 4}']
 
 
-def test_publish_never_replaces(tmp_path: Path) -> None:
+def test_publish_existing_target_refused(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "final").mkdir()
     with pytest.raises(FileExistsError):

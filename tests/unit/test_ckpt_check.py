@@ -8,6 +8,7 @@ import pytest
 from support.ckpt_cli import CONFIG, Ckpt, shard, step_folder
 from support.step_maker import flip_byte, resign, write_step
 
+from kempnerforge import fsio
 from kempnerforge.checkpoint import holds, layout
 
 pytest_plugins = ["support.ckpt_fixtures"]
@@ -16,7 +17,7 @@ pytest_plugins = ["support.ckpt_fixtures"]
 # verify and diff
 
 
-def test_verify_of_sound_steps(ckpt: Ckpt, run: Path) -> None:
+def test_ckpt_verify_sound_steps_status_0(ckpt: Ckpt, run: Path) -> None:
     for path in (run, run / "checkpoints", step_folder(run, 20), run / "checkpoints" / "latest"):
         done = ckpt("verify", path)
         assert done.status == 0, done
@@ -28,7 +29,7 @@ def test_verify_of_sound_steps(ckpt: Ckpt, run: Path) -> None:
     ]
 
 
-def test_verify_finds_damage_and_goes_on(ckpt: Ckpt, run: Path) -> None:
+def test_ckpt_verify_damaged_step_continues(ckpt: Ckpt, run: Path) -> None:
     flip_byte(shard(run, 30), -5)
     (step_folder(run, 10) / "manifest.json").unlink()
     (step_folder(run, 20) / "notes.txt").write_text("mine")
@@ -46,7 +47,7 @@ def test_verify_finds_damage_and_goes_on(ckpt: Ckpt, run: Path) -> None:
     assert ckpt("verify", step_folder(run, 20)).status == 0
 
 
-def test_verify_of_a_format_that_is_not_known(ckpt: Ckpt, run: Path) -> None:
+def test_ckpt_verify_unknown_format_status_2(ckpt: Ckpt, run: Path) -> None:
     resign(step_folder(run, 30), format=2)
     done = ckpt("verify", run)
     assert done.status == 2
@@ -55,7 +56,7 @@ def test_verify_of_a_format_that_is_not_known(ckpt: Ckpt, run: Path) -> None:
     assert ckpt("verify", run, "--json").json["errors"][0]["path"].endswith("step_00000030")
 
 
-def test_many_problems_are_cut_for_people_only(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_ckpt_verify_many_problems_cut_json_complete(ckpt: Ckpt, tmp_path: Path) -> None:
     path = write_step(tmp_path, 1)
     for number in range(30):
         (path / f"{number:02}.safetensors").touch()
@@ -64,7 +65,7 @@ def test_many_problems_are_cut_for_people_only(ckpt: Ckpt, tmp_path: Path) -> No
     assert len(ckpt("verify", path, "--json").json["steps"][0]["problems"]) == 30
 
 
-def test_diff_tells_what_differs(ckpt: Ckpt, run: Path) -> None:
+def test_ckpt_diff_same_run_reports_changes(ckpt: Ckpt, run: Path) -> None:
     done = ckpt("diff", step_folder(run, 10), run / "checkpoints" / "latest")
     assert done.status == 0
     for part in (
@@ -82,7 +83,7 @@ def test_diff_tells_what_differs(ckpt: Ckpt, run: Path) -> None:
     assert not body["same"]
 
 
-def test_diff_of_runs_that_have_little_in_common(ckpt: Ckpt, run: Path, tmp_path: Path) -> None:
+def test_ckpt_diff_other_run_reports_every_section(ckpt: Ckpt, run: Path, tmp_path: Path) -> None:
     config = CONFIG.replace("seed = 1", "seed = 2")
     other = write_step(tmp_path, 7, config=config, layout={"num_ranks": 8}, versions={"torch": "2.11"})
     done = ckpt("diff", step_folder(run, 10), other)
@@ -101,7 +102,7 @@ def test_diff_of_runs_that_have_little_in_common(ckpt: Ckpt, run: Path, tmp_path
 # pin, unpin, prune
 
 
-def test_prune_deletes_what_explain_said(ckpt: Ckpt, run: Path) -> None:
+def test_ckpt_prune_deletes_what_explain_listed(ckpt: Ckpt, run: Path) -> None:
     before = sorted(path for path in run.rglob("*"))
     done = ckpt("prune", run, "--dry-run")
     assert done.status == 0
@@ -115,7 +116,7 @@ def test_prune_deletes_what_explain_said(ckpt: Ckpt, run: Path) -> None:
     assert ckpt("prune", run).out == "deleted 0 steps (0 B)\n"
 
 
-def test_pinned_steps_stay_until_they_are_unpinned(ckpt: Ckpt, run: Path) -> None:
+def test_ckpt_pin_keeps_step_until_unpinned(ckpt: Ckpt, run: Path) -> None:
     assert ckpt("pin", run, 10, "--note", "for the paper").out == "step 10 is pinned\n"
     assert ckpt("pin", run, "step_00000010").out == "step 10 was pinned already\n"
     assert "step 10: kept: pinned by" in ckpt("explain", run).out
@@ -126,18 +127,18 @@ def test_pinned_steps_stay_until_they_are_unpinned(ckpt: Ckpt, run: Path) -> Non
     assert ckpt("prune", run, "--json").json["steps"] == [10]
 
 
-def test_a_step_that_is_read_stays(ckpt: Ckpt, run: Path) -> None:
+def test_ckpt_prune_read_locked_step_stays(ckpt: Ckpt, run: Path) -> None:
     with holds.hold(step_folder(run, 10), what="export"):
         assert "step 10: kept: being read: export (pid" in ckpt("explain", run).out
         assert ckpt("prune", run, "--json").json["steps"] == []
     assert ckpt("prune", run, "--json").json["steps"] == [10]
 
 
-def test_what_cannot_be_deleted_is_status_1(ckpt: Ckpt, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ckpt_prune_deletion_fails_status_1(ckpt: Ckpt, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(doomed: Path) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("kempnerforge.fsio.delete_tree", fail)
+    monkeypatch.setattr(fsio, "delete_tree", fail)
     done = ckpt("prune", run)
     assert done.status == 1
     assert "could not be deleted: [Errno 5] Input/output error" in done.err

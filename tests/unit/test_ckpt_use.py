@@ -1,4 +1,4 @@
-"""``kempnerforge ckpt`` as a whole: bad paths, a quick start, and work beside a run that saves and prunes."""
+"""``kempnerforge ckpt`` as a whole: bad paths, damage, and storage that fails."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support.ckpt_cli import Ckpt, step_folder
 from support.step_maker import flip_byte
+
+from kempnerforge.cli import ckpt_look
 
 pytest_plugins = ["support.ckpt_fixtures"]
 
@@ -24,9 +26,7 @@ def arguments_of(command: str, path: Path) -> list[object]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("kind", ["missing", "file", "foreign", "circle"])
-def test_a_bad_path_is_status_2_and_says_what_to_give(
-    ckpt: Ckpt, tmp_path: Path, command: str, kind: str
-) -> None:
+def test_ckpt_bad_path_status_2_names_it(ckpt: Ckpt, tmp_path: Path, command: str, kind: str) -> None:
     path = tmp_path / "x"
     if kind == "file":
         path.write_text("x")
@@ -40,7 +40,7 @@ def test_a_bad_path_is_status_2_and_says_what_to_give(
     assert done.out == ""
 
 
-def test_wrong_paths_name_the_right_ones(ckpt: Ckpt, run: Path) -> None:
+def test_ckpt_wrong_path_names_right_ones(ckpt: Ckpt, run: Path) -> None:
     done = ckpt("inspect", run)
     assert done.status == 2
     assert (
@@ -59,13 +59,13 @@ def test_wrong_paths_name_the_right_ones(ckpt: Ckpt, run: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["x", "-5", "1.5", "step_10", "9" * 30, ""])
-def test_a_step_that_is_no_number(ckpt: Ckpt, run: Path, step: str) -> None:
+def test_ckpt_pin_invalid_step_number_status_2(ckpt: Ckpt, run: Path, step: str) -> None:
     done = ckpt("pin", run, "--", step)
     assert done.status == 2
     assert "is not a step; write its number" in done.err
 
 
-def test_damage_is_status_1(ckpt: Ckpt, run: Path) -> None:
+def test_ckpt_damaged_step_status_1(ckpt: Ckpt, run: Path) -> None:
     flip_byte(step_folder(run, 10) / "index.bin", 40)
     for command, path in (("inspect", [step_folder(run, 10)]), ("diff", [step_folder(run, 10)] * 2)):
         done = ckpt(command, *path)
@@ -74,7 +74,7 @@ def test_damage_is_status_1(ckpt: Ckpt, run: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_folders_that_may_not_be_read(ckpt: Ckpt, run: Path) -> None:
+def test_ckpt_unreadable_folder_status_2(ckpt: Ckpt, run: Path) -> None:
     run.chmod(0)
     try:
         assert ckpt("ls", run).status == 2
@@ -82,19 +82,13 @@ def test_folders_that_may_not_be_read(ckpt: Ckpt, run: Path) -> None:
         run.chmod(0o755)
 
 
-def test_storage_that_fails_is_told_without_a_traceback(
+def test_ckpt_storage_error_reported_no_traceback(
     ckpt: Ckpt, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error", "x")
 
-    monkeypatch.setattr("kempnerforge.cli.ckpt_look.folder_bytes", fail)
+    monkeypatch.setattr(ckpt_look, "folder_bytes", fail)
     done = ckpt("du", run)
     assert done.status == 1
     assert done.err.startswith("[Errno 5] Input/output error: 'x'")
-
-
-# Start-up
-
-
-# Beside a run that saves and prunes

@@ -29,7 +29,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_prepare_then_inspect(texts):
+def test_data_prepare_then_inspect_agree(texts):
     result = run("prepare", "texts/*.txt", "--out", "out", "--val-fraction", "0.2")
     assert result.exit_code == 0, result.output
     assert "train: " in result.stdout
@@ -54,7 +54,7 @@ def test_prepare_then_inspect(texts):
     assert "ok" in result.stdout
 
 
-def test_prepare_with_a_real_tokenizer(texts):
+def test_data_prepare_real_tokenizer_used(texts):
     make_tokenizer(texts / "tok" / "tokenizer.json")
     Path("texts", "latin1.txt").write_bytes(b"caf\xe9\n")
     result = run(
@@ -66,7 +66,7 @@ def test_prepare_with_a_real_tokenizer(texts):
     assert json.loads(run("inspect", "out", "--json").stdout)["tokenizer"] == "tok/tokenizer.json"
 
 
-def test_a_full_folder_is_refused(texts):
+def test_data_prepare_non_empty_folder_refused(texts):
     Path("out").mkdir()
     Path("out", "thesis.tex").write_text("years of work")
     result = run("prepare", "texts", "--out", "out")
@@ -74,7 +74,7 @@ def test_a_full_folder_is_refused(texts):
     assert Path("out", "thesis.tex").read_text() == "years of work"
 
 
-def test_inspect_names_damaged_shards_and_ends_with_1(texts):
+def test_data_inspect_damaged_shards_status_1(texts):
     assert run("prepare", "texts", "--out", "out", "--shard-tokens", "100").exit_code == 0
     shard = Path("out", "train_00001.bin")
     shard.write_bytes(b"\1" + shard.read_bytes()[1:])
@@ -93,7 +93,7 @@ def test_inspect_names_damaged_shards_and_ends_with_1(texts):
     ]
 
 
-def test_inspect_reads_npy_shards(texts):
+def test_data_inspect_npy_shards_read(texts):
     np.save("tokens.npy", np.arange(100))
     facts = json.loads(run("inspect", "tokens.npy", "--json").stdout)
     assert facts["sound"]

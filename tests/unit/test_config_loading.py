@@ -27,7 +27,7 @@ def write(folder: Path, name: str, text: str) -> Path:
     return file
 
 
-def test_a_variant_states_only_what_differs(tmp_path: Path) -> None:
+def test_config_extends_states_only_differences(tmp_path: Path) -> None:
     write(tmp_path, "base.toml", f"{TEXT}[train]\nseed = 1\nseq_len = 64\n[optimizer]\nbetas = [0.5, 0.6]\n")
     write(tmp_path, "families/mid.toml", 'extends = "../base.toml"\n[train]\nseed = 2\nmax_steps = 5\n')
     leaf = write(tmp_path, "families/leaf.toml", 'extends = "mid.toml"\n[train]\nseed = 3\n')
@@ -52,7 +52,7 @@ def test_a_variant_states_only_what_differs(tmp_path: Path) -> None:
     assert loaded.sources.keys() == loaded.job.flat().keys()
 
 
-def test_tables_merge_and_lists_are_replaced(tmp_path: Path) -> None:
+def test_config_extends_merges_tables_replaces_lists(tmp_path: Path) -> None:
     scaling = "factor=8, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192"
     write(tmp_path, "base.toml", f'[data]\ntext = ["a", "b"]\n[model]\nrope_scaling = {{{scaling}}}\n')
     leaf = write(
@@ -76,7 +76,7 @@ def test_tables_merge_and_lists_are_replaced(tmp_path: Path) -> None:
     assert unset.sources["model.rope_scaling"] == "command line"
 
 
-def test_a_variant_can_unset_what_its_base_set(tmp_path: Path) -> None:
+def test_config_extends_none_unsets_base_value(tmp_path: Path) -> None:
     write(tmp_path, "base.toml", TEXT)
     leaf = write(
         tmp_path, "leaf.toml", 'extends = "base.toml"\n[data]\ntext = "none"\ndataset_path = "tokens"\n'
@@ -86,7 +86,7 @@ def test_a_variant_can_unset_what_its_base_set(tmp_path: Path) -> None:
     assert loaded.sources["data.text"] == str(leaf)
 
 
-def test_an_override_repairs_a_file(tmp_path: Path) -> None:
+def test_config_override_repairs_file(tmp_path: Path) -> None:
     file = write(tmp_path, "bad.toml", f"{TEXT}[train]\nseed = 1.5\n")
     with pytest.raises(ConfigError, match=r"train.seed: 1.5 is not an integer"):
         load_job(file)
@@ -122,7 +122,7 @@ GOOD_OVERRIDES: list[tuple[list[str], str, Any]] = [
 
 
 @pytest.mark.parametrize(("overrides", "key", "value"), GOOD_OVERRIDES)
-def test_overrides(overrides: list[str], key: str, value: Any) -> None:
+def test_config_override_valid_sets_value(overrides: list[str], key: str, value: Any) -> None:
     loaded = load_job(None, ["--data.text=x", *overrides])
     flat = loaded.job.flat()
     assert flat[key] == value
@@ -151,7 +151,7 @@ BAD_OVERRIDES = [
 
 
 @pytest.mark.parametrize(("overrides", "key", "problem", "allowed"), BAD_OVERRIDES)
-def test_bad_overrides(overrides: list[str], key: str, problem: str, allowed: str) -> None:
+def test_config_override_invalid_is_fault(overrides: list[str], key: str, problem: str, allowed: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_job(None, ["--data.text=x", *overrides])
     [fault] = caught.value.faults
@@ -180,7 +180,7 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("files", "message"), BAD_FILES)
-def test_files_that_cannot_be_read(tmp_path: Path, files: dict[str, str], message: str) -> None:
+def test_config_unreadable_file_is_fault(tmp_path: Path, files: dict[str, str], message: str) -> None:
     for name, text in files.items():
         write(tmp_path, name, text)
     with pytest.raises(ConfigError) as caught:
@@ -190,13 +190,13 @@ def test_files_that_cannot_be_read(tmp_path: Path, files: dict[str, str], messag
     assert caught.value.exit_status == 2
 
 
-def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+def test_config_file_not_utf8_is_fault(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_bytes(b"\xff\xfe[train]")
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
         load_job(tmp_path / "a.toml")
 
 
-def test_the_message_lists_every_fault_with_its_source(tmp_path: Path) -> None:
+def test_config_error_lists_every_fault_with_source(tmp_path: Path) -> None:
     file = write(tmp_path, "a.toml", f"{TEXT}[train]\nseed = 1.5\n")
     with pytest.raises(ConfigError) as caught:
         load_job(file, ["--train.batch_size=0"])
@@ -245,7 +245,7 @@ def jobs(draw: st.DrawFn) -> JobConfig:
 
 @settings(max_examples=150, deadline=None)
 @given(jobs())
-def test_toml_out_and_in_again_is_the_same_job(job: JobConfig) -> None:
+def test_config_toml_round_trip_equal(job: JobConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.toml"
         file.write_text(job.to_toml(), encoding="utf-8", newline="")
@@ -254,7 +254,7 @@ def test_toml_out_and_in_again_is_the_same_job(job: JobConfig) -> None:
 
 @given(jobs())
 @settings(max_examples=30, deadline=None)
-def test_flat_is_json_and_complete(job: JobConfig) -> None:
+def test_config_flat_is_json_and_complete(job: JobConfig) -> None:
     flat = job.flat()
     assert json.loads(json.dumps(flat)) == flat
     assert flat["train.seed"] == job.train.seed
@@ -263,12 +263,12 @@ def test_flat_is_json_and_complete(job: JobConfig) -> None:
 
 
 @given(st.text())
-def test_any_text_of_an_override_has_a_value(text: str) -> None:
+def test_config_override_any_text_parses(text: str) -> None:
     parse_value(text, as_text=False)
     assert isinstance(parse_value(text, as_text=True), (str, list))
 
 
-def test_the_json_schema_knows_extends_and_how_to_unset() -> None:
+def test_config_json_schema_has_extends_and_none() -> None:
     schema = json_schema()
     assert schema["properties"]["extends"]["type"] == "string"
     assert set(schema["properties"]) == {*JobConfig.model_fields, "extends"}
@@ -278,7 +278,7 @@ def test_the_json_schema_knows_extends_and_how_to_unset() -> None:
     assert '"null"' not in json.dumps(schema)
 
 
-def test_every_default_as_toml(tmp_path: Path) -> None:
+def test_config_defaults_toml_has_every_section(tmp_path: Path) -> None:
     job = load_job(None, ["--data.text=x"]).job
     tree = tomli.loads(job.to_toml())
     assert set(tree) == set(JobConfig.model_fields)

@@ -185,7 +185,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("overrides", "key", "problem", "allowed"), BROKEN)
-def test_a_broken_rule_is_one_fault(overrides: list[str], key: str, problem: str, allowed: str) -> None:
+def test_rules_broken_rule_is_one_fault(overrides: list[str], key: str, problem: str, allowed: str) -> None:
     [fault] = faults(*overrides)
     assert fault.key == key
     assert problem in fault.problem
@@ -223,11 +223,11 @@ def test_a_broken_rule_is_one_fault(overrides: list[str], key: str, problem: str
         ["--train.seq_len=2048"],
     ],
 )
-def test_what_the_rules_let_pass(overrides: list[str]) -> None:
+def test_rules_valid_overrides_no_fault(overrides: list[str]) -> None:
     assert faults(*overrides) == []
 
 
-def test_run_dir_placeholders_are_needed_only_inside_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_run_dir_placeholder_needed_inside_job_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     [fault] = faults("--run.dir=/x/{job_id}")
     assert (fault.key, "SLURM_JOB_ID is not set" in fault.problem) == ("run.dir", True)
@@ -258,7 +258,7 @@ BAD_LAYOUTS = [
 
 
 @pytest.mark.parametrize(("overrides", "world_size", "key", "problem", "fits"), BAD_LAYOUTS)
-def test_processes_must_fill_the_layout(
+def test_rules_processes_not_filling_layout_is_fault(
     overrides: list[str], world_size: int, key: str, problem: str, fits: str
 ) -> None:
     [fault] = faults(*overrides, world_size=world_size)
@@ -275,7 +275,7 @@ BAD_BATCHES = [
 
 
 @pytest.mark.parametrize(("total", "per_rank", "ranks", "problem", "totals", "sizes"), BAD_BATCHES)
-def test_a_global_batch_that_does_not_divide_names_sizes_that_do(
+def test_rules_indivisible_batch_names_sizes_that_fit(
     total: int, per_rank: int, ranks: int, problem: str, totals: str, sizes: str | None
 ) -> None:
     overrides = [f"--train.global_batch_size={total}", f"--train.batch_size={per_rank}"]
@@ -292,7 +292,8 @@ def test_a_global_batch_that_does_not_divide_names_sizes_that_do(
         assert faults(overrides[0], f"--train.batch_size={size}", world_size=ranks) == []
 
 
-def test_without_a_world_size_the_batch_is_checked_as_far_as_it_can_be() -> None:
+def test_rules_batch_without_world_size_partly_checked() -> None:
+    """Without a world size the batch is checked as far as it can be."""
     assert faults("--train.global_batch_size=12")[0].key == "train.global_batch_size"
     batch = ["--train.global_batch_size=24"]
     assert faults(*batch) == []
@@ -301,7 +302,7 @@ def test_without_a_world_size_the_batch_is_checked_as_far_as_it_can_be() -> None
     assert faults(*batch, "--distributed.dp_shard=3") == []
 
 
-def test_geometry() -> None:
+def test_geometry_known_layouts_derived() -> None:
     job = load_job(None, [TEXT, "--train.batch_size=4", "--distributed.dp_replicate=2"]).job
     assert job.geometry(8) == Geometry(
         dp_replicate=2, dp_shard=4, dp=8, tp=1, pp=1, global_batch_size=32, accumulation_steps=1
@@ -319,7 +320,7 @@ def test_geometry() -> None:
         job.with_global_batch_size(31)
 
 
-def test_no_job_can_be_made_that_contradicts_itself() -> None:
+def test_job_config_contradiction_refused() -> None:
     with pytest.raises(ConfigError, match="neither text nor dataset_path"):
         JobConfig()
 
@@ -353,7 +354,7 @@ INTERLEAVED = DistributedConfig(pp=4, pp_schedule="interleaved_1f1b")
         (DistributedConfig(pp_layers=[4]), ModelConfig(n_layers=4), TrainConfig(), ["distributed.pp_layers"]),
     ],
 )
-def test_pipeline_rules(
+def test_rules_pipeline_table_matches(
     distributed: DistributedConfig, model: ModelConfig, train: TrainConfig, keys: list[str]
 ) -> None:
     assert [fault.key for fault in rules.pipeline_fits(distributed, model, train)] == keys
@@ -375,7 +376,7 @@ def test_pipeline_rules(
         ("interleaved_1f1b", 2, {"batch_size": 1, "global_batch_size": 14}, 2, "12 or 16 would fit"),
     ],
 )
-def test_microbatches_fit_the_schedule(
+def test_geometry_microbatches_fit_schedule(
     schedule: str, pp: int, batch: dict[str, int], dp: int, fits: str | None
 ) -> None:
     distributed = DistributedConfig.model_validate({"pp": pp, "pp_schedule": schedule, "dp_shard": dp})
@@ -405,7 +406,7 @@ def test_microbatches_fit_the_schedule(
         (4, ModelConfig(vocab_size=7), []),
     ],
 )
-def test_tensor_parallel_rules(tp: int, model: ModelConfig, problems: list[str]) -> None:
+def test_rules_tensor_parallel_table_matches(tp: int, model: ModelConfig, problems: list[str]) -> None:
     faults = rules.tensor_parallel_fits(DistributedConfig(tp=tp), model, TrainConfig(seq_len=36))
     found = [fault.problem for fault in faults]
     assert len(found) == len(problems)
@@ -413,7 +414,7 @@ def test_tensor_parallel_rules(tp: int, model: ModelConfig, problems: list[str])
         assert problem.startswith(start)
 
 
-def test_every_rule_asks_for_things_that_exist() -> None:
+def test_rules_parameters_are_known_names() -> None:
     """A misspelled parameter would switch a rule off without a word."""
     from inspect import signature
 

@@ -96,7 +96,7 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(("key", "value", "problem", "allowed"), BAD_VALUES)
-def test_a_bad_value_is_one_fault_with_what_is_allowed(
+def test_config_bad_value_is_one_fault_with_allowed(
     tmp_path: Path, key: str, value: str, problem: str, allowed: str
 ) -> None:
     table, _, name = key.partition(".")
@@ -127,7 +127,7 @@ UNKNOWN_KEYS = [
 
 
 @pytest.mark.parametrize(("table", "line", "key", "hint"), UNKNOWN_KEYS)
-def test_an_unknown_name_is_met_with_the_nearest_known(
+def test_config_unknown_key_suggests_nearest(
     tmp_path: Path, table: str, line: str, key: str, hint: str
 ) -> None:
     faults = faults_of(tmp_path, f'[data]\ntext = "x"\n[{table}]\n{line}\n')
@@ -135,20 +135,20 @@ def test_an_unknown_name_is_met_with_the_nearest_known(
     assert "is not a known" in faults[key].problem
 
 
-def test_a_key_above_all_sections_and_a_section_that_is_no_table(tmp_path: Path) -> None:
+def test_config_stray_key_or_scalar_section_is_fault(tmp_path: Path) -> None:
     faults = faults_of(tmp_path, 'lr = 0.1\nmodel = 3\n[data]\ntext = "x"\n')
     assert faults["lr"].allowed == "did you mean optimizer.lr?"
     assert faults["model"].problem == "3 is not a table"
 
 
-def test_rope_scaling_needs_all_its_keys(tmp_path: Path) -> None:
+def test_config_rope_scaling_missing_keys_named(tmp_path: Path) -> None:
     faults = faults_of(tmp_path, '[data]\ntext = "x"\n[model.rope_scaling]\nfactor = 8\n')
     missing = ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     assert list(faults) == [f"model.rope_scaling.{name}" for name in missing]
     assert {fault.problem for fault in faults.values()} == {"is missing"}
 
 
-def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
+def test_config_many_faults_reported_at_once(tmp_path: Path) -> None:
     """Wrong types in some sections, and rules between the sections that are sound."""
     text = """
     [run]
@@ -178,7 +178,7 @@ def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     assert faults["--scheduler.nme"].source == "command line"
 
 
-def test_integers_are_numbers_and_mode_values_are_modes() -> None:
+def test_config_integer_and_mode_values_converted() -> None:
     assert OptimizerConfig(lr=1).lr == 1.0
     assert CheckpointConfig.model_validate({"async_mode": "async_with_pinned_mem"}).async_mode is (
         AsyncCheckpointMode.async_pinned
@@ -187,12 +187,12 @@ def test_integers_are_numbers_and_mode_values_are_modes() -> None:
     assert AsyncCheckpointMode.async_ == "async"
 
 
-def test_sections_are_frozen() -> None:
+def test_config_sections_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         DistributedConfig().tp = 2  # type: ignore[misc]
 
 
-def test_every_key_is_documented() -> None:
+def test_config_every_key_documented() -> None:
     from kempnerforge.config.describe import walk_keys
 
     undocumented = [key.name for key in walk_keys(JobConfig) if not key.doc.endswith(".")]
@@ -240,11 +240,11 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("shape", "count"), PUBLISHED)
-def test_parameter_counts_are_the_published_ones(shape: dict[str, int], count: int) -> None:
+def test_model_config_parameter_counts_as_published(shape: dict[str, int], count: int) -> None:
     assert ModelConfig(**shape).num_parameters == count  # type: ignore[arg-type]
 
 
-def test_derived_model_sizes() -> None:
+def test_model_config_derived_sizes_match() -> None:
     model = ModelConfig(dim=96, n_heads=4)
     assert (model.kv_heads, model.resolved_head_dim, model.ffn_dim) == (4, 24, 256)
     model = ModelConfig(dim=96, n_heads=4, n_kv_heads=2, head_dim=32, ffn_hidden_dim=100)
@@ -261,11 +261,11 @@ def test_derived_model_sizes() -> None:
         (SchedulerConfig(name="constant"), 0),
     ],
 )
-def test_decay_steps_left_out(scheduler: SchedulerConfig, steps: int) -> None:
+def test_scheduler_config_decay_steps_derived(scheduler: SchedulerConfig, steps: int) -> None:
     assert scheduler.resolved_decay_steps(100) == steps
 
 
-def test_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_config_folder_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert RunConfig(name="a").folder == Path("runs/a")
     assert RunConfig(dir="~/x").folder == Path.home() / "x"
     run = RunConfig(dir="/scratch/{job_id}-{array_task_id}")
@@ -279,7 +279,7 @@ def test_run_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.folder == Path("/scratch/17-3")
 
 
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_config_cache_folder_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/fast")
     assert DataConfig().cache_folder == Path("/fast/kempnerforge")
     assert DataConfig(cache_dir="~/c").cache_folder == Path.home() / "c"

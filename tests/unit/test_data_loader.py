@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import queue
 import random
 import threading
 from itertools import islice
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from kempnerforge.data import loader as loader_module
 from kempnerforge.data.loader import Batch, BatchLoader, Cursor, eval_batches
 from kempnerforge.data.order import ids_digest, sample_ids
 from kempnerforge.data.tokens import Samples, open_dataset
@@ -46,7 +50,7 @@ def same(first: Batch, second: Batch) -> bool:
     )
 
 
-def test_a_batch_holds_the_samples_of_the_order(samples):
+def test_loader_batch_has_samples_in_order(samples):
     (batch, cursor), (second, _) = take(samples, 2)
     ids = sample_ids(3, np.arange(24), NUM_SAMPLES)
     assert numbers(batch) == ids[:12].tolist()
@@ -62,7 +66,7 @@ def test_a_batch_holds_the_samples_of_the_order(samples):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 6])
-def test_the_global_batch_does_not_depend_on_the_ranks(samples, dp_size, batch_size):
+def test_loader_global_batch_same_for_any_ranks(samples, dp_size, batch_size):
     reference = take(samples, 10, batch_size=1)
     ranks = [
         take(samples, 10, batch_size=batch_size, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)
@@ -78,7 +82,7 @@ def test_the_global_batch_does_not_depend_on_the_ranks(samples, dp_size, batch_s
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
-def test_an_epoch_is_every_sample_exactly_once(samples, dp_size):
+def test_loader_epoch_has_every_sample_once(samples, dp_size):
     options = {"global_batch_size": 8, "batch_size": 2, "dp_size": dp_size}
     for epoch in range(3):
         cursor = Cursor(epoch * NUM_SAMPLES)
@@ -91,7 +95,7 @@ def test_an_epoch_is_every_sample_exactly_once(samples, dp_size):
         assert sorted(seen) == list(range(NUM_SAMPLES))
 
 
-def test_batches_run_across_the_ends_of_epochs(samples):
+def test_loader_batches_cross_epoch_ends(samples):
     seen = [number for batch, _ in take(samples, 10) for number in numbers(batch)]
     assert len(seen) == 3 * NUM_SAMPLES
     for epoch in range(3):
@@ -100,7 +104,7 @@ def test_batches_run_across_the_ends_of_epochs(samples):
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 @pytest.mark.parametrize("resumed_prefetch", [0, 2])
-def test_a_resume_from_every_cursor_goes_on_exactly(samples, prefetch, resumed_prefetch):
+def test_loader_resume_any_cursor_continues_exactly(samples, prefetch, resumed_prefetch):
     whole = take(samples, 12, prefetch_batches=prefetch)
     for place, (_, cursor) in enumerate(whole[:-1]):
         restored = Cursor.from_json(cursor.to_json())
@@ -110,7 +114,7 @@ def test_a_resume_from_every_cursor_goes_on_exactly(samples, prefetch, resumed_p
             assert after == expected_after
 
 
-def test_a_resume_with_other_ranks_goes_on_with_the_same_samples(samples):
+def test_loader_resume_other_ranks_same_samples(samples):
     whole = take(samples, 6)
     _, cursor = take(samples, 3, dp_rank=1, dp_size=2)[-1]
     rest = [take(samples, 3, dp_rank=rank, dp_size=3, cursor=cursor) for rank in range(3)]
@@ -140,7 +144,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
-def test_a_read_error_arrives_at_the_batch_it_belongs_to(samples, prefetch):
+def test_loader_read_error_raised_at_its_batch(samples, prefetch):
     options = {"seed": 0, "global_batch_size": 4, "batch_size": 2, "prefetch_batches": prefetch}
     with BatchLoader(Failing(samples, 3), **options) as loader:  # type: ignore[arg-type]
         assert len(list(islice(loader, 3))) == 3
@@ -153,7 +157,7 @@ def data_threads() -> int:
     return sum(thread.name == "kempnerforge-data" for thread in threading.enumerate())
 
 
-def test_close_ends_the_thread_whatever_it_does(samples):
+def test_loader_close_in_any_state_ends_thread(samples):
     for consumed in range(4):
         loader = BatchLoader(samples, seed=0, global_batch_size=4, batch_size=2, prefetch_batches=2)
         assert data_threads() == 1
@@ -168,17 +172,30 @@ def test_close_ends_the_thread_whatever_it_does(samples):
     assert data_threads() == 0
 
 
-def test_reading_ahead_is_bounded(samples):
+def test_loader_prefetch_is_bounded(samples, monkeypatch):
+    """It reads no more than fit in the queue, and one that its thread waits with."""
     source = Failing(samples, 1000)
+    # 20 that were consumed, three in the queue and one in the thread's hands.
+    expected = 20 + 3 + 1
+    waits = threading.Event()
+
+    class WatchedQueue(queue.Queue):
+        """Tells when the thread is about to wait, with the last batch that it may read."""
+
+        def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+            if self.full() and 1000 - source.left == expected:
+                waits.set()
+            super().put(item, block, timeout)
+
+    monkeypatch.setattr(loader_module, "queue", SimpleNamespace(Queue=WatchedQueue))
     with BatchLoader(source, seed=0, global_batch_size=4, batch_size=2, prefetch_batches=3) as loader:  # type: ignore[arg-type]
         for _ in range(20):
             next(loader)
-        threading.Event().wait(0.2)
-        # Three in the queue and one in the thread's hands.
-        assert 1000 - source.left <= 24
+        assert waits.wait(60), f"{1000 - source.left} batches were read, and the queue is not full"
+        assert 1000 - source.left == expected
 
 
-def test_no_global_random_state_is_touched(samples):
+def test_loader_global_random_state_untouched(samples):
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)
@@ -198,25 +215,25 @@ def test_no_global_random_state_is_touched(samples):
         {"global_batch_size": 0, "batch_size": 2},
     ],
 )
-def test_what_does_not_divide_is_refused(samples, layout):
+def test_loader_indivisible_layout_refused(samples, layout):
     with pytest.raises(ValueError, match="is not a multiple of"):
         BatchLoader(samples, seed=0, **layout)
     assert data_threads() == 0
 
 
-def test_a_rank_outside_the_layout_is_refused(samples):
+def test_loader_rank_outside_layout_refused(samples):
     with pytest.raises(ValueError, match="dp_rank 2 is not below dp_size 2"):
         BatchLoader(samples, seed=0, global_batch_size=4, batch_size=1, dp_rank=2, dp_size=2)
 
 
 @pytest.mark.parametrize("value", [{}, {"samples": -1}, {"samples": 1.5}, {"samples": True}, {"step": 3}, 12])
-def test_what_is_not_a_cursor_is_refused(value):
+def test_cursor_invalid_value_refused(value):
     with pytest.raises(ValueError, match="cursor"):
         Cursor.from_json(value)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
-def test_every_evaluation_is_over_the_same_samples(samples, dp_size):
+def test_eval_batches_same_samples_every_time(samples, dp_size):
     options = {"num_batches": 3, "global_batch_size": 16, "batch_size": 2, "dp_size": dp_size}
     ranks = [list(eval_batches(samples, dp_rank=rank, **options)) for rank in range(dp_size)]
     again = [list(eval_batches(samples, dp_rank=rank, **options)) for rank in range(dp_size)]

@@ -11,7 +11,7 @@ from kempnerforge.data.order import MAX_SAMPLES, ids_digest, sample_ids
 
 
 @pytest.mark.parametrize("num_samples", [*range(1, 70), 255, 256, 257, 1000, 4095, 4096, 4097, 100_003])
-def test_every_epoch_visits_every_sample_once(num_samples):
+def test_order_epoch_visits_every_sample_once(num_samples):
     ids = sample_ids(3, np.arange(3 * num_samples), num_samples).reshape(3, num_samples)
     assert (np.sort(ids, axis=1) == np.arange(num_samples)).all()
 
@@ -22,7 +22,7 @@ def test_every_epoch_visits_every_sample_once(num_samples):
     positions=st.lists(st.integers(0, 2**62), min_size=1, max_size=20),
 )
 @settings(max_examples=100, deadline=None)
-def test_a_place_does_not_depend_on_the_other_places(seed, num_samples, positions):
+def test_order_place_independent_of_other_places(seed, num_samples, positions):
     together = sample_ids(seed, np.array(positions), num_samples)
     alone = [int(sample_ids(seed, np.array([position]), num_samples)[0]) for position in positions]
     assert together.tolist() == alone
@@ -37,13 +37,13 @@ def test_a_place_does_not_depend_on_the_other_places(seed, num_samples, position
     count=st.integers(2, 300),
 )
 @settings(max_examples=100, deadline=None)
-def test_no_sample_twice_within_an_epoch_however_large(seed, num_samples, start, count):
+def test_order_large_epoch_no_sample_twice(seed, num_samples, start, count):
     indices = np.unique((start + np.arange(count)) % num_samples)
     ids = sample_ids(seed, 5 * num_samples + indices, num_samples)
     assert np.unique(ids).size == indices.size
 
 
-def test_seeds_and_epochs_give_different_orders():
+def test_order_differs_by_seed_and_epoch():
     size = 1000
     orders = {
         tuple(sample_ids(seed, np.arange(epoch * size, (epoch + 1) * size), size))
@@ -54,7 +54,7 @@ def test_seeds_and_epochs_give_different_orders():
     assert tuple(range(size)) not in orders
 
 
-def test_an_order_looks_random():
+def test_order_statistics_look_random():
     size, epochs = 50, 4000
     ids = sample_ids(11, np.arange(size * epochs), size).reshape(epochs, size)
     # Each sample stands at each place about epochs / size = 80 times; 6 standard deviations are 54.
@@ -65,14 +65,14 @@ def test_an_order_looks_random():
     assert abs(followers - 3920) < 400
 
 
-def test_all_orders_of_three_samples_occur_equally():
+def test_order_three_samples_all_orders_equally_often():
     orders = sample_ids(5, np.arange(18_000), 3).reshape(-1, 3)
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert counts.size == 6
     assert abs(counts - 1000).max() < 180  # 6 standard deviations
 
 
-def test_the_order_never_changes_between_versions():
+def test_order_recorded_values_unchanged():
     assert sample_ids(42, np.arange(8), 1000).tolist() == [434, 418, 240, 990, 300, 679, 853, 473]
     assert ids_digest(sample_ids(42, np.arange(2500), 1000)) == "dd1b2c9292f154bf"
     assert ids_digest(sample_ids(7, np.arange(10**12, 10**12 + 1000), 10**9 + 7)) == "424d32b634ea9180"
@@ -85,7 +85,7 @@ def test_the_order_never_changes_between_versions():
     position=st.integers(0, 2**63 - 1),
 )
 @settings(max_examples=200, deadline=None)
-def test_the_arrays_compute_what_plain_integers_do(seed, num_samples, position):
+def test_order_arrays_match_plain_integers(seed, num_samples, position):
     assert sample_ids(seed, np.array([position]), num_samples)[0] == _plain(seed, position, num_samples)
 
 
@@ -112,13 +112,13 @@ def _plain(seed: int, position: int, num_samples: int) -> int:
             return index
 
 
-def test_digest_is_of_values_and_order_only():
+def test_ids_digest_depends_on_values_and_order_only():
     ids = np.arange(10)
     assert ids_digest(ids) == ids_digest(ids.astype(np.int32)) == ids_digest(np.repeat(ids, 2)[::2])
     assert ids_digest(ids) != ids_digest(ids[::-1])
 
 
-def test_no_global_random_state_is_used():
+def test_order_global_random_state_untouched():
     np.random.seed(1)
     before = np.random.get_state()[1].copy()
     sample_ids(1, np.arange(1000), 77)
@@ -126,11 +126,11 @@ def test_no_global_random_state_is_used():
 
 
 @pytest.mark.parametrize("num_samples", [0, -1, MAX_SAMPLES + 1])
-def test_impossible_sizes_are_refused(num_samples):
+def test_order_impossible_size_refused(num_samples):
     with pytest.raises(ValueError, match="num_samples"):
         sample_ids(0, np.arange(3), num_samples)
 
 
-def test_negative_positions_are_refused():
+def test_order_negative_position_refused():
     with pytest.raises(ValueError, match="negative"):
         sample_ids(0, np.array([3, -1]), 10)

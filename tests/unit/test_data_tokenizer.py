@@ -12,7 +12,7 @@ from kempnerforge.data.tokenizer import ByteTokenizer, load_tokenizer, token_dty
 from kempnerforge.errors import DataError
 
 
-def test_bytes_are_their_own_ids():
+def test_byte_tokenizer_bytes_are_ids():
     tokenizer = ByteTokenizer()
     raw = bytes(range(256))
     assert tokenizer.encode(raw).tolist() == list(range(256))
@@ -22,7 +22,7 @@ def test_bytes_are_their_own_ids():
     assert [ids.tolist() for ids in tokenizer.encode_batch([b"ab", b"c"])] == [[97, 98], [99]]
 
 
-def test_a_real_tokenizer_json(tmp_path):
+def test_tokenizer_json_matches_reference(tmp_path):
     reference = make_tokenizer(tmp_path / "tokenizer.json")
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     reference.no_truncation()
@@ -40,7 +40,7 @@ def test_a_real_tokenizer_json(tmp_path):
     assert load_tokenizer(str(tmp_path)).digest == tokenizer.digest
 
 
-def test_separators_in_the_text_stay_text(tmp_path):
+def test_tokenizer_separator_in_text_stays_text(tmp_path):
     make_tokenizer(tmp_path / "tokenizer.json")
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     ids = tokenizer.encode("a</s>b")
@@ -48,7 +48,7 @@ def test_separators_in_the_text_stay_text(tmp_path):
     assert ids.size > 3
 
 
-def test_bytes_that_are_not_utf8_are_replaced(tmp_path):
+def test_tokenizer_invalid_utf8_replaced(tmp_path):
     make_tokenizer(tmp_path / "tokenizer.json")
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert tokenizer.encode(b"a\xffb").tolist() == tokenizer.encode("a\ufffdb").tolist()
@@ -57,14 +57,14 @@ def test_bytes_that_are_not_utf8_are_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("eos", ["<|end_of_text|>", "<|endoftext|>", "<|eot_id|>", "<eos>"])
-def test_well_known_separators_are_found(tmp_path, eos):
+def test_tokenizer_well_known_separator_found(tmp_path, eos):
     reference = make_tokenizer(tmp_path / "tokenizer.json", eos=eos)
     assert load_tokenizer(str(tmp_path)).separator_id == reference.token_to_id(eos)
 
 
 @pytest.mark.parametrize("value", ["[STOP]", {"content": "[STOP]", "lstrip": False}])
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
-def test_a_file_beside_it_names_the_separator(tmp_path, name, value):
+def test_tokenizer_config_file_names_separator(tmp_path, name, value):
     reference = make_tokenizer(tmp_path / "tokenizer.json", eos="[STOP]")
     with pytest.raises(DataError, match=r"no end-of-text token.*tokenizer_config\.json"):
         load_tokenizer(str(tmp_path))
@@ -72,14 +72,14 @@ def test_a_file_beside_it_names_the_separator(tmp_path, name, value):
     assert load_tokenizer(str(tmp_path)).separator_id == reference.token_to_id("[STOP]")
 
 
-def test_the_separator_is_part_of_the_digest(tmp_path):
+def test_tokenizer_separator_changes_digest(tmp_path):
     make_tokenizer(tmp_path / "tokenizer.json")
     before = load_tokenizer(str(tmp_path)).digest
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<begin>"}')
     assert load_tokenizer(str(tmp_path)).digest != before
 
 
-def test_unusable_tokenizers_are_named(tmp_path):
+def test_tokenizer_unusable_file_named(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load_tokenizer(str(tmp_path / "absent.json"))
     broken = tmp_path / "tokenizer.json"
@@ -95,6 +95,6 @@ def test_unusable_tokenizers_are_named(tmp_path):
         load_tokenizer(str(broken))
 
 
-def test_the_smallest_dtype_that_holds_every_id():
+def test_token_dtype_smallest_that_fits():
     assert token_dtype(65_536).name == "uint16"
     assert token_dtype(65_537).name == "uint32"

@@ -43,7 +43,7 @@ def damage(path: Path, offset: int) -> None:
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 64, 999, 2500])
-def test_samples_are_what_the_stream_holds_and_span_shards(prepared, seq_len):
+def test_samples_match_stream_across_shards(prepared, seq_len):
     stream = np.concatenate([np.fromfile(file, dtype="<u2") for file in sorted(prepared.glob("train_*.bin"))])
     samples = open_dataset(prepared, vocab_size=300).split("train", seq_len)
     assert samples.num_samples == (stream.size - 1) // seq_len
@@ -55,7 +55,7 @@ def test_samples_are_what_the_stream_holds_and_span_shards(prepared, seq_len):
     assert (rows == expected).all()
 
 
-def test_a_sample_that_does_not_exist_is_an_error(prepared):
+def test_samples_unknown_id_refused(prepared):
     samples = open_dataset(prepared).split("val", 16)
     for bad in (-1, samples.num_samples):
         with pytest.raises(IndexError):
@@ -64,7 +64,7 @@ def test_a_sample_that_does_not_exist_is_an_error(prepared):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64", ">i4"])
-def test_npy_shards(tmp_path, dtype):
+def test_dataset_npy_shards_read(tmp_path, dtype):
     parts = [
         save_npy(tmp_path / "d", f"train_{n}.npy", np.arange(50 * n, 50 * n + 50, dtype=dtype))
         for n in range(4)
@@ -78,7 +78,7 @@ def test_npy_shards(tmp_path, dtype):
     assert dataset.vocab_size is None
 
 
-def test_npy_shards_without_a_validation_shard_hold_out_their_end(tmp_path):
+def test_dataset_npy_without_val_shard_holds_out_end(tmp_path):
     save_npy(tmp_path / "d", "interval_evaluate.npy", np.arange(1001))
     dataset = open_dataset(tmp_path / "d", val_fraction=0.1)
     train, val = dataset.split("train", 10), dataset.split("val", 10)
@@ -94,13 +94,13 @@ def test_npy_shards_without_a_validation_shard_hold_out_their_end(tmp_path):
 @pytest.mark.parametrize(
     "name", ["val_0.npy", "shard-VAL.npy", "fineweb_validation_01.npy", "valid1.npy", "eval.npy"]
 )
-def test_names_of_validation_shards(tmp_path, name):
+def test_dataset_val_shard_names_recognized(tmp_path, name):
     save_npy(tmp_path / "d", "a.npy", np.arange(100))
     save_npy(tmp_path / "d", name, np.arange(1000, 1050))
     assert open_dataset(tmp_path / "d").split("val", 8).read(np.array([0]))[0, 0] == 1000
 
 
-def test_more_shards_than_file_descriptors(tmp_path, monkeypatch):
+def test_dataset_more_shards_than_descriptors_read(tmp_path, monkeypatch):
     for number in range(80):
         save_npy(tmp_path / "d", f"{number:03d}.npy", np.full(10, number))
     monkeypatch.setattr(tokens_module, "MAX_OPEN_SHARDS", 8)
@@ -176,14 +176,14 @@ def edit_index(folder: Path, **changes: object) -> None:
         (shutil.rmtree, r"no such file or folder\. Make it: kempnerforge data prepare"),
     ],
 )
-def test_a_damaged_prepared_folder_is_found_before_training(prepared, harm, message):
+def test_dataset_damaged_folder_found_on_open(prepared, harm, message):
     open_dataset(prepared, vocab_size=257)
     harm(prepared)
     with pytest.raises(DataError, match=f"(?s){message}"):
         open_dataset(prepared, vocab_size=257)
 
 
-def test_a_shard_outside_the_folder_is_never_read(prepared):
+def test_dataset_shard_outside_folder_refused(prepared):
     content = json.loads((prepared / "index.json").read_text())
     content["splits"]["train"]["shards"][0]["file"] = "../secret.bin"
     (prepared / "index.json").write_text(json.dumps(content))
@@ -191,7 +191,7 @@ def test_a_shard_outside_the_folder_is_never_read(prepared):
         open_dataset(prepared)
 
 
-def test_any_flipped_byte_is_found(prepared):
+def test_dataset_any_flipped_byte_found(prepared):
     rng = np.random.default_rng(1)
     for file in rng.choice(sorted(prepared.glob("*.bin")), 12):
         offset = int(rng.integers(Path(file).stat().st_size))
@@ -202,7 +202,7 @@ def test_any_flipped_byte_is_found(prepared):
     open_dataset(prepared)
 
 
-def test_ranks_that_do_not_verify_check_sizes_and_what_they_read(prepared):
+def test_dataset_unverified_checks_sizes_and_ids_read(prepared):
     damage(prepared / "train_00000.bin", 1)  # the high byte: an id of 256 more
     dataset = open_dataset(prepared, verify=False)
     with pytest.raises(DataError, match=r"token id 3\d\d, but the vocabulary has 257"):
@@ -212,7 +212,7 @@ def test_ranks_that_do_not_verify_check_sizes_and_what_they_read(prepared):
         open_dataset(prepared, verify=False)
 
 
-def test_a_vocabulary_that_is_too_small_is_refused(prepared, tmp_path):
+def test_dataset_vocabulary_too_small_refused(prepared, tmp_path):
     with pytest.raises(DataError, match=r"bytes has 257 ids, but model\.vocab_size = 256"):
         open_dataset(prepared, vocab_size=256)
     open_dataset(prepared, vocab_size=50_000)
@@ -262,13 +262,13 @@ def bad_npy(folder: Path, kind: str) -> None:
         ("text", r"not a \.npy array"),
     ],
 )
-def test_bad_npy_shards_are_found_before_training(tmp_path, kind, message):
+def test_dataset_bad_npy_shard_found_on_open(tmp_path, kind, message):
     bad_npy(tmp_path / "d", kind)
     with pytest.raises(DataError, match=rf"1\.npy.*{message}"):
         open_dataset(tmp_path / "d", vocab_size=1000)
 
 
-def test_only_validation_shards_or_none_at_all(tmp_path):
+def test_dataset_without_train_shards_refused(tmp_path):
     save_npy(tmp_path / "d", "val_0.npy", np.arange(10))
     save_npy(tmp_path / "d", "val_1.npy", np.arange(10))
     with pytest.raises(DataError, match="none to train on"):
@@ -278,7 +278,7 @@ def test_only_validation_shards_or_none_at_all(tmp_path):
         open_dataset(tmp_path / "notes.txt")
 
 
-def test_too_few_tokens_for_one_sample(prepared, tmp_path):
+def test_dataset_too_few_tokens_refused(prepared, tmp_path):
     dataset = open_dataset(prepared)
     with pytest.raises(DataError, match=r"too few tokens for one train sample.*seq_len = 90000 needs 90,001"):
         dataset.split("train", 90_000)
@@ -289,7 +289,7 @@ def test_too_few_tokens_for_one_sample(prepared, tmp_path):
         dataset.split("train", 16)
 
 
-def test_fingerprints_explain_what_differs(prepared, tmp_path):
+def test_fingerprint_differences_explained(prepared, tmp_path):
     dataset = open_dataset(prepared)
     stored = json.loads(json.dumps(fingerprint(dataset, "train", 16, seed=1)))
     assert explain_difference(stored, fingerprint(open_dataset(prepared), "train", 16, seed=1)) == []
@@ -306,7 +306,7 @@ def test_fingerprints_explain_what_differs(prepared, tmp_path):
 
 
 @pytest.mark.parametrize("verify_bytes", [4 << 30, 1000])
-def test_npy_data_are_told_apart_by_content(tmp_path, monkeypatch, verify_bytes):
+def test_dataset_npy_digest_depends_on_content(tmp_path, monkeypatch, verify_bytes):
     monkeypatch.setattr(tokens_module, "VERIFY_BYTES", verify_bytes)
     ids = save_npy(tmp_path / "a", "x.npy", np.arange(5000))
     save_npy(tmp_path / "b", "y.npy", ids)

@@ -1,10 +1,13 @@
-"""Whether a save fits: on a real small file system, with quota tools that answer, fail and hang."""
+"""Whether a save fits: on a real small file system, and with quotas as the tools print them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.tmpfs import mounted_tmpfs
@@ -33,7 +36,7 @@ def write(path: Path, size_bytes: int) -> None:
 # The file system
 
 
-def test_what_fits_is_measured_on_the_folders_own_file_system(small_disk: Path) -> None:
+def test_space_check_measures_own_file_system(small_disk: Path) -> None:
     not_made_yet = small_disk / "run" / "checkpoints"
     assert check(not_made_yet, 7 * MB, reserve_bytes=0).fits
     nearly_all = 8 * MB - 100_000
@@ -41,25 +44,25 @@ def test_what_fits_is_measured_on_the_folders_own_file_system(small_disk: Path) 
     assert check(not_made_yet, 8 * MB - 200_000, reserve_bytes=64 * MB).fits, "2% of a small disk at most"
     verdict = check(not_made_yet, nearly_all, reserve_bytes=64 * MB)
     assert not verdict.fits
-    assert verdict.free_bytes == 8 * MB
-    assert str(verdict) == (
-        f"a save needs 8.3 MB in 0 files; {not_made_yet} has 8.4 MB and 199 files left (file system)"
-    )
+    disk = os.statvfs(small_disk)
+    assert verdict.free_bytes == disk.f_bavail * disk.f_frsize == 8 * MB
+    left = f"8.4 MB and {disk.f_favail} files left (file system)"
+    assert str(verdict) == f"a save needs 8.3 MB in 0 files; {not_made_yet} has {left}"
     write(small_disk / "other", 3 * MB)
     assert not check(not_made_yet, 7 * MB, reserve_bytes=0).fits
     assert check(not_made_yet, 5 * MB, reserve_bytes=0).fits
 
 
-def test_files_run_out_too(small_disk: Path) -> None:
+def test_space_check_too_few_files_does_not_fit(small_disk: Path) -> None:
     assert check(small_disk, 0, needed_files=100, reserve_bytes=0).fits
     for number in range(100):
         (small_disk / str(number)).touch()
     verdict = check(small_disk, 0, needed_files=100, reserve_bytes=0)
     assert not verdict.fits
-    assert verdict.free_files == 99
+    assert verdict.free_files == os.statvfs(small_disk).f_favail < 100
 
 
-def test_a_save_that_was_judged_to_fit_does(small_disk: Path) -> None:
+def test_space_check_fitting_size_can_be_written(small_disk: Path) -> None:
     verdict = check(small_disk, 0, reserve_bytes=0)
     assert verdict.free_bytes is not None
     assert check(small_disk, verdict.free_bytes, reserve_bytes=0).fits
@@ -67,7 +70,7 @@ def test_a_save_that_was_judged_to_fit_does(small_disk: Path) -> None:
     write(small_disk / "save", verdict.free_bytes)
 
 
-def test_room_is_made_in_the_stated_order(small_disk: Path) -> None:
+def test_make_room_prunes_only_when_needed(small_disk: Path) -> None:
     steps = {4: small_disk / "4", 8: small_disk / "8"}
     for path in steps.values():
         write(path, 3 * MB)
@@ -107,14 +110,14 @@ def test_room_is_made_in_the_stated_order(small_disk: Path) -> None:
         (TOO_LARGE, True, Action.skip),
     ],
 )
-def test_the_order(verdict: Verdict, has_pruned: bool, action: Action) -> None:
+def test_space_decide_table_matches(verdict: Verdict, has_pruned: bool, action: Action) -> None:
     assert decide(verdict, has_pruned=has_pruned) is action
 
 
 # Before training
 
 
-def test_a_run_that_could_never_save_is_refused() -> None:
+def test_require_one_save_too_large_refused() -> None:
     assert require_one_save(FITS, prunable_bytes=0) == ""
     with pytest.raises(NoSpaceError) as caught:
         require_one_save(TOO_LARGE, prunable_bytes=0)
@@ -132,22 +135,25 @@ def test_a_run_that_could_never_save_is_refused() -> None:
     assert "older checkpoints will be deleted" in require_one_save(TOO_LARGE, prunable_bytes=6 * MB)
 
 
-def test_running_out_of_files_is_judged_too() -> None:
+def test_require_one_save_too_few_files_refused() -> None:
     verdict = replace(FITS, free_bytes=None, free_files=3, limited_by="user quota", fits=False)
     with pytest.raises(NoSpaceError, match="has room and 3 files left"):
         require_one_save(verdict, prunable_bytes=0)
     assert require_one_save(verdict, prunable_bytes=1)
 
 
-def test_limits_that_are_not_known_are_told() -> None:
-    told = require_one_save(replace(FITS, unread="no command quota here"), prunable_bytes=0)
-    assert told == "quota not known, so only the file system is watched (no command quota here)"
+def test_require_one_save_unknown_quota_reported() -> None:
+    reported = require_one_save(replace(FITS, unread="no command quota here"), prunable_bytes=0)
+    assert reported == "quota not known, so only the file system is watched (no command quota here)"
 
 
 # Quotas
 
 
-def test_the_tightest_limit_decides(tmp_path: Path) -> None:
+def test_space_check_tightest_limit_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A disk with 100 MiB and 10,000 files left, whatever this machine has.
+    disk = SimpleNamespace(f_blocks=200, f_bavail=100, f_frsize=MB, f_files=20_000, f_favail=10_000)
+    monkeypatch.setattr(os, "statvfs", lambda _: disk)
     quotas = Quotas((Quota("user quota", 50 * MB, None), Quota("group quota", 20 * MB, 500)))
     verdict = check(tmp_path, 21 * MB, reserve_bytes=0, quotas=quotas)
     assert (verdict.fits, verdict.free_bytes, verdict.limited_by) == (False, 20 * MB, "group quota")
@@ -185,13 +191,33 @@ LUSTRE_DEFAULT = "/lustre 6000 0 10000 - 100 0 0 -\nuid 1000 is using default bl
         ("quota: error 5 of 7 on 1 2 3\n", []),
     ],
 )
-def test_answers_of_the_tools(output: str, left: list[tuple[int | None, int | None]]) -> None:
-    found = [quota._left("x", fields) for fields in quota.parse(output)]
-    kib = [(one.free_bytes // 1024 if one.free_bytes is not None else None, one.free_files) for one in found]
-    assert kib == left
+def test_quota_tool_output_table_parsed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    output: str,
+    left: list[tuple[int | None, int | None]],
+) -> None:
+    commands: list[list[str]] = []
+
+    def tool(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=0, communicate=lambda timeout: (output, ""))
+
+    monkeypatch.setattr(quota.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(quota.subprocess, "Popen", tool)
+    found = quota.read_quotas(tmp_path)
+    assert [("-u" in command, "-g" in command) for command in commands] == [(True, False), (False, True)]
+    assert found.unread == ""
+    for whose in ("user quota", "group quota"):
+        kib = [
+            (one.free_bytes // 1024 if one.free_bytes is not None else None, one.free_files)
+            for one in found.known
+            if one.whose == whose
+        ]
+        assert kib == left
 
 
-def test_the_mount_of_a_folder_is_the_innermost_one(small_disk: Path) -> None:
+def test_quota_find_mount_innermost_found(small_disk: Path) -> None:
     inside = small_disk / "a" / "b"
     assert quota.find_mount(inside) == Mount(str(small_disk), "tmpfs", "tmpfs")
     assert quota.find_mount(small_disk.parent).point != str(small_disk)
@@ -221,5 +247,5 @@ MOUNTINFO = """\
         ("/data/twice/x", "second"),
     ],
 )
-def test_of_nested_mounts_the_innermost_counts(path: str, source: str) -> None:
+def test_quota_innermost_of_nested_mounts_found(path: str, source: str) -> None:
     assert quota.innermost(MOUNTINFO, path).source == source

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
+from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.config.schema import load_job
+from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.world import World
 from kempnerforge.goodput import breaker
 from kempnerforge.goodput.faults import FaultRecord, is_peer_loss
 from kempnerforge.goodput.history import AttemptHistory, derive
@@ -36,7 +43,7 @@ ROWS: list[tuple[list[tuple[str, int, list[int], bool]], list[int]]] = [
     ([(F, 0, [], False)] * 3, [1, 2, 3]),
     ([(F, 0, [4], True), (F, 4, [], False)], [2]),
     ([(F, 0, [], False), (F, 0, [], False), (F, 0, [4], True)], []),
-    # What is no fault of the run's own neither counts nor breaks the row.
+    # What is not the run's own fault neither counts nor breaks the row.
     ([(F, 8, [], False), ("lost", 8, [], False), ("config", 8, [], False), (F, 8, [], False)], [1, 4]),
     ([("lost", 8, [], False), ("stopped", 8, [], False), ("deadline", 8, [], False)], []),
     # A step that was committed before is no progress.
@@ -45,7 +52,7 @@ ROWS: list[tuple[list[tuple[str, int, list[int], bool]], list[int]]] = [
 
 
 @pytest.mark.parametrize(("attempts", "expected"), ROWS)
-def test_attempts_without_progress(attempts: list[Any], expected: list[int]) -> None:
+def test_breaker_attempts_without_progress_counted(attempts: list[Any], expected: list[int]) -> None:
     found = history(*attempts)
     newest = max([0, *(step for one in attempts for step in (one[1], *one[2]))])
     row = breaker.without_progress(found, newest_committed=newest)
@@ -54,7 +61,7 @@ def test_attempts_without_progress(attempts: list[Any], expected: list[int]) -> 
     assert breaker.refusal(row, limit=0, run_dir="r") == ""
 
 
-def test_an_unblocked_run_counts_anew() -> None:
+def test_breaker_unblocked_run_counts_anew() -> None:
     attempts = [(F, 0, [], False)] * 4
     row = breaker.without_progress(history(*attempts, unblocked=3), newest_committed=0)
     assert [one.number for one in row] == [4]
@@ -72,11 +79,12 @@ def test_an_unblocked_run_counts_anew() -> None:
         ([("lost", 8, [], False)] * 3, []),
     ],
 )
-def test_suspect_steps(attempts: list[Any], expected: list[int]) -> None:
+def test_breaker_suspect_steps_found(attempts: list[Any], expected: list[int]) -> None:
     assert list(breaker.suspects(history(*attempts))) == expected
 
 
-def test_the_cause_is_the_earliest_record_that_is_no_consequence() -> None:
+def test_history_cause_is_earliest_own_fault() -> None:
+    """A record of a peer's loss is a consequence and never the cause."""
     start = {"event": "start", "attempt": 1, "time": 0.0}
     lost = {"event": "end", "attempt": 1, "time": 9.0, "kind": "lost", "reason": "peer", "step": 1}
     peer = FaultRecord(1, 0, "a", 1.0, "RuntimeError: Connection closed by peer", True, "f")
@@ -148,12 +156,12 @@ ILLEGAL = "CUDA error: an illegal memory access was encountered\nCUDA kernel err
         ("ValueError", "bad", False),
     ],
 )
-def test_peer_losses_are_told_from_causes(name: str, message: str, expected: bool) -> None:
+def test_faults_peer_loss_texts_recognized(name: str, message: str, expected: bool) -> None:
     """The texts are those that users have reported to PyTorch, Megatron, vLLM and NCCL."""
     assert is_peer_loss(name, message) is expected
 
 
-def test_a_torn_line_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:
+def test_ledger_torn_line_left_out_next_whole(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, 1)
     for event in ("progress", "start"):
         with ledger.path.open("ab") as file:
@@ -162,7 +170,7 @@ def test_a_torn_line_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> No
     assert [event["event"] for event in read_events(tmp_path)] == ["progress", "start"]
 
 
-def test_intervals_and_bounds() -> None:
+def test_interval_known_cases_match() -> None:
     assert young(2.0, 3600.0) == pytest.approx(120.0)
     assert daly(2.0, 3600.0) == pytest.approx(118.67, abs=0.01)
     assert daly(10.0, 4.0) == 4.0
@@ -170,11 +178,17 @@ def test_intervals_and_bounds() -> None:
     assert rate_bounds(5) == pytest.approx((1.623, 11.668), abs=1e-3)
 
 
-def test_a_ledger_that_cannot_be_written_costs_a_warning_and_not_the_run(
+def test_book_unwritable_ledger_warns_and_continues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    alone = SimpleNamespace(control=ControlGroup(None), rank=0, device=torch.device("cpu"))
+    job = load_job(None, ["--data.text=x", f"--run.dir={run}"]).job
     book = AttemptBook()
-    book._ledger = Ledger(tmp_path / "gone", 1)
+    book.open(job, RunRecord("abc", "abc", 1.0, attempt=1), cast(World, alone), {"num_ranks": 1})
+    assert [event["event"] for event in read_events(run)] == ["start"]
+    shutil.rmtree(run)
     book.resumed(step=0, skipped=0, source="fresh start", lost_steps=0, load_s=0.0)
     book.end(status=0, reason="finished", step=1, error=None)
     assert capsys.readouterr().err.count("record of this attempt is not complete") == 1

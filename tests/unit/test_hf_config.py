@@ -1,4 +1,4 @@
-"""Hugging Face's ``config.json`` and ours: both ways, and all that is no Llama of ours refused."""
+"""Hugging Face's ``config.json`` and ours: both ways, and every other kind of model refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def theirs(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_the_map_names_every_weight_of_the_model_with_its_shape(case: str) -> None:
+def test_hf_tensor_map_names_every_weight_with_shape(case: str) -> None:
     with torch.device("meta"):
         model = Llama(config(**CONFIGS[case]))
     mapped = tensor_map(model.config)
@@ -46,7 +46,7 @@ def test_the_map_names_every_weight_of_the_model_with_its_shape(case: str) -> No
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_a_config_survives_the_way_there_and_back(case: str) -> None:
+def test_hf_config_round_trip_equal(case: str) -> None:
     before = config(**CONFIGS[case])
     after = from_hf_config(to_hf_config(before, dtype="float32", eos_token_id=1), where="x")
     resolved = {
@@ -57,7 +57,7 @@ def test_a_config_survives_the_way_there_and_back(case: str) -> None:
     assert after == before.model_copy(update=resolved)
 
 
-def test_what_a_config_leaves_out_is_what_transformers_takes() -> None:
+def test_hf_config_defaults_match_transformers() -> None:
     least = {
         key: theirs()[key]
         for key in (
@@ -81,7 +81,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes() -> None:
     assert found.init_std == known.initializer_range
 
 
-def test_rotary_settings_are_read_in_both_spellings() -> None:
+def test_hf_config_rope_both_spellings_read() -> None:
     want = config(rope_theta=500000.0, rope_scaling=LLAMA3)
     older = theirs(rope_theta=500000.0, rope_scaling={"rope_type": "llama3", **LLAMA3})
     newer = {key: value for key, value in older.items() if key not in ("rope_theta", "rope_scaling")}
@@ -92,7 +92,7 @@ def test_rotary_settings_are_read_in_both_spellings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"model_type": "qwen2"}, "model_type: is 'qwen2'; only 'llama' can be imported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM"),
@@ -114,24 +114,24 @@ def test_rotary_settings_are_read_in_both_spellings() -> None:
         ({"num_key_value_heads": 3}, "n_kv_heads: 3 does not divide n_heads 4"),
     ],
 )
-def test_what_our_decoder_does_not_compute_is_refused(changes: dict[str, Any], told: str) -> None:
+def test_hf_config_unsupported_setting_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         from_hf_config(theirs(**changes), where="some/config.json")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "some/config.json" in str(caught.value)
     assert caught.value.exit_status == 2
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_hf_config_many_faults_reported_at_once() -> None:
     with pytest.raises(ConfigError, match="3 faults"):
         from_hf_config(theirs(attention_bias=True, hidden_act="gelu", sliding_window=1), where="x")
 
 
-def test_a_shape_that_transformers_refuses_is_not_exported() -> None:
+def test_hf_config_shape_transformers_refuses_refused() -> None:
     with pytest.raises(ConfigError, match="30 does not divide by n_heads 4"):
         to_hf_config(config(dim=30, head_dim=8), dtype="float32", eos_token_id=None)
 
 
-def test_only_a_tied_model_may_have_a_second_output_layer() -> None:
+def test_hf_redundant_names_output_layer_only_if_tied() -> None:
     assert "lm_head.weight" not in redundant_names(config())
     assert redundant_names(config(tie_embeddings=True))["lm_head.weight"] == "model.embed_tokens.weight"

@@ -34,7 +34,9 @@ shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(names, shapes, max_size=12))
-def test_round_trip(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[int, ...]]) -> None:
+def test_index_round_trip_equal(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[int, ...]]
+) -> None:
     entries = {name: whole(shape, file=f"shard_{len(name)}") for name, shape in tensors.items()}
     opened = open_index(tmp_path_factory.mktemp("index"), index.encode(entries))
     assert dict(opened) == entries
@@ -64,9 +66,7 @@ BOTTOM = Chunk("b", 0, 16, (2, 0), (2, 2))
         (TensorEntry("F32", (0, 3), (Chunk("a", 0, 0, (0, 0), (0, 3)),)), None),
     ],
 )
-def test_chunks_must_cover_a_tensor_exactly_once(
-    tmp_path: Path, entry: TensorEntry, problem: str | None
-) -> None:
+def test_index_chunks_must_cover_tensor_once(tmp_path: Path, entry: TensorEntry, problem: str | None) -> None:
     opened = open_index(tmp_path, index.encode({"w": entry}))
     if problem is None:
         assert opened["w"] == entry
@@ -77,9 +77,10 @@ def test_chunks_must_cover_a_tensor_exactly_once(
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_wrong_bytes_with_a_right_digest_are_damage_not_a_crash(
+def test_index_wrong_bytes_are_damage_not_crash(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
+    """Wrong bytes under a right digest: damage, or unnoticed, but no other error."""
     good = index.encode({"w": two_rows(TOP, BOTTOM), "v": whole((3,)), "x": whole(())})
     position = data.draw(st.integers(0, len(good) - 1))
     value = data.draw(st.integers(0, 255))
@@ -111,7 +112,7 @@ def grid(rows: int, columns: int) -> TensorEntry:
 
 
 @pytest.mark.parametrize("layout", GRIDS)
-def test_a_part_is_the_chunks_that_a_box_meets(tmp_path: Path, layout: str) -> None:
+def test_index_part_has_chunks_that_meet_box(tmp_path: Path, layout: str) -> None:
     entry = grid(*GRIDS[layout])
     opened = open_index(tmp_path, index.encode({"v": whole((3,)), "w": entry}))
     height, width = entry.shape
@@ -136,7 +137,7 @@ def test_a_part_is_the_chunks_that_a_box_meets(tmp_path: Path, layout: str) -> N
 
 
 @pytest.mark.parametrize("layout", GRIDS)
-def test_a_part_with_a_hole_or_an_overlap_is_damage(tmp_path: Path, layout: str) -> None:
+def test_index_part_hole_or_overlap_is_damage(tmp_path: Path, layout: str) -> None:
     entry = grid(*GRIDS[layout])
     first, *others = entry.chunks
     shifted = Chunk(first.file, first.begin, first.end, others[0].offsets, first.sizes)
@@ -147,9 +148,7 @@ def test_a_part_with_a_hole_or_an_overlap_is_damage(tmp_path: Path, layout: str)
         assert opened.part("w", others[-1].offsets, (2, 3)) == [others[-1]]
 
 
-def test_a_look_up_reads_a_few_blocks_of_a_large_index(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_lookup_reads_few_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest, "BLOCK_BYTES", 4096)
     names = [f"layers.{number:05d}.weight" for number in range(4000)]
     data = index.encode({name: whole((number % 7 + 1,)) for number, name in enumerate(names)})

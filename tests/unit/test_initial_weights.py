@@ -39,12 +39,13 @@ def drawn(shape: tuple[int, ...], *, seed: int = 5, name: str = "layers.0.attent
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the recorded bits are those of x86")
-def test_the_values_of_a_seed_and_name_never_change() -> None:
+def test_init_recorded_values_unchanged() -> None:
     """Runs on record start from these bits."""
     assert digest(drawn((1500, 1000))) == GOLDEN[torch.backends.cpu.get_cpu_capability()]
 
 
-def test_values_are_normal_and_every_block_seed_and_name_has_its_own() -> None:
+def test_init_values_normal_and_distinct() -> None:
+    """Every block, seed and name has values of its own."""
     values = drawn((3, init.BLOCK_NUMEL))
     assert values.std().item() == pytest.approx(0.02, rel=1e-3)
     assert values.mean().item() == pytest.approx(0, abs=1e-4)
@@ -53,11 +54,11 @@ def test_values_are_normal_and_every_block_seed_and_name_has_its_own() -> None:
         assert not torch.isin(values[0, :100], other.flatten()[:100]).all()
 
 
-def test_values_do_not_depend_on_the_shape_around_them() -> None:
+def test_init_values_independent_of_shape() -> None:
     assert torch.equal(drawn((1200, 1000)).flatten(), drawn((1000, 1200)).flatten())
 
 
-def test_every_kind_of_weight_has_its_rule() -> None:
+def test_init_every_weight_kind_has_rule() -> None:
     with torch.device("meta"):
         model = Llama(CONFIG)
     model.to_empty(device="cpu")
@@ -73,13 +74,13 @@ def test_every_kind_of_weight_has_its_rule() -> None:
     assert model.rope.cos_TP[0].eq(1).all()
 
 
-def test_a_module_without_a_rule_is_refused() -> None:
+def test_init_module_without_rule_refused() -> None:
     with pytest.raises(TypeError, match=r"no rule for the initial value of 0.weight in a Conv1d"):
         init_weights_(nn.Sequential(nn.Conv1d(1, 1, 1)), seed=0, init_std=0.02, n_layers=1)
 
 
 @given(st.data())
-def test_pieces_tile_a_range_of_the_flat_tensor(data: st.DataObject) -> None:
+def test_init_pieces_tile_flat_range(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
     numel = math.prod(shape)
     start = data.draw(st.integers(0, numel - 1))
@@ -92,7 +93,7 @@ def test_pieces_tile_a_range_of_the_flat_tensor(data: st.DataObject) -> None:
 
 
 @given(st.data())
-def test_boxes_of_all_ranks_tile_the_tensor(data: st.DataObject) -> None:
+def test_box_of_all_ranks_tile_tensor(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     mesh = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
     placement = st.one_of(st.just(Replicate()), st.integers(0, len(shape) - 1).map(Shard))
@@ -106,10 +107,10 @@ def test_boxes_of_all_ranks_tile_the_tensor(data: st.DataObject) -> None:
     assert torch.equal(seen, torch.full_like(seen, copies))
 
 
-def test_a_partial_sum_has_no_box() -> None:
+def test_box_of_partial_sum_refused() -> None:
     with pytest.raises(ValueError, match="neither a shard nor a copy"):
         box_of((4,), (2,), (0,), (Partial(),))
 
 
-def test_a_box_counts_its_elements() -> None:
+def test_box_empty_dimension_has_no_elements() -> None:
     assert Box((1, 2), (3, 0)).numel == 0

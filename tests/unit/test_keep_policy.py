@@ -1,4 +1,4 @@
-"""What to keep: tables of steps, and what holds for any of them."""
+"""What to keep: tables of steps, and what is true of any of them."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ TABLE: list[tuple[dict[str, Any], list[StepFacts], list[int]]] = [
 
 
 @pytest.mark.parametrize(("settings", "facts", "expected"), TABLE)
-def test_what_is_kept(settings: dict[str, Any], facts: list[StepFacts], expected: list[int]) -> None:
+def test_keep_table_matches(settings: dict[str, Any], facts: list[StepFacts], expected: list[int]) -> None:
     assert kept(facts, policy(**settings)) == expected
 
 
-def test_every_reason_is_told() -> None:
+def test_keep_every_reason_reported() -> None:
     facts = [
         StepFacts(
             100, metrics={"eval/loss": 2.0}, pin="pinned by ann: paper", readers=("export (pid 3 on h)",)
@@ -140,7 +140,7 @@ some_policy = st.builds(
 
 
 @given(some_facts, some_policy)
-def test_what_holds_for_any_steps_and_policy(facts: list[StepFacts], found: KeepPolicy) -> None:
+def test_keep_any_steps_invariants_satisfied(facts: list[StepFacts], found: KeepPolicy) -> None:
     verdicts = decide(facts, found)
     by_step = {one.step: one for one in facts}
     assert [verdict.step for verdict in verdicts] == sorted(by_step, reverse=True)
@@ -159,7 +159,7 @@ def test_what_holds_for_any_steps_and_policy(facts: list[StepFacts], found: Keep
 
 
 @given(some_facts, some_policy, st.data())
-def test_a_restart_in_the_middle_of_deleting_changes_nothing(
+def test_keep_restart_during_deletion_same_decision(
     facts: list[StepFacts], found: KeepPolicy, data: st.DataObject
 ) -> None:
     """After any part of the deletions the decision over what is left is the rest of them."""
@@ -172,9 +172,7 @@ def test_a_restart_in_the_middle_of_deleting_changes_nothing(
 
 
 @given(some_policy, st.lists(st.integers(1, 4), min_size=1, max_size=40), st.floats(-5, 5, allow_nan=False))
-def test_steps_kept_for_ever_are_never_dropped_later(
-    found: KeepPolicy, gaps: list[int], value: float
-) -> None:
+def test_keep_permanent_steps_never_dropped(found: KeepPolicy, gaps: list[int], value: float) -> None:
     """Whatever is saved next, a step that the rules ``every`` and ``milestone`` keep stays kept by them."""
     on_disk: list[StepFacts] = []
     for_ever: set[int] = set()

@@ -39,7 +39,7 @@ def resign(path: Path, **changes: object) -> None:
     (path / layout.MANIFEST).write_text(json.dumps(body))
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_manifest_round_trip_equal(tmp_path: Path) -> None:
     found = manifest.load(write_step(tmp_path), step=5)
     assert found.provenance == Provenance(step=5, attempt=2)
     assert found.size_bytes == sum(map(len, FILES.values()))
@@ -47,7 +47,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("position", range(0, 400, 7))
-def test_any_flipped_byte_of_the_manifest_is_found(tmp_path: Path, position: int) -> None:
+def test_manifest_any_flipped_byte_found(tmp_path: Path, position: int) -> None:
     path = write_step(tmp_path) / layout.MANIFEST
     data = bytearray(path.read_bytes())
     data[position] ^= 0x04
@@ -56,7 +56,7 @@ def test_any_flipped_byte_of_the_manifest_is_found(tmp_path: Path, position: int
         manifest.load(path.parent, step=5)
 
 
-def test_a_manifest_from_another_step_is_found(tmp_path: Path) -> None:
+def test_manifest_of_other_step_is_damage(tmp_path: Path) -> None:
     one, other = write_step(tmp_path, 5), write_step(tmp_path, 6)
     (one / layout.MANIFEST).write_bytes((other / layout.MANIFEST).read_bytes())
     with pytest.raises(DamagedCheckpointError, match="its manifest is of step 6"):
@@ -64,7 +64,7 @@ def test_a_manifest_from_another_step_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_missing_and_short_files_are_named(tmp_path: Path, name: str) -> None:
+def test_manifest_missing_or_short_file_named(tmp_path: Path, name: str) -> None:
     path = write_step(tmp_path)
     (path / name).write_bytes(FILES[name][:-1])
     with pytest.raises(DamagedCheckpointError, match=f"{name} has {len(FILES[name]) - 1} of"):
@@ -75,7 +75,7 @@ def test_missing_and_short_files_are_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", "..", ""])
-def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path, name: str) -> None:
+def test_manifest_file_outside_folder_refused(tmp_path: Path, name: str) -> None:
     path = write_step(tmp_path)
     files = json.loads((path / layout.MANIFEST).read_text())["files"]
     resign(path, files={**files, name: {"size_bytes": 0, "xxh3_128": []}})
@@ -95,14 +95,14 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path, name: s
         {"metrics": {"eval/loss": "low"}},
     ],
 )
-def test_a_manifest_of_the_wrong_shape_is_damage(tmp_path: Path, changes: dict[str, object]) -> None:
+def test_manifest_wrong_shape_is_damage(tmp_path: Path, changes: dict[str, object]) -> None:
     path = write_step(tmp_path)
     resign(path, **changes)
     with pytest.raises(DamagedCheckpointError):
         manifest.load(path)
 
 
-def test_metrics_are_kept_and_only_finite_ones() -> None:
+def test_manifest_keeps_finite_metrics_only() -> None:
     metrics = {"eval/loss": 2.5, "train/loss": float("nan"), "train/grad_norm": float("inf")}
     data = manifest.encode(Provenance(step=1, metrics=metrics), {})
     assert b"NaN" not in data
@@ -110,7 +110,7 @@ def test_metrics_are_kept_and_only_finite_ones() -> None:
     assert manifest.decode(data, where="x").provenance.metrics == {"eval/loss": 2.5}
 
 
-def test_a_manifest_of_an_earlier_version_has_no_metrics(tmp_path: Path) -> None:
+def test_manifest_of_earlier_version_has_no_metrics(tmp_path: Path) -> None:
     path = write_step(tmp_path)
     body = json.loads((path / layout.MANIFEST).read_text())
     del body["metrics"]
@@ -122,16 +122,14 @@ def test_a_manifest_of_an_earlier_version_has_no_metrics(tmp_path: Path) -> None
     assert manifest.load(path, step=5).provenance.metrics == {}
 
 
-def test_a_newer_format_is_not_called_damaged(tmp_path: Path) -> None:
+def test_manifest_newer_format_is_mismatch(tmp_path: Path) -> None:
     path = write_step(tmp_path)
     resign(path, format=2)
     with pytest.raises(MismatchError, match="format 2"):
         manifest.load(path)
 
 
-def test_a_listing_from_which_a_step_went_away_is_made_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_list_folder_step_vanishes_listed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newer step that made way for the deletion can be missing from it."""
     write_step(tmp_path, 5)
     scandir = os.scandir
@@ -149,7 +147,7 @@ def test_a_listing_from_which_a_step_went_away_is_made_anew(
     assert layout.list_folder(tmp_path).steps == [6]
 
 
-def test_folder_listing_knows_its_own_names_only(tmp_path: Path) -> None:
+def test_list_folder_knows_own_names_only(tmp_path: Path) -> None:
     write_step(tmp_path, 5)
     write_step(tmp_path, 123456789)
     for name in ("step_9.bak", "step_00000007", "step_5", "step_000000010", ".step_00000008.tmp", "other"):

@@ -108,14 +108,14 @@ def reference_frequencies(config: ModelConfig) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_equal_an_independent_implementation(variant: str) -> None:
+def test_model_logits_match_reference(variant: str) -> None:
     model = make(tiny(**VARIANTS[variant]))
     expected = reference_logits(model, tokens())
     assert expected.std() > 0.3  # the comparison is not between zeros
     torch.testing.assert_close(model(tokens()).double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_token_does_not_see_those_after_it() -> None:
+def test_model_attention_is_causal() -> None:
     model, before, after = make(tiny(n_kv_heads=2)), tokens(), tokens()
     after[:, 9:] = (after[:, 9:] + 1) % TINY["vocab_size"]
     torch.testing.assert_close(model(before)[:, :9], model(after)[:, :9], rtol=0, atol=0)
@@ -123,7 +123,7 @@ def test_a_token_does_not_see_those_after_it() -> None:
 
 
 @pytest.mark.parametrize("scaling", [None, LLAMA31_ROPE], ids=["plain", "stretched"])
-def test_rotary_tables_follow_the_formula_at_long_positions(scaling: dict[str, Any] | None) -> None:
+def test_rope_tables_long_positions_match_formula(scaling: dict[str, Any] | None) -> None:
     config = tiny(head_dim=128, rope_theta=500000.0, rope_scaling=scaling, max_seq_len=40000)
     freqs = reference_frequencies(config)
     torch.testing.assert_close(rotary_frequencies(config), freqs, rtol=1e-14, atol=0)
@@ -134,7 +134,7 @@ def test_rotary_tables_follow_the_formula_at_long_positions(scaling: dict[str, A
         torch.testing.assert_close(sin_TP[position].double(), (position * freqs).sin(), rtol=0, atol=1e-7)
 
 
-def test_stretching_has_all_three_regions() -> None:
+def test_rope_scaling_has_three_regions() -> None:
     config = tiny(head_dim=128, rope_theta=500000.0, rope_scaling=LLAMA31_ROPE)
     ratios = rotary_frequencies(config) / rotary_frequencies(config.model_copy(update={"rope_scaling": None}))
     assert ratios.max() == 1
@@ -143,14 +143,14 @@ def test_stretching_has_all_three_regions() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_counted_parameters_are_the_real_ones(variant: str) -> None:
+def test_model_config_parameter_count_matches_model(variant: str) -> None:
     config = tiny(**VARIANTS[variant])
     with torch.device("meta"):
         model = Llama(config)
     assert sum(param.numel() for param in model.parameters()) == config.num_parameters
 
 
-def test_flops_per_token_is_palms_formula() -> None:
+def test_model_flops_per_token_match_palm() -> None:
     with torch.device("meta"):
         model, tied = Llama(tiny()), Llama(tiny(tie_embeddings=True))
     matrices = 2 * (4 * 32 * 32 + 3 * 32 * 256) + 5 * 32 + 61 * 32  # layers, norms, output
@@ -158,7 +158,7 @@ def test_flops_per_token_is_palms_formula() -> None:
     assert model.flops_per_token(16) == tied.flops_per_token(16) == 6 * matrices + attention
 
 
-def test_names_are_the_fields_and_a_tied_weight_is_there_once() -> None:
+def test_model_state_names_tied_weight_once() -> None:
     per_layer = [
         *("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo"),
         *("ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
@@ -170,13 +170,13 @@ def test_names_are_the_fields_and_a_tied_weight_is_there_once() -> None:
     assert [name for name, _ in tied.named_parameters()] == list(tied.state_dict())
 
 
-def test_building_on_the_meta_device_takes_no_memory_and_no_random_numbers() -> None:
+def test_model_build_draws_no_global_random_numbers() -> None:
     before = torch.get_rng_state()
     make(tiny())
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_sequence_longer_than_the_tables_is_refused() -> None:
+def test_model_sequence_too_long_refused() -> None:
     with pytest.raises(ValueError, match=r"25 tokens; model.max_seq_len is 24"):
         make(tiny())(tokens(seq_len=25))
 
@@ -210,7 +210,7 @@ def set_remat(model: Llama, remat: Any) -> None:
 
 @pytest.mark.parametrize("remat", ["selective", "full"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_recomputing_activations_changes_nothing(remat: Any, kv_heads: int) -> None:
+def test_remat_loss_and_gradients_unchanged(remat: Any, kv_heads: int) -> None:
     model = make(tiny(n_kv_heads=kv_heads))
     names = list(model.state_dict())
     loss, grads = loss_and_grads(model)
@@ -227,7 +227,7 @@ def test_recomputing_activations_changes_nothing(remat: Any, kv_heads: int) -> N
     # Per layer: 7 products, of which the last is not needed again; 1 attention, 1 silu.
     [("none", 0, 0, 0), ("selective", 0, 0, 1), ("full", 6, 1, 1)],
 )
-def test_what_each_mode_computes_again(
+def test_remat_mode_recomputes_expected_operators(
     remat: str, products: int, attentions: int, activations: int, dtype: torch.dtype
 ) -> None:
     model = make(tiny(n_kv_heads=2)).to(dtype)
@@ -241,7 +241,7 @@ def test_what_each_mode_computes_again(
     assert backward.counts["silu"] == layers * activations
 
 
-def test_evaluation_does_not_set_up_recomputation() -> None:
+def test_remat_without_grad_recomputes_nothing() -> None:
     model = make(tiny())
     set_remat(model, "full")
     with torch.no_grad(), CountOps() as forward:

@@ -39,7 +39,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tenso
     return [t.to_local() if isinstance(t, DTensor) else t for t in (*model.parameters(), *state)]
 
 
-def test_matrices_decay_and_norms_do_not() -> None:
+def test_optim_matrices_decay_norms_do_not() -> None:
     model = small_model()
     config = OptimizerConfig(lr=0.5, weight_decay=0.2, betas=(0.8, 0.9), eps=1e-6)
     optimizer = build_optimizer([model], config, CPU)
@@ -82,7 +82,7 @@ def describe(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_state_made_early_trains_as_torchs_own(fused: bool) -> None:
+def test_optim_early_state_trains_as_lazy_state(fused: bool) -> None:
     _compare_with_lazy_state(fused, sharded=False)
 
 
@@ -110,7 +110,7 @@ def at(step: int, max_steps: int = 100, **config: Any) -> float:
     ],
     ids=lambda value: "-".join(str(v) for v in value.values()) if "name" in value else "",
 )
-def test_the_rate_at_chosen_steps(config: dict[str, Any], expected: dict[int, float]) -> None:
+def test_lr_chosen_steps_match(config: dict[str, Any], expected: dict[int, float]) -> None:
     assert {step: at(step, **config) for step in expected} == pytest.approx(expected)
 
 
@@ -124,7 +124,7 @@ configs = st.builds(
 
 
 @given(config=configs, max_steps=st.integers(1, 80))
-def test_the_rate_rises_then_falls_without_a_jump(config: SchedulerConfig, max_steps: int) -> None:
+def test_lr_rises_then_falls_without_jump(config: SchedulerConfig, max_steps: int) -> None:
     rates = [lr_at(step, config, base_lr=1.0, max_steps=max_steps) for step in range(200)]
     warmup, decay = config.warmup_steps, config.resolved_decay_steps(max_steps)
     rising, falling = rates[: warmup + 1], rates[warmup:]
@@ -137,9 +137,7 @@ def test_the_rate_rises_then_falls_without_a_jump(config: SchedulerConfig, max_s
 
 
 @given(config=configs, max_steps=st.integers(1, 80), past=st.integers(0, 10**6))
-def test_after_the_decay_the_rate_stays_at_its_minimum(
-    config: SchedulerConfig, max_steps: int, past: int
-) -> None:
+def test_lr_after_decay_stays_at_minimum(config: SchedulerConfig, max_steps: int, past: int) -> None:
     end = max(max_steps, config.warmup_steps) + config.resolved_decay_steps(max_steps)
     expected = 1.0 if config.name == "constant" else config.min_lr_ratio
     assert lr_at(end + past, config, base_lr=1.0, max_steps=max_steps) == pytest.approx(expected, abs=1e-12)

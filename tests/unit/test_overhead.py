@@ -1,4 +1,4 @@
-"""The tax of a save: tables of intervals and what they come to. No clock."""
+"""The overhead of a save: tables of intervals and what they come to. No clock."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save(meter: TaxMeter, *beside: float, call_s: float = 0.0, durable_s: float 
 
 
 TABLE: list[tuple[str, tuple[float, ...], float, float]] = [
-    # what, seconds of the steps beside the save, of the call, tax
+    # what, seconds of the steps beside the save, of the call, overhead
     ("the call alone", (2.5,), 0.5, 0.5),
     ("steps that are slowed, and a call that returns at once", (3.0, 3.0, 2.5), 0.0, 2.5),
     ("both", (3.5, 3.0), 0.5, 2.5),
@@ -49,22 +49,22 @@ TABLE: list[tuple[str, tuple[float, ...], float, float]] = [
 ]
 
 
-@pytest.mark.parametrize(("what", "beside", "call_s", "tax_s"), TABLE)
-def test_the_tax_is_what_the_steps_beside_a_save_take_longer(
-    what: str, beside: tuple[float, ...], call_s: float, tax_s: float
+@pytest.mark.parametrize(("what", "beside", "call_s", "overhead_s"), TABLE)
+def test_overhead_is_extra_time_of_steps_beside_save(
+    what: str, beside: tuple[float, ...], call_s: float, overhead_s: float
 ) -> None:
     meter = warm()
     found = save(meter, *beside, call_s=call_s)
-    assert found.tax_s == pytest.approx(tax_s), what
+    assert found.tax_s == pytest.approx(overhead_s), what
     assert found.blocked_s == call_s
     assert not found.is_lower_bound
     for _ in range(5):
         meter.boundary(1, STEP_S)
-    assert meter.sum_s == pytest.approx(tax_s), "quiet steps cost nothing"
+    assert meter.sum_s == pytest.approx(overhead_s), "quiet steps cost nothing"
     assert meter.known == [found]
 
 
-def test_a_blocking_save_is_charged_with_its_interval_when_that_ends() -> None:
+def test_overhead_blocking_save_charged_at_interval_end() -> None:
     meter = warm()
     found = save(meter, call_s=0.7)
     assert found.tax_s == pytest.approx(0.7)
@@ -75,7 +75,7 @@ def test_a_blocking_save_is_charged_with_its_interval_when_that_ends() -> None:
     assert meter.sum_s == pytest.approx(1.0), "the next step is quiet"
 
 
-def test_waiting_before_the_optimizer_is_inside_the_interval_and_not_counted_twice() -> None:
+def test_overhead_wait_before_optimizer_counted_once() -> None:
     meter = warm()
     meter.save_begins()
     meter.stood_still(0.1)
@@ -84,7 +84,8 @@ def test_waiting_before_the_optimizer_is_inside_the_interval_and_not_counted_twi
     assert meter.save_ended(durable_s=1.0, at_boundary=True).tax_s == pytest.approx(0.5)
 
 
-def test_without_quiet_steps_standing_still_is_counted_and_it_is_said() -> None:
+def test_overhead_without_quiet_steps_is_lower_bound() -> None:
+    """Without quiet steps only standing still is counted, and the result says so."""
     meter = TaxMeter()
     for _ in range(30):
         found = save(meter, 9.0, call_s=0.5)  # back to back: no step is ever quiet
@@ -96,7 +97,7 @@ def test_without_quiet_steps_standing_still_is_counted_and_it_is_said() -> None:
     assert save(TaxMeter(), call_s=0.5).is_lower_bound
 
 
-def test_the_first_steps_are_no_measure_and_are_charged_to_no_save() -> None:
+def test_overhead_first_steps_not_charged_to_save() -> None:
     meter = TaxMeter()
     found = save(meter, 60.0, call_s=0.25)  # compiling
     assert (found.tax_s, found.is_lower_bound) == (0.25, True)
@@ -107,7 +108,7 @@ def test_the_first_steps_are_no_measure_and_are_charged_to_no_save() -> None:
     assert meter.quiet_step_s == STEP_S
 
 
-def test_validation_is_left_out_beside_a_save_and_in_quiet_steps() -> None:
+def test_overhead_validation_left_out() -> None:
     meter = warm()
     meter.left_out(100.0)
     meter.boundary(1, STEP_S + 100.0)
@@ -118,7 +119,7 @@ def test_validation_is_left_out_beside_a_save_and_in_quiet_steps() -> None:
     assert meter.save_ended(durable_s=1.0, at_boundary=True).tax_s == pytest.approx(0.5)
 
 
-def test_a_failed_save_costs_what_it_cost_but_says_nothing_of_the_next() -> None:
+def test_overhead_failed_save_counted_not_predictive() -> None:
     meter = warm()
     assert save(meter, STEP_S + 3.0, durable_s=0.0).tax_s == pytest.approx(3.0)
     assert meter.sum_s == pytest.approx(3.0)
@@ -126,7 +127,7 @@ def test_a_failed_save_costs_what_it_cost_but_says_nothing_of_the_next() -> None
     assert meter.tried
 
 
-def test_two_saves_in_one_interval_are_charged_once() -> None:
+def test_overhead_two_saves_in_interval_charged_once() -> None:
     """As when a final save first waits for the one before it."""
     meter = warm()
     first = save(meter, call_s=0.5)
@@ -137,7 +138,7 @@ def test_two_saves_in_one_interval_are_charged_once() -> None:
     assert meter.sum_s == pytest.approx(1.0)
 
 
-def test_the_pace_of_steps_is_that_of_the_newest_quiet_ones() -> None:
+def test_overhead_quiet_step_is_median_of_newest() -> None:
     meter = warm((STEP_S,) * 100)
     for _ in range(QUIET_WINDOW // 2 + 1):
         meter.boundary(1, 3 * STEP_S)
@@ -147,7 +148,7 @@ def test_the_pace_of_steps_is_that_of_the_newest_quiet_ones() -> None:
     assert warm((STEP_S,) * COLD + (500.0,)).quiet_step_s == STEP_S, "one stall moves no median"
 
 
-def test_several_steps_between_boundaries_and_none() -> None:
+def test_overhead_several_or_no_steps_per_boundary() -> None:
     meter = warm()
     meter.save_begins()
     meter.boundary(3, 3 * STEP_S + 1.5)
@@ -156,13 +157,14 @@ def test_several_steps_between_boundaries_and_none() -> None:
     assert (meter.quiet_step_s, meter.sum_s) == (STEP_S, pytest.approx(1.5))
 
 
-def test_what_a_save_costs_is_the_mean_of_the_newest_and_at_least_their_standing_still() -> None:
+def test_overhead_cost_is_mean_of_newest_saves() -> None:
+    """The mean of the newest saves, and at least what they stood still."""
     assert cost_s([]) is None
-    assert cost_s([SaveTax(ended_s=tax) for tax in (1.0, -0.5, 2.5)]) == pytest.approx(1.0)
+    assert cost_s([SaveTax(ended_s=extra_s) for extra_s in (1.0, -0.5, 2.5)]) == pytest.approx(1.0)
     assert cost_s([SaveTax(ended_s=-1.0, blocked_s=0.25)] * 2) == pytest.approx(0.25)
     meter = warm((STEP_S,) * 40)
-    for tax in (100.0,) + (1.0,) * SAVES_WINDOW:
-        save(meter, STEP_S + tax)
+    for extra_s in (100.0,) + (1.0,) * SAVES_WINDOW:
+        save(meter, STEP_S + extra_s)
         meter.boundary(1, STEP_S)
     assert cost_s(meter.known) == pytest.approx(1.0)
     assert meter.sum_s == pytest.approx(100.0 + SAVES_WINDOW)
@@ -175,7 +177,7 @@ def test_what_a_save_costs_is_the_mean_of_the_newest_and_at_least_their_standing
         max_size=60,
     )
 )
-def test_the_sum_is_that_of_the_saves_whatever_comes(events: list[tuple[float, str]]) -> None:
+def test_overhead_sum_equals_sum_of_saves(events: list[tuple[float, str]]) -> None:
     meter, saves, pending = warm(), [], False
     for seconds, what in events:
         if what in ("begin", "both") and not pending:

@@ -50,7 +50,7 @@ def model_of(name: str) -> ModelConfig:
     return load_job(CONFIGS / f"{name}.toml").job.model
 
 
-def test_ranks_stand_in_the_mesh_as_torch_lays_it_out() -> None:
+def test_geometry_coordinates_match_torch_mesh() -> None:
     layout = geometry(pp=2, dp_replicate=2, dp_shard=3, tp=2)
     mesh = torch.arange(24).view(*layout.mesh.values())
     for rank in range(24):
@@ -61,7 +61,7 @@ def test_ranks_stand_in_the_mesh_as_torch_lays_it_out() -> None:
 
 
 @pytest.mark.parametrize("model", ["llama_7b", "llama_13b", "llama_70b", "llama_1b", None])
-def test_the_parameters_are_those_of_the_real_model(model: str | None) -> None:
+def test_plan_parameters_match_real_model(model: str | None) -> None:
     config = UNEVEN if model is None else model_of(model)
     with torch.device("meta"):
         real = {name: tuple(one.shape) for name, one in Llama(config).named_parameters()}
@@ -81,9 +81,8 @@ def test_the_parameters_are_those_of_the_real_model(model: str | None) -> None:
         (None, geometry(pp=3, dp_shard=4, tp=2)),
     ],
 )
-def test_what_ranks_hold_is_what_chunks_of_the_real_model_have_and_adds_up(
-    model: str | None, layout: Geometry
-) -> None:
+def test_plan_local_numel_matches_torch_chunks(model: str | None, layout: Geometry) -> None:
+    """What ranks have is what chunks of the real model have, and it adds up."""
     config = UNEVEN if model is None else model_of(model)
     with torch.device("meta"):
         real = dict(Llama(config).named_parameters())
@@ -169,7 +168,7 @@ def kept_for_recomputation(block: TransformerBlock, inputs: tuple[Tensor, ...]) 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("n_kv_heads", [8, 2])
-def test_activations_are_what_autograd_keeps(checkpointing: Remat, precision: str, n_kv_heads: int) -> None:
+def test_plan_activations_match_autograd(checkpointing: Remat, precision: str, n_kv_heads: int) -> None:
     model = ModelConfig(
         dim=64, n_layers=1, n_heads=8, n_kv_heads=n_kv_heads, head_dim=16, ffn_hidden_dim=176, max_seq_len=32
     )
@@ -200,9 +199,7 @@ class _Stage(_PipelineStageBase):
 
 @pytest.mark.parametrize(("pp", "microbatches"), [(2, 2), (2, 8), (4, 4), (4, 8), (8, 16)])
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved_1f1b"])
-def test_microbatches_in_flight_are_those_of_torchs_schedules(
-    schedule: str, pp: int, microbatches: int
-) -> None:
+def test_plan_in_flight_matches_torch_schedules(schedule: str, pp: int, microbatches: int) -> None:
     distributed = DistributedConfig.model_validate({"pp": pp, "pp_schedule": schedule})
     count = pp * STAGES_PER_RANK[schedule]
     stages = [_Stage(index, pp, count) for index in range(0, count, pp)]
@@ -221,7 +218,7 @@ def test_microbatches_in_flight_are_those_of_torchs_schedules(
         assert in_flight(distributed, microbatches, pp_rank) == most
 
 
-def test_bubbles_are_those_of_the_paper() -> None:
+def test_plan_bubble_fraction_matches_paper() -> None:
     assert bubble_fraction(DistributedConfig(), 1) == 0
     assert bubble_fraction(DistributedConfig(pp=4), 4) == 3 / 7
     assert bubble_fraction(DistributedConfig(pp=4, pp_schedule="interleaved_1f1b"), 4) == 3 / 11
@@ -236,7 +233,7 @@ def test_bubbles_are_those_of_the_paper() -> None:
         geometry(pp=3, dp_replicate=2, dp_shard=2),
     ],
 )
-def test_staging_takes_what_the_save_plan_gives_a_rank_to_write(layout: Geometry) -> None:
+def test_plan_staged_bytes_match_save_plan(layout: Geometry) -> None:
     distributed = DistributedConfig(
         pp=layout.pp, tp=layout.tp, dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard
     )
@@ -286,7 +283,7 @@ def _norms(model: ModelConfig, stage: object) -> list[tensors.Parameter]:
     return [one for one in tensors.stage_parameters(model, stage) if one.tp_dim is None]  # type: ignore[arg-type]
 
 
-def test_state_is_sixteen_bytes_a_parameter_and_sharding_divides_it() -> None:
+def test_plan_state_16_bytes_per_parameter_over_shards() -> None:
     job = load_job(CONFIGS / "llama_7b.toml").job
     alone, shared = geometry(), geometry(dp_shard=8)
     for layout in (alone, shared):
@@ -296,7 +293,7 @@ def test_state_is_sixteen_bytes_a_parameter_and_sharding_divides_it() -> None:
     assert device_memory(job, alone, 0).activations == device_memory(job, shared, 0).activations
 
 
-def test_memory_falls_where_it_should() -> None:
+def test_plan_memory_saving_options_reduce_need() -> None:
     """What each way to save memory is there for; all else equal."""
 
     def need(world_size: int, **changes: Mapping[str, object]) -> int:

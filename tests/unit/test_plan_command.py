@@ -18,7 +18,7 @@ LLAMA = str(ROOT / "configs" / "llama_7b.toml")
 FREE = ["--distributed.dp_replicate=1", "--distributed.dp_shard=-1"]
 
 
-class Told:
+class Output:
     """What a command said."""
 
     def __init__(self, status: int, stdout: str, stderr: str) -> None:
@@ -27,21 +27,23 @@ class Told:
 
 def kempnerforge(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> Told:
+) -> Output:
     monkeypatch.setattr(sys, "argv", ["kempnerforge", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         main()
     status = ended.value.code
     assert isinstance(status, int)
-    told = capsys.readouterr()
-    return Told(status, told.out, told.err)
+    printed = capsys.readouterr()
+    return Output(status, printed.out, printed.err)
 
 
-def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_json_reports_layout_and_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["plan", LLAMA, "--world-size", 32, "--json", "--memory-gb=80", "--ranks-per-node=4"]
-    told = kempnerforge(monkeypatch, capsys, *arguments)
-    assert told.status == 0, told.stderr
-    body = json.loads(told.stdout)
+    output = kempnerforge(monkeypatch, capsys, *arguments)
+    assert output.status == 0, output.stderr
+    body = json.loads(output.stdout)
     assert body["mesh"] == {"pp": 1, "dp_replicate": 4, "dp_shard": 8, "tp": 1}
     assert body["groups"]["dp_replicate"][0] == [0, 8, 16, 24]
     assert (body["possible"], body["fits"]) == (True, True)
@@ -53,21 +55,21 @@ def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     assert sum(place["memory"][part] for part in parts) == body["device_bytes"]
 
 
-def test_a_device_that_is_too_small_is_status_1(
+def test_plan_device_too_small_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = kempnerforge(monkeypatch, capsys, "plan", LLAMA, "--world-size=32", "--memory-gb=40")
-    assert told.status == 1
-    assert "does not fit: " in told.stdout
+    output = kempnerforge(monkeypatch, capsys, "plan", LLAMA, "--world-size=32", "--memory-gb=40")
+    assert output.status == 1
+    assert "does not fit: " in output.stdout
 
 
-def test_host_memory_beyond_its_limit_is_said(
+def test_plan_host_memory_above_limit_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for limit, is_said in ((10, True), (30, False)):
         arguments = ["plan", LLAMA, "--world-size=32", f"--checkpoint.max_host_memory_gb={limit}"]
-        told = kempnerforge(monkeypatch, capsys, *arguments)
-        assert ("the run would not start" in told.stdout) == is_said
+        output = kempnerforge(monkeypatch, capsys, *arguments)
+        assert ("the run would not start" in output.stdout) == is_said
 
 
 TP3 = ["--distributed.tp=3"]
@@ -96,12 +98,13 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("overrides", "world_size"), LAYOUTS)
-def test_plan_and_config_check_agree_and_what_is_near_is_possible(
+def test_plan_agrees_with_config_check(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     overrides: list[str],
     world_size: int,
 ) -> None:
+    """And the nearest layouts that it names are possible."""
     arguments = [LLAMA, *overrides, f"--world-size={world_size}"]
     planned = kempnerforge(monkeypatch, capsys, "plan", *arguments)
     checked = kempnerforge(monkeypatch, capsys, "config", "check", *arguments)
@@ -133,7 +136,7 @@ def test_plan_and_config_check_agree_and_what_is_near_is_possible(
         ([*FREE, "--distributed.pp_schedule=gpipe"], 8, ("--distributed.pp_schedule=1f1b",), ()),
     ],
 )
-def test_the_nearest_layout(
+def test_nearest_layouts_table_matches(
     overrides: list[str], world_size: int, first: tuple[str, ...], sizes: tuple[int, ...]
 ) -> None:
     near = nearest_layouts(LLAMA, overrides, world_size)
@@ -141,14 +144,14 @@ def test_the_nearest_layout(
     assert near.world_sizes[: len(sizes)] == sizes
 
 
-def test_a_file_that_is_wrong_elsewhere_gets_no_layouts(
+def test_plan_other_fault_gets_no_layouts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = kempnerforge(
+    output = kempnerforge(
         monkeypatch, capsys, "plan", LLAMA, "--optimizer.lr=x", *TP3, "--world-size=8", "--json"
     )
-    assert told.status == 2
-    body = json.loads(told.stdout)
+    assert output.status == 2
+    body = json.loads(output.stdout)
     assert body["possible"] is False
     assert {fault["key"] for fault in body["faults"]} >= {"optimizer.lr", "distributed.tp"}
     assert body["nearest"] == {"overrides": [], "world_sizes": []}
@@ -159,18 +162,18 @@ def test_a_file_that_is_wrong_elsewhere_gets_no_layouts(
 @pytest.mark.parametrize(
     "arguments", [["plan"], ["plan", LLAMA], ["plan", "--train.seed=1", "--world-size=2"]]
 )
-def test_wrong_usage(
+def test_plan_wrong_usage_status_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    told = kempnerforge(monkeypatch, capsys, *arguments)
-    assert told.status == 2
-    assert "Usage:" in told.stderr
+    output = kempnerforge(monkeypatch, capsys, *arguments)
+    assert output.status == 2
+    assert "Usage:" in output.stderr
 
 
-def test_a_file_that_does_not_exist_is_told(
+def test_plan_missing_file_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    told = kempnerforge(monkeypatch, capsys, "plan", tmp_path / "none.toml", "--world-size=2")
-    assert told.status == 2
-    assert "does not exist" in told.stderr
-    assert "possible" not in told.stderr
+    output = kempnerforge(monkeypatch, capsys, "plan", tmp_path / "none.toml", "--world-size=2")
+    assert output.status == 2
+    assert "does not exist" in output.stderr
+    assert "possible" not in output.stderr

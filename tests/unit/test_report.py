@@ -77,7 +77,7 @@ TWICE_KILLED = [
 ]
 
 
-def test_a_set_up_is_split_and_the_parts_still_sum_to_the_wall_time() -> None:
+def test_account_setup_parts_sum_to_wall_time() -> None:
     body = account(derive(TWICE_KILLED, []), now=0.0, running=False)
     assert body["wall_s"] == 102.0
     assert sum(body["parts_s"].values()) == pytest.approx(102.0)
@@ -98,7 +98,7 @@ def test_a_set_up_is_split_and_the_parts_still_sum_to_the_wall_time() -> None:
     assert body["parts_s"]["idle"] == pytest.approx(5.0 + 9.0)
 
 
-def test_the_stretches_of_a_run() -> None:
+def test_stretches_known_run_matches() -> None:
     body = account(derive(TWICE_KILLED, []), now=0.0, running=False)
     found = stretches(body["attempts"])
     assert [(one.attempt, one.kind, one.began, one.ended) for one in found] == [
@@ -115,7 +115,7 @@ def test_the_stretches_of_a_run() -> None:
     ]
 
 
-def test_many_stretches_become_one_line() -> None:
+def test_paint_many_stretches_fit_columns() -> None:
     found = [Stretch(1, "setup", 0, 2), Stretch(1, "training", 2, 6.4), Stretch(1, "lost", 6.4, 10)]
     assert paint(found, wall_s=10, columns=5) == [(0, 1, "setup"), (1, 3, "training"), (3, 5, "lost")]
     many = [Stretch(n, "training" if n % 2 else "idle", n / 10, n / 10 + 0.1) for n in range(100_000)]
@@ -129,23 +129,23 @@ def test_many_stretches_become_one_line() -> None:
         (100.0, {"stall_s": 0.0, "mtti_s": 1000.0}, 0.05),
         (100.0, {"stall_s": 100.0, "mtti_s": 1e12}, 0.5),
         (100.0, {"stall_s": 25.0, "mtti_s": 1000.0, "lag_s": 20.0, "restart_s": 30.0}, 1 - 0.9 / 1.25),
-        # Where the model no longer holds, all is lost and not more.
+        # Where the model is no longer valid, all is lost and not more.
         (100.0, {"stall_s": 1.0, "mtti_s": 10.0}, 1.0),
     ],
 )
-def test_the_expected_overhead(interval_s: float, known: dict[str, float], expected: float) -> None:
+def test_expected_overhead_table_matches(interval_s: float, known: dict[str, float], expected: float) -> None:
     assert expected_overhead(interval_s, **known) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("stall_s", "mtti_s"), [(0.1, 3600.0), (2.0, 3600.0), (20.0, 36_000.0)])
-def test_dalys_interval_is_about_the_best_of_the_model(stall_s: float, mtti_s: float) -> None:
+def test_daly_interval_near_optimum_of_model(stall_s: float, mtti_s: float) -> None:
     at_daly = expected_overhead(daly(stall_s, mtti_s), stall_s=stall_s, mtti_s=mtti_s)
     others = [expected_overhead(10 ** (n / 50), stall_s=stall_s, mtti_s=mtti_s) for n in range(-100, 250)]
     assert min(others) <= at_daly * 1.001
     assert at_daly <= min(others) * 1.02
 
 
-def test_what_another_interval_would_have_saved() -> None:
+def test_saving_other_interval_known_case_matches() -> None:
     history = derive(TWICE_KILLED, [])
     found = saving(history, wall_s=90.0)
     # Saves begin at steps 20 and 40 of the first attempt, and 20 steps into the third.
@@ -159,7 +159,7 @@ def test_what_another_interval_would_have_saved() -> None:
     assert found["expected"]["saved_s"] > 0
 
 
-def test_no_interval_is_shorter_than_a_save() -> None:
+def test_saving_interval_not_shorter_than_save() -> None:
     events = [{**event, "total_s": 12.0} if event["event"] == "commit" else event for event in TWICE_KILLED]
     found = saving(derive(events, []), wall_s=90.0)
     assert found["daly_s"] < 12.0
@@ -185,7 +185,7 @@ def test_no_interval_is_shorter_than_a_save() -> None:
         (time_axis(0), ["0", "1 ms"]),
     ],
 )
-def test_ticks(axis: Any, labels: list[str]) -> None:
+def test_axis_ticks_table_matches(axis: Any, labels: list[str]) -> None:
     assert [label for _, label in axis.ticks] == labels
     assert all(-1e-9 <= axis.place(value) <= 1 + 1e-9 for value, _ in axis.ticks)
 
@@ -204,11 +204,11 @@ def test_ticks(axis: Any, labels: list[str]) -> None:
         *((3599.9, "1 h"), (4000, "1 h 7 min"), (86_399, "1 d"), (1e6, "11 d 14 h"), (1e8, "1157 d 10 h")),
     ],
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_duration_text_table_matches(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_numbers() -> None:
+def test_number_text_table_matches() -> None:
     assert [number(value, 100) for value in (0, 1500, 20_000, 20_500, 3.25e6)] == [
         "0",
         "1,500",
@@ -218,7 +218,7 @@ def test_numbers() -> None:
     ]
 
 
-def test_thinning_keeps_every_spike() -> None:
+def test_thin_keeps_every_spike() -> None:
     values = [float(n % 7) for n in range(10_000)]
     values[1234], values[8765], values[5000] = 99.0, -99.0, math.nan
     found = thin(range(10_000), values, buckets=100)
@@ -230,7 +230,7 @@ def test_thinning_keeps_every_spike() -> None:
     assert thin([], [], buckets=3) == []
 
 
-def test_the_rows_that_count_are_those_of_the_counting_rule(tmp_path: Path) -> None:
+def test_curves_rows_match_counting_rule(tmp_path: Path) -> None:
     resumes = {1: 0, 2: 30, 3: 20}
     rows = [
         {
@@ -321,7 +321,7 @@ def curves(loss: list[float], *, first: int = 1) -> Curves:
         (TWICE_KILLED, [9.0, 0.1], ["on a logarithmic scale", "Expected to first order"]),
     ],
 )
-def test_a_page_of_an_odd_run_is_honest(
+def test_page_odd_run_says_what_is_missing(
     events: list[dict[str, Any]], loss: list[float], said: list[str]
 ) -> None:
     checked, _ = made(derive(events, []), curves(loss))
@@ -329,7 +329,7 @@ def test_a_page_of_an_odd_run_is_honest(
         assert words in checked.words
 
 
-def test_whatever_a_run_says_of_itself_is_text() -> None:
+def test_page_hostile_text_is_escaped() -> None:
     end = {
         "event": "end",
         "attempt": 3,
@@ -344,7 +344,7 @@ def test_whatever_a_run_says_of_itself_is_text() -> None:
     assert "x" * (MAX_REASON + 1) not in text
 
 
-def test_a_page_of_a_million_rows_is_small_and_shows_its_spike() -> None:
+def test_page_million_rows_small_and_shows_spike() -> None:
     draw = random.Random(1)
     loss = [2 + draw.random() for _ in range(1_000_000)]
     loss[700_000] = 50.0
@@ -356,7 +356,7 @@ def test_a_page_of_a_million_rows_is_small_and_shows_its_spike() -> None:
     assert "band around it" in checked.words
 
 
-def test_a_page_of_thousands_of_attempts_and_commits_is_small() -> None:
+def test_page_thousands_of_attempts_small() -> None:
     events: list[dict[str, Any]] = []
     found = curves([2.0] * 4000)
     for place in range(2000):
@@ -371,7 +371,7 @@ def test_a_page_of_thousands_of_attempts_and_commits_is_small() -> None:
 
 
 @pytest.mark.parametrize("file", ["none/page.html", "file/page.html"])
-def test_a_page_that_cannot_be_written_is_an_error_that_says_where(
+def test_report_unwritable_page_error_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     run = write_run(tmp_path / "run", TWICE_KILLED)
@@ -383,13 +383,13 @@ def test_a_page_that_cannot_be_written_is_an_error_that_says_where(
 
 
 @pytest.mark.parametrize("folder", [".", "/", ""])
-def test_a_folder_is_no_page(tmp_path: Path, folder: str) -> None:
+def test_report_folder_as_page_status_2(tmp_path: Path, folder: str) -> None:
     done = CliRunner().invoke(app, [str(write_run(tmp_path / "run", TWICE_KILLED)), "--html", folder])
     assert done.exit_code == 2
     assert "is a directory" in done.output
 
 
-def test_json_stays_one_object_beside_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_json_with_page_stays_one_object(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"step": 1, "attempt": 1, "time": 0.0, "train/loss": 2.5, "train/tokens_per_s": 10.0}]
     run = write_run(tmp_path / "run", TWICE_KILLED, rows)
     app([str(run), "--html", str(tmp_path / "page.html"), "--json"], standalone_mode=False)

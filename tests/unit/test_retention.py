@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def test_only_what_nothing_keeps_goes(folder: Path) -> None:
+def test_retention_deletes_only_what_nothing_keeps(folder: Path) -> None:
     found = prune(folder, keep_best_n=1, best_metric="eval/loss", keep_steps=[1])
     before = tree(folder)
     assert [verdict.step for verdict in found.verdicts() if not verdict.keep] == [3]
@@ -51,7 +51,7 @@ def test_only_what_nothing_keeps_goes(folder: Path) -> None:
     )
 
 
-def test_the_policy_survives_a_restart_because_metrics_are_on_disk(folder: Path) -> None:
+def test_retention_restart_reads_metrics_from_disk(folder: Path) -> None:
     for step in (5, 6, 7):
         write_step(folder, step, metrics={"eval/loss": 10.0 - step})
         prune(folder, keep_best_n=2, best_metric="eval/loss").apply()
@@ -69,7 +69,7 @@ FOREIGN = [
 ]
 
 
-def test_names_that_are_not_ours_are_never_touched(folder: Path, tmp_path: Path) -> None:
+def test_retention_foreign_names_untouched(folder: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     shutil.copytree(folder / "step_00000004", outside)
     for name in FOREIGN:
@@ -103,16 +103,14 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_the_newest_sound_step_stays_when_a_newer_one_is_damaged(folder: Path, damage: str) -> None:
+def test_retention_newer_step_damaged_keeps_newest_sound(folder: Path, damage: str) -> None:
     DAMAGE[damage](folder / "step_00000004")
     assert prune(folder).apply().deleted == (1, 2)
     assert set(os.listdir(folder)) == {"step_00000003", "step_00000004"}
 
 
 @pytest.mark.parametrize("newer", [False, True])
-def test_damage_of_the_newest_sound_step_is_seen_although_it_was_sound_before(
-    folder: Path, newer: bool
-) -> None:
+def test_retention_newest_step_damaged_later_noticed(folder: Path, newer: bool) -> None:
     found = prune(folder)
     pins.pin(folder, 3)
     assert found.apply().deleted == (1, 2)
@@ -124,11 +122,11 @@ def test_damage_of_the_newest_sound_step_is_seen_although_it_was_sound_before(
     assert 3 in layout.committed_steps(folder)
 
 
-def test_a_folder_that_is_not_there_has_nothing_to_delete(tmp_path: Path) -> None:
+def test_retention_missing_folder_deletes_nothing(tmp_path: Path) -> None:
     assert prune(tmp_path / "checkpoints").apply() == Pruned()
 
 
-def test_pins_keep(folder: Path) -> None:
+def test_retention_pinned_step_stays(folder: Path) -> None:
     assert pins.pin(folder, 1, note="for the paper")
     assert not pins.pin(folder, 1)
     assert pins.read(folder)[1].note == "for the paper"
@@ -138,20 +136,18 @@ def test_pins_keep(folder: Path) -> None:
     assert prune(folder).apply().deleted == (1,)
 
 
-def test_a_folder_that_is_not_ours_to_write_cannot_be_pinned_in(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pin_unwritable_folder_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(pins.fsio, "write_new_file", refuse)
-    with pytest.raises(RunFolderError, match=r"step 1 was not pinned: .*pins cannot be written"):
-        pins.pin(folder, 1)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(pins.fsio, "write_new_file", refuse)
+        with pytest.raises(RunFolderError, match=r"step 1 was not pinned: .*pins cannot be written"):
+            pins.pin(folder, 1)
     assert pins.read(folder) == {}
 
 
-def test_any_file_in_pins_is_a_pin_and_other_names_are_not(folder: Path) -> None:
+def test_pin_is_any_file_with_name_of_step(folder: Path) -> None:
     (folder / "pins").mkdir()
     (folder / "pins" / "step_00000001").touch()
     (folder / "pins" / "step_00000002").write_text("[" * 100_000)
@@ -159,9 +155,9 @@ def test_any_file_in_pins_is_a_pin_and_other_names_are_not(folder: Path) -> None
     assert prune(folder).apply().deleted == (3,)
 
 
-def test_readers_keep(folder: Path) -> None:
-    with holds.hold(folder / "step_00000001", what="verify") as held:
-        assert held
+def test_retention_read_locked_step_stays(folder: Path) -> None:
+    with holds.hold(folder / "step_00000001", what="verify") as locked:
+        assert locked
         ((reader,),) = holds.readers(folder).values()
         assert reader.startswith(f"verify (pid {os.getpid()} on ")
         assert prune(folder).apply().deleted == (2, 3)
@@ -169,7 +165,7 @@ def test_readers_keep(folder: Path) -> None:
     assert prune(folder).apply().deleted == (1,)
 
 
-def test_holds_that_nobody_renews_are_removed(folder: Path) -> None:
+def test_retention_stale_read_lock_removed(folder: Path) -> None:
     with holds.hold(folder / "step_00000001", what="verify"):
         (path,) = (folder / "holds").iterdir()
         os.utime(path, (1, 1))
@@ -195,16 +191,15 @@ def at_the_rename(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], *,
     monkeypatch.setattr(retention.os, "rename", spy)
 
 
-def test_a_pin_that_comes_between_decision_and_deletion_holds(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retention_pin_before_deletion_keeps_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pin that comes between the decision and the deletion counts."""
     before = tree(folder / "step_00000001")
     at_the_rename(monkeypatch, lambda: pins.pin(folder, 1))
     assert prune(folder).apply().deleted == (2, 3)
     assert tree(folder / "step_00000001") == before
 
 
-def test_a_pin_that_comes_too_late_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pin_after_deletion_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def pin() -> None:
         with pytest.raises(pins.StepNotFoundError, match="no committed step 1"):
             pins.pin(folder, 1)
@@ -214,9 +209,7 @@ def test_a_pin_that_comes_too_late_says_so(folder: Path, monkeypatch: pytest.Mon
     assert pins.read(folder) == {}
 
 
-def test_a_step_that_goes_while_it_is_being_pinned_is_not_pinned(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pin_step_vanishes_meanwhile_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = fsio.write_new_file
 
     def spy(path: Path, data: bytes) -> None:
@@ -229,9 +222,8 @@ def test_a_step_that_goes_while_it_is_being_pinned_is_not_pinned(
     assert pins.read(folder) == {}
 
 
-def test_a_reader_that_comes_between_decision_and_deletion_is_undisturbed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retention_reader_before_deletion_undisturbed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that comes between the decision and the deletion reads on."""
     reading = holds.hold(folder / "step_00000001", what="verify")
     at_the_rename(monkeypatch, reading.__enter__)
     assert prune(folder).apply().deleted == (2, 3)
@@ -239,9 +231,7 @@ def test_a_reader_that_comes_between_decision_and_deletion_is_undisturbed(
     reading.__exit__(None, None, None)
 
 
-def test_a_step_is_only_deleted_while_the_one_it_gives_way_to_is_there(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retention_newest_set_aside_stops_deletion(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rollback that sets the newest step aside meanwhile must not leave the run without any."""
     at_the_rename(
         monkeypatch, lambda: (folder / "step_00000004").rename(folder / "rolledback.step_00000004.1")
@@ -250,14 +240,14 @@ def test_a_step_is_only_deleted_while_the_one_it_gives_way_to_is_there(
     assert layout.committed_steps(folder) == [3, 2]
 
 
-def test_two_who_prune_at_once_do_not_disturb_each_other(folder: Path) -> None:
+def test_retention_concurrent_prunes_do_not_conflict(folder: Path) -> None:
     for step in range(5, 60):
         write_step(folder, step)
     barrier, results = threading.Barrier(3), []
 
     def work() -> None:
         found = prune(folder)
-        barrier.wait()
+        barrier.wait(timeout=60)
         results.append(found.apply())
 
     threads = [threading.Thread(target=work) for _ in range(3)]
@@ -270,8 +260,8 @@ def test_two_who_prune_at_once_do_not_disturb_each_other(folder: Path) -> None:
     assert os.listdir(folder) == ["step_00000059"]
 
 
-def test_pins_and_deletions_at_full_speed(folder: Path) -> None:
-    """Whatever the timing: a pin that was made holds, one that was refused left nothing."""
+def test_retention_concurrent_pins_never_deleted(folder: Path) -> None:
+    """Whatever the timing: a pin that was made counts, one that was refused left nothing."""
     for step in range(5, 120):
         write_step(folder, step)
     pinned, refused = [], []
@@ -296,9 +286,7 @@ def test_pins_and_deletions_at_full_speed(folder: Path) -> None:
 # Storage that fails
 
 
-def test_what_cannot_be_deleted_is_told_and_tried_again(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retention_deletion_fails_reported_and_retried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     delete = fsio.delete_tree
 
     def fail(doomed: Path) -> None:
@@ -306,19 +294,19 @@ def test_what_cannot_be_deleted_is_told_and_tried_again(
             raise OSError(5, "Input/output error", str(doomed))
         delete(doomed)
 
-    monkeypatch.setattr(fsio, "delete_tree", fail)
     found = prune(folder)
-    result = found.apply()
+    with monkeypatch.context() as patch:
+        patch.setattr(fsio, "delete_tree", fail)
+        result = found.apply()
     assert result.deleted == (1, 2, 3)
     assert len(result.warnings) == 1
     assert "step_00000002.deleting could not be deleted: [Errno 5]" in result.warnings[0]
     assert set(os.listdir(folder)) == {"step_00000004", ".step_00000002.deleting"}
-    monkeypatch.undo()
     assert found.apply() == Pruned()
     assert os.listdir(folder) == ["step_00000004"]
 
 
-def test_a_step_that_cannot_be_renamed_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retention_rename_fails_step_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -331,9 +319,9 @@ def test_a_step_that_cannot_be_renamed_stays(folder: Path, monkeypatch: pytest.M
     assert layout.committed_steps(folder) == [4, 3, 2, 1]
 
 
-def test_a_step_stays_when_it_is_not_known_who_relies_on_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retention_pins_unreadable_step_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step stays when it is not known who relies on it."""
+
     def fail(_: Path) -> None:
         raise OSError(5, "Input/output error")
 
@@ -345,9 +333,7 @@ def test_a_step_stays_when_it_is_not_known_who_relies_on_it(
     assert layout.committed_steps(folder) == [4, 3, 2, 1]
 
 
-def test_a_step_that_cannot_be_read_stays_and_is_not_counted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retention_unreadable_step_stays_not_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = retention.load_resumable
 
     def fail(path: Path, **known: Any) -> object:

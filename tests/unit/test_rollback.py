@@ -79,7 +79,7 @@ def log(run: Path, *, attempt: int, steps: range) -> None:
 
 
 def resume(run: Path) -> int:
-    """What a start of the run does, up to its receipt. Returns the step that it goes on from."""
+    """What a start of the run does, up to its receipt. Returns the step that it continues from."""
     held = lease.acquire(run, after_attempt=timeline.last_attempt(run))
     record = run_record.read(run)
     assert record is not None
@@ -125,33 +125,33 @@ CASES: dict[str, tuple[dict[int, int], list[Cut], list[int]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_counts_if_no_later_attempt_began_below_it(case: str) -> None:
+def test_timeline_step_counts_unless_later_began_below(case: str) -> None:
     committed, cuts, left = CASES[case]
     assert sorted(late_arrivals(committed, cuts)) == left
 
 
-def test_a_rollback_is_named_before_a_resume() -> None:
+def test_timeline_rollback_named_before_resume() -> None:
     assert late_arrivals({8: 1}, [Cut(2, 4, is_rollback=True), Cut(3, 4)])[8].is_rollback
 
 
-def test_steps_that_this_attempt_trusts_are_not_read(run: Path) -> None:
+def test_timeline_trusted_steps_not_read(run: Path) -> None:
     Receipt(2, source="resume", step=8).write(run)
     cuts = timeline.cuts(run)
     folder = run / "checkpoints"
     assert timeline.set_aside_late(folder, cuts, run_id="abc", trusted={12}) == []
     assert timeline.set_aside_late(folder, cuts, run_id="of another run") == []
     (folder / "step_00000012" / layout.MANIFEST).write_text("{")
-    assert timeline.set_aside_late(folder, cuts, run_id="abc") == [], "damage is for the resume to judge"
+    assert timeline.set_aside_late(folder, cuts, run_id="abc") == [], "damage is for the resume to find"
 
 
-def test_a_fresh_start_elsewhere_does_not_cost_a_run_its_steps(run: Path) -> None:
+def test_timeline_fresh_start_elsewhere_keeps_steps(run: Path) -> None:
     # Attempt 2 was started with another checkpoint.dir, saw no steps and began at 0.
     Receipt(2, step=0).write(run)
     assert resume(run) == 12
     assert not layout.list_folder(run / "checkpoints").late
 
 
-def test_an_attempts_number_is_above_all_receipts(run: Path) -> None:
+def test_timeline_last_attempt_from_receipts(run: Path) -> None:
     Receipt(9, source="resume", step=12).write(run)
     (run / "run.json").unlink()
     assert timeline.last_attempt(run) == 9
@@ -160,7 +160,7 @@ def test_an_attempts_number_is_above_all_receipts(run: Path) -> None:
 # Rollback
 
 
-def test_a_rollback_begins_a_new_run_in_wandb_and_keeps_its_own_identity(run: Path) -> None:
+def test_rollback_new_wandb_id_same_run_id(run: Path) -> None:
     done = rollback.roll_back(run, 8, note=quiet, progress=quiet)
     record = record_of(run)
     assert (record.run_id, record.wandb_id, record.wandb_first_attempt) == ("abc", "abc-rollback2", 2)
@@ -171,14 +171,14 @@ def test_a_rollback_begins_a_new_run_in_wandb_and_keeps_its_own_identity(run: Pa
     assert len(record_of(run).rollbacks) == 2
 
 
-def test_the_newest_step_needs_no_rollback(run: Path) -> None:
+def test_rollback_to_newest_step_changes_nothing(run: Path) -> None:
     before = (run / "run.json").read_bytes()
     assert rollback.roll_back(run, 12, note=quiet, progress=quiet).renamed == {}
     assert (run / "run.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("kept", range(3))
-def test_a_rollback_that_was_killed_is_completed_by_the_next_start(
+def test_rollback_killed_completed_by_next_start(
     run: Path, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Path.rename
@@ -204,20 +204,18 @@ def test_a_rollback_that_was_killed_is_completed_by_the_next_start(
     ]
 
 
-def test_nothing_is_changed_before_the_decision_is_written(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rollback_record_unwritable_changes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_record, "write", fail)
-    with pytest.raises(RunFolderError, match=r"could not be rolled back: .*No space left"):
-        rollback.roll_back(run, 4, note=quiet, progress=quiet)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_record, "write", fail)
+        with pytest.raises(RunFolderError, match=r"could not be rolled back: .*No space left"):
+            rollback.roll_back(run, 4, note=quiet, progress=quiet)
     assert resume(run) == 12
 
 
-def test_a_live_run_is_not_rolled_back(run: Path) -> None:
+def test_rollback_of_live_run_refused(run: Path) -> None:
     held = lease.acquire(run, renew_every_s=0.05)
     with pytest.raises(LeaseHeldError, match="is being written by attempt 1"):
         rollback.roll_back(run, 4, note=quiet, progress=quiet)
@@ -226,7 +224,7 @@ def test_a_live_run_is_not_rolled_back(run: Path) -> None:
     assert "step_00000012" in names(run)
 
 
-def test_a_step_that_is_missing_or_damaged_is_refused(run: Path) -> None:
+def test_rollback_to_missing_or_damaged_step_refused(run: Path) -> None:
     with pytest.raises(StepNotFoundError, match="no committed step 6; its steps: 12, 8, 4"):
         rollback.roll_back(run, 6, note=quiet, progress=quiet)
     shard = next((run / "checkpoints" / "step_00000004").glob("*.safetensors"))
@@ -241,13 +239,13 @@ def test_a_step_that_is_missing_or_damaged_is_refused(run: Path) -> None:
     assert resume(run) == 12
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_rollback_not_a_run_folder_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(RunFolderError, match="is no run's folder"):
             rollback.roll_back(folder, 4, note=quiet, progress=quiet)
 
 
-def test_checkpoints_that_the_config_moved_are_found(run: Path, tmp_path: Path) -> None:
+def test_rollback_moved_checkpoints_found(run: Path, tmp_path: Path) -> None:
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     run_record.write(run, replace(record_of(run), checkpoint_dir=str(tmp_path / "elsewhere")))
     done = rollback.roll_back(run, 8, note=quiet, progress=quiet)
@@ -255,7 +253,7 @@ def test_checkpoints_that_the_config_moved_are_found(run: Path, tmp_path: Path) 
     assert (tmp_path / "elsewhere" / "rolledback.step_00000012.1").is_dir()
 
 
-def test_a_rollback_can_be_undone_until_an_attempt_has_gone_on(run: Path) -> None:
+def test_rollback_undo_until_attempt_resumes(run: Path) -> None:
     before = {path.name: tensor_bytes(path) for path in (run / "checkpoints").glob("step_*")}
     rollback.roll_back(run, 8, note=quiet, progress=quiet)
     rollback.roll_back(run, 4, note=quiet, progress=quiet)
@@ -280,7 +278,7 @@ def test_a_rollback_can_be_undone_until_an_attempt_has_gone_on(run: Path) -> Non
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_a_fork_is_a_run_of_its_own_that_begins_at_the_step(run: Path, tmp_path: Path, link: bool) -> None:
+def test_fork_is_own_run_that_resumes_at_step(run: Path, tmp_path: Path, link: bool) -> None:
     seen: list[tuple[int, int]] = []
     source = run / "checkpoints" / "step_00000008"
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()}
@@ -311,7 +309,7 @@ def test_a_fork_is_a_run_of_its_own_that_begins_at_the_step(run: Path, tmp_path:
     assert resume(run) == 12
 
 
-def test_a_step_that_a_rollback_set_aside_can_be_forked(run: Path, tmp_path: Path) -> None:
+def test_fork_of_rolled_back_step_resumes(run: Path, tmp_path: Path) -> None:
     rollback.roll_back(run, 4, note=quiet, progress=quiet)
     aside = run / "checkpoints" / "rolledback.step_00000012.1"
     assert forking.fork(aside, tmp_path / "new", link=False, progress=quiet).step == 12
@@ -347,7 +345,7 @@ BAD_FORKS: dict[str, tuple[Fault, type[KempnerForgeError], str]] = {
 
 @pytest.mark.parametrize("link", [False, True])
 @pytest.mark.parametrize("case", BAD_FORKS)
-def test_a_fork_that_cannot_be_leaves_nothing(run: Path, tmp_path: Path, case: str, link: bool) -> None:
+def test_fork_refused_leaves_nothing(run: Path, tmp_path: Path, case: str, link: bool) -> None:
     damage, error, text = BAD_FORKS[case]
     new = tmp_path / "new"
     damage(run / "checkpoints" / "step_00000008", new)
@@ -358,16 +356,14 @@ def test_a_fork_that_cannot_be_leaves_nothing(run: Path, tmp_path: Path, case: s
     assert [path for path in sorted(tmp_path.rglob("*")) if path.name != "holds"] == before
 
 
-def test_a_fork_that_does_not_fit_is_not_begun(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fork_without_space_not_begun(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(space, "RESERVE_FILES", 1 << 62)
     with pytest.raises(NoSpaceError, match="would not fit"):
         forking.fork(run / "checkpoints" / "step_00000008", tmp_path / "new", link=False, progress=quiet)
     assert not list(tmp_path.glob("*new*"))
 
 
-def test_links_that_are_not_possible_become_copies(
+def test_fork_impossible_links_become_copies(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -377,6 +373,3 @@ def test_links_that_are_not_possible_become_copies(
     done = forking.fork(run / "checkpoints" / "step_00000008", tmp_path / "new", link=True, progress=quiet)
     assert (done.linked_files, done.copied_files) == (0, 4)
     assert verify(tmp_path / "new" / "checkpoints" / "step_00000008").sound
-
-
-# Commands

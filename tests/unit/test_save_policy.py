@@ -51,7 +51,7 @@ TABLE: list[tuple[dict[str, Any], dict[int, str]]] = [
         {"interval_minutes": 7.5, "at_steps": [10]},
         {10: "listed", 25: "minutes", 40: "minutes"},
     ),
-    # The more particular reason is the one that is told.
+    # The more particular reason is the one that is reported.
     (
         {"interval": 8, "at_steps": [16], "dyn_ckpt_window": {"stop": 8}},
         {1: "dynamics", 2: "dynamics", 4: "dynamics", 8: "dynamics", 16: "listed", 24: "interval"}
@@ -61,11 +61,11 @@ TABLE: list[tuple[dict[str, Any], dict[int, str]]] = [
 
 
 @pytest.mark.parametrize(("settings", "expected"), TABLE)
-def test_when_a_run_saves(settings: dict[str, Any], expected: dict[int, str]) -> None:
+def test_save_policy_table_matches(settings: dict[str, Any], expected: dict[int, str]) -> None:
     assert saved(policy(**settings)) == expected
 
 
-def test_a_request_is_due_at_once_and_is_the_reason() -> None:
+def test_save_policy_request_due_at_once() -> None:
     found = policy(interval=5)
     assert found.due(3) is None
     assert found.due(3, requested=True) == "asked"
@@ -74,7 +74,7 @@ def test_a_request_is_due_at_once_and_is_the_reason() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "due"), [(0.0, None), (89.9, None), (90.0, "minutes"), (1e9, "minutes")])
-def test_minutes(seconds: float, due: str | None) -> None:
+def test_save_policy_minutes_due_by_clock(seconds: float, due: str | None) -> None:
     found = policy(interval_minutes=1.5)
     assert found.due(7, seconds_since_last_save=seconds) == due
     assert found.due(0, seconds_since_last_save=seconds) is None, "nothing was trained yet"
@@ -86,7 +86,7 @@ def test_minutes(seconds: float, due: str | None) -> None:
     seconds=st.floats(0, 1e7),
     requested=st.booleans(),
 )
-def test_no_two_ranks_can_disagree(step: int, interval: int, seconds: float, requested: bool) -> None:
+def test_save_policy_ranks_always_agree(step: int, interval: int, seconds: float, requested: bool) -> None:
     one, other = (policy(interval=interval, interval_minutes=3.0) for _ in range(2))
     answers = {
         found.due(step, seconds_since_last_save=seconds, requested=requested) for found in (one, other, one)

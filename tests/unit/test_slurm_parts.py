@@ -29,12 +29,12 @@ from kempnerforge.slurm.script import array_faults, option_faults, option_value,
         ("a-b.c,[3-4]x", ["a-b.c", "3x", "4x"]),
     ],
 )
-def test_node_lists(text: str, hosts: list[str]) -> None:
+def test_hostlist_table_expands(text: str, hosts: list[str]) -> None:
     assert hostlist.expand(text) == hosts
 
 
 @pytest.mark.parametrize("text", ["a[", "a[1-", "a[]", "a[2-1]", "a[x]", "a,,b", "a]", ","])
-def test_what_is_no_node_list(text: str) -> None:
+def test_hostlist_invalid_text_refused(text: str) -> None:
     with pytest.raises(ValueError, match="node list"):
         hostlist.expand(text)
 
@@ -72,16 +72,14 @@ RUNNING = {"job_state": "RUNNING"}
         (RUNNING | {"status": 0, "may_requeue": False}, False, 0),
     ],
 )
-def test_a_job_is_requeued_exactly_when_it_should_be(
-    known: dict[str, Any], requeue: bool, status: int
-) -> None:
+def test_slurm_requeue_table_matches(known: dict[str, Any], requeue: bool, status: int) -> None:
     decision = decide(**known)
     assert (decision.requeue, decision.status) == (requeue, status)
     assert decision.why
     assert decision.exclude == (("n2",) if requeue and "n2" in str(known) else ())
 
 
-def test_lost_nodes() -> None:
+def test_slurm_lost_nodes_parsed() -> None:
     listing = "n1 mixed\nn2 down*\nn3 idle\nn4 drained\nn5 allocated*\nn6 fail\nn2 down*\n"
     assert parse_lost_nodes(listing) == ["n2", "n5", "n6"]
 
@@ -90,7 +88,7 @@ NODES = "n1 mixed\nn2 idle\nn3 allocated+\nn4 drained\nn5 down*\nn6 idle*\nn1 mi
 
 
 @pytest.mark.parametrize(
-    ("out", "asked_for", "needed", "enough"),
+    ("out", "requested", "needed", "enough"),
     [
         ({"n1"}, (), 2, True),
         ({"n1"}, (), 3, False),
@@ -100,10 +98,10 @@ NODES = "n1 mixed\nn2 idle\nn3 allocated+\nn4 drained\nn5 down*\nn6 idle*\nn1 mi
         ({"n1"}, ("n1", "n2"), 2, False),
     ],
 )
-def test_no_node_is_left_out_that_the_job_cannot_do_without(
-    out: set[str], asked_for: tuple[str, ...], needed: int, enough: bool
+def test_slurm_exclusion_leaves_enough_nodes(
+    out: set[str], requested: tuple[str, ...], needed: int, enough: bool
 ) -> None:
-    assert leaves_enough(NODES, out, asked_for=asked_for, needed=needed) is enough
+    assert leaves_enough(NODES, out, asked_for=requested, needed=needed) is enough
 
 
 def event(attempt: int, name: str, **values: Any) -> dict[str, Any]:
@@ -122,23 +120,21 @@ def event(attempt: int, name: str, **values: Any) -> dict[str, Any]:
         ([event(1, "end", kind="fault")], 0, None),
     ],
 )
-def test_attempts_that_were_lost_in_a_row(
-    events: list[dict[str, Any]], before: int, count: int | None
-) -> None:
+def test_slurm_lost_in_a_row_counted(events: list[dict[str, Any]], before: int, count: int | None) -> None:
     assert lost_in_a_row(derive(events, []), before=before) == count
 
 
-def test_hosts_are_found_among_the_nodes_of_the_job() -> None:
+def test_slurm_hosts_found_among_job_nodes() -> None:
     assert nodes_of({"n2.cluster.org", "n10"}, ["n1", "n2"]) == ["n2"]
 
 
-def test_facts_leave_out_what_has_no_value() -> None:
+def test_slurm_facts_without_value_left_out() -> None:
     line = "JobId=1 Name=a=b PreemptTime=2026-11-25T12:25:24 SuspendTime=None ExcNodeList=(null) Requeue=0 x"
     known = {"JobId": "1", "Name": "a=b", "PreemptTime": "2026-11-25T12:25:24", "Requeue": "0"}
     assert parse_facts(line) == known
 
 
-def test_this_job() -> None:
+def test_slurm_this_job_from_environment() -> None:
     assert this_job({}) is None
     environ = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
     assert this_job(environ) == SlurmJob("7", 0, ("n1", "n2"))
@@ -152,7 +148,7 @@ def test_this_job() -> None:
     assert (found.attempt_name, found.handle) == ("7.3", "6_1")
 
 
-def test_a_node_is_called_as_slurm_calls_it() -> None:
+def test_slurm_node_name_as_slurm_calls_it() -> None:
     assert node_name({"SLURMD_NODENAME": "gpu07"}) == "gpu07"
     assert node_name({}) == socket.gethostname()
 
@@ -170,15 +166,15 @@ def test_a_node_is_called_as_slurm_calls_it() -> None:
         ("", None),
     ],
 )
-def test_time_limits(text: str, seconds: int | None) -> None:
+def test_slurm_time_limits_parsed(text: str, seconds: int | None) -> None:
     assert parse_time_s(text) == seconds
 
 
-def test_short_jobs_are_not_told_at_their_start() -> None:
+def test_slurm_short_job_not_signalled_at_start() -> None:
     assert (stop_before_s("24:00:00"), stop_before_s("1:00")) == (120, 15)
 
 
-def test_options_that_would_get_round_the_check_are_refused() -> None:
+def test_slurm_options_bypassing_check_refused() -> None:
     faults = option_faults("soon", ["-N4", "--time=3", "-p", "gpu", "--qos=low", "--train.seed=3", "--a\nb"])
     assert [fault.key for fault in faults] == [
         "--time",
@@ -201,7 +197,7 @@ def test_options_that_would_get_round_the_check_are_refused() -> None:
         (["--prefer=x", "--partitions=x"], None),
     ],
 )
-def test_the_value_of_an_option_of_sbatch(options: list[str], value: str | None) -> None:
+def test_slurm_sbatch_option_value_found(options: list[str], value: str | None) -> None:
     assert option_value(options, "--partition", "-p") == value
 
 
@@ -217,9 +213,7 @@ def test_the_value_of_an_option_of_sbatch(options: list[str], value: str | None)
         ([], True, False),
     ],
 )
-def test_tasks_of_an_array_that_would_write_one_run(
-    options: list[str], is_shared: bool, refused: bool
-) -> None:
+def test_slurm_array_sharing_one_run_refused(options: list[str], is_shared: bool, refused: bool) -> None:
     assert bool(array_faults(options, "runs/x", is_shared=is_shared)) is refused
 
 
@@ -242,7 +236,7 @@ PartitionName=short Default=NO GraceTime=20 PreemptMode=REQUEUE
         ("low,main", 45, 0, 40),
     ],
 )
-def test_a_stop_may_take_what_the_partition_grants(
+def test_slurm_grace_of_partition_parsed(
     partition: str, kill_wait_s: int, grace_s: int, timeout_s: int
 ) -> None:
     found = parse_grace(CONFIG, PARTITIONS, partition)
@@ -250,17 +244,14 @@ def test_a_stop_may_take_what_the_partition_grants(
     assert found.shutdown_timeout_s == timeout_s
 
 
-def test_what_a_partition_grants_is_not_guessed() -> None:
+def test_slurm_grace_unknown_not_guessed() -> None:
     assert parse_grace(CONFIG, PARTITIONS, "gpu") is None
     assert parse_grace(CONFIG, "", "") is None
     assert parse_grace("", PARTITIONS, "low") is None
 
 
-def test_a_note_hides_secrets() -> None:
+def test_slurm_note_hides_secrets() -> None:
     environ = {"WANDB_API_KEY": "s3cr3t", "HF_TOKEN": "s3cr3t", "HOME": "/home/x"}
     text = attempt_note(environ, command=["train.py"], config_toml="[run]\n", revision="abc\n")
     assert "s3cr3t" not in text
     assert "HOME='/home/x'" in text
-
-
-# -- the command -----------------------------------------------------------------------------------------

@@ -6,16 +6,45 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from kempnerforge.slurm.deadline import end_in_environment, parse_end
+from kempnerforge.train import deadline as deadline_module
+from kempnerforge.train import progress as progress_module
+from kempnerforge.train import stop_file as stop_file_module
 from kempnerforge.train.deadline import Deadline, latest_start, p99
 from kempnerforge.train.hangs import who_lags
 from kempnerforge.train.progress import Place, Progress, limit_s
 from kempnerforge.train.stop import Patience
 from kempnerforge.train.stop_file import StopFile, attempt_started
+
+
+class FakeClock:
+    """Stands still but for ``advance``; what a module sees as ``time``."""
+
+    CLOCK_BOOTTIME = time.CLOCK_BOOTTIME
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, now: float) -> None:
+        self.now = now
+        monkeypatch.setattr(module, "time", self)
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+    def time(self) -> float:
+        return self.now
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def clock_gettime(self, clock: int) -> float:
+        """Since the machine started, at 1000.0."""
+        assert clock == self.CLOCK_BOOTTIME
+        return self.now - 1000.0
+
 
 TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 
@@ -37,7 +66,7 @@ TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGU
         ([(0, signal.SIGUSR2), (10, signal.SIGCONT)], None),
     ],
 )
-def test_which_signal_is_a_second_one(
+def test_patience_second_signal_ends_wait(
     arrivals: list[tuple[float, signal.Signals]], ends_after_s: float | None
 ) -> None:
     patience = Patience(1000.0, again_after_s=5.0)
@@ -45,7 +74,7 @@ def test_which_signal_is_a_second_one(
     assert ends == ([] if ends_after_s is None else [ends_after_s])
 
 
-def test_the_clock_of_a_stop_starts_at_the_first_signal_that_ends_the_run() -> None:
+def test_patience_clock_starts_at_first_ending_signal() -> None:
     patience = Patience(25.0)
     assert patience.ends_at is None
     patience.arrived(USR1, 100.0)
@@ -57,7 +86,8 @@ def test_the_clock_of_a_stop_starts_at_the_first_signal_that_ends_the_run() -> N
     assert "SIGTERM" in patience.timeout_reason
 
 
-def test_a_signal_that_another_rank_got_starts_the_clock_and_is_not_the_first_of_two() -> None:
+def test_patience_signal_of_other_rank_starts_clock() -> None:
+    """And it is not the first of two."""
     patience = Patience(25.0, again_after_s=5.0)
     patience.agreed(TERM, 10.0)
     assert patience.ends_at == 35.0
@@ -76,7 +106,7 @@ def test_a_signal_that_another_rank_got_starts_the_clock_and_is_not_the_first_of
         ([float(i) for i in range(1, 1001)], 990.0),
     ],
 )
-def test_p99(values: list[float], expected: float) -> None:
+def test_p99_table_matches(values: list[float], expected: float) -> None:
     assert p99(values) == expected
 
 
@@ -90,19 +120,22 @@ def test_p99(values: list[float], expected: float) -> None:
         ({"saves_s": [900.0], "steps_s": [200.0], "margin_s": 0.0}, -100.0),
     ],
 )
-def test_when_the_last_save_has_to_start(known: dict[str, Any], expected: float) -> None:
+def test_deadline_latest_start_table_matches(known: dict[str, Any], expected: float) -> None:
     assert latest_start(1000.0, **known) == expected
 
 
-def test_no_deadline_ends_an_attempt_before_it_has_done_a_step() -> None:
-    over = Deadline(started=time.time() - 600, max_minutes=1, margin_s=60, environ={})
+def test_deadline_not_due_before_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch, deadline_module, now=1600.0)
+    over = Deadline(started=1000.0, max_minutes=1, margin_s=60, environ={})
     assert not over.is_due(save_is_pending=False)
     over.step_begins()
+    clock.advance(2.0)
+    assert not over.is_due(save_is_pending=False)
     over.step_ends()
     assert over.is_due(save_is_pending=False)
 
 
-def test_the_earlier_end_counts() -> None:
+def test_deadline_earlier_end_counts() -> None:
     def end_of(max_minutes: float | None, job_end: float | None) -> float | None:
         job = {"SLURM_JOB_ID": "1", "PATH": "/nowhere"} if job_end is not None else {}
         environ = {**job, "SLURM_JOB_END_TIME": f"{job_end:.0f}" if job_end is not None else ""}
@@ -120,17 +153,17 @@ def test_the_earlier_end_counts() -> None:
 
 
 @pytest.mark.parametrize("text", ["2026-03-04T05:06:07\n", "2026-03-04T05:06:07\n2026-03-04T09:00:00\n"])
-def test_squeue_prints_local_time(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TZ", "UTC-2")
-    time.tzset()
+def test_slurm_end_squeue_local_time_parsed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
-        assert parse_end(text) == 1772593567.0  # 03:06:07 UTC
+        with monkeypatch.context() as patch:
+            patch.setenv("TZ", "UTC-2")
+            time.tzset()
+            assert parse_end(text) == 1772593567.0  # 03:06:07 UTC
     finally:
-        monkeypatch.undo()
         time.tzset()
 
 
-def test_a_job_without_an_end_has_none() -> None:
+def test_slurm_end_missing_is_none() -> None:
     for text in ("N/A\n", "NONE\n", "Unknown\n"):
         assert parse_end(text) is None
     for text in ("", "tomorrow\n"):
@@ -140,24 +173,35 @@ def test_a_job_without_an_end_has_none() -> None:
     assert end_in_environment({"SLURM_JOB_END_TIME": "1772593567"}) == 1772593567.0
 
 
-def test_only_a_stop_file_made_before_the_start_is_stale(tmp_path: Path) -> None:
-    started = attempt_started()
+def test_stop_file_made_before_start_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the file system's clock, which is far ahead of this one."""
+    clock = FakeClock(monkeypatch, stop_file_module, now=2000.0)
+    started = 1500.0
     request = tmp_path / "stop.request"
     file = StopFile(tmp_path)
     assert not file.remove_stale(started)
     request.write_text("")
     assert not file.remove_stale(started)
     assert file.is_there()
-    os.utime(request, (started - 5, started - 5))
+    made = request.stat().st_mtime - 1000
+    os.utime(request, (made, made))
     assert file.remove_stale(started)
+    clock.advance(10.0)  # it looks once a second at most
     assert not file.is_there()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_torchrun_started_before_its_workers() -> None:
-    alone = attempt_started({})
-    assert alone <= time.time()
-    assert attempt_started({"TORCHELASTIC_RUN_ID": "x"}) <= alone
+def test_attempt_started_under_torchrun_is_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun is the parent of its workers, and started before them."""
+    FakeClock(monkeypatch, stop_file_module, now=5000.0)
+    starts_s = {os.getpid(): 300, os.getppid(): 200}
+    ticks = os.sysconf("SC_CLK_TCK")
+    state = lambda pid: SimpleNamespace(start_ticks=starts_s[pid] * ticks)  # noqa: E731
+    monkeypatch.setattr(stop_file_module, "process_state", state)
+    assert attempt_started({}) == 1000.0 + 300
+    assert attempt_started({"TORCHELASTIC_RUN_ID": "x"}) == 1000.0 + 200
+    monkeypatch.setattr(stop_file_module, "process_state", lambda _: None)
+    assert attempt_started({}) == 5000.0, "now, where it is not known"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +213,7 @@ def test_torchrun_started_before_its_workers() -> None:
         ([600.0], 900.0),
     ],
 )
-def test_what_is_too_long(took_s: list[float], expected: float) -> None:
+def test_hang_limit_table_matches(took_s: list[float], expected: float) -> None:
     assert limit_s(took_s, multiple=10, floor_s=60, ceiling_s=900) == expected
 
 
@@ -193,31 +237,34 @@ AGREE, EVAL = Place("agree", 6), Place("eval", 6)
         ([post(BACKWARD), None, post(DATA)], "Rank 1 does not answer"),
     ],
 )
-def test_who_lags(posts: list[dict[str, Any] | None], lags: str) -> None:
+def test_hang_lagging_rank_named(posts: list[dict[str, Any] | None], lags: str) -> None:
     answers = {rank: one for rank, one in enumerate(posts) if one is not None}
     assert lags in who_lags(answers, 3)
 
 
-def test_who_lags_in_a_save() -> None:
+def test_hang_lagging_rank_in_save_named() -> None:
     parts = {0: post(DATA, save_part="commit"), 1: post(BACKWARD, save_part="write")}
     assert "Rank 1 lags: still at its write" in who_lags(parts, 2, saving=True)
     parts = {0: post(DATA, save_part="commit"), 1: post(DATA, save_part="done")}
     assert "rank 0 has not committed" in who_lags(parts, 2, saving=True)
 
 
-def test_progress_measures_each_activity_on_its_own() -> None:
+def test_progress_activities_measured_separately(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch, progress_module, now=100.0)
     issued = 0
     progress = Progress(lambda: issued)
     for step in (1, 2, 3):
         progress.begin("step", step)
         progress.phase("data")
         issued += 5
+        clock.advance(2.0 * step)
         progress.begin("agree", step)
         issued += 1
+        clock.advance(0.5)
     progress.begin("step", 4)
     assert progress.collectives_per_step == 6
-    assert len(progress.took_s("step")) == 3
-    assert progress.took_s("agree") == progress.took_s("step")
+    assert progress.took_s("step") == [2.0, 4.0, 6.0]
+    assert progress.took_s("agree") == progress.took_s("step"), "the others may be that far behind"
     assert progress.took_s("eval") == []
     progress.saved(12.0)
     assert progress.took_s("save") == [12.0]

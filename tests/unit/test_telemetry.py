@@ -2,59 +2,116 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 
+from kempnerforge.telemetry import sinks as sinks_module
+from kempnerforge.telemetry import spans as spans_module
 from kempnerforge.telemetry.flops import mfu, peak_bf16_flops
 from kempnerforge.telemetry.sinks import Row, SinkSet
 from kempnerforge.telemetry.spans import Spans
 
+
+class FakeClock:
+    """Stands still but for ``advance``; what a module sees as ``time``."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+    def time(self) -> float:
+        return self.now
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """The clock of spans and sinks."""
+    clock = FakeClock()
+    monkeypatch.setattr(spans_module, "time", clock)
+    monkeypatch.setattr(sinks_module, "time", clock)
+    return clock
+
+
 # Spans
 
 
-def test_spans_add_up_nest_and_start_again() -> None:
+def test_spans_nested_and_repeated_add_up(clock: FakeClock) -> None:
     spans = Spans("cpu")
     with spans.span("step"):
         for _ in range(2):
             with spans.span("forward_backward"):
-                time.sleep(0.02)
+                clock.advance(0.25)
         with spans.span("optimizer", host=True):
-            time.sleep(0.01)
-    seconds = spans.collect()
-    assert list(seconds) == ["time/forward_backward_s", "time/optimizer_s", "time/step_s"]
-    assert 0.04 <= seconds["time/forward_backward_s"] < 0.5
-    assert 0.01 <= seconds["time/optimizer_s"] < 0.5
-    assert seconds["time/step_s"] >= seconds["time/forward_backward_s"] + seconds["time/optimizer_s"]
+            clock.advance(0.125)
+        clock.advance(1.0)
+    assert list(spans.collect().items()) == [
+        ("time/forward_backward_s", 0.5),
+        ("time/optimizer_s", 0.125),
+        ("time/step_s", 1.625),
+    ]
     assert spans.collect() == {}
 
 
-def test_a_span_that_raises_is_timed_and_lets_the_error_out() -> None:
+def test_spans_error_in_body_timed_and_raised(clock: FakeClock) -> None:
     spans = Spans("cpu")
-    with pytest.raises(KeyError), spans.span("data"):
+
+    def fail() -> None:
+        clock.advance(0.5)
         raise KeyError
-    assert list(spans.collect()) == ["time/data_s"]
+
+    with pytest.raises(KeyError), spans.span("data"):
+        fail()
+    assert spans.collect() == {"time/data_s": 0.5}
 
 
-def test_cuda_spans_time_the_device_without_waiting_for_it() -> None:
+def test_spans_cuda_time_device_without_waiting(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's clock stands still meanwhile, and nothing waits for the device before ``collect``."""
     import torch
 
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("waited for the device")
+
+    new_event = torch.cuda.Event
+    made: list[torch.cuda.Event] = []
+
+    def counted(**options: Any) -> torch.cuda.Event:
+        made.append(new_event(**options))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", counted)
     spans = Spans("cuda")
+    matrix = torch.ones(4096, 4096, device="cuda")
     for _ in range(2):  # the second round uses the events of the first again
-        start_s = time.perf_counter()
-        with spans.span("forward_backward"):
-            torch.cuda._sleep(200_000_000)
-        queued_s = time.perf_counter() - start_s
-        with spans.span("data", host=True):
-            time.sleep(0.01)
+        marks = [new_event(enable_timing=True) for _ in range(4)]
+        with monkeypatch.context() as patch:
+            for owner in (torch.cuda, new_event, torch.cuda.Stream):
+                patch.setattr(owner, "synchronize", fail)
+            marks[0].record()
+            with spans.span("forward_backward"):
+                marks[1].record()
+                for _ in range(20):
+                    torch.mm(matrix, matrix)
+                marks[2].record()
+            marks[3].record()
+            with spans.span("data", host=True):
+                clock.advance(0.5)
         torch.cuda.synchronize()
         seconds = spans.collect()
-        assert seconds["time/forward_backward_s"] > 0.05
-        assert queued_s < 0.5 * seconds["time/forward_backward_s"]
-        assert 0.01 <= seconds["time/data_s"] < 0.05
+        # As long as events inside and around it say; their resolution is half a microsecond.
+        inside_s, around_s = (first.elapsed_time(last) / 1000 for first, last in (marks[1:3], marks[::3]))
+        assert 0 < inside_s <= seconds["time/forward_backward_s"] + 1e-5
+        assert seconds["time/forward_backward_s"] <= around_s + 1e-5
+        assert seconds["time/data_s"] == 0.5
+    assert len(made) == 2
 
 
 # FLOP/s
@@ -79,11 +136,11 @@ def test_cuda_spans_time_the_device_without_waiting_for_it() -> None:
         ("Tesla T4", None),
     ],
 )
-def test_peak_flops_by_name(name: str, peak: float | None) -> None:
+def test_peak_flops_device_name_matches(name: str, peak: float | None) -> None:
     assert peak_bf16_flops(name) == peak
 
 
-def test_mfu_of_a_known_case() -> None:
+def test_mfu_known_case_matches() -> None:
     # 8 devices that reach half of their peak.
     assert mfu(tokens_per_s=80_000, flops_per_token=49.47e9, num_devices=8, peak=989.4e12) == pytest.approx(
         0.5
@@ -106,7 +163,7 @@ class ListSink:
             raise OSError(self.name)
 
 
-def test_every_sink_gets_every_row_with_the_same_time() -> None:
+def test_sink_set_every_sink_gets_row_with_same_time(clock: FakeClock) -> None:
     log: list[Any] = []
     sinks = SinkSet([ListSink(log, "a"), ListSink(log, "b")])
     row = {"step": 1}
@@ -114,12 +171,11 @@ def test_every_sink_gets_every_row_with_the_same_time() -> None:
     sinks.write({"step": 2, "time": 5.0})
     assert row == {"step": 1}
     (_, first), (_, second) = log[:2]
-    assert first == second
-    assert abs(first["time"] - time.time()) < 60
+    assert first == second == {"step": 1, "time": clock.now}
     assert log[2:] == [("a", {"step": 2, "time": 5.0}), ("b", {"step": 2, "time": 5.0})]
 
 
-def test_closing_reaches_all_sinks_and_tells_of_the_error() -> None:
+def test_sink_set_close_error_closes_all_and_raises() -> None:
     log: list[Any] = []
     sinks = SinkSet([ListSink(log, "a"), ListSink(log, "b", fail_on_close=True)])
     with pytest.raises(OSError, match="b"):
@@ -127,7 +183,7 @@ def test_closing_reaches_all_sinks_and_tells_of_the_error() -> None:
     assert log == [("b", "closed"), ("a", "closed")]
 
 
-def test_an_empty_set_takes_rows() -> None:
+def test_sink_set_empty_accepts_rows() -> None:
     sinks = SinkSet()
     sinks.write({"step": 1})
     sinks.close()

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import select
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -43,7 +44,7 @@ def without_eta(line: str) -> str:
     return re.sub(r"  eta \S+$", "", line)
 
 
-def test_plain_lines_every_interval_the_first_and_the_last_step() -> None:
+def test_console_plain_lines_at_interval_first_last() -> None:
     def show(sink: ConsoleSink) -> None:
         for step in range(101, 125):
             sink.write(train_row(step))
@@ -57,7 +58,7 @@ def test_plain_lines_every_interval_the_first_and_the_last_step() -> None:
     assert re.search(r"  eta \d\d:\d\d$", lines[1])
 
 
-def test_what_a_row_lacks_is_left_out_and_mfu_is_shown_where_known() -> None:
+def test_console_missing_fields_left_out() -> None:
     def show(sink: ConsoleSink) -> None:
         sink.write({"step": 1, "train/loss": 10.0})
         sink.write(train_row(2, mfu=0.4123))
@@ -67,7 +68,9 @@ def test_what_a_row_lacks_is_left_out_and_mfu_is_shown_where_known() -> None:
     assert "  mfu 41.2%" in second
 
 
-def test_commits_validation_notes_and_warnings_have_lines_of_their_own() -> None:
+def test_console_events_have_own_lines() -> None:
+    """Commits, validation, notes and warnings."""
+
     def show(sink: ConsoleSink) -> None:
         sink.note("run [bold]x[/bold] starts in runs/[a]/:smile:")
         sink.write({"step": 150, "eval/loss": 2.41})
@@ -83,7 +86,7 @@ def test_commits_validation_notes_and_warnings_have_lines_of_their_own() -> None
     ]
 
 
-def test_a_skipped_step_is_always_shown() -> None:
+def test_console_skipped_step_always_shown() -> None:
     def show(sink: ConsoleSink) -> None:
         for step in range(1, 10):
             sink.write(train_row(step, **({"loss": math.nan} if step == 4 else {})))
@@ -98,14 +101,20 @@ def test_a_skipped_step_is_always_shown() -> None:
 
 @contextlib.contextmanager
 def terminal() -> Iterator[tuple[io.TextIOWrapper, Callable[[], str]]]:
-    """A pseudo terminal: a file to write to, and what has arrived on the screen's side so far."""
+    """A pseudo terminal: a file to write to, and what has arrived on the screen's side, to be asked once."""
     screen, tty = os.openpty()
+    end = b"<that was all>"
 
     def arrived() -> str:
+        file.write(end.decode())
+        file.flush()
         data = b""
-        while select.select([screen], [], [], 0.3)[0]:  # the kernel passes it on in its own time
-            data += os.read(screen, 1 << 16)
-        return data.decode()
+        deadline = time.monotonic() + 60
+        while not data.endswith(end):  # the kernel passes it on in its own time
+            assert time.monotonic() < deadline, f"the end has not arrived after {data!r}"
+            if select.select([screen], [], [], 1)[0]:
+                data += os.read(screen, 1 << 16)
+        return data.removesuffix(end).decode()
 
     with os.fdopen(tty, "w", encoding="utf-8") as file:
         yield file, arrived
@@ -121,7 +130,7 @@ def visible(output: str) -> list[str]:
     return lines
 
 
-def test_a_terminal_keeps_progress_on_one_line_below_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_console_terminal_progress_on_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     with terminal() as (file, arrived):
@@ -146,7 +155,7 @@ def test_a_terminal_keeps_progress_on_one_line_below_the_others(monkeypatch: pyt
     assert "\x1b[?25l" not in output  # the cursor stays visible: a killed run leaves the terminal as it was
 
 
-def test_a_narrow_terminal_cuts_the_progress_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_console_narrow_terminal_cuts_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "40")
     with terminal() as (file, arrived):
@@ -159,7 +168,7 @@ def test_a_narrow_terminal_cuts_the_progress_line(monkeypatch: pytest.MonkeyPatc
     assert progress.endswith("…")
 
 
-def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_console_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     with terminal() as (file, arrived):
         sink = ConsoleSink(2, 1, file=file)
@@ -190,5 +199,5 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
         (duration(2 * 86400 + 3 * 3600 + 4 * 60 + 5), "2d 03:04:05"),
     ],
 )
-def test_numbers_for_people(text: str, expected: str) -> None:
+def test_console_numbers_table_matches(text: str, expected: str) -> None:
     assert text == expected

@@ -23,7 +23,7 @@ def jsonl(path: Path, attempt: int = 1) -> JsonlSink:
     return JsonlSink(path, attempt, warn=fail_on_warning)
 
 
-def test_rows_come_back_bit_for_bit(tmp_path: Path) -> None:
+def test_jsonl_round_trip_bitwise_equal(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     draw = random.Random(7)
     values = [draw.uniform(-1, 1) * 10 ** draw.randint(-300, 300) for _ in range(200)]
@@ -42,7 +42,7 @@ def test_rows_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert read.rows[0]["data/digest"] == "ab12"
 
 
-def test_a_nan_is_valid_json_and_a_nan_again_after_reading(tmp_path: Path) -> None:
+def test_jsonl_nan_is_valid_json_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = jsonl(path)
     sink.write({"step": 1, "train/loss": math.nan, "train/grad_norm": -math.inf})
@@ -57,7 +57,7 @@ def test_a_nan_is_valid_json_and_a_nan_again_after_reading(tmp_path: Path) -> No
     assert math.isnan(read_rows(path).rows[0]["train/loss"])
 
 
-def test_every_cut_of_the_last_line_is_repaired_by_the_next_attempt(tmp_path: Path) -> None:
+def test_jsonl_torn_last_line_repaired_by_next_attempt(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = jsonl(path)
     sink.write({"step": 1, "train/loss": 1.0, "time": 1.0})
@@ -79,7 +79,7 @@ def test_every_cut_of_the_last_line_is_repaired_by_the_next_attempt(tmp_path: Pa
         assert read.torn == (1 if lost_row and size_bytes > whole_bytes else 0)
 
 
-def test_a_full_disk_costs_rows_and_two_warnings_but_not_the_run(tmp_path: Path) -> None:
+def test_jsonl_full_disk_loses_rows_with_two_warnings(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     warnings: list[str] = []
     sink = JsonlSink(path, 1, warn=warnings.append)
@@ -105,7 +105,7 @@ def test_a_full_disk_costs_rows_and_two_warnings_but_not_the_run(tmp_path: Path)
     assert "3 rows are missing" in warnings[1]
 
 
-def test_what_json_cannot_hold_is_an_error_and_leaves_no_trace(tmp_path: Path) -> None:
+def test_jsonl_unsupported_value_refused_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = jsonl(path)
     with pytest.raises(TypeError):
@@ -115,7 +115,7 @@ def test_what_json_cannot_hold_is_an_error_and_leaves_no_trace(tmp_path: Path) -
     assert read_rows(path).next_step() == 0
 
 
-def test_lines_of_zeros_and_foreign_json_are_counted_as_torn(tmp_path: Path) -> None:
+def test_jsonl_invalid_lines_counted_as_torn(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(
         b'{"step": 1, "attempt": 1}\n\0\0\0\0\n[1, 2]\n"x"\n\xff\xfe\n\n{"step": 2, "attempt": 1}\n'
@@ -125,7 +125,7 @@ def test_lines_of_zeros_and_foreign_json_are_counted_as_torn(tmp_path: Path) -> 
     assert read.torn == 4
 
 
-def test_two_attempts_share_the_file_without_overwriting(tmp_path: Path) -> None:
+def test_jsonl_two_attempts_do_not_overwrite(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = jsonl(path, 1)
     second = jsonl(path, 2)
@@ -163,7 +163,7 @@ EFFECTIVE = {
 
 
 @pytest.mark.parametrize("case", EFFECTIVE)
-def test_effective_rows(case: str) -> None:
+def test_effective_rows_table_matches(case: str) -> None:
     def rows(spans: list[tuple[int, int, int]]) -> list[dict[str, int]]:
         return [
             {"attempt": attempt, "step": step}

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.step_maker import arrays, flip_byte, resign, write_step
 
-from kempnerforge.checkpoint import digest, manifest, shard_header, verify
+from kempnerforge.checkpoint import compare, digest, manifest, shard_header, verify
 from kempnerforge.checkpoint.compare import changes, compare_tensors, content_of
 from kempnerforge.checkpoint.index import Chunk, TensorEntry
 from kempnerforge.checkpoint.step_view import StepView
@@ -42,30 +42,30 @@ def problems(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("boxes", [None, HALVES])
-def test_a_sound_step_is_sound_and_left_as_it_is(tmp_path: Path, boxes: dict | None) -> None:
+def test_verify_sound_step_left_unchanged(tmp_path: Path, boxes: dict | None) -> None:
     path = write_step(tmp_path, 5, boxes=boxes)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    told: list[tuple[int, int]] = []
-    found = verify.verify(path, progress=lambda done, total: told.append((done, total)))
+    reported: list[tuple[int, int]] = []
+    found = verify.verify(path, progress=lambda done, total: reported.append((done, total)))
     assert found.sound
     assert (found.problems, found.foreign) == ((), ())
-    assert told[-1] == (found.size_bytes, found.size_bytes)
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert reported[-1] == (found.size_bytes, found.size_bytes)
+    assert [done for done, _ in reported] == sorted(done for done, _ in reported)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_step_under_another_name_and_without_a_config_is_sound_too(tmp_path: Path) -> None:
+def test_verify_renamed_step_without_config_sound(tmp_path: Path) -> None:
     path = write_step(tmp_path, 5, config=None).rename(tmp_path / "my_model")
     assert verify.verify(path).sound
 
 
-def test_empty_tensors_and_an_empty_step(tmp_path: Path) -> None:
+def test_verify_empty_tensor_and_empty_step_sound(tmp_path: Path) -> None:
     assert verify.verify(write_step(tmp_path, 1, state={"a": np.empty((0, 4), np.float32)})).sound
     assert verify.verify(write_step(tmp_path, 2, state={})).sound
 
 
-def test_other_files_in_the_folder_are_told_and_do_no_harm(tmp_path: Path) -> None:
+def test_verify_foreign_file_reported_step_sound(tmp_path: Path) -> None:
     path = write_step(tmp_path, 5)
     (path / "notes.txt").write_text("mine")
     found = verify.verify(path)
@@ -98,7 +98,7 @@ ONE_FAULT: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "problem"), ONE_FAULT)
-def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], object], problem: str) -> None:
+def test_verify_damage_named(tmp_path: Path, damage: Callable[[Path], object], problem: str) -> None:
     path = write_step(tmp_path, 5)
     damage(path)
     (found,) = problems(path)
@@ -106,7 +106,7 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], object], probl
     assert "step_00000005" not in found
 
 
-def test_all_faults_are_told_and_each_block_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_many_faults_reported_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (digest, manifest, verify):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1024)
     path = write_step(tmp_path, 5, state={"model.w": np.arange(5000, dtype=np.float32)})
@@ -171,7 +171,7 @@ SIGNED: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("change", "problem"), SIGNED)
-def test_parts_that_do_not_fit_together_are_found_though_their_digests_are_right(
+def test_verify_inconsistent_parts_valid_digests_found(
     tmp_path: Path, change: Callable[[Path], object], problem: str
 ) -> None:
     path = write_step(tmp_path, 5)
@@ -182,14 +182,14 @@ def test_parts_that_do_not_fit_together_are_found_though_their_digests_are_right
     assert any(problem in one for one in found), found
 
 
-def test_a_name_that_occurs_twice_in_a_header_is_found(tmp_path: Path) -> None:
+def test_verify_duplicate_name_in_header_found(tmp_path: Path) -> None:
     path = write_step(tmp_path, 5)
     replaced_in_header(path / SHARD, b'"model.w":{', b'"model.b":{')
     resign(path)
     assert any("a name occurs twice" in one for one in problems(path))
 
 
-def test_two_shards_that_were_swapped_are_found(tmp_path: Path) -> None:
+def test_verify_swapped_shards_found(tmp_path: Path) -> None:
     path = write_step(tmp_path, 5, boxes=HALVES)
     swap(path, "shard_00000_of_00002.safetensors", "shard_00001_of_00002.safetensors")
     assert problems(path)
@@ -197,7 +197,7 @@ def test_two_shards_that_were_swapped_are_found(tmp_path: Path) -> None:
     assert any("disagree on model.w" in one for one in problems(path))
 
 
-def test_a_shard_that_is_a_link_out_of_the_folder_is_damage(tmp_path: Path) -> None:
+def test_verify_shard_link_out_of_folder_is_damage(tmp_path: Path) -> None:
     path = write_step(tmp_path, 5)
     elsewhere = (path / SHARD).rename(tmp_path / "elsewhere")
     (path / SHARD).symlink_to(elsewhere)
@@ -209,9 +209,10 @@ def test_a_shard_that_is_a_link_out_of_the_folder_is_damage(tmp_path: Path) -> N
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_any_bytes_in_a_header_give_an_answer_and_no_other_error(
+def test_shard_header_any_bytes_no_other_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
+    """Any bytes in a header give an answer or ValueError."""
     path = write_step(tmp_path_factory.mktemp("steps"), 5) / SHARD
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -221,19 +222,17 @@ def test_any_bytes_in_a_header_give_an_answer_and_no_other_error(
         shard_header.read(path)
 
 
-# Not to be judged
+# Neither sound nor damaged
 
 
-def test_a_newer_format_is_not_called_damaged(tmp_path: Path) -> None:
+def test_verify_newer_format_is_mismatch(tmp_path: Path) -> None:
     path = write_step(tmp_path, 5)
     resign(path, format=2)
     with pytest.raises(MismatchError, match="format 2"):
         verify.verify(path)
 
 
-def test_storage_that_does_not_answer_says_nothing_about_the_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_storage_error_step_may_be_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
@@ -242,7 +241,7 @@ def test_storage_that_does_not_answer_says_nothing_about_the_step(
         verify.verify(write_step(tmp_path, 5))
 
 
-def test_a_step_that_goes_away_meanwhile_is_not_damaged(tmp_path: Path) -> None:
+def test_verify_step_vanishes_is_not_damage(tmp_path: Path) -> None:
     path = write_step(tmp_path, 5)
     with pytest.raises(StepNotFoundError):
         verify.verify(path, threads=1, progress=lambda done, total: path.rename(tmp_path / "gone"))
@@ -259,14 +258,14 @@ def views(tmp_path: Path, **others: dict) -> tuple[StepView, StepView]:
     return StepView.open(one), StepView.open(other)
 
 
-def test_the_same_state_in_two_layouts_is_the_same(tmp_path: Path) -> None:
+def test_compare_same_state_in_two_layouts_equal(tmp_path: Path) -> None:
     a, b = views(tmp_path, boxes=HALVES)
     found = compare_tensors(a, b)
     assert not found.any
     assert found.equal == 5
 
 
-def test_tensors_that_differ_are_named_by_how(tmp_path: Path) -> None:
+def test_compare_differing_tensors_named_by_kind(tmp_path: Path) -> None:
     state = arrays(5)
     del state["rng.rank_00000"]
     state["rng.rank_00001"] = np.zeros(40, np.uint8)
@@ -274,26 +273,26 @@ def test_tensors_that_differ_are_named_by_how(tmp_path: Path) -> None:
     state["optimizer.state.w.exp_avg"] = state["optimizer.state.w.exp_avg"].copy()
     state["optimizer.state.w.exp_avg"][5, 3] += 1
     a, b = views(tmp_path, state=state, boxes=HALVES)
-    told: list[tuple[int, int]] = []
-    found = compare_tensors(a, b, progress=lambda done, total: told.append((done, total)))
+    reported: list[tuple[int, int]] = []
+    found = compare_tensors(a, b, progress=lambda done, total: reported.append((done, total)))
     assert found.only_a == ("rng.rank_00000",)
     assert found.only_b == ("rng.rank_00001",)
     assert found.shape_or_dtype == {"model.b": ("F32 [5]", "F64 [5]")}
     assert found.content == ("optimizer.state.w.exp_avg",)
     assert found.equal == 2
-    assert told[-1] == (2 * (96 + 96 + 4),) * 2
+    assert reported[-1] == (2 * (96 + 96 + 4),) * 2
     unread = compare_tensors(a, b, content=False)
     assert unread.content is None
     assert unread.equal == 3
 
 
-def test_a_damaged_byte_shows_in_which_tensor_it_is(tmp_path: Path) -> None:
+def test_compare_damaged_byte_names_its_tensor(tmp_path: Path) -> None:
     a, b = views(tmp_path)
     flip_byte(b.path / SHARD, -1)  # bytes are last: the smallest elements
     assert compare_tensors(a, b).content == ("rng.rank_00000",)
 
 
-def test_an_index_that_names_other_files_reads_none(tmp_path: Path) -> None:
+def test_compare_index_of_other_files_refused(tmp_path: Path) -> None:
     a, b = views(tmp_path)
     data = (b.path / "index.bin").read_bytes().replace(SHARD.encode(), b"../../" + b"a" * (len(SHARD) - 6))
     (b.path / "index.bin").write_bytes(data)
@@ -307,7 +306,7 @@ boxes_1d = st.lists(st.integers(1, 3), min_size=1, max_size=3)
 
 @settings(max_examples=60, deadline=None)
 @given(splits=st.lists(boxes_1d, min_size=1, max_size=3), piece=st.sampled_from([4, 12, 64, 1 << 20]))
-def test_content_is_in_order_whatever_the_boxes(splits: list[list[int]], piece: int) -> None:
+def test_content_of_any_boxes_in_row_major_order(splits: list[list[int]], piece: int) -> None:
     """A tensor cut into a grid of boxes gives its row-major bytes."""
     shape = tuple(sum(split) for split in splits)
     array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
@@ -322,7 +321,7 @@ def test_content_is_in_order_whatever_the_boxes(splits: list[list[int]], piece: 
         data += raw
     entry = TensorEntry("F32", shape, tuple(chunks))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kempnerforge.checkpoint.compare.PIECE_BYTES", piece)
+        patch.setattr(compare, "PIECE_BYTES", piece)
         pieces = content_of(entry, lambda file, begin, end: memoryview(data)[begin:end])
         assert b"".join(bytes(one) for one in pieces) == array.tobytes()
 
@@ -340,5 +339,5 @@ def test_content_is_in_order_whatever_the_boxes(splits: list[list[int]], piece: 
         ({}, {"a": {"b": 1}}, {"a": [None, {"b": 1}]}),
     ],
 )
-def test_changes_of_tables(before: dict, now: dict, expected: dict) -> None:
+def test_changes_table_matches(before: dict, now: dict, expected: dict) -> None:
     assert changes(before, now) == expected

@@ -55,7 +55,7 @@ def import_hf(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_transformers_computes_the_same_logits_and_the_way_back_is_exact(
+def test_export_transformers_same_logits_import_exact(
     ckpt: Ckpt, import_hf: Any, tmp_path: Path, variant: str
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -71,14 +71,14 @@ def test_transformers_computes_the_same_logits_and_the_way_back_is_exact(
     assert ours.abs().max() > 1
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
-    status, told, _ = import_hf(out, "--out", back)
+    status, printed, _ = import_hf(out, "--out", back)
     assert status == 0
     assert_equal(weights_of(back), model.state_dict())
     assert ckpt("verify", back).status == 0
-    assert config_toml(model).splitlines()[1] in told
+    assert config_toml(model).splitlines()[1] in printed
 
 
-def test_folders_that_transformers_saved_are_imported(import_hf: Any, tmp_path: Path) -> None:
+def test_import_transformers_folder_same_logits(import_hf: Any, tmp_path: Path) -> None:
     """In one file and in several; in bf16 too; with tied embeddings and without."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -117,7 +117,7 @@ def test_folders_that_transformers_saved_are_imported(import_hf: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("split", [1, 2, 5])
-def test_any_layout_gives_the_same_bytes(ckpt: Ckpt, tmp_path: Path, split: int) -> None:
+def test_export_any_layout_same_bytes(ckpt: Ckpt, tmp_path: Path, split: int) -> None:
     model = make_model(n_kv_heads=2)
     whole, parts = save(tmp_path / "whole", model), save(tmp_path / "parts", model, split=split)
     for step, out in ((whole, "a"), (parts, "b")):
@@ -126,7 +126,7 @@ def test_any_layout_gives_the_same_bytes(ckpt: Ckpt, tmp_path: Path, split: int)
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_rows_of_queries_and_keys_change_places_within_their_heads(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_export_query_key_rows_permuted_within_heads(ckpt: Ckpt, tmp_path: Path) -> None:
     model = make_model(n_kv_heads=2)
     assert ckpt("export", save(tmp_path, model, split=2), "--out", tmp_path / "hf").status == 0
     found, ours = exported(tmp_path / "hf"), model.state_dict()
@@ -138,7 +138,7 @@ def test_rows_of_queries_and_keys_change_places_within_their_heads(ckpt: Ckpt, t
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_the_dtype_is_the_command_s_or_the_run_s(
+def test_export_dtype_of_command_or_run(
     ckpt: Ckpt, tmp_path: Path, dtype: str, torch_dtype: torch.dtype
 ) -> None:
     model = make_model()
@@ -153,7 +153,7 @@ def test_the_dtype_is_the_command_s_or_the_run_s(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["torch_dtype"] == str(torch_dtype)[6:]
 
 
-def test_files_hold_no_more_than_they_may(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_export_shards_within_max_size(ckpt: Ckpt, tmp_path: Path) -> None:
     model = make_model()
     done = ckpt(
         "export", save(tmp_path, model), "--out", tmp_path / "hf", "--max-shard-size", "0.03MB", "--json"
@@ -173,7 +173,7 @@ def test_files_hold_no_more_than_they_may(ckpt: Ckpt, tmp_path: Path) -> None:
     )
 
 
-def test_a_step_that_was_set_aside_is_exported_by_its_name(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_export_set_aside_step_by_name(ckpt: Ckpt, tmp_path: Path) -> None:
     step = save(tmp_path, make_model())
     for name in ("rolledback.step_00000007.1", "late.step_00000007.1"):
         step = step.rename(tmp_path / name)
@@ -181,7 +181,7 @@ def test_a_step_that_was_set_aside_is_exported_by_its_name(ckpt: Ckpt, tmp_path:
     assert exported(tmp_path / f"{name}.hf")
 
 
-def test_a_damaged_block_ends_the_export_and_nothing_appears(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_export_damaged_block_leaves_nothing(ckpt: Ckpt, tmp_path: Path) -> None:
     step = save(tmp_path, make_model(), split=2)
     before = sorted(tmp_path.iterdir())
     flip_byte(step / "shard_00001_of_00002.safetensors", -3)
@@ -191,7 +191,7 @@ def test_a_damaged_block_ends_the_export_and_nothing_appears(ckpt: Ckpt, tmp_pat
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_value_that_a_dtype_cannot_hold_is_told(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_export_value_out_of_dtype_range_reported(ckpt: Ckpt, tmp_path: Path) -> None:
     model = make_model()
     with torch.no_grad():
         model.norm.weight[3] = 70000.0
@@ -201,7 +201,7 @@ def test_a_value_that_a_dtype_cannot_hold_is_told(ckpt: Ckpt, tmp_path: Path) ->
     assert not (tmp_path / "hf").exists()
 
 
-def test_an_existing_folder_is_refused(ckpt: Ckpt, import_hf: Any, tmp_path: Path) -> None:
+def test_export_import_existing_folder_refused(ckpt: Ckpt, import_hf: Any, tmp_path: Path) -> None:
     step = save(tmp_path, make_model())
     (tmp_path / "hf").mkdir()
     done = ckpt("export", step, "--out", tmp_path / "hf")
@@ -215,7 +215,7 @@ def test_an_existing_folder_is_refused(ckpt: Ckpt, import_hf: Any, tmp_path: Pat
     assert "exists; an import makes a new checkpoint's folder" in err
 
 
-def test_the_step_is_held_while_it_is_read(
+def test_export_step_read_locked_meanwhile(
     ckpt: Ckpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, seen = save(tmp_path, make_model()), []
@@ -227,23 +227,21 @@ def test_the_step_is_held_while_it_is_read(
     monkeypatch.setattr(ckpt_text, "progress", watching)
     assert ckpt("export", step, "--out", tmp_path / "hf").status == 0
     assert seen
-    assert all(held == [7] for *_, held in seen)
+    assert all(locked == [7] for *_, locked in seen)
     assert [done for done, *_ in seen] == sorted(done for done, *_ in seen)
     assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in exported(tmp_path / "hf").values())
     assert holds.readers(tmp_path) == {}
 
 
 @pytest.mark.parametrize("config", [None, "[train]\nseed = 1\n", "[model]\nwidth = 3\n"])
-def test_a_step_without_the_shape_of_its_model_is_refused(
-    ckpt: Ckpt, tmp_path: Path, config: str | None
-) -> None:
+def test_export_step_without_model_config_refused(ckpt: Ckpt, tmp_path: Path, config: str | None) -> None:
     done = ckpt("export", write_step(tmp_path, 7, config=config), "--out", tmp_path / "hf")
     assert done.status == 2
     assert "Traceback" not in done.err
     assert "[model]" in done.err or "model.width" in done.err
 
 
-def test_a_step_of_another_model_is_refused(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_export_step_of_other_model_refused(ckpt: Ckpt, tmp_path: Path) -> None:
     step = write_step(tmp_path, 7, config=config_toml(make_model()))
     done = ckpt("export", step, "--out", tmp_path / "hf")
     assert done.status == 2
@@ -254,7 +252,7 @@ def test_a_step_of_another_model_is_refused(ckpt: Ckpt, tmp_path: Path) -> None:
 # Tokenizers
 
 
-def test_the_run_s_tokenizer_goes_with_its_weights(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_export_tokenizer_of_run_included(ckpt: Ckpt, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     file = tmp_path / "tok" / "tokenizer.json"
@@ -281,7 +279,7 @@ def test_the_run_s_tokenizer_goes_with_its_weights(ckpt: Ckpt, tmp_path: Path) -
     assert "not its own" in done.err
 
 
-def test_bytes_end_with_the_separator(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_export_byte_tokenizer_eos_is_separator(ckpt: Ckpt, tmp_path: Path) -> None:
     step = save(tmp_path, make_model(vocab_size=257), extra='[data]\ntext = "x"\ntokenizer = "bytes"\n')
     assert ckpt("export", step, "--out", tmp_path / "hf").status == 0
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 256
@@ -322,7 +320,7 @@ BAD: dict[str, tuple[Any, int, str]] = {
     ),
     "a file cut short": (lambda f: os.truncate(f / "model.safetensors", 5000), 1, "is damaged"),
     "no config": (lambda f: (f / "config.json").unlink(), 2, "config.json does not exist"),
-    "a config that is no JSON": (lambda f: (f / "config.json").write_text("{"), 2, "cannot be parsed"),
+    "a config that is not JSON": (lambda f: (f / "config.json").write_text("{"), 2, "cannot be parsed"),
     "another architecture": (lambda f: (f / "config.json").write_text("{}"), 2, "model_type: is None"),
     "only a pickle": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
@@ -345,20 +343,20 @@ BAD: dict[str, tuple[Any, int, str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_imported_is_told_and_nothing_appears(
+def test_import_bad_folder_reported_leaves_nothing(
     import_hf: Any, folder: Path, tmp_path: Path, case: str
 ) -> None:
-    damage, status, told = BAD[case]
+    damage, status, message = BAD[case]
     damage(folder)
     before = sorted(tmp_path.iterdir())
     found, out, err = import_hf(folder, "--out", tmp_path / "ours")
     assert (found, out) == (status, "")
-    assert told in err
+    assert message in err
     assert "Traceback" not in err
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_what_repeats_other_bytes_is_left_out(import_hf: Any, folder: Path, tmp_path: Path) -> None:
+def test_import_redundant_tensors_left_out(import_hf: Any, folder: Path, tmp_path: Path) -> None:
     """Folders of earlier versions have rotary frequencies, and tied models often the output layer."""
     embedding = load_file(folder / "model.safetensors")[EMBEDDING]
     extra = {
@@ -366,9 +364,9 @@ def test_what_repeats_other_bytes_is_left_out(import_hf: Any, folder: Path, tmp_
         "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(6),
     }
     rewrite(folder, **extra)
-    status, told, err = import_hf(folder, "--out", tmp_path / "ours", "--json")
+    status, printed, err = import_hf(folder, "--out", tmp_path / "ours", "--json")
     assert status == 0, err
-    body = json.loads(told)
+    body = json.loads(printed)
     assert body["exclude_from_loading"] == ["optimizer", "scheduler", "data", "rng"]
     assert body["num_parameters"] == sum(tensor.numel() for tensor in weights_of(tmp_path / "ours").values())
     assert sorted(os.listdir(tmp_path / "ours")) == sorted(
@@ -376,7 +374,7 @@ def test_what_repeats_other_bytes_is_left_out(import_hf: Any, folder: Path, tmp_
     )
 
 
-def test_stock_torch_reads_what_was_imported(import_hf: Any, folder: Path, tmp_path: Path) -> None:
+def test_import_result_readable_by_stock_torch(import_hf: Any, folder: Path, tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     assert import_hf(folder, "--out", tmp_path / "ours")[0] == 0
@@ -391,7 +389,7 @@ def test_stock_torch_reads_what_was_imported(import_hf: Any, folder: Path, tmp_p
 
 @pytest.mark.parametrize("target", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("source", ["BF16", "F16", "F32"])
-def test_casts_are_torch_s(source: str, target: str) -> None:
+def test_cast_matches_torch(source: str, target: str) -> None:
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=generator, dtype=torch.int64).to(
@@ -405,6 +403,3 @@ def test_casts_are_torch_s(source: str, target: str) -> None:
     found = torch.from_numpy(cast(raw, source, target).copy()).view(dtypes[target])
     assert torch.equal(found, values.to(dtypes[target]))
     assert cast(np.array([np.nan], np.float32).view(np.uint8), "F32", "BF16").tobytes() == b"\xc0\x7f"
-
-
-# Memory
