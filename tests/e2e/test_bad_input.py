@@ -46,8 +46,8 @@ BAD_CONFIGS: dict[str, tuple[str, list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_CONFIGS)
-def test_bad_config(tmp_path: Path, kind: str) -> None:
-    text, overrides, told = BAD_CONFIGS[kind]
+def test_train_bad_config_exits_2(tmp_path: Path, kind: str) -> None:
+    text, overrides, reported = BAD_CONFIGS[kind]
     config = tmp_path / "config.toml"
     config.write_text(text)
     if "data" not in text and "--data" not in str(overrides):
@@ -57,7 +57,7 @@ def test_bad_config(tmp_path: Path, kind: str) -> None:
     assert ended.returncode == 2, ended.stderr
     assert ended.stdout == ""
     assert "Traceback" not in ended.stderr
-    for part in told:
+    for part in reported:
         assert part in ended.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"], "nothing was started"
 
@@ -113,12 +113,14 @@ BAD_DATA: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 
 @pytest.mark.parametrize("kind", BAD_DATA)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_bad_data(launcher: Launcher, corpus: Path, tmp_path: Path, kind: str, ranks: int) -> None:
-    spoil, told = BAD_DATA[kind]
+def test_train_bad_data_exits_2(
+    launcher: Launcher, corpus: Path, tmp_path: Path, kind: str, ranks: int
+) -> None:
+    spoil, reported = BAD_DATA[kind]
     folder = prepared(tmp_path, corpus)
     spoil(folder)
     run = make_run(tmp_path / "base", corpus, **{"data.text": None, "data.dataset_path": str(folder)})
-    refuse(launcher, run, ranks, told)
+    refuse(launcher, run, ranks, reported)
 
 
 BAD_PLACES: dict[str, tuple[dict[str, object], list[str]]] = {
@@ -141,17 +143,17 @@ BAD_PLACES: dict[str, tuple[dict[str, object], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_PLACES)
-def test_bad_places(launcher: Launcher, corpus: Path, tmp_path: Path, kind: str) -> None:
-    settings, told = BAD_PLACES[kind]
-    refuse(launcher, make_run(tmp_path, corpus, **settings), 2, told)
+def test_train_bad_path_or_limit_exits_2(launcher: Launcher, corpus: Path, tmp_path: Path, kind: str) -> None:
+    settings, reported = BAD_PLACES[kind]
+    refuse(launcher, make_run(tmp_path, corpus, **settings), 2, reported)
 
 
-def refuse(launcher: Launcher, run: Run, ranks: int, told: list[str]) -> None:
+def refuse(launcher: Launcher, run: Run, ranks: int, reported: list[str]) -> None:
     ended = launcher.run(run, ranks=ranks)
     assert ended.statuses == [2] * ranks, ended.output
     assert "Traceback" not in ended.output
     assert ended.output.count("error:") == 1, "rank 0 speaks"
-    for part in told:
+    for part in reported:
         assert part in ended.output
     if run.folder.exists():
         assert run.committed() == []

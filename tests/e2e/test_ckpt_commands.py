@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -18,34 +17,29 @@ from kempnerforge.checkpoint import layout
 pytest_plugins = ["support.ckpt_fixtures"]
 
 
-# Bad paths
-
-
 # Start-up
 
 
+HEAVY = {"torch", "numpy", "wandb", "tokenizers", "transformers", "safetensors", "rich"}
+"""Packages whose import would be most of a command's time."""
 STARTS = [["ls"], ["inspect"], ["verify"], ["diff"], ["explain"], ["prune", "--dry-run"], ["du"]]
 
 
 @pytest.mark.parametrize("command", STARTS)
-def test_no_torch_and_a_quick_start(saved: Path, command: list[str]) -> None:
+def test_ckpt_commands_import_no_heavy_module(saved: Path, command: list[str]) -> None:
     path = saved / "checkpoints" / "latest" if command[0] in ("inspect", "diff") else saved
     paths = [path, path] if command[0] == "diff" else [path]
     code = (
         "import sys\nfrom kempnerforge.cli.app import main\n"
         f"sys.argv = {['kempnerforge', 'ckpt', *command, *map(str, paths)]!r}\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
-        "heavy = {'torch', 'wandb', 'tokenizers'} & set(sys.modules)\nassert not heavy, heavy\n"
+        f"heavy = {HEAVY!r} & sys.modules.keys()\nassert not heavy, heavy\n"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert done.stdout
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert cpu_s < 1.0, "0.2 to 0.3 s on an idle machine; a busy one is given more"
 
 
 # Beside a run that saves and prunes
@@ -66,7 +60,8 @@ step = 100
 print("ready", flush=True)
 while not Path({stop!r}).exists():
     step += 1
-    time.sleep(0.1)  # a command must be able to pin the newest step while it is there
+    # A command must be able to pin the newest step while it is there, on any machine in the end.
+    time.sleep(min(0.02 * (step - 100), 2.0))
     # Made elsewhere and renamed, as a commit does.
     write_step(scratch, step).rename(folder / f"step_{{step:08d}}")
     retention.apply()
@@ -74,7 +69,7 @@ print(step, retention.apply())
 """
 
 
-def test_all_commands_work_while_a_run_saves_and_prunes(ckpt: Ckpt, tmp_path: Path) -> None:
+def test_ckpt_commands_work_while_run_saves_and_prunes(ckpt: Ckpt, tmp_path: Path) -> None:
     folder, stop = tmp_path / "run" / "checkpoints", tmp_path / "stop"
     for step in range(90, 100):
         write_step(folder, step)
@@ -89,10 +84,9 @@ def test_all_commands_work_while_a_run_saves_and_prunes(ckpt: Ckpt, tmp_path: Pa
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
         seen, pinned = set(), []
-        deadline = time.monotonic() + 4
-        while time.monotonic() < deadline or (
-            not (pinned and len(seen) > 12) and time.monotonic() < deadline + 60
-        ):
+        deadline = time.monotonic() + 120
+        while not pinned or len(seen) < 20:  # 10 were there before
+            assert time.monotonic() < deadline, f"seen: {sorted(seen)}, pinned: {pinned}"
             for command in ("ls", "explain", "du", "verify", "prune"):
                 done = ckpt(command, folder, "--json")
                 assert done.status == 0, done
@@ -109,11 +103,10 @@ def test_all_commands_work_while_a_run_saves_and_prunes(ckpt: Ckpt, tmp_path: Pa
                 assert done.status == 2, done
     finally:
         stop.touch()
-        out, _ = writer.communicate(timeout=30)
+        out, _ = writer.communicate(timeout=60)
     assert writer.returncode == 0
     last = int(out.split()[0])
-    assert len(seen) > 12, "the writer and the commands did run side by side"
-    assert pinned
+    assert max(seen) > 100, "the writer and the commands did run side by side"
     left = layout.committed_steps(folder)
     assert left == sorted({last, last - 1, *pinned}, reverse=True)
     assert ckpt("verify", folder).status == 0

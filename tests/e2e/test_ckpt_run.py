@@ -44,7 +44,7 @@ def trained(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathF
     return run
 
 
-def test_a_run_is_listed_verified_and_accounted_for(trained: Run) -> None:
+def test_ckpt_ls_verify_du_describe_real_run(trained: Run) -> None:
     listed = ckpt("ls", trained.folder)
     assert [one["step"] for one in listed["steps"]] == [6, 4, 2]
     assert [one["parent_step"] for one in listed["steps"]] == [4, 2, None]
@@ -61,7 +61,7 @@ def test_a_run_is_listed_verified_and_accounted_for(trained: Run) -> None:
         assert kinds["rng"] > 0
 
 
-def test_steps_of_two_layouts_are_compared_by_their_content(trained: Run) -> None:
+def test_ckpt_diff_steps_of_two_layouts_compares_content(trained: Run) -> None:
     one, other = trained.step_folder(4), trained.step_folder(6)
     found = ckpt("diff", one, other)
     assert found["layout"]["num_ranks"] == [2, 1]
@@ -77,7 +77,7 @@ def test_steps_of_two_layouts_are_compared_by_their_content(trained: Run) -> Non
     assert found["tensors"]["equal"] == len(both) - len(differing)
 
 
-def test_the_tensors_of_a_step_are_described_as_they_are(trained: Run) -> None:
+def test_ckpt_inspect_tensors_match_step(trained: Run) -> None:
     found = ckpt("inspect", trained.checkpoints / "latest")
     assert found["step"] == 6
     assert found["tensors"].keys() == tensor_digests(trained.step_folder(6)).keys()

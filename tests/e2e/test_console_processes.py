@@ -21,7 +21,7 @@ print("trained to the end", file=sys.stderr)
 
 
 @pytest.mark.parametrize("broken", ["closed pipe", "full disk", "ascii"])
-def test_a_broken_output_never_stops_the_run(broken: str) -> None:
+def test_console_broken_output_never_stops_run(broken: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"} if broken == "ascii" else None
     command = [sys.executable, "-c", SHOW_MANY]
     read_end, write_end = os.pipe()

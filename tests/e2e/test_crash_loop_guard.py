@@ -29,7 +29,7 @@ def ends(run: Run) -> list[AttemptHistory]:
 @pytest.mark.parametrize(
     ("how", "text"), [("SIGSEGV", "Segmentation fault"), ("SIGABRT", "Aborted"), ("raise", "ValueError: no")]
 )
-def test_a_fault_on_rank_1_is_recorded_with_rank_and_host(
+def test_fault_record_rank_1_names_rank_and_host(
     launcher: Launcher, corpus: Path, tmp_path: Path, how: str, text: str
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS)
@@ -42,9 +42,10 @@ def test_a_fault_on_rank_1_is_recorded_with_rank_and_host(
     assert one.cause.host == start["hosts"][1]
 
 
-def test_a_killed_rank_is_lost_and_a_finished_run_leaves_no_fault_files(
+def test_fault_files_killed_then_finished_run_leaves_none(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
+    """A killed rank counts as lost, and a finished run leaves no fault files."""
     run = make_run(tmp_path, corpus, **SETTINGS)
     launcher.run(run, ranks=2, faults=crash("SIGKILL", 11, 1))
     launcher.finish(run, ranks=2)
@@ -52,7 +53,7 @@ def test_a_killed_rank_is_lost_and_a_finished_run_leaves_no_fault_files(
     assert list((run.folder / "faults").glob("*.rank_00001.txt")) == []
 
 
-def test_a_fault_file_that_one_rank_cannot_open_ends_no_rank(
+def test_fault_file_unopenable_on_one_rank_ends_no_rank(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 4})
@@ -63,9 +64,10 @@ def test_a_fault_file_that_one_rank_cannot_open_ends_no_rank(
     assert "record of this attempt" not in ended.outputs[0]
 
 
-def test_after_two_deaths_the_step_is_passed_over_and_after_three_the_run_refuses(
+def test_breaker_three_deaths_at_one_step_blocks_run(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
+    """After two deaths the step is passed over as suspect, after three the run refuses to start."""
     run = make_run(tmp_path, corpus, **SETTINGS)
     attempt = launcher.run(run, "--train.max_steps=8")
     assert attempt.statuses == [0]

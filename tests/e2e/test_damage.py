@@ -1,6 +1,6 @@
-"""Checkpoints that are damaged, unreachable, foreign or of something else: each is told from the others.
+"""Damaged, unreachable, foreign and other checkpoints: each is distinguished from the others.
 
-A damaged step is named, set aside and never loaded, and all ranks go on from the step before it. What cannot
+A damaged step is named, set aside and never loaded, and all ranks resume from the step before it. What cannot
 be read, or does not fit, stops the run and is left as it is.
 """
 
@@ -79,7 +79,7 @@ def header_end(step: Path) -> int:
 
 
 def garbage_index(step: Path) -> None:
-    """An index of the right size that is none."""
+    """Not an index, of the right size."""
     size = (step / "index.bin").stat().st_size
     (step / "index.bin").write_bytes(b"not an index" * size)
     with open(step / "index.bin", "r+b") as file:
@@ -104,16 +104,16 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "an empty manifest": ("manifest.json", lambda step: (step / "manifest.json").write_bytes(b"")),
     "no manifest": ("manifest.json", removed("manifest.json")),
     "no index": ("index.bin", removed("index.bin")),
-    "an index that is none": ("index.bin", garbage_index),
+    "an invalid index": ("index.bin", garbage_index),
     "a flipped bit in the index": ("index.bin", flipped("index.bin", 300)),
     "a flipped bit in train_state.json": ("train_state.json", flipped("train_state.json", 12)),
     "no train_state.json": ("train_state.json", removed("train_state.json")),
     "a flipped bit in config.toml": ("config.toml", flipped("config.toml", 30)),
 }
-"""What happens -> part of the file's name that must be told, and how to do it."""
+"""What happens -> part of the file's name that must be reported, and how to do it."""
 
 
-def assert_told(run: Run, ended: Ended, step: int, name: str) -> None:
+def assert_reported(run: Run, ended: Ended, step: int, name: str) -> None:
     """The newest receipt and the console name the step and the file."""
     (rejected,) = run.receipts()[-1]["rejected"]
     assert (rejected["step"], rejected["outcome"]) == (step, "damaged")
@@ -125,14 +125,15 @@ def assert_told(run: Run, ended: Ended, step: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("what", DAMAGES)
-def test_a_damaged_step_is_named_and_set_aside_and_all_ranks_go_on_from_the_one_before(
+def test_resume_damaged_step_quarantined_uses_previous(
     launcher: Launcher, base: Run, run: Run, what: str
 ) -> None:
+    """A damaged step is named and set aside, and all ranks resume from the one before."""
     name, damage = DAMAGES[what]
     damage(run.step_folder(STEPS))
     damaged = digest_of_folder(run.step_folder(STEPS))
     ended = launcher.finish(run, ranks=2)
-    assert_told(run, ended, STEPS, name)
+    assert_reported(run, ended, STEPS, name)
     receipt = run.receipts()[-1]
     assert (receipt["source"], receipt["step"], receipt["lost_steps"]) == ("resume", BEFORE, STEPS - BEFORE)
     assert digest_of_folder(run.checkpoints / f"quarantined.step_{STEPS:08d}.1") == damaged
@@ -141,9 +142,8 @@ def test_a_damaged_step_is_named_and_set_aside_and_all_ranks_go_on_from_the_one_
     assert tensor_digests(run.step_folder(STEPS)) == tensor_digests(base.step_folder(STEPS))
 
 
-def test_damage_that_only_the_second_rank_reads_sends_both_ranks_to_the_step_before(
-    launcher: Launcher, base: Run, run: Run
-) -> None:
+def test_resume_damage_seen_by_rank_1_moves_both_ranks_back(launcher: Launcher, base: Run, run: Run) -> None:
+    """Damage that only the second rank reads sends both ranks to the step before."""
     report = run.base / "loaded"
     ended = launcher.run(
         run,
@@ -162,7 +162,7 @@ def test_damage_that_only_the_second_rank_reads_sends_both_ranks_to_the_step_bef
     assert run.counting() == base.counting()
 
 
-def test_several_damaged_steps_are_all_set_aside(launcher: Launcher, base: Run, run: Run) -> None:
+def test_resume_several_damaged_steps_all_quarantined(launcher: Launcher, base: Run, run: Run) -> None:
     flip(run.step_folder(6) / SHARDS[0], -1)
     (run.step_folder(4) / "manifest.json").unlink()
     launcher.finish(run, ranks=2)
@@ -179,9 +179,7 @@ def test_several_damaged_steps_are_all_set_aside(launcher: Launcher, base: Run, 
     assert run.counting() == base.counting()
 
 
-def test_with_no_sound_step_left_the_run_stops_and_never_begins_again_at_0(
-    launcher: Launcher, run: Run
-) -> None:
+def test_resume_no_sound_step_stops_and_never_restarts_at_0(launcher: Launcher, run: Run) -> None:
     rows, receipts = run.rows(), run.receipts()
     for step in (2, 4, 6):
         flip(run.step_folder(step) / SHARDS[step % 4 // 2], -1)
@@ -202,9 +200,8 @@ def test_with_no_sound_step_left_the_run_stops_and_never_begins_again_at_0(
         assert (run.checkpoints / f"quarantined.step_{step:08d}.1" / "manifest.json").exists()
 
 
-def test_a_checkpoint_of_another_model_is_a_mismatch_that_names_tensors_and_renames_nothing(
-    launcher: Launcher, run: Run
-) -> None:
+def test_resume_other_model_mismatch_names_tensors(launcher: Launcher, run: Run) -> None:
+    """A mismatch names tensors, and nothing is renamed."""
     names = run.names()
     ended = launcher.run(run, "--model.dim=48", "--model.n_heads=3", ranks=2)
     assert ended.statuses == [2, 2], ended.output
@@ -224,9 +221,10 @@ def test_a_checkpoint_of_another_model_is_a_mismatch_that_names_tensors_and_rena
     ],
     ids=["EIO on rank 0", "missing on rank 1"],
 )
-def test_a_step_that_one_rank_cannot_read_stops_all_ranks_and_is_left_as_it_is(
+def test_resume_unreadable_on_one_rank_stops_all_ranks(
     launcher: Launcher, run: Run, rank: int, how: Fault, error: str
 ) -> None:
+    """The step is left as it is."""
     names, rows = run.names(), run.rows()
     # That the other rank sees damage must not count: what this one cannot read may be sound.
     at = f"step_{STEPS:08d}/{SHARDS[rank]}"
@@ -242,7 +240,7 @@ def test_a_step_that_one_rank_cannot_read_stops_all_ranks_and_is_left_as_it_is(
     assert run.rows() == rows
 
 
-def test_a_read_that_fails_for_a_moment_is_tried_again(launcher: Launcher, base: Run, run: Run) -> None:
+def test_resume_transient_read_error_is_retried(launcher: Launcher, base: Run, run: Run) -> None:
     again = f"--train.max_steps={STEPS + 1}"
     ended = launcher.run(
         run, again, ranks=2, faults=[("unreadable", {"name": "step_", "rank": 1, "times": 2})]

@@ -37,7 +37,7 @@ print(prepare_cached([sys.argv[1]], ByteTokenizer(), Path(sys.argv[2]), progress
 """
 
 
-def test_processes_that_prepare_at_once_agree(notes, tmp_path):
+def test_data_prepare_concurrent_processes_agree(notes, tmp_path):
     cache = tmp_path / "cache"
     command = [sys.executable, "-c", PREPARE.format(progress="None"), str(notes), str(cache)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
@@ -48,7 +48,7 @@ def test_processes_that_prepare_at_once_agree(notes, tmp_path):
     open_dataset(printed[0].strip(), verify=True)
 
 
-def test_a_killed_preparation_leaves_nothing_that_counts(notes, tmp_path):
+def test_data_prepare_killed_leaves_nothing_that_counts(notes, tmp_path):
     cache = tmp_path / "cache"
     kill = "lambda done, total: __import__('os').kill(__import__('os').getpid(), 9)"
     command = [sys.executable, "-c", PREPARE.format(progress=kill), str(notes), str(cache)]
@@ -70,7 +70,7 @@ def test_a_killed_preparation_leaves_nothing_that_counts(notes, tmp_path):
     assert not left.exists()
 
 
-def test_a_full_disk_is_an_error_that_says_so(notes, tmp_path):
+def test_data_prepare_full_disk_is_reported(notes, tmp_path):
     limited = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "from kempnerforge.errors import DataError\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.patch_target import patch_target
 from support.runs import Ended, Launcher, Run, copy_run, make_run, write_corpus
 
 from kempnerforge.cli.evaluate import evaluate as evaluate_command
@@ -18,6 +19,8 @@ from kempnerforge.config.schema import Geometry
 from kempnerforge.errors import ConfigError
 
 pytest_plugins = ["support.run_fixtures"]
+
+LOAD_TENSORS = patch_target("kempnerforge.checkpoint.resume:load_tensors")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def everything(run: Run) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in run.folder.rglob("*")}
 
 
-def test_the_loss_is_what_training_logged_bit_for_bit(launcher: Launcher, trained: Run) -> None:
+def test_eval_loss_matches_logged_loss_bitwise(launcher: Launcher, trained: Run) -> None:
     before = everything(trained)
     found = result(evaluate(launcher, trained, 4, ranks=2))
     assert repr(found["eval/loss"]) == repr(logged(trained, 4))
@@ -66,7 +69,7 @@ def test_the_loss_is_what_training_logged_bit_for_bit(launcher: Launcher, traine
     assert everything(trained) == before, "nothing in the run's folder has changed"
 
 
-def test_torchrun_starts_it_on_several_processes(trained: Run) -> None:
+def test_eval_under_torchrun_matches_logged_loss(trained: Run) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "kempnerforge", "eval", str(trained.checkpoints / "latest"), "--json"]
     done = subprocess.run(command, cwd=trained.base, capture_output=True, text=True, check=False, timeout=200)
@@ -74,7 +77,7 @@ def test_torchrun_starts_it_on_several_processes(trained: Run) -> None:
     assert json.loads(done.stdout)["eval/loss"] == logged(trained, 8)
 
 
-def test_another_layout_gives_the_same_loss_but_for_rounding(launcher: Launcher, trained: Run) -> None:
+def test_eval_other_layout_matches_within_rounding(launcher: Launcher, trained: Run) -> None:
     ended = evaluate(launcher, trained, 8)
     found = result(ended)
     assert found["eval/loss"] == pytest.approx(logged(trained, 8), rel=1e-5)
@@ -88,15 +91,13 @@ def test_another_layout_gives_the_same_loss_but_for_rounding(launcher: Launcher,
 
 
 @pytest.mark.parametrize("dimension", ["tp", "pp"])
-def test_tensor_and_pipeline_parallelism_evaluate_the_same_step(
-    launcher: Launcher, trained: Run, dimension: str
-) -> None:
+def test_eval_tensor_and_pipeline_parallel_match(launcher: Launcher, trained: Run, dimension: str) -> None:
     found = result(evaluate(launcher, trained, 8, f"--distributed.{dimension}=2", ranks=2))
     assert (found["geometry"][dimension], found["geometry"]["dp"]) == (2, 1)
     assert found["eval/loss"] == pytest.approx(logged(trained, 8), rel=1e-5)
 
 
-def test_other_data_and_another_size_are_overrides(launcher: Launcher, trained: Run, tmp_path: Path) -> None:
+def test_eval_overrides_change_data_and_size(launcher: Launcher, trained: Run, tmp_path: Path) -> None:
     small = result(evaluate(launcher, trained, 8, "--eval.num_batches", "1"))
     assert small["tokens"] == 128
     assert small["eval/loss"] != logged(trained, 8)
@@ -107,7 +108,7 @@ def test_other_data_and_another_size_are_overrides(launcher: Launcher, trained: 
     assert any(line.startswith("the tokens themselves (digest): was ") for line in found["data_changes"])
 
 
-def test_a_loss_that_is_not_finite_is_json_too(
+def test_eval_not_finite_loss_is_valid_json(
     monkeypatch: pytest.MonkeyPatch, trained: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from kempnerforge.train import evaluation
@@ -119,16 +120,17 @@ def test_a_loss_that_is_not_finite_is_json_too(
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["eval/loss"] == "NaN"
 
 
-def test_retention_sees_that_the_step_is_being_read(launcher: Launcher, trained: Run, tmp_path: Path) -> None:
+def test_eval_step_being_read_has_read_lock(launcher: Launcher, trained: Run, tmp_path: Path) -> None:
+    """Retention sees that the step is being read."""
     seen = tmp_path / "seen"
     spy = {"folder": str(trained.checkpoints / "holds"), "into": str(seen)}
-    reading = ("list_at_call", {"target": "kempnerforge.checkpoint.resume:load_tensors", **spy})
+    reading = ("list_at_call", {"target": LOAD_TENSORS, **spy})
     result(evaluate(launcher, trained, 8, faults=[reading]))
     assert seen.read_text().startswith("step_00000008.")
     assert not (trained.checkpoints / "holds").exists()
 
 
-def test_damage_is_an_error_on_all_ranks_and_nothing_is_renamed(
+def test_eval_damaged_step_fails_and_renames_nothing(
     launcher: Launcher, trained: Run, tmp_path: Path
 ) -> None:
     run = copy_run(trained, tmp_path / "copy")
@@ -146,7 +148,7 @@ def test_damage_is_an_error_on_all_ranks_and_nothing_is_renamed(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--model.dim=64"], "cannot fit this config (21 tensors differ)"),
         (["--mdel.dim=64"], "--mdel.dim: is not a known key; did you mean model.dim?"),
@@ -154,12 +156,12 @@ def test_damage_is_an_error_on_all_ranks_and_nothing_is_renamed(
         (["--data.val_fraction=0"], "data.val_fraction"),
     ],
 )
-def test_what_cannot_work_ends_with_status_2(
-    launcher: Launcher, trained: Run, arguments: list[str], says: str
+def test_eval_invalid_overrides_exit_2(
+    launcher: Launcher, trained: Run, arguments: list[str], message: str
 ) -> None:
     ended = evaluate(launcher, trained, 8, *arguments, ranks=2)
     assert ended.statuses == [2, 2], ended.output
-    assert says in ended.outputs[0]
+    assert message in ended.outputs[0]
     assert "Traceback" not in ended.output
     assert ended.outputs[1] == "", "rank 0 speaks"
 
@@ -170,7 +172,7 @@ def kempnerforge(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
 
 
-def test_a_path_that_is_no_step_is_refused_with_what_there_is(trained: Run, tmp_path: Path) -> None:
+def test_eval_path_not_a_step_lists_steps(trained: Run, tmp_path: Path) -> None:
     done = kempnerforge("eval", trained.folder)
     assert done.returncode == 2
     assert "steps in" in done.stderr
@@ -180,7 +182,7 @@ def test_a_path_that_is_no_step_is_refused_with_what_there_is(trained: Run, tmp_
     assert "does not exist" in done.stderr
 
 
-def test_a_step_that_no_run_has_saved_is_refused(tmp_path: Path) -> None:
+def test_eval_step_without_config_is_refused(tmp_path: Path) -> None:
     import torch
 
     from kempnerforge.checkpoint.async_save import AsyncCheckpointer
@@ -205,18 +207,18 @@ STORED = {"train": {"global_batch_size": 4, "batch_size": 1}, "data": {"text": "
         ({"dp_shard": 8}, ["--distributed.dp_replicate=2"], 4, (2, 2), True),
     ],
 )
-def test_the_layout_of_the_step_is_kept_where_it_fits(
+def test_eval_layout_of_step_kept_where_it_fits(
     stored: dict[str, int], overrides: list[str], ranks: int, layout: tuple[int, int], left_aside: bool
 ) -> None:
     config = {**STORED, "distributed": {"timeout_s": 7.0, **stored}}
-    loaded, told = load_for(config, overrides, where="config.toml", ranks=ranks)
+    loaded, note = load_for(config, overrides, where="config.toml", ranks=ranks)
     geometry = loaded.job.geometry(ranks)
     assert (geometry.dp_replicate, geometry.dp_shard) == layout
     assert loaded.job.distributed.timeout_s == 7.0
     assert loaded.job.eval.interval == 1
-    assert bool(told) is left_aside
+    assert bool(note) is left_aside
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_refused_with_sizes_that_fit() -> None:
+def test_eval_indivisible_batch_reports_sizes_that_fit() -> None:
     with pytest.raises(ConfigError, match="global_batch_size 3 or 6 would fit"):
         load_for({**STORED, "distributed": {"dp_shard": 4}}, [], where="config.toml", ranks=3)

@@ -7,9 +7,15 @@ import signal
 from pathlib import Path
 
 import pytest
+from support.patch_target import patch_target
 from support.runs import Fault, Launcher, Run, make_run
 
 pytest_plugins = ["support.run_fixtures"]
+
+PUBLISH = patch_target("kempnerforge.fsio:publish")
+MISSING_NONCE = patch_target("kempnerforge.train.run_folder:_missing_nonce")
+REPLACE = patch_target("os:replace")
+SYMLINK = patch_target("os:symlink")
 
 SETTINGS = {"train.max_steps": 4, "checkpoint.interval": 2, "checkpoint.keep_last_n": 1, "eval.interval": 0}
 
@@ -24,11 +30,11 @@ def names_in(run: Run) -> set[str]:
     return {str(path.relative_to(run.folder)) for path in paths if not path.name.startswith("lease.")}
 
 
-def test_the_cleanup_after_the_last_commit_is_done_by_the_next_start(
+def test_cleanup_after_last_commit_done_by_next_start(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS)
-    ended = launcher.run(run, faults=killed_at("kempnerforge.fsio:publish", 2, after=True))
+    ended = launcher.run(run, faults=killed_at(PUBLISH, 2, after=True))
     assert ended.statuses == [-signal.SIGKILL], ended.output
     assert run.sound() == [4, 2]
     launcher.finish(run)
@@ -40,13 +46,13 @@ def test_the_cleanup_after_the_last_commit_is_done_by_the_next_start(
 @pytest.mark.parametrize(
     "faults",
     [
-        killed_at("os:replace"),
-        killed_at("kempnerforge.train.run_folder:_missing_nonce"),
-        killed_at("os:symlink", after=True),
+        killed_at(REPLACE),
+        killed_at(MISSING_NONCE),
+        killed_at(SYMLINK, after=True),
     ],
     ids=["while run.json is replaced", "while ranks compare what they see", "while latest is pointed"],
 )
-def test_a_kill_leaves_no_file_that_stays_for_good(
+def test_kill_leaves_no_permanent_file(
     launcher: Launcher, corpus: Path, tmp_path: Path, faults: list[Fault]
 ) -> None:
     whole = make_run(tmp_path / "whole", corpus, **SETTINGS)

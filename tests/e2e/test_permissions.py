@@ -58,7 +58,7 @@ def made_below(folder: Path) -> dict[str, str]:
         (0o000, 0o755, 0o757, 0o646),
     ],
 )
-def test_group_permissions_are_those_of_the_folder(
+def test_new_files_group_permissions_match_folder(
     tmp_path: Path, umask: int, above: int, folder_mode: int, file_mode: int
 ) -> None:
     parent = tmp_path / "parent"
@@ -73,7 +73,7 @@ def test_group_permissions_are_those_of_the_folder(
     assert {mode(parent / "a" / name) for name in ("new", "appended", "replaced")} == {file_mode}
 
 
-def test_a_file_that_exists_keeps_its_permissions(tmp_path: Path) -> None:
+def test_existing_file_keeps_permissions(tmp_path: Path) -> None:
     tmp_path.chmod(0o770)
     (tmp_path / "old").touch(0o604)
     fsio.append_line(tmp_path / "old", "x")
@@ -83,7 +83,8 @@ def test_a_file_that_exists_keeps_its_permissions(tmp_path: Path) -> None:
 
 
 @AS_ROOT
-def test_permissions_meant_for_another_group_are_not_given_to_ones_own(tmp_path: Path) -> None:
+def test_new_files_other_group_bits_not_given_to_own_group(tmp_path: Path) -> None:
+    """Permissions meant for another group are not given to the process's own."""
     os.chown(tmp_path, -1, OTHER_GROUP)
     tmp_path.chmod(0o770)  # not setgid: what is made here has the process's group
     fsio.write_new_file(tmp_path / "file", b"x")
@@ -92,7 +93,7 @@ def test_permissions_meant_for_another_group_are_not_given_to_ones_own(tmp_path:
     assert mode(tmp_path / "folder") == 0o700
 
 
-def test_an_access_control_list_has_the_last_word(tmp_path: Path) -> None:
+def test_new_files_access_control_list_takes_precedence(tmp_path: Path) -> None:
     # Version 2, then user, group, mask and others: tag, permissions, id.
     entries = [(0x01, 7), (0x04, 5), (0x10, 5), (0x20, 0)]
     acl = b"\x02\0\0\0" + b"".join(
@@ -108,9 +109,7 @@ def test_an_access_control_list_has_the_last_word(tmp_path: Path) -> None:
 
 
 @AS_ROOT
-def test_a_run_belongs_to_the_group_of_a_setgid_folder(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
+def test_run_in_setgid_folder_belongs_to_its_group(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     os.chown(shared, -1, OTHER_GROUP)
@@ -147,7 +146,7 @@ def test_a_run_belongs_to_the_group_of_a_setgid_folder(
     }
     assert any(name.startswith("cache/") and name.endswith("train_00000.bin") for name in names)
     wanted = {f"folder 2770 {OTHER_GROUP}", f"file 660 {OTHER_GROUP}"}
-    assert {name: told for name, told in found.items() if told not in wanted} == {}
+    assert {name: one for name, one in found.items() if one not in wanted} == {}
 
 
 def makers(tree: ast.AST) -> Iterator[int]:
@@ -164,7 +163,7 @@ def makers(tree: ast.AST) -> Iterator[int]:
             yield node.lineno
 
 
-def test_files_and_folders_are_made_in_one_place() -> None:
+def test_fsio_is_only_maker_of_files_and_folders() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}"
         for path in sorted((ROOT / "kempnerforge").rglob("*.py"))
@@ -174,6 +173,6 @@ def test_files_and_folders_are_made_in_one_place() -> None:
     assert found == [], "use kempnerforge.fsio, which gives new files the group permissions of their folder"
 
 
-def test_makers_are_found() -> None:
+def test_makers_check_finds_every_kind() -> None:
     code = 'os.open(p, os.O_CREAT)\np.mkdir()\np.open("w")\nopen(p, "ab")\nopen(p)\nopen(p, "rb")\np.touch()'
     assert sorted(makers(ast.parse(code))) == [1, 2, 3, 4, 7]

@@ -11,7 +11,7 @@ LLAMA = str(ROOT / "configs" / "llama_7b.toml")
 FREE = ["--distributed.dp_replicate=1", "--distributed.dp_shard=-1"]
 
 
-def test_it_needs_no_torch_and_fits_100_columns_when_piped() -> None:
+def test_plan_piped_fits_100_columns_without_torch() -> None:
     code = (
         "import sys; from kempnerforge.cli.app import main\n"
         "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"

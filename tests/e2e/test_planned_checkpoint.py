@@ -28,7 +28,7 @@ pytest_plugins = ["support.run_fixtures"]
         (4, {"distributed.tp": 2, "distributed.pp": 2, "train.batch_size": 2}),
     ],
 )
-def test_a_real_checkpoint_has_the_files_and_bytes_that_were_planned(
+def test_plan_files_and_bytes_match_real_checkpoint(
     launcher: Launcher, corpus: Path, tmp_path: Path, ranks: int, layout: dict[str, int]
 ) -> None:
     run = make_run(tmp_path, corpus, **{"train.max_steps": 3, "eval.interval": 0}, **layout)

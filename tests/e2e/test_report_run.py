@@ -13,20 +13,23 @@ from typing import Any
 
 import pytest
 from support.browser import DARK, Seen, missing_browser, open_page
+from support.patch_target import patch_target
 from support.runs import Launcher, Run, copy_run, make_run
 
 from kempnerforge.goodput.history import read_history
 
 pytest_plugins = ["support.run_fixtures"]
 
+BUILD_MODEL = patch_target("kempnerforge.train.build:build_model")
+
 needs_browser = pytest.mark.skipif(
     missing_browser() and not os.environ.get("KEMPNERFORGE_TEST_BROWSER"),
     reason="no chromium here; .ci/install-chromium installs it",
 )
 """The variable is set by ``.ci/run``: there a missing browser is a failure."""
-SETTINGS = {"train.max_steps": 20_000, "checkpoint.interval": 40, "eval.interval": 20}
+SETTINGS = {"train.max_steps": 20_000, "checkpoint.interval": 60, "eval.interval": 20}
 LOSE = (4, 25, 10, 0, 18)
-"""Steps above the newest commit at which each attempt is killed, at least; 0: in its set-up."""
+"""Steps above the newest commit from which on each attempt is killed; 0: in its set-up."""
 
 
 TRAINING, LOST = (0x2A, 0x78, 0xD6), (0xE3, 0x49, 0x48)
@@ -56,19 +59,17 @@ def killed(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFa
     run = make_run(tmp_path_factory.mktemp("killed") / "base", corpus, **SETTINGS)
     for number, lose in enumerate(LOSE, 1):
         if lose == 0:
-            ended = launcher.run(
-                run, faults=[("kill_at_call", {"target": "kempnerforge.train.build:build_model"})]
-            )
+            ended = launcher.run(run, faults=[("kill_at_call", {"target": BUILD_MODEL})])
             assert ended.statuses == [-9], ended.output
             continue
         attempt = launcher.start(run)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while steps_to_lose(run, number) < lose:
             assert time.monotonic() < deadline, attempt.output()
             time.sleep(0.005)
         attempt.kill()
         attempt.wait()
-    launcher.finish(run, f"--train.max_steps={max(run.committed()) + 45}")
+    launcher.finish(run, f"--train.max_steps={max(run.committed()) + 65}")
     return run
 
 
@@ -80,7 +81,8 @@ def body(killed: Run) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def test_the_parts_of_a_run_that_was_killed_five_times_add_up(killed: Run, body: dict[str, Any]) -> None:
+def test_report_parts_of_killed_run_add_up(killed: Run, body: dict[str, Any]) -> None:
+    """The run was killed five times."""
     parts, wall_s = body["parts_s"], body["wall_s"]
     assert abs(sum(parts.values()) - wall_s) <= 0.01 * wall_s
     assert all(seconds >= -0.01 * wall_s for seconds in parts.values()), parts
@@ -91,27 +93,27 @@ def test_the_parts_of_a_run_that_was_killed_five_times_add_up(killed: Run, body:
     assert sum(setup.values()) == pytest.approx(parts["setup"])
     assert all(seconds >= -0.01 * wall_s for seconds in setup.values()), setup
     assert [one["kind"] for one in body["attempts"]] == ["lost"] * 5 + ["finished"]
-    assert [one["lost_steps"] >= lose for one, lose in zip(body["attempts"], LOSE, strict=False)] == [
-        True
-    ] * 5
     trained = [one for one in body["attempts"] if one["began_at"] is not None]
+    last_steps = [one.last_step for one in read_history(killed.folder) if one.began_at is not None]
+    for one, following, last_step in zip(trained, trained[1:], last_steps, strict=False):
+        assert one["lost_steps"] == max(0, last_step - following["began_at"])
+    assert sum(one["lost_steps"] for one in body["attempts"]) > 0
     for one, receipt in zip(trained, killed.receipts(), strict=True):
         assert one["began_at"] == receipt["step"]
         assert one["parts_s"]["load"] == pytest.approx(receipt["load_s"])
 
 
-def test_what_dalys_interval_would_have_saved_is_told(killed: Run, body: dict[str, Any]) -> None:
+def test_report_saving_of_daly_interval_is_reported(killed: Run, body: dict[str, Any]) -> None:
     found = body["saving"]
     assert found["failures"] == 5
     expected = found["expected"]
     assert expected["best_interval_s"] >= found["daly_s"] > 0
     assert found["interval_s"] > 0
     assert expected["saved_s"] <= body["wall_s"]
-    told = report(killed.folder)
-    assert told.returncode == 0, told.stderr
-    assert "were effective training" in told.stdout
-    assert "Expected to first order" in told.stdout
-    print(told.stdout)
+    done = report(killed.folder)
+    assert done.returncode == 0, done.stderr
+    assert "were effective training" in done.stdout
+    assert "Expected to first order" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def page(killed: Run) -> Path:
 
 
 @needs_browser
-def test_the_page_in_a_browser_shows_every_attempt_and_commit(
+def test_report_page_shows_every_attempt_and_commit(
     killed: Run, body: dict[str, Any], page: Path, tmp_path: Path
 ) -> None:
     seen = open_page(page, tmp_path)
@@ -142,8 +144,7 @@ def test_the_page_in_a_browser_shows_every_attempt_and_commit(
     for figure in ("loss", "throughput", "timeline"):
         assert f'<figure id="{figure}"' in seen.dom
     assert f"{100 * body['ettr']:.1f}%" in seen.dom
-    assert seen.count(*TRAINING) > 2000
-    assert seen.count(*LOST) > 20
+    assert seen.count(*TRAINING) > seen.count(*LOST) > 0
     assert seen.corner() > 200
 
 
@@ -160,7 +161,7 @@ def assert_alone(seen: Seen) -> None:
 
 
 @needs_browser
-def test_a_fault_whose_text_is_html_does_nothing(killed: Run, tmp_path: Path) -> None:
+def test_report_page_html_in_fault_text_is_escaped(killed: Run, tmp_path: Path) -> None:
     run = copy_run(killed, tmp_path / "copy")
     html = '<script>document.title="owned"</script><img src=http://example.org/x.png onerror=a()>'
     end = {"event": "end", "attempt": 6, "time": time.time(), "kind": "fault", "reason": html, "step": 1}
@@ -175,13 +176,13 @@ def test_a_fault_whose_text_is_html_does_nothing(killed: Run, tmp_path: Path) ->
 
 
 @needs_browser
-def test_the_page_is_dark_where_that_is_preferred(page: Path, tmp_path: Path) -> None:
+def test_report_page_dark_preference_is_followed(page: Path, tmp_path: Path) -> None:
     seen = open_page(page, tmp_path, DARK)
     assert seen.corner() < 50
 
 
 @needs_browser
-def test_a_page_that_is_not_alone_is_found_out(tmp_path: Path) -> None:
+def test_browser_check_detects_page_with_requests(tmp_path: Path) -> None:
     file = tmp_path / "bad.html"
     file.write_text('<img src="http://example.org/x.png"><script>console.error("no")</script>')
     seen = open_page(file, tmp_path)

@@ -1,17 +1,16 @@
-"""Rollbacks, followed by saves of the next attempt, and the commands in processes of their own."""
+"""Rollbacks, followed by saves of the next attempt, and the commands."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from support.ckpt_cli import Ckpt
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import layout, lease, manifest, receipt, rollback, run_record, timeline
@@ -20,6 +19,8 @@ from kempnerforge.checkpoint.manifest import Provenance
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.checkpoint.verify import verify
+
+pytest_plugins = ["support.ckpt_fixtures"]
 
 CONFIG = "[train]\nglobal_batch_size = 6\n"
 
@@ -70,7 +71,7 @@ def log(run: Path, *, attempt: int, steps: range) -> None:
 
 
 def resume(run: Path) -> int:
-    """What a start of the run does, up to its receipt. Returns the step that it goes on from."""
+    """What a start of the run does, up to its receipt. Returns the step that it resumes from."""
     held = lease.acquire(run, after_attempt=timeline.last_attempt(run))
     record = run_record.read(run)
     assert record is not None
@@ -89,10 +90,7 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-# The rule
-
-
-def test_a_late_step_is_set_aside_and_never_chosen(run: Path) -> None:
+def test_late_step_is_set_aside_and_never_chosen(run: Path) -> None:
     assert resume(run) == 12
     save(run, 16, attempt=2)
     save(run, 20, attempt=1)
@@ -105,10 +103,7 @@ def test_a_late_step_is_set_aside_and_never_chosen(run: Path) -> None:
     assert [path.name for path in moved] == ["late.step_00000020.2"]
 
 
-# Rollback
-
-
-def test_a_rollback_sets_later_steps_aside_and_the_run_goes_on_from_there(run: Path) -> None:
+def test_rollback_sets_later_steps_aside_and_run_resumes(run: Path) -> None:
     done = rollback.roll_back(run, 4, note=quiet, progress=quiet)
     assert done.renamed == {
         "step_00000012": "rolledback.step_00000012.1",
@@ -127,7 +122,7 @@ def test_a_rollback_sets_later_steps_aside_and_the_run_goes_on_from_there(run: P
     assert manifest.load(run / "checkpoints" / "step_00000008").provenance.parent_step == 4
 
 
-def test_a_second_timeline_can_be_rolled_back_too(run: Path) -> None:
+def test_rollback_of_second_timeline_works(run: Path) -> None:
     rollback.roll_back(run, 4, note=quiet, progress=quiet)
     assert resume(run) == 4
     save(run, 8, attempt=3, parent=4)
@@ -136,33 +131,20 @@ def test_a_second_timeline_can_be_rolled_back_too(run: Path) -> None:
     assert resume(run) == 4
 
 
-# Fork
-
-
-# Commands
-
-
-def kempnerforge(*arguments: object) -> subprocess.CompletedProcess[str]:
-    code = "from kempnerforge.cli.app import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-
-
-def test_the_commands_say_what_they_did(run: Path, tmp_path: Path) -> None:
-    done = kempnerforge("ckpt", "rollback", run, 8)
-    assert done.returncode == 0, done.stderr
-    assert "step_00000012 -> rolledback.step_00000012.1\n" in done.stdout
-    assert f"kempnerforge ckpt rollback {run} --undo" in done.stdout
-    done = kempnerforge("ckpt", "rollback", run, "--undo", "--json")
-    assert json.loads(done.stdout)["newest_step"] == 12
-    done = kempnerforge("ckpt", "rollback", run, 12)
-    assert "is the newest" in done.stdout
-    done = kempnerforge("ckpt", "fork", run / "checkpoints" / "step_00000008", tmp_path / "new", "--link")
-    assert done.returncode == 0, done.stderr
-    assert f"--run.dir={tmp_path / 'new'}" in done.stdout
-    done = kempnerforge("ckpt", "fork", run / "checkpoints" / "step_00000008", tmp_path / "two", "--json")
-    assert json.loads(done.stdout)["parent"]["step"] == 8
+def test_rollback_and_fork_commands_report_result(ckpt: Ckpt, run: Path, tmp_path: Path) -> None:
+    done = ckpt("rollback", run, 8)
+    assert done.status == 0, done.err
+    assert "step_00000012 -> rolledback.step_00000012.1\n" in done.out
+    assert f"kempnerforge ckpt rollback {run} --undo" in done.out
+    done = ckpt("rollback", run, "--undo", "--json")
+    assert json.loads(done.out)["newest_step"] == 12
+    done = ckpt("rollback", run, 12)
+    assert "is the newest" in done.out
+    done = ckpt("fork", run / "checkpoints" / "step_00000008", tmp_path / "new", "--link")
+    assert done.status == 0, done.err
+    assert f"--run.dir={tmp_path / 'new'}" in done.out
+    done = ckpt("fork", run / "checkpoints" / "step_00000008", tmp_path / "two", "--json")
+    assert json.loads(done.out)["parent"]["step"] == 8
 
 
 @pytest.mark.parametrize(
@@ -178,10 +160,11 @@ def test_the_commands_say_what_they_did(run: Path, tmp_path: Path) -> None:
         (["fork", "RUN/checkpoints/step_00000004", "RUN"], 2, "exists; a fork makes a new"),
     ],
 )
-def test_bad_arguments_are_told_without_a_traceback(
-    run: Path, arguments: list[str], status: int, text: str
+def test_rollback_and_fork_bad_arguments_exit_2(
+    ckpt: Ckpt, run: Path, arguments: list[str], status: int, text: str
 ) -> None:
-    done = kempnerforge("ckpt", *(argument.replace("RUN", str(run)) for argument in arguments))
-    assert done.returncode == status, done.stdout + done.stderr
-    assert text in done.stderr
-    assert "Traceback" not in done.stderr
+    """Reported without a traceback."""
+    done = ckpt(*(argument.replace("RUN", str(run)) for argument in arguments))
+    assert done.status == status, done.out + done.err
+    assert text in done.err
+    assert "Traceback" not in done.err

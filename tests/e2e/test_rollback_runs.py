@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from support.patch_target import patch_target
 from support.runs import Launcher, Run, make_run
 
 pytest_plugins = ["support.run_fixtures"]
+
+PUBLISH = patch_target("kempnerforge.fsio:publish")
 
 
 def kempnerforge(*arguments: object) -> str:
@@ -28,14 +31,12 @@ def manifest_of(run: Run, step: int) -> dict[str, Any]:
     return json.loads((run.step_folder(step) / "manifest.json").read_text())
 
 
-def test_a_rolled_back_run_goes_on_in_a_new_timeline(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
+def test_rollback_run_resumes_in_new_timeline(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, corpus, **{"metrics.enable_wandb": True})
     launcher.finish(run)
     before = run.counting()
-    told = kempnerforge("ckpt", "rollback", run.folder, 4)
-    assert "--undo" in told
+    printed = kempnerforge("ckpt", "rollback", run.folder, 4)
+    assert "--undo" in printed
     assert run.committed() == [4]
     launcher.finish(run)
     assert run.committed() == [12, 8, 4]
@@ -43,7 +44,7 @@ def test_a_rolled_back_run_goes_on_in_a_new_timeline(
     receipt = run.receipts()[-1]
     assert (receipt["attempt"], receipt["step"], receipt["lost_steps"]) == (3, 4, 0)
     assert receipt["bitwise"]
-    assert run.counting() == before, "the same config goes on with the same bits"
+    assert run.counting() == before, "the same config continues with the same bits"
     assert [manifest_of(run, step)["attempt"] for step in (4, 8, 12)] == [1, 3, 3]
     assert [manifest_of(run, step)["parent_step"] for step in (4, 8, 12)] == [None, 4, 8]
     record = run.record
@@ -55,14 +56,14 @@ def test_a_rolled_back_run_goes_on_in_a_new_timeline(
     assert run.receipts()[-1]["step"] == 12
 
 
-def test_after_a_rollback_two_saves_and_a_kill_the_new_timeline_goes_on(
+def test_rollback_then_saves_and_kill_resumes_new_timeline(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus, **{"train.max_steps": 16, "checkpoint.keep_last_n": 4})
     launcher.finish(run)
     whole = run.counting()
     kempnerforge("ckpt", "rollback", run.folder, 4)
-    killed = ("kill_at_call", {"target": "kempnerforge.fsio:publish", "call": 2, "after": True})
+    killed = ("kill_at_call", {"target": PUBLISH, "call": 2, "after": True})
     ended = launcher.run(run, faults=[killed])
     assert ended.statuses == [-signal.SIGKILL]
     assert run.committed() == [12, 8, 4], "older steps of the old timeline are not back"
@@ -72,7 +73,7 @@ def test_after_a_rollback_two_saves_and_a_kill_the_new_timeline_goes_on(
     assert run.counting() == whole
 
 
-def test_a_forked_run_repeats_its_parent(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+def test_fork_run_repeats_parent(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     # The global batch is left open, and the parent fixed it: the fork must not choose it anew.
     parent = make_run(tmp_path / "a", corpus, **{"train.global_batch_size": None, "train.batch_size": 4})
     launcher.finish(parent)
@@ -91,7 +92,7 @@ def test_a_forked_run_repeats_its_parent(launcher: Launcher, corpus: Path, tmp_p
     assert parent.committed() == [12, 8, 4]
 
 
-def test_a_second_start_on_a_live_run_is_refused(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+def test_lease_second_start_on_live_run_is_refused(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, corpus, **{"train.max_steps": 100_000, "eval.interval": 0})
     first = launcher.start(run, ranks=2)
     deadline = time.monotonic() + 60

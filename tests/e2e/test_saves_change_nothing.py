@@ -21,7 +21,7 @@ pytest_plugins = ["support.run_fixtures"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_that_saves_at_every_step_and_one_that_never_saves_log_the_same_bits(
+def test_saves_at_every_step_or_never_log_same_bits(
     launcher: Launcher, corpus: Path, tmp_path: Path, ranks: int
 ) -> None:
     always = make_run(tmp_path / "always", corpus, **{"checkpoint.interval": 1, "checkpoint.keep_last_n": 1})
@@ -37,7 +37,7 @@ def test_a_run_that_saves_at_every_step_and_one_that_never_saves_log_the_same_bi
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_finished_run_gone_on_with_is_bitwise_one_that_was_longer_from_the_start(
+def test_resume_finished_run_matches_longer_run_bitwise(
     launcher: Launcher, corpus: Path, tmp_path: Path, ranks: int
 ) -> None:
     settings = {"eval.interval": 3, "scheduler.name": "constant"}
@@ -51,7 +51,7 @@ def test_a_finished_run_gone_on_with_is_bitwise_one_that_was_longer_from_the_sta
     assert tensor_digests(twice.step_folder(12)) == tensor_digests(once.step_folder(12))
 
 
-def test_starting_a_finished_run_again_trains_nothing_and_changes_nothing(
+def test_resume_finished_run_unchanged_trains_nothing(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus)
@@ -90,9 +90,7 @@ def load_with_stock_dcp(step_folder: Path) -> tuple[dict[str, str], dict[str, st
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_stock_dcp_reads_the_tensors_of_a_run(
-    launcher: Launcher, corpus: Path, tmp_path: Path, ranks: int
-) -> None:
+def test_stock_dcp_reads_tensors_of_run(launcher: Launcher, corpus: Path, tmp_path: Path, ranks: int) -> None:
     run = make_run(tmp_path, corpus, **{"train.max_steps": 3})
     launcher.finish(run, ranks=ranks)
     ours = tensor_digests(run.step_folder(3))

@@ -7,36 +7,51 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.ckpt_cli import Done
+
+from kempnerforge.cli import app
 
 ROOT = Path(__file__).parents[2]
 
-
-def event(attempt: int, name: str, **values: Any) -> dict[str, Any]:
-    return {"event": name, "attempt": attempt, "time": float(attempt), **values}
+Command = Callable[..., Done]
 
 
-# -- the command -----------------------------------------------------------------------------------------
+@pytest.fixture
+def kempnerforge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Call the command in this process."""
+
+    def call(*arguments: str, **environ: str) -> Done:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["kempnerforge", *arguments])
+        with monkeypatch.context() as patch:
+            for name, value in environ.items():
+                patch.setenv(name, value)
+            with pytest.raises(SystemExit) as ended:
+                app.main()
+        assert isinstance(ended.value.code, int)
+        return Done(ended.value.code, *capsys.readouterr())
+
+    return call
 
 
-def kempnerforge(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which must not import torch."""
     code = "import sys; from kempnerforge.cli.app import main\ntry:\n    main()\n"
     code += "finally:\n    assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environ, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 LLAMA = ["submit", "configs/llama_7b.toml", "--nodes=4", "--gpus-per-node=8", "--time=24:00:00"]
 
 
-def test_a_dry_run_prints_a_script_that_bash_can_read() -> None:
+def test_submit_dry_run_prints_script_bash_can_read() -> None:
     name = "--run.dir=runs/it's; rm x"
-    done = kempnerforge(*LLAMA, "--dry-run", name, "--", "-p", "gpu", "--qos=low")
+    done = process(*LLAMA, "--dry-run", name, "--", "-p", "gpu", "--qos=low")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for line in ("--nodes=4", "--gpus-per-node=8", "--signal=B:USR1@120", "--requeue", "-p gpu", "--qos=low"):
@@ -49,13 +64,13 @@ def test_a_dry_run_prints_a_script_that_bash_can_read() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-def test_a_layout_that_cannot_work_is_not_queued() -> None:
+def test_submit_invalid_layout_is_not_queued(kempnerforge: Command) -> None:
     arguments = ["--nodes=3", "--train.sed=1"]
     done = kempnerforge(*LLAMA, *arguments, PATH="")
-    assert done.returncode == 2
-    assert "but processes started: 24" in done.stderr
-    assert "--train.sed: is not a known key" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.status == 2
+    assert "but processes started: 24" in done.err
+    assert "--train.sed: is not a known key" in done.err
+    assert "Traceback" not in done.err
 
 
 SCONTROL = """#!/bin/bash
@@ -67,7 +82,7 @@ esac
 """
 
 
-def test_submit_gives_a_stop_the_time_that_it_has(tmp_path: Path) -> None:
+def test_submit_shutdown_timeout_fits_partition_grace(kempnerforge: Command, tmp_path: Path) -> None:
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
     (tmp_path / "run").mkdir()
@@ -75,22 +90,22 @@ def test_submit_gives_a_stop_the_time_that_it_has(tmp_path: Path) -> None:
     (tmp_path / "run/ledger.jsonl").write_text(json.dumps(commit) + "\n")
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", PATH=path)
-    assert "--train.shutdown_timeout_s=895)" in done.stdout
-    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=955" in done.stdout
-    assert done.stderr == ""
+    assert "--train.shutdown_timeout_s=895)" in done.out
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=955" in done.out
+    assert done.err == ""
     done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/run", PATH=path)
-    assert "saves of this run took up to 1000 s" in done.stderr
+    assert "saves of this run took up to 1000 s" in done.err
     own = "--train.shutdown_timeout_s=1000"
     done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", own, PATH=path)
-    assert f"{own})" in done.stdout
-    assert "is 1000 s: a stop that hangs would be killed without a word" in done.stderr
+    assert f"{own})" in done.out
+    assert "is 1000 s: a stop that hangs would be killed without a word" in done.err
 
 
-def test_without_slurm_the_error_says_so(tmp_path: Path) -> None:
+def test_submit_without_slurm_says_so(kempnerforge: Command, tmp_path: Path) -> None:
     done = kempnerforge(*LLAMA, f"--run.dir={tmp_path}", PATH="")
-    assert done.returncode == 1
-    assert done.stderr.startswith("sbatch is not installed here")
-    assert kempnerforge("slurm", "after", str(tmp_path), SLURM_JOB_ID="").returncode == 1
+    assert done.status == 1
+    assert done.err.startswith("sbatch is not installed here")
+    assert kempnerforge("slurm", "after", str(tmp_path), SLURM_JOB_ID="").status == 1
 
 
 SCRIPTS = {
@@ -102,7 +117,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_scripts_of_the_repository_are_what_submit_renders(name: str) -> None:
+def test_submit_renders_the_scripts_of_the_repository(kempnerforge: Command, name: str) -> None:
     done = kempnerforge("submit", *SCRIPTS[name], "--dry-run")
-    made = "".join(line for line in done.stdout.splitlines(True) if not line.startswith("PATH="))
+    made = "".join(line for line in done.out.splitlines(True) if not line.startswith("PATH="))
     assert (ROOT / "slurm" / name).read_text() == made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 from support.ckpt_cli import Ckpt
+from support.patch_target import patch_target
 from support.runs import Launcher, make_run
 
 from kempnerforge.checkpoint import layout
@@ -23,6 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from bench.many_steps import make_run as make_many_steps
 
 pytest_plugins = ["support.run_fixtures", "support.ckpt_fixtures"]
+
+DRAW = patch_target("kempnerforge.model.init:normal_")
+BUILD_MODEL = patch_target("kempnerforge.train.build:build_model")
 
 
 # Imports
@@ -41,7 +47,7 @@ def command(*arguments: object) -> str:
     )
 
 
-def test_help_imports_no_command() -> None:
+def test_cli_help_imports_no_command() -> None:
     for arguments in (["--help"], ["ckpt", "--help"]):
         found = modules_after(command(*arguments))
         assert not found & {"torch", "numpy", "wandb", "kempnerforge.config", "kempnerforge.checkpoint"}
@@ -64,7 +70,8 @@ def test_ckpt_ls_imports_nothing_of_other_commands(tmp_path: Path) -> None:
     }
 
 
-def test_training_imports_no_pipelines_and_no_wandb_and_collects_again() -> None:
+def test_train_imports_no_pipelines_and_no_wandb() -> None:
+    """Neither is imported, and garbage collection is on again afterwards."""
     check = "import gc\nassert gc.isenabled() and gc.get_freeze_count() > 100_000"
     found = modules_after(f"from kempnerforge.cli.train import import_training\nimport_training()\n{check}")
     assert "torch.distributed.fsdp" in found
@@ -73,7 +80,7 @@ def test_training_imports_no_pipelines_and_no_wandb_and_collects_again() -> None
 
 
 @pytest.mark.parametrize("group", [Groups, Commands])
-def test_summaries_are_the_first_paragraphs_of_the_help(group: type[Groups] | type[Commands]) -> None:
+def test_cli_summaries_match_first_paragraph_of_help(group: type[Groups] | type[Commands]) -> None:
     for name, member in group.members.items():
         loaded = member.load(name)
         assert loaded.name == name
@@ -97,36 +104,42 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> Cou
     with monkeypatch.context() as patch:
         for name in ("open", "stat", "lstat", "listdir", "scandir", "read", "preadv"):
             patch.setattr(os, name, counted(name, getattr(os, name)))
-        patch.setattr("builtins.open", counted("open", open))
-        patch.setattr("io.open", counted("open", open))
+        patch.setattr(builtins, "open", counted("open", open))
+        patch.setattr(io, "open", counted("open", open))
         work()
     return counts
 
 
-def test_ckpt_ls_asks_little_for_every_step(
+def test_ckpt_ls_file_system_calls_per_step_are_bounded(
     ckpt: Ckpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards, calls = 3, {}
-    for steps in (5, 25):
+    for steps in (5, 15, 25):
         make_many_steps(tmp_path / str(steps), steps=steps, shards=shards)
         calls[steps] = count_calls(monkeypatch, lambda n=steps: ckpt("ls", tmp_path / str(n)))
-    each = {name: (count - calls[5][name]) / 20 for name, count in calls[25].items()}
     files = shards + 3
-    assert {name: count for name, count in each.items() if count} == {
+    at_most = {
         "open": 2,  # the manifest and the counters
         "preadv": 1,
         "read": 1,
         "lstat": files + 1,  # every file's size, and once in the listing whether there is a manifest
         "stat": 1,  # which manifest it was
     }
+    more, still_more = calls[15] - calls[5], calls[25] - calls[15]
+    assert more["open"] >= 10, "every step was looked at"
+    assert more.keys() <= at_most.keys(), "no listing of a folder for each step"
+    for name, count in more.items():
+        assert count <= 10 * at_most[name], name
+        assert still_more[name] <= count, "a step costs the same however many there are"
+    assert still_more.keys() <= more.keys()
 
 
 # What a resume does not do
 
 
-def test_a_resumed_run_draws_no_weights(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+def test_resume_draws_no_weights(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, corpus, **{"train.max_steps": 4, "eval.interval": 0})
-    dies_when_drawing = [("kill_at_call", {"target": "kempnerforge.model.init:normal_", "rank": None})]
+    dies_when_drawing = [("kill_at_call", {"target": DRAW, "rank": None})]
     assert launcher.run(run, ranks=2, faults=dies_when_drawing).statuses == [-9, -9]
     launcher.finish(run, ranks=2)
     more = launcher.run(run, "--train.max_steps=6", ranks=2, faults=dies_when_drawing)
@@ -134,15 +147,11 @@ def test_a_resumed_run_draws_no_weights(launcher: Launcher, corpus: Path, tmp_pa
     assert run.committed()[0] == 6
 
 
-def test_a_run_whose_steps_vanish_during_the_start_does_not_train_undrawn_weights(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
+def test_resume_steps_vanish_during_start_exits_2(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+    """Weights that were not drawn are never trained."""
     run = make_run(tmp_path, corpus, **{"train.max_steps": 4, "eval.interval": 0})
     launcher.finish(run, ranks=2)
-    gone = (
-        "delete_at_call",
-        {"target": "kempnerforge.train.build:build_model", "folder": str(run.checkpoints)},
-    )
+    gone = ("delete_at_call", {"target": BUILD_MODEL, "folder": str(run.checkpoints)})
     ended = launcher.run(run, "--train.max_steps=6", ranks=2, faults=[gone])
     assert ended.statuses == [EXIT_BAD_CONFIG] * 2, ended.output
     assert "went away during the start" in ended.output
@@ -153,6 +162,7 @@ def test_a_run_whose_steps_vanish_during_the_start_does_not_train_undrawn_weight
 
 STEPS_FAULTS = """
 import ctypes, resource, sys, torch
+assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE: every page is a fault of its own
 ctypes.CDLL(None).mallopt(-3, 1 << 20)  # blocks of 1 MB go back to the kernel: glibc may do so
 if sys.argv[1] == "keep":
     from kempnerforge.train.environment import keep_freed_memory
@@ -167,14 +177,15 @@ print(faults() - before)
 """
 
 
-def test_what_a_step_frees_is_there_for_the_next_one() -> None:
+def test_keep_freed_memory_reuses_pages_across_steps() -> None:
+    """What a step frees is there for the next one."""
+
     def page_faults(what: str, **environment: str) -> int:
         command = [sys.executable, "-c", STEPS_FAULTS, what]
-        told = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
-        return int(subprocess.run(command, env=told, capture_output=True, text=True, check=True).stdout)
+        environ = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
+        return int(subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout)
 
-    pages = 4 * (24 << 20) // 4096
-    assert page_faults("keep") < pages / 100
-    assert page_faults("leave") > pages / 2
+    kept = page_faults("keep")
+    assert page_faults("leave") > 10 * kept
     # Whoever has set malloc up is not overruled.
-    assert page_faults("keep", MALLOC_MMAP_THRESHOLD_=str(1 << 20)) > pages / 2
+    assert page_faults("keep", MALLOC_MMAP_THRESHOLD_=str(1 << 20)) > 10 * kept

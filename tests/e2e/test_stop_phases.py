@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.patch_target import patch_target
 from support.runs import Attempt, Ended, Fault, Launcher, Run, make_run
 
 from kempnerforge import fsio
@@ -20,18 +23,20 @@ from kempnerforge import fsio
 pytest_plugins = ["support.run_fixtures"]
 
 REPO = Path(__file__).parents[2]
+WAIT_S, STUCK_S = 120.0, 600.0
+"""What is stuck is so for longer than any test waits: an attempt that ends did not wait for it."""
 SETTINGS = {"train.max_steps": 400, "checkpoint.interval": 0, "eval.interval": 0}
 
 
-def wait_for(condition: Callable[[], bool], attempt: Attempt, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
+def wait_for(condition: Callable[[], bool], attempt: Attempt) -> None:
+    deadline = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < deadline, attempt.output()
         time.sleep(0.005)
 
 
 def stuck(tmp_path: Path, target: str, **how: Any) -> Fault:
-    return ("stuck_at", {"target": target, "marker": str(tmp_path / "stuck"), "seconds": 60, **how})
+    return ("stuck_at", {"target": target, "marker": str(tmp_path / "stuck"), "seconds": STUCK_S, **how})
 
 
 def is_stuck(tmp_path: Path, *ranks: int) -> Callable[[], bool]:
@@ -52,95 +57,96 @@ def assert_stopped(run: Run, ended: Ended, reason: str, *, commits: bool = True)
 
 # -- signals, in every phase -----------------------------------------------------------------------------
 
-FORWARD = "kempnerforge.train.step:LocalStep.forward_backward"
-END = "kempnerforge.train.shutdown:Shutdown._end"
+FORWARD = patch_target("kempnerforge.train.step:LocalStep.forward_backward")
+EVALUATE = patch_target("kempnerforge.train.step:LocalStep.evaluate")
+PREPARE = patch_target("kempnerforge.train.build:prepare_cached")
+JOIN = patch_target("kempnerforge.train.run:World.start")
+RESUME = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.resume")
+LAST_COMMIT = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.finish")
+END = patch_target("kempnerforge.train.shutdown:Shutdown._end")
+AGAIN_AFTER_S = patch_target("kempnerforge.train.stop:AGAIN_AFTER_S")
+LAST_WORDS_S = patch_target("kempnerforge.train.shutdown:_LAST_WORDS_S")
+ASK_EVERY_S = patch_target("kempnerforge.slurm.deadline:ASK_EVERY_S")
 
 
 @pytest.mark.parametrize("rank", [0, None], ids=["to rank 0", "to all"])
-def test_a_signal_ends_the_preparation_of_data_which_may_take_hours(
+def test_stop_signal_during_data_preparation_ends_it(
     launcher: Launcher, corpus: Path, tmp_path: Path, rank: int | None
 ) -> None:
+    """Preparation may take hours: it is not waited for."""
     run = make_run(tmp_path, corpus, **SETTINGS)
-    attempt = launcher.start(
-        run, ranks=2, faults=[stuck(tmp_path, "kempnerforge.train.build:prepare_cached", rank=0)]
-    )
+    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, PREPARE, rank=0)])
     wait_for(is_stuck(tmp_path, 0), attempt)
     attempt.signal(signal.SIGTERM, rank=rank)
-    assert_stopped(run, attempt.wait(30), "SIGTERM", commits=False)
+    assert_stopped(run, attempt.wait(WAIT_S), "SIGTERM", commits=False)
     assert run.committed() == []
     launcher.finish(run, "--train.max_steps=4", ranks=2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_rank_before_it_has_joined_the_others_is_not_lost(
+def test_stop_signal_before_rank_joins_is_not_lost(
     launcher: Launcher, corpus: Path, tmp_path: Path, rank: int
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS)
-    faults = [stuck(tmp_path, "kempnerforge.train.run:World.start", seconds=2, rank=rank)]
+    faults = [stuck(tmp_path, JOIN, seconds=2, rank=rank)]
     attempt = launcher.start(run, ranks=2, faults=faults)
     wait_for(is_stuck(tmp_path, rank), attempt)
     attempt.signal(signal.SIGTERM, rank=rank)
-    assert_stopped(run, attempt.wait(30), "SIGTERM", commits=False)
+    assert_stopped(run, attempt.wait(WAIT_S), "SIGTERM", commits=False)
 
 
-def test_a_signal_during_the_resume_stops_before_another_step(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
+def test_stop_signal_during_resume_trains_no_step(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS)
     launcher.finish(run, "--train.max_steps=4", ranks=2)
     rows = len([row for row in run.rows() if "train/loss" in row])
-    target = "kempnerforge.checkpoint.manager:CheckpointManager.resume"
-    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, target, seconds=2, rank=1)])
+    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, RESUME, seconds=2, rank=1)])
     wait_for(is_stuck(tmp_path, 1), attempt)
     attempt.signal(signal.SIGTERM, rank=1)
-    assert_stopped(run, attempt.wait(30), "SIGTERM")
+    assert_stopped(run, attempt.wait(WAIT_S), "SIGTERM")
     assert run.committed() == [4]
     assert len([row for row in run.rows() if "train/loss" in row]) == rows
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
-def test_a_signal_to_the_whole_group_during_a_save_leaves_the_writers_alone(
+def test_stop_signal_to_group_during_save_spares_writers(
     launcher: Launcher, corpus: Path, tmp_path: Path, mode: str
 ) -> None:
+    """A signal to the whole process group during a save does not end the writer processes."""
     run = make_run(tmp_path, corpus, **SETTINGS | {"checkpoint.interval": 2, "checkpoint.async_mode": mode})
     attempt = launcher.start(run, ranks=2, faults=[("slow_shards", {"seconds": 0.5, "rank": 1})])
     wait_for(lambda: bool(run.committed()), attempt)
     wait_for(lambda: bool(run.unfinished()), attempt)
     for number in (signal.SIGCONT, signal.SIGTERM, signal.SIGUSR1):
         attempt.signal(number)
-    ended = attempt.wait(30)
+    ended = attempt.wait(WAIT_S)
     assert_stopped(run, ended, "SIGTERM")
     assert "writer process died" not in ended.output
     assert run.unfinished() == []
 
 
-def test_a_signal_during_validation_commits_the_step(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
+def test_stop_signal_during_validation_commits_step(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"eval.interval": 3})
-    target = "kempnerforge.train.step:LocalStep.evaluate"
-    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, target, seconds=2, call=2)])
+    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, EVALUATE, seconds=2, call=2)])
     wait_for(is_stuck(tmp_path, 0, 1), attempt)
     attempt.signal(signal.SIGHUP, rank=1)
-    assert_stopped(run, attempt.wait(30), "SIGHUP")
+    assert_stopped(run, attempt.wait(WAIT_S), "SIGHUP")
     assert run.committed() == [3]
 
 
-def test_a_signal_during_the_last_commit_changes_nothing(
+def test_stop_signal_during_last_commit_changes_nothing(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 3})
-    target = "kempnerforge.checkpoint.manager:CheckpointManager.finish"
-    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, target, seconds=2)])
+    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, LAST_COMMIT, seconds=2)])
     wait_for(is_stuck(tmp_path, 0, 1), attempt)
     attempt.signal(signal.SIGTERM)
-    ended = attempt.wait(30)
+    ended = attempt.wait(WAIT_S)
     assert ended.statuses == [0, 0], ended.output
     assert run.sound() == [3]
 
 
 @pytest.mark.parametrize("to_all", [False, True], ids=["TERM to the agent", "Ctrl-C"])
-def test_signals_through_torchrun(corpus: Path, tmp_path: Path, to_all: bool) -> None:
+def test_stop_signal_through_torchrun_commits_step(corpus: Path, tmp_path: Path, to_all: bool) -> None:
     """Ctrl-C reaches agent and workers, and the agent passes it on as well: twice, and not meant twice."""
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 20000})
     log = tmp_path / "log"
@@ -153,7 +159,7 @@ def test_signals_through_torchrun(corpus: Path, tmp_path: Path, to_all: bool) ->
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + WAIT_S
         while len(run.rows()) < 3:
             assert time.monotonic() < deadline, log.read_text()
             assert agent.poll() is None, log.read_text()
@@ -162,7 +168,7 @@ def test_signals_through_torchrun(corpus: Path, tmp_path: Path, to_all: bool) ->
             os.killpg(agent.pid, signal.SIGINT)
         else:
             agent.send_signal(signal.SIGTERM)
-        agent.wait(60)
+        agent.wait(WAIT_S)
     finally:
         agent.kill()
         agent.wait()
@@ -184,23 +190,30 @@ def assert_ended_with_stacks(run: Run, ended: Ended, rank: int, why: str) -> Non
         assert text.count("Thread 0x") > 2
 
 
-def test_a_second_signal_that_is_meant_ends_a_stuck_process_with_its_stacks(
+def test_stop_second_signal_ends_stuck_process_with_stacks(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
+    """Signals back to back are one request, and an announcement is never the second signal."""
     run = make_run(tmp_path, corpus, **SETTINGS | {"checkpoint.interval": 2})
-    soon = ("set_value", {"target": "kempnerforge.train.stop:AGAIN_AFTER_S", "value": 1.0})
+    again_s = 1.0
+    soon = ("set_value", {"target": AGAIN_AFTER_S, "value": again_s})
     attempt = launcher.start(run, ranks=2, faults=[soon, stuck(tmp_path, FORWARD, call=4)])
     wait_for(is_stuck(tmp_path, 0, 1), attempt)
     for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):  # back to back: one request
         attempt.signal(number)
-    time.sleep(1.2)
-    assert "SIGINT" not in attempt.output()
-    attempt.signal(signal.SIGUSR1)  # an announcement is never the second signal
-    time.sleep(0.3)
-    assert "SIGUSR1" not in attempt.output()
-    attempt.signal(signal.SIGINT)
-    ended = attempt.wait(30)
+    deadline = time.monotonic() + WAIT_S
+    while attempt.output().count("so this process ends now") < 2:
+        assert time.monotonic() < deadline, attempt.output()
+        time.sleep(again_s)  # each rank counts from when it noticed the first signal
+        with contextlib.suppress(ProcessLookupError):
+            attempt.signal(signal.SIGUSR1)  # an announcement is never the second signal
+            attempt.signal(signal.SIGINT)
+    ended = attempt.wait(WAIT_S)
     assert ended.statuses == [75, 75], ended.output
+    for text in ended.outputs:
+        ((name, seconds),) = re.findall(r"(SIG\w+) came (\S+) s after SIG", text)
+        assert name == "SIGINT"
+        assert float(seconds) >= again_s, "those that came back to back were one request"
     for rank in (0, 1):
         assert_ended_with_stacks(run, ended, rank, " s after SIG")
     assert "ended at once" in run.record["last_exit"]["reason"]
@@ -210,9 +223,7 @@ def test_a_second_signal_that_is_meant_ends_a_stuck_process_with_its_stacks(
     assert run.receipts()[-1]["step"] == 2
 
 
-def test_a_stop_that_takes_too_long_ends_the_process_with_its_stacks(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
+def test_stop_past_timeout_ends_process_with_stacks(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.shutdown_timeout_s": 1.0})
     # Rank 1 is stuck and rank 0 waits for it in a collective; each of them hears of it all the same.
     # Rank 1 ends last: when it is gone, rank 0 fails in that collective.
@@ -220,23 +231,23 @@ def test_a_stop_that_takes_too_long_ends_the_process_with_its_stacks(
     attempt = launcher.start(run, ranks=2, faults=[late, stuck(tmp_path, FORWARD, call=3, rank=1)])
     wait_for(is_stuck(tmp_path, 1), attempt)
     attempt.signal(signal.SIGTERM)
-    ended = attempt.wait(30)
+    ended = attempt.wait(WAIT_S)
     assert 75 in ended.statuses, ended.output
     assert_ended_with_stacks(run, ended, 1, "not stopped 1 s after SIGTERM")
     assert "not stopped 1 s after SIGTERM" in ended.outputs[0]
     assert "Traceback" not in ended.outputs[1]
 
 
-def test_a_commit_that_hangs_is_not_waited_for_and_tears_nothing(
+def test_stop_hanging_commit_is_abandoned_and_tears_nothing(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.shutdown_timeout_s": 1.0, "checkpoint.interval": 2})
-    frozen = ("freeze_writer", {"call": 2, "seconds": 60, "rank": 0})
+    frozen = ("freeze_writer", {"call": 2, "seconds": STUCK_S, "rank": 0})
     late = stuck(tmp_path, END, seconds=0.5, rank=0)  # it has the store that rank 1 reads from
     attempt = launcher.start(run, ranks=2, faults=[frozen, late])
     wait_for(lambda: run.unfinished() != [] and run.committed() == [2], attempt)
     attempt.signal(signal.SIGTERM)
-    ended = attempt.wait(30)
+    ended = attempt.wait(WAIT_S)
     assert ended.statuses == [75, 75], ended.output
     assert run.sound() == run.committed() == [2]
     launcher.finish(run, "--train.max_steps=6", ranks=2)
@@ -244,15 +255,15 @@ def test_a_commit_that_hangs_is_not_waited_for_and_tears_nothing(
     assert run.unfinished() == []
 
 
-def test_code_that_never_gives_the_interpreter_lock_back_is_ended_too(
+def test_stop_interpreter_lock_never_released_ends_process(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.shutdown_timeout_s": 3.0})
-    soon = ("set_value", {"target": "kempnerforge.train.shutdown:_LAST_WORDS_S", "value": 0.5})
+    soon = ("set_value", {"target": LAST_WORDS_S, "value": 0.5})
     attempt = launcher.start(run, faults=[soon, stuck(tmp_path, FORWARD, call=3, hold_after_s=2)])
     wait_for(is_stuck(tmp_path, 0), attempt)
     attempt.signal(signal.SIGTERM)
-    ended = attempt.wait(30)
+    ended = attempt.wait(WAIT_S)
     assert ended.statuses == [1], ended.output
     assert "Timeout (0:00:03.5" in ended.output
     assert "fault_injection.py" in ended.output
@@ -262,32 +273,33 @@ def test_code_that_never_gives_the_interpreter_lock_back_is_ended_too(
 
 
 @pytest.mark.parametrize(("text", "reason"), [("preempted\nby=me\n", "preempted"), ("", "stop.request")])
-def test_a_stop_file_stops_all_ranks_and_is_consumed(
+def test_stop_file_stops_all_ranks_and_is_removed(
     launcher: Launcher, corpus: Path, tmp_path: Path, text: str, reason: str
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 20000})
     attempt = launcher.start(run, ranks=2)
     wait_for(lambda: len(run.rows()) > 2, attempt)
     fsio.atomic_write(run.folder / "stop.request", text.encode())
-    assert_stopped(run, attempt.wait(30), f"stopped by {reason}")
+    assert_stopped(run, attempt.wait(WAIT_S), f"stopped by {reason}")
     assert not (run.folder / "stop.request").exists()
 
 
-def test_a_stop_file_of_an_earlier_attempt_is_removed_and_one_made_during_set_up_counts(
+def test_stop_file_old_ignored_and_new_during_setup_counts(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
+    """A stop file of an earlier attempt is removed, and one made during set-up counts."""
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 3})
     run.folder.mkdir()
     request = run.folder / "stop.request"
     request.write_text("preempted")
-    time.sleep(0.1)
+    os.utime(request, (time.time() - 60, time.time() - 60))
     launcher.finish(run, ranks=2)
     assert not request.exists()
-    faults = [stuck(tmp_path, "kempnerforge.train.run:World.start", seconds=2, rank=0)]
+    faults = [stuck(tmp_path, JOIN, seconds=2, rank=0)]
     attempt = launcher.start(run, "--train.max_steps=400", ranks=2, faults=faults)
     wait_for(is_stuck(tmp_path, 0), attempt)
     fsio.atomic_write(request, b"preempted")
-    assert_stopped(run, attempt.wait(30), "preempted", commits=False)
+    assert_stopped(run, attempt.wait(WAIT_S), "preempted", commits=False)
     assert not request.exists()
 
 
@@ -296,7 +308,7 @@ def test_a_stop_file_of_an_earlier_attempt_is_removed_and_one_made_during_set_up
 ENDLESS = SETTINGS | {"train.max_steps": 1_000_000, "train.deadline_margin_s": 1.0}
 
 
-def test_a_run_stops_in_time_for_its_last_save_and_logs_what_was_left(
+def test_deadline_reached_saves_in_time_and_logs_margin(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus, **ENDLESS | {"train.max_minutes": 0.08})
@@ -307,7 +319,7 @@ def test_a_run_stops_in_time_for_its_last_save_and_logs_what_was_left(
     assert '"stop: deadline"' in manifest.read_text()
 
 
-def test_a_last_step_that_is_committed_already_is_not_saved_again(
+def test_deadline_last_step_committed_is_not_saved_again(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus, **ENDLESS | {"train.max_minutes": 0.06, "checkpoint.at_steps": [1]})
@@ -328,22 +340,21 @@ def fake_squeue(folder: Path, script: str) -> Fault:
     return ("set_environment", {"values": {"PATH": path, "SLURM_JOB_ID": "77"}})
 
 
-def test_the_end_of_a_slurm_job_is_asked_for_again_and_again(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
+def test_deadline_slurm_job_end_moved_is_noticed(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+    """The end of the job is requested again and again."""
     # An end in a day; then somebody moves it to three seconds from now.
     script = f"test -e {tmp_path}/moved && cat {tmp_path}/moved || date -d '+1 day' +%Y-%m-%dT%H:%M:%S"
     run = make_run(tmp_path / "run", corpus, **ENDLESS)
-    often = ("set_value", {"target": "kempnerforge.slurm.deadline:ASK_EVERY_S", "value": 0.2})
+    often = ("set_value", {"target": ASK_EVERY_S, "value": 0.2})
     attempt = launcher.start(run, ranks=2, faults=[fake_squeue(tmp_path / "bin", script), often])
     wait_for(lambda: len(run.rows()) > 5, attempt)
     soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 3))
     (tmp_path / "moved.new").write_text(soon)
     (tmp_path / "moved.new").rename(tmp_path / "moved")
-    assert_stopped(run, attempt.wait(30), "deadline")
+    assert_stopped(run, attempt.wait(WAIT_S), "deadline")
 
 
-def test_a_squeue_that_fails_is_a_note_and_no_fault(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+def test_deadline_squeue_failure_is_only_a_note(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", corpus, **SETTINGS | {"train.max_steps": 60})
     broken = fake_squeue(tmp_path / "bin", "echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
     ended = launcher.run(run, ranks=2, faults=[broken])

@@ -5,10 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-# Spans
 
-
-def test_timing_the_host_needs_no_torch() -> None:
+def test_telemetry_host_timing_imports_no_torch() -> None:
     code = """
 import sys
 import kempnerforge.telemetry.console, kempnerforge.telemetry.flops, kempnerforge.telemetry.jsonl
@@ -18,9 +16,3 @@ Spans("cpu")
 assert "torch" not in sys.modules and "wandb" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-# FLOP/s
-
-
-# The fan-out

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,8 @@ pytest_plugins = ["support.wandb_fixtures"]
 pytestmark = pytest.mark.usefixtures("fresh_client")
 
 
-def test_without_a_key_rows_and_receipt_are_kept_offline(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_wandb_sink_without_key_keeps_rows_offline(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rows and receipt are kept in an offline fragment."""
     told = Told()
     sink = make_sink(tmp_path, told, attempt=2)
     sink.receipt({"chosen_step": 2, "rejected": [{"step": 3, "why": "damaged"}]})
@@ -51,7 +52,9 @@ def test_without_a_key_rows_and_receipt_are_kept_offline(
 
 
 @pytest.mark.parametrize("mode", ["disabled", "offline", "dryrun"])
-def test_wandb_mode_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_wandb_sink_mode_variable_is_respected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)
     told = Told()
@@ -62,9 +65,8 @@ def test_wandb_mode_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(fragments(tmp_path)) == len(told.notes) == (0 if mode == "disabled" else 1)
 
 
-def test_a_failing_start_warns_once_and_training_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_sink_start_failure_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training continues."""
     monkeypatch.setenv("WANDB_MODE", "no-such-mode")
     told = Told()
     sink = make_sink(tmp_path, told)
@@ -96,7 +98,8 @@ def run_python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_client_that_dies_warns_once_and_training_goes_on(tmp_path: Path) -> None:
+def test_wandb_sink_dead_client_warns_once(tmp_path: Path) -> None:
+    """Training continues."""
     done = run_python(
         tmp_path,
         """
@@ -116,21 +119,33 @@ def test_a_client_that_dies_warns_once_and_training_goes_on(tmp_path: Path) -> N
     assert done.stdout.endswith("trained to the end\n")
 
 
-def test_a_kill_loses_at_most_the_newest_step(tmp_path: Path) -> None:
-    done = run_python(
-        tmp_path,
-        """
-        for step in range(1, 501):
-            sink.write({"step": step, "train/loss": float(step)})
-        time.sleep(1.5)
-        os.kill(0, signal.SIGKILL)
-        """,
-    )
-    assert done.returncode == -signal.SIGKILL
+def test_wandb_sink_kill_loses_at_most_newest_step(tmp_path: Path) -> None:
+    code = """
+    import wandb
+    for step in range(1, 501):
+        sink.write({"step": step, "train/loss": float(step)})
+    print(wandb.run.settings.x_transaction_log_flush_interval, flush=True)
+    time.sleep(600)
+    """
+    program = CHILD_OF_A_TEST + textwrap.dedent(code)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None
+            note, flush_interval_s = process.stdout.readline(), process.stdout.readline()
+            assert "offline" in note
+            assert float(flush_interval_s) <= 1, "so little of a killed attempt's time is missing in wandb"
+            deadline = time.monotonic() + 60
+            while len(history(fragments(tmp_path)[0])) < 499:
+                assert time.monotonic() < deadline, "the rows are not flushed"
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
     assert list(history(fragments(tmp_path)[0]))[:499] == list(range(1, 500))
 
 
-def test_a_server_that_is_gone_means_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_sink_unreachable_server_falls_back_to_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(wandb_sink, "_INIT_TIMEOUT_S", 1.0)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", FAKE_KEY)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.patch_target import patch_target
 from support.runs import Launcher, Run, make_run
 from support.wandb_server import WandbServer
 
@@ -22,6 +23,8 @@ from kempnerforge.telemetry import wandb_upload
 from kempnerforge.telemetry.jsonl import JsonlSink, by_step
 
 pytest_plugins = ["support.run_fixtures", "support.wandb_fixtures"]
+
+COMPARE = patch_target("kempnerforge.train.proof:Proof.compare")
 
 Capture = pytest.CaptureFixture[str]
 
@@ -41,7 +44,7 @@ def sync(fresh_client: None, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -
 
 
 def made_up_run(folder: Path, attempts: dict[int, tuple[int, range]], *, finished: bool = True) -> None:
-    """The files of a run: by attempt, the step that it went on from and the steps that it logged."""
+    """The files of a run: by attempt, the step that it resumed from and the steps that it logged."""
     folder.mkdir()
     for attempt, (start, steps) in attempts.items():
         Receipt(attempt, step=start).write(folder)
@@ -63,14 +66,15 @@ def kill_after(run: Run, launcher: Launcher, step: int, *overrides: str) -> None
     resumed = max([0, *run.committed()])
     assert done <= resumed
     # The row of a step is written when its loss is compared: the next call is a step later.
-    arguments = {"target": "kempnerforge.train.proof:Proof.compare", "call": step - resumed + 1}
+    arguments = {"target": COMPARE, "call": step - resumed + 1}
     ended = launcher.run(run, *overrides, faults=[("kill_at_call", arguments)])
     assert ended.statuses == [-9], ended.output
 
 
-def test_five_killed_attempts_become_one_run_with_each_step_once(
+def test_wandb_sync_killed_attempts_become_one_run(
     launcher: Launcher, corpus: Path, tmp_path: Path, server: WandbServer, sync: Any
 ) -> None:
+    """Five killed attempts become one run with each step once."""
     run = make_run(tmp_path / "killed", corpus, **{"checkpoint.async_mode": "disabled"})
     for step in KILLED_AFTER[:3]:
         kill_after(run, launcher, step)
@@ -118,7 +122,7 @@ def test_five_killed_attempts_become_one_run_with_each_step_once(
     assert server.exit_codes == [0, 0, 0]
 
 
-def test_what_the_server_refuses_is_an_error_and_a_repetition_uploads_it(
+def test_wandb_sync_refused_rows_uploaded_by_repetition(
     tmp_path: Path, server: WandbServer, sync: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wandb_upload, "_CONFIRM_S", 1.0)
@@ -140,7 +144,7 @@ def test_what_the_server_refuses_is_an_error_and_a_repetition_uploads_it(
     ]
 
 
-def test_a_server_that_is_gone_and_a_key_that_is_missing_are_told(
+def test_wandb_sync_missing_key_or_server_is_reported(
     tmp_path: Path, sync: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made_up_run(tmp_path / "run", {1: (0, range(1, 4))})
@@ -157,7 +161,8 @@ def test_a_server_that_is_gone_and_a_key_that_is_missing_are_told(
     assert "Traceback" not in err
 
 
-def test_a_dry_run_uses_no_network_and_imports_neither_wandb_nor_torch(tmp_path: Path) -> None:
+def test_wandb_sync_dry_run_imports_no_wandb_and_no_torch(tmp_path: Path) -> None:
+    """A dry run uses no network either."""
     made_up_run(tmp_path / "run", {1: (0, range(1, 6)), 3: (3, range(4, 9))})
     code = """
 import sys
@@ -175,7 +180,7 @@ finally:
     assert list(tmp_path.rglob("wandb")) == []
 
 
-def test_beside_an_attempt_that_logs_online_nothing_is_uploaded(tmp_path: Path, sync: Any) -> None:
+def test_wandb_sync_beside_online_attempt_is_refused(tmp_path: Path, sync: Any) -> None:
     made_up_run(tmp_path / "run", {1: (0, range(1, 4))})
     held = lease.acquire(tmp_path / "run")
     (tmp_path / "run" / "wandb").mkdir()
@@ -190,7 +195,7 @@ def test_beside_an_attempt_that_logs_online_nothing_is_uploaded(tmp_path: Path, 
     held.release()
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path, sync: Any) -> None:
+def test_wandb_sync_not_a_run_is_refused(tmp_path: Path, sync: Any) -> None:
     status, _, err = sync(tmp_path)
     assert status == 2
     assert "has no checkpoints; give a run's folder" in err
@@ -216,14 +221,15 @@ EXIT = {"reason": "", "step": 9, "time": 0.0}
         ({**EXIT, "attempt": 3, "status": 75}, [9, 8], 9),
     ],
 )
-def test_steps_that_may_be_trained_again_are_held_back(
+def test_last_lasting_step_holds_back_repeatable_steps(
     last_exit: dict[str, Any] | None, committed: list[int], expected: float
 ) -> None:
+    """Steps that may be trained again are held back."""
     record = replace(run_record.new(), attempt=3, last_exit=last_exit)
     assert last_lasting_step(record, committed) == expected
 
 
-def test_rows_of_one_step_become_one_and_the_later_value_counts() -> None:
+def test_by_step_merges_rows_later_value_counts() -> None:
     rows = [{"step": 2, "a": 1, "attempt": 1}, {"step": 0, "a": 5}, {"step": 2, "b": 3, "attempt": 2}]
     assert list(by_step(rows).items()) == [
         (0, {"step": 0, "a": 5}),
@@ -231,7 +237,7 @@ def test_rows_of_one_step_become_one_and_the_later_value_counts() -> None:
     ]
 
 
-def test_where_each_attempt_ran_is_read_from_the_ledger() -> None:
+def test_places_of_attempts_read_from_ledger() -> None:
     start = {"event": "start", "time": 0.0, "slurm_job_id": "", "slurm_restart_count": 0}
     events = [
         {**start, "attempt": 1, "hosts": ["b", "a", "b", "a"]},

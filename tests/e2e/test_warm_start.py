@@ -1,4 +1,4 @@
-"""Beginning from another run's checkpoint, going on with other data, and what else lies in the folder."""
+"""Beginning from another run's checkpoint, continuing with other data, and what else lies in the folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def source(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def continued(launcher: Launcher, source: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """``source``, gone on with to ``STEPS``."""
+    """``source``, continued to ``STEPS``."""
     run = copy_run(source, tmp_path_factory.mktemp("continued") / "base")
     launcher.finish(run, f"--train.max_steps={STEPS}", ranks=2)
     return run
@@ -56,7 +56,7 @@ def trained(digests: dict[str, str], prefix: str = "") -> dict[str, str]:
 
 
 @pytest.mark.parametrize("given", ["the step's folder", "the folder of all steps", "the run's folder"])
-def test_a_warm_start_goes_on_as_the_source_would_have(
+def test_warm_start_continues_as_source_would(
     launcher: Launcher, corpus: Path, tmp_path: Path, source: Run, continued: Run, given: str
 ) -> None:
     paths = {
@@ -76,7 +76,7 @@ def test_a_warm_start_goes_on_as_the_source_would_have(
     assert {step: digest_of_folder(source.step_folder(step)) for step in (2, 4)} == before
 
 
-def test_a_warm_start_acts_only_while_the_run_has_no_step_of_its_own(
+def test_warm_start_ignored_once_run_has_own_step(
     launcher: Launcher, corpus: Path, tmp_path: Path, source: Run
 ) -> None:
     run = warm(source.step_folder(SAVED), corpus, tmp_path / "warm")
@@ -86,9 +86,10 @@ def test_a_warm_start_acts_only_while_the_run_has_no_step_of_its_own(
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_an_excluded_part_begins_anew_and_all_others_are_loaded(
+def test_warm_start_excluded_part_begins_anew(
     launcher: Launcher, corpus: Path, tmp_path: Path, source: Run, continued: Run, part: str
 ) -> None:
+    """All other parts are loaded."""
     run = warm(source.folder, corpus, tmp_path / "warm", **{"checkpoint.exclude_from_loading": [part]})
     report = tmp_path / "loaded"
     ended = launcher.run(run, ranks=2, faults=reporting(report))
@@ -116,33 +117,31 @@ def test_an_excluded_part_begins_anew_and_all_others_are_loaded(
         assert found[STEPS] == whole[STEPS]
 
 
-def assert_refused(run: Run, ended: Ended, status: int, *told: str) -> None:
-    """All ranks ended with ``status``, rank 0 told why, and nothing was trained."""
+def assert_refused(run: Run, ended: Ended, status: int, *reported: str) -> None:
+    """All ranks ended with ``status``, rank 0 reported why, and nothing was trained."""
     assert ended.statuses == [status, status], ended.output
     assert "Traceback" not in ended.output
-    for text in told:
+    for text in reported:
         assert text in ended.outputs[0]
     assert ended.outputs[1] == ""
     assert run.committed() == []
     assert run.rows() == []
 
 
-def test_a_load_path_that_does_not_exist_is_an_error(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
+def test_warm_start_missing_path_is_refused(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     run = warm(tmp_path / "nowhere", corpus, tmp_path / "warm")
     assert_refused(run, launcher.run(run, ranks=2), 2, "checkpoint.load_path", "nowhere", "does not exist")
 
 
-def test_a_load_path_without_a_checkpoint_is_an_error(
+def test_warm_start_path_without_checkpoint_is_refused(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = warm(corpus, corpus, tmp_path / "warm")
-    told = ("checkpoint.load_path", str(corpus), "no committed checkpoint")
-    assert_refused(run, launcher.run(run, ranks=2), 2, *told)
+    reported = ("checkpoint.load_path", str(corpus), "no committed checkpoint")
+    assert_refused(run, launcher.run(run, ranks=2), 2, *reported)
 
 
-def test_a_damaged_source_of_a_warm_start_is_an_error_and_is_never_renamed(
+def test_warm_start_damaged_source_fails_unrenamed(
     launcher: Launcher, corpus: Path, tmp_path: Path, source: Run
 ) -> None:
     damaged = copy_run(source, tmp_path / "damaged")
@@ -152,8 +151,8 @@ def test_a_damaged_source_of_a_warm_start_is_an_error_and_is_never_renamed(
     names, before = damaged.names(), digest_of_folder(damaged.step_folder(SAVED))
     run = warm(damaged.folder, corpus, tmp_path / "warm")
     for _ in range(2):
-        told = ("checkpoint.load_path", "is damaged", shard.name)
-        assert_refused(run, launcher.run(run, ranks=2), 1, *told)
+        reported = ("checkpoint.load_path", "is damaged", shard.name)
+        assert_refused(run, launcher.run(run, ranks=2), 1, *reported)
     (damaged.step_folder(SAVED) / "manifest.json").write_text("{}")
     before["manifest.json"] = digest_of_folder(damaged.step_folder(SAVED))["manifest.json"]
     assert_refused(run, launcher.run(run, ranks=2), 1, "is damaged", "manifest.json")
@@ -161,17 +160,15 @@ def test_a_damaged_source_of_a_warm_start_is_an_error_and_is_never_renamed(
     assert digest_of_folder(damaged.step_folder(SAVED)) == before
 
 
-def test_a_warm_start_from_another_model_is_a_mismatch(
+def test_warm_start_other_model_is_mismatch(
     launcher: Launcher, corpus: Path, tmp_path: Path, source: Run
 ) -> None:
     run = warm(source.folder, corpus, tmp_path / "warm", **{"model.n_layers": 3})
-    told = ("cannot fit this config", "layers.2", "is not in the checkpoint")
-    assert_refused(run, launcher.run(run, ranks=2), 2, *told)
+    reported = ("cannot fit this config", "layers.2", "is not in the checkpoint")
+    assert_refused(run, launcher.run(run, ranks=2), 2, *reported)
 
 
-def test_going_on_with_other_data_is_refused_unless_it_is_asked_for(
-    launcher: Launcher, tmp_path: Path, source: Run
-) -> None:
+def test_resume_other_data_is_refused_unless_allowed(launcher: Launcher, tmp_path: Path, source: Run) -> None:
     run = copy_run(source, tmp_path / "copy")
     other = write_corpus(tmp_path / "other", seed=2)
     command = (f'--data.text=["{other}/*.txt"]', f"--train.max_steps={STEPS}")
@@ -191,9 +188,8 @@ def test_going_on_with_other_data_is_refused_unless_it_is_asked_for(
     assert sorted(run.counting()) == [0, *range(1, STEPS + 1)][-STEPS:]
 
 
-def test_what_is_not_a_checkpoint_of_ours_is_left_alone_and_not_counted(
-    launcher: Launcher, tmp_path: Path, source: Run
-) -> None:
+def test_retention_foreign_entries_are_left_alone(launcher: Launcher, tmp_path: Path, source: Run) -> None:
+    """What is not a checkpoint of this run's making is left alone and not counted."""
     run = copy_run(source, tmp_path / "copy")
     backup, foreign = run.checkpoints / "step_9.bak", run.checkpoints / "step_00000099"
     shutil.copytree(run.step_folder(SAVED), backup)
@@ -215,9 +211,7 @@ def test_what_is_not_a_checkpoint_of_ours_is_left_alone_and_not_counted(
     assert digest_of_folder(backup) == digest_of_folder(source.step_folder(SAVED))
 
 
-def test_a_name_that_is_taken_by_something_else_fails_that_save_and_nothing_more(
-    launcher: Launcher, tmp_path: Path, source: Run
-) -> None:
+def test_save_name_taken_fails_only_that_save(launcher: Launcher, tmp_path: Path, source: Run) -> None:
     run = copy_run(source, tmp_path / "copy")
     (run.checkpoints / "step_00000006").write_text("mine")
     ended = launcher.finish(run, "--train.max_steps=8", ranks=2)

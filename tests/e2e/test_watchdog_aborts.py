@@ -48,7 +48,7 @@ libc.abort()
         ("watchdog", "Connection reset by peer", "python", "RuntimeError: Connection reset", True),
     ],
 )
-def test_an_abort_by_the_watchdog_is_no_fault_of_this_rank(
+def test_fault_record_watchdog_abort_blames_peer(
     tmp_path: Path, watchdog: str, raised: str, thread: str, text: str, by_peer: bool
 ) -> None:
     command = [sys.executable, "-c", ABORT, str(tmp_path), watchdog, raised, thread]

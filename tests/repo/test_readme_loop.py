@@ -36,7 +36,7 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_the_loop_in_the_readme_saves_and_goes_on_bitwise(tmp_path: Path) -> None:
+def test_readme_loop_resumes_bitwise(tmp_path: Path) -> None:
     run_loop(tmp_path / "whole", 100)
     steps = layout.committed_steps(tmp_path / "whole/runs/own/checkpoints")
     assert steps[0] == 100

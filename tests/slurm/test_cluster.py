@@ -170,9 +170,8 @@ def assert_bitwise(run: Run, uninterrupted: Run) -> None:
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
-def test_a_job_that_is_stopped_is_saved_and_goes_on_exactly_when_it_should(
-    uninterrupted: dict[int, Run], job: Job
-) -> None:
+def test_job_stopped_is_saved_and_requeued_when_due(uninterrupted: dict[int, Run], job: Job) -> None:
+    """A job that is stopped is saved, and continues exactly when it should."""
     receipts = job.run.receipts()
     assert job.restarts == (1 if job.requeued else 0), job.log
     assert len(receipts) == 1 + job.requeued, job.log
@@ -192,22 +191,20 @@ def test_a_job_that_is_stopped_is_saved_and_goes_on_exactly_when_it_should(
 @pytest.mark.parametrize(
     ("job", "why"),
     [
-        # Before torchrun handles signals, USR1 ends it: that the shell was asked is what its file tells.
+        # Before torchrun handles signals, USR1 ends it: that the shell was signalled is in its file.
         (AT_THE_START, "it was asked to stop (SIGUSR1)"),
         # Nobody looks for the file while data is prepared: the signal itself breaks that off.
         (IN_DATA, "work is left"),
     ],
     ids=["at the start", "in data"],
 )
-def test_a_job_that_is_stopped_before_it_trains_is_requeued(
-    uninterrupted: dict[int, Run], job: Job, why: str
-) -> None:
+def test_job_stopped_before_training_is_requeued(uninterrupted: dict[int, Run], job: Job, why: str) -> None:
     assert (job.restarts, job.facts["JobState"]) == (1, "COMPLETED"), job.log
     assert f"requeue: yes: {why}" in job.log
     assert_bitwise(job.run, uninterrupted[1])
 
 
-def test_a_stop_may_take_as_long_as_the_partition_grants() -> None:
+def test_job_shutdown_timeout_follows_partition_grace() -> None:
     timeouts = {"with grace": GRACE_S - BEFORE_KILL_S, "time limit": KILL_WAIT_S - BEFORE_KILL_S}
     for job in JOBS:
         if job.name in timeouts:
@@ -215,7 +212,7 @@ def test_a_stop_may_take_as_long_as_the_partition_grants() -> None:
             assert f"--train.shutdown_timeout_s={timeouts[job.name]}\n" in note
 
 
-def test_a_term_that_srun_hears_alone_kills_and_the_run_goes_on_from_its_newest_step(
+def test_job_term_to_srun_kills_and_resumes_newest_step(
     uninterrupted: dict[int, Run],
 ) -> None:
     # While SLURM ends a job, srun's wish to kill is not heard; sent to a running job, TERM makes it kill.
@@ -227,9 +224,10 @@ def test_a_term_that_srun_hears_alone_kills_and_the_run_goes_on_from_its_newest_
     assert_bitwise(FULL.run, uninterrupted[1])
 
 
-def test_of_an_array_one_task_is_requeued_with_its_own_run_and_the_other_is_untouched(
+def test_job_array_requeues_only_stopped_task(
     uninterrupted: dict[int, Run],
 ) -> None:
+    """One task of the array is requeued with its own run, and the other is untouched."""
     # The plain id of this task is that of the whole array: by it, SLURM would requeue both.
     assert ARRAY.facts["JobId"] == ARRAY.id
     assert (ARRAY.restarts, ARRAY.facts["JobState"]) == (1, "COMPLETED"), ARRAY.log
@@ -243,7 +241,7 @@ def test_of_an_array_one_task_is_requeued_with_its_own_run_and_the_other_is_unto
         assert_bitwise(run, uninterrupted[1])
 
 
-def test_offline_both_starts_of_a_requeued_job_are_one_wandb_run() -> None:
+def test_wandb_offline_requeued_job_is_one_run() -> None:
     run = ARRAY.run
     first, second = fragments(run.folder)
     ids = {record["run"]["run_id"] for one in (first, second) for record in records(one) if "run" in record}
@@ -261,7 +259,7 @@ def test_offline_both_starts_of_a_requeued_job_are_one_wandb_run() -> None:
     assert losses == {step: row["train/loss"] for step, row in run.counting().items()}
 
 
-def test_online_both_starts_of_a_requeued_job_are_one_wandb_run(wandb_server: WandbServer) -> None:
+def test_wandb_online_requeued_job_is_one_run(wandb_server: WandbServer) -> None:
     rows = [row for row in wandb_server.history if "train/loss" in row]
     assert [row["_step"] for row in rows] == list(range(1, STEPS + 1)), ONLINE.log
     counting = ONLINE.run.counting()
@@ -274,9 +272,10 @@ def test_online_both_starts_of_a_requeued_job_are_one_wandb_run(wandb_server: Wa
     assert [place["slurm_restart_count"] for place in places] == [0, 1]
 
 
-def test_a_job_goes_on_behind_one_that_ran_out_of_time_and_does_no_harm_behind_a_finished_one(
+def test_job_chain_continues_and_ends_when_finished(
     uninterrupted: dict[int, Run],
 ) -> None:
+    """A job continues behind one that ran out of time, and does no harm behind a finished one."""
     run = FIRST.run
     assert [job.restarts for job in (FIRST, SECOND, THIRD)] == [0, 0, 0]
     assert (FIRST.facts["JobState"], FIRST.facts["ExitCode"]) == ("FAILED", "75:0"), FIRST.log
@@ -290,7 +289,7 @@ def test_a_job_goes_on_behind_one_that_ran_out_of_time_and_does_no_harm_behind_a
     assert_bitwise(run, uninterrupted[1])
 
 
-def test_a_node_that_a_recorded_fault_names_is_left_out_at_the_requeue(uninterrupted: dict[int, Run]) -> None:
+def test_job_requeue_excludes_node_of_recorded_fault(uninterrupted: dict[int, Run]) -> None:
     run = FAULTY.run
     assert (FAULTY.restarts, FAULTY.facts["JobState"]) == (1, "COMPLETED"), FAULTY.log
     (fault,) = (run.folder / "faults").glob("attempt_*")

@@ -6,10 +6,11 @@ import os
 import signal
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.clock import FakeClock
 
 from kempnerforge.slurm.deadline import end_in_environment, parse_end
 from kempnerforge.train import deadline as deadline_module
@@ -20,31 +21,6 @@ from kempnerforge.train.hangs import who_lags
 from kempnerforge.train.progress import Place, Progress, limit_s
 from kempnerforge.train.stop import Patience
 from kempnerforge.train.stop_file import StopFile, attempt_started
-
-
-class FakeClock:
-    """Stands still but for ``advance``; what a module sees as ``time``."""
-
-    CLOCK_BOOTTIME = time.CLOCK_BOOTTIME
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType, now: float) -> None:
-        self.now = now
-        monkeypatch.setattr(module, "time", self)
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-    def time(self) -> float:
-        return self.now
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def clock_gettime(self, clock: int) -> float:
-        """Since the machine started, at 1000.0."""
-        assert clock == self.CLOCK_BOOTTIME
-        return self.now - 1000.0
-
 
 TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 
@@ -125,7 +101,7 @@ def test_deadline_latest_start_table_matches(known: dict[str, Any], expected: fl
 
 
 def test_deadline_not_due_before_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = FakeClock(monkeypatch, deadline_module, now=1600.0)
+    clock = FakeClock(1600.0).replace_in(monkeypatch, deadline_module)
     over = Deadline(started=1000.0, max_minutes=1, margin_s=60, environ={})
     assert not over.is_due(save_is_pending=False)
     over.step_begins()
@@ -175,7 +151,7 @@ def test_slurm_end_missing_is_none() -> None:
 
 def test_stop_file_made_before_start_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the file system's clock, which is far ahead of this one."""
-    clock = FakeClock(monkeypatch, stop_file_module, now=2000.0)
+    clock = FakeClock(2000.0).replace_in(monkeypatch, stop_file_module)
     started = 1500.0
     request = tmp_path / "stop.request"
     file = StopFile(tmp_path)
@@ -193,7 +169,7 @@ def test_stop_file_made_before_start_is_stale(tmp_path: Path, monkeypatch: pytes
 
 def test_attempt_started_under_torchrun_is_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun is the parent of its workers, and started before them."""
-    FakeClock(monkeypatch, stop_file_module, now=5000.0)
+    FakeClock(5000.0).replace_in(monkeypatch, stop_file_module)
     starts_s = {os.getpid(): 300, os.getppid(): 200}
     ticks = os.sysconf("SC_CLK_TCK")
     state = lambda pid: SimpleNamespace(start_ticks=starts_s[pid] * ticks)  # noqa: E731
@@ -250,7 +226,7 @@ def test_hang_lagging_rank_in_save_named() -> None:
 
 
 def test_progress_activities_measured_separately(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = FakeClock(monkeypatch, progress_module, now=100.0)
+    clock = FakeClock(100.0).replace_in(monkeypatch, progress_module)
     issued = 0
     progress = Progress(lambda: issued)
     for step in (1, 2, 3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.clock import FakeClock
 
 from kempnerforge.telemetry import sinks as sinks_module
 from kempnerforge.telemetry import spans as spans_module
@@ -13,29 +14,10 @@ from kempnerforge.telemetry.sinks import Row, SinkSet
 from kempnerforge.telemetry.spans import Spans
 
 
-class FakeClock:
-    """Stands still but for ``advance``; what a module sees as ``time``."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-    def time(self) -> float:
-        return self.now
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     """The clock of spans and sinks."""
-    clock = FakeClock()
-    monkeypatch.setattr(spans_module, "time", clock)
-    monkeypatch.setattr(sinks_module, "time", clock)
-    return clock
+    return FakeClock().replace_in(monkeypatch, spans_module, sinks_module)
 
 
 # Spans
