@@ -142,6 +142,7 @@ BAD_PLACES: dict[str, tuple[dict[str, object], list[str]]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", BAD_PLACES)
 def test_train_bad_path_or_limit_exits_2(launcher: Launcher, corpus: Path, tmp_path: Path, kind: str) -> None:
     settings, reported = BAD_PLACES[kind]

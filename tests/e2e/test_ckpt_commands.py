@@ -25,6 +25,7 @@ HEAVY = {"torch", "numpy", "wandb", "tokenizers", "transformers", "safetensors",
 STARTS = [["ls"], ["inspect"], ["verify"], ["diff"], ["explain"], ["prune", "--dry-run"], ["du"]]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("command", STARTS)
 def test_ckpt_commands_import_no_heavy_module(saved: Path, command: list[str]) -> None:
     path = saved / "checkpoints" / "latest" if command[0] in ("inspect", "diff") else saved

@@ -13,6 +13,7 @@ from support.run_files import tensor_digests
 from support.runs import Launcher, Run, make_run
 
 pytest_plugins = ["support.run_fixtures"]
+pytestmark = pytest.mark.smoke
 
 
 def ckpt(*arguments: object, status: int = 0) -> Any:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.smoke
+
 
 def test_data_command_imports_no_torch():
     code = "import sys, kempnerforge.cli.data; sys.exit('torch' in sys.modules)"

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.smoke
+
 SHOW_MANY = """
 import sys
 from kempnerforge.telemetry.console import ConsoleSink

@@ -26,6 +26,7 @@ def ends(run: Run) -> list[AttemptHistory]:
     return read_history(run.folder)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("how", "text"), [("SIGSEGV", "Segmentation fault"), ("SIGABRT", "Aborted"), ("raise", "ValueError: no")]
 )
@@ -64,6 +65,7 @@ def test_fault_file_unopenable_on_one_rank_ends_no_rank(
     assert "record of this attempt" not in ended.outputs[0]
 
 
+@pytest.mark.smoke
 def test_breaker_three_deaths_at_one_step_blocks_run(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:

@@ -142,6 +142,7 @@ def test_resume_damaged_step_quarantined_uses_previous(
     assert tensor_digests(run.step_folder(STEPS)) == tensor_digests(base.step_folder(STEPS))
 
 
+@pytest.mark.smoke
 def test_resume_damage_seen_by_rank_1_moves_both_ranks_back(launcher: Launcher, base: Run, run: Run) -> None:
     """Damage that only the second rank reads sends both ranks to the step before."""
     report = run.base / "loaded"
@@ -179,6 +180,7 @@ def test_resume_several_damaged_steps_all_quarantined(launcher: Launcher, base: 
     assert run.counting() == base.counting()
 
 
+@pytest.mark.smoke
 def test_resume_no_sound_step_stops_and_never_restarts_at_0(launcher: Launcher, run: Run) -> None:
     rows, receipts = run.rows(), run.receipts()
     for step in (2, 4, 6):
@@ -200,6 +202,7 @@ def test_resume_no_sound_step_stops_and_never_restarts_at_0(launcher: Launcher, 
         assert (run.checkpoints / f"quarantined.step_{step:08d}.1" / "manifest.json").exists()
 
 
+@pytest.mark.smoke
 def test_resume_other_model_mismatch_names_tensors(launcher: Launcher, run: Run) -> None:
     """A mismatch names tensors, and nothing is renamed."""
     names = run.names()

@@ -14,6 +14,8 @@ from kempnerforge.data.prepare import ABANDONED_AFTER_S, prepare_cached
 from kempnerforge.data.tokenizer import ByteTokenizer
 from kempnerforge.data.tokens import open_dataset
 
+pytestmark = pytest.mark.smoke
+
 BYTES = ByteTokenizer()
 
 

@@ -59,6 +59,7 @@ def everything(run: Run) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in run.folder.rglob("*")}
 
 
+@pytest.mark.smoke
 def test_eval_loss_matches_logged_loss_bitwise(launcher: Launcher, trained: Run) -> None:
     before = everything(trained)
     found = result(evaluate(launcher, trained, 4, ranks=2))
@@ -90,6 +91,7 @@ def test_eval_other_layout_matches_within_rounding(launcher: Launcher, trained: 
     assert logged(trained, 8) < result(hybrid)["eval/loss"] < logged(trained, 4)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dimension", ["tp", "pp"])
 def test_eval_tensor_and_pipeline_parallel_match(launcher: Launcher, trained: Run, dimension: str) -> None:
     found = result(evaluate(launcher, trained, 8, f"--distributed.{dimension}=2", ranks=2))
@@ -108,6 +110,7 @@ def test_eval_overrides_change_data_and_size(launcher: Launcher, trained: Run, t
     assert any(line.startswith("the tokens themselves (digest): was ") for line in found["data_changes"])
 
 
+@pytest.mark.smoke
 def test_eval_not_finite_loss_is_valid_json(
     monkeypatch: pytest.MonkeyPatch, trained: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +175,7 @@ def kempnerforge(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
 
 
+@pytest.mark.smoke
 def test_eval_path_not_a_step_lists_steps(trained: Run, tmp_path: Path) -> None:
     done = kempnerforge("eval", trained.folder)
     assert done.returncode == 2
@@ -182,6 +186,7 @@ def test_eval_path_not_a_step_lists_steps(trained: Run, tmp_path: Path) -> None:
     assert "does not exist" in done.stderr
 
 
+@pytest.mark.smoke
 def test_eval_step_without_config_is_refused(tmp_path: Path) -> None:
     import torch
 
@@ -196,6 +201,7 @@ def test_eval_step_without_config_is_refused(tmp_path: Path) -> None:
 STORED = {"train": {"global_batch_size": 4, "batch_size": 1}, "data": {"text": "python-stdlib"}}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("stored", "overrides", "ranks", "layout", "left_aside"),
     [
@@ -219,6 +225,7 @@ def test_eval_layout_of_step_kept_where_it_fits(
     assert bool(note) is left_aside
 
 
+@pytest.mark.smoke
 def test_eval_indivisible_batch_reports_sizes_that_fit() -> None:
     with pytest.raises(ConfigError, match="global_batch_size 3 or 6 would fit"):
         load_for({**STORED, "distributed": {"dp_shard": 4}}, [], where="config.toml", ranks=3)

@@ -167,6 +167,7 @@ class FakeClock:
         return self.now
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_interval_of_user_loop_is_measured_and_paced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str

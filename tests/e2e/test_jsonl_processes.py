@@ -9,7 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from kempnerforge.telemetry.jsonl import read_rows
+
+pytestmark = pytest.mark.smoke
 
 
 def test_jsonl_kills_leave_at_most_one_torn_line_each(tmp_path: Path) -> None:

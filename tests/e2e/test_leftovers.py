@@ -30,6 +30,7 @@ def names_in(run: Run) -> set[str]:
     return {str(path.relative_to(run.folder)) for path in paths if not path.name.startswith("lease.")}
 
 
+@pytest.mark.smoke
 def test_cleanup_after_last_commit_done_by_next_start(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ def made_below(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("umask", "above", "folder_mode", "file_mode"),
     [
@@ -73,6 +74,7 @@ def test_new_files_group_permissions_match_folder(
     assert {mode(parent / "a" / name) for name in ("new", "appended", "replaced")} == {file_mode}
 
 
+@pytest.mark.smoke
 def test_existing_file_keeps_permissions(tmp_path: Path) -> None:
     tmp_path.chmod(0o770)
     (tmp_path / "old").touch(0o604)
@@ -82,6 +84,7 @@ def test_existing_file_keeps_permissions(tmp_path: Path) -> None:
         fsio.open_file(tmp_path / "old", os.O_WRONLY | os.O_EXCL)
 
 
+@pytest.mark.smoke
 @AS_ROOT
 def test_new_files_other_group_bits_not_given_to_own_group(tmp_path: Path) -> None:
     """Permissions meant for another group are not given to the process's own."""
@@ -93,6 +96,7 @@ def test_new_files_other_group_bits_not_given_to_own_group(tmp_path: Path) -> No
     assert mode(tmp_path / "folder") == 0o700
 
 
+@pytest.mark.smoke
 def test_new_files_access_control_list_takes_precedence(tmp_path: Path) -> None:
     # Version 2, then user, group, mask and others: tag, permissions, id.
     entries = [(0x01, 7), (0x04, 5), (0x10, 5), (0x20, 0)]
@@ -163,6 +167,7 @@ def makers(tree: ast.AST) -> Iterator[int]:
             yield node.lineno
 
 
+@pytest.mark.smoke
 def test_fsio_is_only_maker_of_files_and_folders() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}"
@@ -173,6 +178,7 @@ def test_fsio_is_only_maker_of_files_and_folders() -> None:
     assert found == [], "use kempnerforge.fsio, which gives new files the group permissions of their folder"
 
 
+@pytest.mark.smoke
 def test_makers_check_finds_every_kind() -> None:
     code = 'os.open(p, os.O_CREAT)\np.mkdir()\np.open("w")\nopen(p, "ab")\nopen(p)\nopen(p, "rb")\np.touch()'
     assert sorted(makers(ast.parse(code))) == [1, 2, 3, 4, 7]

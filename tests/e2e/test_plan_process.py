@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.smoke
+
 ROOT = Path(__file__).parents[2]
 LLAMA = str(ROOT / "configs" / "llama_7b.toml")
 FREE = ["--distributed.dp_replicate=1", "--distributed.dp_shard=-1"]

@@ -12,6 +12,8 @@ from kempnerforge.checkpoint import quota
 from kempnerforge.checkpoint.quota import Mount
 from kempnerforge.checkpoint.space import check
 
+pytestmark = pytest.mark.smoke
+
 NO_LIMITS = "/dev/sda1 6000 0 0 0 100 0 0 0\n"
 
 

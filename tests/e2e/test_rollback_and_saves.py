@@ -90,6 +90,7 @@ def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
+@pytest.mark.smoke
 def test_late_step_is_set_aside_and_never_chosen(run: Path) -> None:
     assert resume(run) == 12
     save(run, 16, attempt=2)
@@ -103,6 +104,7 @@ def test_late_step_is_set_aside_and_never_chosen(run: Path) -> None:
     assert [path.name for path in moved] == ["late.step_00000020.2"]
 
 
+@pytest.mark.smoke
 def test_rollback_sets_later_steps_aside_and_run_resumes(run: Path) -> None:
     done = rollback.roll_back(run, 4, note=quiet, progress=quiet)
     assert done.renamed == {
@@ -122,6 +124,7 @@ def test_rollback_sets_later_steps_aside_and_run_resumes(run: Path) -> None:
     assert manifest.load(run / "checkpoints" / "step_00000008").provenance.parent_step == 4
 
 
+@pytest.mark.smoke
 def test_rollback_of_second_timeline_works(run: Path) -> None:
     rollback.roll_back(run, 4, note=quiet, progress=quiet)
     assert resume(run) == 4
@@ -131,6 +134,7 @@ def test_rollback_of_second_timeline_works(run: Path) -> None:
     assert resume(run) == 4
 
 
+@pytest.mark.smoke
 def test_rollback_and_fork_commands_report_result(ckpt: Ckpt, run: Path, tmp_path: Path) -> None:
     done = ckpt("rollback", run, 8)
     assert done.status == 0, done.err

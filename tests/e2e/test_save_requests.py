@@ -53,6 +53,7 @@ def test_save_due_while_writing_is_deferred_and_counted(
     assert slow.counting() == plain.counting(), "when saves happen changes no loss"
 
 
+@pytest.mark.smoke
 def test_save_requested_by_file_and_by_signal_commits(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_save_requested_by_file_and_by_signal_commits(
     assert reasons(run)[run.committed()[0]] == "stop: SIGTERM"
 
 
+@pytest.mark.smoke
 def test_proof_losses_after_resume_compared_with_recorded(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "attempt": 1, "time": 0, "train/loss": 5 - step / 10} for step in range(1, 9)]

@@ -20,7 +20,7 @@ from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 pytest_plugins = ["support.run_fixtures"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.smoke)])
 def test_saves_at_every_step_or_never_log_same_bits(
     launcher: Launcher, corpus: Path, tmp_path: Path, ranks: int
 ) -> None:

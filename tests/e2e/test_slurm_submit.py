@@ -49,6 +49,7 @@ def process(*arguments: str) -> subprocess.CompletedProcess[str]:
 LLAMA = ["submit", "configs/llama_7b.toml", "--nodes=4", "--gpus-per-node=8", "--time=24:00:00"]
 
 
+@pytest.mark.smoke
 def test_submit_dry_run_prints_script_bash_can_read() -> None:
     name = "--run.dir=runs/it's; rm x"
     done = process(*LLAMA, "--dry-run", name, "--", "-p", "gpu", "--qos=low")
@@ -64,6 +65,7 @@ def test_submit_dry_run_prints_script_bash_can_read() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+@pytest.mark.smoke
 def test_submit_invalid_layout_is_not_queued(kempnerforge: Command) -> None:
     arguments = ["--nodes=3", "--train.sed=1"]
     done = kempnerforge(*LLAMA, *arguments, PATH="")
@@ -82,6 +84,7 @@ esac
 """
 
 
+@pytest.mark.smoke
 def test_submit_shutdown_timeout_fits_partition_grace(kempnerforge: Command, tmp_path: Path) -> None:
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
@@ -116,6 +119,7 @@ SCRIPTS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_submit_renders_the_scripts_of_the_repository(kempnerforge: Command, name: str) -> None:
     done = kempnerforge("submit", *SCRIPTS[name], "--dry-run")

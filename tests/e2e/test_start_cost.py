@@ -47,6 +47,7 @@ def command(*arguments: object) -> str:
     )
 
 
+@pytest.mark.smoke
 def test_cli_help_imports_no_command() -> None:
     for arguments in (["--help"], ["ckpt", "--help"]):
         found = modules_after(command(*arguments))
@@ -79,6 +80,7 @@ def test_train_imports_no_pipelines_and_no_wandb() -> None:
     assert "kempnerforge.config.reference" not in found
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("group", [Groups, Commands])
 def test_cli_summaries_match_first_paragraph_of_help(group: type[Groups] | type[Commands]) -> None:
     for name, member in group.members.items():
@@ -110,6 +112,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> Cou
     return counts
 
 
+@pytest.mark.smoke
 def test_ckpt_ls_file_system_calls_per_step_are_bounded(
     ckpt: Ckpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +140,7 @@ def test_ckpt_ls_file_system_calls_per_step_are_bounded(
 # What a resume does not do
 
 
+@pytest.mark.smoke
 def test_resume_draws_no_weights(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, corpus, **{"train.max_steps": 4, "eval.interval": 0})
     dies_when_drawing = [("kill_at_call", {"target": DRAW, "rank": None})]

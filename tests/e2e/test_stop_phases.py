@@ -190,6 +190,7 @@ def assert_ended_with_stacks(run: Run, ended: Ended, rank: int, why: str) -> Non
         assert text.count("Thread 0x") > 2
 
 
+@pytest.mark.smoke
 def test_stop_second_signal_ends_stuck_process_with_stacks(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
@@ -238,6 +239,7 @@ def test_stop_past_timeout_ends_process_with_stacks(launcher: Launcher, corpus: 
     assert "Traceback" not in ended.outputs[1]
 
 
+@pytest.mark.smoke
 def test_stop_hanging_commit_is_abandoned_and_tears_nothing(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
@@ -272,7 +274,10 @@ def test_stop_interpreter_lock_never_released_ends_process(
 # -- the stop file ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "reason"), [("preempted\nby=me\n", "preempted"), ("", "stop.request")])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [pytest.param("preempted\nby=me\n", "preempted", marks=pytest.mark.smoke), ("", "stop.request")],
+)
 def test_stop_file_stops_all_ranks_and_is_removed(
     launcher: Launcher, corpus: Path, tmp_path: Path, text: str, reason: str
 ) -> None:
@@ -308,6 +313,7 @@ def test_stop_file_old_ignored_and_new_during_setup_counts(
 ENDLESS = SETTINGS | {"train.max_steps": 1_000_000, "train.deadline_margin_s": 1.0}
 
 
+@pytest.mark.smoke
 def test_deadline_reached_saves_in_time_and_logs_margin(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:

@@ -48,7 +48,12 @@ def assert_resumes_bitwise(launcher: Launcher, run: Run, uninterrupted: Run, ste
 
 @pytest.mark.parametrize(
     ("number", "ranks"),
-    [(signal.SIGTERM, [0]), (signal.SIGTERM, [1]), (signal.SIGTERM, [0, 1]), (signal.SIGINT, [0, 1])],
+    [
+        (signal.SIGTERM, [0]),
+        pytest.param(signal.SIGTERM, [1], marks=pytest.mark.smoke),
+        (signal.SIGTERM, [0, 1]),
+        (signal.SIGINT, [0, 1]),
+    ],
     ids=["TERM to rank 0", "TERM to rank 1", "TERM to all", "INT to all"],
 )
 def test_stop_signal_while_training_commits_step_exits_75(
@@ -102,7 +107,7 @@ def test_stop_signal_before_first_step_is_not_lost(
     assert tensor_digests(run.step_folder(STEPS)) == tensor_digests(uninterrupted.step_folder(STEPS))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.smoke)])
 def test_stop_rank_dies_alone_other_rank_ends(
     launcher: Launcher, corpus: Path, tmp_path: Path, uninterrupted: Run, rank: int
 ) -> None:
@@ -151,6 +156,7 @@ def poison(*steps: int) -> list[tuple[str, dict[str, object]]]:
     return [("poison_loss", {"calls": [2 * step for step in steps], "rank": 1})]
 
 
+@pytest.mark.smoke
 def test_skipped_step_not_finite_on_one_rank_counts_on_all(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
@@ -198,6 +204,7 @@ def test_skipped_steps_too_many_in_a_row_end_run(launcher: Launcher, corpus: Pat
     assert run.receipts()[-1]["step"] == 4
 
 
+@pytest.mark.smoke
 def test_skipped_steps_diverging_lr_ends_run(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     """A learning rate that breaks the model ends the run, which does not train on without a model."""
     run = make_run(tmp_path, corpus, **SKIPPING | {"optimizer.lr": 1e30, "scheduler.warmup_steps": 0})
@@ -235,7 +242,7 @@ def saving(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFa
     [
         ("write", 0, "ENOSPC"),
         ("shard", 0, "ENOSPC"),
-        ("shard", 1, "EIO"),
+        pytest.param("shard", 1, "EIO", marks=pytest.mark.smoke),
         ("fsync", 0, "EIO"),
         ("mkdir", 0, "EDQUOT"),
         ("rename", 0, "EIO"),
@@ -305,7 +312,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.parametrize("what", ["the checkpoints", "the whole run"])
+@pytest.mark.parametrize("what", [pytest.param("the checkpoints", marks=pytest.mark.smoke), "the whole run"])
 def test_full_disk_skips_saves_and_keeps_older_steps(
     launcher: Launcher, corpus: Path, tmp_path: Path, small_disk: Path, what: str
 ) -> None:
@@ -322,6 +329,7 @@ def test_full_disk_skips_saves_and_keeps_older_steps(
     assert "Traceback" not in ended.output
 
 
+@pytest.mark.smoke
 def test_full_disk_too_small_for_one_step_is_refused(
     launcher: Launcher, corpus: Path, tmp_path: Path, small_disk: Path
 ) -> None:

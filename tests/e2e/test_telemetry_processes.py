@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.smoke
+
 
 def test_telemetry_host_timing_imports_no_torch() -> None:
     code = """

@@ -20,6 +20,7 @@ pytest_plugins = ["support.wandb_fixtures"]
 pytestmark = pytest.mark.usefixtures("fresh_client")
 
 
+@pytest.mark.smoke
 def test_wandb_sink_without_key_keeps_rows_offline(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Rows and receipt are kept in an offline fragment."""
     told = Told()
@@ -51,6 +52,7 @@ def test_wandb_sink_without_key_keeps_rows_offline(tmp_path: Path, capfd: pytest
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("mode", ["disabled", "offline", "dryrun"])
 def test_wandb_sink_mode_variable_is_respected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
@@ -65,6 +67,7 @@ def test_wandb_sink_mode_variable_is_respected(
     assert len(fragments(tmp_path)) == len(told.notes) == (0 if mode == "disabled" else 1)
 
 
+@pytest.mark.smoke
 def test_wandb_sink_start_failure_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training continues."""
     monkeypatch.setenv("WANDB_MODE", "no-such-mode")
@@ -98,6 +101,7 @@ def run_python(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.smoke
 def test_wandb_sink_dead_client_warns_once(tmp_path: Path) -> None:
     """Training continues."""
     done = run_python(

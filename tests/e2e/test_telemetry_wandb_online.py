@@ -16,6 +16,7 @@ pytest_plugins = ["support.wandb_fixtures"]
 pytestmark = pytest.mark.usefixtures("fresh_client")
 
 
+@pytest.mark.smoke
 def test_wandb_online_attempts_continue_one_run(tmp_path: Path, server: WandbServer) -> None:
     told = [Told(), Told()]
     for attempt, steps in ((1, range(1, 6)), (2, range(4, 9))):

@@ -122,6 +122,7 @@ def test_wandb_sync_killed_attempts_become_one_run(
     assert server.exit_codes == [0, 0, 0]
 
 
+@pytest.mark.smoke
 def test_wandb_sync_refused_rows_uploaded_by_repetition(
     tmp_path: Path, server: WandbServer, sync: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +145,7 @@ def test_wandb_sync_refused_rows_uploaded_by_repetition(
     ]
 
 
+@pytest.mark.smoke
 def test_wandb_sync_missing_key_or_server_is_reported(
     tmp_path: Path, sync: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +163,7 @@ def test_wandb_sync_missing_key_or_server_is_reported(
     assert "Traceback" not in err
 
 
+@pytest.mark.smoke
 def test_wandb_sync_dry_run_imports_no_wandb_and_no_torch(tmp_path: Path) -> None:
     """A dry run uses no network either."""
     made_up_run(tmp_path / "run", {1: (0, range(1, 6)), 3: (3, range(4, 9))})
@@ -180,6 +183,7 @@ finally:
     assert list(tmp_path.rglob("wandb")) == []
 
 
+@pytest.mark.smoke
 def test_wandb_sync_beside_online_attempt_is_refused(tmp_path: Path, sync: Any) -> None:
     made_up_run(tmp_path / "run", {1: (0, range(1, 4))})
     held = lease.acquire(tmp_path / "run")
@@ -209,6 +213,7 @@ def test_wandb_sync_not_a_run_is_refused(tmp_path: Path, sync: Any) -> None:
 EXIT = {"reason": "", "step": 9, "time": 0.0}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("last_exit", "committed", "expected"),
     [
@@ -229,6 +234,7 @@ def test_last_lasting_step_holds_back_repeatable_steps(
     assert last_lasting_step(record, committed) == expected
 
 
+@pytest.mark.smoke
 def test_by_step_merges_rows_later_value_counts() -> None:
     rows = [{"step": 2, "a": 1, "attempt": 1}, {"step": 0, "a": 5}, {"step": 2, "b": 3, "attempt": 2}]
     assert list(by_step(rows).items()) == [
@@ -237,6 +243,7 @@ def test_by_step_merges_rows_later_value_counts() -> None:
     ]
 
 
+@pytest.mark.smoke
 def test_places_of_attempts_read_from_ledger() -> None:
     start = {"event": "start", "time": 0.0, "slurm_job_id": "", "slurm_restart_count": 0}
     events = [

@@ -128,6 +128,7 @@ def assert_refused(run: Run, ended: Ended, status: int, *reported: str) -> None:
     assert run.rows() == []
 
 
+@pytest.mark.smoke
 def test_warm_start_missing_path_is_refused(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     run = warm(tmp_path / "nowhere", corpus, tmp_path / "warm")
     assert_refused(run, launcher.run(run, ranks=2), 2, "checkpoint.load_path", "nowhere", "does not exist")
@@ -160,6 +161,7 @@ def test_warm_start_damaged_source_fails_unrenamed(
     assert digest_of_folder(damaged.step_folder(SAVED)) == before
 
 
+@pytest.mark.smoke
 def test_warm_start_other_model_is_mismatch(
     launcher: Launcher, corpus: Path, tmp_path: Path, source: Run
 ) -> None:
@@ -168,6 +170,7 @@ def test_warm_start_other_model_is_mismatch(
     assert_refused(run, launcher.run(run, ranks=2), 2, *reported)
 
 
+@pytest.mark.smoke
 def test_resume_other_data_is_refused_unless_allowed(launcher: Launcher, tmp_path: Path, source: Run) -> None:
     run = copy_run(source, tmp_path / "copy")
     other = write_corpus(tmp_path / "other", seed=2)

@@ -11,6 +11,8 @@ import pytest
 
 from kempnerforge.goodput.faults import read_faults
 
+pytestmark = pytest.mark.smoke
+
 NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:2363, "
 CUDA = (
     "unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.23.4\n"

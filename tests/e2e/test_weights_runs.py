@@ -84,6 +84,7 @@ def test_export_and_import_carry_weights_to_another_run(
     assert second.committed() == [2]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("layout", ["tp", "pp"])
 def test_export_tensor_and_pipeline_layouts_match(
     ckpt: Ckpt, launcher: Launcher, corpus: Path, tmp_path: Path, layout: str

@@ -10,6 +10,8 @@ import pytest
 from kempnerforge.config.schema import load_job
 from kempnerforge.plan.report import make_plan
 
+pytestmark = pytest.mark.smoke
+
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.glob("*.toml"))
 

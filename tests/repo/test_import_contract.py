@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from support.import_contract import NO_TORCH, NO_TORCH_AT_IMPORT, PACKAGE, load, violations
 
+pytestmark = pytest.mark.smoke
+
 ROOT = Path(__file__).parents[2]
 
 

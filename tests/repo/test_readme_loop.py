@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
+
+pytestmark = pytest.mark.smoke
 
 README = Path(__file__).parents[2] / "README.md"
 

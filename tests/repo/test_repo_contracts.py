@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.smoke
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "kempnerforge").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")])
 
