@@ -34,7 +34,7 @@ def run_small(name: str, folder: Path, *options: str, launcher: tuple[str, ...] 
     return found
 
 
-def test_bench_save_measures_the_tax(tmp_path: Path) -> None:
+def test_bench_save_measures_overhead(tmp_path: Path) -> None:
     found = run_small("bench_save", tmp_path, "--size", "tiny")
     assert [one["name"] for one in found["comparisons"]] == ["tax_s", "blocking_s", "durable_s", "beside"]
     assert {name: len(rows) for name, rows in found["measured"].items()} == {"ours": 2, "stock": 2}
@@ -42,7 +42,7 @@ def test_bench_save_measures_the_tax(tmp_path: Path) -> None:
         assert all(row["durable_s"] >= row["blocking_s"] > 0 for row in rows)
 
 
-def test_bench_durable_has_four_arms_and_the_raw_limit(tmp_path: Path) -> None:
+def test_bench_durable_has_four_arms_and_raw_limit(tmp_path: Path) -> None:
     found = run_small("bench_durable", tmp_path, "--size", "tiny")
     arms = ("ours blocking", "dcp.save", "ours async", "dcp.async_save", "raw")
     assert {name: len(rows) for name, rows in found["measured"].items()} == dict.fromkeys(arms, 2)
@@ -55,7 +55,7 @@ def test_bench_load_loads_in_every_arm(tmp_path: Path) -> None:
         assert {name: len(rows) for name, rows in arms.items()} == {"ours": 2, "stock": 2, "raw": 2}
 
 
-def test_bench_parts_has_each_part_beside_the_first_step(tmp_path: Path) -> None:
+def test_bench_parts_has_each_part_beside_first_step(tmp_path: Path) -> None:
     found = run_small("bench_parts", tmp_path, "--size", "tiny")
     parts = ("nothing", "copy", "write", "prompt", "save")
     assert {name: len(rows) for name, rows in found["measured"].items()} == dict.fromkeys(parts, 2)
@@ -75,7 +75,7 @@ def test_bench_plan_plays_all_ranks(tmp_path: Path) -> None:
     assert set(found["sizes"]) == {"index.bin", "manifest.json", ".metadata"}
 
 
-def test_bench_stop_measures_from_the_signal_to_the_commit(tmp_path: Path) -> None:
+def test_bench_stop_measures_signal_to_commit(tmp_path: Path) -> None:
     found = run_small("bench_stop", tmp_path, "--size", "tiny")
     assert found["size_bytes"] > 1_800_000
     assert {name: len(rows) for name, rows in found["measured"].items()} == {"stop": 2, "raw": 2}
@@ -117,12 +117,12 @@ def save_with_every_arm(folder: str) -> None:
             ), (name, key)
 
 
-def test_every_arm_saves_the_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_savers_every_arm_saves_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPO / "scripts"))
     run_ranks(save_with_every_arm, 2, str(tmp_path))
 
 
-def test_ratios_have_bounds_and_goals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_ratios_have_bounds_and_goals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(REPO / "scripts"))
     from bench.pairs import Spread, alternate, compare
 

@@ -19,8 +19,8 @@ from support.crash.crash_campaign import (
     Tally,
     explore_recording,
     explore_recovery,
-    go_on,
     sample_trees,
+    train_on,
 )
 from support.crash.disk_model import Disk, Op, read_log
 from support.crash.oracle import CHECKPOINTS, describe
@@ -35,7 +35,7 @@ WHOLE = [(ranks, keep, no_direct) for ranks in (1, 2) for keep in (1, 2) for no_
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_recording_is_complete(recorded: RecordingOf, case: Case) -> None:
+def test_recording_replayed_matches_final_tree(recorded: RecordingOf, case: Case) -> None:
     recording = recorded(case)
     disk = Disk()
     for op in recording.ops:
@@ -52,7 +52,7 @@ def test_the_recording_is_complete(recorded: RecordingOf, case: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
-def test_the_recording_has_every_system_call(tmp_path: Path) -> None:
+def test_recording_has_every_system_call(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from support.crash.crash_campaign import record\n"
         "if __name__ == '__main__': record(Path(sys.argv[1]), ranks=2, keep_last_n=1)\n"
@@ -76,7 +76,7 @@ def test_the_recording_has_every_system_call(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES[:2])
-def test_after_any_crash_the_last_commit_loads(recorded: RecordingOf, scratch: Path, case: Case) -> None:
+def test_crash_sampled_states_last_commit_loads(recorded: RecordingOf, scratch: Path, case: Case) -> None:
     tally = explore_recording(recorded(case), scratch, samples=1, seed=SEED)
     assert tally.states > 2000
     assert tally.distinct > 300
@@ -98,7 +98,7 @@ FORGOTTEN_SYNCS: dict[str, Callable[[Op, Op], bool]] = {
 
 
 @pytest.mark.parametrize("which", FORGOTTEN_SYNCS)
-def test_a_forgotten_sync_is_found(recorded: RecordingOf, scratch: Path, which: str) -> None:
+def test_oracle_missing_sync_is_found(recorded: RecordingOf, scratch: Path, which: str) -> None:
     whole = recorded(CASES[0])
     pairs = list(zip(whole.ops, whole.ops[:1] + whole.ops, strict=False))
     kept = [not FORGOTTEN_SYNCS[which](op, before) for op, before in pairs]
@@ -113,7 +113,7 @@ def test_a_forgotten_sync_is_found(recorded: RecordingOf, scratch: Path, which: 
         explore_recording(dataclasses.replace(whole, ops=ops, commits=commits), scratch, samples=1, seed=SEED)
 
 
-def test_a_crash_while_recovering_from_a_crash(recorded: RecordingOf, scratch: Path) -> None:
+def test_crash_during_recovery_last_commit_loads(recorded: RecordingOf, scratch: Path) -> None:
     assert recover_many(recorded(CASES[1]), scratch, count=12, samples=1).states > 500
 
 
@@ -126,20 +126,20 @@ def recover_many(recording: Recording, scratch: Path, *, count: int, samples: in
     return tally
 
 
-def test_training_goes_on_after_a_crash(recorded: RecordingOf, scratch: Path) -> None:
-    go_on_many(recorded(CASES[1]), scratch, count=4)
+def test_crash_then_training_resumes(recorded: RecordingOf, scratch: Path) -> None:
+    train_on_many(recorded(CASES[1]), scratch, count=4)
 
 
-def go_on_many(recording: Recording, scratch: Path, *, count: int) -> None:
+def train_on_many(recording: Recording, scratch: Path, *, count: int) -> None:
     for number, (tree, allowed) in enumerate(sample_trees(recording, count, SEED + 1)):
-        go_on(tree, allowed, scratch / f"on{number}")
+        train_on(tree, allowed, scratch / f"on{number}")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", WHOLE)
-def test_after_every_crash(recorded: RecordingOf, scratch: Path, case: Case) -> None:
+def test_crash_all_states_last_commit_loads(recorded: RecordingOf, scratch: Path, case: Case) -> None:
     recording = recorded(case)
     print(f"{case}: {explore_recording(recording, scratch / 'a', samples=150, seed=SEED)}")
     print(f"{case}, in a recovery: {recover_many(recording, scratch, count=40, samples=20)}")
-    go_on_many(recording, scratch, count=10)
+    train_on_many(recording, scratch, count=10)

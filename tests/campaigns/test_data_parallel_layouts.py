@@ -61,7 +61,7 @@ def loaded_digests(report: Path, ranks: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("saved", "resumed"), PAIRS)
-def test_saved_under_one_layout_and_resumed_under_another_is_the_same_state_and_the_same_data(
+def test_resume_other_layout_same_state_and_data(
     launcher: Launcher,
     tmp_path: Path,
     sources: Callable[[str], Run],
@@ -102,7 +102,7 @@ def test_saved_under_one_layout_and_resumed_under_another_is_the_same_state_and_
     assert not receipt["bitwise"]
 
 
-def test_resumed_on_the_layout_it_was_saved_under_is_bitwise_the_state_of_every_rank(
+def test_resume_same_layout_is_bitwise(
     launcher: Launcher, tmp_path: Path, sources: Callable[[str], Run]
 ) -> None:
     ranks, overrides = LAYOUTS[HSDP]
@@ -118,9 +118,7 @@ def test_resumed_on_the_layout_it_was_saved_under_is_bitwise_the_state_of_every_
     assert tensor_digests(run.step_folder(STEPS)) == tensor_digests(whole.step_folder(STEPS))
 
 
-def test_every_sample_of_an_epoch_is_read_once_whatever_the_number_of_ranks_along_the_way(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
+def test_epoch_ranks_change_every_sample_read_once(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     settings = {"train.global_batch_size": 8, "eval.interval": 0, "data.prefetch_batches": 0}
     run = make_run(tmp_path / "base", corpus, **settings, **{"checkpoint.interval": 0})
     read = tmp_path / "read"
@@ -139,9 +137,7 @@ def test_every_sample_of_an_epoch_is_read_once_whatever_the_number_of_ranks_alon
     assert sorted(ids) == list(range(len(ids)))
 
 
-def test_a_batch_size_that_was_left_open_is_kept_under_another_number_of_ranks(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
+def test_batch_size_unset_is_kept_on_other_ranks(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     open_size = {"train.global_batch_size": None, "train.batch_size": 2}
     run = make_run(tmp_path / "open", corpus, **SETTINGS, **open_size)
     launcher.finish(run, ranks=2)
@@ -155,7 +151,7 @@ def test_a_batch_size_that_was_left_open_is_kept_under_another_number_of_ranks(
     assert digests == [(step, row.get("data/digest")) for step, row in stated.counting().items()]
 
 
-def test_a_kept_batch_size_that_does_not_divide_is_refused_with_values_that_would(
+def test_batch_size_not_divisible_refused_with_values(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS, **{"train.global_batch_size": None, "train.batch_size": 3})

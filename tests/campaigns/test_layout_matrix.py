@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.patch_target import patch_target
 from support.run_files import Counting, digest_of, tensor_digests
 from support.runs import Launcher, Run, copy_run, make_run
 
@@ -68,7 +69,7 @@ def overrides_of(name: str) -> tuple[str, ...]:
     return tuple(f"--{key}={value}" for key, value in (LAYOUTS | MORE_LAYOUTS)[name][1].items())
 
 
-def go_on(
+def train_to(
     launcher: Launcher, run: Run, name: str, *, to: int, report: Path | None = None, **more: object
 ) -> None:
     """Train under a layout until step ``to``."""
@@ -118,19 +119,19 @@ def uninterrupted(
     def get(steps: int) -> Run:
         if steps not in made:
             made[steps] = make_run(tmp_path_factory.mktemp("uninterrupted"), corpus, **SETTINGS)
-            go_on(launcher, made[steps], "1", to=steps)
+            train_to(launcher, made[steps], "1", to=steps)
         return made[steps]
 
     return get
 
 
-def test_a_run_goes_on_through_every_layout(
+def test_resume_chain_of_layouts_same_course(
     launcher: Launcher, corpus: Path, tmp_path: Path, uninterrupted: Callable[[int], Run]
 ) -> None:
     run = make_run(tmp_path / "chain", corpus, **SETTINGS)
     for step, name in enumerate(LAYOUTS, 1):
         report = tmp_path / f"loaded_{step}"
-        go_on(launcher, run, name, to=step, report=report)
+        train_to(launcher, run, name, to=step, report=report)
         if step > 1:
             stored = trained_tensors(run.step_folder(step - 1))
             assert loaded_digests(report, LAYOUTS[name][0]) == stored, name
@@ -163,7 +164,7 @@ def assert_writing_is_shared(step_folder: Path, ranks: int, name: str) -> None:
 def twenty_steps(launcher: Launcher, corpus: Path, base: Path, whole: Run, name: str) -> None:
     """From the same initial weights, bit for bit, to the same losses, norms and validation losses."""
     run = make_run(base / "run", corpus, **SETTINGS | COMPARED)
-    go_on(launcher, run, name, to=20)
+    train_to(launcher, run, name, to=20)
     assert trained_tensors(run.step_folder(0)) == trained_tensors(whole.step_folder(0))
     assert_same_course(run.counting(), whole.counting())
     assert train_state(run.step_folder(20)) == train_state(whole.step_folder(20))
@@ -176,12 +177,12 @@ COMPARED = {"checkpoint.save_first": True, "eval.interval": 10}
 def compared(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Twenty steps of one process, with validation and a save of step 0."""
     run = make_run(tmp_path_factory.mktemp("compared"), corpus, **SETTINGS | COMPARED)
-    go_on(launcher, run, "1", to=20)
+    train_to(launcher, run, "1", to=20)
     return run
 
 
 @pytest.mark.parametrize("name", ["dp2tp2", "pp2", "pp2dp2 interleaved"])
-def test_twenty_steps_are_those_of_one_process(
+def test_layout_twenty_steps_match_one_process(
     launcher: Launcher, corpus: Path, tmp_path: Path, compared: Run, name: str
 ) -> None:
     twenty_steps(launcher, corpus, tmp_path, compared, name)
@@ -189,7 +190,7 @@ def test_twenty_steps_are_those_of_one_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LAYOUTS | MORE_LAYOUTS if name != "1"])
-def test_twenty_steps_under_every_layout(
+def test_layout_all_twenty_steps_match_one_process(
     launcher: Launcher, corpus: Path, tmp_path: Path, compared: Run, name: str
 ) -> None:
     twenty_steps(launcher, corpus, tmp_path, compared, name)
@@ -198,16 +199,18 @@ def test_twenty_steps_under_every_layout(
 def mixed(launcher: Launcher, corpus: Path, base: Path, name: str, **more: object) -> None:
     """bf16 and recomputation under a layout stay near one process in fp32."""
     plain, run = (make_run(base / folder, corpus, **SETTINGS) for folder in ("plain", "run"))
-    go_on(launcher, plain, "1", to=3)
+    train_to(launcher, plain, "1", to=3)
     low = {"train.mixed_precision": "bf16", "train.activation_checkpointing": "selective"}
-    go_on(launcher, run, name, to=3, **low | more)
+    train_to(launcher, run, name, to=3, **low | more)
     for step, row in plain.counting().items():
         assert run.counting()[step]["train/loss"] == pytest.approx(row["train/loss"], rel=0.02)
         assert run.counting()[step]["train/loss"] != row["train/loss"]
 
 
 @pytest.mark.parametrize("name", ["tp2", "pp2"])
-def test_bf16_and_recomputation(launcher: Launcher, corpus: Path, tmp_path: Path, name: str) -> None:
+def test_layout_bf16_recomputed_near_fp32(
+    launcher: Launcher, corpus: Path, tmp_path: Path, name: str
+) -> None:
     mixed(launcher, corpus, tmp_path, name)
 
 
@@ -218,7 +221,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", ["dp2tp2", "pp2tp2", "pp2dp2 interleaved"])
-def test_bf16_recomputation_and_compilation(
+def test_layout_bf16_recomputed_compiled_near_fp32(
     launcher: Launcher, corpus: Path, tmp_path: Path, name: str
 ) -> None:
     mixed(launcher, corpus, tmp_path, name, **COMPILED)
@@ -227,17 +230,15 @@ def test_bf16_recomputation_and_compilation(
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", ["tp2", "pp2", "dp2tp2", "pp2tp2", "pp2dp2 interleaved"])
-def test_compiled_and_recomputed_it_is_the_same_course(
+def test_layout_compiled_recomputed_same_course(
     launcher: Launcher, corpus: Path, tmp_path: Path, uninterrupted: Callable[[int], Run], name: str
 ) -> None:
     run = make_run(tmp_path / "run", corpus, **SETTINGS)
-    go_on(launcher, run, name, to=4, **COMPILED | {"train.activation_checkpointing": "selective"})
+    train_to(launcher, run, name, to=4, **COMPILED | {"train.activation_checkpointing": "selective"})
     assert_same_course(run.counting(), uninterrupted(4).counting())
 
 
-def test_a_loss_that_is_not_finite_in_the_last_stage_is_skipped_by_all(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
+def test_pipeline_loss_not_finite_is_skipped_by_all(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", corpus, **SETTINGS)
     poison = ("poison_loss", {"calls": [3], "rank": 1})
     arguments = (*overrides_of("pp2"), "--train.max_steps=2")
@@ -253,10 +254,11 @@ def test_a_loss_that_is_not_finite_in_the_last_stage_is_skipped_by_all(
 
 KILLED_UNDER = ("dp2tp2", "pp2", "hsdp2x2", "pp2dp2 interleaved", "tp2")
 SAVING = {"checkpoint.interval": 2, "checkpoint.async_mode": "disabled"}
-KILL = ("kill_at_call", {"target": "kempnerforge.checkpoint.state:TrainState.advance", "call": 3})
+ADVANCE = patch_target("kempnerforge.checkpoint.state:TrainState.advance")
+KILL = ("kill_at_call", {"target": ADVANCE, "call": 3})
 
 
-def test_killed_five_times_and_resumed_under_another_layout_each_time(
+def test_resume_killed_under_five_layouts_same_course(
     launcher: Launcher, corpus: Path, tmp_path: Path, uninterrupted: Callable[[int], Run]
 ) -> None:
     run = make_run(tmp_path / "killed", corpus, **SETTINGS | SAVING)
@@ -267,33 +269,29 @@ def test_killed_five_times_and_resumed_under_another_layout_each_time(
         ended = launcher.run(run, *arguments, ranks=ranks, faults=[KILL], timeout_s=180)
         assert -9 in ended.statuses, ended.output
         assert len(run.receipts()) == number
-    go_on(launcher, run, "1", to=steps)
+    train_to(launcher, run, "1", to=steps)
     assert_same_course(run.counting(), uninterrupted(steps).counting())
 
 
-def stopped_and_gone_on_is_bitwise(launcher: Launcher, corpus: Path, base: Path, name: str) -> None:
+def stopped_and_resumed_is_bitwise(launcher: Launcher, corpus: Path, base: Path, name: str) -> None:
     whole, stopped = (make_run(base / folder, corpus, **SETTINGS) for folder in ("whole", "stopped"))
-    go_on(launcher, whole, name, to=4)
-    go_on(launcher, stopped, name, to=2)
-    go_on(launcher, stopped, name, to=4)
+    train_to(launcher, whole, name, to=4)
+    train_to(launcher, stopped, name, to=2)
+    train_to(launcher, stopped, name, to=4)
     assert stopped.receipts()[-1]["rng"] == "restored"
     assert stopped.counting() == whole.counting()
     assert tensor_digests(stopped.step_folder(4)) == tensor_digests(whole.step_folder(4))
 
 
 @pytest.mark.parametrize("name", ["tp2", "pp2dp2 interleaved"])
-def test_under_the_same_layout_it_goes_on_bitwise(
-    launcher: Launcher, corpus: Path, tmp_path: Path, name: str
-) -> None:
-    stopped_and_gone_on_is_bitwise(launcher, corpus, tmp_path, name)
+def test_resume_same_layout_is_bitwise(launcher: Launcher, corpus: Path, tmp_path: Path, name: str) -> None:
+    stopped_and_resumed_is_bitwise(launcher, corpus, tmp_path, name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_under_every_layout_it_goes_on_bitwise(
-    launcher: Launcher, corpus: Path, tmp_path: Path, name: str
-) -> None:
-    stopped_and_gone_on_is_bitwise(launcher, corpus, tmp_path, name)
+def test_resume_every_layout_is_bitwise(launcher: Launcher, corpus: Path, tmp_path: Path, name: str) -> None:
+    stopped_and_resumed_is_bitwise(launcher, corpus, tmp_path, name)
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +304,7 @@ def sources(
     def source(name: str) -> Run:
         if name not in made:
             made[name] = make_run(tmp_path_factory.mktemp("source") / "base", corpus, **SETTINGS)
-            go_on(launcher, made[name], name, to=3)
+            train_to(launcher, made[name], name, to=3)
         return made[name]
 
     return source
@@ -314,7 +312,7 @@ def sources(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("saved", "resumed"), [*itertools.permutations(LAYOUTS, 2)])
-def test_every_pair_of_layouts(
+def test_resume_every_pair_of_layouts_same_course(
     launcher: Launcher,
     tmp_path: Path,
     sources: Callable[[str], Run],
@@ -323,7 +321,7 @@ def test_every_pair_of_layouts(
     resumed: str,
 ) -> None:
     run = copy_run(sources(saved), tmp_path / "copy")
-    go_on(launcher, run, resumed, to=6, report=tmp_path / "loaded")
+    train_to(launcher, run, resumed, to=6, report=tmp_path / "loaded")
     assert loaded_digests(tmp_path / "loaded", LAYOUTS[resumed][0]) == trained_tensors(run.step_folder(3))
     assert_same_course(run.counting(), uninterrupted(6).counting())
     groups = [train_state(one.step_folder(6))["optimizer"] for one in (run, uninterrupted(6))]

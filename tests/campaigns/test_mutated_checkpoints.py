@@ -35,7 +35,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
 
 
 @pytest.mark.parametrize("maker", [maker for maker, _ in MAKERS], ids=lambda maker: maker.__name__)
-def test_every_kind_of_mutation_changes_something(target: Target, maker: Maker) -> None:
+def test_mutation_every_kind_changes_something(target: Target, maker: Maker) -> None:
     _, subject = target
     drawn = [maker(subject, random.Random(seed)) for seed in range(30)]
     assert all(isinstance(mutation, Mutation) and mutation.changes for mutation in drawn)
@@ -83,8 +83,8 @@ TRAPS: dict[str, Callable[[Subject], Changes]] = {
     "a name that no file system takes": another_name("x" * 300),
     "half a character in a name": another_name("\ud800"),
     "an endless time": resigned_manifest(time=float("inf"), attempt=float("inf")),
-    "a config that is no text": lambda s: resigned(s.files, layout.CONFIG, b"\xff\xfe"),
-    "a config that is no TOML": lambda s: resigned(s.files, layout.CONFIG, b"a = 1\na = 2"),
+    "a config that is not text": lambda s: resigned(s.files, layout.CONFIG, b"\xff\xfe"),
+    "a config that is not TOML": lambda s: resigned(s.files, layout.CONFIG, b"a = 1\na = 2"),
     "a train state without counters": lambda s: resigned(
         s.files, layout.TRAIN_STATE, json.dumps({"data": {"cursor": {}, "fingerprint": {}}}).encode()
     ),
@@ -93,7 +93,7 @@ TRAPS: dict[str, Callable[[Subject], Changes]] = {
 
 
 @pytest.mark.parametrize("trap", TRAPS)
-def test_traps(target: Target, monkeypatch: pytest.MonkeyPatch, trap: str) -> None:
+def test_load_trap_is_refused(target: Target, monkeypatch: pytest.MonkeyPatch, trap: str) -> None:
     loader, subject = target
     monkeypatch.setattr(resume, "RETRY_DELAYS_S", (0.0,))
     with loader.changed(TRAPS[trap](subject)):
@@ -104,7 +104,7 @@ def test_traps(target: Target, monkeypatch: pytest.MonkeyPatch, trap: str) -> No
 
 
 @pytest.mark.parametrize("field", [*Provenance.__dataclass_fields__, "time"])
-def test_a_manifest_may_say_anything_of_its_run(
+def test_resume_odd_manifest_field_is_survived(
     target: Target, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     loader, subject = target
@@ -114,7 +114,7 @@ def test_a_manifest_may_say_anything_of_its_run(
             assert loader.resume(3) in ("loaded", "older", "MismatchError"), value
 
 
-def test_a_block_among_others(tmp_path: Path) -> None:
+def test_load_flipped_bit_in_large_shard_is_found(tmp_path: Path) -> None:
     weight = torch.arange(3 * BLOCK_BYTES // 4 + 1000, dtype=torch.float32)
     AsyncCheckpointer().save({"w": weight}, tmp_path / "c")
     (path,) = (tmp_path / "c").glob("*.safetensors")
@@ -137,7 +137,7 @@ def test_a_block_among_others(tmp_path: Path) -> None:
                         load_tensors(loaded, SafetensorsReader(tmp_path / "c"))
 
 
-def test_some_mutations(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_sampled_mutations_are_refused(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     before = peak_memory_mb()
     counts = run_mutations(*target, 600, SEED, monkeypatch)
     assert counts["DamagedCheckpointError"] > 300
@@ -147,7 +147,7 @@ def test_some_mutations(target: Target, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_ten_thousand_mutations(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_ten_thousand_mutations_are_refused(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     before = peak_memory_mb()
     counts = run_mutations(*target, 10_000, SEED + 1, monkeypatch)
     print(f"mutations: {counts.total()}, {dict(counts)}, {peak_memory_mb() - before:.0f} MB more at the peak")

@@ -21,7 +21,7 @@ def save_weights(run_dir: Path, step: int, provenance: Provenance) -> None:
 
 
 @pytest.mark.parametrize("provenance", [Provenance(), Provenance(step=5)], ids=["of no run", "of the run"])
-def test_weights_alone_are_passed_over_and_not_counted(tmp_path: Path, provenance: Provenance) -> None:
+def test_resume_weights_only_step_passed_over_uncounted(tmp_path: Path, provenance: Provenance) -> None:
     save_all(Plan(str(tmp_path), (1, 2)))
     save_weights(tmp_path, 5, provenance)
     state = make_state()
@@ -34,12 +34,12 @@ def test_weights_alone_are_passed_over_and_not_counted(tmp_path: Path, provenanc
     assert any("step 5 was left as it is" in line for line in receipt.lines())
     # Were it the newest of the last one, step 2 would have gone.
     assert layout.committed_steps(tmp_path / "checkpoints") == [5, 2]
-    told = save_all(Plan(str(tmp_path), (3, 4), attempt=3))
-    assert (told["resumed"], told["errors"]) == (2, ["", ""])
+    learnt = save_all(Plan(str(tmp_path), (3, 4), attempt=3))
+    assert (learnt["resumed"], learnt["errors"]) == (2, ["", ""])
     assert layout.committed_steps(tmp_path / "checkpoints") == [5, 4]
 
 
-def test_with_weights_alone_a_run_does_not_begin_again(tmp_path: Path) -> None:
+def test_resume_weights_only_does_not_start_afresh(tmp_path: Path) -> None:
     save_weights(tmp_path, 5, Provenance())
     state = make_state()
     manager = make_manager(Plan(str(tmp_path)), state)

@@ -58,7 +58,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
 
 
-def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
+def test_storage_round_trip_is_bit_exact(tmp_path: Path) -> None:
     path = save_sample(tmp_path)
     loaded = empty_like(sample_tensors())
     load_tensors(loaded, SafetensorsReader(path))
@@ -66,7 +66,7 @@ def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["step_00000007"]
 
 
-def test_dcp_load_reads_tensors_and_other_leaves_without_unpickling_files(tmp_path: Path) -> None:
+def test_dcp_load_reads_tensors_and_other_leaves(tmp_path: Path) -> None:
     state = {"net": {"w": torch.ones(3)}, "epoch": 4, "pair": (1, float("inf")), "raw": {"x": b"\x00\xff"}}
     AsyncCheckpointer().save(state, tmp_path / "c")
     target = {"net": {"w": torch.zeros(3)}, "epoch": 0, "pair": None, "raw": {"x": None}}
@@ -75,14 +75,14 @@ def test_dcp_load_reads_tensors_and_other_leaves_without_unpickling_files(tmp_pa
     assert (target["epoch"], target["pair"], target["raw"]) == (4, (1, float("inf")), {"x": b"\x00\xff"})
 
 
-def test_stock_hugging_face_reader_reads_the_folder(tmp_path: Path) -> None:
+def test_hugging_face_reader_stock_reads_folder(tmp_path: Path) -> None:
     path = save_sample(tmp_path)
     loaded = empty_like(sample_tensors())
     load(loaded, storage_reader=HuggingFaceStorageReader(str(path)))
     assert_equal(loaded, sample_tensors())
 
 
-def test_shard_file_layout(tmp_path: Path) -> None:
+def test_shard_file_layout_is_aligned_without_gaps(tmp_path: Path) -> None:
     path = save_sample(tmp_path)
     (shard,) = path.glob("*.safetensors")
     assert shard.name == "shard_00000_of_00001.safetensors"
@@ -101,13 +101,13 @@ def test_shard_file_layout(tmp_path: Path) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_what_a_checkpoint_cannot_hold_is_a_type_error_before_anything_is_written(tmp_path: Path) -> None:
+def test_save_unsupported_leaf_raises_before_writing(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"a\.b .*Path"):
         AsyncCheckpointer().save({"a": {"b": Path("/")}, "w": torch.ones(2)}, tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_committed_checkpoint_is_never_replaced(tmp_path: Path) -> None:
+def test_save_over_committed_checkpoint_is_refused(tmp_path: Path) -> None:
     path = save_sample(tmp_path)
     before = (path / layout.MANIFEST).read_bytes()
     with pytest.raises(SaveFailedError, match="never replaced"):
@@ -115,13 +115,13 @@ def test_a_committed_checkpoint_is_never_replaced(tmp_path: Path) -> None:
     assert (path / layout.MANIFEST).read_bytes() == before
 
 
-def test_another_dtype_is_a_mismatch_not_a_cast(tmp_path: Path) -> None:
+def test_load_other_dtype_is_mismatch_not_cast(tmp_path: Path) -> None:
     path = save_sample(tmp_path)
     with pytest.raises(MismatchError, match=r"model\.weight is torch\.float32"):
         load_tensors({"model.weight": torch.zeros(33, 7, dtype=torch.bfloat16)}, SafetensorsReader(path))
 
 
-def test_digests_are_kept_by_block(tmp_path: Path) -> None:
+def test_manifest_large_shard_has_digest_per_block(tmp_path: Path) -> None:
     big = {"w": torch.arange(5_000_000, dtype=torch.float32), "v": torch.randn(3, 1_000_000)}
     AsyncCheckpointer().save(big, tmp_path / "c")
     loaded = empty_like(big)
@@ -132,7 +132,7 @@ def test_digests_are_kept_by_block(tmp_path: Path) -> None:
     assert len(record.xxh3_128) == 2
 
 
-def test_stock_dcp_saves_through_the_plug_in(tmp_path: Path) -> None:
+def test_storage_writer_stock_dcp_save_round_trips(tmp_path: Path) -> None:
     save({"state": sample_tensors()}, storage_writer=SafetensorsWriter(tmp_path / "c"))
     loaded = empty_like({f"state.{name}": tensor for name, tensor in sample_tensors().items()})
     load_tensors(loaded, SafetensorsReader(tmp_path / "c"))
@@ -143,7 +143,7 @@ def test_stock_dcp_saves_through_the_plug_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["shard_00000_of_00001.safetensors", "index.bin", "train_state.json"])
-def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path, name: str) -> None:
+def test_load_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
     path = save_sample(tmp_path, epoch=3)
     data = bytearray((path / name).read_bytes())
     for position in {0, len(data) // 2, len(data) - 1}:
@@ -180,7 +180,7 @@ def save_sharded(folder: str) -> None:
             torch.testing.assert_close(tensor.full_tensor(), full, rtol=0, atol=0)
 
 
-def test_sharded_tensors_load_under_any_placement(tmp_path: Path) -> None:
+def test_load_sharded_tensors_under_any_placement(tmp_path: Path) -> None:
     run_ranks(save_sharded, 4, str(tmp_path))
     full = torch.arange(7 * 6, dtype=torch.float32).reshape(7, 6)
     loaded = {name: torch.zeros(7, 6) for name in ("rows", "columns", "both", "plain")}
@@ -212,6 +212,6 @@ def save_with_one_bad_rank(folder: str) -> None:
     AsyncCheckpointer().save({"w": sharded}, Path(folder) / "d")
 
 
-def test_an_error_on_one_rank_reaches_all_and_the_next_save_works(tmp_path: Path) -> None:
+def test_save_error_on_one_rank_reaches_all_ranks(tmp_path: Path) -> None:
     run_ranks(save_with_one_bad_rank, 2, str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blocker", "d"]

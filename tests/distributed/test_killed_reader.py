@@ -1,4 +1,4 @@
-"""A reader that was killed holds nothing."""
+"""The read lock of a reader that was killed keeps nothing."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def files(step: Path) -> list[Path]:
     return sorted((step.parent / "holds").glob("*"))
 
 
-def hold_for_ever(step: Path, held: Event) -> None:
+def lock_for_ever(step: Path, locked: Event) -> None:
     with holds.hold(step, what="verify"):
-        held.set()
+        locked.set()
         time.sleep(600)
 
 
-def test_a_reader_that_was_killed_keeps_nothing(step: Path) -> None:
+def test_read_lock_reader_killed_keeps_nothing(step: Path) -> None:
     context = multiprocessing.get_context("fork")
-    held = context.Event()
-    process = context.Process(target=hold_for_ever, args=(step, held))
+    locked = context.Event()
+    process = context.Process(target=lock_for_ever, args=(step, locked))
     process.start()
-    assert held.wait(20)
+    assert locked.wait(60), "the reader does not begin"
     assert list(holds.readers(step.parent)) == [7]
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)

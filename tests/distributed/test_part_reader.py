@@ -53,9 +53,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return buffered
 
 
-def test_blocks_that_tensors_tile_are_read_straight_into_them(
-    saved: tuple[Path, Tensors], blocks: list[int]
-) -> None:
+def test_part_reader_tiled_blocks_skip_buffer(saved: tuple[Path, Tensors], blocks: list[int]) -> None:
     path, tensors = saved
     loaded = zeros(tensors)
     load_tensors(loaded, SafetensorsReader(path))
@@ -63,9 +61,7 @@ def test_blocks_that_tensors_tile_are_read_straight_into_them(
     assert blocks == [0], "the block of the header, which no tensor wants, and no other"
 
 
-def test_a_hole_in_what_is_wanted_costs_one_buffered_block(
-    saved: tuple[Path, Tensors], blocks: list[int]
-) -> None:
+def test_part_reader_gap_costs_one_buffered_block(saved: tuple[Path, Tensors], blocks: list[int]) -> None:
     path, tensors = saved
     wanted = {name: tensor for name, tensor in tensors.items() if name != "d"}
     loaded = zeros(wanted)
@@ -74,7 +70,7 @@ def test_a_hole_in_what_is_wanted_costs_one_buffered_block(
     assert len(blocks) == len(set(blocks)) <= 2
 
 
-def test_targets_that_are_not_contiguous_are_filled_too(saved: tuple[Path, Tensors]) -> None:
+def test_part_reader_noncontiguous_target_is_filled(saved: tuple[Path, Tensors]) -> None:
     path, tensors = saved
     backing = torch.zeros(15, BIG // 10)
     loaded = zeros(tensors) | {"c": backing.t()}
@@ -82,7 +78,7 @@ def test_targets_that_are_not_contiguous_are_filled_too(saved: tuple[Path, Tenso
     check(loaded, tensors)
 
 
-def test_a_read_that_went_wrong_once_is_repeated(
+def test_part_reader_wrong_read_is_repeated(
     saved: tuple[Path, Tensors], blocks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, tensors = saved
@@ -103,9 +99,7 @@ def test_a_read_that_went_wrong_once_is_repeated(
 
 
 @pytest.mark.parametrize("at", [16 << 20, (16 << 20) + 5_000_000, -1])
-def test_a_flipped_bit_in_a_block_that_is_read_straight_is_found(
-    saved: tuple[Path, Tensors], at: int
-) -> None:
+def test_part_reader_flipped_bit_is_found(saved: tuple[Path, Tensors], at: int) -> None:
     path, tensors = saved
     data = bytearray((path / SHARD).read_bytes())
     data[at] ^= 4
@@ -114,7 +108,9 @@ def test_a_flipped_bit_in_a_block_that_is_read_straight_is_found(
         load_tensors(zeros(tensors), SafetensorsReader(path))
 
 
-def test_small_reads_are_put_together(saved: tuple[Path, Tensors], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_part_reader_small_reads_are_merged(
+    saved: tuple[Path, Tensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, tensors = saved
     calls: list[int] = []
     scattered = fsio.read_scattered
@@ -126,6 +122,6 @@ def test_small_reads_are_put_together(saved: tuple[Path, Tensors], monkeypatch: 
     assert len(calls) <= sum(calls) / digest._GROUP_BYTES + 3
 
 
-def test_another_shape_is_a_mismatch(saved: tuple[Path, Tensors]) -> None:
+def test_part_reader_other_shape_is_mismatch(saved: tuple[Path, Tensors]) -> None:
     with pytest.raises(MismatchError, match=r"b is \(5000000,\) in c and \(3,\) here"):
         load_tensors({"b": torch.zeros(3)}, SafetensorsReader(saved[0]))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from support.clock import FakeClock
 from support.ranks import run_ranks
 
 from kempnerforge.checkpoint.run_record import RunRecord
@@ -27,7 +28,7 @@ def begin(folder: Path, size: int) -> RunRecord:
     return record
 
 
-def test_attempts_are_counted_and_identity_stays(tmp_path: Path) -> None:
+def test_run_folder_next_attempt_keeps_identity(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "a"
     first = begin(folder, 12)
     record_exit(folder, status=75, reason="stopped by SIGTERM", step=40)
@@ -42,20 +43,20 @@ def test_attempts_are_counted_and_identity_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"run_id": 1}', '{"unknown": 1}'])
-def test_a_broken_run_file_is_told_and_left_alone(tmp_path: Path, content: str) -> None:
+def test_run_folder_broken_run_file_reported_and_kept(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(RunFolderError, match=r"run\.json cannot be read"):
         open_run(tmp_path, ALONE, first_global_batch_size=1)
     assert (tmp_path / "run.json").read_text() == content
 
 
-def test_checkpoints_without_a_run_file_are_not_taken_over(tmp_path: Path) -> None:
+def test_run_folder_checkpoints_without_run_file_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(RunFolderError, match="it is not known whose"):
         open_run(tmp_path, ALONE, first_global_batch_size=1)
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_run_folder_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunFolderError, match=r"run\.dir: .*cannot be used"):
         open_run(tmp_path / "file" / "run", ALONE, first_global_batch_size=1)
@@ -66,7 +67,7 @@ def open_on_two_nodes(base: str) -> str:
     node = Path(base) / f"node{dist.get_rank()}"
     node.mkdir()
     os.chdir(node)
-    run_folder._NONCE_WAIT_S = 0.5
+    run_folder.time = FakeClock()  # type: ignore[assignment]
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     with pytest.raises(RunFolderError) as caught:
@@ -74,7 +75,7 @@ def open_on_two_nodes(base: str) -> str:
     return str(caught.value)
 
 
-def test_a_node_local_folder_is_refused_on_all_ranks(tmp_path: Path) -> None:
+def test_run_folder_node_local_refused_on_all_ranks(tmp_path: Path) -> None:
     first, second = run_ranks(open_on_two_nodes, 2, str(tmp_path))
     assert first == second
     assert "must be on a file system that all nodes share" in first

@@ -51,7 +51,7 @@ CHANGES: dict[str, Callable[[Tensors], Tensors]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_plan_is_made_again_when_the_tree_changes(change: str, tmp_path: Path, plans: list[int]) -> None:
+def test_save_plan_tree_changed_is_made_again(change: str, tmp_path: Path, plans: list[int]) -> None:
     checkpointer = AsyncCheckpointer(AsyncCheckpointMode.disabled)
     before = {"a": torch.rand(5), "b": torch.rand(2, 3)}
     after = CHANGES[change](before)
@@ -80,5 +80,5 @@ def save_with_other_placements(folder: str) -> None:
     checkpointer.close()
 
 
-def test_a_plan_is_made_again_when_placements_change(tmp_path: Path) -> None:
+def test_save_plan_placements_changed_is_made_again(tmp_path: Path) -> None:
     run_ranks(save_with_other_placements, 2, str(tmp_path))

@@ -69,7 +69,7 @@ def _check_box(tensor: DTensor, numbers: Tensor) -> None:
         assert torch.equal(tensor.to_local().to(numbers.dtype), numbers[index])
 
 
-def test_dtensors_of_every_layout_get_the_plain_tensors_values() -> None:
+def test_init_dtensor_layouts_match_plain_values() -> None:
     run_ranks(_check_dtensors, 4)
 
 
@@ -93,7 +93,7 @@ def _check_fsdp_over_tp() -> None:
             _check_box(weight, drawn(tuple(values.shape), name=name))
 
 
-def test_fsdp_over_tensor_parallelism_gets_the_plain_tensors_values() -> None:
+def test_init_fsdp_over_tp_matches_plain_values() -> None:
     run_ranks(_check_fsdp_over_tp, 4)
 
 
@@ -113,7 +113,7 @@ def _model_digests(replicate: int, shard: int) -> dict[str, str]:
     return found
 
 
-def test_one_process_and_many_start_from_the_same_bits() -> None:
+def test_init_one_and_many_processes_same_bits() -> None:
     with torch.device("meta"):
         model = Llama(CONFIG)
     model.to_empty(device="cpu")
@@ -139,6 +139,6 @@ def _drawn_blocks(placements: list[Any]) -> list[int]:
     return blocks
 
 
-def test_a_rank_draws_only_the_blocks_that_it_holds() -> None:
+def test_init_rank_draws_only_blocks_it_holds() -> None:
     assert run_ranks(_drawn_blocks, 2, [Shard(0)]) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert run_ranks(_drawn_blocks, 2, [Replicate()]) == [list(range(8)), list(range(8))]

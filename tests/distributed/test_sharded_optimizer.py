@@ -68,5 +68,5 @@ def describe(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_state_made_early_trains_as_torchs_own_when_sharded(fused: bool) -> None:
+def test_optimizer_eager_sharded_state_trains_as_lazy(fused: bool) -> None:
     run_ranks(_compare_with_lazy_state, 2, fused, True)

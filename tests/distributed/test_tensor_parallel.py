@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
-from support.tiny_model import FakeBatch, global_batch, local_step, sharded_model, train_config, whole
+from support.tiny_model import (
+    TP_MODEL,
+    FakeBatch,
+    global_batch,
+    local_step,
+    sharded_model,
+    train_config,
+    whole,
+)
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
-
-from kempnerforge.config.schema import ModelConfig
-
-CONFIG = ModelConfig(
-    dim=24,
-    n_layers=2,
-    n_heads=4,
-    n_kv_heads=2,
-    ffn_hidden_dim=50,
-    vocab_size=67,
-    max_seq_len=16,
-    init_std=0.2,
-)
-"""67 rows are uneven over two ranks, and again over two shards of each."""
 
 
 def _train(tied: bool, tp: int, options: dict[str, str]) -> tuple[list[tuple[float, ...]], dict[str, Tensor]]:
     """(loss, norm) of every step, the validation loss, and the whole weights after."""
-    config = CONFIG.model_copy(update={"tie_embeddings": tied})
+    config = TP_MODEL.model_copy(update={"tie_embeddings": tied})
     model = sharded_model(train_config(**options), tp=tp, config=config)
     step = local_step(model, tp=tp)
     dp = dist.get_world_size() // tp
@@ -57,32 +49,14 @@ def test_tensor_parallel_ranks_train_as_one(ranks: int, tied: bool) -> None:
 
 
 @pytest.mark.parametrize("remat", ["selective", "full"])
-def test_recomputation_changes_no_bit(remat: str) -> None:
+def test_tensor_parallel_recomputation_changes_no_bit(remat: str) -> None:
     expected = run_ranks(_train, 2, False, 2, {"mixed_precision": "bf16"})
     found = run_ranks(_train, 2, False, 2, {"mixed_precision": "bf16", "activation_checkpointing": remat})
     assert [rows for rows, _ in found] == [rows for rows, _ in expected]
 
 
-def _gradients(compile_model: bool) -> dict[str, Tensor]:
-    model = sharded_model(train_config(compile_model=compile_model), tp=2, config=CONFIG)
-    tokens_BT = global_batch(0)
-    batch = FakeBatch(tokens_BT[None, :, :-1], tokens_BT[None, :, 1:], tokens_BT[:, 1:].numel())
-    local_step(model, tp=2).forward_backward(batch)
-    return {name: whole(param.grad) for name, param in model.named_parameters() if param.grad is not None}
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_have_the_same_gradients() -> None:
-    """The embedding's too, which torch 2.13 loses when a compiled block gets a collective that still runs."""
-    expected, *_ = run_ranks(_gradients, 2, False)
-    for found in run_ranks(_gradients, 2, True, timeout_s=400):
-        assert found.keys() == expected.keys()
-        for name, gradient in found.items():
-            assert (gradient - expected[name]).norm() < 1e-5 * expected[name].norm(), name
-
-
 def _placements() -> dict[str, tuple[str, int]]:
-    model = sharded_model(tp=2, config=CONFIG)
+    model = sharded_model(tp=2, config=TP_MODEL)
     logits = model(torch.zeros(1, 8, dtype=torch.int64))
     assert isinstance(logits, DTensor)
     assert logits.placements == (Shard(2),)
@@ -95,7 +69,7 @@ def _placements() -> dict[str, tuple[str, int]]:
     return found
 
 
-def test_matrices_are_cut_and_norms_are_copied() -> None:
+def test_tensor_parallel_matrices_cut_norms_copied() -> None:
     found = run_ranks(_placements, 2)
     block = "layers.0."
     for name in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3"):

@@ -13,6 +13,7 @@ from support.ranks import run_ranks
 from support.tiny_model import (
     CPU,
     MODEL,
+    adamw,
     batch_of_rank,
     global_batch,
     local_step,
@@ -78,7 +79,7 @@ def reference(grad_clip_norm: float = 1.0) -> tuple[list[tuple[float, float]], d
     [(1, 1, 1), (1, 4, 1), (2, 2, 1), (4, 1, 1), (2, 2, 2), (4, 2, 2)],
     ids=lambda value: str(value),
 )
-def test_every_layout_and_accumulation_trains_as_plain_torch(
+def test_step_layouts_and_accumulation_match_plain_torch(
     ranks: int, accumulation: int, replicate: int
 ) -> None:
     expected_rows, expected_weights = reference()
@@ -90,14 +91,14 @@ def test_every_layout_and_accumulation_trains_as_plain_torch(
             torch.testing.assert_close(weight, expected_weights[name], rtol=1e-3, atol=2e-5)
 
 
-def test_no_clipping_when_it_is_off() -> None:
+def test_step_clipping_off_matches_plain_torch() -> None:
     expected_rows, _ = reference(grad_clip_norm=0.0)
     [(rows, _)] = run_ranks(_train, 1, 1, 1, "fp32", 0.0)
     torch.testing.assert_close(torch.tensor(rows), torch.tensor(expected_rows), rtol=2e-5, atol=0)
 
 
 @pytest.mark.parametrize(("precision", "replicate"), [("fp32", 1), ("bf16", 1), ("fp32", 2)])
-def test_two_identical_runs_have_the_same_bits(precision: str, replicate: int) -> None:
+def test_step_identical_runs_have_same_bits(precision: str, replicate: int) -> None:
     first = run_ranks(_train, 2, 2, replicate, precision)
     again = run_ranks(_train, 2, 2, replicate, precision)
     for (rows, weights), (rows_again, weights_again) in zip(first, again, strict=True):
@@ -105,7 +106,7 @@ def test_two_identical_runs_have_the_same_bits(precision: str, replicate: int) -
         assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
 
 
-def test_bf16_is_near_fp32_and_keeps_fp32_weights() -> None:
+def test_step_bf16_near_fp32_and_keeps_fp32_weights() -> None:
     [(rows, weights)] = run_ranks(_train, 1, 2, 1, "bf16")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     torch.testing.assert_close(torch.tensor(rows), torch.tensor(reference()[0]), rtol=0.05, atol=0)
@@ -125,8 +126,8 @@ def _digest(model: Llama, optimizer: torch.optim.Optimizer) -> str:
 def _train_around_a_bad_step(bad: str | None) -> tuple[list[UpdateResult], list[UpdateResult], str]:
     """Two good steps with a bad one between them; a rank other than 0 is the only one that sees the cause."""
     model = sharded_model()
-    step = local_step(model)
-    optimizer = step._optimizer
+    optimizer = adamw(model)
+    step = local_step(model, optimizer=optimizer)
     results, skipped = [], []
     for i in range(2):
         step.forward_backward(batch_of_rank(i, 1))
@@ -135,10 +136,9 @@ def _train_around_a_bad_step(bad: str | None) -> tuple[list[UpdateResult], list[
             continue
         before = _digest(model, optimizer)
         batch = batch_of_rank(9, 1)
-        step.forward_backward(batch)
+        loss = step.forward_backward(batch)
         if bad == "loss":
-            assert step._loss is not None
-            step._loss.fill_(math.nan)
+            loss.fill_(math.nan)
         elif dist.get_rank() == dist.get_world_size() - 1:
             grad = model.layers["1"].get_parameter("attention.wk.weight").grad
             assert isinstance(grad, DTensor)
@@ -150,7 +150,7 @@ def _train_around_a_bad_step(bad: str | None) -> tuple[list[UpdateResult], list[
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "loss"])
-def test_a_bad_step_is_skipped_by_all_ranks_and_leaves_no_trace(bad: str) -> None:
+def test_step_not_finite_is_skipped_without_trace(bad: str) -> None:
     undisturbed = run_ranks(_train_around_a_bad_step, 2, None)
     for (results, skipped, digest), (expected, _, expected_digest) in zip(
         run_ranks(_train_around_a_bad_step, 2, bad), undisturbed, strict=True
@@ -172,7 +172,7 @@ def _overflow() -> list[UpdateResult]:
     return [step.update(lr=0.01)]
 
 
-def test_an_overflow_in_the_forward_pass_is_skipped() -> None:
+def test_step_forward_overflow_is_skipped() -> None:
     for [result] in run_ranks(_overflow, 2):
         assert result.skipped
 
@@ -191,7 +191,7 @@ def _evaluate(precision: str) -> tuple[float, float, bool, bool]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_evaluation_is_the_mean_training_loss_over_all_ranks(precision: str) -> None:
+def test_evaluate_is_mean_training_loss_over_ranks(precision: str) -> None:
     for measured, expected, untouched, training in run_ranks(_evaluate, 2, precision):
         assert measured == pytest.approx(expected, rel=1e-6)
         assert untouched
@@ -200,17 +200,18 @@ def test_evaluation_is_the_mean_training_loss_over_all_ranks(precision: str) -> 
 
 def _train_with_evaluations(every_step: bool) -> tuple[list[UpdateResult], str]:
     model = sharded_model()
-    step = local_step(model)
+    optimizer = adamw(model)
+    step = local_step(model, optimizer=optimizer)
     results = []
     for i in range(STEPS):
         step.forward_backward(batch_of_rank(i, 2))
         results.append(step.update(lr=0.01))
         if every_step:
             step.evaluate([batch_of_rank(50 + i, 1)])
-    return results, _digest(model, step._optimizer)
+    return results, _digest(model, optimizer)
 
 
-def test_evaluating_does_not_change_training() -> None:
+def test_evaluate_every_step_does_not_change_training() -> None:
     assert run_ranks(_train_with_evaluations, 2, True) == run_ranks(_train_with_evaluations, 2, False)
 
 
@@ -224,10 +225,10 @@ def _misuse() -> None:
     world = dist.group.WORLD
     assert world is not None
     with pytest.raises(TypeError, match="that parallelize"):
-        LocalStep(nn.Linear(1, 1), step._optimizer, device=CPU, group=world, grad_clip_norm=1.0)
+        LocalStep(nn.Linear(1, 1), adamw(model), device=CPU, group=world, grad_clip_norm=1.0)
 
 
-def test_misuse_is_told() -> None:
+def test_step_misuse_is_reported() -> None:
     run_ranks(_misuse, 1)
 
 
@@ -240,7 +241,7 @@ def _norms(replicate: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("ranks", "replicate"), [(1, 1), (3, 1), (4, 2), (3, 3)])
-def test_the_global_norm_counts_every_element_once(ranks: int, replicate: int) -> None:
+def test_global_norm_counts_every_element_once(ranks: int, replicate: int) -> None:
     results = run_ranks(_norms, ranks, replicate)
     assert len(set(results)) == 1
     assert results[0][0] == pytest.approx(results[0][1], rel=1e-6)

@@ -35,7 +35,7 @@ from kempnerforge.errors import ConfigError, DataError, Fault, KempnerForgeError
         ),
     ],
 )
-def test_place_comes_from_torchrun_then_srun_then_alone(env: dict[str, str], place: RankPlace) -> None:
+def test_find_place_torchrun_before_srun_before_alone(env: dict[str, str], place: RankPlace) -> None:
     assert find_place(env) == place
 
 
@@ -47,7 +47,7 @@ def alone_agrees() -> None:
     control.raise_together(None)
 
 
-def test_one_process_without_torch_distributed_agrees_with_itself() -> None:
+def test_control_group_alone_agrees_with_itself() -> None:
     assert not dist.is_initialized()
     alone_agrees()
 
@@ -63,9 +63,9 @@ def decide_together() -> list[object]:
             control.raise_together(error if rank == 1 else None)
         assert str(caught.value) == str(error)
         assert caught.value.agreed
-    # What is no error of ours stays what it is where it happened, and is quoted elsewhere.
-    expected, told = (RuntimeError, "rank 1: ValueError") if rank == 0 else (ValueError, "no")
-    with pytest.raises(expected, match=told):
+    # An error that is not ours stays what it is where it happened, and is quoted elsewhere.
+    expected, text = (RuntimeError, "rank 1: ValueError") if rank == 0 else (ValueError, "no")
+    with pytest.raises(expected, match=text):
         control.raise_together(ValueError("no") if rank == 1 else None)
 
     def fail() -> None:
@@ -77,7 +77,7 @@ def decide_together() -> list[object]:
     return heard
 
 
-def test_ranks_share_maxima_results_and_errors() -> None:
+def test_control_group_shares_maxima_results_errors() -> None:
     assert run_ranks(decide_together, 2) == [[[1, 0, 7], "from 0", [0, 10]]] * 2
 
 
@@ -92,5 +92,5 @@ def start_world() -> tuple[int, int, list[int]]:
         world.close()
 
 
-def test_a_single_process_needs_no_launcher() -> None:
+def test_world_single_process_needs_no_launcher() -> None:
     assert run_ranks(start_world, 1) == [(0, 1, [4])]

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from support.clock import FakeClock
+from support.polling import wait_until
 
-from kempnerforge.checkpoint import image_writer, shared_memory
+from kempnerforge.checkpoint import image_writer, shared_memory, writer
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.image_writer import write_image
 from kempnerforge.checkpoint.lanes import Lanes
 from kempnerforge.checkpoint.shared_memory import HUGE_BYTES, map_filled, map_new
+from kempnerforge.checkpoint.writer_main import Pulse
 from kempnerforge.config.schema import AsyncCheckpointMode
 
 SIZE_BYTES = 3 * HUGE_BYTES + 8192
@@ -46,7 +46,7 @@ def smaps_at(address: int) -> dict[str, int]:
     return found
 
 
-def test_trainer_and_writer_see_one_memory_of_huge_pages(fd: int) -> None:
+def test_shared_memory_two_mappings_one_memory_huge_pages(fd: int) -> None:
     filled, seen = map_new(fd, SIZE_BYTES), map_filled(fd, SIZE_BYTES)
     assert filled.nbytes == seen.nbytes == SIZE_BYTES
     assert not any(seen)
@@ -60,7 +60,7 @@ def test_trainer_and_writer_see_one_memory_of_huge_pages(fd: int) -> None:
     assert huge == smaps_of(seen)["ShmemPmdMapped"] == 3 * HUGE_BYTES
 
 
-def test_where_huge_pages_are_refused_small_ones_do(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_memory_huge_pages_refused_uses_small(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "_MADV_COLLAPSE", 12345)  # EINVAL, as before Linux 6.1
     filled = map_new(fd, SIZE_BYTES)
     filled[-1] = 9
@@ -68,7 +68,7 @@ def test_where_huge_pages_are_refused_small_ones_do(fd: int, monkeypatch: pytest
     assert smaps_of(filled)["Rss"] > 0
 
 
-def test_memory_stays_while_a_tensor_of_it_lives_and_no_longer(fd: int) -> None:
+def test_shared_memory_lives_as_long_as_its_tensors(fd: int) -> None:
     tensor = torch.frombuffer(map_new(fd, SIZE_BYTES), dtype=torch.uint8)
     address = tensor.data_ptr()
     assert smaps_at(address)["Size"] >= 3 * HUGE_BYTES
@@ -80,7 +80,7 @@ def test_memory_stays_while_a_tensor_of_it_lives_and_no_longer(fd: int) -> None:
     assert smaps_at(address) == {}
 
 
-def test_memory_that_cannot_be_mapped_is_an_error(tmp_path: Path) -> None:
+def test_shared_memory_not_mappable_is_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(4096))
     fd = os.open(tmp_path / "file", os.O_RDONLY)
     before = Path("/proc/self/maps").read_text().count("\n")
@@ -107,33 +107,39 @@ class Noted(Lanes):
         return super().pick(prompt=prompt)
 
 
-def test_a_lane_has_the_priority_that_it_says() -> None:
+def test_lane_has_requested_priority() -> None:
     lanes = Lanes()
     policies = [lanes.pick(prompt=one).submit(os.sched_getscheduler, 0).result() for one in (True, False)]
     assert policies == [os.SCHED_OTHER, os.SCHED_IDLE]
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
-def test_it_is_asked_before_each_block_whether_somebody_waits(
-    tmp_path: Path, fd: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(image_writer, "_SLOW_BLOCK_S", math.inf)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """For ``write_image``, with small blocks."""
+    monkeypatch.setattr(image_writer, "BLOCK_BYTES", 1 << 16)
+    return FakeClock().replace_in(monkeypatch, image_writer)
+
+
+@pytest.mark.usefixtures("clock")
+def test_write_image_asks_before_each_block(tmp_path: Path, fd: int) -> None:
+    """It is asked before each block whether somebody waits."""
     lanes, answers = Noted(), iter([False, True, False])
     write(tmp_path / "f", fd, lanes, 3, prompt=lambda: next(answers))
     assert lanes.prompt == [False, True, False]
 
 
-def test_a_file_whose_block_takes_long_waits_for_no_idle_core(
-    tmp_path: Path, fd: int, monkeypatch: pytest.MonkeyPatch
+def test_write_image_slow_block_makes_rest_prompt(
+    tmp_path: Path, fd: int, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, write_at = [0.0], image_writer._write_at
+    """A file of which one block takes long waits for no idle core any more."""
+    pwrite = os.pwrite
 
-    def slow_second(fd: int, data: memoryview, offset: int, beat: Callable[[], None]) -> None:
-        clock[0] += 1.5 if offset == image_writer.BLOCK_BYTES else 0.1
-        write_at(fd, data, offset, beat)
+    def slow_second(fd: int, data: memoryview, offset: int) -> int:
+        clock.sleep(1.5 if offset == image_writer.BLOCK_BYTES else 0.1)
+        return pwrite(fd, data, offset)
 
-    monkeypatch.setattr(image_writer, "_write_at", slow_second)
-    monkeypatch.setattr(image_writer, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(os, "pwrite", slow_second)
     lanes = Noted()
     write(tmp_path / "f", fd, lanes, 4, prompt=lambda: False)
     assert lanes.prompt == [False, False, True, True]
@@ -147,13 +153,13 @@ def test_a_file_whose_block_takes_long_waits_for_no_idle_core(
         (AsyncCheckpointMode.disabled, True, os.SCHED_OTHER),
     ],
 )
-def test_the_writer_hurries_when_the_loop_waits(
+def test_writer_loop_waits_hurries(
     tmp_path: Path, mode: AsyncCheckpointMode, waits: bool, policy: int
 ) -> None:
     checkpointer = AsyncCheckpointer(mode)
     checkpointer.begin_save({"w": torch.ones(1000)}, tmp_path / "c")
-    while not waits and checkpointer.is_pending:
-        time.sleep(0.01)
+    if not waits:
+        wait_until(lambda: not checkpointer.is_pending, "a save that nobody waits for")
     checkpointer.wait()
     threads = [int(task.name) for task in Path(f"/proc/{checkpointer.writer_pid}/task").iterdir()]
     workers = {os.sched_getscheduler(thread) for thread in threads if thread != checkpointer.writer_pid}
@@ -161,16 +167,22 @@ def test_the_writer_hurries_when_the_loop_waits(
     checkpointer.close()
 
 
-def test_to_wait_for_a_save_under_way_hurries_the_writer(tmp_path: Path) -> None:
+def test_writer_wait_for_pending_save_hurries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulses: list[Pulse] = []
+
+    def noted(fd: int) -> Pulse:
+        pulses.append(Pulse(fd))
+        return pulses[-1]
+
+    monkeypatch.setattr(writer, "Pulse", noted)
     checkpointer = AsyncCheckpointer(AsyncCheckpointMode.async_)
     checkpointer.save({"w": torch.ones(1000)}, tmp_path / "c")
-    pulse = checkpointer._writer._pulse
-    while pulse is None:
-        time.sleep(0.001)
-        pulse = checkpointer._writer._pulse
+    wait_until(lambda: pulses, "a writer")
+    (pulse,) = pulses
     assert not pulse.prompt
     checkpointer.wait()
     assert pulse.prompt
     checkpointer.save({"w": torch.ones(1000)}, tmp_path / "d")
     assert not pulse.prompt
     checkpointer.close()
+    assert len(pulses) == 1

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.clock import FakeClock
 from support.patch_target import patch_target
 from support.runs import Launcher, Run, make_run
 
@@ -157,24 +158,13 @@ def test_interval_expensive_save_stretches_on_all_ranks(
 QUIET_STEP_S, SLOWED_STEP_S, WRITE_S = 0.05, 0.1, 0.16
 
 
-class FakeClock:
-    """Time that passes when a test says so; stands in for the module ``time`` where saves are measured."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
 @pytest.mark.smoke
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_interval_of_user_loop_is_measured_and_paced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    clock, write, ended = FakeClock(), Writer.write, threading.Event()
-    for module in (overhead, saver):
-        monkeypatch.setattr(module, "time", clock)
+    clock = FakeClock().replace_in(monkeypatch, overhead, saver)
+    write, ended = Writer.write, threading.Event()
     model = torch.nn.Linear(8, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     state = TrainState(model=model, optimizer=optimizer)

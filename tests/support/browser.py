@@ -48,7 +48,7 @@ class Seen:
     console: list[str]
     """What the page, or the browser about it, said on the console."""
     requests: list[str]
-    """URLs that it asked for over a network; files are not among them."""
+    """URLs that it requested over a network; files are not among them."""
 
     def count(self, red: int, green: int, blue: int) -> int:
         """How many pixels of the screenshot have this very colour."""

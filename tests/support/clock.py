@@ -9,7 +9,7 @@ import pytest
 
 
 class FakeClock:
-    """Stands still but for ``advance``; a module can have it instead of ``time``."""
+    """Moves by ``advance`` and ``sleep`` alone; a module can have it instead of ``time``."""
 
     CLOCK_BOOTTIME = time.CLOCK_BOOTTIME
     BOOTED_AT = 1000.0
@@ -26,6 +26,8 @@ class FakeClock:
     def advance(self, seconds: float) -> None:
         """Let time pass."""
         self.now += seconds
+
+    sleep = advance
 
     def time(self) -> float:
         return self.now

@@ -26,6 +26,7 @@ READ_SAMPLES = patch_target("kempnerforge.data.tokens:Samples.read")
 WRITE_SHARD = patch_target("kempnerforge.checkpoint.writer:Writer.write")
 COPY_TO_HOST = patch_target("kempnerforge.checkpoint.staging:BlockingCopy.__init__")
 READ_OUTCOME = patch_target("kempnerforge.checkpoint.board:StoreBoard.read")
+PREADV = patch_target("os:preadv")
 CROSS_ENTROPY = patch_target("torch.nn.functional:cross_entropy")
 FILE_OPERATIONS = ("open", "write", "fsync", "rename", "replace", "symlink", "unlink", "mkdir", "rmdir")
 
@@ -154,7 +155,7 @@ def unreadable(name: str, *, rank: int | None, times: int = 1 << 30) -> None:
 
         return replacement
 
-    _wrap("os:preadv", make)
+    _wrap(PREADV, make)
 
 
 def misread(name: str, *, rank: int | None) -> None:
@@ -175,7 +176,7 @@ def misread(name: str, *, rank: int | None) -> None:
 
         return replacement
 
-    _wrap("os:preadv", make)
+    _wrap(PREADV, make)
 
 
 def failing(operation: str, name: str, *, rank: int | None, error: str = "ENOSPC") -> None:

@@ -9,11 +9,11 @@
 
     assert run_ranks(total, 2, [3, 4]) == [7, 7]
 
-Each rank is a fresh process forked from a server that has imported torch and nothing else, so it starts in
-milliseconds and inherits neither threads, process groups nor random state from the test process; of the test
-process it gets the environment, ``monkeypatch.setenv`` included. The default process group is up when ``fn``
-is called and is destroyed after it. ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``MASTER_ADDR`` are set as
-torchrun sets them. Rendezvous is over a file: no port to collide on.
+Each rank is a fresh process forked from a server that has done the imports (``PRELOAD``), so it joins a
+process group in a tenth of a second and inherits neither threads, process groups nor random state from the
+test process; of the test process it gets the environment, ``monkeypatch.setenv`` included. The default
+process group is up when ``fn`` is called and is destroyed after it. ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``
+and ``MASTER_ADDR`` are set as torchrun sets them. Rendezvous is over a file: no port to collide on.
 
 Arguments and results travel by plain pickle: send tensors (not DTensors), arrays, numbers, paths. What ranks
 print comes out of the test process when they have ended, so pytest shows it beside a failure.
@@ -41,8 +41,18 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+# torch._dynamo: fully_shard imports it at its first use, which takes longer than the rest of a small test.
+PRELOAD = [
+    *("torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "numpy.random"),
+    *("kempnerforge.checkpoint.manager", "kempnerforge.parallel.shard", "kempnerforge.train.step"),
+]
+
 SECOND_FAILURE_GRACE_S = 3.0
 """How long to listen, after a first failure, for the errors of other ranks: one of them may be the cause."""
+
+
+STACKS_GRACE_S = 10.0
+"""How long ranks that hang may take to print where they are."""
 
 
 EXIT_GRACE_S = 10.0
@@ -60,7 +70,7 @@ def run_ranks(fn: Callable[..., T], world_size: int, *args: Any, timeout_s: floa
     first, so no process is left over. On a timeout the output shows where each rank stood.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor"])
+    context.set_forkserver_preload(PRELOAD)
     payload = pickle.dumps((fn, args, dict(os.environ)))
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks: list[Any] = []
@@ -75,7 +85,7 @@ def run_ranks(fn: Callable[..., T], world_size: int, *args: Any, timeout_s: floa
                 theirs.close()
                 ranks.append(process)
                 pipes.append(ours)
-            results = _collect(ranks, pipes, timeout_s)
+            results = _collect(ranks, pipes, folder, timeout_s)
             for process in ranks:
                 process.join(EXIT_GRACE_S)
             return results
@@ -132,7 +142,7 @@ def _rank_main(
         dist.destroy_process_group()
 
 
-def _collect(ranks: list[Any], pipes: list[Connection], timeout_s: float) -> list[Any]:
+def _collect(ranks: list[Any], pipes: list[Connection], folder: str, timeout_s: float) -> list[Any]:
     """Results of all ranks; RanksFailed as soon as one has failed, or when time is up."""
     results: dict[int, Any] = {}
     failures: list[str] = []
@@ -158,7 +168,7 @@ def _collect(ranks: list[Any], pipes: list[Connection], timeout_s: float) -> lis
         raise RanksFailed("\n" + "\n".join(failures))
     if open_pipes:
         hanging = sorted(open_pipes.values())
-        _ask_for_stacks([ranks[rank] for rank in hanging])
+        _ask_for_stacks([(ranks[rank], _log(folder, rank)) for rank in hanging])
         raise RanksFailed(f"ranks {hanging} have not ended after {timeout_s} s; where they stood is printed")
     return [results[rank] for rank in range(len(ranks))]
 
@@ -168,8 +178,14 @@ def _describe_death(exit_code: int) -> str:
     return f"died without a word ({cause})"
 
 
-def _ask_for_stacks(hanging: list[Any]) -> None:
+def _ask_for_stacks(hanging: list[tuple[Any, Path]]) -> None:
     """Have ranks print where they are; faulthandler answers from C, so a blocked rank answers too."""
-    for process in hanging:
+    asked = [log.stat().st_size for _, log in hanging]
+    for process, _ in hanging:
         os.kill(process.pid, signal.SIGUSR1)
-    time.sleep(0.5)
+    seen, deadline = asked, time.monotonic() + STACKS_GRACE_S
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        before, seen = seen, [log.stat().st_size for _, log in hanging]
+        if seen == before and all(now > then for now, then in zip(seen, asked, strict=True)):
+            return

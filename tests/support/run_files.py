@@ -16,7 +16,7 @@ from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tenso
 from kempnerforge.telemetry.jsonl import effective_rows, read_rows
 
 BITWISE_KEYS = ("train/loss", "train/grad_norm", "train/lr", "train/tokens", "data/digest", "eval/loss")
-"""What a run that was stopped and gone on with must log with the same bits as one that never was."""
+"""What a run that was stopped and resumed must log with the same bits as one that never was."""
 
 Counting = dict[int, dict[str, Any]]
 """By step, the values that count."""

@@ -191,7 +191,7 @@ class Cluster:
                 )
             )
 
-    def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
         """Return when ``condition`` holds. Raises RuntimeError, with the logs of all daemons."""
         deadline = time.monotonic() + timeout_s
         while not condition():

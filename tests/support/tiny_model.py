@@ -30,6 +30,17 @@ MODEL = ModelConfig(
     init_std=0.2,
 )
 """Shards over 4 ranks are uneven, and two ranks hold nothing of the keys' and values' weights."""
+TP_MODEL = ModelConfig(
+    dim=24,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    ffn_hidden_dim=50,
+    vocab_size=67,
+    max_seq_len=16,
+    init_std=0.2,
+)
+"""67 rows are uneven over two ranks, and again over two shards of each."""
 GLOBAL_BATCH, SEQ_LEN = 8, 12
 
 
@@ -77,8 +88,18 @@ def sharded_model(
     return model
 
 
-def local_step(model: Llama, *, grad_clip_norm: float = 1.0, lr: float = 0.01, tp: int = 1) -> LocalStep:
-    optimizer = build_optimizer([model], OptimizerConfig(lr=lr), CPU)
+def adamw(model: Llama) -> torch.optim.Optimizer:
+    return build_optimizer([model], OptimizerConfig(lr=0.01), CPU)
+
+
+def local_step(
+    model: Llama,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    grad_clip_norm: float = 1.0,
+    tp: int = 1,
+) -> LocalStep:
+    optimizer = optimizer or adamw(model)
     world = dist.group.WORLD
     assert world is not None
     return LocalStep(model, optimizer, device=CPU, group=world, grad_clip_norm=grad_clip_norm, loss_copies=tp)
@@ -87,3 +108,15 @@ def local_step(model: Llama, *, grad_clip_norm: float = 1.0, lr: float = 0.01, t
 def whole(tensor: Tensor) -> Tensor:
     """A copy of the whole tensor, on every rank."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def losses_of(options: dict[str, Any], config: ModelConfig = MODEL) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of three steps under training ``options``, then (validation loss, 0)."""
+    step = local_step(sharded_model(train_config(**options), config=config))
+    rows = []
+    for i in range(3):
+        step.forward_backward(batch_of_rank(i, 2))
+        result = step.update(lr=0.01)
+        rows.append((result.loss, result.grad_norm))
+    rows.append((step.evaluate([batch_of_rank(9, 1)]), 0.0))
+    return rows

@@ -23,6 +23,8 @@ def mounted_tmpfs(folder: Path, options: str, *, lazy: bool = False) -> Iterator
     folder.mkdir()
     if libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, options.encode()):
         pytest.skip(f"a small tmpfs cannot be mounted here: {os.strerror(ctypes.get_errno())}")
-    yield folder
-    if libc.umount2(bytes(folder), _MNT_DETACH if lazy else 0):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+    try:
+        yield folder
+    finally:
+        if libc.umount2(bytes(folder), _MNT_DETACH if lazy else 0):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))

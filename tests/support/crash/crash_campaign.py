@@ -77,8 +77,8 @@ def record(
         control=str(control),
         no_direct=no_direct,
     )
-    for told in run_ranks(save_all, ranks, plan):
-        assert told == {"resumed": 0, "errors": [""] * len(steps), "rejected": []}
+    for learnt in run_ranks(save_all, ranks, plan):
+        assert learnt == {"resumed": 0, "errors": [""] * len(steps), "rejected": []}
     ops = read_log(log)
     return Recording(ops, read_log(log, attempts=True), find_commits(ops), read_tree(run_dir), ranks)
 
@@ -151,14 +151,14 @@ def explore_recovery(
     return explore(ops, oracle, lambda _: {found}, samples=samples, seed=seed, start=tree)
 
 
-def go_on(tree: Tree, allowed: set[int | None], scratch: Path) -> None:
+def train_on(tree: Tree, allowed: set[int | None], scratch: Path) -> None:
     """Train on, in one process, from ``tree``, which a crash left: one more save, and all is in order."""
     run_dir = scratch / "run"
     write_tree(tree, run_dir)
-    told = save_all(Plan(str(run_dir), (STEPS[-1] + 1,), attempt=2))
-    assert (told["resumed"] or None) in allowed
-    assert told["errors"] == [""]
-    assert told["rejected"] == []
+    learnt = save_all(Plan(str(run_dir), (STEPS[-1] + 1,), attempt=2))
+    assert (learnt["resumed"] or None) in allowed
+    assert learnt["errors"] == [""]
+    assert learnt["rejected"] == []
     assert Oracle(scratch, ranks=1).recover(run_dir) == STEPS[-1] + 1
     left = {path.name for path in (run_dir / CHECKPOINTS).iterdir()} - {f"step_{STEPS[-1] + 1:08d}", "latest"}
     assert not left, f"{left} stays for ever"

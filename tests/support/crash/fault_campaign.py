@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing.forkserver
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -58,7 +57,7 @@ def check_strikes(by_rank: Sequence[Sequence[Struck]]) -> Counter[str]:
         if struck.hit.error:
             rank = struck.strike.role[-1]
             assert f"rank {rank}: " in struck.hit.error, what
-            # Where the disk goes on failing the name cannot be taken back; what has it is whole.
+            # Where the disk keeps failing the name cannot be taken back; what has it is whole.
             assert struck.strike.count > 1 or name not in struck.hit.names, f"it failed and is there: {what}"
         else:
             assert name in struck.hit.names, what
@@ -108,7 +107,7 @@ def sample(strikes: Sequence[Strike], count: int, seed: int) -> list[Strike]:
     return picked[:count]
 
 
-def kill_and_go_on(base: Path, strike: Strike, *, steps: tuple[int, ...] = (1, 2), ranks: int = 2) -> str:
+def kill_and_resume(base: Path, strike: Strike, *, steps: tuple[int, ...] = (1, 2), ranks: int = 2) -> str:
     """Save, be killed, start again: the newest commit is resumed and the rest is saved. Says how it ended."""
     base.mkdir()
     run_dir, log = base / "run", base / "log"
@@ -121,15 +120,15 @@ def kill_and_go_on(base: Path, strike: Strike, *, steps: tuple[int, ...] = (1, 2
     committed = [commit.step for commit in find_commits(read_log(log))]
     newest = committed[-1] if committed else 0
     last = steps[-1] + 1
-    for told in run_ranks(save_all, ranks, Plan(str(run_dir), (*steps, last), attempt=2)):
-        assert told["resumed"] == newest, f"{strike}: {told}, committed are {committed}"
-        assert told["rejected"] == []
-        assert not any(told["errors"]), told
+    for learnt in run_ranks(save_all, ranks, Plan(str(run_dir), (*steps, last), attempt=2)):
+        assert learnt["resumed"] == newest, f"{strike}: {learnt}, committed are {committed}"
+        assert learnt["rejected"] == []
+        assert not any(learnt["errors"]), learnt
     folder = run_dir / CHECKPOINTS
     assert Oracle(base, ranks=ranks).recover(run_dir) == last
     names = {path.name for path in folder.iterdir()}
     assert names == {layout.step_name(last), layout.LATEST}, f"{strike}: {names}"
-    return f"killed, {newest} resumed" if killed else "went on"
+    return f"killed, {newest} resumed" if killed else "survived"
 
 
 def _is_killed(plan: Plan, ranks: int) -> bool:
@@ -142,19 +141,11 @@ def _is_killed(plan: Plan, ranks: int) -> bool:
     return False
 
 
-def start_ranks_quickly() -> None:
-    """Let ranks fork from a process that has imported what they need; no effect if they do so already."""
-    modules = ("torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint")
-    ours = ("kempnerforge.checkpoint.manager", "kempnerforge.train.optim")
-    multiprocessing.forkserver.set_forkserver_preload([*modules, *ours])
-    multiprocessing.forkserver.ensure_running()
-
-
 def kill_all(base: Path, strikes: Iterable[Strike]) -> Counter[str]:
-    """``kill_and_go_on`` for each; counts how they ended."""
+    """``kill_and_resume`` for each; counts how they ended."""
     # The ranks that are left get little time, as when a launcher ends them.
     before, ranks_module.SECOND_FAILURE_GRACE_S = ranks_module.SECOND_FAILURE_GRACE_S, 0.3
     try:
-        return Counter(kill_and_go_on(base / str(n), strike) for n, strike in enumerate(strikes))
+        return Counter(kill_and_resume(base / str(n), strike) for n, strike in enumerate(strikes))
     finally:
         ranks_module.SECOND_FAILURE_GRACE_S = before

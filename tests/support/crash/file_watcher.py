@@ -198,7 +198,7 @@ class Watcher:
         elif fault.kind == "kill_parent":
             os.kill(os.getppid(), signal.SIGKILL)
         elif fault.kind == "stop":
-            # To this thread: by the process, another would stop first, and this one go on, perhaps to a lock.
+            # To this thread: by the process, another would stop first, and this one run on, maybe to a lock.
             signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         elif fault.kind == "delay":
             time.sleep(fault.value)

@@ -63,12 +63,12 @@ def signed_field(subject: Subject, rng: random.Random) -> Mutation:
         del body[name]
         return _resigned_manifest(f"without {name}", body, may_load=True)
     body[name] = rng.choice(ODD_VALUES)
-    # What it says of the run is only told; what it says of the files and the step is checked.
-    told = (
+    # What it says of the run is only reported; what it says of the files and the step is checked.
+    reported = (
         name not in ("files", "step", "format", "block_bytes")
         or body[name] == manifest_of(subject.files)[name]
     )
-    return _resigned_manifest(f"{name} = {str(body[name])[:40]}", body, may_load=told)
+    return _resigned_manifest(f"{name} = {str(body[name])[:40]}", body, may_load=reported)
 
 
 def signed_record(subject: Subject, rng: random.Random) -> Mutation:
@@ -111,7 +111,7 @@ def signed_without(subject: Subject, rng: random.Random) -> Mutation:
 
 
 def signed_train_state(subject: Subject, rng: random.Random) -> Mutation:
-    """What is no tensor, changed by somebody who signs: it may load or not, but never end in a crash."""
+    """What is not a tensor, changed by somebody who signs: it may load or not, but never end in a crash."""
     body = json.loads(subject.files[layout.TRAIN_STATE])
     if rng.random() < 0.4:
         data = rng.choice(JUNK_JSON)(rng)

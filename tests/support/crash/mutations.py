@@ -40,7 +40,7 @@ class Mutation:
     may_load: bool = False
     """Whether no digest can tell, because all were made anew: then the tensors must be right all the same."""
     objects_too: bool = True
-    """Whether, if it loads, what is no tensor must be as it was saved."""
+    """Whether, if it loads, what is not a tensor must be as it was saved."""
 
 
 @dataclass(frozen=True)

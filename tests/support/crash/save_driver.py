@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from support.crash.file_operations import install
 from support.crash.file_watcher import Control, Watch
@@ -21,12 +24,17 @@ from support.crash.known_states import (
 )
 
 from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint import manager as manager_module
+from kempnerforge.checkpoint import writer as writer_module
+from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import Patience
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.report import RunContext, SaveReport
 from kempnerforge.checkpoint.state import TrainState
-from kempnerforge.config.schema import CheckpointConfig
+from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.errors import SaveFailedError
+
+STALL_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -45,40 +53,59 @@ class Plan:
     """Where to record; empty: nothing is watched."""
     control: str = ""
     no_direct: bool = False
-    stall_timeout_s: float = 30.0
     reason: str = "interval"
+    operation_s: float = 0.0
+    """What an operation that a fault hits takes, by the clock of the rank whose writer it is."""
 
 
 def make_manager(plan: Plan, state: TrainState) -> CheckpointManager:
     """The manager as training makes it, but less patient."""
+    return _make(plan, state)[0]
+
+
+def _make(plan: Plan, state: TrainState) -> tuple[CheckpointManager, AsyncCheckpointer]:
     group = None
     if dist.is_initialized():
-        made = dist.new_group(backend="gloo", timeout=timedelta(seconds=30))
-        assert isinstance(made, dist.ProcessGroup)
-        group = made
-    config = CheckpointConfig.model_validate(
-        {"keep_last_n": plan.keep_last_n, "async_mode": plan.mode, "interval": 1, "max_failed_saves": 1000}
+        new = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
+        assert isinstance(new, dist.ProcessGroup)
+        group = new
+    config = CheckpointConfig(
+        keep_last_n=plan.keep_last_n,
+        async_mode=AsyncCheckpointMode(plan.mode),
+        interval=1,
+        max_failed_saves=1000,
+        save_last=False,
     )
     layout_of_run = {"num_ranks": ranks_here()}
     context = RunContext(run_id="r", attempt=plan.attempt, layout=layout_of_run, config_toml="a = 1\n")
     run_dir = Path(plan.run_dir)
-    manager = CheckpointManager(config, state=state, run_dir=run_dir, control_group=group, context=context)
-    manager._checkpointer._patience = Patience(write_tries=3, first_pause_s=0.01, save_timeout_s=30.0)
-    manager._checkpointer._writer._stall_timeout_s = plan.stall_timeout_s
-    return manager
+    patience = Patience(write_tries=3, first_pause_s=0.01, save_timeout_s=30.0)
+    made: list[AsyncCheckpointer] = []
+
+    def less_patient(mode: AsyncCheckpointMode) -> AsyncCheckpointer:
+        made.append(AsyncCheckpointer(mode, patience=patience, stall_timeout_s=STALL_TIMEOUT_S))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager_module, "AsyncCheckpointer", less_patient)
+        manager = CheckpointManager(
+            config, state=state, run_dir=run_dir, control_group=group, context=context
+        )
+    (checkpointer,) = made
+    return manager, checkpointer
 
 
-def begin(plan: Plan) -> tuple[TrainState, CheckpointManager]:
-    """Watch this rank and its writer if that is asked for, then make what a training run has."""
+def begin(plan: Plan) -> tuple[TrainState, CheckpointManager, AsyncCheckpointer]:
+    """Watch this rank and its writer if that is requested, then make what a training run has."""
     if plan.log:
         install(Watch(plan.run_dir, plan.log, plan.control, f"rank{rank_here()}", plan.no_direct))
     state = make_state()
-    return state, make_manager(plan, state)
+    return state, *_make(plan, state)
 
 
 def save_all(plan: Plan) -> dict[str, Any]:
     """Resume, then save every step of the plan that comes after. Returns what this rank learnt."""
-    state, manager = begin(plan)
+    state, manager, _ = begin(plan)
     receipt = manager.resume(state)
     reports: list[SaveReport] = []
     try:
@@ -88,7 +115,7 @@ def save_all(plan: Plan) -> dict[str, Any]:
                 set_step(state, step)
                 manager.save(state, wait=plan.wait, reason=plan.reason)
                 reports += manager.poll()
-        manager._saver.settle(state.step)
+        manager.finish(state)
         reports += manager.poll()
     finally:
         manager.close()
@@ -115,7 +142,7 @@ class Outcome:
     error: str
     names: tuple[str, ...]
     """What is in the folder of checkpoints, if this is rank 0."""
-    replaced: bool
+    replaced: bool = False
     """Whether this rank's writer is another process than before."""
 
 
@@ -130,27 +157,65 @@ class Struck:
     after: Outcome
 
 
+class WriterClock:
+    """Stands for ``time`` where a rank watches its writer: what no test waits for goes by at once.
+
+    Whenever somebody looks, a writer that is stopped has been so for ``STALL_TIMEOUT_S`` longer; and every
+    operation that a fault hit has taken ``operation_s``.
+    """
+
+    def __init__(self, checkpointer: AsyncCheckpointer, control: Control, operation_s: float) -> None:
+        self.operation_s = operation_s
+        self._checkpointer = checkpointer
+        self._control = control
+        self._fired = 0
+        self._skipped_s = 0.0
+
+    def monotonic(self) -> float:
+        """The time."""
+        fired, before = self._control.fired, self._fired
+        self._fired = fired
+        self._skipped_s += self.operation_s * max(0, fired - before)
+        if _is_stopped(self._checkpointer.writer_pid):
+            self._skipped_s += 1.1 * STALL_TIMEOUT_S
+        return time.monotonic() + self._skipped_s
+
+
+def _is_stopped(pid: int | None) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
+    return False
+
+
 def save_under_faults(plan: Plan, strikes: list[Strike]) -> list[Struck]:
     """For every strike: one save that it is meant for, then one without. Rank 0 checks every bit after each.
 
     The first two saves of all have no fault, so that every save afterwards has an older one to delete.
     """
-    state, manager = begin(plan)
+    state, manager, checkpointer = begin(plan)
     control = Control(Path(plan.control))
+    clock = WriterClock(checkpointer, control, plan.operation_s)
+    writer_module.time = clock  # type: ignore[assignment]
     manager.resume(state)
     found: list[Struck] = []
+
+    def save(step: int) -> Outcome:
+        pid, outcome = checkpointer.writer_pid, _save(manager, state, step, plan.reason)
+        return replace(outcome, replaced=pid not in (None, checkpointer.writer_pid))
+
     try:
         for step in (1, 2):
-            assert _save(manager, state, step, plan.reason).error == ""
+            assert save(step).error == ""
         for number, strike in enumerate(strikes):
+            clock.operation_s = plan.operation_s if strike.role == f"writer{rank_here()}" else 0.0
             if rank_here() == 0:
                 control.arm(strike.role, strike.nth, strike.kind, count=strike.count, value=strike.value)
-            hit = _save(manager, state, 2 * number + 3, plan.reason)
+            hit = save(2 * number + 3)
             fired = control.fired if rank_here() == 0 else 0
             _barrier()
             if rank_here() == 0:
                 control.disarm()
-            after = _save(manager, state, 2 * number + 4, plan.reason)
+            after = save(2 * number + 4)
             found.append(Struck(strike, fired, hit, after))
     finally:
         manager.close()
@@ -160,7 +225,7 @@ def save_under_faults(plan: Plan, strikes: list[Strike]) -> list[Struck]:
 def _save(manager: CheckpointManager, state: TrainState, step: int, reason: str) -> Outcome:
     set_step(state, step)
     _barrier()
-    pid, error = manager._checkpointer.writer_pid, ""
+    error = ""
     try:
         manager.save(state, wait=True, reason=reason)
     except SaveFailedError as failed:
@@ -172,7 +237,7 @@ def _save(manager: CheckpointManager, state: TrainState, step: int, reason: str)
         names = sorted(os.listdir(manager.folder))
         for there in layout.committed_steps(manager.folder):
             check_step(manager.folder / layout.step_name(there), there, expected_tensors(there, ranks_here()))
-    return Outcome(step, error, tuple(names), pid not in (None, manager._checkpointer.writer_pid))
+    return Outcome(step, error, tuple(names))
 
 
 def _barrier() -> None:
