@@ -241,6 +241,20 @@ def test_run_killed_under_many_seeds_has_same_bits(
     run_campaign(launcher, run, references(ranks), ranks, seed)
 
 
+@pytest.mark.smoke
+def test_run_killed_in_a_save_has_same_bits(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+    settings = SETTINGS | {"train.max_steps": 12, "checkpoint.async_mode": "async_with_pinned_mem"}
+    whole, run = (make_run(tmp_path / name, corpus, **settings) for name in ("whole", "killed"))
+    launcher.finish(whole, ranks=2)
+    assert kill_once(launcher, run, 2, at_call(PUBLISH, 3)) == "mid-save"
+    newest, left_over = run.sound()[0], run.unfinished()
+    launcher.finish(run, ranks=2)
+    assert_resumed_from(run, 2, newest, left_over)
+    assert run.receipts()[-1]["bitwise"]
+    assert run.counting() == whole.counting()
+    assert tensor_digests(run.step_folder(12)) == tensor_digests(whole.step_folder(12))
+
+
 def run_campaign(launcher: Launcher, run: Run, reference: Run, ranks: int, seed: int) -> None:
     hits = []
     for kill in campaign(seed, ranks):

@@ -310,8 +310,14 @@ def sources(
     return source
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("saved", "resumed"), [*itertools.permutations(LAYOUTS, 2)])
+IN_DEFAULT_RUN = ("dp2", "tp2")
+PAIRS = [
+    pytest.param(*pair, marks=pytest.mark.smoke if pair == IN_DEFAULT_RUN else pytest.mark.slow)
+    for pair in itertools.permutations(LAYOUTS, 2)
+]
+
+
+@pytest.mark.parametrize(("saved", "resumed"), PAIRS)
 def test_resume_every_pair_of_layouts_same_course(
     launcher: Launcher,
     tmp_path: Path,

@@ -31,6 +31,8 @@ from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.errors import SaveFailedError
 
+pytestmark = pytest.mark.smoke
+
 MODES = list(AsyncCheckpointMode)
 QUICK = Patience(write_tries=3, first_pause_s=0.01, save_timeout_s=60)
 

@@ -25,7 +25,7 @@ from kempnerforge.checkpoint.storage import SafetensorsWriter
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, SaveFailedError
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [pytest.mark.smoke, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 
 def sample_tensors() -> dict[str, torch.Tensor]:

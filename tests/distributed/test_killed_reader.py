@@ -14,6 +14,8 @@ from support.step_maker import write_step
 
 from kempnerforge.checkpoint import holds
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture
 def step(tmp_path: Path) -> Path:

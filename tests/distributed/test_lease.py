@@ -23,6 +23,8 @@ from kempnerforge.checkpoint import holder, layout, lease, timeline
 from kempnerforge.checkpoint.holder import Holder
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, RunFolderError
 
+pytestmark = pytest.mark.smoke
+
 REPO = Path(__file__).parents[2]
 SCRIPT = REPO / "tests/support/lease_process.py"
 QUICK = {"renew_every_s": 0.05, "stale_after_s": 0.6}

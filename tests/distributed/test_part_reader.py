@@ -15,6 +15,8 @@ from kempnerforge.checkpoint.digest import VerifiedFile
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
+pytestmark = pytest.mark.smoke
+
 Tensors = dict[str, torch.Tensor]
 BIG = 5_000_000
 SHARD = "shard_00000_of_00001.safetensors"

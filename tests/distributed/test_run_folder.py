@@ -17,6 +17,8 @@ from kempnerforge.errors import RunFolderError
 from kempnerforge.train import run_folder
 from kempnerforge.train.run_folder import open_run, record_exit
 
+pytestmark = pytest.mark.smoke
+
 ALONE = ControlGroup(None)
 
 

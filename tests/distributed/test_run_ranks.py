@@ -15,6 +15,8 @@ import torch.distributed as dist
 from support import ranks
 from support.ranks import RanksFailed, run_ranks
 
+pytestmark = pytest.mark.smoke
+
 
 def _total(values: list[int]) -> tuple[int, int, str]:
     tensor = torch.tensor(values[dist.get_rank()])

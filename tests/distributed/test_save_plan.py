@@ -17,6 +17,8 @@ from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.config.schema import AsyncCheckpointMode
 
+pytestmark = pytest.mark.smoke
+
 Tensors = dict[str, torch.Tensor]
 
 

@@ -69,6 +69,7 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("ranks", "replicate"), [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_shard_gradients_are_exact_sum_over_ranks(ranks: int, replicate: int, tied: bool) -> None:
@@ -109,6 +110,7 @@ def _types() -> dict[str, tuple[torch.dtype, ...]]:
     return seen
 
 
+@pytest.mark.smoke
 def test_shard_bf16_reaches_layers_not_rotary_tables() -> None:
     fp32, bf16 = torch.float32, torch.bfloat16
     [seen] = run_ranks(_types, 1)

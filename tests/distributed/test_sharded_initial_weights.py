@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import xxhash
@@ -93,6 +94,7 @@ def _check_fsdp_over_tp() -> None:
             _check_box(weight, drawn(tuple(values.shape), name=name))
 
 
+@pytest.mark.smoke
 def test_init_fsdp_over_tp_matches_plain_values() -> None:
     run_ranks(_check_fsdp_over_tp, 4)
 
@@ -139,6 +141,7 @@ def _drawn_blocks(placements: list[Any]) -> list[int]:
     return blocks
 
 
+@pytest.mark.smoke
 def test_init_rank_draws_only_blocks_it_holds() -> None:
     assert run_ranks(_drawn_blocks, 2, [Shard(0)]) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert run_ranks(_drawn_blocks, 2, [Replicate()]) == [list(range(8)), list(range(8))]

@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from kempnerforge.config.schema import OptimizerConfig
 from kempnerforge.train.optim import build_optimizer
 
+pytestmark = pytest.mark.smoke
+
 CPU = torch.device("cpu")
 
 

@@ -36,7 +36,9 @@ def _train(tied: bool, tp: int, options: dict[str, str]) -> tuple[list[tuple[flo
     return rows, {name: whole(param) for name, param in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("ranks", "tied"), [(2, False), (2, True), (4, True)])
+@pytest.mark.parametrize(
+    ("ranks", "tied"), [pytest.param(2, False, marks=pytest.mark.smoke), (2, True), (4, True)]
+)
 def test_tensor_parallel_ranks_train_as_one(ranks: int, tied: bool) -> None:
     [(rows, weights)] = run_ranks(_train, 1, tied, 1, {})
     found = run_ranks(_train, ranks, tied, 2, {})
@@ -69,6 +71,7 @@ def _placements() -> dict[str, tuple[str, int]]:
     return found
 
 
+@pytest.mark.smoke
 def test_tensor_parallel_matrices_cut_norms_copied() -> None:
     found = run_ranks(_placements, 2)
     block = "layers.0."

@@ -91,6 +91,7 @@ def test_step_layouts_and_accumulation_match_plain_torch(
             torch.testing.assert_close(weight, expected_weights[name], rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.smoke
 def test_step_clipping_off_matches_plain_torch() -> None:
     expected_rows, _ = reference(grad_clip_norm=0.0)
     [(rows, _)] = run_ranks(_train, 1, 1, 1, "fp32", 0.0)
@@ -149,6 +150,7 @@ def _train_around_a_bad_step(bad: str | None) -> tuple[list[UpdateResult], list[
     return results, skipped, _digest(model, optimizer)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("bad", ["nan", "inf", "loss"])
 def test_step_not_finite_is_skipped_without_trace(bad: str) -> None:
     undisturbed = run_ranks(_train_around_a_bad_step, 2, None)
@@ -172,6 +174,7 @@ def _overflow() -> list[UpdateResult]:
     return [step.update(lr=0.01)]
 
 
+@pytest.mark.smoke
 def test_step_forward_overflow_is_skipped() -> None:
     for [result] in run_ranks(_overflow, 2):
         assert result.skipped
@@ -190,6 +193,7 @@ def _evaluate(precision: str) -> tuple[float, float, bool, bool]:
     return measured, sum(losses) / 2, untouched, model.training
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_evaluate_is_mean_training_loss_over_ranks(precision: str) -> None:
     for measured, expected, untouched, training in run_ranks(_evaluate, 2, precision):
@@ -228,6 +232,7 @@ def _misuse() -> None:
         LocalStep(nn.Linear(1, 1), adamw(model), device=CPU, group=world, grad_clip_norm=1.0)
 
 
+@pytest.mark.smoke
 def test_step_misuse_is_reported() -> None:
     run_ranks(_misuse, 1)
 

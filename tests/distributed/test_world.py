@@ -12,6 +12,8 @@ from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.distributed.world import RankPlace, World, find_place
 from kempnerforge.errors import ConfigError, DataError, Fault, KempnerForgeError
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize(
     ("env", "place"),

@@ -21,6 +21,8 @@ from kempnerforge.checkpoint.shared_memory import HUGE_BYTES, map_filled, map_ne
 from kempnerforge.checkpoint.writer_main import Pulse
 from kempnerforge.config.schema import AsyncCheckpointMode
 
+pytestmark = pytest.mark.smoke
+
 SIZE_BYTES = 3 * HUGE_BYTES + 8192
 
 
