@@ -19,6 +19,9 @@ from pathlib import Path
 
 import pytest
 
+# Their asserts show values too.
+pytest.register_assert_rewrite("support")
+
 # Set at import, before torch is imported by any test module: OpenMP reads its variable once.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"

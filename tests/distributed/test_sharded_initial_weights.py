@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import xxhash
+from support.initial_weights import CONFIG, digest, drawn
 from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,28 +16,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor, empty
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from kempnerforge.config.schema import ModelConfig
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model import init
 from kempnerforge.model.chunks import local_box
 from kempnerforge.model.init import init_weights_, normal_
 from kempnerforge.model.llama import Llama
-
-CONFIG = ModelConfig(
-    dim=72, n_layers=2, n_heads=6, n_kv_heads=2, ffn_hidden_dim=100, vocab_size=15001, max_seq_len=8
-)
-"""The embedding has more than one block of elements; no dimension but ``dim`` can be halved often."""
-
-
-def digest(tensor: Tensor) -> str:
-    return xxhash.xxh3_64_hexdigest(tensor.detach().contiguous().numpy().tobytes())
-
-
-def drawn(shape: tuple[int, ...], *, seed: int = 5, name: str = "layers.0.attention.wq.weight") -> Tensor:
-    tensor = torch.full(shape, math.nan)
-    normal_(tensor, seed=seed, name=name, std=0.02)
-    return tensor
-
 
 LAYOUTS: list[tuple[tuple[int, ...], list[Placement]]] = [
     ((4,), [Shard(0)]),

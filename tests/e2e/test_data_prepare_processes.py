@@ -14,20 +14,10 @@ from kempnerforge.data.prepare import ABANDONED_AFTER_S, prepare_cached
 from kempnerforge.data.tokenizer import ByteTokenizer
 from kempnerforge.data.tokens import open_dataset
 
+pytest_plugins = ["support.text_fixtures"]
 pytestmark = pytest.mark.smoke
 
 BYTES = ByteTokenizer()
-
-
-@pytest.fixture
-def notes(tmp_path) -> Path:
-    """200 small documents in nested folders."""
-    folder = tmp_path / "notes"
-    for number in range(200):
-        file = folder / f"part{number % 3}" / f"{number:03d}.md"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"# note {number}\n" + f"line of {number}\n" * (number % 7))
-    return folder
 
 
 PREPARE = """

@@ -4,90 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from support.ckpt_cli import Ckpt
+from support.rollback_fixtures import log, names, quiet, resume, save
 
-from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, lease, manifest, receipt, rollback, run_record, timeline
-from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.manifest import Provenance
-from kempnerforge.checkpoint.receipt import Receipt
-from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint import layout, manifest, receipt, rollback, timeline
 from kempnerforge.checkpoint.verify import verify
 
-pytest_plugins = ["support.ckpt_fixtures"]
-
-CONFIG = "[train]\nglobal_batch_size = 6\n"
-
-
-def quiet(*_: object) -> None:
-    return
-
-
-def save(run: Path, step: int, *, attempt: int = 1, run_id: str = "abc", parent: int | None = None) -> Path:
-    """A real checkpoint whose tensor holds the step."""
-    path = run / "checkpoints" / layout.step_name(step)
-    provenance = Provenance(step=step, run_id=run_id, attempt=attempt, parent_step=parent, reason="interval")
-    checkpointer = AsyncCheckpointer()
-    counters = {"step": step, "tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
-    checkpointer.save(
-        {"model": {"w": torch.full((5000,), float(step))}, **counters},
-        path,
-        provenance=provenance,
-        config_toml=CONFIG,
-    )
-    checkpointer.close()
-    return path
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one attempt, which has committed steps 4, 8 and 12 and ended."""
-    run = tmp_path_factory.mktemp("template") / "run"
-    for step in (4, 8, 12):
-        save(run, step, parent=step - 4)
-    record = RunRecord("abc", "abc", 1.0, attempt=1, global_batch_size=6)
-    run_record.write(run, record)
-    Receipt(1).write(run)
-    log(run, attempt=1, steps=range(1, 14))
-    fsio.point_symlink(run / "checkpoints" / layout.LATEST, layout.step_name(12))
-    return run
+pytest_plugins = ["support.ckpt_fixtures", "support.rollback_fixtures"]
 
 
 @pytest.fixture
-def run(template: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(template, tmp_path / "run", symlinks=True))
-
-
-def log(run: Path, *, attempt: int, steps: range) -> None:
-    with open(run / "metrics.jsonl", "a") as file:
-        for step in steps:
-            file.write(json.dumps({"step": step, "attempt": attempt, "train/loss": 1.0}) + "\n")
-
-
-def resume(run: Path) -> int:
-    """What a start of the run does, up to its receipt. Returns the step that it resumes from."""
-    held = lease.acquire(run, after_attempt=timeline.last_attempt(run))
-    record = run_record.read(run)
-    assert record is not None
-    run_record.write(run, replace(record, attempt=held.attempt))
-    folder = record.checkpoint_folder(run)
-    timeline.fence(folder, held.attempt)
-    timeline.set_aside_late(folder, timeline.cuts(run), run_id=record.run_id, at_start=True)
-    step = max(layout.committed_steps(folder), default=0)
-    lost_steps = max(0, receipt.last_logged_step(run) - step)
-    Receipt(held.attempt, source="resume", step=step, lost_steps=lost_steps).write(run)
-    held.release()
-    return step
-
-
-def names(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+def run(ended_run: Path) -> Path:
+    return ended_run
 
 
 @pytest.mark.smoke

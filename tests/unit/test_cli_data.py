@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +11,12 @@ import pytest
 from support.tokenizers import make_tokenizer
 from typer.testing import CliRunner, Result
 
+from kempnerforge.cli.app import main
 from kempnerforge.cli.data import app
 from kempnerforge.data.tokens import open_dataset
 from kempnerforge.errors import DataError
 
-
-@pytest.fixture
-def texts(tmp_path, monkeypatch) -> Path:
-    """A working folder with 30 small files in ``texts/``."""
-    monkeypatch.chdir(tmp_path)
-    Path("texts").mkdir()
-    for number in range(30):
-        Path("texts", f"{number:02d}.txt").write_text(f"text number {number}\n")
-    return tmp_path
+pytest_plugins = ["support.text_fixtures"]
 
 
 def run(*arguments: str) -> Result:
@@ -100,3 +94,27 @@ def test_data_inspect_npy_shards_read(texts):
     assert facts["tokens"] == {"train": 100}
     assert facts["digest"] == open_dataset("tokens.npy").digest
     assert "tokens.npy" in run("inspect", "tokens.npy").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "nothing/*.txt", "--out", "out"], "matches no file"),
+        (["prepare", "texts", "--out", "out", "--tokenizer", "absent.json"], "no such file"),
+        (["prepare", "texts", "--out", "texts"], "not an empty folder"),
+        (["prepare", "texts", "--out", "texts/00.txt/below"], "cannot write prepared tokens"),
+        (["prepare", "texts"], "Missing option '--out'"),
+        (["prepare", "texts", "--out", "out", "--val-fraction", "1.5"], "--val-fraction"),
+        (["inspect", "nowhere"], "no such file or folder"),
+        (["inspect", "texts"], "neither index.json nor .npy"),
+    ],
+)
+def test_data_invalid_request_exits_2_without_traceback(texts, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["kempnerforge", "data", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2, printed
+    assert message in printed
+    assert "Traceback" not in printed
+    assert not Path("out").exists()

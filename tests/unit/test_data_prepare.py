@@ -18,18 +18,9 @@ from kempnerforge.data.tokenizer import ByteTokenizer, load_tokenizer
 from kempnerforge.data.tokens import open_dataset
 from kempnerforge.errors import DataError
 
+pytest_plugins = ["support.text_fixtures"]
+
 BYTES = ByteTokenizer()
-
-
-@pytest.fixture
-def notes(tmp_path) -> Path:
-    """200 small documents in nested folders."""
-    folder = tmp_path / "notes"
-    for number in range(200):
-        file = folder / f"part{number % 3}" / f"{number:03d}.md"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"# note {number}\n" + f"line of {number}\n" * (number % 7))
-    return folder
 
 
 def read_split(folder: Path, split: str) -> np.ndarray:

@@ -7,35 +7,19 @@ import platform
 
 import pytest
 import torch
-import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from support.initial_weights import CONFIG, digest, drawn
+from torch import nn
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
-from kempnerforge.config.schema import ModelConfig
 from kempnerforge.model import init
 from kempnerforge.model.chunks import Box, box_of
-from kempnerforge.model.init import init_weights_, normal_
+from kempnerforge.model.init import init_weights_
 from kempnerforge.model.llama import Llama
-
-CONFIG = ModelConfig(
-    dim=72, n_layers=2, n_heads=6, n_kv_heads=2, ffn_hidden_dim=100, vocab_size=15001, max_seq_len=8
-)
-"""The embedding has more than one block of elements; no dimension but ``dim`` can be halved often."""
 
 GOLDEN = {"AVX2": "0ae2dcfbabbc55d7", "AVX512": "0ae2dcfbabbc55d7", "DEFAULT": "5516b38da0744442"}
 """By torch's CPU capability on x86: without AVX2 it computes normal values with other code."""
-
-
-def digest(tensor: Tensor) -> str:
-    return xxhash.xxh3_64_hexdigest(tensor.detach().contiguous().numpy().tobytes())
-
-
-def drawn(shape: tuple[int, ...], *, seed: int = 5, name: str = "layers.0.attention.wq.weight") -> Tensor:
-    tensor = torch.full(shape, math.nan)
-    normal_(tensor, seed=seed, name=name, std=0.02)
-    return tensor
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the recorded bits are those of x86")
