@@ -43,6 +43,11 @@ def is_stuck(tmp_path: Path, *ranks: int) -> Callable[[], bool]:
     return lambda: all((tmp_path / f"stuck.{rank}").exists() for rank in ranks)
 
 
+def release(tmp_path: Path) -> None:
+    """Let ranks that are stuck go on."""
+    (tmp_path / "stuck.release").touch()
+
+
 def assert_stopped(run: Run, ended: Ended, reason: str, *, commits: bool = True) -> None:
     assert ended.statuses == [75] * len(ended.statuses), ended.output
     last_exit = run.record["last_exit"]
@@ -88,10 +93,11 @@ def test_stop_signal_before_rank_joins_is_not_lost(
     launcher: Launcher, corpus: Path, tmp_path: Path, rank: int
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS)
-    faults = [stuck(tmp_path, JOIN, seconds=2, rank=rank)]
+    faults = [stuck(tmp_path, JOIN, rank=rank)]
     attempt = launcher.start(run, ranks=2, faults=faults)
     wait_for(is_stuck(tmp_path, rank), attempt)
     attempt.signal(signal.SIGTERM, rank=rank)
+    release(tmp_path)
     assert_stopped(run, attempt.wait(WAIT_S), "SIGTERM", commits=False)
 
 
@@ -99,9 +105,10 @@ def test_stop_signal_during_resume_trains_no_step(launcher: Launcher, corpus: Pa
     run = make_run(tmp_path, corpus, **SETTINGS)
     launcher.finish(run, "--train.max_steps=4", ranks=2)
     rows = len([row for row in run.rows() if "train/loss" in row])
-    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, RESUME, seconds=2, rank=1)])
+    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, RESUME, rank=1)])
     wait_for(is_stuck(tmp_path, 1), attempt)
     attempt.signal(signal.SIGTERM, rank=1)
+    release(tmp_path)
     assert_stopped(run, attempt.wait(WAIT_S), "SIGTERM")
     assert run.committed() == [4]
     assert len([row for row in run.rows() if "train/loss" in row]) == rows
@@ -126,9 +133,10 @@ def test_stop_signal_to_group_during_save_spares_writers(
 
 def test_stop_signal_during_validation_commits_step(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"eval.interval": 3})
-    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, EVALUATE, seconds=2, call=2)])
+    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, EVALUATE, call=2)])
     wait_for(is_stuck(tmp_path, 0, 1), attempt)
     attempt.signal(signal.SIGHUP, rank=1)
+    release(tmp_path)
     assert_stopped(run, attempt.wait(WAIT_S), "SIGHUP")
     assert run.committed() == [3]
 
@@ -137,9 +145,10 @@ def test_stop_signal_during_last_commit_changes_nothing(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.max_steps": 3})
-    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, LAST_COMMIT, seconds=2)])
+    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, LAST_COMMIT)])
     wait_for(is_stuck(tmp_path, 0, 1), attempt)
     attempt.signal(signal.SIGTERM)
+    release(tmp_path)
     ended = attempt.wait(WAIT_S)
     assert ended.statuses == [0, 0], ended.output
     assert run.sound() == [3]
@@ -300,10 +309,11 @@ def test_stop_file_old_ignored_and_new_during_setup_counts(
     os.utime(request, (time.time() - 60, time.time() - 60))
     launcher.finish(run, ranks=2)
     assert not request.exists()
-    faults = [stuck(tmp_path, JOIN, seconds=2, rank=0)]
+    faults = [stuck(tmp_path, JOIN, rank=0)]
     attempt = launcher.start(run, "--train.max_steps=400", ranks=2, faults=faults)
     wait_for(is_stuck(tmp_path, 0), attempt)
     fsio.atomic_write(request, b"preempted")
+    release(tmp_path)
     assert_stopped(run, attempt.wait(WAIT_S), "preempted", commits=False)
     assert not request.exists()
 

@@ -367,7 +367,8 @@ def stuck_at(
 ) -> None:
     """The ``call``-th call of ``module:function`` first sleeps; the file ``marker`` says that it does.
 
-    With ``hold_after_s`` it sleeps for so long like others, then in C, keeping the interpreter lock.
+    It wakes when the file ``marker.release`` appears. With ``hold_after_s`` it sleeps that long like others,
+    then in C, keeping the interpreter lock.
     """
     if not _here(rank):
         return
@@ -379,7 +380,9 @@ def stuck_at(
             calls += 1
             if calls == call:
                 Path(f"{marker}.{os.environ['RANK']}").touch()
-                time.sleep(seconds if hold_after_s < 0 else hold_after_s)
+                until = time.monotonic() + (seconds if hold_after_s < 0 else hold_after_s)
+                while time.monotonic() < until and not Path(f"{marker}.release").exists():
+                    time.sleep(0.01)
                 if hold_after_s >= 0:
                     ctypes.PyDLL(None).sleep(int(seconds))
             return original(*args, **kwargs)
