@@ -45,6 +45,9 @@ def test_recording_replayed_matches_final_tree(recorded: RecordingOf, case: Case
     ranks, keep, no_direct = case
     assert {op.role for op in recording.ops} >= {"rank0", *(f"writer{rank}" for rank in range(ranks))}
     assert [commit.step for commit in recording.commits] == [1, 2, 3, 4]
+    links = [number for number, op in enumerate(recording.ops, 1) if op.op == "symlink"]
+    for commit in recording.commits:  # durable before anything says that it is there
+        assert commit.durable < min(number for number in links if number > commit.renamed), commit
     deleted = [op.path for op in recording.ops if op.op == "rename" and op.to.endswith(".deleting")]
     assert deleted == [f"{CHECKPOINTS}/step_{step:08d}" for step in range(1, 5 - keep)]
     assert any(op.op == "pwrite" and len(op.data) % 4096 == 0 for op in recording.ops) is not no_direct
