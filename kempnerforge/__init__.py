@@ -1,3 +1,54 @@
-"""KempnerForge: training runs described by one TOML file that survive being killed at any instant."""
+"""KempnerForge: training runs described by one TOML file that survive being killed at any instant.
+
+The names in ``__all__`` are the public API. Each is imported at its first use, so ``import kempnerforge`` is
+fast and needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+    from kempnerforge.checkpoint.manager import CheckpointManager
+    from kempnerforge.checkpoint.state import TrainState
+    from kempnerforge.checkpoint.storage import SafetensorsWriter
+    from kempnerforge.checkpoint.storage_reader import SafetensorsReader
+    from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig, load_job
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AsyncCheckpointMode",
+    "AsyncCheckpointer",
+    "CheckpointConfig",
+    "CheckpointManager",
+    "SafetensorsReader",
+    "SafetensorsWriter",
+    "TrainState",
+    "load_job",
+]
+
+_HOMES = {
+    "AsyncCheckpointMode": "config.schema",
+    "AsyncCheckpointer": "checkpoint.async_save",
+    "CheckpointConfig": "config.schema",
+    "CheckpointManager": "checkpoint.manager",
+    "SafetensorsReader": "checkpoint.storage_reader",
+    "SafetensorsWriter": "checkpoint.storage",
+    "TrainState": "checkpoint.state",
+    "load_job": "config.schema",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

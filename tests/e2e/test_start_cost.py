@@ -48,6 +48,13 @@ def command(*arguments: object) -> str:
 
 
 @pytest.mark.smoke
+def test_package_import_loads_no_torch() -> None:
+    found = modules_after("import kempnerforge\nfrom kempnerforge import CheckpointConfig, load_job")
+    assert not found & {"torch", "numpy", "wandb"}
+    assert not {name for name in found if name.startswith("kempnerforge.checkpoint")}
+
+
+@pytest.mark.smoke
 def test_cli_help_imports_no_command() -> None:
     for arguments in (["--help"], ["ckpt", "--help"]):
         found = modules_after(command(*arguments))
