@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -31,13 +34,32 @@ from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import SaveFailedError
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pending:
     number: int
     name: str
     job: SaveJob
     thread: threading.Thread
     result: SaveResult | None = None
+
+
+_unreported: set[_Pending] = set()
+"""Saves of this process whose outcome nobody has been told."""
+
+
+@atexit.register
+def _report_failures() -> None:
+    """Say which saves failed at the end of a script: Python has waited for their threads."""
+    for pending in list(_unreported):
+        _report_failure(pending)
+
+
+def _report_failure(pending: _Pending) -> None:
+    """Say on standard error that a save failed if nobody has been told. First rank only."""
+    result = pending.job.part.result
+    if pending in _unreported and result is not None and result.error:
+        print(f"kempnerforge: {pending.job.final} was not saved: {result.error}", file=sys.stderr)
+    _unreported.discard(pending)
 
 
 class AsyncCheckpointer:
@@ -50,20 +72,24 @@ class AsyncCheckpointer:
     The host buffers, one image of each of this rank's files, are made by the first save and reused by all
     others; a writer process writes from them. One save at a time: the next first waits for the one before.
 
+    A context manager: leaving it finishes a pending save, raises SaveFailedError if that failed, and closes.
+    When an exception leaves it, or the interpreter exits without it, the save is finished too and a failure
+    is said on standard error.
+
     Args:
-        mode: as above.
+        mode: as above; the member or its value, such as ``"async"``. Raises ValueError for anything else.
         patience: how often a write is tried, and how long ranks wait for each other.
         stall_timeout_s: a writer that makes no progress for so long is replaced, and its write tried again.
     """
 
     def __init__(
         self,
-        mode: AsyncCheckpointMode = AsyncCheckpointMode.disabled,
+        mode: AsyncCheckpointMode | str = AsyncCheckpointMode.disabled,
         *,
         patience: Patience | None = None,
         stall_timeout_s: float = 120.0,
     ) -> None:
-        self.mode = mode
+        self.mode = _known_mode(mode)
         self._patience = patience or Patience()
         self._writer = Writer(stall_timeout_s=stall_timeout_s)
         self._control: ControlGroup | None = None
@@ -71,6 +97,18 @@ class AsyncCheckpointer:
         self._plan = AgreedPlan()
         self._number = 0
         self._pending: _Pending | None = None
+
+    def __enter__(self) -> AsyncCheckpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self.close()
 
     def save(
         self,
@@ -117,6 +155,7 @@ class AsyncCheckpointer:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
         self._pending = None
+        _unreported.discard(pending)
         if result.error:
             raise SaveFailedError(f"{pending.name} was not saved: {result.error}")
         return result
@@ -193,7 +232,7 @@ class AsyncCheckpointer:
         self.wait()
         control = self._join(process_group)
         contents = Contents(provenance or Provenance(), {}, config_toml)
-        final = Path(os.path.abspath(checkpoint_id))
+        final = layout.local_path(checkpoint_id)
         temporary = final.with_name(layout.temporary_name(final.name, contents.provenance.attempt))
         tensors: dict[str, torch.Tensor] = {}
         error: Exception | None = None
@@ -233,6 +272,7 @@ class AsyncCheckpointer:
         self._writer.hurry(self.blocks)
         thread = background.start(job, self._writer, self._board)
         self._pending = _Pending(job.number, final.name, job, thread)
+        _unreported.add(self._pending)
         job.staging.start()
 
     def wait_for_staging(self) -> None:
@@ -260,8 +300,13 @@ class AsyncCheckpointer:
             self._pending.thread.join()
 
     def close(self) -> None:
-        """Let what is pending end, without raising; end the writer; release the buffers. Not collective."""
+        """Let what is pending end, without raising; end the writer; release the buffers. Not collective.
+
+        A save that failed and whose failure ``wait`` has not raised is named on standard error.
+        """
         self.join()
+        if self._pending is not None:
+            _report_failure(self._pending)
         self._pending = None
         self._writer.close()
         self._plan.release()
@@ -289,6 +334,14 @@ class AsyncCheckpointer:
         if self.mode is not AsyncCheckpointMode.async_pinned:
             return BlockingCopy(pairs)
         return overlapping(pairs)
+
+
+def _known_mode(mode: AsyncCheckpointMode | str) -> AsyncCheckpointMode:
+    try:
+        return AsyncCheckpointMode(mode)
+    except ValueError:
+        known = ", ".join(f'"{member.value}"' for member in AsyncCheckpointMode)
+        raise ValueError(f"async_mode: {mode!r} is not one of {known}") from None
 
 
 def _make_folder(final: Path, temporary: Path) -> None:

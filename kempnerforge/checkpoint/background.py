@@ -55,6 +55,8 @@ class Part:
 
     doing: str = "copy"
     """``copy``, ``write``, on the first rank ``commit``, then ``done``."""
+    result: SaveResult | None = None
+    """The outcome, once it is known; on the first rank only."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,13 @@ def result_key(number: int) -> str:
 
 
 def start(job: SaveJob, writer: Writer, board: Board) -> threading.Thread:
-    """Do the job on a thread."""
+    """Do the job on a thread.
+
+    Python waits for it before the interpreter exits: a save at the end of a script is not lost. It ends in
+    bounded time, as ``job.patience`` and the writer's time-out say.
+    """
     thread = threading.Thread(
-        target=_work, args=(job, writer, board), name=f"checkpoint-save-{job.number}", daemon=True
+        target=_work, args=(job, writer, board), name=f"checkpoint-save-{job.number}", daemon=False
     )
     thread.start()
     return thread
@@ -146,6 +152,7 @@ def _conclude(job: SaveJob, board: Board) -> None:
         result = SaveResult(error=f"rank 0: {type(error).__name__}: {error}")
     if result.error:
         shutil.rmtree(job.temporary, ignore_errors=True)
+    job.part.result = result
     board.post(result_key(job.number), asdict(result))
     # Every rank has read the outcome before last: it has begun a save since.
     board.forget(result_key(job.number - 2))

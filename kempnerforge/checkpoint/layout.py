@@ -24,6 +24,13 @@ _DELETING = re.compile(r"\.step_(\d{8,})(\.\d+\.tmp(\.\d+)?)?\.deleting")
 _SET_ASIDE = re.compile(r"(quarantined|rolledback|late|suspect)\.step_(\d{8,})\.(\d+)")
 
 
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """``path`` as an absolute path. Raises ValueError for a URL: it would name a local folder ``s3:``."""
+    if "://" in os.fspath(path):
+        raise ValueError(f"{path}: checkpoints are on a mounted file system; give a path, not a URL")
+    return Path(os.path.abspath(path))
+
+
 def step_name(step: int) -> str:
     """Folder name of a committed step."""
     return f"step_{step:08d}"

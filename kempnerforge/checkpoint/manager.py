@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,9 @@ class CheckpointManager:
     ``config.dir``, else ``run_dir/checkpoints``, holds them; ``run_dir`` gets the receipts.
     ``control_group`` is a gloo group that nothing else uses; None is one process alone. ``lease``, on the
     first rank, proves before every commit that it alone writes the run; without one, the caller has to.
+
+    A context manager: leaving it finishes a pending save, raises SaveFailedError if that failed, and closes.
+    When an exception leaves it, the save is finished too and a failure is said on standard error.
     """
 
     def __init__(
@@ -82,6 +86,18 @@ class CheckpointManager:
             self._checkpointer, self.folder, self._control, max_failed_saves=config.max_failed_saves
         )
         self._pacer = Pacer(config, self._saver.clock, rank=self._control.rank, ranks=self._control.num_ranks)
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._checkpointer.wait()
+        finally:
+            self.close()
 
     # -- resume ------------------------------------------------------------------------------------------
 

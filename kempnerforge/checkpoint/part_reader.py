@@ -61,7 +61,7 @@ def read_parts(step_folder: Path, files: Mapping[str, FileRecord], parts: Iterab
         if part.target.numel():
             per_file.setdefault(part.chunk.file, []).append(part)
     pin = any(part.target.is_cuda for of_file in per_file.values() for part in of_file)
-    buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=pin)
+    buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pin)
     for name, wanted in sorted(per_file.items()):
         record = files.get(name)
         if record is None:
@@ -119,7 +119,7 @@ def _fill(file: VerifiedFile, part: Part) -> None:
     at_once = max(1, BLOCK_BYTES // max(1, row_bytes))
     for first in range(0, rows, at_once):
         count = min(at_once, rows - first)
-        host = torch.empty((count, *part.chunk.sizes[1:]), dtype=part.target.dtype)
+        host = torch.empty((count, *part.chunk.sizes[1:]), dtype=part.target.dtype, device="cpu")
         file.read_into([(begin + first * row_bytes, _memory(host))])
         for dim in range(1, part.target.ndim):
             host = host.narrow(dim, part.starts[dim], part.target.shape[dim])

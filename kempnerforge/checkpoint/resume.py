@@ -202,7 +202,7 @@ def load(
         name = rng_name(rank)
         if "rng" in parts and same_layout and name in loaded.reader.index:
             entry = loaded.reader.index[name]
-            loaded.rng = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+            loaded.rng = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
             wanted[name] = loaded.rng
         load_tensors(wanted, loaded.reader)
         loaded.reader.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
+import shutil
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class SafetensorsWriter(StorageWriter):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Start a new checkpoint, under another path when one is given."""
         if checkpoint_id is not None:
-            self.final = Path(os.path.abspath(checkpoint_id))
+            self.final = layout.local_path(checkpoint_id)
             attempt = self._contents.provenance.attempt
             self.temporary = self.final.with_name(layout.temporary_name(self.final.name, attempt))
         self._expected: Expected | None = None
@@ -63,6 +63,8 @@ class SafetensorsWriter(StorageWriter):
         if self.final.exists():
             raise SaveFailedError(f"{self.final} exists; a committed checkpoint is never replaced")
         fsio.make_folder(self.final.parent)
+        # What a save to this path left that failed or was killed.
+        shutil.rmtree(self.temporary, ignore_errors=True)
         fsio.new_folder(self.temporary)
         by_rank = [[_planned(item) for item in plan.items] for plan in plans]
         shared_out = name_files(by_rank)

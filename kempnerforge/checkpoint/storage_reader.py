@@ -45,13 +45,14 @@ class SafetensorsReader(StorageReader):
     def __init__(
         self, path: str | os.PathLike[str], *, known_manifest: manifest.Manifest | None = None
     ) -> None:
-        self._known_manifest = known_manifest
         self.reset(path)
+        self._known_manifest = known_manifest
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Start another load, of another path when one is given."""
         if checkpoint_id is not None:
-            self.path = Path(checkpoint_id)
+            self.path = layout.local_path(checkpoint_id)
+            self._known_manifest: manifest.Manifest | None = None
         self._open_index: Index | None = None
         self._objects: dict[str, Any] | None = None
 

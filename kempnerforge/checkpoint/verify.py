@@ -17,7 +17,12 @@ from kempnerforge.checkpoint.digest import BLOCK_BYTES, VerifiedFile
 from kempnerforge.checkpoint.index import Chunk, TensorEntry
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.step_view import StepView
-from kempnerforge.errors import DamagedCheckpointError, StepNotFoundError, UnreachableCheckpointError
+from kempnerforge.errors import (
+    DamagedCheckpointError,
+    NoTrainingStateError,
+    StepNotFoundError,
+    UnreachableCheckpointError,
+)
 
 MAX_THREADS = 8
 _UNIT_BLOCKS = 8
@@ -62,7 +67,7 @@ def verify(
 
 def _verify(path: Path, threads: int, progress: Callable[[int, int], None]) -> Verified:
     try:
-        found = manifest.load(path, step=layout.step_number(path.name))
+        found = _manifest_of(path)
     except DamagedCheckpointError as error:
         if not path.is_dir():
             raise StepNotFoundError(f"{path} went away while it was read") from None
@@ -79,6 +84,14 @@ def _verify(path: Path, threads: int, progress: Callable[[int, int], None]) -> V
     problems += _disagreements(StepView(path, found), set(wrong))
     foreign = tuple(name for name in unknown if not name.endswith(layout.SHARD_SUFFIX))
     return Verified(path, tuple(problems), foreign, found.size_bytes)
+
+
+def _manifest_of(path: Path) -> Manifest:
+    """A step's manifest; a state dict that was saved without a run may have the name of a step too."""
+    try:
+        return manifest.load(path, step=layout.step_number(path.name))
+    except NoTrainingStateError:
+        return manifest.load(path)
 
 
 def _wrong_blocks(

@@ -26,7 +26,7 @@ class ControlGroup:
 
     def agree(self, flags: Sequence[int]) -> list[int]:
         """Element-wise maximum of every rank's integers: one small reduction."""
-        tensor = torch.tensor(flags, dtype=torch.int64)
+        tensor = torch.tensor(flags, dtype=torch.int64, device="cpu")
         if self.group is not None:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
