@@ -49,7 +49,7 @@ class Receipt:
     version_changes: dict[str, list[Any]] = field(default_factory=dict)
     data_changes: list[str] = field(default_factory=list)
     rng: str = "derived from (seed, step, rank)"
-    """``restored`` on the same layout."""
+    """``restored`` on the same layout and type of device."""
     cursor: str = "start"
     """``restored`` when the data goes on where it was."""
     next_batch: str = "not compared"
@@ -68,8 +68,10 @@ class Receipt:
         """
         harmless = ("checkpoint.", "metrics.", "run.", "eval.", "data.cache_dir")
         changed = [key for key in self.config_changes if not key.startswith(harmless)]
-        return self.source == "resume" and not (
-            changed or self.layout_changes or self.version_changes or self.data_changes
+        return (
+            self.source == "resume"
+            and self.rng == "restored"
+            and not (changed or self.layout_changes or self.version_changes or self.data_changes)
         )
 
     def lines(self) -> list[str]:

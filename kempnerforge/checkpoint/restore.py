@@ -118,11 +118,14 @@ class Restorer:
     ) -> Receipt:
         state.load_objects(loaded.reader.objects, scheduler="scheduler" in parts, data="data" in parts)
         result = Receipt(self._context.attempt, source=source, step=state.step, path=str(found.path))
-        if loaded.rng is not None:
+        captured_on = rng.captured_on(loaded.rng) if loaded.rng is not None else None
+        if loaded.rng is not None and captured_on == state.device.type:
             rng.restore(loaded.rng, state.device)
             result.rng = "restored"
         else:
             rng.derive(state.seed, state.step, self._control.rank, state.device)
+            if captured_on is not None:
+                result.rng += f": captured on {captured_on}, now on {state.device.type}"
         provenance = found.manifest.provenance
         result.cursor = "restored" if "data" in parts else "start"
         result.not_loaded = [part for part in ALL_PARTS if part not in parts]

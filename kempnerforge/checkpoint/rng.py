@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import random
 import struct
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,20 +51,18 @@ def capture(device: torch.device) -> torch.Tensor:
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
 
 
-def restore(state: torch.Tensor, device: torch.device) -> None:
-    """Set all generators of this rank from ``capture``'s tensor.
+def captured_on(state: torch.Tensor) -> str:
+    """The type of device that ``capture``'s tensor is of: ``cpu`` or ``cuda``. Raises as ``restore`` does."""
+    return "cuda" if _unpack(state)[2] else "cpu"
 
-    Raises MismatchError for a tensor of another format, or one captured on another kind of device.
+
+def restore(state: torch.Tensor, device: torch.device) -> None:
+    """Set all generators of this rank from ``capture``'s tensor, which must be of this type of device.
+
+    Raises MismatchError for a tensor of another format.
     """
-    raw = state.cpu().numpy().tobytes()
-    if not raw.startswith(MAGIC):
-        raise MismatchError(f"RNG state has format {raw[:8]!r}; this version reads {MAGIC!r}")
-    values = _FIXED.unpack_from(raw)
+    values, cpu, cuda = _unpack(state)
     python, numpy_state = values[1:628], values[628:]
-    cpu, rest = _take(raw[_FIXED.size :])
-    cuda, _ = _take(rest)
-    if bool(cuda) != (device.type == "cuda"):
-        raise MismatchError("RNG state was captured on another kind of device")
     random.setstate((3, tuple(python[:625]), python[626] if python[625] else None))
     key = np.array(numpy_state[:624], dtype=np.uint32)
     np.random.set_state(("MT19937", key, numpy_state[624], numpy_state[625], numpy_state[626]))
@@ -80,6 +79,15 @@ def derive(seed: int, step: int, rank: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
         torch.cuda.manual_seed(key)
+
+
+def _unpack(state: torch.Tensor) -> tuple[tuple[Any, ...], bytes, bytes]:
+    """What has a fixed size, torch's CPU generator, and the CUDA generator, which may be empty."""
+    raw = state.cpu().numpy().tobytes()
+    if not raw.startswith(MAGIC):
+        raise MismatchError(f"RNG state has format {raw[:8]!r}; this version reads {MAGIC!r}")
+    cpu, rest = _take(raw[_FIXED.size :])
+    return _FIXED.unpack_from(raw), cpu, _take(rest)[0]
 
 
 def _take(raw: bytes) -> tuple[bytes, bytes]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from kempnerforge.config.checkpoint import CheckpointConfig
 from kempnerforge.config.evaluation import EvalConfig
 from kempnerforge.config.names import nearest
-from kempnerforge.config.run import PLACEHOLDER
+from kempnerforge.config.run import PLACEHOLDER, RunConfig
 from kempnerforge.config.train import TrainConfig
 from kempnerforge.errors import Fault
 
@@ -22,6 +22,19 @@ def checkpoint_dir_is_plain(checkpoint: CheckpointConfig) -> list[Fault]:
         return []
     problem = f"{found[0]} is not expanded here"
     return [Fault("checkpoint.dir", problem, "put it into run.dir, or write the folder out")]
+
+
+def paths_are_local(run: RunConfig, checkpoint: CheckpointConfig) -> list[Fault]:
+    """A URL would name a local folder, ``s3:`` say."""
+    paths = {
+        "run.dir": run.dir,
+        "checkpoint.dir": checkpoint.dir,
+        "checkpoint.load_path": checkpoint.load_path,
+    }
+    allowed = "checkpoints are on a mounted file system: give a path, not a URL"
+    return [
+        Fault(key, f'"{path}" is a URL', allowed) for key, path in paths.items() if path and "://" in path
+    ]
 
 
 def saves_happen(checkpoint: CheckpointConfig, train: TrainConfig) -> list[Fault]:
@@ -136,6 +149,7 @@ def exclusions_have_a_source(checkpoint: CheckpointConfig) -> list[Fault]:
 
 RULES: tuple[Callable[..., list[Fault]], ...] = (
     checkpoint_dir_is_plain,
+    paths_are_local,
     saves_happen,
     dynamics_window_holds_steps,
     milestones_are_saved,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,7 @@ def test_rng_restore_exact_capture_draws_nothing() -> None:
     np.random.randn()
     state = rng.capture(CPU)
     assert state.dtype == torch.uint8
+    assert rng.captured_on(state) == "cpu"
     expected = draw()
     rng.restore(state, CPU)
     assert torch.equal(rng.capture(CPU), state)
@@ -171,14 +173,15 @@ def test_shards_split_by_name_once_per_file() -> None:
 
 def test_receipt_changes_reported() -> None:
     assert Receipt(1).lines() == ["fresh start at step 0"]
-    same = Receipt(2, source="resume", step=5, config_changes={"checkpoint.interval": [1, 2]})
+    same = Receipt(2, source="resume", step=5, rng="restored", config_changes={"checkpoint.interval": [1, 2]})
     assert same.bitwise()
+    assert not replace(same, rng="derived from (seed, step, rank)").bitwise()
     for field, change in [
         ("config_changes", {"optimizer.lr": [0.1, 0.2]}),
         ("layout_changes", {"num_ranks": [1, 2]}),
         ("version_changes", {"torch": ["2.11", "2.13"]}),
     ]:
-        changed = Receipt(2, source="resume", step=5, **{field: change})
+        changed = Receipt(2, source="resume", step=5, rng="restored", **{field: change})
         assert not changed.bitwise()
         (before, now) = next(iter(change.values()))
         assert any(f"was {before!r}, is {now!r}" in line for line in changed.lines())

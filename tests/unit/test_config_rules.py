@@ -181,6 +181,9 @@ BROKEN = [
         "pp > 1",
     ),
     (["--distributed.pp_microbatch_size=2"], "distributed.pp_microbatch_size", "no effect", "pp > 1"),
+    (["--run.dir=s3://bucket/run"], "run.dir", '"s3://bucket/run" is a URL', "a path, not a URL"),
+    (["--checkpoint.dir=gs://x"], "checkpoint.dir", "is a URL", "a path, not a URL"),
+    (["--checkpoint.load_path=https://x/y"], "checkpoint.load_path", "is a URL", "a path, not a URL"),
 ]
 
 
