@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from kempnerforge import fsio
 from kempnerforge.checkpoint import background, layout, leaves
 from kempnerforge.checkpoint.agreed_plan import AgreedPlan
-from kempnerforge.checkpoint.background import Patience, SaveJob, SaveResult, result_key
+from kempnerforge.checkpoint.background import Part, Patience, SaveJob, SaveResult, result_key
 from kempnerforge.checkpoint.board import Board, LocalBoard, StoreBoard
 from kempnerforge.checkpoint.commit import Contents
 from kempnerforge.checkpoint.manifest import Provenance
@@ -34,7 +34,7 @@ from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import SaveFailedError
 
 
-@dataclass(eq=False)
+@dataclass
 class _Pending:
     number: int
     name: str
@@ -43,23 +43,22 @@ class _Pending:
     result: SaveResult | None = None
 
 
-_unreported: set[_Pending] = set()
-"""Saves of this process whose outcome nobody has been told."""
+_unreported: dict[Part, Path] = {}
+"""Saves of this process whose outcome nobody has been told, and where they go. It keeps no buffers alive."""
 
 
 @atexit.register
 def _report_failures() -> None:
     """Say which saves failed at the end of a script: Python has waited for their threads."""
-    for pending in list(_unreported):
-        _report_failure(pending)
+    for part in list(_unreported):
+        _report_failure(part)
 
 
-def _report_failure(pending: _Pending) -> None:
+def _report_failure(part: Part) -> None:
     """Say on standard error that a save failed if nobody has been told. First rank only."""
-    result = pending.job.part.result
-    if pending in _unreported and result is not None and result.error:
-        print(f"kempnerforge: {pending.job.final} was not saved: {result.error}", file=sys.stderr)
-    _unreported.discard(pending)
+    final = _unreported.pop(part, None)
+    if final is not None and part.result is not None and part.result.error:
+        print(f"kempnerforge: {final} was not saved: {part.result.error}", file=sys.stderr)
 
 
 class AsyncCheckpointer:
@@ -155,7 +154,7 @@ class AsyncCheckpointer:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
         self._pending = None
-        _unreported.discard(pending)
+        _unreported.pop(pending.job.part, None)
         if result.error:
             raise SaveFailedError(f"{pending.name} was not saved: {result.error}")
         return result
@@ -272,7 +271,7 @@ class AsyncCheckpointer:
         self._writer.hurry(self.blocks)
         thread = background.start(job, self._writer, self._board)
         self._pending = _Pending(job.number, final.name, job, thread)
-        _unreported.add(self._pending)
+        _unreported[job.part] = final
         job.staging.start()
 
     def wait_for_staging(self) -> None:
@@ -306,7 +305,7 @@ class AsyncCheckpointer:
         """
         self.join()
         if self._pending is not None:
-            _report_failure(self._pending)
+            _report_failure(self._pending.job.part)
         self._pending = None
         self._writer.close()
         self._plan.release()

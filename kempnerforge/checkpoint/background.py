@@ -49,7 +49,7 @@ class Patience:
     """A rank that has not reported after so long fails the save."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Part:
     """How far a rank is with its part of a save: written by its thread, read by any."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,20 @@ def test_checkpointer_failure_told_by_wait_is_not_said_again(
         checkpointer.wait()
     checkpointer.close()
     assert capsys.readouterr().err == ""
+
+
+def test_checkpointer_dropped_without_close_frees_buffers(tmp_path: Path) -> None:
+    def buffers() -> int:
+        gc.collect()
+        return Path("/proc/self/maps").read_text().count("memfd:")
+
+    before = buffers()
+    checkpointer = AsyncCheckpointer("async")
+    checkpointer.save(STATE, tmp_path / "c")
+    assert buffers() > before
+    checkpointer.join()
+    del checkpointer
+    assert buffers() == before
 
 
 @pytest.mark.parametrize("mode", ["nonsense", "", None, 1, "async_pinned"])
