@@ -175,7 +175,7 @@ def test_interval_of_user_loop_is_measured_and_paced(
         else:  # the loop has to do some steps beside it
             until, deadline = state.step + 3, time.monotonic() + 60
             while state.step < until and not ended.is_set():
-                assert time.monotonic() < deadline, "the loop stands still"
+                assert time.monotonic() < deadline, "the loop does not advance"
                 time.sleep(0.001)
         return write(*args, **more)
 
