@@ -19,12 +19,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from kempnerforge import fsio
 from kempnerforge.checkpoint import background, layout, leaves
 from kempnerforge.checkpoint.agreed_plan import AgreedPlan
 from kempnerforge.checkpoint.background import Part, Patience, SaveJob, SaveResult, result_key
 from kempnerforge.checkpoint.board import Board, LocalBoard, StoreBoard
-from kempnerforge.checkpoint.commit import Contents
+from kempnerforge.checkpoint.commit import Contents, make_temporary
 from kempnerforge.checkpoint.manifest import Provenance
 from kempnerforge.checkpoint.staging import BlockingCopy, Staging, overlapping
 from kempnerforge.checkpoint.tree import split_leaves
@@ -242,7 +241,7 @@ class AsyncCheckpointer:
             contents = Contents(contents.provenance, objects, config_toml)
             self._plan.look_at(tensors)
             if control.rank == 0:
-                _make_folder(final, temporary)
+                make_temporary(final, temporary)
         except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
             error = found
         try:
@@ -341,11 +340,3 @@ def _known_mode(mode: AsyncCheckpointMode | str) -> AsyncCheckpointMode:
     except ValueError:
         known = ", ".join(f'"{member.value}"' for member in AsyncCheckpointMode)
         raise ValueError(f"async_mode: {mode!r} is not one of {known}") from None
-
-
-def _make_folder(final: Path, temporary: Path) -> None:
-    if final.exists():
-        raise SaveFailedError(f"{final} exists; a committed checkpoint is never replaced")
-    fsio.make_folder(final.parent)
-    shutil.rmtree(temporary, ignore_errors=True)
-    fsio.new_folder(temporary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,18 @@ class Expected:
                 raise SaveFailedError(f"{name} was written to another plan")
         if extra := reports.keys() - self._sizes.keys():
             raise SaveFailedError(f"{sorted(extra)[0]} was written and not planned")
+
+
+def make_temporary(final: Path, temporary: Path) -> None:
+    """Make the hidden folder that becomes ``final``, in place of what a failed or killed save left there.
+
+    Raises SaveFailedError when ``final`` exists, and OSError.
+    """
+    if final.exists():
+        raise SaveFailedError(f"{final} exists; a committed checkpoint is never replaced")
+    fsio.make_folder(final.parent)
+    shutil.rmtree(temporary, ignore_errors=True)
+    fsio.new_folder(temporary)
 
 
 def commit(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from typing import Any
 
 import torch
@@ -14,13 +13,11 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from kempnerforge import fsio
 from kempnerforge.checkpoint import layout
-from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, PlannedFile, commit
+from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, PlannedFile, commit, make_temporary
 from kempnerforge.checkpoint.digest import DigestingFile
 from kempnerforge.checkpoint.plan import name_files, planned_item
 from kempnerforge.checkpoint.shards import plan_image
-from kempnerforge.errors import SaveFailedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +57,7 @@ class SafetensorsWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Make the hidden folder and give every rank its files. Coordinator only."""
-        if self.final.exists():
-            raise SaveFailedError(f"{self.final} exists; a committed checkpoint is never replaced")
-        fsio.make_folder(self.final.parent)
-        # What a save to this path left that failed or was killed.
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        fsio.new_folder(self.temporary)
+        make_temporary(self.final, self.temporary)
         by_rank = [[_planned(item) for item in plan.items] for plan in plans]
         shared_out = name_files(by_rank)
         self._expected = shared_out.expected

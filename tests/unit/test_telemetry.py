@@ -53,7 +53,7 @@ def test_spans_error_in_body_timed_and_raised(clock: FakeClock) -> None:
 
 
 def test_spans_cuda_time_device_without_waiting(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's clock stands still meanwhile, and nothing waits for the device before ``collect``."""
+    """The host's clock does not move, and nothing waits for the device before ``collect``."""
     import torch
 
     if not torch.cuda.is_available():
