@@ -1,4 +1,4 @@
-"""Non-tensor leaves as JSON: plain values as they are, the others tagged, nothing unpickled ever.
+"""Non-tensor leaves as JSON: plain values as they are, the others tagged. Nothing is ever unpickled.
 
 =====================  ==========================================================
 value                  JSON
@@ -6,76 +6,184 @@ value                  JSON
 None, bool, int, str   itself
 finite float           itself, at full precision
 nan, inf, -inf         ``{"__float__": "nan"}``
+complex                ``{"__complex__": [real, imaginary]}``
 tuple, set, frozenset  ``{"__tuple__": [...]}``, ``{"__set__": [...]}``, ...
-bytes                  ``{"__bytes__": base64}``
+deque                  ``{"__deque__": [maxlen, [...]]}``
+bytes, bytearray       ``{"__bytes__": base64}``, ``{"__bytearray__": base64}``
+BytesIO                ``{"__bytesio__": [base64, position]}``
 dict                   an object; ``{"__dict__": [[key, value], ...]}`` when a key is no
                        string or begins with ``__``
+OrderedDict, Counter   ``{"__ordereddict__": [[key, value], ...]}``, ``{"__counter__": ...}``
+defaultdict            ``{"__defaultdict__": [factory, [[key, value], ...]]}``
 =====================  ==========================================================
+
+``tensor_leaves`` has the tags of torch and numpy. This module knows their names only: it does not import torch.
 """
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+MAX_DEPTH = 200
+"""Containers within containers."""
+FOREIGN_TAGS = ("__tensor__", "__ndarray__", "__numpy__", "__size__", "__dtype__", "__device__")
+"""Tags that ``tensor_leaves`` reads and writes."""
+_FACTORIES: dict[str, type] = {one.__name__: one for one in (int, float, bool, str, list, dict, set, tuple)}
 
-def encode(value: Any, *, name: str) -> Any:
-    """``value`` as tagged JSON. Raises TypeError, naming the leaf, for what cannot be stored."""
-    if value is None or type(value) in (bool, int, str):
+
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """A leaf of torch or numpy, as it stands in the JSON."""
+
+    tag: str
+    content: Any
+
+    def __repr__(self) -> str:
+        if self.tag == "__tensor__":
+            return f"tensor {self.content['name']}"
+        if self.tag == "__ndarray__":
+            return f"numpy {self.content['dtype']} array of shape {tuple(self.content['shape'])}"
+        return f"{self.tag.strip('_')} {self.content}"
+
+
+def encode(
+    value: Any, *, name: str, foreign: Callable[[Any, str], Any] | None = None, depth: int = 0
+) -> Any:
+    """``value`` as tagged JSON.
+
+    ``foreign`` is asked for what is no Python value, with its name; it returns JSON, or None when it cannot.
+    Raises TypeError, naming the leaf, for what cannot be stored.
+    """
+
+    def inner(item: Any, key: Any) -> Any:
+        return encode(item, name=f"{name}.{key}", foreign=foreign, depth=depth + 1)
+
+    def items(values: Any) -> list[Any]:
+        return [inner(item, place) for place, item in enumerate(values)]
+
+    def pairs(mapping: Any) -> list[Any]:
+        return [[inner(key, "key"), inner(item, key)] for key, item in mapping.items()]
+
+    kind = type(value)
+    if value is None or kind in (bool, str):
         return value
-    if type(value) is float:
+    if kind is int and value.bit_length() <= 10_000:  # Python refuses to print larger ones
+        return value
+    if kind is float:
         return value if math.isfinite(value) else {"__float__": repr(value)}
-    if type(value) is bytes:
-        return {"__bytes__": base64.b64encode(value).decode()}
-    if type(value) is list:
-        return [encode(item, name=f"{name}[{place}]") for place, item in enumerate(value)]
-    if type(value) in _SEQUENCES:
-        items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
-        return {_SEQUENCES[type(value)]: [encode(item, name=name) for item in items]}
-    if isinstance(value, dict):
+    if depth > MAX_DEPTH:
+        raise TypeError(f"{name[:200]} is nested more than {MAX_DEPTH} deep, or holds itself")
+    if kind is list:
+        return items(value)
+    if kind is dict:
         if all(type(key) is str and not key.startswith("__") for key in value):
-            return {key: encode(item, name=f"{name}.{key}") for key, item in value.items()}
-        pairs = [[encode(k, name=name), encode(v, name=f"{name}.{k}")] for k, v in value.items()]
-        return {"__dict__": pairs}
+            return {key: inner(item, key) for key, item in value.items()}
+        return {"__dict__": pairs(value)}
+    if kind in _ENCODERS:
+        tag, write = _ENCODERS[kind]
+        return {tag: write(value)}
+    if kind in (set, frozenset):
+        return {f"__{kind.__name__}__": items(sorted(value, key=repr))}
+    if kind is tuple:
+        return {"__tuple__": items(value)}
+    if kind is deque:
+        return {"__deque__": [value.maxlen, items(value)]}
+    if kind in (OrderedDict, Counter):
+        return {f"__{kind.__name__.lower()}__": pairs(value)}
+    if kind is defaultdict and (value.default_factory is None or value.default_factory in _FACTORIES.values()):
+        factory = value.default_factory
+        return {"__defaultdict__": [factory and factory.__name__, pairs(value)]}
+    if foreign is not None and (found := foreign(value, name)) is not None:
+        return found
     raise TypeError(
-        f"{name} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold: "
-        "use tensors, numbers, strings, bytes, lists, tuples, sets and dicts"
+        f"{name} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: use tensors, numpy "
+        "arrays, numbers, strings, bytes, lists, tuples, sets and dicts"
     )
 
 
-def decode(value: Any) -> Any:
-    """The inverse of ``encode``. Raises ValueError for an unknown tag."""
+def decode(value: Any, foreign: Callable[[str, Any], Any] = Foreign) -> Any:
+    """The inverse of ``encode``; ``foreign`` gets the tags of torch and numpy. Raises ValueError for others."""
     if isinstance(value, list):
-        return [decode(item) for item in value]
+        return [decode(item, foreign) for item in value]
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
         ((tag, content),) = value.items()
         if tag in _DECODERS:
-            return _DECODERS[tag](content)
+            return _DECODERS[tag](content, lambda item: decode(item, foreign))
+        if tag in FOREIGN_TAGS:
+            return foreign(tag, content)
         if tag.startswith("__"):
             raise ValueError(f"unknown tag {tag!r}")
-    return {key: decode(item) for key, item in value.items()}
+    return {key: decode(item, foreign) for key, item in value.items()}
 
 
-def decode_objects(data: bytes) -> dict[str, Any]:
+def decode_objects(data: bytes, foreign: Callable[[str, Any], Any] = Foreign) -> dict[str, Any]:
     """The non-tensor leaves in the bytes of ``train_state.json``, by name. Raises ValueError."""
     body = json.loads(data)
     if not isinstance(body, dict):
         raise ValueError("it is not a JSON object")
     if b'"__' not in data:  # nothing is tagged: the JSON is what was stored
         return body
-    return {name: decode(value) for name, value in body.items()}
+    return {name: decode(value, foreign) for name, value in body.items()}
 
 
-_SEQUENCES: dict[type, str] = {tuple: "__tuple__", set: "__set__", frozenset: "__frozenset__"}
-_DECODERS = {
-    "__float__": float,
-    "__bytes__": base64.b64decode,
-    "__tuple__": lambda items: tuple(decode(item) for item in items),
-    "__set__": lambda items: {decode(item) for item in items},
-    "__frozenset__": lambda items: frozenset(decode(item) for item in items),
-    "__dict__": lambda pairs: {decode(key): decode(item) for key, item in pairs},
+def has_new_tags(data: bytes) -> bool:
+    """Whether ``train_state.json`` has tags that the first version of format 1 cannot read."""
+    return b'"__' in data and any(f'"{tag}"'.encode() in data for tag in _NEW_TAGS)
+
+
+def _base64(value: Any) -> str:
+    return base64.b64encode(value).decode()
+
+
+_ENCODERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    bytes: ("__bytes__", _base64),
+    bytearray: ("__bytearray__", _base64),
+    complex: ("__complex__", lambda value: [encode(part, name="") for part in (value.real, value.imag)]),
+    io.BytesIO: ("__bytesio__", lambda value: [_base64(value.getvalue()), value.tell()]),
 }
+
+
+def _bytes_io(content: Any) -> io.BytesIO:
+    value = io.BytesIO(base64.b64decode(content[0]))
+    value.seek(content[1])
+    return value
+
+
+def _pairs(pairs: Any, inner: Callable[[Any], Any]) -> list[tuple[Any, Any]]:
+    return [(inner(key), inner(item)) for key, item in pairs]
+
+
+def _default_dict(content: Any, inner: Callable[[Any], Any]) -> defaultdict[Any, Any]:
+    return defaultdict(_FACTORIES[content[0]] if content[0] else None, _pairs(content[1], inner))
+
+
+_DECODERS: dict[str, Callable[[Any, Callable[[Any], Any]], Any]] = {
+    "__float__": lambda content, _: float(content),
+    "__complex__": lambda content, inner: complex(*map(inner, content)),
+    "__bytes__": lambda content, _: base64.b64decode(content),
+    "__bytearray__": lambda content, _: bytearray(base64.b64decode(content)),
+    "__bytesio__": lambda content, _: _bytes_io(content),
+    "__tuple__": lambda content, inner: tuple(map(inner, content)),
+    "__set__": lambda content, inner: set(map(inner, content)),
+    "__frozenset__": lambda content, inner: frozenset(map(inner, content)),
+    "__deque__": lambda content, inner: deque(map(inner, content[1]), maxlen=content[0]),
+    "__dict__": lambda content, inner: dict(_pairs(content, inner)),
+    "__ordereddict__": lambda content, inner: OrderedDict(_pairs(content, inner)),
+    "__counter__": lambda content, inner: Counter(dict(_pairs(content, inner))),
+    "__defaultdict__": _default_dict,
+}
+_NEW_TAGS = (
+    *FOREIGN_TAGS,
+    *("__complex__", "__bytearray__", "__bytesio__", "__deque__"),
+    *("__ordereddict__", "__counter__", "__defaultdict__"),
+)
+"""Since format 1.1."""

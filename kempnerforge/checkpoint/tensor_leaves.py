@@ -1,0 +1,135 @@
+"""Leaves of torch and numpy inside of values that are stored as JSON.
+
+=========================  =================================================================================
+value                      JSON
+=========================  =================================================================================
+tensor                     ``{"__tensor__": {"name": ...}}``: the tensor is stored under this name; ``device``
+                           is there unless it is the CPU, ``sharded`` when it is a DTensor
+numpy array                ``{"__ndarray__": {"dtype": "<f4", "shape": [...], "data": base64}}``, or, of more
+                           than 4 KiB, ``"tensor": name`` in place of ``data``
+numpy scalar               ``{"__numpy__": ["<f4", base64]}``
+torch.Size, dtype, device  ``{"__size__": [...]}``, ``{"__dtype__": "bfloat16"}``, ``{"__device__": "cuda:0"}``
+=========================  =================================================================================
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from kempnerforge.checkpoint import leaves
+from kempnerforge.errors import MismatchError
+
+_INLINE_BYTES = 4096
+"""Numpy arrays up to this size stand in the JSON."""
+_SMALL_BYTES = 1 << 20
+"""CPU tensors up to this size are copied when they are packed: their owner may change them during the save."""
+
+
+class Packer:
+    """Turns values into JSON and collects the tensors in them, by name."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def pack(self, value: Any, *, name: str) -> Any:
+        """``value`` as JSON. Raises TypeError, naming the leaf, and ValueError for two of one name."""
+        return leaves.encode(value, name=name, foreign=self._foreign)
+
+    def _foreign(self, value: Any, name: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            return {"__tensor__": self._tensor(value, name)}
+        if isinstance(value, torch.Size):
+            return {"__size__": list(value)}
+        if isinstance(value, torch.dtype):
+            return {"__dtype__": str(value).removeprefix("torch.")}
+        if isinstance(value, torch.device):
+            return {"__device__": str(value)}
+        if isinstance(value, np.generic) and not value.dtype.hasobject and value.dtype.names is None:
+            return {"__numpy__": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
+        if type(value) is np.ndarray and not value.dtype.hasobject and value.dtype.names is None:
+            return {"__ndarray__": self._array(value, name)}
+        return None
+
+    def _tensor(self, value: torch.Tensor, name: str) -> dict[str, Any]:
+        tag: dict[str, Any] = {"name": name}
+        if value.device.type != "cpu":
+            tag["device"] = value.device.type
+        if isinstance(value, DTensor):
+            tag["sharded"] = True
+        elif type(value) is torch.Tensor and value.device.type == "cpu" and value.nbytes <= _SMALL_BYTES:
+            value = value.detach().clone()
+        self._add(name, value)
+        return tag
+
+    def _array(self, value: np.ndarray[Any, Any], name: str) -> dict[str, Any]:
+        tag: dict[str, Any] = {"dtype": value.dtype.str, "shape": list(value.shape)}
+        if value.nbytes > _INLINE_BYTES:
+            self._add(name, torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8))
+            return {**tag, "tensor": name}
+        return {**tag, "data": base64.b64encode(value.tobytes()).decode()}
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        if name in self.tensors:
+            raise ValueError(f"two leaves are called {name}")
+        self.tensors[name] = value
+
+
+class Unpacker:
+    """Turns JSON back into values. The tensors in them are made by ``make``, to be filled afterwards.
+
+    ``make`` gets a tensor's name in the checkpoint and the content of its tag.
+    """
+
+    def __init__(self, make: Callable[[str, dict[str, Any]], torch.Tensor]) -> None:
+        self._make = make
+        self.tensors: dict[str, torch.Tensor] = {}
+        """What has to be filled, by name."""
+
+    def unpack(self, encoded: Any) -> Any:
+        """The value of which ``Packer.pack`` made ``encoded``."""
+        return leaves.decode(encoded, self._foreign)
+
+    def _foreign(self, tag: str, content: Any) -> Any:
+        if tag == "__tensor__":
+            return self._tensor(content["name"], content)
+        if tag == "__size__":
+            return torch.Size(content)
+        if tag == "__dtype__":
+            found = getattr(torch, content, None)
+            if not isinstance(found, torch.dtype):
+                raise MismatchError(f"this version of torch has no dtype {content}")
+            return found
+        if tag == "__device__":
+            return torch.device(content)
+        if tag == "__numpy__":
+            return np.frombuffer(base64.b64decode(content[1]), dtype=np.dtype(content[0]))[0]
+        dtype, shape = np.dtype(content["dtype"]), tuple(content["shape"])
+        if "tensor" in content:
+            return self._tensor(content["tensor"], content).numpy().view(dtype).reshape(shape)
+        raw = bytearray(base64.b64decode(content["data"]))
+        return np.frombuffer(raw, dtype=dtype).reshape(shape) if raw else np.empty(shape, dtype)
+
+    def _tensor(self, name: str, tag: dict[str, Any]) -> torch.Tensor:
+        if name not in self.tensors:
+            self.tensors[name] = self._make(name, tag)
+        return self.tensors[name]
+
+
+def tensor_names(encoded: Any) -> set[str]:
+    """Names of the tensors that stand in ``encoded``."""
+    found: set[str] = set()
+
+    def note(tag: str, content: Any) -> None:
+        if tag == "__tensor__":
+            found.add(content["name"])
+        elif tag == "__ndarray__" and "tensor" in content:
+            found.add(content["tensor"])
+
+    leaves.decode(encoded, note)
+    return found
