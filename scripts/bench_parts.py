@@ -31,6 +31,7 @@ from bench.savers import Ours
 from bench.workload import Steps, model_config, sharded_llama, state_bytes
 
 from kempnerforge.checkpoint.agreed_plan import AgreedPlan
+from kempnerforge.checkpoint.report import Payload
 from kempnerforge.checkpoint.staging import overlapping
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.checkpoint.writer import Writer
@@ -170,7 +171,7 @@ def main() -> None:
     model, optimizer = sharded_llama(model_config(arguments.size_mb), device)
     tensors = TrainState(model=model, optimizer=optimizer).tensors()
     plan = AgreedPlan()
-    plan.look_at(tensors)
+    plan.look_at(Payload(tensors))
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     plan.agree(ControlGroup(group), None, pin=device.type == "cuda")

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
+import xxhash
 
+from kempnerforge.checkpoint import structure
 from kempnerforge.checkpoint.arena import ArenaSet
-from kempnerforge.checkpoint.commit import Expected, PlannedItem
-from kempnerforge.checkpoint.plan import Signature, digest_of, held_chunks, make_plan, signature_of
-from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.errors import SaveFailedError
+from kempnerforge.checkpoint.commit import Expected
+from kempnerforge.checkpoint.pieces import check_name
+from kempnerforge.checkpoint.plan import SavePlan, Signature, digest_of, held_chunks, make_plan, signature_of
+from kempnerforge.checkpoint.report import Payload
+from kempnerforge.checkpoint.structure import FLAT, Structure
+from kempnerforge.checkpoint.tensor_leaves import tensor_names
+from kempnerforge.checkpoint.tree import TreePayload
+from kempnerforge.checkpoint.union import Held, Union, unite
+from kempnerforge.distributed.control import ControlGroup, as_agreed
+from kempnerforge.errors import KempnerForgeError, SaveFailedError
+
+_DIGEST_BITS = (1 << 62) - 1
+_SHOWN = 5
+"""Names in an error."""
 
 
 class AgreedPlan:
@@ -20,38 +32,74 @@ class AgreedPlan:
         self.arenas: ArenaSet | None = None
         self.expected: Expected | None = None
         """What all ranks write; on the first rank only, which commits."""
-        self._signature: Signature | None = None
-        self._held: list[PlannedItem] = []
+        self.contributed: frozenset[str] = frozenset()
+        """Names of this rank's non-tensor leaves that the first rank has not: it sends it their values."""
+        self._structure: dict[str, Any] | None = None
+        """Where the leaves of all ranks stand in a nested state dict, as JSON."""
+        self._seen: tuple[Signature | None, tuple[str, ...], Structure] | None = None
+        self._held = Held([])
         self._held_digest = ""
         self._agreed_digest = ""
 
-    def look_at(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Find out what this rank holds of ``tensors``. Raises TypeError for what cannot be stored."""
-        signature = signature_of(tensors)
-        if signature is None or signature != self._signature:
-            self._signature = None
-            self._held = held_chunks(tensors)
-            self._held_digest = digest_of(self._held)
-            self._signature = signature
+    def look_at(self, payload: Payload) -> None:
+        """Find out what this rank holds of a payload.
 
-    def agree(self, control: ControlGroup, error: Exception | None, *, pin: bool) -> None:
+        Raises TypeError and ValueError for what cannot be stored.
+        """
+        paths = payload.structure if isinstance(payload, TreePayload) else FLAT
+        seen = (signature_of(payload.tensors), tuple(payload.objects), paths)
+        if seen[0] is not None and seen == self._seen:
+            return
+        self._seen = None
+        self._held = _held(payload, paths)
+        self._held_digest = digest_of(self._held)
+        self._seen = seen
+
+    def agree(
+        self,
+        control: ControlGroup,
+        error: Exception | None,
+        *,
+        pin: bool,
+        same: Mapping[str, str] | None = None,
+    ) -> None:
         """Go on with the plan that there is, or make a new one and new buffers when any rank needs it.
 
-        Collective: all ranks. ``error``: what kept this rank from getting so far; then TypeError or
-        SaveFailedError, with rank and cause, is raised on all.
+        Collective: all ranks. ``error``: what kept this rank from getting so far. Then TypeError, ValueError
+        or SaveFailedError, with rank and cause, is raised on all. ``same`` has digests, by name, of what must
+        not differ between ranks: else ValueError names it, on all.
         """
+        number = xxhash.xxh3_64_intdigest(repr(sorted((same or {}).items())).encode()) & _DIGEST_BITS
         changed = self.arenas is None or self._held_digest != self._agreed_digest
-        failed, changed = control.agree([error is not None, changed])
+        failed, changed, highest, lowest = control.agree([error is not None, changed, number, -number])
         if failed:
-            _raise_on_all(control, error)
-        if not changed:
-            return
+            raise_on_all(control, error)
+        if highest != -lowest:
+            raise as_agreed(_difference(control.gather(dict(same or {}))))
+        if changed:
+            self._make(control, pin=pin)
+
+    def _make(self, control: ControlGroup, *, pin: bool) -> None:
         everything = control.gather(self._held)
-        plan = control.on_rank0(lambda: make_plan(everything))
+        plan, union = control.on_rank0(lambda: _plan_of_all(everything))
         self.release()
-        self.arenas = ArenaSet(plan.files[control.rank], pin=pin)
-        self.expected = plan.expected if control.rank == 0 else None
+        error: Exception | None = None
+        try:
+            self.arenas = ArenaSet(plan.files[control.rank], pin=pin)
+            self.expected = plan.expected if control.rank == 0 else None
+        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
+            error = SaveFailedError(f"cannot make its host buffers: {type(found).__name__}: {found}")
+        if control.agree([error is not None])[0]:
+            self.release()
+            raise_on_all(control, error)
+        self.contributed = union.contributed[control.rank]
+        self._structure = union.structure
         self._agreed_digest = self._held_digest
+
+    def objects(self, payload: Payload) -> dict[str, Any]:
+        """What this rank stores beside tensors: its other leaves, and where all leaves stand."""
+        paths = {} if self._structure is None else {structure.PATHS: self._structure}
+        return {**payload.objects, **paths}
 
     def release(self) -> None:
         """Give the buffers back; the next agreement makes new ones."""
@@ -60,10 +108,51 @@ class AgreedPlan:
             self.arenas = None
 
 
-def _raise_on_all(control: ControlGroup, error: Exception | None) -> None:
-    """Raise on every rank: TypeError for a TypeError, SaveFailedError for the rest, with rank and cause."""
-    clear = isinstance(error, (TypeError, SaveFailedError))
-    text = "" if error is None else str(error) if clear else f"{type(error).__name__}: {error}"
-    told = control.gather((isinstance(error, TypeError), text))
-    rank, (is_type, text) = next((rank, one) for rank, one in enumerate(told) if one[1])
-    raise TypeError(f"rank {rank}: {text}") if is_type else SaveFailedError(f"rank {rank}: {text}")
+def _held(payload: Payload, paths: Structure) -> Held:
+    for name in payload.objects:
+        check_name(name)
+    inside: dict[str, str] = {}
+    for name, encoded in payload.objects.items():
+        inside |= dict.fromkeys(tensor_names(encoded), name)
+    return Held(
+        items=held_chunks(payload.tensors),
+        objects=tuple(payload.objects),
+        inside=inside,
+        structure=structure.encode(paths) if paths is not FLAT else None,
+    )
+
+
+def _plan_of_all(everything: Sequence[Held]) -> tuple[SavePlan, Union]:
+    union = unite(everything)
+    return make_plan(union.items), union
+
+
+def raise_on_all(control: ControlGroup, error: Exception | None) -> None:
+    """Raise on every rank what the lowest rank with an ``error`` has, with rank and cause.
+
+    Collective: all ranks. TypeError and ValueError stay what they are; the rest becomes SaveFailedError.
+    """
+    kind: type[Exception] = SaveFailedError
+    if isinstance(error, Exception) and type(error) in (TypeError, ValueError):
+        kind = type(error)
+    clear = isinstance(error, (KempnerForgeError, kind))
+    text = "" if error is None else str(error) if clear and str(error) else f"{type(error).__name__}: {error}"
+    told = control.gather((kind, text))
+    rank, (kind, text) = next((rank, one) for rank, one in enumerate(told) if one[1])
+    raise as_agreed(kind(f"rank {rank}: {text}"))
+
+
+def _difference(by_rank: Sequence[Mapping[str, str]]) -> ValueError:
+    """The error that names what differs between ranks, and two of them for each name."""
+    problems = []
+    for name in sorted(set().union(*by_rank)):
+        digests = [same.get(name) for same in by_rank]
+        other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+        if other is None:
+            continue
+        if name.startswith("extra."):
+            problems.append(f"{name} differs between ranks 0 and {other}: name it in per_rank=")
+        else:
+            problems.append(f"{name} differs between ranks 0 and {other}")
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return ValueError("; ".join(problems[:_SHOWN]) + more)

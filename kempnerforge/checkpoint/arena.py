@@ -17,7 +17,7 @@ import xxhash
 from kempnerforge.checkpoint.commit import PlannedFile
 from kempnerforge.checkpoint.dtypes import DTYPES
 from kempnerforge.checkpoint.image_writer import padded
-from kempnerforge.checkpoint.plan import local_part
+from kempnerforge.checkpoint.pieces import Sizes, piece_at
 from kempnerforge.checkpoint.shards import ShardImage, plan_image
 from kempnerforge.checkpoint.shared_memory import map_new
 
@@ -44,16 +44,16 @@ class Arena:
             _pin(self._bytes)
         self._pinned = pin
 
-    def views(self) -> dict[str, torch.Tensor]:
-        """By name, the place of each chunk: a tensor of its dtype and shape in the arena's memory.
+    def views(self) -> list[tuple[str, Sizes, torch.Tensor]]:
+        """Name, offsets and place of each chunk: a tensor of its dtype and shape in the arena's memory.
 
         In the order of their bytes.
         """
-        found = {}
+        found = []
         for place in self.image.order:
             item, begin = self.file.items[place].item, self.image.begins[place]
             raw = self._bytes[begin : begin + item.size_bytes]
-            found[item.name] = raw.view(DTYPES[item.dtype]).view(item.sizes)
+            found.append((item.name, item.offsets, raw.view(DTYPES[item.dtype]).view(item.sizes)))
         return found
 
     def staged_bytes(self, copied: int) -> int:
@@ -74,8 +74,15 @@ class ArenaSet:
     """All arenas of one rank, and where each tensor goes."""
 
     def __init__(self, files: Sequence[PlannedFile], *, pin: bool) -> None:
-        self.arenas = [Arena(file, pin=pin) for file in files]
-        self._targets = [arena.views() for arena in self.arenas]
+        self.arenas: list[Arena] = []
+        self._targets: list[list[tuple[str, Sizes, torch.Tensor]]] = []
+        try:
+            for file in files:
+                self.arenas.append(Arena(file, pin=pin))
+                self._targets.append(self.arenas[-1].views())
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def size_bytes(self) -> int:
@@ -83,12 +90,15 @@ class ArenaSet:
         return sum(padded(arena.image.size_bytes) for arena in self.arenas)
 
     def pairs(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(place in an arena, this rank's part of a tensor) for everything that this rank writes."""
+        """(place in an arena, this rank's part of a tensor) for everything that this rank writes.
+
+        Raises ValueError when a tensor has changed since the plan was made.
+        """
         with torch.no_grad():  # else every ``to_local`` makes a node of a graph
             return [
-                (target, local_part(tensors[name]))
+                (target, piece_at(name, tensors[name], offsets))
                 for views in self._targets
-                for name, target in views.items()
+                for name, offsets, target in views
             ]
 
     def staged_bytes(self, number: int, copied: int) -> int:

@@ -9,8 +9,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,18 +19,24 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from kempnerforge.checkpoint import background, layout, leaves
+from kempnerforge.checkpoint import background, layout
 from kempnerforge.checkpoint.agreed_plan import AgreedPlan
-from kempnerforge.checkpoint.background import Part, Patience, SaveJob, SaveResult, result_key
+from kempnerforge.checkpoint.arena import ArenaSet
+from kempnerforge.checkpoint.background import FailedSave, Part, Patience, SaveJob, SaveResult, result_key
 from kempnerforge.checkpoint.board import Board, LocalBoard, StoreBoard
 from kempnerforge.checkpoint.commit import Contents, make_temporary
 from kempnerforge.checkpoint.manifest import Provenance
-from kempnerforge.checkpoint.staging import BlockingCopy, Staging, overlapping
-from kempnerforge.checkpoint.tree import split_leaves
+from kempnerforge.checkpoint.report import Payload
+from kempnerforge.checkpoint.staging import BlockingCopy, FailedCopy, Staging, overlapping
+from kempnerforge.checkpoint.tensor_leaves import Packer
+from kempnerforge.checkpoint.tree import payload_of
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import SaveFailedError
+
+StateDict = Mapping[Any, Any] | Callable[[], Payload]
+"""A state dict, whose keys become text, or what makes the payload of a save."""
 
 
 @dataclass
@@ -38,7 +44,7 @@ class _Pending:
     number: int
     name: str
     job: SaveJob
-    thread: threading.Thread
+    thread: threading.Thread | None
     result: SaveResult | None = None
 
 
@@ -95,6 +101,8 @@ class AsyncCheckpointer:
         self._plan = AgreedPlan()
         self._number = 0
         self._pending: _Pending | None = None
+        self._failed: FailedSave | None = None
+        """On the first rank: the save before, if other ranks may still write what it left."""
 
     def __enter__(self) -> AsyncCheckpointer:
         return self
@@ -110,7 +118,7 @@ class AsyncCheckpointer:
 
     def save(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: StateDict,
         checkpoint_id: str | os.PathLike[str],
         process_group: dist.ProcessGroup | None = None,
         **contents: Any,
@@ -122,10 +130,10 @@ class AsyncCheckpointer:
         Mutation: tensors may be changed on return.
         Durable: on return with ``disabled``; else after ``wait``.
 
-        Non-tensor leaves become tagged JSON, those of the group's first rank; what JSON cannot hold is a
-        TypeError on all ranks before anything is written. SaveFailedError, on all ranks, names the rank and
-        the cause; in the asynchronous modes ``wait`` or the next ``save`` raises it, once. ``contents`` is
-        passed to ``begin_save``.
+        Non-tensor leaves become tagged JSON; of one that several ranks have, the lowest rank's is stored.
+        What a checkpoint cannot hold is a TypeError or ValueError on all ranks, which names the leaf, before
+        anything is written. SaveFailedError, on all ranks, names the rank and the cause; in the asynchronous
+        modes ``wait`` or the next ``save`` raises it, once. ``contents`` is passed to ``begin_save``.
         """
         self.begin_save(state_dict, checkpoint_id, process_group, **contents)
         self.wait_for_staging()
@@ -155,6 +163,8 @@ class AsyncCheckpointer:
         self._pending = None
         _unreported.pop(pending.job.part, None)
         if result.error:
+            if pending.job.rank == 0:
+                self._failed = FailedSave.of(pending.job)
             raise SaveFailedError(f"{pending.name} was not saved: {result.error}")
         return result
 
@@ -191,22 +201,29 @@ class AsyncCheckpointer:
         """The writer process, while there is one."""
         return self._writer.pid
 
-    def prepare(self, state_dict: Mapping[str, Any], process_group: dist.ProcessGroup | None = None) -> None:
+    def prepare(
+        self,
+        state_dict: StateDict,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         """Plan and make the buffers now, so that the first save costs what the others do.
 
-        Collective: all ranks of ``process_group``. Raises TypeError on all ranks.
+        Collective: all ranks of ``process_group``. Raises what ``begin_save`` raises, on all ranks.
         """
         control = self._join(process_group)
+        same: Mapping[str, str] = {}
         error = None
         try:
-            self._plan.look_at(split_leaves(state_dict)[0])
+            payload = _payload(state_dict, None)
+            same = payload.same_on_all_ranks
+            self._plan.look_at(payload)
         except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
             error = found
-        self._agree(control, error)
+        self._agree(control, error, same)
 
     def begin_save(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: StateDict,
         checkpoint_id: str | os.PathLike[str],
         process_group: dist.ProcessGroup | None = None,
         *,
@@ -223,35 +240,36 @@ class AsyncCheckpointer:
         Mutation: tensors stay unmodified until ``wait_for_staging`` returns.
         Durable: not on return; see ``poll`` and ``wait``.
 
-        ``extra_objects`` are non-tensor leaves whose nesting is kept. ``before_commit`` (may raise to forbid
-        it) and ``after_commit`` (returns warnings) run on the first rank's background thread. Raises
-        TypeError and SaveFailedError on all ranks, before anything is staged.
+        In place of ``state_dict`` a function may be given that makes the payload; what it raises on one rank
+        is raised on all. ``extra_objects`` are non-tensor leaves whose nesting is kept. ``before_commit``
+        (may raise to forbid it) and ``after_commit`` (returns warnings) run on the first rank's background
+        thread. Raises TypeError, ValueError and SaveFailedError on all ranks, before anything is staged. What
+        fails on a rank afterwards fails the save on all.
         """
         self.wait()
         control = self._join(process_group)
-        contents = Contents(provenance or Provenance(), {}, config_toml)
+        provenance = provenance or Provenance()
         final = layout.local_path(checkpoint_id)
-        temporary = final.with_name(layout.temporary_name(final.name, contents.provenance.attempt))
-        tensors: dict[str, torch.Tensor] = {}
+        temporary = final.with_name(layout.temporary_name(final.name, provenance.attempt))
+        payload = Payload({})
         error: Exception | None = None
         try:
-            tensors, objects = split_leaves(state_dict)
-            for name, value in (extra_objects or {}).items():
-                objects[name] = leaves.encode(value, name=name)
-            contents = Contents(contents.provenance, objects, config_toml)
-            self._plan.look_at(tensors)
+            self._settle_failed()
+            payload = _payload(state_dict, extra_objects)
+            self._plan.look_at(payload)
             if control.rank == 0:
                 make_temporary(final, temporary)
         except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
             error = found
         try:
-            self._agree(control, error)
+            self._agree(control, error, payload.same_on_all_ranks)
         except BaseException:
             if control.rank == 0 and not isinstance(error, SaveFailedError):
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         arenas = self._plan.arenas
         assert arenas is not None
+        objects = self._plan.objects(payload)
         self._number += 1
         job = SaveJob(
             number=self._number,
@@ -259,10 +277,11 @@ class AsyncCheckpointer:
             num_ranks=control.num_ranks,
             final=final,
             temporary=temporary,
-            contents=contents,
-            staging=self._stage(arenas.pairs(tensors)),
+            contents=Contents(provenance, objects, config_toml),
+            staging=self._stage(arenas, payload.tensors),
             arenas=arenas,
             expected=self._plan.expected,
+            contributed={name: objects[name] for name in self._plan.contributed},
             before_commit=before_commit,
             after_commit=after_commit,
             patience=self._patience,
@@ -272,6 +291,12 @@ class AsyncCheckpointer:
         self._pending = _Pending(job.number, final.name, job, thread)
         _unreported[job.part] = final
         job.staging.start()
+
+    def _settle_failed(self) -> None:
+        """Before a path is used again: no rank may still write what a failed save left there."""
+        if self._failed is not None:
+            self._failed.settle(self._board, timeout_s=self._patience.save_timeout_s)
+            self._failed = None
 
     def wait_for_staging(self) -> None:
         """Return when the tensors of the save that has begun may be changed: before the optimizer step.
@@ -295,7 +320,8 @@ class AsyncCheckpointer:
         """Let this rank's part of what is pending end, without raising. Not collective."""
         if self._pending is not None:
             self._writer.hurry(True)
-            self._pending.thread.join()
+            if self._pending.thread is not None:
+                self._pending.thread.join()
 
     def close(self) -> None:
         """Let what is pending end, without raising; end the writer; release the buffers. Not collective.
@@ -306,6 +332,9 @@ class AsyncCheckpointer:
         if self._pending is not None:
             _report_failure(self._pending.job.part)
         self._pending = None
+        if self._failed is not None:
+            shutil.rmtree(self._failed.temporary, ignore_errors=True)
+            self._failed = None
         self._writer.close()
         self._plan.release()
 
@@ -324,14 +353,34 @@ class AsyncCheckpointer:
             self._control = control
         return self._control
 
-    def _agree(self, control: ControlGroup, error: Exception | None) -> None:
+    def _agree(self, control: ControlGroup, error: Exception | None, same: Mapping[str, str]) -> None:
         pin = self.mode is AsyncCheckpointMode.async_pinned and torch.cuda.is_available()
-        self._plan.agree(control, error, pin=pin)
+        self._plan.agree(control, error, pin=pin, same=same)
 
-    def _stage(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Staging:
-        if self.mode is not AsyncCheckpointMode.async_pinned:
-            return BlockingCopy(pairs)
-        return overlapping(pairs)
+    def _stage(self, arenas: ArenaSet, tensors: Mapping[str, torch.Tensor]) -> Staging:
+        """The copy of this save. All ranks have agreed on it: what fails now is reported, not raised."""
+        try:
+            pairs = arenas.pairs(tensors)
+            overlaps = self.mode is AsyncCheckpointMode.async_pinned
+            return overlapping(pairs) if overlaps else BlockingCopy(pairs)
+        except Exception as error:  # noqa: BLE001 - raised by ``finish``
+            return FailedCopy(error)
+
+
+def _payload(state: StateDict, extra_objects: Mapping[str, Any] | None) -> Payload:
+    if not isinstance(state, Mapping) and not callable(state):
+        raise TypeError(f"a state dict is a mapping from names to values, not {type(state).__name__}")
+    payload = payload_of(state) if isinstance(state, Mapping) else state()
+    if not extra_objects:
+        return payload
+    packer = Packer()
+    extra = {name: packer.pack(value, name=name) for name, value in extra_objects.items()}
+    for name in [*packer.tensors, *extra]:
+        if name in payload.tensors or name in payload.objects:
+            raise ValueError(f"two leaves are called {name}")
+    return replace(
+        payload, tensors={**payload.tensors, **packer.tensors}, objects={**payload.objects, **extra}
+    )
 
 
 def _known_mode(mode: AsyncCheckpointMode | str) -> AsyncCheckpointMode:

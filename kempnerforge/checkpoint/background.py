@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class SaveJob:
     arenas: ArenaSet
     expected: Expected | None
     """What all ranks write; on the first rank only, which commits."""
+    contributed: Mapping[str, Any]
+    """Non-tensor leaves, as JSON, that the first rank lacks."""
     before_commit: Callable[[], None]
     after_commit: Callable[[], list[str]]
     patience: Patience
@@ -85,16 +87,29 @@ def result_key(number: int) -> str:
     return f"{number}/result"
 
 
-def start(job: SaveJob, writer: Writer, board: Board) -> threading.Thread:
-    """Do the job on a thread.
+def _failure_key(number: int) -> str:
+    """Where any rank posts that it has failed, so that the first need not wait for the others."""
+    return f"{number}/failed"
 
-    Python waits for it before the interpreter exits: a save at the end of a script is not lost. It ends in
-    bounded time, as ``job.patience`` and the writer's time-out say.
+
+def _report_keys(number: int, num_ranks: int) -> list[str]:
+    return [f"{number}/rank{rank}" for rank in range(num_ranks)]
+
+
+def start(job: SaveJob, writer: Writer, board: Board) -> threading.Thread | None:
+    """Do the job on a thread. None when there can be no thread: then this rank has reported that it failed.
+
+    Python waits for the thread before the interpreter exits: a save at the end of a script is not lost. It
+    ends in bounded time, as ``job.patience`` and the writer's time-out say.
     """
     thread = threading.Thread(
         target=_work, args=(job, writer, board), name=f"checkpoint-save-{job.number}", daemon=False
     )
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        _report(job, board, {"error": f"cannot start a thread: {error}"})
+        return None
     return thread
 
 
@@ -104,16 +119,53 @@ def _work(job: SaveJob, writer: Writer, board: Board) -> None:
         job.staging.finish()
     except Exception as error:  # noqa: BLE001 - whatever it is, the first rank must learn of it
         message = {"error": str(error) or type(error).__name__}
-    board.post(f"{job.number}/rank{job.rank}", message)
+    _report(job, board, message)
+
+
+def _report(job: SaveJob, board: Board, message: dict[str, Any]) -> None:
+    """Post what this rank has done; the first rank concludes the save."""
+    board.post(_report_keys(job.number, job.num_ranks)[job.rank], message)
+    if "error" in message:
+        board.post(_failure_key(job.number), {"rank": job.rank})
     if job.rank == 0:
         job.part.doing = "commit"
         _conclude(job, board)
-    board.forget(f"{job.number - 1}/rank{job.rank}")  # it was read: this save has begun since
+        board.forget(_failure_key(job.number - 1))  # all ranks have ended that save: this one has begun since
+    board.forget(_report_keys(job.number - 1, job.num_ranks)[job.rank])
     job.part.doing = "done"
 
 
+@dataclass(frozen=True)
+class FailedSave:
+    """A save that was concluded at its first failure, while other ranks may still have been writing."""
+
+    number: int
+    num_ranks: int
+    name: str
+    temporary: Path
+
+    @classmethod
+    def of(cls, job: SaveJob) -> FailedSave:
+        """What has to be known of ``job`` afterwards."""
+        return cls(job.number, job.num_ranks, job.final.name, job.temporary)
+
+    def settle(self, board: Board, *, timeout_s: float) -> None:
+        """Return when no rank writes any more, and remove what they wrote. First rank only.
+
+        Raises SaveFailedError when a rank has not ended in time.
+        """
+        reports = collect(board, _report_keys(self.number, self.num_ranks), timeout_s=timeout_s)
+        missing = [rank for rank, report in enumerate(reports.values()) if report is None]
+        if missing:
+            raise SaveFailedError(
+                f"rank {missing[0]} still writes {self.name}, which has failed, after {timeout_s:.0f} s"
+            )
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+
 def _write(job: SaveJob, writer: Writer) -> dict[str, Any]:
-    files, write_s = {}, 0.0
+    files: dict[str, Any] = {}
+    write_s = 0.0
     for number, arena in enumerate(job.arenas.arenas):
         written = with_backoff(
             partial(_write_file, job, writer, number),
@@ -123,7 +175,7 @@ def _write(job: SaveJob, writer: Writer) -> dict[str, Any]:
         record = written.record
         files[arena.file.name] = [record.size_bytes, record.xxh3_128, arena.header_digest]
         write_s += written.write_s
-    return {"files": files, "write_s": write_s}
+    return {"files": files, "write_s": write_s, "objects": dict(job.contributed)}
 
 
 def _write_file(job: SaveJob, writer: Writer, number: int) -> Written:
@@ -144,8 +196,8 @@ def _staged_bytes(job: SaveJob, number: int) -> int:
 
 
 def _conclude(job: SaveJob, board: Board) -> None:
-    keys = [f"{job.number}/rank{rank}" for rank in range(job.num_ranks)]
-    reports = collect(board, keys, timeout_s=job.patience.save_timeout_s)
+    keys = _report_keys(job.number, job.num_ranks)
+    reports = collect(board, keys, timeout_s=job.patience.save_timeout_s, stop_key=_failure_key(job.number))
     try:
         result = _commit(job, [reports[key] for key in keys])
     except Exception as error:  # noqa: BLE001 - the outcome goes to all ranks over the board
@@ -161,13 +213,16 @@ def _conclude(job: SaveJob, board: Board) -> None:
 def _commit(job: SaveJob, reports: Sequence[Mapping[str, Any] | None]) -> SaveResult:
     assert job.expected is not None
     collected = time.perf_counter()
-    sound = []
     for rank, report in enumerate(reports):
-        if report is None:
-            return SaveResult(error=f"rank {rank} has not reported after {job.patience.save_timeout_s:.0f} s")
-        if "error" in report:
+        if report is not None and "error" in report:
             return SaveResult(error=f"rank {rank}: {report['error']}")
-        sound.append(report)
+    sound = [report for report in reports if report is not None]
+    if len(sound) < len(reports):
+        rank = next(rank for rank, report in enumerate(reports) if report is None)
+        return SaveResult(error=f"rank {rank} has not reported after {job.patience.save_timeout_s:.0f} s")
+    objects = dict(job.contents.objects)
+    for report in sound:
+        objects |= {name: value for name, value in report["objects"].items() if name not in objects}
     files = {
         name: FileReport(FileRecord(size_bytes, tuple(digests)), header_digest)
         for report in sound
@@ -178,7 +233,7 @@ def _commit(job: SaveJob, reports: Sequence[Mapping[str, Any] | None]) -> SaveRe
         job.final,
         expected=job.expected,
         reports=files,
-        contents=job.contents,
+        contents=replace(job.contents, objects=objects),
         before_publish=job.before_commit,
     )
     ended = time.perf_counter()

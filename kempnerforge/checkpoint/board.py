@@ -87,11 +87,17 @@ class StoreBoard:
         self._store.delete_key(key)
 
 
-def collect(board: Board, keys: list[str], *, timeout_s: float) -> dict[str, dict[str, Any] | None]:
-    """Read ``keys`` until all are there or time is up; None for those still missing."""
+def collect(
+    board: Board, keys: list[str], *, timeout_s: float, stop_key: str | None = None
+) -> dict[str, dict[str, Any] | None]:
+    """Read ``keys`` until all are there or time is up; None for those still missing.
+
+    A message under ``stop_key`` ends the wait too.
+    """
     deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
     while (messages := board.read_all(keys)) is None:
-        if time.monotonic() > deadline:
+        stopped = stop_key is not None and board.read(stop_key) is not None
+        if stopped or time.monotonic() > deadline:
             return {key: board.read(key) for key in keys}
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LAST_PAUSE_S)

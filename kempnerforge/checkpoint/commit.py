@@ -141,7 +141,8 @@ def commit(
         fsio.write_new_file(temporary / name, data)
     shards = {name: report.record for name, report in reports.items()}
     files = {**shards, **{name: record_of(data) for name, data in small.items()}}
-    body = manifest.encode(contents.provenance, files)
+    minor = int(manifest.needs_minor(small[layout.TRAIN_STATE]))
+    body = manifest.encode(contents.provenance, files, minor=minor)
     fsio.write_new_file(temporary / layout.MANIFEST, body)
     fsio.fsync_folder(temporary)
     before_publish()

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.dtypes import DTYPE_NAMES
-from kempnerforge.checkpoint.state import OPTIMIZER
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.errors import MismatchError
 
 
-def check_parts(parts: Sequence[str], wanted: Mapping[str, torch.Tensor], reader: SafetensorsReader) -> None:
+def check_parts(parts: Sequence[str], reader: SafetensorsReader) -> None:
     """Raise MismatchError when the step has nothing of a part that is asked for: it holds weights only.
 
     Generators may be missing: they are derived then, as under another layout.
     """
-    keys = {"optimizer": "optimizer", "scheduler": "step", "data": "data", "rng": "rng"}
+    keys = {
+        "optimizer": ("optimizer", "optimizers"),
+        "scheduler": ("step",),
+        "data": ("data",),
+        "rng": ("rng",),
+    }
     absent = [
         part
-        for part, key in keys.items()
-        if key not in reader.objects and not reader.index.has_prefix(f"{key}.")
+        for part, names in keys.items()
+        if not any(name in reader.raw_objects or reader.index.has_prefix(f"{name}.") for name in names)
     ]
-    if not any(name.startswith(OPTIMIZER) for name in wanted):
-        absent = [part for part in absent if part != "optimizer"]
     if any(part in absent and part != "rng" for part in parts):
         given = json.dumps(absent, separators=(",", ":"))
         raise MismatchError(
@@ -35,11 +37,13 @@ def check_parts(parts: Sequence[str], wanted: Mapping[str, torch.Tensor], reader
         )
 
 
-def check_fits(wanted: Mapping[str, torch.Tensor], reader: SafetensorsReader) -> None:
+def check_fits(
+    wanted: Mapping[str, torch.Tensor], reader: SafetensorsReader, known_problems: Sequence[str] = ()
+) -> None:
     """Raise MismatchError unless the step has these tensors, of these shapes and dtypes."""
-    problems = []
+    problems = list(known_problems)
     for name, tensor in wanted.items():
-        here = (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        here = (DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
         try:
             dtype, shape = reader.index.head(name)
         except KeyError:
@@ -50,15 +54,6 @@ def check_fits(wanted: Mapping[str, torch.Tensor], reader: SafetensorsReader) ->
         elif dtype != here[0]:
             problems.append(f"{name} is {dtype} in the checkpoint, {here[0]} here")
     _raise_misfits(problems, reader)
-
-
-def check_no_more(known: Set[str], reader: SafetensorsReader, prefixes: tuple[str, ...]) -> None:
-    """Raise MismatchError when the step has tensors under ``prefixes`` that no rank has.
-
-    One rank's to check: it takes a walk through the names of all.
-    """
-    extra = [name for name in reader.index if name.startswith(prefixes) and name not in known]
-    _raise_misfits([f"{name} is in the checkpoint but not in this model" for name in extra], reader)
 
 
 def _raise_misfits(problems: Sequence[str], reader: SafetensorsReader) -> None:

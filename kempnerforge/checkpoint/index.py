@@ -156,6 +156,15 @@ class Index(Mapping[str, TensorEntry]):
         position = self._bisect(wanted)
         return position < len(self) and self._name(position).startswith(wanted)
 
+    def under(self, prefix: str) -> list[str]:
+        """What follows ``prefix`` in all names that begin with it, in their order."""
+        wanted, found = prefix.encode(), []
+        position = self._bisect(wanted)
+        while position < len(self) and (name := self._name(position)).startswith(wanted):
+            found.append(self._decode(name[len(wanted) :]))
+            position += 1
+        return found
+
     def head(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Safetensors dtype and shape. Raises KeyError."""
         record = self._record(name)

@@ -133,12 +133,13 @@ def acquire(
     stale_after_s: float = STALE_AFTER_S,
     renew_every_s: float = RENEW_EVERY_S,
     note: Callable[[str], None] = lambda _text: None,
+    rename_hint: str = "give this run another name (--run.name=NEW)",
 ) -> Lease:
     """Take the lease of the run in ``run_dir``, which must exist. Its attempt is above ``after_attempt``.
 
     Returns at once when the lease is free, its process has ended on this host, or it belongs to an earlier
     start of this SLURM job. Otherwise watches its counter, and tells ``note`` so. Of a run's processes only
-    one calls this: rank 0.
+    one calls this: rank 0. ``rename_hint`` says in errors how to give the run another folder.
 
     Raises LeaseHeldError when the counter moves within ``stale_after_s``, RunFolderError when the folder
     cannot be written.
@@ -156,7 +157,7 @@ def acquire(
             if watch.is_new(newest):
                 note(f"{_name(newest)} may still write {run_dir}; watching it for up to {stale_after_s:g} s")
             elif watch.moved(newest):
-                raise _held(run_dir, newest, me)
+                raise _held(run_dir, newest, me, rename_hint)
             elif watch.still_s >= stale_after_s:
                 free = f"its lease has not moved for {stale_after_s:g} s"
         if free is None:
@@ -268,10 +269,10 @@ def _name(newest: _Seen) -> str:
     return found[0].describe() if found else f"attempt {newest.attempt} (its lease cannot be read)"
 
 
-def _held(run_dir: Path, newest: _Seen, me: Holder) -> LeaseHeldError:
+def _held(run_dir: Path, newest: _Seen, me: Holder, rename_hint: str) -> LeaseHeldError:
     found = holder.decode(newest.data)
     stop = f" ({found[0].stop_command(me)})" if found else ""
     return LeaseHeldError(
         f"{run_dir} is being written by {_name(newest)}. Two attempts in one folder would destroy each "
-        f"other's checkpoints. Stop that one first{stop}, or give this run another name (--run.name=NEW)"
+        f"other's checkpoints. Stop that one first{stop}, or {rename_hint}"
     )

@@ -9,6 +9,7 @@ nan, inf, -inf         ``{"__float__": "nan"}``
 complex                ``{"__complex__": [real, imaginary]}``
 tuple, set, frozenset  ``{"__tuple__": [...]}``, ``{"__set__": [...]}``, ...
 deque                  ``{"__deque__": [maxlen, [...]]}``
+str of surrogate pairs ``{"__text__": base64}``: JSON would join them
 bytes, bytearray       ``{"__bytes__": base64}``, ``{"__bytearray__": base64}``
 BytesIO                ``{"__bytesio__": [base64, position]}``
 dict                   an object; ``{"__dict__": [[key, value], ...]}`` when a key is no
@@ -17,7 +18,7 @@ OrderedDict, Counter   ``{"__ordereddict__": [[key, value], ...]}``, ``{"__count
 defaultdict            ``{"__defaultdict__": [factory, [[key, value], ...]]}``
 =====================  ==========================================================
 
-``tensor_leaves`` has the tags of torch and numpy. This module knows their names only: it does not import torch.
+``tensor_leaves`` has the tags of torch and numpy. This module knows their names and does not import torch.
 """
 
 from __future__ import annotations
@@ -26,11 +27,16 @@ import base64
 import io
 import json
 import math
+import re
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kempnerforge.checkpoint.structure import PATHS
+
+_SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+_TEXT = ("utf-8", "surrogatepass")
 MAX_DEPTH = 200
 """Containers within containers."""
 FOREIGN_TAGS = ("__tensor__", "__ndarray__", "__numpy__", "__size__", "__dtype__", "__device__")
@@ -53,9 +59,7 @@ class Foreign:
         return f"{self.tag.strip('_')} {self.content}"
 
 
-def encode(
-    value: Any, *, name: str, foreign: Callable[[Any, str], Any] | None = None, depth: int = 0
-) -> Any:
+def encode(value: Any, *, name: str, foreign: Callable[[Any, str], Any] | None = None, depth: int = 0) -> Any:
     """``value`` as tagged JSON.
 
     ``foreign`` is asked for what is no Python value, with its name; it returns JSON, or None when it cannot.
@@ -72,8 +76,10 @@ def encode(
         return [[inner(key, "key"), inner(item, key)] for key, item in mapping.items()]
 
     kind = type(value)
-    if value is None or kind in (bool, str):
+    if value is None or kind is bool:
         return value
+    if kind is str:
+        return value if _is_json_text(value) else {"__text__": _base64(value.encode(*_TEXT))}
     if kind is int and value.bit_length() <= 10_000:  # Python refuses to print larger ones
         return value
     if kind is float:
@@ -83,7 +89,7 @@ def encode(
     if kind is list:
         return items(value)
     if kind is dict:
-        if all(type(key) is str and not key.startswith("__") for key in value):
+        if all(type(key) is str and not key.startswith("__") and _is_json_text(key) for key in value):
             return {key: inner(item, key) for key, item in value.items()}
         return {"__dict__": pairs(value)}
     if kind in _ENCODERS:
@@ -97,19 +103,21 @@ def encode(
         return {"__deque__": [value.maxlen, items(value)]}
     if kind in (OrderedDict, Counter):
         return {f"__{kind.__name__.lower()}__": pairs(value)}
-    if kind is defaultdict and (value.default_factory is None or value.default_factory in _FACTORIES.values()):
+    if kind is defaultdict and (
+        value.default_factory is None or value.default_factory in _FACTORIES.values()
+    ):
         factory = value.default_factory
         return {"__defaultdict__": [factory and factory.__name__, pairs(value)]}
     if foreign is not None and (found := foreign(value, name)) is not None:
         return found
     raise TypeError(
-        f"{name} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: use tensors, numpy "
-        "arrays, numbers, strings, bytes, lists, tuples, sets and dicts"
+        f"{name} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: use tensors, "
+        "numpy arrays, numbers, strings, bytes, lists, tuples, sets and dicts"
     )
 
 
 def decode(value: Any, foreign: Callable[[str, Any], Any] = Foreign) -> Any:
-    """The inverse of ``encode``; ``foreign`` gets the tags of torch and numpy. Raises ValueError for others."""
+    """The inverse of ``encode``; ``foreign`` gets tags of torch and numpy. Raises ValueError for others."""
     if isinstance(value, list):
         return [decode(item, foreign) for item in value]
     if not isinstance(value, dict):
@@ -125,19 +133,30 @@ def decode(value: Any, foreign: Callable[[str, Any], Any] = Foreign) -> Any:
     return {key: decode(item, foreign) for key, item in value.items()}
 
 
-def decode_objects(data: bytes, foreign: Callable[[str, Any], Any] = Foreign) -> dict[str, Any]:
-    """The non-tensor leaves in the bytes of ``train_state.json``, by name. Raises ValueError."""
+def parse_objects(data: bytes) -> dict[str, Any]:
+    """All of ``train_state.json``: encoded leaves by name, and ``structure.PATHS``. Raises ValueError."""
     body = json.loads(data)
     if not isinstance(body, dict):
         raise ValueError("it is not a JSON object")
+    return body
+
+
+def decode_objects(data: bytes) -> dict[str, Any]:
+    """The non-tensor leaves in the bytes of ``train_state.json``, by name. Raises ValueError."""
+    body = parse_objects(data)
+    body.pop(PATHS, None)
     if b'"__' not in data:  # nothing is tagged: the JSON is what was stored
         return body
-    return {name: decode(value, foreign) for name, value in body.items()}
+    return {name: decode(value) for name, value in body.items()}
 
 
 def has_new_tags(data: bytes) -> bool:
     """Whether ``train_state.json`` has tags that the first version of format 1 cannot read."""
     return b'"__' in data and any(f'"{tag}"'.encode() in data for tag in _NEW_TAGS)
+
+
+def _is_json_text(value: str) -> bool:
+    return value.isascii() or _SURROGATE_PAIR.search(value) is None
 
 
 def _base64(value: Any) -> str:
@@ -169,6 +188,7 @@ def _default_dict(content: Any, inner: Callable[[Any], Any]) -> defaultdict[Any,
 _DECODERS: dict[str, Callable[[Any, Callable[[Any], Any]], Any]] = {
     "__float__": lambda content, _: float(content),
     "__complex__": lambda content, inner: complex(*map(inner, content)),
+    "__text__": lambda content, _: base64.b64decode(content).decode(*_TEXT),
     "__bytes__": lambda content, _: base64.b64decode(content),
     "__bytearray__": lambda content, _: bytearray(base64.b64decode(content)),
     "__bytesio__": lambda content, _: _bytes_io(content),
@@ -183,7 +203,7 @@ _DECODERS: dict[str, Callable[[Any, Callable[[Any], Any]], Any]] = {
 }
 _NEW_TAGS = (
     *FOREIGN_TAGS,
-    *("__complex__", "__bytearray__", "__bytesio__", "__deque__"),
+    *("__text__", "__complex__", "__bytearray__", "__bytesio__", "__deque__"),
     *("__ordereddict__", "__counter__", "__defaultdict__"),
 )
 """Since format 1.1."""

@@ -7,11 +7,11 @@ import os
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import torch
 import torch.distributed as dist
 
 from kempnerforge import fsio
@@ -20,15 +20,17 @@ from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.keep import KeepPolicy
 from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.own_run import OwnRun
 from kempnerforge.checkpoint.pace import Pacer
 from kempnerforge.checkpoint.policy import SavePolicy
 from kempnerforge.checkpoint.receipt import Receipt
-from kempnerforge.checkpoint.report import RunContext, SaveReport
+from kempnerforge.checkpoint.report import Payload, RunContext, SaveReport
 from kempnerforge.checkpoint.restore import Restorer
 from kempnerforge.checkpoint.retention import Retention
 from kempnerforge.checkpoint.room import RoomKeeper
+from kempnerforge.checkpoint.save_events import MAX_EVENTS, SaveEvent, deleted
 from kempnerforge.checkpoint.saver import Saver, Snapshot
-from kempnerforge.checkpoint.state import TrainState, rng_name
+from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import KempnerForgeError, LeaseLostError
@@ -42,7 +44,12 @@ class CheckpointManager:
 
     ``config.dir``, else ``run_dir/checkpoints``, holds them; ``run_dir`` gets the receipts.
     ``control_group`` is a gloo group that nothing else uses; None is one process alone. ``lease``, on the
-    first rank, proves before every commit that it alone writes the run; without one, the caller has to.
+    first rank, proves before every commit that it alone writes the run.
+
+    Without ``context`` and ``lease`` the manager keeps the record of the run itself, from the first
+    collective call on: the lease, ``run.json`` and the ledger; the first rank logs to
+    ``kempnerforge.checkpoint.manager`` at INFO and WARNING. A run that a live process writes is refused with
+    LeaseHeldError. With a ``context`` the caller keeps the record.
 
     A context manager: leaving it finishes a pending save, raises SaveFailedError if that failed, and closes.
     When an exception leaves it, the save is finished too and a failure is said on standard error.
@@ -74,17 +81,16 @@ class CheckpointManager:
         self._metrics: dict[str, float] = {}
         self._metrics_step = -1
         self._request_seen_at = 0.0
-        self._restorer = Restorer(
-            config,
-            folder=self.folder,
-            run_dir=self.run_dir,
-            control=self._control,
-            context=self.context,
-            check_lease=self._check_lease,
-        )
         self._saver = Saver(
             self._checkpointer, self.folder, self._control, max_failed_saves=config.max_failed_saves
         )
+        self._deletions: deque[SaveEvent] = deque(maxlen=MAX_EVENTS)
+        self._own: OwnRun | None = None
+        if context is None and lease is None:
+            self._own = OwnRun(
+                self.run_dir, config, self._control, began_at=state.step, join=self._checkpointer.join
+            )
+            self._saver.on_outcome = self._record
         self._pacer = Pacer(config, self._saver.clock, rank=self._control.rank, ranks=self._control.num_ranks)
 
     def __enter__(self) -> CheckpointManager:
@@ -94,10 +100,14 @@ class CheckpointManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            self._record_pending()
             if kind is None:
                 self._checkpointer.wait()
+        except BaseException as failed:
+            error = failed
+            raise
         finally:
-            self.close()
+            self._close(error)
 
     # -- resume ------------------------------------------------------------------------------------------
 
@@ -112,7 +122,16 @@ class CheckpointManager:
         Raises NoSoundCheckpointError, UnreachableCheckpointError, MismatchError, StepNotFoundError: the same
         on all ranks.
         """
-        result = self._restorer.restore(state)
+        self._begin_record()
+        restorer = Restorer(
+            self.config,
+            folder=self.folder,
+            run_dir=self.run_dir,
+            control=self._control,
+            context=self.context,
+            check_lease=self._check_lease,
+        )
+        result = restorer.restore(state)
         self._ours.update(layout.list_folder(self.folder).steps if self._control.rank == 0 else ())
         if result.source == "resume":
             self._saver.committed_step = result.step
@@ -122,11 +141,19 @@ class CheckpointManager:
             result.space_warning = self._prepare_saves(state)
         self._pacer.remember(self.run_dir, resumed_at=state.step)
         self._saver.clock.restart(state.step)
+        if self._own is not None:
+            self._own.resumed(result, step=state.step, skipped=state.skipped_steps)
         return result
+
+    def _begin_record(self) -> None:
+        """Begin the record of the attempt if this manager keeps it, once. Collective."""
+        if self._own is not None and not self._own.is_open:
+            self.context = self._own.open(self.state.device)
+            self._lease = self._own.lease
 
     def _prepare_saves(self, state: TrainState) -> str:
         """Plan the saves, make the host buffers, look for memory and disk; returns a warning or nothing."""
-        self._checkpointer.prepare(self._tensors(state), self._control.group)
+        self._checkpointer.prepare(lambda: self._capture(state), self._control.group)
         mine = (socket.gethostname(), self._checkpointer.host_bytes)
         needed = sum(size for host, size in self._control.gather(mine) if host == mine[0])
         self._control.raise_together(memory.fault(needed, self.config.max_host_memory_gb))
@@ -155,17 +182,25 @@ class CheckpointManager:
         is being written is put off to the next step and counted. Raises on all ranks: SaveFailedError after
         ``max_failed_saves`` failures in a row, LeaseLostError when another attempt has taken the run over.
         """
+        self._begin_record()
         requested, since_ms, settled, lost, *pace = agreed
         self._saver.clock.boundary(step)
         if lost:
             why = self._control.on_rank0(lambda: self._lease.lost if self._lease is not None else "")
             raise as_agreed(LeaseLostError(why))
+        if self._own is not None:
+            meter = self._saver.clock.meter
+            skipped, waited_s = self.state.skipped_steps, meter.waited_s
+            self._own.stepped(step, skipped=skipped, waited_s=waited_s, excluded_s=meter.excluded_s)
         self._saver.learn(settled, step=step)
         since_s, bound_s, auto_s = (milliseconds / 1000 for milliseconds in (since_ms, *pace))
         due = self._policy.due(
             step, seconds_since_last_save=since_s, requested=bool(requested), bound_s=bound_s, auto_s=auto_s
         )
-        return self._saver.choose(due)
+        reason = self._saver.choose(due, step)
+        if self._own is not None:
+            self._own.record(self.events())
+        return reason
 
     def _request_file_is_there(self) -> bool:
         """Looks once a second at most: a look is a round trip on a shared file system."""
@@ -193,6 +228,7 @@ class CheckpointManager:
         ``max_failed_saves`` in a row, or at once with ``wait``. A step that is committed already is not
         written again.
         """
+        self._begin_record()
         if reason == "asked" and self._control.rank == 0:
             # If it stays, it asks again: that costs a save. An error on this rank alone would cost the run.
             with contextlib.suppress(OSError):
@@ -218,18 +254,18 @@ class CheckpointManager:
             if step not in self._ours and (self.folder / layout.step_name(step)).exists():
                 self._set_aside_late()
             room = self._room.make()
+            self._deletions.append(self._deleted(room.pruned, None))
         except (OSError, KempnerForgeError):
             return ""  # the save itself will meet the fault, and tell it
         return "" if room.fits else room.warning(step)
 
-    def _tensors(self, state: TrainState) -> dict[str, torch.Tensor]:
-        return {**state.tensors(), rng_name(self._control.rank): state.capture_rng()}
+    def _capture(self, state: TrainState) -> Payload:
+        return state.capture(rank=self._control.rank, num_ranks=self._control.num_ranks)
 
     def _snapshot(self, state: TrainState, reason: str) -> Snapshot:
         return Snapshot(
             step=state.step,
-            tensors=self._tensors(state),
-            objects=state.objects(),
+            capture=lambda: self._capture(state),
             provenance=Provenance(
                 step=state.step,
                 run_id=self.context.run_id,
@@ -287,10 +323,39 @@ class CheckpointManager:
         except OSError as error:
             warnings.append(f"{self.folder / layout.LATEST} could not be pointed at step {step}: {error}")
         try:
-            warnings += self._retention.apply().warnings
+            pruned = self._retention.apply()
+            self._deletions.append(self._deleted(pruned.deleted, step))
+            warnings += pruned.warnings
         except OSError as error:
             warnings.append(f"older checkpoints could not be deleted: {error}")
         return warnings
+
+    def _deleted(self, steps: Sequence[int], after_commit: int | None) -> SaveEvent:
+        rules = [rule.describe() for rule in self._retention.policy.rules]
+        return deleted(steps, rules, after_commit=after_commit)
+
+    def events(self) -> list[SaveEvent]:
+        """What was put off and, on the first rank, deleted since the last call, for the ledger."""
+        found = self._saver.events()
+        while self._deletions:
+            found.append(self._deletions.popleft())
+        return [event for event in found if event.kind != "deleted" or event.values["steps"]]
+
+    def _record(self, report: SaveReport) -> None:
+        """Log and record the outcome of a save."""
+        if self._own is not None:
+            self._own.record(self._saver.events())
+            self._own.saved(report, self.folder / layout.step_name(report.step))
+            self._own.record(self.events())
+
+    def _record_pending(self) -> None:
+        """Record the outcome of a pending save that the other ranks are not asked about any more."""
+        if (
+            self._own is not None
+            and self._own.is_open
+            and (report := self._saver.outcome_alone()) is not None
+        ):
+            self._record(report)
 
     @property
     def in_flight(self) -> tuple[str, str, float] | None:
@@ -311,11 +376,17 @@ class CheckpointManager:
 
     def poll(self) -> list[SaveReport]:
         """Outcomes of saves that all ranks have learnt of since the last call. Never blocks."""
-        return self._pacer.paced(self._saver.reports())
+        reports = self._pacer.paced(self._saver.reports())
+        if self._own is not None:
+            self._own.paced(self._pacer.news())
+        return reports
 
     def news(self) -> str:
         """What has changed in the pace of saves since the last call, in words, on the first rank."""
-        return self._pacer.news()
+        if self._own is None:
+            return self._pacer.news()
+        news, self._own.news = self._own.news, ""
+        return news
 
     def leave_out(self, seconds: float) -> None:
         """So much time since the last step was no part of it, a validation say: no tax of a save."""
@@ -330,6 +401,8 @@ class CheckpointManager:
         self._saver.settle(state.step)
         if self.config.save_last and state.step > 0:
             self.save(state, wait=True, reason="last")
+        if self._own is not None:
+            self._own.finished(state.step)
 
     def wait(self) -> None:
         """Let a pending save end, without raising. Not collective; also after an error."""
@@ -337,6 +410,13 @@ class CheckpointManager:
 
     def close(self) -> None:
         """Let a pending save end, end the writer, give the lease back. Not collective."""
+        self._record_pending()
+        self._close(None)
+
+    def _close(self, error: BaseException | None) -> None:
+        """``error``: what ended the loop."""
         self._saver.close()
+        if self._own is not None:
+            self._own.end(error)
         if self._lease is not None:
             self._lease.release()

@@ -17,11 +17,13 @@ from typing import Any
 import xxhash
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint import layout, leaves, structure
 from kempnerforge.checkpoint.digest import BLOCK_BYTES, FileRecord, VerifiedFile
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, NoTrainingStateError
 
 FORMAT = 1
+FORMATS = {0: 1, 1: 1.1}
+"""By minor version, as the manifest says it. 1.1 has more tags in ``train_state.json``, and ``__paths__``."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,15 @@ class Manifest:
         return sum(record.size_bytes for record in self.files.values())
 
 
-def encode(provenance: Provenance, files: dict[str, FileRecord]) -> bytes:
+def needs_minor(train_state: bytes) -> bool:
+    """Whether the first version of format 1 could not read this ``train_state.json``."""
+    return leaves.has_new_tags(train_state) or f'"{structure.PATHS}"'.encode() in train_state
+
+
+def encode(provenance: Provenance, files: dict[str, FileRecord], *, minor: int = 0) -> bytes:
     """The bytes of ``manifest.json``. A metric that is not finite is left out: JSON has no word for it."""
     body: dict[str, Any] = {
-        "format": FORMAT,
+        "format": FORMATS[minor],
         **asdict(provenance),
         "metrics": {name: value for name, value in provenance.metrics.items() if math.isfinite(value)},
         "time": time.time(),
@@ -93,11 +100,8 @@ def decode(data: bytes, *, where: str) -> Manifest:
         raise _damaged(where, f"{layout.MANIFEST} cannot be parsed ({error})") from None
     if stated != _digest(body):
         raise _damaged(where, f"{layout.MANIFEST} does not match its own digest")
-    if body.get("format") != FORMAT or body.get("block_bytes") != BLOCK_BYTES:
-        raise MismatchError(
-            f"{where} has checkpoint format {body.get('format')!r}; this version reads format {FORMAT}. "
-            "Use the version that wrote it."
-        )
+    if body.get("format") not in FORMATS.values() or body.get("block_bytes") != BLOCK_BYTES:
+        raise MismatchError(_other_format(where, body.get("format")))
     try:
         known = [name for name in Provenance.__dataclass_fields__ if name in body or name not in _OPTIONAL]
         metrics = {str(key): float(value) for key, value in body.get("metrics", {}).items()}
@@ -113,6 +117,16 @@ def decode(data: bytes, *, where: str) -> Manifest:
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _damaged(where, f"{layout.MANIFEST} lacks a field ({error!r})") from None
+
+
+def _other_format(where: str, found: Any) -> str:
+    known = " and ".join(map(str, FORMATS.values()))
+    newer = isinstance(found, (int, float)) and found > max(FORMATS.values())
+    by = ", written by a newer version" if newer else ""
+    return (
+        f"{where} has checkpoint format {found!r}{by}; this version reads formats {known}. "
+        "Use the version that wrote it."
+    )
 
 
 def _check_types(provenance: Provenance) -> None:

@@ -1,27 +1,304 @@
-"""Optimizer state that exists before the first step, so that every checkpoint has the same tree.
+"""An optimizer's state and groups under the names of parameters, and how they come back.
 
-Asking torch for the state earlier would make the optimizer take a step, and leave its count at 1.
+State is whatever is in ``optimizer.state`` and ``optimizer.param_groups``. A load makes what the checkpoint
+has and the optimizer has not made yet, without a step: asking torch for it would make the optimizer take one.
+
+=====================================  =======================================================================
+in the checkpoint                      what
+=====================================  =======================================================================
+``optimizer.state.<parameter>.<key>``  a tensor; any other value is an entry of ``train_state.json``
+``optimizer.global.<key>``             state that belongs to no parameter
+``"optimizer"`` in the JSON            ``groups``: all keys of each group, ``params`` by name; ``on_host``:
+                                       keys of tensors on the CPU beside parameters on another device;
+                                       ``empty``: parameters whose state has no key yet
+``optimizers.<name>.state...``         the same for each of a dict of optimizers, under ``"optimizers"``
+=====================================  =======================================================================
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
+from torch.distributed.tensor import DTensor
+
+from kempnerforge.checkpoint.dtypes import DTYPES
+from kempnerforge.checkpoint.storage_reader import SafetensorsReader
+from kempnerforge.checkpoint.tensor_leaves import Packer, Unpacker, tensor_names
+from kempnerforge.errors import DamagedCheckpointError, MismatchError
+
+Names = Mapping[torch.Tensor, str]
+"""Parameter -> name."""
+_NOT_HYPERPARAMETERS = ("params", "param_names")
+
+
+class OptimizerState:
+    """One optimizer, under ``prefix`` (``optimizer.``, or ``optimizers.<name>.``).
+
+    Args:
+        groups: names of the whole model's parameters by the ``name`` of their group, where a rank has only
+            some of them.
+        kept: keys of groups that a load leaves as the program has them; None loads all, as torch does.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        prefix: str,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        kept: Collection[str] | None = None,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "optimizer= takes torch.optim.Optimizer, or a dict or list of them, not "
+                f"{type(optimizer).__name__}"
+            )
+        self.optimizer = optimizer
+        self.prefix = prefix
+        self._groups = groups
+        self._kept = kept
+
+    # -- save --------------------------------------------------------------------------------------------
+
+    def pack(self, names: Names, packer: Packer, objects: dict[str, Any]) -> dict[str, Any]:
+        """Put the state into ``packer`` and ``objects``; returns what describes the groups, as JSON.
+
+        Raises TypeError and ValueError, naming it, for what a load could not bring back.
+        """
+        on_host: set[str] = set()
+        empty: list[str] = []
+        for owner, state in self.optimizer.state.items():
+            if isinstance(owner, str):
+                objects[f"{self.prefix}global.{owner}"] = packer.pack(
+                    state, name=f"{self.prefix}global.{owner}"
+                )
+                continue
+            base = f"{self.prefix}state.{self._name(owner, names)}."
+            if not state:
+                empty.append(self._name(owner, names))
+            for key, value in state.items():
+                if type(key) is not str or not key:
+                    raise TypeError(f"{base}{key!r}: a key of optimizer state must be text")
+                if isinstance(value, torch.Tensor):
+                    _check_layout(base + key, value, owner, key)
+                    packer.add(base + key, value)
+                    if value.device.type == "cpu" != owner.device.type:
+                        on_host.add(key)
+                else:
+                    objects[base + key] = _plain(packer.pack(value, name=base + key), packer)
+        groups = [
+            {
+                **{
+                    key: packer.pack(value, name=f"{self.prefix}groups.{number}.{key}")
+                    for key, value in group.items()
+                    if key not in _NOT_HYPERPARAMETERS
+                },
+                "params": self._group_names(number, names),
+            }
+            for number, group in enumerate(self.optimizer.param_groups)
+        ]
+        table: dict[str, Any] = {"groups": groups}
+        if on_host:
+            table["on_host"] = sorted(on_host)
+        if empty:
+            table["empty"] = empty
+        return table
+
+    def _group_names(self, number: int, names: Names) -> list[str]:
+        group = self.optimizer.param_groups[number]
+        if self._groups is not None:
+            return list(self._groups[group["name"]])
+        return [self._name(parameter, names) for parameter in group["params"]]
+
+    def _name(self, parameter: Any, names: Names) -> str:
+        try:
+            return names[parameter]
+        except (KeyError, TypeError):
+            pass
+        for number, group in enumerate(self.optimizer.param_groups):
+            for place, one in enumerate(group["params"]):
+                if one is parameter:
+                    raise ValueError(
+                        f"parameter {place} of group {number} of {type(self.optimizer).__name__}, of shape "
+                        f"{tuple(one.shape)}, is not in model=. Give all modules that it trains as model="
+                    )
+        raise ValueError(
+            f"{type(self.optimizer).__name__} has state of a {type(parameter).__name__} that is in none of "
+            "its groups"
+        )
+
+    # -- load --------------------------------------------------------------------------------------------
+
+    def known_names(self, names: Names) -> set[str]:
+        """Names of all parameters, those of other ranks included."""
+        others = {name for group in (self._groups or {}).values() for name in group}
+        return others | {
+            names[one] for group in self.optimizer.param_groups for one in group["params"] if one in names
+        }
+
+    def targets(self, names: Names, reader: SafetensorsReader, stored: StoredOptimizer) -> OptimizerTargets:
+        """What has to be read, and where it goes. Raises MismatchError if the program has other groups."""
+        self._check_groups(stored, names)
+        found = OptimizerTargets(self)
+        unpacker = Unpacker(lambda name, tag: _plain_target(name, tag, reader))
+        problems: list[str] = []
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names[parameter]
+                here, there = self.optimizer.state.get(parameter, {}), stored.values.get(name, {})
+                state: dict[str, Any] = {}
+                for key in reader.index.under(f"{self.prefix}state.{name}."):
+                    full = f"{self.prefix}state.{name}.{key}"
+                    if full in stored.inner_tensors:
+                        continue
+                    value = here.get(key)
+                    if not isinstance(value, torch.Tensor):
+                        dtype, shape = reader.index.head(full)
+                        value = _make(parameter, key, shape, DTYPES[dtype], group, stored.on_host)
+                    state[key] = found.tensors[full] = value
+                state.update({key: unpacker.unpack(value) for key, value in there.items()})
+                if self._kept is not None:
+                    lacking = [key for key in here if key not in state]
+                    problems += [
+                        f"{self.prefix}state.{name}.{key} is not in the checkpoint" for key in lacking
+                    ]
+                if state or name in stored.empty:
+                    found.state[parameter] = state
+        for key, value in stored.of_all.items():
+            found.state[key] = unpacker.unpack(value)
+        for group, table in zip(self.optimizer.param_groups, stored.groups, strict=True):
+            found.groups.append(
+                {
+                    key: unpacker.unpack(value)
+                    for key, value in table.items()
+                    if key not in _NOT_HYPERPARAMETERS and not (key in (self._kept or ()) and key in group)
+                }
+            )
+        found.tensors |= unpacker.tensors
+        found.problems = problems
+        return found
+
+    def _check_groups(self, stored: StoredOptimizer, names: Names) -> None:
+        here = [self._group_names(number, names) for number in range(len(self.optimizer.param_groups))]
+        there = [table["params"] for table in stored.groups]
+        if here == there:
+            return
+        what = f"{self.prefix.rstrip('.')} of {type(self.optimizer).__name__}"
+        if len(here) != len(there):
+            more, less = ("checkpoint", "program") if len(there) > len(here) else ("program", "checkpoint")
+            extra = (there if len(there) > len(here) else here)[min(len(here), len(there))]
+            raise MismatchError(
+                f"{what} has {len(there)} groups in the checkpoint, {len(here)} here: only the {more} has a "
+                f"group of {_some(extra)}, and the {less} lacks it. Make the same groups (add_param_group) "
+                "before resume"
+            )
+        for number, (mine, theirs) in enumerate(zip(here, there, strict=True)):
+            only_here, only_there = sorted({*mine} - {*theirs}), sorted({*theirs} - {*mine})
+            if only_here or only_there:
+                raise MismatchError(
+                    f"group {number} of {what} has other parameters than in the checkpoint: "
+                    f"only here {_some(only_here)}; only in the checkpoint {_some(only_there)}"
+                )
+            if mine != theirs:
+                raise MismatchError(f"group {number} of {what} has its parameters in another order")
+
+
+@dataclass
+class OptimizerTargets:
+    """What is read for one optimizer, and what becomes of it."""
+
+    owner: OptimizerState
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    state: dict[Any, Any] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """Tensors that the program has and the checkpoint lacks, where state is not the checkpoint's alone."""
+
+    def apply(self) -> None:
+        """Give the optimizer the state and the groups. The tensors are filled."""
+        optimizer = self.owner.optimizer
+        optimizer.state.clear()
+        optimizer.state.update(self.state)
+        for group, loaded in zip(optimizer.param_groups, self.groups, strict=True):
+            for key, value in loaded.items():
+                here = group.get(key)
+                if (
+                    isinstance(here, torch.Tensor)
+                    and isinstance(value, torch.Tensor)
+                    and here.shape == value.shape
+                ):
+                    here.detach().copy_(value)  # whoever holds it, a captured graph say, sees the value
+                else:
+                    group[key] = value
+
+
+@dataclass(frozen=True)
+class StoredOptimizer:
+    """What ``train_state.json`` has of one optimizer."""
+
+    groups: list[dict[str, Any]]
+    on_host: frozenset[str] | None
+    empty: frozenset[str]
+    """Parameters with state in which nothing is yet."""
+    values: dict[str, dict[str, Any]]
+    """Parameter -> key -> value that is no tensor, as JSON."""
+    of_all: dict[str, Any]
+    """State that belongs to no parameter, as JSON."""
+    inner_tensors: frozenset[str]
+    """Names of the tensors that stand within such values."""
+
+    @classmethod
+    def read(
+        cls, table: Any, objects: Mapping[str, Any], *, prefix: str, names: Collection[str], where: str
+    ) -> StoredOptimizer:
+        """From the JSON. ``names``: all parameters that the program has. Raises DamagedCheckpointError."""
+        values: dict[str, dict[str, Any]] = {}
+        of_all: dict[str, Any] = {}
+        inner: set[str] = set()
+        try:
+            for full, value in objects.items():
+                if full.startswith(f"{prefix}global."):
+                    of_all[full.removeprefix(f"{prefix}global.")] = value
+                elif full.startswith(f"{prefix}state."):
+                    name, key = split_name(full.removeprefix(f"{prefix}state."), names)
+                    values.setdefault(name, {})[key] = value
+                else:
+                    continue
+                inner |= tensor_names(value)
+            groups = [
+                {**group, "params": [str(name) for name in group["params"]]} for group in table["groups"]
+            ]
+            on_host = frozenset(table["on_host"]) if "on_host" in table else None
+            empty = frozenset(table.get("empty", ()))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise DamagedCheckpointError(
+                f"{where} is damaged: what train_state.json says of {prefix.rstrip('.')} makes no sense "
+                f"({error!r})"
+            ) from None
+        return cls(groups, on_host, empty, values, of_all, frozenset(inner))
+
+
+def split_name(rest: str, names: Collection[str]) -> tuple[str, str]:
+    """``<parameter>.<key>`` in its two, by the longest parameter that is known; unknown: at the last dot."""
+    end = len(rest)
+    while (end := rest.rfind(".", 0, end)) > 0:
+        if rest[:end] in names:
+            return rest[:end], rest[end + 1 :]
+    name, _, key = rest.rpartition(".")
+    return name, key
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create what the first step would create, as torch's Adam and AdamW do: zeros.
+    """Create what the first step of torch's Adam and AdamW would create: zeros.
 
-    Nothing happens where state exists already, nor for SGD without momentum, which has none. Raises TypeError
-    for an optimizer whose state is unknown here; such a one must take a step before it is saved or loaded.
+    Then a run's first save has the buffers that all others have. Nothing happens where state exists already,
+    nor for any other optimizer, whose state is there after its first step.
     """
-    if optimizer.state:
+    if optimizer.state or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return
-    if isinstance(optimizer, torch.optim.SGD) and not any(one["momentum"] for one in optimizer.param_groups):
-        return
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-        raise TypeError(
-            f"the state of {type(optimizer).__name__} is made by its first step: take one before TrainState"
-        )
     for group in optimizer.param_groups:
         on_device = bool(group["fused"] or group["capturable"])
         for param in group["params"]:
@@ -34,3 +311,70 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
                     for name in sorted(zeros)
                 },
             }
+
+
+def _check_layout(name: str, value: torch.Tensor, parameter: torch.Tensor, key: str) -> None:
+    """Raise TypeError for state of a sharded parameter that cannot be laid out like the parameter."""
+    if isinstance(value, DTensor):
+        if not isinstance(parameter, DTensor) or value.shape != parameter.shape or _is_count(value, key):
+            raise TypeError(
+                f"{name} is a DTensor of shape {tuple(value.shape)}, its parameter has "
+                f"{tuple(parameter.shape)}: only state of the parameter's shape can be laid out again "
+                "(docs/optimizers.md)"
+            )
+        if value.placements != parameter.placements or value.device_mesh != parameter.device_mesh:
+            raise TypeError(
+                f"{name} is placed as {value.placements}, its parameter as {parameter.placements}: only "
+                "state that is placed like its parameter can be laid out again (docs/optimizers.md)"
+            )
+    elif isinstance(parameter, DTensor) and (
+        value.ndim or (parameter.ndim == 0 and not _is_count(value, key))
+    ):
+        raise TypeError(
+            f"{name} is a plain tensor of shape {tuple(value.shape)} beside a parameter that is a DTensor: "
+            "ranks may hold different values of it. Use an optimizer whose state is made of DTensors "
+            "(docs/optimizers.md)"
+        )
+
+
+def _is_count(value: torch.Tensor, key: str) -> bool:
+    """A counter of steps is a plain tensor also beside parameters without dimensions."""
+    return value.ndim == 0 and key == "step"
+
+
+def _make(
+    parameter: torch.Tensor,
+    key: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    group: Mapping[str, Any],
+    on_host: frozenset[str] | None,
+) -> torch.Tensor:
+    """State as the optimizer would have made it: like its parameter where it has its shape, else plain."""
+    is_count = key == "step" and not shape
+    if on_host is not None:
+        host = key in on_host
+    else:
+        # Saved beside parameters on the CPU, or by an old version: as load_state_dict of torch does.
+        host = is_count and not (group.get("capturable") or group.get("fused"))
+    if shape == tuple(parameter.shape) and not is_count and not host:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype, device="cpu" if host else parameter.device)
+
+
+def _plain(encoded: Any, packer: Packer) -> Any:
+    """Raise TypeError for a DTensor in a list or table of optimizer state: it has no parameter to follow."""
+    for name in tensor_names(encoded):
+        if isinstance(packer.tensors[name], DTensor):
+            raise TypeError(f"{name} is a DTensor in a list or table, which cannot be laid out again")
+    return encoded
+
+
+def _plain_target(name: str, tag: Mapping[str, Any], reader: SafetensorsReader) -> torch.Tensor:
+    dtype, shape = reader.index.head(name)
+    return torch.empty(shape, dtype=DTYPES[dtype], device=tag.get("device", "cpu"))
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4]) or "none"
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown

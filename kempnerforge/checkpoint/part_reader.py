@@ -48,7 +48,13 @@ class Part:
     @property
     def is_straight(self) -> bool:
         """Whether the target's memory is what lies in the file."""
-        return self.target.device.type == "cpu" and self.whole_rows and self.target.is_contiguous()
+        return self.target.device.type == "cpu" and self.is_same_bytes
+
+    @property
+    def is_same_bytes(self) -> bool:
+        """Whether the target is contiguous and its bytes are those in the file, on whatever device."""
+        target = self.target
+        return self.whole_rows and target.is_contiguous() and not (target.is_conj() or target.is_neg())
 
 
 def read_parts(step_folder: Path, files: Mapping[str, FileRecord], parts: Iterable[Part]) -> None:
@@ -107,10 +113,11 @@ def _memory(tensor: torch.Tensor) -> memoryview:
 
 
 def _fill(file: VerifiedFile, part: Part) -> None:
-    """Fill a target whose bytes are not what lies in the file: on another device, or of part of the rows."""
-    rows = part.target.shape[0] if part.target.ndim else 1
+    """Fill a target whose memory is not what lies in the file: on another device, or of part of the rows."""
+    target = part.target if part.target.ndim else part.target.unsqueeze(0)
+    rows = target.shape[0]
     begin, row_bytes = part.begin, part.row_bytes
-    if part.whole_rows and part.target.is_contiguous():
+    if part.is_same_bytes:
         flat, done = part.target.view(-1).view(torch.uint8), 0
         for piece in file.parts(begin, begin + rows * row_bytes):
             flat[done : done + piece.nbytes].copy_(torch.frombuffer(piece, dtype=torch.uint8))
@@ -119,8 +126,8 @@ def _fill(file: VerifiedFile, part: Part) -> None:
     at_once = max(1, BLOCK_BYTES // max(1, row_bytes))
     for first in range(0, rows, at_once):
         count = min(at_once, rows - first)
-        host = torch.empty((count, *part.chunk.sizes[1:]), dtype=part.target.dtype, device="cpu")
+        host = torch.empty((count, *part.chunk.sizes[1:]), dtype=target.dtype, device="cpu")
         file.read_into([(begin + first * row_bytes, _memory(host))])
-        for dim in range(1, part.target.ndim):
-            host = host.narrow(dim, part.starts[dim], part.target.shape[dim])
-        part.target.narrow(0, first, count).copy_(host)
+        for dim in range(1, target.ndim):
+            host = host.narrow(dim, part.starts[dim], target.shape[dim])
+        target.narrow(0, first, count).copy_(host)

@@ -1,7 +1,7 @@
 """Who writes which chunk into which file. Made once; repeated saves compare digests instead.
 
-DCP says which chunks of each tensor a rank holds. From there on this is our own arithmetic, because DCP's
-planning costs seconds at hundreds of ranks and gathers pickled metadata at every save.
+Our own arithmetic, because DCP's planning costs seconds at hundreds of ranks and gathers pickled metadata at
+every save.
 """
 
 from __future__ import annotations
@@ -12,15 +12,24 @@ from typing import Any
 
 import torch
 import xxhash
-from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
-from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.commit import Expected, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.dtypes import DTYPE_NAMES
 from kempnerforge.checkpoint.index import Chunk, TensorEntry, cover_problem
+from kempnerforge.checkpoint.pieces import (
+    Boxes,
+    check_name,
+    check_storable,
+    dtype_of,
+    global_shape,
+    local_part,
+    local_pieces,
+)
 from kempnerforge.checkpoint.shards import ShardItem, split_by_name
+
+__all__ = ["check_storable", "local_part"]  # looked up here by others
 
 
 @dataclass(frozen=True)
@@ -39,26 +48,28 @@ class SavePlan:
 def held_chunks(tensors: Mapping[str, torch.Tensor]) -> list[PlannedItem]:
     """The chunks of ``tensors`` that this rank holds, sorted by name.
 
-    Chunks without elements are left out, unless the whole tensor has none. Raises TypeError, naming the
-    tensor, for a dtype or a kind of tensor that a shard file cannot hold.
+    Chunks without elements are left out, unless the whole tensor has none. Raises TypeError and ValueError,
+    naming the tensor, for a kind of tensor, a dtype or a name that a checkpoint cannot hold.
     """
-    writes = create_default_local_save_plan(dict(tensors), is_coordinator=True).items
-    held = [chunk for write in writes if (chunk := planned_item(write)) is not None]
+    boxes, held = Boxes(), []
+    for name, tensor in tensors.items():
+        check_name(name)
+        check_storable(name, tensor)
+        shape, dtype = global_shape(tensor), DTYPE_NAMES[dtype_of(tensor)]
+        for piece in local_pieces(name, tensor, boxes):
+            chunk = planned_item(name, dtype, piece.offsets, piece.sizes, shape)
+            if chunk is not None:
+                held.append(chunk)
     return sorted(held, key=lambda chunk: (chunk.item.name, chunk.item.offsets))
 
 
-def planned_item(write: WriteItem) -> PlannedItem | None:
-    """What DCP's item says; None for a chunk without elements of a tensor that has some. Raises TypeError."""
-    data, name = write.tensor_data, write.index.fqn
-    if write.type == WriteItemType.BYTE_IO or data is None:
-        raise TypeError(f"{name} is no tensor; AsyncCheckpointer saves other leaves too")
-    if data.properties.dtype not in DTYPE_NAMES:
-        raise TypeError(f"{name} has dtype {data.properties.dtype}, which safetensors does not know")
-    dtype = DTYPE_NAMES[data.properties.dtype]
-    item = ShardItem(name, dtype, tuple(data.chunk.offsets), tuple(data.chunk.sizes))
-    if item.size_bytes == 0 and torch.Size(data.size).numel():
+def planned_item(
+    name: str, dtype: str, offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]
+) -> PlannedItem | None:
+    """A chunk as it is planned; None for one without elements of a tensor that has some."""
+    if 0 in sizes and 0 not in shape:
         return None
-    return PlannedItem(item, tuple(data.size))
+    return PlannedItem(ShardItem(name, dtype, tuple(offsets), tuple(sizes)), tuple(shape))
 
 
 Signature = tuple[tuple[Any, ...], ...]
@@ -66,23 +77,25 @@ Signature = tuple[tuple[Any, ...], ...]
 
 
 def signature_of(tensors: Mapping[str, torch.Tensor]) -> Signature | None:
-    """Equal signatures, equal ``held_chunks``; None when a tensor is of a kind of which only DCP knows.
+    """Equal signatures, equal ``held_chunks``; None when there is a tensor of another kind.
 
-    Asking DCP takes 0.1 ms a tensor, more than staging a small one: too much for every save.
+    Planning takes longer than staging a small tensor: too much for every save.
     """
     found: list[tuple[Any, ...]] = []
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+            if tensor.is_nested:  # it has no shape
+                return None
+            found.append((name, tensor.dtype, tensor.shape, tensor.layout, tensor.is_meta))
+        elif isinstance(tensor, DTensor) and type(tensor._local_tensor) in (torch.Tensor, torch.nn.Parameter):
             found.append((name, tensor.dtype, tensor.shape, tensor.placements, tensor.device_mesh))
-        elif type(tensor) in (torch.Tensor, torch.nn.Parameter):
-            found.append((name, tensor.dtype, tensor.shape))
         else:
             return None
     return tuple(found)
 
 
-def digest_of(held: Sequence[PlannedItem]) -> str:
-    """Digest of what a rank holds: names, dtypes, shapes and offsets."""
+def digest_of(held: object) -> str:
+    """Digest of what a rank holds: names, dtypes, shapes, offsets, other leaves."""
     return xxhash.xxh3_128_hexdigest(repr(held).encode())
 
 
@@ -99,7 +112,7 @@ def make_plan(held_by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
             if chunks.setdefault(key, chunk) != chunk:
                 raise ValueError(f"ranks disagree on {chunk.item.name} at {chunk.item.offsets}")
             holders.setdefault(key, []).append(rank)
-    _check_cover(chunks.values())
+    check_cover(chunks.values())
     mine: list[list[PlannedItem]] = [[] for _ in held_by_rank]
     load = [0] * len(held_by_rank)
     # The large ones first, those with one holder before all: they have no choice.
@@ -110,7 +123,8 @@ def make_plan(held_by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
     return name_files(mine)
 
 
-def _check_cover(chunks: Iterable[PlannedItem]) -> None:
+def check_cover(chunks: Iterable[PlannedItem]) -> None:
+    """Raise ValueError, naming the tensor, when chunks do not cover it exactly or disagree on its shape."""
     by_name: dict[str, list[PlannedItem]] = {}
     for chunk in chunks:
         by_name.setdefault(chunk.item.name, []).append(chunk)
@@ -136,8 +150,3 @@ def name_files(by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
             number += 1
         files.append(tuple(of_rank))
     return SavePlan(tuple(files))
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor, sharing memory."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()

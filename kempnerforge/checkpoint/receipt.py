@@ -50,8 +50,10 @@ class Receipt:
     data_changes: list[str] = field(default_factory=list)
     rng: str = "derived from (seed, step, rank)"
     """``restored`` on the same layout and type of device."""
-    cursor: str = "start"
-    """``restored`` when the data goes on where it was."""
+    cursor: str = ""
+    """``restored`` when the data goes on where it was, ``start`` when not; empty if no position is told."""
+    extras: list[str] = field(default_factory=list)
+    """Names of the extras whose state was restored."""
     next_batch: str = "not compared"
     """``proved`` when the next batch has the digest that was stored with the step."""
     not_loaded: list[str] = field(default_factory=list)
@@ -92,7 +94,9 @@ class Receipt:
         result += [f"  data: {change}" for change in self.data_changes]
         if self.not_loaded:
             result.append(f"  not loaded: {', '.join(self.not_loaded)}")
-        result.append(f"  rng {self.rng}; data position: {self.cursor}")
+        if self.extras:
+            result.append(f"  restored too: {', '.join(self.extras)}")
+        result.append(f"  rng {self.rng}" + (f"; data position: {self.cursor}" if self.cursor else ""))
         if self.source == "resume" and not self.bitwise():
             result.append("  for these changes, what follows may differ from an uninterrupted run")
         return result

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def _any_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -24,6 +27,19 @@ class RunContext:
     """Whether a checkpoint of other data may be gone on with."""
     explain_data: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = _any_difference
     """From the stored and the present data fingerprint to what differs, a line each."""
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What one rank hands to a save."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """By name in the checkpoint."""
+    objects: Mapping[str, Any] = field(default_factory=dict)
+    """Non-tensor leaves by name, as JSON already (``leaves``). Of a name that several ranks have, the lowest
+    rank's is stored."""
+    same_on_all_ranks: Mapping[str, str] = field(default_factory=dict)
+    """Name -> digest of what must not differ between ranks."""
 
 
 @dataclass(frozen=True)

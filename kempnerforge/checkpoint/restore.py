@@ -10,6 +10,7 @@ import tomli
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import holds, receipt, resume, rng, timeline, warm_start
+from kempnerforge.checkpoint.extra_state import PREFIX as EXTRA
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.report import RunContext
 from kempnerforge.checkpoint.resume import Found, Loaded
@@ -42,6 +43,9 @@ class Restorer:
         self._control = control
         self._context = context
         self._check_lease = check_lease
+        self._excluded_extras = frozenset(
+            name.removeprefix(EXTRA) for name in config.exclude_from_loading if name.startswith(EXTRA)
+        )
 
     def restore(self, state: TrainState) -> Receipt:
         """What ``CheckpointManager.resume`` promises; the receipt is written."""
@@ -88,16 +92,19 @@ class Restorer:
             lambda: resume.load(
                 found,
                 state,
-                same_layout=found.manifest.provenance.layout == self._context.layout,
+                # Loops of users' own did not tell their layout in early versions.
+                same_layout=(found.manifest.provenance.layout or self._context.layout)
+                == self._context.layout,
                 rank=self._control.rank,
-                parts=parts,
+                num_ranks=self._control.num_ranks,
+                parts=(*parts, "extra"),
+                excluded=self._excluded_extras,
                 context=self._context,
             ),
             self._control,
         )
 
     def _begin(self, state: TrainState) -> Receipt:
-        rng.derive(state.seed, 0, self._control.rank, state.device)
         if self._config.load_path is None:
             return Receipt(self._context.attempt)
         wanted = Path(self._config.load_path).expanduser()
@@ -116,7 +123,9 @@ class Restorer:
     def _apply(
         self, found: Found, loaded: Loaded, state: TrainState, parts: Sequence[str], source: str
     ) -> Receipt:
-        state.load_objects(loaded.reader.objects, scheduler="scheduler" in parts, data="data" in parts)
+        self._hand_over(loaded, found)
+        objects = loaded.reader.objects
+        state.load_objects(objects, scheduler="scheduler" in parts, data="data" in parts)
         result = Receipt(self._context.attempt, source=source, step=state.step, path=str(found.path))
         captured_on = rng.captured_on(loaded.rng) if loaded.rng is not None else None
         if loaded.rng is not None and captured_on == state.device.type:
@@ -127,8 +136,11 @@ class Restorer:
             if captured_on is not None:
                 result.rng += f": captured on {captured_on}, now on {state.device.type}"
         provenance = found.manifest.provenance
-        result.cursor = "restored" if "data" in parts else "start"
+        if state.cursor:
+            result.cursor = "restored" if "data" in parts else "start"
+        result.extras = sorted(loaded.targets.extras.loads)
         result.not_loaded = [part for part in ALL_PARTS if part not in parts]
+        result.not_loaded += [EXTRA + name for name in loaded.targets.extras.excluded]
         if saved_by_run := bool(provenance.layout):  # imported weights have no layout that could differ
             result.layout_changes = receipt.changes(provenance.layout, self._context.layout)
             result.version_changes = receipt.changes(provenance.versions, self._context.versions)
@@ -137,16 +149,29 @@ class Restorer:
         result.load_s = loaded.load_s
         if source == "resume":
             result.lost_steps = self._control.on_rank0(
-                lambda: max(0, receipt.last_logged_step(self._run_dir) - state.step)
+                lambda: max(0, timeline.last_done_step(self._run_dir) - state.step)
             )
         if found.config_toml and self._context.config_toml:
             before, now = tomli.loads(found.config_toml), tomli.loads(self._context.config_toml)
+            if "model" not in now:  # a loop of a user's own has no other sections
+                before = {section: table for section, table in before.items() if section in now}
             if not saved_by_run:
                 now = {section: table for section, table in now.items() if section in before}
             result.config_changes = receipt.changes(receipt.flatten(before), receipt.flatten(now))
         if "data" in parts and not result.data_changes:
             self._prove_next_batch(found, loaded, state, result)
         return result
+
+    def _hand_over(self, loaded: Loaded, found: Found) -> None:
+        """Give the program's objects what was read. An error of theirs on one rank is raised on all."""
+        failure: MismatchError | None = None
+        try:
+            loaded.targets.apply()
+        except Exception as error:  # noqa: BLE001 - the user's load_state_dict; all ranks must learn of it
+            failure = MismatchError(
+                f"{found.path} was read, and then refused by the program: {type(error).__name__}: {error}"
+            )
+        self._control.raise_together(failure)
 
     def _prove_next_batch(self, found: Found, loaded: Loaded, state: TrainState, result: Receipt) -> None:
         """Compare the batch that comes next with the one that came next when the step was saved."""

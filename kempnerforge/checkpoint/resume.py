@@ -8,7 +8,7 @@ is renamed. A *mismatch* means that the config cannot fit: the run stops and say
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -20,12 +20,13 @@ from kempnerforge import fsio
 from kempnerforge.checkpoint import layout, manifest, timeline
 from kempnerforge.checkpoint.counters import check_counters, require_training_state
 from kempnerforge.checkpoint.dtypes import DTYPES
-from kempnerforge.checkpoint.fit import check_fits, check_no_more, check_parts
+from kempnerforge.checkpoint.fit import check_parts
 from kempnerforge.checkpoint.leaves import decode_objects
+from kempnerforge.checkpoint.load_targets import LoadTargets, find_targets
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.receipt import Rejected
 from kempnerforge.checkpoint.report import RunContext
-from kempnerforge.checkpoint.state import MODEL, OPTIMIZER, TrainState, rng_name
+from kempnerforge.checkpoint.state import TrainState, rng_name
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import (
@@ -58,6 +59,7 @@ class Loaded:
     """What one rank took from a step; nothing but tensors is applied before all ranks agree."""
 
     reader: SafetensorsReader
+    targets: LoadTargets
     rng: torch.Tensor | None = None
     data_changes: list[str] = field(default_factory=list)
     load_s: float = 0.0
@@ -175,37 +177,35 @@ def load(
     *,
     same_layout: bool,
     rank: int,
+    num_ranks: int = 1,
     parts: Sequence[str],
+    excluded: Collection[str] = (),
     context: RunContext,
 ) -> Loaded:
-    """Read this rank's tensors in place, after checking that they fit.
+    """Read what this rank needs, after checking that it fits.
 
-    ``parts`` of model, optimizer, data, rng. Not collective. Raises DamagedCheckpointError,
-    UnreachableCheckpointError, MismatchError.
+    ``parts`` of model, optimizer, extra, data, rng; ``excluded``: names of extras. The tensors of the model
+    are filled in place where they can be; nothing else of ``state`` changes. Not collective. Raises
+    DamagedCheckpointError, UnreachableCheckpointError, MismatchError.
     """
 
     def read() -> Loaded:
         started = time.perf_counter()
-        loaded = Loaded(SafetensorsReader(found.path, known_manifest=found.manifest))
+        reader = SafetensorsReader(found.path, known_manifest=found.manifest)
         # Read here, so that no rank meets an error in them after the agreement.
-        assert isinstance(loaded.reader.objects, dict)
-        prefixes = tuple(
-            {"model": MODEL, "optimizer": OPTIMIZER}[p] for p in parts if p in ("model", "optimizer")
-        )
-        wanted = {name: tensor for name, tensor in state.tensors().items() if name.startswith(prefixes)}
-        check_parts(parts, wanted, loaded.reader)
-        check_fits(wanted, loaded.reader)
-        if rank == 0:
-            check_no_more({*wanted, *state.names_elsewhere()}, loaded.reader, prefixes)
+        assert isinstance(reader.objects, dict)
+        check_parts(parts, reader)
+        targets = find_targets(state, reader, parts=parts, excluded=excluded, rank=rank, num_ranks=num_ranks)
+        loaded = Loaded(reader, targets)
         if "data" in parts:
-            loaded.data_changes = _data_changes(loaded.reader, state, context)
-        name = rng_name(rank)
-        if "rng" in parts and same_layout and name in loaded.reader.index:
-            entry = loaded.reader.index[name]
+            loaded.data_changes = _data_changes(reader, state, context)
+        wanted, name = dict(targets.tensors), rng_name(rank)
+        if "rng" in parts and same_layout and name in reader.index:
+            entry = reader.index[name]
             loaded.rng = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
             wanted[name] = loaded.rng
-        load_tensors(wanted, loaded.reader)
-        loaded.reader.close()
+        load_tensors(wanted, reader)
+        reader.close()
         loaded.load_s = time.perf_counter() - started
         return loaded
 

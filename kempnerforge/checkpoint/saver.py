@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import SaveResult
 from kempnerforge.checkpoint.manifest import Provenance
-from kempnerforge.checkpoint.report import SaveReport
+from kempnerforge.checkpoint.report import Payload, SaveReport
+from kempnerforge.checkpoint.save_events import MAX_EVENTS, PutOff, SaveEvent
 from kempnerforge.checkpoint.tax import StepClock
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import SaveFailedError
@@ -25,8 +24,8 @@ class Snapshot:
     """What is saved: everything of one step."""
 
     step: int
-    tensors: Mapping[str, torch.Tensor]
-    objects: Mapping[str, Any]
+    capture: Callable[[], Payload]
+    """Makes what this rank writes; what it raises on one rank is raised on all."""
     provenance: Provenance
     config_toml: str
     before_commit: Callable[[], None]
@@ -62,9 +61,12 @@ class Saver:
         self._pending: _Pending | None = None
         self._number = 0
         self._failed_in_a_row = 0
-        self._put_off: str | None = None
+        self._put_off: PutOff | None = None
         self._deferred = 0
         self._reports: list[SaveReport] = []
+        self._events: deque[SaveEvent] = deque(maxlen=MAX_EVENTS)
+        self.on_outcome: Callable[[SaveReport], None] = lambda _report: None
+        """Told each outcome when all ranks have learnt it, on the calling thread."""
         self.clock = StepClock()
         self.committed_step: int | None = None
         """The newest step that this attempt knows to be committed."""
@@ -94,14 +96,22 @@ class Saver:
         self._settle(result, step)
         return waited_s
 
-    def choose(self, due: str | None) -> str | None:
-        """Why to save now: ``due``, or what was put off; None while an earlier save is being written."""
-        reason = due or self._put_off
+    def choose(self, due: str | None, step: int) -> str | None:
+        """Why to save after ``step``: ``due``, or what was put off; None while a save is being written."""
+        reason = due or (self._put_off.reason if self._put_off is not None else None)
         if reason is not None and self._pending is not None:
-            self._put_off = reason
             self._deferred += 1
+            if self._put_off is None:
+                self._put_off = PutOff(reason, self._pending.step, step, step)
+                self._events.append(self._put_off.begins())
+            self._put_off.reason, self._put_off.last = reason, step
             return None
         return reason
+
+    def _end_putting_off(self, saved_step: int | None) -> None:
+        if self._put_off is not None:
+            self._events.append(self._put_off.ends(saved_step))
+            self._put_off = None
 
     def save(self, snapshot: Snapshot, *, reason: str, wait: bool) -> SaveReport:
         """Begin to save; with ``wait``, return after the commit and raise if there is none."""
@@ -111,14 +121,14 @@ class Saver:
             return SaveReport(snapshot.step, reason, blocking_s=0.0)
         self._number += 1
         self.clock.save_begins()
-        deferred, self._deferred, self._put_off = self._deferred, 0, None
+        deferred, self._deferred = self._deferred, 0
+        self._end_putting_off(snapshot.step)
         pending = _Pending(snapshot.step, self._number, reason, deferred=deferred)
         try:
             self._checkpointer.begin_save(
-                snapshot.tensors,
+                snapshot.capture,
                 self._folder / layout.step_name(snapshot.step),
                 self._control.group,
-                extra_objects=snapshot.objects,
                 provenance=snapshot.provenance,
                 config_toml=snapshot.config_toml,
                 before_commit=snapshot.before_commit,
@@ -143,11 +153,43 @@ class Saver:
 
     def skip(self, step: int, reason: str, why: str) -> SaveReport:
         """Leave a save out; the next one that is due is looked at anew."""
-        self._put_off = None
+        self._end_putting_off(None)
         self.clock.skipped()
         report = SaveReport(step, reason, blocking_s=0.0, skipped=why)
-        self._reports.append(report)
+        self._add(report)
         return report
+
+    def _add(self, report: SaveReport) -> None:
+        self._reports.append(report)
+        self.on_outcome(report)
+
+    def events(self) -> list[SaveEvent]:
+        """Return what was put off since the last call."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def outcome_alone(self) -> SaveReport | None:
+        """Let the pending save end, and return its outcome as this rank knows it; None if it has none.
+
+        Not collective, for a loop that ends without asking the other ranks.
+        """
+        self._checkpointer.join()
+        result = self._checkpointer.poll()
+        if self._pending is None or result is None:
+            return None
+        return SaveReport(
+            self._pending.step,
+            self._pending.reason,
+            blocking_s=self._pending.blocking_s,
+            write_s=result.write_s,
+            commit_s=result.commit_s,
+            total_s=result.total_s,
+            size_bytes=result.size_bytes,
+            tax_is_lower_bound=True,
+            error=result.error,
+            warnings=tuple(result.warnings),
+        )
 
     def wait_for_staging(self) -> None:
         """Return when tensors may be changed; the time counts as blocking."""
@@ -208,7 +250,7 @@ class Saver:
             error=result.error,
             warnings=tuple(result.warnings),
         )
-        self._reports.append(report)
+        self._add(report)
         if not result.error:
             self._failed_in_a_row = 0
             self.committed_step = pending.step

@@ -84,7 +84,33 @@ class ThreadCopy(BlockingCopy):
 
     def start(self) -> None:
         """Start the thread."""
-        threading.Thread(target=self._copy, name="checkpoint-staging", daemon=True).start()
+        try:
+            threading.Thread(target=self._copy, name="checkpoint-staging", daemon=True).start()
+        except RuntimeError as error:  # no more threads
+            self._error = error
+            self._pairs = ()
+            self._ended.set()
+
+
+class FailedCopy:
+    """A copy that could not begin: ``finish`` raises why, so that it is reported as a failed copy is."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def start(self) -> None:
+        """There is nothing to copy."""
+
+    def copied(self) -> int:
+        """Raise why."""
+        raise self._error
+
+    def before_mutation(self) -> None:
+        """Nothing reads the sources."""
+
+    def finish(self) -> None:
+        """Raise why."""
+        raise self._error
 
 
 class StreamCopy:

@@ -1,18 +1,23 @@
-"""Model, optimizer, generators and position in the data as one tree."""
+"""Everything that a run needs to go on where it was, as one tree."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from kempnerforge.checkpoint import layout, rng
-from kempnerforge.checkpoint.optimizer_state import make_state
+from kempnerforge.checkpoint import layout, leaves, rng
+from kempnerforge.checkpoint.extra_state import Extras
+from kempnerforge.checkpoint.model_state import ModelState
+from kempnerforge.checkpoint.optimizer_state import OptimizerState, make_state
+from kempnerforge.checkpoint.report import Payload
+from kempnerforge.checkpoint.tensor_leaves import Packer
 
-MODEL, OPTIMIZER = layout.MODEL_PREFIX, "optimizer."
+MODEL, OPTIMIZER, OPTIMIZERS = layout.MODEL_PREFIX, "optimizer.", "optimizers."
+Optimizers = torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | Sequence[torch.optim.Optimizer]
 
 
 def rng_name(rank: int) -> str:
@@ -21,19 +26,40 @@ def rng_name(rank: int) -> str:
 
 
 class TrainState:
-    """Everything that a run needs to go on where it was.
+    """Model, optimizers, extras, counters and position in the data: what a save writes and a resume restores.
 
-    Tensors are handed out by reference, so that loading fills them in place. Adam's and AdamW's state is made
-    here if it does not exist, because making it later would change the tree. ``model`` may be several parts
-    of one, as a pipeline's rank holds them; ``groups`` then has the names of the whole model's parameters by
-    the ``name`` of the optimizer's group, so that every rank stores the same.
+    What is handed over comes back exactly, or is refused with an error that names it: here, or at the first
+    save. Raises TypeError and ValueError.
+
+    Args:
+        model: a module, or its parts, as a pipeline's rank holds them. Names of parts must differ; prefixes
+            of ``torch.compile`` and ``DistributedDataParallel`` are left out of names.
+        optimizer: one ``torch.optim.Optimizer``, or several: a dict name -> optimizer, or a list, whose names
+            are its positions. All that is in ``state`` and ``param_groups`` is stored. State that appears
+            later needs no step before a resume: a load makes what the checkpoint has.
+        extra: name -> any object with ``state_dict()`` and ``load_state_dict()``: a scheduler, a loader, an
+            averaged model, a scaler.
+        per_rank: names of extras that have a state of their own on every rank.
+        hyperparameters: ``"checkpoint"`` restores all keys of ``param_groups``, as ``load_state_dict`` of
+            torch does. A collection of keys leaves those as the program has them, and restores the others.
+        device: of this rank; that of the first parameter unless given.
+        seed: for random numbers that a resume cannot restore because the layout is another.
+        fingerprint: what the data is; a checkpoint of other data is refused.
+        scheduler: description of the schedule, for the record; its position is ``step``.
+        cursor: position in the data, a dataclass or mapping of JSON values; ``advance`` replaces it.
+        batch_digest: digest of the batch at a cursor: compared at a resume.
+        groups: names of the whole model's parameters by the ``name`` of their group, where a rank has only
+            some of them.
     """
 
     def __init__(
         self,
         *,
         model: nn.Module | Sequence[nn.Module],
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
+        extra: Mapping[str, Any] | None = None,
+        per_rank: Collection[str] = (),
+        hyperparameters: str | Collection[str] = "checkpoint",
         device: torch.device | None = None,
         seed: int = 0,
         fingerprint: Mapping[str, Any] | None = None,
@@ -42,17 +68,27 @@ class TrainState:
         batch_digest: Callable[[Mapping[str, Any]], str] | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        make_state(optimizer)
-        self.parts = (model,) if isinstance(model, nn.Module) else tuple(model)
-        """What this rank holds of the model: all of it, or its stages of a pipeline."""
-        self.optimizer = optimizer
-        self._groups = groups
-        self.device = device or next(self.parts[0].parameters()).device
+        if isinstance(hyperparameters, str) and hyperparameters != "checkpoint":
+            raise ValueError(
+                f'hyperparameters={hyperparameters!r}: give "checkpoint", or a collection of keys of '
+                "param_groups"
+            )
+        self.model = ModelState(model)
+        self.extras = Extras(extra, per_rank)
+        kept = None if isinstance(hyperparameters, str) else frozenset(hyperparameters)
+        self.groups = groups
+        self.several_optimizers = not isinstance(optimizer, torch.optim.Optimizer)
+        self.optimizers = {
+            prefix: OptimizerState(one, prefix=prefix, groups=groups, kept=kept)
+            for prefix, one in _by_prefix(optimizer).items()
+        }
+        """By the prefix of their names."""
+        for one in self.optimizers.values():
+            make_state(one.optimizer)
+        self.device = device or _first_device(self.model.parts)
         self.seed = seed
         self.fingerprint = dict(fingerprint or {})
-        """What the data is; a checkpoint of other data is refused."""
         self.scheduler = dict(scheduler or {})
-        """Description of the schedule; its position is ``step``."""
         self._batch_digest = batch_digest
         self.step = 0
         """Optimizer steps done, skipped ones included."""
@@ -62,7 +98,8 @@ class TrainState:
         """Steps whose update was skipped because something was not finite."""
         self.skipped_in_a_row = 0
         self.cursor = _cursor_json(cursor)
-        """Position in the data, as JSON."""
+        """Position in the data, as JSON; empty where there is none."""
+        self._pack_optimizers(Packer(), {})  # what it refuses is refused here, not hours later
 
     def advance(self, *, tokens: int = 0, cursor: Any = None, skipped: bool = False) -> None:
         """Count one step: its tokens (all ranks) and the cursor behind its batch, if there is one."""
@@ -77,44 +114,45 @@ class TrainState:
         """Digest of the batch that comes next: the proof that a resume goes on in the data."""
         return self._batch_digest(self.cursor) if self._batch_digest is not None else None
 
+    # -- save --------------------------------------------------------------------------------------------
+
+    def capture(self, *, rank: int = 0, num_ranks: int = 1) -> Payload:
+        """What this rank saves now. Tensors are references, values are copied.
+
+        Consumes no random numbers. Raises TypeError and ValueError, naming it, for what cannot be restored.
+        """
+        generators = rng.capture(self.device)
+        packer, objects = Packer(), self._counters()
+        for name, value in self.model.entries().items():
+            if isinstance(value, torch.Tensor):
+                packer.add(MODEL + name, value)
+            else:
+                objects[MODEL + name] = packer.pack(value, name=MODEL + name)
+        self._pack_optimizers(packer, objects)
+        same = self.extras.pack(packer, objects, rank=rank, num_ranks=num_ranks)
+        # A loader, say, may begin an iteration to tell its state. A save must not change what is drawn next.
+        if self.extras.objects and not torch.equal(rng.capture(self.device), generators):
+            rng.restore(generators, self.device)
+        packer.add(rng_name(rank), generators)
+        return Payload(packer.tensors, objects, same)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Model and optimizer tensors by checkpoint name, by reference."""
-        found = {MODEL + name: t for part in self.parts for name, t in part.state_dict().items()}
-        for parameter, name in self._names().items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor):
-                    found[f"{OPTIMIZER}state.{name}.{key}"] = value
-        return found
+        entries = self.model.entries()
+        packer = Packer()
+        packer.tensors.update({MODEL + n: t for n, t in entries.items() if isinstance(t, torch.Tensor)})
+        self._pack_optimizers(packer, {})
+        return packer.tensors
 
-    def names_elsewhere(self) -> set[str]:
-        """Names of the tensors that only other ranks hold: those of other stages of a pipeline."""
-        if self._groups is None:
-            return set()
-        mine = set(self._names().values())
-        others = {name for group in self._groups.values() for name in group} - mine
-        keys = {key for state in self.optimizer.state.values() for key in state}
-        moments = {f"{OPTIMIZER}state.{name}.{key}" for name in others for key in keys}
-        return {MODEL + name for name in others} | moments
+    def _pack_optimizers(self, packer: Packer, objects: dict[str, Any]) -> None:
+        names = self.model.names()
+        tables = {prefix: one.pack(names, packer, objects) for prefix, one in self.optimizers.items()}
+        if self.several_optimizers:
+            objects["optimizers"] = {prefix.split(".")[1]: table for prefix, table in tables.items()}
+        else:
+            objects["optimizer"] = tables[OPTIMIZER]
 
-    def _names(self) -> dict[torch.Tensor, str]:
-        return {parameter: name for part in self.parts for name, parameter in part.named_parameters()}
-
-    def capture_rng(self) -> torch.Tensor:
-        """This rank's generators, uint8."""
-        return rng.capture(self.device)
-
-    def objects(self) -> dict[str, Any]:
-        """What is no tensor: the content of ``train_state.json``."""
-        names = self._names()
-        groups = [
-            {
-                **{key: value for key, value in group.items() if key != "params"},
-                "params": list(self._groups[group["name"]])
-                if self._groups is not None
-                else [names[parameter] for parameter in group["params"]],
-            }
-            for group in self.optimizer.param_groups
-        ]
+    def _counters(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -122,20 +160,23 @@ class TrainState:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "seed": self.seed,
-            "data": {
-                "cursor": self.cursor,
-                "fingerprint": self.fingerprint,
-                "next_digest": self.next_digest(),
-            },
-            "scheduler": self.scheduler,
-            "optimizer": {"groups": groups},
+            "data": leaves.encode(
+                {
+                    "cursor": self.cursor,
+                    "fingerprint": self.fingerprint,
+                    "next_digest": self.next_digest(),
+                },
+                name="data",
+            ),
+            "scheduler": leaves.encode(self.scheduler, name="scheduler"),
         }
+
+    # -- load --------------------------------------------------------------------------------------------
 
     def load_objects(self, objects: Mapping[str, Any], *, scheduler: bool = True, data: bool = True) -> None:
         """Take counters from a checkpoint.
 
         ``scheduler`` stands for the step counter, which the learning rate follows; ``data`` for the cursor.
-        Hyperparameters are the config's: the receipt tells what changed.
         """
         if scheduler:
             self.step = objects["step"]
@@ -146,7 +187,34 @@ class TrainState:
             self.cursor = dict(objects["data"]["cursor"])
 
 
+def _by_prefix(optimizer: Optimizers) -> dict[str, torch.optim.Optimizer]:
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return {OPTIMIZER: optimizer}
+    if isinstance(optimizer, Mapping):
+        named: dict[Any, Any] = dict(optimizer)
+    elif isinstance(optimizer, (list, tuple)):
+        named = {str(place): one for place, one in enumerate(optimizer)}
+    else:
+        raise TypeError(
+            "optimizer= takes torch.optim.Optimizer, or a dict or list of them, not "
+            f"{type(optimizer).__name__}"
+        )
+    for name in named:
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"optimizer={{{name!r}: ...}}: a name is text without dots")
+    return {f"{OPTIMIZERS}{name}.": one for name, one in named.items()}
+
+
+def _first_device(parts: Sequence[nn.Module]) -> torch.device:
+    for part in parts:
+        for tensor in (*part.parameters(), *part.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
 def _cursor_json(cursor: object) -> dict[str, Any]:
     if dataclasses.is_dataclass(cursor) and not isinstance(cursor, type):
         return dataclasses.asdict(cursor)
-    return dict(cursor) if isinstance(cursor, Mapping) else {}
+    if cursor is not None and not isinstance(cursor, Mapping):
+        raise TypeError(f"cursor= takes a dataclass or a mapping, not {type(cursor).__name__}")
+    return dict(cursor or {})

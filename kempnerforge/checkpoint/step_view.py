@@ -13,6 +13,7 @@ import tomli
 from kempnerforge.checkpoint import layout, manifest
 from kempnerforge.checkpoint.digest import VerifiedFile
 from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.checkpoint.structure import PATHS
 from kempnerforge.errors import DamagedCheckpointError
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class StepView:
             raise self._damaged(f"{layout.TRAIN_STATE} cannot be parsed ({error})") from None
         if not isinstance(body, dict):
             raise self._damaged(f"{layout.TRAIN_STATE} is not a JSON object")
+        body.pop(PATHS, None)  # where leaves stood in a nested state dict is no leaf
         return body
 
     def config(self) -> dict[str, Any]:

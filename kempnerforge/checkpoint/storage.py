@@ -4,35 +4,64 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import xxhash
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from kempnerforge.checkpoint import layout
-from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, PlannedFile, commit, make_temporary
+from kempnerforge.checkpoint import layout, structure
+from kempnerforge.checkpoint.commit import (
+    Contents,
+    Expected,
+    FileReport,
+    PlannedFile,
+    PlannedItem,
+    commit,
+    make_temporary,
+)
 from kempnerforge.checkpoint.digest import DigestingFile
-from kempnerforge.checkpoint.plan import name_files, planned_item
-from kempnerforge.checkpoint.shards import plan_image
+from kempnerforge.checkpoint.dtypes import DTYPE_NAMES
+from kempnerforge.checkpoint.pieces import check_name, check_storable, plain
+from kempnerforge.checkpoint.plan import check_cover, planned_item
+from kempnerforge.checkpoint.shards import plan_image, split_by_name
+from kempnerforge.checkpoint.structure import PATHS, Structure
+from kempnerforge.checkpoint.tensor_leaves import Packer
+from kempnerforge.errors import SaveFailedError
 
 
 @dataclasses.dataclass(frozen=True)
-class _RankFile:
-    """One file of one rank, and the positions of its items in the rank's plan."""
+class _Seat:
+    """A rank's place among those that save, in its plan: also in one from a planner's cache."""
 
-    file: PlannedFile
-    positions: tuple[int, ...]
+    rank: int
+    num_ranks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """What a rank has written, as it tells the coordinator."""
+
+    rank: int
+    files: tuple[tuple[PlannedFile, FileReport], ...]
+    """Under the names that they have until the commit."""
+    objects: Mapping[str, Any]
+    """Non-tensor leaves as JSON."""
 
 
 class SafetensorsWriter(StorageWriter):
-    """``dcp.save(tensors, storage_writer=SafetensorsWriter(path))`` writes and commits format 1.
+    """``dcp.save(state_dict, storage_writer=SafetensorsWriter(path))`` writes and commits format 1.
 
-    For loops that stay with stock DCP: it blocks and writes through the page cache. ``AsyncCheckpointer``
-    does not, and saves leaves that are no tensors too.
+    For loops that stay with stock DCP: it blocks and writes through the page cache; ``AsyncCheckpointer``
+    does not. DCP's planner leaves out empty dicts; ``AsyncCheckpointer`` keeps them.
+
+    Everything that the commit checks comes from DCP's metadata and from what ranks say they have written: a
+    planner that caches plans shows this writer none.
     """
 
     def __init__(self, checkpoint_id: str | os.PathLike[str], *, contents: Contents | None = None) -> None:
@@ -45,54 +74,79 @@ class SafetensorsWriter(StorageWriter):
             self.final = layout.local_path(checkpoint_id)
             attempt = self._contents.provenance.attempt
             self.temporary = self.final.with_name(layout.temporary_name(self.final.name, attempt))
-        self._expected: Expected | None = None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Part of DCP's protocol; nothing to set up."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Refuse what is no tensor, leave out empty chunks of tensors that are not empty."""
-        kept = [item for item in plan.items if planned_item(item) is not None]
+        """Refuse names and dtypes that a checkpoint cannot hold; leave out empty chunks of larger tensors.
+
+        Raises ValueError and TypeError, naming the leaf.
+        """
+        kept = []
+        for item in plan.items:
+            check_name(item.index.fqn)
+            if item.type == WriteItemType.BYTE_IO or _chunk_of(item) is not None:
+                kept.append(item)
         return dataclasses.replace(plan, items=kept)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Make the hidden folder and give every rank its files. Coordinator only."""
+        """Make the hidden folder and give every rank its number. Coordinator only.
+
+        A plan that a caching planner takes from its cache has one already.
+        """
         make_temporary(self.final, self.temporary)
-        by_rank = [[_planned(item) for item in plan.items] for plan in plans]
-        shared_out = name_files(by_rank)
-        self._expected = shared_out.expected
-        result = []
-        for plan, items, files in zip(plans, by_rank, shared_out.files, strict=True):
-            place = {(one.item.name, one.item.offsets): number for number, one in enumerate(items)}
-            rank_files = tuple(
-                _RankFile(file, tuple(place[one.item.name, one.item.offsets] for one in file.items))
-                for file in files
-            )
-            result.append(dataclasses.replace(plan, storage_data=rank_files))
-        return result
+        return [
+            dataclasses.replace(plan, storage_data=_Seat(rank, len(plans))) if plan.usable else plan
+            for rank, plan in enumerate(plans)
+        ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's files; every byte is durable when it returns."""
-        results: list[WriteResult] = []
-        for rank_file in plan.storage_data or ():
-            items = [plan.items[place] for place in rank_file.positions]
-            report = self._write_file(rank_file.file, items, planner)
-            results.append(
-                WriteResult(items[0].index, report.record.size_bytes, (rank_file.file.name, report))
-            )
+        """Write this rank's files; every byte is durable when it returns.
+
+        Raises TypeError and ValueError, naming the leaf, for what a checkpoint cannot hold.
+        """
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        if not plan.items:
+            future.set_result([])
+            return future
+        try:
+            written = self._write(plan, planner)
+        except BaseException:
+            # DCP does not tell the coordinator's writer. Where others write, the next save removes it.
+            if plan.storage_data.num_ranks == 1:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
+        size_bytes = sum(report.record.size_bytes for _, report in written.files)
+        future.set_result([WriteResult(plan.items[0].index, size_bytes, written)])
         return future
 
-    def _write_file(self, planned: PlannedFile, items: list[WriteItem], planner: SavePlanner) -> FileReport:
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> _Written:
+        packer, objects = Packer(), {}
+        chunks: list[tuple[PlannedItem, torch.Tensor]] = []
+        for item in plan.items:
+            if item.type == WriteItemType.BYTE_IO:
+                objects[item.index.fqn] = _pack(item, planner, packer)
+            else:
+                chunks.append(_resolve(item, planner))
+        for name, tensor in packer.tensors.items():
+            check_name(name)
+            chunks.append(_whole(name, tensor))
+        files = []
+        for number, places in enumerate(split_by_name([planned.item.name for planned, _ in chunks])):
+            items = tuple(chunks[place][0] for place in places)
+            name = f"rank_{plan.storage_data.rank:05d}_{number:05d}{layout.SHARD_SUFFIX}"
+            file = PlannedFile(name, items)
+            files.append((file, self._write_file(file, [chunks[place][1] for place in places])))
+        return _Written(plan.storage_data.rank, tuple(files), objects)
+
+    def _write_file(self, planned: PlannedFile, tensors: Sequence[torch.Tensor]) -> FileReport:
         image = plan_image(planned.shard_items)
         file = DigestingFile(self.temporary / planned.name)
         try:
             file.write(memoryview(image.header))
             for place in image.order:
-                tensor = planner.resolve_data(items[place])
-                assert isinstance(tensor, torch.Tensor)
-                file.write(tensor_bytes(tensor.detach().cpu().contiguous()))
+                file.write(tensor_bytes(tensors[place]))
             record = file.finish()
         finally:
             file.close()
@@ -100,9 +154,30 @@ class SafetensorsWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Check, add index and manifest, publish. Coordinator only. Durable on return."""
-        assert self._expected is not None
-        reports = dict(one.storage_data for of_rank in results for one in of_rank)
-        commit(self.temporary, self.final, expected=self._expected, reports=reports, contents=self._contents)
+        told: list[_Written] = [one.storage_data for of_rank in results for one in of_rank]
+        by_rank = sorted(told, key=lambda one: one.rank)
+        written = [file for one in by_rank for file in one.files]
+        files, reports = [], {}
+        for number, (file, report) in enumerate(written):
+            final = dataclasses.replace(file, name=layout.shard_name(number, len(written)))
+            os.rename(self.temporary / file.name, self.temporary / final.name)
+            files.append(final)
+            reports[final.name] = report
+        _check_complete(metadata, files)
+        check_cover(item for file in files for item in file.items)
+        objects: dict[str, Any] = {}
+        for one in reversed(by_rank):  # the lowest rank's value counts
+            objects |= one.objects
+        paths = _paths(metadata, objects)
+        commit(
+            self.temporary,
+            self.final,
+            expected=Expected(tuple(files)),
+            reports=reports,
+            contents=dataclasses.replace(
+                self._contents, objects={**self._contents.objects, **objects, **paths}
+            ),
+        )
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -111,11 +186,80 @@ class SafetensorsWriter(StorageWriter):
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    """The bytes of a tensor in C order, without a copy if it is a contiguous one on the CPU."""
+    host = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return host.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _planned(item: WriteItem) -> Any:
-    found = planned_item(item)
-    assert found is not None, "prepare_local_plan left such items out"
-    return found
+def _chunk_of(item: WriteItem) -> PlannedItem | None:
+    """A planned chunk of a tensor; None for one without elements of a tensor that has some."""
+    data, name = item.tensor_data, item.index.fqn
+    assert data is not None
+    if data.properties.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {data.properties.layout}: store it as a dense tensor")
+    if data.properties.dtype not in DTYPE_NAMES:
+        raise TypeError(
+            f"{name} has dtype {data.properties.dtype}, which safetensors does not know: convert it"
+        )
+    dtype = DTYPE_NAMES[data.properties.dtype]
+    return planned_item(name, dtype, data.chunk.offsets, data.chunk.sizes, data.size)
+
+
+def _resolve(item: WriteItem, planner: SavePlanner) -> tuple[PlannedItem, torch.Tensor]:
+    """A chunk and its values. A cached plan may state a dtype that the tensor no longer has."""
+    name, data = item.index.fqn, item.tensor_data
+    assert data is not None
+    whole = getattr(planner, "state_dict", {}).get(name)
+    if isinstance(whole, torch.Tensor):
+        check_storable(name, whole)
+    tensor = planner.resolve_data(item)
+    assert isinstance(tensor, torch.Tensor)
+    check_storable(name, tensor)
+    if tuple(tensor.shape) != tuple(data.chunk.sizes):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {tuple(data.chunk.sizes)} was planned")
+    planned = planned_item(name, DTYPE_NAMES[tensor.dtype], data.chunk.offsets, data.chunk.sizes, data.size)
+    assert planned is not None, "prepare_local_plan left such items out"
+    return planned, plain(tensor)
+
+
+def _whole(name: str, tensor: torch.Tensor) -> tuple[PlannedItem, torch.Tensor]:
+    """A tensor inside of another leaf."""
+    check_storable(name, tensor)
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise TypeError(f"{name} is a {type(tensor).__name__} inside of another leaf: put it into a dict")
+    planned = planned_item(name, DTYPE_NAMES[tensor.dtype], (0,) * tensor.ndim, tensor.shape, tensor.shape)
+    assert planned is not None
+    return planned, plain(tensor)
+
+
+def _pack(item: WriteItem, planner: SavePlanner, packer: Packer) -> Any:
+    """A non-tensor leaf as JSON."""
+    name = item.index.fqn
+    look_up = getattr(planner, "lookup_object", None)
+    if look_up is None:
+        raise TypeError(
+            f"{name} is no tensor, and {type(planner).__name__} has no lookup_object to get its value from"
+        )
+    return packer.pack(look_up(item.index), name=name)
+
+
+def _check_complete(metadata: Metadata, files: Sequence[PlannedFile]) -> None:
+    """Raise SaveFailedError when a chunk of DCP's metadata is in no file."""
+    written = {(one.item.name, one.item.offsets, one.item.sizes) for file in files for one in file.items}
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        for chunk in entry.chunks:
+            key = (name, tuple(chunk.offsets), tuple(chunk.sizes))
+            if key not in written and (0 not in chunk.sizes or 0 in entry.size):
+                raise SaveFailedError(f"{name} at {key[1]} was not written")
+
+
+def _paths(metadata: Metadata, objects: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry that says where leaves stood in a nested state dict, if it was nested."""
+    planned = metadata.planner_data
+    if not isinstance(planned, Mapping):
+        return {}
+    leaves = {*metadata.state_dict_metadata, *objects}
+    body = structure.encode(Structure({name: path for name, path in planned.items() if name in leaves}))
+    return {} if body is None else {PATHS: body}

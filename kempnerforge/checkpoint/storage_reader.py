@@ -7,7 +7,7 @@ import gc
 import io
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -20,17 +20,17 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.futures import Future
 
-from kempnerforge.checkpoint import layout, manifest
+from kempnerforge.checkpoint import layout, leaves, manifest, structure
 from kempnerforge.checkpoint.digest import VerifiedFile
 from kempnerforge.checkpoint.dtypes import DTYPES
 from kempnerforge.checkpoint.index import Index, shared_box
-from kempnerforge.checkpoint.leaves import decode_objects
 from kempnerforge.checkpoint.part_reader import Part, read_parts
-from kempnerforge.checkpoint.plan import local_part
+from kempnerforge.checkpoint.pieces import Boxes, check_target, global_shape, local_pieces, plain
+from kempnerforge.checkpoint.shadows import Shadows
+from kempnerforge.checkpoint.structure import FLAT, PATHS, Path, Structure
+from kempnerforge.checkpoint.tensor_leaves import Unpacker, tensor_names
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
 
@@ -45,6 +45,7 @@ class SafetensorsReader(StorageReader):
     def __init__(
         self, path: str | os.PathLike[str], *, known_manifest: manifest.Manifest | None = None
     ) -> None:
+        self._open_index: Index | None = None
         self.reset(path)
         self._known_manifest = known_manifest
 
@@ -53,13 +54,20 @@ class SafetensorsReader(StorageReader):
         if checkpoint_id is not None:
             self.path = layout.local_path(checkpoint_id)
             self._known_manifest: manifest.Manifest | None = None
-        self._open_index: Index | None = None
+        self.close()
+        self._raw_objects: dict[str, Any] | None = None
         self._objects: dict[str, Any] | None = None
+        self._structure: Structure = FLAT
+        self._inside: frozenset[str] | None = None
 
     @property
     def manifest(self) -> manifest.Manifest:
         """The step's manifest, checked against names and sizes."""
         if self._known_manifest is None:
+            if (self.path / ".metadata").exists() and not (self.path / layout.MANIFEST).exists():
+                raise MismatchError(
+                    f"{self.path} is a checkpoint of stock DCP: read it with FileSystemReader"
+                )
             self._known_manifest = manifest.load(self.path)
         return self._known_manifest
 
@@ -72,17 +80,71 @@ class SafetensorsReader(StorageReader):
         return self._open_index
 
     @property
-    def objects(self) -> dict[str, Any]:
-        """The step's non-tensor leaves, by name."""
-        if self._objects is None:
+    def raw_objects(self) -> dict[str, Any]:
+        """The step's non-tensor leaves, by name, as JSON (``leaves`` has the tags)."""
+        if self._raw_objects is None:
             data = manifest.read_verified(self.path, self.manifest, layout.TRAIN_STATE)
             try:
-                self._objects = decode_objects(data)
+                body = leaves.parse_objects(data)
+                self._structure = structure.decode(body.pop(PATHS, None))
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise self._damaged_objects(error) from None
+            self._raw_objects = body
+        return self._raw_objects
+
+    @property
+    def objects(self) -> dict[str, Any]:
+        """The step's non-tensor leaves, by name.
+
+        Leaves of torch and numpy within them are ``leaves.Foreign``; ``leaf`` gives those themselves.
+        """
+        if self._objects is None:
+            raw = self.raw_objects
+            try:
+                self._objects = {name: leaves.decode(value) for name, value in raw.items()}
             except (ValueError, TypeError, RecursionError) as error:
-                raise DamagedCheckpointError(
-                    f"{self.path.name} is damaged: {layout.TRAIN_STATE}: {error}"
-                ) from None
+                raise self._damaged_objects(error) from None
         return self._objects
+
+    @property
+    def structure(self) -> Structure:
+        """Where leaves stood in the nested state dict that was saved."""
+        _ = self.raw_objects
+        return self._structure
+
+    @property
+    def inside(self) -> frozenset[str]:
+        """Names of the tensors that are parts of a non-tensor leaf, such as a tuple."""
+        if self._inside is None:
+            try:
+                self._inside = frozenset[str]().union(*map(tensor_names, self.raw_objects.values()))
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise self._damaged_objects(error) from None
+        return self._inside
+
+    def leaf(self, name: str) -> Any:
+        """A non-tensor leaf with the tensors and arrays in it. Raises KeyError, and what a load raises."""
+        unpacker = Unpacker(self._make_tensor)
+        try:
+            value = unpacker.unpack(self.raw_objects[name])
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._damaged_objects(error) from None
+        if unpacker.tensors:
+            load_tensors(unpacker.tensors, self)
+        return value
+
+    def _make_tensor(self, name: str, tag: Mapping[str, Any]) -> torch.Tensor:
+        try:
+            dtype, shape = self.index.head(name)
+        except KeyError:
+            raise self._damaged_objects(f"{layout.INDEX} has no {name}") from None
+        device = tag.get("device", "cpu")
+        if device != "cpu" and not torch.get_device_module(device).is_available():
+            device = "cpu"
+        return torch.empty(shape, dtype=DTYPES[dtype], device=device)
+
+    def _damaged_objects(self, error: object) -> DamagedCheckpointError:
+        return DamagedCheckpointError(f"{self.path.name} is damaged: {layout.TRAIN_STATE}: {error}")
 
     def close(self) -> None:
         """Release the index file; ``objects`` and ``manifest`` stay readable."""
@@ -92,7 +154,10 @@ class SafetensorsReader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """DCP's metadata, whose entries are looked up in the index when they are asked for."""
-        return Metadata(state_dict_metadata=_LazyMetadata(self))  # type: ignore[arg-type]
+        return Metadata(
+            state_dict_metadata=_LazyMetadata(self),  # type: ignore[arg-type]
+            planner_data=_LazyPaths(self),
+        )
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -109,15 +174,20 @@ class SafetensorsReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read every item, file by file and in the order of its bytes."""
-        parts, targets = [], []
+        parts, targets, shadows = [], [], Shadows()
+        for item in plan.items:
+            if item.type != LoadItemType.BYTE_IO:
+                _check_item(item, planner)
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
                 planner.load_bytes(item, self._pickled_in_memory(item.storage_index.fqn))
                 continue
             target = planner.resolve_tensor(item)
+            check_target(item.dest_index.fqn, target)
             targets.append((item, target))
-            parts.append(self._part(item, target.detach()))
+            parts.append(self._part(item, shadows.of(item.dest_index.fqn, plain(target))))
         read_parts(self.path, self.manifest.files, parts)
+        shadows.copy()
         for item, target in targets:
             planner.commit_tensor(item, target)
         future: Future[None] = Future()
@@ -125,9 +195,10 @@ class SafetensorsReader(StorageReader):
         return future
 
     def _pickled_in_memory(self, name: str) -> io.BytesIO:
-        # DCP's planner insists on unpickling; these bytes were pickled here, from checked JSON.
+        # DCP's planner insists on unpickling; these bytes were pickled here, from checked JSON. Earlier
+        # protocols change the byte order of numpy arrays.
         buffer = io.BytesIO()
-        torch.save(self.objects[name], buffer)
+        torch.save({} if name in self.structure.empty else self.leaf(name), buffer, pickle_protocol=5)
         buffer.seek(0)
         return buffer
 
@@ -146,7 +217,7 @@ class SafetensorsReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether there is a checkpoint of this format."""
-        return (Path(checkpoint_id) / layout.MANIFEST).is_file()
+        return (FilePath(checkpoint_id) / layout.MANIFEST).is_file()
 
 
 @contextlib.contextmanager
@@ -170,58 +241,65 @@ def load_tensors(tensors: Mapping[str, torch.Tensor], reader: SafetensorsReader)
     KeyError for a name that is not there.
     """
     parts: list[Part] = []
-    boxes: dict[tuple[object, ...], Box] = {}
+    boxes, shadows = Boxes(), Shadows()
     for name in sorted(tensors, key=str.encode):
         tensor = tensors[name]
         dtype, shape = reader.index.head(name)
-        reader.check_dtype(name, dtype, tensor)
-        if shape != tuple(tensor.shape):
-            raise MismatchError(f"{name} is {shape} in {reader.path.name} and {tuple(tensor.shape)} here")
-        sizes, offsets = _box(tensor, boxes)
-        with torch.no_grad():
-            local = local_part(tensor)
-        for chunk in reader.index.part(name, offsets, sizes):
-            shared = shared_box(chunk, offsets, sizes)
-            assert shared is not None
-            starts, lengths = shared
-            target = local
-            if lengths != sizes:
-                for dim, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-                    target = target.narrow(dim, start - offsets[dim], length)
-            in_chunk = tuple(start - first for start, first in zip(starts, chunk.offsets, strict=True))
-            parts.append(Part(name, dtype, chunk, in_chunk, target))
+        check_target(name, tensor)
+        if shape != (here := global_shape(tensor)):
+            raise MismatchError(f"{name} is {shape} in {reader.path.name} and {here} here")
+        for offsets, sizes, local in local_pieces(name, tensor, boxes):
+            reader.check_dtype(name, dtype, local)
+            local = shadows.of(name, local)
+            for chunk in reader.index.part(name, offsets, sizes):
+                shared = shared_box(chunk, offsets, sizes)
+                assert shared is not None
+                starts, lengths = shared
+                target = local
+                if lengths != sizes:
+                    for dim, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                        target = target.narrow(dim, start - offsets[dim], length)
+                in_chunk = tuple(start - first for start, first in zip(starts, chunk.offsets, strict=True))
+                parts.append(Part(name, dtype, chunk, in_chunk, target))
     read_parts(reader.path, reader.manifest.files, parts)
+    shadows.copy()
 
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Sizes and offsets."""
-
-
-def _box(tensor: torch.Tensor, known: dict[tuple[object, ...], Box]) -> Box:
-    """What this rank holds of a tensor; ``known`` is filled, because many tensors are alike."""
-    if not isinstance(tensor, DTensor):
-        return tuple(tensor.shape), (0,) * tensor.ndim
-    key = (tensor.shape, tensor.device_mesh, tensor.placements)
-    if key not in known:
-        sizes, offsets = compute_local_shape_and_global_offset(*key)
-        known[key] = tuple(sizes), tuple(offsets)
-    return known[key]
+def _check_item(item: ReadItem, planner: LoadPlanner) -> None:
+    """Look at the whole target, before a planner narrows it: of a wrapper subclass that makes a copy."""
+    whole = getattr(planner, "state_dict", {}).get(item.dest_index.fqn)
+    if isinstance(whole, torch.Tensor):
+        check_target(item.dest_index.fqn, whole)
 
 
 class _LazyMetadata(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
-    """What DCP's planners take for a dict, backed by the index: a rank reads the entries it asks for."""
+    """What DCP's planners take for a dict, backed by the index: a rank reads the entries it asks for.
+
+    Tensors inside of other leaves are found by name and are not listed. Nor are empty dicts in ``keys``: a
+    planner that finds a name there which its target lacks supposes a checkpoint of torch 2.3. ``items``, from
+    which planners without a target build one, has them.
+    """
 
     def __init__(self, reader: SafetensorsReader) -> None:
         self._reader = reader
 
     def __len__(self) -> int:
-        return len(self._reader.index) + len(self._reader.objects)
+        return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._reader.index
-        yield from self._reader.objects
+        hidden, objects = self._reader.inside, self._reader.raw_objects
+        yield from (name for name in self._reader.index if name not in hidden and name not in objects)
+        yield from objects
+
+    def items(self) -> Any:
+        """All entries, with the empty dicts: in lists as they are, or DCP would take the list for a leaf."""
+        empty = self._reader.structure.empty
+        hidden = [(name, {} if type(path[-1]) is int else self[name]) for name, path in empty.items()]
+        return [*((name, self[name]) for name in self), *hidden]
 
     def __getitem__(self, name: str) -> TensorStorageMetadata | BytesStorageMetadata:
+        if name in self._reader.raw_objects:
+            return BytesStorageMetadata()
         with contextlib.suppress(KeyError):
             entry = self._reader.index[name]
             return TensorStorageMetadata(
@@ -231,6 +309,23 @@ class _LazyMetadata(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
                     ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks
                 ],
             )
-        if name in self._reader.objects:
+        if name in self._reader.structure.empty:
             return BytesStorageMetadata()
         raise KeyError(name)
+
+
+class _LazyPaths(Mapping[str, Path]):
+    """Name -> path in the nested state dict, as DCP's ``planner_data``."""
+
+    def __init__(self, reader: SafetensorsReader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, name: str) -> Path:
+        return self._reader.structure.path(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from _LazyMetadata(self._reader)
+        yield from self._reader.structure.empty
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

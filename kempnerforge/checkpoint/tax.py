@@ -64,6 +64,8 @@ class TaxMeter:
         """``is_pending``: a save's outcome is not known to all yet."""
         self.tried = False
         """Whether a save began since quiet steps are known."""
+        self.waited_s = self.excluded_s = 0.0
+        """How long the loop has stood still for saves, and what was left out, in all."""
 
     def save_begins(self) -> None:
         """In the interval that goes on."""
@@ -74,6 +76,7 @@ class TaxMeter:
 
     def stood_still(self, seconds: float) -> None:
         """The loop waited for the newest save, in the interval that goes on."""
+        self.waited_s += seconds
         if self._save is not None:
             self._beside = True
             self._save.standing_s += seconds
@@ -81,6 +84,7 @@ class TaxMeter:
 
     def left_out(self, seconds: float) -> None:
         """So much of the interval that goes on was no step: a validation, say."""
+        self.excluded_s += seconds
         self._left_out_s += seconds
 
     def boundary(self, steps: int, seconds: float) -> None:

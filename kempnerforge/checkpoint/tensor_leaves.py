@@ -3,12 +3,13 @@
 =========================  =================================================================================
 value                      JSON
 =========================  =================================================================================
-tensor                     ``{"__tensor__": {"name": ...}}``: the tensor is stored under this name; ``device``
-                           is there unless it is the CPU, ``sharded`` when it is a DTensor
+tensor                     ``{"__tensor__": {"name": ...}}``: the tensor is stored under this name; with
+                           ``device`` unless it is the CPU, and, where they hold, ``sharded`` (a DTensor),
+                           ``parameter``, ``requires_grad``
 numpy array                ``{"__ndarray__": {"dtype": "<f4", "shape": [...], "data": base64}}``, or, of more
                            than 4 KiB, ``"tensor": name`` in place of ``data``
 numpy scalar               ``{"__numpy__": ["<f4", base64]}``
-torch.Size, dtype, device  ``{"__size__": [...]}``, ``{"__dtype__": "bfloat16"}``, ``{"__device__": "cuda:0"}``
+torch.Size, dtype, device  ``{"__size__": [...]}``, ``{"__dtype__": "bfloat16"}``, ``{"__device__": "cpu"}``
 =========================  =================================================================================
 """
 
@@ -20,15 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint import leaves
+from kempnerforge.checkpoint.pieces import check_storable
 from kempnerforge.errors import MismatchError
 
 _INLINE_BYTES = 4096
 """Numpy arrays up to this size stand in the JSON."""
-_SMALL_BYTES = 1 << 20
-"""CPU tensors up to this size are copied when they are packed: their owner may change them during the save."""
+SMALL_BYTES = 1 << 20
+"""CPU tensors up to this size are copied when they are packed: their owner may change them meanwhile."""
 
 
 class Packer:
@@ -52,29 +55,41 @@ class Packer:
             return {"__device__": str(value)}
         if isinstance(value, np.generic) and not value.dtype.hasobject and value.dtype.names is None:
             return {"__numpy__": [value.dtype.str, base64.b64encode(value.tobytes()).decode()]}
-        if type(value) is np.ndarray and not value.dtype.hasobject and value.dtype.names is None:
+        if type(value) is np.ndarray:
+            if value.dtype.hasobject or value.dtype.names is not None:
+                raise TypeError(f"{name} is a numpy array of {value.dtype}, which a checkpoint cannot hold")
             return {"__ndarray__": self._array(value, name)}
         return None
 
     def _tensor(self, value: torch.Tensor, name: str) -> dict[str, Any]:
+        check_storable(name, value)
         tag: dict[str, Any] = {"name": name}
         if value.device.type != "cpu":
             tag["device"] = value.device.type
-        if isinstance(value, DTensor):
+        if isinstance(value, nn.Parameter):
+            tag["parameter"] = True
+        if value.requires_grad:
+            tag["requires_grad"] = True
+        if isinstance(value, DTensor) and type(value.to_local()) is torch.Tensor:
             tag["sharded"] = True
-        elif type(value) is torch.Tensor and value.device.type == "cpu" and value.nbytes <= _SMALL_BYTES:
+        elif type(value) not in (torch.Tensor, nn.Parameter):
+            raise TypeError(
+                f"{name} is a {type(value).__name__} within a value: use a plain tensor or a DTensor"
+            )
+        elif value.device.type == "cpu" and value.nbytes <= SMALL_BYTES:
             value = value.detach().clone()
-        self._add(name, value)
+        self.add(name, value)
         return tag
 
     def _array(self, value: np.ndarray[Any, Any], name: str) -> dict[str, Any]:
         tag: dict[str, Any] = {"dtype": value.dtype.str, "shape": list(value.shape)}
         if value.nbytes > _INLINE_BYTES:
-            self._add(name, torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8))
+            self.add(name, torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8))
             return {**tag, "tensor": name}
         return {**tag, "data": base64.b64encode(value.tobytes()).decode()}
 
-    def _add(self, name: str, value: torch.Tensor) -> None:
+    def add(self, name: str, value: torch.Tensor) -> None:
+        """Take in a tensor under its name. Raises ValueError for a second one of that name."""
         if name in self.tensors:
             raise ValueError(f"two leaves are called {name}")
         self.tensors[name] = value
@@ -97,7 +112,10 @@ class Unpacker:
 
     def _foreign(self, tag: str, content: Any) -> Any:
         if tag == "__tensor__":
-            return self._tensor(content["name"], content)
+            tensor, needs_grad = self._tensor(content["name"], content), bool(content.get("requires_grad"))
+            if content.get("parameter"):
+                return nn.Parameter(tensor, requires_grad=needs_grad)
+            return tensor.detach().requires_grad_() if needs_grad else tensor
         if tag == "__size__":
             return torch.Size(content)
         if tag == "__dtype__":
@@ -121,15 +139,20 @@ class Unpacker:
         return self.tensors[name]
 
 
-def tensor_names(encoded: Any) -> set[str]:
-    """Names of the tensors that stand in ``encoded``."""
-    found: set[str] = set()
+def tensor_tags(encoded: Any) -> dict[str, dict[str, Any]]:
+    """The tensors that stand in ``encoded``: name -> content of the tag."""
+    found: dict[str, dict[str, Any]] = {}
 
     def note(tag: str, content: Any) -> None:
         if tag == "__tensor__":
-            found.add(content["name"])
+            found[content["name"]] = content
         elif tag == "__ndarray__" and "tensor" in content:
-            found.add(content["tensor"])
+            found[content["tensor"]] = content
 
     leaves.decode(encoded, note)
     return found
+
+
+def tensor_names(encoded: Any) -> set[str]:
+    """Names of the tensors that stand in ``encoded``."""
+    return set(tensor_tags(encoded))

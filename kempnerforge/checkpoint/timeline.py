@@ -18,8 +18,9 @@ from pathlib import Path
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import layout, manifest, run_record
-from kempnerforge.checkpoint.receipt import read_receipts
+from kempnerforge.checkpoint.receipt import last_logged_step, read_receipts
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
+from kempnerforge.goodput.history import last_step_done, read_history
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,21 @@ def last_attempt(run_dir: Path) -> int:
     record = run_record.read(run_dir)
     counted = record.attempt if record is not None else 0
     return max([counted, *(cut.attempt for cut in cuts(run_dir))])
+
+
+def last_done_step(run_dir: Path) -> int:
+    """Return the last step that an earlier attempt is known to have done, as far as it counts.
+
+    After an attempt of a user's own loop the ledger knows it; after one of the harness ``metrics.jsonl``
+    does, row by row. Raises OSError and RunFolderError.
+    """
+    record = run_record.read(run_dir)
+    found = [(one.attempt, one.step) for one in record.rollbacks] if record is not None else []
+    history = read_history(run_dir)
+    newest = next((one for one in reversed(history) if one.resume is not None), None)
+    if newest is not None and newest.is_own_loop:
+        return last_step_done(history, found)
+    return last_logged_step(run_dir)
 
 
 def late_arrivals(committed: dict[int, int], found: Sequence[Cut]) -> dict[int, Cut]:

@@ -1,30 +1,119 @@
-"""A state dict's tensors and its other leaves."""
+"""A state dict's tensors, its other leaves, and where they stood."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-from kempnerforge.checkpoint import leaves
+from kempnerforge.checkpoint.pieces import check_name, check_storable
+from kempnerforge.checkpoint.report import Payload
+from kempnerforge.checkpoint.structure import FLAT, Key, Path, Structure, name_of
+from kempnerforge.checkpoint.tensor_leaves import Packer
+
+MAX_DEPTH = 200
+"""Containers within containers."""
 
 
-def split_leaves(state_dict: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A state dict's tensors, and its other leaves as JSON, by DCP's flattened names.
+@dataclass(frozen=True)
+class TreePayload(Payload):
+    """A state dict as a save takes it."""
 
-    Raises TypeError, naming the leaf, for what a checkpoint cannot hold.
+    structure: Structure = FLAT
+
+
+def payload_of(state_dict: Mapping[Any, Any]) -> TreePayload:
+    """A state dict's tensors, its other leaves as JSON, and their paths.
+
+    Names are DCP's: keys with dots between; keys that are no text become text. Unlike DCP, empty dicts are
+    kept. Raises TypeError, naming the leaf, for what a checkpoint cannot hold, and ValueError for two leaves
+    of one name and for names that it cannot hold.
     """
-    tensors = {name: value for name, value in state_dict.items() if isinstance(value, torch.Tensor)}
-    if len(tensors) == len(state_dict):  # flat already; looking closer costs as much as a small save
-        return tensors, {}
-    plain = {
-        name: value.state_dict() if name not in tensors and isinstance(value, Stateful) else value
-        for name, value in state_dict.items()
-    }
-    flat, _ = flatten_state_dict(plain)
-    tensors = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
-    objects = {name: leaves.encode(value, name=name) for name, value in flat.items() if name not in tensors}
-    return tensors, objects
+    if all(isinstance(value, torch.Tensor) for value in state_dict.values()) and all(
+        type(key) is str for key in state_dict
+    ):
+        return TreePayload(state_dict)  # flat; looking closer costs as much as a small save
+    found = _Flattener()
+    for key, value in state_dict.items():
+        found.visit((str(key),), value.state_dict() if isinstance(value, Stateful) else value)
+    return found.payload()
+
+
+def split_leaves(state_dict: Mapping[Any, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A state dict's tensors, and its other leaves as JSON, by name. Raises what ``payload_of`` raises."""
+    payload = payload_of(state_dict)
+    return dict(payload.tensors), dict(payload.objects)
+
+
+class _Flattener:
+    """Walks through dicts and lists as DCP does: a list of no dicts and no tensors is one leaf."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, Path] = {}
+        self._empty: dict[str, Path] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._others: dict[str, Any] = {}
+
+    def visit(self, path: Path, value: Any) -> None:
+        """Take in what stands at ``path``."""
+        if isinstance(value, torch.Tensor):
+            self._tensors[self._name(path, self._paths)] = value
+        elif isinstance(value, Mapping):
+            self._visit_all(path, [(str(key), child) for key, child in value.items()])
+            if not value:
+                self._empty_dict(path)
+        elif isinstance(value, list) and not _is_leaf(value, 0):
+            self._visit_all(path, list(enumerate(value)))
+        else:
+            self._others[self._name(path, self._paths)] = value
+
+    def _visit_all(self, path: Path, children: list[tuple[Key, Any]]) -> None:
+        if len(path) > MAX_DEPTH:
+            raise TypeError(f"{name_of(path)[:200]} is nested more than {MAX_DEPTH} deep, or holds itself")
+        for key, child in children:
+            self.visit((*path, key), child)
+
+    def _empty_dict(self, path: Path) -> None:
+        name = self._name(path, self._empty)
+        check_name(name)
+
+    def _name(self, path: Path, into: dict[str, Path]) -> str:
+        name = name_of(path)
+        if name in self._paths or name in self._empty:
+            raise ValueError(f"two leaves are called {name[:200]}")
+        into[name] = path
+        return name
+
+    def payload(self) -> TreePayload:
+        """Everything that was visited."""
+        packer = Packer()
+        objects = {name: packer.pack(value, name=name) for name, value in self._others.items()}
+        for name, tensor in packer.tensors.items():
+            if isinstance(tensor, (DTensor, ShardedTensor, LocalShardsWrapper)):
+                raise TypeError(
+                    f"{name} is a {type(tensor).__name__} inside of another leaf: put it into a dict or list"
+                )
+            check_storable(name, tensor)
+            if name in self._tensors:
+                raise ValueError(f"two leaves are called {name[:200]}")
+        nested = self._empty or any(len(path) > 1 for path in self._paths.values())
+        structure = Structure(self._paths, self._empty) if nested else FLAT
+        return TreePayload({**self._tensors, **packer.tensors}, objects, structure=structure)
+
+
+def _is_leaf(values: list[Any], depth: int) -> bool:
+    """Whether a list has no dict and no tensor in it, also in lists within it."""
+    if depth > MAX_DEPTH:
+        return True  # packing it says what is wrong
+    for value in values:
+        if isinstance(value, (Mapping, torch.Tensor)):
+            return False
+        if isinstance(value, list) and not _is_leaf(value, depth + 1):
+            return False
+    return True

@@ -11,6 +11,7 @@ it never outlives its trainer. Started as
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -95,15 +96,32 @@ class Arenas:
 def serve(connection: socket.socket, pulse: Pulse) -> None:
     """Answer requests until the other side is gone."""
     arenas, lanes = Arenas(), Lanes()
-    while True:
-        try:
+    path: Path | None = None
+    with contextlib.suppress(ConnectionError):  # the trainer was killed
+        while True:
             data, fds, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 1)
             if not data:
-                return
-            answer = _answer(json.loads(data), arenas.view(fds[0]), lanes, pulse, connection)
+                break
+            request = json.loads(data)
+            path = Path(request["path"])
+            answer = _answer(request, arenas.view(fds[0]), lanes, pulse, connection)
             connection.sendall(json.dumps(answer).encode() + b"\n")
-        except ConnectionError:  # the trainer was killed
-            return
+    if path is not None:
+        _report_loss(path)
+
+
+def _report_loss(path: Path) -> None:
+    """Say on standard error that the trainer ended before it committed its last save; the first rank says it.
+
+    A trainer that ends by itself finishes its saves and then ends this process with SIGKILL.
+    """
+    if path.name.startswith("shard_00000_of_") and path.parent.exists():
+        with contextlib.suppress(OSError):  # nobody listens any more
+            print(
+                f"kempnerforge: {path.parent} is not committed: the process that saved it was ended",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _answer(

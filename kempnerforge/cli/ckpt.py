@@ -39,9 +39,9 @@ class Commands(LazyGroup):
             "Say what differs between two steps: config, layout, versions, train state, tensors.",
         ),
         "explain": Member(
-            "ckpt_list",
+            "ckpt_explain",
             "explain",
-            "Say for every step of RUN which rule keeps it, or that it goes after the next save.",
+            "Say which rule keeps each step of RUN, or that it goes next; with STEP, why it is there or not.",
         ),
         "pin": Member(
             "ckpt_keep", "pin", "Keep a step of RUN until it is unpinned, also while a run writes there."

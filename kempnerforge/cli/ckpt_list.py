@@ -1,4 +1,4 @@
-"""``kempnerforge ckpt ls`` and ``explain``: which steps there are, and why."""
+"""``kempnerforge ckpt ls``: which steps there are, and what is known of each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kempnerforge.checkpoint import layout, lease, manifest, pins
-from kempnerforge.checkpoint.keep import BestN, Verdict, decide
+from kempnerforge.checkpoint import layout, lease, manifest
+from kempnerforge.checkpoint.keep import Verdict, decide
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.retention import Retention
 from kempnerforge.cli import ckpt_text as text
@@ -77,37 +77,6 @@ def ls(
         raise typer.Exit(EXIT_FAULT)
 
 
-def explain(run: RunPath, as_json: AsJson = False) -> None:
-    """Say for every step of RUN which rule keeps it, or that it goes after the next save."""
-    found = find_run(run)
-    listed = layout.list_folder(found.folder).steps
-    policy = find_policy(found, listed)
-    verdicts = decide(Retention(found.folder, policy.policy).survey(listed), policy.policy)
-    steps = {verdict.step for verdict in verdicts}
-    lost_pins = sorted(step for step in pins.read(found.folder) if step not in steps)
-    if as_json:
-        body = {
-            "folder": str(found.folder),
-            "policy": [rule.describe() for rule in policy.policy.rules] if policy.source else None,
-            "policy_from": policy.source or None,
-            "policy_problem": policy.problem or None,
-            "steps": [_verdict_json(verdict) for verdict in verdicts],
-            "pins_without_step": lost_pins,
-        }
-        text.print_json(body)
-        return
-    rules = "; ".join(rule.describe() for rule in policy.policy.rules)
-    known = f"to be kept, by the config in {policy.source}: {rules}"
-    typer.echo(known if policy.source else f"what else is to be kept is not known: {policy.problem}")
-    for verdict in verdicts:
-        why = "; ".join(reason.text for reason in verdict.reasons)
-        typer.echo(
-            f"step {verdict.step}: {f'kept: {why}' if verdict.keep else _why_not(found, policy, verdict)}"
-        )
-    for step in lost_pins:
-        typer.echo(f"step {step} is pinned, and not there")
-
-
 def list_steps(
     found: CheckpointFolder, steps: Sequence[int], policy: FoundPolicy, *, digests: bool
 ) -> Iterator[Listed]:
@@ -122,7 +91,7 @@ def list_steps(
                 problem = "; ".join(_digest_problems(found.step(one.step)))
             except StepNotFoundError:
                 continue
-        known = manifests.get(one.step) or _manifest_of(found.step(one.step))
+        known = manifests.get(one.step) or manifest_of(found.step(one.step))
         yield Listed(one.step, found, verdicts[one.step], problem, known)
 
 
@@ -171,7 +140,8 @@ def _digest_problems(path: Path) -> tuple[str, ...]:
         return (str(error),)
 
 
-def _manifest_of(path: Path) -> Manifest | None:
+def manifest_of(path: Path) -> Manifest | None:
+    """Return the manifest of a step; None when it cannot be read."""
     try:
         return manifest.read(path)
     except (CheckpointError, OSError):
@@ -206,7 +176,7 @@ def _as_json(one: Listed, *, digests: bool) -> dict[str, Any]:
     provenance = asdict(known.provenance) if known else {}
     state = "not sound" if one.problem else "sound" if digests else "looks sound"
     return {
-        **_verdict_json(one.verdict),
+        **verdict_json(one.verdict),
         "path": str(one.path),
         "state": state,
         "problem": one.problem or None,
@@ -219,22 +189,10 @@ def _as_json(one: Listed, *, digests: bool) -> dict[str, Any]:
     }
 
 
-def _verdict_json(verdict: Verdict) -> dict[str, Any]:
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """Return what becomes of a step, as ``--json`` tells it."""
     return {
         "step": verdict.step,
         "keep": verdict.keep,
         "reasons": [asdict(reason) for reason in verdict.reasons],
     }
-
-
-def _why_not(found: CheckpointFolder, policy: FoundPolicy, verdict: Verdict) -> str:
-    if not policy.source:
-        return "not known"
-    known = _manifest_of(found.step(verdict.step))
-    untaken = [
-        rule.metric
-        for rule in policy.policy.rules
-        if isinstance(rule, BestN) and known and rule.metric not in known.provenance.metrics
-    ]
-    note = f" ({', '.join(untaken)} was not taken at this step)" if untaken else ""
-    return f"goes after the next save: nothing keeps it{note}"

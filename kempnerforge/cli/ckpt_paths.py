@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from kempnerforge.checkpoint import layout, run_record
 from kempnerforge.checkpoint.keep import KeepPolicy
 from kempnerforge.checkpoint.step_view import StepView
 from kempnerforge.errors import CheckpointError, RunFolderError, StepNotFoundError
+
+if TYPE_CHECKING:
+    from kempnerforge.config.checkpoint import CheckpointConfig
 
 RunPath = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run's folder, or the folder that its checkpoints are in.")
@@ -105,6 +108,8 @@ class FoundPolicy:
     """The step whose config it is; empty when none was found."""
     problem: str = ""
     """Why there is none."""
+    config: CheckpointConfig | None = None
+    """All that the config says of checkpoints."""
 
 
 def find_policy(run: CheckpointFolder, steps: Sequence[int]) -> FoundPolicy:
@@ -127,7 +132,8 @@ def _policy_of(table: object, source: str) -> FoundPolicy:
     from kempnerforge.config.checkpoint import CheckpointConfig
 
     try:
-        return FoundPolicy(KeepPolicy.from_config(CheckpointConfig.model_validate(table)), source)
+        config = CheckpointConfig.model_validate(table)
+        return FoundPolicy(KeepPolicy.from_config(config), source, config=config)
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, ('checkpoint', *first['loc'])))}: {first['msg']}"

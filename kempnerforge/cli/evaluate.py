@@ -121,9 +121,9 @@ def load_for(
 
 def _stored_config(step_folder: Path) -> dict[str, Any]:
     config = StepView.open(step_folder, step=layout.step_number(step_folder.name)).config()
-    if not config:
+    if "model" not in config:
         raise StepNotFoundError(
-            f"{step_folder} has no {layout.CONFIG}: it was not saved by scripts/train.py, so it is not known "
-            "which model it is of"
+            f"{step_folder} has no [model] in a {layout.CONFIG}: it was not saved by scripts/train.py, so it "
+            "is not known which model it is of"
         )
     return config

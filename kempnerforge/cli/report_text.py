@@ -23,6 +23,7 @@ PARTS = {
 }
 SETUP_PARTS = {
     "launch": "torchrun, Python and its imports",
+    "program": "the program, before it resumed",
     "process_groups": "process groups",
     "folder": "run folder and lease",
     "data": "data",

@@ -11,6 +11,7 @@ from kempnerforge.config.section import AtLeastOne, AtLeastZero, NonEmpty, Posit
 
 Percent = Annotated[float, Field(gt=0, le=100)]
 LoadablePart = Literal["model", "optimizer", "scheduler", "data", "rng"]
+ExtraName = Annotated[str, Field(pattern=r"^extra\.[A-Za-z0-9_-]+$")]
 
 
 class AsyncCheckpointMode(str, Enum):  # noqa: UP042 - code in the field formats members as plain strings
@@ -101,8 +102,9 @@ class CheckpointConfig(Section):
     load_path: NonEmpty | None = None
     """Warm start: the checkpoint folder that a run without committed steps begins from."""
 
-    exclude_from_loading: list[LoadablePart] = []  # noqa: RUF012 - pydantic copies it
-    """Parts that a warm start leaves out of load_path."""
+    exclude_from_loading: list[LoadablePart | ExtraName] = []  # noqa: RUF012 - pydantic copies it
+    """Parts that a warm start leaves out of load_path: model, optimizer, scheduler, data, rng. "extra.NAME",
+    one of the objects that a loop of your own hands over as extra=, is left out of resumes too."""
 
     max_failed_saves: AtLeastOne = 3
     """Failed saves in a row after which the run stops."""

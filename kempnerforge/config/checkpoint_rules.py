@@ -140,10 +140,11 @@ def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> lis
 
 
 def exclusions_have_a_source(checkpoint: CheckpointConfig) -> list[Fault]:
-    """``exclude_from_loading`` is about a warm start."""
-    if not checkpoint.exclude_from_loading or checkpoint.load_path is not None:
+    """``exclude_from_loading`` is about a warm start, but for extras."""
+    parts = [name for name in checkpoint.exclude_from_loading if not name.startswith("extra.")]
+    if not parts or checkpoint.load_path is not None:
         return []
-    problem = "has no effect without checkpoint.load_path: a resume always loads everything"
+    problem = f"{parts[0]} has no effect without checkpoint.load_path: a resume always loads it"
     return [Fault("checkpoint.exclude_from_loading", problem, "set load_path, or leave it out")]
 
 

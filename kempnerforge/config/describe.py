@@ -73,7 +73,7 @@ def known_values(field: FieldInfo) -> list[str]:
     found: list[str] = []
     for option in _options(field.annotation):
         inner = _without_bounds(option)[0]
-        for kind in (inner, *get_args(inner)):
+        for kind in (inner, *(member for arg in get_args(inner) for member in _options(arg))):
             found += [value for value in _listed_values(kind) if isinstance(value, str)]
     return found
 

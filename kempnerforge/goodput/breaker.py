@@ -28,7 +28,7 @@ def without_progress(history: Sequence[AttemptHistory], *, newest_committed: int
         committed = max([seen, *(event["step"] for event in one.commits)])
         if one.acknowledged or committed > highest:
             row = []
-        elif one.kind == "fault":
+        elif one.kind == "fault" and not one.is_own_loop:
             row.append(one)
         highest = max(highest, committed)
     return row
@@ -38,10 +38,11 @@ def suspects(history: Sequence[AttemptHistory]) -> dict[int, str]:
     """Steps that two attempts began from and died of a fault of their own before they were healthy, and why.
 
     An attempt that began below such a step ends the suspicion: the step is another one when it comes again.
+    Loops of users' own do not count: what ends them is most often their own code.
     """
     deaths: dict[int, list[AttemptHistory]] = {}
     for one in history:
-        if one.began_at is None:
+        if one.began_at is None or one.is_own_loop:
             continue
         deaths = {step: died for step, died in deaths.items() if step <= one.began_at}
         if one.kind == "fault" and not one.healthy and not one.acknowledged and one.began_at > 0:

@@ -71,7 +71,7 @@ class FaultFile:
     """
 
     def __init__(self, run_dir: Path, *, attempt: int, rank: int, host: str, watchdog: bool) -> None:
-        self.path = run_dir / FOLDER / f"attempt_{attempt:05d}.rank_{rank:05d}.txt"
+        self.path = _path_of(run_dir, attempt, rank)
         with contextlib.suppress(FileExistsError):  # every rank makes it
             fsio.new_folder(self.path.parent)
         head = {"attempt": attempt, "rank": rank, "host": host, "pid": os.getpid(), "watchdog": watchdog}
@@ -82,15 +82,7 @@ class FaultFile:
 
     def record(self, error: BaseException) -> None:
         """Write an exception down, durably. Raises OSError."""
-        name = type(error).__name__
-        body = {
-            "time": time.time(),
-            "type": name,
-            "message": str(error),
-            "by_peer": is_peer_loss(name, str(error)),
-            "traceback": "".join(traceback.format_exception(error)),
-        }
-        fsio.append_line(self.path, json.dumps(body))
+        fsio.append_line(self.path, _line_of(error))
 
     def close(self) -> None:
         """Stop recording; the file goes when it records nothing."""
@@ -101,6 +93,31 @@ class FaultFile:
         self._file = None
         if _read(self.path) is None:
             self.path.unlink(missing_ok=True)
+
+
+def record_fault(run_dir: Path, error: BaseException, *, attempt: int, rank: int, host: str) -> None:
+    """Write an exception down as a ``FaultFile`` does, without opening one first. Raises OSError."""
+    path = _path_of(run_dir, attempt, rank)
+    with contextlib.suppress(FileExistsError):
+        fsio.new_folder(path.parent)
+    head = {"attempt": attempt, "rank": rank, "host": host, "pid": os.getpid(), "watchdog": False}
+    fsio.append_line(path, f"{json.dumps(head)}\n{_line_of(error)}")
+
+
+def _path_of(run_dir: Path, attempt: int, rank: int) -> Path:
+    return run_dir / FOLDER / f"attempt_{attempt:05d}.rank_{rank:05d}.txt"
+
+
+def _line_of(error: BaseException) -> str:
+    name = type(error).__name__
+    body = {
+        "time": time.time(),
+        "type": name,
+        "message": str(error),
+        "by_peer": is_peer_loss(name, str(error)),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    return json.dumps(body)
 
 
 def read_faults(run_dir: Path) -> list[FaultRecord]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kempnerforge.goodput.faults import FaultRecord, read_faults
-from kempnerforge.goodput.ledger import Event, read_events
+from kempnerforge.goodput.ledger import OWN_LOOP, Event, read_events
 
 KINDS = ("finished", "stopped", "deadline", "config", "fault", "lost", "blocked")
 """``lost``: ended without a word, by SIGKILL or with its node, or because of a rank that did."""
@@ -39,6 +39,11 @@ class AttemptHistory:
         return self.resume["step"] if self.resume else None
 
     @property
+    def is_own_loop(self) -> bool:
+        """Whether the loop was a user's own, and not the harness."""
+        return self.start is not None and self.start.get("loop") == OWN_LOOP
+
+    @property
     def last_step(self) -> int:
         """The last step that it is known to have done."""
         steps = [event["step"] for event in (self.resume, *self.progress, self.end) if event]
@@ -62,6 +67,18 @@ class AttemptHistory:
 def read_history(run_dir: Path, *, rollbacks: Sequence[int] = ()) -> list[AttemptHistory]:
     """All attempts of a run. ``rollbacks``: their attempt numbers. Raises OSError."""
     return derive(read_events(run_dir), read_faults(run_dir), rollbacks=rollbacks)
+
+
+def last_step_done(history: Sequence[AttemptHistory], rollbacks: Sequence[tuple[int, int]] = ()) -> int:
+    """Return the last step of the newest attempt that trained, as far as it counts; 0 when none did.
+
+    ``rollbacks``: attempt and step of each. What one took back was given up on purpose.
+    """
+    for one in reversed(history):
+        if one.resume is not None:
+            done = max([one.last_step, *(event["step"] for event in one.commits)])
+            return min([done, *(step for attempt, step in rollbacks if attempt > one.number)])
+    return 0
 
 
 def derive(

@@ -18,6 +18,8 @@ from typing import Any
 from kempnerforge import fsio
 
 LEDGER = "ledger.jsonl"
+OWN_LOOP = "own"
+"""What ``loop`` in ``start`` says of a run without the harness."""
 DURABLE = ("start", "resume", "healthy", "end", "unblock")
 
 Event = dict[str, Any]

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from kempnerforge.checkpoint import rng
+from kempnerforge.checkpoint.attempt_start import open_run
 from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.report import RunContext
 from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.versions import versions
 from kempnerforge.config.schema import AsyncCheckpointMode, Geometry, JobConfig
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids
@@ -26,12 +29,11 @@ from kempnerforge.errors import DataError, KempnerForgeError, LeaseLostError
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.control import Control
-from kempnerforge.train.environment import versions
-from kempnerforge.train.optim import build_optimizer
+from kempnerforge.train.optim import HYPERPARAMETERS, build_optimizer
 from kempnerforge.train.placement import PlacedModel, build_model
 from kempnerforge.train.progress import Progress
 from kempnerforge.train.reports import Reports, build_reports
-from kempnerforge.train.run_folder import open_run, record_refusal
+from kempnerforge.train.run_folder import record_refusal
 from kempnerforge.train.step import TrainStep
 from kempnerforge.train.stop import StopSignals
 from kempnerforge.train.stopping import Stopping
@@ -181,10 +183,13 @@ def _build_state(
         place, size = Cursor(**cursor), geometry.global_batch_size
         return ids_digest(batch_ids(place, seed=seed, num_samples=num_samples, global_batch_size=size))
 
+    # A resume puts back what was saved, or derives it anew where the layout is another.
+    rng.derive(seed, 0, world.rank, world.device)
     return TrainState(
         model=model.parts,
         groups=model.groups,
         optimizer=optimizer,
+        hyperparameters=HYPERPARAMETERS,
         device=world.device,
         seed=seed,
         # On rank 0: the digest of .npy shards is computed from their bytes.

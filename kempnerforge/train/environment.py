@@ -1,39 +1,17 @@
-"""What bitwise equality depends on beside config and layout: how it is set, and what is recorded of it."""
+"""Sets what bitwise equality depends on beside config and layout, and what malloc gives back."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
 
 import torch
 from torch.utils import deterministic as deterministic_utils
-
-from kempnerforge import __version__
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 256 << 20
 _LARGEST_BYTES = 32 << 20
 """The largest block that glibc keeps at all."""
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """What bitwise equality depends on beside config and layout."""
-    found = {
-        "kempnerforge": __version__,
-        "torch": torch.__version__,
-        "threads": str(torch.get_num_threads()),
-        "machine": platform.machine(),
-    }
-    if device.type == "cuda":
-        from torch.cuda import nccl
-
-        found["device"] = torch.cuda.get_device_name(device)
-        found["cuda"] = str(torch.version.cuda)
-        found["nccl"] = ".".join(map(str, nccl.version()))
-    else:
-        found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    return found
 
 
 def set_determinism(deterministic: bool) -> None:

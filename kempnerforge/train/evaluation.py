@@ -88,7 +88,7 @@ def evaluate_step(
     state = TrainState(
         model=model.parts,
         groups=model.groups,
-        optimizer=optimizer,
+        optimizer={},  # only the model is read
         device=world.device,
         fingerprint=world.control.on_rank0(lambda: fingerprint(dataset, "train", job.train.seq_len, seed)),
     )

@@ -120,6 +120,7 @@ def _tell_margin(run: Run) -> None:
 
 
 def _report_saves(run: Run) -> None:
+    run.book.record(run.ckpt.events())
     for report in run.ckpt.poll():
         if report.error:
             run.reports.warn(f"{report.error}; training goes on")

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from kempnerforge.config.schema import OptimizerConfig, SchedulerConfig
 
 FUSED_DEVICES = ("cpu", "cuda")
+HYPERPARAMETERS = (
+    *("name", "lr", "betas", "eps", "weight_decay", "fused"),
+    *("amsgrad", "maximize", "foreach", "capturable", "differentiable", "decoupled_weight_decay"),
+)
+"""Keys of optimizer groups that are the config's. Every other key, a counter say, is the checkpoint's."""
 
 
 def parameter_groups(parts: Sequence[nn.Module]) -> dict[str, dict[str, nn.Parameter]]:

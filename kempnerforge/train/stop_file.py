@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint.holder import process_state
 
 NAME = "stop.request"
 _LOOK_EVERY_S = 1.0
@@ -57,17 +55,3 @@ class StopFile:
             return False
         self._path.unlink(missing_ok=True)
         return True
-
-
-def attempt_started(environ: Mapping[str, str] = os.environ) -> float:
-    """When this attempt's process started, Unix time; that of torchrun, if it started this one.
-
-    A batch shell asks as soon as it has started torchrun, which takes seconds to start the workers.
-    """
-    pids = [os.getpid(), *([os.getppid()] if "TORCHELASTIC_RUN_ID" in environ else [])]
-    since_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
-    starts = [time.time()]
-    for pid in pids:
-        if state := process_state(pid):
-            starts.append(time.time() - since_boot_s + state.start_ticks / os.sysconf("SC_CLK_TCK"))
-    return min(starts)

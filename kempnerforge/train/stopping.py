@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+from kempnerforge.checkpoint.attempt_start import attempt_started
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import StopRequestedError
@@ -12,7 +13,7 @@ from kempnerforge.train.deadline import Deadline
 from kempnerforge.train.shutdown import Shutdown
 from kempnerforge.train.stacks import Stacks
 from kempnerforge.train.stop import StopSignals
-from kempnerforge.train.stop_file import StopFile, attempt_started
+from kempnerforge.train.stop_file import StopFile
 
 _DEADLINE = 100
 _SIGNAL = 200

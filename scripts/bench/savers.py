@@ -54,8 +54,7 @@ class Ours:
 
     def begin(self, path: Path) -> None:
         """Begin, and in the blocking mode wait."""
-        objects = self._state.objects()
-        self._checkpointer.begin_save(self._state.tensors(), path, extra_objects=objects)
+        self._checkpointer.begin_save(self._state.capture, path)
         if self._checkpointer.blocks:
             self._checkpointer.wait()
 

@@ -137,8 +137,8 @@ def test_storage_writer_stock_dcp_save_round_trips(tmp_path: Path) -> None:
     loaded = empty_like({f"state.{name}": tensor for name, tensor in sample_tensors().items()})
     load_tensors(loaded, SafetensorsReader(tmp_path / "c"))
     assert_equal(loaded, {f"state.{name}": tensor for name, tensor in sample_tensors().items()})
-    with pytest.raises(CheckpointException, match=r"epoch is no tensor"):
-        save({"epoch": 3}, storage_writer=SafetensorsWriter(tmp_path / "d"))
+    with pytest.raises(CheckpointException, match=r"epoch is a .*Path"):
+        save({"epoch": Path("/")}, storage_writer=SafetensorsWriter(tmp_path / "d"))
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
 
 

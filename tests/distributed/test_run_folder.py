@@ -11,11 +11,12 @@ import torch.distributed as dist
 from support.clock import FakeClock
 from support.ranks import run_ranks
 
+from kempnerforge.checkpoint import attempt_start
+from kempnerforge.checkpoint.attempt_start import open_run
 from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import RunFolderError
-from kempnerforge.train import run_folder
-from kempnerforge.train.run_folder import open_run, record_exit
+from kempnerforge.train.run_folder import record_exit
 
 pytestmark = pytest.mark.smoke
 
@@ -69,7 +70,7 @@ def open_on_two_nodes(base: str) -> str:
     node = Path(base) / f"node{dist.get_rank()}"
     node.mkdir()
     os.chdir(node)
-    run_folder.time = FakeClock()  # type: ignore[assignment]
+    attempt_start.time = FakeClock()  # type: ignore[assignment]
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     with pytest.raises(RunFolderError) as caught:

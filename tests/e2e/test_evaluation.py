@@ -195,7 +195,7 @@ def test_eval_step_without_config_is_refused(tmp_path: Path) -> None:
     AsyncCheckpointer().save({"w": torch.zeros(2)}, tmp_path / "own")
     done = kempnerforge("eval", tmp_path / "own")
     assert done.returncode == 2
-    assert "has no config.toml" in done.stderr
+    assert "has no [model] in a config.toml" in done.stderr
 
 
 STORED = {"train": {"global_batch_size": 4, "batch_size": 1}, "data": {"text": "python-stdlib"}}

@@ -14,6 +14,7 @@ from support.runs import Attempt, Launcher, Run, make_run
 
 from kempnerforge.checkpoint import layout, manifest
 from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.goodput.ledger import read_events
 from kempnerforge.train.proof import Proof
 
 pytest_plugins = ["support.run_fixtures"]
@@ -52,6 +53,12 @@ def test_save_due_while_writing_is_deferred_and_counted(
     assert all(row["checkpoint/blocking_s"] < row["checkpoint/total_s"] for row in commits[:-1])
     assert slow.sound()[0] == 30
     assert slow.counting() == plain.counting(), "when saves happen changes no loss"
+    events = read_events(slow.folder)
+    ended = [event for event in events if event["event"] == "put_off" and event["to_step"] is not None]
+    waited = [event["to_step"] - event["from_step"] + 1 for event in ended]
+    assert waited == [deferred for row in commits if (deferred := row["checkpoint/deferred"])]
+    deleted = {step for event in events if event["event"] == "deleted" for step in event["steps"]}
+    assert deleted == {row["checkpoint/step"] for row in commits} - set(slow.committed())
 
 
 @pytest.mark.smoke

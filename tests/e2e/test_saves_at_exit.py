@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,19 @@ def test_save_that_fails_at_end_of_script_is_named(tmp_path: Path, mode: str) ->
     assert f"kempnerforge: {tmp_path / 'c'} was not saved: rank 0: " in done.stderr
     assert "No space left on device" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_save_that_a_signal_cuts_off_is_named(tmp_path: Path, mode: str, number: signal.Signals) -> None:
+    """Nothing runs in a process that a signal ends: its writer says what was lost. Nothing is committed."""
+    body = (
+        "import os, threading\n"
+        "from kempnerforge.checkpoint import background\n"
+        f"end = lambda *_, **__: os.kill(os.getpid(), {int(number)}) or time.sleep(60)\n"
+        "background.commit = end\n"
+    )
+    done = run_script(body + SAVE, mode, tmp_path / "c")
+    assert done.returncode == -number
+    assert f"kempnerforge: {tmp_path / '.c.0.tmp'} is not committed" in done.stderr
+    assert not (tmp_path / "c").exists()

@@ -42,7 +42,7 @@ def test_leaves_json_round_trip_equal(value: object) -> None:
     assert leaves.decode(json.loads(json.dumps(leaves.encode(value, name="x"), allow_nan=False))) == value
 
 
-@pytest.mark.parametrize("bad", [object(), {"a": [1, {"b": object()}]}, np.float32(1), 1j, lambda: 1])
+@pytest.mark.parametrize("bad", [object(), {"a": [1, {"b": object()}]}, np.float32(1), Path("a"), lambda: 1])
 def test_leaves_unsupported_value_named(bad: object) -> None:
     with pytest.raises(TypeError, match=r"state.*a checkpoint cannot hold"):
         leaves.encode({"state": bad}, name="root")

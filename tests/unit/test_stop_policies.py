@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from support.clock import FakeClock
 
+from kempnerforge.checkpoint import attempt_start
+from kempnerforge.checkpoint.attempt_start import attempt_started
 from kempnerforge.slurm.deadline import end_in_environment, parse_end
 from kempnerforge.train import deadline as deadline_module
 from kempnerforge.train import progress as progress_module
@@ -20,7 +22,7 @@ from kempnerforge.train.deadline import Deadline, latest_start, p99
 from kempnerforge.train.hangs import who_lags
 from kempnerforge.train.progress import Place, Progress, limit_s
 from kempnerforge.train.stop import Patience
-from kempnerforge.train.stop_file import StopFile, attempt_started
+from kempnerforge.train.stop_file import StopFile
 
 TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 
@@ -169,14 +171,14 @@ def test_stop_file_made_before_start_is_stale(tmp_path: Path, monkeypatch: pytes
 
 def test_attempt_started_under_torchrun_is_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun is the parent of its workers, and started before them."""
-    FakeClock(5000.0).replace_in(monkeypatch, stop_file_module)
+    FakeClock(5000.0).replace_in(monkeypatch, attempt_start)
     starts_s = {os.getpid(): 300, os.getppid(): 200}
     ticks = os.sysconf("SC_CLK_TCK")
     state = lambda pid: SimpleNamespace(start_ticks=starts_s[pid] * ticks)  # noqa: E731
-    monkeypatch.setattr(stop_file_module, "process_state", state)
+    monkeypatch.setattr(attempt_start, "process_state", state)
     assert attempt_started({}) == 1000.0 + 300
     assert attempt_started({"TORCHELASTIC_RUN_ID": "x"}) == 1000.0 + 200
-    monkeypatch.setattr(stop_file_module, "process_state", lambda _: None)
+    monkeypatch.setattr(attempt_start, "process_state", lambda _: None)
     assert attempt_started({}) == 5000.0, "now, where it is not known"
 
 

@@ -1,0 +1,194 @@
+"""The start of an attempt: whose run this is, which attempt, and whether all ranks see the same folder."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import layout, manifest, run_record, timeline
+from kempnerforge.checkpoint.holder import process_state
+from kempnerforge.checkpoint.lease import Lease, acquire
+from kempnerforge.checkpoint.run_record import RUN_FILE, RunRecord
+from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.errors import DamagedCheckpointError, MismatchError, RunFolderError
+from kempnerforge.slurm.job import restart_count
+
+_NONCE_WAIT_S = 10.0
+"""Network file systems may show another node's new file late."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a caller of ``open_run`` names things, and what it allows."""
+
+    folder_name: str = "run.dir"
+    """What its user calls the run's folder."""
+    other_folder: str = "--run.dir=SHARED/PATH"
+    """How its user gives another one."""
+    rename_hint: str = "give this run another name (--run.name=NEW)"
+    """How its user gives the run a name of its own."""
+    adopt: bool = False
+    """Whether checkpoints that have no ``run.json`` become this run's, instead of being refused."""
+
+
+def open_run(
+    folder: Path,
+    control: ControlGroup,
+    *,
+    first_global_batch_size: int,
+    checkpoint_dir: str | None = None,
+    note: Callable[[str], None] = lambda _text: None,
+    asked: Asked | None = None,
+) -> tuple[RunRecord, Lease | None]:
+    """Begin a new attempt of the run in ``folder``, which is made at the first start.
+
+    The first rank takes the run's lease, which it gets back; the others get None. ``checkpoint_dir`` is where
+    the config moves the checkpoints to, which commands on the folder must know.
+
+    Collective: all ranks. Blocks: while another process's lease is watched (``note`` is told). Durable: on
+    return. Raises RunFolderError on all ranks, LeaseHeldError when another process writes the run.
+    """
+    asked = asked or Asked()
+    moved_to = os.path.abspath(os.path.expanduser(checkpoint_dir)) if checkpoint_dir else ""
+    leases: list[Lease] = []
+
+    def begin() -> tuple[RunRecord, str]:
+        lease, record, nonce = _begin_attempt(folder, first_global_batch_size, moved_to, note, asked)
+        leases.append(lease)
+        return record, nonce
+
+    record, nonce = control.on_rank0(begin)
+    try:
+        control.raise_together(_missing_nonce(folder, nonce, asked))
+        control.on_rank0(lambda: (folder / _nonce_name(nonce)).unlink())
+    except BaseException:
+        for lease in leases:
+            lease.release()
+        raise
+    return record, leases[0] if leases else None
+
+
+def start_facts(hosts: Sequence[str], layout_of_run: Mapping[str, int]) -> dict[str, Any]:
+    """Return what the ledger's ``start`` says of an attempt, beside when it began."""
+    return {
+        "hosts": list(hosts),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
+        "slurm_restart_count": restart_count(os.environ),
+        "layout": dict(layout_of_run),
+    }
+
+
+def attempt_started(environ: Mapping[str, str] = os.environ) -> float:
+    """When this attempt's process started, Unix time; that of torchrun, if it started this one.
+
+    A batch shell asks as soon as it has started torchrun, which takes seconds to start the workers.
+    """
+    pids = [os.getpid(), *([os.getppid()] if "TORCHELASTIC_RUN_ID" in environ else [])]
+    since_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    starts = [time.time()]
+    for pid in pids:
+        if state := process_state(pid):
+            starts.append(time.time() - since_boot_s + state.start_ticks / os.sysconf("SC_CLK_TCK"))
+    return min(starts)
+
+
+def _begin_attempt(
+    folder: Path,
+    first_global_batch_size: int,
+    checkpoint_dir: str,
+    note: Callable[[str], None],
+    asked: Asked,
+) -> tuple[Lease, RunRecord, str]:
+    try:
+        fsio.make_folder(folder)
+        known = _identity_of(folder, checkpoint_dir) if asked.adopt else _Identity()
+        if not asked.adopt and run_record.read(folder) is None and (folder / "checkpoints").exists():
+            raise RunFolderError(
+                f"{folder} has checkpoints but no {RUN_FILE}: it is not known whose they are. Put "
+                f"{RUN_FILE} back, or give the run another name (--run.name=NEW)"
+            )
+        after_attempt = max(timeline.last_attempt(folder), known.last_attempt)
+        lease = acquire(folder, after_attempt=after_attempt, note=note, rename_hint=asked.rename_hint)
+        if lease.took_over:
+            note(f"took the run over from {lease.took_over}")
+        try:
+            _remove_leftovers(folder)
+            # Read again: whoever held the lease may have written it in the meantime.
+            record = run_record.read(folder) or known.new_record()
+            record = replace(
+                record,
+                attempt=lease.attempt,
+                global_batch_size=record.global_batch_size or first_global_batch_size,
+                checkpoint_dir=checkpoint_dir,
+            )
+            run_record.write(folder, record)
+            nonce = secrets.token_hex(8)
+            fsio.write_new_file(folder / _nonce_name(nonce), nonce.encode())
+        except BaseException:
+            lease.release()
+            raise
+    except OSError as error:
+        raise RunFolderError(f"{asked.folder_name}: {folder} cannot be used: {error}") from error
+    return lease, record, nonce
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """What the checkpoints of a run without ``run.json`` say of it."""
+
+    run_id: str = ""
+    last_attempt: int = 0
+
+    def new_record(self) -> RunRecord:
+        """Return a record for the run: under its old id, if all its checkpoints agree on one."""
+        record = run_record.new()
+        return replace(record, run_id=self.run_id, wandb_id=self.run_id) if self.run_id else record
+
+
+def _identity_of(folder: Path, checkpoint_dir: str) -> _Identity:
+    if run_record.read(folder) is not None:
+        return _Identity()
+    checkpoints = Path(checkpoint_dir) if checkpoint_dir else folder / "checkpoints"
+    found = []
+    for step in layout.committed_steps(checkpoints):
+        try:
+            found.append(manifest.read(checkpoints / layout.step_name(step)).provenance)
+        except (DamagedCheckpointError, MismatchError):
+            continue  # the resume judges it
+    names = {provenance.run_id for provenance in found}
+    attempts = [provenance.attempt for provenance in found]
+    return _Identity(names.pop() if len(names) == 1 else "", max(attempts, default=0))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What earlier attempts were killed in the middle of."""
+    fsio.remove_leftovers(folder / RUN_FILE)
+    for path in folder.glob(_nonce_name("*")):
+        path.unlink(missing_ok=True)
+
+
+def _nonce_name(nonce: str) -> str:
+    return f".nonce-{nonce}"
+
+
+def _missing_nonce(folder: Path, nonce: str, asked: Asked) -> RunFolderError | None:
+    deadline = time.monotonic() + _NONCE_WAIT_S
+    while True:
+        try:
+            if (folder / _nonce_name(nonce)).read_text() == nonce:
+                return None
+        except OSError:
+            if time.monotonic() > deadline:
+                where = f"{folder.absolute()} on {socket.gethostname()}"
+                return RunFolderError(
+                    f"{asked.folder_name}: {where} is not the folder that rank 0 sees. "
+                    f"It must be on a file system that all nodes share: set {asked.other_folder}"
+                )
+            time.sleep(0.2)

@@ -1,0 +1,175 @@
+"""Objects of the user's that a checkpoint carries: schedulers, loaders, averaged models, scalers.
+
+An extra called NAME is the entry ``extra.NAME`` of ``train_state.json``; its tensors are stored under names
+that begin with ``extra.NAME.``. An extra with a state of its own on every rank is ``extra.NAME.rank_00003``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import xxhash
+from torch.distributed.tensor import DTensor
+
+from kempnerforge.checkpoint.dtypes import DTYPES
+from kempnerforge.checkpoint.storage_reader import SafetensorsReader
+from kempnerforge.checkpoint.tensor_leaves import SMALL_BYTES, Packer, Unpacker, tensor_names, tensor_tags
+from kempnerforge.errors import MismatchError
+
+PREFIX = "extra."
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_ENTRY = re.compile(r"extra\.([A-Za-z0-9_-]+)(?:\.rank_(\d{5}))?")
+
+
+class Extras:
+    """Objects with ``state_dict()`` and ``load_state_dict()``, by name.
+
+    Raises TypeError and ValueError, naming it, for an object without these methods, for a name that is not
+    made of letters, digits, ``_`` and ``-``, and for a name in ``per_rank`` that is not an extra.
+    """
+
+    def __init__(self, extra: Mapping[str, Any] | None, per_rank: Collection[str]) -> None:
+        self.objects = dict(extra or {})
+        if isinstance(per_rank, str):
+            raise TypeError(f"per_rank= takes a collection of names: ({per_rank!r},)")
+        self.per_rank = frozenset(per_rank)
+        for name, one in self.objects.items():
+            if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+                raise ValueError(f"extra={{{name!r}: ...}}: a name is made of letters, digits, _ and -")
+            for method in ("state_dict", "load_state_dict"):
+                if not callable(getattr(one, method, None)):
+                    raise TypeError(f"extra[{name!r}] is a {type(one).__qualname__} without {method}()")
+        if unknown := sorted(self.per_rank - self.objects.keys()):
+            raise ValueError(f"per_rank= names {unknown[0]!r}, which is not in extra=")
+
+    def _entry(self, name: str, rank: int) -> str:
+        return f"{PREFIX}{name}.rank_{rank:05d}" if name in self.per_rank else f"{PREFIX}{name}"
+
+    def pack(self, packer: Packer, objects: dict[str, Any], *, rank: int, num_ranks: int) -> dict[str, str]:
+        """Put all states into ``packer`` and ``objects``.
+
+        Returns entry -> digest of those that must be the same on all ranks.
+        """
+        digests: dict[str, str] = {}
+        for name, one in self.objects.items():
+            entry = self._entry(name, rank)
+            objects[entry] = packer.pack(one.state_dict(), name=entry)
+            if num_ranks > 1 and name not in self.per_rank:
+                digests[entry] = _digest(objects[entry], packer.tensors)
+        return digests
+
+    def targets(
+        self,
+        reader: SafetensorsReader,
+        *,
+        rank: int,
+        num_ranks: int,
+        excluded: Collection[str],
+        device: torch.device,
+    ) -> ExtraTargets:
+        """What has to be read, and where it goes.
+
+        Raises MismatchError for an extra that only the checkpoint or only the program has, and for one of
+        another number of ranks, unless it is in ``excluded``.
+        """
+        found = ExtraTargets()
+        stored = stored_extras(reader.raw_objects)
+        for name in sorted({*stored, *self.objects}):
+            if name in excluded:
+                found.excluded.append(name)
+                continue
+            self._check(name, stored.get(name), num_ranks, reader)
+            entry, one = self._entry(name, rank), self.objects[name]
+            encoded = reader.raw_objects[entry]
+            templates = _templates(one, entry, encoded)
+            unpacker = Unpacker(lambda full, tag, known=templates: _target(full, tag, known, reader, device))
+            value = unpacker.unpack(encoded)
+            found.tensors |= unpacker.tensors
+            found.loads[name] = (one.load_state_dict, value)
+        return found
+
+    def _check(self, name: str, ranks: set[int] | None, num_ranks: int, reader: SafetensorsReader) -> None:
+        way_out = f"leave it out with --checkpoint.exclude_from_loading='[\"{PREFIX}{name}\"]'"
+        if ranks is None:
+            raise MismatchError(f"{reader.path} has no {PREFIX}{name}, which this program has; {way_out}")
+        if name not in self.objects:
+            raise MismatchError(f"{reader.path} has {PREFIX}{name}, which this program lacks; {way_out}")
+        if bool(ranks) != (name in self.per_rank):
+            there, here = ("for each rank", "for all ranks") if ranks else ("for all ranks", "for each rank")
+            raise MismatchError(f"{PREFIX}{name} was saved once {there}, and is {here} here; {way_out}")
+        if ranks and ranks != set(range(num_ranks)):
+            raise MismatchError(
+                f"{PREFIX}{name} has a state of its own on every rank, of {len(ranks)} ranks in "
+                f"{reader.path}, and there are {num_ranks} here; {way_out}"
+            )
+
+
+@dataclass
+class ExtraTargets:
+    """What is read for all extras, and what becomes of it."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    loads: dict[str, tuple[Callable[[Any], object], Any]] = field(default_factory=dict)
+    """Name -> method to call and the value for it, in which the tensors are filled."""
+    excluded: list[str] = field(default_factory=list)
+
+    def apply(self) -> None:
+        """Give every object its state."""
+        for load, value in self.loads.values():
+            load(value)
+
+
+def stored_extras(objects: Mapping[str, Any]) -> dict[str, set[int]]:
+    """Name -> ranks that have a state of their own; an empty set for one state for all."""
+    found: dict[str, set[int]] = {}
+    for entry in objects:
+        if match := _ENTRY.fullmatch(entry):
+            ranks = found.setdefault(match[1], set())
+            if match[2]:
+                ranks.add(int(match[2]))
+    return found
+
+
+def _digest(encoded: Any, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of a state as JSON, and of the small CPU tensors in it. Larger ones are taken from one of the ranks."""
+    digest = xxhash.xxh3_128(json.dumps(encoded, sort_keys=True).encode())
+    for name in sorted(tensor_names(encoded)):
+        tensor = tensors[name]
+        if not isinstance(tensor, DTensor) and tensor.device.type == "cpu" and tensor.nbytes <= SMALL_BYTES:
+            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _templates(one: Any, entry: str, encoded: Any) -> dict[str, torch.Tensor]:
+    """Tensors that the object holds now, by name: asked for only where the checkpoint has tensors."""
+    if not tensor_tags(encoded):
+        return {}
+    packer = Packer()
+    packer.pack(one.state_dict(), name=entry)
+    return packer.tensors
+
+
+def _target(
+    name: str,
+    tag: Mapping[str, Any],
+    templates: Mapping[str, torch.Tensor],
+    reader: SafetensorsReader,
+    device: torch.device,
+) -> torch.Tensor:
+    """A tensor like the one that the object holds now; else on the device that it was saved from."""
+    dtype, shape = reader.index.head(name)
+    template = templates.get(name) if "dtype" not in tag else None  # a numpy array is filled on the CPU
+    if template is not None and tuple(template.shape) == shape:
+        return torch.empty_like(template, dtype=DTYPES[dtype], requires_grad=False)
+    if tag.get("sharded"):
+        raise MismatchError(
+            f"{name} was saved from a sharded tensor of shape {shape}; make the object hold a tensor of this "
+            "shape before the resume, which tells how to shard it here"
+        )
+    where = device if tag.get("device") == device.type else torch.device("cpu")
+    return torch.empty(shape, dtype=DTYPES[dtype], device=where)

@@ -1,0 +1,155 @@
+"""What a load has to read for a ``TrainState``, and how it is handed over once all ranks have it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kempnerforge.checkpoint.dtypes import DTYPES
+from kempnerforge.checkpoint.extra_state import PREFIX, ExtraTargets
+from kempnerforge.checkpoint.fit import check_fits
+from kempnerforge.checkpoint.model_state import ModelTargets
+from kempnerforge.checkpoint.optimizer_state import OptimizerTargets, StoredOptimizer, split_name
+from kempnerforge.checkpoint.state import MODEL, OPTIMIZERS, TrainState
+from kempnerforge.checkpoint.storage_reader import SafetensorsReader
+from kempnerforge.checkpoint.tensor_leaves import Unpacker
+from kempnerforge.errors import MismatchError
+
+
+@dataclass
+class LoadTargets:
+    """Tensors to fill, by name, and what is called when they are."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    """What the checkpoint lacks, or has too much."""
+    model: ModelTargets = field(default_factory=ModelTargets)
+    optimizers: list[OptimizerTargets] = field(default_factory=list)
+    extras: ExtraTargets = field(default_factory=ExtraTargets)
+    model_values: dict[str, Any] = field(default_factory=dict)
+    """Entries of the model that are no tensors."""
+
+    def apply(self) -> None:
+        """Hand over what was read, the extras last. Raises what their ``load_state_dict`` raises."""
+        self.model.apply(self.model_values)
+        for one in self.optimizers:
+            one.apply()
+        self.extras.apply()
+
+
+def find_targets(
+    state: TrainState,
+    reader: SafetensorsReader,
+    *,
+    parts: Collection[str],
+    excluded: Collection[str],
+    rank: int,
+    num_ranks: int,
+) -> LoadTargets:
+    """What this rank reads, after a check that it fits. ``parts`` of model, optimizer, extra.
+
+    Not collective. Changes nothing. Rank 0 also looks for what the checkpoint has too much, for all. Raises
+    MismatchError and DamagedCheckpointError.
+    """
+    found = LoadTargets()
+    if "model" in parts:
+        _add_model(found, state, reader)
+        surplus = _model_surplus(found, state, reader) if rank == 0 else []
+        # First: where the model differs, so do the optimizer's groups, which say less about it.
+        check_fits(found.tensors, reader, [*found.problems, *surplus])
+    if "optimizer" in parts:
+        _add_optimizers(found, state, reader)
+    if "extra" in parts:
+        found.extras = state.extras.targets(
+            reader, rank=rank, num_ranks=num_ranks, excluded=excluded, device=state.device
+        )
+        found.tensors |= found.extras.tensors
+    surplus = _other_surplus(found, state, reader, parts) if rank == 0 else []
+    check_fits(found.tensors, reader, [*found.problems, *surplus])
+    return found
+
+
+def _add_model(found: LoadTargets, state: TrainState, reader: SafetensorsReader) -> None:
+    found.model = state.model.targets()
+
+    def make(name: str, tag: dict[str, Any]) -> torch.Tensor:
+        dtype, shape = reader.index.head(name)
+        return torch.empty(shape, dtype=DTYPES[dtype], device=tag.get("device", "cpu"))
+
+    unpacker = Unpacker(make)
+    for name in sorted(found.model.others):
+        if MODEL + name in reader.raw_objects:
+            found.model_values[name] = unpacker.unpack(reader.raw_objects[MODEL + name])
+        else:
+            found.problems.append(f"{MODEL}{name} is not in the checkpoint")
+    found.tensors |= {MODEL + name: tensor for name, tensor in found.model.tensors.items()}
+    found.tensors |= unpacker.tensors
+
+
+def _add_optimizers(found: LoadTargets, state: TrainState, reader: SafetensorsReader) -> None:
+    objects, names = reader.raw_objects, state.model.names()
+    several = objects.get("optimizers")
+    if state.several_optimizers != isinstance(several, dict):
+        kinds = {True: "several optimizers by name", False: "one optimizer"}
+        there, here = kinds[isinstance(several, dict)], kinds[state.several_optimizers]
+        raise MismatchError(f"{reader.path} has {there}, this program {here}")
+    tables = {f"{OPTIMIZERS}{name}.": table for name, table in (several or {}).items()}
+    if several is None:
+        tables = {prefix: objects.get("optimizer") for prefix in state.optimizers}
+    if tables.keys() != state.optimizers.keys():
+        there, here = (sorted(one.split(".")[1] for one in two) for two in (tables, state.optimizers))
+        raise MismatchError(f"{reader.path} has the optimizers {there}, this program {here}")
+    for prefix, one in state.optimizers.items():
+        known = one.known_names(names)
+        stored = StoredOptimizer.read(
+            tables[prefix], objects, prefix=prefix, names=known, where=reader.path.name
+        )
+        targets = one.targets(names, reader, stored)
+        found.optimizers.append(targets)
+        found.tensors |= targets.tensors
+        found.problems += targets.problems
+        unknown = sorted(stored.values.keys() - known)
+        found.problems += [
+            f"{prefix}state.{name} is in the checkpoint but not in this model" for name in unknown
+        ]
+
+
+def _model_surplus(found: LoadTargets, state: TrainState, reader: SafetensorsReader) -> list[str]:
+    """What the checkpoint has of a model that no rank has."""
+    others = {name for group in (state.groups or {}).values() for name in group}
+    known = {MODEL + name for name in others} | found.tensors.keys()
+    extra = [MODEL + rest for rest in reader.index.under(MODEL) if MODEL + rest not in known]
+    if state.groups is None:
+        objects = {name for name in reader.raw_objects if name.startswith(MODEL)}
+        extra += sorted(objects - {MODEL + name for name in found.model.others})
+    return _in_checkpoint_only(extra)
+
+
+def _other_surplus(
+    found: LoadTargets, state: TrainState, reader: SafetensorsReader, parts: Collection[str]
+) -> list[str]:
+    """What the checkpoint has of optimizers and extras, and the program lacks."""
+    names, extra = state.model.names(), []
+    for prefix, one in state.optimizers.items() if "optimizer" in parts else ():
+        known = one.known_names(names)
+        for rest in reader.index.under(prefix):
+            if prefix + rest in found.tensors:
+                continue
+            if (
+                not rest.startswith("state.")
+                or split_name(rest.removeprefix("state."), known)[0] not in known
+            ):
+                extra.append(prefix + rest)
+    for rest in reader.index.under(PREFIX) if "extra" in parts else ():
+        name = rest.partition(".")[0]
+        left_out = name in found.extras.excluded or name in state.extras.per_rank
+        if not left_out and PREFIX + rest not in found.tensors:
+            extra.append(PREFIX + rest)
+    return _in_checkpoint_only(extra)
+
+
+def _in_checkpoint_only(names: Sequence[str]) -> list[str]:
+    return [f"{name} is in the checkpoint but not in this model" for name in names]

@@ -1,0 +1,320 @@
+"""The record of a run whose loop is the user's own: lease, ``run.json``, ledger and log lines.
+
+The harness keeps such a record itself. A ``CheckpointManager`` that is given no context keeps one by this
+module, so that ``kempnerforge report`` and ``kempnerforge ckpt`` know such a run as well.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from kempnerforge.checkpoint.attempt_start import Asked, attempt_started, open_run, start_facts
+from kempnerforge.checkpoint.lease import Lease
+from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.report import RunContext, SaveReport
+from kempnerforge.checkpoint.save_events import SaveEvent, event_of
+from kempnerforge.checkpoint.versions import versions
+from kempnerforge.config.schema import CheckpointConfig
+from kempnerforge.config.toml_text import render
+from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_STOPPED, KempnerForgeError
+from kempnerforge.goodput.attempt_log import AttemptLog, end_kind
+from kempnerforge.goodput.faults import record_fault
+from kempnerforge.goodput.ledger import OWN_LOOP
+from kempnerforge.slurm.job import node_name
+
+log = logging.getLogger("kempnerforge.checkpoint.manager")
+"""Of the manager, whose users see it. Its first rank logs; handlers are the program's business."""
+
+ASKED = Asked(
+    folder_name="run_dir",
+    other_folder="run_dir to SHARED/PATH",
+    rename_hint="give this run another run_dir",
+    adopt=True,
+)
+
+_attempts: dict[str, _Attempt] = {}
+"""By the real path of the run's folder: the attempts that this process has open."""
+_processes_begun: set[int] = set()
+"""Processes that have begun an attempt: the time before their first one counts as its set-up."""
+
+
+class _Attempt:
+    """What the first rank holds while an attempt lasts; ``end`` gives it back, once."""
+
+    def __init__(self, key: str, lease: Lease, ledger: AttemptLog, join: Callable[[], None]) -> None:
+        self._key = key
+        self.join = join
+        """Lets a pending save end."""
+        self.lease = lease
+        self.ledger = ledger
+        self.step: int | None = None
+        self.pid = os.getpid()
+        self.is_over = False
+
+    def end(self, *, status: int, reason: str, error: BaseException | None = None) -> None:
+        """Write how the attempt ended and give the lease back."""
+        if self.is_over or self.pid != os.getpid():  # a forked child has a copy, and the parent the lease
+            return
+        self.is_over = True
+        _attempts.pop(self._key, None)
+        kind = end_kind(status, reason, error)
+        self.ledger.end(kind=kind, status=status, reason=reason, step=self.step)
+        self.lease.release()
+        level = logging.INFO if kind in ("finished", "stopped") else logging.WARNING
+        log.log(level, "attempt %d: %s", self.lease.attempt, reason)
+
+    def drop(self) -> None:
+        """End an attempt that nobody finished or closed."""
+        self.end(status=EXIT_STOPPED, reason=f"ended{self.where} without finish()")
+
+    @property
+    def where(self) -> str:
+        """The step in words; empty before the first."""
+        return f" at step {self.step}" if self.step is not None else ""
+
+
+@atexit.register
+def _end_all() -> None:
+    """End what is open when the interpreter exits: Python has waited for the saves and told its error."""
+    error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
+    for attempt in list(_attempts.values()):
+        if error is not None:
+            attempt.end(status=_status_of(error), reason=_words(error), error=error)
+        else:
+            attempt.drop()
+
+
+class OwnRun:
+    """Keeps the record of one attempt. Other ranks than the first have little to do, and write no ledger.
+
+    ``began_at``: the step at which the loop stands when it does not resume. ``join`` lets a pending save end.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        control: ControlGroup,
+        *,
+        began_at: int,
+        join: Callable[[], None],
+    ) -> None:
+        self._join = join
+        self._run_dir = run_dir
+        self._config = config
+        self._control = control
+        self._began_at = began_at
+        self._attempt: _Attempt | None = None
+        self._number = 0
+        self._has_resumed = False
+        self._boundary = self._waited_s = self._excluded_s = 0.0
+        self._lease_failing = ""
+        self._finished_at: int | None = None
+        self.lease: Lease | None = None
+        """On the first rank, from ``open`` on."""
+        self.news = ""
+        """What has changed in the pace of saves and ``CheckpointManager.news`` has not told yet."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether ``open`` has been called: the same on all ranks."""
+        return self._number > 0
+
+    def open(self, device: torch.device | None) -> RunContext:
+        """Begin an attempt: take the lease, count it in ``run.json``, begin its part of the ledger.
+
+        Checkpoints that have no ``run.json``, of a version that wrote none, become this run's. An attempt
+        that another manager of this process has left open in the folder ends.
+
+        Collective: all ranks. Blocks: while another process's lease is watched. Durable: on return.
+        Raises RunFolderError on all ranks, LeaseHeldError when another process writes the run.
+        """
+        key = os.path.realpath(self._run_dir)
+        older = _attempts.get(key)  # never on other ranks than the first
+        if older is not None and older.pid == os.getpid():
+            older.join()
+            older.lease.lost = "another CheckpointManager of this process goes on with the run"
+            older.end(status=EXIT_STOPPED, reason=older.lease.lost)
+        started = time.time() if os.getpid() in _processes_begun else attempt_started()
+        _processes_begun.add(os.getpid())
+        hosts = self._control.gather(node_name(os.environ))
+        ledger = AttemptLog(started, first_part="program", warn=_warn_of_record)
+        record, lease = open_run(
+            self._run_dir,
+            self._control,
+            first_global_batch_size=0,
+            checkpoint_dir=self._config.dir,
+            note=log.warning,
+            asked=ASKED,
+        )
+        self._number = record.attempt
+        ranks = {"num_ranks": self._control.num_ranks}
+        if lease is not None:
+            self.lease = lease
+            self._attempt = _attempts[key] = _Attempt(key, lease, ledger, self._join)
+            weakref.finalize(self, self._attempt.drop).atexit = False
+            ledger.open(self._run_dir, record.attempt)
+            ledger.write("start", process_started=started, **start_facts(hosts, ranks), loop=OWN_LOOP)
+            ledger.lap("folder")
+            log.info("run %s, attempt %d, in %s", record.run_id, record.attempt, self._run_dir)
+        self._boundary = time.perf_counter()
+        config_toml = render({"checkpoint": self._config.model_dump(mode="json")})
+        return RunContext(
+            run_id=record.run_id,
+            attempt=record.attempt,
+            layout=ranks,
+            versions=versions(device or torch.device("cpu")),
+            config_toml=config_toml,
+        )
+
+    def resumed(self, receipt: Receipt, *, step: int, skipped: int) -> None:
+        """Log and record how the attempt begins, behind ``step``.
+
+        ``skipped``: steps left out as not finite.
+        """
+        for line in receipt.lines():
+            self._info(line)
+        if receipt.space_warning:
+            self._warn(receipt.space_warning)
+        self._begin_loop(step, skipped, receipt.source, lost_steps=receipt.lost_steps, load_s=receipt.load_s)
+
+    def _begin_loop(
+        self, step: int, skipped: int, source: str, *, lost_steps: int = 0, load_s: float = 0.0
+    ) -> None:
+        self._has_resumed = True
+        self._boundary, self._waited_s, self._excluded_s = time.perf_counter(), 0.0, 0.0
+        if self._attempt is not None:
+            self._attempt.step = step
+            self._attempt.ledger.resumed(
+                step=step, skipped=skipped, source=source, lost_steps=lost_steps, load_s=load_s
+            )
+
+    def stepped(self, step: int, *, skipped: int, waited_s: float, excluded_s: float) -> None:
+        """Record that ``step`` is done.
+
+        ``waited_s`` and ``excluded_s``: how long the loop has waited for saves, and what it left out of its
+        steps, since it began. The rest of the time since the last call was steps.
+        """
+        if not self._has_resumed:
+            self._begin_loop(min(self._began_at, step), skipped, "not resumed")
+        now = time.perf_counter()
+        left_out_s = excluded_s - self._excluded_s
+        step_s = now - self._boundary - (waited_s - self._waited_s) - left_out_s
+        self._boundary, self._waited_s, self._excluded_s = now, waited_s, excluded_s
+        self._finished_at = None
+        if self._attempt is None:
+            return
+        self._attempt.step = step
+        self._attempt.ledger.spent("step", max(0.0, step_s))
+        if left_out_s:
+            self._attempt.ledger.spent("eval", left_out_s)
+        self._attempt.ledger.stepped(step, skipped)
+
+    def saved(self, report: SaveReport, folder: Path) -> None:
+        """Log and record the outcome of a save."""
+        self.record([event_of(report)])
+        if report.skipped:
+            self._warn(report.skipped)
+        elif report.error:
+            self._warn(f"the save of step {report.step} failed: {report.error}")
+        else:
+            steps = "step" if report.deferred == 1 else "steps"
+            late = f", put off by {report.deferred} {steps}" if report.deferred else ""
+            self._info(
+                f"step {report.step} is committed ({report.reason}{late}): {report.size_bytes / 1e6:.1f} MB "
+                f"in {report.total_s:.2f} s, of which training waited {report.blocking_s:.2f} s, in {folder}"
+            )
+        for warning in report.warnings:
+            self._warn(warning)
+        failing = self.lease.failing if self.lease is not None else ""
+        if failing and failing != self._lease_failing:
+            self._warn(f"the lease of this run cannot be renewed: {failing}")
+        self._lease_failing = failing
+
+    def record(self, events: Iterable[SaveEvent]) -> None:
+        """Write events to the ledger, and log what they say that no report does."""
+        for event in events:
+            if self._attempt is not None:
+                self._attempt.ledger.write(event.kind, **event.values)
+            values = event.values
+            if event.kind == "put_off" and values["to_step"] is None:
+                step, writing = values["from_step"], values["writing"]
+                self._info(f"save of step {step} put off: step {writing} is still being written")
+            elif event.kind == "deleted":
+                word = "step" if len(values["steps"]) == 1 else "steps"
+                self._info(f"deleted {word} {', '.join(map(str, values['steps']))}: no rule keeps more")
+
+    def paced(self, news: str) -> None:
+        """Log what has changed in the pace of saves."""
+        if news:
+            self.news = news
+            self._info(news)
+
+    def finished(self, step: int) -> None:
+        """Take note that the loop has come to its end; ``end`` records it."""
+        self._finished_at = step
+
+    def end(self, error: BaseException | None) -> None:
+        """Record how the attempt ended, with ``error`` if one ended it, and give the lease back."""
+        if self._control.rank != 0 and error is not None and self.is_open:
+            agreed = isinstance(error, KempnerForgeError) and error.agreed
+            if not agreed:
+                self._record_fault(error)
+        if self._attempt is None:
+            return
+        if error is None and self._finished_at is not None:
+            self._attempt.end(status=EXIT_FINISHED, reason=f"finished at step {self._finished_at}")
+        elif error is None:
+            self._attempt.end(status=EXIT_STOPPED, reason=f"closed{self._attempt.where} without finish()")
+        else:
+            self._attempt.end(status=_status_of(error), reason=_words(error), error=error)
+
+    def _record_fault(self, error: BaseException) -> None:
+        """The ledger is the first rank's, which may see no more of this than a lost connection."""
+        with contextlib.suppress(OSError):  # the error itself goes up all the same
+            record_fault(
+                self._run_dir,
+                error,
+                attempt=self._number,
+                rank=self._control.rank,
+                host=node_name(os.environ),
+            )
+
+    def _info(self, text: str) -> None:
+        if self._control.rank == 0:
+            log.info("%s", text)
+
+    def _warn(self, text: str) -> None:
+        if self._control.rank == 0:
+            log.warning("%s", text)
+
+
+def _status_of(error: BaseException) -> int:
+    """Return the exit status that an error stands for."""
+    if isinstance(error, KempnerForgeError):
+        return error.exit_status
+    if isinstance(error, SystemExit):
+        return EXIT_STOPPED if error.code in (None, EXIT_FINISHED, EXIT_STOPPED) else EXIT_FAULT
+    return EXIT_STOPPED if isinstance(error, KeyboardInterrupt) else EXIT_FAULT
+
+
+def _words(error: BaseException) -> str:
+    """Return an error as the end of an attempt tells it."""
+    if isinstance(error, KempnerForgeError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _warn_of_record(error: OSError) -> None:
+    log.warning("the record of this attempt is not complete: %s", error)

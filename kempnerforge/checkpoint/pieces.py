@@ -1,0 +1,235 @@
+"""Which parts of a tensor a rank holds, and which tensors and names a checkpoint can hold.
+
+Planning, staging and loading all ask here, so that they agree on every kind of tensor: plain ones, DTensors,
+also of ``LocalShardsWrapper``, and ShardedTensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from kempnerforge.checkpoint.dtypes import DTYPE_NAMES
+from kempnerforge.checkpoint.structure import RESERVED
+
+MAX_NAME_BYTES = 0xFFFF
+"""A record of the index has two bytes for the length of a name."""
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_OF_SHARDS = (ShardedTensor, LocalShardsWrapper)
+
+Sizes = tuple[int, ...]
+Box = tuple[Sizes, Sizes]
+"""Sizes and offsets."""
+
+
+class Piece(NamedTuple):
+    """A part of a tensor that this rank holds."""
+
+    offsets: Sizes
+    """Where it lies in the whole tensor."""
+    sizes: Sizes
+    tensor: torch.Tensor
+    """Plain, detached, sharing memory with the tensor that it is of."""
+
+
+class Boxes:
+    """What ranks hold of DTensors, computed once for all that are alike: many are."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], Box] = {}
+
+    def of(self, name: str, tensor: DTensor) -> Box:
+        """Sizes and offsets of this rank's part. Raises TypeError, naming the leaf, when it is no box."""
+        key = (tensor.shape, tensor.device_mesh, tensor.placements)
+        if key not in self._known:
+            sizes, offsets = compute_local_shape_and_global_offset(*key)
+            self._known[key] = tuple(sizes), tuple(offsets)
+            if any(isinstance(placement, _StridedShard) for placement in tensor.placements):
+                _check_box(name, tensor, self._known[key])
+        return self._known[key]
+
+
+def _check_box(name: str, tensor: DTensor, box: Box) -> None:
+    """Raise TypeError when this rank's rows do not lie next to each other in the whole tensor."""
+    coordinate = tensor.device_mesh.get_coordinate() or ()
+    for dim, (size, offset) in enumerate(zip(*box, strict=True)):
+        rows = torch.arange(tensor.shape[dim], device="cpu")
+        for mesh_dim, placement in enumerate(tensor.placements):
+            if isinstance(placement, (Shard, _StridedShard)) and placement.dim == dim:
+                along = type(placement)(0, **_factor(placement))
+                parts, _ = along._split_tensor(rows, tensor.device_mesh.size(mesh_dim), with_padding=False)
+                rows = parts[coordinate[mesh_dim]]
+        if not torch.equal(rows, torch.arange(offset, offset + size, device="cpu")):
+            raise TypeError(
+                f"{name} is placed as {tensor.placements}, by which a rank's rows do not lie next to each "
+                "other: redistribute it to Shard() first"
+            )
+
+
+def _factor(placement: Shard | _StridedShard) -> dict[str, Any]:
+    return {"split_factor": placement.split_factor} if isinstance(placement, _StridedShard) else {}
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError, naming the leaf, for a name that a checkpoint cannot hold."""
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"{_short(name)}: a name must not have lone surrogates") from None
+    if length > MAX_NAME_BYTES:
+        raise ValueError(f"{_short(name)}: the name has {length} of at most {MAX_NAME_BYTES} bytes")
+    if name in RESERVED:
+        raise ValueError(f"{name} is reserved: give the leaf another name")
+    if "\0" in name:
+        raise ValueError(f"{_short(name)}: a name must not contain NUL")
+
+
+def _short(name: str) -> str:
+    shown = ascii(name)
+    return shown if len(shown) <= 80 else f"{shown[:60]}...' ({len(name)} characters)"
+
+
+def check_storable(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError, naming the leaf, for a tensor that a checkpoint cannot hold exactly.
+
+    Those are meta, sparse, quantized and nested tensors, partial DTensors, wrapper subclasses without memory
+    of their own, and dtypes that safetensors does not know.
+    """
+    if problem := _problem(tensor):
+        raise TypeError(f"{name} {problem}")
+    if (dtype := dtype_of(tensor)) not in DTYPE_NAMES:
+        raise TypeError(f"{name} has dtype {dtype}, which safetensors does not know: convert it first")
+
+
+def check_target(name: str, tensor: torch.Tensor) -> None:
+    """Raise TypeError, naming the leaf, for a tensor that a load cannot fill."""
+    if problem := _problem(tensor):
+        raise TypeError(f"{name} {problem}: it cannot be filled from a checkpoint")
+
+
+def _problem(tensor: torch.Tensor) -> str:
+    """What keeps a tensor from being stored and filled by its memory; empty when nothing does."""
+    if type(tensor) not in _PLAIN:
+        if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+            return "is not initialized yet"
+        if isinstance(tensor, DTensor):
+            if any(placement.is_partial() for placement in tensor.placements):
+                return "is a partial DTensor: redistribute it to Replicate() or Shard() first"
+            return _problem(_local(tensor))
+        if isinstance(tensor, _OF_SHARDS):
+            return next((problem for shard in _shards(tensor) if (problem := _problem(shard))), "")
+    if tensor.is_nested:
+        return "is a nested tensor: store its values and offsets"
+    if tensor.layout is not torch.strided:
+        return f"has layout {tensor.layout}: store it as a dense tensor, or its indices and values"
+    if tensor.is_meta:
+        return "is on the meta device and has no values"
+    if tensor.is_quantized:
+        return "is quantized: store its int_repr() and its scales"
+    if type(tensor) not in _PLAIN and _has_no_memory(tensor):
+        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
+        return f"is a {kind}, which has no memory of its own: use its inner tensors"
+    return ""
+
+
+def _shards(tensor: ShardedTensor | LocalShardsWrapper) -> list[torch.Tensor]:
+    if isinstance(tensor, ShardedTensor):
+        return [shard.tensor for shard in tensor.local_shards()]
+    return tensor.local_shards()
+
+
+def dtype_of(tensor: torch.Tensor) -> torch.dtype:
+    """Dtype of a tensor's elements. ``LocalShardsWrapper`` itself always has the default one."""
+    if type(tensor) in _PLAIN:
+        return tensor.dtype
+    local = _local(tensor) if isinstance(tensor, DTensor) else tensor
+    if isinstance(local, LocalShardsWrapper) and local.local_shards():
+        return local.local_shards()[0].dtype
+    return tensor.dtype
+
+
+def _has_no_memory(tensor: torch.Tensor) -> bool:
+    own, default = (getattr(kind, "__torch_dispatch__", None) for kind in (type(tensor), torch.Tensor))
+    try:
+        return own is not default and tensor.data_ptr() == 0
+    except RuntimeError:  # torch knows that there is none
+        return True
+
+
+def _local(tensor: DTensor) -> torch.Tensor:
+    with torch.no_grad():  # else every ``to_local`` makes a node of a graph
+        return tensor.to_local()
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a plain tensor or a DTensor, sharing memory."""
+    return plain(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is no subclass and needs no gradient, sharing memory."""
+    if type(tensor) in _PLAIN:
+        return tensor.detach()
+    if type(tensor) is LocalShardsWrapper:  # its ``detach`` changes it
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
+        return tensor.detach().as_subclass(torch.Tensor)
+
+
+def local_pieces(name: str, tensor: torch.Tensor, boxes: Boxes | None = None) -> list[Piece]:
+    """What this rank holds of a tensor that ``check_storable`` or ``check_target`` has passed.
+
+    Raises TypeError, naming the leaf, for a DTensor whose local rows do not lie next to each other.
+    """
+    if isinstance(tensor, DTensor):
+        if tensor.device_mesh.get_coordinate() is None:
+            return []
+        local = _local(tensor)
+        if isinstance(local, LocalShardsWrapper):
+            return local_pieces(name, local)
+        sizes, offsets = (boxes or Boxes()).of(name, tensor)
+        return [Piece(offsets, sizes, plain(local))]
+    if isinstance(tensor, ShardedTensor):
+        return [
+            Piece(_add(shard.metadata.shard_offsets, inner.offsets), inner.sizes, inner.tensor)
+            for shard in tensor.local_shards()
+            for inner in local_pieces(name, shard.tensor)
+        ]
+    if isinstance(tensor, LocalShardsWrapper):
+        return [
+            Piece(tuple(offsets), tuple(shard.shape), plain(shard))
+            for shard, offsets in zip(tensor.local_shards(), tensor.local_offsets(), strict=False)
+        ]
+    return [Piece((0,) * tensor.ndim, tuple(tensor.shape), plain(tensor))]
+
+
+def _add(offsets: Sequence[int], inner: Sizes) -> Sizes:
+    return tuple(one + other for one, other in zip(offsets, inner, strict=True))
+
+
+def piece_at(name: str, tensor: torch.Tensor, offsets: Sizes) -> torch.Tensor:
+    """This rank's piece at ``offsets``. Cheap for plain tensors and DTensors, which have one.
+
+    Raises ValueError when there is none.
+    """
+    if type(tensor) in _PLAIN:
+        return tensor.detach()
+    if type(tensor) is DTensor and type(local := tensor.to_local()) is torch.Tensor:
+        return local.detach()
+    for piece in local_pieces(name, tensor):
+        if piece.offsets == offsets:
+            return piece.tensor
+    raise ValueError(f"{name} has no part at {offsets} on this rank any more")
+
+
+def global_shape(tensor: torch.Tensor) -> Sizes:
+    """Shape of the whole tensor."""
+    return tuple(tensor.metadata().size) if isinstance(tensor, ShardedTensor) else tuple(tensor.shape)

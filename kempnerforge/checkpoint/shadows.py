@@ -1,0 +1,56 @@
+"""Load targets whose elements share memory, such as expanded tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from kempnerforge.errors import MismatchError
+
+
+class Shadows:
+    """Tensors of their own memory, to be filled in place of targets whose elements share some.
+
+    Several values for one place in memory can be right only if they are equal: ``copy`` looks.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+
+    def of(self, name: str, target: torch.Tensor) -> torch.Tensor:
+        """``target``, or what is to be filled in its place."""
+        if target.is_contiguous() or not may_overlap(target):
+            return target
+        shadow = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        self._made.append((name, target, shadow))
+        return shadow
+
+    def copy(self) -> None:
+        """Copy what was filled. Raises MismatchError, naming the leaf, when a target cannot hold it."""
+        for name, target, shadow in self._made:
+            first, source = target, shadow
+            for dim, stride in enumerate(target.stride()):
+                if stride == 0:
+                    first, source = first.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+            first.copy_(source)
+            if not torch.equal(_bits(target), _bits(shadow)):
+                raise MismatchError(
+                    f"{name}: elements of the tensor to fill share memory (shape {tuple(target.shape)}, "
+                    f"strides {target.stride()}), and the checkpoint has different values for them: give a "
+                    "tensor without shared elements"
+                )
+
+
+def may_overlap(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie at one place in memory; False only if none do."""
+    if tensor.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)

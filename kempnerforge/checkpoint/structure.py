@@ -1,0 +1,162 @@
+"""Where the leaves of a nested state dict stood, so that a load without a target can build it again.
+
+A leaf's name is its path with dots between: ``{"model": {"w": t}}`` has ``model.w``. Dots in keys and lists
+make that ambiguous, and empty dicts have no leaf. ``train_state.json`` of a nested state dict therefore has::
+
+    "__paths__": {"tree": {"model": {}, "list": [[0, {}]], "empty": null}, "other": {"a.b": ["a.b"]}}
+
+``tree`` has the containers alone: an object is a dict, an array of pairs (position, container) is a list,
+null is an empty dict. A leaf lies in the container of the longest name that its own begins with; ``other``
+has the paths of those that do not. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PATHS = "__paths__"
+"""The entry of ``train_state.json``."""
+RESERVED = ("__metadata__", PATHS)
+"""Names that no leaf can have: safetensors has a use for the first."""
+
+Key = str | int
+Path = tuple[Key, ...]
+"""Text is a key of a dict, a number the position in a list."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Paths of a state dict's leaves."""
+
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    """By the name of the leaf; one that is missing lies at the top."""
+    empty: Mapping[str, Path] = field(default_factory=dict)
+    """Dicts without content, by name."""
+
+    def path(self, name: str) -> Path:
+        """Where a leaf stands."""
+        return self.paths.get(name) or self.empty.get(name) or (name,)
+
+
+FLAT = Structure()
+
+
+def name_of(path: Path) -> str:
+    """The name of a leaf."""
+    return ".".join(map(str, path))
+
+
+def encode(structure: Structure) -> dict[str, Any] | None:
+    """``structure`` as JSON; None when every leaf lies at the top."""
+    tree: dict[Key, Any] = {}
+    made: dict[Path, dict[Key, Any]] = {(): tree}
+    kinds: dict[Path, bool] = {}
+
+    def container(path: Path) -> dict[Key, Any]:
+        if path not in made:
+            made[path] = container(path[:-1])[path[-1]] = {}
+        return made[path]
+
+    for path in structure.paths.values():
+        for depth in range(1, len(path)):
+            if (inside := path[:depth]) not in kinds:
+                container(inside)
+                kinds[inside] = isinstance(path[depth], int)
+    for path in structure.empty.values():
+        container(path[:-1])[path[-1]] = None
+        for depth in range(1, len(path)):
+            kinds.setdefault(path[:depth], isinstance(path[depth], int))
+    body = {"tree": _tree_json(tree, (), kinds)}
+    rule = _Rule(body["tree"])
+    other = {name: list(path) for name, path in structure.paths.items() if rule.path(name) != path}
+    if not tree and not other:
+        return None
+    return {**body, "other": other} if other else body
+
+
+def _tree_json(node: dict[Key, Any] | None, path: Path, kinds: dict[Path, bool]) -> Any:
+    if node is None:
+        return None
+    inner = {key: _tree_json(child, (*path, key), kinds) for key, child in node.items()}
+    return [[key, child] for key, child in inner.items()] if kinds.get(path) else inner
+
+
+def decode(body: Any) -> Structure:
+    """The inverse of ``encode``; paths are found when they are asked for. Raises ValueError, TypeError."""
+    if body is None:
+        return FLAT
+    if not isinstance(body, dict) or not isinstance(body.get("tree"), dict):
+        raise ValueError(f"{PATHS} has no tree")
+    rule = _Rule(body["tree"])
+    other = {name: _checked(path) for name, path in body.get("other", {}).items()}
+    return Structure(_Lookup(rule, other), rule.empty)
+
+
+def _checked(path: Any) -> Path:
+    if not isinstance(path, list) or not path or not all(type(key) in (str, int) for key in path):
+        raise ValueError(f"{path!r} is no path of a leaf")
+    return tuple(path)
+
+
+class _Rule:
+    """Finds the path of a name in a tree of containers."""
+
+    def __init__(self, tree: Any) -> None:
+        self.empty: dict[str, Path] = {}
+        self._containers: dict[str, tuple[Path, bool]] = {}
+        self._collect(tree, ())
+
+    def _collect(self, node: Any, path: Path) -> None:
+        if node is None:
+            self.empty[name_of(path)] = path
+            return
+        if path:
+            self._containers.setdefault(name_of(path), (path, isinstance(node, list)))
+        for key, child in node if isinstance(node, list) else node.items():
+            if type(key) not in (str, int):
+                raise ValueError(f"{key!r} is no key of a container")
+            self._collect(child, (*path, key))
+
+    def path(self, name: str) -> Path:
+        end = len(name)
+        while (end := name.rfind(".", 0, end)) >= 0:
+            if found := self._containers.get(name[:end]):
+                path, is_list = found
+                key = name[end + 1 :]
+                return (*path, int(key) if is_list and key.isdecimal() else key)
+        return (name,)
+
+
+class _Lookup(Mapping[str, Path]):
+    """Paths by name. It knows the containers, not the leaves, and iterates over exceptions alone."""
+
+    def __init__(self, rule: _Rule, other: dict[str, Path]) -> None:
+        self._rule = rule
+        self._other = other
+
+    def __getitem__(self, name: str) -> Path:
+        return self._other.get(name) or self._rule.path(name)
+
+    def __iter__(self) -> Any:
+        return iter(self._other)
+
+    def __len__(self) -> int:
+        return len(self._other)
+
+
+def merge(by_rank: Iterable[tuple[Any, Iterable[str]]]) -> dict[str, Any] | None:
+    """One structure of every rank's (JSON, names of its leaves). Of two paths of a name the first counts."""
+    paths: dict[str, Path] = {}
+    empty: dict[str, Path] = {}
+    for body, names in by_rank:
+        structure = decode(body)
+        for name in names:
+            paths.setdefault(name, structure.path(name))
+        for name, path in structure.empty.items():
+            empty.setdefault(name, path)
+    # What is empty on one rank and not on another is not empty.
+    filled = {path[:depth] for path in paths.values() for depth in range(1, len(path))}
+    empty = {name: path for name, path in empty.items() if path not in filled and name not in paths}
+    return encode(Structure(paths, empty))

@@ -1,0 +1,86 @@
+"""What all ranks together save: who writes which tensors, who contributes which other leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kempnerforge.checkpoint import structure
+from kempnerforge.checkpoint.commit import PlannedItem
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank has to save."""
+
+    items: list[PlannedItem]
+    """Its parts of tensors, sorted by name."""
+    objects: tuple[str, ...] = ()
+    """Names of its non-tensor leaves."""
+    inside: Mapping[str, str] | None = None
+    """Tensors that are parts of a non-tensor leaf, such as a tuple: name -> name of the leaf."""
+    structure: Mapping[str, Any] | None = None
+    """Where its leaves stand in a nested state dict, as JSON."""
+
+
+@dataclass(frozen=True)
+class Union:
+    """What is saved of what all ranks hold."""
+
+    items: list[list[PlannedItem]]
+    """By rank."""
+    contributed: list[frozenset[str]]
+    """By rank, names of the non-tensor leaves that no lower rank has: the first rank gets their values."""
+    structure: dict[str, Any] | None
+
+
+def unite(held_by_rank: Sequence[Held]) -> Union:
+    """Decide whose leaves are saved: of a name that several ranks have, the lowest rank's.
+
+    Raises ValueError when a leaf is a tensor on one rank and something else on another.
+    """
+    owner: dict[str, int] = {}
+    for rank, held in enumerate(held_by_rank):
+        for name in held.objects:
+            owner.setdefault(name, rank)
+    names = [{planned.item.name for planned in held.items} for held in held_by_rank]
+    items = [_kept(rank, held, owner, names) for rank, held in enumerate(held_by_rank)]
+    for rank, held in enumerate(held_by_rank):
+        for planned in held.items:
+            name = planned.item.name
+            if name in owner and name not in (held.inside or ()):
+                raise ValueError(f"{name} is a tensor on rank {rank} and none on rank {owner[name]}")
+    contributed = [
+        frozenset(name for name in held.objects if rank and owner[name] == rank)
+        for rank, held in enumerate(held_by_rank)
+    ]
+    return Union(items, contributed, _structure(held_by_rank))
+
+
+def _kept(rank: int, held: Held, owner: Mapping[str, int], names: Sequence[set[str]]) -> list[PlannedItem]:
+    """Without whole tensors inside of leaves of which another rank's value is saved: it has its own."""
+    inside = held.inside or {}
+
+    def is_saved(planned: PlannedItem) -> bool:
+        name = planned.item.name
+        if name not in inside or planned.item.sizes != planned.global_shape:
+            return True
+        saved_by = owner[inside[name]]
+        return saved_by == rank or name not in names[saved_by]
+
+    return [planned for planned in held.items if is_saved(planned)]
+
+
+def _structure(held_by_rank: Sequence[Held]) -> dict[str, Any] | None:
+    bodies = [held.structure for held in held_by_rank]
+    if not any(bodies):
+        return None
+    if all(body == bodies[0] for body in bodies):
+        return dict(bodies[0] or {})
+    return structure.merge((held.structure, _leaves(held)) for held in held_by_rank)
+
+
+def _leaves(held: Held) -> list[str]:
+    inside = held.inside or {}
+    return [*held.objects, *(item.item.name for item in held.items if item.item.name not in inside)]

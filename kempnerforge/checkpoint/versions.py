@@ -1,0 +1,28 @@
+"""What a checkpoint records of the software and hardware that wrote it."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from kempnerforge import __version__
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What bitwise equality depends on beside config and layout."""
+    found = {
+        "kempnerforge": __version__,
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "machine": platform.machine(),
+    }
+    if device.type == "cuda":
+        from torch.cuda import nccl
+
+        found["device"] = torch.cuda.get_device_name(device)
+        found["cuda"] = str(torch.version.cuda)
+        found["nccl"] = ".".join(map(str, nccl.version()))
+    else:
+        found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    return found

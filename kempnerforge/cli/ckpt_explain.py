@@ -1,0 +1,151 @@
+"""``kempnerforge ckpt explain``: why a step is kept, or why it is not there."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from kempnerforge.checkpoint import layout, pins
+from kempnerforge.checkpoint.keep import BestN, Verdict, decide
+from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.checkpoint.step_history import Absence, RunFacts, explain_absence, read_facts
+from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli.ckpt_list import manifest_of, verdict_json
+from kempnerforge.cli.ckpt_paths import (
+    AsJson,
+    CheckpointFolder,
+    FoundPolicy,
+    RunPath,
+    find_policy,
+    find_run,
+    parse_step,
+)
+from kempnerforge.goodput.ledger import Event
+
+
+def explain(
+    run: RunPath,
+    step: Annotated[
+        str | None, typer.Argument(metavar="STEP", help="A step, whether it is there or not.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which rule keeps each step of RUN, or that it goes next; with STEP, why it is there or not."""
+    found = find_run(run)
+    number = parse_step(step) if step is not None else None
+    listed = layout.list_folder(found.folder).steps
+    policy = find_policy(found, listed)
+    verdicts = decide(Retention(found.folder, policy.policy).survey(listed), policy.policy)
+    if number is not None:
+        _explain_one(found, policy, verdicts, number, as_json=as_json)
+        return
+    steps = {verdict.step for verdict in verdicts}
+    lost_pins = sorted(step for step in pins.read(found.folder) if step not in steps)
+    if as_json:
+        body = {
+            "folder": str(found.folder),
+            **_policy_json(policy),
+            "steps": [verdict_json(verdict) for verdict in verdicts],
+            "pins_without_step": lost_pins,
+        }
+        text.print_json(body)
+        return
+    typer.echo(_policy_in_words(policy))
+    for verdict in verdicts:
+        typer.echo(f"step {verdict.step}: {_verdict_in_words(found, policy, verdict)}")
+    for lost in lost_pins:
+        typer.echo(f"step {lost} is pinned, and not there")
+
+
+def _explain_one(
+    found: CheckpointFolder, policy: FoundPolicy, verdicts: list[Verdict], step: int, *, as_json: bool
+) -> None:
+    verdict = next((one for one in verdicts if one.step == step), None)
+    facts = read_facts(found.run_dir, found.folder) if found.run_dir is not None else RunFacts()
+    absence = explain_absence(step, facts, policy.config)
+    if verdict is not None:
+        state = "kept" if verdict.keep else "goes" if policy.source else "not known"
+        absence = Absence(state, _verdict_in_words(found, policy, verdict), absence.events)
+    saved = _saved_in_words(found, step) if verdict is not None else ""
+    if as_json:
+        body = {
+            "folder": str(found.folder),
+            "step": step,
+            "is_there": verdict is not None,
+            "state": absence.state,
+            "why": absence.text,
+            "saved": saved or None,
+            "reasons": [asdict(reason) for reason in verdict.reasons] if verdict is not None else [],
+            "events": list(absence.events),
+            **_policy_json(policy),
+        }
+        text.print_json(body)
+        return
+    if verdict is not None:
+        typer.echo(f"step {step}: {absence.text}")
+        if saved:
+            typer.echo(f"  {saved}")
+        typer.echo(f"  {_policy_in_words(policy)}")
+    else:
+        typer.echo(f"step {step} is not there ({absence.state}): {absence.text}")
+    for event in absence.events:
+        typer.echo(f"  {_event_in_words(event)}")
+
+
+def _policy_json(policy: FoundPolicy) -> dict[str, Any]:
+    return {
+        "policy": [rule.describe() for rule in policy.policy.rules] if policy.source else None,
+        "policy_from": policy.source or None,
+        "policy_problem": policy.problem or None,
+    }
+
+
+def _policy_in_words(policy: FoundPolicy) -> str:
+    if not policy.source:
+        return f"what else is to be kept is not known: {policy.problem}"
+    rules = "; ".join(rule.describe() for rule in policy.policy.rules)
+    return f"to be kept, by the config in {policy.source}: {rules}"
+
+
+def _verdict_in_words(found: CheckpointFolder, policy: FoundPolicy, verdict: Verdict) -> str:
+    if verdict.keep:
+        return f"kept: {'; '.join(reason.text for reason in verdict.reasons)}"
+    if not policy.source:
+        return "not known"
+    known = manifest_of(found.step(verdict.step))
+    untaken = [
+        rule.metric
+        for rule in policy.policy.rules
+        if isinstance(rule, BestN) and known and rule.metric not in known.provenance.metrics
+    ]
+    note = f" ({', '.join(untaken)} was not taken at this step)" if untaken else ""
+    return f"goes after the next save: nothing keeps it{note}"
+
+
+def _saved_in_words(found: CheckpointFolder, step: int) -> str:
+    known = manifest_of(found.step(step))
+    if known is None:
+        return ""
+    origin = known.provenance
+    return (
+        f"saved for: {origin.reason}, by attempt {origin.attempt} of run {origin.run_id or 'unknown'}, "
+        f"{text.age(known.time)} ago"
+    )
+
+
+def _event_in_words(event: Event) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+    kind = event["event"]
+    if kind == "put_off":
+        first, last = event["from_step"], event["to_step"]
+        what = f"put off at step {first}" if last == first else f"put off from step {first} on"
+        what += f", until step {last}" if last not in (None, first) else ""
+    elif kind == "deleted":
+        what = "deleted"
+    else:
+        what = {"commit": "committed", "failed": "save failed", "skipped": "save left out"}[kind]
+        what += f" ({event['reason']})"
+    return f"{when}, attempt {event['attempt']}: {what}"

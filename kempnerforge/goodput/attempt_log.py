@@ -1,0 +1,115 @@
+"""What one attempt writes into the ledger of its run: set-up, progress, and what its time was spent on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kempnerforge.errors import (
+    EXIT_BAD_CONFIG,
+    EXIT_FINISHED,
+    EXIT_NO_PROGRESS,
+    EXIT_STOPPED,
+)
+from kempnerforge.goodput import breaker
+from kempnerforge.goodput.faults import is_peer_loss
+from kempnerforge.goodput.ledger import Ledger
+
+_SPACING = 0.02
+_MIN_SPACING_S, _MAX_SPACING_S = 0.05, 10.0
+
+
+class AttemptLog:
+    """Measures the set-up and the loop of one attempt, and writes both to the ledger.
+
+    Nothing is written before ``open``, and never on ranks that do not call it: the first rank alone does.
+    A ledger that cannot be written costs part of the record, never the run: ``warn`` is told, once.
+
+    Args:
+        started: when the attempt began, in seconds since the epoch.
+        first_part: the part of the set-up that took the time from ``started`` until now.
+        warn: called with the error that made the record incomplete.
+    """
+
+    def __init__(self, started: float, *, first_part: str, warn: Callable[[OSError], None]) -> None:
+        self.started = started
+        self._lap = time.perf_counter()
+        self._setup_s: dict[str, float] = {first_part: max(0.0, time.time() - started)}
+        self._spent_s: dict[str, float] = {}
+        self._ledger: Ledger | None = None
+        self._healthy_from: tuple[int, int] | None = None
+        self._loop_began = self._told = 0.0
+        self._warn = warn
+        self._has_warned = False
+
+    def lap(self, part: str) -> None:
+        """Add the time since the last call to ``part`` of the set-up."""
+        now = time.perf_counter()
+        self._setup_s[part] = self._setup_s.get(part, 0.0) + now - self._lap
+        self._lap = now
+
+    def open(self, run_dir: Path, attempt: int) -> None:
+        """Write to the ledger in ``run_dir`` from now on."""
+        self._ledger = Ledger(run_dir, attempt)
+
+    def start(self, facts: dict[str, Any]) -> None:
+        """Write that the attempt began, durably. Raises OSError."""
+        assert self._ledger is not None
+        self._ledger.write("start", process_started=self.started, **facts)
+
+    def resumed(self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float) -> None:
+        """Write that the state is loaded: the loop begins. ``skipped``: steps left out as not finite."""
+        self.lap("resume")
+        self._healthy_from = (step, skipped)
+        self._loop_began = self._told = time.perf_counter()
+        self.write(
+            "resume", step=step, source=source, lost_steps=lost_steps, load_s=load_s, setup_s=self._setup_s
+        )
+
+    def stepped(self, step: int, skipped: int) -> None:
+        """Write what is due after a step: summaries may miss 2% of an attempt, 10 s at most."""
+        if self._healthy_from is not None:
+            began, before = self._healthy_from
+            if step - began - (skipped - before) >= breaker.HEALTHY_STEPS:
+                self._healthy_from = None
+                self.write("healthy", step=step)
+        now = time.perf_counter()
+        pause_s = min(max(_SPACING * (now - self._loop_began), _MIN_SPACING_S), _MAX_SPACING_S)
+        if now - self._told >= pause_s:
+            self._told = now
+            self.write("progress", step=step, spent_s=self._spent_s)
+
+    def spent(self, part: str, seconds: float) -> None:
+        """Add time of the loop to ``part``: step, data or eval."""
+        self._spent_s[part] = self._spent_s.get(part, 0.0) + seconds
+
+    def end(self, *, kind: str, status: int, reason: str, step: int | None) -> None:
+        """Write how the attempt ended, durably. ``kind`` is one of ``history.KINDS``."""
+        self.write("end", kind=kind, status=status, reason=reason, step=step, spent_s=self._spent_s)
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append an event to the ledger, if it is open."""
+        if self._ledger is None:
+            return
+        try:
+            self._ledger.write(event, **values)
+        except OSError as error:
+            self.warn(error)
+
+    def warn(self, error: OSError) -> None:
+        """Say that the record is incomplete, unless that was said before."""
+        if not self._has_warned:
+            self._has_warned = True
+            self._warn(error)
+
+
+def end_kind(status: int, reason: str, error: BaseException | None) -> str:
+    """Return which kind of end it was, of ``goodput.history.KINDS``."""
+    if error is not None and is_peer_loss(type(error).__name__, str(error)):
+        return "lost"
+    if status == EXIT_STOPPED:
+        return "deadline" if "deadline" in reason else "stopped"
+    kinds = {EXIT_FINISHED: "finished", EXIT_BAD_CONFIG: "config", EXIT_NO_PROGRESS: "blocked"}
+    return kinds.get(status, "fault")
