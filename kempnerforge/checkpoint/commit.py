@@ -77,6 +77,8 @@ class Expected:
                 heads[item.name] = (item.dtype, planned.global_shape)
         entries = {name: TensorEntry(*head, tuple(chunks[name])) for name, head in heads.items()}
         self.index = index.encode(entries)
+        self.has_new_dtypes = any(dtype in index.SHORT_NAMES for dtype, _ in heads.values())
+        """Whether the first version of format 1 could not read the index."""
 
     @property
     def size_bytes(self) -> int:
@@ -141,7 +143,7 @@ def commit(
         fsio.write_new_file(temporary / name, data)
     shards = {name: report.record for name, report in reports.items()}
     files = {**shards, **{name: record_of(data) for name, data in small.items()}}
-    minor = int(manifest.needs_minor(small[layout.TRAIN_STATE]))
+    minor = int(expected.has_new_dtypes or manifest.needs_minor(small[layout.TRAIN_STATE]))
     body = manifest.encode(contents.provenance, files, minor=minor)
     fsio.write_new_file(temporary / layout.MANIFEST, body)
     fsio.fsync_folder(temporary)

@@ -32,12 +32,16 @@ _FEW = 16
 _HEADER = struct.Struct("<8sQQQ")
 
 ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 """Bytes of one element by safetensors dtype name."""
+
+SHORT_NAMES = {"F8_E4M3FNUZ": "F8E4FNUZ", "F8_E5M2FNUZ": "F8E5FNUZ"}
+"""What stands in the index for dtypes whose names are too long for it. Since format 1.1."""
+_LONG_NAMES = {short: name for name, short in SHORT_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def encode(entries: Mapping[str, TensorEntry]) -> bytes:
 
 def _encode_record(name: str, entry: TensorEntry, number_of: dict[str, int]) -> bytes:
     raw, ndim = name.encode(), len(entry.shape)
-    parts = [struct.pack(f"<H{len(raw)}s8sB", len(raw), raw, entry.dtype.encode(), ndim)]
+    dtype = SHORT_NAMES.get(entry.dtype, entry.dtype).encode()
+    parts = [struct.pack(f"<H{len(raw)}s8sB", len(raw), raw, dtype, ndim)]
     parts.append(struct.pack(f"<{ndim}QI", *entry.shape, len(entry.chunks)))
     chunk_format = struct.Struct(f"<IQQ{ndim}Q{ndim}Q")
     for chunk in sorted(entry.chunks, key=lambda chunk: chunk.offsets):
@@ -98,7 +103,10 @@ class _Record:
 
     def __init__(self, raw: memoryview) -> None:
         ndim = raw[8]
-        self.dtype = bytes(raw[:8]).rstrip(b"\0").decode()
+        dtype = bytes(raw[:8]).rstrip(b"\0").decode()
+        self.dtype = _LONG_NAMES.get(dtype, dtype)
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"dtype {dtype!r} is unknown")
         *shape, self.count = struct.unpack_from(f"<{ndim}QI", raw, 9)
         self.shape = tuple(shape)
         self.packed = raw[9 + 8 * ndim + 4 :]

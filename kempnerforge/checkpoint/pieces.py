@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
@@ -124,6 +125,8 @@ def _problem(tensor: torch.Tensor) -> str:
             if any(placement.is_partial() for placement in tensor.placements):
                 return "is a partial DTensor: redistribute it to Replicate() or Shard() first"
             return _problem(_local(tensor))
+        if isinstance(tensor, AsyncCollectiveTensor):
+            return ""
         if isinstance(tensor, _OF_SHARDS):
             return next((problem for shard in _shards(tensor) if (problem := _problem(shard))), "")
     if tensor.is_nested:
@@ -180,6 +183,8 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach()
     if type(tensor) is LocalShardsWrapper:  # its ``detach`` changes it
         return tensor
+    if isinstance(tensor, AsyncCollectiveTensor):  # what a redistribution left, perhaps under way
+        return plain(tensor.wait())
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         return tensor.detach().as_subclass(torch.Tensor)
 

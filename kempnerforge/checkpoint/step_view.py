@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import tomli
 
-from kempnerforge.checkpoint import layout, manifest
+from kempnerforge.checkpoint import layout, manifest, structure
 from kempnerforge.checkpoint.digest import VerifiedFile
 from kempnerforge.checkpoint.manifest import Manifest
-from kempnerforge.checkpoint.structure import PATHS
 from kempnerforge.errors import DamagedCheckpointError
 
 if TYPE_CHECKING:
@@ -69,7 +68,12 @@ class StepView:
             raise self._damaged(f"{layout.TRAIN_STATE} cannot be parsed ({error})") from None
         if not isinstance(body, dict):
             raise self._damaged(f"{layout.TRAIN_STATE} is not a JSON object")
-        body.pop(PATHS, None)  # where leaves stood in a nested state dict is no leaf
+        try:
+            structure.decode(
+                body.pop(structure.PATHS, None)
+            )  # no leaf: where leaves stood in a nested state dict
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise self._damaged(f"{layout.TRAIN_STATE}: {error}") from None
         return body
 
     def config(self) -> dict[str, Any]:

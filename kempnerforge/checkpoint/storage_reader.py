@@ -11,6 +11,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from kempnerforge.checkpoint import layout, leaves, manifest, structure
@@ -59,6 +61,7 @@ class SafetensorsReader(StorageReader):
         self._objects: dict[str, Any] | None = None
         self._structure: Structure = FLAT
         self._inside: frozenset[str] | None = None
+        self._joined: dict[str, Path] | None = None
 
     @property
     def manifest(self) -> manifest.Manifest:
@@ -133,6 +136,29 @@ class SafetensorsReader(StorageReader):
             load_tensors(unpacker.tensors, self)
         return value
 
+    @property
+    def joined(self) -> dict[str, Path]:
+        """Lists, by name, whose parts are entries, and which DCP takes for one leaf when it has no target.
+
+        They have no tensors and no dicts in them but empty ones, which have no entry.
+        """
+        if self._joined is None:
+            lists = {structure.name_of(path): path for path in self.structure.bare_lists}
+            self._joined = {name: path for name, path in lists.items() if not self._has_tensors(name)}
+        return self._joined
+
+    def _has_tensors(self, name: str) -> bool:
+        return any(f"{name}.{rest}" not in self.inside for rest in self.index.under(f"{name}."))
+
+    def _joined_list(self, name: str) -> Any:
+        whole: dict[str, Any] = {}
+        depth, found = len(self.joined[name]), self.structure
+        for part in (*self.raw_objects, *found.empty):
+            if found.path(part)[:depth] == self.joined[name]:
+                value = {} if part in found.empty else self.leaf(part)
+                set_element(whole, (name, *found.path(part)[depth:]), value)
+        return whole[name]
+
     def _make_tensor(self, name: str, tag: Mapping[str, Any]) -> torch.Tensor:
         try:
             dtype, shape = self.index.head(name)
@@ -175,9 +201,7 @@ class SafetensorsReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read every item, file by file and in the order of its bytes."""
         parts, targets, shadows = [], [], Shadows()
-        for item in plan.items:
-            if item.type != LoadItemType.BYTE_IO:
-                _check_item(item, planner)
+        _check_targets(plan, planner)
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
                 planner.load_bytes(item, self._pickled_in_memory(item.storage_index.fqn))
@@ -198,7 +222,12 @@ class SafetensorsReader(StorageReader):
         # DCP's planner insists on unpickling; these bytes were pickled here, from checked JSON. Earlier
         # protocols change the byte order of numpy arrays.
         buffer = io.BytesIO()
-        torch.save({} if name in self.structure.empty else self.leaf(name), buffer, pickle_protocol=5)
+        value: Any = {}
+        if name in self.raw_objects:
+            value = self.leaf(name)
+        elif name in self.joined:
+            value = self._joined_list(name)
+        torch.save(value, buffer, pickle_protocol=5)
         buffer.seek(0)
         return buffer
 
@@ -265,11 +294,14 @@ def load_tensors(tensors: Mapping[str, torch.Tensor], reader: SafetensorsReader)
     shadows.copy()
 
 
-def _check_item(item: ReadItem, planner: LoadPlanner) -> None:
-    """Look at the whole target, before a planner narrows it: of a wrapper subclass that makes a copy."""
-    whole = getattr(planner, "state_dict", {}).get(item.dest_index.fqn)
-    if isinstance(whole, torch.Tensor):
-        check_target(item.dest_index.fqn, whole)
+def _check_targets(plan: LoadPlan, planner: LoadPlanner) -> None:
+    """Look at whole targets, before a planner narrows them: of a wrapper subclass that makes a copy."""
+    state_dict, boxes = getattr(planner, "state_dict", {}), Boxes()
+    for name in {item.dest_index.fqn for item in plan.items if item.type != LoadItemType.BYTE_IO}:
+        if isinstance(whole := state_dict.get(name), torch.Tensor):
+            check_target(name, whole)
+            if isinstance(whole, DTensor) and whole.device_mesh.get_coordinate() is not None:
+                boxes.of(name, whole)
 
 
 class _LazyMetadata(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
@@ -292,10 +324,21 @@ class _LazyMetadata(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
         yield from objects
 
     def items(self) -> Any:
-        """All entries, with the empty dicts: in lists as they are, or DCP would take the list for a leaf."""
-        empty = self._reader.structure.empty
-        hidden = [(name, {} if type(path[-1]) is int else self[name]) for name, path in empty.items()]
-        return [*((name, self[name]) for name in self), *hidden]
+        """All entries and empty dicts, those in lists as they are; ``joined`` lists replace their parts."""
+        found, joined = self._reader.structure, self._reader.joined
+        whole = [(name, BytesStorageMetadata()) for name in joined]
+        depths = {len(path) for path in joined.values()}
+
+        def is_joined(name: str) -> bool:
+            return any(found.path(name)[:depth] in joined.values() for depth in depths)
+
+        entries = [(name, self[name]) for name in self if not is_joined(name)]
+        hidden = [
+            (name, {} if type(path[-1]) is int else BytesStorageMetadata())
+            for name, path in found.empty.items()
+            if not is_joined(name)
+        ]
+        return [*entries, *hidden, *whole]
 
     def __getitem__(self, name: str) -> TensorStorageMetadata | BytesStorageMetadata:
         if name in self._reader.raw_objects:
@@ -309,7 +352,7 @@ class _LazyMetadata(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
                     ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks
                 ],
             )
-        if name in self._reader.structure.empty:
+        if name in self._reader.structure.empty or name in self._reader.joined:
             return BytesStorageMetadata()
         raise KeyError(name)
 
@@ -321,11 +364,12 @@ class _LazyPaths(Mapping[str, Path]):
         self._reader = reader
 
     def __getitem__(self, name: str) -> Path:
-        return self._reader.structure.path(name)
+        return self._reader.joined.get(name) or self._reader.structure.path(name)
 
     def __iter__(self) -> Iterator[str]:
         yield from _LazyMetadata(self._reader)
         yield from self._reader.structure.empty
+        yield from self._reader.joined
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -12,7 +12,7 @@ has the paths of those that do not. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,9 @@ class Structure:
     """By the name of the leaf; one that is missing lies at the top."""
     empty: Mapping[str, Path] = field(default_factory=dict)
     """Dicts without content, by name."""
+    bare_lists: tuple[Path, ...] = ()
+    """Lists with empty dicts and no other dicts in them; filled by ``decode``. What DCP's own planner saved
+    has none: it leaves empty dicts out."""
 
     def path(self, name: str) -> Path:
         """Where a leaf stands."""
@@ -91,7 +94,30 @@ def decode(body: Any) -> Structure:
         raise ValueError(f"{PATHS} has no tree")
     rule = _Rule(body["tree"])
     other = {name: _checked(path) for name, path in body.get("other", {}).items()}
-    return Structure(_Lookup(rule, other), rule.empty)
+    return Structure(_Lookup(rule, other), rule.empty, tuple(_bare_lists(body["tree"], ())))
+
+
+def _bare_lists(node: Any, path: Path) -> Iterator[Path]:
+    if isinstance(node, list) and _is_bare(node):
+        if _has_empty_dict(node):
+            yield path
+        return
+    for key, child in _children(node):
+        yield from _bare_lists(child, (*path, key))
+
+
+def _is_bare(node: Any) -> bool:
+    return node is None or (isinstance(node, list) and all(_is_bare(child) for _, child in node))
+
+
+def _has_empty_dict(node: Any) -> bool:
+    return node is None or any(_has_empty_dict(child) for _, child in node)
+
+
+def _children(node: Any) -> Iterable[tuple[Key, Any]]:
+    if isinstance(node, dict):
+        return node.items()
+    return [(key, child) for key, child in node or ()]
 
 
 def _checked(path: Any) -> Path:
@@ -114,7 +140,7 @@ class _Rule:
             return
         if path:
             self._containers.setdefault(name_of(path), (path, isinstance(node, list)))
-        for key, child in node if isinstance(node, list) else node.items():
+        for key, child in _children(node):
             if type(key) not in (str, int):
                 raise ValueError(f"{key!r} is no key of a container")
             self._collect(child, (*path, key))

@@ -450,3 +450,19 @@ def test_parameter_in_a_tuple_stays_a_parameter(tmp_path: Path) -> None:
         else:
             assert "TypeError" in found
             assert "p.0" in found
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_list_with_an_empty_dict_is_whole_or_refused(tmp_path: Path, place: int) -> None:
+    """DCP's planner does not show the writer empty dicts: no load may give a list that lacks one."""
+    leaves: list[Any] = [np.arange(3), 5]
+    leaves.insert(place, {})
+    for way in WAYS:
+        save_by(way, {"k": leaves}, tmp_path / way)
+        target: State = {"k": [{} if isinstance(item, dict) else None for item in leaves]}
+        found = failure_of(load_by, way, target, tmp_path / way)
+        if found == "nothing":
+            assert_same(target["k"], leaves, way)
+        else:
+            assert way in (STOCK, WRITER)
+            assert "Missing key in checkpoint state_dict: k" in found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -219,8 +220,9 @@ def test_save_failure_after_agreement_of_one_process(tmp_path: Path) -> None:
 
 
 def fail_beside_slow_writer(folder: str) -> str:
-    """Rank 1 fails; rank 2 writes until rank 0 knows that the save has failed."""
+    """Rank 1 fails; rank 2 writes when rank 0 knows that, and, if it can, when the next save has begun."""
     rank, known = dist.get_rank(), Path(folder) / "known"
+    order: list[str] = []
     checkpointer = AsyncCheckpointer("async", patience=QUICK)
     state = {f"own{rank}": torch.full((2,), float(rank))}
     write = Writer.write
@@ -229,7 +231,11 @@ def fail_beside_slow_writer(folder: str) -> str:
         if rank == 1:
             raise OSError(5, "Input/output error")
         if rank == 2:
-            wait_until(known.exists, "rank 0 to know that the save has failed")
+            wait_until(known.exists, "rank 0 to know that the save has failed", timeout_s=20)
+            order[:] = ["known before the write"]
+            deadline = time.monotonic() + 1
+            while time.monotonic() < deadline and not list(Path(folder).glob(".c*")):
+                time.sleep(0.01)
         return write(self, arena_fd, path, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -239,20 +245,23 @@ def fail_beside_slow_writer(folder: str) -> str:
         if rank == 0:
             known.touch()
             _ = outcome(checkpointer.wait)
-    checkpointer.save(state, f"{folder}/c")  # at once, to the same path
+    # At once, to the same path; what rank 2 still writes is no part of it.
+    checkpointer.save(state if rank < 2 else {}, f"{folder}/c")
     checkpointer.wait()
     checkpointer.close()
-    return message
+    return "; ".join([message, *order])
 
 
 def test_save_failure_does_not_wait_for_slow_ranks(tmp_path: Path) -> None:
     messages = run_ranks(fail_beside_slow_writer, 3, str(tmp_path))
-    assert messages == ["SaveFailedError: c was not saved: rank 1: [Errno 5] Input/output error"] * 3
+    message = "SaveFailedError: c was not saved: rank 1: [Errno 5] Input/output error"
+    assert messages == [message, message, f"{message}; known before the write"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "known"]
-    loaded = {f"own{rank}": torch.zeros(2) for rank in range(3)}
+    loaded = {f"own{rank}": torch.zeros(2) for rank in range(2)}
     load_tensors(loaded, SafetensorsReader(tmp_path / "c"))
-    assert [float(tensor[0]) for tensor in loaded.values()] == [0.0, 1.0, 2.0]
-    assert len(list((tmp_path / "c").glob("*.safetensors"))) == 3
+    assert [float(tensor[0]) for tensor in loaded.values()] == [0.0, 1.0]
+    names = sorted(path.name for path in (tmp_path / "c").glob("*.safetensors"))
+    assert names == [f"shard_0000{rank}_of_00002.safetensors" for rank in range(2)]
 
 
 def test_save_error_names_rank_of_payload(tmp_path: Path) -> None:

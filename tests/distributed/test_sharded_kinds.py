@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
 from support.state_trees import Wrapper, same
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_gather_tensor
 from torch.distributed._shard import sharded_tensor
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor.shard import Shard as OldShard
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.optimizer import load_sharded_optimizer_state_
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys, load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
@@ -108,6 +109,13 @@ def test_shards_of_several_kinds_round_trip(tmp_path: Path) -> None:
     assert torch.equal(half, WHOLE.bfloat16())
 
 
+def under_way(tensor: DTensor, mesh: Any) -> DTensor:
+    """Whole on all ranks, of a collective that nobody has waited for."""
+    local = all_gather_tensor(tensor.to_local(), 0, mesh)
+    assert isinstance(local, AsyncCollectiveTensor)
+    return DTensor.from_local(local, mesh, [Replicate()])
+
+
 def refuse_on_all_ranks(folder: str) -> None:
     mesh, rank = init_device_mesh("cpu", (2,)), dist.get_rank()
     partial = DTensor.from_local(torch.ones(3), mesh, [Partial()])
@@ -121,7 +129,20 @@ def refuse_on_all_ranks(folder: str) -> None:
         for state, message in bad:
             with pytest.raises(TypeError, match=message):
                 checkpointer.save({"ok": torch.ones(2), **state}, f"{folder}/c")
-        checkpointer.save({"w": whole}, f"{folder}/good")
+        checkpointer.save(
+            {
+                "w": whole,
+                "whole": under_way(whole, mesh),
+                "plain": all_gather_tensor(whole.to_local(), 0, mesh),
+            },
+            f"{folder}/good",
+        )
+    gathered = {"whole": DTensor.from_local(torch.zeros(4), mesh, [Replicate()])}
+    load_tensors(gathered, SafetensorsReader(f"{folder}/good"))
+    assert torch.equal(gathered["whole"].to_local(), torch.ones(4))
+    plain = torch.zeros(4)
+    load_tensors({"plain": plain}, SafetensorsReader(f"{folder}/good"))
+    assert torch.equal(plain, torch.ones(4))
     with pytest.raises(CheckpointException, match=r"w is a .*Wrapper.*cannot be filled"):
         load({"w": Wrapper(torch.zeros(4))}, storage_reader=SafetensorsReader(f"{folder}/good"))
     with pytest.raises(TypeError, match="w is a partial DTensor"):

@@ -76,6 +76,8 @@ TENSORS: dict[str, Leaf] = {
     "complex64": lambda: torch.complex(floats(3), floats(3)),
     "float8_e4m3fn": lambda: floats(4).to(torch.float8_e4m3fn),
     "float8_e5m2": lambda: floats(4).to(torch.float8_e5m2),
+    "float8_e4m3fnuz": lambda: floats(4).to(torch.float8_e4m3fnuz),
+    "float8_e5m2fnuz": lambda: floats(4).to(torch.float8_e5m2fnuz),
     "uint16": lambda: torch.arange(5).to(torch.uint16),
     "uint64": lambda: torch.arange(5).to(torch.uint64),
     "bool": lambda: torch.tensor([True, False]),
@@ -123,7 +125,7 @@ VALUES: dict[str, Leaf] = {
     "list of dicts": lambda: [{"a": floats(2)}, {"b": 2}],
     "list of empty dicts": lambda: [{}, {}],
     "empty dicts beside values": lambda: [{}, 3, [{}, 1]],
-    "empty lists within": lambda: [[], [{}], []],
+    "empty lists, empty dicts within": lambda: [[], [{}], []],
     "surrogate pairs": lambda: ({"\ud83d\ude00": "a\ud83d\ude00"}, "\U0001f600"),
     "parameter in a tuple": lambda: (torch.nn.Parameter(floats(2)), 1),
     "list of lists": lambda: [[floats(2)], [[floats(1)], 3]],
@@ -400,10 +402,11 @@ def test_load_from_keys_gives_part_of_nested_state(tmp_path: Path, checkpointer:
 
 
 def test_hugging_face_reader_reads_nested_checkpoint(tmp_path: Path, checkpointer: AsyncCheckpointer) -> None:
-    checkpointer.save({"a": {"w": floats(3)}, "pair": (floats(2), 1)}, tmp_path / "c")
-    loaded = {"a.w": torch.zeros(3), "pair.0": torch.zeros(2)}
+    small = floats(3).to(torch.float8_e4m3fnuz)
+    checkpointer.save({"a": {"w": floats(3), "f": small}, "pair": (floats(2), 1)}, tmp_path / "c")
+    loaded = {"a.w": torch.zeros(3), "pair.0": torch.zeros(2), "a.f": torch.zeros(3).to(small.dtype)}
     load(loaded, storage_reader=HuggingFaceStorageReader(str(tmp_path / "c")))
-    assert same(loaded, {"a.w": floats(3), "pair.0": floats(2)})
+    assert same(loaded, {"a.w": floats(3), "pair.0": floats(2), "a.f": small})
 
 
 def test_save_payload_error_is_raised_and_leaves_nothing(
@@ -417,6 +420,20 @@ def test_save_payload_error_is_raised_and_leaves_nothing(
     with pytest.raises(TypeError, match="a state dict is a mapping from names to values, not int"):
         checkpointer.save(3, tmp_path / "c")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_save_and_load_under_default_device(
+    device: str, tmp_path: Path, checkpointer: AsyncCheckpointer
+) -> None:
+    state = tree({"a": (floats(2), np.arange(2000)), "b": floats(3).expand(2, 3), "c": np.float32(2)})
+    target = {"leaf": {"b": torch.zeros(3).expand(2, 3)}}
+    with torch.device(device):
+        checkpointer.save(state, tmp_path / "c")
+        load(target, storage_reader=SafetensorsReader(tmp_path / "c"))
+        leaf = SafetensorsReader(tmp_path / "c").leaf("leaf.a")
+    assert same(leaf, state["leaf"]["a"])
+    assert same(target["leaf"]["b"], state["leaf"]["b"])
 
 
 def test_leaf_kinds_number_more_than_sixty() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +94,38 @@ def test_save_that_a_signal_cuts_off_is_named(tmp_path: Path, mode: str, number:
     assert done.returncode == -number
     assert f"kempnerforge: {tmp_path / '.c.0.tmp'} is not committed" in done.stderr
     assert not (tmp_path / "c").exists()
+
+
+RANKS = """
+import torch.distributed as dist
+dist.init_process_group("gloo")
+mine = torch.full((1000,), dist.get_rank())
+AsyncCheckpointer(sys.argv[1]).save({"w": torch.arange(1000.0), f"rank_{dist.get_rank()}": mine}, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ending", ["", "dist.destroy_process_group()\n"], ids=["return", "destroyed group"])
+def test_save_of_two_ranks_at_end_is_committed(tmp_path: Path, mode: str, ending: str) -> None:
+    """The first rank, whose process hosts the store, does not end before the others have no need of it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT + RANKS + ending, mode, str(tmp_path / "c")],
+            env={
+                **os.environ,
+                **{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+                **{"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [rank.communicate()[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    target = {"w": torch.zeros(1000), "rank_1": torch.zeros(1000, dtype=torch.int64)}
+    load_tensors(target, SafetensorsReader(tmp_path / "c"))
+    assert target["rank_1"].sum() == 1000

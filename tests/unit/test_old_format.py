@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys, load
 
 from kempnerforge.checkpoint import manifest
+from kempnerforge.checkpoint.commit import Expected, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.manager import CheckpointManager
+from kempnerforge.checkpoint.shards import ShardItem
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.checkpoint.verify import verify
@@ -104,6 +107,14 @@ def resigned(folder: Path, **changes: object) -> Path:
 def test_manifest_of_later_format_is_mismatch(number: object, text: str, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=rf"nested .*{text}.*reads formats 1 and 1\.1"):
         SafetensorsReader(resigned(tmp_path, format=number)).objects  # noqa: B018
+
+
+def test_index_long_dtype_names_need_minor_version() -> None:
+    item = PlannedItem(ShardItem("w", "F8_E5M2FNUZ", (0,), (4,)), (4,))
+    assert Expected((PlannedFile("shard", (item,)),)).has_new_dtypes
+    assert not Expected(
+        (PlannedFile("shard", (replace(item, item=replace(item.item, dtype="F8_E5M2")),)),)
+    ).has_new_dtypes
 
 
 def test_manifest_of_minor_version_is_read(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from kempnerforge.checkpoint.commit import PlannedItem
 from kempnerforge.checkpoint.pieces import check_name
 from kempnerforge.checkpoint.shadows import may_overlap
 from kempnerforge.checkpoint.shards import ShardItem
-from kempnerforge.checkpoint.structure import FLAT
+from kempnerforge.checkpoint.structure import FLAT, Structure
 from kempnerforge.checkpoint.tree import payload_of, split_leaves
 from kempnerforge.checkpoint.union import Held, unite
 
@@ -57,6 +57,14 @@ def test_payload_empty_dicts_are_kept_by_path() -> None:
     assert set(payload.objects) == {"b.d"}
     found = structure.decode(json.loads(json.dumps(structure.encode(payload.structure))))
     assert found.empty == {"a": ("a",), "b.c": ("b", "c"), "e.1": ("e", 1)}
+
+
+def test_structure_bare_lists_have_empty_dicts_and_no_others() -> None:
+    tree = {"a": [{}, 1], "b": [[{}], 2], "c": [{"d": 1}, {}], "e": [1, 2], "f": {"g": [[], [{}]]}}
+    found = structure.decode(structure.encode(payload_of(tree).structure))
+    assert set(found.bare_lists) == {("a",), ("b",), ("f", "g")}
+    of_dcp = structure.encode(Structure({"a.1": ("a", 1)}))
+    assert structure.decode(of_dcp).bare_lists == ()
 
 
 def test_structure_json_has_containers_alone() -> None:
