@@ -23,8 +23,9 @@ from kempnerforge.goodput.interval import daly, expected_mtti, prior_mtti
 
 AUTO_OVERHEAD_PCT = 1.0
 """``max_overhead_pct`` of "auto", where none is given."""
-SHORTEST_S, LONGEST_S = 1.0, 4 * 3600.0
-"""Bounds on Daly's interval."""
+SHORTEST_S, LONGEST_S = 30.0, 4 * 3600.0
+"""Bounds on the interval of "auto". Where failures are expected more often than every 5 minutes, the lower
+bound is a tenth of the time between them. Nothing stretches an interval to more than the upper one."""
 RETRY_S = 60.0
 """Until the next save when one was tried and what it costs is still not known."""
 DEAD_BAND = 1.25
@@ -40,7 +41,7 @@ class Measured:
     cost_s: float | None = None
     """``tax.cost_s``."""
     durable_s: float = 0.0
-    """Mean time from a save's call to its commit."""
+    """Median time from a save's call to its commit."""
     has_baseline: bool = False
     """Whether quiet steps are known, beside which a save can be measured."""
     tried: bool = False
@@ -67,8 +68,8 @@ def spacing(known: Measured, *, auto: bool, max_overhead_pct: float | None) -> S
 
     A save that costs C seconds takes at most P percent of the time when saves are 100 C / P apart; "auto"
     takes Daly's interval for C and the mean time to an interruption, if that and the time that a save takes
-    to be durable are not longer. While C is unknown, the first save waits for quiet steps and comes as soon
-    as they are known, so that it can be measured.
+    to be durable are not longer. The first save of an attempt waits for quiet steps and comes as soon as
+    they are known, so that it can be measured: what earlier attempts measured may be a stall that is over.
     """
     if max_overhead_pct is None:
         return Spacing()
@@ -77,11 +78,15 @@ def spacing(known: Measured, *, auto: bool, max_overhead_pct: float | None) -> S
         if known.writing or not known.has_baseline:
             wait_s = NEVER
         return Spacing(wait_s, wait_s if auto else NEVER)
-    bound_s = 100 * known.cost_s / max_overhead_pct
+    if known.has_baseline and not known.tried:
+        return Spacing(0.0, 0.0 if auto else NEVER)
+    bound_s = min(100 * known.cost_s / max_overhead_pct, LONGEST_S)
     if not auto:
         return Spacing(bound_s)
-    wanted_s = min(max(daly(known.cost_s, known.mtti_s), SHORTEST_S), LONGEST_S)
-    auto_s = max(wanted_s, bound_s, known.durable_s)
+    shortest_s = min(SHORTEST_S, known.mtti_s / 10)
+    wanted_s = min(max(daly(known.cost_s, known.mtti_s), shortest_s), LONGEST_S)
+    durable_s = min(known.durable_s, LONGEST_S)
+    auto_s = max(wanted_s, bound_s, durable_s)
     why = "failures" if auto_s == wanted_s else "overhead" if auto_s == bound_s else "writing"
     return Spacing(bound_s, auto_s, why)
 
@@ -143,7 +148,7 @@ class Pacer:
         exposure_s = self._exposure_s + self._clock.elapsed_s
         known = Measured(
             cost_s=cost_s(saves),
-            durable_s=statistics.fmean(save.durable_s for save in saves) if saves else 0.0,
+            durable_s=statistics.median(save.durable_s for save in saves) if saves else 0.0,
             has_baseline=meter.quiet_step_s is not None,
             tried=meter.tried,
             writing=meter.is_pending,
@@ -154,7 +159,7 @@ class Pacer:
         self._held = Spacing(
             steady(held.bound_s, found.bound_s), steady(held.auto_s, found.auto_s), found.why
         )
-        if known.cost_s is not None:
+        if known.cost_s is not None and (known.tried or not known.has_baseline):
             self._tell(known, meter.quiet_step_s)
         return self._held
 

@@ -26,7 +26,9 @@ BASELINE_INTERVALS = 5
 QUIET_WINDOW = 33
 """Quiet intervals that the median is over, the newest."""
 SAVES_WINDOW = 8
-"""Saves that ``TaxMeter.cost_s`` is the mean of, the newest."""
+"""Saves that ``cost_s`` is the mean of, the newest."""
+SPIKE = 4.0
+"""How many times the median a save may count for in the mean."""
 
 
 @dataclass
@@ -144,15 +146,21 @@ class TaxMeter:
 
 
 def cost_s(saves: list[SaveTax]) -> float | None:
-    """What a save costs the loop: the mean tax, at least the mean time of standing still; None without any.
+    """What a save costs the loop: the tax, at least the time of standing still; None without any.
 
-    A mean, because a bound on the share of all time is about means.
+    A mean, because a bound on the share of all time is about means. No save counts for more than ``SPIKE``
+    times the median: a file system that fails over for an hour says nothing of what the next save costs.
     """
     if not saves:
         return None
     return max(
-        statistics.fmean(save.tax_s for save in saves), statistics.fmean(save.blocked_s for save in saves)
+        _clipped_mean([save.tax_s for save in saves]), _clipped_mean([save.blocked_s for save in saves])
     )
+
+
+def _clipped_mean(values: list[float]) -> float:
+    most = SPIKE * max(0.0, statistics.median_low(values))
+    return statistics.fmean(min(value, most) for value in values)
 
 
 class StepClock:

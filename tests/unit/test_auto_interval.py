@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.clock import FakeClock
 
+from kempnerforge.checkpoint import tax
 from kempnerforge.checkpoint.pace import (
     LONGEST_S,
     NEVER,
@@ -40,6 +45,9 @@ def known(cost_s: float, *, mtti_s: float = 24 * HOUR, durable_s: float = 1.0) -
     return Measured(cost_s=cost_s, durable_s=durable_s, has_baseline=True, tried=True, mtti_s=mtti_s)
 
 
+OTHERS = Measured(cost_s=2.0, durable_s=1.0, has_baseline=True)
+
+
 TABLE: list[tuple[str, Measured, bool, float | None, Spacing]] = [
     ("nothing paces", known(5.0), False, None, Spacing(0.0, NEVER)),
     ("before quiet steps are known nothing could be measured", COLD, False, 1.0, Spacing(NEVER, NEVER)),
@@ -54,8 +62,18 @@ TABLE: list[tuple[str, Measured, bool, float | None, Spacing]] = [
     ("the bound is longer", known(2.0, mtti_s=HOUR), True, 1.0, Spacing(200.0, 200.0, "overhead")),
     ("writing is longer", known(0.5, durable_s=900.0), True, 1.0, Spacing(50.0, 900.0, "writing")),
     ("no shorter than this", known(0.0), True, 1.0, Spacing(0.0, SHORTEST_S, "failures")),
+    ("unless failures are as near", known(0.0, mtti_s=60.0), True, 1.0, Spacing(0.0, 6.0, "failures")),
     ("no longer than this", known(90.0, mtti_s=1e9), True, 100.0, Spacing(90.0, LONGEST_S, "failures")),
-    ("unless the bound says so", known(600.0), True, 1.0, Spacing(60_000.0, 60_000.0, "overhead")),
+    ("whatever the bound says", known(600.0), True, 1.0, Spacing(LONGEST_S, LONGEST_S, "overhead")),
+    (
+        "however long it takes to write",
+        known(0.5, durable_s=1e6),
+        True,
+        1.0,
+        Spacing(50.0, LONGEST_S, "writing"),
+    ),
+    ("an attempt measures for itself", OTHERS, True, 1.0, Spacing(0.0, 0.0)),
+    ("once it can", replace(OTHERS, has_baseline=False), False, 1.0, Spacing(200.0, NEVER)),
 ]
 
 
@@ -76,9 +94,10 @@ def test_spacing_table_matches(
 )
 def test_spacing_auto_within_bounds(cost_s: float, mtti_s: float, durable_s: float, percent: float) -> None:
     found = spacing(known(cost_s, mtti_s=mtti_s, durable_s=durable_s), auto=True, max_overhead_pct=percent)
-    assert found.auto_s >= max(found.bound_s, durable_s, SHORTEST_S)
-    assert cost_s <= found.auto_s * percent / 100 * (1 + 1e-9)
-    assert found.auto_s <= max(LONGEST_S, found.bound_s, durable_s)
+    assert max(found.bound_s, min(SHORTEST_S, mtti_s / 10)) <= found.auto_s <= LONGEST_S
+    if found.auto_s < LONGEST_S:
+        assert found.auto_s >= durable_s
+        assert cost_s <= found.auto_s * percent / 100 * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -289,3 +308,99 @@ def test_pacer_earlier_attempts_give_cost_and_failures(tmp_path: Path) -> None:
     fresh, _ = make_pacer(interval="auto")
     fresh.remember(tmp_path / "gone", resumed_at=0)
     assert math.isclose(fresh.votes()[1], 1 << 62), "no record is no reason not to train"
+
+
+# -- the loop that is controlled -----------------------------------------------------------------------------
+
+STEP_S = 20.0
+
+
+class Training:
+    """Attempts of a run on a clock of its own, paced as real ones. ``costs``: number of a save -> its cost."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, costs: Callable[[int], float], **settings: Any
+    ) -> None:
+        self.time = FakeClock().replace_in(monkeypatch, tax)
+        self.costs = costs
+        self.settings = settings
+        self.begun: list[float] = []
+        """When each save began."""
+        self.commits: list[dict[str, Any]] = []
+
+    def attempt(self, seconds: float) -> None:
+        """Train so long."""
+        config = CheckpointConfig.model_validate(self.settings)
+        clock, policy = StepClock(), SavePolicy.from_config(config)
+        pacer = Pacer(config, clock, rank=0, ranks=2)
+        pacer._learn(derive(self.events(), []), 0, ())
+        clock.restart(0)
+        step, ends = 0, self.time.now + seconds
+        while self.time.now < ends:
+            self.time.advance(STEP_S)
+            step += 1
+            clock.boundary(step)
+            bound_s, auto_s = (ms / 1000 for ms in pacer.votes())
+            since_s = clock.since_save_s
+            if policy.due(step, seconds_since_last_save=since_s, bound_s=bound_s, auto_s=auto_s):
+                cost_s = self.costs(len(self.begun))
+                self.begun.append(self.time.now)
+                clock.save_begins()
+                self.time.advance(STEP_S + cost_s)
+                step += 1
+                clock.boundary(step)
+                clock.meter.save_ended(durable_s=cost_s + 1.0, at_boundary=True)
+                commit = {"blocking_s": 0.0, "total_s": cost_s + 1.0, "tax_s": cost_s}
+                self.commits.append({"event": "commit", "time": self.time.now, "attempt": 1, **commit})
+
+    def events(self) -> list[dict[str, Any]]:
+        """The ledger so far, as an attempt sees it that begins now."""
+        start = {"event": "start", "time": 0.0, "process_started": 0.0, "layout": {"num_ranks": 2}}
+        return [{**start, "attempt": 1}, *self.commits, {**start, "attempt": 2}]
+
+    def gaps(self) -> list[float]:
+        """Seconds between saves."""
+        return [later - earlier for earlier, later in itertools.pairwise(self.begun)]
+
+
+PACED = [{"interval": "auto"}, {"interval": 10, "max_overhead_pct": 1.0}]
+
+
+@pytest.mark.parametrize("settings", PACED, ids=["auto", "bound"])
+@pytest.mark.parametrize("stalled", [0, 1, 2, 7, 20])
+@pytest.mark.parametrize("stall_s", [1200.0, 100_000.0])
+def test_pacer_one_stall_does_not_stop_saves(
+    monkeypatch: pytest.MonkeyPatch, settings: Any, stalled: int, stall_s: float
+) -> None:
+    """A file system that fails over, a job that is suspended: afterwards saves come as before."""
+    calm = Training(monkeypatch, lambda number: 0.5, **settings)
+    calm.attempt(24 * HOUR)
+    usual_s = max(calm.gaps()[1:])
+    run = Training(monkeypatch, lambda number: stall_s if number == stalled else 0.5, **settings)
+    run.attempt(24 * HOUR + stall_s)
+    gaps = [gap - (stall_s if number == stalled else 0.0) for number, gap in enumerate(run.gaps())]
+    assert max(gaps) <= LONGEST_S + 100
+    after = gaps[stalled + 1 :]
+    assert len(after) > 50
+    assert all(gap <= 4 * usual_s + 2 * STEP_S for gap in after[1:])
+
+
+@pytest.mark.parametrize("settings", PACED, ids=["auto", "bound"])
+def test_pacer_restart_measures_anew(monkeypatch: pytest.MonkeyPatch, settings: Any) -> None:
+    run = Training(monkeypatch, lambda number: 3600.0 if number == 0 else 0.5, **settings)
+    for _ in range(3):
+        began = run.time.now
+        known = len(run.begun)
+        run.attempt(2 * HOUR)
+        assert run.begun[known] - began < 60 * STEP_S, "the first save of an attempt is a measure"
+    assert len(run.begun) > 10
+
+
+def test_pacer_auto_zero_and_huge_costs_stay_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = Training(monkeypatch, lambda number: 0.0, interval="auto")
+    free.attempt(2 * HOUR)
+    assert all(gap >= SHORTEST_S for gap in free.gaps()[1:])
+    huge = Training(monkeypatch, lambda number: 900.0, interval="auto")
+    huge.attempt(60 * HOUR)
+    assert all(gap <= LONGEST_S + 2 * STEP_S + 900.0 for gap in huge.gaps())
+    assert len(huge.begun) >= 12
