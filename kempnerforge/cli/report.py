@@ -48,7 +48,8 @@ def report(
         history[-1].end = {"kind": "running", "reason": "it is running", "step": None}
     now = time.time()
     body = account(history, now=now, running=running)
-    body["saving"] = saving(history, wall_s=body["wall_s"] - body["parts_s"]["idle"])
+    rollbacks = [cut.attempt for cut in cuts if cut.is_rollback]
+    body["saving"] = saving(history, wall_s=body["wall_s"] - body["parts_s"]["idle"], rollbacks=rollbacks)
     size_bytes = _write_page(html, run_dir, body, history, cuts, now) if html is not None else 0
     if as_json:
         text.print_json(body)

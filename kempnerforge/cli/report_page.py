@@ -64,7 +64,7 @@ def page(report: Report) -> bytes:
 <p class="words">{escape(report.run_dir)} · looked at {looked}</p></header>
 <main>
 {_cards(body)}
-{timeline_figure(body["attempts"], report.commits, wall_s=body["wall_s"])}
+{timeline_figure(body["attempts"], report.commits, wall_s=body["span_s"])}
 {loss_figure(report.curves)}
 {throughput_figure(report.curves)}
 <div class="pair">

@@ -56,6 +56,8 @@ def print_report(run_dir: str, body: Mapping[str, Any]) -> None:
     print_columns(rows, right=(1, 2))
     for one in body["attempts"]:
         typer.echo(f"{attempt_words(one)}; {one['kind']}: {one['reason']}")
+    for line in remarks(body):
+        typer.echo(line)
     for name, timing in found["timings"].items():
         if timing["p50"] is not None:
             typer.echo(f"checkpoint {name}: p50 {timing['p50']:.3f}, p99 {timing['p99']:.3f}")
@@ -69,6 +71,18 @@ def print_report(run_dir: str, body: Mapping[str, Any]) -> None:
         typer.echo(f"best interval: Young {found['young_s']:.1f} s, Daly {found['daly_s']:.1f} s")
     for line in saving_lines(found):
         typer.echo(line)
+
+
+def remarks(body: Mapping[str, Any]) -> list[str]:
+    """What has to be known to read the times."""
+    found = []
+    if body["refused_starts"]:
+        found.append(
+            f"{count(body['refused_starts'], 'start')} refused by the config or the guard, not counted"
+        )
+    if body["clocks_disagree"]:
+        found.append("attempts overlap, or their clocks disagree: times are approximate")
+    return found
 
 
 def attempt_words(one: Mapping[str, Any]) -> str:

@@ -145,10 +145,10 @@ def _bar(one: Stretch, wall_s: float) -> str:
 def _commit_marks(commits: Sequence[Commit], *, origin: float, wall_s: float) -> str:
     groups: dict[int, list[Commit]] = {}
     for one in commits:
-        groups.setdefault(int(COMMIT_CELLS * (one.time - origin) / wall_s), []).append(one)
+        groups.setdefault(int(COMMIT_CELLS * _since(origin, one, wall_s) / wall_s), []).append(one)
     marks = []
     for group in groups.values():
-        at = group[0].time - origin
+        at = _since(origin, group[0], wall_s)
         steps = sorted(one.step for one in group)
         what = (
             f"step {steps[0]:,}" if len(group) == 1 else f"{len(group)} steps, {steps[0]:,} to {steps[-1]:,}"
@@ -158,6 +158,11 @@ def _commit_marks(commits: Sequence[Commit], *, origin: float, wall_s: float) ->
             f'title="{what} committed at {duration(at)}"></i>'
         )
     return "".join(marks)
+
+
+def _since(origin: float, commit: Commit, wall_s: float) -> float:
+    """Seconds; within the run, whatever a clock says."""
+    return min(max(0.0, commit.time - origin), wall_s)
 
 
 def end_sign(kind: str) -> str:

@@ -9,6 +9,8 @@ from kempnerforge.goodput.history import AttemptHistory
 from kempnerforge.goodput.interval import daly, expected_overhead, rate_bounds, young
 
 INTERRUPTIONS = ("fault", "lost")
+_CLOCK_TOLERANCE_S = 1.0
+"""By so much the clocks of two hosts may differ unsaid."""
 PARTS = ("effective", "lost", "data", "eval", "checkpoint", "setup", "load", "rest", "idle")
 
 
@@ -16,19 +18,25 @@ def account(history: Sequence[AttemptHistory], *, now: float, running: bool) -> 
     """Seconds by part; they sum to ``wall_s``. ``rest`` is what no part of an attempt was measured to take.
 
     ``setup_parts_s`` sum to the part ``setup``. Steps count as lost when a later attempt began below them.
-    ``running``: the last attempt is alive.
+    ``running``: the last attempt is alive. Starts that were refused are counted in ``refused_starts`` alone,
+    and the time after a run had finished is left out. Where attempts overlap, or a clock went back, each
+    second counts once, for the earlier attempt, and ``clocks_disagree`` is true. ``span_s``: from the first
+    start to the last sign of life, with what is left out.
     """
-    begun = [one for one in history if one.start is not None]
+    begun = [one for one in history if one.start is not None and not _is_refused(one)]
     parts = dict.fromkeys(PARTS, 0.0)
     setup: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
-    before = 0.0
+    disagree, before = False, None
     for place, one in enumerate(begun):
         assert one.start is not None
-        started = one.start["process_started"]
-        ended = max(one.last_seen, now if running and one.is_last else 0.0)
-        if before:
-            parts["idle"] += max(0.0, started - before)
+        told = one.start["process_started"]
+        last_seen = max(one.last_seen, now if running and one.is_last else 0.0)
+        started = told if before is None else max(told, before)
+        ended = max(last_seen, started)
+        disagree |= told < started - _CLOCK_TOLERANCE_S or last_seen < told - _CLOCK_TOLERANCE_S
+        if before is not None and begun[place - 1].kind != "finished":
+            parts["idle"] += started - before
         began = [later.began_at for later in begun[place + 1 :] if later.began_at is not None]
         row = _attempt(one, kept_to=min(began, default=None), started=started, ended=ended)
         for name, seconds in row["parts_s"].items():
@@ -37,15 +45,23 @@ def account(history: Sequence[AttemptHistory], *, now: float, running: bool) -> 
             setup[name] = setup.get(name, 0.0) + seconds
         rows.append(row)
         before = ended
-    wall_s = before - rows[0]["started"] if rows else 0.0
+    wall_s = sum(parts.values())
     return {
         "wall_s": wall_s,
+        "span_s": before - rows[0]["started"] if before is not None else 0.0,
         "parts_s": parts,
         "setup_parts_s": setup,
         "ettr": parts["effective"] / wall_s if wall_s else 0.0,
         "lost_steps": sum(row["lost_steps"] for row in rows),
+        "refused_starts": sum(one.start is not None and _is_refused(one) for one in history),
+        "clocks_disagree": disagree,
         "attempts": rows,
     }
+
+
+def _is_refused(one: AttemptHistory) -> bool:
+    """Whether a start was turned down before it loaded anything: by its config, or as one fault too many."""
+    return one.kind in ("config", "blocked") and one.resume is None
 
 
 def _attempt(one: AttemptHistory, *, kept_to: int | None, started: float, ended: float) -> dict[str, Any]:
@@ -59,14 +75,23 @@ def _attempt(one: AttemptHistory, *, kept_to: int | None, started: float, ended:
     parts: dict[str, float] = {name: spent.get(name, 0.0) for name in ("data", "eval")}
     inside = sum(event["blocking_s"] for event in one.commits)
     parts["checkpoint"] = inside
-    setup = _setup(one, started=started, ended=ended)
+    setup = {name: max(0.0, each_s) for name, each_s in _setup(one, started=started, ended=ended).items()}
     parts["load"] = one.resume.get("load_s", 0.0) if one.resume else 0.0
     parts["setup"] = sum(setup.values())
-    step_s, began, last = spent.get("step", 0.0), one.began_at or 0, one.last_step
+    step_s, began = spent.get("step", 0.0), one.began_at or 0
+    last = one.last_step if one.resume is not None else 0
     kept = last if kept_to is None else min(max(kept_to, began), last)
-    lost_s = step_s - _step_s_at(kept, began, marks)
+    lost_s = min(max(0.0, step_s - _step_s_at(kept, began, marks)), step_s)
     parts["lost"], parts["effective"] = lost_s, step_s - lost_s
-    parts["rest"] = ended - started - sum(parts.values())
+    wall_s = ended - started
+    parts = _within(wall_s, parts)
+    whole_s = sum(setup.values())
+    setup = {name: each_s * parts["setup"] / whole_s for name, each_s in setup.items()} if whole_s else setup
+    parts["rest"] = max(0.0, wall_s - sum(parts.values()))
+
+    def inside_of_it(moment: float) -> float:
+        return min(max(moment, started), ended)
+
     return {
         "attempt": one.number,
         "kind": one.kind,
@@ -75,12 +100,24 @@ def _attempt(one: AttemptHistory, *, kept_to: int | None, started: float, ended:
         "last_step": last,
         "lost_steps": last - kept,
         "started": started,
-        "resumed": one.resume["time"] if one.resume else None,
-        "lost_from": _time_at(kept, one) if last > kept else None,
-        "wall_s": ended - started,
+        "resumed": inside_of_it(one.resume["time"]) if one.resume else None,
+        "lost_from": inside_of_it(_time_at(kept, one)) if last > kept else None,
+        "wall_s": wall_s,
         "parts_s": parts,
         "setup_parts_s": setup,
     }
+
+
+def _within(wall_s: float, parts: dict[str, float]) -> dict[str, float]:
+    """``parts`` cut to ``wall_s`` in all: a clock went back, or an earlier attempt has some of that time."""
+    found = {name: max(0.0, seconds) for name, seconds in parts.items()}
+    excess_s = sum(found.values()) - wall_s
+    for name in PARTS:
+        if excess_s > 0 and name in found:
+            cut_s = min(found[name], excess_s)
+            found[name] -= cut_s
+            excess_s -= cut_s
+    return found
 
 
 def _setup(one: AttemptHistory, *, started: float, ended: float) -> dict[str, float]:
@@ -119,16 +156,18 @@ def _step_s_at(step: int, began: int, marks: Sequence[dict[str, Any]]) -> float:
     return low_s
 
 
-def saving(history: Sequence[AttemptHistory], *, wall_s: float) -> dict[str, Any]:
+def saving(
+    history: Sequence[AttemptHistory], *, wall_s: float, rollbacks: Sequence[int] = ()
+) -> dict[str, Any]:
     """Checkpoint timings, the failure rate with its 95% interval, and the intervals that follow from them.
 
-    A failure is an attempt that ended in a fault of its own or was lost; a stop that was
-    agreed on loses nothing.
+    Failures, and the time in training that they came in, are those of ``interruptions``: what "auto" goes by.
+    ``wall_s``: all time of the attempts, for what another interval would have saved.
     """
     commits = [event for one in history for event in one.commits]
-    failures = sum(one.kind in INTERRUPTIONS and not one.is_last for one in history)
+    failures, trained_s = _failures_so_far(history, rollbacks)
     low, high = rate_bounds(failures)
-    mtti_s = wall_s / failures if failures else None
+    mtti_s = trained_s / failures if failures else None
     timings = {
         name: {f"p{percent}": _quantile([event[name] for event in commits], percent) for percent in (50, 99)}
         for name in ("blocking_s", "write_s", "commit_s", "total_s")
@@ -142,7 +181,7 @@ def saving(history: Sequence[AttemptHistory], *, wall_s: float) -> dict[str, Any
         "timings": timings,
         "failures": failures,
         "mtti_s": mtti_s,
-        "mtti_95_s": [wall_s / high, wall_s / low if low else None],
+        "mtti_95_s": [trained_s / high, trained_s / low if low else None],
         "interval_s": interval_s,
         "young_s": None,
         "daly_s": None,
@@ -216,6 +255,21 @@ def interruptions(
         rolled_back = any(one.number < number <= later.number for number in rollbacks)
         cut_short = one.kind in ("stopped", "deadline") and next_began < one.last_step and not rolled_back
         failures += one.kind in INTERRUPTIONS or cut_short
+    return failures, seconds
+
+
+def _failures_so_far(history: Sequence[AttemptHistory], rollbacks: Sequence[int]) -> tuple[int, float]:
+    """``interruptions``, with what the last attempt has trained."""
+    if not history:
+        return 0, 0.0
+    last = history[-1]
+    resumed = [one for one in history if one.resume is not None]
+    done = max((one.last_step for one in resumed[-1:]), default=0)
+    failures, seconds = interruptions(
+        history, resumed_at=done if last.began_at is None else last.began_at, rollbacks=rollbacks
+    )
+    if last.resume is not None:
+        seconds += max(0.0, last.last_seen - last.resume["time"])
     return failures, seconds
 
 

@@ -30,7 +30,8 @@ def stretches(attempts: Sequence[Mapping[str, Any]]) -> list[Stretch]:
         started, ended = one["started"], one["started"] + one["wall_s"]
         resumed = ended if one["resumed"] is None else one["resumed"]
         lost_from = ended if one["lost_from"] is None else one["lost_from"]
-        edges = [before, started, resumed - one["parts_s"]["load"], resumed, lost_from, ended]
+        loads_from = max(started, resumed - one["parts_s"]["load"])
+        edges = [before, started, loads_from, resumed, max(resumed, lost_from), ended]
         found += [
             Stretch(one["attempt"], kind, began - origin, end - origin)
             for kind, (began, end) in zip(KINDS, itertools.pairwise(edges), strict=True)

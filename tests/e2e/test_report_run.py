@@ -105,7 +105,7 @@ def test_report_parts_of_killed_run_add_up(killed: Run, body: dict[str, Any]) ->
 
 def test_report_saving_of_daly_interval_is_reported(killed: Run, body: dict[str, Any]) -> None:
     found = body["saving"]
-    assert found["failures"] == 5
+    assert found["failures"] == 4, "the attempt that was killed in its set-up did not train"
     expected = found["expected"]
     assert expected["best_interval_s"] >= found["daly_s"] > 0
     assert found["interval_s"] > 0

@@ -202,10 +202,10 @@ def test_interruptions_table_counts_failures(
 
 def test_saving_ledger_with_overhead_uses_it() -> None:
     events = attempts(("lost", 0, 50, 100.0), ("lost", 40, 90, 100.0), ("lost", 80, 95, 100.0))
-    assert saving(derive(events, []), wall_s=3000.0)["daly_s"] == pytest.approx(daly(2.0, 1000.0))
+    assert saving(derive(events, []), wall_s=3000.0)["daly_s"] == pytest.approx(daly(2.0, 100.0))
     for event in events:
         event.pop("tax_s", None)
-    assert saving(derive(events, []), wall_s=3000.0)["daly_s"] == pytest.approx(daly(0.5, 1000.0))
+    assert saving(derive(events, []), wall_s=3000.0)["daly_s"] == pytest.approx(daly(0.5, 100.0))
 
 
 # -- the pacer ---------------------------------------------------------------------------------------------
