@@ -19,7 +19,14 @@ from kempnerforge.errors import ConfigError, Fault, RunFolderError
 from kempnerforge.goodput.ledger import read_events, saves_s
 from kempnerforge.slurm import job as slurm_job
 from kempnerforge.slurm.grace import ask_grace
-from kempnerforge.slurm.script import Request, check_options, option_value, render
+from kempnerforge.slurm.script import (
+    Request,
+    check_options,
+    escape_pattern,
+    expand_pattern,
+    option_value,
+    render,
+)
 from kempnerforge.train.deadline import p99
 
 app = typer.Typer(add_completion=False)
@@ -93,7 +100,7 @@ def submit(
     if dry_run:
         typer.echo(text, nl=False)
         return
-    _make_folder(Path(request.output).parent)
+    _make_folder(Path(expand_pattern(request.output, {})).parent)
     _follow(slurm_job.submit(text), run_dir, request)
 
 
@@ -128,7 +135,7 @@ def _warn(text: str) -> None:
 def _log(run_dir: str, sbatch_options: list[str]) -> str:
     """Where the job's log goes: into the run's folder, unless SLURM would have to make it."""
     if not PLACEHOLDER.search(run_dir):
-        return str(Path(run_dir).expanduser() / "slurm" / "%j.log")
+        return escape_pattern(str(Path(run_dir).expanduser() / "slurm")) + "/%j.log"
     is_array = option_value(sbatch_options, "--array", "-a") is not None
     return "slurm-%x-%A_%a.log" if is_array else "slurm-%x-%j.log"
 
@@ -141,9 +148,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _follow(job_id: str, run_dir: str, request: Request) -> None:
-    log = request.output
-    for pattern, value in (("%x", request.name), ("%j", job_id), ("%A", job_id), ("%a", "*")):
-        log = log.replace(pattern, value)
+    log = expand_pattern(request.output, {"x": request.name, "j": job_id, "A": job_id, "a": "*"})
     if "%A" not in request.output:
         run_dir = run_dir.replace("{job_id}", job_id)
     for line in (

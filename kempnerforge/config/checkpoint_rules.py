@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from kempnerforge.config.checkpoint import CheckpointConfig
@@ -14,6 +15,8 @@ from kempnerforge.errors import Fault
 METRICS = ("eval/loss", "train/loss")
 """Metrics that a training run stores with a checkpoint, if they were taken at its step."""
 
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
 
 def checkpoint_dir_is_plain(checkpoint: CheckpointConfig) -> list[Fault]:
     """Only ``run.dir`` expands placeholders; elsewhere they would quietly name a folder."""
@@ -24,17 +27,23 @@ def checkpoint_dir_is_plain(checkpoint: CheckpointConfig) -> list[Fault]:
     return [Fault("checkpoint.dir", problem, "put it into run.dir, or write the folder out")]
 
 
-def paths_are_local(run: RunConfig, checkpoint: CheckpointConfig) -> list[Fault]:
-    """A URL would name a local folder, ``s3:`` say."""
+def paths_are_usable(run: RunConfig, checkpoint: CheckpointConfig) -> list[Fault]:
+    """A URL would name a local folder, ``s3:`` say; a line break would end a line of a script or a log."""
     paths = {
         "run.dir": run.dir,
         "checkpoint.dir": checkpoint.dir,
         "checkpoint.load_path": checkpoint.load_path,
     }
-    allowed = "checkpoints are on a mounted file system: give a path, not a URL"
-    return [
-        Fault(key, f'"{path}" is a URL', allowed) for key, path in paths.items() if path and "://" in path
-    ]
+    faults = []
+    for key, path in paths.items():
+        if path and CONTROL_CHARACTER.search(path):
+            faults.append(
+                Fault(key, f"{path!r} has a control character", "write it without line breaks and tabs")
+            )
+        elif path and "://" in path:
+            allowed = "checkpoints are on a mounted file system: give a path, not a URL"
+            faults.append(Fault(key, f'"{path}" is a URL', allowed))
+    return faults
 
 
 def saves_happen(checkpoint: CheckpointConfig, train: TrainConfig) -> list[Fault]:
@@ -150,7 +159,7 @@ def exclusions_have_a_source(checkpoint: CheckpointConfig) -> list[Fault]:
 
 RULES: tuple[Callable[..., list[Fault]], ...] = (
     checkpoint_dir_is_plain,
-    paths_are_local,
+    paths_are_usable,
     saves_happen,
     dynamics_window_holds_steps,
     milestones_are_saved,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -87,6 +87,20 @@ def _directives(request: Request) -> list[str]:
         else:
             lines[-1] += f" {shlex.quote(option)}"
     return lines
+
+
+def escape_pattern(path: str) -> str:
+    """A path as sbatch takes it where it replaces ``%j`` and the like."""
+    return path.replace("%", "%%")
+
+
+def expand_pattern(pattern: str, values: Mapping[str, str]) -> str:
+    """What sbatch makes of a file name pattern; letters without a value stay."""
+
+    def expand(found: re.Match[str]) -> str:
+        return "%" if found[1] == "%" else values.get(found[1], found[0])
+
+    return re.sub(r"%(.)", expand, pattern)
 
 
 def stop_before_s(time: str) -> int:

@@ -183,6 +183,8 @@ BROKEN = [
     (["--distributed.pp_microbatch_size=2"], "distributed.pp_microbatch_size", "no effect", "pp > 1"),
     (["--run.dir=s3://bucket/run"], "run.dir", '"s3://bucket/run" is a URL', "a path, not a URL"),
     (["--checkpoint.dir=gs://x"], "checkpoint.dir", "is a URL", "a path, not a URL"),
+    (["--run.dir=a\nrm -rf b"], "run.dir", r"'a\nrm -rf b' has a control character", "without line breaks"),
+    (["--checkpoint.dir=a\x1b[2J"], "checkpoint.dir", "has a control character", "without line breaks"),
     (["--checkpoint.load_path=https://x/y"], "checkpoint.load_path", "is a URL", "a path, not a URL"),
 ]
 

@@ -10,6 +10,7 @@ import pytest
 from kempnerforge import hostlist
 from kempnerforge.cli.slurm import lost_in_a_row, nodes_of
 from kempnerforge.goodput.history import derive
+from kempnerforge.slurm import script
 from kempnerforge.slurm.decision import decide
 from kempnerforge.slurm.grace import Grace, parse_grace
 from kempnerforge.slurm.job import SlurmJob, leaves_enough, node_name, parse_facts, parse_lost_nodes, this_job
@@ -255,3 +256,10 @@ def test_slurm_note_hides_secrets() -> None:
     text = attempt_note(environ, command=["train.py"], config_toml="[run]\n", revision="abc\n")
     assert "s3cr3t" not in text
     assert "HOME='/home/x'" in text
+
+
+@pytest.mark.parametrize("folder", ["runs/50%", "runs/%j", "runs/%%x", "runs/plain"])
+def test_script_percent_in_run_dir_names_the_same_log(folder: str) -> None:
+    """sbatch replaces %j in the name of the log, and nothing else."""
+    pattern = script.escape_pattern(folder) + "/%j.log"
+    assert script.expand_pattern(pattern, {"j": "7", "x": "name"}) == f"{folder}/7.log"
