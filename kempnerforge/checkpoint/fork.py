@@ -12,10 +12,12 @@ import tomli
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import holds, layout, manifest, new_folder, run_record
+from kempnerforge.checkpoint.counters import require_training_state
 from kempnerforge.checkpoint.digest import FileRecord, VerifiedFile
+from kempnerforge.checkpoint.leaves import decode_objects
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.run_record import Parent
-from kempnerforge.errors import RunFolderError, StepNotFoundError
+from kempnerforge.errors import NoTrainingStateError, RunFolderError, StepNotFoundError
 
 Progress = Callable[[int, int], None]
 """Told bytes done and bytes in all."""
@@ -53,7 +55,7 @@ def fork(step_folder: Path, run_dir: Path, *, link: bool, progress: Progress) ->
     with holds.hold(step_folder, what="kempnerforge ckpt fork"):
         try:
             with new_folder.begin(run_dir, what="fork", purpose="a new run's folder") as building:
-                if not link:
+                if not link or not _can_link(step_folder, found, building):
                     new_folder.require_room(
                         building,
                         found.size_bytes,
@@ -80,6 +82,13 @@ def _read_parent(step_folder: Path) -> tuple[Manifest, int]:
         raise RunFolderError(f"{step_folder} cannot be read: {error}") from error
     if found.provenance.step is None:
         raise StepNotFoundError(f"{step_folder} was not saved by a run: its manifest names no step")
+    objects = decode_objects(manifest.read_verified(step_folder, found, layout.TRAIN_STATE))
+    try:
+        require_training_state(step_folder, objects)
+    except NoTrainingStateError as error:
+        raise NoTrainingStateError(
+            f"{error}. A run cannot go on from it, but begin from it: checkpoint.load_path = '{step_folder}'"
+        ) from None
     return found, found.provenance.step
 
 
@@ -125,6 +134,14 @@ def _take_file(
         finally:
             os.close(fd)
     return False
+
+
+def _can_link(step_folder: Path, found: Manifest, building: Path) -> bool:
+    """Whether files of the step can be linked there, by trying it with one."""
+    probe = building / ".link"
+    is_linked = _link(step_folder / next(iter(found.files)), probe)
+    probe.unlink(missing_ok=True)
+    return is_linked
 
 
 def _link(source: Path, target: Path) -> bool:

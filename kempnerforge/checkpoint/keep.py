@@ -27,6 +27,8 @@ class StepFacts:
     """Who pinned it; empty when nobody did."""
     readers: tuple[str, ...] = ()
     """Who reads it now."""
+    origin: tuple[str, int] | None = None
+    """Run id and attempt by its manifest; None when that cannot tell."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import space
+from kempnerforge.checkpoint import layout, space
 from kempnerforge.checkpoint.quota import read_quotas
 from kempnerforge.errors import NoSpaceError, RunFolderError
 
@@ -18,12 +18,21 @@ def begin(final: Path, *, what: str, purpose: str) -> Iterator[Path]:
     """A hidden folder beside ``final`` to fill and then to ``fsio.publish``; what is left of it is deleted.
 
     ``what`` is a word for the work, such as ``fork``; ``purpose`` says what it makes. A kill leaves the
-    hidden folder, and the next try says so. Raises RunFolderError when ``final`` exists or cannot be made.
+    hidden folder, and the next try says so. Raises RunFolderError when ``final`` exists, cannot be made, lies
+    inside of a committed step, or would be taken for a step of a run.
     """
     building = final.with_name(f".{final.name}.{what}")
     article = "an" if what[0] in "aeiou" else "a"
     if final.exists() or final.is_symlink():
         raise RunFolderError(f"{final} exists; {article} {what} makes {purpose}. Give another name")
+    for parent in final.absolute().parents:
+        if (parent / layout.MANIFEST).is_file():
+            raise RunFolderError(f"{final} is inside of {parent}, a committed step, which never changes")
+    if layout.step_number(final.name) is not None and layout.committed_steps(final.parent):
+        raise RunFolderError(
+            f"{final} would be taken for a step of the run whose checkpoints are in {final.parent}. Give "
+            "another name"
+        )
     try:
         fsio.make_folder(final.parent)
         _make(building, what)

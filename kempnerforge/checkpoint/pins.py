@@ -20,10 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout
-from kempnerforge.errors import RunFolderError, StepNotFoundError
+from kempnerforge.checkpoint import layout, manifest
+from kempnerforge.errors import CheckpointError, RunFolderError, StepNotFoundError
 
 FOLDER = "pins"
+Origin = tuple[str, int]
+"""Run id and attempt of a step: a rollback makes room for another one of its number."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,14 @@ class Pin:
     time: float = 0.0
     """Seconds since the epoch."""
     note: str = ""
+    run_id: str = ""
+    attempt: int = 0
+    """Of the step that was pinned; unknown for pins of early versions."""
+
+    def is_of(self, origin: Origin | None) -> bool:
+        """Whether it is that step's, and not that of an earlier step of the same number."""
+        mine = (self.run_id, self.attempt)
+        return origin is None or mine == ("", 0) or mine == origin
 
     def describe(self) -> str:
         """The pin in words."""
@@ -50,11 +60,16 @@ def pin(folder: Path, step: int, *, note: str = "") -> bool:
     """
     _require_committed(folder, step)
     path = folder / FOLDER / layout.step_name(step)
-    body = json.dumps(asdict(Pin(_user(), socket.gethostname(), time.time(), note)))
+    origin = _origin(folder / layout.step_name(step))
+    made = Pin(_user(), socket.gethostname(), time.time(), note, *(origin or ("", 0)))
+    body = (json.dumps(asdict(made)) + "\n").encode()
     try:
         with contextlib.suppress(FileExistsError):
             fsio.new_folder(path.parent)
-        fsio.write_new_file(path, f"{body}\n".encode())
+        if path.exists() and not _decode(path.read_bytes()).is_of(origin):
+            fsio.atomic_write(path, body)
+        else:
+            fsio.write_new_file(path, body)
         fsio.fsync_folder(path.parent)
         fsio.fsync_folder(folder)
     except FileExistsError:
@@ -102,9 +117,19 @@ def read(folder: Path) -> dict[int, Pin]:
 def _decode(data: bytes) -> Pin:
     try:
         body = json.loads(data)
-        return Pin(str(body["user"]), str(body["host"]), float(body["time"]), str(body["note"]))
+        origin = (str(body.get("run_id", "")), int(body.get("attempt", 0)))
+        return Pin(str(body["user"]), str(body["host"]), float(body["time"]), str(body["note"]), *origin)
     except (ValueError, TypeError, KeyError, RecursionError):
         return Pin()
+
+
+def _origin(step_folder: Path) -> Origin | None:
+    """Run id and attempt of a step; None where its manifest cannot tell."""
+    try:
+        found = manifest.read(step_folder).provenance
+    except (CheckpointError, OSError):
+        return None
+    return found.run_id, found.attempt
 
 
 def _require_committed(folder: Path, step: int) -> None:

@@ -57,8 +57,9 @@ class Retention:
                 facts = StepFacts(step, problem=str(error))
             if facts.problem and not (self.folder / layout.step_name(step)).exists():
                 continue
-            if step in pinned or step in read:
-                pin = pinned[step].describe() if step in pinned else ""
+            is_pinned = step in pinned and pinned[step].is_of(facts.origin)
+            if is_pinned or step in read:
+                pin = pinned[step].describe() if is_pinned else ""
                 facts = replace(facts, pin=pin, readers=tuple(read.get(step, ())))
             found.append(facts)
         return found
@@ -104,7 +105,8 @@ class Retention:
             return known[1]
         found = load_resumable(path, step=step)
         seen(step, found)
-        facts = StepFacts(step, found.provenance.metrics)
+        known_origin = (found.provenance.run_id, found.provenance.attempt)
+        facts = StepFacts(step, found.provenance.metrics, origin=known_origin)
         self._sound[step] = (_identity(path), facts)
         return facts
 
@@ -136,7 +138,9 @@ class Retention:
     def _is_claimed(self, step: int) -> bool:
         """Whether somebody pinned or held the step while it still had its name, and so relies on it."""
         try:
-            return step in pins.read(self.folder) or step in holds.readers(self.folder)
+            pin, known = pins.read(self.folder).get(step), self._sound.get(step)
+            is_pinned = pin is not None and pin.is_of(known[1].origin if known is not None else None)
+            return is_pinned or step in holds.readers(self.folder)
         except OSError:  # not known: it stays for now
             return True
 

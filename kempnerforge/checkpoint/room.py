@@ -65,7 +65,10 @@ class RoomKeeper:
         )
 
     def _size_of(self, step: int) -> int:
+        """Bytes that its deletion frees: not those that a fork has links to."""
+        path = self._folder / layout.step_name(step)
         try:
-            return manifest.load(self._folder / layout.step_name(step)).size_bytes
+            files = manifest.load(path).files
+            return sum(one.size_bytes for name, one in files.items() if (path / name).stat().st_nlink == 1)
         except (CheckpointError, OSError):
             return 0

@@ -16,6 +16,7 @@ from kempnerforge import fsio
 from kempnerforge.checkpoint import holds, layout, pins, retention
 from kempnerforge.checkpoint.keep import KeepPolicy
 from kempnerforge.checkpoint.retention import Pruned, Retention
+from kempnerforge.checkpoint.room import RoomKeeper
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import RunFolderError
 
@@ -344,3 +345,26 @@ def test_retention_unreadable_step_stays_not_counted(folder: Path, monkeypatch: 
     monkeypatch.setattr(retention, "load_resumable", fail)
     assert prune(folder).apply().deleted == (1, 2)
     assert layout.committed_steps(folder) == [4, 3]
+
+
+def test_pin_is_of_the_step_that_was_pinned(folder: Path) -> None:
+    """A rollback made room for another step of that number."""
+    write_step(folder, 5, run_id="abc", attempt=1)
+    assert pins.pin(folder, 5)
+    assert not pins.pin(folder, 5)
+    (folder / "step_00000005").rename(folder / "rolledback.step_00000005.1")
+    for step in (5, 6, 7):
+        write_step(folder, step, run_id="abc", attempt=2)
+    assert prune(folder).apply().deleted == (1, 2, 3, 4, 5, 6)
+    write_step(folder, 5, run_id="abc", attempt=2)
+    assert pins.pin(folder, 5), "the pin of the other step is replaced"
+    assert prune(folder).apply().deleted == ()
+
+
+def test_disk_space_linked_bytes_are_not_freed(folder: Path, tmp_path: Path) -> None:
+    config = CheckpointConfig.model_validate({"keep_last_n": 1})
+    room = RoomKeeper(folder, config)
+    alone = room._size_of(1)
+    shard = next((folder / "step_00000001").glob("*.safetensors"))
+    os.link(shard, tmp_path / "linked")
+    assert room._size_of(1) == alone - shard.stat().st_size

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.rollback_fixtures import names, quiet, resume
+from support.step_maker import resign, write_step
 
 from kempnerforge.checkpoint import fork as forking
 from kempnerforge.checkpoint import layout, lease, rollback, run_record, space, timeline
@@ -22,6 +23,7 @@ from kempnerforge.errors import (
     KempnerForgeError,
     LeaseHeldError,
     NoSpaceError,
+    NoTrainingStateError,
     RunFolderError,
     StepNotFoundError,
 )
@@ -309,3 +311,24 @@ def test_fork_impossible_links_become_copies(
     done = forking.fork(run / "checkpoints" / "step_00000008", tmp_path / "new", link=True, progress=quiet)
     assert (done.linked_files, done.copied_files) == (0, 4)
     assert verify(tmp_path / "new" / "checkpoints" / "step_00000008").sound
+
+
+def test_fork_impossible_links_need_room(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(space, "RESERVE_FILES", 1 << 62)
+    with pytest.raises(NoSpaceError, match="would not fit"):
+        forking.fork(run / "checkpoints" / "step_00000008", tmp_path / "new", link=True, progress=quiet)
+    assert not list(tmp_path.glob("*new*"))
+
+
+def test_fork_of_weights_alone_is_refused(tmp_path: Path) -> None:
+    """What `kempnerforge import` makes: a run that consists of it could never start."""
+    step = write_step(tmp_path / "steps", 0)
+    (step / layout.TRAIN_STATE).write_text('{"imported_from": "elsewhere"}')
+    resign(step)
+    with pytest.raises(NoTrainingStateError, match=r"checkpoint\.load_path = "):
+        forking.fork(step, tmp_path / "new", link=False, progress=quiet)
+    assert not (tmp_path / "new").exists()

@@ -403,3 +403,16 @@ def test_cast_matches_torch(source: str, target: str) -> None:
     found = torch.from_numpy(cast(raw, source, target).copy()).view(dtypes[target])
     assert torch.equal(found, values.to(dtypes[target]))
     assert cast(np.array([np.nan], np.float32).view(np.uint8), "F32", "BF16").tobytes() == b"\xc0\x7f"
+
+
+@pytest.mark.parametrize(
+    ("out", "text"), [("step/hf", "is inside of"), ("step_00000100", "would be taken for a step")]
+)
+def test_export_into_or_beside_steps_refused(ckpt: Ckpt, tmp_path: Path, out: str, text: str) -> None:
+    """verify would complain of the one, retention would delete the other."""
+    step = save(tmp_path, make_model())
+    before = sorted(tmp_path.rglob("*"))
+    done = ckpt("export", step, "--out", tmp_path / out.replace("step/", f"{step.name}/"))
+    assert done.status == 2
+    assert text in done.err
+    assert [path for path in sorted(tmp_path.rglob("*")) if "holds" not in path.parts] == before
