@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NoReturn
 
 import typer
 
@@ -89,8 +90,14 @@ def main() -> None:
     try:
         app()
     except KempnerForgeError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_status)
+        _exit(str(error), error.exit_status)
     except OSError as error:
-        print(f"{error}; see to it, then repeat the command", file=sys.stderr)
-        sys.exit(EXIT_FAULT)
+        _exit(f"{error}. Fix this and run the command again", EXIT_FAULT)
+
+
+def _exit(error: str, status: int) -> NoReturn:
+    """Say what is wrong, also as a JSON object to whoever asked for one, and end."""
+    print(error, file=sys.stderr)
+    if "--json" in sys.argv[1:]:
+        print(json.dumps({"error": error, "status": status}))
+    sys.exit(status)

@@ -92,3 +92,14 @@ def test_ckpt_storage_error_reported_no_traceback(
     done = ckpt("du", run)
     assert done.status == 1
     assert done.err.startswith("[Errno 5] Input/output error: 'x'")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_command_error_is_json_where_asked(ckpt: Ckpt, tmp_path: Path, options: list[str]) -> None:
+    done = ckpt("ls", tmp_path / "gone", *options)
+    assert done.status == 2
+    assert "does not exist" in done.err
+    if options:
+        assert done.json == {"error": done.err.strip(), "status": 2}
+    else:
+        assert done.out == ""
