@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping
 from datetime import datetime
 
@@ -37,10 +38,13 @@ class JobEnd:
     """The end of this SLURM job, kept up to date by a thread. For rank 0: one question a minute for a job."""
 
     def __init__(self, job: SlurmJob, environ: Mapping[str, str] = os.environ) -> None:
-        self.at = end_in_environment(environ)
+        told = end_in_environment(environ)
+        is_past = told is not None and told <= time.time()
+        self.at = None if is_past else told
         """Unix time; None while it is not known, and for a job without a limit."""
-        self.problem = ""
-        """Why ``squeue`` could not be asked the last time. What was known before still counts."""
+        self.problem = "SLURM_JOB_END_TIME is past, another job's perhaps, and is ignored" if is_past else ""
+        """Why the end is not known for sure: ``squeue`` could not be asked the last time, say. What was known
+        before still counts."""
         self._handle = job.handle
         self._environ = dict(environ)
         self._closed = threading.Event()

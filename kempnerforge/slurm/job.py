@@ -24,6 +24,13 @@ class SlurmError(KempnerForgeError):
     """A command of SLURM is missing, failed, or did not answer."""
 
 
+_OF_A_JOB = re.compile(
+    "SLURM_(?!CONF$).*|SLURMD_.*|SRUN_.*|PMI.*|TORCHELASTIC_.*|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)"
+    "|ROLE_NAME|GROUP_WORLD_SIZE|MASTER_(ADDR|PORT)"
+)
+"""Variables of a job, of a step of it, or of a rank."""
+
+
 @dataclass(frozen=True)
 class SlurmJob:
     """The job that this process runs in."""
@@ -149,7 +156,16 @@ def requeue(handle: str) -> None:
 def submit(script: str) -> str:
     """Hand a script to ``sbatch``; returns the job's id."""
     # "7;cluster" where several clusters are known
-    return ask("sbatch", "--parsable", text=script).strip().partition(";")[0]
+    environ = clean_environment(os.environ)
+    return ask("sbatch", "--parsable", text=script, environ=environ).strip().partition(";")[0]
+
+
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` without what the job or the launcher has set in which it is asked for: sbatch hands it on.
+
+    ``SLURM_CONF`` and a user's defaults (``SBATCH_*``) stay.
+    """
+    return {name: value for name, value in environ.items() if not _OF_A_JOB.fullmatch(name)}
 
 
 def ask(*command: str, text: str = "", environ: Mapping[str, str] = os.environ) -> str:

@@ -42,11 +42,17 @@ class StopSignals:
         self._may_interrupt = False
 
     def install(self) -> None:
-        """Take over the stop signals. Main thread only."""
+        """Take over the stop signals. Main thread only.
+
+        SIGHUP and SIGINT stay ignored where the process was started so: by ``nohup``, or in the background
+        of a script.
+        """
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
+            may_be_ignored = number in (signal.SIGHUP, signal.SIGINT)
+            if not (may_be_ignored and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, self._handle)
         signal.signal(signal.SIGUSR2, self._request_save)
 
     def interruptible(self, work: Callable[[], T]) -> T:

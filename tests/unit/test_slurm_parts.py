@@ -13,7 +13,15 @@ from kempnerforge.goodput.history import derive
 from kempnerforge.slurm import script
 from kempnerforge.slurm.decision import decide
 from kempnerforge.slurm.grace import Grace, parse_grace
-from kempnerforge.slurm.job import SlurmJob, leaves_enough, node_name, parse_facts, parse_lost_nodes, this_job
+from kempnerforge.slurm.job import (
+    SlurmJob,
+    clean_environment,
+    leaves_enough,
+    node_name,
+    parse_facts,
+    parse_lost_nodes,
+    this_job,
+)
 from kempnerforge.slurm.note import attempt_note
 from kempnerforge.slurm.script import array_faults, option_faults, option_value, parse_time_s, stop_before_s
 
@@ -263,3 +271,10 @@ def test_script_percent_in_run_dir_names_the_same_log(folder: str) -> None:
     """sbatch replaces %j in the name of the log, and nothing else."""
     pattern = script.escape_pattern(folder) + "/%j.log"
     assert script.expand_pattern(pattern, {"j": "7", "x": "name"}) == f"{folder}/7.log"
+
+
+def test_submit_environment_has_nothing_of_this_job() -> None:
+    mine = {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_PARTITION": "gpu", "WANDB_API_KEY": "k"}
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1", "SLURM_RESTART_COUNT": "3", "SLURMD_NODENAME": "n"}
+    rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}
+    assert clean_environment({**mine, **job, **rank}) == mine

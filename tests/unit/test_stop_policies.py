@@ -14,14 +14,16 @@ from support.clock import FakeClock
 
 from kempnerforge.checkpoint import attempt_start
 from kempnerforge.checkpoint.attempt_start import attempt_started
+from kempnerforge.slurm import deadline as slurm_deadline
 from kempnerforge.slurm.deadline import end_in_environment, parse_end
+from kempnerforge.slurm.job import SlurmJob
 from kempnerforge.train import deadline as deadline_module
 from kempnerforge.train import progress as progress_module
 from kempnerforge.train import stop_file as stop_file_module
 from kempnerforge.train.deadline import Deadline, latest_start, p99
 from kempnerforge.train.hangs import who_lags
 from kempnerforge.train.progress import Place, Progress, limit_s
-from kempnerforge.train.stop import Patience
+from kempnerforge.train.stop import STOP_SIGNALS, Patience, StopSignals
 from kempnerforge.train.stop_file import StopFile
 
 TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
@@ -125,9 +127,10 @@ def test_deadline_earlier_end_counts() -> None:
 
     assert end_of(None, None) is None
     assert end_of(1, None) == 1060
-    assert end_of(None, 5000) == 5000
-    assert end_of(1, 5000) == 1060
-    assert end_of(1000, 5000) == 5000
+    later = float(int(time.time()) + 5000)
+    assert end_of(None, later) == later
+    assert end_of(1, later) == 1060
+    assert end_of(later, later) == later
 
 
 @pytest.mark.parametrize("text", ["2026-03-04T05:06:07\n", "2026-03-04T05:06:07\n2026-03-04T09:00:00\n"])
@@ -139,6 +142,35 @@ def test_slurm_end_squeue_local_time_parsed(text: str, monkeypatch: pytest.Monke
             assert parse_end(text) == 1772593567.0  # 03:06:07 UTC
     finally:
         time.tzset()
+
+
+def test_slurm_end_that_is_past_is_ignored_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm_deadline.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    stale = {"SLURM_JOB_END_TIME": "1000"}
+    end = slurm_deadline.JobEnd(SlurmJob("7", 0, ()), stale)
+    assert end.at is None
+    assert "SLURM_JOB_END_TIME is past" in end.problem
+    coming = str(int(time.time()) + 1000)
+    assert slurm_deadline.JobEnd(SlurmJob("7", 0, ()), {"SLURM_JOB_END_TIME": coming}).at == float(coming)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_stop_signals_ignored_at_start_stay_ignored(number: signal.Signals) -> None:
+    before = {one: signal.getsignal(one) for one in (*STOP_SIGNALS, signal.SIGUSR2)}
+    wakeup = signal.set_wakeup_fd(-1)
+    try:
+        signal.signal(number, signal.SIG_IGN)
+        signals = StopSignals()
+        signals.install()
+        assert signal.getsignal(number) is signal.SIG_IGN
+        os.kill(os.getpid(), number)
+        assert signals.received == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+        signal.set_wakeup_fd(wakeup)
 
 
 def test_slurm_end_missing_is_none() -> None:
