@@ -1,4 +1,4 @@
-"""What all ranks agreed to write, and the buffers for it; made again when what a rank holds changes."""
+"""The plan of a save that all ranks have agreed on, and its buffers; made anew if a rank's tensors change."""
 
 from __future__ import annotations
 
@@ -21,28 +21,33 @@ from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import KempnerForgeError, SaveFailedError
 
 _DIGEST_BITS = (1 << 62) - 1
+_HINTS = {
+    "extra.": ": name it in per_rank=",
+    "optimizer": ": where a rank has a part of the model, give groups=, the same on all ranks",
+}
+"""By the beginning of a name: what to do when it differs between ranks."""
 _SHOWN = 5
 """Names in an error."""
 
 
 class AgreedPlan:
-    """The plan of one tree. A repeated save compares signatures, and takes one small reduction."""
+    """The plan of one state dict. A repeated save compares signatures and takes one small reduction."""
 
     def __init__(self) -> None:
         self.arenas: ArenaSet | None = None
         self.expected: Expected | None = None
         """What all ranks write; on the first rank only, which commits."""
         self.contributed: frozenset[str] = frozenset()
-        """Names of this rank's non-tensor leaves that the first rank has not: it sends it their values."""
+        """Non-tensor leaves that only this rank has: the first rank gets their values from it."""
         self._structure: dict[str, Any] | None = None
-        """Where the leaves of all ranks stand in a nested state dict, as JSON."""
+        """The paths of the leaves of all ranks in a nested state dict, as JSON."""
         self._seen: tuple[Signature | None, tuple[str, ...], Structure] | None = None
         self._held = Held([])
         self._held_digest = ""
         self._agreed_digest = ""
 
     def look_at(self, payload: Payload) -> None:
-        """Find out what this rank holds of a payload.
+        """Determine which chunks and leaves of ``payload`` this rank holds.
 
         Raises TypeError and ValueError for what cannot be stored.
         """
@@ -63,11 +68,11 @@ class AgreedPlan:
         pin: bool,
         same: Mapping[str, str] | None = None,
     ) -> None:
-        """Go on with the plan that there is, or make a new one and new buffers when any rank needs it.
+        """Keep the plan, or make a new one and new buffers if any rank needs it.
 
-        Collective: all ranks. ``error``: what kept this rank from getting so far. Then TypeError, ValueError
-        or SaveFailedError, with rank and cause, is raised on all. ``same`` has digests, by name, of what must
-        not differ between ranks: else ValueError names it, on all.
+        Collective: all ranks. ``error``: why this rank could not prepare its part; it is raised on all ranks
+        as TypeError, ValueError or SaveFailedError, with rank and cause. ``same``: digests, by name, of what
+        must be equal on all ranks; a difference is a ValueError on all ranks that names it.
         """
         number = xxhash.xxh3_64_intdigest(repr(sorted((same or {}).items())).encode()) & _DIGEST_BITS
         changed = self.arenas is None or self._held_digest != self._agreed_digest
@@ -97,12 +102,12 @@ class AgreedPlan:
         self._agreed_digest = self._held_digest
 
     def objects(self, payload: Payload) -> dict[str, Any]:
-        """What this rank stores beside tensors: its other leaves, and where all leaves stand."""
+        """What this rank stores beside tensors: its other leaves, and the paths of all leaves."""
         paths = {} if self._structure is None else {structure.PATHS: self._structure}
         return {**payload.objects, **paths}
 
     def release(self) -> None:
-        """Give the buffers back; the next agreement makes new ones."""
+        """Release the buffers; the next agreement makes new ones."""
         if self.arenas is not None:
             self.arenas.close()
             self.arenas = None
@@ -128,9 +133,9 @@ def _plan_of_all(everything: Sequence[Held]) -> tuple[SavePlan, Union]:
 
 
 def raise_on_all(control: ControlGroup, error: Exception | None) -> None:
-    """Raise on every rank what the lowest rank with an ``error`` has, with rank and cause.
+    """Raise the error of the lowest rank that has one on every rank, with that rank and the cause.
 
-    Collective: all ranks. TypeError and ValueError stay what they are; the rest becomes SaveFailedError.
+    Collective: all ranks. TypeError and ValueError keep their type; any other becomes SaveFailedError.
     """
     kind: type[Exception] = SaveFailedError
     if isinstance(error, Exception) and type(error) in (TypeError, ValueError):
@@ -139,20 +144,22 @@ def raise_on_all(control: ControlGroup, error: Exception | None) -> None:
     text = "" if error is None else str(error) if clear and str(error) else f"{type(error).__name__}: {error}"
     told = control.gather((kind, text))
     rank, (kind, text) = next((rank, one) for rank, one in enumerate(told) if one[1])
-    raise as_agreed(kind(f"rank {rank}: {text}"))
+    raise as_agreed(kind(f"rank {rank}: {text}")) from error
 
 
 def _difference(by_rank: Sequence[Mapping[str, str]]) -> ValueError:
-    """The error that names what differs between ranks, and two of them for each name."""
+    """Return the error for values that differ between ranks; it names each value and two ranks."""
     problems = []
     for name in sorted(set().union(*by_rank)):
         digests = [same.get(name) for same in by_rank]
         other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
         if other is None:
             continue
-        if name.startswith("extra."):
-            problems.append(f"{name} differs between ranks 0 and {other}: name it in per_rank=")
-        else:
-            problems.append(f"{name} differs between ranks 0 and {other}")
+        if None in (digests[0], digests[other]):
+            there, absent = (other, 0) if digests[0] is None else (0, other)
+            problems.append(f"{name} is on rank {there} and not on rank {absent}")
+            continue
+        hint = next((hint for prefix, hint in _HINTS.items() if name.startswith(prefix)), "")
+        problems.append(f"{name} differs between ranks 0 and {other}{hint}")
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return ValueError("; ".join(problems[:_SHOWN]) + more)

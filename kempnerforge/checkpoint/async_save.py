@@ -1,4 +1,4 @@
-"""``AsyncCheckpointer``: stage, write, commit, in the way that its mode says."""
+"""``AsyncCheckpointer``: stages, writes and commits a state dict as its mode says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +28,6 @@ from kempnerforge.checkpoint.commit import Contents, make_temporary
 from kempnerforge.checkpoint.manifest import Provenance
 from kempnerforge.checkpoint.report import Payload
 from kempnerforge.checkpoint.staging import BlockingCopy, FailedCopy, Staging, overlapping
-from kempnerforge.checkpoint.tensor_leaves import Packer
 from kempnerforge.checkpoint.tree import payload_of
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
@@ -36,7 +35,7 @@ from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import SaveFailedError
 
 StateDict = Mapping[Any, Any] | Callable[[], Payload]
-"""A state dict, whose keys become text, or what makes the payload of a save."""
+"""A state dict, whose keys become text, or a function that makes the payload of a save."""
 
 
 @dataclass
@@ -44,23 +43,23 @@ class _Pending:
     number: int
     name: str
     job: SaveJob
-    thread: threading.Thread | None
+    thread: threading.Thread | None = None
     result: SaveResult | None = None
 
 
 _unreported: dict[Part, Path] = {}
-"""Saves of this process whose outcome nobody has been told, and where they go. It keeps no buffers alive."""
+"""Saves whose outcome has not been reported yet, with their paths. Keeps no buffers alive."""
 
 
 @atexit.register
 def _report_failures() -> None:
-    """Say which saves failed at the end of a script: Python has waited for their threads."""
+    """Report failed saves when the interpreter exits. Python has joined their threads by then."""
     for part in list(_unreported):
         _report_failure(part)
 
 
 def _report_failure(part: Part) -> None:
-    """Say on standard error that a save failed if nobody has been told. First rank only."""
+    """Print to standard error that a save failed, unless it was reported. First rank only."""
     final = _unreported.pop(part, None)
     if final is not None and part.result is not None and part.result.error:
         print(f"kempnerforge: {final} was not saved: {part.result.error}", file=sys.stderr)
@@ -73,17 +72,17 @@ class AsyncCheckpointer:
     the copy with computing as well, use ``async_pinned`` with ``begin_save`` and ``wait_for_staging``: it
     copies to pinned buffers on a side stream, or, without CUDA, to pageable ones on a thread.
 
-    The host buffers, one image of each of this rank's files, are made by the first save and reused by all
-    others; a writer process writes from them. One save at a time: the next first waits for the one before.
+    The first save makes the host buffers, one image of each of this rank's files. All other saves reuse them;
+    a writer process writes from them. A save first waits for the one before it.
 
-    A context manager: leaving it finishes a pending save, raises SaveFailedError if that failed, and closes.
-    When an exception leaves it, or the interpreter exits without it, the save is finished too and a failure
-    is said on standard error.
+    As a context manager, it finishes a pending save at the end, raises SaveFailedError if that failed, and
+    closes. If an exception ends the ``with``, or the interpreter exits without ``close``, it finishes the
+    save too, and prints a failure to standard error.
 
     Args:
-        mode: as above; the member or its value, such as ``"async"``. Raises ValueError for anything else.
+        mode: the member or its value, such as ``"async"``. Raises ValueError for anything else.
         patience: how often a write is tried, and how long ranks wait for each other.
-        stall_timeout_s: a writer that makes no progress for so long is replaced, and its write tried again.
+        stall_timeout_s: replace the writer, and repeat its write, after this many seconds without progress.
     """
 
     def __init__(
@@ -96,13 +95,16 @@ class AsyncCheckpointer:
         self.mode = _known_mode(mode)
         self._patience = patience or Patience()
         self._writer = Writer(stall_timeout_s=stall_timeout_s)
+        self._process_group: dist.ProcessGroup | None = None
         self._control: ControlGroup | None = None
         self._board: Board = LocalBoard()
         self._plan = AgreedPlan()
         self._number = 0
         self._pending: _Pending | None = None
+        self.last_result: SaveResult | None = None
+        """The outcome of the last save once ``wait`` has returned or raised it."""
         self._failed: FailedSave | None = None
-        """On the first rank: the save before, if other ranks may still write what it left."""
+        """On the first rank: the previous save, if it failed and other ranks may still write its files."""
 
     def __enter__(self) -> AsyncCheckpointer:
         return self
@@ -130,10 +132,11 @@ class AsyncCheckpointer:
         Mutation: tensors may be changed on return.
         Durable: on return with ``disabled``; else after ``wait``.
 
-        Non-tensor leaves become tagged JSON; of one that several ranks have, the lowest rank's is stored.
-        What a checkpoint cannot hold is a TypeError or ValueError on all ranks, which names the leaf, before
-        anything is written. SaveFailedError, on all ranks, names the rank and the cause; in the asynchronous
-        modes ``wait`` or the next ``save`` raises it, once. ``contents`` is passed to ``begin_save``.
+        Non-tensor leaves become tagged JSON; where several ranks have one, the lowest rank's is stored.
+        Raises TypeError or ValueError on all ranks, naming the leaf, for what a checkpoint cannot hold,
+        before anything is written. Raises SaveFailedError on all ranks, with rank and cause; in the
+        asynchronous modes ``wait`` or the next ``save`` raises it, once. ``contents`` is passed to
+        ``begin_save``.
         """
         self.begin_save(state_dict, checkpoint_id, process_group, **contents)
         self.wait_for_staging()
@@ -142,13 +145,13 @@ class AsyncCheckpointer:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a save has begun whose outcome this rank does not know yet. Never blocks."""
+        """Whether the outcome of a save is still unknown to this rank. Never blocks."""
         return self._pending is not None and self.poll() is None
 
     def wait(self) -> SaveResult | None:
-        """Return when nothing is pending: the last save is committed. Not collective.
+        """Wait until the pending save is committed, and return its outcome; None if none is pending.
 
-        Raises SaveFailedError if it failed.
+        Not collective. Raises SaveFailedError, once, if it failed.
         """
         pending = self._pending
         if pending is None:
@@ -157,9 +160,10 @@ class AsyncCheckpointer:
         deadline, pause_s = time.monotonic() + self._patience.save_timeout_s + 60, 0.001
         while (result := self.poll()) is None:
             if time.monotonic() > deadline:
-                raise SaveFailedError(f"{pending.name}: the first rank has not said what came of it")
+                raise SaveFailedError(f"{pending.name}: the first rank has not reported the outcome")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
+        self.last_result = result
         self._pending = None
         _unreported.pop(pending.job.part, None)
         if result.error:
@@ -208,13 +212,15 @@ class AsyncCheckpointer:
     ) -> None:
         """Plan and make the buffers now, so that the first save costs what the others do.
 
-        Collective: all ranks of ``process_group``. Raises what ``begin_save`` raises, on all ranks.
+        Collective: all ranks of ``process_group``. Blocks: for a pending save, which writes from the buffers.
+        Raises what ``begin_save`` raises, on all ranks.
         """
+        self.wait()
         control = self._join(process_group)
         same: Mapping[str, str] = {}
         error = None
         try:
-            payload = _payload(state_dict, None)
+            payload = _payload(state_dict)
             same = payload.same_on_all_ranks
             self._plan.look_at(payload)
         except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
@@ -227,46 +233,30 @@ class AsyncCheckpointer:
         checkpoint_id: str | os.PathLike[str],
         process_group: dist.ProcessGroup | None = None,
         *,
-        extra_objects: Mapping[str, Any] | None = None,
         provenance: Provenance | None = None,
         config_toml: str = "",
         before_commit: Callable[[], None] = lambda: None,
         after_commit: Callable[[], list[str]] = list,
     ) -> None:
-        """Begin to save. ``wait_for_staging`` must stand before the next change of a tensor.
+        """Begin to save. Call ``wait_for_staging`` before the next change of a tensor.
 
         Collective: all ranks of ``process_group``, which must be the same at every save.
         Blocks: for the save before this one; for the copy, unless the mode is ``async_pinned``.
         Mutation: tensors stay unmodified until ``wait_for_staging`` returns.
         Durable: not on return; see ``poll`` and ``wait``.
 
-        In place of ``state_dict`` a function may be given that makes the payload; what it raises on one rank
-        is raised on all. ``extra_objects`` are non-tensor leaves whose nesting is kept. ``before_commit``
-        (may raise to forbid it) and ``after_commit`` (returns warnings) run on the first rank's background
-        thread. Raises TypeError, ValueError and SaveFailedError on all ranks, before anything is staged. What
-        fails on a rank afterwards fails the save on all.
+        ``state_dict`` may be a function that returns the payload; its error on one rank is raised on all.
+        ``before_commit`` (raises to forbid the commit) and ``after_commit`` (returns warnings) run on the
+        first rank's background thread. Raises TypeError, ValueError and SaveFailedError on all ranks, before
+        anything is staged. A later failure on one rank fails the save on all ranks.
         """
         self.wait()
         control = self._join(process_group)
         provenance = provenance or Provenance()
         final = layout.local_path(checkpoint_id)
         temporary = final.with_name(layout.temporary_name(final.name, provenance.attempt))
-        payload = Payload({})
-        error: Exception | None = None
-        try:
-            self._settle_failed()
-            payload = _payload(state_dict, extra_objects)
-            self._plan.look_at(payload)
-            if control.rank == 0:
-                make_temporary(final, temporary)
-        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
-            error = found
-        try:
-            self._agree(control, error, payload.same_on_all_ranks)
-        except BaseException:
-            if control.rank == 0 and not isinstance(error, SaveFailedError):
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        self.last_result = None
+        payload = self._plan_save(control, state_dict, final, temporary)
         arenas = self._plan.arenas
         assert arenas is not None
         objects = self._plan.objects(payload)
@@ -287,27 +277,56 @@ class AsyncCheckpointer:
             patience=self._patience,
         )
         self._writer.hurry(self.blocks)
-        thread = background.start(job, self._writer, self._board)
-        self._pending = _Pending(job.number, final.name, job, thread)
+        self._pending = _Pending(job.number, final.name, job)
         _unreported[job.part] = final
-        job.staging.start()
+        try:
+            self._pending.thread = background.start(job, self._writer, self._board)
+            job.staging.start()
+        except BaseException as error:  # Ctrl-C: the thread must not wait for a copy that does not come
+            job.staging.fail(error)
+            raise
+
+    def _plan_save(
+        self, control: ControlGroup, state_dict: StateDict, final: Path, temporary: Path
+    ) -> Payload:
+        """Plan the save and make its hidden folder; return what this rank saves.
+
+        Collective: all ranks. An error of one rank is raised on all.
+        """
+        payload = Payload({})
+        error: Exception | None = None
+        try:
+            self._settle_failed()
+            payload = _payload(state_dict)
+            self._plan.look_at(payload)
+            if control.rank == 0:
+                make_temporary(final, temporary)
+        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
+            error = found
+        try:
+            self._agree(control, error, payload.same_on_all_ranks)
+        except BaseException:
+            if control.rank == 0 and not isinstance(error, SaveFailedError):
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return payload
 
     def _settle_failed(self) -> None:
-        """Before a path is used again: no rank may still write what a failed save left there."""
+        """Wait until no rank writes for a failed save any more, and remove its folder. First rank only."""
         if self._failed is not None:
             self._failed.settle(self._board, timeout_s=self._patience.save_timeout_s)
             self._failed = None
 
     def wait_for_staging(self) -> None:
-        """Return when the tensors of the save that has begun may be changed: before the optimizer step.
+        """Call before ``optimizer.step()``; returns when the tensors of the pending save may be modified.
 
-        Not collective. Blocks: for what the copy has not finished; on CUDA the device waits, not the host.
+        Not collective. Blocks: until the copy is done; on CUDA the device waits, not the host.
         """
         if self._pending is not None:
             self._pending.job.staging.before_mutation()
 
     def poll(self) -> SaveResult | None:
-        """The outcome of the save that has begun; None while it is not known. Never blocks, never raises."""
+        """The outcome of the pending save; None while it is unknown. Never blocks."""
         pending = self._pending
         if pending is None:
             return None
@@ -317,16 +336,16 @@ class AsyncCheckpointer:
         return pending.result
 
     def join(self) -> None:
-        """Let this rank's part of what is pending end, without raising. Not collective."""
+        """Wait for this rank's part of a pending save, without raising. Not collective."""
         if self._pending is not None:
             self._writer.hurry(True)
             if self._pending.thread is not None:
                 self._pending.thread.join()
 
     def close(self) -> None:
-        """Let what is pending end, without raising; end the writer; release the buffers. Not collective.
+        """Finish a pending save without raising, end the writer, release the buffers. Not collective.
 
-        A save that failed and whose failure ``wait`` has not raised is named on standard error.
+        A failure that ``wait`` has not raised is printed to standard error.
         """
         self.join()
         if self._pending is not None:
@@ -339,13 +358,16 @@ class AsyncCheckpointer:
         self._plan.release()
 
     def _join(self, process_group: dist.ProcessGroup | None) -> ControlGroup:
-        """The group that decides and a board of its own, made by the first call."""
+        """Return the group that agrees on saves; the first call makes it and its board. Collective."""
+        if self._control is not None and process_group is not self._process_group:
+            raise ValueError("process_group must be the same at every save: use another AsyncCheckpointer")
         if self._control is None:
+            self._process_group = process_group
             group = process_group
             if group is None and dist.is_initialized():
-                made = dist.new_group(backend="gloo")
-                assert isinstance(made, dist.ProcessGroup)
-                group = made
+                group = _gloo_group(None)
+            elif group is not None and torch.device("cpu") not in group._device_types:
+                group = _gloo_group(dist.get_process_group_ranks(group))  # NCCL reduces nothing on the host
             control = ControlGroup(group)
             if group is not None:
                 prefix = control.on_rank0(lambda: secrets.token_hex(8))
@@ -358,7 +380,7 @@ class AsyncCheckpointer:
         self._plan.agree(control, error, pin=pin, same=same)
 
     def _stage(self, arenas: ArenaSet, tensors: Mapping[str, torch.Tensor]) -> Staging:
-        """The copy of this save. All ranks have agreed on it: what fails now is reported, not raised."""
+        """Return the copy of this save. It must not raise: the other ranks have agreed and go on."""
         try:
             pairs = arenas.pairs(tensors)
             overlaps = self.mode is AsyncCheckpointMode.async_pinned
@@ -367,20 +389,17 @@ class AsyncCheckpointer:
             return FailedCopy(error)
 
 
-def _payload(state: StateDict, extra_objects: Mapping[str, Any] | None) -> Payload:
+def _payload(state: StateDict) -> Payload:
     if not isinstance(state, Mapping) and not callable(state):
         raise TypeError(f"a state dict is a mapping from names to values, not {type(state).__name__}")
-    payload = payload_of(state) if isinstance(state, Mapping) else state()
-    if not extra_objects:
-        return payload
-    packer = Packer()
-    extra = {name: packer.pack(value, name=name) for name, value in extra_objects.items()}
-    for name in [*packer.tensors, *extra]:
-        if name in payload.tensors or name in payload.objects:
-            raise ValueError(f"two leaves are called {name}")
-    return replace(
-        payload, tensors={**payload.tensors, **packer.tensors}, objects={**payload.objects, **extra}
-    )
+    return payload_of(state) if isinstance(state, Mapping) else state()
+
+
+def _gloo_group(ranks: list[int] | None) -> dist.ProcessGroup:
+    """A new group of ``ranks``, which alone call this; of all ranks without them."""
+    made = dist.new_group(ranks, backend="gloo", use_local_synchronization=ranks is not None)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
 
 
 def _known_mode(mode: AsyncCheckpointMode | str) -> AsyncCheckpointMode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -25,8 +26,8 @@ _NONCE_WAIT_S = 10.0
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How a caller of ``open_run`` names things, and what it allows."""
+class OpenOptions:
+    """What differs between callers of ``open_run``: the words in its messages, and what it adopts."""
 
     folder_name: str = "run.dir"
     """What its user calls the run's folder."""
@@ -35,7 +36,7 @@ class Asked:
     rename_hint: str = "give this run another name (--run.name=NEW)"
     """How its user gives the run a name of its own."""
     adopt: bool = False
-    """Whether checkpoints that have no ``run.json`` become this run's, instead of being refused."""
+    """Whether to adopt checkpoints that have no ``run.json``, instead of refusing them."""
 
 
 def open_run(
@@ -45,28 +46,31 @@ def open_run(
     first_global_batch_size: int,
     checkpoint_dir: str | None = None,
     note: Callable[[str], None] = lambda _text: None,
-    asked: Asked | None = None,
+    options: OpenOptions | None = None,
 ) -> tuple[RunRecord, Lease | None]:
     """Begin a new attempt of the run in ``folder``, which is made at the first start.
 
-    The first rank takes the run's lease, which it gets back; the others get None. ``checkpoint_dir`` is where
-    the config moves the checkpoints to, which commands on the folder must know.
+    The first rank takes the run's lease and gets it returned; the others get None. ``checkpoint_dir``: where
+    the config moves the checkpoints to; it is recorded for commands on the folder.
 
-    Collective: all ranks. Blocks: while another process's lease is watched (``note`` is told). Durable: on
-    return. Raises RunFolderError on all ranks, LeaseHeldError when another process writes the run.
+    Collective: all ranks.
+    Blocks: while it watches another process's lease (``note`` gets a line).
+    Durable: on return.
+
+    Raises RunFolderError on all ranks, LeaseHeldError when another process writes the run.
     """
-    asked = asked or Asked()
+    options = options or OpenOptions()
     moved_to = os.path.abspath(os.path.expanduser(checkpoint_dir)) if checkpoint_dir else ""
     leases: list[Lease] = []
 
     def begin() -> tuple[RunRecord, str]:
-        lease, record, nonce = _begin_attempt(folder, first_global_batch_size, moved_to, note, asked)
+        lease, record, nonce = _begin_attempt(folder, first_global_batch_size, moved_to, note, options)
         leases.append(lease)
         return record, nonce
 
     record, nonce = control.on_rank0(begin)
     try:
-        control.raise_together(_missing_nonce(folder, nonce, asked))
+        control.raise_together(_missing_nonce(folder, nonce, options))
         control.on_rank0(lambda: (folder / _nonce_name(nonce)).unlink())
     except BaseException:
         for lease in leases:
@@ -76,7 +80,7 @@ def open_run(
 
 
 def start_facts(hosts: Sequence[str], layout_of_run: Mapping[str, int]) -> dict[str, Any]:
-    """Return what the ledger's ``start`` says of an attempt, beside when it began."""
+    """Return the content of the ledger's ``start`` event, without the time."""
     return {
         "hosts": list(hosts),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID", ""),
@@ -86,9 +90,9 @@ def start_facts(hosts: Sequence[str], layout_of_run: Mapping[str, int]) -> dict[
 
 
 def attempt_started(environ: Mapping[str, str] = os.environ) -> float:
-    """When this attempt's process started, Unix time; that of torchrun, if it started this one.
+    """Return when this process started, or the torchrun that started it, as Unix time.
 
-    A batch shell asks as soon as it has started torchrun, which takes seconds to start the workers.
+    A batch shell writes a stop request as soon as it has started torchrun, seconds before the workers run.
     """
     pids = [os.getpid(), *([os.getppid()] if "TORCHELASTIC_RUN_ID" in environ else [])]
     since_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -104,18 +108,18 @@ def _begin_attempt(
     first_global_batch_size: int,
     checkpoint_dir: str,
     note: Callable[[str], None],
-    asked: Asked,
+    options: OpenOptions,
 ) -> tuple[Lease, RunRecord, str]:
     try:
         fsio.make_folder(folder)
-        known = _identity_of(folder, checkpoint_dir) if asked.adopt else _Identity()
-        if not asked.adopt and run_record.read(folder) is None and (folder / "checkpoints").exists():
+        known = _identity_of(folder, checkpoint_dir) if options.adopt else _Identity()
+        if not options.adopt and run_record.read(folder) is None and (folder / "checkpoints").exists():
             raise RunFolderError(
                 f"{folder} has checkpoints but no {RUN_FILE}: it is not known whose they are. Put "
                 f"{RUN_FILE} back, or give the run another name (--run.name=NEW)"
             )
         after_attempt = max(timeline.last_attempt(folder), known.last_attempt)
-        lease = acquire(folder, after_attempt=after_attempt, note=note, rename_hint=asked.rename_hint)
+        lease = acquire(folder, after_attempt=after_attempt, note=note, rename_hint=options.rename_hint)
         if lease.took_over:
             note(f"took the run over from {lease.took_over}")
         try:
@@ -135,19 +139,19 @@ def _begin_attempt(
             lease.release()
             raise
     except OSError as error:
-        raise RunFolderError(f"{asked.folder_name}: {folder} cannot be used: {error}") from error
+        raise RunFolderError(f"{options.folder_name}: {folder} cannot be used: {error}") from error
     return lease, record, nonce
 
 
 @dataclass(frozen=True)
 class _Identity:
-    """What the checkpoints of a run without ``run.json`` say of it."""
+    """Identity of a run without ``run.json``, from its checkpoints."""
 
     run_id: str = ""
     last_attempt: int = 0
 
     def new_record(self) -> RunRecord:
-        """Return a record for the run: under its old id, if all its checkpoints agree on one."""
+        """Return a new record, with the id of the checkpoints if they all agree on one."""
         record = run_record.new()
         return replace(record, run_id=self.run_id, wandb_id=self.run_id) if self.run_id else record
 
@@ -161,7 +165,7 @@ def _identity_of(folder: Path, checkpoint_dir: str) -> _Identity:
         try:
             found.append(manifest.read(checkpoints / layout.step_name(step)).provenance)
         except (DamagedCheckpointError, MismatchError):
-            continue  # the resume judges it
+            continue  # the resume reports it
     names = {provenance.run_id for provenance in found}
     attempts = [provenance.attempt for provenance in found]
     return _Identity(names.pop() if len(names) == 1 else "", max(attempts, default=0))
@@ -178,17 +182,16 @@ def _nonce_name(nonce: str) -> str:
     return f".nonce-{nonce}"
 
 
-def _missing_nonce(folder: Path, nonce: str, asked: Asked) -> RunFolderError | None:
+def _missing_nonce(folder: Path, nonce: str, options: OpenOptions) -> RunFolderError | None:
     deadline = time.monotonic() + _NONCE_WAIT_S
     while True:
-        try:
+        with contextlib.suppress(OSError):
             if (folder / _nonce_name(nonce)).read_text() == nonce:
                 return None
-        except OSError:
-            if time.monotonic() > deadline:
-                where = f"{folder.absolute()} on {socket.gethostname()}"
-                return RunFolderError(
-                    f"{asked.folder_name}: {where} is not the folder that rank 0 sees. "
-                    f"It must be on a file system that all nodes share: set {asked.other_folder}"
-                )
-            time.sleep(0.2)
+        if time.monotonic() > deadline:
+            where = f"{folder.absolute()} on {socket.gethostname()}"
+            return RunFolderError(
+                f"{options.folder_name}: {where} is not the folder that rank 0 sees. "
+                f"It must be on a file system that all nodes share: set {options.other_folder}"
+            )
+        time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""What goes on behind the loop for one save: write, report, on the first rank commit. No collectives."""
+"""One save in the background: write, report and, on the first rank, commit. No collectives."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from kempnerforge.errors import SaveFailedError
 
 @dataclass(frozen=True)
 class SaveResult:
-    """What came of one save: the same on all ranks."""
+    """The outcome of a save, the same on all ranks."""
 
     error: str = ""
     """Why it failed, with the rank and the cause; empty when it is committed."""
     write_s: float = 0.0
-    """The slowest rank's time for writing, digesting and syncing, while and after it was copied."""
+    """The slowest rank's seconds of writing, digesting and syncing, during and after the copy."""
     commit_s: float = 0.0
-    """From the last rank's report to the commit."""
+    """Seconds from the last rank's report to the commit."""
     total_s: float = 0.0
-    """From the call to the commit."""
+    """Seconds from the call to the commit."""
     size_bytes: int = 0
     """Bytes of the whole checkpoint."""
     warnings: list[str] = field(default_factory=list)
@@ -40,18 +40,18 @@ class SaveResult:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a save tries."""
+    """When a save gives up."""
 
     write_tries: int = 3
     first_pause_s: float = 1.0
     """Before the second try of a write; it doubles."""
     save_timeout_s: float = 1800.0
-    """A rank that has not reported after so long fails the save."""
+    """A rank that has not reported after this many seconds fails the save."""
 
 
 @dataclass(eq=False)
 class Part:
-    """How far a rank is with its part of a save: written by its thread, read by any."""
+    """Progress of a rank's part of a save. Its thread writes, any thread may read."""
 
     doing: str = "copy"
     """``copy``, ``write``, on the first rank ``commit``, then ``done``."""
@@ -83,12 +83,12 @@ class SaveJob:
 
 
 def result_key(number: int) -> str:
-    """Where the outcome of a save is posted."""
+    """Key of the outcome of a save."""
     return f"{number}/result"
 
 
 def _failure_key(number: int) -> str:
-    """Where any rank posts that it has failed, so that the first need not wait for the others."""
+    """Key that any rank posts when it fails, so that the first rank need not wait for the others."""
     return f"{number}/failed"
 
 
@@ -97,10 +97,10 @@ def _report_keys(number: int, num_ranks: int) -> list[str]:
 
 
 def start(job: SaveJob, writer: Writer, board: Board) -> threading.Thread | None:
-    """Do the job on a thread. None when there can be no thread: then this rank has reported that it failed.
+    """Run the job on a new thread. If none can be started, report the failure and return None.
 
-    Python waits for the thread before the interpreter exits: a save at the end of a script is not lost. It
-    ends in bounded time, as ``job.patience`` and the writer's time-out say.
+    The thread is not a daemon: Python joins it at exit, so that a save at the end of a script is not lost. It
+    ends within the time that ``job.patience`` and the writer's time-out allow.
     """
     thread = threading.Thread(
         target=_work, args=(job, writer, board), name=f"checkpoint-save-{job.number}", daemon=False
@@ -117,13 +117,13 @@ def _work(job: SaveJob, writer: Writer, board: Board) -> None:
     try:
         message: dict[str, Any] = _write(job, writer)
         job.staging.finish()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the first rank must learn of it
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the first rank must learn of it
         message = {"error": str(error) or type(error).__name__}
     _report(job, board, message)
 
 
 def _report(job: SaveJob, board: Board, message: dict[str, Any]) -> None:
-    """Post what this rank has done; the first rank concludes the save."""
+    """Post what this rank has done; the first rank then concludes the save."""
     board.post(_report_keys(job.number, job.num_ranks)[job.rank], message)
     if "error" in message:
         board.post(_failure_key(job.number), {"rank": job.rank})
@@ -137,7 +137,7 @@ def _report(job: SaveJob, board: Board, message: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class FailedSave:
-    """A save that was concluded at its first failure, while other ranks may still have been writing."""
+    """A save that was concluded at its first failure, when other ranks may still have been writing."""
 
     number: int
     num_ranks: int
@@ -146,11 +146,11 @@ class FailedSave:
 
     @classmethod
     def of(cls, job: SaveJob) -> FailedSave:
-        """What has to be known of ``job`` afterwards."""
+        """Return what has to be remembered of ``job``."""
         return cls(job.number, job.num_ranks, job.final.name, job.temporary)
 
     def settle(self, board: Board, *, timeout_s: float) -> None:
-        """Return when no rank writes any more, and remove what they wrote. First rank only.
+        """Wait until no rank writes any more, then remove what they wrote. First rank only.
 
         Raises SaveFailedError when a rank has not ended in time.
         """
@@ -185,10 +185,10 @@ def _write_file(job: SaveJob, writer: Writer, number: int) -> Written:
 
 
 def _staged_bytes(job: SaveJob, number: int) -> int:
-    """How much of an arena is there to be written. Raises SaveFailedError for what the copy raised."""
+    """Return how many bytes of an arena are staged. Raises SaveFailedError if the copy failed."""
     try:
         size_bytes = job.arenas.staged_bytes(number, job.staging.copied())
-    except Exception as error:
+    except BaseException as error:  # also the Ctrl-C that ended the copy
         raise SaveFailedError(f"copying to host memory failed: {type(error).__name__}: {error}") from error
     if size_bytes == job.arenas.arenas[number].image.size_bytes:
         job.part.doing = "write"

@@ -60,8 +60,8 @@ class LocalBoard:
 class StoreBoard:
     """Over a c10d store, under a prefix of its own.
 
-    Never ``wait``s on the store: a client that waits holds its lock, and the training's own use of the same
-    client would stand still.
+    Never calls ``wait`` on the store: a client that waits holds its lock and would block the training, which
+    uses the same client.
     """
 
     def __init__(self, store: Store, prefix: str) -> None:

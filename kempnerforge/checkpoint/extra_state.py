@@ -1,4 +1,4 @@
-"""Objects of the user's that a checkpoint carries: schedulers, loaders, averaged models, scalers.
+"""Extras: objects of the user that a checkpoint stores, such as schedulers, loaders, averaged models.
 
 An extra called NAME is the entry ``extra.NAME`` of ``train_state.json``; its tensors are stored under names
 that begin with ``extra.NAME.``. An extra with a state of its own on every rank is ``extra.NAME.rank_00003``.
@@ -53,14 +53,16 @@ class Extras:
     def pack(self, packer: Packer, objects: dict[str, Any], *, rank: int, num_ranks: int) -> dict[str, str]:
         """Put all states into ``packer`` and ``objects``.
 
-        Returns entry -> digest of those that must be the same on all ranks.
+        Returns what must be the same on all ranks: ``extra.NAME`` -> digest of the state, or that each rank
+        has its own.
         """
         digests: dict[str, str] = {}
         for name, one in self.objects.items():
             entry = self._entry(name, rank)
             objects[entry] = packer.pack(one.state_dict(), name=entry)
-            if num_ranks > 1 and name not in self.per_rank:
-                digests[entry] = _digest(objects[entry], packer.tensors)
+            if num_ranks > 1:
+                shared = name not in self.per_rank
+                digests[PREFIX + name] = _digest(objects[entry], packer.tensors) if shared else "per rank"
         return digests
 
     def targets(
@@ -94,7 +96,7 @@ class Extras:
         return found
 
     def _check(self, name: str, ranks: set[int] | None, num_ranks: int, reader: SafetensorsReader) -> None:
-        way_out = f"leave it out with --checkpoint.exclude_from_loading='[\"{PREFIX}{name}\"]'"
+        way_out = f'leave it out with CheckpointConfig(exclude_from_loading=["{PREFIX}{name}"])'
         if ranks is None:
             raise MismatchError(f"{reader.path} has no {PREFIX}{name}, which this program has; {way_out}")
         if name not in self.objects:
@@ -111,7 +113,7 @@ class Extras:
 
 @dataclass
 class ExtraTargets:
-    """What is read for all extras, and what becomes of it."""
+    """What a load reads for all extras, and where it goes."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     loads: dict[str, tuple[Callable[[Any], object], Any]] = field(default_factory=dict)
@@ -119,7 +121,7 @@ class ExtraTargets:
     excluded: list[str] = field(default_factory=list)
 
     def apply(self) -> None:
-        """Give every object its state."""
+        """Call ``load_state_dict`` of every object."""
         for load, value in self.loads.values():
             load(value)
 
@@ -136,7 +138,7 @@ def stored_extras(objects: Mapping[str, Any]) -> dict[str, set[int]]:
 
 
 def _digest(encoded: Any, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of a state as JSON, and of the small CPU tensors in it. Larger ones are taken from one of the ranks."""
+    """Digest of a state as JSON and of its small CPU tensors. Larger tensors are stored from one rank."""
     digest = xxhash.xxh3_128(json.dumps(encoded, sort_keys=True).encode())
     for name in sorted(tensor_names(encoded)):
         tensor = tensors[name]
@@ -146,7 +148,7 @@ def _digest(encoded: Any, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _templates(one: Any, entry: str, encoded: Any) -> dict[str, torch.Tensor]:
-    """Tensors that the object holds now, by name: asked for only where the checkpoint has tensors."""
+    """Tensors that the object holds now, by name. Empty if the checkpoint has none for it."""
     if not tensor_tags(encoded):
         return {}
     packer = Packer()
@@ -169,7 +171,7 @@ def _target(
     if tag.get("sharded"):
         raise MismatchError(
             f"{name} was saved from a sharded tensor of shape {shape}; make the object hold a tensor of this "
-            "shape before the resume, which tells how to shard it here"
+            "shape, sharded as it should be here, before the resume"
         )
     where = device if tag.get("device") == device.type else torch.device("cpu")
     return torch.empty(shape, dtype=DTYPES[dtype], device=where)

@@ -15,6 +15,7 @@ BytesIO                ``{"__bytesio__": [base64, position]}``
 dict                   an object; ``{"__dict__": [[key, value], ...]}`` when a key is no
                        string or begins with ``__``
 OrderedDict, Counter   ``{"__ordereddict__": [[key, value], ...]}``, ``{"__counter__": ...}``
+state dict of a module ``{"__statedict__": [[[key, value], ...], metadata]}``
 defaultdict            ``{"__defaultdict__": [factory, [[key, value], ...]]}``
 =====================  ==========================================================
 
@@ -37,6 +38,8 @@ from kempnerforge.checkpoint.structure import PATHS
 
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _TEXT = ("utf-8", "surrogatepass")
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""What reading JSON raises that no version wrote: such a step is damaged."""
 MAX_DEPTH = 200
 """Containers within containers."""
 FOREIGN_TAGS = ("__tensor__", "__ndarray__", "__numpy__", "__size__", "__dtype__", "__device__")
@@ -46,7 +49,7 @@ _FACTORIES: dict[str, type] = {one.__name__: one for one in (int, float, bool, s
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
-    """A leaf of torch or numpy, as it stands in the JSON."""
+    """The JSON of a leaf of torch or numpy."""
 
     tag: str
     content: Any
@@ -62,11 +65,13 @@ class Foreign:
 def encode(value: Any, *, name: str, foreign: Callable[[Any, str], Any] | None = None, depth: int = 0) -> Any:
     """``value`` as tagged JSON.
 
-    ``foreign`` is asked for what is no Python value, with its name; it returns JSON, or None when it cannot.
+    ``foreign`` gets every other kind of value and its name, and returns JSON, or None if it cannot store it.
     Raises TypeError, naming the leaf, for what cannot be stored.
     """
 
     def inner(item: Any, key: Any) -> Any:
+        if _is_json(item):  # a loader may have a million numbers: no name is made for them
+            return item
         return encode(item, name=f"{name}.{key}", foreign=foreign, depth=depth + 1)
 
     def items(values: Any) -> list[Any]:
@@ -75,15 +80,13 @@ def encode(value: Any, *, name: str, foreign: Callable[[Any, str], Any] | None =
     def pairs(mapping: Any) -> list[Any]:
         return [[inner(key, "key"), inner(item, key)] for key, item in mapping.items()]
 
+    if _is_json(value):
+        return value
     kind = type(value)
-    if value is None or kind is bool:
-        return value
     if kind is str:
-        return value if _is_json_text(value) else {"__text__": _base64(value.encode(*_TEXT))}
-    if kind is int and value.bit_length() <= 10_000:  # Python refuses to print larger ones
-        return value
+        return {"__text__": _base64(value.encode(*_TEXT))}
     if kind is float:
-        return value if math.isfinite(value) else {"__float__": repr(value)}
+        return {"__float__": repr(value)}
     if depth > MAX_DEPTH:
         raise TypeError(f"{name[:200]} is nested more than {MAX_DEPTH} deep, or holds itself")
     if kind is list:
@@ -101,6 +104,11 @@ def encode(value: Any, *, name: str, foreign: Callable[[Any, str], Any] | None =
         return {"__tuple__": items(value)}
     if kind is deque:
         return {"__deque__": [value.maxlen, items(value)]}
+    if kind is OrderedDict and vars(value):
+        # ``state_dict`` of a module has the versions of its submodules so: without them it is taken for old.
+        if list(vars(value)) != ["_metadata"]:
+            raise TypeError(f"{name} is an OrderedDict with attributes of its own, which are not stored")
+        return {"__statedict__": [pairs(value), inner(value._metadata, "_metadata")]}
     if kind in (OrderedDict, Counter):
         return {f"__{kind.__name__.lower()}__": pairs(value)}
     if kind is defaultdict and (
@@ -155,6 +163,16 @@ def has_new_tags(data: bytes) -> bool:
     return b'"__' in data and any(f'"{tag}"'.encode() in data for tag in _NEW_TAGS)
 
 
+def _is_json(value: Any) -> bool:
+    """Whether JSON holds a value as it is."""
+    kind = type(value)
+    if kind is int:
+        return value.bit_length() <= 10_000  # Python refuses to print larger ones
+    if kind is float:
+        return math.isfinite(value)
+    return kind is bool or value is None or (kind is str and _is_json_text(value))
+
+
 def _is_json_text(value: str) -> bool:
     return value.isascii() or _SURROGATE_PAIR.search(value) is None
 
@@ -181,6 +199,12 @@ def _pairs(pairs: Any, inner: Callable[[Any], Any]) -> list[tuple[Any, Any]]:
     return [(inner(key), inner(item)) for key, item in pairs]
 
 
+def _state_dict(content: Any, inner: Callable[[Any], Any]) -> OrderedDict[Any, Any]:
+    found = OrderedDict(_pairs(content[0], inner))
+    found._metadata = inner(content[1])  # type: ignore[attr-defined]
+    return found
+
+
 def _default_dict(content: Any, inner: Callable[[Any], Any]) -> defaultdict[Any, Any]:
     return defaultdict(_FACTORIES[content[0]] if content[0] else None, _pairs(content[1], inner))
 
@@ -198,12 +222,13 @@ _DECODERS: dict[str, Callable[[Any, Callable[[Any], Any]], Any]] = {
     "__deque__": lambda content, inner: deque(map(inner, content[1]), maxlen=content[0]),
     "__dict__": lambda content, inner: dict(_pairs(content, inner)),
     "__ordereddict__": lambda content, inner: OrderedDict(_pairs(content, inner)),
+    "__statedict__": _state_dict,
     "__counter__": lambda content, inner: Counter(dict(_pairs(content, inner))),
     "__defaultdict__": _default_dict,
 }
 _NEW_TAGS = (
     *FOREIGN_TAGS,
     *("__text__", "__complex__", "__bytearray__", "__bytesio__", "__deque__"),
-    *("__ordereddict__", "__counter__", "__defaultdict__"),
+    *("__ordereddict__", "__statedict__", "__counter__", "__defaultdict__"),
 )
 """Since format 1.1."""

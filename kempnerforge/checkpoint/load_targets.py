@@ -1,4 +1,4 @@
-"""What a load has to read for a ``TrainState``, and how it is handed over once all ranks have it."""
+"""What a load reads for a ``TrainState``, and how it is applied once all ranks have read it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from kempnerforge.checkpoint.dtypes import DTYPES
 from kempnerforge.checkpoint.extra_state import PREFIX, ExtraTargets
 from kempnerforge.checkpoint.fit import check_fits
 from kempnerforge.checkpoint.model_state import ModelTargets
@@ -21,11 +20,11 @@ from kempnerforge.errors import MismatchError
 
 @dataclass
 class LoadTargets:
-    """Tensors to fill, by name, and what is called when they are."""
+    """Tensors to fill, by name, and what to call when they are filled."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    """What the checkpoint lacks, or has too much."""
+    """Names that the checkpoint lacks or has in excess."""
     model: ModelTargets = field(default_factory=ModelTargets)
     optimizers: list[OptimizerTargets] = field(default_factory=list)
     extras: ExtraTargets = field(default_factory=ExtraTargets)
@@ -33,7 +32,7 @@ class LoadTargets:
     """Entries of the model that are no tensors."""
 
     def apply(self) -> None:
-        """Hand over what was read, the extras last. Raises what their ``load_state_dict`` raises."""
+        """Apply what was read, the extras last. Raises what their ``load_state_dict`` raises."""
         self.model.apply(self.model_values)
         for one in self.optimizers:
             one.apply()
@@ -51,8 +50,8 @@ def find_targets(
 ) -> LoadTargets:
     """What this rank reads, after a check that it fits. ``parts`` of model, optimizer, extra.
 
-    Not collective. Changes nothing. Rank 0 also looks for what the checkpoint has too much, for all. Raises
-    MismatchError and DamagedCheckpointError.
+    Not collective. Changes nothing. Rank 0 also looks for entries that no rank has. Raises MismatchError and
+    DamagedCheckpointError.
     """
     found = LoadTargets()
     if "model" in parts:
@@ -74,15 +73,13 @@ def find_targets(
 
 def _add_model(found: LoadTargets, state: TrainState, reader: SafetensorsReader) -> None:
     found.model = state.model.targets()
-
-    def make(name: str, tag: dict[str, Any]) -> torch.Tensor:
-        dtype, shape = reader.index.head(name)
-        return torch.empty(shape, dtype=DTYPES[dtype], device=tag.get("device", "cpu"))
-
-    unpacker = Unpacker(make)
-    for name in sorted(found.model.others):
+    unpacker = Unpacker(reader.make_tensor)
+    for name in sorted(found.model.of_any_form):
         if MODEL + name in reader.raw_objects:
             found.model_values[name] = unpacker.unpack(reader.raw_objects[MODEL + name])
+        elif MODEL + name in reader.index:
+            value = reader.make_tensor(MODEL + name, {"device": found.model.of_any_form[name]})
+            found.model_values[name] = found.tensors[MODEL + name] = value
         else:
             found.problems.append(f"{MODEL}{name} is not in the checkpoint")
     found.tensors |= {MODEL + name: tensor for name, tensor in found.model.tensors.items()}
@@ -118,20 +115,20 @@ def _add_optimizers(found: LoadTargets, state: TrainState, reader: SafetensorsRe
 
 
 def _model_surplus(found: LoadTargets, state: TrainState, reader: SafetensorsReader) -> list[str]:
-    """What the checkpoint has of a model that no rank has."""
+    """Return the model's entries in the checkpoint that no rank has."""
     others = {name for group in (state.groups or {}).values() for name in group}
     known = {MODEL + name for name in others} | found.tensors.keys()
     extra = [MODEL + rest for rest in reader.index.under(MODEL) if MODEL + rest not in known]
     if state.groups is None:
         objects = {name for name in reader.raw_objects if name.startswith(MODEL)}
-        extra += sorted(objects - {MODEL + name for name in found.model.others})
+        extra += sorted(objects - {MODEL + name for name in found.model.of_any_form})
     return _in_checkpoint_only(extra)
 
 
 def _other_surplus(
     found: LoadTargets, state: TrainState, reader: SafetensorsReader, parts: Collection[str]
 ) -> list[str]:
-    """What the checkpoint has of optimizers and extras, and the program lacks."""
+    """Return the entries of optimizers and extras in the checkpoint that the program lacks."""
     names, extra = state.model.names(), []
     for prefix, one in state.optimizers.items() if "optimizer" in parts else ():
         known = one.known_names(names)

@@ -1,4 +1,4 @@
-"""The manager composes saving, retention and resume; a loop talks to nothing else of this package."""
+"""``CheckpointManager``: saving, retention and resume for a training loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from kempnerforge.checkpoint.room import RoomKeeper
 from kempnerforge.checkpoint.save_events import MAX_EVENTS, SaveEvent, deleted
 from kempnerforge.checkpoint.saver import Saver, Snapshot
 from kempnerforge.checkpoint.state import TrainState
-from kempnerforge.config.schema import CheckpointConfig
+from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import KempnerForgeError, LeaseLostError
 
@@ -42,17 +42,18 @@ REQUEST = "checkpoint.request"
 class CheckpointManager:
     """Saves, prunes and resumes the checkpoints of one run.
 
-    ``config.dir``, else ``run_dir/checkpoints``, holds them; ``run_dir`` gets the receipts.
-    ``control_group`` is a gloo group that nothing else uses; None is one process alone. ``lease``, on the
-    first rank, proves before every commit that it alone writes the run.
+    They are in ``config.dir``, by default ``run_dir/checkpoints``; receipts are written to ``run_dir``.
+    ``control_group`` is a gloo group that nothing else uses; None is for one process. ``lease``, on the first
+    rank, proves before every commit that no other process writes the run.
 
-    Without ``context`` and ``lease`` the manager keeps the record of the run itself, from the first
-    collective call on: the lease, ``run.json`` and the ledger; the first rank logs to
-    ``kempnerforge.checkpoint.manager`` at INFO and WARNING. A run that a live process writes is refused with
-    LeaseHeldError. With a ``context`` the caller keeps the record.
+    Without ``context`` and ``lease`` the manager keeps the record of the run itself (lease, ``run.json``,
+    ledger), from the first collective call on, and its first rank logs to ``kempnerforge.checkpoint.manager``
+    at INFO and WARNING. It raises LeaseHeldError when another live process writes the run. With a
+    ``context`` the caller keeps the record.
 
-    A context manager: leaving it finishes a pending save, raises SaveFailedError if that failed, and closes.
-    When an exception leaves it, the save is finished too and a failure is said on standard error.
+    As a context manager, it finishes a pending save at the end, raises SaveFailedError if that failed, and
+    closes. If an exception ends the ``with``, the save is finished too, and a failure is printed to standard
+    error.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class CheckpointManager:
         self._room = RoomKeeper(self.folder, config)
         self._policy = SavePolicy.from_config(config)
         self._ours: set[int] = set()
-        """On the first rank: steps that were there at the resume, or that this attempt committed."""
+        """On the first rank: steps that existed at the resume or that this attempt committed."""
         self._metrics: dict[str, float] = {}
         self._metrics_step = -1
         self._request_seen_at = 0.0
@@ -112,10 +113,10 @@ class CheckpointManager:
     # -- resume ------------------------------------------------------------------------------------------
 
     def resume(self, state: TrainState) -> Receipt:
-        """Load the newest sound step of this run; else the warm start of ``load_path``; else begin at 0.
+        """Load the newest sound step of this run, or without one ``load_path``, or begin at step 0.
 
         Collective: all ranks, on the control group.
-        Blocks: until all ranks have loaded the same step.
+        Blocks: for a pending save; until all ranks have loaded the same step.
         Mutation: fills ``state`` and this process's random number generators.
         Durable: the receipt is, on return.
 
@@ -123,6 +124,7 @@ class CheckpointManager:
         on all ranks.
         """
         self._begin_record()
+        self._saver.settle(state.step)  # of a loop that resumes again: what it has begun to save counts
         restorer = Restorer(
             self.config,
             folder=self.folder,
@@ -135,7 +137,7 @@ class CheckpointManager:
         self._ours.update(layout.list_folder(self.folder).steps if self._control.rank == 0 else ())
         if result.source == "resume":
             self._saver.committed_step = result.step
-            # What the last attempt was killed before it could do.
+            # The last attempt may have been killed before it did this.
             self._control.on_rank0(lambda: self._link_and_prune(result.step))
         if self._policy.plans_saves or self.config.save_last:
             result.space_warning = self._prepare_saves(state)
@@ -152,7 +154,7 @@ class CheckpointManager:
             self._lease = self._own.lease
 
     def _prepare_saves(self, state: TrainState) -> str:
-        """Plan the saves, make the host buffers, look for memory and disk; returns a warning or nothing."""
+        """Plan the saves, make the host buffers, check memory and disk. Returns a warning, or nothing."""
         self._checkpointer.prepare(lambda: self._capture(state), self._control.group)
         mine = (socket.gethostname(), self._checkpointer.host_bytes)
         needed = sum(size for host, size in self._control.gather(mine) if host == mine[0])
@@ -164,10 +166,10 @@ class CheckpointManager:
     # -- save --------------------------------------------------------------------------------------------
 
     def vote(self, *, requested: bool = False) -> tuple[int, ...]:
-        """This rank's part in the agreement after a step: a wish, the clock, which save is settled, the pace.
+        """Return this rank's part in the agreement after a step: request, clock, settled save, lease, pace.
 
-        ``requested``: this rank was asked, by a signal say, to save. The first rank also looks for the file
-        ``checkpoint.request`` in the run's folder, and its clock is the one that counts.
+        ``requested``: this rank was asked to save, by a signal for example. The first rank also looks for the
+        file ``checkpoint.request`` in the run's folder. Only the first rank's clock counts.
         """
         first = self._control.rank == 0
         wish = requested or (first and self._request_file_is_there())
@@ -176,10 +178,10 @@ class CheckpointManager:
         return int(wish), since_ms, self._saver.settled(), int(lost), *self._pacer.votes()
 
     def decide(self, step: int, agreed: Sequence[int]) -> str | None:
-        """From the maxima of all ranks' votes: why to save now, or None.
+        """Return why to save now, or None, from the maxima of all ranks' votes.
 
-        Takes in the outcome of an earlier save on all ranks at once. A save that is due while an earlier one
-        is being written is put off to the next step and counted. Raises on all ranks: SaveFailedError after
+        All ranks take in the outcome of an earlier save. A save that is due while an earlier one is being
+        written is put off to the next step and counted. Raises on all ranks: SaveFailedError after
         ``max_failed_saves`` failures in a row, LeaseLostError when another attempt has taken the run over.
         """
         self._begin_record()
@@ -203,7 +205,7 @@ class CheckpointManager:
         return reason
 
     def _request_file_is_there(self) -> bool:
-        """Looks once a second at most: a look is a round trip on a shared file system."""
+        """Check at most once per second: each check is a round trip on a shared file system."""
         now = time.monotonic()
         if now - self._request_seen_at < 1.0:
             return False
@@ -211,13 +213,13 @@ class CheckpointManager:
         return (self.run_dir / REQUEST).exists()
 
     def record_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics taken at ``step``; a save of that very step has them in its manifest."""
+        """Store metrics of ``step``; a save of this step puts them into its manifest."""
         if step != self._metrics_step:
             self._metrics, self._metrics_step = {}, step
         self._metrics.update(metrics)
 
     def save(self, state: TrainState, *, wait: bool = False, reason: str = "asked") -> SaveReport:
-        """Write ``state`` as ``step_{step:08d}``, commit it, point ``latest`` at it, prune.
+        """Write ``state`` as ``step_{step:08d}``, commit it, point ``latest`` to it, delete older steps.
 
         Collective: all ranks, in the same order, on the control group.
         Blocks: as ``async_mode`` says; with ``wait``, for an earlier save and until this one commits.
@@ -230,7 +232,7 @@ class CheckpointManager:
         """
         self._begin_record()
         if reason == "asked" and self._control.rank == 0:
-            # If it stays, it asks again: that costs a save. An error on this rank alone would cost the run.
+            # If the file stays, one more save is made. An error on this rank alone would end the run.
             with contextlib.suppress(OSError):
                 (self.run_dir / REQUEST).unlink(missing_ok=True)
         skipped = self._control.on_rank0(lambda: self._no_room_for(state.step))
@@ -239,9 +241,10 @@ class CheckpointManager:
         return self._saver.save(self._snapshot(state, reason), reason=reason, wait=wait)
 
     def after_step(self, state: TrainState) -> list[SaveReport]:
-        """All that a loop of your own needs after a step: agree, save if it is due, tell what was committed.
+        """Call after every step: agree with all ranks, save if that is due, return the outcomes of saves.
 
-        Collective: all ranks, in the same order, on the control group. Blocks, Mutation: as ``save``.
+        Collective: all ranks, in the same order, on the control group.
+        Blocks, Mutation, Durable: as ``save``.
         """
         reason = self.decide(state.step, self._control.agree(self.vote()))
         if reason is not None:
@@ -249,18 +252,21 @@ class CheckpointManager:
         return self.poll()
 
     def _no_room_for(self, step: int) -> str:
-        """Why a save of ``step`` does not fit; empty when it does, or when nobody can tell."""
+        """Return why a save of ``step`` does not fit; empty if it does, or if that is unknown."""
         try:
             if step not in self._ours and (self.folder / layout.step_name(step)).exists():
                 self._set_aside_late()
             room = self._room.make()
             self._deletions.append(self._deleted(room.pruned, None))
         except (OSError, KempnerForgeError):
-            return ""  # the save itself will meet the fault, and tell it
+            return ""  # the save itself fails with this error and reports it
         return "" if room.fits else room.warning(step)
 
     def _capture(self, state: TrainState) -> Payload:
-        return state.capture(rank=self._control.rank, num_ranks=self._control.num_ranks)
+        overlapping = self._checkpointer.mode is AsyncCheckpointMode.async_pinned
+        return state.capture(
+            rank=self._control.rank, num_ranks=self._control.num_ranks, overlapping=overlapping
+        )
 
     def _snapshot(self, state: TrainState, reason: str) -> Snapshot:
         return Snapshot(
@@ -286,7 +292,7 @@ class CheckpointManager:
             self._lease.check()
 
     def holds_lease(self) -> bool:
-        """Whether nobody has taken the run over, as far as can be told."""
+        """Whether no other process is known to have taken the run over."""
         try:
             self._check_lease()
         except LeaseLostError:
@@ -296,17 +302,17 @@ class CheckpointManager:
         return True
 
     def lease_warning(self) -> str:
-        """Why the lease cannot be renewed at present; empty when it can, and on other ranks."""
+        """Why the lease cannot be renewed at present; empty if it can, and on other ranks."""
         return self._lease.failing if self._lease is not None else ""
 
     def _set_aside_late(self) -> list[str]:
-        """Steps that an older attempt committed after this one took over are no part of this timeline."""
+        """Set aside steps that an older attempt committed after this one took over."""
         cuts = timeline.cuts(self.run_dir)
         late = timeline.set_aside_late(self.folder, cuts, run_id=self.context.run_id, trusted=self._ours)
         return [f"a step that an older attempt committed late was set aside as {path.name}" for path in late]
 
     def _after_commit(self, step: int) -> list[str]:
-        """Link and retention: conveniences, whose failure must not fail a committed save. First rank only."""
+        """Link and retention, whose failure must not fail a committed save. First rank only."""
         warnings: list[str] = []
         self._ours.add(step)
         try:
@@ -335,7 +341,7 @@ class CheckpointManager:
         return deleted(steps, rules, after_commit=after_commit)
 
     def events(self) -> list[SaveEvent]:
-        """What was put off and, on the first rank, deleted since the last call, for the ledger."""
+        """Events for the ledger since the last call: saves put off and, on the first rank, deletions."""
         found = self._saver.events()
         while self._deletions:
             found.append(self._deletions.popleft())
@@ -349,7 +355,7 @@ class CheckpointManager:
             self._own.record(self.events())
 
     def _record_pending(self) -> None:
-        """Record the outcome of a pending save that the other ranks are not asked about any more."""
+        """Record the outcome of a pending save without asking the other ranks."""
         if (
             self._own is not None
             and self._own.is_open
@@ -359,41 +365,41 @@ class CheckpointManager:
 
     @property
     def in_flight(self) -> tuple[str, str, float] | None:
-        """Name, this rank's part and age in seconds of the save that is pending. Any thread."""
+        """Name, this rank's part and age in seconds of the pending save. Any thread."""
         return self._checkpointer.in_flight
 
     def kill_writer(self) -> None:
-        """End the writer process at once: this process is about to end. Any thread."""
+        """Kill the writer process, because this process is about to end. Any thread."""
         if (pid := self._checkpointer.writer_pid) is not None:
             os.kill(pid, signal.SIGKILL)
 
     def wait_for_staging(self) -> None:
-        """Stand before every optimizer step: staged copies precede mutation.
+        """Call before ``optimizer.step()``; returns when tensors may be modified.
 
-        Not collective. Blocks: for what the copy has not finished; on CUDA the device waits, not the host.
+        Not collective. Blocks: until the copy is done; on CUDA the device waits, not the host.
         """
         self._saver.wait_for_staging()
 
     def poll(self) -> list[SaveReport]:
-        """Outcomes of saves that all ranks have learnt of since the last call. Never blocks."""
+        """Outcomes that all ranks have learned since the last call. Never blocks."""
         reports = self._pacer.paced(self._saver.reports())
         if self._own is not None:
             self._own.paced(self._pacer.news())
         return reports
 
     def news(self) -> str:
-        """What has changed in the pace of saves since the last call, in words, on the first rank."""
+        """Changes in the pace of saves since the last call, as text, on the first rank."""
         if self._own is None:
             return self._pacer.news()
         news, self._own.news = self._own.news, ""
         return news
 
     def leave_out(self, seconds: float) -> None:
-        """So much time since the last step was no part of it, a validation say: no tax of a save."""
+        """Exclude seconds of other work between steps, such as validation, from the cost of saves."""
         self._saver.clock.meter.left_out(seconds)
 
     def finish(self, state: TrainState) -> None:
-        """Commit the last step, if it is not and ``save_last`` is set; otherwise wait for what is pending.
+        """Wait for a pending save; with ``save_last``, commit the last step unless it is committed.
 
         Collective: all ranks, on the control group. Blocks: until the commit. Durable: on return.
         Raises SaveFailedError on all ranks.
@@ -405,11 +411,11 @@ class CheckpointManager:
             self._own.finished(state.step)
 
     def wait(self) -> None:
-        """Let a pending save end, without raising. Not collective; also after an error."""
+        """Wait for a pending save, without raising. Not collective; may be called after an error."""
         self._saver.wait()
 
     def close(self) -> None:
-        """Let a pending save end, end the writer, give the lease back. Not collective."""
+        """Finish a pending save without raising, end the writer, release the lease. Not collective."""
         self._record_pending()
         self._close(None)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 
 class ModelState:
     """The parts of a model that this rank holds: all of it, or its stages of a pipeline.
 
-    Raises TypeError for what is no module or is wrapped in FSDP1, whose parameters are slices of others, and
-    ValueError for parts that have a name in common.
+    Raises TypeError for what is not a module or is wrapped in FSDP1, whose parameters are slices of others,
+    and ValueError for parts that have a name in common and for lazy parameters that have no shape yet.
     """
 
     def __init__(self, model: nn.Module | Sequence[nn.Module]) -> None:
@@ -26,20 +28,28 @@ class ModelState:
             if not isinstance(part, nn.Module):
                 raise TypeError(f"model= takes a module or a sequence of modules, not {type(part).__name__}")
             _refuse_fsdp1(part)
+        for parameter, name in self.names().items():
+            if is_lazy(parameter):
+                raise ValueError(f"{name} of model= has no shape yet: call the model once before TrainState")
         self.entries()
 
-    def entries(self) -> dict[str, Any]:
-        """What ``state_dict`` gives, by name, all parts together. Tensors are references if they can be."""
+    def entries(self, *, copy_buffers: bool = False) -> dict[str, Any]:
+        """What ``state_dict`` gives, by name, all parts together. Tensors are references if they can be.
+
+        With ``copy_buffers`` those that a forward may change, which parameters are not, are copies.
+        """
         found: dict[str, Any] = {}
         for part in self.parts:
             strip = _stripper(part)
+            changing = {raw for raw, _ in part.named_buffers(remove_duplicate=False)} if copy_buffers else ()
             for raw, value in part.state_dict().items():
                 name = strip(raw)
                 if name in found:
                     raise ValueError(
                         f"two parts of the model have {name}: give their modules different names"
                     )
-                found[name] = value
+                is_tensor = copy_buffers and isinstance(value, torch.Tensor)
+                found[name] = value.clone() if is_tensor and (raw in changing or _is_extra(raw)) else value
         return found
 
     def names(self) -> dict[torch.Tensor, str]:
@@ -51,25 +61,49 @@ class ModelState:
                 found.setdefault(parameter, strip(raw))
         return found
 
+    def check_stored(self, trained: Iterable[torch.Tensor]) -> None:
+        """Raise ValueError for a trained parameter that ``state_dict`` leaves out: a resume would lose it.
+
+        A module that hands out entries under names of its own is taken to have it in one of them.
+        """
+        names, entries = self.names(), self.entries()
+        storages = {memory_of(value) for value in entries.values() if isinstance(value, torch.Tensor)} - {0}
+        own = {strip(raw) for part in self.parts for strip in [_stripper(part)] for raw in _own_tensors(part)}
+        renaming = {name.rpartition(".")[0] for name in entries.keys() - own if not _is_extra(name)}
+        for parameter in trained:
+            name = names.get(parameter)
+            if name is None or name in entries or name.rpartition(".")[0] in renaming:
+                continue
+            if memory_of(parameter) not in storages:
+                raise ValueError(
+                    f"{name} is trained by optimizer=, and state_dict() of model= leaves it out: a resume "
+                    "would lose it"
+                )
+
     def targets(self) -> ModelTargets:
         """Where a load puts what it reads."""
         found = ModelTargets()
         for part in self.parts:
-            strip, entries, foreign = _stripper(part), {}, []
-            owned = {_storage(tensor) for tensor in (*part.parameters(), *part.buffers())}
+            strip, entries = _stripper(part), {}
+            own = {raw: memory_of(tensor) for raw, tensor in _own_tensors(part).items()}
+            storages = {*own.values()} - {0}
+            through_load = _load_has_effects(part)
             for raw, value in part.state_dict().items():
                 name = strip(raw)
                 entries[name] = raw
-                if not isinstance(value, torch.Tensor):
-                    found.others.add(name)
-                    foreign.append(name)
+                if not isinstance(value, torch.Tensor) or _is_extra(raw):
+                    found.of_any_form[name] = value.device.type if isinstance(value, torch.Tensor) else "cpu"
+                    through_load = True
                     continue
-                if value.numel() and _storage(value) not in owned:
+                # A rank that holds nothing of a sharded tensor goes by its name: all ranks must decide alike.
+                storage = memory_of(value)
+                is_own = storage in storages if storage else raw in own
+                if value.numel() and not is_own:
                     # A copy that a hook made: filling it would not fill the parameter.
                     value = torch.empty_like(value)
-                    foreign.append(name)
+                    through_load = True
                 found.tensors[name] = value
-            if foreign:
+            if through_load:
                 found.through_load.append((part, entries))
         return found
 
@@ -79,19 +113,59 @@ class ModelTargets:
     """Tensors to fill and, for modules that hand out anything but their own tensors, what to call then."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    others: set[str] = field(default_factory=set)
-    """Names of the entries that are no tensors."""
+    of_any_form: dict[str, str] = field(default_factory=dict)
+    """What is not a tensor, or may change its shape (``get_extra_state``): name -> type of device."""
     through_load: list[tuple[nn.Module, dict[str, str]]] = field(default_factory=list)
     """Modules that must be loaded through ``load_state_dict``, with name -> their own name for it."""
 
     def apply(self, others: Mapping[str, Any]) -> None:
-        """Hand over what was read. ``others``: the values of the entries that are no tensors."""
+        """Hand over what was read. ``others``: the values of the entries of any form. Raises RuntimeError."""
         values = {**self.tensors, **others}
         for part, raw_names in self.through_load:
-            part.load_state_dict({raw: values[name] for name, raw in raw_names.items()})
+            state = OrderedDict((raw, values[name]) for name, raw in raw_names.items())
+            own = part.state_dict()
+            # Modules take a state without versions for one of an old version, and convert it.
+            state._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
+            # What the module does not hand out itself, a frozen base say, cannot be in the checkpoint.
+            told = part.load_state_dict(state, strict=False)
+            missing = [name for name in getattr(told, "missing_keys", ()) if name in own]
+            if wrong := [*missing, *getattr(told, "unexpected_keys", ())]:
+                raise RuntimeError(
+                    f"load_state_dict of {type(part).__name__} did not take {', '.join(wrong)}"
+                )
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def _own_tensors(part: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by the module's own names, tied ones under each."""
+    return {
+        **dict(part.named_parameters(remove_duplicate=False)),
+        **dict(part.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _is_extra(name: str) -> bool:
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def _load_has_effects(part: nn.Module) -> bool:
+    """Whether loading it does more than filling tensors: hooks, or methods of a user's own."""
+    for module in (part, *part.modules()):
+        hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
+        if any(not _is_of_torch(getattr(hook, "hook", hook)) for hook in hooks):
+            return True
+        if not _is_of_torch(type(module)._load_from_state_dict):
+            return True
+    return any(not _is_of_torch(type(one).load_state_dict) for one in (part,))
+
+
+def _is_of_torch(function: Any) -> bool:
+    """Whether it is torch's: torch's own hooks take names apart, and fill nothing."""
+    function = getattr(function, "func", function)
+    return str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """Where the storage of a tensor, or of this rank's part of it, begins; 0 if it has no memory of its own."""
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
     try:

@@ -22,9 +22,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint.dtypes import DTYPES
+from kempnerforge.checkpoint.leaves import MALFORMED
+from kempnerforge.checkpoint.model_state import memory_of
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.checkpoint.tensor_leaves import Packer, Unpacker, tensor_names
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
@@ -70,29 +73,40 @@ class OptimizerState:
         """
         on_host: set[str] = set()
         empty: list[str] = []
+        shared: dict[int, str] = {}
+        same: dict[str, str] = {}
+        parameters: dict[str, list[bool]] = {}
         for owner, state in self.optimizer.state.items():
             if isinstance(owner, str):
-                objects[f"{self.prefix}global.{owner}"] = packer.pack(
-                    state, name=f"{self.prefix}global.{owner}"
-                )
+                objects[f"{self.prefix}global.{owner}"] = _pack(state, f"{self.prefix}global.{owner}", packer)
                 continue
-            base = f"{self.prefix}state.{self._name(owner, names)}."
+            parameter = self._name(owner, names)
+            base = f"{self.prefix}state.{parameter}."
+            if not isinstance(state, Mapping):
+                raise TypeError(
+                    f"{base[:-1]} is a {type(state).__name__}: state of a parameter must be a table"
+                )
             if not state:
-                empty.append(self._name(owner, names))
+                empty.append(parameter)
             for key, value in state.items():
                 if type(key) is not str or not key:
                     raise TypeError(f"{base}{key!r}: a key of optimizer state must be text")
                 if isinstance(value, torch.Tensor):
+                    if (first := shared.setdefault(id(value), base + key)) != base + key:
+                        same[base + key] = first
+                        continue
                     _check_layout(base + key, value, owner, key)
                     packer.add(base + key, value)
+                    if isinstance(value, nn.Parameter) or value.requires_grad:
+                        parameters[base + key] = [isinstance(value, nn.Parameter), value.requires_grad]
                     if value.device.type == "cpu" != owner.device.type:
                         on_host.add(key)
                 else:
-                    objects[base + key] = _plain(packer.pack(value, name=base + key), packer)
+                    objects[base + key] = _pack(value, base + key, packer)
         groups = [
             {
                 **{
-                    key: packer.pack(value, name=f"{self.prefix}groups.{number}.{key}")
+                    key: _pack(value, f"{self.prefix}groups.{number}.{key}", packer)
                     for key, value in group.items()
                     if key not in _NOT_HYPERPARAMETERS
                 },
@@ -105,6 +119,10 @@ class OptimizerState:
             table["on_host"] = sorted(on_host)
         if empty:
             table["empty"] = empty
+        if same:
+            table["same"] = same
+        if parameters:
+            table["parameters"] = parameters
         return table
 
     def _group_names(self, number: int, names: Names) -> list[str]:
@@ -114,10 +132,8 @@ class OptimizerState:
         return [self._name(parameter, names) for parameter in group["params"]]
 
     def _name(self, parameter: Any, names: Names) -> str:
-        try:
+        if isinstance(parameter, torch.Tensor) and parameter in names:
             return names[parameter]
-        except (KeyError, TypeError):
-            pass
         for number, group in enumerate(self.optimizer.param_groups):
             for place, one in enumerate(group["params"]):
                 if one is parameter:
@@ -143,27 +159,29 @@ class OptimizerState:
         """What has to be read, and where it goes. Raises MismatchError if the program has other groups."""
         self._check_groups(stored, names)
         found = OptimizerTargets(self)
-        unpacker = Unpacker(lambda name, tag: _plain_target(name, tag, reader))
-        problems: list[str] = []
+        unpacker = Unpacker(reader.make_tensor)
+        taken = {memory_of(parameter) for parameter in names}
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 name = names[parameter]
                 here, there = self.optimizer.state.get(parameter, {}), stored.values.get(name, {})
                 state: dict[str, Any] = {}
-                for key in reader.index.under(f"{self.prefix}state.{name}."):
+                for key in stored.tensor_keys(f"{self.prefix}state.{name}.", reader):
                     full = f"{self.prefix}state.{name}.{key}"
-                    if full in stored.inner_tensors:
-                        continue
-                    value = here.get(key)
-                    if not isinstance(value, torch.Tensor):
-                        dtype, shape = reader.index.head(full)
-                        value = _make(parameter, key, shape, DTYPES[dtype], group, stored.on_host)
-                    state[key] = found.tensors[full] = value
+                    source = stored.same.get(full, full)
+                    if source not in found.tensors:
+                        value = _reused(here.get(key), taken)
+                        if value is None:
+                            head = reader.index.head(source)
+                            value = _make(parameter, key, head, group, stored.on_host)
+                        found.tensors[source] = value
+                    state[key] = _as_it_was(found.tensors[source], here.get(key), stored.parameters.get(full))
                 state.update({key: unpacker.unpack(value) for key, value in there.items()})
                 if self._kept is not None:
-                    lacking = [key for key in here if key not in state]
-                    problems += [
-                        f"{self.prefix}state.{name}.{key} is not in the checkpoint" for key in lacking
+                    found.problems += [
+                        f"{self.prefix}state.{name}.{key} is not in the checkpoint"
+                        for key in here
+                        if key not in state
                     ]
                 if state or name in stored.empty:
                     found.state[parameter] = state
@@ -178,7 +196,6 @@ class OptimizerState:
                 }
             )
         found.tensors |= unpacker.tensors
-        found.problems = problems
         return found
 
     def _check_groups(self, stored: StoredOptimizer, names: Names) -> None:
@@ -208,7 +225,7 @@ class OptimizerState:
 
 @dataclass
 class OptimizerTargets:
-    """What is read for one optimizer, and what becomes of it."""
+    """What a load reads for one optimizer, and where it goes."""
 
     owner: OptimizerState
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -218,7 +235,7 @@ class OptimizerTargets:
     """Tensors that the program has and the checkpoint lacks, where state is not the checkpoint's alone."""
 
     def apply(self) -> None:
-        """Give the optimizer the state and the groups. The tensors are filled."""
+        """Set the optimizer's state and groups, once the tensors are filled."""
         optimizer = self.owner.optimizer
         optimizer.state.clear()
         optimizer.state.update(self.state)
@@ -228,7 +245,7 @@ class OptimizerTargets:
                 if (
                     isinstance(here, torch.Tensor)
                     and isinstance(value, torch.Tensor)
-                    and here.shape == value.shape
+                    and (here.shape, here.dtype) == (value.shape, value.dtype)
                 ):
                     here.detach().copy_(value)  # whoever holds it, a captured graph say, sees the value
                 else:
@@ -242,13 +259,17 @@ class StoredOptimizer:
     groups: list[dict[str, Any]]
     on_host: frozenset[str] | None
     empty: frozenset[str]
-    """Parameters with state in which nothing is yet."""
+    """Parameters whose state has no key yet."""
     values: dict[str, dict[str, Any]]
-    """Parameter -> key -> value that is no tensor, as JSON."""
+    """Parameter -> key -> value that is not a tensor, as JSON."""
     of_all: dict[str, Any]
     """State that belongs to no parameter, as JSON."""
     inner_tensors: frozenset[str]
-    """Names of the tensors that stand within such values."""
+    """Names of the tensors within such values."""
+    same: dict[str, str]
+    """Names of tensors that are one with another one -> name of that one."""
+    parameters: dict[str, list[bool]]
+    """Names of tensors that were ``nn.Parameter``, or required gradients -> whether they were, and did."""
 
     @classmethod
     def read(
@@ -273,12 +294,18 @@ class StoredOptimizer:
             ]
             on_host = frozenset(table["on_host"]) if "on_host" in table else None
             empty = frozenset(table.get("empty", ()))
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            same, parameters = dict(table.get("same", {})), dict(table.get("parameters", {}))
+        except MALFORMED as error:
             raise DamagedCheckpointError(
-                f"{where} is damaged: what train_state.json says of {prefix.rstrip('.')} makes no sense "
+                f"{where} is damaged: train_state.json has invalid content for {prefix.rstrip('.')} "
                 f"({error!r})"
             ) from None
-        return cls(groups, on_host, empty, values, of_all, frozenset(inner))
+        return cls(groups, on_host, empty, values, of_all, frozenset(inner), same, parameters)
+
+    def tensor_keys(self, base: str, reader: SafetensorsReader) -> list[str]:
+        """Keys of a parameter's state, whose names begin with ``base``, that are tensors."""
+        found = [key for key in reader.index.under(base) if base + key not in self.inner_tensors]
+        return found + [name.removeprefix(base) for name in self.same if name.startswith(base)]
 
 
 def split_name(rest: str, names: Collection[str]) -> tuple[str, str]:
@@ -291,11 +318,36 @@ def split_name(rest: str, names: Collection[str]) -> tuple[str, str]:
     return name, key
 
 
+def check_whole(optimizer: torch.optim.Optimizer, given: Collection[torch.optim.Optimizer]) -> None:
+    """Raise TypeError when state of an optimizer is neither in its ``state`` nor in its ``param_groups``.
+
+    ``given``: all optimizers that are handed over.
+    """
+    kind = type(optimizer).__name__
+    for attribute, value in vars(optimizer).items():
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        for inner in values if not isinstance(value, dict) else value.values():
+            is_other = isinstance(inner, torch.optim.Optimizer) and inner.state is not optimizer.state
+            if is_other and not any(inner is one for one in given):
+                raise TypeError(
+                    f"{kind}.{attribute} is an optimizer with a state of its own, {type(inner).__name__}: hand "
+                    f"over both, as a dict of optimizers"
+                )
+    is_own = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
+    if is_own or optimizer._optimizer_state_dict_post_hooks:
+        more = optimizer.state_dict().keys() - {"state", "param_groups"}
+        if more:
+            raise TypeError(
+                f"state_dict() of {kind} has {', '.join(sorted(map(repr, more)))} beside state and "
+                "param_groups: hand it over as extra=, with optimizer={} (docs/optimizers.md)"
+            )
+
+
 def make_state(optimizer: torch.optim.Optimizer) -> None:
     """Create what the first step of torch's Adam and AdamW would create: zeros.
 
     Then a run's first save has the buffers that all others have. Nothing happens where state exists already,
-    nor for any other optimizer, whose state is there after its first step.
+    nor for any other optimizer, which makes its state in its first step.
     """
     if optimizer.state or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return
@@ -345,12 +397,15 @@ def _is_count(value: torch.Tensor, key: str) -> bool:
 def _make(
     parameter: torch.Tensor,
     key: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
+    head: tuple[str, tuple[int, ...]],
     group: Mapping[str, Any],
     on_host: frozenset[str] | None,
 ) -> torch.Tensor:
-    """State as the optimizer would have made it: like its parameter where it has its shape, else plain."""
+    """State as the optimizer would have made it: like its parameter where it has its shape, else plain.
+
+    ``head``: safetensors dtype and shape, by the index.
+    """
+    dtype, shape = DTYPES[head[0]], head[1]
     is_count = key == "step" and not shape
     if on_host is not None:
         host = key in on_host
@@ -362,17 +417,35 @@ def _make(
     return torch.empty(shape, dtype=dtype, device="cpu" if host else parameter.device)
 
 
-def _plain(encoded: Any, packer: Packer) -> Any:
-    """Raise TypeError for a DTensor in a list or table of optimizer state: it has no parameter to follow."""
+def _reused(here: Any, taken: set[int]) -> torch.Tensor | None:
+    """The state that the optimizer has already, unless something else, a parameter say, is in its memory."""
+    if not isinstance(here, torch.Tensor) or (memory := memory_of(here)) in taken:
+        return None
+    taken |= {memory} - {0}
+    return here.detach()
+
+
+def _as_it_was(value: torch.Tensor, here: Any, flags: list[bool] | None) -> torch.Tensor:
+    """The tensor, as the object that the optimizer has already where that is filled."""
+    is_parameter, needs_grad = flags or (False, False)
+    is_filled = isinstance(here, torch.Tensor) and memory_of(here) == memory_of(value) != 0
+    if is_filled and (isinstance(here, nn.Parameter), here.requires_grad) == (is_parameter, needs_grad):
+        return here
+    if is_parameter:
+        return nn.Parameter(value, requires_grad=needs_grad)
+    return value.detach().requires_grad_() if needs_grad else value
+
+
+def _pack(value: Any, name: str, packer: Packer) -> Any:
+    """A value that is no tensor of a parameter, as JSON.
+
+    Raises TypeError for a DTensor in it: there is no parameter whose layout it could follow.
+    """
+    encoded = packer.pack(value, name=name)
     for name in tensor_names(encoded):
         if isinstance(packer.tensors[name], DTensor):
-            raise TypeError(f"{name} is a DTensor in a list or table, which cannot be laid out again")
+            raise TypeError(f"{name} is a DTensor that belongs to no parameter: it cannot be laid out again")
     return encoded
-
-
-def _plain_target(name: str, tag: Mapping[str, Any], reader: SafetensorsReader) -> torch.Tensor:
-    dtype, shape = reader.index.head(name)
-    return torch.empty(shape, dtype=DTYPES[dtype], device=tag.get("device", "cpu"))
 
 
 def _some(names: Sequence[str]) -> str:

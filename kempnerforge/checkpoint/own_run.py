@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kempnerforge.checkpoint.attempt_start import Asked, attempt_started, open_run, start_facts
+from kempnerforge.checkpoint.attempt_start import OpenOptions, attempt_started, open_run, start_facts
 from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.report import RunContext, SaveReport
@@ -34,9 +34,9 @@ from kempnerforge.goodput.ledger import OWN_LOOP
 from kempnerforge.slurm.job import node_name
 
 log = logging.getLogger("kempnerforge.checkpoint.manager")
-"""Of the manager, whose users see it. Its first rank logs; handlers are the program's business."""
+"""Named after the manager, which users know. Only the first rank logs; the program sets the handlers."""
 
-ASKED = Asked(
+OPTIONS = OpenOptions(
     folder_name="run_dir",
     other_folder="run_dir to SHARED/PATH",
     rename_hint="give this run another run_dir",
@@ -46,16 +46,16 @@ ASKED = Asked(
 _attempts: dict[str, _Attempt] = {}
 """By the real path of the run's folder: the attempts that this process has open."""
 _processes_begun: set[int] = set()
-"""Processes that have begun an attempt: the time before their first one counts as its set-up."""
+"""Processes that have begun an attempt. The time before the first attempt counts as its set-up."""
 
 
 class _Attempt:
-    """What the first rank holds while an attempt lasts; ``end`` gives it back, once."""
+    """The lease and the ledger of an open attempt, on the first rank. ``end`` releases them, once."""
 
     def __init__(self, key: str, lease: Lease, ledger: AttemptLog, join: Callable[[], None]) -> None:
         self._key = key
         self.join = join
-        """Lets a pending save end."""
+        """Waits for a pending save."""
         self.lease = lease
         self.ledger = ledger
         self.step: int | None = None
@@ -63,7 +63,7 @@ class _Attempt:
         self.is_over = False
 
     def end(self, *, status: int, reason: str, error: BaseException | None = None) -> None:
-        """Write how the attempt ended and give the lease back."""
+        """Write how the attempt ended and release the lease."""
         if self.is_over or self.pid != os.getpid():  # a forked child has a copy, and the parent the lease
             return
         self.is_over = True
@@ -75,18 +75,18 @@ class _Attempt:
         log.log(level, "attempt %d: %s", self.lease.attempt, reason)
 
     def drop(self) -> None:
-        """End an attempt that nobody finished or closed."""
+        """End an attempt that was neither finished nor closed."""
         self.end(status=EXIT_STOPPED, reason=f"ended{self.where} without finish()")
 
     @property
     def where(self) -> str:
-        """The step in words; empty before the first."""
+        """The step for messages; empty before the first."""
         return f" at step {self.step}" if self.step is not None else ""
 
 
 @atexit.register
 def _end_all() -> None:
-    """End what is open when the interpreter exits: Python has waited for the saves and told its error."""
+    """End open attempts when the interpreter exits. Python has joined the saves by then."""
     error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
     for attempt in list(_attempts.values()):
         if error is not None:
@@ -96,9 +96,9 @@ def _end_all() -> None:
 
 
 class OwnRun:
-    """Keeps the record of one attempt. Other ranks than the first have little to do, and write no ledger.
+    """Keeps the record of one attempt. Only the first rank holds the lease and writes the ledger.
 
-    ``began_at``: the step at which the loop stands when it does not resume. ``join`` lets a pending save end.
+    ``began_at``: the step that a loop without a resume begins at. ``join`` waits for a pending save.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class OwnRun:
         self.lease: Lease | None = None
         """On the first rank, from ``open`` on."""
         self.news = ""
-        """What has changed in the pace of saves and ``CheckpointManager.news`` has not told yet."""
+        """The last change in the pace of saves that ``CheckpointManager.news`` has not returned yet."""
 
     @property
     def is_open(self) -> bool:
@@ -132,19 +132,19 @@ class OwnRun:
         return self._number > 0
 
     def open(self, device: torch.device | None) -> RunContext:
-        """Begin an attempt: take the lease, count it in ``run.json``, begin its part of the ledger.
+        """Begin an attempt: take the lease, count the attempt in ``run.json``, begin its part of the ledger.
 
-        Checkpoints that have no ``run.json``, of a version that wrote none, become this run's. An attempt
-        that another manager of this process has left open in the folder ends.
+        Checkpoints of a version that wrote no ``run.json`` are adopted. An attempt that another manager of
+        this process has left open in the folder ends.
 
-        Collective: all ranks. Blocks: while another process's lease is watched. Durable: on return.
+        Collective: all ranks. Blocks: while it watches another process's lease. Durable: on return.
         Raises RunFolderError on all ranks, LeaseHeldError when another process writes the run.
         """
         key = os.path.realpath(self._run_dir)
         older = _attempts.get(key)  # never on other ranks than the first
         if older is not None and older.pid == os.getpid():
             older.join()
-            older.lease.lost = "another CheckpointManager of this process goes on with the run"
+            older.lease.lost = "another CheckpointManager of this process has taken the run over"
             older.end(status=EXIT_STOPPED, reason=older.lease.lost)
         started = time.time() if os.getpid() in _processes_begun else attempt_started()
         _processes_begun.add(os.getpid())
@@ -156,7 +156,7 @@ class OwnRun:
             first_global_batch_size=0,
             checkpoint_dir=self._config.dir,
             note=log.warning,
-            asked=ASKED,
+            options=OPTIONS,
         )
         self._number = record.attempt
         ranks = {"num_ranks": self._control.num_ranks}
@@ -181,7 +181,7 @@ class OwnRun:
     def resumed(self, receipt: Receipt, *, step: int, skipped: int) -> None:
         """Log and record how the attempt begins, behind ``step``.
 
-        ``skipped``: steps left out as not finite.
+        ``skipped``: steps skipped so far because something was not finite.
         """
         for line in receipt.lines():
             self._info(line)
@@ -203,8 +203,8 @@ class OwnRun:
     def stepped(self, step: int, *, skipped: int, waited_s: float, excluded_s: float) -> None:
         """Record that ``step`` is done.
 
-        ``waited_s`` and ``excluded_s``: how long the loop has waited for saves, and what it left out of its
-        steps, since it began. The rest of the time since the last call was steps.
+        ``waited_s`` and ``excluded_s``: seconds that the loop has waited for saves, and has excluded from its
+        steps, since it began. The rest of the time since the last call counts as steps.
         """
         if not self._has_resumed:
             self._begin_loop(min(self._began_at, step), skipped, "not resumed")
@@ -243,7 +243,7 @@ class OwnRun:
         self._lease_failing = failing
 
     def record(self, events: Iterable[SaveEvent]) -> None:
-        """Write events to the ledger, and log what they say that no report does."""
+        """Write events to the ledger, and log those that no report covers."""
         for event in events:
             if self._attempt is not None:
                 self._attempt.ledger.write(event.kind, **event.values)
@@ -256,17 +256,17 @@ class OwnRun:
                 self._info(f"deleted {word} {', '.join(map(str, values['steps']))}: no rule keeps more")
 
     def paced(self, news: str) -> None:
-        """Log what has changed in the pace of saves."""
+        """Log a change in the pace of saves; nothing if ``news`` is empty."""
         if news:
             self.news = news
             self._info(news)
 
     def finished(self, step: int) -> None:
-        """Take note that the loop has come to its end; ``end`` records it."""
+        """Remember that the loop has finished; ``end`` records it."""
         self._finished_at = step
 
     def end(self, error: BaseException | None) -> None:
-        """Record how the attempt ended, with ``error`` if one ended it, and give the lease back."""
+        """Record how the attempt ended, with ``error`` if one ended it, and release the lease."""
         if self._control.rank != 0 and error is not None and self.is_open:
             agreed = isinstance(error, KempnerForgeError) and error.agreed
             if not agreed:
@@ -281,8 +281,8 @@ class OwnRun:
             self._attempt.end(status=_status_of(error), reason=_words(error), error=error)
 
     def _record_fault(self, error: BaseException) -> None:
-        """The ledger is the first rank's, which may see no more of this than a lost connection."""
-        with contextlib.suppress(OSError):  # the error itself goes up all the same
+        """Record an error of this rank: the first rank may see a lost connection and nothing else."""
+        with contextlib.suppress(OSError):  # the error itself is raised in any case
             record_fault(
                 self._run_dir,
                 error,
@@ -301,7 +301,7 @@ class OwnRun:
 
 
 def _status_of(error: BaseException) -> int:
-    """Return the exit status that an error stands for."""
+    """Return the exit status for an error."""
     if isinstance(error, KempnerForgeError):
         return error.exit_status
     if isinstance(error, SystemExit):
@@ -310,7 +310,7 @@ def _status_of(error: BaseException) -> int:
 
 
 def _words(error: BaseException) -> str:
-    """Return an error as the end of an attempt tells it."""
+    """Return the text of an error for the end of an attempt."""
     if isinstance(error, KempnerForgeError):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -42,13 +42,13 @@ class Piece(NamedTuple):
 
 
 class Boxes:
-    """What ranks hold of DTensors, computed once for all that are alike: many are."""
+    """Parts of DTensors that this rank holds, computed once for all DTensors of the same layout."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Box] = {}
 
     def of(self, name: str, tensor: DTensor) -> Box:
-        """Sizes and offsets of this rank's part. Raises TypeError, naming the leaf, when it is no box."""
+        """Sizes and offsets of this rank's part. Raises TypeError, naming the leaf, if it is not a box."""
         key = (tensor.shape, tensor.device_mesh, tensor.placements)
         if key not in self._known:
             sizes, offsets = compute_local_shape_and_global_offset(*key)
@@ -178,7 +178,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that is no subclass and needs no gradient, sharing memory."""
+    """Return a plain tensor without gradient that shares memory with ``tensor``."""
     if type(tensor) in _PLAIN:
         return tensor.detach()
     if type(tensor) is LocalShardsWrapper:  # its ``detach`` changes it

@@ -24,12 +24,9 @@ from kempnerforge.checkpoint.pieces import (
     check_storable,
     dtype_of,
     global_shape,
-    local_part,
     local_pieces,
 )
 from kempnerforge.checkpoint.shards import ShardItem, split_by_name
-
-__all__ = ["check_storable", "local_part"]  # looked up here by others
 
 
 @dataclass(frozen=True)

@@ -107,17 +107,6 @@ class Receipt:
         fsio.append_line(run_dir / RECEIPTS, json.dumps(body))
 
 
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of nested tables."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Keys whose values differ, with both values; None where a key is missing."""
     keys = sorted({*before, *now})

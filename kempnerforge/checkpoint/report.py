@@ -1,4 +1,4 @@
-"""What a save is told, and what it tells."""
+"""What a save is given, and its report."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ class RunContext:
     versions: dict[str, str] = field(default_factory=dict)
     config_toml: str = ""
     allow_changed_data: bool = False
-    """Whether a checkpoint of other data may be gone on with."""
+    """Whether a resume accepts a checkpoint of other data."""
     explain_data: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = _any_difference
-    """From the stored and the present data fingerprint to what differs, a line each."""
+    """Takes the stored and the present data fingerprint; returns what differs, a line each."""
 
 
 @dataclass(frozen=True)
 class Payload:
-    """What one rank hands to a save."""
+    """What one rank saves."""
 
     tensors: Mapping[str, torch.Tensor]
     """By name in the checkpoint."""
     objects: Mapping[str, Any] = field(default_factory=dict)
-    """Non-tensor leaves by name, as JSON already (``leaves``). Of a name that several ranks have, the lowest
-    rank's is stored."""
+    """Non-tensor leaves by name, encoded by ``leaves``. Where several ranks have one, the lowest rank's is
+    stored."""
     same_on_all_ranks: Mapping[str, str] = field(default_factory=dict)
     """Name -> digest of what must not differ between ranks."""
 
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What came of one save, the same on all ranks but for the timings."""
+    """The outcome of a save, the same on all ranks except for the timings."""
 
     step: int
     reason: str
@@ -55,19 +55,19 @@ class SaveReport:
     """From the call to the commit."""
     size_bytes: int = 0
     lag_steps: int = 0
-    """Steps that were done before all ranks knew of the commit."""
+    """Steps done before all ranks knew of the commit."""
     deferred: int = 0
-    """Steps by which it was put off, because an earlier save was still being written."""
+    """Steps by which it was put off while an earlier save was being written."""
     tax_s: float = 0.0
     """How much longer the loop took because of it, as far as is known now; see ``tax``."""
     tax_is_lower_bound: bool = False
-    """Only the time that the loop stood still could be counted: no quiet steps are known."""
+    """Only blocking time could be counted, because no quiet steps are known."""
     overhead_pct: float = 0.0
     """The tax of all saves of this attempt, in percent of its time in the loop."""
     interval_s: float | None = None
     """Seconds between saves as they are paced now, on the first rank; None where nothing paces them."""
     pending: bool = False
-    """It has only begun."""
+    """Whether it has only begun."""
     skipped: str = ""
     """Why it was left out for lack of space; empty when it was not."""
     error: str = ""

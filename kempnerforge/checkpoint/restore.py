@@ -1,4 +1,4 @@
-"""From a folder of checkpoints to a state to go on from, and the receipt of how that went."""
+"""Restores a state from a folder of checkpoints, and writes the receipt."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from kempnerforge.checkpoint.report import RunContext
 from kempnerforge.checkpoint.resume import Found, Loaded
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.config.schema import CheckpointConfig
+from kempnerforge.config.toml_text import flatten
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import MismatchError
 from kempnerforge.goodput import breaker
@@ -92,7 +93,7 @@ class Restorer:
             lambda: resume.load(
                 found,
                 state,
-                # Loops of users' own did not tell their layout in early versions.
+                # Loops without the harness recorded no layout in early versions.
                 same_layout=(found.manifest.provenance.layout or self._context.layout)
                 == self._context.layout,
                 rank=self._control.rank,
@@ -153,17 +154,17 @@ class Restorer:
             )
         if found.config_toml and self._context.config_toml:
             before, now = tomli.loads(found.config_toml), tomli.loads(self._context.config_toml)
-            if "model" not in now:  # a loop of a user's own has no other sections
+            if "model" not in now:  # a loop without the harness has no other sections
                 before = {section: table for section, table in before.items() if section in now}
             if not saved_by_run:
                 now = {section: table for section, table in now.items() if section in before}
-            result.config_changes = receipt.changes(receipt.flatten(before), receipt.flatten(now))
+            result.config_changes = receipt.changes(flatten(before), flatten(now))
         if "data" in parts and not result.data_changes:
             self._prove_next_batch(found, loaded, state, result)
         return result
 
     def _hand_over(self, loaded: Loaded, found: Found) -> None:
-        """Give the program's objects what was read. An error of theirs on one rank is raised on all."""
+        """Hand what was read to the program's objects. Their error on one rank is raised on all."""
         failure: MismatchError | None = None
         try:
             loaded.targets.apply()
@@ -171,6 +172,7 @@ class Restorer:
             failure = MismatchError(
                 f"{found.path} was read, and then refused by the program: {type(error).__name__}: {error}"
             )
+            failure.__cause__ = error
         self._control.raise_together(failure)
 
     def _prove_next_batch(self, found: Found, loaded: Loaded, state: TrainState, result: Receipt) -> None:

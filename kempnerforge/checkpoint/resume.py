@@ -7,6 +7,7 @@ is renamed. A *mismatch* means that the config cannot fit: the run stops and say
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from kempnerforge.checkpoint import layout, manifest, timeline
 from kempnerforge.checkpoint.counters import check_counters, require_training_state
 from kempnerforge.checkpoint.dtypes import DTYPES
 from kempnerforge.checkpoint.fit import check_parts
-from kempnerforge.checkpoint.leaves import decode_objects
+from kempnerforge.checkpoint.leaves import MALFORMED, decode_objects
 from kempnerforge.checkpoint.load_targets import LoadTargets, find_targets
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.receipt import Rejected
@@ -139,7 +140,7 @@ def inspect(path: Path, *, step: int | None = None) -> Found:
         tomli.loads(config_toml)
         objects = decode_objects(small[layout.TRAIN_STATE])
         check_counters(objects, step=found.provenance.step)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except MALFORMED as error:
         raise DamagedCheckpointError(
             f"{path.name} is damaged: its small files make no sense ({error})"
         ) from None
@@ -191,21 +192,21 @@ def load(
 
     def read() -> Loaded:
         started = time.perf_counter()
-        reader = SafetensorsReader(found.path, known_manifest=found.manifest)
-        # Read here, so that no rank meets an error in them after the agreement.
-        assert isinstance(reader.objects, dict)
-        check_parts(parts, reader)
-        targets = find_targets(state, reader, parts=parts, excluded=excluded, rank=rank, num_ranks=num_ranks)
-        loaded = Loaded(reader, targets)
-        if "data" in parts:
-            loaded.data_changes = _data_changes(reader, state, context)
-        wanted, name = dict(targets.tensors), rng_name(rank)
-        if "rng" in parts and same_layout and name in reader.index:
-            entry = reader.index[name]
-            loaded.rng = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
-            wanted[name] = loaded.rng
-        load_tensors(wanted, reader)
-        reader.close()
+        with contextlib.closing(SafetensorsReader(found.path, known_manifest=found.manifest)) as reader:
+            _ = reader.objects  # decoded here, so that an error is raised before the ranks agree
+            check_parts(parts, reader)
+            targets = find_targets(
+                state, reader, parts=parts, excluded=excluded, rank=rank, num_ranks=num_ranks
+            )
+            loaded = Loaded(reader, targets)
+            if "data" in parts:
+                loaded.data_changes = _data_changes(reader, state, context)
+            wanted, name = dict(targets.tensors), rng_name(rank)
+            if "rng" in parts and same_layout and name in reader.index:
+                entry = reader.index[name]
+                loaded.rng = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
+                wanted[name] = loaded.rng
+            load_tensors(wanted, reader)
         loaded.load_s = time.perf_counter() - started
         return loaded
 
@@ -235,12 +236,13 @@ def load_together(work: Callable[[], Loaded], control: ControlGroup) -> Loaded |
     """
     loaded: Loaded | None = None
     failure: tuple[str, str] | None = None
+    cause: BaseException | None = None
     try:
         loaded = work()
     except CheckpointError as error:
-        failure = (type(error).__name__, str(error))
+        failure, cause = (type(error).__name__, str(error)), error.__cause__
     except Exception as error:  # noqa: BLE001 - the other ranks wait in the gather below
-        failure = ("Exception", f"{type(error).__name__}: {error}")
+        failure, cause = ("Exception", f"{type(error).__name__}: {error}"), error
     worst = worst_outcome(control.gather(failure))
     if worst is None:
         assert loaded is not None
@@ -249,7 +251,7 @@ def load_together(work: Callable[[], Loaded], control: ControlGroup) -> Loaded |
     if kind == "DamagedCheckpointError":
         return message
     types = {"MismatchError": MismatchError, "UnreachableCheckpointError": UnreachableCheckpointError}
-    raise as_agreed(types.get(kind, CheckpointError)(message))
+    raise as_agreed(types.get(kind, CheckpointError)(message)) from cause
 
 
 def worst_outcome(outcomes: Sequence[tuple[str, str] | None]) -> tuple[str, str] | None:

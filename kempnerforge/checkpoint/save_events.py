@@ -1,4 +1,4 @@
-"""What became of saves and of checkpoints, as events of the ledger. docs/run-folder.md describes them."""
+"""Events of the ledger about saves and deletions. docs/run-folder.md describes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from kempnerforge.checkpoint.report import SaveReport
 
 MAX_EVENTS = 1000
-"""How many are held for a caller that does not fetch them."""
+"""Events kept for a caller that does not fetch them; older ones are dropped."""
 _COMMIT = ("step", "reason", "blocking_s", "write_s", "commit_s", "total_s", "size_bytes")
 
 

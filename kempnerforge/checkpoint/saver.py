@@ -1,4 +1,4 @@
-"""Saving over time: one save at a time, others put off; failures counted, costs measured."""
+"""Saves of a loop: one at a time, others put off; counts failures and measures costs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from kempnerforge.errors import SaveFailedError
 
 @dataclass
 class Snapshot:
-    """What is saved: everything of one step."""
+    """One step to save."""
 
     step: int
     capture: Callable[[], Payload]
-    """Makes what this rank writes; what it raises on one rank is raised on all."""
+    """Returns what this rank writes; its error on one rank is raised on all."""
     provenance: Provenance
     config_toml: str
     before_commit: Callable[[], None]
-    """Runs there before the rename; raises to forbid it."""
+    """Runs on the first rank's background thread before the rename; raises to forbid it."""
     after_commit: Callable[[], list[str]]
-    """Runs on the first rank's background thread after the commit; returns what went wrong."""
+    """Runs on the first rank's background thread after the commit; returns warnings."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Saver:
         self._reports: list[SaveReport] = []
         self._events: deque[SaveEvent] = deque(maxlen=MAX_EVENTS)
         self.on_outcome: Callable[[SaveReport], None] = lambda _report: None
-        """Told each outcome when all ranks have learnt it, on the calling thread."""
+        """Called with each outcome when all ranks know it, on the calling thread."""
         self.clock = StepClock()
         self.committed_step: int | None = None
         """The newest step that this attempt knows to be committed."""
@@ -86,7 +86,7 @@ class Saver:
             self._settle(self._await_outcome(), step, at_boundary=True)
 
     def settle(self, step: int) -> float:
-        """Wait for the outcome of the pending save, if there is one; returns the seconds that this took."""
+        """Wait for the outcome of a pending save. Collective. Returns the seconds that this took."""
         if self._pending is None:
             return 0.0
         started = time.perf_counter()
@@ -97,7 +97,7 @@ class Saver:
         return waited_s
 
     def choose(self, due: str | None, step: int) -> str | None:
-        """Why to save after ``step``: ``due``, or what was put off; None while a save is being written."""
+        """Return why to save after ``step``: ``due`` or a save put off. None while one is being written."""
         reason = due or (self._put_off.reason if self._put_off is not None else None)
         if reason is not None and self._pending is not None:
             self._deferred += 1
@@ -114,7 +114,7 @@ class Saver:
             self._put_off = None
 
     def save(self, snapshot: Snapshot, *, reason: str, wait: bool) -> SaveReport:
-        """Begin to save; with ``wait``, return after the commit and raise if there is none."""
+        """Begin to save. With ``wait``, return after the commit and raise if it fails. Collective."""
         started = time.perf_counter()
         counted_s = self.settle(snapshot.step)
         if snapshot.step == self.committed_step:
@@ -123,7 +123,8 @@ class Saver:
         self.clock.save_begins()
         deferred, self._deferred = self._deferred, 0
         self._end_putting_off(snapshot.step)
-        pending = _Pending(snapshot.step, self._number, reason, deferred=deferred)
+        # Set before: after an interrupt (Ctrl-C) that the loop catches, the next call asks what came of it.
+        self._pending = pending = _Pending(snapshot.step, self._number, reason, deferred=deferred)
         try:
             self._checkpointer.begin_save(
                 snapshot.capture,
@@ -135,9 +136,11 @@ class Saver:
                 after_commit=snapshot.after_commit,
             )
         except SaveFailedError as error:
-            self._pending = self._returns(pending, started, counted_s)
+            self._returns(pending, started, counted_s)
             return self._settle(SaveResult(error=str(error)), snapshot.step, must_hold=wait)
-        self._pending = pending
+        except Exception:  # refused on all ranks
+            self._pending = None
+            raise
         if wait or self._checkpointer.blocks:
             outcome = self._await_outcome()
             self._returns(pending, started, counted_s)
@@ -145,14 +148,13 @@ class Saver:
         self._returns(pending, started, counted_s)
         return SaveReport(snapshot.step, reason, blocking_s=pending.blocking_s, pending=True)
 
-    def _returns(self, pending: _Pending, started: float, counted_s: float) -> _Pending:
-        """The call is over; ``counted_s`` of it, for an earlier save, are counted already."""
+    def _returns(self, pending: _Pending, started: float, counted_s: float) -> None:
+        """Count the time of this call, without ``counted_s``, which an earlier save was charged with."""
         pending.blocking_s = time.perf_counter() - started
         self.clock.meter.stood_still(pending.blocking_s - counted_s)
-        return pending
 
     def skip(self, step: int, reason: str, why: str) -> SaveReport:
-        """Leave a save out; the next one that is due is looked at anew."""
+        """Leave a save out, and report that."""
         self._end_putting_off(None)
         self.clock.skipped()
         report = SaveReport(step, reason, blocking_s=0.0, skipped=why)
@@ -164,15 +166,15 @@ class Saver:
         self.on_outcome(report)
 
     def events(self) -> list[SaveEvent]:
-        """Return what was put off since the last call."""
+        """Return the events of saves put off since the last call."""
         events = list(self._events)
         self._events.clear()
         return events
 
     def outcome_alone(self) -> SaveReport | None:
-        """Let the pending save end, and return its outcome as this rank knows it; None if it has none.
+        """Wait for the pending save and return its outcome as this rank knows it, or None.
 
-        Not collective, for a loop that ends without asking the other ranks.
+        Not collective: for a loop that ends without asking the other ranks.
         """
         self._checkpointer.join()
         result = self._checkpointer.poll()
@@ -192,7 +194,7 @@ class Saver:
         )
 
     def wait_for_staging(self) -> None:
-        """Return when tensors may be changed; the time counts as blocking."""
+        """Return when tensors may be modified. The time counts as blocking."""
         if self._pending is None:
             return
         started = time.perf_counter()
@@ -207,22 +209,22 @@ class Saver:
         return reports
 
     def wait(self) -> None:
-        """Let what is pending end, without raising."""
+        """Wait for a pending save, without raising."""
         self._checkpointer.join()
 
     def close(self) -> None:
-        """Let what is pending end, without raising; end the writer."""
+        """Finish a pending save without raising; end the writer."""
         self._checkpointer.close()
 
     def _await_outcome(self) -> SaveResult:
-        """What came of the pending save. All ranks return together.
+        """Return the outcome of the pending save. Collective: all ranks return together.
 
-        Whoever hosts the store that the outcome is read from, usually the first rank, may end its process
-        right after: not before all others have read it.
+        The rank that hosts the store, usually the first, may end its process right after this, so all ranks
+        must have read the outcome by then.
         """
         try:
-            result = self._checkpointer.wait()
-            assert result is not None
+            result = self._checkpointer.wait() or self._checkpointer.last_result
+            result = result or SaveResult(error="it was interrupted before it began")
         except SaveFailedError as error:
             result = SaveResult(error=str(error))
         self._control.agree([0])

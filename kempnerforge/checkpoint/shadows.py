@@ -8,16 +8,16 @@ from kempnerforge.errors import MismatchError
 
 
 class Shadows:
-    """Tensors of their own memory, to be filled in place of targets whose elements share some.
+    """Separate tensors to fill instead of targets whose elements share memory.
 
-    Several values for one place in memory can be right only if they are equal: ``copy`` looks.
+    Values for the same place in memory must be equal: ``copy`` checks that.
     """
 
     def __init__(self) -> None:
         self._made: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
     def of(self, name: str, target: torch.Tensor) -> torch.Tensor:
-        """``target``, or what is to be filled in its place."""
+        """Return the tensor to fill: ``target``, or a new one in its place."""
         if target.is_contiguous() or not may_overlap(target):
             return target
         shadow = torch.empty(target.shape, dtype=target.dtype, device=target.device)
@@ -25,7 +25,10 @@ class Shadows:
         return shadow
 
     def copy(self) -> None:
-        """Copy what was filled. Raises MismatchError, naming the leaf, when a target cannot hold it."""
+        """Copy the filled tensors to their targets.
+
+        Raises MismatchError, naming the leaf, if a target cannot hold the values.
+        """
         for name, target, shadow in self._made:
             first, source = target, shadow
             for dim, stride in enumerate(target.stride()):
@@ -41,7 +44,7 @@ class Shadows:
 
 
 def may_overlap(tensor: torch.Tensor) -> bool:
-    """Whether two elements may lie at one place in memory; False only if none do."""
+    """Whether two elements may share memory. False is certain, True may be too cautious."""
     if tensor.numel() == 0:
         return False
     reach = 0

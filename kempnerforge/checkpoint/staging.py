@@ -13,22 +13,26 @@ Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 GROUP_BYTES = 64 << 20
-"""How much is copied from a device between two looks at how far it is."""
+"""Bytes that are copied from a device between two checks of its progress."""
 
 
 class Staging(Protocol):
     """One copy, of pairs in their order. The writer follows it: it need not wait for the last byte."""
 
     def start(self) -> None:
-        """Begin. What goes wrong is ``finish``'s to raise."""
+        """Begin. ``finish`` raises what failed; an interrupt (Ctrl-C) is raised here too."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """End a copy that was not started, so that nobody waits for it; ``finish`` raises ``error``."""
         ...
 
     def copied(self) -> int:
-        """How many pairs are in the arena, as they will stay. Any thread. Raises what the copy raised."""
+        """Number of pairs that are completely copied. Any thread. Raises what the copy raised."""
         ...
 
     def before_mutation(self) -> None:
-        """Return when, as far as the caller's next work is concerned, the sources may change."""
+        """Return when the sources may be modified by what the caller does next."""
         ...
 
     def finish(self) -> None:
@@ -54,13 +58,22 @@ class BlockingCopy:
             for group in _groups(self._pairs):
                 for target, source in group:
                     target.copy_(source, non_blocking=True)
-                if group[-1][1].is_cuda:
-                    torch.cuda.current_stream().synchronize()
+                if (device := group[0][1].device).type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()
                 self._copied += len(group)
-        except BaseException as error:  # noqa: BLE001 - raised again by ``finish``
+        except BaseException as error:
             self._error = error
+            if not isinstance(error, Exception):  # an interrupt ends the program, not the save alone
+                raise
         finally:
             self._pairs = ()  # the sources are not kept alive until the next save
+            self._ended.set()
+
+    def fail(self, error: BaseException) -> None:
+        """End a copy that was not started."""
+        if not self._ended.is_set():
+            self._error = error
+            self._pairs = ()
             self._ended.set()
 
     def copied(self) -> int:
@@ -87,13 +100,11 @@ class ThreadCopy(BlockingCopy):
         try:
             threading.Thread(target=self._copy, name="checkpoint-staging", daemon=True).start()
         except RuntimeError as error:  # no more threads
-            self._error = error
-            self._pairs = ()
-            self._ended.set()
+            self.fail(error)
 
 
 class FailedCopy:
-    """A copy that could not begin: ``finish`` raises why, so that it is reported as a failed copy is."""
+    """A copy that could not begin. ``finish`` raises the reason, as for a copy that failed."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -101,15 +112,18 @@ class FailedCopy:
     def start(self) -> None:
         """There is nothing to copy."""
 
+    def fail(self, error: BaseException) -> None:
+        """It has failed already."""
+
     def copied(self) -> int:
-        """Raise why."""
+        """Raise the reason."""
         raise self._error
 
     def before_mutation(self) -> None:
         """Nothing reads the sources."""
 
     def finish(self) -> None:
-        """Raise why."""
+        """Raise the reason."""
         raise self._error
 
 
@@ -135,9 +149,17 @@ class StreamCopy:
         """Queue the copies."""
         try:
             self._queue()
-        except BaseException as error:  # noqa: BLE001 - raised again by ``finish``
+        except BaseException as error:
             self._error = error
+            if not isinstance(error, Exception):
+                raise
         finally:
+            self._queued.set()
+
+    def fail(self, error: BaseException) -> None:
+        """End a copy that was not started."""
+        if not self._queued.is_set():
+            self._error = error
             self._queued.set()
 
     def _queue(self) -> None:
@@ -176,19 +198,26 @@ class StreamCopy:
             raise self._error
         if self._events:
             self._events[-1][1].synchronize()
+        self._pairs = ()  # until now the sources had to stay: the side stream was reading them
 
 
 def overlapping(pairs: Pairs) -> Staging:
-    """The copy that goes on beside the next forward and backward, by where the sources are."""
+    """Return a copy that overlaps with the next forward and backward.
+
+    A side stream belongs to one device: sources on several devices are copied before ``start`` returns.
+    """
     devices = {source.device for _, source in pairs if source.is_cuda}
+    if len(devices) > 1:
+        return BlockingCopy(pairs)
     return StreamCopy(pairs, devices.pop()) if devices else ThreadCopy(pairs)
 
 
 def _groups(pairs: Pairs) -> Iterator[Pairs]:
-    """``pairs`` in runs: one by one on the host, ``GROUP_BYTES`` together on a device."""
+    """``pairs`` in runs on one device: one by one on the host, ``GROUP_BYTES`` together on a GPU."""
     begin, size_bytes = 0, 0
     for place, (target, source) in enumerate(pairs):
         size_bytes += target.nbytes
-        if not source.is_cuda or size_bytes >= GROUP_BYTES or place == len(pairs) - 1:
+        is_last = place == len(pairs) - 1 or pairs[place + 1][1].device != source.device
+        if is_last or not source.is_cuda or size_bytes >= GROUP_BYTES:
             yield pairs[begin : place + 1]
             begin, size_bytes = place + 1, 0

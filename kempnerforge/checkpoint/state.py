@@ -1,4 +1,4 @@
-"""Everything that a run needs to go on where it was, as one tree."""
+"""Everything that a resume needs: model, optimizers, extras, counters, position in the data, generators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from kempnerforge.checkpoint import layout, leaves, rng
 from kempnerforge.checkpoint.extra_state import Extras
 from kempnerforge.checkpoint.model_state import ModelState
-from kempnerforge.checkpoint.optimizer_state import OptimizerState, make_state
+from kempnerforge.checkpoint.optimizer_state import OptimizerState, check_whole, make_state
 from kempnerforge.checkpoint.report import Payload
 from kempnerforge.checkpoint.tensor_leaves import Packer
 
@@ -28,7 +28,7 @@ def rng_name(rank: int) -> str:
 class TrainState:
     """Model, optimizers, extras, counters and position in the data: what a save writes and a resume restores.
 
-    What is handed over comes back exactly, or is refused with an error that names it: here, or at the first
+    A resume restores everything exactly. What cannot be restored is refused by name, here or at the first
     save. Raises TypeError and ValueError.
 
     Args:
@@ -83,8 +83,12 @@ class TrainState:
             for prefix, one in _by_prefix(optimizer).items()
         }
         """By the prefix of their names."""
-        for one in self.optimizers.values():
-            make_state(one.optimizer)
+        given = [one.optimizer for one in self.optimizers.values()]
+        for one in given:
+            check_whole(one, given)
+            make_state(one)
+        _check_kept(kept, given, self.extras.objects)
+        self.model.check_stored(p for one in given for group in one.param_groups for p in group["params"])
         self.device = device or _first_device(self.model.parts)
         self.seed = seed
         self.fingerprint = dict(fingerprint or {})
@@ -111,30 +115,31 @@ class TrainState:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def next_digest(self) -> str | None:
-        """Digest of the batch that comes next: the proof that a resume goes on in the data."""
+        """Return the digest of the next batch, which proves that a resume continues with the right data."""
         return self._batch_digest(self.cursor) if self._batch_digest is not None else None
 
     # -- save --------------------------------------------------------------------------------------------
 
-    def capture(self, *, rank: int = 0, num_ranks: int = 1) -> Payload:
+    def capture(self, *, rank: int = 0, num_ranks: int = 1, overlapping: bool = False) -> Payload:
         """What this rank saves now. Tensors are references, values are copied.
 
+        With ``overlapping`` buffers are copied, too: a forward that goes on beside the save may change them.
         Consumes no random numbers. Raises TypeError and ValueError, naming it, for what cannot be restored.
         """
         generators = rng.capture(self.device)
         packer, objects = Packer(), self._counters()
-        for name, value in self.model.entries().items():
+        for name, value in self.model.entries(copy_buffers=overlapping).items():
             if isinstance(value, torch.Tensor):
                 packer.add(MODEL + name, value)
             else:
                 objects[MODEL + name] = packer.pack(value, name=MODEL + name)
-        self._pack_optimizers(packer, objects)
-        same = self.extras.pack(packer, objects, rank=rank, num_ranks=num_ranks)
-        # A loader, say, may begin an iteration to tell its state. A save must not change what is drawn next.
+        same = self._pack_optimizers(packer, objects)
+        same |= self.extras.pack(packer, objects, rank=rank, num_ranks=num_ranks)
+        # A loader may start an iterator in state_dict(). A save must not change which numbers are drawn next.
         if self.extras.objects and not torch.equal(rng.capture(self.device), generators):
             rng.restore(generators, self.device)
         packer.add(rng_name(rank), generators)
-        return Payload(packer.tensors, objects, same)
+        return Payload(packer.tensors, objects, same if num_ranks > 1 else {})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Model and optimizer tensors by checkpoint name, by reference."""
@@ -144,13 +149,21 @@ class TrainState:
         self._pack_optimizers(packer, {})
         return packer.tensors
 
-    def _pack_optimizers(self, packer: Packer, objects: dict[str, Any]) -> None:
+    def _pack_optimizers(self, packer: Packer, objects: dict[str, Any]) -> dict[str, str]:
+        """Put all optimizers into ``packer`` and ``objects``.
+
+        Returns what must be the same on all ranks, of which one's groups are stored: the parameters in them.
+        """
         names = self.model.names()
         tables = {prefix: one.pack(names, packer, objects) for prefix, one in self.optimizers.items()}
         if self.several_optimizers:
             objects["optimizers"] = {prefix.split(".")[1]: table for prefix, table in tables.items()}
         else:
             objects["optimizer"] = tables[OPTIMIZER]
+        return {
+            f"{prefix}groups": repr([group["params"] for group in table["groups"]])
+            for prefix, table in tables.items()
+        }
 
     def _counters(self) -> dict[str, Any]:
         return {
@@ -176,7 +189,7 @@ class TrainState:
     def load_objects(self, objects: Mapping[str, Any], *, scheduler: bool = True, data: bool = True) -> None:
         """Take counters from a checkpoint.
 
-        ``scheduler`` stands for the step counter, which the learning rate follows; ``data`` for the cursor.
+        ``scheduler``: take the step counter, which the learning rate follows. ``data``: take the cursor.
         """
         if scheduler:
             self.step = objects["step"]
@@ -203,6 +216,20 @@ def _by_prefix(optimizer: Optimizers) -> dict[str, torch.optim.Optimizer]:
         if not isinstance(name, str) or not name or "." in name:
             raise ValueError(f"optimizer={{{name!r}: ...}}: a name is text without dots")
     return {f"{OPTIMIZERS}{name}.": one for name, one in named.items()}
+
+
+def _check_kept(
+    kept: Collection[str] | None, optimizers: Sequence[torch.optim.Optimizer], extras: Mapping[str, Any]
+) -> None:
+    """Raise ValueError for hyperparameters that nothing has, or that a scheduler sets."""
+    known = {key for one in optimizers for group in one.param_groups for key in group}
+    if unknown := sorted(set(kept or ()) - known):
+        raise ValueError(f"hyperparameters= names {unknown[0]!r}, which no group of optimizer= has")
+    for name, one in extras.items():
+        if "lr" in (kept or ()) and isinstance(one, torch.optim.lr_scheduler.LRScheduler):
+            raise ValueError(
+                f"hyperparameters= keeps lr, which extra[{name!r}], a scheduler, goes on from: leave lr out"
+            )
 
 
 def _first_device(parts: Sequence[nn.Module]) -> torch.device:

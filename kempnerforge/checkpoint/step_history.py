@@ -1,4 +1,4 @@
-"""What became of one step of a run, from what is on disk: folders, receipts, ledger and config."""
+"""Explains what happened to a step of a run, from folders, receipts, ledger and config."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ STATES = (
     *("set aside", "being written", "deleted", "gone", "failed", "skipped", "put off"),
     *("not due", "lost", "beyond", "not done", "unknown"),
 )
-"""What a step that is not there may be."""
+"""States of a step that is not committed."""
 
 _SAVE_EVENTS = ("commit", "failed", "skipped", "put_off", "deleted")
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """A folder that has a step's content under another name."""
+    """A folder that holds a step under another name."""
 
     what: str
     """``quarantined``, ``rolled back``, ``late`` or ``suspect``."""
@@ -38,7 +38,7 @@ class SetAside:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What an explanation rests on."""
+    """The records that an explanation uses."""
 
     events: Sequence[Event] = ()
     history: Sequence[AttemptHistory] = ()
@@ -51,13 +51,13 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Absence:
-    """Why a step is not there."""
+    """Why a step does not exist."""
 
     state: str
     """One of ``STATES``."""
     text: str
     events: tuple[Event, ...] = ()
-    """What the ledger says of the step, oldest first."""
+    """Events of the ledger about the step, oldest first."""
 
 
 def read_facts(run_dir: Path, folder: Path) -> RunFacts:
@@ -112,7 +112,7 @@ def explain_absence(step: int, facts: RunFacts, config: CheckpointConfig | None)
 
 
 def _events_about(step: int, events: Sequence[Event]) -> tuple[Event, ...]:
-    """Return what the ledger says of ``step``; of a save that was put off its end, if that is known."""
+    """Return the ledger's events about ``step``; of a save put off, the end if that is known."""
     found = [event for event in events if _is_about(event, step)]
     ended = {
         (event["attempt"], event["from_step"])
@@ -183,7 +183,7 @@ def _by_event(step: int, event: Event, facts: RunFacts) -> tuple[str, str]:
 def _without_event(step: int, facts: RunFacts, config: CheckpointConfig | None) -> tuple[str, str]:
     trained = [one for one in facts.history if one.began_at is not None]
     if not trained:
-        return "unknown", "no attempt of this run has a ledger that tells of its steps"
+        return "unknown", "no attempt of this run has recorded its steps in the ledger"
     newest = trained[-1]
     reached = max(_reached(one) for one in trained)
     passed = [one for one in trained if (one.began_at or 0) < step <= _reached(one)]
@@ -202,7 +202,10 @@ def _without_event(step: int, facts: RunFacts, config: CheckpointConfig | None) 
         return "not done", f"no attempt of this run did this step: they began at {begins}"
     one = passed[-1]
     if config is None:
-        return "unknown", f"attempt {one.number} did it; no step tells by which config saves were due"
+        return (
+            "unknown",
+            f"attempt {one.number} did it, and no committed step has the config by which saves were due",
+        )
     if (reason := due_by_steps(config, step)) is None:
         return "not due", f"no save was due: {schedule_in_words(config, step)}"
     if any(event["step"] > step for event in one.commits) or one.kind == "finished":

@@ -12,6 +12,7 @@ import tomli
 
 from kempnerforge.checkpoint import layout, manifest, structure
 from kempnerforge.checkpoint.digest import VerifiedFile
+from kempnerforge.checkpoint.leaves import MALFORMED
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.errors import DamagedCheckpointError
 
@@ -69,10 +70,8 @@ class StepView:
         if not isinstance(body, dict):
             raise self._damaged(f"{layout.TRAIN_STATE} is not a JSON object")
         try:
-            structure.decode(
-                body.pop(structure.PATHS, None)
-            )  # no leaf: where leaves stood in a nested state dict
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            structure.decode(body.pop(structure.PATHS, None))  # not a leaf: where the leaves stood
+        except MALFORMED as error:
             raise self._damaged(f"{layout.TRAIN_STATE}: {error}") from None
         return body
 

@@ -45,7 +45,7 @@ class _Seat:
 
 @dataclasses.dataclass(frozen=True)
 class _Written:
-    """What a rank has written, as it tells the coordinator."""
+    """What a rank reports to the coordinator that it has written."""
 
     rank: int
     files: tuple[tuple[PlannedFile, FileReport], ...]
@@ -60,8 +60,8 @@ class SafetensorsWriter(StorageWriter):
     For loops that stay with stock DCP: it blocks and writes through the page cache; ``AsyncCheckpointer``
     does not. DCP's planner leaves out empty dicts; ``AsyncCheckpointer`` keeps them.
 
-    Everything that the commit checks comes from DCP's metadata and from what ranks say they have written: a
-    planner that caches plans shows this writer none.
+    The commit checks DCP's metadata against the ranks' reports, not against plans: a planner that caches
+    plans does not pass them on.
     """
 
     def __init__(self, checkpoint_id: str | os.PathLike[str], *, contents: Contents | None = None) -> None:
@@ -113,7 +113,7 @@ class SafetensorsWriter(StorageWriter):
         try:
             written = self._write(plan, planner)
         except BaseException:
-            # DCP does not tell the coordinator's writer. Where others write, the next save removes it.
+            # DCP does not inform the coordinator's writer. Others may still write: the next save removes it.
             if plan.storage_data.num_ranks == 1:
                 shutil.rmtree(self.temporary, ignore_errors=True)
             raise
@@ -238,7 +238,7 @@ def _pack(item: WriteItem, planner: SavePlanner, packer: Packer) -> Any:
     look_up = getattr(planner, "lookup_object", None)
     if look_up is None:
         raise TypeError(
-            f"{name} is no tensor, and {type(planner).__name__} has no lookup_object to get its value from"
+            f"{name} is not a tensor, and {type(planner).__name__} has no lookup_object to get its value from"
         )
     return packer.pack(look_up(item.index), name=name)
 
@@ -256,7 +256,7 @@ def _check_complete(metadata: Metadata, files: Sequence[PlannedFile]) -> None:
 
 
 def _paths(metadata: Metadata, objects: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry that says where leaves stood in a nested state dict, if it was nested."""
+    """Return the entry with the paths of leaves, if the state dict was nested."""
     planned = metadata.planner_data
     if not isinstance(planned, Mapping):
         return {}

@@ -28,6 +28,7 @@ from kempnerforge.checkpoint import layout, leaves, manifest, structure
 from kempnerforge.checkpoint.digest import VerifiedFile
 from kempnerforge.checkpoint.dtypes import DTYPES
 from kempnerforge.checkpoint.index import Index, shared_box
+from kempnerforge.checkpoint.leaves import MALFORMED
 from kempnerforge.checkpoint.part_reader import Part, read_parts
 from kempnerforge.checkpoint.pieces import Boxes, check_target, global_shape, local_pieces, plain
 from kempnerforge.checkpoint.shadows import Shadows
@@ -90,7 +91,7 @@ class SafetensorsReader(StorageReader):
             try:
                 body = leaves.parse_objects(data)
                 self._structure = structure.decode(body.pop(PATHS, None))
-            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            except MALFORMED as error:
                 raise self._damaged_objects(error) from None
             self._raw_objects = body
         return self._raw_objects
@@ -105,13 +106,13 @@ class SafetensorsReader(StorageReader):
             raw = self.raw_objects
             try:
                 self._objects = {name: leaves.decode(value) for name, value in raw.items()}
-            except (ValueError, TypeError, RecursionError) as error:
+            except MALFORMED as error:
                 raise self._damaged_objects(error) from None
         return self._objects
 
     @property
     def structure(self) -> Structure:
-        """Where leaves stood in the nested state dict that was saved."""
+        """The paths of the leaves in the state dict that was saved."""
         _ = self.raw_objects
         return self._structure
 
@@ -121,16 +122,17 @@ class SafetensorsReader(StorageReader):
         if self._inside is None:
             try:
                 self._inside = frozenset[str]().union(*map(tensor_names, self.raw_objects.values()))
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
+            except MALFORMED as error:
                 raise self._damaged_objects(error) from None
         return self._inside
 
     def leaf(self, name: str) -> Any:
         """A non-tensor leaf with the tensors and arrays in it. Raises KeyError, and what a load raises."""
-        unpacker = Unpacker(self._make_tensor)
+        encoded = self.raw_objects[name]
+        unpacker = Unpacker(self.make_tensor)
         try:
-            value = unpacker.unpack(self.raw_objects[name])
-        except (ValueError, TypeError, RecursionError) as error:
+            value = unpacker.unpack(encoded)
+        except MALFORMED as error:
             raise self._damaged_objects(error) from None
         if unpacker.tensors:
             load_tensors(unpacker.tensors, self)
@@ -159,7 +161,11 @@ class SafetensorsReader(StorageReader):
                 set_element(whole, (name, *found.path(part)[depth:]), value)
         return whole[name]
 
-    def _make_tensor(self, name: str, tag: Mapping[str, Any]) -> torch.Tensor:
+    def make_tensor(self, name: str, tag: Mapping[str, Any]) -> torch.Tensor:
+        """A tensor to fill for one inside of a leaf: on the type of device that it was saved from, if there.
+
+        Raises DamagedCheckpointError when the index does not have it.
+        """
         try:
             dtype, shape = self.index.head(name)
         except KeyError:
@@ -251,7 +257,7 @@ class SafetensorsReader(StorageReader):
 
 @contextlib.contextmanager
 def _no_looking_for_garbage() -> Iterator[None]:
-    """None is made by the thousands of objects of a plan, and the search for it took as long as the load."""
+    """Pause garbage collection: among thousands of planned items it took as long as the load."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -295,7 +301,7 @@ def load_tensors(tensors: Mapping[str, torch.Tensor], reader: SafetensorsReader)
 
 
 def _check_targets(plan: LoadPlan, planner: LoadPlanner) -> None:
-    """Look at whole targets, before a planner narrows them: of a wrapper subclass that makes a copy."""
+    """Check whole targets before a planner narrows them: narrowing a wrapper subclass makes a copy."""
     state_dict, boxes = getattr(planner, "state_dict", {}), Boxes()
     for name in {item.dest_index.fqn for item in plan.items if item.type != LoadItemType.BYTE_IO}:
         if isinstance(whole := state_dict.get(name), torch.Tensor):

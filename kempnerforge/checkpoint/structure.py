@@ -1,4 +1,4 @@
-"""Where the leaves of a nested state dict stood, so that a load without a target can build it again.
+"""Paths of the leaves of a nested state dict, so that a load without a target can rebuild it.
 
 A leaf's name is its path with dots between: ``{"model": {"w": t}}`` has ``model.w``. Dots in keys and lists
 make that ambiguous, and empty dicts have no leaf. ``train_state.json`` of a nested state dict therefore has::
@@ -39,7 +39,7 @@ class Structure:
     has none: it leaves empty dicts out."""
 
     def path(self, name: str) -> Path:
-        """Where a leaf stands."""
+        """The path of a leaf."""
         return self.paths.get(name) or self.empty.get(name) or (name,)
 
 
@@ -122,7 +122,7 @@ def _children(node: Any) -> Iterable[tuple[Key, Any]]:
 
 def _checked(path: Any) -> Path:
     if not isinstance(path, list) or not path or not all(type(key) in (str, int) for key in path):
-        raise ValueError(f"{path!r} is no path of a leaf")
+        raise ValueError(f"{path!r} is not the path of a leaf")
     return tuple(path)
 
 
@@ -142,7 +142,7 @@ class _Rule:
             self._containers.setdefault(name_of(path), (path, isinstance(node, list)))
         for key, child in _children(node):
             if type(key) not in (str, int):
-                raise ValueError(f"{key!r} is no key of a container")
+                raise ValueError(f"{key!r} is not a key of a container")
             self._collect(child, (*path, key))
 
     def path(self, name: str) -> Path:

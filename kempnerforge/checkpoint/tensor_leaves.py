@@ -29,9 +29,9 @@ from kempnerforge.checkpoint.pieces import check_storable
 from kempnerforge.errors import MismatchError
 
 _INLINE_BYTES = 4096
-"""Numpy arrays up to this size stand in the JSON."""
+"""Numpy arrays up to this size are stored in the JSON."""
 SMALL_BYTES = 1 << 20
-"""CPU tensors up to this size are copied when they are packed: their owner may change them meanwhile."""
+"""CPU tensors up to this size are copied when they are packed, because their owner may change them."""
 
 
 class Packer:
@@ -89,7 +89,7 @@ class Packer:
         return {**tag, "data": base64.b64encode(value.tobytes()).decode()}
 
     def add(self, name: str, value: torch.Tensor) -> None:
-        """Take in a tensor under its name. Raises ValueError for a second one of that name."""
+        """Add a tensor under its name. Raises ValueError if there is one already."""
         if name in self.tensors:
             raise ValueError(f"two leaves are called {name}")
         self.tensors[name] = value
@@ -107,7 +107,7 @@ class Unpacker:
         """What has to be filled, by name."""
 
     def unpack(self, encoded: Any) -> Any:
-        """The value of which ``Packer.pack`` made ``encoded``."""
+        """Return the value that ``Packer.pack`` has encoded."""
         return leaves.decode(encoded, self._foreign)
 
     def _foreign(self, tag: str, content: Any) -> Any:
@@ -126,7 +126,9 @@ class Unpacker:
         if tag == "__device__":
             return torch.device(content)
         if tag == "__numpy__":
-            return np.frombuffer(base64.b64decode(content[1]), dtype=np.dtype(content[0]))[0]
+            raw, kind = base64.b64decode(content[1]), np.dtype(content[0])
+            # Empty text has items without bytes, which frombuffer refuses.
+            return np.frombuffer(raw, dtype=kind)[0] if kind.itemsize else np.zeros(1, kind)[0]
         dtype, shape = np.dtype(content["dtype"]), tuple(content["shape"])
         if "tensor" in content:
             return self._tensor(content["tensor"], content).numpy().view(dtype).reshape(shape)
@@ -140,7 +142,7 @@ class Unpacker:
 
 
 def tensor_tags(encoded: Any) -> dict[str, dict[str, Any]]:
-    """The tensors that stand in ``encoded``: name -> content of the tag."""
+    """Return the tensors within ``encoded``: name -> content of the tag."""
     found: dict[str, dict[str, Any]] = {}
 
     def note(tag: str, content: Any) -> None:
@@ -154,5 +156,5 @@ def tensor_tags(encoded: Any) -> dict[str, dict[str, Any]]:
 
 
 def tensor_names(encoded: Any) -> set[str]:
-    """Names of the tensors that stand in ``encoded``."""
+    """Return the names of the tensors within ``encoded``."""
     return set(tensor_tags(encoded))

@@ -1,4 +1,4 @@
-"""A state dict's tensors, its other leaves, and where they stood."""
+"""Splits a state dict into tensors, other leaves and their paths."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
+from kempnerforge.checkpoint.leaves import MAX_DEPTH
 from kempnerforge.checkpoint.pieces import check_name, check_storable
 from kempnerforge.checkpoint.report import Payload
 from kempnerforge.checkpoint.structure import FLAT, Key, Path, Structure, name_of
 from kempnerforge.checkpoint.tensor_leaves import Packer
-
-MAX_DEPTH = 200
-"""Containers within containers."""
 
 
 @dataclass(frozen=True)
@@ -29,26 +27,20 @@ class TreePayload(Payload):
 
 
 def payload_of(state_dict: Mapping[Any, Any]) -> TreePayload:
-    """A state dict's tensors, its other leaves as JSON, and their paths.
+    """Return a state dict's tensors, its other leaves as JSON, and their paths.
 
-    Names are DCP's: keys with dots between; keys that are no text become text. Unlike DCP, empty dicts are
-    kept. Raises TypeError, naming the leaf, for what a checkpoint cannot hold, and ValueError for two leaves
-    of one name and for names that it cannot hold.
+    Names are DCP's: keys joined by dots; keys that are not text become text. Unlike DCP, empty dicts stay.
+    Raises TypeError, naming the leaf, for what a checkpoint cannot hold, and ValueError for two leaves of one
+    name and for names that it cannot hold.
     """
     if all(isinstance(value, torch.Tensor) for value in state_dict.values()) and all(
         type(key) is str for key in state_dict
     ):
-        return TreePayload(state_dict)  # flat; looking closer costs as much as a small save
+        return TreePayload(state_dict)  # flat: a closer look would take as long as a small save
     found = _Flattener()
     for key, value in state_dict.items():
         found.visit((str(key),), value.state_dict() if isinstance(value, Stateful) else value)
     return found.payload()
-
-
-def split_leaves(state_dict: Mapping[Any, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A state dict's tensors, and its other leaves as JSON, by name. Raises what ``payload_of`` raises."""
-    payload = payload_of(state_dict)
-    return dict(payload.tensors), dict(payload.objects)
 
 
 class _Flattener:
@@ -61,7 +53,7 @@ class _Flattener:
         self._others: dict[str, Any] = {}
 
     def visit(self, path: Path, value: Any) -> None:
-        """Take in what stands at ``path``."""
+        """Collect the leaves of ``value``, which is at ``path``."""
         if isinstance(value, torch.Tensor):
             self._tensors[self._name(path, self._paths)] = value
         elif isinstance(value, Mapping):
@@ -91,7 +83,7 @@ class _Flattener:
         return name
 
     def payload(self) -> TreePayload:
-        """Everything that was visited."""
+        """Return everything that was collected."""
         packer = Packer()
         objects = {name: packer.pack(value, name=name) for name, value in self._others.items()}
         for name, tensor in packer.tensors.items():

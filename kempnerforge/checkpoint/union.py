@@ -1,4 +1,4 @@
-"""What all ranks together save: who writes which tensors, who contributes which other leaves."""
+"""The union of what all ranks hold: which rank saves which tensors and other leaves."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class Held:
     inside: Mapping[str, str] | None = None
     """Tensors that are parts of a non-tensor leaf, such as a tuple: name -> name of the leaf."""
     structure: Mapping[str, Any] | None = None
-    """Where its leaves stand in a nested state dict, as JSON."""
+    """The paths of its leaves in a nested state dict, as JSON."""
 
 
 @dataclass(frozen=True)
 class Union:
-    """What is saved of what all ranks hold."""
+    """What each rank saves."""
 
     items: list[list[PlannedItem]]
     """By rank."""
     contributed: list[frozenset[str]]
-    """By rank, names of the non-tensor leaves that no lower rank has: the first rank gets their values."""
+    """By rank, names of the non-tensor leaves that it sends to the first rank: no lower rank has them."""
     structure: dict[str, Any] | None
 
 
 def unite(held_by_rank: Sequence[Held]) -> Union:
-    """Decide whose leaves are saved: of a name that several ranks have, the lowest rank's.
+    """Decide which rank saves each leaf: the lowest rank that has it.
 
     Raises ValueError when a leaf is a tensor on one rank and something else on another.
     """
@@ -59,7 +59,7 @@ def unite(held_by_rank: Sequence[Held]) -> Union:
 
 
 def _kept(rank: int, held: Held, owner: Mapping[str, int], names: Sequence[set[str]]) -> list[PlannedItem]:
-    """Without whole tensors inside of leaves of which another rank's value is saved: it has its own."""
+    """Leave out whole tensors inside of leaves whose value another rank saves, with its own tensors."""
     inside = held.inside or {}
 
     def is_saved(planned: PlannedItem) -> bool:

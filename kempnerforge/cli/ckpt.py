@@ -41,7 +41,7 @@ class Commands(LazyGroup):
         "explain": Member(
             "ckpt_explain",
             "explain",
-            "Say which rule keeps each step of RUN, or that it goes next; with STEP, why it is there or not.",
+            "Say which rule keeps each step of RUN; with STEP, why that step exists or does not.",
         ),
         "pin": Member(
             "ckpt_keep", "pin", "Keep a step of RUN until it is unpinned, also while a run writes there."

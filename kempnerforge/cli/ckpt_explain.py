@@ -29,11 +29,11 @@ from kempnerforge.goodput.ledger import Event
 def explain(
     run: RunPath,
     step: Annotated[
-        str | None, typer.Argument(metavar="STEP", help="A step, whether it is there or not.")
+        str | None, typer.Argument(metavar="STEP", help="A step that exists or does not.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which rule keeps each step of RUN, or that it goes next; with STEP, why it is there or not."""
+    """Say which rule keeps each step of RUN; with STEP, why that step exists or does not."""
     found = find_run(run)
     number = parse_step(step) if step is not None else None
     listed = layout.list_folder(found.folder).steps

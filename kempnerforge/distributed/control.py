@@ -16,10 +16,13 @@ T = TypeVar("T")
 class ControlGroup:
     """Agreement among the ranks of ``group``, a gloo group of its own; None is one process alone.
 
-    Every method is collective: all ranks of the group, in the same order.
+    Every method is collective: all ranks of the group, in the same order. Raises ValueError for a group that
+    does not serve the CPU, such as one of NCCL.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
+        if group is not None and torch.device("cpu") not in group._device_types:
+            raise ValueError('the control group must serve the CPU: use dist.new_group(backend="gloo")')
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.num_ranks = dist.get_world_size(group) if group is not None else 1

@@ -1,4 +1,4 @@
-"""What one attempt writes into the ledger of its run: set-up, progress, and what its time was spent on."""
+"""What an attempt writes to the ledger: its set-up, its progress, and how it spent its time."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _MIN_SPACING_S, _MAX_SPACING_S = 0.05, 10.0
 class AttemptLog:
     """Measures the set-up and the loop of one attempt, and writes both to the ledger.
 
-    Nothing is written before ``open``, and never on ranks that do not call it: the first rank alone does.
-    A ledger that cannot be written costs part of the record, never the run: ``warn`` is told, once.
+    Nothing is written before ``open``, which only the first rank calls. A ledger that cannot be written does
+    not end the run: ``warn`` is called, once.
 
     Args:
         started: when the attempt began, in seconds since the epoch.
@@ -69,7 +69,7 @@ class AttemptLog:
         )
 
     def stepped(self, step: int, skipped: int) -> None:
-        """Write what is due after a step: summaries may miss 2% of an attempt, 10 s at most."""
+        """Write what is due after a step. Progress may lag by 2% of the attempt, at most by 10 s."""
         if self._healthy_from is not None:
             began, before = self._healthy_from
             if step - began - (skipped - before) >= breaker.HEALTHY_STEPS:
@@ -99,7 +99,7 @@ class AttemptLog:
             self.warn(error)
 
     def warn(self, error: OSError) -> None:
-        """Say that the record is incomplete, unless that was said before."""
+        """Report that the record is incomplete, once."""
         if not self._has_warned:
             self._has_warned = True
             self._warn(error)

@@ -189,7 +189,7 @@ def _build_state(
         model=model.parts,
         groups=model.groups,
         optimizer=optimizer,
-        hyperparameters=HYPERPARAMETERS,
+        hyperparameters=[key for key in HYPERPARAMETERS if key in optimizer.param_groups[0]],
         device=world.device,
         seed=seed,
         # On rank 0: the digest of .npy shards is computed from their bytes.

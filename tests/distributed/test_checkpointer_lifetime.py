@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from kempnerforge import (
 )
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.background import Patience
+from kempnerforge.checkpoint.saver import Saver
+from kempnerforge.checkpoint.staging import BlockingCopy
 from kempnerforge.checkpoint.storage_reader import load_tensors
 from kempnerforge.checkpoint.verify import verify
 from kempnerforge.checkpoint.writer import Writer
@@ -117,6 +120,65 @@ def test_checkpointer_dropped_without_close_frees_buffers(tmp_path: Path) -> Non
     assert buffers() == before
 
 
+def test_prepare_waits_for_the_buffers_of_a_save(tmp_path: Path) -> None:
+    with AsyncCheckpointer("async") as checkpointer:
+        checkpointer.begin_save(STATE, tmp_path / "c", before_commit=lambda: time.sleep(0.5))
+        checkpointer.prepare({"other": torch.zeros(2000)})
+        assert torch.equal(loaded(tmp_path / "c"), STATE["w"])
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_checkpointer_interrupt_in_copy_is_raised(
+    tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_self: BlockingCopy) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockingCopy, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt), AsyncCheckpointer(mode, patience=ONCE) as checkpointer:
+            checkpointer.save(STATE, tmp_path / "c")
+    assert f"{tmp_path / 'c'} was not saved: rank 0: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("interrupted", ["copy", "plan", "wait"])
+def test_manager_goes_on_after_a_caught_interrupt(tmp_path: Path, interrupted: str) -> None:
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    target = {
+        "copy": (BlockingCopy, "start"),
+        "plan": (AsyncCheckpointer, "_plan_save"),
+        "wait": (Saver, "_settle"),
+    }[interrupted]
+    manager, state = training(tmp_path, save_last=True, async_mode="disabled")
+    with manager as ckpt:
+        ckpt.resume(state)
+        state.advance()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*target, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                ckpt.after_step(state)
+        ckpt.finish(state)
+    assert layout.committed_steps(tmp_path / "checkpoints") == [1]
+
+
+def test_blocking_copy_interrupted_raises_and_reports() -> None:
+    class Interrupted(torch.Tensor):
+        """A source whose copy Ctrl-C ends."""
+
+        @classmethod
+        def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+    copy = BlockingCopy([(torch.zeros(2), torch.ones(2).as_subclass(Interrupted))])
+    with pytest.raises(KeyboardInterrupt):
+        copy.start()
+    with pytest.raises(KeyboardInterrupt):
+        copy.finish()
+
+
 @pytest.mark.parametrize("mode", ["nonsense", "", None, 1, "async_pinned"])
 def test_checkpointer_unknown_mode_is_refused(mode: Any) -> None:
     with pytest.raises(ValueError, match='is not one of "disabled", "async", "async_with_pinned_mem"'):
@@ -128,6 +190,19 @@ def training(folder: Path, **config: Any) -> tuple[CheckpointManager, TrainState
     state = TrainState(model=model, optimizer=torch.optim.AdamW(model.parameters()))
     settings = CheckpointConfig.model_validate({"interval": 1, "async_mode": "async", **config})
     return CheckpointManager(settings, state=state, run_dir=folder), state
+
+
+def test_manager_resume_counts_the_pending_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, state = training(tmp_path)
+    with manager as ckpt:
+        ckpt.resume(state)
+        monkeypatch.setattr(ckpt, "_check_lease", lambda: time.sleep(0.3))
+        state.advance()
+        ckpt.after_step(state)
+        assert ckpt.resume(state).step == 1
+        state.advance()
+        ckpt.after_step(state)
+    assert layout.committed_steps(tmp_path / "checkpoints") == [2, 1]
 
 
 def test_manager_exception_leaves_with_step_committed(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from support.ranks import RanksFailed, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from kempnerforge import AsyncCheckpointMode, CheckpointConfig, CheckpointManager, TrainState
 from kempnerforge.checkpoint import layout
@@ -112,14 +111,16 @@ def saves_that_fail(folder: str) -> list[str]:
     """Faults of one rank, as all ranks see them. Each is before anything is written."""
     rank = dist.get_rank()
     told = []
-    cases: list[tuple[dict[str, Any], type[Exception]]] = [
-        ({"sampler": Held({"seen": rank})}, ValueError),
-        ({"sampler": Held({"state": torch.full((5,), rank)})}, ValueError),
-        ({"files": Held({"open": [Path("a") if rank else "a"]})}, TypeError),
+    part = nn.ModuleDict({f"stage{rank}": nn.Linear(2, 2)})
+    cases: list[tuple[TrainState, type[Exception]]] = [
+        (train_state(extra={"sampler": Held({"seen": rank})}), ValueError),
+        (train_state(extra={"sampler": Held({"state": torch.full((5,), rank)})}), ValueError),
+        (train_state(extra={"files": Held({"open": [Path("a") if rank else "a"]})}), TypeError),
+        (train_state(extra={} if rank else {"own": Held()}, per_rank=() if rank else ["own"]), ValueError),
+        (TrainState(model=part, optimizer=torch.optim.SGD(part.parameters())), ValueError),
     ]
-    for number, (extra, kind) in enumerate(cases):
-        with pytest.raises(kind) as caught, manager(f"{folder}/{number}", train_state()) as ckpt:  # noqa: PT012
-            state = train_state(extra=copy.deepcopy(extra))
+    for number, (state, kind) in enumerate(cases):
+        with pytest.raises(kind) as caught, manager(f"{folder}/{number}", state) as ckpt:
             ckpt.save(state, wait=True)
         told.append(str(caught.value))
     for number in range(len(cases)):
@@ -130,11 +131,14 @@ def saves_that_fail(folder: str) -> list[str]:
 def test_extra_faults_on_one_rank_raised_on_all(tmp_path: Path) -> None:
     first, second = run_ranks(saves_that_fail, 2, str(tmp_path))
     assert first == second
-    differ, tensor, files = first
+    differ, tensor, files, absent, stages = first
     assert "extra.sampler differs between ranks 0 and 1" in differ
     assert "per_rank=" in differ
     assert "extra.sampler differs between ranks 0 and 1" in tensor
     assert "rank 1: extra.files.open.0 is a pathlib" in files
+    assert absent == "extra.own is on rank 0 and not on rank 1"
+    assert "optimizer.groups differs between ranks 0 and 1" in stages
+    assert "give groups=" in stages
 
 
 def one_rank_raises(folder: str, method: str) -> str:
@@ -205,6 +209,46 @@ def test_extra_of_dtensors_reshards(before: int, after: int, tmp_path: Path) -> 
     want = run_ranks(ema_of_ranks, before, str(tmp_path), 3)[0]
     for found in run_ranks(ema_of_ranks, after, str(tmp_path), 0):
         assert all(torch.equal(want[name], found[name]) for name in want)
+
+
+class Halved(nn.Module):
+    """Hands out its one row as two copies, and counts its loads."""
+
+    loads = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 4))
+        self.register_state_dict_post_hook(self._split)
+        self.register_load_state_dict_pre_hook(self._join)
+
+    @staticmethod
+    def _split(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+        whole = state.pop(f"{prefix}weight")
+        state[f"{prefix}left"], state[f"{prefix}right"] = whole * 1, whole * 2
+
+    @staticmethod
+    def _join(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        module.loads += 1
+        state[f"{prefix}weight"] = state.pop(f"{prefix}left")
+        del state[f"{prefix}right"]
+
+
+def loads_of_copies(folder: str) -> int:
+    """Rank 1 holds no row."""
+    model = Halved()
+    rows = model.weight.detach()[dist.get_rank() :].clone()
+    mesh, shape = init_device_mesh("cpu", (2,)), model.weight.shape
+    model.weight = nn.Parameter(DTensor.from_local(rows, mesh, [Shard(0)], shape=shape, stride=(4, 1)))
+    state = TrainState(model=model, optimizer={})
+    save(folder, state)
+    with manager(folder, state) as ckpt:
+        ckpt.resume(state)
+    return model.loads
+
+
+def test_model_of_copies_is_loaded_on_ranks_without_rows(tmp_path: Path) -> None:
+    assert run_ranks(loads_of_copies, 2, str(tmp_path)) == [1, 1]
 
 
 def late_ema(folder: str) -> None:

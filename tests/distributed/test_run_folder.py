@@ -65,6 +65,13 @@ def test_run_folder_cannot_be_made_is_reported(tmp_path: Path) -> None:
         open_run(tmp_path / "file" / "run", ALONE, first_global_batch_size=1)
 
 
+def test_run_folder_with_another_nonce_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeClock().replace_in(monkeypatch, attempt_start)
+    (tmp_path / ".nonce-x").touch()
+    error = attempt_start._missing_nonce(tmp_path, "x", attempt_start.OpenOptions())
+    assert "is not the folder that rank 0 sees" in str(error)
+
+
 def open_on_two_nodes(base: str) -> str:
     # Two nodes whose disks are their own: the same relative path is another folder on each.
     node = Path(base) / f"node{dist.get_rank()}"

@@ -25,6 +25,7 @@ from kempnerforge.checkpoint.background import Patience
 from kempnerforge.checkpoint.report import Payload
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.writer import Writer
+from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import SaveFailedError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed")
@@ -114,8 +115,9 @@ def test_save_values_that_differ_are_named_on_all_ranks(tmp_path: Path) -> None:
     loader = "ValueError: extra.loader differs between ranks 0 and 1: name it in per_rank="
     expected = [
         loader,
-        "ValueError: extra.ema differs between ranks 0 and 2: name it in per_rank=; "
-        "optimizer differs between ranks 0 and 1",
+        "ValueError: extra.ema is on rank 0 and not on rank 2; "
+        "optimizer differs between ranks 0 and 1: where a rank has a part of the model, give groups=, "
+        "the same on all ranks",
         "",
         loader,
         "SaveFailedError: rank 1: LookupError: no state",
@@ -264,9 +266,30 @@ def test_save_failure_does_not_wait_for_slow_ranks(tmp_path: Path) -> None:
     assert names == [f"shard_0000{rank}_of_00002.safetensors" for rank in range(2)]
 
 
+def save_on_a_group_of_gpus(folder: str) -> bool:
+    """gloo that serves CUDA alone stands for NCCL: neither reduces what is on the host."""
+    group = dist.new_group([0, 2], backend="cuda:gloo")
+    rank = dist.get_rank()
+    if rank != 1:
+        assert isinstance(group, dist.ProcessGroup)
+        with AsyncCheckpointer("async", patience=QUICK) as checkpointer:
+            checkpointer.save({f"own{rank}": torch.ones(2)}, f"{folder}/c", process_group=group)
+            with pytest.raises(ValueError, match="process_group must be the same at every save"):
+                checkpointer.save({}, f"{folder}/d")
+        with pytest.raises(ValueError, match="the control group must serve the CPU"):
+            ControlGroup(group)
+    dist.barrier()
+    return set(saved(Path(folder) / "c")) == {"own0", "own2"}
+
+
+def test_save_on_a_group_of_gpus_agrees_over_gloo(tmp_path: Path) -> None:
+    assert run_ranks(save_on_a_group_of_gpus, 3, str(tmp_path)) == [True] * 3
+
+
 def test_save_error_names_rank_of_payload(tmp_path: Path) -> None:
     checkpointer = AsyncCheckpointer("async")
-    with pytest.raises(SaveFailedError, match="rank 0: KeyError: 'gone'"):
+    with pytest.raises(SaveFailedError, match="rank 0: KeyError: 'gone'") as caught:
         checkpointer.begin_save(lambda: {}["gone"], tmp_path / "c")
+    assert isinstance(caught.value.__cause__, KeyError)
     assert list(tmp_path.iterdir()) == []
     checkpointer.close()

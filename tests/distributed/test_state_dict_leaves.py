@@ -376,7 +376,7 @@ def test_storage_writer_without_lookup_refuses_leaf(tmp_path: Path) -> None:
     class Planner(DefaultSavePlanner):
         lookup_object = None  # type: ignore[assignment]
 
-    with pytest.raises(CheckpointException, match="epoch is no tensor, and Planner has no lookup_object"):
+    with pytest.raises(CheckpointException, match="epoch is not a tensor, and Planner has no lookup_object"):
         save({"epoch": 1}, storage_writer=SafetensorsWriter(tmp_path / "c"), planner=Planner())
 
 

@@ -116,8 +116,11 @@ def test_save_of_two_ranks_at_end_is_committed(tmp_path: Path, mode: str, ending
             [sys.executable, "-c", SCRIPT + RANKS + ending, mode, str(tmp_path / "c")],
             env={
                 **os.environ,
-                **{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
-                **{"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
             },
             stderr=subprocess.PIPE,
             text=True,

@@ -14,6 +14,7 @@ from support.ckpt_cli import CONFIG, LOSSES, Ckpt, Done
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.report import Payload
 from kempnerforge.cli import app
 
 
@@ -50,16 +51,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             "rng.rank_00000": torch.arange(100, dtype=torch.uint8),
             "extra": torch.zeros(3),
         }
+        objects = {
+            "step": step,
+            "tokens": 0,
+            "skipped_steps": 0,
+            "skipped_in_a_row": 0,
+            "data": {"cursor": {"samples": 4 * step}},
+        }
+        payload = Payload(tensors, objects)
         checkpointer.save(
-            tensors,
+            lambda payload=payload: payload,
             run / "checkpoints" / layout.step_name(step),
-            extra_objects={
-                "step": step,
-                "tokens": 0,
-                "skipped_steps": 0,
-                "skipped_in_a_row": 0,
-                "data": {"cursor": {"samples": 4 * step}},
-            },
             provenance=Provenance(
                 step=step,
                 run_id="abc",

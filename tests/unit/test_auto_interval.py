@@ -316,7 +316,7 @@ STEP_S = 20.0
 
 
 class Training:
-    """Attempts of a run on a clock of its own, paced as real ones. ``costs``: number of a save -> its cost."""
+    """Attempts of a run on a clock of its own, paced as real ones. ``costs``: save number -> its cost."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, costs: Callable[[int], float], **settings: Any

@@ -16,7 +16,7 @@ from kempnerforge.checkpoint.pieces import check_name
 from kempnerforge.checkpoint.shadows import may_overlap
 from kempnerforge.checkpoint.shards import ShardItem
 from kempnerforge.checkpoint.structure import FLAT, Structure
-from kempnerforge.checkpoint.tree import payload_of, split_leaves
+from kempnerforge.checkpoint.tree import payload_of
 from kempnerforge.checkpoint.union import Held, unite
 
 T = torch.ones(1)
@@ -91,10 +91,10 @@ def test_structure_merge_has_all_ranks_leaves() -> None:
     assert found.empty == {"d": ("d",)}
 
 
-def test_split_leaves_gives_tensors_and_json() -> None:
-    tensors, objects = split_leaves({"a": {"w": T}, "b": (1, T), "c": None})
-    assert set(tensors) == {"a.w", "b.1"}
-    assert objects == {"b": {"__tuple__": [1, {"__tensor__": {"name": "b.1"}}]}, "c": None}
+def test_payload_of_nested_dict_has_tensors_and_json() -> None:
+    payload = payload_of({"a": {"w": T}, "b": (1, T), "c": None})
+    assert set(payload.tensors) == {"a.w", "b.1"}
+    assert payload.objects == {"b": {"__tuple__": [1, {"__tensor__": {"name": "b.1"}}]}, "c": None}
 
 
 def item(name: str, size: int = 4, whole: int | None = None) -> PlannedItem:

@@ -1,0 +1,54 @@
+"""Steps of a ``TrainState``, written and read in this process as a save and a resume do it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.step_maker import write_step
+
+from kempnerforge.checkpoint import resume, rng
+from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.resume import Loaded
+from kempnerforge.checkpoint.state import TrainState
+
+CPU = torch.device("cpu")
+PARTS = ("model", "optimizer", "extra", "data", "rng")
+
+
+def save(folder: Path, state: TrainState, **capture: int) -> Path:
+    """Write a step as a save would, without a process."""
+    payload = state.capture(**capture)
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in payload.tensors.items()}
+    objects = json.loads(json.dumps(dict(payload.objects)))
+    return write_step(folder, state.step, state=arrays, objects=objects)
+
+
+def load(path: Path, state: TrainState, *, parts: tuple[str, ...] = PARTS, **options: Any) -> Loaded:
+    """Load a step as a resume does."""
+    loaded = resume.load(
+        resume.inspect(path), state, same_layout=True, rank=0, parts=parts, context=RunContext(), **options
+    )
+    loaded.targets.apply()
+    if "data" in parts:
+        state.load_objects(loaded.reader.objects)
+    if loaded.rng is not None:
+        rng.restore(loaded.rng, CPU)
+    return loaded
+
+
+class Counter:
+    """An object of a user's own."""
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def state_dict(self) -> Any:
+        """What it holds."""
+        return self.value
+
+    def load_state_dict(self, value: Any) -> None:
+        """Take it back."""
+        self.value = value
