@@ -23,6 +23,7 @@ from kempnerforge.errors import KempnerForgeError, SaveFailedError
 _DIGEST_BITS = (1 << 62) - 1
 _HINTS = {
     "extra.": ": name it in per_rank=",
+    "model.": ": keep it equal, or hand it over as extra= and name it in per_rank=",
     "optimizer": ": where a rank has a part of the model, give groups=, the same on all ranks",
 }
 """By the beginning of a name: what to do when it differs between ranks."""
@@ -52,7 +53,7 @@ class AgreedPlan:
         Raises TypeError and ValueError for what cannot be stored.
         """
         paths = payload.structure if isinstance(payload, TreePayload) else FLAT
-        seen = (signature_of(payload.tensors), tuple(payload.objects), paths)
+        seen = (signature_of(payload.tensors), (*payload.objects, *payload.from_lowest_rank), paths)
         if seen[0] is not None and seen == self._seen:
             return
         self._seen = None
@@ -80,7 +81,9 @@ class AgreedPlan:
         if failed:
             raise_on_all(control, error)
         if highest != -lowest:
-            raise as_agreed(_difference(control.gather(dict(same or {}))))
+            problem = _difference(control.gather(dict(same or {})))
+            if problem is not None:
+                raise as_agreed(problem)
         if changed:
             self._make(control, pin=pin)
 
@@ -124,6 +127,7 @@ def _held(payload: Payload, paths: Structure) -> Held:
         objects=tuple(payload.objects),
         inside=inside,
         structure=structure.encode(paths) if paths is not FLAT else None,
+        from_lowest_rank=tuple(sorted(payload.from_lowest_rank)),
     )
 
 
@@ -147,13 +151,23 @@ def raise_on_all(control: ControlGroup, error: Exception | None) -> None:
     raise as_agreed(kind(f"rank {rank}: {text}")) from error
 
 
-def _difference(by_rank: Sequence[Mapping[str, str]]) -> ValueError:
-    """Return the error for values that differ between ranks; it names each value and two ranks."""
+def _difference(by_rank: Sequence[Mapping[str, str]]) -> ValueError | None:
+    """Return the error for values that differ between ranks; it names each value and two ranks.
+
+    Of a model ranks may have different parts, and so different entries.
+    """
     problems = []
     for name in sorted(set().union(*by_rank)):
         digests = [same.get(name) for same in by_rank]
         other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
         if other is None:
+            continue
+        if name.startswith("model."):
+            known = [(rank, digest) for rank, digest in enumerate(digests) if digest is not None]
+            others = [rank for rank, digest in known if digest != known[0][1]]
+            if others:
+                hint = _HINTS["model."]
+                problems.append(f"{name} differs between ranks {known[0][0]} and {others[0]}{hint}")
             continue
         if None in (digests[0], digests[other]):
             there, absent = (other, 0) if digests[0] is None else (0, other)
@@ -162,4 +176,4 @@ def _difference(by_rank: Sequence[Mapping[str, str]]) -> ValueError:
         hint = next((hint for prefix, hint in _HINTS.items() if name.startswith(prefix)), "")
         problems.append(f"{name} differs between ranks 0 and {other}{hint}")
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return ValueError("; ".join(problems[:_SHOWN]) + more)
+    return ValueError("; ".join(problems[:_SHOWN]) + more) if problems else None

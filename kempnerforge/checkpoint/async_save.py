@@ -205,6 +205,7 @@ class AsyncCheckpointer:
         """The writer process, while there is one."""
         return self._writer.pid
 
+    @torch.inference_mode(False)  # buffers outlive the mode that this is called in
     def prepare(
         self,
         state_dict: StateDict,
@@ -227,6 +228,7 @@ class AsyncCheckpointer:
             error = found
         self._agree(control, error, same)
 
+    @torch.inference_mode(False)
     def begin_save(
         self,
         state_dict: StateDict,
@@ -384,7 +386,7 @@ class AsyncCheckpointer:
         try:
             pairs = arenas.pairs(tensors)
             overlaps = self.mode is AsyncCheckpointMode.async_pinned
-            return overlapping(pairs) if overlaps else BlockingCopy(pairs)
+            return overlapping(pairs, tensors) if overlaps else BlockingCopy(pairs)
         except Exception as error:  # noqa: BLE001 - raised by ``finish``
             return FailedCopy(error)
 

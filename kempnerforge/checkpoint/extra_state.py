@@ -62,7 +62,7 @@ class Extras:
             objects[entry] = packer.pack(one.state_dict(), name=entry)
             if num_ranks > 1:
                 shared = name not in self.per_rank
-                digests[PREFIX + name] = _digest(objects[entry], packer.tensors) if shared else "per rank"
+                digests[PREFIX + name] = digest_of(objects[entry], packer.tensors) if shared else "per rank"
         return digests
 
     def targets(
@@ -88,11 +88,12 @@ class Extras:
             self._check(name, stored.get(name), num_ranks, reader)
             entry, one = self._entry(name, rank), self.objects[name]
             encoded = reader.raw_objects[entry]
-            templates = _templates(one, entry, encoded)
-            unpacker = Unpacker(lambda full, tag, known=templates: _target(full, tag, known, reader, device))
+            unpacker = like_present(one.state_dict, entry, encoded, reader, device)
             value = unpacker.unpack(encoded)
             found.tensors |= unpacker.tensors
             found.loads[name] = (one.load_state_dict, value)
+            if isinstance(value, dict) and not value:
+                found.empty.add(name)
         return found
 
     def _check(self, name: str, ranks: set[int] | None, num_ranks: int, reader: SafetensorsReader) -> None:
@@ -118,6 +119,8 @@ class ExtraTargets:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     loads: dict[str, tuple[Callable[[Any], object], Any]] = field(default_factory=dict)
     """Name -> method to call and the value for it, in which the tensors are filled."""
+    empty: set[str] = field(default_factory=set)
+    """Those of ``loads`` whose state has nothing in it."""
     excluded: list[str] = field(default_factory=list)
 
     def apply(self) -> None:
@@ -137,23 +140,28 @@ def stored_extras(objects: Mapping[str, Any]) -> dict[str, set[int]]:
     return found
 
 
-def _digest(encoded: Any, tensors: Mapping[str, torch.Tensor]) -> str:
+def digest_of(encoded: Any, tensors: Mapping[str, torch.Tensor]) -> str:
     """Digest of a state as JSON and of its small CPU tensors. Larger tensors are stored from one rank."""
     digest = xxhash.xxh3_128(json.dumps(encoded, sort_keys=True).encode())
     for name in sorted(tensor_names(encoded)):
         tensor = tensors[name]
+        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
         if not isinstance(tensor, DTensor) and tensor.device.type == "cpu" and tensor.nbytes <= SMALL_BYTES:
             digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _templates(one: Any, entry: str, encoded: Any) -> dict[str, torch.Tensor]:
-    """Tensors that the object holds now, by name. Empty if the checkpoint has none for it."""
-    if not tensor_tags(encoded):
-        return {}
+def like_present(
+    present: Callable[[], Any], entry: str, encoded: Any, reader: SafetensorsReader, device: torch.device
+) -> Unpacker:
+    """Unpacks ``encoded`` into tensors like those that the program holds now in the same places.
+
+    ``present`` gives the value of now; it is called only where the checkpoint has tensors.
+    """
     packer = Packer()
-    packer.pack(one.state_dict(), name=entry)
-    return packer.tensors
+    if tensor_tags(encoded):
+        packer.pack(present(), name=entry)
+    return Unpacker(lambda name, tag: _target(name, tag, packer.tensors, reader, device))
 
 
 def _target(

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from kempnerforge.checkpoint.extra_state import PREFIX, ExtraTargets
+from kempnerforge.checkpoint.extra_state import PREFIX, ExtraTargets, like_present
 from kempnerforge.checkpoint.fit import check_fits
-from kempnerforge.checkpoint.model_state import ModelTargets
+from kempnerforge.checkpoint.model_state import ModelTargets, memory_of
 from kempnerforge.checkpoint.optimizer_state import OptimizerTargets, StoredOptimizer, split_name
+from kempnerforge.checkpoint.pieces import local_part
 from kempnerforge.checkpoint.state import MODEL, OPTIMIZERS, TrainState
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader
-from kempnerforge.checkpoint.tensor_leaves import Unpacker
 from kempnerforge.errors import MismatchError
 
 
@@ -29,7 +29,18 @@ class LoadTargets:
     optimizers: list[OptimizerTargets] = field(default_factory=list)
     extras: ExtraTargets = field(default_factory=ExtraTargets)
     model_values: dict[str, Any] = field(default_factory=dict)
-    """Entries of the model that are no tensors."""
+    """Entries of the model of any form."""
+    tied: list[tuple[str, str]] = field(default_factory=list)
+    """Names of tensors that are one here: the second is read beside it, to be compared."""
+
+    def check_tied(self) -> None:
+        """Raise MismatchError when tensors that are one here are two in the checkpoint. They are filled."""
+        for first, second in self.tied:
+            if not torch.equal(local_part(self.tensors[first]), local_part(self.tensors[second])):
+                raise MismatchError(
+                    f"{first} and {second} are one tensor here, and have different values in the checkpoint: "
+                    "it was saved without this tie"
+                )
 
     def apply(self) -> None:
         """Apply what was read, the extras last. Raises what their ``load_state_dict`` raises."""
@@ -73,17 +84,30 @@ def find_targets(
 
 def _add_model(found: LoadTargets, state: TrainState, reader: SafetensorsReader) -> None:
     found.model = state.model.targets()
-    unpacker = Unpacker(reader.make_tensor)
-    for name in sorted(found.model.of_any_form):
-        if MODEL + name in reader.raw_objects:
-            found.model_values[name] = unpacker.unpack(reader.raw_objects[MODEL + name])
-        elif MODEL + name in reader.index:
-            value = reader.make_tensor(MODEL + name, {"device": found.model.of_any_form[name]})
-            found.model_values[name] = found.tensors[MODEL + name] = value
+    for name, present in sorted(found.model.of_any_form.items()):
+        full = MODEL + name
+        if full in reader.raw_objects:
+            encoded = reader.raw_objects[full]
+        elif full in reader.index:
+            device = present.device.type if isinstance(present, torch.Tensor) else "cpu"
+            encoded = {"__tensor__": {"name": full, "device": device}}
         else:
-            found.problems.append(f"{MODEL}{name} is not in the checkpoint")
-    found.tensors |= {MODEL + name: tensor for name, tensor in found.model.tensors.items()}
-    found.tensors |= unpacker.tensors
+            found.problems.append(f"{full} is not in the checkpoint")
+            continue
+        unpacker = like_present(lambda now=present: now, full, encoded, reader, state.device)
+        found.model_values[name] = unpacker.unpack(encoded)
+        found.tensors |= unpacker.tensors
+    first_of: dict[tuple[Any, ...], str] = {}
+    for name, tensor in found.model.tensors.items():
+        full, memory = MODEL + name, memory_of(tensor)
+        first = full
+        if memory and tensor.numel():
+            place = (memory, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+            first = first_of.setdefault(place, full)
+        if first != full:
+            found.tied.append((first, full))
+            tensor = torch.empty_like(tensor)
+        found.tensors[full] = tensor
 
 
 def _add_optimizers(found: LoadTargets, state: TrainState, reader: SafetensorsReader) -> None:

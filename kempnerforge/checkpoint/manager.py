@@ -33,7 +33,7 @@ from kempnerforge.checkpoint.saver import Saver, Snapshot
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.distributed.control import ControlGroup, as_agreed
-from kempnerforge.errors import KempnerForgeError, LeaseLostError
+from kempnerforge.errors import KempnerForgeError, LeaseLostError, MismatchError
 
 REQUEST = "checkpoint.request"
 """A file of this name in the run's folder asks for a save; it is removed when the save begins."""
@@ -66,10 +66,15 @@ class CheckpointManager:
         context: RunContext | None = None,
         lease: Lease | None = None,
     ) -> None:
+        _check_arguments(config, state)
         self.config = config
         self.state = state
-        self.run_dir = Path(run_dir)
-        self.folder = Path(config.dir).expanduser() if config.dir else self.run_dir / "checkpoints"
+        self.run_dir, folder = Path(run_dir), Path(config.dir).expanduser() if config.dir else None
+        if context is None:  # a loop of a user's own may change its working folder
+            self.run_dir = layout.local_path(run_dir)
+            folder = layout.local_path(folder) if config.dir and folder is not None else None
+        self.folder = folder if folder is not None else self.run_dir / "checkpoints"
+        self._has_resumed = False
         self.context = context or RunContext()
         self._control = ControlGroup(control_group)
         self._checkpointer = AsyncCheckpointer(config.async_mode)
@@ -124,6 +129,7 @@ class CheckpointManager:
         on all ranks.
         """
         self._begin_record()
+        self._has_resumed = True
         self._saver.settle(state.step)  # of a loop that resumes again: what it has begun to save counts
         restorer = Restorer(
             self.config,
@@ -231,6 +237,9 @@ class CheckpointManager:
         written again.
         """
         self._begin_record()
+        if not self._has_resumed:
+            self._control.on_rank0(lambda: self._require_no_steps(state.step))
+            self._has_resumed = True
         if reason == "asked" and self._control.rank == 0:
             # If the file stays, one more save is made. An error on this rank alone would end the run.
             with contextlib.suppress(OSError):
@@ -239,6 +248,15 @@ class CheckpointManager:
         if skipped and not wait:
             return self._saver.skip(state.step, reason, skipped)
         return self._saver.save(self._snapshot(state, reason), reason=reason, wait=wait)
+
+    def _require_no_steps(self, step: int) -> None:
+        """Raise MismatchError when a program that did not resume would save beside steps of another one."""
+        steps = layout.committed_steps(self.folder)
+        if steps:
+            raise MismatchError(
+                f"{self.folder} has steps up to {steps[0]}, and this program is at step {step} without "
+                "having called resume(): call it before training, or give another run_dir"
+            )
 
     def after_step(self, state: TrainState) -> list[SaveReport]:
         """Call after every step: agree with all ranks, save if that is due, return the outcomes of saves.
@@ -408,6 +426,8 @@ class CheckpointManager:
         if self.config.save_last and state.step > 0:
             self.save(state, wait=True, reason="last")
         if self._own is not None:
+            if state.step == 0:
+                self._own.warn("nothing was saved: the step is 0. Call state.advance() after every step")
             self._own.finished(state.step)
 
     def wait(self) -> None:
@@ -426,3 +446,18 @@ class CheckpointManager:
             self._own.end(error)
         if self._lease is not None:
             self._lease.release()
+
+
+def _check_arguments(config: CheckpointConfig, state: TrainState) -> None:
+    """Raise TypeError and ValueError for what would fail, or have no effect, later."""
+    if not isinstance(config, CheckpointConfig):
+        raise TypeError(f"config is a {type(config).__name__}: give a CheckpointConfig")
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state= is a {type(state).__name__}: give a TrainState")
+    if config.dir is not None:
+        layout.local_path(config.dir)
+    parts = [name for name in config.exclude_from_loading if not name.startswith("extra.")]
+    if parts and config.load_path is None:
+        raise ValueError(
+            f"exclude_from_loading: {parts[0]} has no effect without load_path: a resume always loads it"
+        )

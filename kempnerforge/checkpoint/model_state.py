@@ -28,9 +28,11 @@ class ModelState:
             if not isinstance(part, nn.Module):
                 raise TypeError(f"model= takes a module or a sequence of modules, not {type(part).__name__}")
             _refuse_fsdp1(part)
-        for parameter, name in self.names().items():
-            if is_lazy(parameter):
-                raise ValueError(f"{name} of model= has no shape yet: call the model once before TrainState")
+            for name, tensor in _own_tensors(part).items():
+                if is_lazy(tensor):
+                    raise ValueError(
+                        f"{name} of model= has no shape yet: call the model once before TrainState"
+                    )
         self.entries()
 
     def entries(self, *, copy_buffers: bool = False) -> dict[str, Any]:
@@ -61,6 +63,19 @@ class ModelState:
                 found.setdefault(parameter, strip(raw))
         return found
 
+    def replicated(self) -> set[str]:
+        """Names in a checkpoint of the tensors that ``DistributedDataParallel`` keeps equal on all ranks."""
+        found: set[str] = set()
+        for part in self.parts:
+            strip = _stripper(part)
+            for prefix, module in part.named_modules():
+                if isinstance(module, DistributedDataParallel):
+                    ignored = module.parameters_to_ignore
+                    for raw, _ in module.module.named_parameters():
+                        if raw not in ignored:
+                            found.add(strip(f"{prefix}.module.{raw}" if prefix else f"module.{raw}"))
+        return {f"model.{name}" for name in found}
+
     def check_stored(self, trained: Iterable[torch.Tensor]) -> None:
         """Raise ValueError for a trained parameter that ``state_dict`` leaves out: a resume would lose it.
 
@@ -69,12 +84,18 @@ class ModelState:
         names, entries = self.names(), self.entries()
         storages = {memory_of(value) for value in entries.values() if isinstance(value, torch.Tensor)} - {0}
         own = {strip(raw) for part in self.parts for strip in [_stripper(part)] for raw in _own_tensors(part)}
-        renaming = {name.rpartition(".")[0] for name in entries.keys() - own if not _is_extra(name)}
+        renaming = tuple(_inside(name) for name in entries.keys() - own if not _is_extra(name))
         for parameter in trained:
             name = names.get(parameter)
-            if name is None or name in entries or name.rpartition(".")[0] in renaming:
+            if name is None or name.startswith(renaming):
                 continue
-            if memory_of(parameter) not in storages:
+            entry = entries.get(name)
+            if isinstance(entry, torch.Tensor) and entry.dtype != parameter.dtype:
+                raise ValueError(
+                    f"{name} is {parameter.dtype}, and state_dict() of model= gives it as {entry.dtype}: a "
+                    "resume would round it"
+                )
+            if entry is None and memory_of(parameter) not in storages:
                 raise ValueError(
                     f"{name} is trained by optimizer=, and state_dict() of model= leaves it out: a resume "
                     "would lose it"
@@ -92,7 +113,7 @@ class ModelState:
                 name = strip(raw)
                 entries[name] = raw
                 if not isinstance(value, torch.Tensor) or _is_extra(raw):
-                    found.of_any_form[name] = value.device.type if isinstance(value, torch.Tensor) else "cpu"
+                    found.of_any_form[name] = value
                     through_load = True
                     continue
                 # A rank that holds nothing of a sharded tensor goes by its name: all ranks must decide alike.
@@ -113,8 +134,8 @@ class ModelTargets:
     """Tensors to fill and, for modules that hand out anything but their own tensors, what to call then."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    of_any_form: dict[str, str] = field(default_factory=dict)
-    """What is not a tensor, or may change its shape (``get_extra_state``): name -> type of device."""
+    of_any_form: dict[str, Any] = field(default_factory=dict)
+    """What is not a tensor, or may change its shape (``get_extra_state``): name -> value of now."""
     through_load: list[tuple[nn.Module, dict[str, str]]] = field(default_factory=list)
     """Modules that must be loaded through ``load_state_dict``, with name -> their own name for it."""
 
@@ -127,7 +148,8 @@ class ModelTargets:
             # Modules take a state without versions for one of an old version, and convert it.
             state._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
             # What the module does not hand out itself, a frozen base say, cannot be in the checkpoint.
-            told = part.load_state_dict(state, strict=False)
+            is_own = not _is_of_torch(type(part).load_state_dict)
+            told = part.load_state_dict(state) if is_own else part.load_state_dict(state, strict=False)
             missing = [name for name in getattr(told, "missing_keys", ()) if name in own]
             if wrong := [*missing, *getattr(told, "unexpected_keys", ())]:
                 raise RuntimeError(
@@ -141,6 +163,12 @@ def _own_tensors(part: nn.Module) -> dict[str, torch.Tensor]:
         **dict(part.named_parameters(remove_duplicate=False)),
         **dict(part.named_buffers(remove_duplicate=False)),
     }
+
+
+def _inside(name: str) -> str:
+    """What the names in the same module begin with."""
+    module = name.rpartition(".")[0]
+    return f"{module}." if module else ""
 
 
 def _is_extra(name: str) -> bool:
@@ -165,7 +193,7 @@ def _is_of_torch(function: Any) -> bool:
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """Where the storage of a tensor, or of this rank's part of it, begins; 0 if it has no memory of its own."""
+    """Address of the storage of a tensor, or of this rank's part of it; 0 if it has no memory of its own."""
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
     try:

@@ -8,9 +8,11 @@ in the checkpoint                      what
 =====================================  =======================================================================
 ``optimizer.state.<parameter>.<key>``  a tensor; any other value is an entry of ``train_state.json``
 ``optimizer.global.<key>``             state that belongs to no parameter
-``"optimizer"`` in the JSON            ``groups``: all keys of each group, ``params`` by name; ``on_host``:
-                                       keys of tensors on the CPU beside parameters on another device;
-                                       ``empty``: parameters whose state has no key yet
+``"optimizer"`` in the JSON            ``class``; ``groups``: all keys of each group, ``params`` by name;
+                                       ``on_host``: keys of tensors on the CPU beside parameters on another
+                                       device; ``empty``: parameters whose state has no key yet; ``same``:
+                                       tensors that are one with another; ``parameters``: tensors that are
+                                       ``nn.Parameter`` or require gradients
 ``optimizers.<name>.state...``         the same for each of a dict of optimizers, under ``"optimizers"``
 =====================================  =======================================================================
 """
@@ -114,7 +116,7 @@ class OptimizerState:
             }
             for number, group in enumerate(self.optimizer.param_groups)
         ]
-        table: dict[str, Any] = {"groups": groups}
+        table: dict[str, Any] = {"groups": groups, "class": kind_of(self.optimizer)}
         if on_host:
             table["on_host"] = sorted(on_host)
         if empty:
@@ -157,6 +159,12 @@ class OptimizerState:
 
     def targets(self, names: Names, reader: SafetensorsReader, stored: StoredOptimizer) -> OptimizerTargets:
         """What has to be read, and where it goes. Raises MismatchError if the program has other groups."""
+        if stored.kind not in (None, kind_of(self.optimizer)):
+            raise MismatchError(
+                f"{self.prefix.rstrip('.')} is {kind_of(self.optimizer)} here and {stored.kind} in the "
+                "checkpoint. A new run can begin from its weights, with it as checkpoint.load_path and "
+                'checkpoint.exclude_from_loading = ["optimizer"]'
+            )
         self._check_groups(stored, names)
         found = OptimizerTargets(self)
         unpacker = Unpacker(reader.make_tensor)
@@ -256,6 +264,8 @@ class OptimizerTargets:
 class StoredOptimizer:
     """What ``train_state.json`` has of one optimizer."""
 
+    kind: str | None
+    """Name of its class; None by early versions."""
     groups: list[dict[str, Any]]
     on_host: frozenset[str] | None
     empty: frozenset[str]
@@ -292,6 +302,7 @@ class StoredOptimizer:
             groups = [
                 {**group, "params": [str(name) for name in group["params"]]} for group in table["groups"]
             ]
+            kind = str(table["class"]) if "class" in table else None
             on_host = frozenset(table["on_host"]) if "on_host" in table else None
             empty = frozenset(table.get("empty", ()))
             same, parameters = dict(table.get("same", {})), dict(table.get("parameters", {}))
@@ -300,7 +311,7 @@ class StoredOptimizer:
                 f"{where} is damaged: train_state.json has invalid content for {prefix.rstrip('.')} "
                 f"({error!r})"
             ) from None
-        return cls(groups, on_host, empty, values, of_all, frozenset(inner), same, parameters)
+        return cls(kind, groups, on_host, empty, values, of_all, frozenset(inner), same, parameters)
 
     def tensor_keys(self, base: str, reader: SafetensorsReader) -> list[str]:
         """Keys of a parameter's state, whose names begin with ``base``, that are tensors."""
@@ -318,6 +329,14 @@ def split_name(rest: str, names: Collection[str]) -> tuple[str, str]:
     return name, key
 
 
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    """Name of an optimizer's class; of a wrapper that shares another's state, such as accelerate's, of that."""
+    for value in vars(optimizer).values():
+        if isinstance(value, torch.optim.Optimizer) and value.state is optimizer.state:
+            return kind_of(value)
+    return type(optimizer).__qualname__
+
+
 def check_whole(optimizer: torch.optim.Optimizer, given: Collection[torch.optim.Optimizer]) -> None:
     """Raise TypeError when state of an optimizer is neither in its ``state`` nor in its ``param_groups``.
 
@@ -330,8 +349,8 @@ def check_whole(optimizer: torch.optim.Optimizer, given: Collection[torch.optim.
             is_other = isinstance(inner, torch.optim.Optimizer) and inner.state is not optimizer.state
             if is_other and not any(inner is one for one in given):
                 raise TypeError(
-                    f"{kind}.{attribute} is an optimizer with a state of its own, {type(inner).__name__}: hand "
-                    f"over both, as a dict of optimizers"
+                    f"{kind}.{attribute} is an optimizer with a state of its own, {type(inner).__name__}: "
+                    "hand over both, as a dict of optimizers"
                 )
     is_own = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
     if is_own or optimizer._optimizer_state_dict_post_hooks:

@@ -186,7 +186,7 @@ class OwnRun:
         for line in receipt.lines():
             self._info(line)
         if receipt.space_warning:
-            self._warn(receipt.space_warning)
+            self.warn(receipt.space_warning)
         self._begin_loop(step, skipped, receipt.source, lost_steps=receipt.lost_steps, load_s=receipt.load_s)
 
     def _begin_loop(
@@ -225,9 +225,9 @@ class OwnRun:
         """Log and record the outcome of a save."""
         self.record([event_of(report)])
         if report.skipped:
-            self._warn(report.skipped)
+            self.warn(report.skipped)
         elif report.error:
-            self._warn(f"the save of step {report.step} failed: {report.error}")
+            self.warn(f"the save of step {report.step} failed: {report.error}")
         else:
             steps = "step" if report.deferred == 1 else "steps"
             late = f", put off by {report.deferred} {steps}" if report.deferred else ""
@@ -236,10 +236,10 @@ class OwnRun:
                 f"in {report.total_s:.2f} s, of which training waited {report.blocking_s:.2f} s, in {folder}"
             )
         for warning in report.warnings:
-            self._warn(warning)
+            self.warn(warning)
         failing = self.lease.failing if self.lease is not None else ""
         if failing and failing != self._lease_failing:
-            self._warn(f"the lease of this run cannot be renewed: {failing}")
+            self.warn(f"the lease of this run cannot be renewed: {failing}")
         self._lease_failing = failing
 
     def record(self, events: Iterable[SaveEvent]) -> None:
@@ -295,7 +295,8 @@ class OwnRun:
         if self._control.rank == 0:
             log.info("%s", text)
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Log a warning, on the first rank."""
         if self._control.rank == 0:
             log.warning("%s", text)
 

@@ -107,7 +107,11 @@ def make_plan(held_by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
         for chunk in held:
             key = (chunk.item.name, chunk.item.offsets)
             if chunks.setdefault(key, chunk) != chunk:
-                raise ValueError(f"ranks disagree on {chunk.item.name} at {chunk.item.offsets}")
+                other = chunks[key]
+                raise ValueError(
+                    f"{chunk.item.name} is {_words(other)} on rank {holders[key][0]} and {_words(chunk)} on "
+                    f"rank {rank}: it must be the same on all ranks that have it"
+                )
             holders.setdefault(key, []).append(rank)
     check_cover(chunks.values())
     mine: list[list[PlannedItem]] = [[] for _ in held_by_rank]
@@ -118,6 +122,10 @@ def make_plan(held_by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
         load[rank] += chunks[key].item.size_bytes
         mine[rank].append(chunks[key])
     return name_files(mine)
+
+
+def _words(chunk: PlannedItem) -> str:
+    return f"{chunk.item.dtype} {chunk.item.sizes} of {chunk.global_shape}"
 
 
 def check_cover(chunks: Iterable[PlannedItem]) -> None:

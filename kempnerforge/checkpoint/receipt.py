@@ -54,6 +54,8 @@ class Receipt:
     """``restored`` when the data goes on where it was, ``start`` when not; empty if no position is told."""
     extras: list[str] = field(default_factory=list)
     """Names of the extras whose state was restored."""
+    empty_extras: list[str] = field(default_factory=list)
+    """Names of the extras whose ``state_dict()`` had nothing in it."""
     next_batch: str = "not compared"
     """``proved`` when the next batch has the digest that was stored with the step."""
     not_loaded: list[str] = field(default_factory=list)
@@ -94,6 +96,8 @@ class Receipt:
         result += [f"  data: {change}" for change in self.data_changes]
         if self.not_loaded:
             result.append(f"  not loaded: {', '.join(self.not_loaded)}")
+        if self.empty_extras:
+            result.append(f"  without any state in the checkpoint: {', '.join(self.empty_extras)}")
         if self.extras:
             result.append(f"  restored too: {', '.join(self.extras)}")
         result.append(f"  rng {self.rng}" + (f"; data position: {self.cursor}" if self.cursor else ""))

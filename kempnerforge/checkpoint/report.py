@@ -40,6 +40,9 @@ class Payload:
     stored."""
     same_on_all_ranks: Mapping[str, str] = field(default_factory=dict)
     """Name -> digest of what must not differ between ranks."""
+    from_lowest_rank: frozenset[str] = frozenset()
+    """Tensors that are taken from the lowest rank that has them: nothing guarantees that they are equal on
+    all ranks, and a mixture of them would be a state that never was."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tomli
+import torch
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import holds, receipt, resume, rng, timeline, warm_start
@@ -48,6 +49,7 @@ class Restorer:
             name.removeprefix(EXTRA) for name in config.exclude_from_loading if name.startswith(EXTRA)
         )
 
+    @torch.inference_mode(False)  # what is made here outlives the mode that this is called in
     def restore(self, state: TrainState) -> Receipt:
         """What ``CheckpointManager.resume`` promises; the receipt is written."""
         self._control.on_rank0(self._prepare_folder)
@@ -129,7 +131,9 @@ class Restorer:
         state.load_objects(objects, scheduler="scheduler" in parts, data="data" in parts)
         result = Receipt(self._context.attempt, source=source, step=state.step, path=str(found.path))
         captured_on = rng.captured_on(loaded.rng) if loaded.rng is not None else None
-        if loaded.rng is not None and captured_on == state.device.type:
+        if "rng" not in parts:
+            result.rng = "left as the program has them"
+        elif loaded.rng is not None and captured_on == state.device.type:
             rng.restore(loaded.rng, state.device)
             result.rng = "restored"
         else:
@@ -139,7 +143,9 @@ class Restorer:
         provenance = found.manifest.provenance
         if state.cursor:
             result.cursor = "restored" if "data" in parts else "start"
-        result.extras = sorted(loaded.targets.extras.loads)
+        extras = loaded.targets.extras
+        result.extras = sorted(extras.loads.keys() - extras.empty)
+        result.empty_extras = sorted(extras.empty)
         result.not_loaded = [part for part in ALL_PARTS if part not in parts]
         result.not_loaded += [EXTRA + name for name in loaded.targets.extras.excluded]
         if saved_by_run := bool(provenance.layout):  # imported weights have no layout that could differ

@@ -207,6 +207,7 @@ def load(
                 loaded.rng = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
                 wanted[name] = loaded.rng
             load_tensors(wanted, reader)
+            targets.check_tied()
         loaded.load_s = time.perf_counter() - started
         return loaded
 

@@ -32,9 +32,17 @@ _FIXED = struct.Struct("<8s625IId625IId")
 
 
 def capture(device: torch.device) -> torch.Tensor:
-    """All generators of this rank, uint8 [n]. Consumes no random numbers."""
+    """All generators of this rank, uint8 [n]. Consumes no random numbers.
+
+    Raises TypeError when NumPy's global generator was replaced by one of another kind.
+    """
     _, words, gauss = random.getstate()
     twister = np.random.get_state(legacy=False)
+    if twister["bit_generator"] != "MT19937":
+        raise TypeError(
+            f"NumPy's global generator is {twister['bit_generator']}, and only its own MT19937 is stored: "
+            "use a Generator of your own, and hand over its state as extra="
+        )
     raw = _FIXED.pack(
         MAGIC,
         *words,

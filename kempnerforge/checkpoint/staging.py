@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
+
+from kempnerforge.errors import SaveFailedError
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """(target in an arena, source on any device)."""
@@ -40,10 +42,32 @@ class Staging(Protocol):
         ...
 
 
+class Versions:
+    """Notices tensors that are modified in place while they are copied: the snapshot would be of two steps.
+
+    By the count that autograd keeps for each tensor. Writes through ``.data``, and kernels that do not count,
+    fused optimizers say, are not noticed.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._known = [(name, one, one._version) for name, one in tensors.items() if not one.is_inference()]
+
+    def check(self) -> None:
+        """Raise SaveFailedError, naming it, when a tensor was modified since. Then nothing is remembered."""
+        known, self._known = self._known, []
+        for name, tensor, version in known:
+            if tensor._version != version:
+                raise SaveFailedError(
+                    f"{name} was modified while it was being copied: call wait_for_staging() before whatever "
+                    "modifies it"
+                )
+
+
 class BlockingCopy:
     """Copies on the calling thread, on the current stream: ``start`` returns when it is done."""
 
-    def __init__(self, pairs: Pairs) -> None:
+    def __init__(self, pairs: Pairs, versions: Versions | None = None) -> None:
+        self._versions = versions or Versions({})
         self._pairs = pairs
         self._copied = 0
         self._error: BaseException | None = None
@@ -61,6 +85,7 @@ class BlockingCopy:
                 if (device := group[0][1].device).type == "cuda":
                     torch.cuda.current_stream(device).synchronize()
                 self._copied += len(group)
+            self._versions.check()
         except BaseException as error:
             self._error = error
             if not isinstance(error, Exception):  # an interrupt ends the program, not the save alone
@@ -137,7 +162,8 @@ class StreamCopy:
 
     _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
 
-    def __init__(self, pairs: Pairs, device: torch.device) -> None:
+    def __init__(self, pairs: Pairs, device: torch.device, versions: Versions | None = None) -> None:
+        self._versions = versions or Versions({})
         self._pairs = pairs
         self._device = device
         self._events: list[tuple[int, torch.cuda.Event]] = []
@@ -188,12 +214,21 @@ class StreamCopy:
 
     def before_mutation(self) -> None:
         """Queue the wait on the compute stream."""
+        self._check_versions()
         if self._events:
             torch.cuda.current_stream(self._device).wait_event(self._events[-1][1])
+
+    def _check_versions(self) -> None:
+        """What was queued before the first call of either kind may have modified a source."""
+        try:
+            self._versions.check()
+        except SaveFailedError as error:
+            self._error = error
 
     def finish(self) -> None:
         """Wait for the device."""
         self._queued.wait()
+        self._check_versions()
         if self._error is not None:
             raise self._error
         if self._events:
@@ -201,15 +236,16 @@ class StreamCopy:
         self._pairs = ()  # until now the sources had to stay: the side stream was reading them
 
 
-def overlapping(pairs: Pairs) -> Staging:
-    """Return a copy that overlaps with the next forward and backward.
+def overlapping(pairs: Pairs, tensors: Mapping[str, torch.Tensor]) -> Staging:
+    """Return a copy that overlaps with the next forward and backward. ``tensors``: the sources, by name.
 
     A side stream belongs to one device: sources on several devices are copied before ``start`` returns.
     """
     devices = {source.device for _, source in pairs if source.is_cuda}
     if len(devices) > 1:
         return BlockingCopy(pairs)
-    return StreamCopy(pairs, devices.pop()) if devices else ThreadCopy(pairs)
+    versions = Versions(tensors)
+    return StreamCopy(pairs, devices.pop(), versions) if devices else ThreadCopy(pairs, versions)
 
 
 def _groups(pairs: Pairs) -> Iterator[Pairs]:

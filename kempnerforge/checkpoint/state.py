@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint import layout, leaves, rng
-from kempnerforge.checkpoint.extra_state import Extras
+from kempnerforge.checkpoint.extra_state import Extras, digest_of
 from kempnerforge.checkpoint.model_state import ModelState
 from kempnerforge.checkpoint.optimizer_state import OptimizerState, check_whole, make_state
 from kempnerforge.checkpoint.report import Payload
@@ -52,6 +53,7 @@ class TrainState:
             some of them.
     """
 
+    @torch.inference_mode(False)  # state that is made here outlives the mode that this is called in
     def __init__(
         self,
         *,
@@ -128,18 +130,24 @@ class TrainState:
         """
         generators = rng.capture(self.device)
         packer, objects = Packer(), self._counters()
+        same: dict[str, str] = {}
         for name, value in self.model.entries(copy_buffers=overlapping).items():
             if isinstance(value, torch.Tensor):
                 packer.add(MODEL + name, value)
             else:
                 objects[MODEL + name] = packer.pack(value, name=MODEL + name)
-        same = self._pack_optimizers(packer, objects)
+                same[MODEL + name] = digest_of(objects[MODEL + name], packer.tensors)
+        same |= self._pack_optimizers(packer, objects)
+        plain = frozenset(n for n, t in packer.tensors.items() if not isinstance(t, DTensor))
         same |= self.extras.pack(packer, objects, rank=rank, num_ranks=num_ranks)
         # A loader may start an iterator in state_dict(). A save must not change which numbers are drawn next.
         if self.extras.objects and not torch.equal(rng.capture(self.device), generators):
             rng.restore(generators, self.device)
         packer.add(rng_name(rank), generators)
-        return Payload(packer.tensors, objects, same if num_ranks > 1 else {})
+        if num_ranks == 1:
+            return Payload(packer.tensors, objects)
+        lowest = plain - self.model.replicated()
+        return Payload(packer.tensors, objects, same, from_lowest_rank=lowest)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Model and optimizer tensors by checkpoint name, by reference."""
@@ -152,7 +160,8 @@ class TrainState:
     def _pack_optimizers(self, packer: Packer, objects: dict[str, Any]) -> dict[str, str]:
         """Put all optimizers into ``packer`` and ``objects``.
 
-        Returns what must be the same on all ranks, of which one's groups are stored: the parameters in them.
+        Returns digests of what must be the same on all ranks, because one rank's is stored: groups and, where
+        every rank has all parameters, state that is not tensors.
         """
         names = self.model.names()
         tables = {prefix: one.pack(names, packer, objects) for prefix, one in self.optimizers.items()}
@@ -160,10 +169,14 @@ class TrainState:
             objects["optimizers"] = {prefix.split(".")[1]: table for prefix, table in tables.items()}
         else:
             objects["optimizer"] = tables[OPTIMIZER]
-        return {
-            f"{prefix}groups": repr([group["params"] for group in table["groups"]])
-            for prefix, table in tables.items()
+        same = {
+            f"{prefix}groups": digest_of(table["groups"], packer.tensors) for prefix, table in tables.items()
         }
+        for prefix in tables if self.groups is None else ():
+            others = {name: value for name, value in objects.items() if name.startswith(prefix)}
+            if others:
+                same[f"{prefix}state"] = digest_of(others, packer.tensors)
+        return same
 
     def _counters(self) -> dict[str, Any]:
         return {

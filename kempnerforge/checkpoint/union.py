@@ -22,6 +22,8 @@ class Held:
     """Tensors that are parts of a non-tensor leaf, such as a tuple: name -> name of the leaf."""
     structure: Mapping[str, Any] | None = None
     """The paths of its leaves in a nested state dict, as JSON."""
+    from_lowest_rank: tuple[str, ...] = ()
+    """Names of tensors that the lowest rank that has them saves."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,12 @@ def unite(held_by_rank: Sequence[Held]) -> Union:
         for name in held.objects:
             owner.setdefault(name, rank)
     names = [{planned.item.name for planned in held.items} for held in held_by_rank]
-    items = [_kept(rank, held, owner, names) for rank, held in enumerate(held_by_rank)]
+    saved: set[str] = set()
+    items = []
+    for rank, held in enumerate(held_by_rank):
+        kept = _kept(rank, held, owner, names)
+        items.append([planned for planned in kept if planned.item.name not in saved])
+        saved |= names[rank] & set(held.from_lowest_rank)
     for rank, held in enumerate(held_by_rank):
         for planned in held.items:
             name = planned.item.name

@@ -12,6 +12,7 @@ import tomli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kempnerforge.config.checkpoint_rules import CONTROL_CHARACTER
 from kempnerforge.config.overrides import parse_value
 from kempnerforge.config.reference import json_schema
 from kempnerforge.config.schema import JobConfig, RopeScalingConfig, load_job
@@ -210,7 +211,7 @@ def test_config_error_lists_every_fault_with_source(tmp_path: Path) -> None:
 names = st.text(min_size=1, max_size=20).filter(lambda text: text not in ("none", "null"))
 fractions = st.floats(0, 1, exclude_max=True)
 run_names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
-plain_paths = names.filter(lambda text: "{" not in text)
+plain_paths = names.filter(lambda text: "{" not in text and not CONTROL_CHARACTER.search(text))
 
 
 @st.composite
@@ -223,7 +224,7 @@ def jobs(draw: st.DrawFn) -> JobConfig:
         high_freq_factor=draw(st.floats(1, 1e300, exclude_min=True)),
         original_max_position_embeddings=draw(st.integers(1, 2**70)),
     )
-    load_path = some(names)
+    load_path = some(plain_paths)
     parts = st.lists(st.sampled_from(["model", "optimizer", "scheduler", "data", "rng"]))
     tree = {
         "run": {"name": draw(run_names), "dir": some(plain_paths)},

@@ -6,12 +6,14 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.state_steps import Counter, load, save
 from torch import nn, optim
 
 from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.errors import MismatchError
 
 
 def net() -> nn.Linear:
@@ -318,3 +320,70 @@ def test_capture_beside_a_forward_copies_buffers() -> None:
         assert torch.equal(found[name], want[name]), name
     assert found["model.0.weight"].data_ptr() == model[0].weight.data_ptr()
     assert state.capture().tensors["model.1.running_mean"].data_ptr() == model[1].running_mean.data_ptr()
+
+
+def test_optimizer_of_another_class_is_refused(tmp_path: Path) -> None:
+    model = net()
+    path = save(tmp_path, TrainState(model=model, optimizer=optim.AdamW(model.parameters())))
+    other = TrainState(model=model, optimizer=optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(MismatchError, match=r"optimizer is SGD here and AdamW in the checkpoint.*load_path"):
+        load(path, other)
+
+
+def test_tied_parameters_need_equal_values(tmp_path: Path) -> None:
+    """Saved without the tie: one of the two would be lost."""
+
+    def begin(tied: bool) -> nn.Module:
+        model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+        if tied:
+            model[1].weight = model[0].weight
+        return model
+
+    path = save(tmp_path, TrainState(model=begin(False), optimizer={}))
+    with pytest.raises(MismatchError, match=r"model\.0\.weight and model\.1\.weight are one tensor here"):
+        load(path, TrainState(model=begin(True), optimizer={}), parts=("model",))
+
+
+def test_model_that_exports_another_dtype_is_refused() -> None:
+    model = net()
+    model.register_state_dict_post_hook(
+        lambda _module, state, *_: state.update({name: value.half() for name, value in state.items()})
+    )
+    with pytest.raises(ValueError, match=r"weight is torch\.float32, and state_dict\(\) of model= gives"):
+        TrainState(model=model, optimizer=optim.SGD(model.parameters(), lr=0.1))
+
+
+class Nested(nn.Module):
+    """Overrides both methods, as research code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 2)
+
+    def state_dict(self, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+        """Nested."""
+        return {"net": self.net.state_dict(), "version": 3}
+
+    def load_state_dict(self, state: Any) -> Any:  # type: ignore[override]
+        """Its counterpart."""
+        assert state["version"] == 3
+        return self.net.load_state_dict(state["net"])
+
+
+def test_model_with_methods_of_its_own_comes_back(tmp_path: Path) -> None:
+    model, again = Nested(), Nested()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    path = save(tmp_path, TrainState(model=model, optimizer=optimizer))
+    load(path, TrainState(model=again, optimizer=optim.SGD(again.parameters(), lr=0.1)))
+    assert torch.equal(model.net.weight, again.net.weight)
+
+
+def test_numpy_generator_of_another_kind_is_named() -> None:
+    before = np.random.get_state(legacy=False)
+    try:
+        np.random.set_bit_generator(np.random.PCG64(1))
+        with pytest.raises(TypeError, match="NumPy's global generator is PCG64"):
+            TrainState(model=net(), optimizer={}).capture()
+    finally:
+        np.random.set_bit_generator(np.random.MT19937())
+        np.random.set_state(before)
