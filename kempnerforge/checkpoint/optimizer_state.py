@@ -330,7 +330,7 @@ def split_name(rest: str, names: Collection[str]) -> tuple[str, str]:
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    """Name of an optimizer's class; of a wrapper that shares another's state, such as accelerate's, of that."""
+    """Name of an optimizer's class; of a wrapper that shares the state of another, that of the other."""
     for value in vars(optimizer).values():
         if isinstance(value, torch.optim.Optimizer) and value.state is optimizer.state:
             return kind_of(value)
