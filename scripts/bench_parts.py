@@ -83,7 +83,7 @@ class Copy:
 
     def begin(self, path: Path) -> None:
         """Start it."""
-        self._staging = overlapping(self._pairs)
+        self._staging = overlapping(self._pairs, {})
         self._staging.start()
 
     def before_update(self) -> None:

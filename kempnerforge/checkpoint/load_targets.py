@@ -102,7 +102,8 @@ def _add_model(found: LoadTargets, state: TrainState, reader: SafetensorsReader)
         full, memory = MODEL + name, memory_of(tensor)
         first = full
         if memory and tensor.numel():
-            place = (memory, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+            local = local_part(tensor)
+            place = (memory, local.storage_offset(), local.shape, local.stride(), local.dtype)
             first = first_of.setdefault(place, full)
         if first != full:
             found.tied.append((first, full))

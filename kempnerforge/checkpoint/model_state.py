@@ -177,13 +177,13 @@ def _is_extra(name: str) -> bool:
 
 def _load_has_effects(part: nn.Module) -> bool:
     """Whether loading it does more than filling tensors: hooks, or methods of a user's own."""
-    for module in (part, *part.modules()):
+    for module in part.modules():
         hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
         if any(not _is_of_torch(getattr(hook, "hook", hook)) for hook in hooks):
             return True
         if not _is_of_torch(type(module)._load_from_state_dict):
             return True
-    return any(not _is_of_torch(type(one).load_state_dict) for one in (part,))
+    return not _is_of_torch(type(part).load_state_dict)
 
 
 def _is_of_torch(function: Any) -> bool:
@@ -212,15 +212,18 @@ def _refuse_fsdp1(part: nn.Module) -> None:
 
 
 def _stripper(part: nn.Module) -> Callable[[str], str]:
-    """Takes the prefixes that wrappers add out of the names of a module's parameters and entries."""
-    wrappers: dict[str, str] = {}
-    for prefix, module in part.named_modules(remove_duplicate=False):
-        if (attribute := _wrapped_in(module)) is not None:
-            wrappers[prefix] = attribute
-            # Wrappers for activation checkpointing leave their own prefix out of names.
-            wrappers[prefix.replace("_checkpoint_wrapped_module.", "")] = attribute
+    """Takes the prefixes that wrappers add out of the names of a module's parameters and entries.
+
+    The module is searched for wrappers at the first name that may have such a prefix: a search takes a while.
+    """
+    wrappers: dict[str, str] | None = None
 
     def strip(name: str) -> str:
+        nonlocal wrappers
+        if "_orig_mod." not in name and "module." not in name:
+            return name
+        if wrappers is None:
+            wrappers = _find_wrappers(part)
         kept, prefix = [], ""
         for piece in name.split("."):
             if wrappers.get(prefix) != piece:
@@ -228,11 +231,18 @@ def _stripper(part: nn.Module) -> Callable[[str], str]:
             prefix = f"{prefix}.{piece}" if prefix else piece
         return ".".join(kept)
 
-    return strip if wrappers else _as_it_is
+    return strip
 
 
-def _as_it_is(name: str) -> str:
-    return name
+def _find_wrappers(part: nn.Module) -> dict[str, str]:
+    """Where wrappers are in a module -> the attribute that holds what they wrap."""
+    found: dict[str, str] = {}
+    for prefix, module in part.named_modules(remove_duplicate=False):
+        if (attribute := _wrapped_in(module)) is not None:
+            found[prefix] = attribute
+            # Wrappers for activation checkpointing leave their own prefix out of names.
+            found[prefix.replace("_checkpoint_wrapped_module.", "")] = attribute
+    return found
 
 
 def _wrapped_in(module: nn.Module) -> str | None:

@@ -19,7 +19,8 @@ in the checkpoint                      what
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.checkpoint.tensor_leaves import Packer, Unpacker, tensor_names
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
+_UNKNOWN: tuple[Callable[[], Any], list[bool]] = (lambda: None, [])
 Names = Mapping[torch.Tensor, str]
 """Parameter -> name."""
 _NOT_HYPERPARAMETERS = ("params", "param_names")
@@ -65,6 +67,8 @@ class OptimizerState:
         self.prefix = prefix
         self._groups = groups
         self._kept = kept
+        self._known: dict[str, tuple[Callable[[], Any], list[bool]]] = {}
+        """State that was looked at: name -> object, whether it is a parameter and requires gradients."""
 
     # -- save --------------------------------------------------------------------------------------------
 
@@ -97,10 +101,14 @@ class OptimizerState:
                     if (first := shared.setdefault(id(value), base + key)) != base + key:
                         same[base + key] = first
                         continue
-                    _check_layout(base + key, value, owner, key)
+                    known, flags = self._known.get(base + key, _UNKNOWN)
+                    if known() is not value:
+                        _check_layout(base + key, value, owner, key)
+                        flags = [isinstance(value, nn.Parameter), value.requires_grad]
+                        self._known[base + key] = (weakref.ref(value), flags)
                     packer.add(base + key, value)
-                    if isinstance(value, nn.Parameter) or value.requires_grad:
-                        parameters[base + key] = [isinstance(value, nn.Parameter), value.requires_grad]
+                    if True in flags:
+                        parameters[base + key] = flags
                     if value.device.type == "cpu" != owner.device.type:
                         on_host.add(key)
                 else:

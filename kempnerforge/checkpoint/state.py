@@ -136,8 +136,11 @@ class TrainState:
                 packer.add(MODEL + name, value)
             else:
                 objects[MODEL + name] = packer.pack(value, name=MODEL + name)
-                same[MODEL + name] = digest_of(objects[MODEL + name], packer.tensors)
-        same |= self._pack_optimizers(packer, objects)
+                if num_ranks > 1:
+                    same[MODEL + name] = digest_of(objects[MODEL + name], packer.tensors)
+        tables = self._pack_optimizers(packer, objects)
+        if num_ranks > 1:
+            same |= self._digests(tables, packer, objects)
         plain = frozenset(n for n, t in packer.tensors.items() if not isinstance(t, DTensor))
         same |= self.extras.pack(packer, objects, rank=rank, num_ranks=num_ranks)
         # A loader may start an iterator in state_dict(). A save must not change which numbers are drawn next.
@@ -157,26 +160,30 @@ class TrainState:
         self._pack_optimizers(packer, {})
         return packer.tensors
 
-    def _pack_optimizers(self, packer: Packer, objects: dict[str, Any]) -> dict[str, str]:
-        """Put all optimizers into ``packer`` and ``objects``.
-
-        Returns digests of what must be the same on all ranks, because one rank's is stored: groups and, where
-        every rank has all parameters, state that is not tensors.
-        """
+    def _pack_optimizers(self, packer: Packer, objects: dict[str, Any]) -> dict[str, Any]:
+        """Put all optimizers into ``packer`` and ``objects``. Returns prefix -> what describes its groups."""
         names = self.model.names()
         tables = {prefix: one.pack(names, packer, objects) for prefix, one in self.optimizers.items()}
         if self.several_optimizers:
             objects["optimizers"] = {prefix.split(".")[1]: table for prefix, table in tables.items()}
         else:
             objects["optimizer"] = tables[OPTIMIZER]
-        same = {
-            f"{prefix}groups": digest_of(table["groups"], packer.tensors) for prefix, table in tables.items()
-        }
+        return tables
+
+    def _digests(
+        self, tables: Mapping[str, Any], packer: Packer, objects: Mapping[str, Any]
+    ) -> dict[str, str]:
+        """Digests of what must be the same on all ranks, because one rank's is stored.
+
+        Groups of optimizers and, where every rank has all parameters, state that is not tensors.
+        """
+        tensors = packer.tensors
+        found = {f"{prefix}groups": digest_of(one["groups"], tensors) for prefix, one in tables.items()}
         for prefix in tables if self.groups is None else ():
             others = {name: value for name, value in objects.items() if name.startswith(prefix)}
             if others:
-                same[f"{prefix}state"] = digest_of(others, packer.tensors)
-        return same
+                found[f"{prefix}state"] = digest_of(others, tensors)
+        return found
 
     def _counters(self) -> dict[str, Any]:
         return {
