@@ -34,6 +34,8 @@ class Extras:
     """
 
     def __init__(self, extra: Mapping[str, Any] | None, per_rank: Collection[str]) -> None:
+        if not isinstance(extra or {}, Mapping):
+            raise TypeError(f"extra= takes a dict from names to objects, not a {type(extra).__name__}")
         self.objects = dict(extra or {})
         if isinstance(per_rank, str):
             raise TypeError(f"per_rank= takes a collection of names: ({per_rank!r},)")
@@ -42,6 +44,8 @@ class Extras:
             if not isinstance(name, str) or _NAME.fullmatch(name) is None:
                 raise ValueError(f"extra={{{name!r}: ...}}: a name is made of letters, digits, _ and -")
             for method in ("state_dict", "load_state_dict"):
+                if isinstance(one, type):
+                    raise TypeError(f"extra[{name!r}] is the class {one.__qualname__}: give an object of it")
                 if not callable(getattr(one, method, None)):
                     raise TypeError(f"extra[{name!r}] is a {type(one).__qualname__} without {method}()")
         if unknown := sorted(self.per_rank - self.objects.keys()):
@@ -60,6 +64,12 @@ class Extras:
         for name, one in self.objects.items():
             entry = self._entry(name, rank)
             objects[entry] = packer.pack(one.state_dict(), name=entry)
+            if name in self.per_rank and any(
+                tag.get("sharded") for tag in tensor_tags(objects[entry]).values()
+            ):
+                raise TypeError(
+                    f"{entry} holds a DTensor, which is of all ranks together: take it out of per_rank="
+                )
             if num_ranks > 1:
                 shared = name not in self.per_rank
                 digests[PREFIX + name] = digest_of(objects[entry], packer.tensors) if shared else "per rank"

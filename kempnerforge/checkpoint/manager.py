@@ -129,7 +129,6 @@ class CheckpointManager:
         on all ranks.
         """
         self._begin_record()
-        self._has_resumed = True
         self._saver.settle(state.step)  # of a loop that resumes again: what it has begun to save counts
         restorer = Restorer(
             self.config,
@@ -140,6 +139,7 @@ class CheckpointManager:
             check_lease=self._check_lease,
         )
         result = restorer.restore(state)
+        self._has_resumed = True
         self._ours.update(layout.list_folder(self.folder).steps if self._control.rank == 0 else ())
         if result.source == "resume":
             self._saver.committed_step = result.step
@@ -244,6 +244,8 @@ class CheckpointManager:
             # If the file stays, one more save is made. An error on this rank alone would end the run.
             with contextlib.suppress(OSError):
                 (self.run_dir / REQUEST).unlink(missing_ok=True)
+        if reason == "asked" and self._own is not None and state.step == self._saver.committed_step:
+            self._own.warn(f"step {state.step} is committed already, and is not written again")
         skipped = self._control.on_rank0(lambda: self._no_room_for(state.step))
         if skipped and not wait:
             return self._saver.skip(state.step, reason, skipped)

@@ -23,6 +23,8 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module | Sequence[nn.Module]) -> None:
+        if not isinstance(model, (nn.Module, Sequence)):
+            raise TypeError(f"model= takes a module or a sequence of modules, not {model!r}")
         self.parts = (model,) if isinstance(model, nn.Module) else tuple(model)
         for part in self.parts:
             if not isinstance(part, nn.Module):

@@ -22,6 +22,7 @@ from kempnerforge import CheckpointConfig, CheckpointManager, SafetensorsReader,
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.staging import ThreadCopy
 from kempnerforge.checkpoint.storage_reader import load_tensors
+from kempnerforge.errors import MismatchError
 
 STEPS = 9
 
@@ -187,6 +188,45 @@ def manager_of(folder: Any, state: TrainState, **config: Any) -> CheckpointManag
     return CheckpointManager(settings, state=state, run_dir=folder)
 
 
+def test_loop_that_goes_on_after_a_mismatch_saves_nothing(tmp_path: Path) -> None:
+    _, state = linear()
+    with manager_of(tmp_path, state) as ckpt:
+        ckpt.resume(state)
+        state.advance()
+        ckpt.finish(state)
+    model = nn.Linear(5, 5)
+    state = TrainState(model=model, optimizer=torch.optim.AdamW(model.parameters()))
+    ckpt = manager_of(tmp_path, state)
+    for call in (lambda: ckpt.resume(state), lambda: ckpt.save(state, wait=True)):
+        with pytest.raises(MismatchError):
+            call()
+    ckpt.close()
+
+
+def test_save_of_a_committed_step_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, state = linear()
+    with manager_of(tmp_path, state) as ckpt:
+        ckpt.resume(state)
+        state.advance()
+        ckpt.save(state, wait=True)
+        assert "is not written again" not in caplog.text
+        ckpt.save(state, wait=True)
+    assert "step 1 is committed already, and is not written again" in caplog.text
+
+
+def sharded_per_rank(folder: str) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    held = Held({"t": DTensor.from_local(torch.ones(2), mesh, [Shard(0)])})
+    _, state = linear(extra={"ema": held}, per_rank=["ema"])
+    match = r"extra\.ema\.rank_0000. holds a DTensor.*per_rank="
+    with pytest.raises(TypeError, match=match), manager(folder, state) as ckpt:
+        ckpt.save(state, wait=True)
+
+
+def test_extra_per_rank_of_dtensors_is_refused(tmp_path: Path) -> None:
+    run_ranks(sharded_per_rank, 2, str(tmp_path))
+
+
 def test_loop_that_never_advances_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, state = linear()
     with manager_of(tmp_path, state) as ckpt:
@@ -236,6 +276,21 @@ def test_state_made_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
             state.advance()
             ckpt.save(state, wait=True)
     assert layout.committed_steps(tmp_path / "checkpoints") == [2, 1]
+
+
+class Held:
+    """Holds what it is given."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> Any:
+        """What it holds."""
+        return self.value
+
+    def load_state_dict(self, value: Any) -> None:
+        """Take it back."""
+        self.value = value
 
 
 class Nothing:

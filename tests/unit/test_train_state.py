@@ -291,6 +291,9 @@ def test_model_parts_with_equal_names_refused() -> None:
         TrainState(model=parts, optimizer={})
     with pytest.raises(TypeError, match="not str"):
         TrainState(model=["x"], optimizer={})  # type: ignore[list-item]
+    for nothing in (None, nn.Linear):
+        with pytest.raises(TypeError, match="a module or a sequence of modules, not "):
+            TrainState(model=nothing, optimizer={})  # type: ignore[arg-type]
 
 
 def test_model_tied_and_frozen_parameters_come_back(tmp_path: Path) -> None:
@@ -453,6 +456,8 @@ def test_extra_per_rank_with_other_ranks_is_named(tmp_path: Path) -> None:
         ({"extra": {"ema": object()}}, TypeError, r"extra\['ema'\] is a object without state_dict"),
         ({"extra": {"ema": Counter()}, "per_rank": "ema"}, TypeError, r"\('ema',\)"),
         ({"per_rank": ["ema"]}, ValueError, "'ema', which is not in extra="),
+        ({"extra": [1]}, TypeError, "a dict from names to objects, not a list"),
+        ({"extra": {"ema": Counter}}, TypeError, r"extra\['ema'\] is the class Counter: give an object"),
         ({"hyperparameters": "config"}, ValueError, "hyperparameters='config'"),
         ({"cursor": 3}, TypeError, "cursor= takes a dataclass or a mapping, not int"),
     ],
