@@ -64,6 +64,9 @@ def open_file(path: Path, flags: int) -> int:
     """A descriptor of ``path``, which is made, with the group permissions of its folder, if it is missing.
 
     ``flags`` as for ``os.open``; O_CREAT and O_CLOEXEC are added. With O_EXCL it must be missing.
+
+    Raises OSError, also for a symbolic link and for what is not a regular file: whoever may write to a shared
+    folder must not choose which file is written, or make the open wait.
     """
     flags |= os.O_CREAT | os.O_CLOEXEC
     try:
@@ -71,8 +74,22 @@ def open_file(path: Path, flags: int) -> int:
     except FileExistsError:
         if flags & os.O_EXCL:
             raise
-        return os.open(path, flags, 0o666)
+        return _open_existing(path, flags)
     _share_with_group(fd, os.fstat(fd), path.parent)
+    return fd
+
+
+def _open_existing(path: Path, flags: int) -> int:
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads
+            raise
+        kind = "symbolic link" if error.errno == errno.ELOOP else "pipe"
+        raise OSError(error.errno, f"is a {kind}, which is not written to", str(path)) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return fd
 
 

@@ -150,6 +150,8 @@ def _answer(
 
 def _follow(pulse: Pulse, end: int, connection: socket.socket) -> None:
     """Return when the arena has its first ``end`` bytes. Raises ConnectionError when the trainer is gone."""
+    if select.select([connection], [], [], 0)[0]:  # a write of what nobody will commit only takes time
+        raise ConnectionAbortedError("the trainer is gone")
     while pulse.staged < end:
         pulse.beat()
         closed, _, _ = select.select([connection], [], [], FOLLOW_S[pulse.prompt])

@@ -1,0 +1,52 @@
+"""What others may put into a shared folder does not choose which file is written."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import writer_main
+from kempnerforge.checkpoint.writer_main import PULSE_BYTES, Pulse
+from kempnerforge.goodput.ledger import Ledger
+
+
+def test_append_through_a_link_is_refused(tmp_path: Path) -> None:
+    """`ledger.jsonl` is a link to somebody's shell start-up file."""
+    bashrc = tmp_path / "bashrc"
+    bashrc.write_text("alias ll='ls -l'\n")
+    (tmp_path / "ledger.jsonl").symlink_to(bashrc)
+    with pytest.raises(OSError, match=r"symbolic link, which is not written to: .*ledger\.jsonl"):
+        Ledger(tmp_path, 1).write("start", reason="$(rm -rf ~)")
+    with pytest.raises(OSError, match="symbolic link"):
+        Ledger(tmp_path, 1).write("progress", step=1)
+    assert bashrc.read_text() == "alias ll='ls -l'\n"
+
+
+def test_append_to_a_pipe_does_not_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    os.mkfifo(tmp_path / "ledger.jsonl")
+    with pytest.raises(OSError, match="is not a regular file"):
+        fsio.append_line(tmp_path / "metrics.jsonl", "{}")
+    with pytest.raises(OSError, match="is a pipe, which is not written to"):
+        Ledger(tmp_path, 1).write("progress", step=1)
+    with pytest.raises(OSError, match="Is a directory"):
+        fsio.append_line(tmp_path, "{}")
+
+
+def test_writer_of_a_dead_trainer_ends_before_next_block() -> None:
+    """Also where everything is staged, and it would not look at the trainer any more."""
+    fd = os.memfd_create("pulse")
+    os.ftruncate(fd, PULSE_BYTES)
+    pulse = Pulse(fd)
+    os.close(fd)
+    pulse.staged = 100
+    ours, theirs = socket.socketpair()
+    with theirs:
+        writer_main._follow(pulse, 50, theirs)
+        ours.close()
+        with pytest.raises(ConnectionAbortedError):
+            writer_main._follow(pulse, 100, theirs)
