@@ -126,9 +126,13 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[written:]
 
 
-def write_new_file(path: Path, data: bytes) -> None:
-    """Write a file that does not exist yet and fsync it. The entry in its folder is not durable yet."""
-    fd = open_file(path, os.O_WRONLY | os.O_EXCL)
+def write_new_file(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Write a file that does not exist yet and fsync it. The entry in its folder is not durable yet.
+
+    ``private``: nobody but the user may read it.
+    """
+    flags = os.O_WRONLY | os.O_EXCL
+    fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o600) if private else open_file(path, flags)
     try:
         write_all(fd, data)
         os.fsync(fd)
@@ -136,12 +140,15 @@ def write_new_file(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
-def atomic_write(path: Path, data: bytes) -> None:
-    """Replace ``path`` so that a reader, or a crash at any instant, finds the old bytes or the new ones."""
+def atomic_write(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Replace ``path`` so that a reader, or a crash at any instant, finds the old bytes or the new ones.
+
+    ``private``: nobody but the user may read it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        write_new_file(temporary, data)
+        write_new_file(temporary, data, private=private)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -47,7 +47,7 @@ def begin(
     )
     try:
         fsio.make_folder(folder / NOTES)
-        fsio.atomic_write(folder / NOTES / f"{job.attempt_name}.txt", text.encode())
+        fsio.atomic_write(folder / NOTES / f"{job.attempt_name}.txt", text.encode(), private=True)
         fsio.atomic_write(folder / NOTES / f"{job.attempt_name}.began", str(_attempt(folder)).encode())
     except OSError as error:
         raise RunFolderError(f"run.dir: {folder} cannot be used: {error}") from error

@@ -8,15 +8,23 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-_SECRET = re.compile(r"key|token|secret|passw|credential|auth|cookie", re.IGNORECASE)
-HIDDEN = "(hidden)"
+_SHOWN = re.compile(
+    r"(SLURM|SBATCH|CUDA|NVIDIA|ROCR|HIP|NCCL|GLOO|TORCH|PYTORCH|OMP|MKL|KMP|OPENBLAS|UCX|FI|CONDA|LC)_\w+"
+    r"|KEMPNERFORGE_\w+|WANDB_(MODE|PROJECT|ENTITY|DIR)|PATH|LD_LIBRARY_PATH|PYTHONPATH|PYTHONHASHSEED"
+    r"|VIRTUAL_ENV|HOME|USER|LOGNAME|HOSTNAME|SHELL|PWD|TMPDIR|LANG|TZ|XDG_CACHE_HOME|HF_HOME"
+)
+"""Variables whose values are noted. No list of names that sound like secrets is ever complete."""
+_SECRET = re.compile(r"key|token|secret|passw|credential|auth|cookie|jwt", re.IGNORECASE)
+HIDDEN = "(not noted)"
 
 
 def attempt_note(environ: Mapping[str, str], *, command: list[str], config_toml: str, revision: str) -> str:
-    """The text of the note. Values of variables that sound like secrets are hidden."""
-    variables = "\n".join(
-        f"{name}={HIDDEN if _SECRET.search(name) else value!r}" for name, value in sorted(environ.items())
-    )
+    """The text of the note. Of variables that are not known to be harmless it has the names alone."""
+
+    def shown(name: str, value: str) -> str:
+        return repr(value) if _SHOWN.fullmatch(name) and not _SECRET.search(name) else HIDDEN
+
+    variables = "\n".join(f"{name}={shown(name, value)}" for name, value in sorted(environ.items()))
     when = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     return (
         f"# {when}\n# {' '.join(command)}\n\n== git ==\n{revision}\n"

@@ -50,3 +50,9 @@ def test_writer_of_a_dead_trainer_ends_before_next_block() -> None:
         ours.close()
         with pytest.raises(ConnectionAbortedError):
             writer_main._follow(pulse, 100, theirs)
+
+
+def test_private_file_is_for_the_user_alone(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    fsio.atomic_write(tmp_path / "note.txt", b"x", private=True)
+    assert (tmp_path / "note.txt").stat().st_mode & 0o777 == 0o600

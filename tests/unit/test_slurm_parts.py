@@ -260,10 +260,12 @@ def test_slurm_grace_unknown_not_guessed() -> None:
 
 
 def test_slurm_note_hides_secrets() -> None:
-    environ = {"WANDB_API_KEY": "s3cr3t", "HF_TOKEN": "s3cr3t", "HOME": "/home/x"}
+    names = ["WANDB_API_KEY", "HF_TOKEN", "PGPASS", "MY_PAT", "DATABASE_URL", "HTTPS_PROXY", "SLURM_JWT", "X"]
+    environ = {**dict.fromkeys(names, "s3cr3t"), "HOME": "/home/x"}
     text = attempt_note(environ, command=["train.py"], config_toml="[run]\n", revision="abc\n")
     assert "s3cr3t" not in text
     assert "HOME='/home/x'" in text
+    assert "DATABASE_URL=(not noted)" in text
 
 
 @pytest.mark.parametrize("folder", ["runs/50%", "runs/%j", "runs/%%x", "runs/plain"])
