@@ -18,6 +18,13 @@ RECEIPTS = "receipts.jsonl"
 METRICS = "metrics.jsonl"
 
 
+_OF_STOPS = (
+    *("train.shutdown_timeout_s", "train.max_minutes", "train.deadline_margin_s"),
+    *("train.hang_multiple", "train.hang_floor_s", "distributed.timeout_s"),
+)
+"""Keys that say when a run ends or is reported, and nothing of what it computes."""
+
+
 @dataclass(frozen=True)
 class Rejected:
     """A step that was looked at and not used."""
@@ -50,6 +57,8 @@ class Receipt:
     data_changes: list[str] = field(default_factory=list)
     rng: str = "derived from (seed, step, rank)"
     """``restored`` on the same layout and type of device."""
+    nondeterministic: bool = False
+    """Whether this attempt runs on a GPU without deterministic algorithms."""
     cursor: str = ""
     """``restored`` when the data goes on where it was, ``start`` when not; empty if no position is told."""
     extras: list[str] = field(default_factory=list)
@@ -70,11 +79,12 @@ class Receipt:
 
         ``train.max_steps`` counts as a difference: most schedules depend on it.
         """
-        harmless = ("checkpoint.", "metrics.", "run.", "eval.", "data.cache_dir")
+        harmless = ("checkpoint.", "metrics.", "run.", "eval.", "data.cache_dir", *_OF_STOPS)
         changed = [key for key in self.config_changes if not key.startswith(harmless)]
         return (
             self.source == "resume"
             and self.rng == "restored"
+            and not self.nondeterministic
             and not (changed or self.layout_changes or self.version_changes or self.data_changes)
         )
 
@@ -101,6 +111,8 @@ class Receipt:
         if self.extras:
             result.append(f"  restored too: {', '.join(self.extras)}")
         result.append(f"  rng {self.rng}" + (f"; data position: {self.cursor}" if self.cursor else ""))
+        if self.nondeterministic:
+            result.append("  algorithms: not deterministic (train.deterministic)")
         if self.source == "resume" and not self.bitwise():
             result.append("  for these changes, what follows may differ from an uninterrupted run")
         return result

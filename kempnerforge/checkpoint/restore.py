@@ -140,6 +140,8 @@ class Restorer:
             rng.derive(state.seed, state.step, self._control.rank, state.device)
             if captured_on is not None:
                 result.rng += f": captured on {captured_on}, now on {state.device.type}"
+        is_exact = state.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        result.nondeterministic = not is_exact
         provenance = found.manifest.provenance
         if state.cursor:
             result.cursor = "restored" if "data" in parts else "start"

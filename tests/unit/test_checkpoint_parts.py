@@ -176,6 +176,8 @@ def test_receipt_changes_reported() -> None:
     same = Receipt(2, source="resume", step=5, rng="restored", config_changes={"checkpoint.interval": [1, 2]})
     assert same.bitwise()
     assert not replace(same, rng="derived from (seed, step, rank)").bitwise()
+    assert not replace(same, nondeterministic=True).bitwise()
+    assert replace(same, config_changes={"train.shutdown_timeout_s": [25, 30]}).bitwise()
     for field, change in [
         ("config_changes", {"optimizer.lr": [0.1, 0.2]}),
         ("layout_changes", {"num_ranks": [1, 2]}),
