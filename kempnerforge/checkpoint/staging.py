@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from kempnerforge.errors import SaveFailedError
 
@@ -50,7 +51,12 @@ class Versions:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._known = [(name, one, one._version) for name, one in tensors.items() if not one.is_inference()]
+        self._known: list[tuple[str, torch.Tensor, int]] = []
+        for name, tensor in tensors.items():
+            sharded = isinstance(tensor, ShardedTensor)
+            for part in [shard.tensor for shard in tensor.local_shards()] if sharded else [tensor]:
+                if not part.is_inference():
+                    self._known.append((name, part, part._version))
 
     def check(self) -> None:
         """Raise SaveFailedError, naming it, when a tensor was modified since. Then nothing is remembered."""
