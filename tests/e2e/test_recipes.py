@@ -191,7 +191,8 @@ def test_recipe_of_a_finished_run_takes_no_step(recipe: Recipe, tmp_path: Path) 
     write(recipe, tmp_path / "run", kill_at=LAST + 1)
     again = run(recipe, tmp_path / "run")
     assert again.returncode == 0, again.stderr
-    assert f"resumed from {recipe.run_dir}/checkpoints/{layout.step_name(LAST)}" in again.stderr
+    step_dir = tmp_path / "run" / recipe.run_dir / "checkpoints" / layout.step_name(LAST)
+    assert f"resumed from {step_dir} at step {LAST}" in again.stderr
     assert f"attempt 2: finished at step {LAST}" in again.stderr
     assert_equal(recipe, tmp_path / "before", tmp_path / "run")
 
