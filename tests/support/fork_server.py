@@ -108,6 +108,7 @@ def run_rank(task: dict[str, Any]) -> int:
     os.environ.clear()
     os.environ.update(task["env"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     for module, function, arguments in task["faults"]:
         getattr(importlib.import_module(module), function)(**arguments)
