@@ -30,6 +30,8 @@ from typing import Any
 import pytest
 from support.run_files import RunFiles
 
+from kempnerforge.goodput.faults import FOLDER as FAULTS_FOLDER
+
 FORK_SERVER = Path(__file__).with_name("fork_server.py")
 Fault = tuple[str, dict[str, Any]]
 """Name of a function of ``fault_injection.py`` and its arguments; the ranks of an attempt call it first."""
@@ -53,8 +55,10 @@ class Ended:
 class Attempt:
     """A running attempt. Its processes are killed when it is closed."""
 
-    def __init__(self, connection: socket.socket, logs: Sequence[Path]) -> None:
+    def __init__(self, connection: socket.socket, logs: Sequence[Path], faults: Path) -> None:
+        """``faults``: where the run's processes write their stacks when a fatal signal ends them."""
         self._connection = connection
+        self._faults = faults
         self._answers = connection.makefile("rb")
         self._logs = logs
         self._ended: Ended | None = None
@@ -102,6 +106,10 @@ class Attempt:
 
     def _describe(self, statuses: list[int]) -> Ended:
         outputs = [log.read_text(errors="replace") if log.exists() else "" for log in self._logs]
+        for rank, status in enumerate(statuses):
+            if status in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS):
+                for path in self._faults.glob(f"*.rank_{rank:05d}.txt"):
+                    outputs[rank] += path.read_text(errors="replace")
         return Ended(statuses, outputs)
 
 
@@ -152,7 +160,7 @@ class Launcher:
         ours, theirs = socket.socketpair()
         with theirs:
             socket.send_fds(self._requests, [json.dumps(request).encode()], [theirs.fileno()])
-        return Attempt(ours, logs)
+        return Attempt(ours, logs, run.folder / FAULTS_FOLDER)
 
     def run(
         self,
