@@ -31,6 +31,7 @@ from kempnerforge.checkpoint.staging import BlockingCopy, FailedCopy, Staging, o
 from kempnerforge.checkpoint.tree import payload_of
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
+from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import SaveFailedError
 
@@ -369,7 +370,7 @@ class AsyncCheckpointer:
             if group is None and dist.is_initialized():
                 group = _gloo_group(None)
             elif group is not None and torch.device("cpu") not in group._device_types:
-                group = _gloo_group(dist.get_process_group_ranks(group))  # NCCL reduces nothing on the host
+                group = _gloo_group(group)  # NCCL reduces nothing on the host
             control = ControlGroup(group)
             if group is not None:
                 prefix = control.on_rank0(lambda: secrets.token_hex(8))
@@ -397,9 +398,14 @@ def _payload(state: StateDict) -> Payload:
     return payload_of(state) if isinstance(state, Mapping) else state()
 
 
-def _gloo_group(ranks: list[int] | None) -> dist.ProcessGroup:
-    """A new group of ``ranks``, which alone call this; of all ranks without them."""
-    made = dist.new_group(ranks, backend="gloo", use_local_synchronization=ranks is not None)
+def _gloo_group(of: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A new group of the ranks of ``of``, which alone call this, with its time-out. None: the default group."""
+    made = dist.new_group(
+        dist.get_process_group_ranks(of) if of is not None else None,
+        timeout=timeouts.timeout_of(of),
+        backend="gloo",
+        use_local_synchronization=of is not None,
+    )
     assert isinstance(made, dist.ProcessGroup)
     return made
 
