@@ -71,10 +71,11 @@ class AsyncCheckpointer:
 
     ``save`` returns after the commit (``disabled``) or after the copy to host buffers (others). To overlap
     the copy with computing as well, use ``async_pinned`` with ``begin_save`` and ``wait_for_staging``: it
-    copies to pinned buffers on a side stream, or, without CUDA, to pageable ones on a thread.
+    copies on a side stream, or, without CUDA, on a thread.
 
-    The first save makes the host buffers, one image of each of this rank's files. All other saves reuse them;
-    a writer process writes from them. A save first waits for the one before it.
+    The first save makes the host buffers, one image of each of this rank's files, pinned if the tensors are
+    on a CUDA device, of which there may be one in a process. All other saves reuse them; a writer process
+    writes from them. A save first waits for the one before it.
 
     As a context manager, it finishes a pending save at the end, raises SaveFailedError if that failed, and
     closes. If an exception ends the ``with``, or the interpreter exits without ``close``, it finishes the
@@ -84,6 +85,7 @@ class AsyncCheckpointer:
         mode: the member or its value, such as ``"async"``. Raises ValueError for anything else.
         patience: how often a write is tried, and how long ranks wait for each other.
         stall_timeout_s: replace the writer, and repeat its write, after this many seconds without progress.
+        max_host_memory_gb: refuse host buffers that take more on a machine; None: than is free there.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class AsyncCheckpointer:
         *,
         patience: Patience | None = None,
         stall_timeout_s: float = 120.0,
+        max_host_memory_gb: float | None = None,
     ) -> None:
         self.mode = _known_mode(mode)
         self._patience = patience or Patience()
@@ -99,7 +102,7 @@ class AsyncCheckpointer:
         self._process_group: dist.ProcessGroup | None = None
         self._control: ControlGroup | None = None
         self._board: Board = LocalBoard()
-        self._plan = AgreedPlan()
+        self._plan = AgreedPlan(max_host_memory_gb)
         self._number = 0
         self._pending: _Pending | None = None
         self.last_result: SaveResult | None = None
@@ -278,11 +281,12 @@ class AsyncCheckpointer:
             before_commit=before_commit,
             after_commit=after_commit,
             patience=self._patience,
+            device=self._plan.device,
         )
         self._writer.hurry(self.blocks)
-        self._pending = _Pending(job.number, final.name, job)
-        _unreported[job.part] = final
         try:
+            self._pending = _Pending(job.number, final.name, job)
+            _unreported[job.part] = final
             self._pending.thread = background.start(job, self._writer, self._board)
             job.staging.start()
         except BaseException as error:  # Ctrl-C: the thread must not wait for a copy that does not come
@@ -344,6 +348,7 @@ class AsyncCheckpointer:
             self._writer.hurry(True)
             if self._pending.thread is not None:
                 self._pending.thread.join()
+            self._pending.job.staging.settle()  # also where there was no thread: the buffers are free now
 
     def close(self) -> None:
         """Finish a pending save without raising, end the writer, release the buffers. Not collective.
@@ -379,8 +384,7 @@ class AsyncCheckpointer:
         return self._control
 
     def _agree(self, control: ControlGroup, error: Exception | None, same: Mapping[str, str]) -> None:
-        pin = self.mode is AsyncCheckpointMode.async_pinned and torch.cuda.is_available()
-        self._plan.agree(control, error, pin=pin, same=same)
+        self._plan.agree(control, error, same=same)
 
     def _stage(self, arenas: ArenaSet, tensors: Mapping[str, torch.Tensor]) -> Staging:
         """Return the copy of this save. It must not raise: the other ranks have agreed and go on."""
@@ -399,7 +403,7 @@ def _payload(state: StateDict) -> Payload:
 
 
 def _gloo_group(of: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """A new group of the ranks of ``of``, which alone call this, with its time-out. None: the default group."""
+    """A new group of the ranks of ``of``, which alone call this, with its time-out; of all without it."""
     made = dist.new_group(
         dist.get_process_group_ranks(of) if of is not None else None,
         timeout=timeouts.timeout_of(of),

@@ -1,7 +1,7 @@
 """How long ranks wait for each other in a collective: one value for every process group.
 
-``init_process_group`` keeps its time-out for the default group alone. ``new_group``, ``DeviceMesh`` and whatever
-else makes a group without naming a time-out take the backend's own: 30 minutes on gloo, 10 on NCCL.
+``init_process_group`` keeps its time-out for the default group alone. ``new_group``, ``DeviceMesh`` and
+whatever else makes a group without naming one take the backend's own: 30 minutes on gloo, 10 on NCCL.
 """
 
 from __future__ import annotations
