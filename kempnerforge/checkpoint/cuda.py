@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -61,15 +62,16 @@ def finish_stream(stream: torch.cuda.Stream | None, device: torch.device) -> Non
 def pin(memory: torch.Tensor, device: torch.device) -> str:
     """Register ``memory`` with CUDA as pinned. Returns why that failed; empty if it is pinned."""
     with torch.cuda.device(device):
-        status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))  # type: ignore[attr-defined]
-        if status == 0:
+        cudart: Any = torch.cuda.cudart()
+        status = cudart.cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+        if int(status) == 0:
             return ""
         with contextlib.suppress(RuntimeError):
             # The runtime remembers the failed call, and the next kernel's launch check, whosever it is, would
             # raise it. This launch takes it away.
             torch.zeros(1, device=device)
-    size_gb = memory.numel() / 1e9
-    return f"cudaHostRegister of {size_gb:.2f} GB failed with status {status} (see ulimit -l)"
+    size_gb, why = memory.numel() / 1e9, cudart.cudaGetErrorString(status)
+    return f"cudaHostRegister of {size_gb:.2f} GB failed with status {int(status)}: {why}"
 
 
 def host_buffer(size_bytes: int, device: torch.device | None) -> torch.Tensor:
@@ -86,6 +88,7 @@ def host_buffer(size_bytes: int, device: torch.device | None) -> torch.Tensor:
 def unpin(memory: torch.Tensor, device: torch.device) -> None:
     """Take back ``pin``. Any thread; nothing may be copying."""
     with torch.cuda.device(device):
-        status = int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))  # type: ignore[attr-defined]
+        cudart: Any = torch.cuda.cudart()
+        status = int(cudart.cudaHostUnregister(memory.data_ptr()))
     if status:
         log.warning("cudaHostUnregister failed with status %d: its memory stays locked", status)
