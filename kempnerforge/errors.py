@@ -19,6 +19,7 @@
         ├── NoSpaceError              2  not even one save would fit; told before training
         ├── LeaseLostError            1  another attempt has taken this run over
         └── SaveFailedError           1  a save failed, or too many in a row
+            └── HostMemoryError       1  its host buffers do not fit; at a start a ConfigError says so
 
 Messages say what is wrong, where, and which command to type next.
 """
@@ -182,3 +183,14 @@ class SaveFailedError(CheckpointError):
     """A checkpoint could not be written."""
 
     agreed = True
+
+
+class HostMemoryError(SaveFailedError):
+    """The host buffers of a save do not fit into the memory of a node or a cgroup. Nothing was taken."""
+
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        super().__init__(fault)
+
+    def __str__(self) -> str:
+        return str(self.fault)

@@ -174,7 +174,7 @@ def main() -> None:
     plan.look_at(Payload(tensors))
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
-    plan.agree(ControlGroup(group), None, pin=device.type == "cuda")
+    plan.agree(ControlGroup(group), None)
     save = Ours(model, optimizer, AsyncCheckpointMode.async_pinned)
     idle, prompt = Write(plan, prompt=False), Write(plan, prompt=True)
     parts: dict[str, Part] = {"nothing": Nothing(), "copy": Copy(plan, tensors)}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import xxhash
 
-from kempnerforge.checkpoint import structure
-from kempnerforge.checkpoint.arena import ArenaSet
-from kempnerforge.checkpoint.commit import Expected
+from kempnerforge.checkpoint import cuda, memory, structure
+from kempnerforge.checkpoint.arena import ArenaSet, needed_bytes
+from kempnerforge.checkpoint.commit import Expected, PlannedFile
 from kempnerforge.checkpoint.pieces import check_name
 from kempnerforge.checkpoint.plan import SavePlan, Signature, digest_of, held_chunks, make_plan, signature_of
 from kempnerforge.checkpoint.report import Payload
@@ -18,7 +20,10 @@ from kempnerforge.checkpoint.tensor_leaves import tensor_names
 from kempnerforge.checkpoint.tree import TreePayload
 from kempnerforge.checkpoint.union import Held, Union, unite
 from kempnerforge.distributed.control import ControlGroup, as_agreed
-from kempnerforge.errors import KempnerForgeError, SaveFailedError
+from kempnerforge.errors import HostMemoryError, KempnerForgeError, SaveFailedError
+
+log = logging.getLogger("kempnerforge.checkpoint.async_save")
+"""Named after what users know."""
 
 _DIGEST_BITS = (1 << 62) - 1
 _HINTS = {
@@ -32,9 +37,16 @@ _SHOWN = 5
 
 
 class AgreedPlan:
-    """The plan of one state dict. A repeated save compares signatures and takes one small reduction."""
+    """The plan of one state dict. A repeated save compares signatures and takes one small reduction.
 
-    def __init__(self) -> None:
+    ``max_host_memory_gb``: a bound on the buffers of each machine; None for what there is.
+    """
+
+    def __init__(self, max_host_memory_gb: float | None = None) -> None:
+        self._max_host_memory_gb = max_host_memory_gb
+        self.device: torch.device | None = None
+        """The CUDA device that this rank's tensors are on; None if they are in host memory."""
+        self._made_for: torch.device | None = None
         self.arenas: ArenaSet | None = None
         self.expected: Expected | None = None
         """What all ranks write; on the first rank only, which commits."""
@@ -52,6 +64,7 @@ class AgreedPlan:
 
         Raises TypeError and ValueError for what cannot be stored.
         """
+        self.device = cuda.device_of(payload.tensors)
         paths = payload.structure if isinstance(payload, TreePayload) else FLAT
         seen = (signature_of(payload.tensors), (*payload.objects, *payload.from_lowest_rank), paths)
         if seen[0] is not None and seen == self._seen:
@@ -66,7 +79,6 @@ class AgreedPlan:
         control: ControlGroup,
         error: Exception | None,
         *,
-        pin: bool,
         same: Mapping[str, str] | None = None,
     ) -> None:
         """Keep the plan, or make a new one and new buffers if any rank needs it.
@@ -76,7 +88,8 @@ class AgreedPlan:
         must be equal on all ranks; a difference is a ValueError on all ranks that names it.
         """
         number = xxhash.xxh3_64_intdigest(repr(sorted((same or {}).items())).encode()) & _DIGEST_BITS
-        changed = self.arenas is None or self._held_digest != self._agreed_digest
+        changed = self._held_digest != self._agreed_digest or self.device != self._made_for
+        changed = self.arenas is None or changed
         failed, changed, highest, lowest = control.agree([error is not None, changed, number, -number])
         if failed:
             raise_on_all(control, error)
@@ -85,24 +98,51 @@ class AgreedPlan:
             if problem is not None:
                 raise as_agreed(problem)
         if changed:
-            self._make(control, pin=pin)
+            self._make(control)
 
-    def _make(self, control: ControlGroup, *, pin: bool) -> None:
+    def _make(self, control: ControlGroup) -> None:
         everything = control.gather(self._held)
         plan, union = control.on_rank0(lambda: _plan_of_all(everything))
         self.release()
-        error: Exception | None = None
-        try:
-            self.arenas = ArenaSet(plan.files[control.rank], pin=pin)
-            self.expected = plan.expected if control.rank == 0 else None
-        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
-            error = SaveFailedError(f"cannot make its host buffers: {type(found).__name__}: {found}")
-        if control.agree([error is not None])[0]:
-            self.release()
-            raise_on_all(control, error)
+        self._make_buffers(control, plan.files[control.rank])
+        self.expected = plan.expected if control.rank == 0 else None
         self.contributed = union.contributed[control.rank]
         self._structure = union.structure
         self._agreed_digest = self._held_digest
+
+    def _make_buffers(self, control: ControlGroup, files: Sequence[PlannedFile]) -> None:
+        """Make the buffers of ``files`` if all ranks' buffers fit. Collective: an error is raised on all."""
+        error: Exception | None = None
+        claim = None
+        try:
+            claim = memory.claim(needed_bytes(files))
+        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
+            error = _no_buffers(found)
+        # All have looked before the first one takes any: what is free is free of these buffers.
+        claims = control.gather(claim)
+        if None in claims:
+            raise_on_all(control, error)
+        fault = memory.fault([one for one in claims if one is not None], self._max_host_memory_gb)
+        if fault is not None:
+            raise HostMemoryError(fault)
+        try:
+            self.arenas = ArenaSet(files, self.device)
+        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
+            error = _no_buffers(found)
+        unpinned = self.arenas.pin_error if self.arenas is not None else ""
+        failed, some_unpinned = control.agree([error is not None, bool(unpinned)])
+        if failed:
+            self.release()
+            raise_on_all(control, error)
+        self._made_for = self.device
+        if some_unpinned:
+            told = [(rank, why) for rank, why in enumerate(control.gather(unpinned)) if why]
+            if control.rank == 0:
+                log.warning(
+                    "host buffers are not pinned on %d of %d ranks: copies from the device take several "
+                    "times as long, and training waits for them. Rank %d: %s",
+                    *(len(told), control.num_ranks, *told[0]),
+                )
 
     def objects(self, payload: Payload) -> dict[str, Any]:
         """What this rank stores beside tensors: its other leaves, and the paths of all leaves."""
@@ -114,6 +154,10 @@ class AgreedPlan:
         if self.arenas is not None:
             self.arenas.close()
             self.arenas = None
+
+
+def _no_buffers(error: Exception) -> SaveFailedError:
+    return SaveFailedError(f"cannot make its host buffers: {type(error).__name__}: {error}")
 
 
 def _held(payload: Payload, paths: Structure) -> Held:

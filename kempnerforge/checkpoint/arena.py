@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import xxhash
 
+from kempnerforge.checkpoint import cuda
 from kempnerforge.checkpoint.commit import PlannedFile
 from kempnerforge.checkpoint.dtypes import DTYPES
 from kempnerforge.checkpoint.image_writer import padded
@@ -26,23 +27,30 @@ allocations = 0
 
 
 class Arena:
-    """The image of one shard file in shared memory."""
+    """The image of one shard file in shared memory, pinned for ``device`` if there is one.
 
-    def __init__(self, file: PlannedFile, *, pin: bool) -> None:
+    Raises OSError and MemoryError for memory that there is not. Memory that cannot be pinned stays pageable.
+    """
+
+    def __init__(self, file: PlannedFile, device: torch.device | None) -> None:
         global allocations
         allocations += 1
         self.file = file
         self.image: ShardImage = plan_image(file.shard_items)
         self.fd = os.memfd_create(f"kempnerforge-{file.name}")
-        self._close = weakref.finalize(self, os.close, self.fd)
+        closing = self._close = weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, padded(self.image.size_bytes))
         memory = map_new(self.fd, padded(self.image.size_bytes))
         memory[: len(self.image.header)] = self.image.header
         self.header_digest = xxhash.xxh3_128_hexdigest(self.image.header)
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
-        if pin:
-            _pin(self._bytes)
-        self._pinned = pin
+        self.pin_error = cuda.pin(self._bytes, device) if device is not None else ""
+        """Why it could not be pinned; empty if it is, or need not be."""
+        if device is not None and not self.pin_error:
+            # Not at exit: a process that ends gives everything back.
+            closing.detach()
+            self._close = weakref.finalize(self, _unpin_and_close, self._bytes, device, self.fd)
+            self._close.atexit = False
 
     def views(self) -> list[tuple[str, Sizes, torch.Tensor]]:
         """Name, offsets and place of each chunk: a tensor of its dtype and shape in the arena's memory.
@@ -64,25 +72,33 @@ class Arena:
         return self.image.begins[self.image.order[max(0, copied)]]
 
     def close(self) -> None:
-        """Release the memory; no view may be used any more."""
-        if self._pinned:
-            _unpin(self._bytes)
+        """Release the memory; no view may be used any more, by the device neither."""
         self._close()
+
+
+def _unpin_and_close(memory: torch.Tensor, device: torch.device, fd: int) -> None:
+    cuda.unpin(memory, device)
+    os.close(fd)
 
 
 class ArenaSet:
     """All arenas of one rank, and where each tensor goes."""
 
-    def __init__(self, files: Sequence[PlannedFile], *, pin: bool) -> None:
+    def __init__(self, files: Sequence[PlannedFile], device: torch.device | None) -> None:
         self.arenas: list[Arena] = []
         self._targets: list[list[tuple[str, Sizes, torch.Tensor]]] = []
         try:
             for file in files:
-                self.arenas.append(Arena(file, pin=pin))
+                self.arenas.append(Arena(file, device))
                 self._targets.append(self.arenas[-1].views())
         except BaseException:
             self.close()
             raise
+
+    @property
+    def pin_error(self) -> str:
+        """Why an arena could not be pinned; empty if all are, or need not be."""
+        return next((arena.pin_error for arena in self.arenas if arena.pin_error), "")
 
     @property
     def size_bytes(self) -> int:
@@ -112,13 +128,6 @@ class ArenaSet:
             arena.close()
 
 
-def _pin(memory: torch.Tensor) -> None:
-    status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)  # type: ignore[attr-defined]
-    if int(status) != 0:
-        raise RuntimeError(
-            f"cudaHostRegister of {memory.numel() / 1e9:.2f} GB failed with status {int(status)}"
-        )
-
-
-def _unpin(memory: torch.Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[attr-defined]
+def needed_bytes(files: Sequence[PlannedFile]) -> int:
+    """Return the host memory that an ``ArenaSet`` of ``files`` takes."""
+    return sum(padded(plan_image(file.shard_items).size_bytes) for file in files)

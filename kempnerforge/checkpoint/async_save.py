@@ -31,6 +31,7 @@ from kempnerforge.checkpoint.staging import BlockingCopy, FailedCopy, Staging, o
 from kempnerforge.checkpoint.tree import payload_of
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
+from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import SaveFailedError
 
@@ -70,10 +71,11 @@ class AsyncCheckpointer:
 
     ``save`` returns after the commit (``disabled``) or after the copy to host buffers (others). To overlap
     the copy with computing as well, use ``async_pinned`` with ``begin_save`` and ``wait_for_staging``: it
-    copies to pinned buffers on a side stream, or, without CUDA, to pageable ones on a thread.
+    copies on a side stream, or, without CUDA, on a thread.
 
-    The first save makes the host buffers, one image of each of this rank's files. All other saves reuse them;
-    a writer process writes from them. A save first waits for the one before it.
+    The first save makes the host buffers, one image of each of this rank's files, pinned if the tensors are
+    on a CUDA device, of which there may be one in a process. All other saves reuse them; a writer process
+    writes from them. A save first waits for the one before it.
 
     As a context manager, it finishes a pending save at the end, raises SaveFailedError if that failed, and
     closes. If an exception ends the ``with``, or the interpreter exits without ``close``, it finishes the
@@ -83,6 +85,7 @@ class AsyncCheckpointer:
         mode: the member or its value, such as ``"async"``. Raises ValueError for anything else.
         patience: how often a write is tried, and how long ranks wait for each other.
         stall_timeout_s: replace the writer, and repeat its write, after this many seconds without progress.
+        max_host_memory_gb: refuse host buffers that take more on a machine; None: than is free there.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class AsyncCheckpointer:
         *,
         patience: Patience | None = None,
         stall_timeout_s: float = 120.0,
+        max_host_memory_gb: float | None = None,
     ) -> None:
         self.mode = _known_mode(mode)
         self._patience = patience or Patience()
@@ -98,7 +102,7 @@ class AsyncCheckpointer:
         self._process_group: dist.ProcessGroup | None = None
         self._control: ControlGroup | None = None
         self._board: Board = LocalBoard()
-        self._plan = AgreedPlan()
+        self._plan = AgreedPlan(max_host_memory_gb)
         self._number = 0
         self._pending: _Pending | None = None
         self.last_result: SaveResult | None = None
@@ -277,11 +281,12 @@ class AsyncCheckpointer:
             before_commit=before_commit,
             after_commit=after_commit,
             patience=self._patience,
+            device=self._plan.device,
         )
         self._writer.hurry(self.blocks)
-        self._pending = _Pending(job.number, final.name, job)
-        _unreported[job.part] = final
         try:
+            self._pending = _Pending(job.number, final.name, job)
+            _unreported[job.part] = final
             self._pending.thread = background.start(job, self._writer, self._board)
             job.staging.start()
         except BaseException as error:  # Ctrl-C: the thread must not wait for a copy that does not come
@@ -343,6 +348,7 @@ class AsyncCheckpointer:
             self._writer.hurry(True)
             if self._pending.thread is not None:
                 self._pending.thread.join()
+            self._pending.job.staging.settle()  # also where there was no thread: the buffers are free now
 
     def close(self) -> None:
         """Finish a pending save without raising, end the writer, release the buffers. Not collective.
@@ -369,7 +375,7 @@ class AsyncCheckpointer:
             if group is None and dist.is_initialized():
                 group = _gloo_group(None)
             elif group is not None and torch.device("cpu") not in group._device_types:
-                group = _gloo_group(dist.get_process_group_ranks(group))  # NCCL reduces nothing on the host
+                group = _gloo_group(group)  # NCCL reduces nothing on the host
             control = ControlGroup(group)
             if group is not None:
                 prefix = control.on_rank0(lambda: secrets.token_hex(8))
@@ -378,8 +384,7 @@ class AsyncCheckpointer:
         return self._control
 
     def _agree(self, control: ControlGroup, error: Exception | None, same: Mapping[str, str]) -> None:
-        pin = self.mode is AsyncCheckpointMode.async_pinned and torch.cuda.is_available()
-        self._plan.agree(control, error, pin=pin, same=same)
+        self._plan.agree(control, error, same=same)
 
     def _stage(self, arenas: ArenaSet, tensors: Mapping[str, torch.Tensor]) -> Staging:
         """Return the copy of this save. It must not raise: the other ranks have agreed and go on."""
@@ -397,9 +402,14 @@ def _payload(state: StateDict) -> Payload:
     return payload_of(state) if isinstance(state, Mapping) else state()
 
 
-def _gloo_group(ranks: list[int] | None) -> dist.ProcessGroup:
-    """A new group of ``ranks``, which alone call this; of all ranks without them."""
-    made = dist.new_group(ranks, backend="gloo", use_local_synchronization=ranks is not None)
+def _gloo_group(of: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A new group of the ranks of ``of``, which alone call this, with its time-out; of all without it."""
+    made = dist.new_group(
+        dist.get_process_group_ranks(of) if of is not None else None,
+        timeout=timeouts.timeout_of(of),
+        backend="gloo",
+        use_local_synchronization=of is not None,
+    )
     assert isinstance(made, dist.ProcessGroup)
     return made
 

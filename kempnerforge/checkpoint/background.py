@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from kempnerforge.checkpoint import cuda
 from kempnerforge.checkpoint.arena import ArenaSet
 from kempnerforge.checkpoint.board import Board, collect
 from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, commit
@@ -78,6 +81,8 @@ class SaveJob:
     before_commit: Callable[[], None]
     after_commit: Callable[[], list[str]]
     patience: Patience
+    device: torch.device | None = None
+    """The CUDA device that ``staging`` copies from; None if there is none."""
     part: Part = field(default_factory=Part)
     started: float = field(default_factory=time.perf_counter)
 
@@ -115,11 +120,15 @@ def start(job: SaveJob, writer: Writer, board: Board) -> threading.Thread | None
 
 def _work(job: SaveJob, writer: Writer, board: Board) -> None:
     try:
+        cuda.use(job.device)
         message: dict[str, Any] = _write(job, writer)
         job.staging.finish()
     except BaseException as error:  # noqa: BLE001 - whatever it is, the first rank must learn of it
         message = {"error": str(error) or type(error).__name__}
-    _report(job, board, message)
+    try:
+        _report(job, board, message)
+    finally:
+        job.staging.settle()  # not before: a device that hangs must not keep the failure from the others
 
 
 def _report(job: SaveJob, board: Board, message: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ class Holder:
             attempt=attempt,
             token=secrets.token_hex(8),
             host=socket.gethostname(),
-            boot_id=_boot_id(),
+            boot_id=boot_id(),
             pid_namespace=_pid_namespace(),
             pid=os.getpid(),
             start_ticks=state.start_ticks if state else -1,
@@ -130,7 +130,8 @@ def decode(data: bytes) -> tuple[Holder, bool] | None:
         return None
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """Return the id of this boot of this kernel, also in a container; empty where there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

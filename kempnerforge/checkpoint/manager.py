@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from types import TracebackType
 import torch.distributed as dist
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, memory, timeline
+from kempnerforge.checkpoint import layout, timeline
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.keep import KeepPolicy
 from kempnerforge.checkpoint.lease import Lease
@@ -33,7 +32,13 @@ from kempnerforge.checkpoint.saver import Saver, Snapshot
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.distributed.control import ControlGroup, as_agreed
-from kempnerforge.errors import KempnerForgeError, LeaseLostError, MismatchError
+from kempnerforge.errors import (
+    ConfigError,
+    HostMemoryError,
+    KempnerForgeError,
+    LeaseLostError,
+    MismatchError,
+)
 
 REQUEST = "checkpoint.request"
 """A file of this name in the run's folder asks for a save; it is removed when the save begins."""
@@ -77,7 +82,9 @@ class CheckpointManager:
         self._has_resumed = False
         self.context = context or RunContext()
         self._control = ControlGroup(control_group)
-        self._checkpointer = AsyncCheckpointer(config.async_mode)
+        self._checkpointer = AsyncCheckpointer(
+            config.async_mode, max_host_memory_gb=config.max_host_memory_gb
+        )
         self._lease = lease
         self._retention = Retention(self.folder, KeepPolicy.from_config(config))
         self._room = RoomKeeper(self.folder, config)
@@ -160,11 +167,11 @@ class CheckpointManager:
             self._lease = self._own.lease
 
     def _prepare_saves(self, state: TrainState) -> str:
-        """Plan the saves, make the host buffers, check memory and disk. Returns a warning, or nothing."""
-        self._checkpointer.prepare(lambda: self._capture(state), self._control.group)
-        mine = (socket.gethostname(), self._checkpointer.host_bytes)
-        needed = sum(size for host, size in self._control.gather(mine) if host == mine[0])
-        self._control.raise_together(memory.fault(needed, self.config.max_host_memory_gb))
+        """Plan the saves, check memory, make the host buffers, check disk. Returns a warning, or nothing."""
+        try:
+            self._checkpointer.prepare(lambda: self._capture(state), self._control.group)
+        except HostMemoryError as error:  # before training it is the config's
+            raise ConfigError([error.fault]) from None
         return self._control.on_rank0(
             lambda: self._room.before_training(self._checkpointer.save_bytes, self._checkpointer.num_files)
         )

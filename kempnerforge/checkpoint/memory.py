@@ -1,36 +1,184 @@
-"""Whether a node has the memory for the host buffers that saving needs."""
+"""Whether there is memory for the host buffers that saving needs: on the machine, and in every cgroup.
+
+A container or a SLURM job has a limit of its own, set on its control group or on one above it. It may be far
+below what the machine has free; beyond it the kernel kills a process instead of refusing memory.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from kempnerforge.errors import ConfigError, Fault
+from kempnerforge.checkpoint.holder import boot_id
+from kempnerforge.errors import Fault
 
 _SHARE = 0.9
-"""Of what the system calls available: the data loader and the page cache live there too."""
+"""Of what is free: the data loader and the page cache live there too."""
+_KEY = "checkpoint.max_host_memory_gb"
 
 
-def available_bytes() -> int:
-    """Memory that the system could give now, without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+@dataclass(frozen=True)
+class Limit:
+    """Something that limits the memory of a process: its machine, or a cgroup that it is in."""
+
+    key: str
+    """Equal for two ranks if and only if they share it."""
+    name: str
+    free_bytes: int
+    """What it could still give, page cache that can be dropped included."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one rank is about to take, and from what."""
+
+    needed_bytes: int
+    host: str
+    limits: tuple[Limit, ...]
+    """The machine comes first."""
+
+
+def claim(needed_bytes: int, *, proc: Path = Path("/proc")) -> Claim:
+    """Return this rank's claim on ``needed_bytes`` that it has not taken yet."""
+    host = socket.gethostname()
+    # Not the host's name: containers have names of their own, and two machines may have the same.
+    machine = boot_id() or host
+    limits = [Limit(machine, f"on {host}", _available_bytes(proc))]
+    limits += [
+        Limit(f"{machine} {key}", f"in the cgroup {folder} of {host}", free_bytes)
+        for folder, key, free_bytes in _cgroup_limits(proc)
+    ]
+    return Claim(needed_bytes, host, tuple(limits))
+
+
+def fault(claims: Sequence[Claim], limit_gb: float | None) -> Fault | None:
+    """Return what is wrong with the claims of all ranks together; None when they fit. Pure.
+
+    With ``limit_gb``, a bound for each machine, only that bound counts.
+    """
+    needed: dict[str, int] = defaultdict(int)
+    free: dict[str, Limit] = {}
+    for one in claims:
+        for limit in one.limits[:1] if limit_gb is not None else one.limits:
+            needed[limit.key] += one.needed_bytes
+            known = free.setdefault(limit.key, limit)
+            if limit.free_bytes < known.free_bytes:
+                free[limit.key] = limit
+    if not free:
+        return None
+    if limit_gb is not None:
+        most = max(needed, key=needed.__getitem__)
+        needed_gb = needed[most] / 1e9
+        if needed_gb <= limit_gb:
+            return None
+        return Fault(
+            _KEY,
+            f"the host buffers of the ranks {free[most].name} take {needed_gb:.2f} GB, more than {limit_gb}",
+            f"at least {needed_gb:.2f}, or more nodes to share the state",
+        )
+    worst = max(free, key=lambda key: needed[key] - _SHARE * free[key].free_bytes)
+    may_take = _SHARE * free[worst].free_bytes
+    if needed[worst] <= may_take:
+        return None
+    return Fault(
+        _KEY,
+        f"the host buffers of the ranks {free[worst].name} take {needed[worst] / 1e9:.2f} GB, and about "
+        f"{may_take / 1e9:.2f} GB are free there",
+        "use more nodes, fewer ranks a node, ask for more memory (sbatch --mem), or set a limit to try all "
+        "the same",
+    )
+
+
+def _available_bytes(proc: Path) -> int:
+    """Memory that the machine could give now, without swapping. Raises OSError."""
+    for line in (proc / "meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
+    raise OSError(f"{proc}/meminfo has no MemAvailable")
 
 
-def fault(needed_bytes: int, limit_gb: float | None) -> ConfigError | None:
-    """The error for buffers that this node should not or cannot hold; None when they fit."""
-    needed = f"the host buffers of this node's ranks take {needed_bytes / 1e9:.2f} GB"
-    if limit_gb is not None:
-        if needed_bytes <= limit_gb * 1e9:
-            return None
-        allowed = f"at least {needed_bytes / 1e9:.2f}, or more ranks to share the state"
-        return ConfigError(
-            [Fault("checkpoint.max_host_memory_gb", f"{needed}, more than {limit_gb}", allowed)]
-        )
-    free = _SHARE * available_bytes()
-    if needed_bytes <= free:
+def _cgroup_limits(proc: Path) -> Iterator[tuple[str, str, int]]:
+    """Path, identity and free bytes of each cgroup of this process that has a limit, ancestors included.
+
+    What cannot be read limits nothing that is known here: that is no reason to refuse a run.
+    """
+    for version, mount, folder in _own_cgroups(proc):
+        own = folder
+        while folder.is_relative_to(mount):
+            try:
+                free_bytes = _free_v2(folder) if version == 2 else _free_v1(folder, is_own=folder == own)
+                state = folder.stat()
+            except (OSError, ValueError, KeyError):
+                free_bytes, state = None, None
+            if free_bytes is not None and state is not None:
+                # Not the path: each container may see its own cgroup as the root. Its inode number is unique.
+                yield str(folder), f"{state.st_dev}:{state.st_ino}", free_bytes
+            folder = folder.parent
+
+
+def _own_cgroups(proc: Path) -> Iterator[tuple[int, Path, Path]]:
+    """Version, mount point and folder of each hierarchy that accounts for this process's memory."""
+    try:
+        memberships = (proc / "self/cgroup").read_text().splitlines()
+        mounts = (proc / "self/mountinfo").read_text().splitlines()
+    except OSError:
+        return
+    for line in memberships:
+        number, controllers, path = line.split(":", 2)
+        is_v2 = number == "0" and not controllers
+        if not is_v2 and "memory" not in controllers.split(","):
+            continue
+        for mount in mounts:
+            before, _, after = mount.partition(" - ")
+            kind, _, options = after.split(" ", 2)
+            fits = kind == "cgroup2" if is_v2 else kind == "cgroup" and "memory" in options.split(",")
+            if fits:
+                root, point = (_unescaped(field) for field in before.split()[3:5])
+                yield 2 if is_v2 else 1, Path(point), Path(point, _below(root, path))
+                break
+
+
+def _below(root: str, path: str) -> str:
+    """Return ``path`` relative to the mount's ``root``; empty where it is not below it: in a container."""
+    inner = os.path.relpath(path, root)
+    return "" if inner == "." or inner.startswith("..") else inner
+
+
+def _unescaped(field: str) -> str:
+    """Return a field of ``mountinfo``, in which a space is ``\\040``."""
+    return field.encode("latin-1", "replace").decode("unicode_escape") if "\\" in field else field
+
+
+def _free_v2(folder: Path) -> int | None:
+    """Return what a cgroup of version 2 has left; None without a limit, which the root never has."""
+    limits = [_number(folder / name) for name in ("memory.max", "memory.high") if (folder / name).exists()]
+    known = [limit for limit in limits if limit is not None]
+    if not known:
         return None
-    allowed = "use more nodes, fewer ranks a node, or set a limit to try all the same"
-    problem = f"{needed}, and about {free / 1e9:.2f} GB are free"
-    return ConfigError([Fault("checkpoint.max_host_memory_gb", problem, allowed)])
+    return _left(min(known), folder / "memory.current", folder / "memory.stat", prefix="")
+
+
+def _free_v1(folder: Path, *, is_own: bool) -> int | None:
+    """Return what a cgroup of version 1 has left; None without a limit, or if only its own tasks count."""
+    if not is_own and (folder / "memory.use_hierarchy").read_text().strip() == "0":
+        return None
+    limit = _number(folder / "memory.limit_in_bytes")
+    if limit is None or limit >= 1 << 60:  # no limit is the largest number of pages
+        return None
+    return _left(limit, folder / "memory.usage_in_bytes", folder / "memory.stat", prefix="total_")
+
+
+def _left(limit: int, usage: Path, stat: Path, *, prefix: str) -> int:
+    counts = dict(line.split() for line in stat.read_text().splitlines())
+    # Both lists: the kernel drops either before it kills. Shared memory and tmpfs are on neither.
+    cache = sum(int(counts[f"{prefix}{name}_file"]) for name in ("active", "inactive"))
+    return max(0, limit - max(0, int(usage.read_text()) - cache))
+
+
+def _number(path: Path) -> int | None:
+    text = path.read_text().strip()
+    return None if text == "max" else int(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kempnerforge.checkpoint import layout, shard_header
+from kempnerforge.checkpoint import cuda, layout, shard_header
 from kempnerforge.checkpoint.digest import BLOCK_BYTES, FileRecord, VerifiedFile
 from kempnerforge.checkpoint.index import Chunk
 from kempnerforge.errors import DamagedCheckpointError
@@ -66,8 +66,8 @@ def read_parts(step_folder: Path, files: Mapping[str, FileRecord], parts: Iterab
     for part in parts:
         if part.target.numel():
             per_file.setdefault(part.chunk.file, []).append(part)
-    pin = any(part.target.is_cuda for of_file in per_file.values() for part in of_file)
-    buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pin)
+    on_cuda = (part.target.device for of_file in per_file.values() for part in of_file if part.target.is_cuda)
+    buffer = cuda.host_buffer(BLOCK_BYTES, next(on_cuda, None))
     for name, wanted in sorted(per_file.items()):
         record = files.get(name)
         if record is None:

@@ -86,7 +86,8 @@ def derive(seed: int, step: int, rank: int, device: torch.device) -> None:
     np.random.seed(key & 0xFFFFFFFF)
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
-        torch.cuda.manual_seed(key)
+        with torch.cuda.device(device):  # it seeds the current one
+            torch.cuda.manual_seed(key)
 
 
 def _unpack(state: torch.Tensor) -> tuple[tuple[Any, ...], bytes, bytes]:

@@ -29,15 +29,18 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def map_new(fd: int, size_bytes: int) -> memoryview:
     """The first ``size_bytes`` of ``fd``, still empty, to be filled: of huge pages, where there are any.
 
-    Unmapped when the last buffer made of it is gone. Raises OSError.
+    Unmapped when the last buffer made of it is gone. All pages are there on return: raises OSError when the
+    system has none to give, instead of a SIGBUS at the first copy.
     """
     memory = _map_aligned(fd, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
     address, whole = ctypes.addressof(memory), size_bytes // HUGE_BYTES * HUGE_BYTES
     if whole:
         _libc.madvise(address, whole, _MADV_HUGEPAGE)
         for begin in range(0, whole, HUGE_BYTES):
-            memory[begin] = 0  # what has no page at all is not collapsed
+            os.posix_fallocate(fd, begin, 1)  # what has no page at all is not collapsed
         _libc.madvise(address, whole, _MADV_COLLAPSE)
+    if size_bytes:
+        os.posix_fallocate(fd, 0, size_bytes)
     return memoryview(memory).cast("B")
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
+from kempnerforge.checkpoint import cuda
 from kempnerforge.errors import SaveFailedError
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -40,6 +41,14 @@ class Staging(Protocol):
 
     def finish(self) -> None:
         """Block until every byte is in the arena. Any thread. Raises what the copy raised."""
+        ...
+
+    def settle(self) -> None:
+        """Return when nothing writes into the arena any more, also after an error. Any thread.
+
+        Before that the arena may be neither filled again nor released. Waits for ``start`` or ``fail``.
+        Raises nothing.
+        """
         ...
 
 
@@ -94,6 +103,8 @@ class BlockingCopy:
             self._versions.check()
         except BaseException as error:
             self._error = error
+            for device in {source.device for _, source in self._pairs if source.is_cuda}:
+                cuda.finish_stream(None, device)  # copies that are queued would write into released buffers
             if not isinstance(error, Exception):  # an interrupt ends the program, not the save alone
                 raise
         finally:
@@ -121,6 +132,10 @@ class BlockingCopy:
         """Wait for the end."""
         self._ended.wait()
         self.copied()
+
+    def settle(self) -> None:
+        """Wait for the end. Whoever copies has waited for the device."""
+        self._ended.wait()
 
 
 class ThreadCopy(BlockingCopy):
@@ -157,6 +172,9 @@ class FailedCopy:
         """Raise the reason."""
         raise self._error
 
+    def settle(self) -> None:
+        """Nothing was copied."""
+
 
 class StreamCopy:
     """CUDA to pinned memory on a side stream, beside the next forward and backward.
@@ -172,6 +190,7 @@ class StreamCopy:
         self._versions = versions or Versions({})
         self._pairs = pairs
         self._device = device
+        self._stream: torch.cuda.Stream | None = None
         self._events: list[tuple[int, torch.cuda.Event]] = []
         self._passed = 0
         self._error: BaseException | None = None
@@ -198,6 +217,7 @@ class StreamCopy:
         if self._device not in self._streams:
             self._streams[self._device] = torch.cuda.Stream(self._device)
         stream, copied = self._streams[self._device], 0
+        self._stream = stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             for group in _groups(self._pairs):
@@ -241,15 +261,18 @@ class StreamCopy:
             self._events[-1][1].synchronize()
         self._pairs = ()  # until now the sources had to stay: the side stream was reading them
 
+    def settle(self) -> None:
+        """Wait for all that was queued. Of a copy that failed the last part has no event."""
+        self._queued.wait()
+        if self._stream is not None:
+            cuda.finish_stream(self._stream, self._device)
+        self._pairs = ()
+
 
 def overlapping(pairs: Pairs, tensors: Mapping[str, torch.Tensor]) -> Staging:
-    """Return a copy that overlaps with the next forward and backward. ``tensors``: the sources, by name.
-
-    A side stream belongs to one device: sources on several devices are copied before ``start`` returns.
-    """
+    """Return a copy that overlaps with the next forward and backward. ``tensors``: the sources, by name."""
     devices = {source.device for _, source in pairs if source.is_cuda}
-    if len(devices) > 1:
-        return BlockingCopy(pairs)
+    assert len(devices) <= 1  # ``cuda.device_of`` has refused others: a side stream belongs to one
     versions = Versions(tensors)
     return StreamCopy(pairs, devices.pop(), versions) if devices else ThreadCopy(pairs, versions)
 

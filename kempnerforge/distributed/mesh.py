@@ -5,18 +5,23 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from kempnerforge.distributed import timeouts
+
 
 def build_mesh(device_type: str, *, dp_replicate: int, dp_shard: int, tp: int = 1, pp: int = 1) -> DeviceMesh:
     """Mesh over all ranks: dimensions ``pp``, ``dp_replicate``, ``dp_shard`` and ``tp``, in this order.
 
     Dimensions of size 1 are left out, except ``dp_shard``, which is always there. The innermost dimension has
     neighbouring ranks: tensor parallelism, which talks in every layer, stays within a node, then shards are
-    gathered; only gradients (HSDP) and activations between stages cross nodes. Collective: all ranks.
+    gathered; only gradients (HSDP) and activations between stages cross nodes. Its groups wait as long as the
+    default group does. Collective: all ranks.
     """
     assert pp * dp_replicate * dp_shard * tp == dist.get_world_size()
     sizes = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
     used = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
-    return init_device_mesh(device_type, tuple(used.values()), mesh_dim_names=tuple(used))
+    mesh = init_device_mesh(device_type, tuple(used.values()), mesh_dim_names=tuple(used))
+    timeouts.give_all_groups_the_default_timeout()
+    return mesh
 
 
 def dp_mesh(mesh: DeviceMesh) -> DeviceMesh:

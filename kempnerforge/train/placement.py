@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from kempnerforge.config.schema import Geometry, JobConfig, TrainConfig
 from kempnerforge.config.stages import make_stages, num_stages, stages_of
+from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model.llama import Llama
 from kempnerforge.parallel.shard import materialize, parallelize
@@ -90,4 +91,5 @@ def build_model(
     for part in parts:
         parallelize(part, mesh, job.train)
         materialize(part, device, seed=job.train.seed if draw else None)
+    timeouts.give_all_groups_the_default_timeout()  # also those that sharding and pipelining have made
     return PlacedModel(parts, groups, pipeline, device)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.smoke
 
 TESTS = Path(__file__).parents[1]
 FILES = sorted(TESTS.rglob("*.py"))
-FOLDERS = {"unit", "distributed", "e2e", "slurm", "campaigns", "benchmarks", "repo"}
+FOLDERS = {"unit", "distributed", "e2e", "gpu", "slurm", "campaigns", "benchmarks", "repo"}
 MAX_NAME = 60
 TARGET = re.compile(r"[a-z_]\w*(\.\w+)*:[A-Za-z_][\w.]*")
 

@@ -27,6 +27,7 @@ WRITE_SHARD = patch_target("kempnerforge.checkpoint.writer:Writer.write")
 COPY_TO_HOST = patch_target("kempnerforge.checkpoint.staging:BlockingCopy.__init__")
 READ_OUTCOME = patch_target("kempnerforge.checkpoint.board:StoreBoard.read")
 PREADV = patch_target("os:preadv")
+TRAIN = patch_target("kempnerforge.train.run:train")
 CROSS_ENTROPY = patch_target("torch.nn.functional:cross_entropy")
 FILE_OPERATIONS = ("open", "write", "fsync", "rename", "replace", "symlink", "unlink", "mkdir", "rmdir")
 
@@ -410,3 +411,27 @@ def freeze_writer(*, call: int, seconds: float, rank: int) -> None:
         return replacement
 
     _wrap(WRITE_SHARD, make)
+
+
+def report_group_timeouts(path: str) -> None:
+    """Write the time-outs, in seconds, of all process groups: after the set-up, and after training."""
+    from torch.distributed.distributed_c10d import _world
+
+    def look() -> dict[str, float]:
+        found = {}
+        for group in _world.pg_map:
+            for device in group._device_types:
+                timeout = group._get_backend(device).options._timeout
+                found[f"{group.group_desc} {group.group_name} on {device}"] = timeout.total_seconds()
+        return found
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            after_set_up = look()
+            result = original(*args, **kwargs)
+            Path(f"{path}.rank_{os.environ['RANK']}.json").write_text(json.dumps([after_set_up, look()]))
+            return result
+
+        return replacement
+
+    _wrap(TRAIN, make)
