@@ -28,9 +28,6 @@ from __future__ import annotations
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.train import TrainConfig
 
-LOSS_BYTES = 12
-"""Of one logit while the loss is differentiated: fp32 log-probabilities and two fp32 gradients."""
-
 
 def element_bytes(train: TrainConfig) -> int:
     """Bytes of an activation."""
@@ -61,10 +58,14 @@ def boundary(model: ModelConfig, train: TrainConfig, tp: int) -> float:
     return element_bytes(train) * model.dim / tp
 
 
-def loss_peak(model: ModelConfig, train: TrainConfig, tp: int, *, output_stays: bool) -> float:
-    """Bytes a token around the loss; a pipeline's last stage holds on to its output meanwhile."""
-    stays = element_bytes(train) if output_stays else 0
-    return (LOSS_BYTES + stays) * -(-model.vocab_size // tp)
+def logits(model: ModelConfig, train: TrainConfig, tp: int) -> float:
+    """Bytes a token of the logits, cut over the vocabulary by tensor parallelism."""
+    return element_bytes(train) * -(-model.vocab_size // tp)
+
+
+def log_probs(model: ModelConfig, tp: int) -> float:
+    """Bytes a token of the log-probabilities, which are fp32, as each of the two gradients of the loss is."""
+    return 4 * -(-model.vocab_size // tp)
 
 
 def _kept(model: ModelConfig, train: TrainConfig, tp: int, checkpointing: str) -> float:

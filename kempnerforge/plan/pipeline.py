@@ -36,6 +36,30 @@ def in_flight(distributed: DistributedConfig, microbatches: int, pp_rank: int) -
     return min(microbatches * stages, (stages - 1) * a_round + 2 * (pp - 1 - pp_rank) + 1)
 
 
+def schedule_order(distributed: DistributedConfig, microbatches: int, pp_rank: int) -> list[tuple[bool, int]]:
+    """What a pipeline rank computes, in order: (is it a forward pass, which of its own stages).
+
+    The microbatches of a stage go forward in their order, and backward in the same order.
+    """
+    pp, stages = distributed.pp, STAGES_PER_RANK[distributed.pp_schedule]
+    total = microbatches * stages
+    if distributed.pp_schedule == "gpipe":
+        return [(True, 0)] * total + [(False, 0)] * total
+    # Forward passes of 1F1B before the first backward pass; interleaved, one fewer than are in flight.
+    ahead = in_flight(distributed, microbatches, pp_rank)
+    if stages > 1:
+        a_round = microbatches // max(1, microbatches // pp)
+        ahead = min(total, (stages - 1) * a_round + 2 * (pp - 1 - pp_rank))
+    else:
+        a_round = microbatches
+    forward = [(True, number // a_round % stages) for number in range(total)]
+    backward = [(False, stages - 1 - number // a_round % stages) for number in range(total)]
+    order, rest = forward[:ahead], forward[ahead:]
+    for one, other in zip(rest, backward, strict=False):
+        order += [one, other] if stages > 1 else [other, one]
+    return order + backward[len(rest) :]
+
+
 def bubble_fraction(distributed: DistributedConfig, microbatches: int) -> float:
     """Share of its time that a pipeline rank waits, if all stages take equally long."""
     waits = distributed.pp - 1
