@@ -177,7 +177,10 @@ def _begin(job: SaveJob, board: Board) -> str:
         job.failed_before.settle(board)
     skipped = job.before_write()
     if not skipped:
-        make_temporary(job.final, job.temporary)
+        try:
+            make_temporary(job.final, job.temporary)
+        except OSError as error:
+            raise SaveFailedError(f"{type(error).__name__}: {error}") from error
     board.post(key, {"skipped": skipped})
     return skipped
 

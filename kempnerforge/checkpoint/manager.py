@@ -92,7 +92,9 @@ class CheckpointManager:
         self._warnings: list[str] = []
         self._own: OwnRun | None = None
         if context is None and lease is None:
-            self._own = OwnRun(self.run_dir, config, self._control, began_at=state.step, join=self.wait)
+            self._own = OwnRun(
+                self.run_dir, config, self._control, began_at=state.step, join=self.end_housekeeping
+            )
             self._saver.on_outcome = self._record
         self._pacer = Pacer(config, self._saver.clock, rank=self._control.rank, ranks=self._control.num_ranks)
 
@@ -238,10 +240,10 @@ class CheckpointManager:
         Mutation: tensors stay unmodified until ``wait_for_staging`` returns.
         Durable: on return with ``wait`` or in the blocking mode, unless the report has an error.
 
-        Then, in the background, ``latest`` is pointed to it and older steps are deleted: only ``finish`` waits
-        for that. A failed save leaves nothing behind and is reported; SaveFailedError is raised on all ranks after
+        A failed save leaves nothing behind and is reported; SaveFailedError is raised on all ranks after
         ``max_failed_saves`` in a row, or at once with ``wait``. A step that is committed already is not
-        written again.
+        written again. After the commit ``latest`` is pointed to the step and older steps are deleted, in the
+        background: only ``finish`` waits for that.
         """
         self._begin_record()
         if not self._has_resumed:
@@ -399,9 +401,8 @@ class CheckpointManager:
     def finish(self, state: TrainState, *, give_up: Callable[[], bool] = lambda: False) -> None:
         """Wait for a pending save; with ``save_last``, commit the last step unless it is committed.
 
-        Collective: all ranks, on the control group. Blocks: until the commit; the first rank, also until older
-        steps are deleted, for ``housekeeping.FINISH_WAIT_S`` at most or until ``give_up`` returns True.
-        Durable: on return. Raises SaveFailedError on all ranks.
+        Collective: all ranks, on the control group. Blocks: until the commit; the first rank, also until
+        older steps are deleted, for 60 s at most or until ``give_up`` returns True. Durable: on return. Raises SaveFailedError on all ranks.
         """
         self._saver.settle(state.step)
         if self.config.save_last and state.step > 0:
@@ -414,12 +415,14 @@ class CheckpointManager:
             self._own.finished(state.step)
 
     def wait(self) -> None:
-        """Wait for a pending save, without raising. Not collective; may be called after an error.
+        """Wait for a pending save, without raising. Not collective; may be called after an error."""
+        self._saver.wait()
 
-        Work after commits that is still under way then is left to the next start.
-        """
+    def end_housekeeping(self) -> None:
+        """Leave what follows commits to the next start, but for what ends at once. Not collective."""
         self._saver.wait()
         self._housekeeping.close()
+        self._take_warnings()
 
     def close(self) -> None:
         """Finish a pending save without raising, end the writer, release the lease. Not collective."""
@@ -428,9 +431,8 @@ class CheckpointManager:
 
     def _close(self, error: BaseException | None) -> None:
         """``error``: what ended the loop."""
+        self.end_housekeeping()
         self._saver.close()
-        self._housekeeping.close()
-        self._take_warnings()
         if self._own is not None:
             self._own.record(self.events())
             self._own.end(error)

@@ -70,8 +70,8 @@ class Writer:
 
         ``staged`` tells how many of them are there as they will stay: the writer follows; None is all.
         ``check`` is called now and then. What either raises, SaveFailedError, ends the write: the writer
-        process is killed, so that the arena is free again. Raises WriterFailedError; the writer is replaced by a new
-        one for the next call if it was at fault.
+        process is killed, so that the arena is free again. Raises WriterFailedError; the writer is replaced
+        by a new one for the next call if it was at fault.
         """
         connection, pulse = self._start()
         staged = staged or (lambda: size_bytes)
