@@ -402,7 +402,8 @@ class CheckpointManager:
         """Wait for a pending save; with ``save_last``, commit the last step unless it is committed.
 
         Collective: all ranks, on the control group. Blocks: until the commit; the first rank, also until
-        older steps are deleted, for 60 s at most or until ``give_up`` returns True. Durable: on return. Raises SaveFailedError on all ranks.
+        older steps are deleted, for 60 s at most or until ``give_up`` returns True. Durable: on return.
+        Raises SaveFailedError on all ranks.
         """
         self._saver.settle(state.step)
         if self.config.save_last and state.step > 0:

@@ -87,16 +87,19 @@ class RowsRead(NamedTuple):
         return max((row["step"] + 1 for row in self.rows if row["attempt"] >= first_attempt), default=0)
 
 
-def read_rows(path: Path) -> RowsRead:
+def read_rows(path: Path, *, having: str = "") -> RowsRead:
     """Read all rows of a ``metrics.jsonl``, skipping and counting torn lines.
+
+    ``having``: read only rows with this metric, which is much faster where few have it.
 
     Raises:
         OSError: the file cannot be read.
     """
     rows: list[dict[str, Any]] = []
     torn = 0
+    wanted = f'"{having}"'.encode() if having else b""
     for line in path.read_bytes().split(b"\n"):
-        if not line:
+        if not line or wanted not in line:
             continue
         try:
             row = json.loads(line)

@@ -54,9 +54,14 @@ class Stopping:
         self.shutdown.close()
 
     def step_ends(self) -> None:
-        """Everything from ``step_begins`` to here is one step: data, training, validation."""
+        """Everything from ``step_begins`` to here is one step: data and training."""
         if self.deadline is not None:
             self.deadline.step_ends()
+
+    def slice_ends(self) -> None:
+        """A slice of a validation, after which a stop is possible, ends and the next one begins."""
+        if self.deadline is not None:
+            self.deadline.slice_ends()
 
     def step_begins(self) -> str:
         """See ``step_ends``. Returns what there is to say of the deadline, once; empty on other ranks."""
