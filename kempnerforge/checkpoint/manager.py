@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from kempnerforge.checkpoint.pace import Pacer
 from kempnerforge.checkpoint.policy import SavePolicy
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.report import Payload, RunContext, SaveReport
+from kempnerforge.checkpoint.request_files import RequestFile, RequestFiles
 from kempnerforge.checkpoint.restore import Restorer
 from kempnerforge.checkpoint.save_events import SaveEvent
 from kempnerforge.checkpoint.saver import Saver, Snapshot
@@ -42,7 +41,7 @@ class CheckpointManager:
 
     They are in ``config.dir``, by default ``run_dir/checkpoints``; receipts are written to ``run_dir``.
     ``control_group`` is a gloo group that nothing else uses; None is for one process. ``lease``, on the first
-    rank, proves before every commit that no other process writes the run.
+    rank, proves before every commit that no other process writes the run; ``requests`` looks for files there.
 
     Without ``context`` and ``lease`` the manager keeps the record of the run itself (lease, ``run.json``,
     ledger), from the first collective call on, and its first rank logs to ``kempnerforge.checkpoint.manager``
@@ -63,6 +62,7 @@ class CheckpointManager:
         control_group: dist.ProcessGroup | None = None,
         context: RunContext | None = None,
         lease: Lease | None = None,
+        requests: RequestFiles | None = None,
     ) -> None:
         _check_arguments(config, state)
         self.config = config
@@ -85,7 +85,8 @@ class CheckpointManager:
         self._policy = SavePolicy.from_config(config)
         self._metrics: dict[str, float] = {}
         self._metrics_step = -1
-        self._request_seen_at = 0.0
+        self._requests = requests
+        self._request: RequestFile | None = None
         self._saver = Saver(
             self._checkpointer, self.folder, self._control, max_failed_saves=config.max_failed_saves
         )
@@ -179,7 +180,7 @@ class CheckpointManager:
         file ``checkpoint.request`` in the run's folder. Only the first rank's clock counts.
         """
         first = self._control.rank == 0
-        wish = requested or (first and self._request_file_is_there())
+        wish = requested or (first and self._request_file().is_there)
         since_ms = int(1000 * self._saver.clock.since_save_s) if first else 0
         lost = self._lease is not None and bool(self._lease.lost)
         return int(wish), since_ms, self._saver.settled(), int(lost), *self._pacer.votes()
@@ -212,13 +213,12 @@ class CheckpointManager:
             self._take_warnings()
         return reason
 
-    def _request_file_is_there(self) -> bool:
-        """Check at most once per second: each check is a round trip on a shared file system."""
-        now = time.monotonic()
-        if now - self._request_seen_at < 1.0:
-            return False
-        self._request_seen_at = now
-        return (self.run_dir / REQUEST).exists()
+    def _request_file(self) -> RequestFile:
+        """The file ``checkpoint.request``, which a thread looks for. First rank only."""
+        if self._request is None:
+            self._requests = self._requests or RequestFiles(self.run_dir)
+            self._request = self._requests.watch(REQUEST)
+        return self._request
 
     def record_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Store metrics of ``step``; a save of this step puts them into its manifest.
@@ -250,9 +250,7 @@ class CheckpointManager:
             self._control.on_rank0(lambda: self._require_no_steps(state.step))
             self._has_resumed = True
         if reason == "asked" and self._control.rank == 0:
-            # If the file stays, one more save is made. An error on this rank alone would end the run.
-            with contextlib.suppress(OSError):
-                (self.run_dir / REQUEST).unlink(missing_ok=True)
+            self._request_file().take()
         if reason == "asked" and self._own is not None and state.step == self._saver.committed_step:
             self._own.warn(f"step {state.step} is committed already, and is not written again")
         skipped = "" if wait else self._control.on_rank0(lambda: self._housekeeping.no_room(state.step))
@@ -434,6 +432,8 @@ class CheckpointManager:
         """``error``: what ended the loop."""
         self.end_housekeeping()
         self._saver.close()
+        if self._requests is not None:
+            self._requests.close()
         if self._own is not None:
             self._own.record(self.events())
             self._own.end(error)
