@@ -9,6 +9,7 @@ import shutil
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from kempnerforge.checkpoint.agreed_plan import AgreedPlan
 from kempnerforge.checkpoint.arena import ArenaSet
 from kempnerforge.checkpoint.background import FailedSave, Part, Patience, SaveJob, SaveResult, result_key
 from kempnerforge.checkpoint.board import Board, LocalBoard, StoreBoard
-from kempnerforge.checkpoint.commit import Contents, make_temporary
+from kempnerforge.checkpoint.commit import Contents
 from kempnerforge.checkpoint.manifest import Provenance
 from kempnerforge.checkpoint.report import Payload
 from kempnerforge.checkpoint.staging import BlockingCopy, FailedCopy, Staging, overlapping
@@ -47,6 +48,8 @@ class _Pending:
     thread: threading.Thread | None = None
     result: SaveResult | None = None
 
+
+RATES = 8
 
 _unreported: dict[Part, Path] = {}
 """Saves whose outcome has not been reported yet, with their paths. Keeps no buffers alive."""
@@ -103,6 +106,8 @@ class AsyncCheckpointer:
         self._control: ControlGroup | None = None
         self._board: Board = LocalBoard()
         self._plan = AgreedPlan(max_host_memory_gb)
+        self._rates: deque[float] = deque(maxlen=RATES)
+        """Bytes per second of this rank's part in the last saves, from the call to the commit."""
         self._number = 0
         self._pending: _Pending | None = None
         self.last_result: SaveResult | None = None
@@ -161,7 +166,7 @@ class AsyncCheckpointer:
         if pending is None:
             return None
         self.join()
-        deadline, pause_s = time.monotonic() + self._patience.save_timeout_s + 60, 0.001
+        deadline, pause_s = time.monotonic() + pending.job.timeout_s + 60, 0.001
         while (result := self.poll()) is None:
             if time.monotonic() > deadline:
                 raise SaveFailedError(f"{pending.name}: the first rank has not reported the outcome")
@@ -174,6 +179,8 @@ class AsyncCheckpointer:
             if pending.job.rank == 0:
                 self._failed = FailedSave.of(pending.job)
             raise SaveFailedError(f"{pending.name} was not saved: {result.error}")
+        if result.total_s:
+            self._rates.append(pending.job.arenas.size_bytes / result.total_s)
         return result
 
     @property
@@ -241,8 +248,9 @@ class AsyncCheckpointer:
         *,
         provenance: Provenance | None = None,
         config_toml: str = "",
+        before_write: Callable[[], str] = str,
         before_commit: Callable[[], None] = lambda: None,
-        after_commit: Callable[[], list[str]] = list,
+        after_commit: Callable[[], None] = lambda: None,
     ) -> None:
         """Begin to save. Call ``wait_for_staging`` before the next change of a tensor.
 
@@ -252,17 +260,20 @@ class AsyncCheckpointer:
         Durable: not on return; see ``poll`` and ``wait``.
 
         ``state_dict`` may be a function that returns the payload; its error on one rank is raised on all.
-        ``before_commit`` (raises to forbid the commit) and ``after_commit`` (returns warnings) run on the
-        first rank's background thread. Raises TypeError, ValueError and SaveFailedError on all ranks, before
-        anything is staged. A later failure on one rank fails the save on all ranks.
+        ``before_write`` (returns why the save is left out, or nothing), ``before_commit`` (raises to forbid
+        the commit) and ``after_commit`` (called when all ranks can know the outcome; may not raise) run on
+        the first rank's background thread. Raises TypeError, ValueError and SaveFailedError on all ranks,
+        before anything is staged. A later failure on one rank, such as that the folder exists, fails the save
+        on all ranks.
         """
         self.wait()
+        started = time.perf_counter()
         control = self._join(process_group)
         provenance = provenance or Provenance()
         final = layout.local_path(checkpoint_id)
         temporary = final.with_name(layout.temporary_name(final.name, provenance.attempt))
         self.last_result = None
-        payload = self._plan_save(control, state_dict, final, temporary)
+        payload = self._plan_save(control, state_dict)
         arenas = self._plan.arenas
         assert arenas is not None
         objects = self._plan.objects(payload)
@@ -278,11 +289,16 @@ class AsyncCheckpointer:
             arenas=arenas,
             expected=self._plan.expected,
             contributed={name: objects[name] for name in self._plan.contributed},
+            before_write=before_write,
             before_commit=before_commit,
             after_commit=after_commit,
             patience=self._patience,
             device=self._plan.device,
+            timeout_s=self._timeout_s(),
+            failed_before=self._failed,
+            started=started,
         )
+        self._failed = None
         self._writer.hurry(self.blocks)
         try:
             self._pending = _Pending(job.number, final.name, job)
@@ -293,36 +309,27 @@ class AsyncCheckpointer:
             job.staging.fail(error)
             raise
 
-    def _plan_save(
-        self, control: ControlGroup, state_dict: StateDict, final: Path, temporary: Path
-    ) -> Payload:
-        """Plan the save and make its hidden folder; return what this rank saves.
+    def _plan_save(self, control: ControlGroup, state_dict: StateDict) -> Payload:
+        """Plan the save and return what this rank saves.
 
         Collective: all ranks. An error of one rank is raised on all.
         """
         payload = Payload({})
         error: Exception | None = None
         try:
-            self._settle_failed()
             payload = _payload(state_dict)
             self._plan.look_at(payload)
-            if control.rank == 0:
-                make_temporary(final, temporary)
         except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
             error = found
-        try:
-            self._agree(control, error, payload.same_on_all_ranks)
-        except BaseException:
-            if control.rank == 0 and not isinstance(error, SaveFailedError):
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        self._agree(control, error, payload.same_on_all_ranks)
         return payload
 
-    def _settle_failed(self) -> None:
-        """Wait until no rank writes for a failed save any more, and remove its folder. First rank only."""
-        if self._failed is not None:
-            self._failed.settle(self._board, timeout_s=self._patience.save_timeout_s)
-            self._failed = None
+    def _timeout_s(self) -> float:
+        """After how many seconds the save that begins is given up."""
+        if self._patience.save_timeout_s is not None:
+            return self._patience.save_timeout_s
+        assert self._plan.arenas is not None
+        return background.automatic_timeout_s(self._plan.arenas.size_bytes, self._rates)
 
     def wait_for_staging(self) -> None:
         """Call before ``optimizer.step()``; returns when the tensors of the pending save may be modified.

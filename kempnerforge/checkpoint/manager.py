@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
 
-from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, timeline
+from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.keep import KeepPolicy
+from kempnerforge.checkpoint.background import Patience
+from kempnerforge.checkpoint.housekeeping import Housekeeping
 from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.manifest import Provenance
 from kempnerforge.checkpoint.own_run import OwnRun
@@ -24,21 +22,14 @@ from kempnerforge.checkpoint.pace import Pacer
 from kempnerforge.checkpoint.policy import SavePolicy
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.report import Payload, RunContext, SaveReport
+from kempnerforge.checkpoint.request_files import RequestFile, RequestFiles
 from kempnerforge.checkpoint.restore import Restorer
-from kempnerforge.checkpoint.retention import Retention
-from kempnerforge.checkpoint.room import RoomKeeper
-from kempnerforge.checkpoint.save_events import MAX_EVENTS, SaveEvent, deleted
+from kempnerforge.checkpoint.save_events import SaveEvent
 from kempnerforge.checkpoint.saver import Saver, Snapshot
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.distributed.control import ControlGroup, as_agreed
-from kempnerforge.errors import (
-    ConfigError,
-    HostMemoryError,
-    KempnerForgeError,
-    LeaseLostError,
-    MismatchError,
-)
+from kempnerforge.errors import ConfigError, HostMemoryError, LeaseLostError, MismatchError
 
 REQUEST = "checkpoint.request"
 """A file of this name in the run's folder asks for a save; it is removed when the save begins."""
@@ -49,7 +40,7 @@ class CheckpointManager:
 
     They are in ``config.dir``, by default ``run_dir/checkpoints``; receipts are written to ``run_dir``.
     ``control_group`` is a gloo group that nothing else uses; None is for one process. ``lease``, on the first
-    rank, proves before every commit that no other process writes the run.
+    rank, proves before every commit that no other process writes the run; ``requests`` looks for files there.
 
     Without ``context`` and ``lease`` the manager keeps the record of the run itself (lease, ``run.json``,
     ledger), from the first collective call on, and its first rank logs to ``kempnerforge.checkpoint.manager``
@@ -70,6 +61,7 @@ class CheckpointManager:
         control_group: dist.ProcessGroup | None = None,
         context: RunContext | None = None,
         lease: Lease | None = None,
+        requests: RequestFiles | None = None,
     ) -> None:
         _check_arguments(config, state)
         self.config = config
@@ -82,26 +74,30 @@ class CheckpointManager:
         self._has_resumed = False
         self.context = context or RunContext()
         self._control = ControlGroup(control_group)
+        timeout_s = None if config.save_timeout_s == "auto" else config.save_timeout_s
         self._checkpointer = AsyncCheckpointer(
-            config.async_mode, max_host_memory_gb=config.max_host_memory_gb
+            config.async_mode,
+            patience=Patience(save_timeout_s=timeout_s),
+            max_host_memory_gb=config.max_host_memory_gb,
         )
         self._lease = lease
-        self._retention = Retention(self.folder, KeepPolicy.from_config(config))
-        self._room = RoomKeeper(self.folder, config)
+        self._housekeeping = Housekeeping(
+            self.folder, config, run_dir=self.run_dir, run_id=lambda: self.context.run_id
+        )
+        """Used on the first rank only."""
         self._policy = SavePolicy.from_config(config)
-        self._ours: set[int] = set()
-        """On the first rank: steps that existed at the resume or that this attempt committed."""
         self._metrics: dict[str, float] = {}
         self._metrics_step = -1
-        self._request_seen_at = 0.0
+        self._requests = requests
+        self._request: RequestFile | None = None
         self._saver = Saver(
             self._checkpointer, self.folder, self._control, max_failed_saves=config.max_failed_saves
         )
-        self._deletions: deque[SaveEvent] = deque(maxlen=MAX_EVENTS)
+        self._warnings: list[str] = []
         self._own: OwnRun | None = None
         if context is None and lease is None:
             self._own = OwnRun(
-                self.run_dir, config, self._control, began_at=state.step, join=self._checkpointer.join
+                self.run_dir, config, self._control, began_at=state.step, join=self.end_housekeeping
             )
             self._saver.on_outcome = self._record
         self._pacer = Pacer(config, self._saver.clock, rank=self._control.rank, ranks=self._control.num_ranks)
@@ -147,13 +143,13 @@ class CheckpointManager:
         )
         result = restorer.restore(state)
         self._has_resumed = True
-        self._ours.update(layout.list_folder(self.folder).steps if self._control.rank == 0 else ())
+        self._control.on_rank0(lambda: self._housekeeping.trust(layout.list_folder(self.folder).steps))
         if result.source == "resume":
             self._saver.committed_step = result.step
-            # The last attempt may have been killed before it did this.
-            self._control.on_rank0(lambda: self._link_and_prune(result.step))
         if self._policy.plans_saves or self.config.save_last:
             result.space_warning = self._prepare_saves(state)
+        if result.source == "resume" and self._control.rank == 0:
+            self._housekeeping.committed(result.step)  # the last attempt may have been killed before this
         self._pacer.remember(self.run_dir, resumed_at=state.step)
         self._saver.clock.restart(state.step)
         if self._own is not None:
@@ -173,7 +169,9 @@ class CheckpointManager:
         except HostMemoryError as error:  # before training it is the config's
             raise ConfigError([error.fault]) from None
         return self._control.on_rank0(
-            lambda: self._room.before_training(self._checkpointer.save_bytes, self._checkpointer.num_files)
+            lambda: self._housekeeping.room.before_training(
+                self._checkpointer.save_bytes, self._checkpointer.num_files
+            )
         )
 
     # -- save --------------------------------------------------------------------------------------------
@@ -185,7 +183,7 @@ class CheckpointManager:
         file ``checkpoint.request`` in the run's folder. Only the first rank's clock counts.
         """
         first = self._control.rank == 0
-        wish = requested or (first and self._request_file_is_there())
+        wish = requested or (first and self._request_file().is_there)
         since_ms = int(1000 * self._saver.clock.since_save_s) if first else 0
         lost = self._lease is not None and bool(self._lease.lost)
         return int(wish), since_ms, self._saver.settled(), int(lost), *self._pacer.votes()
@@ -215,24 +213,30 @@ class CheckpointManager:
         reason = self._saver.choose(due, step)
         if self._own is not None:
             self._own.record(self.events())
+            self._take_warnings()
         return reason
 
-    def _request_file_is_there(self) -> bool:
-        """Check at most once per second: each check is a round trip on a shared file system."""
-        now = time.monotonic()
-        if now - self._request_seen_at < 1.0:
-            return False
-        self._request_seen_at = now
-        return (self.run_dir / REQUEST).exists()
+    def _request_file(self) -> RequestFile:
+        """The file ``checkpoint.request``, which a thread looks for. First rank only."""
+        if self._request is None:
+            self._requests = self._requests or RequestFiles(self.run_dir)
+            self._request = self._requests.watch(REQUEST)
+        return self._request
 
     def record_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Store metrics of ``step``; a save of this step puts them into its manifest."""
+        """Store metrics of ``step``; a save of this step puts them into its manifest.
+
+        Metrics of a step whose save has begun are recorded beside it, in ``metrics.jsonl`` of the checkpoint
+        folder: retention knows both.
+        """
         if step != self._metrics_step:
             self._metrics, self._metrics_step = {}, step
         self._metrics.update(metrics)
+        if self._control.rank == 0 and step == self._saver.newest_step:
+            self._housekeeping.measured(step, metrics)
 
     def save(self, state: TrainState, *, wait: bool = False, reason: str = "asked") -> SaveReport:
-        """Write ``state`` as ``step_{step:08d}``, commit it, point ``latest`` to it, delete older steps.
+        """Write ``state`` as ``step_{step:08d}`` and commit it.
 
         Collective: all ranks, in the same order, on the control group.
         Blocks: as ``async_mode`` says; with ``wait``, for an earlier save and until this one commits.
@@ -241,22 +245,21 @@ class CheckpointManager:
 
         A failed save leaves nothing behind and is reported; SaveFailedError is raised on all ranks after
         ``max_failed_saves`` in a row, or at once with ``wait``. A step that is committed already is not
-        written again.
+        written again. After the commit ``latest`` is pointed to the step and older steps are deleted, in the
+        background: only ``finish`` waits for that.
         """
         self._begin_record()
         if not self._has_resumed:
             self._control.on_rank0(lambda: self._require_no_steps(state.step))
             self._has_resumed = True
         if reason == "asked" and self._control.rank == 0:
-            # If the file stays, one more save is made. An error on this rank alone would end the run.
-            with contextlib.suppress(OSError):
-                (self.run_dir / REQUEST).unlink(missing_ok=True)
+            self._request_file().take()
         if reason == "asked" and self._own is not None and state.step == self._saver.committed_step:
             self._own.warn(f"step {state.step} is committed already, and is not written again")
-        skipped = self._control.on_rank0(lambda: self._no_room_for(state.step))
-        if skipped and not wait:
+        skipped = "" if wait else self._control.on_rank0(lambda: self._housekeeping.no_room(state.step))
+        if skipped:
             return self._saver.skip(state.step, reason, skipped)
-        return self._saver.save(self._snapshot(state, reason), reason=reason, wait=wait)
+        return self._saver.save(self._snapshot(state, reason, wait), reason=reason, wait=wait)
 
     def _require_no_steps(self, step: int) -> None:
         """Raise MismatchError when a program that did not resume would save beside steps of another one."""
@@ -278,24 +281,14 @@ class CheckpointManager:
             self.save(state, reason=reason)
         return self.poll()
 
-    def _no_room_for(self, step: int) -> str:
-        """Return why a save of ``step`` does not fit; empty if it does, or if that is unknown."""
-        try:
-            if step not in self._ours and (self.folder / layout.step_name(step)).exists():
-                self._set_aside_late()
-            room = self._room.make()
-            self._deletions.append(self._deleted(room.pruned, None))
-        except (OSError, KempnerForgeError):
-            return ""  # the save itself fails with this error and reports it
-        return "" if room.fits else room.warning(step)
-
     def _capture(self, state: TrainState) -> Payload:
         overlapping = self._checkpointer.mode is AsyncCheckpointMode.async_pinned
         return state.capture(
             rank=self._control.rank, num_ranks=self._control.num_ranks, overlapping=overlapping
         )
 
-    def _snapshot(self, state: TrainState, reason: str) -> Snapshot:
+    def _snapshot(self, state: TrainState, reason: str, wait: bool) -> Snapshot:
+        step, chores = state.step, self._housekeeping
         return Snapshot(
             step=state.step,
             capture=lambda: self._capture(state),
@@ -310,8 +303,9 @@ class CheckpointManager:
                 metrics=self._metrics if self._metrics_step == state.step else {},
             ),
             config_toml=self.context.config_toml,
+            before_write=lambda: chores.before_write(step, must_save=wait),
             before_commit=self._check_lease,
-            after_commit=lambda step=state.step: self._after_commit(step),
+            after_commit=lambda: chores.committed(step, more_saves=not wait),
         )
 
     def _check_lease(self) -> None:
@@ -332,47 +326,21 @@ class CheckpointManager:
         """Why the lease cannot be renewed at present; empty if it can, and on other ranks."""
         return self._lease.failing if self._lease is not None else ""
 
-    def _set_aside_late(self) -> list[str]:
-        """Set aside steps that an older attempt committed after this one took over."""
-        cuts = timeline.cuts(self.run_dir)
-        late = timeline.set_aside_late(self.folder, cuts, run_id=self.context.run_id, trusted=self._ours)
-        return [f"a step that an older attempt committed late was set aside as {path.name}" for path in late]
-
-    def _after_commit(self, step: int) -> list[str]:
-        """Link and retention, whose failure must not fail a committed save. First rank only."""
-        warnings: list[str] = []
-        self._ours.add(step)
-        try:
-            warnings += self._set_aside_late()
-            self._room.refresh()
-        except (OSError, KempnerForgeError) as error:
-            warnings.append(f"the folder of checkpoints could not be looked through: {error}")
-        return warnings + self._link_and_prune(step)
-
-    def _link_and_prune(self, step: int) -> list[str]:
-        warnings: list[str] = []
-        try:
-            fsio.point_symlink(self.folder / layout.LATEST, layout.step_name(step))
-        except OSError as error:
-            warnings.append(f"{self.folder / layout.LATEST} could not be pointed at step {step}: {error}")
-        try:
-            pruned = self._retention.apply()
-            self._deletions.append(self._deleted(pruned.deleted, step))
-            warnings += pruned.warnings
-        except OSError as error:
-            warnings.append(f"older checkpoints could not be deleted: {error}")
-        return warnings
-
-    def _deleted(self, steps: Sequence[int], after_commit: int | None) -> SaveEvent:
-        rules = [rule.describe() for rule in self._retention.policy.rules]
-        return deleted(steps, rules, after_commit=after_commit)
-
     def events(self) -> list[SaveEvent]:
         """Events for the ledger since the last call: saves put off and, on the first rank, deletions."""
-        found = self._saver.events()
-        while self._deletions:
-            found.append(self._deletions.popleft())
-        return [event for event in found if event.kind != "deleted" or event.values["steps"]]
+        return self._saver.events() + self._housekeeping.events()
+
+    def warnings(self) -> list[str]:
+        """What went wrong after commits since the last call, on the first rank: the link, the retention."""
+        self._take_warnings()
+        found, self._warnings = self._warnings, []
+        return found
+
+    def _take_warnings(self) -> None:
+        for text in self._housekeeping.warnings():
+            self._warnings.append(text)
+            if self._own is not None:
+                self._own.warn(text)
 
     def _record(self, report: SaveReport) -> None:
         """Log and record the outcome of a save."""
@@ -408,8 +376,14 @@ class CheckpointManager:
         self._saver.wait_for_staging()
 
     def poll(self) -> list[SaveReport]:
-        """Outcomes that all ranks have learned since the last call. Never blocks."""
+        """Outcomes that all ranks have learned since the last call. Never blocks.
+
+        What went wrong after commits is in ``warnings`` of the next report, or comes from ``warnings()``.
+        """
         reports = self._pacer.paced(self._saver.reports())
+        self._take_warnings()
+        if reports and self._warnings:
+            reports[-1] = replace(reports[-1], warnings=(*reports[-1].warnings, *self.warnings()))
         if self._own is not None:
             self._own.paced(self._pacer.news())
         return reports
@@ -425,15 +399,18 @@ class CheckpointManager:
         """Exclude seconds of other work between steps, such as validation, from the cost of saves."""
         self._saver.clock.meter.left_out(seconds)
 
-    def finish(self, state: TrainState) -> None:
+    def finish(self, state: TrainState, *, give_up: Callable[[], bool] = lambda: False) -> None:
         """Wait for a pending save; with ``save_last``, commit the last step unless it is committed.
 
-        Collective: all ranks, on the control group. Blocks: until the commit. Durable: on return.
+        Collective: all ranks, on the control group. Blocks: until the commit; the first rank, also until
+        older steps are deleted, for 60 s at most or until ``give_up`` returns True. Durable: on return.
         Raises SaveFailedError on all ranks.
         """
         self._saver.settle(state.step)
         if self.config.save_last and state.step > 0:
             self.save(state, wait=True, reason="last")
+        self._housekeeping.finish(give_up=give_up)
+        self._take_warnings()
         if self._own is not None:
             if state.step == 0:
                 self._own.warn("nothing was saved: the step is 0. Call state.advance() after every step")
@@ -443,6 +420,12 @@ class CheckpointManager:
         """Wait for a pending save, without raising. Not collective; may be called after an error."""
         self._saver.wait()
 
+    def end_housekeeping(self) -> None:
+        """Leave what follows commits to the next start, but for what ends at once. Not collective."""
+        self._saver.wait()
+        self._housekeeping.close()
+        self._take_warnings()
+
     def close(self) -> None:
         """Finish a pending save without raising, end the writer, release the lease. Not collective."""
         self._record_pending()
@@ -450,8 +433,12 @@ class CheckpointManager:
 
     def _close(self, error: BaseException | None) -> None:
         """``error``: what ended the loop."""
+        self.end_housekeeping()
         self._saver.close()
+        if self._requests is not None:
+            self._requests.close()
         if self._own is not None:
+            self._own.record(self.events())
             self._own.end(error)
         if self._lease is not None:
             self._lease.release()

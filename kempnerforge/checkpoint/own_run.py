@@ -166,6 +166,7 @@ class OwnRun:
             weakref.finalize(self, self._attempt.drop).atexit = False
             ledger.open(self._run_dir, record.attempt)
             ledger.write("start", process_started=started, **start_facts(hosts, ranks), loop=OWN_LOOP)
+            ledger.flush()
             ledger.lap("folder")
             log.info("run %s, attempt %d, in %s", record.run_id, record.attempt, self._run_dir)
         self._boundary = time.perf_counter()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, layout, pins
+from kempnerforge.checkpoint import holds, late_metrics, layout, pins
 from kempnerforge.checkpoint.counters import load_resumable
 from kempnerforge.checkpoint.keep import KeepPolicy, StepFacts, Verdict, decide
 from kempnerforge.checkpoint.manifest import Manifest
@@ -47,6 +47,7 @@ class Retention:
         every step that is looked at anew and found sound.
         """
         pinned, read = pins.read(self.folder), holds.readers(self.folder)
+        late = late_metrics.read(self.folder)
         found: list[StepFacts] = []
         any_sound = False
         for step in layout.list_folder(self.folder).steps if steps is None else steps:
@@ -57,6 +58,8 @@ class Retention:
                 facts = StepFacts(step, problem=str(error))
             if facts.problem and not (self.folder / layout.step_name(step)).exists():
                 continue
+            if facts.origin is not None and (more := late.get((step, *facts.origin))):
+                facts = replace(facts, metrics={**facts.metrics, **more})
             is_pinned = step in pinned and pinned[step].is_of(facts.origin)
             if is_pinned or step in read:
                 pin = pinned[step].describe() if is_pinned else ""
@@ -68,8 +71,8 @@ class Retention:
         """What ``apply`` would do now, newest step first. Changes nothing. Raises OSError."""
         return decide(self.survey(), self.policy)
 
-    def apply(self) -> Pruned:
-        """Delete what nothing keeps, oldest first.
+    def apply(self, *, stop: Callable[[], bool] = lambda: False) -> Pruned:
+        """Delete what nothing keeps, oldest first; begin with no further step once ``stop`` returns True.
 
         Safe beside other processes that save, read, pin or prune in the folder. What cannot be deleted is a
         warning: the next call tries again. Raises OSError when the folder cannot be listed.
@@ -85,6 +88,8 @@ class Retention:
         facts = self.survey()
         sound = [one.step for one in facts if not one.problem]
         for verdict in reversed(decide(facts, self.policy)):
+            if stop():
+                break
             if verdict.keep or not self._is_committed(max(sound)):
                 continue
             if self._invalidate(verdict.step, warnings):

@@ -1,7 +1,8 @@
-"""Room for the next save of one run: looked for before training and before every save. First rank only."""
+"""Room for the next save of one run: looked for before training, after and before saves. First rank only."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from kempnerforge.checkpoint import layout, manifest, space
@@ -48,9 +49,13 @@ class RoomKeeper:
         if self._quotas.known:
             self._quotas = read_quotas(self._folder)
 
-    def make(self) -> Room:
-        """Make room for one save, as far as retention allows. Raises OSError."""
-        return space.make_room(self._look, lambda: self._retention.apply().deleted)
+    def fits(self) -> bool:
+        """Look whether a save fits as things are. Raises OSError."""
+        return self._look().fits
+
+    def make(self, *, stop: Callable[[], bool] = lambda: False) -> Room:
+        """Make room for one save, as far as retention allows, until ``stop``. Raises OSError."""
+        return space.make_room(self._look, lambda: self._retention.apply(stop=stop).deleted)
 
     def _look(self) -> Verdict:
         verdict = self._check()

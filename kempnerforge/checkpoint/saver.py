@@ -28,10 +28,13 @@ class Snapshot:
     """Returns what this rank writes; its error on one rank is raised on all."""
     provenance: Provenance
     config_toml: str
+    before_write: Callable[[], str]
+    """Runs on the first rank's background thread before anything is written; returns why to leave the save
+    out, or nothing."""
     before_commit: Callable[[], None]
     """Runs on the first rank's background thread before the rename; raises to forbid it."""
-    after_commit: Callable[[], list[str]]
-    """Runs on the first rank's background thread after the commit; returns warnings."""
+    after_commit: Callable[[], None]
+    """Runs on the first rank's background thread when all ranks can know of the commit; does not block."""
 
 
 @dataclass
@@ -70,6 +73,11 @@ class Saver:
         self.clock = StepClock()
         self.committed_step: int | None = None
         """The newest step that this attempt knows to be committed."""
+
+    @property
+    def newest_step(self) -> int | None:
+        """The newest step that is committed or being saved, as this attempt knows."""
+        return self._pending.step if self._pending is not None else self.committed_step
 
     def settled(self) -> int:
         """Number of the newest save whose outcome this rank knows; the first rank knows first."""
@@ -132,6 +140,7 @@ class Saver:
                 self._control.group,
                 provenance=snapshot.provenance,
                 config_toml=snapshot.config_toml,
+                before_write=snapshot.before_write,
                 before_commit=snapshot.before_commit,
                 after_commit=snapshot.after_commit,
             )
@@ -154,7 +163,7 @@ class Saver:
         self.clock.meter.stood_still(pending.blocking_s - counted_s)
 
     def skip(self, step: int, reason: str, why: str) -> SaveReport:
-        """Leave a save out, and report that."""
+        """Leave a save out before it begins, and report that."""
         self._end_putting_off(None)
         self.clock.skipped()
         report = SaveReport(step, reason, blocking_s=0.0, skipped=why)
@@ -189,6 +198,7 @@ class Saver:
             total_s=result.total_s,
             size_bytes=result.size_bytes,
             tax_is_lower_bound=True,
+            skipped=result.skipped,
             error=result.error,
             warnings=tuple(result.warnings),
         )
@@ -249,10 +259,14 @@ class Saver:
             tax_s=tax.tax_s,
             tax_is_lower_bound=tax.is_lower_bound,
             overhead_pct=self.clock.overhead_pct,
+            skipped=result.skipped,
             error=result.error,
             warnings=tuple(result.warnings),
         )
         self._add(report)
+        if result.skipped:
+            self.clock.save_was_skipped()
+            return report
         if not result.error:
             self._failed_in_a_row = 0
             self.committed_step = pending.step

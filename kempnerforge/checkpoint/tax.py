@@ -173,7 +173,7 @@ class StepClock:
         """The loop begins now, behind ``step``."""
         self.meter = TaxMeter()
         self._step = step
-        self._started = self._boundary = self._saved = time.perf_counter()
+        self._started = self._boundary = self._saved = self._saved_before = time.perf_counter()
         self._skipped: float | None = None
 
     def boundary(self, step: int) -> None:
@@ -184,12 +184,17 @@ class StepClock:
 
     def save_begins(self) -> None:
         """Now."""
-        self._saved = time.perf_counter()
+        self._saved_before, self._saved = self._saved, time.perf_counter()
         self.meter.save_begins()
 
     def skipped(self) -> None:
         """A save was left out."""
         self._skipped = time.perf_counter()
+
+    def save_was_skipped(self) -> None:
+        """The save that began was left out after all: the one before is still the last."""
+        self._saved = self._saved_before
+        self.skipped()
 
     @property
     def elapsed_s(self) -> float:

@@ -58,13 +58,20 @@ class Writer:
         return self._process.pid if self._process is not None else None
 
     def write(
-        self, arena_fd: int, path: Path, size_bytes: int, *, staged: Callable[[], int] | None = None
+        self,
+        arena_fd: int,
+        path: Path,
+        size_bytes: int,
+        *,
+        staged: Callable[[], int] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> Written:
         """Write the arena's first ``size_bytes`` as ``path``. Blocks until it is durable.
 
-        ``staged`` tells how many of them are there as they will stay: the writer follows; None is all. What
-        it raises, SaveFailedError, ends the write. Raises WriterFailedError; the writer is replaced by a new
-        one for the next call if it was at fault.
+        ``staged`` tells how many of them are there as they will stay: the writer follows; None is all.
+        ``check`` is called now and then. What either raises, SaveFailedError, ends the write: the writer
+        process is killed, so that the arena is free again. Raises WriterFailedError; the writer is replaced
+        by a new one for the next call if it was at fault.
         """
         connection, pulse = self._start()
         staged = staged or (lambda: size_bytes)
@@ -74,9 +81,9 @@ class Writer:
         request = json.dumps({"path": str(path), "size_bytes": size_bytes}).encode()
         try:
             socket.send_fds(connection, [request], [arena_fd])
-            answer = json.loads(self._receive(connection, pulse, size_bytes, staged))
+            answer = json.loads(self._receive(connection, pulse, size_bytes, staged, check))
         except SaveFailedError:
-            self._kill()  # it waits for bytes that will not come
+            self._kill()  # it waits for bytes that will not come, or writes what nobody will commit
             raise
         except (OSError, ValueError) as error:
             status = self._kill()
@@ -88,7 +95,12 @@ class Writer:
         return Written(FileRecord(answer["size_bytes"], tuple(answer["xxh3_128"])), answer["write_s"])
 
     def _receive(
-        self, connection: socket.socket, pulse: Pulse, size_bytes: int, staged: Callable[[], int]
+        self,
+        connection: socket.socket,
+        pulse: Pulse,
+        size_bytes: int,
+        staged: Callable[[], int],
+        check: Callable[[], None],
     ) -> bytes:
         received = b""
         seen, moved_at = pulse.beats, time.monotonic()
@@ -99,6 +111,7 @@ class Writer:
             try:
                 data = connection.recv(1 << 20)
             except TimeoutError:
+                check()
                 if pulse.beats != seen:
                     seen, moved_at = pulse.beats, time.monotonic()
                 elif time.monotonic() - moved_at > self._stall_timeout_s:

@@ -106,6 +106,10 @@ class CheckpointConfig(Section):
     """Parts that a warm start leaves out of load_path: model, optimizer, scheduler, data, rng. "extra.NAME",
     one of the objects that a loop of your own hands over as extra=, is left out of resumes too."""
 
+    save_timeout_s: Positive | Literal["auto"] = "auto"
+    """Seconds after which a save that is still being written is given up, on all ranks; training goes on.
+    "auto": 10 times what it should take by the rate of earlier saves, at least 600."""
+
     max_failed_saves: AtLeastOne = 3
     """Failed saves in a row after which the run stops."""
 

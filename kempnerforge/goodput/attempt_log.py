@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,9 @@ from kempnerforge.errors import (
 from kempnerforge.goodput import breaker
 from kempnerforge.goodput.faults import is_peer_loss
 from kempnerforge.goodput.ledger import Ledger
+from kempnerforge.write_behind import WriteBehind
 
+END_WAIT_S = 5.0
 _SPACING = 0.02
 _MIN_SPACING_S, _MAX_SPACING_S = 0.05, 10.0
 
@@ -24,8 +27,9 @@ _MIN_SPACING_S, _MAX_SPACING_S = 0.05, 10.0
 class AttemptLog:
     """Measures the set-up and the loop of one attempt, and writes both to the ledger.
 
-    Nothing is written before ``open``, which only the first rank calls. A ledger that cannot be written does
-    not end the run: ``warn`` is called, once.
+    Nothing is written before ``open``, which only the first rank calls. Events of the loop are written on a
+    thread (``write_behind``), so that training does not wait for a slow file system. A ledger that cannot be
+    written does not end the run: ``warn`` is called, once.
 
     Args:
         started: when the attempt began, in seconds since the epoch.
@@ -43,6 +47,7 @@ class AttemptLog:
         self._loop_began = self._told = 0.0
         self._warn = warn
         self._has_warned = False
+        self._queue = WriteBehind("ledger", failed=self._failed)
 
     def lap(self, part: str) -> None:
         """Add the time since the last call to ``part`` of the set-up."""
@@ -67,6 +72,7 @@ class AttemptLog:
         self.write(
             "resume", step=step, source=source, lost_steps=lost_steps, load_s=load_s, setup_s=self._setup_s
         )
+        self.flush()
 
     def stepped(self, step: int, skipped: int) -> None:
         """Write what is due after a step. Progress may lag by 2% of the attempt, at most by 10 s."""
@@ -86,17 +92,30 @@ class AttemptLog:
         self._spent_s[part] = self._spent_s.get(part, 0.0) + seconds
 
     def end(self, *, kind: str, status: int, reason: str, step: int | None) -> None:
-        """Write how the attempt ended, durably. ``kind`` is one of ``history.KINDS``."""
+        """Write how the attempt ended, durably. ``kind`` is one of ``history.KINDS``.
+
+        Blocks for ``END_WAIT_S`` at most: what is not written then is lost, which is a warning.
+        """
         self.write("end", kind=kind, status=status, reason=reason, step=step, spent_s=self._spent_s)
+        if left := self._queue.flush(END_WAIT_S):
+            text = f"{left} events, with the end, were not written within {END_WAIT_S:g} s"
+            self.warn(OSError(errno.ETIMEDOUT, text))
 
     def write(self, event: str, **values: Any) -> None:
-        """Append an event to the ledger, if it is open."""
-        if self._ledger is None:
+        """Append an event to the ledger soon, if it is open."""
+        ledger = self._ledger
+        if ledger is None:
             return
-        try:
-            self._ledger.write(event, **values)
-        except OSError as error:
-            self.warn(error)
+        line = ledger.encode(event, **values)
+        if not self._queue.submit(lambda: ledger.append(event, line)):
+            self.warn(OSError(errno.ETIMEDOUT, "too many events wait for a slow file system"))
+
+    def flush(self) -> None:
+        """Wait until all events are written. Not in the loop."""
+        self._queue.flush(None)
+
+    def _failed(self, error: Exception) -> None:
+        self.warn(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
 
     def warn(self, error: OSError) -> None:
         """Report that the record is incomplete, once."""

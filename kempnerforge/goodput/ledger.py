@@ -1,9 +1,8 @@
 """``ledger.jsonl``: what happened to a run, one JSON object a line, only ever appended to. Rank 0 writes.
 
 Events are described in ``docs/run-folder.md``. A line goes out in one write, so a kill tears at most the last
-one; the next writer ends it. ``start``, ``resume``, ``healthy`` and ``end`` are durable on return;
-``progress`` and ``commit`` survive the death of the process, not that of the node, and
-can be missed without harm.
+one; the next writer ends it. ``start``, ``resume``, ``healthy`` and ``end`` are synced to disk; ``progress``
+and ``commit`` survive the death of the process, not that of the node, and can be missed without harm.
 """
 
 from __future__ import annotations
@@ -35,7 +34,14 @@ class Ledger:
 
     def write(self, event: str, **values: Any) -> None:
         """Append one event. Raises OSError."""
-        line = json.dumps({"event": event, "attempt": self.attempt, "time": time.time(), **values})
+        self.append(event, self.encode(event, **values))
+
+    def encode(self, event: str, **values: Any) -> str:
+        """Return the line of an event that happens now."""
+        return json.dumps({"event": event, "attempt": self.attempt, "time": time.time(), **values})
+
+    def append(self, event: str, line: str) -> None:
+        """Append the line of an event. Raises OSError."""
         if event in DURABLE:
             fsio.append_line(self.path, line)
             return

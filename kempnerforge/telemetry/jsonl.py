@@ -6,9 +6,10 @@ finite: such floats are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"`
 JSON mapping, and of wandb), and ``read_rows`` turns them into floats again. So a step that was skipped for
 its loss shows what the loss was; a missing key means that a value was not measured.
 
-A whole line goes out in one ``write`` on an ``O_APPEND`` descriptor, so a kill leaves at most one torn line,
-the last. The next writer ends that line before its own first row. No prefix of a JSON object is a JSON
-object: a torn line cannot be taken for a row.
+Rows are written on a thread (``write_behind``): training does not wait for a slow file system. On a fast one
+a row is written when ``write`` returns. A whole line goes out in one ``write`` on an ``O_APPEND`` descriptor,
+so a kill leaves at most one torn line, the last. The next writer ends that line before its own first row. No
+prefix of a JSON object is a JSON object: a torn line cannot be taken for a row.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from typing import Any, NamedTuple
 
 from kempnerforge import fsio
 from kempnerforge.telemetry.sinks import Row
+from kempnerforge.write_behind import WriteBehind
+
+CLOSE_WAIT_S = 5.0
+"""The end of a run waits so long for rows that are not written yet."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -46,10 +51,19 @@ class JsonlSink:
         self._lost_rows = 0
         self._fd = fsio.open_file(path, os.O_RDWR | os.O_APPEND)
         self._torn = _ends_torn(self._fd)
+        self._queue = WriteBehind("metrics", failed=lambda error: self._lose_row(str(error)))
 
     def write(self, row: Row) -> None:
-        """Append one row. Raises TypeError or ValueError for a value that JSON cannot hold."""
+        """Append one row, soon. Raises TypeError or ValueError for a value that JSON cannot hold."""
         line = _encode(row, self._attempt)
+        if not self._queue.submit(lambda: self._append(line)):
+            self._lose_row("too many rows wait for a slow file system")
+
+    def flush(self, timeout_s: float) -> int:
+        """Wait until all rows are written, for ``timeout_s`` at most. Returns how many are not."""
+        return self._queue.flush(timeout_s)
+
+    def _append(self, line: bytes) -> None:
         # A leading newline ends a line that was cut short, by a kill or by a full disk.
         data = b"\n" + line if self._torn else line
         try:
@@ -65,8 +79,13 @@ class JsonlSink:
             self._lost_rows = 0
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
+        """Write what waits, for ``CLOSE_WAIT_S`` at most, and close the file."""
+        if left := self.flush(CLOSE_WAIT_S):
+            self._warn(
+                f"{self._path}: {left} rows are lost: not written within {CLOSE_WAIT_S:g} s of the end"
+            )
+        else:
+            os.close(self._fd)
 
     def _lose_row(self, why: str) -> None:
         self._lost_rows += 1
@@ -87,16 +106,19 @@ class RowsRead(NamedTuple):
         return max((row["step"] + 1 for row in self.rows if row["attempt"] >= first_attempt), default=0)
 
 
-def read_rows(path: Path) -> RowsRead:
+def read_rows(path: Path, *, having: str = "") -> RowsRead:
     """Read all rows of a ``metrics.jsonl``, skipping and counting torn lines.
+
+    ``having``: read only rows with this metric, which is much faster where few have it.
 
     Raises:
         OSError: the file cannot be read.
     """
     rows: list[dict[str, Any]] = []
     torn = 0
+    wanted = f'"{having}"'.encode() if having else b""
     for line in path.read_bytes().split(b"\n"):
-        if not line:
+        if not line or wanted not in line:
             continue
         try:
             row = json.loads(line)

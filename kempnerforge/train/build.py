@@ -140,6 +140,7 @@ def _assemble(
         control_group=world.control.group,
         context=_context(job, world, geometry, record),
         lease=lease,
+        requests=stopping.requests,
     )
     reports.note(
         f"run {job.run.name}, attempt {record.attempt}: {job.model.num_parameters / 1e6:.1f}M parameters on "

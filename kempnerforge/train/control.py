@@ -43,8 +43,17 @@ class Control:
             return Agreed(save=f"stop: {reason}", stop=reason)
         return Agreed(save=due, stop=None)
 
-    def agree_to_start(self) -> Agreed:
-        """Decide whether to stop before the first step after a resume, when no save can be due.
+    def look(self, milliseconds: int) -> tuple[bool, int]:
+        """Return whether to break off a validation, and the most ``milliseconds`` that any rank has.
+
+        Collective: all ranks, on the control group, between the same two batches.
+        """
+        self.stopping.slice_ends()
+        stop, slowest_ms = self._group.agree([self._stop_vote(), milliseconds])
+        return stop != 0, slowest_ms
+
+    def agree_to_stop(self) -> Agreed:
+        """Decide whether to stop where no save can be due: before the first step, during a validation.
 
         Collective: all ranks, on the control group.
         """

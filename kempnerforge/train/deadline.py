@@ -82,7 +82,7 @@ class Deadline:
         self._saves_s.append(seconds)
 
     def step_begins(self) -> None:
-        """Everything up to the next ``step_ends`` is one step: data, training, validation."""
+        """Everything up to the next ``step_ends`` is one step: data and training."""
         self._step_began = time.monotonic()
 
     def step_ends(self) -> None:
@@ -90,6 +90,12 @@ class Deadline:
         if self._step_began is not None:
             self._steps_s.append(time.monotonic() - self._step_began)
             self._step_began = None
+
+    def slice_ends(self) -> None:
+        """A slice of a validation ends and the next one, or a step, begins: it counts as a step does."""
+        if self._steps_s:  # not before the first step: see ``is_due``
+            self.step_ends()
+        self.step_begins()
 
     def is_due(self, *, save_is_pending: bool) -> bool:
         """Whether the final save has to start now.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from kempnerforge.errors import DamagedCheckpointError
 from kempnerforge.train.build import open_data
 from kempnerforge.train.environment import set_determinism
 from kempnerforge.train.placement import build_model
-from kempnerforge.train.step import TrainStep
+from kempnerforge.train.step import Batch, TrainStep
 from kempnerforge.train.stop import StopSignals
 
 
@@ -45,10 +45,55 @@ class Evaluation:
     """From the opening of the data to the loss, the loading of the step included."""
 
 
+LOOK_EVERY_S = 1.0
+MOST_BATCHES = 64
+"""A validation looks for a stop about once per ``LOOK_EVERY_S``, at the latest after so many batches."""
+
+
+class BreakableBatches:
+    """Batches of a validation that end early, on all ranks alike, when the run is to stop.
+
+    ``look`` is collective: it is given the milliseconds since the last look and returns whether to stop, and
+    the most milliseconds that any rank gave.
+    """
+
+    def __init__(self, batches: Iterable[Batch], look: Callable[[int], tuple[bool, int]]) -> None:
+        self._batches = batches
+        self._look = look
+        self.broken_off = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches. Collective: all ranks look after the same ones."""
+        count, left, looked_at = 1, 1, time.monotonic()
+        for batch in self._batches:
+            if left == 0:
+                stop, slowest_ms = self._look(int(1000 * (time.monotonic() - looked_at)))
+                if stop:
+                    self.broken_off = True
+                    return
+                count = left = batches_between_looks(slowest_ms / 1000 / count)
+                looked_at = time.monotonic()
+            yield batch
+            left -= 1
+
+
+def batches_between_looks(seconds_per_batch: float) -> int:
+    """Return after how many batches a validation looks for a stop again."""
+    return max(1, min(MOST_BATCHES, int(LOOK_EVERY_S / max(seconds_per_batch, 1e-6))))
+
+
 def validation_loss(
-    step: TrainStep, samples: Samples, job: JobConfig, geometry: Geometry, *, rank: int
-) -> float:
+    step: TrainStep,
+    samples: Samples,
+    job: JobConfig,
+    geometry: Geometry,
+    *,
+    rank: int,
+    look: Callable[[int], tuple[bool, int]] | None = None,
+) -> float | None:
     """Mean loss of the first ``eval.num_batches`` global batches of the validation split.
+
+    ``look``, see ``BreakableBatches``, may break it off; then the result is None.
 
     Collective: all ranks. Always the same sequences, whatever the layout; consumes no random numbers.
     """
@@ -60,7 +105,11 @@ def validation_loss(
         dp_rank=geometry.dp_rank(rank),
         dp_size=geometry.dp,
     )
-    return step.evaluate(batches)
+    if look is None:
+        return step.evaluate(batches)
+    breakable = BreakableBatches(batches, look)
+    loss = step.evaluate(breakable)
+    return None if breakable.broken_off else loss
 
 
 def evaluate_step(
@@ -95,6 +144,7 @@ def evaluate_step(
     found, data_changes = _load(step_folder, state, world)
     step = model.step(optimizer, geometry, job.train)
     loss = validation_loss(step, dataset.split("val", job.train.seq_len), job, geometry, rank=world.rank)
+    assert loss is not None
     world.close()
     return Evaluation(
         step=found.step,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.distributed.control import as_agreed
 from kempnerforge.errors import NonFiniteError, RunFolderError
 from kempnerforge.telemetry.flops import mfu
@@ -42,12 +43,9 @@ def train(run: Run) -> str | None:
         load_s=receipt.load_s,
     )
     proof = reports.proof(receipt)
-    stop = None
-    if state.step == 0:
-        evaluate(run)
-        stop = _save_if_agreed(run).stop
-    else:
-        stop = _stop_if_agreed(run)
+    stop = _save_if_agreed(run).stop if state.step == 0 else _stop_if_agreed(run)
+    if stop is None and (state.step == 0 or _lacks_validation(run, receipt)):
+        stop = _validate(run)
     spans = Spans(run.world.device.type, on_enter=run.progress.phase)
     batches = run.batches()
     try:
@@ -71,20 +69,51 @@ def train(run: Run) -> str | None:
             run.book.stepped(state.step, state.skipped_steps, timings)
             reports.write(_row(run, update, lr, batch.num_tokens, batch.digest, timings))
             _refuse_endless_skipping(run)
-            if job.eval.interval and state.step % job.eval.interval == 0:
-                evaluate(run)
             stop = _save_if_agreed(run).stop
+            if stop is None and _validation_is_due(run):
+                stop = _validate(run)
     finally:
         batches.close()
     if state.step < job.train.max_steps:
         _tell_margin(run)
         return stop
-    if job.eval.interval and state.step % job.eval.interval:
-        evaluate(run)
     run.progress.begin("save", state.step)
-    ckpt.finish(state)
+    ckpt.finish(state, give_up=lambda: bool(run.control.stopping.signals.received))
     _report_saves(run)
     return None
+
+
+def _validation_is_due(run: Run) -> bool:
+    """Whether the present step is to be validated: every ``eval.interval`` steps, and the last one."""
+    step, interval = run.state.step, run.job.eval.interval
+    return bool(interval) and (step % interval == 0 or step == run.job.train.max_steps)
+
+
+def _lacks_validation(run: Run, receipt: Receipt) -> bool:
+    """Whether an earlier attempt ended before it had validated the step that this one resumes from.
+
+    It is made up for at the first resume from that step only: a validation that never comes to its end must
+    not keep the run from training. Collective: all ranks.
+    """
+    if receipt.source != "resume" or not _validation_is_due(run):
+        return False
+    return run.world.control.on_rank0(lambda: run.reports.lacks_validation(receipt))
+
+
+def _validate(run: Run) -> str | None:
+    """Validate the present step. Returns why all ranks stop now, if a stop has broken the validation off.
+
+    What is trained is committed before it is judged: a save that is due has begun, and the last step, after
+    which nothing else would save it, is committed first. Collective: all ranks.
+    """
+    if run.state.step == run.job.train.max_steps and run.job.checkpoint.save_last:
+        run.progress.begin("save", run.state.step)
+        run.ckpt.save(run.state, wait=True, reason="last")
+        _report_saves(run)
+    if evaluate(run):
+        return None
+    run.reports.note(f"the validation of step {run.state.step} was broken off, because the run is to stop")
+    return _stop_if_agreed(run)
 
 
 def _save_if_agreed(run: Run) -> Agreed:
@@ -104,8 +133,8 @@ def _save_if_agreed(run: Run) -> Agreed:
 
 
 def _stop_if_agreed(run: Run) -> str | None:
-    """Before the first step after a resume. A step that is committed is not written again."""
-    agreed = run.control.agree_to_start()
+    """Commit the present step and stop, if all agree to. A step that is committed is not written again."""
+    agreed = run.control.agree_to_stop()
     if agreed.save:
         run.ckpt.save(run.state, wait=True, reason=agreed.save)
         _report_saves(run)
@@ -135,24 +164,33 @@ def _report_saves(run: Run) -> None:
             run.reports.warn(warning)
         if warning := run.ckpt.lease_warning():
             run.reports.warn(f"the lease of this run cannot be renewed: {warning}")
+    for warning in run.ckpt.warnings():
+        run.reports.warn(warning)
 
 
-def evaluate(run: Run) -> None:
+def evaluate(run: Run) -> bool:
     """Log the mean loss of the first ``eval.num_batches`` global batches of the validation split.
 
-    Collective: all ranks. Always the same sequences, whatever the layout; consumes no random numbers.
+    Collective: all ranks. Always the same sequences, whatever the layout; consumes no random numbers. Returns
+    False if it was broken off because the run is to stop: then nothing is logged.
     """
     if run.val_samples is None:
-        return
+        return True
     run.progress.begin("eval", run.state.step)
     started = time.perf_counter()
-    loss = validation_loss(run.step, run.val_samples, run.job, run.geometry, rank=run.world.rank)
+    loss = validation_loss(
+        run.step, run.val_samples, run.job, run.geometry, rank=run.world.rank, look=run.control.look
+    )
     taken_s = time.perf_counter() - started
     run.book.spent("eval", taken_s)
     run.ckpt.leave_out(taken_s)
+    run.control.stopping.slice_ends()
+    if loss is None:
+        return False
     run.ckpt.record_metrics(run.state.step, {"eval/loss": loss})
     run.eval_losses.append((run.state.step, loss))
     run.reports.write({"step": run.state.step, "eval/loss": loss})
+    return True
 
 
 def _row(

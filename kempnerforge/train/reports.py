@@ -61,6 +61,21 @@ class Reports:
         """What of this attempt's losses can be compared with rows of an earlier one."""
         return Proof.of(self._metrics, receipt) if self._metrics is not None else Proof()
 
+    def lacks_validation(self, receipt: Receipt) -> bool:
+        """Whether no attempt has logged ``eval/loss`` of the step that ``receipt`` resumes from, or tried to.
+
+        The attempt that first resumes from a step tries. First rank only.
+        """
+        assert self._metrics is not None
+        try:
+            attempts = {row["attempt"]: row["step"] for row in read_receipts(self._metrics.parent)}
+            rows = effective_rows(read_rows(self._metrics, having="eval/loss").rows, attempts)
+        except OSError as error:
+            self.warn(f"whether step {receipt.step} has been validated is not known: {error}")
+            return False
+        tried = any(step == receipt.step for attempt, step in attempts.items() if attempt < receipt.attempt)
+        return not tried and all(row["step"] != receipt.step for row in rows)
+
     def close(self) -> None:
         """Hand over what is held back."""
         self._sinks.close()

@@ -61,7 +61,10 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
         raise
     finally:
         if run is not None:
-            run.ckpt.wait()
+            run.ckpt.end_housekeeping()
+            run.book.record(run.ckpt.events())
+            for warning in run.ckpt.warnings():
+                run.reports.warn(warning)
             _record(run, status, reason)
         book.end(status=status, reason=reason, step=run.state.step if run else None, error=failed)
         if run is not None:

@@ -7,35 +7,32 @@ import time
 from pathlib import Path
 
 from kempnerforge import fsio
+from kempnerforge.checkpoint.request_files import RequestFile, RequestFiles
 
 NAME = "stop.request"
-_LOOK_EVERY_S = 1.0
 _MAX_REASON = 200
 
 
 class StopFile:
-    """The file of one run, as rank 0 sees it."""
+    """The file of one run, as rank 0 sees it: by the thread of ``requests``, after ``watch``."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / NAME
-        self._looked_at = float("-inf")
+        self._file: RequestFile | None = None
+
+    def watch(self, requests: RequestFiles) -> None:
+        """Look for the file from now on, once on the calling thread."""
+        self._file = requests.watch(NAME, look_now=True)
 
     def is_there(self) -> bool:
-        """Looks once a second at most: a look is a round trip on a shared file system."""
-        now = time.monotonic()
-        if now - self._looked_at < _LOOK_EVERY_S:
-            return False
-        self._looked_at = now
-        return self._path.exists()
+        """Whether the file asks for a stop. Never blocks."""
+        return self._file is not None and self._file.is_there
 
     def consume(self) -> str:
-        """Remove it; returns its first line, the reason, or its name when it is empty or gone."""
-        try:
-            text = self._path.read_text(errors="replace").strip()
-        except FileNotFoundError:
-            return NAME
-        self._path.unlink(missing_ok=True)
-        return text.splitlines()[0][:_MAX_REASON] if text else NAME
+        """Have it removed; returns its first line, the reason, or its name without one. Never blocks."""
+        text = self._file.take(unseen=True).strip() if self._file is not None else ""
+        first = "".join(char for char in text.splitlines()[0] if char.isprintable()) if text else ""
+        return first[:_MAX_REASON] or NAME
 
     def remove_stale(self, started: float) -> bool:
         """Remove one that was made before ``started``, Unix time; returns whether there was one.

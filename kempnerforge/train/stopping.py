@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 from kempnerforge.checkpoint.attempt_start import attempt_started
+from kempnerforge.checkpoint.request_files import RequestFiles
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import StopRequestedError
@@ -27,6 +28,8 @@ class Stopping:
     def __init__(self, signals: StopSignals, shutdown: Shutdown, stacks: Stacks) -> None:
         self.signals = signals
         self.file: StopFile | None = None
+        self.requests: RequestFiles | None = None
+        """Looks for the files that ask the run for something, on rank 0."""
         self.deadline: Deadline | None = None
         self.shutdown = shutdown
         self.stacks = stacks
@@ -40,6 +43,8 @@ class Stopping:
         started = attempt_started()
         self.file = StopFile(folder)
         self.file.remove_stale(started)
+        self.requests = RequestFiles(folder)
+        self.file.watch(self.requests)
         self.deadline = Deadline(
             started=started,
             max_minutes=job.train.max_minutes,
@@ -51,12 +56,19 @@ class Stopping:
         """The attempt has ended in order. Main thread only."""
         if self.deadline is not None:
             self.deadline.close()
+        if self.requests is not None:
+            self.requests.close()
         self.shutdown.close()
 
     def step_ends(self) -> None:
-        """Everything from ``step_begins`` to here is one step: data, training, validation."""
+        """Everything from ``step_begins`` to here is one step: data and training."""
         if self.deadline is not None:
             self.deadline.step_ends()
+
+    def slice_ends(self) -> None:
+        """A slice of a validation, after which a stop is possible, ends and the next one begins."""
+        if self.deadline is not None:
+            self.deadline.slice_ends()
 
     def step_begins(self) -> str:
         """See ``step_ends``. Returns what there is to say of the deadline, once; empty on other ranks."""

@@ -141,7 +141,7 @@ def test_buffers_after_first_save_are_reused(
         checkpointer.save(state, tmp_path / f"c{step}")
     assert arena.allocations == before
     checkpointer.wait()
-    assert sorted(messages) == ["19/result", "20/rank0", "20/result"]
+    assert sorted(messages) == ["19/result", "20/folder", "20/rank0", "20/result"]
     checkpointer.save({**state, "new": torch.ones(2)}, tmp_path / "other")
     checkpointer.wait()
     assert arena.allocations == before + 1

@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = "kempnerforge"
 
 LAYERS = (
-    ("errors", "fsio", "hostlist"),
+    ("errors", "fsio", "hostlist", "write_behind"),
     ("config",),
     ("distributed", "model", "data", "telemetry", "slurm", "goodput", "plan"),
     ("parallel", "checkpoint"),
@@ -28,9 +28,10 @@ IMPORT_CALLS = ("importlib.import_module", "import_module", "__import__")
 
 # Not even inside a function.
 NO_TORCH = (
-    *("errors", "fsio", "hostlist", "config", "goodput", "slurm", "plan"),
+    *("errors", "fsio", "hostlist", "write_behind", "config", "goodput", "slurm", "plan"),
     *("checkpoint.layout", "checkpoint.manifest", "checkpoint.index", "checkpoint.policy"),
-    *("checkpoint.pace", "checkpoint.tax"),
+    *("checkpoint.pace", "checkpoint.tax", "checkpoint.late_metrics", "checkpoint.request_files"),
+    *("checkpoint.housekeeping", "checkpoint.room"),
     *("checkpoint.retention", "checkpoint.lease", "checkpoint.space", "checkpoint.verify"),
     *("checkpoint.holder", "checkpoint.timeline", "checkpoint.rollback", "checkpoint.fork"),
     *("checkpoint.quota", "checkpoint.run_record", "checkpoint.keep", "checkpoint.pins", "checkpoint.holds"),

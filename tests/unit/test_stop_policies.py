@@ -14,6 +14,7 @@ from support.clock import FakeClock
 
 from kempnerforge.checkpoint import attempt_start
 from kempnerforge.checkpoint.attempt_start import attempt_started
+from kempnerforge.checkpoint.request_files import RequestFiles
 from kempnerforge.slurm import deadline as slurm_deadline
 from kempnerforge.slurm.deadline import end_in_environment, parse_end
 from kempnerforge.slurm.job import SlurmJob
@@ -185,20 +186,23 @@ def test_slurm_end_missing_is_none() -> None:
 
 def test_stop_file_made_before_start_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the file system's clock, which is far ahead of this one."""
-    clock = FakeClock(2000.0).replace_in(monkeypatch, stop_file_module)
+    FakeClock(2000.0).replace_in(monkeypatch, stop_file_module)
     started = 1500.0
     request = tmp_path / "stop.request"
     file = StopFile(tmp_path)
     assert not file.remove_stale(started)
     request.write_text("")
     assert not file.remove_stale(started)
+    requests = RequestFiles(tmp_path)
+    file.watch(requests)
     assert file.is_there()
     made = request.stat().st_mtime - 1000
     os.utime(request, (made, made))
     assert file.remove_stale(started)
-    clock.advance(10.0)  # it looks once a second at most
+    requests.look()
     assert not file.is_there()
     assert list(tmp_path.iterdir()) == []
+    requests.close()
 
 
 def test_attempt_started_under_torchrun_is_its_start(monkeypatch: pytest.MonkeyPatch) -> None:

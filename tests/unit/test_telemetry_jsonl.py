@@ -61,6 +61,7 @@ def test_jsonl_torn_last_line_repaired_by_next_attempt(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     sink = jsonl(path)
     sink.write({"step": 1, "train/loss": 1.0, "time": 1.0})
+    assert sink.flush(60) == 0
     whole_bytes = path.stat().st_size
     sink.write({"step": 2, "note": "ä", "time": 1.0})
     sink.close()
@@ -84,6 +85,7 @@ def test_jsonl_full_disk_loses_rows_with_two_warnings(tmp_path: Path) -> None:
     warnings: list[str] = []
     sink = JsonlSink(path, 1, warn=warnings.append)
     sink.write({"step": 1, "time": 1.0})
+    assert sink.flush(60) == 0
     # A limit on the file's size stands in for a full disk: short writes first, then errors.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -91,6 +93,7 @@ def test_jsonl_full_disk_loses_rows_with_two_warnings(tmp_path: Path) -> None:
     try:
         for step in (2, 3, 4):
             sink.write({"step": step, "time": 1.0})
+        assert sink.flush(60) == 0
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
@@ -130,8 +133,9 @@ def test_jsonl_two_attempts_do_not_overwrite(tmp_path: Path) -> None:
     first = jsonl(path, 1)
     second = jsonl(path, 2)
     for step in range(1, 4):
-        first.write({"step": step})
-        second.write({"step": step})
+        for sink in (first, second):
+            sink.write({"step": step})
+            assert sink.flush(60) == 0
     first.close()
     second.close()
     assert [(row["attempt"], row["step"]) for row in read_rows(path).rows] == [

@@ -1,0 +1,256 @@
+"""Work in the checkpoint folder that nothing waits for, on one thread of the first rank.
+
+After a commit: set aside steps that an older attempt committed late, point ``latest`` at the new step, apply
+retention, record metrics that were taken after the commit, make room for the next save. Each of these may
+take minutes on a slow file system, so a commit is known to all ranks before any of it begins, and neither a
+save nor a stop waits for it. Of several commits only the newest matters.
+
+What a stop cuts off is finished later: a step loses its name before its bytes, and the next start deletes
+what has lost its name. The thread is a daemon and lives only while there is work, so it never holds up the
+end of the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import late_metrics, layout, manifest, timeline
+from kempnerforge.checkpoint.keep import KeepPolicy
+from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.checkpoint.room import RoomKeeper
+from kempnerforge.checkpoint.save_events import MAX_EVENTS, SaveEvent, deleted
+from kempnerforge.checkpoint.space import Room
+from kempnerforge.config.schema import CheckpointConfig
+from kempnerforge.errors import KempnerForgeError
+
+STOP_WAIT_S = 0.5
+"""A stop gives work under way so long to end: on a fast disk nothing is left for the next start."""
+FINISH_WAIT_S = 60.0
+"""The end of a finished run waits for the work so long."""
+FULL_FOR_S = 60.0
+"""How long "there is no room" is believed. Older news are not: somebody may have made room."""
+_LOOK_EVERY_S = 0.1
+
+_LOOKED = "the folder of checkpoints could not be looked through"
+
+_all: weakref.WeakSet[Housekeeping] = weakref.WeakSet()
+
+
+class Housekeeping:
+    """Does the work after commits in ``folder``. Methods are called on the first rank only, by any thread.
+
+    ``run_id`` returns the id of the run, which may not be known before the first commit.
+    """
+
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, *, run_dir: Path, run_id: Callable[[], str]
+    ) -> None:
+        self.room = RoomKeeper(folder, config)
+        self._retention = Retention(folder, KeepPolicy.from_config(config))
+        self._folder = folder
+        self._run_dir = run_dir
+        self._run_id = run_id
+        self._trusted: set[int] = set()
+        """Steps that existed at the resume or that this attempt committed."""
+        self._changed = threading.Condition()
+        self._disk = threading.Lock()
+        """Held while something is deleted or set aside."""
+        self._newest: int | None = None
+        """The newest step whose commit has not been followed up."""
+        self._doing: int | None = None
+        self._measured: dict[int, dict[str, float]] = {}
+        self._is_running = self._is_over = False
+        self._more_saves = True
+        self._full: tuple[Room, float] | None = None
+        """What the last look for room found, and when; None if a save fitted."""
+        self._look = False
+        self._events: deque[SaveEvent] = deque(maxlen=MAX_EVENTS)
+        self._warnings: deque[str] = deque(maxlen=MAX_EVENTS)
+        _all.add(self)
+
+    def trust(self, steps: list[int]) -> None:
+        """``steps`` belong to this attempt's timeline: they are never set aside as late."""
+        self._trusted.update(steps)
+
+    def committed(self, step: int, *, more_saves: bool = True) -> None:
+        """``step`` has been committed: begin what follows. Never blocks.
+
+        Without ``more_saves``, no room is made for another save.
+        """
+        with self._changed:
+            self._trusted.add(step)
+            self._newest, self._more_saves = step, more_saves
+            self._begin()
+
+    def measured(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics of a step whose save has begun, as soon as it is committed. Never blocks."""
+        with self._changed:
+            self._measured = {known: values for known, values in self._measured.items() if known >= step}
+            self._measured.setdefault(step, {}).update(metrics)
+            if step in self._trusted:
+                self._begin()
+
+    def no_room(self, step: int) -> str:
+        """Return why a save of ``step`` does not fit, if that is known; empty otherwise. Never blocks.
+
+        Room is looked for again in the background, for the save after this one.
+        """
+        with self._changed:
+            if self._full is None or time.monotonic() - self._full[1] > FULL_FOR_S:
+                return ""
+            self._look = True
+            self._begin()
+            return self._full[0].warning(step)
+
+    def before_write(self, step: int, *, must_save: bool) -> str:
+        """Return why a save of ``step`` does not fit; empty if it does, or with ``must_save``.
+
+        Runs on the background thread of the save. Blocks: only where there is no room, until retention has
+        deleted what it may.
+        """
+        try:
+            if step not in self._trusted and (self._folder / layout.step_name(step)).exists():
+                with self._disk:
+                    self._set_aside_late()
+            if self.room.fits():
+                return ""
+            with self._disk:
+                room = self._make_room()
+        except (OSError, KempnerForgeError):
+            return ""  # the save itself fails with this error and reports it
+        return "" if room.fits or must_save else room.warning(step)
+
+    def events(self) -> list[SaveEvent]:
+        """Return the deletions since the last call, as events of the ledger."""
+        return [self._events.popleft() for _ in range(len(self._events))]
+
+    def warnings(self) -> list[str]:
+        """Return what went wrong since the last call."""
+        return [self._warnings.popleft() for _ in range(len(self._warnings))]
+
+    def wait(self, timeout_s: float, *, give_up: Callable[[], bool] = lambda: False) -> bool:
+        """Wait for all work, ``timeout_s`` at most, or until ``give_up``. Returns whether all is done."""
+        until = time.monotonic() + timeout_s
+        with self._changed:
+            while self._is_running and not give_up() and (left_s := until - time.monotonic()) > 0:
+                self._changed.wait(min(left_s, _LOOK_EVERY_S))
+            return not self._is_running
+
+    def finish(self, *, give_up: Callable[[], bool]) -> None:
+        """Wait at the end of a finished run: nothing that no rule keeps is to be left."""
+        if not self.wait(FINISH_WAIT_S, give_up=give_up) and not give_up():
+            self._warn(
+                f"older checkpoints are still being deleted {FINISH_WAIT_S:.0f} s after the last commit; the "
+                "next start goes on with it"
+            )
+
+    def close(self) -> None:
+        """Begin nothing more, and wait for what is under way no longer than ``STOP_WAIT_S``."""
+        with self._changed:
+            first, self._is_over = not self._is_over, True
+        if not self.wait(STOP_WAIT_S) and first:
+            step = self._doing if self._doing is not None else self._newest
+            self._warn(
+                f"the work after the commit of step {step} (deleting older checkpoints, {layout.LATEST}) was "
+                "cut off; the next start finishes it"
+            )
+
+    def _begin(self) -> None:
+        if self._is_running or self._is_over:
+            return
+        self._is_running = True
+        try:
+            threading.Thread(target=self._work, name="checkpoint-housekeeping", daemon=True).start()
+        except RuntimeError as error:
+            self._is_running = False
+            self._warn(f"older checkpoints could not be deleted: cannot start a thread: {error}")
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                measured = {s: m for s, m in self._measured.items() if s in self._trusted}
+                look, self._look = self._look, False
+                if self._is_over or (self._newest is None and not measured and not look):
+                    self._is_running = False
+                    self._changed.notify_all()
+                    return
+                step, self._newest = self._newest, None
+                self._doing = step
+                self._measured = {s: m for s, m in self._measured.items() if s not in measured}
+            for number, metrics in measured.items():
+                self._try(
+                    lambda number=number, metrics=metrics: self._record(number, metrics),
+                    f"the metrics of step {number} could not be recorded beside it",
+                )
+            if step is not None:
+                self._follow_up(step)
+            elif look:
+                self._try(self._make_room, _LOOKED)
+
+    def _follow_up(self, step: int) -> None:
+        self._try(self._set_aside_late, _LOOKED)
+        self._try(lambda: self._link(step), f"{self._folder / layout.LATEST} could not be pointed at {step}")
+        self._try(lambda: self._prune(step), "older checkpoints could not be deleted")
+        if self._more_saves:
+            self._try(self._make_room, _LOOKED)
+
+    def _try(self, work: Callable[[], object], problem: str) -> None:
+        """Do one piece of work, unless the end has come. A failure is a warning: the commit stands."""
+        if self._is_over:
+            return
+        try:
+            with self._disk:
+                work()
+        except Exception as error:  # noqa: BLE001 - nothing of this may end the run
+            self._warn(f"{problem}: {error}")
+
+    def _set_aside_late(self) -> None:
+        cuts = timeline.cuts(self._run_dir)
+        late = timeline.set_aside_late(self._folder, cuts, run_id=self._run_id(), trusted=set(self._trusted))
+        for path in late:
+            self._warn(f"a step that an older attempt committed late was set aside as {path.name}")
+
+    def _link(self, step: int) -> None:
+        fsio.point_symlink(self._folder / layout.LATEST, layout.step_name(step))
+
+    def _prune(self, step: int) -> None:
+        pruned = self._retention.apply(stop=lambda: self._is_over)
+        self._note_deleted(pruned.deleted, step)
+        for text in pruned.warnings:
+            self._warn(text)
+
+    def _make_room(self) -> Room:
+        self.room.refresh()
+        room = self.room.make(stop=lambda: self._is_over)
+        self._full = None if room.fits else (room, time.monotonic())
+        self._note_deleted(room.pruned, None)
+        return room
+
+    def _record(self, step: int, metrics: Mapping[str, float]) -> None:
+        origin = manifest.read(self._folder / layout.step_name(step)).provenance
+        late_metrics.append(self._folder, origin, metrics)
+
+    def _note_deleted(self, steps: list[int] | tuple[int, ...], after_commit: int | None) -> None:
+        if steps:
+            rules = [rule.describe() for rule in self._retention.policy.rules]
+            self._events.append(deleted(steps, rules, after_commit=after_commit))
+
+    def _warn(self, text: str) -> None:
+        self._warnings.append(text)
+
+
+@atexit.register
+def _end_all() -> None:
+    """Bound the work of programs that end without ``close``, and tell what they were not told."""
+    for one in list(_all):
+        one.close()
+        for text in one.warnings():
+            print(f"kempnerforge: {text}", file=sys.stderr)

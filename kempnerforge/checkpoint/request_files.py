@@ -1,0 +1,127 @@
+"""Files in the run's folder by which people and scripts ask a run for something. No torch.
+
+One thread of the first rank looks for them once per second: a look is a round trip on a shared file system,
+which may take seconds, and all ranks would wait for a main thread that looks. The loop reads flags.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from pathlib import Path
+
+LOOK_EVERY_S = 1.0
+_MAX_TEXT_BYTES = 4096
+
+_Identity = tuple[int, int, int]
+
+
+class RequestFile:
+    """One file that may appear. ``RequestFiles.look`` reads and removes it, on another thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_there = False
+        """Whether there is a request that ``take`` has not answered."""
+        self.text = ""
+        """The first bytes of the file that was seen last."""
+        self._seen: _Identity | None = None
+        self._answered: _Identity | None = None
+        self._take_any = False
+        self._lock = threading.Lock()
+
+    def take(self, *, unseen: bool = False) -> str:
+        """The request is answered: the file is removed soon. Returns its text. Never blocks.
+
+        A file that is made or touched afterwards is a new request. ``unseen``: remove, too, a file that has
+        not been seen yet.
+        """
+        with self._lock:
+            self.is_there, self._answered = False, self._seen
+            self._take_any = unseen
+            return self.text
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to remove, as far as is known."""
+        return self._answered is None and not self._take_any
+
+    def look(self) -> None:
+        """Look for the file, read it, remove it if it has been answered. Never raises."""
+        try:
+            status = self.path.lstat()
+        except OSError:
+            found, text = None, ""
+        else:
+            found = (status.st_dev, status.st_ino, status.st_mtime_ns)
+            text = self.text if found == self._seen else _read(self.path)
+        with self._lock:
+            answered = found is not None and (found == self._answered or self._take_any)
+            if not answered:
+                # A file that cannot be removed is answered for good: it does not ask twice.
+                self.is_there = found is not None and (self.is_there or found != self._seen)
+                self._answered = None
+            self._seen, self.text, self._take_any = found, text, False
+        if answered:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            with self._lock:
+                self._answered = None
+
+
+class RequestFiles:
+    """Watches for files in ``run_dir`` on a daemon thread, until it is closed or forgotten."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._files: list[RequestFile] = []
+        self._wake = threading.Event()
+        self._is_closed = False
+
+    def watch(self, name: str, *, look_now: bool = False) -> RequestFile:
+        """Look for ``name`` from now on; with ``look_now``, on the calling thread before this returns."""
+        file = RequestFile(self._run_dir / name)
+        if look_now:
+            file.look()
+        self._files.append(file)
+        if len(self._files) == 1:
+            args = (weakref.ref(self), self._wake)
+            threading.Thread(target=_look_again, args=args, name="request-files", daemon=True).start()
+        return file
+
+    def look(self) -> bool:
+        """Look at all files once. Returns whether to go on."""
+        for file in list(self._files):
+            file.look()
+        return not self._is_closed
+
+    def close(self, timeout_s: float = LOOK_EVERY_S) -> None:
+        """Look no more, after what has been answered is removed; wait for that for ``timeout_s`` at most."""
+        until = time.monotonic() + timeout_s
+        while not all(file.is_settled for file in self._files) and time.monotonic() < until:
+            self._wake.set()
+            time.sleep(0.005)
+        self._is_closed = True
+        self._wake.set()
+
+
+def _look_again(watched: weakref.ref[RequestFiles], wake: threading.Event) -> None:
+    while (files := watched()) is not None and files.look():
+        del files  # a manager that nobody refers to any more is not kept alive
+        wake.wait(LOOK_EVERY_S)
+        wake.clear()
+
+
+def _read(path: Path) -> str:
+    """The beginning of a file, but not of a link or a pipe."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return os.read(fd, _MAX_TEXT_BYTES).decode(errors="replace")
+        finally:
+            os.close(fd)
+    except OSError:
+        return ""
