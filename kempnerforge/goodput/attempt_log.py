@@ -85,9 +85,14 @@ class AttemptLog:
         """Add time of the loop to ``part``: step, data or eval."""
         self._spent_s[part] = self._spent_s.get(part, 0.0) + seconds
 
-    def end(self, *, kind: str, status: int, reason: str, step: int | None) -> None:
+    def end(
+        self, *, kind: str, status: int, reason: str, step: int | None, error: BaseException | None = None
+    ) -> None:
         """Write how the attempt ended, durably. ``kind`` is one of ``history.KINDS``."""
-        self.write("end", kind=kind, status=status, reason=reason, step=step, spent_s=self._spent_s)
+        name = type(error).__name__ if error is not None else None
+        self.write(
+            "end", kind=kind, status=status, reason=reason, error=name, step=step, spent_s=self._spent_s
+        )
 
     def write(self, event: str, **values: Any) -> None:
         """Append an event to the ledger, if it is open."""
