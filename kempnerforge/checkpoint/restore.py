@@ -10,7 +10,7 @@ import tomli
 import torch
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, layout, receipt, resume, rng, timeline, warm_start
+from kempnerforge.checkpoint import compatibility, holds, layout, receipt, resume, rng, timeline, warm_start
 from kempnerforge.checkpoint.extra_state import PREFIX as EXTRA
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.report import RunContext
@@ -59,6 +59,7 @@ class Restorer:
             if found is None:
                 result = self._begin(state)
                 break
+            compatibility.refuse_other_model(found, self._context.config_toml)
             outcome = self._load(found, state, ALL_PARTS)
             if isinstance(outcome, Loaded):
                 result = self._apply(found, outcome, state, ALL_PARTS, "resume")
@@ -113,6 +114,8 @@ class Restorer:
         wanted = Path(self._config.load_path).expanduser()
         found = self._control.on_rank0(lambda: warm_start.find(wanted))
         parts = tuple(part for part in ALL_PARTS if part not in self._config.exclude_from_loading)
+        if "model" in parts:
+            compatibility.refuse_other_shapes(found, self._context.config_toml)
         with contextlib.ExitStack() as reading:
             # That run's retention must not delete what is being read.
             self._control.on_rank0(
