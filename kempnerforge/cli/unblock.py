@@ -13,7 +13,7 @@ app = typer.Typer()
 
 @app.command()
 def unblock(run: RunPath) -> None:
-    """Declare the cause of RUN's faults fixed: reset the count, and give suspect steps their names back."""
+    """Declare the cause of RUN's faults fixed: reset the count, name suspect steps back."""
     found = find_run(run)
     if found.run_dir is None:
         raise RunFolderError(f"{run} holds steps, but it is not known of which run; give the run's folder")

@@ -191,7 +191,8 @@ def test_resume_same_shapes_other_model_is_refused(
         return
     assert ended.statuses == [2, 2], ended.output
     way_on = f"--run.name=NEW --checkpoint.load_path={run.step_folder(SAVED)}"
-    assert said in ended.outputs[0] and way_on in ended.outputs[0]
+    assert said in ended.outputs[0]
+    assert way_on in ended.outputs[0]
     assert "Traceback" not in ended.output
     assert (run.rows(), run.names()) == (rows, names)
     new = [override, f"--run.dir={tmp_path}/new", f"--checkpoint.load_path={run.step_folder(SAVED)}"]
