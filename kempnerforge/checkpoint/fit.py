@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.dtypes import DTYPE_NAMES
+from kempnerforge.checkpoint.load_path import missing_parts, only_weights
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.errors import MismatchError
 
@@ -18,23 +18,8 @@ def check_parts(parts: Sequence[str], reader: SafetensorsReader) -> None:
 
     Generators may be missing: they are derived then, as under another layout.
     """
-    keys = {
-        "optimizer": ("optimizer", "optimizers"),
-        "scheduler": ("step",),
-        "data": ("data",),
-        "rng": ("rng",),
-    }
-    absent = [
-        part
-        for part, names in keys.items()
-        if not any(name in reader.raw_objects or reader.index.has_prefix(f"{name}.") for name in names)
-    ]
-    if any(part in absent and part != "rng" for part in parts):
-        given = json.dumps(absent, separators=(",", ":"))
-        raise MismatchError(
-            f"{reader.path} has no {', '.join(absent)}. A new run can begin from what it has, with it as "
-            f"checkpoint.load_path and --checkpoint.exclude_from_loading='{given}'"
-        )
+    if absent := missing_parts(parts, reader.raw_objects, reader.index.has_prefix):
+        raise only_weights(reader.path, absent)
 
 
 def check_fits(

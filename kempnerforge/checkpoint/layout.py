@@ -68,7 +68,7 @@ def late_name(step: int, number: int) -> str:
 
 
 def suspect_name(step: int, number: int) -> str:
-    """Name that a step is set aside under when the run twice died right after it."""
+    """Name that a step is set aside under when two attempts ended right after it for a cause in the state."""
     return f"suspect.{step_name(step)}.{number}"
 
 
@@ -99,7 +99,7 @@ class FolderListing:
     late: list[Path] = field(default_factory=list)
     """Steps that were set aside because their attempt had been taken over before it committed them."""
     suspect: list[Path] = field(default_factory=list)
-    """Steps that were set aside because the run twice died right after them."""
+    """Steps that were set aside because two attempts ended right after them for a cause in the state."""
 
 
 def list_folder(folder: Path) -> FolderListing:
@@ -142,6 +142,13 @@ def _list_once(folder: Path) -> tuple[FolderListing, bool]:
             getattr(found, kind).append(folder / name)
     found.steps.sort(reverse=True)
     return found, is_whole
+
+
+def set_aside_steps(folder: Path) -> list[int]:
+    """Steps that were committed and set aside as damaged or suspect."""
+    listing = list_folder(folder)
+    names = [path.name.split(".")[1] for path in (*listing.quarantined, *listing.suspect)]
+    return [step for name in names if (step := step_number(name)) is not None]
 
 
 def committed_steps(folder: Path) -> list[int]:

@@ -69,7 +69,7 @@ class _Attempt:
         self.is_over = True
         _attempts.pop(self._key, None)
         kind = end_kind(status, reason, error)
-        self.ledger.end(kind=kind, status=status, reason=reason, step=self.step)
+        self.ledger.end(kind=kind, status=status, reason=reason, step=self.step, error=error)
         self.lease.release()
         level = logging.INFO if kind in ("finished", "stopped") else logging.WARNING
         log.log(level, "attempt %d: %s", self.lease.attempt, reason)

@@ -31,7 +31,7 @@ class Rejected:
 
     step: int
     outcome: str
-    """``damaged``, or ``no training state`` (weights alone, say): the other outcomes end the run."""
+    """``damaged``, ``suspect`` or ``no training state`` (weights alone, say): other outcomes end the run."""
     reason: str
     moved_to: str = ""
     """Its name now; empty for one that was left where it is."""
@@ -50,6 +50,8 @@ class Receipt:
     rejected: list[Rejected] = field(default_factory=list)
     lost_steps: int = 0
     """Steps that an earlier attempt had logged beyond ``step``; they are done again."""
+    lost_committed: int = 0
+    """The newest of these that had been committed, in a step that is set aside; 0 if none had."""
     config_changes: dict[str, list[Any]] = field(default_factory=dict)
     """Dotted key -> [value in the checkpoint, value now]."""
     layout_changes: dict[str, list[Any]] = field(default_factory=dict)
@@ -99,7 +101,12 @@ class Receipt:
             fate = f"was {one.outcome}, set aside as {one.moved_to}" if one.moved_to else "was left as it is"
             result.append(f"  step {one.step} {fate}: {one.reason}")
         if self.lost_steps:
-            result.append(f"  {self.lost_steps} steps after it were not committed and are done again")
+            why = (
+                f"step {self.lost_committed} was committed and is set aside"
+                if self.lost_committed
+                else "no checkpoint on this timeline has them"
+            )
+            result.append(f"  {self.lost_steps} steps after it are done again: {why}")
         for title in ("config", "layout", "version"):
             for key, (before, now) in getattr(self, f"{title}_changes").items():
                 result.append(f"  {title}: {key} was {before!r}, is {now!r}")

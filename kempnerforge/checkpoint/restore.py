@@ -10,7 +10,7 @@ import tomli
 import torch
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, receipt, resume, rng, timeline, warm_start
+from kempnerforge.checkpoint import compatibility, holds, layout, receipt, resume, rng, timeline, warm_start
 from kempnerforge.checkpoint.extra_state import PREFIX as EXTRA
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.report import RunContext
@@ -59,6 +59,7 @@ class Restorer:
             if found is None:
                 result = self._begin(state)
                 break
+            compatibility.refuse_other_model(found, self._context.config_toml)
             outcome = self._load(found, state, ALL_PARTS)
             if isinstance(outcome, Loaded):
                 result = self._apply(found, outcome, state, ALL_PARTS, "resume")
@@ -113,6 +114,8 @@ class Restorer:
         wanted = Path(self._config.load_path).expanduser()
         found = self._control.on_rank0(lambda: warm_start.find(wanted))
         parts = tuple(part for part in ALL_PARTS if part not in self._config.exclude_from_loading)
+        if "model" in parts:
+            compatibility.refuse_other_shapes(found, self._context.config_toml)
         with contextlib.ExitStack() as reading:
             # That run's retention must not delete what is being read.
             self._control.on_rank0(
@@ -157,9 +160,7 @@ class Restorer:
         result.size_bytes = found.manifest.size_bytes
         result.load_s = loaded.load_s
         if source == "resume":
-            result.lost_steps = self._control.on_rank0(
-                lambda: max(0, timeline.last_done_step(self._run_dir) - state.step)
-            )
+            result.lost_steps, result.lost_committed = self._control.on_rank0(lambda: self._lost(state.step))
         if found.config_toml and self._context.config_toml:
             before, now = tomli.loads(found.config_toml), tomli.loads(self._context.config_toml)
             if "model" not in now:  # a loop without the harness has no other sections
@@ -170,6 +171,12 @@ class Restorer:
         if "data" in parts and not result.data_changes:
             self._prove_next_batch(found, loaded, state, result)
         return result
+
+    def _lost(self, step: int) -> tuple[int, int]:
+        """How many steps were done after ``step``, and the newest of them that is committed and set aside."""
+        done = timeline.last_done_step(self._run_dir)
+        aside = [found for found in layout.set_aside_steps(self._folder) if step < found <= done]
+        return max(0, done - step), max(aside, default=0)
 
     def _hand_over(self, loaded: Loaded, found: Found) -> None:
         """Hand what was read to the program's objects. Their error on one rank is raised on all."""

@@ -156,9 +156,10 @@ def quarantine(folder: Path, step: int, reason: str) -> Rejected:
 
 
 def _step_over(folder: Path, step: int, reason: str) -> Rejected:
-    """Set a sound step aside that the run twice died right after. It is never deleted. Rank 0 only."""
+    """Set aside a sound step that two attempts blame. It is never deleted. Rank 0 only."""
     target = timeline.set_aside(folder, step, layout.suspect_name)
-    return Rejected(step, "suspect", f"the run died right after it: {reason}", target.name)
+    why = f"attempts went on from it and ended for a cause that may lie in it: {reason}"
+    return Rejected(step, "suspect", why, target.name)
 
 
 def sweep(folder: Path, *, attempt: int) -> None:

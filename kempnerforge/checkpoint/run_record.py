@@ -41,6 +41,18 @@ class Rollback:
 
 
 @dataclass(frozen=True)
+class Restored:
+    """A suspect step that ``unblock`` gave its name back."""
+
+    step: int
+    since: int
+    """The first attempt that began below it."""
+    attempt: int
+    """The number that ``unblock`` took. Where attempts from ``since`` to it began no longer counts
+    against the step, nor against the rows up to it."""
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """``run.json``, and how the last attempt ended."""
 
@@ -60,6 +72,7 @@ class RunRecord:
     parent: Parent | None = None
     rollbacks: tuple[Rollback, ...] = ()
     """Those that stand, oldest first. The next start completes what a command that was killed left."""
+    restored: tuple[Restored, ...] = ()
 
     def checkpoint_folder(self, run_dir: Path) -> Path:
         """Where this run's checkpoints are."""
@@ -81,11 +94,12 @@ def read(run_dir: Path) -> RunRecord | None:
     try:
         body = json.loads(path.read_text())
         parent = body.pop("parent", None)
-        rollbacks = body.pop("rollbacks", ())
+        rollbacks, restored = body.pop("rollbacks", ()), body.pop("restored", ())
         return RunRecord(
             **body,
             parent=Parent(**parent) if parent is not None else None,
             rollbacks=tuple(Rollback(**rollback) for rollback in rollbacks),
+            restored=tuple(Restored(**one) for one in restored),
         )
     except FileNotFoundError:
         return None

@@ -142,7 +142,7 @@ def _aside_in_words(one: SetAside) -> str:
         "quarantined": "it was found damaged at a resume",
         "rolled back": "a rollback went back to an older step",
         "late": "its attempt committed it after the run was taken over or resumed from an older step",
-        "suspect": "two attempts died right after it",
+        "suspect": "two attempts went on from it and ended for a cause that may lie in it",
     }[one.what]
     return f"{why}, and it was set aside as {one.name}{f': {one.reason}' if one.reason else ''}"
 

@@ -12,13 +12,15 @@ late is found now or at the next start, and so is what a rollback that was kille
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import layout, manifest, run_record
 from kempnerforge.checkpoint.receipt import last_logged_step, read_receipts
+from kempnerforge.checkpoint.run_record import Restored
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 from kempnerforge.goodput.history import last_step_done, read_history
 
@@ -40,10 +42,17 @@ def cuts(run_dir: Path) -> list[Cut]:
     """Where each attempt of the run began, as far as it got that far. Raises OSError and RunFolderError."""
     record = run_record.read(run_dir)
     rollbacks = record.rollbacks if record is not None else ()
+    restored = record.restored if record is not None else ()
     return [
-        *(Cut(row["attempt"], row["step"]) for row in read_receipts(run_dir)),
+        *(Cut(row["attempt"], _began(row, restored)) for row in read_receipts(run_dir)),
         *(Cut(rollback.attempt, rollback.step, is_rollback=True) for rollback in rollbacks),
     ]
+
+
+def _began(receipt: Mapping[str, Any], restored: Sequence[Restored]) -> int:
+    """The step above which an attempt leaves older ones behind: not below a suspect step that came back."""
+    raised = [one.step for one in restored if one.since <= receipt["attempt"] <= one.attempt]
+    return max([receipt["step"], *raised])
 
 
 def rollbacks(run_dir: Path) -> list[int]:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from pathlib import Path
 
-from kempnerforge.checkpoint import layout, resume
+from kempnerforge.checkpoint import layout, load_path, resume
 from kempnerforge.checkpoint.resume import Found
 from kempnerforge.errors import DamagedCheckpointError, NoTrainingStateError, StepNotFoundError
 
@@ -17,19 +17,16 @@ def find(path: Path) -> Found:
     Rank 0 only. Nothing of another run is ever renamed: damage is an error here. Raises StepNotFoundError,
     DamagedCheckpointError, UnreachableCheckpointError.
     """
-    if (path / layout.MANIFEST).is_file():
-        return resume.with_retries(lambda: resume.inspect(path), what=str(path))
-    for folder in (path, path / "checkpoints"):
-        for step in layout.committed_steps(folder):
-            newest = folder / layout.step_name(step)
-            with contextlib.suppress(NoTrainingStateError):  # named by its own path, it can be loaded
-                return resume.with_retries(
-                    functools.partial(resume.inspect, newest, step=step), what=str(newest)
-                )
-    what = "holds no committed checkpoint" if path.exists() else "does not exist"
+    try:
+        steps = load_path.candidates(path)
+    except StepNotFoundError as error:
+        raise StepNotFoundError(f"checkpoint.load_path: {error}") from None
+    for found in steps:
+        step = None if found == path else layout.step_number(found.name)
+        with contextlib.suppress(NoTrainingStateError):  # named by its own path, it can be loaded
+            return resume.with_retries(functools.partial(resume.inspect, found, step=step), what=str(found))
     raise StepNotFoundError(
-        f"checkpoint.load_path: {path} {what}; give a step's folder, such as RUN/checkpoints/step_00001000, "
-        "or a run's folder"
+        f"checkpoint.load_path: {path} has steps of weights alone; name one of them, such as {steps[0]}"
     )
 
 

@@ -42,7 +42,7 @@ class Groups(LazyGroup):
         "unblock": Member(
             "unblock",
             "app",
-            "Say that the cause of RUN's faults is seen to: attempts so far no longer count against it.",
+            "Declare the cause of RUN's faults fixed: reset the count, name suspect steps back.",
         ),
         "submit": Member(
             "submit",

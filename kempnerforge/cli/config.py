@@ -24,6 +24,14 @@ FileAndOverrides = Annotated[
     typer.Argument(metavar="FILE [--section.key=value ...]", help="The TOML file, and overrides."),
 ]
 
+NoFiles = Annotated[
+    bool,
+    typer.Option(
+        "--no-files",
+        help="Do not look at the files and folders in FILE: they exist on the compute nodes alone.",
+    ),
+]
+
 
 @app.command(context_settings=OVERRIDABLE)
 def check(
@@ -31,10 +39,18 @@ def check(
     world_size: Annotated[
         int | None, typer.Option(min=1, help="Check the layout for this number of processes too.")
     ] = None,
+    no_files: NoFiles = False,
 ) -> None:
-    """Say whether FILE is valid; if not, everything that is wrong with it."""
+    """Say whether FILE and the files that it names are valid; if not, everything that is wrong."""
     file, overrides = _file_and_overrides(arguments)
-    job = load_job(file, overrides, world_size=world_size, inside_job=False).job
+    loaded = load_job(file, overrides, world_size=world_size, inside_job=False)
+    job = loaded.job
+    if not no_files:
+        from kempnerforge.train.preflight import (
+            check_files_of,
+        )  # numpy and more, which show and schema need not
+
+        check_files_of(loaded, where=file)
     typer.echo(f"{file}: valid")
     for line in _facts(job, world_size):
         typer.echo(f"  {line}")

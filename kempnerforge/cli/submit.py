@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from kempnerforge import fsio
+from kempnerforge.cli.config import NoFiles
 from kempnerforge.config.layers import DEFAULT
 from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.run import PLACEHOLDER
@@ -28,10 +29,13 @@ from kempnerforge.slurm.script import (
     render,
 )
 from kempnerforge.train.deadline import p99
+from kempnerforge.train.preflight import check_files_of
 
 app = typer.Typer(add_completion=False)
 SBATCH = "sbatch options"
 TIMEOUT = "train.shutdown_timeout_s"
+NOT_OF_THE_JOB = ("--dry-run", "--no-files")
+"""Options that change nothing in the script."""
 
 
 class _Submit(TyperCommand):
@@ -62,6 +66,7 @@ def submit(
     ] = None,
     script: Annotated[Path, typer.Option(help="The training script.")] = Path("scripts/train.py"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and queue nothing.")] = False,
+    no_files: NoFiles = False,
 ) -> None:
     """Check FILE on this layout, then train it as a SLURM job that goes on by itself until it is finished.
 
@@ -76,6 +81,8 @@ def submit(
     file, overrides = positionals[0], [*overrides, *positionals[1:]]
     loaded = load_job(file, overrides, world_size=nodes * ranks, inside_job=False)
     job, run_dir = loaded.job, loaded.job.run.dir or f"runs/{loaded.job.run.name}"
+    if not no_files:
+        check_files_of(loaded, where=file)
     check_options(time, sbatch_options, run_dir, is_shared=not PLACEHOLDER.search(run_dir))
     if not script.is_file():
         hint = "run this in the repository's folder, or give --script"
@@ -90,7 +97,7 @@ def submit(
         processes_per_node=ranks,
         time=time,
         train=[str(script), "--config", file, *overrides],
-        command=shlex.join(["kempnerforge", *(word for word in sys.argv[1:] if word != "--dry-run")]),
+        command=shlex.join(["kempnerforge", *(word for word in sys.argv[1:] if word not in NOT_OF_THE_JOB)]),
         output=_log(run_dir, sbatch_options),
         shutdown_timeout_s=timeout_s,
         bin_dir=str(Path(sys.executable).parent),

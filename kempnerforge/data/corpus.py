@@ -66,7 +66,7 @@ def scan_corpus(text: str | Sequence[str]) -> Corpus:
     entries = [text] if isinstance(text, str) else list(text)
     if not entries:
         raise DataError(f'no text was named; give files, globs, or "{PYTHON_STDLIB}"')
-    files = dict.fromkeys(path for entry in entries for path in _files_of(entry))
+    files = dict.fromkeys(path for entry in entries for path in files_of(entry))
     documents: list[Document] = []
     num_empty = num_binary = 0
     for path in files:
@@ -101,8 +101,8 @@ def read_document(document: Document) -> bytes:
     return content
 
 
-def _files_of(entry: str) -> list[Path]:
-    """The files that one entry names, sorted by path."""
+def files_of(entry: str) -> list[Path]:
+    """The files that one entry names, sorted by path. Raises :class:`DataError` if there are none."""
     if entry == PYTHON_STDLIB:
         return _stdlib_files()
     pattern = os.path.expanduser(entry)

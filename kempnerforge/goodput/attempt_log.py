@@ -91,12 +91,17 @@ class AttemptLog:
         """Add time of the loop to ``part``: step, data or eval."""
         self._spent_s[part] = self._spent_s.get(part, 0.0) + seconds
 
-    def end(self, *, kind: str, status: int, reason: str, step: int | None) -> None:
+    def end(
+        self, *, kind: str, status: int, reason: str, step: int | None, error: BaseException | None = None
+    ) -> None:
         """Write how the attempt ended, durably. ``kind`` is one of ``history.KINDS``.
 
         Blocks for ``END_WAIT_S`` at most: what is not written then is lost, which is a warning.
         """
-        self.write("end", kind=kind, status=status, reason=reason, step=step, spent_s=self._spent_s)
+        name = type(error).__name__ if error is not None else None
+        self.write(
+            "end", kind=kind, status=status, reason=reason, error=name, step=step, spent_s=self._spent_s
+        )
         if left := self._queue.flush(END_WAIT_S):
             text = f"{left} events, with the end, were not written within {END_WAIT_S:g} s"
             self.warn(OSError(errno.ETIMEDOUT, text))

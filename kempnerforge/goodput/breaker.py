@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kempnerforge.goodput.blame import may_lie_in_state
 from kempnerforge.goodput.history import AttemptHistory
 
 HEALTHY_STEPS = 10
@@ -35,17 +36,19 @@ def without_progress(history: Sequence[AttemptHistory], *, newest_committed: int
 
 
 def suspects(history: Sequence[AttemptHistory]) -> dict[int, str]:
-    """Steps that two attempts began from and died of a fault of their own before they were healthy, and why.
+    """Steps that two attempts began from and then ended for a cause that may lie in them, and why.
 
-    An attempt that began below such a step ends the suspicion: the step is another one when it comes again.
-    Loops of users' own do not count: what ends them is most often their own code.
+    ``blame.may_lie_in_state`` decides. An attempt that began below such a step ends the suspicion: the step
+    is another one when it comes again. Loops of users' own do not count: what ends them is most often their
+    own code.
     """
     deaths: dict[int, list[AttemptHistory]] = {}
     for one in history:
         if one.began_at is None or one.is_own_loop:
             continue
         deaths = {step: died for step, died in deaths.items() if step <= one.began_at}
-        if one.kind == "fault" and not one.healthy and not one.acknowledged and one.began_at > 0:
+        blamed = may_lie_in_state(one.error_type, began_at=one.began_at, healthy=one.healthy)
+        if blamed and not one.acknowledged:
             deaths.setdefault(one.began_at, []).append(one)
         elif one.healthy:
             deaths.pop(one.began_at, None)

@@ -52,6 +52,8 @@ class FaultRecord:
     by_peer: bool
     """Whether it only says that another rank went away: no cause by itself."""
     path: str
+    type_name: str = ""
+    """Class of the exception; empty for a signal."""
 
 
 def is_peer_loss(type_name: str, message: str) -> bool:
@@ -155,8 +157,14 @@ def _read(path: Path) -> FaultRecord | None:
     for line in rest.splitlines():
         try:
             body = json.loads(line)
-            text = f"{body['type']}: {body['message']}"
-            return FaultRecord(**common, time=float(body["time"]), text=text, by_peer=bool(body["by_peer"]))
+            name = str(body["type"])
+            return FaultRecord(
+                **common,
+                time=float(body["time"]),
+                text=f"{name}: {body['message']}",
+                by_peer=bool(body["by_peer"]),
+                type_name=name,
+            )
         except (ValueError, KeyError, TypeError):
             continue
     if fatal := _FATAL.search(rest):

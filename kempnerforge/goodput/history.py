@@ -56,6 +56,13 @@ class AttemptHistory:
         return "fault" if told == "lost" and self.cause is not None else told
 
     @property
+    def error_type(self) -> str:
+        """Class of the error that ended it; empty if none did or it is not known."""
+        if self.kind == "fault" and self.cause is not None:
+            return self.cause.type_name
+        return str(self.end.get("error") or "") if self.end else ""
+
+    @property
     def reason(self) -> str:
         """Why it ended, in words."""
         if self.kind == "fault" and self.cause is not None:

@@ -107,7 +107,8 @@ class AttemptBook:
 
     def end(self, *, status: int, reason: str, step: int | None, error: BaseException | None) -> None:
         """Write how the attempt ended, durably, and close this rank's file."""
-        self._log.end(kind=end_kind(status, reason, error), status=status, reason=reason, step=step)
+        kind = end_kind(status, reason, error)
+        self._log.end(kind=kind, status=status, reason=reason, step=step, error=error)
         if self._faults is not None:
             self._faults.close()
 

@@ -31,6 +31,7 @@ from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.control import Control
 from kempnerforge.train.optim import HYPERPARAMETERS, build_optimizer
 from kempnerforge.train.placement import PlacedModel, build_model
+from kempnerforge.train.preflight import check_files
 from kempnerforge.train.progress import Progress
 from kempnerforge.train.reports import Reports, build_reports
 from kempnerforge.train.run_folder import record_refusal
@@ -83,6 +84,7 @@ def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -
 
     Collective: all ranks. Raises ConfigError, DataError, RunFolderError and StopRequestedError on all ranks.
     """
+    world.control.on_rank0(lambda: stopping.signals.interruptible(lambda: check_files(job)))
     first_geometry = job.geometry(world.num_ranks) if job.train.global_batch_size is None else None
     first_size = first_geometry.global_batch_size if first_geometry else job.train.global_batch_size
     assert first_size is not None

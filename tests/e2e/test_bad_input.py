@@ -62,6 +62,27 @@ def test_train_bad_config_exits_2(tmp_path: Path, kind: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.toml"], "nothing was started"
 
 
+@pytest.mark.smoke
+def test_train_missing_files_told_before_a_run_folder(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    """All at once, by rank 0, as ``kempnerforge config check`` does."""
+    run = make_run(tmp_path, corpus, **{"data.tokenizer": str(tmp_path / "tok.json")})
+    missing = ['--data.text=["/nowhere/*.txt"]', "--checkpoint.load_path=/nowhere/run"]
+    ended = launcher.run(run, *missing, ranks=2)
+    assert ended.statuses == [2, 2], ended.output
+    for words in (
+        "3 faults",
+        "data.text:",
+        "data.tokenizer:",
+        "checkpoint.load_path: /nowhere/run does not exist",
+    ):
+        assert words in ended.outputs[0]
+    assert "Traceback" not in ended.output
+    assert "faults" not in ended.outputs[1]
+    assert not run.folder.exists()
+
+
 def prepared(tmp_path: Path, corpus: Path) -> Path:
     command = str(Path(sys.executable).with_name("kempnerforge"))
     arguments = ["data", "prepare", str(corpus / "*.txt"), "--out", str(tmp_path / "t")]

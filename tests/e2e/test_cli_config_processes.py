@@ -41,6 +41,7 @@ def test_config_check_valid_file_prints_summary() -> None:
         "check",
         "configs/llama_70b.toml",
         "--world-size=256",
+        "--no-files",
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [

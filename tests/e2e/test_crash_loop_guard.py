@@ -65,32 +65,62 @@ def test_fault_file_unopenable_on_one_rank_ends_no_rank(
     assert "record of this attempt" not in ended.outputs[0]
 
 
+def unblock(run: Run) -> str:
+    code = "from kempnerforge.cli.app import main; main()"
+    command = [sys.executable, "-c", code, "unblock", str(run.folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.smoke
-def test_breaker_three_deaths_at_one_step_blocks_run(
+def test_breaker_foreign_causes_block_run_and_keep_step(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
-    """After two deaths the step is passed over as suspect, after three the run refuses to start."""
+    """Memory, the user's code and a crash stop the loop in the end, and cost no checkpoint."""
     run = make_run(tmp_path, corpus, **SETTINGS)
-    attempt = launcher.run(run, "--train.max_steps=8")
-    assert attempt.statuses == [0]
+    launcher.finish(run, "--train.max_steps=8")
+    for how, status in [("oom", 1), ("raise", 1), ("SIGSEGV", -signal.SIGSEGV)]:
+        assert launcher.run(run, faults=crash(how, 5, 0)).statuses == [status]
+    assert [(row["step"], row["rejected"]) for row in run.receipts()[1:]] == [(8, [])] * 3
+    refused = launcher.run(run)
+    assert refused.statuses == [76], refused.output
+    assert "no progress: 3 attempts" in refused.output
+    for words in ("OutOfMemoryError: CUDA out of memory", "ValueError: no such luck", "Segmentation fault"):
+        assert words in refused.output
+    assert "Traceback" not in refused.output
+    last = run.record["last_exit"]
+    assert (last["status"], last["attempt"], last["step"]) == (76, 5, 8)
+    assert last["reason"].startswith("no progress: 3 attempts")
+    assert [one.kind for one in ends(run)] == ["finished", "fault", "fault", "fault", "blocked"]
+    assert "faults up to attempt 5 no longer count" in unblock(run)
+    launcher.finish(run)
+    assert run.receipts()[-1]["step"] == 8
+
+
+@pytest.mark.smoke
+def test_suspect_step_not_finite_twice_comes_back_by_unblock(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    """A step is suspect for a cause in the state alone, and ``unblock`` gives it its name back."""
+    run = make_run(tmp_path, corpus, **SETTINGS, **{"train.max_skipped_steps": 2})
+    launcher.finish(run, "--train.max_steps=8")
+    not_finite = [("poison_loss", {"calls": list(range(1, 100)), "rank": 0})]
     for _ in range(2):
-        assert launcher.run(run, faults=crash("SIGSEGV", 5, 0)).statuses == [-signal.SIGSEGV]
-    ended = launcher.run(run, faults=crash("SIGSEGV", 5, 0))
+        ended = launcher.run(run, faults=not_finite)
+        assert ended.statuses == [1], ended.output
+        assert run.receipts()[-1]["step"] == 8
+    assert [one.error_type for one in ends(run)] == ["", "NonFiniteError", "NonFiniteError"]
+    ended = launcher.run(run, faults=crash("raise", 5, 0))
     receipt = run.receipts()[-1]
     assert receipt["step"] == 4, ended.output
     assert [(one["step"], one["outcome"]) for one in receipt["rejected"]] == [(8, "suspect")]
     assert (run.checkpoints / "suspect.step_00000008.1" / "manifest.json").exists()
-    refused = launcher.run(run)
-    assert refused.statuses == [76], refused.output
-    assert "no progress: 3 attempts" in refused.output
-    assert "Segmentation fault" in refused.output
-    assert "Traceback" not in refused.output
-    last = run.record["last_exit"]
-    assert (last["status"], last["attempt"], last["step"]) == (76, 5, 4)
-    assert last["reason"].startswith("no progress: 3 attempts")
-    assert [one.kind for one in ends(run)] == ["finished", "fault", "fault", "fault", "blocked"]
-    code = "from kempnerforge.cli.app import main; main()"
-    done = subprocess.run([sys.executable, "-c", code, "unblock", str(run.folder)], capture_output=True)
-    assert done.returncode == 0, done.stderr
-    launcher.finish(run)
-    assert run.receipts()[-1]["step"] == 4
+    assert "6 steps after it are done again: step 8 was committed and is set aside" in ended.output
+    assert "not committed" not in ended.output
+    said = unblock(run)
+    assert "suspect.step_00000008.1 -> step_00000008" in said
+    ended = launcher.finish(run)
+    assert (run.receipts()[-1]["step"], run.receipts()[-1]["rejected"]) == (8, []), ended.output
+    assert run.committed()[0] == 30
+    assert not list(run.checkpoints.glob("late.*"))

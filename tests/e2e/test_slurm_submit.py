@@ -46,7 +46,7 @@ def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-LLAMA = ["submit", "configs/llama_7b.toml", "--nodes=4", "--gpus-per-node=8", "--time=24:00:00"]
+LLAMA = ["submit", "configs/llama_7b.toml", "--nodes=4", "--gpus-per-node=8", "--time=24:00:00", "--no-files"]
 
 
 @pytest.mark.smoke
@@ -73,6 +73,29 @@ def test_submit_invalid_layout_is_not_queued(kempnerforge: Command) -> None:
     assert "but processes started: 24" in done.err
     assert "--train.sed: is not a known key" in done.err
     assert "Traceback" not in done.err
+
+
+@pytest.mark.smoke
+def test_submit_missing_files_are_not_queued(kempnerforge: Command, tmp_path: Path) -> None:
+    """They would be missed after hours in the queue."""
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\ntouch {tmp_path}/queued\necho 7\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    missing = [f"--run.dir={tmp_path}/run", "--checkpoint.load_path=/nowhere/step", "--data.dataset_path=/no"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for more in ([], ["--dry-run"]):
+        done = kempnerforge(*LLAMA[:-1], *missing, *more, PATH=path)
+        assert (done.status, done.out) == (2, "")
+        assert "2 faults" in done.err
+        for words in (
+            "checkpoint.load_path: /nowhere/step does not exist",
+            "data.dataset_path:",
+            "--no-files",
+        ):
+            assert words in done.err
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "queued").exists()
+    assert kempnerforge(*LLAMA, *missing, PATH=path).status == 0
+    assert (tmp_path / "queued").exists()
 
 
 SCONTROL = """#!/bin/bash
@@ -115,6 +138,7 @@ SCRIPTS = {
     "one_node.sh": ["configs/quickstart.toml", "--nodes", "1", "--gpus-per-node", "2", "--time", "2:00:00"],
     "many_nodes.sh": [
         *("configs/llama_7b.toml", "--nodes", "4", "--gpus-per-node", "8", "--time", "24:00:00"),
+        "--no-files",
     ],
 }
 

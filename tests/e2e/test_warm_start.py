@@ -166,8 +166,38 @@ def test_warm_start_other_model_is_mismatch(
     launcher: Launcher, corpus: Path, tmp_path: Path, source: Run
 ) -> None:
     run = warm(source.folder, corpus, tmp_path / "warm", **{"model.n_layers": 3})
-    reported = ("cannot fit this config", "layers.2", "is not in the checkpoint")
+    reported = ("checkpoint.load_path", "model.n_layers was 2, is 3")
     assert_refused(run, launcher.run(run, ranks=2), 2, *reported)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--model.n_heads=4", "model.n_heads was 2, is 4"),
+        ("--model.n_kv_heads=2", ""),
+        ("--model.rope_theta=500000", "model.rope_theta was 10000.0, is 500000.0"),
+    ],
+)
+def test_resume_same_shapes_other_model_is_refused(
+    launcher: Launcher, tmp_path: Path, source: Run, override: str, said: str
+) -> None:
+    """All tensors would fit, and compute something else. ``n_kv_heads`` of 2 is what none means here."""
+    run = copy_run(source, tmp_path / "copy")
+    rows, names = run.rows(), run.names()
+    ended = launcher.run(run, override, f"--train.max_steps={STEPS}", ranks=2)
+    if not said:
+        assert ended.statuses == [0, 0], ended.output
+        return
+    assert ended.statuses == [2, 2], ended.output
+    way_on = f"--run.name=NEW --checkpoint.load_path={run.step_folder(SAVED)}"
+    assert said in ended.outputs[0]
+    assert way_on in ended.outputs[0]
+    assert "Traceback" not in ended.output
+    assert (run.rows(), run.names()) == (rows, names)
+    new = [override, f"--run.dir={tmp_path}/new", f"--checkpoint.load_path={run.step_folder(SAVED)}"]
+    begun = launcher.finish(run, *new, f"--train.max_steps={STEPS}", ranks=2)
+    assert f"config: {said.split(' was ')[0]} was" in begun.outputs[0]
 
 
 @pytest.mark.smoke

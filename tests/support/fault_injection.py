@@ -325,7 +325,10 @@ def _slow(target: str, seconds: float, rank: int | None) -> None:
 
 
 def crash_at_loss(*, how: str, call: int, rank: int | None) -> None:
-    """Die by the signal ``how``, or ``raise``, in the ``call``-th micro-batch of training of this attempt."""
+    """Die by the signal ``how``, or ``raise``, in the ``call``-th micro-batch of training of this attempt.
+
+    ``oom`` raises what CUDA's allocator raises, which a machine without a GPU cannot.
+    """
     if not _here(rank):
         return
     import torch
@@ -339,6 +342,8 @@ def crash_at_loss(*, how: str, call: int, rank: int | None) -> None:
             if made == call:
                 if how == "raise":
                     raise ValueError("no such luck")
+                if how == "oom":
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
                 os.kill(os.getpid(), getattr(signal, how))
             return original(*args, **kwargs)
 

@@ -37,6 +37,7 @@ NO_TORCH = (
     *("checkpoint.quota", "checkpoint.run_record", "checkpoint.keep", "checkpoint.pins", "checkpoint.holds"),
     *("checkpoint.digest", "checkpoint.step_view", "checkpoint.shard_header", "checkpoint.compare"),
     *("checkpoint.export", "checkpoint.import_weights", "checkpoint.float_cast", "model.hf"),
+    *("checkpoint.load_path", "checkpoint.unblock", "train.preflight"),
 )
 # Not when they are imported; a command or a device may ask for it later.
 NO_TORCH_AT_IMPORT = ("cli", "telemetry")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kempnerforge.config import rules
 from kempnerforge.config.geometry import derive_geometry
+from kempnerforge.config.model_changes import ModelChanges, model_changes
 from kempnerforge.config.schema import (
     DistributedConfig,
     Geometry,
@@ -426,3 +429,46 @@ def test_rules_parameters_are_known_names() -> None:
     known = {*JobConfig.model_fields, "world_size", "environ"}
     for rule in rules.RULES:
         assert set(signature(rule).parameters) <= known, rule.__name__
+
+
+BASE = {"dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 300}
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("now", "lines", "same_shapes"),
+    [
+        ({}, [], True),
+        ({"n_kv_heads": 4, "head_dim": 16, "rope_theta": 10000.0}, [], True),
+        ({"max_seq_len": 64, "init_std": 0.1}, [], True),
+        ({"n_heads": 8}, ["n_heads was 4, is 8", "n_kv_heads was 4, is 8", "head_dim was 16, is 8"], True),
+        ({"n_kv_heads": 2}, ["n_kv_heads was 4, is 2"], False),
+        ({"dim": 128, "head_dim": 16}, ["dim was 64, is 128", "ffn_hidden_dim was 256, is 512"], False),
+        ({"rope_theta": 5e5}, ["rope_theta was 10000.0, is 500000.0"], True),
+        ({"norm_eps": 1e-6}, ["norm_eps was 1e-05, is 1e-06"], True),
+        ({"tie_embeddings": True}, ["tie_embeddings was false, is true"], False),
+        (
+            {"rope_scaling": SCALING},
+            [
+                "rope_scaling was none, is {factor = 8.0, low_freq_factor = 1.0, high_freq_factor = 4.0, "
+                "original_max_position_embeddings = 8192}"
+            ],
+            True,
+        ),
+    ],
+)
+def test_model_changes_compare_what_keys_mean(
+    now: dict[str, Any], lines: list[str], same_shapes: bool
+) -> None:
+    found = model_changes(BASE | {"key_of_another_version": 1}, BASE | now)
+    assert list(found.lines) == [f"model.{line}" for line in lines]
+    assert found.same_shapes is same_shapes
+
+
+def test_model_changes_unreadable_table_not_compared() -> None:
+    assert model_changes(BASE | {"dim": "wide"}, BASE) == ModelChanges()

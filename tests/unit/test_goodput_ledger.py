@@ -15,7 +15,8 @@ from kempnerforge.config.schema import load_job
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.distributed.world import World
 from kempnerforge.goodput import breaker
-from kempnerforge.goodput.faults import FaultRecord, is_peer_loss
+from kempnerforge.goodput.blame import may_lie_in_state
+from kempnerforge.goodput.faults import FaultRecord, is_peer_loss, read_faults, record_fault
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.interval import daly, rate_bounds, young
 from kempnerforge.goodput.ledger import Ledger, read_events
@@ -23,14 +24,16 @@ from kempnerforge.train.book import AttemptBook
 
 
 def history(*attempts: tuple[str, int, list[int], bool], unblocked: int = 0) -> list[AttemptHistory]:
-    """Attempts as (kind, began at, committed steps, healthy)."""
+    """Attempts as (kind, began at, committed steps, healthy). ``NonFiniteError`` is a fault of that class."""
     events: list[dict[str, Any]] = []
     for number, (kind, began, commits, healthy) in enumerate(attempts, 1):
         common = {"attempt": number, "time": float(number)}
         events += [{"event": "start", **common}, {"event": "resume", "step": began, **common}]
         events += [{"event": "commit", "step": step, **common} for step in commits]
         events += [{"event": "healthy", "step": began + 10, **common}] if healthy else []
-        if kind != "lost":
+        if kind == N:
+            events.append({"event": "end", "kind": F, "error": N, "reason": "nan", "step": began, **common})
+        elif kind != "lost":
             events.append({"event": "end", "kind": kind, "reason": kind, "step": began, **common})
     if unblocked:
         events.append({"event": "unblock", "attempt": unblocked, "time": 99.0})
@@ -38,6 +41,7 @@ def history(*attempts: tuple[str, int, list[int], bool], unblocked: int = 0) -> 
 
 
 F = "fault"
+N = "NonFiniteError"
 ROWS: list[tuple[list[tuple[str, int, list[int], bool]], list[int]]] = [
     ([], []),
     ([(F, 0, [], False)] * 3, [1, 2, 3]),
@@ -70,17 +74,58 @@ def test_breaker_unblocked_run_counts_anew() -> None:
 @pytest.mark.parametrize(
     ("attempts", "expected"),
     [
-        ([(F, 8, [], False)], []),
-        ([(F, 8, [], False)] * 2, [8]),
-        ([(F, 8, [], False), ("lost", 8, [], False), (F, 8, [], False)], [8]),
-        ([(F, 8, [], False), (F, 8, [], True)], []),
-        ([(F, 0, [], False)] * 2, []),
-        ([(F, 8, [], False), (F, 8, [], False), (F, 4, [8], True)], []),
+        ([(N, 8, [], False)], []),
+        ([(N, 8, [], False)] * 2, [8]),
+        ([(N, 8, [], False), ("lost", 8, [], False), (F, 8, [], False), (N, 8, [], False)], [8]),
+        ([(N, 8, [], False), (N, 8, [], True)], []),
+        ([(N, 0, [], False)] * 2, []),
+        ([(N, 8, [], False), (N, 8, [], False), (N, 4, [8], True)], []),
+        ([(N, 8, [], False), (F, 8, [], False)], []),
+        ([(F, 8, [], False)] * 3, []),
         ([("lost", 8, [], False)] * 3, []),
     ],
 )
 def test_breaker_suspect_steps_found(attempts: list[Any], expected: list[int]) -> None:
     assert list(breaker.suspects(history(*attempts))) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "blamed"),
+    [
+        ("NonFiniteError", True),
+        ("DamagedCheckpointError", True),
+        ("MismatchError", True),
+        ("", False),  # a signal, SIGKILL by the OOM killer, a lost node
+        ("OutOfMemoryError", False),  # torch's, on CUDA
+        ("MemoryError", False),
+        ("AcceleratorError", False),
+        ("DistBackendError", False),
+        ("DistStoreError", False),
+        ("RuntimeError", False),
+        ("ValueError", False),  # the user's code
+        ("KeyboardInterrupt", False),
+        ("DataError", False),
+        ("UnreachableCheckpointError", False),
+        ("SaveFailedError", False),
+        ("LeaseLostError", False),
+    ],
+)
+def test_blame_only_causes_in_state_count(error: str, blamed: bool) -> None:
+    assert may_lie_in_state(error, began_at=8, healthy=False) is blamed
+    assert not may_lie_in_state(error, began_at=8, healthy=True)
+    assert not may_lie_in_state(error, began_at=0, healthy=False)
+    assert not may_lie_in_state(error, began_at=None, healthy=False)
+
+
+def test_faults_class_of_exception_read_back(tmp_path: Path) -> None:
+    """The class decides who is blamed; the record of one rank goes before the words of rank 0."""
+    record_fault(tmp_path, MemoryError("no"), attempt=1, rank=1, host="a")
+    (fault,) = read_faults(tmp_path)
+    start = {"event": "start", "attempt": 1, "time": 0.0}
+    end = {"event": "end", "attempt": 1, "time": 9.0, "kind": F, "error": N, "reason": "", "step": 1}
+    (found,) = derive([start, end], [fault])
+    assert (fault.type_name, found.error_type) == ("MemoryError", "MemoryError")
+    assert derive([start, end], [])[0].error_type == N
 
 
 def test_history_cause_is_earliest_own_fault() -> None:

@@ -107,7 +107,7 @@ def test_plan_agrees_with_config_check(
     """And the nearest layouts that it names are possible."""
     arguments = [LLAMA, *overrides, f"--world-size={world_size}"]
     planned = kempnerforge(monkeypatch, capsys, "plan", *arguments)
-    checked = kempnerforge(monkeypatch, capsys, "config", "check", *arguments)
+    checked = kempnerforge(monkeypatch, capsys, "config", "check", *arguments, "--no-files")
     assert planned.status == checked.status
     if checked.status == 0:
         return

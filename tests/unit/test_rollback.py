@@ -17,6 +17,7 @@ from kempnerforge.checkpoint import layout, lease, rollback, run_record, space, 
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.checkpoint.timeline import Cut, late_arrivals
+from kempnerforge.checkpoint.unblock import unblock
 from kempnerforge.checkpoint.verify import verify
 from kempnerforge.errors import (
     DamagedCheckpointError,
@@ -332,3 +333,51 @@ def test_fork_of_weights_alone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NoTrainingStateError, match=r"checkpoint\.load_path = "):
         forking.fork(step, tmp_path / "new", link=False, progress=quiet)
     assert not (tmp_path / "new").exists()
+
+
+# Suspect steps
+
+
+def suspect(run: Path, step: int) -> Path:
+    """Attempts blamed ``step``: it is set aside, as a start that goes on from the one before it does."""
+    return timeline.set_aside(run / "checkpoints", step, layout.suspect_name)
+
+
+def test_unblock_suspect_steps_named_back(run: Path) -> None:
+    """Two were set aside, one after the other, and what went on from below committed nothing."""
+    suspect(run, 12)
+    Receipt(2, step=8, source="resume").write(run)
+    suspect(run, 8)
+    Receipt(3, step=4, source="resume").write(run)
+    run_record.write(run, replace(record_of(run), attempt=3))
+    done = unblock(run, note=quiet)
+    assert sorted(done.renamed.values()) == ["step_00000008", "step_00000012"]
+    assert (done.left, done.attempt, record_of(run).attempt) == ({}, 4, 4)
+    assert timeline.set_aside_late(run / "checkpoints", timeline.cuts(run), run_id="abc") == []
+    Receipt(5, step=4, source="resume").write(run)  # what is left behind later is late as ever
+    late = timeline.set_aside_late(run / "checkpoints", timeline.cuts(run), run_id="abc")
+    assert [path.name for path in late] == ["late.step_00000012.1", "late.step_00000008.1"]
+
+
+def test_unblock_newer_timeline_leaves_suspect_aside(run: Path) -> None:
+    suspect(run, 12)
+    suspect(run, 8)
+    Receipt(2, step=4, source="resume").write(run)
+    write_step(run / "checkpoints", 6, attempt=2, run_id="abc")
+    run_record.write(run, replace(record_of(run), attempt=2))
+    done = unblock(run, note=quiet)
+    assert done.renamed == {}
+    assert set(done.left) == {"suspect.step_00000012.1", "suspect.step_00000008.1"}
+    assert set(done.left.values()) == {"the run went on from step 4 since and committed step 6"}
+    assert layout.committed_steps(run / "checkpoints") == [6, 4]
+
+
+def test_unblock_suspect_without_newer_attempt_named_back(run: Path) -> None:
+    """The start that set it aside was killed before it wrote a receipt."""
+    suspect(run, 12)
+    assert unblock(run, note=quiet).renamed == {"suspect.step_00000012.1": "step_00000012"}
+    assert record_of(run).restored == ()
+    held = lease.acquire(run, after_attempt=9)
+    with pytest.raises(LeaseHeldError, match="not blocked"):
+        unblock(run, note=quiet)
+    held.release()

@@ -104,7 +104,7 @@ TABLE: list[tuple[str, RunFacts, str, str]] = [
             ("quarantined", "damaged"),
             ("rolled back", "rollback"),
             ("late", "taken over"),
-            ("suspect", "died right after"),
+            ("suspect", "ended for a cause that may lie in it"),
         ]
     ),
 ]

@@ -1,0 +1,80 @@
+"""What ``checkpoint.load_path`` may name, found without torch, and what a step has for a warm start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from kempnerforge.checkpoint import hf_folder, layout, run_record
+from kempnerforge.errors import MismatchError, RunFolderError, StepNotFoundError
+
+ALLOWED = "give a step's folder, such as RUN/checkpoints/step_00001000, or a run's folder"
+STORED_AS = {
+    "optimizer": ("optimizer", "optimizers"),
+    "scheduler": ("step",),
+    "data": ("data",),
+    "rng": ("rng",),
+}
+"""Part of a state -> the first names of what a step has of it."""
+
+
+def candidates(path: Path) -> list[Path]:
+    """The steps that ``path`` means: itself, or those of a run or a folder, newest first.
+
+    Raises StepNotFoundError.
+    """
+    if (path / layout.MANIFEST).is_file():
+        return [path]
+    folders = [path, path / "checkpoints", *_moved_to(path)]
+    steps = [
+        folder / layout.step_name(step)
+        for folder in dict.fromkeys(folders)
+        for step in layout.committed_steps(folder)
+    ]
+    if steps:
+        return steps
+    raise StepNotFoundError(f"{path} {_what_it_is(path)}")
+
+
+def missing_parts(
+    parts: Sequence[str], objects: Collection[str], has_tensors: Callable[[str], bool]
+) -> list[str]:
+    """The parts that a step has nothing of, if one of ``parts`` is among them that cannot do without.
+
+    Random number generators may be missing: they are derived then. ``objects``: names of what is no tensor;
+    ``has_tensors``: whether there are tensors whose names begin so.
+    """
+    absent = [
+        part
+        for part, names in STORED_AS.items()
+        if not any(name in objects or has_tensors(f"{name}.") for name in names)
+    ]
+    return absent if any(part in absent and part != "rng" for part in parts) else []
+
+
+def only_weights(path: Path, absent: Sequence[str]) -> MismatchError:
+    """The error for a step that has nothing of the parts ``absent``."""
+    given = json.dumps(list(absent), separators=(",", ":"))
+    return MismatchError(
+        f"{path} has no {', '.join(absent)}. A new run can begin from what it has, with it as "
+        f"checkpoint.load_path and --checkpoint.exclude_from_loading='{given}'"
+    )
+
+
+def _moved_to(path: Path) -> list[Path]:
+    try:
+        record = run_record.read(path)
+    except (OSError, RunFolderError):
+        return []
+    return [record.checkpoint_folder(path)] if record is not None else []
+
+
+def _what_it_is(path: Path) -> str:
+    if not path.exists():
+        return f"does not exist; {ALLOWED}"
+    if not path.is_dir():
+        return f"is a file; {ALLOWED}"
+    if (path / hf_folder.CONFIG).is_file() and any(path.glob("*.safetensors*")):
+        return f"is a Hugging Face model. Import it, then name DIR: kempnerforge import hf {path} --out DIR"
+    return f"holds no committed checkpoint; {ALLOWED}"

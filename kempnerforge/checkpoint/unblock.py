@@ -1,0 +1,103 @@
+"""Let a blocked run go on: earlier faults no longer count, and suspect steps are chosen again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import layout, lease, manifest, run_record, timeline
+from kempnerforge.checkpoint.run_record import Restored
+from kempnerforge.checkpoint.timeline import Cut
+from kempnerforge.errors import DamagedCheckpointError, LeaseHeldError, MismatchError, RunFolderError
+from kempnerforge.goodput.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Unblocked:
+    """What ``unblock`` did."""
+
+    attempt: int
+    """Faults of attempts up to this one no longer count."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Old name -> new name of the steps that are chosen again."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Name -> why a suspect step cannot be used by this run any more."""
+
+
+def unblock(run_dir: Path, *, note: Callable[[str], None]) -> Unblocked:
+    """Declare the cause of a run's faults fixed, and give suspect steps their names back.
+
+    A suspect step stays set aside if the run has committed a step since that does not come from it.
+    ``run.json`` is written before the first rename, and the ledger after the last: after a kill, repeat the
+    command.
+    ``note`` is told when the lease has to be watched.
+
+    Durable: on return. Raises RunFolderError, LeaseHeldError.
+    """
+    try:
+        if writer := lease.live_holder(run_dir):
+            raise LeaseHeldError(f"{run_dir} is being written by {writer}; it is not blocked")
+        record = run_record.read(run_dir)
+        folder = record.checkpoint_folder(run_dir) if record is not None else run_dir / "checkpoints"
+        suspects = layout.list_folder(folder).suspect
+        if record is None or not suspects:
+            done = Unblocked(timeline.last_attempt(run_dir))
+        else:
+            held = lease.acquire(run_dir, after_attempt=timeline.last_attempt(run_dir), note=note)
+            try:
+                done = _restore(run_dir, folder, suspects, held.attempt)
+            finally:
+                held.release()
+        Ledger(run_dir, done.attempt).write("unblock")
+    except OSError as error:
+        raise RunFolderError(f"{run_dir} could not be unblocked: {error}") from error
+    return done
+
+
+def _restore(run_dir: Path, folder: Path, suspects: Sequence[Path], attempt: int) -> Unblocked:
+    record = run_record.read(run_dir)
+    assert record is not None
+    cuts, committed = timeline.cuts(run_dir), layout.committed_steps(folder)
+    done = Unblocked(attempt)
+    restored: list[Restored] = []
+    for path in sorted(suspects, reverse=True):
+        step = layout.step_number(path.name.split(".")[1])
+        assert step is not None
+        why, since = _why_not(path, step, record.run_id, cuts, committed)
+        if not why and layout.step_name(step) in done.renamed.values():
+            why = f"{layout.step_name(step)} was another one of that number"
+        if why:
+            done.left[path.name] = why
+            continue
+        done.renamed[path.name] = layout.step_name(step)
+        if since:
+            restored.append(Restored(step, since, attempt))
+    run_record.write(run_dir, replace(record, attempt=attempt, restored=(*record.restored, *restored)))
+    for old, new in done.renamed.items():
+        (folder / old).rename(folder / new)
+    if done.renamed:
+        fsio.fsync_folder(folder)
+    return done
+
+
+def _why_not(
+    path: Path, step: int, run_id: str, cuts: Sequence[Cut], committed: Sequence[int]
+) -> tuple[str, int]:
+    """Why the step cannot come back, and the first attempt that went on from below it; 0 if none did."""
+    try:
+        provenance = manifest.read(path).provenance
+    except (DamagedCheckpointError, MismatchError) as error:
+        return str(error), 0
+    if provenance.run_id != run_id:
+        return f"it is of another run, {provenance.run_id}", 0
+    below = [cut for cut in cuts if cut.leaves_behind(step, provenance.attempt)]
+    if not below:
+        return (f"step {step} was committed again", 0) if step in committed else ("", 0)
+    lowest = min(below, key=lambda cut: cut.step)
+    if rollback := next((cut for cut in below if cut.is_rollback), None):
+        return f"the run was rolled back to step {rollback.step} since", 0
+    if newer := [one for one in committed if one > lowest.step]:
+        return f"the run went on from step {lowest.step} since and committed step {max(newer)}", 0
+    return "", min(cut.attempt for cut in below)

@@ -1,0 +1,68 @@
+"""What differs between the model of a checkpoint and the model of a config. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from kempnerforge.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class ModelChanges:
+    """Keys of ``[model]`` that make another model of it."""
+
+    lines: tuple[str, ...] = ()
+    """``model.dim was 128, is 256``, a line for each key; empty for the same model."""
+    same_shapes: bool = True
+    """Whether the weights of one model have the shapes of the other's."""
+
+
+def model_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> ModelChanges:
+    """Compare two ``[model]`` tables by what they mean: a key that is left out has its default.
+
+    ``max_seq_len`` and ``init_std`` do not count: neither changes what trained weights compute. A table that
+    this version cannot read is not compared.
+    """
+    before, after = _parse(stored), _parse(now)
+    if before is None or after is None:
+        return ModelChanges()
+    was, is_now = _meaning(before), _meaning(after)
+    lines = [
+        f"model.{key} was {_shown(was[key])}, is {_shown(is_now[key])}"
+        for key in was
+        if was[key] != is_now[key]
+    ]
+    return ModelChanges(tuple(lines), _shapes(before) == _shapes(after))
+
+
+def _parse(table: Mapping[str, Any]) -> ModelConfig | None:
+    try:
+        return ModelConfig.model_validate(
+            {key: value for key, value in table.items() if key in ModelConfig.model_fields}
+        )
+    except ValidationError:
+        return None
+
+
+def _meaning(model: ModelConfig) -> dict[str, Any]:
+    resolved = {
+        "n_kv_heads": model.kv_heads,
+        "head_dim": model.resolved_head_dim,
+        "ffn_hidden_dim": model.ffn_dim,
+    }
+    found = {**model.model_dump(mode="json"), **resolved}
+    return {key: value for key, value in found.items() if key not in ("max_seq_len", "init_std")}
+
+
+def _shapes(model: ModelConfig) -> tuple[Any, ...]:
+    return model.n_layers, model.vocab_size, model.dim, model.tie_embeddings, model.layer_shapes
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {each}" for key, each in value.items()) + "}"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

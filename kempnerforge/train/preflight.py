@@ -1,0 +1,202 @@
+"""Files and folders that a job names, looked at before anything is started or made. No torch.
+
+What a run makes itself (its folder, the checkpoints, the cache of prepared text) need not be there, but it
+must be possible to make it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from kempnerforge.checkpoint import layout, load_path, run_record
+from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.config.checkpoint import LoadablePart
+from kempnerforge.config.model_changes import model_changes
+from kempnerforge.config.run import PLACEHOLDER, unfilled_placeholders
+from kempnerforge.config.schema import JobConfig, LoadedJob
+from kempnerforge.data.corpus import PYTHON_STDLIB, files_of
+from kempnerforge.data.tokenizer import load_tokenizer
+from kempnerforge.data.tokens import load_shards
+from kempnerforge.errors import (
+    ConfigError,
+    DamagedCheckpointError,
+    DataError,
+    Fault,
+    MismatchError,
+    RunFolderError,
+    StepNotFoundError,
+)
+
+WRITABLE = "name a folder that can be made and written"
+
+
+def check_files(job: JobConfig) -> None:
+    """Look at all files that ``job`` names, at its start. Raises ConfigError with every fault.
+
+    Storage that does not answer is no fault of the config: what needs the file tries again and says so.
+    Raises DamagedCheckpointError for a damaged ``load_path``.
+    """
+    if faults := file_faults(job, at_start=True):
+        raise ConfigError(faults)
+
+
+def check_files_of(loaded: LoadedJob, *, where: str) -> None:
+    """As ``check_files``, for the command line: each fault says where its value came from."""
+    faults = [replace(fault, source=loaded.sources.get(fault.key, "")) for fault in file_faults(loaded.job)]
+    if faults:
+        raise ConfigError(faults, where=f"{where}, with the files that it names (--no-files leaves them out)")
+
+
+def file_faults(job: JobConfig, *, at_start: bool = False) -> list[Fault]:
+    """What is wrong with the files that ``job`` names. ``at_start``: as ``check_files`` does it."""
+    faults: list[Fault] = []
+    for key, look in _LOOKS.items():
+        try:
+            faults += look(job)
+        except OSError as error:
+            faults += [] if at_start else [Fault(key, f"cannot be read: {error}")]
+        except DamagedCheckpointError as error:
+            if at_start:
+                raise DamagedCheckpointError(f"{key}: {error}; choose another step of that run") from None
+            faults.append(Fault(key, str(error)))
+    return faults
+
+
+def _folders(job: JobConfig) -> list[Fault]:
+    """The folders that the run makes can be made, or are there and can be written."""
+    folders = {"run.dir": job.run.dir or f"runs/{job.run.name}", "checkpoint.dir": job.checkpoint.dir}
+    if job.data.text is not None:
+        folders["data.cache_dir"] = str(job.data.cache_folder)
+    faults = []
+    for key, folder in folders.items():
+        if folder and (problem := _why_not_writable(Path(folder).expanduser())):
+            faults.append(Fault(key, f'"{folder}": {problem}', WRITABLE))
+    return faults
+
+
+def _why_not_writable(folder: Path) -> str:
+    """Why ``folder`` cannot be made or written; empty if it can, as far as is known without trying."""
+    path = Path(os.path.abspath(folder))
+    while PLACEHOLDER.search(str(path)) or not os.path.lexists(path):
+        path = path.parent
+    if not path.exists():
+        return f"{path} is a link to nothing"
+    if not path.is_dir():
+        return f"{path} is a file" if path.is_file() else f"{path} is no folder"
+    if not os.access(path, os.W_OK | os.X_OK):
+        return f"{path} cannot be written"
+    return ""
+
+
+def _text(job: JobConfig) -> list[Fault]:
+    text = job.data.text
+    if text is None:
+        return []
+    faults = []
+    for entry in [text] if isinstance(text, str) else text:
+        try:
+            files = files_of(entry)
+        except DataError as error:
+            faults.append(Fault("data.text", str(error)))
+            continue
+        if entry == PYTHON_STDLIB:
+            continue
+        if unreadable := next((path for path in files if not os.access(path, os.R_OK)), None):
+            faults.append(Fault("data.text", f'"{entry}": {unreadable} cannot be read', "name other files"))
+        elif not any(path.stat().st_size for path in files):
+            count = "the file is" if len(files) == 1 else f"all {len(files)} files are"
+            faults.append(Fault("data.text", f'"{entry}": {count} empty', "name files with text"))
+    return faults
+
+
+def _tokenizer(job: JobConfig) -> list[Fault]:
+    if job.data.text is None:
+        return []
+    try:
+        size = load_tokenizer(job.data.tokenizer).vocab_size
+    except DataError as error:
+        return [Fault("data.tokenizer", str(error))]
+    if size <= job.model.vocab_size:
+        return []
+    problem = (
+        f'{job.model.vocab_size} is smaller than the vocabulary of data.tokenizer "{job.data.tokenizer}"'
+    )
+    return [Fault("model.vocab_size", problem, f"allowed: at least {size}")]
+
+
+def _dataset(job: JobConfig) -> list[Fault]:
+    """The index or the headers are read, and the sizes of all shards; the tokens are not."""
+    if job.data.dataset_path is None:
+        return []
+    try:
+        data = load_shards(
+            job.data.dataset_path, vocab_size=job.model.vocab_size, val_fraction=job.data.val_fraction
+        )
+        for problem in list(data.problems(contents=False).values())[:1]:
+            return [Fault("data.dataset_path", problem, f"see: kempnerforge data inspect {data.path}")]
+        data.split("train", job.train.seq_len)
+        if job.eval.interval:
+            data.split("val", job.train.seq_len)
+    except DataError as error:
+        return [Fault("data.dataset_path", str(error))]
+    return []
+
+
+def _warm_start(job: JobConfig) -> list[Fault]:
+    """``load_path`` counts only while the run has no committed step."""
+    given = job.checkpoint.load_path
+    if given is None or has_committed_step(job):
+        return []
+    try:
+        return _misfits(job, load_path.candidates(Path(given).expanduser())[0])
+    except (StepNotFoundError, MismatchError) as error:
+        return [Fault("checkpoint.load_path", str(error))]
+
+
+def _misfits(job: JobConfig, step_folder: Path) -> list[Fault]:
+    step = StepView.open(step_folder)
+    excluded = job.checkpoint.exclude_from_loading
+    parts = [part for part in LoadablePart.__args__ if part not in excluded]
+    names, objects = list(step.tensors()), step.train_state()
+    absent = load_path.missing_parts(
+        parts, objects, lambda prefix: any(name.startswith(prefix) for name in names)
+    )
+    if absent:
+        return [Fault("checkpoint.load_path", str(load_path.only_weights(step_folder, absent)))]
+    stored = step.config().get("model")
+    if stored is None or "model" in excluded:
+        return []
+    changes = model_changes(stored, job.model.model_dump(mode="json"))
+    if changes.same_shapes:
+        return []
+    problem = f"{step_folder} is of another model: {'; '.join(changes.lines)}"
+    return [Fault("checkpoint.load_path", problem, f"set [model] as in {step_folder / layout.CONFIG}")]
+
+
+def has_committed_step(job: JobConfig) -> bool:
+    """Whether the run that ``job`` is of has a step to go on from. False while ``run.dir`` is not known."""
+    if job.run.dir is not None and unfilled_placeholders(job.run.dir, os.environ):
+        return False
+    folder = job.run.folder
+    try:
+        record = run_record.read(folder)
+    except (RunFolderError, OSError):
+        return False  # the start says so
+    if record is None:
+        return False
+    moved_to = job.checkpoint.dir
+    checkpoints = Path(moved_to).expanduser() if moved_to else record.checkpoint_folder(folder)
+    return bool(layout.committed_steps(checkpoints))
+
+
+_LOOKS: dict[str, Callable[[JobConfig], list[Fault]]] = {
+    "run.dir": _folders,
+    "data.text": _text,
+    "data.tokenizer": _tokenizer,
+    "data.dataset_path": _dataset,
+    "checkpoint.load_path": _warm_start,
+}
+"""The key that each is about, mostly."""

@@ -1,0 +1,173 @@
+"""Files that a config names, looked at before anything is made."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.ckpt_cli import Done
+from support.step_maker import write_step
+
+from kempnerforge.checkpoint import run_record
+from kempnerforge.checkpoint.load_path import candidates
+from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.cli import app
+from kempnerforge.config.schema import load_job
+from kempnerforge.errors import ConfigError, StepNotFoundError
+from kempnerforge.train.preflight import check_files, file_faults
+
+WHOLE = {"optimizer": {"kind": "AdamW"}, "data": {}, "step": 4}
+MODEL = "[model]\ndim = 64\nn_layers = 2\nn_heads = 2\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with good text, good data, a step, and what is wrong in one way each."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text\n" * 1000)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "link").symlink_to("gone")
+    (tmp_path / "nothing").mkdir()
+    np.save(tmp_path / "tokens.npy", np.arange(20000, dtype=np.uint16) % 250)
+    np.save(tmp_path / "short.npy", np.arange(20, dtype=np.uint16))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "hf" / "model.safetensors").write_text("")
+    for name, config in (("old", MODEL), ("wide", MODEL.replace("64", "128"))):
+        write_step(tmp_path / name / "checkpoints", 4, config=config, objects=WHOLE)
+    write_step(tmp_path / "weights", 4, config=MODEL, objects={})
+    (tmp_path / "old" / "checkpoints" / "step_00000008").mkdir()
+    (tmp_path / "old" / "checkpoints" / "step_00000008" / "manifest.json").write_text("{")
+    return tmp_path
+
+
+GOOD = [
+    "--data.text=a.txt",
+    "--data.cache_dir=cache",
+    "--model.dim=64",
+    "--model.n_layers=2",
+    "--model.n_heads=2",
+]
+DATA = ["--data.text=none", "--data.dataset_path"]
+TABLE: dict[str, tuple[list[str], str, str]] = {
+    "no text": (["--data.text=b.txt"], "data.text", "matches no file"),
+    "no text in a glob": (["--data.text=*.md"], "data.text", "matches no file"),
+    "one of two": (['--data.text=["a.txt", "b.txt"]'], "data.text", "b.txt"),
+    "empty text": (["--data.text=empty.txt"], "data.text", "the file is empty"),
+    "a link to nothing": (["--data.text=link"], "data.text", "is a link to nothing"),
+    "no tokenizer": (["--data.tokenizer=tok.json"], "data.tokenizer", "no such file"),
+    "no tokenizer in it": (["--data.tokenizer=a.txt"], "data.tokenizer", "not a Hugging Face tokenizer.json"),
+    "no data": ([*DATA[:1], DATA[1] + "=data/tokens"], "data.dataset_path", "no such file or folder"),
+    "no shards": ([*DATA[:1], DATA[1] + "=nothing"], "data.dataset_path", "neither index.json nor .npy"),
+    "too few tokens": ([*DATA[:1], DATA[1] + "=short.npy"], "data.dataset_path", "too few tokens"),
+    "run.dir below a file": (["--run.dir=a.txt/run"], "run.dir", "a.txt is a file"),
+    "run.dir is a file": (["--run.dir=a.txt"], "run.dir", "a.txt is a file"),
+    "a placeholder below a file": (["--run.dir=a.txt/{job_id}/x"], "run.dir", "a.txt is a file"),
+    "run.dir is a link": (["--run.dir=link/run"], "run.dir", "is a link to nothing"),
+    "no place for checkpoints": (["--checkpoint.dir=a.txt"], "checkpoint.dir", "a.txt is a file"),
+    "no place that can be written": (["--checkpoint.dir=/proc/1/x"], "checkpoint.dir", "cannot be written"),
+    "no place for the cache": (["--data.cache_dir=a.txt/c"], "data.cache_dir", "a.txt is a file"),
+    "no load_path": (["--checkpoint.load_path=new"], "checkpoint.load_path", "new does not exist"),
+    "a file": (["--checkpoint.load_path=a.txt"], "checkpoint.load_path", "a.txt is a file"),
+    "no step": (["--checkpoint.load_path=nothing"], "checkpoint.load_path", "holds no committed checkpoint"),
+    "Hugging Face": (
+        ["--checkpoint.load_path=hf"],
+        "checkpoint.load_path",
+        "kempnerforge import hf hf --out DIR",
+    ),
+    "a damaged step": (["--checkpoint.load_path=old"], "checkpoint.load_path", "step_00000008 is damaged"),
+    "another model": (["--checkpoint.load_path=wide"], "checkpoint.load_path", "model.dim was 128, is 64"),
+    "weights alone": (["--checkpoint.load_path=weights"], "checkpoint.load_path", "exclude_from_loading"),
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+def test_preflight_fault_names_key_and_value(here: Path, case: str) -> None:
+    overrides, key, words = TABLE[case]
+    before = sorted(here.rglob("*"))
+    (fault,) = file_faults(load_job(None, [*GOOD, *overrides], inside_job=False).job)
+    assert (fault.key, words in str(fault)) == (key, True), str(fault)
+    assert sorted(here.rglob("*")) == before, "nothing was made"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["--run.dir=a/b/c", "--checkpoint.dir=d/e"],
+        ["--run.dir=runs/{job_id}/x"],
+        ["--data.text=none", "--data.dataset_path=tokens.npy"],
+        ["--checkpoint.load_path=old/checkpoints/step_00000004"],
+        [
+            "--checkpoint.load_path=weights",
+            '--checkpoint.exclude_from_loading=["optimizer","scheduler","data"]',
+        ],
+        ["--checkpoint.load_path=wide", '--checkpoint.exclude_from_loading=["model"]'],
+    ],
+)
+def test_preflight_what_runs_make_need_not_exist(here: Path, overrides: list[str]) -> None:
+    check_files(load_job(None, [*GOOD, *overrides], inside_job=False).job)
+
+
+def test_preflight_all_faults_at_once(here: Path) -> None:
+    overrides = [
+        "--data.text=b.txt",
+        "--data.tokenizer=t.json",
+        "--run.dir=a.txt",
+        "--checkpoint.load_path=x",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        check_files(load_job(None, [*GOOD, *overrides]).job)
+    keys = [fault.key for fault in caught.value.faults]
+    assert keys == ["run.dir", "data.text", "data.tokenizer", "checkpoint.load_path"]
+
+
+def test_preflight_resume_needs_no_load_path(here: Path) -> None:
+    """A requeue repeats the command; the source may have been deleted by then."""
+    run_record.write(here / "old", RunRecord("abc", "abc", 1.0, attempt=1))
+    check_files(load_job(None, [*GOOD, "--run.dir=old", "--checkpoint.load_path=deleted"]).job)
+
+
+def test_load_path_run_with_moved_checkpoints_found(here: Path) -> None:
+    (here / "run").mkdir()
+    moved = str(here / "wide" / "checkpoints")
+    run_record.write(here / "run", RunRecord("abc", "abc", 1.0, checkpoint_dir=moved))
+    assert candidates(here / "run") == [here / "wide" / "checkpoints" / "step_00000004"]
+    (here / "run" / "run.json").write_text("{")
+    with pytest.raises(StepNotFoundError, match="holds no committed checkpoint"):
+        candidates(here / "run")
+
+
+@pytest.fixture
+def kempnerforge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Call the command in this process."""
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["kempnerforge", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            app.main()
+        assert isinstance(ended.value.code, int)
+        return Done(ended.value.code, *capsys.readouterr())
+
+    return call
+
+
+def test_config_check_looks_at_files_unless_told_not_to(
+    here: Path, kempnerforge: Callable[..., Done]
+) -> None:
+    config = here / "x.toml"
+    config.write_text(f"[data]\ntext = {json.dumps(str(here / 'b.txt'))}\n")
+    done = kempnerforge("config", "check", "x.toml", "--run.dir=a.txt")
+    assert (done.status, done.out) == (2, "")
+    assert "2 faults" in done.err
+    assert "run.dir:" in done.err
+    assert "[command line]" in done.err
+    assert "data.text:" in done.err
+    assert "[x.toml]" in done.err
+    assert kempnerforge("config", "check", "x.toml", "--no-files", "--run.dir=a.txt").status == 0
+    config.write_text('[data]\ntext = "a.txt"\n')
+    assert kempnerforge("config", "check", "x.toml").status == 0
