@@ -14,7 +14,7 @@ from kempnerforge.checkpoint import layout, manifest, run_record, timeline
 from kempnerforge.checkpoint.layout import FolderListing
 from kempnerforge.checkpoint.owner import Owner
 from kempnerforge.checkpoint.receipt import read_receipts
-from kempnerforge.checkpoint.run_record import Rollback
+from kempnerforge.checkpoint.run_record import Parent, Rollback
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, StepsMissingError
 from kempnerforge.goodput.ledger import read_events
 
@@ -103,13 +103,17 @@ def in_the_way(listing: FolderListing, run_dir: Path) -> list[Path]:
     """
     record = run_record.read(run_dir)
     found = [one for one in record.rollbacks if one.step == 0] if record is not None else []
-    return [path for path in set_aside(listing) if not (found and _is_given_up(path, found))]
+    if record is None or not found:
+        return set_aside(listing)
+    return [path for path in set_aside(listing) if not _is_given_up(path, found, record.parent)]
 
 
-def _is_given_up(path: Path, found: list[Rollback]) -> bool:
+def _is_given_up(path: Path, found: list[Rollback], parent: Parent | None) -> bool:
     if any(path.name in (*one.set_aside, *one.cleared) for one in found):
         return True
     try:
-        return manifest.read(path).provenance.attempt < found[-1].attempt
+        provenance = manifest.read(path).provenance
     except (DamagedCheckpointError, MismatchError, OSError):
         return False
+    is_parent = parent is not None and (parent.run_id, parent.step) == (provenance.run_id, provenance.step)
+    return is_parent or provenance.attempt < found[-1].attempt

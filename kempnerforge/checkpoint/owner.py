@@ -10,7 +10,6 @@ Needs no torch. Nobody changes the file but the run that it names, while that ho
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -195,5 +194,7 @@ def _read_bytes(path: Path) -> bytes | None:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
         return b""
-    with contextlib.closing(os.fdopen(fd, "rb")) as file:
-        return file.read(_MAX_BYTES) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    try:
+        return os.read(fd, _MAX_BYTES) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    finally:
+        os.close(fd)
