@@ -17,6 +17,7 @@ from kempnerforge.checkpoint import claim, layout, manifest, owner, run_record, 
 from kempnerforge.checkpoint.claim import Hints
 from kempnerforge.checkpoint.holder import process_state
 from kempnerforge.checkpoint.lease import Lease, acquire
+from kempnerforge.checkpoint.receipt import read_receipts
 from kempnerforge.checkpoint.run_record import RUN_FILE, RunRecord
 from kempnerforge.config.checkpoint import fill_dir
 from kempnerforge.distributed.control import ControlGroup
@@ -226,8 +227,10 @@ def _identity_of(folder: Path, wanted: _Wanted) -> _Identity:
     moved_to = wanted.moved_to("")
     checkpoints = Path(moved_to) if moved_to else folder / "checkpoints"
     owned_by = owner.read(checkpoints)
-    if owned_by is not None and moved_to and os.path.realpath(owned_by.run_dir) != os.path.realpath(folder):
-        return _Identity()  # another run's, which is not to be adopted
+    if moved_to and owned_by is None and not read_receipts(folder):
+        return _Identity()  # this run has never started, so steps elsewhere are another run's
+    if moved_to and owned_by is not None and not claim.is_same(owned_by.run_dir, folder):
+        return _Identity()
     found = []
     for step in layout.committed_steps(checkpoints):
         try:

@@ -132,7 +132,7 @@ def _require_same_run(folder: Path, found: Owner, mine: Owner, hints: Hints) -> 
                 f"run's folder, and two runs must not write one checkpoint folder. {_ways_on(folder, hints)}"
             )
         return
-    if mine.run_dir and found.run_dir and _is_same(found.run_dir, mine.run_dir):
+    if mine.run_dir and found.run_dir and is_same(found.run_dir, mine.run_dir):
         raise FolderOwnedError(
             f"{folder} holds the checkpoints of {found.describe()}. {RUN_FILE} there names another run, "
             f"{mine.run_id}: it was lost or replaced since. Put the {RUN_FILE} of {found.run_id} back. Or: "
@@ -201,7 +201,7 @@ def _names(paths: list[Path]) -> str:
 
 def _is_copy(folder: Path, found: Owner, mine: Owner) -> bool:
     """Whether ``mine`` is a copy of a run's folder whose original has its checkpoints in ``folder``."""
-    if not found.run_dir or not mine.run_dir or _is_same(found.run_dir, mine.run_dir):
+    if not found.run_dir or not mine.run_dir or is_same(found.run_dir, mine.run_dir):
         return False
     try:
         run_dir = Path(found.run_dir)
@@ -210,10 +210,11 @@ def _is_copy(folder: Path, found: Owner, mine: Owner) -> bool:
         return False
     if record is None or record.run_id != mine.run_id:
         return False
-    return _is_same(str(record.checkpoint_folder(run_dir)), str(folder))
+    return is_same(record.checkpoint_folder(run_dir), folder)
 
 
-def _is_same(one: str, other: str) -> bool:
+def is_same(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths are of one folder."""
     try:
         return os.path.samefile(one, other)
     except OSError:  # one of them is not there any more

@@ -128,7 +128,9 @@ def test_start_with_quarantined_steps_names_them(run: Path) -> None:
     for step in (4, 8, 12):
         flip_byte(run / "checkpoints" / layout.step_name(step) / layout.TRAIN_STATE, 3)
     for _ in range(2):
-        with pytest.raises(NoSoundCheckpointError, match=r"(?s)quarantined\.step_00000012\.1.*rollback RUN 0"):
+        with pytest.raises(
+            NoSoundCheckpointError, match=r"(?s)quarantined\.step_00000012\.1.*rollback RUN 0"
+        ):
             start(run)
 
 
