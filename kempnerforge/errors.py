@@ -4,7 +4,8 @@
     ├── ConfigError                   2  a config or command line that cannot work; carries every fault
     ├── DataError                     2  corrupt, empty, missing or foreign training data
     ├── RunFolderError                2  the run's folder cannot be used (node-local, not writable, foreign)
-    │   └── LeaseHeldError            2  another process is writing this run
+    │   ├── LeaseHeldError            2  another process is writing this run
+    │   └── FolderOwnedError          2  the checkpoint folder belongs to another run
     ├── NoProgressError              76  several attempts ended in faults of their own; told before training
     ├── StopRequestedError           75  asked to stop while it was being set up
     ├── UploadError                   1  metrics could not be brought to wandb
@@ -16,6 +17,7 @@
         ├── MismatchError             2  sound, but it cannot fit this config
         │   └── NoTrainingStateError  2  sound, but weights alone: no run can go on from it
         ├── NoSoundCheckpointError    1  checkpoints exist and none of them loads
+        ├── StepsMissingError         2  the run's records know of a committed step, and none is there
         ├── NoSpaceError              2  not even one save would fit; told before training
         ├── LeaseLostError            1  another attempt has taken this run over
         └── SaveFailedError           1  a save failed, or too many in a row
@@ -107,6 +109,10 @@ class LeaseHeldError(RunFolderError):
     """Another process that is alive is writing this run."""
 
 
+class FolderOwnedError(RunFolderError):
+    """The checkpoint folder belongs to another run."""
+
+
 class NoProgressError(KempnerForgeError):
     """Several attempts ended in a recorded fault of their own without a new committed step."""
 
@@ -167,6 +173,12 @@ class NoTrainingStateError(MismatchError):
 
 class NoSoundCheckpointError(CheckpointError):
     """Checkpoints exist, quarantined ones included, and none of them loads."""
+
+
+class StepsMissingError(CheckpointError):
+    """The run has committed steps by its own records, and its checkpoint folder has none."""
+
+    exit_status = EXIT_BAD_CONFIG
 
 
 class NoSpaceError(CheckpointError):

@@ -13,12 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, manifest, run_record, timeline
+from kempnerforge.checkpoint import claim, layout, manifest, owner, run_record, timeline
+from kempnerforge.checkpoint.claim import Hints
 from kempnerforge.checkpoint.holder import process_state
 from kempnerforge.checkpoint.lease import Lease, acquire
+from kempnerforge.checkpoint.receipt import read_receipts
 from kempnerforge.checkpoint.run_record import RUN_FILE, RunRecord
+from kempnerforge.config.checkpoint import fill_dir
 from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.errors import DamagedCheckpointError, MismatchError, RunFolderError
+from kempnerforge.errors import (
+    DamagedCheckpointError,
+    FolderOwnedError,
+    KempnerForgeError,
+    MismatchError,
+    RunFolderError,
+    StepsMissingError,
+)
 from kempnerforge.slurm.job import restart_count
 
 _NONCE_WAIT_S = 10.0
@@ -37,6 +47,8 @@ class OpenOptions:
     """How its user gives the run a name of its own."""
     adopt: bool = False
     """Whether to adopt checkpoints that have no ``run.json``, instead of refusing them."""
+    checkpoints: Hints = Hints()  # noqa: RUF009 - frozen
+    """How its user gives the run a checkpoint folder of its own."""
 
 
 def open_run(
@@ -45,26 +57,30 @@ def open_run(
     *,
     first_global_batch_size: int,
     checkpoint_dir: str | None = None,
+    run_name: str = "",
     note: Callable[[str], None] = lambda _text: None,
     options: OpenOptions | None = None,
 ) -> tuple[RunRecord, Lease | None]:
     """Begin a new attempt of the run in ``folder``, which is made at the first start.
 
     The first rank takes the run's lease and gets it returned; the others get None. ``checkpoint_dir``: where
-    the config moves the checkpoints to; it is recorded for commands on the folder.
+    the config moves the checkpoints to; filled in and absolute, it is recorded for commands on the folder.
+    ``run_name`` fills its ``{run_name}``; empty for the name of ``folder``. The checkpoint folder is made the
+    run's own before anything in it is read (``claim``).
 
     Collective: all ranks.
     Blocks: while it watches another process's lease (``note`` gets a line).
     Durable: on return.
 
-    Raises RunFolderError on all ranks, LeaseHeldError when another process writes the run.
+    Raises RunFolderError on all ranks, LeaseHeldError when another process writes the run, FolderOwnedError
+    when the checkpoint folder is another run's, StepsMissingError when the run's steps are not there.
     """
     options = options or OpenOptions()
-    moved_to = os.path.abspath(os.path.expanduser(checkpoint_dir)) if checkpoint_dir else ""
+    wanted = _Wanted(checkpoint_dir or "", run_name or Path(os.path.abspath(folder)).name)
     leases: list[Lease] = []
 
     def begin() -> tuple[RunRecord, str]:
-        lease, record, nonce = _begin_attempt(folder, first_global_batch_size, moved_to, note, options)
+        lease, record, nonce = _begin_attempt(folder, first_global_batch_size, wanted, note, options)
         leases.append(lease)
         return record, nonce
 
@@ -106,13 +122,13 @@ def attempt_started(environ: Mapping[str, str] = os.environ) -> float:
 def _begin_attempt(
     folder: Path,
     first_global_batch_size: int,
-    checkpoint_dir: str,
+    wanted: _Wanted,
     note: Callable[[str], None],
     options: OpenOptions,
 ) -> tuple[Lease, RunRecord, str]:
     try:
         fsio.make_folder(folder)
-        known = _identity_of(folder, checkpoint_dir) if options.adopt else _Identity()
+        known = _identity_of(folder, wanted) if options.adopt else _Identity()
         if not options.adopt and run_record.read(folder) is None and (folder / "checkpoints").exists():
             raise RunFolderError(
                 f"{folder} has checkpoints but no {RUN_FILE}: it is not known whose they are. Put "
@@ -130,9 +146,8 @@ def _begin_attempt(
                 record,
                 attempt=lease.attempt,
                 global_batch_size=record.global_batch_size or first_global_batch_size,
-                checkpoint_dir=checkpoint_dir,
             )
-            run_record.write(folder, record)
+            record = _take_checkpoints(folder, record, wanted, options)
             nonce = secrets.token_hex(8)
             fsio.write_new_file(folder / _nonce_name(nonce), nonce.encode())
         except BaseException:
@@ -141,6 +156,56 @@ def _begin_attempt(
     except OSError as error:
         raise RunFolderError(f"{options.folder_name}: {folder} cannot be used: {error}") from error
     return lease, record, nonce
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Where a config wants the checkpoints, before it is filled in."""
+
+    checkpoint_dir: str
+    run_name: str
+
+    def moved_to(self, run_id: str) -> str:
+        """The absolute path; empty for ``checkpoints/`` in the run's folder."""
+        filled = fill_dir(self.checkpoint_dir, run_name=self.run_name, run_id=run_id)
+        return os.path.abspath(os.path.expanduser(filled)) if filled else ""
+
+
+def _take_checkpoints(folder: Path, record: RunRecord, wanted: _Wanted, options: OpenOptions) -> RunRecord:
+    """Make the checkpoint folder this run's own, and write ``run.json``. Returns what stands there now.
+
+    The order matters: an owner file never names an id that ``run.json`` does not have, and ``run.json`` names
+    no folder that is not the run's.
+    """
+    moved_to = wanted.moved_to(record.run_id)
+    checkpoints = Path(moved_to) if moved_to else folder / "checkpoints"
+    mine = claim.claimant(record, folder, wanted.run_name)
+    was_in = record.checkpoint_folder(folder)
+    try:
+        found = claim.look(checkpoints, mine, folder, was_in=was_in, hints=options.checkpoints)
+        run_record.write(folder, record)
+        claim.settle(checkpoints, mine, found, options.checkpoints)
+    except (FolderOwnedError, StepsMissingError) as error:
+        _record_refusal(folder, record, error)
+        raise
+    if record.checkpoint_dir != moved_to:
+        record = replace(record, checkpoint_dir=moved_to)
+        run_record.write(folder, record)
+    return record
+
+
+def _record_refusal(folder: Path, record: RunRecord, error: KempnerForgeError) -> None:
+    """Write why this attempt ended. A first start that was refused leaves no ``run.json``."""
+    if run_record.read(folder) is None:
+        return
+    last_exit = {
+        "status": error.exit_status,
+        "reason": str(error),
+        "step": 0,
+        "attempt": record.attempt,
+        "time": time.time(),
+    }
+    run_record.write(folder, replace(record, last_exit=last_exit))
 
 
 @dataclass(frozen=True)
@@ -156,16 +221,25 @@ class _Identity:
         return replace(record, run_id=self.run_id, wandb_id=self.run_id) if self.run_id else record
 
 
-def _identity_of(folder: Path, checkpoint_dir: str) -> _Identity:
-    if run_record.read(folder) is not None:
+def _identity_of(folder: Path, wanted: _Wanted) -> _Identity:
+    if run_record.read(folder) is not None or "{run_id}" in wanted.checkpoint_dir:
         return _Identity()
-    checkpoints = Path(checkpoint_dir) if checkpoint_dir else folder / "checkpoints"
+    moved_to = wanted.moved_to("")
+    checkpoints = Path(moved_to) if moved_to else folder / "checkpoints"
+    owned_by = owner.read(checkpoints)
+    if moved_to and owned_by is None and not read_receipts(folder):
+        return _Identity()  # this run has never started, so steps elsewhere are another run's
+    if moved_to and owned_by is not None and not claim.is_same(owned_by.run_dir, folder):
+        return _Identity()
     found = []
     for step in layout.committed_steps(checkpoints):
         try:
             found.append(manifest.read(checkpoints / layout.step_name(step)).provenance)
         except (DamagedCheckpointError, MismatchError):
             continue  # the resume reports it
+    if owned_by is not None:
+        own = [provenance.attempt for provenance in found if provenance.run_id == owned_by.run_id]
+        return _Identity(owned_by.run_id, max(own, default=0))
     names = {provenance.run_id for provenance in found}
     attempts = [provenance.attempt for provenance in found]
     return _Identity(names.pop() if len(names) == 1 else "", max(attempts, default=0))

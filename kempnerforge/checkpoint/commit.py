@@ -16,7 +16,7 @@ from kempnerforge.checkpoint import index, layout, manifest
 from kempnerforge.checkpoint.digest import FileRecord, record_of
 from kempnerforge.checkpoint.index import Chunk, TensorEntry
 from kempnerforge.checkpoint.shards import ShardItem, plan_image
-from kempnerforge.errors import SaveFailedError
+from kempnerforge.errors import CheckpointError, SaveFailedError
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,19 @@ def make_temporary(final: Path, temporary: Path) -> None:
     Raises SaveFailedError when ``final`` exists, and OSError.
     """
     if final.exists():
-        raise SaveFailedError(f"{final} exists; a committed checkpoint is never replaced")
+        raise SaveFailedError(f"{final} exists; a committed checkpoint is never replaced{_whose(final)}")
     fsio.make_folder(final.parent)
     shutil.rmtree(temporary, ignore_errors=True)
     fsio.new_folder(temporary)
+
+
+def _whose(final: Path) -> str:
+    """Whose step it is, as far as its manifest tells: it may be another run's."""
+    try:
+        run_id = manifest.read(final).provenance.run_id
+    except (CheckpointError, OSError):
+        return ""
+    return f" (it is a step of run {run_id})" if run_id else ""
 
 
 def commit(

@@ -9,6 +9,7 @@ from typing import Any
 from kempnerforge.checkpoint import layout, manifest
 from kempnerforge.checkpoint.leaves import decode_objects
 from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.errors import DamagedCheckpointError, NoTrainingStateError
 
 COUNTERS = ("step", "tokens", "skipped_steps", "skipped_in_a_row")
@@ -33,13 +34,15 @@ def require_training_state(step_folder: Path, objects: Mapping[str, Any]) -> Non
         )
 
 
-def load_resumable(step_folder: Path, *, step: int) -> Manifest:
+def load_resumable(step_folder: Path, *, step: int, owner: Owner = ANYONE) -> Manifest:
     """``manifest.load`` for a step that a run can go on from.
 
-    Retention must not count any other as the newest: it would delete those that the run needs. Raises what
-    ``manifest.load`` raises.
+    Retention must not count any other as the newest: it would delete those that the run needs. Of a step that
+    ``owner`` does not own nothing but the manifest is read. Raises what ``manifest.load`` raises.
     """
     found = manifest.load(step_folder, step=step)
+    if not owner.owns(found.provenance):
+        return found
     try:
         objects = decode_objects(manifest.read_verified(step_folder, found, layout.TRAIN_STATE))
     except (ValueError, TypeError, RecursionError) as error:

@@ -11,11 +11,12 @@ from pathlib import Path
 import tomli
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, layout, manifest, new_folder, run_record
+from kempnerforge.checkpoint import claim, holds, layout, manifest, new_folder, owner, run_record
 from kempnerforge.checkpoint.counters import require_training_state
 from kempnerforge.checkpoint.digest import FileRecord, VerifiedFile
 from kempnerforge.checkpoint.leaves import decode_objects
 from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.checkpoint.owner import OWNER_FILE
 from kempnerforge.checkpoint.run_record import Parent
 from kempnerforge.errors import NoTrainingStateError, RunFolderError, StepNotFoundError
 
@@ -63,7 +64,7 @@ def fork(step_folder: Path, run_dir: Path, *, link: bool, progress: Progress) ->
                         what="fork",
                         hint=", or link the files (--link)",
                     )
-                forked = _fill(step_folder, found, step, building, link=link, progress=progress)
+                forked = _fill(step_folder, found, step, building, run_dir, link=link, progress=progress)
                 fsio.publish(building, run_dir)
         except OSError as error:
             raise RunFolderError(f"{step_folder} could not be forked into {run_dir}: {error}") from error
@@ -93,7 +94,14 @@ def _read_parent(step_folder: Path) -> tuple[Manifest, int]:
 
 
 def _fill(
-    step_folder: Path, found: Manifest, step: int, building: Path, *, link: bool, progress: Progress
+    step_folder: Path,
+    found: Manifest,
+    step: int,
+    building: Path,
+    run_dir: Path,
+    *,
+    link: bool,
+    progress: Progress,
 ) -> Forked:
     target = building / "checkpoints" / layout.step_name(step)
     fsio.make_folder(target)
@@ -113,6 +121,9 @@ def _fill(
     parent = Parent(found.provenance.run_id, step, str(step_folder))
     record = run_record.new(parent=parent, global_batch_size=_global_batch_size(step_folder, found))
     run_record.write(building, record)
+    mine = claim.claimant(record, run_dir, run_dir.name)
+    fsio.write_new_file(target.parent / OWNER_FILE, owner.encode(mine))
+    fsio.fsync_folder(target.parent)
     return Forked(building, record.run_id, step, parent, found.size_bytes, linked, len(found.files) - linked)
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from kempnerforge import fsio
 from kempnerforge.checkpoint import late_metrics, layout, manifest, timeline
 from kempnerforge.checkpoint.keep import KeepPolicy
+from kempnerforge.checkpoint.owner import Owner
 from kempnerforge.checkpoint.retention import Retention
 from kempnerforge.checkpoint.room import RoomKeeper
 from kempnerforge.checkpoint.save_events import MAX_EVENTS, SaveEvent, deleted
@@ -75,6 +76,12 @@ class Housekeeping:
         self._events: deque[SaveEvent] = deque(maxlen=MAX_EVENTS)
         self._warnings: deque[str] = deque(maxlen=MAX_EVENTS)
         _all.add(self)
+
+    def move(self, folder: Path, owner: Owner) -> None:
+        """Work in ``folder``, which is ``owner``'s. Before the first commit."""
+        self._folder = self._retention.folder = folder
+        self._retention.owner = owner
+        self.room.move(folder, owner)
 
     def trust(self, steps: list[int]) -> None:
         """``steps`` belong to this attempt's timeline: they are never set aside as late."""

@@ -23,6 +23,8 @@ class StepFacts:
     metrics: Mapping[str, float] = field(default_factory=dict)
     problem: str = ""
     """Why it does not look sound; empty when it does."""
+    foreign: str = ""
+    """The id of the other run that it is of; empty for a step of the folder's own run."""
     pin: str = ""
     """Who pinned it; empty when nobody did."""
     readers: tuple[str, ...] = ()
@@ -36,7 +38,8 @@ class Reason:
     """Why a step is kept."""
 
     rule: str
-    """``newest``, ``last``, ``every``, ``milestone``, ``best``, ``pinned``, ``read`` or ``problem``."""
+    """``newest``, ``last``, ``every``, ``milestone``, ``best``, ``pinned``, ``read``, ``foreign`` (another
+    run's) or ``problem``."""
     text: str
 
 
@@ -179,10 +182,11 @@ class KeepPolicy:
 def decide(steps: Iterable[StepFacts], policy: KeepPolicy) -> list[Verdict]:
     """What becomes of each step, newest first. Pure.
 
-    The newest sound step is kept whatever the policy; so are steps that are pinned, being read, or not sound.
+    The newest sound step is kept whatever the policy; so are steps that are pinned, being read, not sound, or
+    another run's. The rules see none but the run's own sound steps.
     """
     ordered = sorted(steps, key=lambda facts: facts.step, reverse=True)
-    sound = [facts for facts in ordered if not facts.problem]
+    sound = [facts for facts in ordered if not facts.problem and not facts.foreign]
     found: dict[int, list[Reason]] = {facts.step: [] for facts in ordered}
     if sound:
         found[sound[0].step].append(Reason("newest", "the newest sound step"))
@@ -193,6 +197,9 @@ def decide(steps: Iterable[StepFacts], policy: KeepPolicy) -> list[Verdict]:
         if facts.pin:
             found[facts.step].append(Reason("pinned", facts.pin))
         found[facts.step] += [Reason("read", f"being read: {reader}") for reader in facts.readers]
+        if facts.foreign:
+            text = f"of another run, {facts.foreign}: left as it is"
+            found[facts.step].append(Reason("foreign", text))
         if facts.problem:
             found[facts.step].append(Reason("problem", f"left as it is: {facts.problem}"))
     return [Verdict(step, tuple(reasons)) for step, reasons in found.items()]

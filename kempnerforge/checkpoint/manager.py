@@ -11,13 +11,14 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint import claim, layout, owner
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import Patience
 from kempnerforge.checkpoint.housekeeping import Housekeeping
 from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.manifest import Provenance
 from kempnerforge.checkpoint.own_run import OwnRun
+from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.pace import Pacer
 from kempnerforge.checkpoint.policy import SavePolicy
 from kempnerforge.checkpoint.receipt import Receipt
@@ -27,6 +28,7 @@ from kempnerforge.checkpoint.restore import Restorer
 from kempnerforge.checkpoint.save_events import SaveEvent
 from kempnerforge.checkpoint.saver import Saver, Snapshot
 from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.config.checkpoint import fill_dir, unknown_placeholder
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import ConfigError, HostMemoryError, LeaseLostError, MismatchError
@@ -70,9 +72,14 @@ class CheckpointManager:
         if context is None:  # a loop of a user's own may change its working folder
             self.run_dir = layout.local_path(run_dir)
             folder = layout.local_path(folder) if config.dir and folder is not None else None
-        self.folder = folder if folder is not None else self.run_dir / "checkpoints"
-        self._has_resumed = False
         self.context = context or RunContext()
+        if folder is not None and context is not None:  # without one, the id is known when the record begins
+            name = Path(os.path.abspath(run_dir)).name
+            folder = Path(fill_dir(str(folder), run_name=name, run_id=context.run_id))
+        self.folder = folder if folder is not None else self.run_dir / "checkpoints"
+        self._owner: Owner | None = None
+        """On the first rank, as soon as the folder has been taken: whose it is."""
+        self._has_resumed = False
         self._control = ControlGroup(control_group)
         timeout_s = None if config.save_timeout_s == "auto" else config.save_timeout_s
         self._checkpointer = AsyncCheckpointer(
@@ -128,10 +135,12 @@ class CheckpointManager:
         Mutation: fills ``state`` and this process's random number generators.
         Durable: the receipt is, on return.
 
-        Raises NoSoundCheckpointError, UnreachableCheckpointError, MismatchError, StepNotFoundError: the same
-        on all ranks.
+        Raises NoSoundCheckpointError, UnreachableCheckpointError, MismatchError, StepNotFoundError,
+        FolderOwnedError (the folder is another run's), StepsMissingError (this run has committed steps and
+        none is there): the same on all ranks.
         """
         self._begin_record()
+        self._control.on_rank0(self._take_folder)
         self._saver.settle(state.step)  # of a loop that resumes again: what it has begun to save counts
         restorer = Restorer(
             self.config,
@@ -140,6 +149,7 @@ class CheckpointManager:
             control=self._control,
             context=self.context,
             check_lease=self._check_lease,
+            owner=self._owner or ANYONE,
         )
         result = restorer.restore(state)
         self._has_resumed = True
@@ -161,6 +171,16 @@ class CheckpointManager:
         if self._own is not None and not self._own.is_open:
             self.context = self._own.open(self.state.device)
             self._lease = self._own.lease
+            self.folder = self._saver.folder = self._own.checkpoints
+
+    def _take_folder(self) -> None:
+        """Make the checkpoint folder this run's, or refuse it. First rank only.
+
+        Raises FolderOwnedError, StepsMissingError, RunFolderError.
+        """
+        if self._owner is None:
+            self._owner = claim.take(self.folder, self.context.run_id, self.run_dir)
+            self._housekeeping.move(self.folder, self._owner)
 
     def _prepare_saves(self, state: TrainState) -> str:
         """Plan the saves, check memory, make the host buffers, check disk. Returns a warning, or nothing."""
@@ -250,6 +270,7 @@ class CheckpointManager:
         """
         self._begin_record()
         if not self._has_resumed:
+            self._control.on_rank0(self._take_folder)
             self._control.on_rank0(lambda: self._require_no_steps(state.step))
             self._has_resumed = True
         if reason == "asked" and self._control.rank == 0:
@@ -263,10 +284,10 @@ class CheckpointManager:
 
     def _require_no_steps(self, step: int) -> None:
         """Raise MismatchError when a program that did not resume would save beside steps of another one."""
-        steps = layout.committed_steps(self.folder)
-        if steps:
+        newest = owner.newest_step(self.folder, self._owner or ANYONE)
+        if newest is not None:
             raise MismatchError(
-                f"{self.folder} has steps up to {steps[0]}, and this program is at step {step} without "
+                f"{self.folder} has steps up to {newest}, and this program is at step {step} without "
                 "having called resume(): call it before training, or give another run_dir"
             )
 
@@ -452,6 +473,8 @@ def _check_arguments(config: CheckpointConfig, state: TrainState) -> None:
         raise TypeError(f"state= is a {type(state).__name__}: give a TrainState")
     if config.dir is not None:
         layout.local_path(config.dir)
+        if unknown := unknown_placeholder(config.dir):
+            raise ValueError(f"dir: {unknown} is not expanded here; {{run_name}} and {{run_id}} are")
     parts = [name for name in config.exclude_from_loading if not name.startswith("extra.")]
     if parts and config.load_path is None:
         raise ValueError(

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from kempnerforge.checkpoint.attempt_start import OpenOptions, attempt_started, open_run, start_facts
+from kempnerforge.checkpoint.claim import Hints
 from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.report import RunContext, SaveReport
@@ -41,6 +42,7 @@ OPTIONS = OpenOptions(
     other_folder="run_dir to SHARED/PATH",
     rename_hint="give this run another run_dir",
     adopt=True,
+    checkpoints=Hints("give this run another run_dir", 'CheckpointConfig(dir="{parent}/{{run_name}}")'),
 )
 
 _attempts: dict[str, _Attempt] = {}
@@ -123,6 +125,8 @@ class OwnRun:
         self._finished_at: int | None = None
         self.lease: Lease | None = None
         """On the first rank, from ``open`` on."""
+        self.checkpoints = run_dir / "checkpoints"
+        """From ``open`` on: where the checkpoints are, placeholders in ``checkpoint.dir`` filled in."""
         self.news = ""
         """The last change in the pace of saves that ``CheckpointManager.news`` has not returned yet."""
 
@@ -138,7 +142,9 @@ class OwnRun:
         this process has left open in the folder ends.
 
         Collective: all ranks. Blocks: while it watches another process's lease. Durable: on return.
-        Raises RunFolderError on all ranks, LeaseHeldError when another process writes the run.
+        Raises RunFolderError on all ranks, LeaseHeldError when another process writes the run,
+        FolderOwnedError when the checkpoint folder is another run's, StepsMissingError when this run has
+        committed steps and none is there.
         """
         key = os.path.realpath(self._run_dir)
         older = _attempts.get(key)  # never on other ranks than the first
@@ -159,6 +165,7 @@ class OwnRun:
             options=OPTIONS,
         )
         self._number = record.attempt
+        self.checkpoints = record.checkpoint_folder(self._run_dir)
         ranks = {"num_ranks": self._control.num_ranks}
         if lease is not None:
             self.lease = lease

@@ -31,7 +31,8 @@ class Rejected:
 
     step: int
     outcome: str
-    """``damaged``, ``suspect`` or ``no training state`` (weights alone, say): other outcomes end the run."""
+    """``damaged``, ``suspect``, ``no training state`` (weights alone, say) or ``another run's``: the other
+    outcomes end the run."""
     reason: str
     moved_to: str = ""
     """Its name now; empty for one that was left where it is."""
@@ -93,13 +94,11 @@ class Receipt:
     def lines(self) -> list[str]:
         """The receipt for people."""
         if self.source == "fresh start":
-            return ["fresh start at step 0"]
+            return ["fresh start at step 0", *self._passed_over()]
         verb = "resumed" if self.source == "resume" else "warm start"
         size = f"{self.size_bytes / 1e6:.1f} MB in {self.load_s:.2f} s"
         result = [f"{verb} from {self.path} at step {self.step} ({size})"]
-        for one in self.rejected:
-            fate = f"was {one.outcome}, set aside as {one.moved_to}" if one.moved_to else "was left as it is"
-            result.append(f"  step {one.step} {fate}: {one.reason}")
+        result += self._passed_over()
         if self.lost_steps:
             why = (
                 f"step {self.lost_committed} was committed and is set aside"
@@ -123,6 +122,13 @@ class Receipt:
         if self.source == "resume" and not self.bitwise():
             result.append("  for these changes, what follows may differ from an uninterrupted run")
         return result
+
+    def _passed_over(self) -> list[str]:
+        lines = []
+        for one in self.rejected:
+            fate = f"was {one.outcome}, set aside as {one.moved_to}" if one.moved_to else "was left as it is"
+            lines.append(f"  step {one.step} {fate}: {one.reason}")
+        return lines
 
     def write(self, run_dir: Path) -> None:
         """Append to ``receipts.jsonl``, durably."""

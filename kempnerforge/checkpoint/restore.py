@@ -10,8 +10,19 @@ import tomli
 import torch
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import compatibility, holds, layout, receipt, resume, rng, timeline, warm_start
+from kempnerforge.checkpoint import (
+    compatibility,
+    holds,
+    known_steps,
+    layout,
+    receipt,
+    resume,
+    rng,
+    timeline,
+    warm_start,
+)
 from kempnerforge.checkpoint.extra_state import PREFIX as EXTRA
+from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.report import RunContext
 from kempnerforge.checkpoint.resume import Found, Loaded
@@ -38,6 +49,7 @@ class Restorer:
         control: ControlGroup,
         context: RunContext,
         check_lease: Callable[[], None],
+        owner: Owner = ANYONE,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -45,6 +57,7 @@ class Restorer:
         self._control = control
         self._context = context
         self._check_lease = check_lease
+        self._owner = owner
         self._excluded_extras = frozenset(
             name.removeprefix(EXTRA) for name in config.exclude_from_loading if name.startswith(EXTRA)
         )
@@ -58,6 +71,7 @@ class Restorer:
             found, rejected = self._control.on_rank0(lambda known=rejected: self._choose(list(known)))
             if found is None:
                 result = self._begin(state)
+                result.rejected = rejected
                 break
             compatibility.refuse_other_model(found, self._context.config_toml)
             outcome = self._load(found, state, ALL_PARTS)
@@ -78,18 +92,32 @@ class Restorer:
     def _prepare_folder(self) -> None:
         self._check_lease()
         fsio.make_folder(self._folder)
-        fenced = timeline.fence(self._folder, self._context.attempt)
+        fenced = timeline.fence(self._folder, self._context.attempt, self._owner)
         for path in fenced:
             fsio.delete_tree(path)
-        resume.sweep(self._folder, attempt=self._context.attempt)
+        resume.sweep(self._folder, attempt=self._context.attempt, owner=self._owner)
         timeline.set_aside_late(
-            self._folder, timeline.cuts(self._run_dir), run_id=self._context.run_id, at_start=True
+            self._folder,
+            timeline.cuts(self._run_dir),
+            run_id=self._context.run_id,
+            parent=(self._owner.parent_run_id, self._owner.parent_step),
+            commits=lambda: [(one.step, one.attempt) for one in known_steps.commits(self._run_dir)],
+            at_start=True,
         )
 
     def _choose(self, rejected: list[receipt.Rejected]) -> tuple[Found | None, list[receipt.Rejected]]:
         rollbacks = timeline.rollbacks(self._run_dir)
         suspects = breaker.suspects(read_history(self._run_dir, rollbacks=rollbacks))
-        return resume.choose(self._folder, rejected, suspects), rejected
+        found = resume.choose(
+            self._folder,
+            rejected,
+            suspects,
+            owner=self._owner,
+            in_the_way=lambda listing: known_steps.in_the_way(listing, self._run_dir),
+        )
+        if found is None:
+            known_steps.require_known(self._folder, self._run_dir, self._owner)
+        return found, rejected
 
     def _load(self, found: Found, state: TrainState, parts: Sequence[str]) -> Loaded | str:
         return resume.load_together(

@@ -18,13 +18,15 @@ import tomli
 import torch
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, manifest, timeline
+from kempnerforge.checkpoint import known_steps, layout, manifest, timeline
 from kempnerforge.checkpoint.counters import check_counters, require_training_state
 from kempnerforge.checkpoint.dtypes import DTYPES
 from kempnerforge.checkpoint.fit import check_parts
+from kempnerforge.checkpoint.layout import FolderListing
 from kempnerforge.checkpoint.leaves import MALFORMED, decode_objects
 from kempnerforge.checkpoint.load_targets import LoadTargets, find_targets
 from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.checkpoint.owner import ANYONE, OWNER_FILE, Owner
 from kempnerforge.checkpoint.receipt import Rejected
 from kempnerforge.checkpoint.report import RunContext
 from kempnerforge.checkpoint.state import TrainState, rng_name
@@ -40,6 +42,9 @@ from kempnerforge.errors import (
 )
 
 T = TypeVar("T")
+
+FOREIGN = "another run's"
+"""The outcome in a receipt of a step that is of another run."""
 
 RETRY_DELAYS_S = (0.5, 1.0, 2.0)
 """Pauses before a read that the storage did not answer is tried again."""
@@ -84,11 +89,24 @@ def with_retries(work: Callable[[], T], *, what: str) -> T:
     raise AssertionError("unreachable")
 
 
-def choose(folder: Path, rejected: list[Rejected], suspects: Mapping[int, str] | None = None) -> Found | None:
+class _ForeignStepError(CheckpointError):
+    """A step of another run."""
+
+
+def choose(
+    folder: Path,
+    rejected: list[Rejected],
+    suspects: Mapping[int, str] | None = None,
+    *,
+    owner: Owner = ANYONE,
+    in_the_way: Callable[[FolderListing], list[Path]] = known_steps.set_aside,
+) -> Found | None:
     """The newest step that looks sound; damaged ones on the way are set aside into ``rejected``.
 
     Rank 0 only. Reads manifests and small files, no shards. Raises NoSoundCheckpointError when there are
     checkpoints, quarantined ones included, and none is left, so that a run never quietly begins again.
+    ``in_the_way`` says which of those that were set aside count for that. Steps that ``owner`` does not own
+    are passed over and left as they are.
     ``suspects``, with reasons, are set aside when an older sound step exists; else the newest is tried again.
     """
     listing = with_retries(lambda: layout.list_folder(folder), what=str(folder))
@@ -96,9 +114,17 @@ def choose(folder: Path, rejected: list[Rejected], suspects: Mapping[int, str] |
     for step in listing.steps:
         path = folder / layout.step_name(step)
         try:
-            found = with_retries(lambda path=path, step=step: inspect(path, step=step), what=str(path))
+            found = with_retries(
+                lambda path=path, step=step: inspect(path, step=step, owner=owner), what=str(path)
+            )
         except DamagedCheckpointError as error:
+            if run_id := owner.foreign_run(path):
+                _pass_over(rejected, Rejected(step, FOREIGN, f"it is of run {run_id}"))
+                continue
             rejected.append(quarantine(folder, step, str(error)))
+            continue
+        except _ForeignStepError as error:
+            _pass_over(rejected, Rejected(step, FOREIGN, str(error)))
             continue
         except NoTrainingStateError as error:
             rejected.append(Rejected(step, "no training state", str(error)))
@@ -111,25 +137,32 @@ def choose(folder: Path, rejected: list[Rejected], suspects: Mapping[int, str] |
         return found
     if passed:
         return passed[0]
-    set_aside = [*listing.quarantined, *listing.rolled_back, *listing.late, *listing.suspect]
-    if rejected or set_aside:
-        names = [one.moved_to for one in rejected if one.moved_to] or [path.name for path in set_aside]
-        reasons = "".join(f"\n  {one.reason}" for one in rejected)
+    set_aside, own = in_the_way(listing), [one for one in rejected if one.outcome != FOREIGN]
+    if own or set_aside:
+        names = [one.moved_to for one in own if one.moved_to] or [path.name for path in set_aside]
+        reasons = "".join(f"\n  {one.reason}" for one in own)
         raise NoSoundCheckpointError(
             f"no sound checkpoint is left in {folder}; set aside: {', '.join(names) or 'none'}.{reasons}\n"
-            "To begin again at step 0 on purpose, give the run another name (--run.name=NEW) or move these "
-            "folders away."
+            "To begin again at step 0 on purpose: kempnerforge ckpt rollback RUN 0, or give the run another "
+            "name (--run.name=NEW)."
         )
     return None
 
 
-def inspect(path: Path, *, step: int | None = None) -> Found:
+def _pass_over(rejected: list[Rejected], one: Rejected) -> None:
+    if one not in rejected:  # an older step is chosen again after damage
+        rejected.append(one)
+
+
+def inspect(path: Path, *, step: int | None = None, owner: Owner = ANYONE) -> Found:
     """Check manifest, names, sizes and the digests of all small files.
 
     With ``step`` it has to be that step of a run, to go on from. Raises DamagedCheckpointError, MismatchError
     for another format, NoTrainingStateError, OSError.
     """
     found = manifest.load(path, step=step)
+    if not owner.owns(found.provenance):
+        raise _ForeignStepError(f"it is of run {found.provenance.run_id}")
     small = {
         name: manifest.read_verified(path, found, name)
         for name in found.files
@@ -162,15 +195,20 @@ def _step_over(folder: Path, step: int, reason: str) -> Rejected:
     return Rejected(step, "suspect", why, target.name)
 
 
-def sweep(folder: Path, *, attempt: int) -> None:
-    """Delete what older attempts left unfinished: folders in flight and half-done deletions. Rank 0 only."""
+def sweep(folder: Path, *, attempt: int, owner: Owner = ANYONE) -> None:
+    """Delete what older attempts left unfinished: folders in flight and half-done deletions. Rank 0 only.
+
+    What has the manifest of a run that is not ``owner`` is left as it is.
+    """
     listing = layout.list_folder(folder)
-    for path, owner in listing.temporary:
-        if owner < attempt:
+    for path, made_by in listing.temporary:
+        if made_by < attempt and not owner.foreign_run(path):
             fsio.invalidate_then_delete(path)
     fsio.remove_leftovers(folder / layout.LATEST)
+    fsio.remove_leftovers(folder / OWNER_FILE)
     for path in listing.deleting:
-        fsio.delete_tree(path)
+        if not owner.foreign_run(path):
+            fsio.delete_tree(path)
 
 
 def load(

@@ -12,6 +12,7 @@ from kempnerforge.checkpoint import holds, late_metrics, layout, pins
 from kempnerforge.checkpoint.counters import load_resumable
 from kempnerforge.checkpoint.keep import KeepPolicy, StepFacts, Verdict, decide
 from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.errors import CheckpointError
 
 
@@ -32,9 +33,11 @@ class Retention:
     sound one is looked at every time all the same.
     """
 
-    def __init__(self, folder: Path, policy: KeepPolicy) -> None:
+    def __init__(self, folder: Path, policy: KeepPolicy, owner: Owner = ANYONE) -> None:
         self.folder = folder
         self.policy = policy
+        self.owner = owner
+        """Whose folder it is. Steps of other runs count for nothing and are never deleted."""
         self._sound: dict[int, tuple[tuple[int, ...], StepFacts]] = {}
         self._unfinished: list[Path] = []
 
@@ -53,7 +56,7 @@ class Retention:
         for step in layout.list_folder(self.folder).steps if steps is None else steps:
             try:
                 facts = self._look(step, seen, anew=not any_sound)
-                any_sound = True
+                any_sound |= not facts.foreign
             except (CheckpointError, OSError) as error:
                 facts = StepFacts(step, problem=str(error))
             if facts.problem and not (self.folder / layout.step_name(step)).exists():
@@ -86,7 +89,7 @@ class Retention:
         for path in unfinished:
             self._delete_tree(path, warnings)
         facts = self.survey()
-        sound = [one.step for one in facts if not one.problem]
+        sound = [one.step for one in facts if not one.problem and not one.foreign]
         for verdict in reversed(decide(facts, self.policy)):
             if stop():
                 break
@@ -108,10 +111,11 @@ class Retention:
         known = self._sound.get(step)
         if known is not None and not anew and known[0] == _identity(path):
             return known[1]
-        found = load_resumable(path, step=step)
+        found = load_resumable(path, step=step, owner=self.owner)
         seen(step, found)
         known_origin = (found.provenance.run_id, found.provenance.attempt)
-        facts = StepFacts(step, found.provenance.metrics, origin=known_origin)
+        foreign = "" if self.owner.owns(found.provenance) else found.provenance.run_id
+        facts = StepFacts(step, found.provenance.metrics, foreign=foreign, origin=known_origin)
         self._sound[step] = (_identity(path), facts)
         return facts
 

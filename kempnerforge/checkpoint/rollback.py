@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, lease, run_record, timeline
+from kempnerforge.checkpoint import claim, known_steps, layout, lease, owner, run_record, timeline
 from kempnerforge.checkpoint.receipt import read_receipts
 from kempnerforge.checkpoint.run_record import Rollback, RunRecord
 from kempnerforge.checkpoint.verify import verify
@@ -26,10 +26,12 @@ class Renamed:
     newest_step: int
     """The step that the next start goes on from."""
     renamed: dict[str, str]
-    """Old name -> new name, in ``folder``; empty when there was nothing to do."""
+    """Old name -> new name, in ``folder``."""
     folder: str
     wandb_id: str
     """The run in wandb that the next attempt logs to."""
+    changed: bool = True
+    """False when there was nothing to do."""
 
 
 def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Renamed:
@@ -37,27 +39,46 @@ def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Re
 
     Takes the run's lease and the number of an attempt. The decision is written to ``run.json`` before the
     first rename: if the process is killed after that, the next start of the run completes it. ``note`` is
-    told when the lease has to be watched. With no later step nothing is changed.
+    told when the lease has to be watched. With no later step nothing is changed. Steps of other runs in the
+    folder are left as they are.
+
+    ``step`` 0 is the beginning: where it was not committed, all steps are set aside and the next start is a
+    fresh one. That is also the way on for a run whose steps are gone for good.
 
     Raises StepNotFoundError, DamagedCheckpointError, UnreachableCheckpointError, MismatchError,
     LeaseHeldError, RunFolderError.
     """
-    _require_step(_record_of(run_dir).checkpoint_folder(run_dir), step)
+    record = _record_of(run_dir)
+    folder = record.checkpoint_folder(run_dir)
+    if step > 0:
+        _require_step(folder, step)
     held = lease.acquire(run_dir, after_attempt=timeline.last_attempt(run_dir), note=note)
     try:
         record = _record_of(run_dir)
         folder = record.checkpoint_folder(run_dir)
-        later = [one for one in layout.list_folder(folder).steps if one > step]
-        if not later:
-            return Renamed(step, {}, str(folder), record.wandb_id)
-        _check_sound(folder, step, progress)
+        mine = claim.require_own(folder, record, run_dir)
+        listing = layout.list_folder(folder)
+        own = [one for one in listing.steps if not mine.foreign_run(folder / layout.step_name(one))]
+        committed = {one for one in layout.committed_steps(folder) if one in own}
+        to_start = step == 0 and 0 not in committed
+        if not to_start and step not in committed:
+            whose = mine.foreign_run(folder / layout.step_name(step))
+            raise StepNotFoundError(f"step {step} in {folder} is of another run, {whose}")
+        later = [one for one in own if to_start or one > step]
+        in_the_way = known_steps.in_the_way(listing, run_dir) if to_start else []
+        is_given_up = to_start and (in_the_way or known_steps.newest_known(run_dir) is not None)
+        if not later and not is_given_up:
+            return Renamed(step, {}, str(folder), record.wandb_id, changed=False)
+        if not to_start:
+            _check_sound(folder, step, progress)
         targets = {one: timeline.free_name(folder, one, layout.rolled_back_name) for one in later}
         record = _begin_timeline(record, held.attempt, step, [path.name for path in targets.values()])
+        record = _cleared(record, [path.name for path in in_the_way])
         run_record.write(run_dir, record)
         for one, target in targets.items():
             (folder / layout.step_name(one)).rename(target)
-        fsio.fsync_folder(folder)
-        fsio.point_symlink(folder / layout.LATEST, layout.step_name(step))
+        _sync(folder)
+        _point_latest(folder, None if to_start else step)
     except OSError as error:
         raise RunFolderError(f"{run_dir} could not be rolled back: {error}") from error
     finally:
@@ -78,13 +99,14 @@ def undo(run_dir: Path, *, note: Note) -> Renamed:
         folder = record.checkpoint_folder(run_dir)
         last = _last_rollback(run_dir, record)
         # run.json last: until then the rollback stands, and a next start completes it.
+        mine = claim.require_own(folder, record, run_dir)
         renamed = {}
         for name in last.set_aside:
             original = name.split(".")[1]
             if (folder / name).exists() and not (folder / original).exists():
                 (folder / name).rename(folder / original)
                 renamed[name] = original
-        fsio.fsync_folder(folder)
+        _sync(folder)
         record = replace(
             record,
             attempt=held.attempt,
@@ -93,13 +115,32 @@ def undo(run_dir: Path, *, note: Note) -> Renamed:
             wandb_first_attempt=last.wandb_first_attempt,
         )
         run_record.write(run_dir, record)
-        newest = max(layout.committed_steps(folder), default=last.step)
-        fsio.point_symlink(folder / layout.LATEST, layout.step_name(newest))
+        newest = owner.newest_step(folder, mine)
+        _point_latest(folder, newest)
     except OSError as error:
         raise RunFolderError(f"{run_dir}: the rollback could not be undone: {error}") from error
     finally:
         held.release()
-    return Renamed(newest, renamed, str(folder), record.wandb_id)
+    return Renamed(last.step if newest is None else newest, renamed, str(folder), record.wandb_id)
+
+
+def _point_latest(folder: Path, step: int | None) -> None:
+    """Point ``latest`` to ``step``; without one, remove it."""
+    link = folder / layout.LATEST
+    if step is not None:
+        fsio.point_symlink(link, layout.step_name(step))
+    elif link.is_symlink():
+        link.unlink()
+
+
+def _sync(folder: Path) -> None:
+    if folder.is_dir():  # it may be gone with the steps
+        fsio.fsync_folder(folder)
+
+
+def _cleared(record: RunRecord, names: list[str]) -> RunRecord:
+    *before, last = record.rollbacks
+    return replace(record, rollbacks=(*before, replace(last, cleared=names)))
 
 
 def _check_sound(folder: Path, step: int, progress: Progress) -> None:
@@ -138,12 +179,14 @@ def _last_rollback(run_dir: Path, record: RunRecord) -> Rollback:
     last = record.rollbacks[-1]
     since = [row["attempt"] for row in read_receipts(run_dir) if row["attempt"] > last.attempt]
     if since:
-        example = record.checkpoint_folder(run_dir) / last.set_aside[0]
-        raise RunFolderError(
-            f"attempt {since[0]} has gone on from step {last.step} since, so the rollback cannot be undone. "
-            f"To go on from a step that it set aside, in a run of its own: "
-            f"kempnerforge ckpt fork {example} NEW_RUN"
-        )
+        why = f"attempt {since[0]} has gone on from step {last.step} since, so the rollback cannot be undone"
+        if last.set_aside:
+            example = record.checkpoint_folder(run_dir) / last.set_aside[0]
+            why += (
+                ". To go on from a step that it set aside, in a run of its own: "
+                f"kempnerforge ckpt fork {example} NEW_RUN"
+            )
+        raise RunFolderError(why)
     return last
 
 

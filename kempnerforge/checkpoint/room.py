@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kempnerforge.checkpoint import layout, manifest, space
 from kempnerforge.checkpoint.keep import KeepPolicy
+from kempnerforge.checkpoint.owner import Owner
 from kempnerforge.checkpoint.quota import Quotas, read_quotas
 from kempnerforge.checkpoint.retention import Retention
 from kempnerforge.checkpoint.space import Room, Verdict
@@ -43,6 +44,11 @@ class RoomKeeper:
         warning = space.require_one_save(verdict, prunable_bytes=sum(map(self._size_of, prunable)))
         # That quotas cannot be read is the rule on most machines, and no news at every start.
         return "" if verdict.fits else warning
+
+    def move(self, folder: Path, owner: Owner) -> None:
+        """Look in ``folder``, which is ``owner``'s."""
+        self._folder = self._retention.folder = folder
+        self._retention.owner = owner
 
     def refresh(self) -> None:
         """Read quotas again, which may take seconds: on a background thread, after each commit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Rollback:
     wandb_first_attempt: int
     set_aside: list[str]
     """Names that the later steps got, in the checkpoint folder."""
+    cleared: list[str] = field(default_factory=list)
+    """Of a return to step 0: what had been set aside before, which is given up too."""
 
 
 @dataclass(frozen=True)

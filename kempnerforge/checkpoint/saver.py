@@ -58,7 +58,7 @@ class Saver:
         max_failed_saves: int,
     ) -> None:
         self._checkpointer = checkpointer
-        self._folder = folder
+        self.folder = folder
         self._control = control
         self._max_failed_saves = max_failed_saves
         self._pending: _Pending | None = None
@@ -136,7 +136,7 @@ class Saver:
         try:
             self._checkpointer.begin_save(
                 snapshot.capture,
-                self._folder / layout.step_name(snapshot.step),
+                self.folder / layout.step_name(snapshot.step),
                 self._control.group,
                 provenance=snapshot.provenance,
                 config_toml=snapshot.config_toml,

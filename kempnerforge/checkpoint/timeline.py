@@ -12,13 +12,14 @@ late is found now or at the next start, and so is what a rollback that was kille
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import layout, manifest, run_record
+from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.receipt import last_logged_step, read_receipts
 from kempnerforge.checkpoint.run_record import Restored
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
@@ -100,21 +101,63 @@ def late_arrivals(committed: dict[int, int], found: Sequence[Cut]) -> dict[int, 
     return left
 
 
+def ancestors(
+    newest: int,
+    committed: Mapping[int, int],
+    parents: Mapping[int, int | None],
+    found: Sequence[Cut],
+    commits: Iterable[tuple[int, int]],
+) -> set[int]:
+    """The steps that ``newest`` comes from. Pure.
+
+    An attempt goes on from one step, so all that it committed up to ``newest`` is of one line, and before it
+    comes the line of the attempt that committed that step. ``committed`` has the attempt of each step in the
+    folder, ``parents`` what the manifests name. Where a step was deleted since, receipts (``found``) and the
+    ledger (``commits``) tell the same.
+    """
+    starts = [(cut.attempt, cut.step) for cut in found if not cut.is_rollback]
+    told = {attempt for attempt, _ in starts}
+    starts += [
+        (committed[step], parent)
+        for step, parent in parents.items()
+        if parent is not None and committed[step] not in told
+    ]
+    began: dict[int, int] = {}
+    for attempt, step in starts:
+        began[attempt] = min(step, began.get(attempt, step))
+    makers: dict[int, set[int]] = {step: {attempt} for step, attempt in committed.items()}
+    for step, attempt in commits:
+        makers.setdefault(step, set()).add(attempt)
+    line: set[int] = set()
+    step, attempt = newest, committed[newest]
+    while True:
+        first = began.get(attempt, 0)
+        line |= {one for one, by in committed.items() if by == attempt and first <= one <= step}
+        older = [by for by in makers.get(first, ()) if by < attempt]
+        if not older:
+            return line
+        step, attempt = first, max(older)
+
+
 def set_aside_late(
     folder: Path,
     found: Sequence[Cut],
     *,
     run_id: str,
+    parent: tuple[str, int | None] = ("", None),
     trusted: Collection[int] = (),
+    commits: Callable[[], Iterable[tuple[int, int]]] = tuple,
     at_start: bool = False,
 ) -> list[Path]:
     """Give the steps in ``folder`` that are off the timeline a name that no resume chooses. Never deletes.
 
     Rank 0 only. Reads the manifests of all steps but the ``trusted`` ones; a damaged one is left for the
-    resume to judge, and so is one of another run's id, whose attempts are counted differently.
+    resume to judge, and so is one of another run's id, whose attempts are counted differently. ``parent``,
+    run id and step, is what a fork began with: only a rollback leaves that behind.
 
-    ``at_start``, before a resume, nothing is set aside when no step would be left: an attempt that began at 0
-    and committed nothing, perhaps with another ``checkpoint.dir``, must not cost the run what it has.
+    A step that the newest living one comes from stays, whatever began below it in the meantime, with another
+    ``checkpoint.dir`` perhaps (``ancestors``; ``commits`` gives step and attempt of the commits in the
+    ledger). ``at_start``, before a resume, no resume leaves anything behind when no step would be left.
 
     Returns the new paths. Durable on return. Raises OSError.
     """
@@ -122,19 +165,30 @@ def set_aside_late(
         return []
     lowest = min(cut.step for cut in found)
     steps = layout.list_folder(folder).steps
-    committed = {}
+    committed: dict[int, int] = {}
+    parents: dict[int, int | None] = {}
+    stays = False
     for step in steps:
         if step <= lowest or step in trusted:
+            stays = True
             continue
         try:
             provenance = manifest.read(folder / layout.step_name(step)).provenance
         except (DamagedCheckpointError, MismatchError):
             continue
         if provenance.run_id == run_id:
-            committed[step] = provenance.attempt
+            committed[step], parents[step] = provenance.attempt, provenance.parent_step
+        elif parent == (provenance.run_id, provenance.step):
+            committed[step] = 0
+        stays |= not provenance.run_id
     late = late_arrivals(committed, found)
-    if at_start and len(late) == len(steps):
-        return []
+    late = {step: cut for step, cut in late.items() if committed[step] > 0 or cut.is_rollback}
+    living = committed.keys() - late.keys()
+    if late and living and any(not cut.is_rollback for cut in late.values()):
+        kept = ancestors(max(living), committed, parents, found, commits())
+        late = {step: cut for step, cut in late.items() if step not in kept}
+    if at_start and not stays and len(late) == len(committed):
+        late = {step: cut for step, cut in late.items() if cut.is_rollback}
     return [
         set_aside(folder, step, layout.rolled_back_name if cut.is_rollback else layout.late_name)
         for step, cut in late.items()
@@ -157,16 +211,17 @@ def free_name(folder: Path, step: int, name: Callable[[int, int], str]) -> Path:
     return folder / name(step, number)
 
 
-def fence(folder: Path, attempt: int) -> list[Path]:
+def fence(folder: Path, attempt: int, owner: Owner = ANYONE) -> list[Path]:
     """Rename the checkpoints in flight of all older attempts, so that none of them can be committed any more.
 
     A process that has lost its lease renames its hidden folder to commit it; that fails from here on. Rank 0
     only, after a takeover, before steps are listed. The folders are to be deleted; returns their new paths.
+    One with the manifest of a run that is not ``owner`` is left as it is.
     Durable on return. Raises OSError.
     """
     fenced = []
-    for path, owner in layout.list_folder(folder).temporary:
-        if owner < attempt:
+    for path, made_by in layout.list_folder(folder).temporary:
+        if made_by < attempt and not owner.foreign_run(path):
             target = path.with_name(layout.fenced_name(path.name, attempt))
             fsio.delete_tree(target)
             path.rename(target)

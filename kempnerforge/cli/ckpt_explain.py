@@ -38,7 +38,7 @@ def explain(
     number = parse_step(step) if step is not None else None
     listed = layout.list_folder(found.folder).steps
     policy = find_policy(found, listed)
-    verdicts = decide(Retention(found.folder, policy.policy).survey(listed), policy.policy)
+    verdicts = decide(Retention(found.folder, policy.policy, found.owner).survey(listed), policy.policy)
     if number is not None:
         _explain_one(found, policy, verdicts, number, as_json=as_json)
         return

@@ -51,7 +51,7 @@ def prune(
     policy = find_policy(found, layout.list_folder(found.folder).steps)
     if not policy.source:
         raise RunFolderError(f"{found.folder}: what to keep is not known: {policy.problem}")
-    retention = Retention(found.folder, policy.policy)
+    retention = Retention(found.folder, policy.policy, found.owner)
     doomed = [verdict.step for verdict in reversed(retention.verdicts()) if not verdict.keep]
     sizes = {step: folder_bytes(found.step(step)) for step in doomed}
     warnings: tuple[str, ...] = ()

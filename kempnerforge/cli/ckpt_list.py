@@ -33,6 +33,8 @@ class Listed:
     """Why it is not sound; empty when it is, or looks so."""
     manifest: Manifest | None
     """None when it cannot be parsed."""
+    foreign: str = ""
+    """The id of the other run that it is of; empty for a step of this one."""
 
     @property
     def path(self) -> Path:
@@ -82,7 +84,8 @@ def list_steps(
 ) -> Iterator[Listed]:
     """The committed ``steps``, newest first; those that vanish meanwhile are left out."""
     manifests: dict[int, Manifest] = {}
-    facts = Retention(found.folder, policy.policy).survey(steps, seen=manifests.__setitem__)
+    retention = Retention(found.folder, policy.policy, found.owner)
+    facts = retention.survey(steps, seen=manifests.__setitem__)
     verdicts = {verdict.step: verdict for verdict in decide(facts, policy.policy)}
     for one in facts:
         problem = one.problem
@@ -92,7 +95,7 @@ def list_steps(
             except StepNotFoundError:
                 continue
         known = manifests.get(one.step) or manifest_of(found.step(one.step))
-        yield Listed(one.step, found, verdicts[one.step], problem, known)
+        yield Listed(one.step, found, verdicts[one.step], problem, known, one.foreign)
 
 
 def list_others(listing: layout.FolderListing) -> list[dict[str, Any]]:
@@ -158,6 +161,8 @@ def _print_steps(found: CheckpointFolder, steps: list[Listed], *, digests: bool,
         kept = ", ".join(dict.fromkeys(reason.rule for reason in one.verdict.reasons))
         unkept = "nothing: goes after the next save" if known_policy else "?"
         state = f"NOT SOUND: {one.problem}" if one.problem else "sound" if digests else "looks sound"
+        if one.foreign:
+            state += f", of another run: {one.foreign}"
         rows.append(
             (
                 str(one.step),
@@ -183,6 +188,8 @@ def _as_json(one: Listed, *, digests: bool) -> dict[str, Any]:
         "time": known.time if known else None,
         "size_bytes": known.size_bytes if known else None,
         "saved_for": provenance.get("reason"),
+        "run_id": provenance.get("run_id"),
+        "another_runs": bool(one.foreign),
         "attempt": provenance.get("attempt"),
         "parent_step": provenance.get("parent_step"),
         "metrics": provenance.get("metrics"),

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kempnerforge.checkpoint import layout, run_record
+from kempnerforge.checkpoint import claim, layout, run_record
 from kempnerforge.checkpoint.keep import KeepPolicy
+from kempnerforge.checkpoint.owner import ANYONE, Owner
+from kempnerforge.checkpoint.owner import of_folder as owner_of
 from kempnerforge.checkpoint.step_view import StepView
 from kempnerforge.errors import CheckpointError, RunFolderError, StepNotFoundError
 
@@ -33,6 +35,8 @@ class CheckpointFolder:
     folder: Path
     run_dir: Path | None
     """The run's own folder; None when only its checkpoints were given."""
+    owner: Owner = ANYONE
+    """Whose folder it is, as far as is known."""
 
     def step(self, step: int) -> Path:
         """Where a committed step is."""
@@ -40,27 +44,37 @@ class CheckpointFolder:
 
 
 def find_run(path: Path) -> CheckpointFolder:
-    """The checkpoint folder that RUN means. Raises RunFolderError."""
+    """The checkpoint folder that RUN means. Raises RunFolderError, also where it is another run's."""
     try:
         if not path.is_dir():
             raise RunFolderError(f"{path} {'is not a folder' if path.exists() else 'does not exist'}")
         record = run_record.read(path)
         if record is not None:
-            return CheckpointFolder(record.checkpoint_folder(path), path)
+            folder = record.checkpoint_folder(path)
+            return CheckpointFolder(folder, path, claim.require_own(folder, record, path))
         if (path / "checkpoints").is_dir():
-            return CheckpointFolder(path / "checkpoints", path)
+            return CheckpointFolder(path / "checkpoints", path, owner_of(path / "checkpoints"))
         if _is_step(path):
             raise RunFolderError(f"{path} is one step; give the run's folder, or {path.parent}")
-        parent = run_record.read(path.absolute().parent)
-        if parent is not None and parent.checkpoint_folder(path.absolute().parent) == path.absolute():
-            return CheckpointFolder(path, path.absolute().parent)
-        if layout.list_folder(path) != layout.FolderListing():
-            return CheckpointFolder(path, None)
+        owner = owner_of(path)
+        if (run_dir := _run_of(path.absolute(), owner)) is not None:
+            return CheckpointFolder(path, run_dir, owner_of(path, run_dir))
+        if owner.run_id or layout.list_folder(path) != layout.FolderListing():
+            return CheckpointFolder(path, None, owner)
     except OSError as error:
         raise RunFolderError(f"{path} cannot be read: {error}") from error
     raise RunFolderError(
         f"{path} has no checkpoints; give a run's folder, such as runs/NAME, or the folder its steps are in"
     )
+
+
+def _run_of(folder: Path, owner: Owner) -> Path | None:
+    """The folder of the run whose checkpoints are in ``folder``: the one above, or the one its owner had."""
+    for run_dir in (folder.parent, *([Path(owner.run_dir)] if owner.run_dir else [])):
+        record = run_record.read(run_dir)
+        if record is not None and record.checkpoint_folder(run_dir) == folder:
+            return run_dir if owner.run_id in ("", record.run_id) else None
+    return None
 
 
 def find_step(path: Path) -> Path:
@@ -113,10 +127,16 @@ class FoundPolicy:
 
 
 def find_policy(run: CheckpointFolder, steps: Sequence[int]) -> FoundPolicy:
-    """The policy in the config of the newest sound one of ``steps``; an empty one when there is none."""
+    """The policy in the config of the newest sound one of ``steps`` that is the run's own.
+
+    An empty one when there is none.
+    """
     for step in steps:
         try:
-            config = StepView.open(run.step(step), step=step).config()
+            view = StepView.open(run.step(step), step=step)
+            if not run.owner.owns(view.manifest.provenance):
+                continue
+            config = view.config()
         except (CheckpointError, OSError):
             continue
         if "checkpoint" not in config:

@@ -22,7 +22,10 @@ def rollback(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go back to STEP of RUN: set later steps aside, so that the same command goes on from it."""
+    """Go back to STEP of RUN: set later steps aside, so that the same command goes on from it.
+
+    0 is the beginning: the next start is a fresh one.
+    """
     if (step is None) is not undo:
         raise typer.BadParameter("give either STEP or --undo")
     run_dir = find_run(run).run_dir
@@ -40,14 +43,15 @@ def rollback(
         typer.echo(f"{old} -> {new}")
     if undo:
         typer.echo(f"undone: {run_dir} goes on from step {done.newest_step} again")
-    elif not done.renamed:
-        typer.echo(f"step {done.newest_step} is the newest of {run_dir} already; nothing was changed")
+    elif not done.changed:
+        what = f"step {done.newest_step} is the newest of" if done.newest_step else "no step is committed in"
+        typer.echo(f"{what} {run_dir} already; nothing was changed")
     else:
+        how = f"goes on from step {done.newest_step}" if done.newest_step else "begins again at step 0"
+        kept = f"The steps above are kept in {done.folder} until you delete them.\n" if done.renamed else ""
         typer.echo(
-            f"{run_dir} goes on from step {done.newest_step} when it is started again, "
-            f"in wandb as {done.wandb_id}.\n"
-            f"The steps above are kept in {done.folder} until you delete them.\n"
-            f"To undo, before it is started: kempnerforge ckpt rollback {run_dir} --undo"
+            f"{run_dir} {how} when it is started again, in wandb as {done.wandb_id}.\n"
+            f"{kept}To undo, before it is started: kempnerforge ckpt rollback {run_dir} --undo"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import Annotated, Literal
 
@@ -25,6 +26,23 @@ class AsyncCheckpointMode(str, Enum):  # noqa: UP042 - code in the field formats
     """Only what the copy has not finished when the optimizer is about to step."""
 
 
+DIR_PLACEHOLDERS = ("run_name", "run_id")
+"""Placeholders in ``checkpoint.dir``, filled when the run starts."""
+
+_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+
+
+def fill_dir(folder: str, *, run_name: str, run_id: str) -> str:
+    """``checkpoint.dir`` with its placeholders filled in."""
+    return folder.replace("{run_name}", run_name).replace("{run_id}", run_id)
+
+
+def unknown_placeholder(folder: str | None) -> str:
+    """The first placeholder in ``checkpoint.dir`` that nothing fills, in braces; empty without one."""
+    found = (match for match in _PLACEHOLDER.finditer(folder or "") if match[1] not in DIR_PLACEHOLDERS)
+    return next((match[0] for match in found), "")
+
+
 class DynCkptWindow(Section):
     """Steps early in a run, where much changes, that are saved beside the regular ones."""
 
@@ -42,7 +60,8 @@ class CheckpointConfig(Section):
     """When and how to save, what to keep, what to start from."""
 
     dir: NonEmpty | None = None
-    """Where the checkpoints are; none means checkpoints/ in the run's folder."""
+    """Where the checkpoints are; none means checkpoints/ in the run's folder. A folder has the checkpoints
+    of one run. {run_name} and {run_id} are replaced by the run's."""
 
     interval: AtLeastZero | Literal["auto"] = 100
     """Steps between saves; 0 means that no number of steps makes a save due; "auto" works out the seconds

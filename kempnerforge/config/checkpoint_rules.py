@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from kempnerforge.config.checkpoint import CheckpointConfig
+from kempnerforge.config.checkpoint import DIR_PLACEHOLDERS, CheckpointConfig, unknown_placeholder
 from kempnerforge.config.evaluation import EvalConfig
 from kempnerforge.config.names import nearest
-from kempnerforge.config.run import PLACEHOLDER, RunConfig
+from kempnerforge.config.run import PLACEHOLDERS, RunConfig
 from kempnerforge.config.train import TrainConfig
 from kempnerforge.errors import Fault
 
@@ -18,13 +18,14 @@ METRICS = ("eval/loss", "train/loss")
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-def checkpoint_dir_is_plain(checkpoint: CheckpointConfig) -> list[Fault]:
-    """Only ``run.dir`` expands placeholders; elsewhere they would quietly name a folder."""
-    found = PLACEHOLDER.search(checkpoint.dir or "")
-    if found is None:
+def checkpoint_dir_can_be_filled(checkpoint: CheckpointConfig) -> list[Fault]:
+    """A placeholder that nothing fills would quietly name a folder."""
+    found = unknown_placeholder(checkpoint.dir)
+    if not found:
         return []
-    problem = f"{found[0]} is not expanded here"
-    return [Fault("checkpoint.dir", problem, "put it into run.dir, or write the folder out")]
+    known = " and ".join(f"{{{name}}}" for name in DIR_PLACEHOLDERS)
+    elsewhere = "put it into run.dir" if found[1:-1] in PLACEHOLDERS else "write the folder out"
+    return [Fault("checkpoint.dir", f"{found} is not expanded here", f"{known} are; {elsewhere}")]
 
 
 def paths_are_usable(run: RunConfig, checkpoint: CheckpointConfig) -> list[Fault]:
@@ -158,7 +159,7 @@ def exclusions_have_a_source(checkpoint: CheckpointConfig) -> list[Fault]:
 
 
 RULES: tuple[Callable[..., list[Fault]], ...] = (
-    checkpoint_dir_is_plain,
+    checkpoint_dir_can_be_filled,
     paths_are_usable,
     saves_happen,
     dynamics_window_holds_steps,

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint import owner
 from kempnerforge.checkpoint.attempt_start import attempt_started, start_facts
 from kempnerforge.checkpoint.report import SaveReport
 from kempnerforge.checkpoint.run_record import RunRecord
@@ -52,12 +52,13 @@ class AttemptBook:
             history = read_history(folder, rollbacks=rollbacks)
             self._log.open(folder, record.attempt)
             self._log.start(start_facts(hosts, ranks))
-            committed = layout.committed_steps(record.checkpoint_folder(folder))
-            row = breaker.without_progress(history, newest_committed=max(committed, default=0))
+            checkpoints = record.checkpoint_folder(folder)
+            newest = owner.newest_step(checkpoints, owner.of_folder(checkpoints, folder))
+            row = breaker.without_progress(history, newest_committed=newest or 0)
             why = breaker.refusal(row, limit=job.run.max_faults_without_progress, run_dir=str(folder))
             if why:
                 raise NoProgressError(why)
-            return bool(committed)
+            return newest is not None
 
         has_steps = control.on_rank0(begin)
         try:

@@ -94,6 +94,7 @@ def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -
         world.control,
         first_global_batch_size=first_size,
         checkpoint_dir=job.checkpoint.dir,
+        run_name=job.run.name,
         note=lambda text: print(text, flush=True),
     )
     if job.train.global_batch_size is None:
@@ -136,7 +137,8 @@ def _assemble(
     book.lap("model")
     step = model.step(optimizer, geometry, job.train)
     ckpt = CheckpointManager(
-        job.checkpoint,
+        # Its placeholders are filled in by the start of the attempt.
+        job.checkpoint.model_copy(update={"dir": record.checkpoint_dir or None}),
         state=state,
         run_dir=folder,
         control_group=world.control.group,

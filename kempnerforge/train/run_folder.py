@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from kempnerforge.checkpoint import layout, run_record
+from kempnerforge.checkpoint import owner, run_record
 from kempnerforge.errors import KempnerForgeError
 
 
@@ -26,5 +26,5 @@ def record_exit(folder: Path, *, status: int, reason: str, step: int) -> None:
 
 def record_refusal(checkpoints: Path, folder: Path, error: KempnerForgeError) -> None:
     """Write why this attempt ended before its first step: stopped, blocked, refused. Rank 0 only."""
-    newest = max(layout.committed_steps(checkpoints), default=0)
+    newest = owner.newest_step(checkpoints, owner.of_folder(checkpoints, folder)) or 0
     record_exit(folder, status=error.exit_status, reason=str(error), step=newest)

@@ -40,7 +40,7 @@ def test_run_folder_next_attempt_keeps_identity(tmp_path: Path) -> None:
     assert (first.run_id, first.wandb_id, 12) == (second.run_id, second.wandb_id, second.global_batch_size)
     assert second.last_exit is not None
     assert (second.last_exit["status"], second.last_exit["step"], second.last_exit["attempt"]) == (75, 40, 1)
-    assert sorted(path.name for path in folder.iterdir()) == ["lease.2.json", "run.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "lease.2.json", "run.json"]
     other = begin(tmp_path / "runs" / "b", 12)
     assert other.run_id != first.run_id
 

@@ -34,6 +34,7 @@ NO_TORCH = (
     *("checkpoint.housekeeping", "checkpoint.room"),
     *("checkpoint.retention", "checkpoint.lease", "checkpoint.space", "checkpoint.verify"),
     *("checkpoint.holder", "checkpoint.timeline", "checkpoint.rollback", "checkpoint.fork"),
+    *("checkpoint.owner", "checkpoint.claim", "checkpoint.known_steps"),
     *("checkpoint.quota", "checkpoint.run_record", "checkpoint.keep", "checkpoint.pins", "checkpoint.holds"),
     *("checkpoint.digest", "checkpoint.step_view", "checkpoint.shard_header", "checkpoint.compare"),
     *("checkpoint.export", "checkpoint.import_weights", "checkpoint.float_cast", "model.hf"),

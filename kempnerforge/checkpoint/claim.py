@@ -1,0 +1,221 @@
+"""Taking a checkpoint folder for a run: looked at before anything in it is read or changed.
+
+    folder                                              what comes of it
+    of another run, by ``owner.json``                   refused, nothing is read
+    of a copy of this run, whose original is there      refused
+    without owner, steps that are all of this run       adopted
+    without owner, steps of another run                 refused
+    without any step, of a run that has committed one   refused (``known_steps``)
+    empty or missing                                    made
+
+A refusal changes nothing in the folder.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import known_steps, layout, manifest, owner, run_record
+from kempnerforge.checkpoint.owner import OWNER_FILE, Owner
+from kempnerforge.checkpoint.run_record import RUN_FILE, RunRecord
+from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.errors import CheckpointError, FolderOwnedError, KempnerForgeError
+
+
+@dataclass(frozen=True)
+class Hints:
+    """How a user gives a run another checkpoint folder, in the words of its caller."""
+
+    rename: str = "give this run another name (--run.name=NEW)"
+    placeholder: str = "--checkpoint.dir='{parent}/{{run_name}}'"
+
+
+def claimant(record: RunRecord, run_dir: Path, run_name: str) -> Owner:
+    """The run of ``record``, as the owner of a folder. ``run_name``: empty where it is not known."""
+    parent = record.parent
+    return Owner(
+        record.run_id,
+        run_name=run_name,
+        run_dir=os.path.abspath(run_dir),
+        parent_run_id=parent.run_id if parent is not None else "",
+        parent_step=parent.step if parent is not None else None,
+    )
+
+
+def take(folder: Path, run_id: str, run_dir: Path) -> Owner:
+    """Take ``folder`` for the run ``run_id`` in ``run_dir``. Returns its owner as it is now.
+
+    The first rank only. A caller without a run id owns nothing: it may use a folder of which no run is known.
+    Durable on return. Raises FolderOwnedError, StepsMissingError, RunFolderError, OSError.
+    """
+    record = run_record.read(run_dir) if run_id else None
+    if record is None or record.run_id != run_id:
+        record = RunRecord(run_id, run_id, 0.0)
+    mine = claimant(record, run_dir, "")
+    return settle(folder, mine, look(folder, mine, run_dir))
+
+
+def look(
+    folder: Path, mine: Owner, run_dir: Path, *, was_in: Path | None = None, hints: Hints | None = None
+) -> Owner | None:
+    """Refuse a ``folder`` that ``mine`` may not take; return its owner, None where it has none yet.
+
+    ``was_in``: where the run's checkpoints were at its last start. Changes nothing. Raises as ``take``.
+    """
+    hints = hints or Hints()
+    found = owner.read(folder)
+    if found is not None:
+        _require_same_run(folder, found, mine, hints)
+    else:
+        _require_adoptable(folder, mine, hints)
+    known_steps.require_known(folder, run_dir, _merged(found, mine), was_in=was_in)
+    return found
+
+
+def settle(folder: Path, mine: Owner, found: Owner | None, hints: Hints | None = None) -> Owner:
+    """Make ``mine`` the owner of a folder that ``look`` has looked at. Raises as ``take``.
+
+    ``mine.run_id`` is in ``run.json``, durably: an owner file with an id that no run has would refuse all.
+    """
+    hints = hints or Hints()
+    if not mine.run_id:
+        return mine
+    if found is None:
+        fsio.make_folder(folder)
+        mine = replace(mine, run_name=mine.run_name or Path(mine.run_dir).name)
+        if owner.create(folder, mine):
+            return mine
+        found = owner.read(folder)
+        if found is None:
+            raise FileNotFoundError(f"{folder / OWNER_FILE} went away while it was made")
+        _require_same_run(folder, found, mine, hints)
+    merged = _merged(found, mine)
+    if merged != found:
+        owner.replace_file(folder, merged)
+    return merged
+
+
+def require_own(folder: Path, record: RunRecord, run_dir: Path) -> Owner:
+    """The owner of a run's checkpoint folder, for commands. Changes nothing.
+
+    Raises FolderOwnedError when it is another run's, RunFolderError, OSError.
+    """
+    mine, found = claimant(record, run_dir, ""), owner.read(folder)
+    if found is None:
+        return mine
+    if found.run_id != record.run_id:
+        raise FolderOwnedError(
+            f"{folder} holds the checkpoints of {found.describe()}, and not of {mine.describe()}. Give the "
+            "folder of that run"
+        )
+    return _merged(found, mine)
+
+
+def _merged(found: Owner | None, mine: Owner) -> Owner:
+    """What is to stand in the file: where the run is now, and the parent that either knows."""
+    if found is None:
+        return mine
+    merged = replace(mine, run_name=mine.run_name or found.run_name)
+    if merged.parent_step is None:
+        merged = replace(merged, parent_run_id=found.parent_run_id, parent_step=found.parent_step)
+    return merged
+
+
+def _require_same_run(folder: Path, found: Owner, mine: Owner, hints: Hints) -> None:
+    if found.run_id == mine.run_id:
+        if _is_copy(folder, found, mine):
+            raise FolderOwnedError(
+                f"{folder} holds the checkpoints of {found.describe()}. {mine.run_dir} is a copy of that "
+                f"run's folder, and two runs must not write one checkpoint folder. {_ways_on(folder, hints)}"
+            )
+        return
+    if mine.run_dir and found.run_dir and is_same(found.run_dir, mine.run_dir):
+        raise FolderOwnedError(
+            f"{folder} holds the checkpoints of {found.describe()}. {RUN_FILE} there names another run, "
+            f"{mine.run_id}: it was lost or replaced since. Put the {RUN_FILE} of {found.run_id} back. Or: "
+            f"{_ways_on(folder, hints)}"
+        )
+    raise _refusal(folder, found.describe(), mine, hints)
+
+
+def _refusal(folder: Path, whose: str, mine: Owner, hints: Hints) -> FolderOwnedError:
+    return FolderOwnedError(
+        f"{folder} holds the checkpoints of another run: {whose}. This is {mine.describe()}. Nothing was "
+        f"changed there. {_ways_on(folder, hints)}"
+    )
+
+
+def _ways_on(folder: Path, hints: Hints) -> str:
+    placeholder = hints.placeholder.format(parent=folder.absolute().parent)
+    return (
+        f"To go on: {hints.rename}, or a checkpoint folder of its own ({placeholder}). To go on from one of "
+        f"the steps there, in a run of its own: kempnerforge ckpt fork {folder / layout.LATEST} NEW_RUN"
+    )
+
+
+def _require_adoptable(folder: Path, mine: Owner, hints: Hints) -> None:
+    """Refuse a folder from before owner files that has a step of another run."""
+    if not mine.run_id:
+        return
+    foreign: dict[str, list[Path]] = {}
+    listing = layout.list_folder(folder)
+    steps = [folder / layout.step_name(step) for step in listing.steps]
+    own = 0
+    for path in (*steps, *known_steps.set_aside(listing)):
+        try:
+            found = manifest.read(path).provenance
+        except CheckpointError:  # damaged, or of another format: the resume reports it
+            continue
+        if mine.owns(found):
+            own += 1
+        else:
+            foreign.setdefault(found.run_id, []).append(path)
+    if not foreign:
+        return
+    runs = [f"{_name_of(paths[0], run_id)} ({_names(paths)})" for run_id, paths in foreign.items()]
+    if own or len(runs) > 1:
+        whose = f"{' and '.join(runs)}{', beside steps of this one' if own else ''}. Its owner is not known"
+        raise FolderOwnedError(
+            f"{folder} holds checkpoints of several runs: {whose}. This is {mine.describe()}. Nothing was "
+            f"changed there. Move the steps that are not of one run elsewhere. Or: {_ways_on(folder, hints)}"
+        )
+    raise _refusal(folder, runs[0], mine, hints)
+
+
+def _name_of(path: Path, run_id: str) -> str:
+    """The run of a step, with the name that the config in the step has."""
+    try:
+        name = StepView.open(path).config().get("run", {}).get("name", "")
+    except (CheckpointError, OSError, AttributeError):
+        name = ""
+    return Owner(run_id, run_name=str(name)).describe()
+
+
+def _names(paths: list[Path]) -> str:
+    shown = ", ".join(path.name for path in paths[:3])
+    return f"{shown} and {len(paths) - 3} more" if len(paths) > 3 else shown
+
+
+def _is_copy(folder: Path, found: Owner, mine: Owner) -> bool:
+    """Whether ``mine`` is a copy of a run's folder whose original has its checkpoints in ``folder``."""
+    if not found.run_dir or not mine.run_dir or is_same(found.run_dir, mine.run_dir):
+        return False
+    try:
+        run_dir = Path(found.run_dir)
+        record = run_record.read(run_dir)
+    except (KempnerForgeError, OSError):
+        return False
+    if record is None or record.run_id != mine.run_id:
+        return False
+    return is_same(record.checkpoint_folder(run_dir), folder)
+
+
+def is_same(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths are of one folder."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them is not there any more
+        return os.path.realpath(one) == os.path.realpath(other)

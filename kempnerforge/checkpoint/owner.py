@@ -1,0 +1,200 @@
+"""``owner.json``: which run a checkpoint folder belongs to, and which of the steps in it are that run's.
+
+The file is made by exclusive creation: it is written and synced under a name of its own and then linked to
+``owner.json``, which fails where that name exists. So of several runs that start at the same instant exactly
+one owns the folder, and a crash leaves the whole file or none. Where a file system knows no hard links it is
+opened with O_EXCL instead; a crash may then leave it cut off, and a start says so.
+
+Needs no torch. Nobody changes the file but the run that it names, while that holds its lease.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import layout, manifest, run_record
+from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.errors import DamagedCheckpointError, MismatchError, RunFolderError
+
+OWNER_FILE = "owner.json"
+
+_FORMAT = 1
+_MAX_BYTES = 1 << 16
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_READ_FOR_S = 5.0
+"""Without hard links another process may be writing the file just now."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A run, as ``owner.json`` names it. Without ``run_id`` nothing is known, and every step counts."""
+
+    run_id: str = ""
+    run_name: str = ""
+    run_dir: str = ""
+    """The absolute path of the run's folder when it last started."""
+    parent_run_id: str = ""
+    parent_step: int | None = None
+    """Of a fork: its first step, which keeps the manifest of the run ``parent_run_id``."""
+
+    def owns(self, provenance: Provenance) -> bool:
+        """Whether a step is this run's. Steps of early versions name no run: they are the folder's."""
+        if not self.run_id or provenance.run_id in ("", self.run_id):
+            return True
+        return self.is_parent(provenance.run_id, provenance.step)
+
+    def is_parent(self, run_id: str, step: int | None) -> bool:
+        """Whether that is the step that this run was forked from."""
+        return bool(run_id) and (run_id, step) == (self.parent_run_id, self.parent_step)
+
+    def foreign_run(self, folder: Path) -> str:
+        """The id of the other run that the step in ``folder`` is of by its manifest; empty if it is not.
+
+        A manifest that cannot be read says nothing: such a step is left to the folder's owner.
+        """
+        try:
+            found = manifest.read(folder).provenance
+        except (DamagedCheckpointError, MismatchError, OSError):
+            return ""
+        return "" if self.owns(found) else found.run_id
+
+    def describe(self) -> str:
+        """The run in words."""
+        name = f"run {self.run_name} ({self.run_id})" if self.run_name else f"run {self.run_id or 'unknown'}"
+        return f"{name}, in {self.run_dir}" if self.run_dir else name
+
+
+ANYONE = Owner()
+"""Of a folder of which no run is known."""
+
+
+def read(folder: Path) -> Owner | None:
+    """The owner of ``folder``; None when it has none, or does not exist.
+
+    Raises RunFolderError for a file that cannot be parsed, OSError as it comes.
+    """
+    deadline = time.monotonic() + _READ_FOR_S
+    while True:
+        data = _read_bytes(folder / OWNER_FILE)
+        if data is None:
+            return None
+        try:
+            return _decode(data)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if time.monotonic() > deadline:
+                raise RunFolderError(
+                    f"{folder / OWNER_FILE} cannot be read ({error}): it is not known whose checkpoints "
+                    "these are. If all of them are of one run, delete this file: that run's next start makes "
+                    "it anew"
+                ) from None
+        time.sleep(0.1)
+
+
+def of_folder(folder: Path, run_dir: Path | None = None) -> Owner:
+    """The owner of ``folder``, or of one from before owner files the run in ``run_dir``, or ``ANYONE``.
+
+    Raises RunFolderError and OSError.
+    """
+    found = read(folder)
+    record = run_record.read(run_dir) if found is None and run_dir is not None else None
+    if found is not None or record is None:
+        return found or ANYONE
+    parent = record.parent
+    return Owner(
+        record.run_id,
+        run_dir=str(run_dir),
+        parent_run_id=parent.run_id if parent is not None else "",
+        parent_step=parent.step if parent is not None else None,
+    )
+
+
+def create(folder: Path, owner: Owner) -> bool:
+    """Make ``owner`` the owner of ``folder``. False when another process was faster, for whatever run.
+
+    Durable on return. Raises OSError.
+    """
+    path = folder / OWNER_FILE
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        fsio.write_new_file(temporary, encode(owner))
+        try:
+            os.link(temporary, path)
+        except FileNotFoundError:  # the owner that was faster has removed leftovers
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            fsio.write_new_file(path, encode(owner))
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsio.fsync_folder(folder)
+    return True
+
+
+def replace_file(folder: Path, owner: Owner) -> None:
+    """Write anew what the file says of its own run. Only while that run's lease is held. Durable."""
+    fsio.atomic_write(folder / OWNER_FILE, encode(owner))
+
+
+def encode(owner: Owner) -> bytes:
+    """The bytes of ``owner.json``."""
+    is_fork = owner.parent_step is not None
+    body = {
+        "format": _FORMAT,
+        "run_id": owner.run_id,
+        "run_name": owner.run_name,
+        "run_dir": owner.run_dir,
+        "parent": {"run_id": owner.parent_run_id, "step": owner.parent_step} if is_fork else None,
+        "time": time.time(),
+    }
+    return (json.dumps(body, indent=1) + "\n").encode()
+
+
+def newest_step(folder: Path, owner: Owner) -> int | None:
+    """The newest committed step in ``folder`` that is not another run's; None without one. Raises OSError."""
+    for step in layout.committed_steps(folder):
+        if not owner.run_id or not owner.foreign_run(folder / layout.step_name(step)):
+            return step
+    return None
+
+
+def _decode(data: bytes) -> Owner:
+    body: dict[str, Any] = json.loads(data)
+    parent = body.get("parent") or {}
+    run_id, step = body["run_id"], parent.get("step")
+    if not isinstance(run_id, str) or not run_id or (step is not None and type(step) is not int):
+        raise ValueError("it names no run")
+    return Owner(
+        run_id,
+        run_name=str(body.get("run_name", "")),
+        run_dir=str(body.get("run_dir", "")),
+        parent_run_id=str(parent.get("run_id", "")),
+        parent_step=step,
+    )
+
+
+def _read_bytes(path: Path) -> bytes | None:
+    """The file's bytes; None when it is missing. A link or a pipe is not followed or waited for."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        return b""
+    try:
+        return os.read(fd, _MAX_BYTES) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    finally:
+        os.close(fd)
