@@ -12,20 +12,52 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
+import re
 import shutil
 import stat
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""What ``fsync`` of a folder says on file systems that have none."""
+_DELETE_TRIES = 3
+_DELETE_PAUSE_S = 0.05
+_MAX_NAMES = 10_000
+
+_unsynced: set[int] = set()
+"""Devices whose folders cannot be synced and that the user has been told of."""
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the entries of ``folder`` (creations, renames, unlinks) durable."""
+    """Make the entries of ``folder`` (creations, renames, unlinks) durable.
+
+    On a file system that cannot sync folders this logs one warning a file system, and returns.
+    """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+        _warn_unsynced(folder, os.fstat(fd).st_dev, error)
     finally:
         os.close(fd)
+
+
+def _warn_unsynced(folder: Path, device: int, error: OSError) -> None:
+    if device not in _unsynced:
+        _unsynced.add(device)
+        log.warning(
+            "the file system of %s cannot sync folders (%s): a crash of its server may undo the last renames",
+            folder,
+            error.strerror,
+        )
 
 
 def make_folder(folder: Path) -> None:
@@ -40,8 +72,8 @@ def make_folder(folder: Path) -> None:
     try:
         fsync_folder(folder.parent)
     except OSError as error:
-        # It may not be listed, or is of a file system that syncs no folders.
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL):
+        # It may not be listed.
+        if error.errno not in (errno.EACCES, errno.EPERM):
             raise
     for one in reversed(missing):
         with contextlib.suppress(FileExistsError):
@@ -79,18 +111,33 @@ def open_file(path: Path, flags: int) -> int:
     return fd
 
 
-def _open_existing(path: Path, flags: int) -> int:
+def _open_existing(path: Path, flags: int, verb: str = "written to") -> int:
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads, a socket
             raise
         kind = "symbolic link" if error.errno == errno.ELOOP else "pipe"
-        raise OSError(error.errno, f"is a {kind}, which is not written to", str(path)) from None
+        raise OSError(error.errno, f"is a {kind}, which is not {verb}", str(path)) from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
     return fd
+
+
+def open_to_read(path: Path) -> int:
+    """A descriptor to read ``path`` with.
+
+    Raises OSError, also for a symbolic link and for what is not a regular file: whoever may write to a shared
+    folder must not choose which file is read, or make the open wait.
+    """
+    return _open_existing(path, os.O_RDONLY | os.O_CLOEXEC, "read")
+
+
+def read_file(path: Path) -> bytes:
+    """All bytes of a file in a folder that others may write to. Raises OSError as ``open_to_read`` does."""
+    with os.fdopen(open_to_read(path), "rb") as file:
+        return file.read()
 
 
 def _share_with_group(made: int | Path, found: os.stat_result, folder: Path) -> None:
@@ -157,9 +204,23 @@ def atomic_write(path: Path, data: bytes, *, private: bool = False) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a kill in the middle of replacing ``path`` left beside it. For the one writer only."""
-    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
-        temporary.unlink(missing_ok=True)
+    """Remove what a kill in the middle of replacing ``path`` left beside it. For the one writer only.
+
+    Raises the first OSError when all that can be removed is removed.
+    """
+    remove_all(list(path.parent.glob(f".{path.name}.*.tmp")))
+
+
+def remove_all(paths: Sequence[Path]) -> None:
+    """Remove the files ``paths``, those that are gone apart. Raises the first OSError after the last one."""
+    failed: OSError | None = None
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def append_line(path: Path, line: str) -> None:
@@ -201,35 +262,104 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def point_symlink(link: Path, target: str) -> None:
-    """Point ``link`` at ``target`` atomically, replacing an older link."""
+    """Point ``link`` at ``target`` atomically, replacing an older link.
+
+    Raises FileExistsError when ``link`` is there and is not a link, and OSError; neither changes anything.
+    """
+    if os.path.lexists(link) and not link.is_symlink():
+        raise FileExistsError(errno.EEXIST, "is there and is not a link, so it is left as it is", str(link))
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
-    os.symlink(target, temporary)
-    os.replace(temporary, link)
+    try:
+        os.symlink(target, temporary)
+        os.replace(temporary, link)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     fsync_folder(link.parent)
 
 
 def invalidate_then_delete(folder: Path) -> None:
     """Delete a folder so that no crash leaves a half-deleted one under its name.
 
-    The rename to a hidden name comes first and is durable before the first file goes.
+    The rename to a hidden name comes first and is durable before the first file goes. Raises OSError.
     """
-    doomed = folder.with_name(deleting_name(folder.name))
+    doomed = free_deleting_path(folder)
     os.rename(folder, doomed)
     fsync_folder(folder.parent)
     delete_tree(doomed)
 
 
 def delete_tree(folder: Path) -> None:
-    """Delete a folder that no one looks for any more; another process may be deleting it too."""
-    while folder.exists():
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+    """Delete a folder that no one looks for any more; another process may be deleting it too.
+
+    Raises OSError after a few tries, when all that can be deleted is gone: an entry may stay, as an open file
+    does on NFS. A folder in which a file system is mounted is left whole: what is in that one is not ours.
+    """
+    failures: list[OSError] = []
+    for _ in range(_DELETE_TRIES):
+        if _is_gone(folder):
+            return
+        _require_no_mounts(folder)
+        failures.clear()
+        _delete_what_goes(folder, failures.append)
+        if _is_gone(folder):
+            return
+        time.sleep(_DELETE_PAUSE_S)
+    raise failures[0] if failures else OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def _delete_what_goes(folder: Path, failed: Callable[[OSError], None]) -> None:
+    """Delete what can be deleted. ``failed`` is told what cannot, but for what is gone already."""
+
+    def tell(error: BaseException) -> None:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            failed(error)
+
+    if sys.version_info >= (3, 12):
+        shutil.rmtree(folder, onexc=lambda _function, _path, error: tell(error))
+    else:
+        shutil.rmtree(folder, onerror=lambda _function, _path, info: tell(info[1]))
+
+
+def _require_no_mounts(folder: Path) -> None:
+    """Raise OSError (EBUSY) when a file system is mounted on ``folder`` or below it."""
+    try:
+        listing = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    except OSError:  # no proc file system: deletions stop at a mount point themselves, with EBUSY
+        return
+    real = os.path.realpath(folder)
+    for line in listing.splitlines():
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), line.split(" ")[4])
+        if point == real or point.startswith(real + "/"):
+            raise OSError(errno.EBUSY, f"a file system is mounted at {point}", str(folder))
 
 
 def deleting_name(name: str) -> str:
     """The hidden name that a folder has while it is being deleted."""
     return f".{name.lstrip('.')}.deleting"
+
+
+def free_deleting_path(folder: Path) -> Path:
+    """Where to rename ``folder`` to delete it: an earlier deletion of that name may not have got to its end.
+
+    Raises OSError.
+    """
+    stem = folder.name.lstrip(".")
+    for number in range(1, _MAX_NAMES):
+        path = folder.with_name(deleting_name(stem if number == 1 else f"{stem}.{number}"))
+        if _is_gone(path):
+            return path
+    raise FileExistsError(errno.EEXIST, f"{_MAX_NAMES} deletions of it were cut off", str(folder))
 
 
 def read_range(fd: int, buffer: memoryview, offset: int) -> int:

@@ -87,7 +87,7 @@ def open_run(
     record, nonce = control.on_rank0(begin)
     try:
         control.raise_together(_missing_nonce(folder, nonce, options))
-        control.on_rank0(lambda: (folder / _nonce_name(nonce)).unlink())
+        control.on_rank0(lambda: _remove_nonce(folder / _nonce_name(nonce), note))
     except BaseException:
         for lease in leases:
             lease.release()
@@ -139,7 +139,7 @@ def _begin_attempt(
         if lease.took_over:
             note(f"took the run over from {lease.took_over}")
         try:
-            _remove_leftovers(folder)
+            _remove_leftovers(folder, note)
             # Read again: whoever held the lease may have written it in the meantime.
             record = run_record.read(folder) or known.new_record()
             record = replace(
@@ -245,11 +245,20 @@ def _identity_of(folder: Path, wanted: _Wanted) -> _Identity:
     return _Identity(names.pop() if len(names) == 1 else "", max(attempts, default=0))
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """What earlier attempts were killed in the middle of."""
-    fsio.remove_leftovers(folder / RUN_FILE)
-    for path in folder.glob(_nonce_name("*")):
+def _remove_leftovers(folder: Path, note: Callable[[str], None]) -> None:
+    """What earlier attempts were killed in the middle of. No error of it ends a start."""
+    try:
+        fsio.remove_leftovers(folder / RUN_FILE)
+        fsio.remove_all(list(folder.glob(_nonce_name("*"))))
+    except OSError as error:
+        note(f"a leftover of an earlier attempt could not be removed: {error}")
+
+
+def _remove_nonce(path: Path, note: Callable[[str], None]) -> None:
+    try:
         path.unlink(missing_ok=True)
+    except OSError as error:  # the next start removes it
+        note(f"{path} could not be removed: {error}")
 
 
 def _nonce_name(nonce: str) -> str:

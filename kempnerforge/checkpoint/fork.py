@@ -11,7 +11,7 @@ from pathlib import Path
 import tomli
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import claim, holds, layout, manifest, new_folder, owner, run_record
+from kempnerforge.checkpoint import claim, holds, latest, layout, manifest, new_folder, owner, run_record
 from kempnerforge.checkpoint.counters import require_training_state
 from kempnerforge.checkpoint.digest import FileRecord, VerifiedFile
 from kempnerforge.checkpoint.leaves import decode_objects
@@ -117,7 +117,7 @@ def _fill(
     # Its own digest was right; it comes last, as in a commit.
     fsio.write_new_file(target / layout.MANIFEST, (step_folder / layout.MANIFEST).read_bytes())
     fsio.fsync_folder(target)
-    fsio.point_symlink(target.parent / layout.LATEST, target.name)
+    latest.point(target.parent, step)  # a convenience: the new run makes it at its first start
     parent = Parent(found.provenance.run_id, step, str(step_folder))
     record = run_record.new(parent=parent, global_batch_size=_global_batch_size(step_folder, found))
     run_record.write(building, record)

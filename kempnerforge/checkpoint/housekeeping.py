@@ -21,14 +21,15 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from kempnerforge import fsio
 from kempnerforge.checkpoint import late_metrics, layout, manifest, timeline
 from kempnerforge.checkpoint.keep import KeepPolicy
+from kempnerforge.checkpoint.latest import LatestLink
 from kempnerforge.checkpoint.owner import Owner
 from kempnerforge.checkpoint.retention import Retention
 from kempnerforge.checkpoint.room import RoomKeeper
 from kempnerforge.checkpoint.save_events import MAX_EVENTS, SaveEvent, deleted
 from kempnerforge.checkpoint.space import Room
+from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import KempnerForgeError
 
@@ -56,6 +57,8 @@ class Housekeeping:
     ) -> None:
         self.room = RoomKeeper(folder, config)
         self._retention = Retention(folder, KeepPolicy.from_config(config))
+        self._cleanup = StartCleanup(folder)
+        self._latest = LatestLink(folder)
         self._folder = folder
         self._run_dir = run_dir
         self._run_id = run_id
@@ -81,11 +84,18 @@ class Housekeeping:
         """Work in ``folder``, which is ``owner``'s. Before the first commit."""
         self._folder = self._retention.folder = folder
         self._retention.owner = owner
+        self._cleanup = StartCleanup(folder, owner=owner)
+        self._latest = LatestLink(folder)
         self.room.move(folder, owner)
 
-    def trust(self, steps: list[int]) -> None:
-        """``steps`` belong to this attempt's timeline: they are never set aside as late."""
-        self._trusted.update(steps)
+    def started(self, cleanup: StartCleanup, steps: list[int]) -> None:
+        """The attempt has resumed. ``steps`` belong to its timeline: they are never set aside as late.
+
+        ``cleanup`` knows the steps that the start had to pass over.
+        """
+        self._cleanup = cleanup
+        self._trusted.update(set(steps) - cleanup.passed_over.keys())
+        self._retention.passed_over = self.room.passed_over = cleanup.passed_over
 
     def committed(self, step: int, *, more_saves: bool = True) -> None:
         """``step`` has been committed: begin what follows. Never blocks.
@@ -127,6 +137,8 @@ class Housekeeping:
             if step not in self._trusted and (self._folder / layout.step_name(step)).exists():
                 with self._disk:
                     self._set_aside_late()
+                    if why := self._cleanup.in_the_way(step):
+                        return why
             if self.room.fits():
                 return ""
             with self._disk:
@@ -204,7 +216,7 @@ class Housekeeping:
 
     def _follow_up(self, step: int) -> None:
         self._try(self._set_aside_late, _LOOKED)
-        self._try(lambda: self._link(step), f"{self._folder / layout.LATEST} could not be pointed at {step}")
+        self._try(lambda: self._link(step), f"{layout.LATEST} could not be pointed at step {step}")
         self._try(lambda: self._prune(step), "older checkpoints could not be deleted")
         if self._more_saves:
             self._try(self._make_room, _LOOKED)
@@ -220,13 +232,17 @@ class Housekeeping:
             self._warn(f"{problem}: {error}")
 
     def _set_aside_late(self) -> None:
+        known = {*self._trusted, *self._cleanup.passed_over}
         cuts = timeline.cuts(self._run_dir)
-        late = timeline.set_aside_late(self._folder, cuts, run_id=self._run_id(), trusted=set(self._trusted))
-        for path in late:
+        late = self._cleanup.set_aside_late(cuts, run_id=self._run_id(), trusted=known)
+        for path in late.moved:
             self._warn(f"a step that an older attempt committed late was set aside as {path.name}")
+        for text in late.warnings:
+            self._warn(text)
 
     def _link(self, step: int) -> None:
-        fsio.point_symlink(self._folder / layout.LATEST, layout.step_name(step))
+        for text in self._latest.point_at(step):
+            self._warn(text)
 
     def _prune(self, step: int) -> None:
         pruned = self._retention.apply(stop=lambda: self._is_over)

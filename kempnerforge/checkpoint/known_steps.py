@@ -45,7 +45,9 @@ def newest_known(run_dir: Path) -> KnownStep | None:
     record = run_record.read(run_dir)
     found = commits(run_dir)
     found += [
-        KnownStep(row["step"], row["attempt"]) for row in read_receipts(run_dir) if row["source"] == "resume"
+        KnownStep(row["step"], row["attempt"])
+        for row in read_receipts(run_dir)
+        if row.get("source") == "resume"
     ]
     if record is not None and record.parent is not None:
         found.append(KnownStep(record.parent.step, 0))

@@ -20,7 +20,7 @@ _MORE_LISTINGS = 4
 
 _STEP = re.compile(r"step_(\d{8,})")
 _TEMPORARY = re.compile(r"\.step_(\d{8,})\.(\d+)\.tmp")
-_DELETING = re.compile(r"\.step_(\d{8,})(\.\d+\.tmp(\.\d+)?)?\.deleting")
+_DELETING = re.compile(r"\.step_(\d{8,})(\.\d+(\.tmp(\.\d+)?)?)?\.deleting")
 _SET_ASIDE = re.compile(r"(quarantined|rolledback|late|suspect)\.step_(\d{8,})\.(\d+)")
 
 

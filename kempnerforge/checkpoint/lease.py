@@ -39,6 +39,7 @@ RENEW_EVERY_S = 3.0
 STALE_AFTER_S = 30.0
 """Ten renewals: an overloaded file system may delay some. A fence makes even a wrong takeover harmless."""
 _LOOK_EVERY_S = 0.5
+_RELEASE_TRIES = 2
 
 _LEASE = re.compile(r"lease\.(\d+)\.json")
 
@@ -96,9 +97,12 @@ class Lease:
         self._ended.set()
         self._thread.join()
         try:
-            self._write(released=True)
-        except OSError as error:
-            self.failing = str(error)
+            for _ in range(_RELEASE_TRIES):
+                try:
+                    self._write(released=True)
+                    break
+                except OSError as error:  # then the next start watches the lease for a while
+                    self.failing = str(error)
         finally:
             os.close(self._fd)
 
@@ -164,7 +168,7 @@ def acquire(
             time.sleep(_LOOK_EVERY_S)
             continue
         attempt = max(after_attempt, newest.attempt if newest else 0) + 1
-        claimed = _claim(run_dir, replace(me, attempt=attempt))
+        claimed = _claim(run_dir, replace(me, attempt=attempt), note)
         if claimed is not None:
             took_over = f"{_name(newest)}: {free}" if newest and free else ""
             return Lease(*claimed, renew_every_s=renew_every_s, took_over=took_over)
@@ -214,7 +218,7 @@ def _why_free(newest: _Seen | None, me: Holder) -> str | None:
     return None
 
 
-def _claim(run_dir: Path, owner: Holder) -> tuple[Path, int, Holder] | None:
+def _claim(run_dir: Path, owner: Holder, note: Callable[[str], None]) -> tuple[Path, int, Holder] | None:
     """Create the lease file of ``owner.attempt``; None when another process was faster."""
     path = run_dir / f"lease.{owner.attempt}.json"
     try:
@@ -228,9 +232,7 @@ def _claim(run_dir: Path, owner: Holder) -> tuple[Path, int, Holder] | None:
         os.fsync(fd)
         leases = _leases(run_dir)
         if max(leases) == owner.attempt:
-            for attempt, older in leases.items():
-                if attempt < owner.attempt:
-                    older.unlink(missing_ok=True)
+            _remove_older([file for attempt, file in leases.items() if attempt < owner.attempt], note)
             return path, fd, owner
         error = None
     except OSError as failed:
@@ -240,6 +242,14 @@ def _claim(run_dir: Path, owner: Holder) -> tuple[Path, int, Holder] | None:
     if error is not None:
         raise RunFolderError(f"{run_dir} cannot be written: {error}") from error
     return None
+
+
+def _remove_older(files: list[Path], note: Callable[[str], None]) -> None:
+    """Remove the leases of older attempts. One that stays does no harm: its holder looks for newer ones."""
+    try:
+        fsio.remove_all(files)
+    except OSError as error:
+        note(f"the lease of an older attempt could not be removed: {error}")
 
 
 def _leases(run_dir: Path) -> dict[int, Path]:

@@ -25,6 +25,7 @@ from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.report import Payload, RunContext, SaveReport
 from kempnerforge.checkpoint.request_files import RequestFile, RequestFiles
 from kempnerforge.checkpoint.restore import Restorer
+from kempnerforge.checkpoint.resume import with_retries
 from kempnerforge.checkpoint.save_events import SaveEvent
 from kempnerforge.checkpoint.saver import Saver, Snapshot
 from kempnerforge.checkpoint.state import TrainState
@@ -153,7 +154,7 @@ class CheckpointManager:
         )
         result = restorer.restore(state)
         self._has_resumed = True
-        self._control.on_rank0(lambda: self._housekeeping.trust(layout.list_folder(self.folder).steps))
+        self._control.on_rank0(lambda: self._housekeeping.started(restorer.cleanup, self._steps()))
         if result.source == "resume":
             self._saver.committed_step = result.step
         if self._policy.plans_saves or self.config.save_last:
@@ -165,6 +166,9 @@ class CheckpointManager:
         if self._own is not None:
             self._own.resumed(result, step=state.step, skipped=state.skipped_steps)
         return result
+
+    def _steps(self) -> list[int]:
+        return with_retries(lambda: layout.list_folder(self.folder), what=str(self.folder)).steps
 
     def _begin_record(self) -> None:
         """Begin the record of the attempt if this manager keeps it, once. Collective."""
@@ -188,11 +192,14 @@ class CheckpointManager:
             self._checkpointer.prepare(lambda: self._capture(state), self._control.group)
         except HostMemoryError as error:  # before training it is the config's
             raise ConfigError([error.fault]) from None
-        return self._control.on_rank0(
-            lambda: self._housekeeping.room.before_training(
-                self._checkpointer.save_bytes, self._checkpointer.num_files
-            )
-        )
+        return self._control.on_rank0(self._look_for_room)
+
+    def _look_for_room(self) -> str:
+        room, saver = self._housekeeping.room, self._checkpointer
+        try:
+            return room.before_training(saver.save_bytes, saver.num_files)
+        except OSError as error:
+            return f"it is not known whether a save fits: {error}"
 
     # -- save --------------------------------------------------------------------------------------------
 

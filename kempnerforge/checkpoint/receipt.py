@@ -37,6 +37,13 @@ class Rejected:
     moved_to: str = ""
     """Its name now; empty for one that was left where it is."""
 
+    def fate(self) -> str:
+        """What became of it, in words."""
+        if self.moved_to:
+            return f"was {self.outcome}, set aside as {self.moved_to}"
+        is_passed_over = self.outcome in ("damaged", "suspect")
+        return f"was {self.outcome} and passed over" if is_passed_over else "was left as it is"
+
 
 @dataclass
 class Receipt:
@@ -71,6 +78,8 @@ class Receipt:
     next_batch: str = "not compared"
     """``proved`` when the next batch has the digest that was stored with the step."""
     not_loaded: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What the start could not tidy up, and the steps that it passed over for that."""
     space_warning: str = ""
     """What there is to say about the disk before training."""
     load_s: float = 0.0
@@ -93,12 +102,13 @@ class Receipt:
 
     def lines(self) -> list[str]:
         """The receipt for people."""
+        warnings = [f"  warning: {one}" for one in self.warnings]
         if self.source == "fresh start":
-            return ["fresh start at step 0", *self._passed_over()]
+            return ["fresh start at step 0", *self._passed_over(), *warnings]
         verb = "resumed" if self.source == "resume" else "warm start"
         size = f"{self.size_bytes / 1e6:.1f} MB in {self.load_s:.2f} s"
         result = [f"{verb} from {self.path} at step {self.step} ({size})"]
-        result += self._passed_over()
+        result += [*self._passed_over(), *warnings]
         if self.lost_steps:
             why = (
                 f"step {self.lost_committed} was committed and is set aside"
@@ -124,11 +134,7 @@ class Receipt:
         return result
 
     def _passed_over(self) -> list[str]:
-        lines = []
-        for one in self.rejected:
-            fate = f"was {one.outcome}, set aside as {one.moved_to}" if one.moved_to else "was left as it is"
-            lines.append(f"  step {one.step} {fate}: {one.reason}")
-        return lines
+        return [f"  step {one.step} {one.fate()}: {one.reason}" for one in self.rejected]
 
     def write(self, run_dir: Path) -> None:
         """Append to ``receipts.jsonl``, durably."""
@@ -143,12 +149,19 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list
 
 
 def read_receipts(run_dir: Path) -> list[dict[str, Any]]:
-    """All receipts of a run, oldest first; lines that a crash tore are left out. Raises OSError."""
+    """All receipts of a run, oldest first. Raises OSError.
+
+    Lines that a crash tore are left out, and so are rows that are no receipts: others write to the file too.
+    """
     try:
-        lines = (run_dir / RECEIPTS).read_bytes().splitlines()
+        lines = fsio.read_file(run_dir / RECEIPTS).splitlines()
     except FileNotFoundError:
         return []
-    return [row for line in lines if (row := _row(line)) is not None]
+    return [row for line in lines if (row := _row(line)) is not None and _is_receipt(row)]
+
+
+def _is_receipt(row: Mapping[str, Any]) -> bool:
+    return type(row.get("attempt")) is int and type(row.get("step")) is int
 
 
 def last_logged_step(run_dir: Path) -> int:
@@ -159,7 +172,7 @@ def last_logged_step(run_dir: Path) -> int:
     RunFolderError.
     """
     try:
-        with open(run_dir / METRICS, "rb") as file:
+        with os.fdopen(fsio.open_to_read(run_dir / METRICS), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 20)))
             lines = file.read().splitlines()
     except FileNotFoundError:
@@ -168,7 +181,7 @@ def last_logged_step(run_dir: Path) -> int:
     rollbacks = record.rollbacks if record is not None else ()
     for line in reversed(lines):
         row = _row(line)
-        if row is not None and "train/loss" in row and isinstance(row.get("step"), int):
+        if row is not None and "train/loss" in row and _is_receipt({"attempt": 0, **row}):
             later = [one.step for one in rollbacks if one.attempt > row.get("attempt", 0)]
             return min([row["step"], *later])
     return 0

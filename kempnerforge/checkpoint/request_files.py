@@ -6,12 +6,16 @@ which may take seconds, and all ranks would wait for a main thread that looks. T
 
 from __future__ import annotations
 
-import contextlib
 import os
+import stat
+import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+
+from kempnerforge.printable import printable
 
 LOOK_EVERY_S = 1.0
 _MAX_TEXT_BYTES = 4096
@@ -19,15 +23,26 @@ _MAX_TEXT_BYTES = 4096
 _Identity = tuple[int, int, int]
 
 
-class RequestFile:
-    """One file that may appear. ``RequestFiles.look`` reads and removes it, on another thread."""
+def _print_warning(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
-    def __init__(self, path: Path) -> None:
+
+class RequestFile:
+    """One file that may appear. ``RequestFiles.look`` reads and removes it, on another thread.
+
+    Nothing about it is an error: a run does not end for its sake. Only a regular file asks for anything: a
+    folder or a link of that name is reported once and ignored. So is a request that was answered and cannot
+    be removed, until it changes.
+    """
+
+    def __init__(self, path: Path, *, warn: Callable[[str], None] = _print_warning) -> None:
         self.path = path
+        self._warn = warn
+        self._warned: set[str] = set()
         self.is_there = False
         """Whether there is a request that ``take`` has not answered."""
         self.text = ""
-        """The first bytes of the file that was seen last."""
+        """The first line of the file that was seen last, fit to print."""
         self._seen: _Identity | None = None
         self._answered: _Identity | None = None
         self._take_any = False
@@ -51,25 +66,39 @@ class RequestFile:
 
     def look(self) -> None:
         """Look for the file, read it, remove it if it has been answered. Never raises."""
-        try:
-            status = self.path.lstat()
-        except OSError:
-            found, text = None, ""
-        else:
-            found = (status.st_dev, status.st_ino, status.st_mtime_ns)
-            text = self.text if found == self._seen else _read(self.path)
+        found, text = self._find(), ""
+        if found is not None:
+            text = self.text if found == self._seen else _first_line(self.path)
         with self._lock:
             answered = found is not None and (found == self._answered or self._take_any)
             if not answered:
-                # A file that cannot be removed is answered for good: it does not ask twice.
+                # A file that could not be removed is answered for good: it does not ask twice.
                 self.is_there = found is not None and (self.is_there or found != self._seen)
                 self._answered = None
             self._seen, self.text, self._take_any = found, text, False
         if answered:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:
+                why = error.strerror or error
+                self._warn_once(f"{self.path} cannot be removed ({why}); it is ignored until it changes")
             with self._lock:
                 self._answered = None
+
+    def _find(self) -> _Identity | None:
+        try:
+            status = self.path.lstat()
+        except OSError:
+            return None
+        if stat.S_ISREG(status.st_mode):
+            return (status.st_dev, status.st_ino, status.st_mtime_ns)
+        self._warn_once(f"{self.path} is not a regular file, so it is ignored")
+        return None
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self._warn(text)
 
 
 class RequestFiles:
@@ -115,13 +144,14 @@ def _look_again(watched: weakref.ref[RequestFiles], wake: threading.Event) -> No
         wake.clear()
 
 
-def _read(path: Path) -> str:
-    """The beginning of a file, but not of a link or a pipe."""
+def _first_line(path: Path) -> str:
+    """The first line of a file that is not a link or a pipe, made fit to print; empty without one."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            return os.read(fd, _MAX_TEXT_BYTES).decode(errors="replace")
+            lines = os.read(fd, _MAX_TEXT_BYTES).decode(errors="replace").strip().splitlines()
         finally:
             os.close(fd)
     except OSError:
         return ""
+    return printable(lines[0]) if lines else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,11 +27,12 @@ from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.report import RunContext
 from kempnerforge.checkpoint.resume import Found, Loaded
+from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.config.toml_text import flatten
 from kempnerforge.distributed.control import ControlGroup, as_agreed
-from kempnerforge.errors import MismatchError
+from kempnerforge.errors import MismatchError, RunFolderError
 from kempnerforge.goodput import breaker
 from kempnerforge.goodput.history import read_history
 
@@ -58,6 +60,8 @@ class Restorer:
         self._context = context
         self._check_lease = check_lease
         self._owner = owner
+        self.cleanup = StartCleanup(folder, attempt=context.attempt, owner=owner)
+        """On the first rank: what could not be tidied up, and the steps that are passed over for it."""
         self._excluded_extras = frozenset(
             name.removeprefix(EXTRA) for name in config.exclude_from_loading if name.startswith(EXTRA)
         )
@@ -82,42 +86,66 @@ class Restorer:
             rejected = self._control.on_rank0(
                 lambda step=found.step, why=outcome, known=rejected: self._quarantine(step, why, known)
             )
-        self._control.on_rank0(lambda: result.write(self._run_dir))
+        self._control.on_rank0(lambda: self._write(result))
         return result
 
     def _quarantine(self, step: int, why: str, rejected: list[receipt.Rejected]) -> list[receipt.Rejected]:
         self._check_lease()
-        return [*rejected, resume.quarantine(self._folder, step, why)]
+        return [*rejected, resume.quarantine(self.cleanup, step, why)]
 
     def _prepare_folder(self) -> None:
-        self._check_lease()
-        fsio.make_folder(self._folder)
-        fenced = timeline.fence(self._folder, self._context.attempt, self._owner)
-        for path in fenced:
-            fsio.delete_tree(path)
-        resume.sweep(self._folder, attempt=self._context.attempt, owner=self._owner)
-        timeline.set_aside_late(
-            self._folder,
-            timeline.cuts(self._run_dir),
-            run_id=self._context.run_id,
-            parent=(self._owner.parent_run_id, self._owner.parent_step),
-            commits=lambda: [(one.step, one.attempt) for one in known_steps.commits(self._run_dir)],
-            at_start=True,
+        resume.with_retries(self._check_lease, what=f"the lease in {self._run_dir}")
+        try:
+            fsio.make_folder(self._folder)
+        except OSError as error:
+            raise RunFolderError(f"{self._folder} cannot be used for checkpoints: {error}") from error
+        self.cleanup.remove_leftovers()
+        cuts = resume.with_retries(
+            lambda: timeline.cuts(self._run_dir), what=f"the timeline of {self._run_dir}"
         )
+        for delay_s in (*resume.RETRY_DELAYS_S, None):
+            self.cleanup.set_aside_late(cuts, run_id=self._context.run_id, commits=self._commits)
+            if not self.cleanup.unreadable or delay_s is None:
+                break
+            time.sleep(delay_s)
 
     def _choose(self, rejected: list[receipt.Rejected]) -> tuple[Found | None, list[receipt.Rejected]]:
-        rollbacks = timeline.rollbacks(self._run_dir)
-        suspects = breaker.suspects(read_history(self._run_dir, rollbacks=rollbacks))
         found = resume.choose(
             self._folder,
             rejected,
-            suspects,
+            self._suspects(),
+            self.cleanup,
             owner=self._owner,
             in_the_way=lambda listing: known_steps.in_the_way(listing, self._run_dir),
         )
         if found is None:
             known_steps.require_known(self._folder, self._run_dir, self._owner)
         return found, rejected
+
+    def _suspects(self) -> dict[int, str]:
+        try:
+            rollbacks = timeline.rollbacks(self._run_dir)
+            return breaker.suspects(read_history(self._run_dir, rollbacks=rollbacks))
+        except OSError as error:
+            self.cleanup.warn(f"which steps are suspect is not known: {error}")
+            return {}
+
+    def _lost_steps(self, step: int) -> int:
+        try:
+            return max(0, timeline.last_done_step(self._run_dir) - step)
+        except OSError as error:
+            self.cleanup.warn(f"how many steps are done again is not known: {error}")
+            return 0
+
+    def _write(self, result: Receipt) -> None:
+        result.warnings = list(self.cleanup.warnings)
+        try:
+            result.write(self._run_dir)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self._run_dir / receipt.RECEIPTS} cannot be written: {error}. It says which steps count. "
+                "Fix this, then start the same command again"
+            ) from error
 
     def _load(self, found: Found, state: TrainState, parts: Sequence[str]) -> Loaded | str:
         return resume.load_together(
@@ -202,9 +230,21 @@ class Restorer:
 
     def _lost(self, step: int) -> tuple[int, int]:
         """How many steps were done after ``step``, and the newest of them that is committed and set aside."""
-        done = timeline.last_done_step(self._run_dir)
-        aside = [found for found in layout.set_aside_steps(self._folder) if step < found <= done]
+        try:
+            done = timeline.last_done_step(self._run_dir)
+            aside = [found for found in layout.set_aside_steps(self._folder) if step < found <= done]
+        except OSError as error:
+            self.cleanup.warn(f"how many steps are done again is not known: {error}")
+            return 0, 0
         return max(0, done - step), max(aside, default=0)
+
+    def _commits(self) -> list[tuple[int, int]]:
+        """Step and attempt of the commits in the ledger, as far as it can be read."""
+        try:
+            return [(one.step, one.attempt) for one in known_steps.commits(self._run_dir)]
+        except OSError as error:
+            self.cleanup.warn(f"which attempt committed which step is known from the steps alone: {error}")
+            return []
 
     def _hand_over(self, loaded: Loaded, found: Found) -> None:
         """Hand what was read to the program's objects. Their error on one rank is raised on all."""

@@ -17,8 +17,7 @@ from typing import TypeVar
 import tomli
 import torch
 
-from kempnerforge import fsio
-from kempnerforge.checkpoint import known_steps, layout, manifest, timeline
+from kempnerforge.checkpoint import known_steps, layout, manifest
 from kempnerforge.checkpoint.counters import check_counters, require_training_state
 from kempnerforge.checkpoint.dtypes import DTYPES
 from kempnerforge.checkpoint.fit import check_parts
@@ -26,9 +25,10 @@ from kempnerforge.checkpoint.layout import FolderListing
 from kempnerforge.checkpoint.leaves import MALFORMED, decode_objects
 from kempnerforge.checkpoint.load_targets import LoadTargets, find_targets
 from kempnerforge.checkpoint.manifest import Manifest
-from kempnerforge.checkpoint.owner import ANYONE, OWNER_FILE, Owner
+from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.receipt import Rejected
 from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.state import TrainState, rng_name
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.distributed.control import ControlGroup, as_agreed
@@ -81,10 +81,7 @@ def with_retries(work: Callable[[], T], *, what: str) -> T:
             return work()
         except OSError as error:
             if delay_s is None:
-                raise UnreachableCheckpointError(
-                    f"{what} cannot be read: {error}. It may be sound: nothing was renamed. "
-                    "Check the file system, then start the same command again."
-                ) from error
+                raise _unreachable(what, str(error)) from error
             time.sleep(delay_s)
     raise AssertionError("unreachable")
 
@@ -93,10 +90,18 @@ class _ForeignStepError(CheckpointError):
     """A step of another run."""
 
 
+def _unreachable(what: str, error: str) -> UnreachableCheckpointError:
+    return UnreachableCheckpointError(
+        f"{what} cannot be read: {error}. It may be sound: nothing was renamed. "
+        "Check the file system, then start the same command again."
+    )
+
+
 def choose(
     folder: Path,
     rejected: list[Rejected],
     suspects: Mapping[int, str] | None = None,
+    cleanup: StartCleanup | None = None,
     *,
     owner: Owner = ANYONE,
     in_the_way: Callable[[FolderListing], list[Path]] = known_steps.set_aside,
@@ -108,11 +113,17 @@ def choose(
     ``in_the_way`` says which of those that were set aside count for that. Steps that ``owner`` does not own
     are passed over and left as they are.
     ``suspects``, with reasons, are set aside when an older sound step exists; else the newest is tried again.
+    ``cleanup`` sets steps aside, and knows which ones it could not rename: these are passed over.
     """
+    cleanup = cleanup or StartCleanup(folder)
     listing = with_retries(lambda: layout.list_folder(folder), what=str(folder))
     passed: list[Found] = []
     for step in listing.steps:
+        if step in cleanup.passed_over:
+            continue
         path = folder / layout.step_name(step)
+        if step in cleanup.unreadable:
+            raise _unreachable(str(path), cleanup.unreadable[step])
         try:
             found = with_retries(
                 lambda path=path, step=step: inspect(path, step=step, owner=owner), what=str(path)
@@ -121,7 +132,7 @@ def choose(
             if run_id := owner.foreign_run(path):
                 _pass_over(rejected, Rejected(step, FOREIGN, f"it is of run {run_id}"))
                 continue
-            rejected.append(quarantine(folder, step, str(error)))
+            rejected.append(quarantine(cleanup, step, str(error)))
             continue
         except _ForeignStepError as error:
             _pass_over(rejected, Rejected(step, FOREIGN, str(error)))
@@ -133,13 +144,14 @@ def choose(
             passed.append(found)
             continue
         for one in passed:
-            rejected.append(_step_over(folder, one.step, (suspects or {})[one.step]))
+            rejected.append(_step_over(cleanup, one.step, (suspects or {})[one.step]))
         return found
     if passed:
         return passed[0]
     set_aside, own = in_the_way(listing), [one for one in rejected if one.outcome != FOREIGN]
-    if own or set_aside:
+    if own or set_aside or cleanup.passed_over:
         names = [one.moved_to for one in own if one.moved_to] or [path.name for path in set_aside]
+        names += [layout.step_name(step) for step in cleanup.passed_over]
         reasons = "".join(f"\n  {one.reason}" for one in own)
         raise NoSoundCheckpointError(
             f"no sound checkpoint is left in {folder}; set aside: {', '.join(names) or 'none'}.{reasons}\n"
@@ -182,33 +194,17 @@ def inspect(path: Path, *, step: int | None = None, owner: Owner = ANYONE) -> Fo
     return Found(path, found.provenance.step or 0, found, config_toml)
 
 
-def quarantine(folder: Path, step: int, reason: str) -> Rejected:
+def quarantine(cleanup: StartCleanup, step: int, reason: str) -> Rejected:
     """Set a damaged step aside under another name. It is never deleted. Rank 0 only."""
-    target = timeline.set_aside(folder, step, layout.quarantine_name)
-    return Rejected(step, "damaged", reason, target.name)
+    moved_to = cleanup.set_aside(step, "damaged", layout.quarantine_name)
+    return Rejected(step, "damaged", reason, moved_to)
 
 
-def _step_over(folder: Path, step: int, reason: str) -> Rejected:
+def _step_over(cleanup: StartCleanup, step: int, reason: str) -> Rejected:
     """Set aside a sound step that two attempts blame. It is never deleted. Rank 0 only."""
-    target = timeline.set_aside(folder, step, layout.suspect_name)
+    moved_to = cleanup.set_aside(step, "suspect", layout.suspect_name)
     why = f"attempts went on from it and ended for a cause that may lie in it: {reason}"
-    return Rejected(step, "suspect", why, target.name)
-
-
-def sweep(folder: Path, *, attempt: int, owner: Owner = ANYONE) -> None:
-    """Delete what older attempts left unfinished: folders in flight and half-done deletions. Rank 0 only.
-
-    What has the manifest of a run that is not ``owner`` is left as it is.
-    """
-    listing = layout.list_folder(folder)
-    for path, made_by in listing.temporary:
-        if made_by < attempt and not owner.foreign_run(path):
-            fsio.invalidate_then_delete(path)
-    fsio.remove_leftovers(folder / layout.LATEST)
-    fsio.remove_leftovers(folder / OWNER_FILE)
-    for path in listing.deleting:
-        if not owner.foreign_run(path):
-            fsio.delete_tree(path)
+    return Rejected(step, "suspect", why, moved_to)
 
 
 def load(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,8 +38,11 @@ class Retention:
         self.policy = policy
         self.owner = owner
         """Whose folder it is. Steps of other runs count for nothing and are never deleted."""
+        self.passed_over: Collection[int] = ()
+        """Steps that this attempt neither loads nor counts: another one is the newest sound step."""
         self._sound: dict[int, tuple[tuple[int, ...], StepFacts]] = {}
         self._unfinished: list[Path] = []
+        self._to_give_back: dict[Path, Path] = {}
 
     def survey(
         self, steps: Sequence[int] | None = None, *, seen: Callable[[int, Manifest], object] = lambda *_: None
@@ -54,6 +57,9 @@ class Retention:
         found: list[StepFacts] = []
         any_sound = False
         for step in layout.list_folder(self.folder).steps if steps is None else steps:
+            if step in self.passed_over:
+                found.append(StepFacts(step, problem="passed over by the run, which could not rename it"))
+                continue
             try:
                 facts = self._look(step, seen, anew=not any_sound)
                 any_sound |= not facts.foreign
@@ -82,12 +88,15 @@ class Retention:
         """
         holds.remove_stale(self.folder)
         unfinished, self._unfinished = self._unfinished, []
+        to_give_back, self._to_give_back = self._to_give_back, {}
         deleted: list[int] = []
         warnings: list[str] = []
         if unfinished:
             fsio.fsync_folder(self.folder)
         for path in unfinished:
             self._delete_tree(path, warnings)
+        for doomed, path in to_give_back.items():
+            self._give_back(doomed, path, warnings)
         facts = self.survey()
         sound = [one.step for one in facts if not one.problem and not one.foreign]
         for verdict in reversed(decide(facts, self.policy)):
@@ -95,9 +104,8 @@ class Retention:
                 break
             if verdict.keep or not self._is_committed(max(sound)):
                 continue
-            if self._invalidate(verdict.step, warnings):
-                path = self.folder / layout.step_name(verdict.step)
-                self._delete_tree(path.with_name(fsio.deleting_name(path.name)), warnings)
+            if (doomed := self._invalidate(verdict.step, warnings)) is not None:
+                self._delete_tree(doomed, warnings)
                 deleted.append(verdict.step)
         return Pruned(tuple(deleted), tuple(warnings))
 
@@ -119,30 +127,45 @@ class Retention:
         self._sound[step] = (_identity(path), facts)
         return facts
 
-    def _invalidate(self, step: int, warnings: list[str]) -> bool:
-        """Take the step's name away, durably; False when it stays after all, or somebody else was first."""
+    def _invalidate(self, step: int, warnings: list[str]) -> Path | None:
+        """Take the step's name away, durably; None when it stays after all, or somebody else was first.
+
+        Returns the name that it is deleted under.
+        """
         path = self.folder / layout.step_name(step)
-        doomed = path.with_name(fsio.deleting_name(path.name))
+        try:
+            doomed = fsio.free_deleting_path(path)
+        except OSError as error:
+            warnings.append(f"step {step} could not be deleted: {error}")
+            return None
         try:
             os.rename(path, doomed)
         except FileNotFoundError:
-            return False
+            return None
         except OSError as error:
-            warnings.append(f"step {step} could not be deleted: {error}")
-            if path.exists() or not doomed.exists():
-                return False
+            if os.path.lexists(path) or not os.path.lexists(doomed):
+                warnings.append(f"step {step} could not be deleted: {error}")
+                return None
             # It was done all the same, as network file systems have it.
         if self._is_claimed(step):
-            os.rename(doomed, path)
-            return False
+            self._give_back(doomed, path, warnings)
+            return None
         self._sound.pop(step, None)
         try:
             fsio.fsync_folder(self.folder)
         except OSError as error:
             warnings.append(f"{doomed} could not be deleted: {error}; it is tried again after the next save")
             self._unfinished.append(doomed)
-            return False
-        return True
+            return None
+        return doomed
+
+    def _give_back(self, doomed: Path, path: Path, warnings: list[str]) -> None:
+        """Give a step its name again. Where that fails the next call does it, or the next start."""
+        try:
+            os.rename(doomed, path)
+        except OSError as error:
+            warnings.append(f"{doomed} is pinned or read, and could not be renamed to {path.name}: {error}")
+            self._to_give_back[doomed] = path
 
     def _is_claimed(self, step: int) -> bool:
         """Whether somebody pinned or held the step while it still had its name, and so relies on it."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import claim, known_steps, layout, lease, owner, run_record, timeline
+from kempnerforge.checkpoint import claim, known_steps, latest, layout, lease, owner, run_record, timeline
 from kempnerforge.checkpoint.receipt import read_receipts
 from kempnerforge.checkpoint.run_record import Rollback, RunRecord
 from kempnerforge.checkpoint.verify import verify
@@ -75,16 +76,33 @@ def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Re
         record = _begin_timeline(record, held.attempt, step, [path.name for path in targets.values()])
         record = _cleared(record, [path.name for path in in_the_way])
         run_record.write(run_dir, record)
-        for one, target in targets.items():
-            (folder / layout.step_name(one)).rename(target)
-        _sync(folder)
-        _point_latest(folder, None if to_start else step)
+        # The decision stands from here on: what fails now the next start completes, or passes over.
+        renamed = _set_aside(folder, targets, note)
+        _point_latest(folder, None if to_start else step, note)
     except OSError as error:
         raise RunFolderError(f"{run_dir} could not be rolled back: {error}") from error
     finally:
         held.release()
-    renamed = {layout.step_name(one): target.name for one, target in targets.items()}
     return Renamed(step, renamed, str(folder), record.wandb_id)
+
+
+def _set_aside(folder: Path, targets: dict[int, Path], note: Note) -> dict[str, str]:
+    """Rename the steps. Returns old and new names of those that could be; ``note`` is told of the others."""
+    renamed = {}
+    for step, target in targets.items():
+        path = folder / layout.step_name(step)
+        try:
+            path.rename(target)
+        except OSError as error:
+            note(
+                f"{path} could not be renamed ({error.strerror or error}). It counts as rolled back all the "
+                "same: the next start renames it, or passes over it"
+            )
+        else:
+            renamed[path.name] = target.name
+    with contextlib.suppress(OSError):  # a rename that a crash undoes is done again by the next start
+        _sync(folder)
+    return renamed
 
 
 def undo(run_dir: Path, *, note: Note) -> Renamed:
@@ -116,7 +134,7 @@ def undo(run_dir: Path, *, note: Note) -> Renamed:
         )
         run_record.write(run_dir, record)
         newest = owner.newest_step(folder, mine)
-        _point_latest(folder, newest)
+        _point_latest(folder, newest, note)
     except OSError as error:
         raise RunFolderError(f"{run_dir}: the rollback could not be undone: {error}") from error
     finally:
@@ -124,13 +142,11 @@ def undo(run_dir: Path, *, note: Note) -> Renamed:
     return Renamed(last.step if newest is None else newest, renamed, str(folder), record.wandb_id)
 
 
-def _point_latest(folder: Path, step: int | None) -> None:
+def _point_latest(folder: Path, step: int | None, note: Note) -> None:
     """Point ``latest`` to ``step``; without one, remove it."""
-    link = folder / layout.LATEST
-    if step is not None:
-        fsio.point_symlink(link, layout.step_name(step))
-    elif link.is_symlink():
-        link.unlink()
+    warning = latest.point(folder, step) if step is not None else latest.remove(folder)
+    if warning:
+        note(warning)
 
 
 def _sync(folder: Path) -> None:

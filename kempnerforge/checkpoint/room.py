@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from kempnerforge.checkpoint import layout, manifest, space
@@ -30,6 +30,15 @@ class RoomKeeper:
         self._quotas = Quotas()
         self._needed_bytes = 0
         self._needed_files = 0
+
+    @property
+    def passed_over(self) -> Collection[int]:
+        """See ``Retention.passed_over``."""
+        return self._retention.passed_over
+
+    @passed_over.setter
+    def passed_over(self, steps: Collection[int]) -> None:
+        self._retention.passed_over = steps
 
     def before_training(self, needed_bytes: int, num_shards: int) -> str:
         """Take note of what a save needs and look whether one fits at all; returns a warning or nothing.

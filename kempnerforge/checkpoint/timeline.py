@@ -12,6 +12,8 @@ late is found now or at the next start, and so is what a rollback that was kille
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,6 @@ from typing import Any
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import layout, manifest, run_record
-from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.receipt import last_logged_step, read_receipts
 from kempnerforge.checkpoint.run_record import Restored
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
@@ -148,6 +149,8 @@ def set_aside_late(
     trusted: Collection[int] = (),
     commits: Callable[[], Iterable[tuple[int, int]]] = tuple,
     at_start: bool = False,
+    failed: Callable[[int, Callable[[int, int], str], OSError], None] | None = None,
+    unread: Callable[[int, OSError], None] | None = None,
 ) -> list[Path]:
     """Give the steps in ``folder`` that are off the timeline a name that no resume chooses. Never deletes.
 
@@ -159,7 +162,8 @@ def set_aside_late(
     ``checkpoint.dir`` perhaps (``ancestors``; ``commits`` gives step and attempt of the commits in the
     ledger). ``at_start``, before a resume, no resume leaves anything behind when no step would be left.
 
-    Returns the new paths. Durable on return. Raises OSError.
+    Returns the new paths. Durable on return. Raises OSError, unless ``failed`` takes what cannot be renamed
+    (step, naming function, error) and ``unread`` the steps whose manifest cannot be read.
     """
     if not found:
         return []
@@ -176,6 +180,11 @@ def set_aside_late(
             provenance = manifest.read(folder / layout.step_name(step)).provenance
         except (DamagedCheckpointError, MismatchError):
             continue
+        except OSError as error:
+            if unread is None:
+                raise
+            unread(step, error)
+            continue
         if provenance.run_id == run_id:
             committed[step], parents[step] = provenance.attempt, provenance.parent_step
         elif parent == (provenance.run_id, provenance.step):
@@ -189,17 +198,33 @@ def set_aside_late(
         late = {step: cut for step, cut in late.items() if step not in kept}
     if at_start and not stays and len(late) == len(committed):
         late = {step: cut for step, cut in late.items() if cut.is_rollback}
-    return [
-        set_aside(folder, step, layout.rolled_back_name if cut.is_rollback else layout.late_name)
-        for step, cut in late.items()
-    ]
+    moved = []
+    for step, cut in late.items():
+        name = layout.rolled_back_name if cut.is_rollback else layout.late_name
+        try:
+            moved.append(set_aside(folder, step, name))
+        except OSError as error:
+            if failed is None:
+                raise
+            failed(step, name, error)
+    return moved
 
 
 def set_aside(folder: Path, step: int, name: Callable[[int, int], str]) -> Path:
-    """Rename a step to the first free ``name(step, number)``. Durable on return. Returns the new path."""
-    target = free_name(folder, step, name)
-    (folder / layout.step_name(step)).rename(target)
-    fsio.fsync_folder(folder)
+    """Rename a step to the first free ``name(step, number)``. Durable on return. Returns the new path.
+
+    Raises OSError when the step still has its name. A rename that cannot be synced stands all the same: a
+    crash that undoes it brings back a step that the next start judges again.
+    """
+    path, target = folder / layout.step_name(step), free_name(folder, step, name)
+    try:
+        path.rename(target)
+    except OSError:
+        if os.path.lexists(path) or not os.path.lexists(target):
+            raise
+        # It was done all the same, as network file systems have it.
+    with contextlib.suppress(OSError):
+        fsio.fsync_folder(folder)
     return target
 
 
@@ -209,23 +234,3 @@ def free_name(folder: Path, step: int, name: Callable[[int, int], str]) -> Path:
     while (folder / name(step, number)).exists():
         number += 1
     return folder / name(step, number)
-
-
-def fence(folder: Path, attempt: int, owner: Owner = ANYONE) -> list[Path]:
-    """Rename the checkpoints in flight of all older attempts, so that none of them can be committed any more.
-
-    A process that has lost its lease renames its hidden folder to commit it; that fails from here on. Rank 0
-    only, after a takeover, before steps are listed. The folders are to be deleted; returns their new paths.
-    One with the manifest of a run that is not ``owner`` is left as it is.
-    Durable on return. Raises OSError.
-    """
-    fenced = []
-    for path, made_by in layout.list_folder(folder).temporary:
-        if made_by < attempt and not owner.foreign_run(path):
-            target = path.with_name(layout.fenced_name(path.name, attempt))
-            fsio.delete_tree(target)
-            path.rename(target)
-            fenced.append(target)
-    if fenced:
-        fsio.fsync_folder(folder)
-    return fenced

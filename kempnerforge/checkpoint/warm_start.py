@@ -6,7 +6,7 @@ import contextlib
 import functools
 from pathlib import Path
 
-from kempnerforge.checkpoint import layout, load_path, resume
+from kempnerforge.checkpoint import latest, layout, load_path, resume
 from kempnerforge.checkpoint.resume import Found
 from kempnerforge.errors import DamagedCheckpointError, NoTrainingStateError, StepNotFoundError
 
@@ -17,6 +17,7 @@ def find(path: Path) -> Found:
     Rank 0 only. Nothing of another run is ever renamed: damage is an error here. Raises StepNotFoundError,
     DamagedCheckpointError, UnreachableCheckpointError.
     """
+    path = resume.with_retries(lambda: latest.resolve(path), what=str(path.parent))
     try:
         steps = load_path.candidates(path)
     except StepNotFoundError as error:

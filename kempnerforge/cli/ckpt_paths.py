@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kempnerforge.checkpoint import claim, layout, run_record
+from kempnerforge.checkpoint import claim, latest, layout, run_record
 from kempnerforge.checkpoint.keep import KeepPolicy
 from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.owner import of_folder as owner_of
@@ -78,9 +78,12 @@ def _run_of(folder: Path, owner: Owner) -> Path | None:
 
 
 def find_step(path: Path) -> Path:
-    """The folder that STEP_DIR means, links followed. Raises StepNotFoundError, RunFolderError."""
+    """The folder that STEP_DIR means, links followed; ``latest`` is the newest step, link or no link.
+
+    Raises StepNotFoundError, RunFolderError.
+    """
     try:
-        real = path.resolve(strict=True)
+        real = latest.resolve(path).resolve(strict=True)
         if real.is_dir() and _is_step(real):
             return real
         if not real.is_dir():
@@ -95,8 +98,8 @@ def find_step(path: Path) -> Path:
 
 def find_steps(path: Path) -> tuple[list[Path], CheckpointFolder | None]:
     """What STEP_DIR|RUN means: one step, or all committed steps of a run, newest first, and the run."""
-    if path.is_dir() and _is_step(path.resolve()):
-        return [path.resolve()], None
+    if path.name == layout.LATEST or (path.is_dir() and _is_step(path.resolve())):
+        return [find_step(path)], None
     run = find_run(path)
     steps = layout.list_folder(run.folder).steps
     if not steps:

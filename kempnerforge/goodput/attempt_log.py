@@ -60,9 +60,8 @@ class AttemptLog:
         self._ledger = Ledger(run_dir, attempt)
 
     def start(self, facts: dict[str, Any]) -> None:
-        """Write that the attempt began, durably. Raises OSError."""
-        assert self._ledger is not None
-        self._ledger.write("start", process_started=self.started, **facts)
+        """Write that the attempt began, durably."""
+        self.write("start", process_started=self.started, **facts)
 
     def resumed(self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float) -> None:
         """Write that the state is loaded: the loop begins. ``skipped``: steps left out as not finite."""

@@ -91,10 +91,11 @@ class FaultFile:
         if self._file is None:
             return
         faulthandler.disable()
-        self._file.close()
-        self._file = None
-        if _read(self.path) is None:
-            self.path.unlink(missing_ok=True)
+        file, self._file = self._file, None
+        with contextlib.suppress(OSError):  # it records nothing, or what it records is there
+            file.close()
+            if _read(self.path) is None:
+                self.path.unlink(missing_ok=True)
 
 
 def record_fault(run_dir: Path, error: BaseException, *, attempt: int, rank: int, host: str) -> None:
@@ -133,16 +134,18 @@ def read_faults(run_dir: Path) -> list[FaultRecord]:
 
 def remove_empty(run_dir: Path, *, before_attempt: int) -> None:
     """Remove files of older attempts that record nothing. Rank 0 only. Raises OSError."""
-    for path in (run_dir / FOLDER).glob("attempt_*.txt"):
-        match = _NAME.fullmatch(path.name)
-        if match and int(match[1]) < before_attempt and _read(path) is None:
-            path.unlink(missing_ok=True)
+    old = [
+        path
+        for path in (run_dir / FOLDER).glob("attempt_*.txt")
+        if (match := _NAME.fullmatch(path.name)) and int(match[1]) < before_attempt
+    ]
+    fsio.remove_all([path for path in old if _read(path) is None])
 
 
 def _read(path: Path) -> FaultRecord | None:
     match = _NAME.fullmatch(path.name)
     try:
-        content, changed = path.read_text(errors="replace"), path.stat().st_mtime
+        content, changed = fsio.read_file(path).decode(errors="replace"), path.stat().st_mtime
     except FileNotFoundError:
         return None
     head, _, rest = content.partition("\n")

@@ -8,9 +8,10 @@ and ``commit`` survive the death of the process, not that of the node, and can b
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,12 @@ class Ledger:
 
 
 def read_events(run_dir: Path) -> list[Event]:
-    """All events, oldest first; torn lines are left out. No ledger is no events. Raises OSError."""
+    """All events, oldest first. No ledger is no events. Raises OSError.
+
+    Torn lines are left out, and so are rows that are no events: others may write to the folder too.
+    """
     try:
-        lines = (run_dir / LEDGER).read_bytes().split(b"\n")
+        lines = fsio.read_file(run_dir / LEDGER).split(b"\n")
     except FileNotFoundError:
         return []
     return [event for line in lines if (event := _event(line)) is not None]
@@ -82,7 +86,55 @@ def saves_s(events: Sequence[Event]) -> list[float]:
 def _event(line: bytes) -> Event | None:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    whole = isinstance(found, dict) and {"event", "attempt", "time"} <= found.keys()
-    return found if whole else None
+    return found if isinstance(found, dict) and _is_event(found) else None
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_step_or_none(value: Any) -> bool:
+    return value is None or _is_step(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(of, value))
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+_ALL = {"event": _is_text, "attempt": _is_step, "time": _is_number}
+_BY_KIND: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "resume": {"step": _is_step},
+    "progress": {"step": _is_step},
+    "commit": {"step": _is_step, "total_s": _is_number, "blocking_s": _is_number},
+    "skipped": {"step": _is_step},
+    "failed": {"step": _is_step},
+    "put_off": {"from_step": _is_step, "to_step": _is_step_or_none, "saved_step": _is_step_or_none},
+    "deleted": {"steps": _is_list(_is_step), "rules": _is_list(_is_text), "after_commit": _is_step_or_none},
+    "end": {"kind": _is_text, "reason": _is_text, "step": _is_step_or_none},
+}
+"""What readers rely on; events of other kinds have nothing beside."""
+_OPTIONAL = {"hosts": _is_list(_is_text), "spent_s": _is_seconds, "setup_s": _is_seconds}
+
+
+def _is_event(row: dict[str, Any]) -> bool:
+    """Whether a row has what readers of such an event rely on."""
+    if not all(name in row and fits(row[name]) for name, fits in _ALL.items()):
+        return False
+    wanted = _BY_KIND.get(row["event"], {})
+    if not all(name in row and fits(row[name]) for name, fits in wanted.items()):
+        return False
+    return all(fits(row[name]) for name, fits in _OPTIONAL.items() if row.get(name) is not None)

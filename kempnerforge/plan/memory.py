@@ -1,8 +1,8 @@
 """Device memory that one rank needs: what stays (exact), and the most that comes on top of it (an estimate).
 
 Weights and AdamW's two moments are fp32 and sharded; FSDP pads every shard to the length of the largest. They
-stay. What comes on top is looked up in every moment of a step that may be the peak (``plan.moments``), and the
-largest sum counts. Tests compare the sum with the live tensors of real steps.
+stay. What comes on top is looked up in every moment of a step that may be the peak (``plan.moments``), and
+the largest sum counts. Tests compare the sum with the live tensors of real steps.
 
 Not in the sum: the CUDA context, NCCL's buffers and fragmentation. ``RESERVED_SHARE`` of a device is kept for
 them.

@@ -1,10 +1,11 @@
 """The moments of a step in which a device may hold the most, and what it holds in each.
 
-Without a pipeline a rank gathers one layer at a time, and FSDP2 frees every weight after its forward pass, the
-root's (embedding, last norm, output layer) too. Six moments compete:
+Without a pipeline a rank gathers one layer at a time, and FSDP2 frees every weight after its forward pass,
+the root's (embedding, last norm, output layer) too. Six moments compete:
 
 - the **loss**: all activations are there, and fp32 copies of the logits;
-- the **head**: the gradient of the logits, the root's weights, gathered again, and the output layer's gradient;
+- the **head**: the gradient of the logits, the root's weights, gathered again, and the gradient of the output
+  layer;
 - a **layer's backward pass**: the activations of this layer and of those below it, its temporaries, its whole
   weights and those that are being gathered for the next one, and its whole gradients;
 - the **reduction** of its gradients: they are copied to fp32 buffers, of which two live at once;
@@ -164,7 +165,7 @@ def _loss_working(sizes: _Sizes) -> float:
 
 
 def _reduction(sizes: _Sizes, gradients: float, numel: int) -> float:
-    """Of whole ``gradients``, copied to a buffer, reduced into another and, on one rank, divided in between."""
+    """Of whole ``gradients``: copied to a buffer, reduced into another; on one rank divided in between."""
     buffer = FP32 * numel
     if sizes.shards == 1:
         return max(gradients + buffer, 3 * buffer)

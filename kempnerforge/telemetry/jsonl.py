@@ -99,7 +99,7 @@ class RowsRead(NamedTuple):
     rows: list[dict[str, Any]]
     """In the order of the file."""
     torn: int
-    """Lines that are not a whole row: at most one for each time that a writer was killed."""
+    """Lines that are not a row: at most one for each time that a writer was killed, and foreign ones."""
 
     def next_step(self, first_attempt: int = 0) -> int:
         """One above the newest step that ``first_attempt`` or a later one has logged; 0 without rows."""
@@ -117,14 +117,14 @@ def read_rows(path: Path, *, having: str = "") -> RowsRead:
     rows: list[dict[str, Any]] = []
     torn = 0
     wanted = f'"{having}"'.encode() if having else b""
-    for line in path.read_bytes().split(b"\n"):
+    for line in fsio.read_file(path).split(b"\n"):
         if not line or wanted not in line:
             continue
         try:
             row = json.loads(line)
-        except ValueError:  # UnicodeDecodeError is one too
+        except (ValueError, RecursionError):  # UnicodeDecodeError is one too
             row = None
-        if isinstance(row, dict):
+        if isinstance(row, dict) and all(type(row.get(key)) is int for key in ("step", "attempt")):
             rows.append({key: decode_value(value) for key, value in row.items()})
         else:
             torn += 1

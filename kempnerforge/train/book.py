@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from kempnerforge.checkpoint import owner
 from kempnerforge.checkpoint.attempt_start import attempt_started, start_facts
@@ -13,11 +14,11 @@ from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.checkpoint.save_events import SaveEvent, event_of
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.distributed.world import World
-from kempnerforge.errors import KempnerForgeError, NoProgressError
+from kempnerforge.errors import KempnerForgeError, NoProgressError, UnreachableCheckpointError
 from kempnerforge.goodput import breaker
 from kempnerforge.goodput.attempt_log import AttemptLog, end_kind
 from kempnerforge.goodput.faults import FaultFile, remove_empty
-from kempnerforge.goodput.history import read_history
+from kempnerforge.goodput.history import AttemptHistory, read_history
 from kempnerforge.slurm.job import node_name
 
 
@@ -47,13 +48,12 @@ class AttemptBook:
         folder = job.run.folder
 
         def begin() -> bool:
-            remove_empty(folder, before_attempt=record.attempt)
+            self._remove_empty(folder, record)
             rollbacks = [one.attempt for one in record.rollbacks]
-            history = read_history(folder, rollbacks=rollbacks)
+            history = self._read_history(folder, rollbacks)
             self._log.open(folder, record.attempt)
             self._log.start(start_facts(hosts, ranks))
-            checkpoints = record.checkpoint_folder(folder)
-            newest = owner.newest_step(checkpoints, owner.of_folder(checkpoints, folder))
+            newest = _newest_step(record.checkpoint_folder(folder), folder)
             row = breaker.without_progress(history, newest_committed=newest or 0)
             why = breaker.refusal(row, limit=job.run.max_faults_without_progress, run_dir=str(folder))
             if why:
@@ -72,6 +72,20 @@ class AttemptBook:
         except OSError as error:  # on one rank alone, perhaps: no reason to end it, and so all of them
             self._log.warn(error)
         return has_steps
+
+    def _remove_empty(self, folder: Path, record: RunRecord) -> None:
+        try:
+            remove_empty(folder, before_attempt=record.attempt)
+        except OSError as error:
+            self._log.warn(error)
+
+    def _read_history(self, folder: Path, rollbacks: list[int]) -> list[AttemptHistory]:
+        """How earlier attempts went; nothing is held against a run whose record cannot be read."""
+        try:
+            return read_history(folder, rollbacks=rollbacks)
+        except OSError as error:
+            self._log.warn(error)
+            return []
 
     def resumed(self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float) -> None:
         """The state is loaded and the loop begins."""
@@ -112,6 +126,16 @@ class AttemptBook:
         self._log.end(kind=kind, status=status, reason=reason, step=step, error=error)
         if self._faults is not None:
             self._faults.close()
+
+
+def _newest_step(checkpoints: Path, folder: Path) -> int | None:
+    """The newest committed step of the run in ``folder``."""
+    try:
+        return owner.newest_step(checkpoints, owner.of_folder(checkpoints, folder))
+    except OSError as error:
+        raise UnreachableCheckpointError(
+            f"{checkpoints} cannot be read: {error}. Check the file system, then start the same command again"
+        ) from error
 
 
 def _warn(error: OSError) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 from kempnerforge.checkpoint.attempt_start import attempt_started
 from kempnerforge.checkpoint.request_files import RequestFiles
@@ -49,7 +50,7 @@ class Stopping:
             started=started,
             max_minutes=job.train.max_minutes,
             margin_s=job.train.deadline_margin_s,
-            saves_s=saves_s(read_events(folder)),
+            saves_s=_earlier_saves_s(folder),
         )
 
     def close(self) -> None:
@@ -120,3 +121,11 @@ class Stopping:
             error = StopRequestedError(reason)
             error.agreed = True
             raise error
+
+
+def _earlier_saves_s(folder: Path) -> list[float]:
+    """What the saves of earlier attempts took; nothing when their record cannot be read."""
+    try:
+        return saves_s(read_events(folder))
+    except OSError:  # the record of this attempt, in the same file, says so
+        return []

@@ -19,8 +19,9 @@ from support.polling import wait_until
 from support.tmpfs import mounted_tmpfs
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holder, layout, lease, timeline
+from kempnerforge.checkpoint import holder, layout, lease
 from kempnerforge.checkpoint.holder import Holder
+from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, RunFolderError
 
 pytestmark = pytest.mark.smoke
@@ -384,7 +385,7 @@ def test_fence_late_commit_of_old_holder_fails(tmp_path: Path, process: Processe
     assert clock.now >= 29.9
     mine = checkpoints / layout.temporary_name("step_00000008", held.attempt)
     mine.mkdir()
-    fenced = timeline.fence(checkpoints, held.attempt)
+    fenced = StartCleanup(checkpoints, attempt=held.attempt).fence()
     zombie.signal(signal.SIGCONT)
     late = zombie.ask("rename", **{"from": str(temporary), "to": str(checkpoints / "step_00000004")})
     assert late["error"] == "FileNotFoundError"

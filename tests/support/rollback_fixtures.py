@@ -16,6 +16,7 @@ from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.manifest import Provenance
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.start_cleanup import StartCleanup
 
 CONFIG = "[train]\nglobal_batch_size = 6\n"
 
@@ -74,7 +75,7 @@ def resume(run: Path) -> int:
     assert record is not None
     run_record.write(run, replace(record, attempt=held.attempt))
     folder = record.checkpoint_folder(run)
-    timeline.fence(folder, held.attempt)
+    StartCleanup(folder, attempt=held.attempt).fence()
     timeline.set_aside_late(folder, timeline.cuts(run), run_id=record.run_id, at_start=True)
     step = max(layout.committed_steps(folder), default=0)
     lost_steps = max(0, receipt.last_logged_step(run) - step)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kempnerforge.checkpoint import layout, resume
 from kempnerforge.checkpoint.receipt import Rejected
+from kempnerforge.checkpoint.start_cleanup import StartCleanup
 
 CHECKPOINTS = "checkpoints"
 _FINAL = re.compile(rf"{CHECKPOINTS}/step_(\d{{8}})")
@@ -89,7 +90,7 @@ class Oracle:
         """
         folder = run_dir / CHECKPOINTS
         folder.mkdir(exist_ok=True)
-        resume.sweep(folder, attempt=1_000_000)
+        StartCleanup(folder, attempt=1_000_000).remove_leftovers()
         rejected: list[Rejected] = []
         found = resume.choose(folder, rejected)
         assert not rejected, rejected

@@ -1,0 +1,339 @@
+"""A start, or a command, on a run's folder that has every kind of leftover, with one file operation failing.
+
+``prepare`` makes the folder. A case is a copy of it and a process, forked from this one, in which one
+operation fails; then another process starts the run once more without faults, and ``check`` compares the
+folder with what was promised.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support.crash.errno_shim import DELAY, Operation, Shim, Strike
+from support.step_maker import flip_byte, resign
+
+from kempnerforge import CheckpointConfig, CheckpointManager, TrainState
+from kempnerforge.checkpoint import layout, pins, resume, rollback, run_record, verify
+from kempnerforge.cli import app
+from kempnerforge.errors import KempnerForgeError
+
+SOUND, DAMAGED, LATE, PINNED = 8, 10, 12, 2
+"""Of the prepared folder: the newest step to go on from, and what else is there."""
+CASE_TIMEOUT_S = 60.0
+_PRELOAD = ("torch._dynamo", "torch.optim", "kempnerforge.cli.ckpt", "kempnerforge.cli.report")
+"""What cases would import, each anew."""
+_FOREIGN = ("notes.txt", "mine/data.bin", "step_9.bak/x")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case did, and what the start after it found."""
+
+    error: str
+    """Of the faulty part: empty, or type and message."""
+    is_ours: bool
+    """Whether it was one of ``kempnerforge.errors``."""
+    status: int
+    committed: int
+    """The newest step that the faulty part was told to be committed; 0 without one."""
+    output: str
+    fired: int
+    resumed: int
+    """Where the start after it went on."""
+    after: str
+    """The error of that start."""
+
+
+def train(run: Path, *, steps: int, keep_last_n: int = 2, fail: bool = False) -> tuple[int, list[int]]:
+    """A loop of a user's own. Returns the step it went on from, and the steps that it saw committed."""
+    import torch
+
+    torch.manual_seed(5)
+    model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = TrainState(model=model, optimizer=optimizer)
+    config = CheckpointConfig.model_validate(
+        {"async_mode": "disabled", "interval": 2, "keep_last_n": keep_last_n}
+    )
+    committed: list[int] = []
+    with CheckpointManager(config, state=state, run_dir=run) as ckpt:
+        began = ckpt.resume(state).step
+        for _ in range(steps):
+            model(torch.randn(4, 8)).square().mean().backward()
+            ckpt.wait_for_staging()
+            optimizer.step()
+            optimizer.zero_grad()
+            state.advance()
+            reports = ckpt.after_step(state)
+            committed += [one.step for one in reports if not (one.error or one.skipped)]
+        ckpt.finish(state)
+        committed += [one.step for one in ckpt.poll() if not (one.error or one.skipped)]
+    return began, committed
+
+
+def prepare(run: Path) -> None:
+    """A run of two attempts, with all that attempts and people may leave in its folders.
+
+    Steps: 2 (pinned), 4, 6, 8 are sound, 10 is damaged in a shard, 12 was committed by the first attempt
+    after the second had gone on from 6.
+    """
+    for name in _PRELOAD:
+        importlib.import_module(name)
+    _in_child(lambda: train(run, steps=6, keep_last_n=99), run.with_name("prepare.log"))
+    _in_child(lambda: train(run, steps=4, keep_last_n=99), run.with_name("prepare.log"))
+    folder = run / "checkpoints"
+    shutil.copytree(folder / layout.step_name(DAMAGED), folder / layout.step_name(LATE))
+    late = folder / layout.step_name(LATE)
+    resign(late, step=LATE, attempt=1)
+    flip_byte(next((folder / layout.step_name(DAMAGED)).glob("*.safetensors")), -1)
+    pins.pin(folder, PINNED, note="for a paper")
+    sound = folder / layout.step_name(4)
+    for name in (layout.temporary_name(layout.step_name(14), 1), ".step_00000001.deleting"):
+        shutil.copytree(sound, folder / name)
+    (folder / ".step_00000001.deleting" / layout.MANIFEST).unlink()
+    for name in (".latest.99.tmp", "holds/step_00000004.0123456789abcdef.json", *_FOREIGN):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    os.utime(folder / "holds/step_00000004.0123456789abcdef.json", (1.0, 1.0))
+    for name in (".run.json.99.tmp", ".nonce-00112233445566ff"):
+        (run / name).write_text(name)
+
+
+def start(run: Path) -> int:
+    """What a case does: a start that trains three steps. Returns the newest step that it committed."""
+    _, committed = train(run, steps=3)
+    return max(committed, default=0)
+
+
+def roll_back(run: Path) -> int:
+    """``kempnerforge ckpt rollback RUN 6``, and its undoing."""
+    command("ckpt", "rollback", run, "6")
+    return 0
+
+
+def undo(run: Path) -> int:
+    """The undoing of a rollback that was done before the faults began."""
+    command("ckpt", "rollback", run, "--undo")
+    return 0
+
+
+def fork(run: Path) -> int:
+    """``kempnerforge ckpt fork``."""
+    command("ckpt", "fork", run / "checkpoints" / layout.step_name(6), run / "forked")
+    return 0
+
+
+def look(run: Path) -> int:
+    """Commands that change nothing, and those that change little."""
+    folder = run / "checkpoints"
+    for words in (
+        ("ckpt", "ls", run),
+        ("ckpt", "explain", run),
+        ("ckpt", "explain", run, "12"),
+        ("ckpt", "verify", folder / layout.step_name(6)),
+        ("ckpt", "pin", run, "6"),
+        ("ckpt", "unpin", run, "6"),
+        ("ckpt", "prune", run),
+        ("report", run),
+    ):
+        command(*words)
+    return 0
+
+
+def command(*words: object) -> None:
+    """Run ``kempnerforge``; raise SystemExit when it fails."""
+    sys.argv = ["kempnerforge", *map(str, words)]
+    try:
+        app.main()
+    except SystemExit as ended:
+        if ended.code not in (None, 0):
+            raise
+
+
+SCENARIOS: dict[str, Callable[[Path], int]] = {
+    "start": start,
+    "rollback": roll_back,
+    "undo": undo,
+    "fork": fork,
+    "look": look,
+}
+
+
+def before(scenario: str, run: Path) -> None:
+    """What a scenario needs beside the prepared folder."""
+    if scenario == "undo":
+        rollback.roll_back(run, 6, note=lambda _: None, progress=lambda *_: None)
+
+
+def record(prepared: Path, scenario: str, base: Path) -> list[Operation]:
+    """The operations of a scenario without faults."""
+    run = _copy(prepared, base)
+    found = base / "operations.json"
+
+    def work() -> None:
+        before(scenario, run)
+        shim = Shim(str(base))
+        shim.install()
+        SCENARIOS[scenario](run)
+        shim.uninstall()
+        found.write_text(json.dumps([vars(one) for one in shim.operations]))
+
+    output = _in_child(work, base / "log")
+    assert found.exists(), output
+    return [Operation(**one) for one in json.loads(found.read_text())]
+
+
+def strike(prepared: Path, scenario: str, base: Path, what: Strike) -> Outcome:
+    """Do one case."""
+    run = _copy(prepared, base)
+    result = base / "result.json"
+
+    def work() -> None:
+        resume.RETRY_DELAYS_S = (0.01, 0.01, 0.01)
+        before(scenario, run)
+        shim = Shim(str(base), what)
+        error, is_ours, status, committed = "", True, 0, 0
+        sys.stderr.flush()
+        shim.install()
+        try:
+            committed = SCENARIOS[scenario](run)
+        except SystemExit as ended:
+            error, status = "the command failed", int(str(ended.code))
+        except KempnerForgeError as failed:
+            error, status = f"{type(failed).__name__}: {failed}", failed.exit_status
+        except BaseException as failed:  # noqa: BLE001 - it is the outcome
+            error, is_ours = "".join(traceback.format_exception(failed)), False
+        finally:
+            shim.uninstall()
+        fields = {"is_ours": is_ours, "status": status, "committed": committed, "fired": shim.fired}
+        result.write_text(json.dumps({"error": error, **fields}))
+
+    output = _in_child(work, base / "log")
+    assert result.exists(), f"{what}: the process died or hung\n{output}"
+    resumed = base / "resumed.json"
+    after = _in_child(lambda: resumed.write_text(json.dumps(train(run, steps=0)[0])), base / "log")
+    return Outcome(
+        **json.loads(result.read_text()),
+        output=output,
+        resumed=json.loads(resumed.read_text()) if resumed.exists() else 0,
+        after="" if resumed.exists() else after,
+    )
+
+
+def check(prepared: Path, scenario: str, base: Path, what: Strike, found: Outcome) -> str:
+    """Whether the case and the start after it kept every promise. Returns a word for the statistics."""
+    folder = base / "run" / "checkpoints"
+    where = f"{scenario}: {what}\n{found.error}\n{found.output}"
+    assert found.is_ours, where
+    assert "Traceback" not in found.output, where
+    assert len(found.error.splitlines()) <= 4, where
+    assert not found.after, f"{where}\nthe start after it: {found.after}"
+    is_set_back = _is_set_back(scenario, base / "run")
+    newest = max(found.committed, 6 if is_set_back else SOUND)
+    assert found.resumed >= newest, f"{where}\nresumed {found.resumed}, and {newest} was committed"
+    assert verify.verify(folder / layout.step_name(found.resumed)).sound, where
+    # Nothing is lost: each step's bytes are there under some name, unless retention let it go.
+    kept = {_identity(path) for path in folder.iterdir() if path.is_dir()}
+    for step in (PINNED, SOUND, DAMAGED, LATE):
+        name = layout.step_name(step)
+        may_go = step == SOUND and found.resumed > SOUND + 1
+        assert may_go or _identity(prepared / "checkpoints" / name) in kept, f"{where}\n{name} is gone"
+    assert (folder / layout.step_name(PINNED)).is_dir(), where
+    for name in _FOREIGN:
+        assert (folder / name).read_text() == name, where
+    left = [path.name for path in [*folder.iterdir(), *(base / "run").iterdir()]]
+    left = [name for name in left if name.startswith(".") and name.endswith((".tmp", ".deleting"))]
+    assert not left, f"{where}\nleft behind after a sound start: {left}"
+    if not found.fired:
+        return "not hit"
+    return "stopped with one line" if found.error else "went on"
+
+
+def _is_set_back(scenario: str, run: Path) -> bool:
+    record_now = run_record.read(run)
+    assert record_now is not None
+    return scenario in ("rollback", "undo") and bool(record_now.rollbacks)
+
+
+def run_all(prepared: Path, scenario: str, scratch: Path, strikes: Sequence[Strike]) -> Counter[str]:
+    """Do all cases; raise AssertionError with what all that failed have to say."""
+    counts: Counter[str] = Counter()
+    wrong = []
+    for number, what in enumerate(strikes):
+        base = scratch / f"{scenario}-{number}"
+        try:
+            counts[check(prepared, scenario, base, what, strike(prepared, scenario, base, what))] += 1
+        except AssertionError as error:
+            wrong.append(str(error))
+        shutil.rmtree(base, ignore_errors=True)
+    assert not wrong, f"{len(wrong)} of {len(strikes)} cases are wrong:\n\n" + "\n\n".join(wrong[:20])
+    return counts
+
+
+def sample(strikes: Sequence[Strike], count: int, seed: int) -> list[Strike]:
+    """A seeded choice that has every fault and every operation, as far as ``count`` goes."""
+    rng = random.Random(seed)
+    groups: dict[tuple[str, str], list[Strike]] = {}
+    for one in strikes:
+        if one.fault != DELAY:
+            groups.setdefault((one.fault, one.operation.op), []).append(one)
+    picked = [rng.choice(group) for _, group in sorted(groups.items())]
+    rng.shuffle(picked)
+    return picked[:count]
+
+
+def _copy(prepared: Path, base: Path) -> Path:
+    base.mkdir()
+    shutil.copytree(prepared, base / "run", symlinks=True)
+    return base / "run"
+
+
+def _identity(step: Path) -> tuple[tuple[str, bytes], ...]:
+    return tuple((path.name, path.read_bytes()) for path in sorted(step.glob("*")) if path.is_file())
+
+
+def _in_child(work: Callable[[], object], log: Path) -> str:
+    """Run ``work`` in a process of its own; returns what it printed. One that hangs is killed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+            os.dup2(fd, 1)
+            os.dup2(fd, 2)
+            sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - pytest has put its own there
+            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+            work()
+            status = 0
+        except BaseException:  # noqa: BLE001 - it ends here
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    deadline = time.monotonic() + CASE_TIMEOUT_S
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+            break
+        time.sleep(0.002)
+    return log.read_text(errors="replace")
+
+
+def describe(values: Any) -> str:
+    """Counts in words."""
+    return ", ".join(f"{count} {what}" for what, count in sorted(values.items()))

@@ -1,0 +1,215 @@
+"""Makes one file operation of this process fail, below one folder, with any errno. Production code has no
+hooks for this.
+
+Unlike ``file_watcher``, which records changes for the disk model, this also sees reads and look-ups, and
+names an operation by what it does to which path, so that the same one is hit in a process of another pid.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+DELAY = "delay"
+DELAY_S = 2.0
+
+_LOOKS = ("stat", "lstat", "scandir", "listdir", "readlink", "statvfs")
+_READS = ("open", "read", "pread", "preadv")
+_NEW = ("create", "mkdir", "symlink", "link")
+_GOES = ("unlink", "rmdir")
+_DATA = ("write", "pwrite", "fsync", "fdatasync", "ftruncate", "utime")
+_APPLIES = {
+    "EIO": (*_LOOKS, *_READS, *_NEW, *_GOES, *_DATA, "rename"),
+    "ESTALE": (*_LOOKS, *_READS, *_NEW, *_GOES, *_DATA, "rename"),
+    "EPERM": ("scandir", "listdir", "open", *_NEW, *_GOES, "rename", "utime"),
+    "ENOENT": (*_LOOKS, "open", *_NEW, *_GOES, "rename"),
+    "ENOTEMPTY": ("rmdir", "rename"),
+    "EXDEV": ("rename", "link"),
+    "EINVAL": ("open", "create", "pwrite", "fsync", "rename"),
+    "ENOSPC": (*_NEW, "write", "pwrite", "fsync", "rename"),
+    "EROFS": ("create", "mkdir", "symlink", "link", *_GOES, "rename", "utime"),
+    DELAY: (*_LOOKS, *_READS, *_NEW, *_GOES, *_DATA, "rename"),
+}
+"""Which operations an errno is tried on: those that some file system gives it for."""
+
+_ON_PATHS = (
+    "stat",
+    "lstat",
+    "scandir",
+    "listdir",
+    "readlink",
+    "statvfs",
+    "mkdir",
+    "unlink",
+    "rmdir",
+    "utime",
+)
+_ON_DESCRIPTORS = ("read", "pread", "preadv", "write", "pwrite", "fsync", "fdatasync", "ftruncate")
+_TOKENS = re.compile(r"(?<=[.-])[0-9a-f]{12,}\b")
+
+REAL = {name: getattr(os, name) for name in dir(os) if callable(getattr(os, name))}
+_REAL_OPEN = io.open
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a recording."""
+
+    op: str
+    path: str
+    """Below the root; process ids and random names are stars."""
+    nth: int
+    """How many of the same were before it."""
+
+    def faults(self) -> list[str]:
+        """What may happen to it."""
+        return [name for name, ops in _APPLIES.items() if self.op in ops]
+
+
+@dataclass(frozen=True)
+class Strike:
+    """What is to happen to which operation."""
+
+    operation: Operation
+    fault: str
+    """Name of an errno, or ``delay``."""
+    always: bool
+    """Whether it happens to all later ones of the same kind and path too."""
+
+    def __str__(self) -> str:
+        one = self.operation
+        return f"{self.fault} at {one.op} {one.path} #{one.nth}{' and later' if self.always else ''}"
+
+
+class Shim:
+    """Stands between this process and the folder ``root``: records, and strikes once it is armed."""
+
+    def __init__(self, root: str, strike: Strike | None = None) -> None:
+        self._root = os.path.realpath(root)
+        self._strike = strike
+        self._lock = threading.Lock()
+        self._seen: Counter[tuple[str, str]] = Counter()
+        self.operations: list[Operation] = []
+        self.fired = 0
+
+    def install(self) -> None:
+        """Replace functions of ``os``, and ``open``."""
+        for name in _ON_PATHS:
+            setattr(os, name, self._on_path(name))
+        os.remove = os.unlink
+        for name in _ON_DESCRIPTORS:
+            setattr(os, name, self._on_descriptor(name))
+        for name in ("rename", "replace", "link"):
+            setattr(os, name, self._on_two_paths(name))
+        os.symlink = self._symlink
+        os.open = self._open
+        io.open = builtins.open = self._open_file
+
+    def uninstall(self) -> None:
+        """Put all functions back."""
+        for name in ("open", "remove", "symlink", "rename", "replace", "link", *_ON_PATHS, *_ON_DESCRIPTORS):
+            setattr(os, name, REAL[name])
+        io.open = builtins.open = _REAL_OPEN
+
+    def _meet(self, op: str, path: str | None) -> None:
+        """An operation begins. ``path``: absolute; None is elsewhere."""
+        if path is None:
+            return
+        name = _TOKENS.sub("*", os.path.relpath(path, self._root).replace(f".{os.getpid()}", ".*"))
+        with self._lock:
+            nth, self._seen[op, name] = self._seen[op, name], self._seen[op, name] + 1
+            self.operations.append(Operation(op, name, nth))
+            strike = self._strike
+            if strike is None or (strike.operation.op, strike.operation.path) != (op, name):
+                return
+            if nth != strike.operation.nth and not (strike.always and nth > strike.operation.nth):
+                return
+            self.fired += 1
+        if strike.fault == DELAY:
+            time.sleep(DELAY_S)
+            return
+        number = getattr(errno, strike.fault)
+        raise OSError(number, f"{os.strerror(number)} (made by a test)", path)
+
+    def _path(self, first: Any, folder_fd: int | None = None) -> str | None:
+        """The absolute path that an operation is about; None for one that is not below the root."""
+        try:
+            if isinstance(first, int):
+                text = REAL["readlink"](f"/proc/self/fd/{first}")
+            else:
+                text = os.fsdecode(first)
+                if folder_fd is not None and not os.path.isabs(text):
+                    text = os.path.join(REAL["readlink"](f"/proc/self/fd/{folder_fd}"), text)
+        except (OSError, TypeError):
+            return None
+        text = os.path.abspath(text)
+        return text if text == self._root or text.startswith(self._root + "/") else None
+
+    def _on_path(self, name: str) -> Callable[..., Any]:
+        def call(path: Any = ".", *args: Any, **options: Any) -> Any:
+            self._meet(name, self._path(path, options.get("dir_fd")))
+            return REAL[name](path, *args, **options)
+
+        return call
+
+    def _on_descriptor(self, name: str) -> Callable[..., Any]:
+        def call(fd: Any, *args: Any) -> Any:
+            self._meet(name, self._path(fd if isinstance(fd, int) else fd.fileno()))
+            return REAL[name](fd, *args)
+
+        return call
+
+    def _on_two_paths(self, name: str) -> Callable[..., Any]:
+        def call(source: Any, target: Any, **options: Any) -> Any:
+            at = self._path(source, options.get("src_dir_fd")) or self._path(
+                target, options.get("dst_dir_fd")
+            )
+            self._meet({"replace": "rename"}.get(name, name), at)
+            return REAL[name](source, target, **options)
+
+        return call
+
+    def _symlink(self, target: Any, path: Any, *args: Any, **options: Any) -> None:
+        self._meet("symlink", self._path(path, options.get("dir_fd")))
+        REAL["symlink"](target, path, *args, **options)
+
+    def _open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        self._meet("create" if flags & os.O_CREAT else "open", self._path(path, dir_fd))
+        return REAL["open"](path, flags, mode, dir_fd=dir_fd)
+
+    def _open_file(self, file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if not isinstance(file, int):
+            self._meet("open" if mode.strip("bt") == "r" else "create", self._path(file))
+        return _REAL_OPEN(file, mode, *args, **options)
+
+
+def strikes_of(operations: list[Operation]) -> list[Strike]:
+    """Every fault at every kind of operation on every path.
+
+    A change fails once, and in another case from then on; a look fails once by one errno, and for good by
+    another one. Where a recording has an operation several times, later ones get one fault each in turn. One
+    operation of each kind takes long.
+    """
+    found: list[Strike] = []
+    delayed: set[str] = set()
+    for number, one in enumerate(dict.fromkeys(operations)):
+        faults = [fault for fault in one.faults() if fault != DELAY]
+        if one.nth:
+            found.append(Strike(one, faults[number % len(faults)], always=False))
+            continue
+        is_look = one.op in (*_LOOKS, *_READS)
+        found += [Strike(one, fault, always=False) for fault in faults if not is_look or fault != "ESTALE"]
+        found += [Strike(one, fault, always=True) for fault in faults if not is_look or fault == "ESTALE"]
+        if one.op not in delayed:
+            delayed.add(one.op)
+            found.append(Strike(one, DELAY, always=False))
+    return found
