@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from kempnerforge.config.schedule_changes import when_continued
 from kempnerforge.config.schema import LoadedJob
 from kempnerforge.distributed.world import World, find_place
 from kempnerforge.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_STOPPED, KempnerForgeError, StopRequestedError
@@ -106,7 +107,11 @@ def _goodbye(run: Run, stop: str | None) -> str:
     if len(run.eval_losses) > 1:
         (first_step, first), (_, last) = run.eval_losses[0], run.eval_losses[-1]
         learned = f" Validation loss {first:.4f} at step {first_step}, {last:.4f} now."
+    job = run.job
+    then = when_continued(
+        job.scheduler, base_lr=job.optimizer.lr, max_steps=job.train.max_steps, until=2 * step
+    )
     return (
         f"finished at step {step}.{learned} Files: {run.folder}. "
-        f"To go on: the same command with --train.max_steps={2 * step}"
+        f"To go on: the same command with --train.max_steps={2 * step}{f' ({then})' if then else ''}"
     )
