@@ -108,7 +108,7 @@ class Lease:
 
     def _is_own_file(self) -> bool:
         try:
-            return self.owner.token.encode() in self.path.read_bytes()
+            return self.owner.token.encode() in fsio.read_mark(self.path)
         except FileNotFoundError:
             return False
 
@@ -265,7 +265,7 @@ def _read_newest(run_dir: Path) -> _Seen | None:
     while leases := _leases(run_dir):
         attempt = max(leases)
         try:
-            return _Seen(attempt, leases[attempt].read_bytes())
+            return _Seen(attempt, fsio.read_mark(leases[attempt]))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise

@@ -26,6 +26,7 @@ from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.world import World, collectives_issued
 from kempnerforge.errors import DataError, KempnerForgeError, LeaseLostError
+from kempnerforge.printable import printable
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.control import Control
@@ -95,7 +96,7 @@ def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -
         first_global_batch_size=first_size,
         checkpoint_dir=job.checkpoint.dir,
         run_name=job.run.name,
-        note=lambda text: print(text, flush=True),
+        note=lambda text: print(printable(text, lines=True), flush=True),
     )
     if job.train.global_batch_size is None:
         job = job.with_global_batch_size(record.global_batch_size)

@@ -8,6 +8,7 @@ from kempnerforge.config.schedule_changes import when_continued
 from kempnerforge.config.schema import LoadedJob
 from kempnerforge.distributed.world import World, find_place
 from kempnerforge.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_STOPPED, KempnerForgeError, StopRequestedError
+from kempnerforge.printable import printable
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.build import Run, build
 from kempnerforge.train.environment import keep_freed_memory, set_determinism
@@ -80,7 +81,7 @@ def _tell(error: KempnerForgeError, world: World | None) -> None:
     rank = world.rank if world is not None else 0
     if rank == 0:
         head = "" if isinstance(error, StopRequestedError) else "error: "
-        print(f"{head}{error}", file=sys.stderr, flush=True)
+        print(printable(f"{head}{error}", lines=True), file=sys.stderr, flush=True)
     elif not error.agreed:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
