@@ -1,4 +1,4 @@
-"""What others write into a shared folder reaches no terminal as control characters; links are not followed."""
+"""What others write into a shared folder reaches no terminal as control characters, and no link is read."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_printable_stream_passes_all_else_on() -> None:
 def test_cli_note_of_a_pin_and_error_are_printable(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pins.pin(run / "checkpoints", 40, f"keep{TITLE}")
+    pins.pin(run / "checkpoints", 40, note=f"keep{TITLE}")
 
     def command(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["kempnerforge", *arguments])
@@ -64,7 +64,7 @@ def test_cli_note_of_a_pin_and_error_are_printable(
         with pytest.raises(SystemExit):
             app.main()
 
-    command("ckpt", "ls", str(run))
+    command("ckpt", "explain", str(run), "40")
     printed = capsys.readouterr().out
     assert "keep\\x1b]0;owned" in printed.replace("\n", "")
     assert "\x1b]" not in printed
