@@ -1,0 +1,180 @@
+"""Parts of a run that take longer than anybody should wait for: no save, no stop and no other rank does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.patch_target import patch_target
+from support.polling import wait_until
+from support.runs import Attempt, Fault, Launcher, Run, make_run
+
+pytest_plugins = ["support.run_fixtures"]
+
+SLOW_WRITER = Path(__file__).parents[1] / "support" / "slow_writer"
+DELETE_TREE = patch_target("kempnerforge.fsio:delete_tree")
+EVALUATE = patch_target("kempnerforge.train.step:LocalStep.evaluate")
+WAIT_S, STUCK_S = 120.0, 600.0
+SETTINGS = {
+    "train.max_steps": 1_000_000,
+    "checkpoint.interval": 2,
+    "checkpoint.async_mode": "async",
+    "eval.interval": 0,
+}
+
+
+def assert_stopped(run: Run, attempt: Attempt, reason: str) -> int:
+    """All ranks ended by themselves with the last finished step committed. Returns that step."""
+    ended = attempt.wait(WAIT_S)
+    assert ended.statuses == [75, 75], ended.output
+    assert "so this process ends now" not in ended.output
+    assert "Traceback" not in ended.output
+    last_exit = run.record["last_exit"]
+    assert reason in last_exit["reason"]
+    step = max(row["step"] for row in run.rows() if "train/loss" in row)
+    assert run.sound()[0] == last_exit["step"] == step, ended.output
+    return step
+
+
+def wait_for(condition: Callable[[], object], what: str, attempt: Attempt) -> None:
+    try:
+        wait_until(condition, what, timeout_s=WAIT_S)
+    except AssertionError as error:
+        pytest.fail(f"{error}\n{attempt.output()}")
+
+
+# -- one rank's storage ----------------------------------------------------------------------------------
+
+
+def slow_writer(folder: Path, *, rank: int) -> Fault:
+    folder.mkdir()
+    path = os.pathsep.join([str(SLOW_WRITER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    values = {"PYTHONPATH": path, "KEMPNERFORGE_TEST_SLOW_WRITER": str(folder)}
+    return ("set_environment", {"values": values, "rank": rank})
+
+
+def given_up(run: Run) -> list[int]:
+    return [row["step"] for row in run.rows() if "checkpoint/error" in row]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_save_given_up_ends_write_of_slow_rank(
+    launcher: Launcher, corpus: Path, tmp_path: Path, rank: int
+) -> None:
+    """The storage of one rank gets slow: saves are given up, nobody stands still until they are written."""
+    more = {"checkpoint.save_timeout_s": 1.0, "checkpoint.max_failed_saves": 1000}
+    run = make_run(tmp_path / "case", corpus, **SETTINGS | more)
+    pieces = tmp_path / "pieces"
+    attempt = launcher.start(run, ranks=2, faults=[slow_writer(pieces, rank=rank)])
+    wait_for(lambda: len(given_up(run)) > 1, "two saves to be given up", attempt)
+    steps = [row["step"] for row in run.rows() if "train/loss" in row]
+    written = {int(path.name): path.stat().st_size for path in pieces.iterdir()}
+    assert run.committed() == []
+    assert steps[-1] >= given_up(run)[1] > given_up(run)[0]
+    assert len(written) >= 2, "every save that was given up had a writer of its own"
+
+    (pieces / "open").touch()
+    wait_for(run.committed, "a commit", attempt)
+    attempt.signal(signal.SIGTERM, rank=rank)
+    assert_stopped(run, attempt, "SIGTERM")
+    assert run.unfinished() == []
+    (shard,) = run.step_folder(run.committed()[0]).glob(f"shard_{rank:05d}_of_*")
+    cancelled = sorted(written)[:-1]
+    for pid in sorted(written)[:-1]:
+        assert (pieces / str(pid)).stat().st_size < shard.stat().st_size, "written to the end"
+    assert not any(is_alive(pid) for pid in cancelled)
+    output = attempt.output()
+    assert "1 s" in output
+    assert "training goes on" in output
+
+
+# -- deletion of older checkpoints -----------------------------------------------------------------------
+
+
+def test_deletion_that_never_ends_delays_no_save_and_no_stop(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    """Saves are blocking, so that each would wait for what comes before it."""
+    blocking = {"checkpoint.async_mode": "disabled", "checkpoint.keep_last_n": 1}
+    run = make_run(tmp_path / "case", corpus, **SETTINGS | blocking)
+    stuck: dict[str, Any] = {"target": DELETE_TREE, "marker": str(tmp_path / "stuck"), "seconds": STUCK_S}
+    attempt = launcher.start(run, ranks=2, faults=[("stuck_at", stuck | {"rank": 0})])
+    wait_for((tmp_path / "stuck.0").exists, "a deletion", attempt)
+    newest = run.committed()[0]
+    wait_for(lambda: run.committed()[0] >= newest + 4, "two more commits", attempt)
+    attempt.signal(signal.SIGTERM)
+    step = assert_stopped(run, attempt, "SIGTERM")
+    assert [name for name in run.unfinished() if name.endswith(".deleting")], "it was under way all the time"
+    assert "was cut off; the next start finishes it" in attempt.output()
+    launcher.finish(run, f"--train.max_steps={step + 2}", ranks=2)
+    assert run.receipts()[-1]["step"] == step
+    assert run.committed() == [step + 2]
+    assert run.unfinished() == []
+
+
+# -- validation ------------------------------------------------------------------------------------------
+
+BATCHES, MICRO_BATCHES = 100, 2
+"""Of a validation, and of each batch on each rank."""
+VALIDATING = {"eval.interval": 3, "eval.num_batches": BATCHES, "checkpoint.interval": 0}
+
+
+def slow_validation(tmp_path: Path) -> Fault:
+    """The second validation, and later ones, take longer than any stop may."""
+    quick = BATCHES * MICRO_BATCHES
+    return ("slow_validation", {"seconds": 0.5, "quick": quick, "log": str(tmp_path / "validated")})
+
+
+def validated(tmp_path: Path, rank: int = 0) -> int:
+    """Micro-batches of validations that a rank has begun."""
+    path = tmp_path / f"validated.{rank}"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def assert_broken_off(run: Run, tmp_path: Path) -> None:
+    """The second validation did not get to its end, on any rank after the same batch, and has no row."""
+    assert MICRO_BATCHES * BATCHES < validated(tmp_path) < 2 * MICRO_BATCHES * BATCHES
+    assert validated(tmp_path, 0) == validated(tmp_path, 1)
+    assert [row["step"] for row in run.rows() if "eval/loss" in row] == [0]
+
+
+def test_stop_signal_breaks_validation_off(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "case", corpus, **SETTINGS | VALIDATING)
+    attempt = launcher.start(run, ranks=2, faults=[slow_validation(tmp_path)])
+    wait_for(lambda: validated(tmp_path) > BATCHES * MICRO_BATCHES, "a slow validation", attempt)
+    attempt.signal(signal.SIGTERM, rank=1)
+    assert assert_stopped(run, attempt, "SIGTERM") == 3
+    assert_broken_off(run, tmp_path)
+
+
+def test_deadline_breaks_validation_off(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+    """No step ends while it lasts, so that nobody would look at the time."""
+    limit = {"train.max_minutes": 0.25, "train.deadline_margin_s": 1.0}
+    run = make_run(tmp_path / "case", corpus, **SETTINGS | VALIDATING | limit)
+    attempt = launcher.start(run, ranks=2, faults=[slow_validation(tmp_path)])
+    assert assert_stopped(run, attempt, "deadline") == 3
+    assert_broken_off(run, tmp_path)
+
+
+def test_last_step_is_committed_before_it_is_validated(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    more = {"train.max_steps": 3, "eval.num_batches": 2, "checkpoint.interval": 0}
+    run = make_run(tmp_path / "case", corpus, **SETTINGS | VALIDATING | more)
+    stuck: dict[str, Any] = {"target": EVALUATE, "marker": str(tmp_path / "stuck"), "seconds": STUCK_S}
+    attempt = launcher.start(run, ranks=2, faults=[("stuck_at", stuck | {"call": 2})])
+    wait_for(lambda: all((tmp_path / f"stuck.{rank}").exists() for rank in range(2)), "the end", attempt)
+    assert run.sound() == [3]
+    attempt.kill()
+    attempt.wait(WAIT_S)
