@@ -1,4 +1,4 @@
-"""When a save is given up unless the user says so: by the bytes of the largest rank and the measured rates."""
+"""When a save is given up by default: by the bytes of the largest rank and the measured rates."""
 
 from __future__ import annotations
 

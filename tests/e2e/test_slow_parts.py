@@ -17,7 +17,6 @@ pytest_plugins = ["support.run_fixtures"]
 
 SLOW_WRITER = Path(__file__).parents[1] / "support" / "slow_writer"
 DELETE_TREE = patch_target("kempnerforge.fsio:delete_tree")
-EVALUATE = patch_target("kempnerforge.train.step:LocalStep.evaluate")
 WAIT_S, STUCK_S = 120.0, 600.0
 SETTINGS = {
     "train.max_steps": 1_000_000,
@@ -121,60 +120,3 @@ def test_deletion_that_never_ends_delays_no_save_and_no_stop(
     assert run.receipts()[-1]["step"] == step
     assert run.committed() == [step + 2]
     assert run.unfinished() == []
-
-
-# -- validation ------------------------------------------------------------------------------------------
-
-BATCHES, MICRO_BATCHES = 100, 2
-"""Of a validation, and of each batch on each rank."""
-VALIDATING = {"eval.interval": 3, "eval.num_batches": BATCHES, "checkpoint.interval": 0}
-
-
-def slow_validation(tmp_path: Path) -> Fault:
-    """The second validation, and later ones, take longer than any stop may."""
-    quick = BATCHES * MICRO_BATCHES
-    return ("slow_validation", {"seconds": 0.5, "quick": quick, "log": str(tmp_path / "validated")})
-
-
-def validated(tmp_path: Path, rank: int = 0) -> int:
-    """Micro-batches of validations that a rank has begun."""
-    path = tmp_path / f"validated.{rank}"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def assert_broken_off(run: Run, tmp_path: Path) -> None:
-    """The second validation did not get to its end, on any rank after the same batch, and has no row."""
-    assert MICRO_BATCHES * BATCHES < validated(tmp_path) < 2 * MICRO_BATCHES * BATCHES
-    assert validated(tmp_path, 0) == validated(tmp_path, 1)
-    assert [row["step"] for row in run.rows() if "eval/loss" in row] == [0]
-
-
-def test_stop_signal_breaks_validation_off(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "case", corpus, **SETTINGS | VALIDATING)
-    attempt = launcher.start(run, ranks=2, faults=[slow_validation(tmp_path)])
-    wait_for(lambda: validated(tmp_path) > BATCHES * MICRO_BATCHES, "a slow validation", attempt)
-    attempt.signal(signal.SIGTERM, rank=1)
-    assert assert_stopped(run, attempt, "SIGTERM") == 3
-    assert_broken_off(run, tmp_path)
-
-
-def test_deadline_breaks_validation_off(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
-    """No step ends while it lasts, so that nobody would look at the time."""
-    limit = {"train.max_minutes": 0.25, "train.deadline_margin_s": 1.0}
-    run = make_run(tmp_path / "case", corpus, **SETTINGS | VALIDATING | limit)
-    attempt = launcher.start(run, ranks=2, faults=[slow_validation(tmp_path)])
-    assert assert_stopped(run, attempt, "deadline") == 3
-    assert_broken_off(run, tmp_path)
-
-
-def test_last_step_is_committed_before_it_is_validated(
-    launcher: Launcher, corpus: Path, tmp_path: Path
-) -> None:
-    more = {"train.max_steps": 3, "eval.num_batches": 2, "checkpoint.interval": 0}
-    run = make_run(tmp_path / "case", corpus, **SETTINGS | VALIDATING | more)
-    stuck: dict[str, Any] = {"target": EVALUATE, "marker": str(tmp_path / "stuck"), "seconds": STUCK_S}
-    attempt = launcher.start(run, ranks=2, faults=[("stuck_at", stuck | {"call": 2})])
-    wait_for(lambda: all((tmp_path / f"stuck.{rank}").exists() for rank in range(2)), "the end", attempt)
-    assert run.sound() == [3]
-    attempt.kill()
-    attempt.wait(WAIT_S)

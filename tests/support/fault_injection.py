@@ -318,7 +318,7 @@ def slow_disk(folder: str, *, rank: int | None, **how: Any) -> None:
 
 
 def slow_validation(seconds: float, *, quick: int, log: str) -> None:
-    """Micro-batches of validations take so much longer, but for the first ``quick``; ``log``: a line for each."""
+    """Micro-batches of validations take longer, but for the first ``quick``; ``log`` gets a line of each."""
     import torch
 
     done = 0

@@ -1,7 +1,7 @@
 """``scripts/train.py`` with faults that a test has chosen, for a real launcher.
 
-Each rank leaves two files: ``pid.RANK`` when it begins, ``status.RANK`` when it ends by itself. A rank that is
-killed, or ended at once with ``os._exit``, leaves no status.
+Each rank leaves two files: ``pid.RANK`` when it begins, ``status.RANK`` when it ends by itself. A rank that
+is killed, or ended at once with ``os._exit``, leaves no status.
 """
 
 import atexit
