@@ -37,6 +37,7 @@ START_S = 200.0
 """The longest that a start, or the steps before a signal, may take on a busy machine."""
 SETTINGS = {
     "train.max_steps": 1_000_000,
+    "scheduler.warmup_steps": 0,
     "checkpoint.interval": 2,
     "checkpoint.keep_last_n": 1,
     "eval.interval": 0,
