@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,6 +190,26 @@ class Shim:
         if not isinstance(file, int):
             self._meet("open" if mode.strip("bt") == "r" else "create", self._path(file))
         return _REAL_OPEN(file, mode, *args, **options)
+
+
+METADATA = (*_LOOKS, "open", *_NEW, *_GOES, "rename", "utime")
+"""Operations that a metadata server answers."""
+
+
+class SlowShim(Shim):
+    """Every operation of the given kinds, on paths below ``root`` that contain ``name``, takes longer."""
+
+    def __init__(
+        self, root: str, *, seconds: float, operations: Sequence[str] = METADATA, name: str = ""
+    ) -> None:
+        super().__init__(root)
+        self._seconds = seconds
+        self._slow = frozenset(operations)
+        self._name = name
+
+    def _meet(self, op: str, path: str | None) -> None:
+        if path is not None and op in self._slow and self._name in path:
+            time.sleep(self._seconds)
 
 
 def strikes_of(operations: list[Operation]) -> list[Strike]:
