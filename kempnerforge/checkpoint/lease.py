@@ -81,7 +81,7 @@ class Lease:
         run_dir = self.path.parent
         unread, is_own = None, True
         try:
-            # Opened by name, not by the descriptor: on NFS that asks the server, and a successor has unlinked it.
+            # By name, not by the descriptor: on NFS that asks the server, and a successor has unlinked it.
             is_own = self._is_own_file()
         except OSError as error:  # the folder may still tell of a successor
             unread = error
@@ -127,7 +127,7 @@ class Lease:
             except OSError as error:
                 failed = error
             try:
-                # After a failed write too: on NFS the write fails for ever once a successor has unlinked the file.
+                # After a failed write too: on NFS it fails for ever once a successor has unlinked the file.
                 self.check()
             except LeaseLostError:
                 return

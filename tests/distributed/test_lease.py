@@ -361,7 +361,7 @@ def test_lease_file_deleted_is_lost(tmp_path: Path) -> None:
 def test_lease_failed_renewal_still_finds_successor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_file: str
 ) -> None:
-    """On NFS the renewal of a holder whose file was unlinked fails, with ESTALE, and not the look after it."""
+    """On NFS the renewal of a holder whose file was unlinked fails for ever, with ESTALE."""
     held = lease.acquire(tmp_path, renew_every_s=0.02)
 
     def fail(*_args: Any) -> None:

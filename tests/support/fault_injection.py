@@ -310,6 +310,11 @@ def slow_to_learn(seconds: float, *, rank: int | None) -> None:
     _slow(READ_OUTCOME, seconds, rank)
 
 
+def slow_call(target: str, *, seconds: float, rank: int | None) -> None:
+    """Every call of ``module:function`` takes so much longer."""
+    _slow(target, seconds, rank)
+
+
 def _slow(target: str, seconds: float, rank: int | None) -> None:
     if not _here(rank):
         return
