@@ -79,11 +79,18 @@ class Lease:
         Raises LeaseLostError when another attempt has taken over, or the file is gone; OSError as it comes.
         """
         run_dir = self.path.parent
-        # Opened by name, not by the descriptor: on NFS that asks the server, and a successor has unlinked it.
-        if not self._is_own_file():
+        unread, is_own = None, True
+        try:
+            # By name, not by the descriptor: on NFS that asks the server, and a successor has unlinked it.
+            is_own = self._is_own_file()
+        except OSError as error:  # the folder may still tell of a successor
+            unread = error
+        if not is_own:
             self.lost = f"{self.path} was removed, which the next holder of {run_dir} does"
         elif (newest := max(_leases(run_dir), default=0)) > self.attempt:
             self.lost = f"attempt {newest} has taken {run_dir} over"
+        elif unread is not None:
+            raise unread
         if self.lost:
             raise LeaseLostError(
                 f"{self.lost}. Attempt {self.attempt} (pid {self.owner.pid} on {self.owner.host}) "
@@ -114,14 +121,19 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._ended.wait(self._renew_every_s):
+            failed = None
             try:
                 self._write(released=False)
+            except OSError as error:
+                failed = error
+            try:
+                # After a failed write too: on NFS it fails for ever once a successor has unlinked the file.
                 self.check()
-                self.failing = ""
             except LeaseLostError:
                 return
             except OSError as error:
-                self.failing = str(error)
+                failed = failed or error
+            self.failing = str(failed or "")
 
     def _write(self, *, released: bool) -> None:
         self._counter += 1
