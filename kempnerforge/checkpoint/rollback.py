@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -119,9 +120,11 @@ def undo(run_dir: Path, *, note: Note) -> Renamed:
         # run.json last: until then the rollback stands, and a next start completes it.
         mine = claim.require_own(folder, record, run_dir)
         renamed = {}
+        # Listed, not looked up: a lookup that misses what is there would end its way back for good.
+        names = set(os.listdir(folder)) if last.set_aside else set()
         for name in last.set_aside:
             original = name.split(".")[1]
-            if (folder / name).exists() and not (folder / original).exists():
+            if name in names and original not in names:
                 (folder / name).rename(folder / original)
                 renamed[name] = original
         _sync(folder)

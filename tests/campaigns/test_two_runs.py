@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from support.two_runs import Interleaving
+from support.two_runs import BROKEN, Interleaving
 
 SLICE = range(6)
 ALL = range(200)
@@ -22,14 +22,25 @@ def test_two_runs_one_folder(tmp_path: Path, seed: int) -> None:
     assert tally["finished"]
 
 
+@pytest.mark.parametrize("broken", BROKEN)
+def test_two_runs_oracle_notices_broken_run(tmp_path: Path, broken: str) -> None:
+    with pytest.raises(AssertionError, match=BROKEN[broken][2]):
+        Interleaving(tmp_path, 0).play_broken(broken)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_two_runs_one_folder_all_interleavings(tmp_path: Path) -> None:
     total: Counter[str] = Counter()
+    wrong = []
     for seed in ALL:
         (tmp_path / str(seed)).mkdir()
-        total += Interleaving(tmp_path / str(seed), seed).play()
+        try:
+            total += Interleaving(tmp_path / str(seed), seed).play()
+        except AssertionError as error:
+            wrong.append(f"seed {seed}: {error}")
     print(dict(total))
+    assert not wrong, "\n\n".join(wrong)
     assert total["interleavings"] == len(ALL)
     for what in ("refused", "killed", "resumed", "at the same instant", "adoptions", "planted"):
         assert total[what] > 10, total

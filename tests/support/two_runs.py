@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -27,10 +29,12 @@ import xxhash
 from support.ranks import PRELOAD
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint import layout, manifest, owner
+from kempnerforge.checkpoint import claim, layout, manifest, owner
 from kempnerforge.checkpoint.owner import OWNER_FILE
 
 REFUSED = 2
+KEEP_ALL = 1000
+"""Steps that retention keeps, of a folder that never has so many."""
 RUNS = ("a", "b")
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
 _LISTS = ("os.listdir", "os.scandir")
@@ -52,6 +56,8 @@ class Start:
     log: Path
     at: float
     """Unix time at which all starts of one instant begin."""
+    broken: str = ""
+    """A way of ``BROKEN`` in which this process disregards whose the folder is."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ def train(start: Start) -> None:
     config = CheckpointConfig.model_validate(
         {"dir": str(start.shared), "interval": 1, "keep_last_n": start.keep_last_n, "async_mode": "async"}
     )
+    if start.broken:
+        BROKEN[start.broken][1](start.shared)
     while time.time() < start.at:
         time.sleep(0.001)
     try:
@@ -101,6 +109,41 @@ def train(start: Start) -> None:
         tell(error=type(error).__name__, text=str(error))
         os._exit(error.exit_status)
     os._exit(0)
+
+
+def _skip_owner_check(_shared: Path) -> None:
+    claim._require_same_run = lambda *_: None
+
+
+def _own_all_steps(_shared: Path) -> None:
+    owner.Owner.owns = lambda *_: True
+
+
+def _read_a_step(shared: Path) -> None:
+    (shared / layout.step_name(1) / layout.CONFIG).read_bytes()
+
+
+def _rename_a_step(shared: Path) -> None:
+    (shared / layout.step_name(1)).rename(shared / "step_00000001.late.1")
+
+
+def _delete_a_step(shared: Path) -> None:
+    shutil.rmtree(shared / layout.step_name(1))
+
+
+def _delete_unseen(shared: Path) -> None:
+    subprocess.run(["rm", "-r", str(shared / layout.step_name(1))], check=True)
+
+
+BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "takes the folder of another run": ("b", _skip_owner_check, "has taken the folder"),
+    "loads a step of another run": ("a", _own_all_steps, "in a step of another run"),
+    "reads a step of the owner": ("b", _read_a_step, "looked into a folder with an owner"),
+    "renames a step of the owner": ("b", _rename_a_step, "does not own the folder"),
+    "deletes a step of the owner": ("b", _delete_a_step, "does not own the folder"),
+    "has a step of the owner deleted": ("b", _delete_unseen, "are gone"),
+}
+"""What a process may do wrong: which run does it, how, and what the checks say of it."""
 
 
 def _audit(event: str, args: tuple[Any, ...], root: str, tell: Any) -> None:
@@ -182,7 +225,7 @@ class Interleaving:
         self.rng = random.Random(self.seed)
         self.shared = self.base / "shared"
         self.number = 0
-        self.keep_last_n = self.rng.choice([1, 2, 50])
+        self.keep_last_n = self.rng.choice([1, 2, KEEP_ALL])
 
     def play(self) -> Counter[str]:
         """Start and kill both runs in a random order, then let the owner finish."""
@@ -192,8 +235,7 @@ class Interleaving:
                 self._check_folder()
             for run in RUNS:
                 self._end(run)
-            winner = self._owner()
-            assert winner is not None, "somebody has started"
+            winner = self._owner() or RUNS[0]  # all may have been killed before they took it
             self._start(winner, steps=2)
             self._finish(winner)
             loser = next(run for run in RUNS if run != winner)
@@ -202,10 +244,31 @@ class Interleaving:
             self._check_folder()
             self.tally["interleavings"] += 1
         finally:
-            for attempt in self.live.values():
-                attempt.process.kill()
-                attempt.process.join()
+            self._kill_all()
         return self.tally
+
+    def play_broken(self, broken: str) -> None:
+        """Start ``a``, plant a foreign step, then start a process that is broken on purpose.
+
+        Raises AssertionError if the checks notice it. ``broken``: one of ``BROKEN``.
+        """
+        self.keep_last_n = KEEP_ALL
+        try:
+            self._start("a", steps=2)
+            self._finish("a")
+            self._plant()
+            self._check_folder()
+            run = BROKEN[broken][0]
+            self._start(run, steps=0, broken=broken)
+            self._finish(run)
+            self._check_folder()
+        finally:
+            self._kill_all()
+
+    def _kill_all(self) -> None:
+        for attempt in self.live.values():
+            attempt.process.kill()
+            attempt.process.join()
 
     # -- acts
 
@@ -231,14 +294,19 @@ class Interleaving:
         assert winner is not None
         what = self.rng.choice(["nothing", "nothing", "from before owner files", "a foreign step"])
         has_steps = bool(layout.committed_steps(self.shared))
-        if what == "from before owner files" and has_steps and not self.planted:
+        has_owner = (self.shared / OWNER_FILE).exists()
+        if what == "from before owner files" and has_steps and has_owner and not self.planted:
             (self.shared / OWNER_FILE).unlink()
             self.tally["adoptions"] += 1
-        elif what == "a foreign step" and not self.planted and (self.shared / OWNER_FILE).exists():
-            newest = max(layout.committed_steps(self.shared), default=0)
-            write_step(self.shared, newest + 1000, run_id="other", attempt=99)
-            self.planted = _look(self.shared, layout.step_name(newest + 1000))
-            self.tally["planted"] += 1
+        elif what == "a foreign step" and not self.planted and has_owner:
+            self._plant()
+
+    def _plant(self) -> None:
+        """Put a step of a third run into the folder."""
+        step = max(layout.committed_steps(self.shared), default=0) + 1000
+        write_step(self.shared, step, run_id="other", attempt=99)
+        self.planted = _look(self.shared, layout.step_name(step))
+        self.tally["planted"] += 1
 
     def _start_both(self) -> None:
         at = time.time() + 0.3
@@ -246,11 +314,18 @@ class Interleaving:
             self._start(run, steps=self.rng.randint(1, 12), at=at)
         self.tally["at the same instant"] += 1
 
-    def _start(self, run: str, *, steps: int, at: float = 0.0) -> None:
+    def _start(self, run: str, *, steps: int, at: float = 0.0, broken: str = "") -> None:
         self.number += 1
         log = self.base / f"{self.number}.{run}.log"
         start = Start(
-            self.base / run, self.shared, steps, self.rng.choice([0.0, 0.02]), self.keep_last_n, log, at
+            self.base / run,
+            self.shared,
+            steps,
+            self.rng.choice([0.0, 0.02]),
+            self.keep_last_n,
+            log,
+            at,
+            broken,
         )
         process = _context.Process(target=train, args=(start,))
         had_owner, newest = owner.read(self.shared) is not None, self._newest()
@@ -279,7 +354,9 @@ class Interleaving:
     def _owner(self) -> str | None:
         found = owner.read(self.shared)
         if found is not None:
-            self.last_owner = Path(found.run_dir).name
+            name = Path(found.run_dir).name
+            assert self.last_owner in (None, name), f"{name} has taken the folder of {self.last_owner}"
+            self.last_owner = name
         return self.last_owner
 
     def _newest(self) -> int:
@@ -292,6 +369,8 @@ class Interleaving:
         status, rows = attempt.process.exitcode, attempt.rows()
         winner = self._owner()
         told = next((row for row in rows if "error" in row), {})
+        for operation in attempt.operations():
+            self._judge_operation(attempt, operation, is_owner=winner == attempt.run)
         assert status in (0, REFUSED, -signal.SIGKILL), f"{attempt.run}: {status}, {rows[-3:]}"
         self.tally[{0: "finished", REFUSED: "refused"}.get(status, "killed")] += 1
         if winner != attempt.run:
@@ -306,16 +385,13 @@ class Interleaving:
             for part in (f"in {self.base / 'a'}", f"in {self.base / 'b'}", "ckpt fork", "{run_name}"):
                 # Before the owner has adopted its folder, the other run's own folder is not known.
                 assert part in told["text"] or not attempt.had_owner, told
-        for operation in attempt.operations():
-            self._judge_operation(attempt, operation, is_owner=winner == attempt.run)
 
     def _judge_operation(self, attempt: Attempt, operation: Operation, *, is_owner: bool) -> None:
         first, _, rest = operation.path.partition("/")
         is_foreign = first in self.planted
         if is_owner:
-            assert not is_foreign or (operation.kind, rest) in (("read", layout.MANIFEST), ("list", "")), (
-                operation
-            )
+            looks = (operation.kind, rest) in (("read", layout.MANIFEST), ("list", ""))
+            assert looks or not is_foreign, f"{attempt.run}, in a step of another run: {operation}"
             return
         if _OWNER_TEMPORARY.fullmatch(first) or (operation.kind, first) == ("os.link", OWNER_FILE):
             assert not attempt.had_owner, f"{attempt.run} wrote to a folder with an owner: {operation}"
@@ -351,6 +427,9 @@ class Interleaving:
                 continue
             assert run_id == ids[winner], f"{path} is of {run_id}, the folder of {ids[winner]}"
             assert self.steps_seen.setdefault(step, now) == now, f"{path} is another one than before"
+        if self.keep_last_n == KEEP_ALL:
+            gone = self.steps_seen.keys() - set(layout.committed_steps(self.shared))
+            assert not gone, f"steps {sorted(gone)} are gone, which no rule has let go"
         listing = layout.list_folder(self.shared)
         assert [*listing.quarantined, *listing.rolled_back, *listing.late, *listing.suspect] == []
 

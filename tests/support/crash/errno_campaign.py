@@ -2,7 +2,7 @@
 
 ``prepare`` makes the folder. A case is a copy of it and a process, forked from this one, in which one
 operation fails; then another process starts the run once more without faults, and ``check`` compares the
-folder with what was promised.
+folder with what was promised. ``errno_training`` has the cases of the harness and of the training loop.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from support.crash.errno_shim import DELAY, Operation, Shim, Strike
-from support.step_maker import flip_byte, resign
+from support.step_maker import flip_byte, resign, write_step
 
 from kempnerforge import CheckpointConfig, CheckpointManager, TrainState
 from kempnerforge.checkpoint import layout, pins, resume, rollback, run_record, verify
 from kempnerforge.cli import app
-from kempnerforge.errors import KempnerForgeError
+from kempnerforge.errors import EXIT_BAD_CONFIG, EXIT_FAULT, KempnerForgeError
 
-SOUND, DAMAGED, LATE, PINNED = 8, 10, 12, 2
+SOUND, DAMAGED, LATE, PINNED, FOREIGN = 8, 10, 12, 2, 7
 """Of the prepared folder: the newest step to go on from, and what else is there."""
-CASE_TIMEOUT_S = 60.0
+LAST = 11
+"""The step at which the start of a case ends."""
+CASE_TIMEOUT_S = 120.0
 _PRELOAD = ("torch._dynamo", "torch.optim", "kempnerforge.cli.ckpt", "kempnerforge.cli.report")
 """What cases would import, each anew."""
 _FOREIGN = ("notes.txt", "mine/data.bin", "step_9.bak/x")
+_FOREIGN_STEPS = (layout.step_name(FOREIGN), layout.temporary_name(layout.step_name(16), 1))
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Outcome:
     """What a case did, and what the start after it found."""
 
     error: str
-    """Of the faulty part: empty, or type and message."""
+    """What the faulty part ended with, as a user reads it; empty when it went on."""
     is_ours: bool
     """Whether it was one of ``kempnerforge.errors``."""
     status: int
@@ -56,18 +59,26 @@ class Outcome:
     """The error of that start."""
 
 
-def train(run: Path, *, steps: int, keep_last_n: int = 2, fail: bool = False) -> tuple[int, list[int]]:
-    """A loop of a user's own. Returns the step it went on from, and the steps that it saw committed."""
+class Stopped(Exception):
+    """A command or a training has ended with an error, in order."""
+
+    def __init__(self, error: str, status: int) -> None:
+        super().__init__(error)
+        self.status = status
+
+
+def train(
+    run: Path, *, steps: int, keep_last_n: int = 2, mode: str = "disabled", told: list[int] | None = None
+) -> int:
+    """A loop of a user's own. Returns the step it went on from; ``told`` gets the steps it saw committed."""
     import torch
 
     torch.manual_seed(5)
     model = torch.nn.Linear(8, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     state = TrainState(model=model, optimizer=optimizer)
-    config = CheckpointConfig.model_validate(
-        {"async_mode": "disabled", "interval": 2, "keep_last_n": keep_last_n}
-    )
-    committed: list[int] = []
+    config = CheckpointConfig.model_validate({"async_mode": mode, "interval": 2, "keep_last_n": keep_last_n})
+    committed = [] if told is None else told
     with CheckpointManager(config, state=state, run_dir=run) as ckpt:
         began = ckpt.resume(state).step
         for _ in range(steps):
@@ -80,19 +91,24 @@ def train(run: Path, *, steps: int, keep_last_n: int = 2, fail: bool = False) ->
             committed += [one.step for one in reports if not (one.error or one.skipped)]
         ckpt.finish(state)
         committed += [one.step for one in ckpt.poll() if not (one.error or one.skipped)]
-    return began, committed
+    return began
 
 
-def prepare(run: Path) -> None:
-    """A run of two attempts, with all that attempts and people may leave in its folders.
-
-    Steps: 2 (pinned), 4, 6, 8 are sound, 10 is damaged in a shard, 12 was committed by the first attempt
-    after the second had gone on from 6.
-    """
+def prepare_own(run: Path) -> None:
+    """A run of ``train``, with leftovers."""
     for name in _PRELOAD:
         importlib.import_module(name)
-    _in_child(lambda: train(run, steps=6, keep_last_n=99), run.with_name("prepare.log"))
-    _in_child(lambda: train(run, steps=4, keep_last_n=99), run.with_name("prepare.log"))
+    for steps in (6, 4):
+        in_child(lambda steps=steps: train(run, steps=steps, keep_last_n=99), run.with_name("prepare.log"))
+    add_leftovers(run)
+
+
+def add_leftovers(run: Path) -> None:
+    """To a run of two attempts, add all that attempts and people may leave in its folders.
+
+    Steps: 2 (pinned), 4, 6, 8 are sound, 10 is damaged in a shard, 12 was committed by the first attempt
+    after the second had gone on from 6, 7 is of another run, which also has a save in flight.
+    """
     folder = run / "checkpoints"
     shutil.copytree(folder / layout.step_name(DAMAGED), folder / layout.step_name(LATE))
     late = folder / layout.step_name(LATE)
@@ -107,35 +123,34 @@ def prepare(run: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
     os.utime(folder / "holds/step_00000004.0123456789abcdef.json", (1.0, 1.0))
+    for number, name in zip((FOREIGN, 16), _FOREIGN_STEPS, strict=True):
+        write_step(folder, number, run_id="other", attempt=1)
+        (folder / layout.step_name(number)).rename(folder / name)
     for name in (".run.json.99.tmp", ".nonce-00112233445566ff"):
         (run / name).write_text(name)
 
 
-def start(run: Path) -> int:
-    """What a case does: a start that trains three steps. Returns the newest step that it committed."""
-    _, committed = train(run, steps=3)
-    return max(committed, default=0)
+def start(run: Path, told: list[int]) -> None:
+    """What a case does: a start that trains three steps."""
+    train(run, steps=LAST - SOUND, told=told)
 
 
-def roll_back(run: Path) -> int:
-    """``kempnerforge ckpt rollback RUN 6``, and its undoing."""
+def roll_back(run: Path, _told: list[int]) -> None:
+    """``kempnerforge ckpt rollback RUN 6``."""
     command("ckpt", "rollback", run, "6")
-    return 0
 
 
-def undo(run: Path) -> int:
+def undo(run: Path, _told: list[int]) -> None:
     """The undoing of a rollback that was done before the faults began."""
     command("ckpt", "rollback", run, "--undo")
-    return 0
 
 
-def fork(run: Path) -> int:
+def fork(run: Path, _told: list[int]) -> None:
     """``kempnerforge ckpt fork``."""
     command("ckpt", "fork", run / "checkpoints" / layout.step_name(6), run / "forked")
-    return 0
 
 
-def look(run: Path) -> int:
+def look(run: Path, _told: list[int]) -> None:
     """Commands that change nothing, and those that change little."""
     folder = run / "checkpoints"
     for words in (
@@ -143,31 +158,54 @@ def look(run: Path) -> int:
         ("ckpt", "explain", run),
         ("ckpt", "explain", run, "12"),
         ("ckpt", "verify", folder / layout.step_name(6)),
+        ("ckpt", "inspect", folder / layout.LATEST),
         ("ckpt", "pin", run, "6"),
         ("ckpt", "unpin", run, "6"),
         ("ckpt", "prune", run),
         ("report", run),
+        ("unblock", run),
     ):
         command(*words)
-    return 0
 
 
 def command(*words: object) -> None:
-    """Run ``kempnerforge``; raise SystemExit when it fails."""
+    """Run ``kempnerforge``. Raises ``Stopped`` when it fails."""
     sys.argv = ["kempnerforge", *map(str, words)]
+    errors: list[str] = []
+    end = app._exit
+    app._exit = lambda error, status: (errors.append(error), end(error, status))
     try:
         app.main()
     except SystemExit as ended:
         if ended.code not in (None, 0):
-            raise
+            raise Stopped(
+                " ".join([*errors, f"({' '.join(map(str, words))})"]), int(str(ended.code))
+            ) from None
+    finally:
+        app._exit = end
 
 
-SCENARIOS: dict[str, Callable[[Path], int]] = {
-    "start": start,
-    "rollback": roll_back,
-    "undo": undo,
-    "fork": fork,
-    "look": look,
+@dataclass(frozen=True)
+class Scenario:
+    """Something that is done to a run's folder."""
+
+    act: Callable[[Path, list[int]], None]
+    """It gets the folder, and a list to which it adds the steps that it is told to be committed."""
+    prepare: Callable[[Path], None] = prepare_own
+    again: Callable[[Path], int] = lambda run: train(run, steps=0)
+    """Starts the run once more. Returns the step it goes on from."""
+    trains: bool = False
+    """Whether it has committed the step ``LAST`` when it ends without an error."""
+    wants: Callable[[Operation], bool] = lambda _: True
+    """Which operations are struck."""
+
+
+SCENARIOS = {
+    "start": Scenario(start, trains=True),
+    "rollback": Scenario(roll_back),
+    "undo": Scenario(undo),
+    "fork": Scenario(fork),
+    "look": Scenario(look),
 }
 
 
@@ -179,51 +217,56 @@ def before(scenario: str, run: Path) -> None:
 
 def record(prepared: Path, scenario: str, base: Path) -> list[Operation]:
     """The operations of a scenario without faults."""
-    run = _copy(prepared, base)
+    run = copy_to(base, prepared)
     found = base / "operations.json"
 
     def work() -> None:
         before(scenario, run)
         shim = Shim(str(base))
         shim.install()
-        SCENARIOS[scenario](run)
+        SCENARIOS[scenario].act(run, [])
         shim.uninstall()
         found.write_text(json.dumps([vars(one) for one in shim.operations]))
 
-    output = _in_child(work, base / "log")
+    output = in_child(work, base / "log")
     assert found.exists(), output
-    return [Operation(**one) for one in json.loads(found.read_text())]
+    operations = [Operation(**one) for one in json.loads(found.read_text())]
+    return [one for one in operations if SCENARIOS[scenario].wants(one)]
 
 
 def strike(prepared: Path, scenario: str, base: Path, what: Strike) -> Outcome:
     """Do one case."""
-    run = _copy(prepared, base)
+    run = copy_to(base, prepared)
     result = base / "result.json"
 
     def work() -> None:
         resume.RETRY_DELAYS_S = (0.01, 0.01, 0.01)
         before(scenario, run)
         shim = Shim(str(base), what)
-        error, is_ours, status, committed = "", True, 0, 0
-        sys.stderr.flush()
+        error, is_ours, status, told = "", True, 0, list[int]()
         shim.install()
         try:
-            committed = SCENARIOS[scenario](run)
-        except SystemExit as ended:
-            error, status = "the command failed", int(str(ended.code))
+            SCENARIOS[scenario].act(run, told)
+        except Stopped as ended:
+            error, status = str(ended), ended.status
         except KempnerForgeError as failed:
-            error, status = f"{type(failed).__name__}: {failed}", failed.exit_status
+            error, status = str(failed), failed.exit_status
         except BaseException as failed:  # noqa: BLE001 - it is the outcome
             error, is_ours = "".join(traceback.format_exception(failed)), False
         finally:
             shim.uninstall()
-        fields = {"is_ours": is_ours, "status": status, "committed": committed, "fired": shim.fired}
+        fields = {
+            "is_ours": is_ours,
+            "status": status,
+            "committed": max(told, default=0),
+            "fired": shim.fired,
+        }
         result.write_text(json.dumps({"error": error, **fields}))
 
-    output = _in_child(work, base / "log")
+    output = in_child(work, base / "log")
     assert result.exists(), f"{what}: the process died or hung\n{output}"
     resumed = base / "resumed.json"
-    after = _in_child(lambda: resumed.write_text(json.dumps(train(run, steps=0)[0])), base / "log")
+    after = in_child(lambda: resumed.write_text(json.dumps(SCENARIOS[scenario].again(run))), base / "log")
     return Outcome(
         **json.loads(result.read_text()),
         output=output,
@@ -238,7 +281,9 @@ def check(prepared: Path, scenario: str, base: Path, what: Strike, found: Outcom
     where = f"{scenario}: {what}\n{found.error}\n{found.output}"
     assert found.is_ours, where
     assert "Traceback" not in found.output, where
-    assert len(found.error.splitlines()) <= 4, where
+    assert len(found.error.splitlines()) <= 1, where
+    assert found.status in ((EXIT_FAULT, EXIT_BAD_CONFIG) if found.error else (0,)), where
+    assert found.error or not SCENARIOS[scenario].trains or found.committed == LAST, where
     assert not found.after, f"{where}\nthe start after it: {found.after}"
     is_set_back = _is_set_back(scenario, base / "run")
     newest = max(found.committed, 6 if is_set_back else SOUND)
@@ -253,8 +298,16 @@ def check(prepared: Path, scenario: str, base: Path, what: Strike, found: Outcom
     assert (folder / layout.step_name(PINNED)).is_dir(), where
     for name in _FOREIGN:
         assert (folder / name).read_text() == name, where
+    for name in _FOREIGN_STEPS:
+        assert _files(folder / name) == _files(prepared / "checkpoints" / name), (
+            f"{where}\n{name} was touched"
+        )
     left = [path.name for path in [*folder.iterdir(), *(base / "run").iterdir()]]
-    left = [name for name in left if name.startswith(".") and name.endswith((".tmp", ".deleting"))]
+    left = [
+        name
+        for name in left
+        if name not in _FOREIGN_STEPS and name.startswith(".") and name.endswith((".tmp", ".deleting"))
+    ]
     assert not left, f"{where}\nleft behind after a sound start: {left}"
     if not found.fired:
         return "not hit"
@@ -294,7 +347,8 @@ def sample(strikes: Sequence[Strike], count: int, seed: int) -> list[Strike]:
     return picked[:count]
 
 
-def _copy(prepared: Path, base: Path) -> Path:
+def copy_to(base: Path, prepared: Path) -> Path:
+    """Copy a prepared run into ``base``, which is made."""
     base.mkdir()
     shutil.copytree(prepared, base / "run", symlinks=True)
     return base / "run"
@@ -304,7 +358,11 @@ def _identity(step: Path) -> tuple[tuple[str, bytes], ...]:
     return tuple((path.name, path.read_bytes()) for path in sorted(step.glob("*")) if path.is_file())
 
 
-def _in_child(work: Callable[[], object], log: Path) -> str:
+def _files(step: Path) -> dict[str, tuple[int, bytes]]:
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in step.glob("*")}
+
+
+def in_child(work: Callable[[], object], log: Path) -> str:
     """Run ``work`` in a process of its own; returns what it printed. One that hangs is killed."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -12,6 +12,7 @@ import errno
 import io
 import os
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,22 +22,25 @@ from typing import Any
 
 DELAY = "delay"
 DELAY_S = 2.0
+HOLD = "hold"
+"""Another thread's operation in the loop takes until the loop has done all its steps."""
+HELD_AT_MOST_S = 60.0
 
-_LOOKS = ("stat", "lstat", "scandir", "listdir", "readlink", "statvfs")
+_LOOKS = ("stat", "lstat", "fstat", "scandir", "listdir", "readlink", "statvfs")
 _READS = ("open", "read", "pread", "preadv")
 _NEW = ("create", "mkdir", "symlink", "link")
 _GOES = ("unlink", "rmdir")
-_DATA = ("write", "pwrite", "fsync", "fdatasync", "ftruncate", "utime")
+_DATA = ("write", "pwrite", "fsync", "fdatasync", "ftruncate", "utime", "chmod")
 _APPLIES = {
     "EIO": (*_LOOKS, *_READS, *_NEW, *_GOES, *_DATA, "rename"),
     "ESTALE": (*_LOOKS, *_READS, *_NEW, *_GOES, *_DATA, "rename"),
-    "EPERM": ("scandir", "listdir", "open", *_NEW, *_GOES, "rename", "utime"),
+    "EPERM": ("scandir", "listdir", "open", *_NEW, *_GOES, "rename", "utime", "chmod"),
     "ENOENT": (*_LOOKS, "open", *_NEW, *_GOES, "rename"),
     "ENOTEMPTY": ("rmdir", "rename"),
     "EXDEV": ("rename", "link"),
     "EINVAL": ("open", "create", "pwrite", "fsync", "rename"),
     "ENOSPC": (*_NEW, "write", "pwrite", "fsync", "rename"),
-    "EROFS": ("create", "mkdir", "symlink", "link", *_GOES, "rename", "utime"),
+    "EROFS": ("create", "mkdir", "symlink", "link", *_GOES, "rename", "utime", "chmod"),
     DELAY: (*_LOOKS, *_READS, *_NEW, *_GOES, *_DATA, "rename"),
 }
 """Which operations an errno is tried on: those that some file system gives it for."""
@@ -52,8 +56,9 @@ _ON_PATHS = (
     "unlink",
     "rmdir",
     "utime",
+    "chmod",
 )
-_ON_DESCRIPTORS = ("read", "pread", "preadv", "write", "pwrite", "fsync", "fdatasync", "ftruncate")
+_ON_DESCRIPTORS = ("fstat", "read", "pread", "preadv", "write", "pwrite", "fsync", "fdatasync", "ftruncate")
 _TOKENS = re.compile(r"(?<=[.-])[0-9a-f]{12,}\b")
 
 REAL = {name: getattr(os, name) for name in dir(os) if callable(getattr(os, name))}
@@ -81,13 +86,83 @@ class Strike:
 
     operation: Operation
     fault: str
-    """Name of an errno, or ``delay``."""
+    """Name of an errno, ``delay`` or ``hold``."""
     always: bool
     """Whether it happens to all later ones of the same kind and path too."""
 
     def __str__(self) -> str:
         one = self.operation
         return f"{self.fault} at {one.op} {one.path} #{one.nth}{' and later' if self.always else ''}"
+
+
+class Loop:
+    """The training loop of this process, between its first step and its end: what its main thread does.
+
+    ``begin`` and ``end`` are called on the main thread.
+    """
+
+    def __init__(self) -> None:
+        self.hold_all = False
+        """Whether to hold all operations of other threads."""
+        self.is_on = False
+        self.operations: list[tuple[str, str]] = []
+        """Kind and path of what the main thread did."""
+        self.elsewhere: set[tuple[str, str]] = set()
+        """The same of other threads."""
+        self.waits: Counter[str] = Counter()
+        """Waits of the main thread that ended by their time limit, by the module that waited."""
+        self.gave_up = False
+        """Whether an operation was let go although the loop had not ended: the loop has waited for it."""
+        self.held = 0
+        """Operations that were held."""
+        self._ended = threading.Event()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.is_on = not self._ended.is_set()
+
+    def end(self) -> None:
+        """All steps are done: operations that were held go on."""
+        self.is_on = False
+        self._ended.set()
+
+    def meet(self, op: str, name: str) -> None:
+        """An operation begins."""
+        if not self.is_on:
+            return
+        if threading.current_thread() is threading.main_thread():
+            self.operations.append((op, name))
+            return
+        self.elsewhere.add((op, name))
+        if self.hold_all:
+            self.hold()
+
+    def hold(self) -> None:
+        """Wait until the loop has ended, on another thread than the main one."""
+        if not self.is_on or threading.current_thread() is threading.main_thread():
+            return
+        self.held += 1
+        self.gave_up |= not self._ended.wait(HELD_AT_MOST_S)
+
+    def count_waits(self) -> None:
+        """From now on count waits of the main thread."""
+        real = threading.Condition.wait
+
+        def wait(condition: threading.Condition, timeout: float | None = None) -> bool:
+            was_on = self.is_on
+            woken = real(condition, timeout)
+            if was_on and not woken and threading.current_thread() is threading.main_thread():
+                self.waits[_waiting_module()] += 1
+            return woken
+
+        threading.Condition.wait = wait  # type: ignore[method-assign]
+
+
+def _waiting_module() -> str:
+    frame = sys._getframe(2)
+    while frame is not None and not frame.f_globals["__name__"].startswith("kempnerforge"):
+        frame = frame.f_back
+    return frame.f_globals["__name__"] if frame is not None else "elsewhere"
 
 
 class Shim:
@@ -100,6 +175,7 @@ class Shim:
         self._seen: Counter[tuple[str, str]] = Counter()
         self.operations: list[Operation] = []
         self.fired = 0
+        self.loop = Loop()
 
     def install(self) -> None:
         """Replace functions of ``os``, and ``open``."""
@@ -125,6 +201,7 @@ class Shim:
         if path is None:
             return
         name = _TOKENS.sub("*", os.path.relpath(path, self._root).replace(f".{os.getpid()}", ".*"))
+        self.loop.meet(op, name)
         with self._lock:
             nth, self._seen[op, name] = self._seen[op, name], self._seen[op, name] + 1
             self.operations.append(Operation(op, name, nth))
@@ -134,6 +211,9 @@ class Shim:
             if nth != strike.operation.nth and not (strike.always and nth > strike.operation.nth):
                 return
             self.fired += 1
+        if strike.fault == HOLD:
+            self.loop.hold()
+            return
         if strike.fault == DELAY:
             time.sleep(DELAY_S)
             return
@@ -187,8 +267,11 @@ class Shim:
         return REAL["open"](path, flags, mode, dir_fd=dir_fd)
 
     def _open_file(self, file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        path, reads = self._path(file), mode.strip("bt") == "r"
         if not isinstance(file, int):
-            self._meet("open" if mode.strip("bt") == "r" else "create", self._path(file))
+            self._meet("open" if reads else "create", path)
+        if reads:  # the object reads by itself, unseen
+            self._meet("read", path)
         return _REAL_OPEN(file, mode, *args, **options)
 
 
