@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from kempnerforge import fsio
 
@@ -52,9 +53,9 @@ def _newest_step(path: Path) -> int:
     """The highest step of which ``path`` has a row; -1 without rows."""
     from wandb.proto import wandb_internal_pb2
 
-    newest = -1
+    newest, messages = -1, cast(Any, wandb_internal_pb2)  # its classes are made when it is imported
     for data in _log_records(fsio.read_file(path)):
-        record = wandb_internal_pb2.Record.FromString(data)
+        record = messages.Record.FromString(data)
         if record.HasField("history"):
             newest = max(newest, record.history.step.num)
     return newest
