@@ -151,7 +151,7 @@ def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> lis
 
 
 def why_best_has_no_choice(checkpoint: CheckpointConfig, eval: EvalConfig, train: TrainConfig) -> str:
-    """Why ``keep_best_n`` has no choice: no step before the last is both saved and validated. Empty if it has.
+    """Why ``keep_best_n`` has no choice: no step before the last is both saved and validated. Or empty.
 
     No fault: with ``save_last`` the last step is both. Saves by time may be at any step.
     """
