@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import math
@@ -284,13 +285,19 @@ def _norms(model: ModelConfig, stage: object) -> list[tensors.Parameter]:
 
 
 def test_plan_state_16_bytes_per_parameter_over_shards() -> None:
+    """With accumulation, where the gradients of earlier micro-batches are there at every moment."""
     job = load_job(CONFIGS / "llama_7b.toml").job
-    alone, shared = geometry(), geometry(dp_shard=8)
-    for layout in (alone, shared):
-        memory = device_memory(job, layout, 0)
+    for layout in (geometry(), geometry(dp_shard=8)):
+        memory = device_memory(job, dataclasses.replace(layout, accumulation_steps=2), 0)
         state = memory.weights + memory.gradients + memory.optimizer
         assert state == 16 * job.model.num_parameters // layout.dp_shard
-    assert device_memory(job, alone, 0).activations == device_memory(job, shared, 0).activations
+
+
+def test_plan_gradients_absent_at_loss_of_one_pass() -> None:
+    job = load_job(CONFIGS / "llama_7b.toml").job
+    memory = device_memory(job, geometry(dp_shard=8), 0)
+    assert (memory.peak, memory.gradients) == ("loss", 0)
+    assert memory.weights + memory.optimizer == 12 * job.model.num_parameters // 8
 
 
 def test_plan_memory_saving_options_reduce_need() -> None:
