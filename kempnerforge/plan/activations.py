@@ -40,7 +40,7 @@ def kept_by_layer(model: ModelConfig, train: TrainConfig, tp: int) -> float:
 
 
 def working_set(model: ModelConfig, train: TrainConfig, tp: int) -> float:
-    """Bytes a token that the backward pass of one layer needs on top: what it computes again, and gradients."""
+    """Bytes a token on top, in the backward pass of one layer: what it computes again, and gradients."""
     again = _kept(model, train, tp, "none") - kept_by_layer(model, train, tp)
     return max(0.0, again) + temporaries(model, train, tp)
 

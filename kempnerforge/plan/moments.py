@@ -17,8 +17,8 @@ stay gathered meanwhile, and whole fp32 gradients add up from the first backward
 between its forward and its backward pass keeps its activations, and on the last stage its logits and their
 log-probabilities too. So the schedule is gone through action by action.
 
-A pipeline's **validation** needs no gradients, but its schedule has receive buffers of its own, beside those of
-training, and keeps what every stage hands on until the last microbatch has passed.
+A pipeline's **validation** needs no gradients, but its schedule has receive buffers of its own, beside those
+of training, and keeps what every stage hands on until the last microbatch has passed.
 """
 
 from __future__ import annotations

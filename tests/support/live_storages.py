@@ -14,8 +14,8 @@ class LiveStorages(TorchDispatchMode):
     """Adds up the bytes of all storages alive after every operation, those of the backward pass included.
 
     It sees a storage when an operation takes or returns it and holds on to it weakly. FSDP frees memory by
-    resizing storages, so a size is read again whenever an operation takes the storage. What a kernel allocates
-    and frees itself is not seen, and tensors on the meta device are left out.
+    resizing storages, so a size is read again whenever an operation takes the storage. What a kernel
+    allocates and frees itself is not seen, and tensors on the meta device are left out.
     """
 
     def __init__(self) -> None:

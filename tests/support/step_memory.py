@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class FusedNorm(torch.autograd.Function):
-    """Keeps what CUDA's fused kernel keeps: its input and a number a row. The CPU's norm keeps fp32 copies."""
+    """Keeps what CUDA's fused kernel keeps: its input and a number a row. The CPU's keeps fp32 copies."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
@@ -30,7 +30,7 @@ class FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        x, _, weight = ctx.saved_tensors
+        _, _, weight = ctx.saved_tensors
         return grad * weight, torch.zeros_like(weight)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.step_memory import fused_norm_forward
 from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.stage import _PipelineStageBase
@@ -108,28 +109,9 @@ def test_plan_local_numel_matches_torch_chunks(model: str | None, layout: Geomet
     assert held - copies == config.num_parameters
 
 
-class _FusedNorm(torch.autograd.Function):
-    """Keeps what CUDA's fused kernel keeps: its input and a number a row. The CPU has none and keeps more."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, torch.zeros(*x.shape[:-1], 1))
-        return x * weight
-
-
-class _Norm(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _FusedNorm.apply(x, self.weight.to(x.dtype))  # type: ignore[return-value]
-
-
 def block_and_input(model: ModelConfig, train: TrainConfig) -> tuple[TransformerBlock, tuple[Tensor, ...]]:
     dtype = torch.bfloat16 if train.mixed_precision == "bf16" else torch.float32
     block = TransformerBlock(model).to(dtype)
-    block.attention_norm, block.ffn_norm = _Norm(model.dim), _Norm(model.dim)  # type: ignore[assignment]
     block.remat = train.activation_checkpointing
     x = torch.zeros(2, 32, model.dim, dtype=dtype, requires_grad=True)
     return block, (x * 1, *RotaryEmbedding(model)(32))
@@ -169,7 +151,10 @@ def kept_for_recomputation(block: TransformerBlock, inputs: tuple[Tensor, ...]) 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("n_kv_heads", [8, 2])
-def test_plan_activations_match_autograd(checkpointing: Remat, precision: str, n_kv_heads: int) -> None:
+def test_plan_activations_match_autograd(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: Remat, precision: str, n_kv_heads: int
+) -> None:
+    monkeypatch.setattr(nn.RMSNorm, "forward", fused_norm_forward)
     model = ModelConfig(
         dim=64, n_layers=1, n_heads=8, n_kv_heads=n_kv_heads, head_dim=16, ffn_hidden_dim=176, max_seq_len=32
     )
