@@ -7,6 +7,7 @@ folder with what was promised. ``errno_training`` has the cases of the harness a
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -370,6 +371,7 @@ def in_child(work: Callable[[], object], log: Path) -> str:
     if pid == 0:
         status = 1
         try:
+            gc.freeze()  # or a collection would copy all pages
             fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
             os.dup2(fd, 1)
             os.dup2(fd, 2)
