@@ -140,6 +140,16 @@ def read_file(path: Path) -> bytes:
         return file.read()
 
 
+def read_mark(path: Path) -> bytes:
+    """The same of a file whose name alone says something: of a link, a pipe or a folder it is empty."""
+    try:
+        return read_file(path)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EINVAL):
+            raise
+        return b""
+
+
 def _share_with_group(made: int | Path, found: os.stat_result, folder: Path) -> None:
     """Give what was just made in ``folder`` the group permissions of ``folder``; files stay not executable.
 

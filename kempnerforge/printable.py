@@ -7,7 +7,7 @@ another user's terminal with control characters in a file's name or content.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TextIO
 
 _UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, line separators, what turns the direction of text, and bytes that are no text."""
@@ -30,13 +30,19 @@ def printable_output(text: str) -> str:
     )
 
 
-def printable_values(value: Any) -> Any:
-    """The same for all text in parsed JSON, keys included. Raises RecursionError as the parser does."""
-    if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, dict):
-        return {printable(key): printable_values(one) for key, one in value.items()}
-    return [printable_values(one) for one in value] if isinstance(value, list) else value
+class PrintableStream:
+    """A text stream that ``printable_output`` goes before. Not for what moves the cursor itself."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write ``text`` with unfit characters replaced. Returns the characters of ``text``."""
+        self._stream.write(printable_output(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -50,6 +50,8 @@ class AgreedPlan:
         self.arenas: ArenaSet | None = None
         self.expected: Expected | None = None
         """What all ranks write; on the first rank only, which commits."""
+        self.largest_bytes = 0
+        """Host buffers of the rank that writes most: no rank gives a save up sooner than that one may."""
         self.contributed: frozenset[str] = frozenset()
         """Non-tensor leaves that only this rank has: the first rank gets their values from it."""
         self._structure: dict[str, Any] | None = None
@@ -130,11 +132,12 @@ class AgreedPlan:
         except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
             error = _no_buffers(found)
         unpinned = self.arenas.pin_error if self.arenas is not None else ""
-        failed, some_unpinned = control.agree([error is not None, bool(unpinned)])
+        size_bytes = self.arenas.size_bytes if self.arenas is not None else 0
+        failed, some_unpinned, largest = control.agree([error is not None, bool(unpinned), size_bytes])
         if failed:
             self.release()
             raise_on_all(control, error)
-        self._made_for = self.device
+        self._made_for, self.largest_bytes = self.device, largest
         if some_unpinned:
             told = [(rank, why) for rank, why in enumerate(control.gather(unpinned)) if why]
             if control.rank == 0:

@@ -107,7 +107,7 @@ class AsyncCheckpointer:
         self._board: Board = LocalBoard()
         self._plan = AgreedPlan(max_host_memory_gb)
         self._rates: deque[float] = deque(maxlen=RATES)
-        """Bytes per second of this rank's part in the last saves, from the call to the commit."""
+        """Bytes per second of the largest rank's part in the last saves, from the call to the commit."""
         self._number = 0
         self._pending: _Pending | None = None
         self.last_result: SaveResult | None = None
@@ -179,8 +179,8 @@ class AsyncCheckpointer:
             if pending.job.rank == 0:
                 self._failed = FailedSave.of(pending.job)
             raise SaveFailedError(f"{pending.name} was not saved: {result.error}")
-        if result.total_s:
-            self._rates.append(pending.job.arenas.size_bytes / result.total_s)
+        if result.total_s and self._plan.largest_bytes:  # a save of no tensors tells nothing of the storage
+            self._rates.append(self._plan.largest_bytes / result.total_s)
         return result
 
     @property
@@ -325,11 +325,10 @@ class AsyncCheckpointer:
         return payload
 
     def _timeout_s(self) -> float:
-        """After how many seconds the save that begins is given up."""
+        """After how many seconds the save that begins is given up. The same on all ranks."""
         if self._patience.save_timeout_s is not None:
             return self._patience.save_timeout_s
-        assert self._plan.arenas is not None
-        return background.automatic_timeout_s(self._plan.arenas.size_bytes, self._rates)
+        return background.automatic_timeout_s(self._plan.largest_bytes, self._rates)
 
     def wait_for_staging(self) -> None:
         """Call before ``optimizer.step()``; returns when the tensors of the pending save may be modified.

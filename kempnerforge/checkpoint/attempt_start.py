@@ -269,7 +269,7 @@ def _missing_nonce(folder: Path, nonce: str, options: OpenOptions) -> RunFolderE
     deadline = time.monotonic() + _NONCE_WAIT_S
     while True:
         with contextlib.suppress(OSError):
-            if (folder / _nonce_name(nonce)).read_text() == nonce:
+            if fsio.read_file(folder / _nonce_name(nonce)) == nonce.encode():
                 return None
         if time.monotonic() > deadline:
             where = f"{folder.absolute()} on {socket.gethostname()}"

@@ -70,9 +70,10 @@ TIMES_EXPECTED = 10.0
 
 
 def automatic_timeout_s(size_bytes: int, rates: Sequence[float]) -> float:
-    """Return after how many seconds a save of ``size_bytes`` is given up.
+    """Return after how many seconds a save is given up.
 
-    ``rates``: bytes per second of earlier saves, from the call to the commit. The slowest counts.
+    ``size_bytes``: what the rank that writes most writes. ``rates``: bytes per second of that rank in earlier
+    saves, from the call to the commit. The slowest counts.
     """
     expected_s = size_bytes / min(rates, default=FIRST_RATE)
     return max(SHORTEST_TIMEOUT_S, TIMES_EXPECTED * expected_s)

@@ -94,8 +94,8 @@ def read(folder: Path, *, now: float | None = None) -> list[Hold]:
         if step is None:
             continue
         with contextlib.suppress(FileNotFoundError):
-            age_s = now - path.stat().st_mtime
-            reader, holder = _decode(path.read_bytes())
+            age_s = now - path.lstat().st_mtime
+            reader, holder = _decode(fsio.read_mark(path))
             ended = holder is not None and holder.has_ended(observer)
             found.append(Hold(path, step, reader, stale=ended or age_s > LIFETIME_S))
     return found

@@ -8,6 +8,7 @@ of the next block is computed while one is being written. No torch here: the wri
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def write_image(
             lane.submit(_write_at, fd, image[begin : padded(end) if direct else end], begin, beat).result()
             digests.append(digest.result())
             slow = slow or time.monotonic() - started > _SLOW_BLOCK_S
+            direct = direct and _is_direct(fd)
             if not direct and len(digests) % _SYNC_BLOCKS == 0:
                 # One fsync over gigabytes of dirty pages looks like a hang, and stalls others.
                 os.fdatasync(fd)
@@ -93,7 +95,14 @@ def _open(path: Path, beat: Callable[[], None]) -> tuple[int, bool]:
 
 def _write_at(fd: int, data: memoryview, offset: int, beat: Callable[[], None]) -> None:
     while data.nbytes:
-        written = os.pwrite(fd, data, offset)
+        try:
+            written = os.pwrite(fd, data, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not _is_direct(fd):
+                raise
+            # A file system that opens a file for direct writes and then refuses them, or wants them larger.
+            _clear_direct(fd)
+            continue
         beat()
         if written == 0:
             raise OSError(errno.EIO, "pwrite() wrote nothing")
@@ -103,7 +112,9 @@ def _write_at(fd: int, data: memoryview, offset: int, beat: Callable[[], None]) 
         data, offset = data[written:], offset + written
 
 
-def _clear_direct(fd: int) -> None:
-    import fcntl
+def _is_direct(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
 
+
+def _clear_direct(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)

@@ -32,7 +32,7 @@ def read(folder: Path) -> dict[Key, dict[str, float]]:
     Raises OSError.
     """
     try:
-        lines = (folder / NAME).read_bytes().split(b"\n")
+        lines = fsio.read_file(folder / NAME).split(b"\n")
     except FileNotFoundError:
         return {}
     found: dict[Key, dict[str, float]] = {}

@@ -79,11 +79,18 @@ class Lease:
         Raises LeaseLostError when another attempt has taken over, or the file is gone; OSError as it comes.
         """
         run_dir = self.path.parent
-        # Opened by name, not by the descriptor: on NFS that asks the server, and a successor has unlinked it.
-        if not self._is_own_file():
+        unread, is_own = None, True
+        try:
+            # By name, not by the descriptor: on NFS that asks the server, and a successor has unlinked it.
+            is_own = self._is_own_file()
+        except OSError as error:  # the folder may still tell of a successor
+            unread = error
+        if not is_own:
             self.lost = f"{self.path} was removed, which the next holder of {run_dir} does"
         elif (newest := max(_leases(run_dir), default=0)) > self.attempt:
             self.lost = f"attempt {newest} has taken {run_dir} over"
+        elif unread is not None:
+            raise unread
         if self.lost:
             raise LeaseLostError(
                 f"{self.lost}. Attempt {self.attempt} (pid {self.owner.pid} on {self.owner.host}) "
@@ -108,20 +115,25 @@ class Lease:
 
     def _is_own_file(self) -> bool:
         try:
-            return self.owner.token.encode() in self.path.read_bytes()
+            return self.owner.token.encode() in fsio.read_mark(self.path)
         except FileNotFoundError:
             return False
 
     def _renew(self) -> None:
         while not self._ended.wait(self._renew_every_s):
+            failed = None
             try:
                 self._write(released=False)
+            except OSError as error:
+                failed = error
+            try:
+                # After a failed write too: on NFS it fails for ever once a successor has unlinked the file.
                 self.check()
-                self.failing = ""
             except LeaseLostError:
                 return
             except OSError as error:
-                self.failing = str(error)
+                failed = failed or error
+            self.failing = str(failed or "")
 
     def _write(self, *, released: bool) -> None:
         self._counter += 1
@@ -265,7 +277,7 @@ def _read_newest(run_dir: Path) -> _Seen | None:
     while leases := _leases(run_dir):
         attempt = max(leases)
         try:
-            return _Seen(attempt, leases[attempt].read_bytes())
+            return _Seen(attempt, fsio.read_mark(leases[attempt]))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise

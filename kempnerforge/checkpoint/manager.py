@@ -328,6 +328,7 @@ class CheckpointManager:
                 reason=reason,
                 layout=self.context.layout,
                 versions=self.context.versions,
+                tokenizer=self.context.tokenizer,
                 metrics=self._metrics if self._metrics_step == state.step else {},
             ),
             config_toml=self.context.config_toml,

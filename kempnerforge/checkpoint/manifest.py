@@ -43,6 +43,9 @@ class Provenance:
     """Versions and hardware that bitwise equality depends on."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics taken at this very step, such as ``eval/loss``; retention finds the best by them."""
+    tokenizer: dict[str, str] = field(default_factory=dict)
+    """``digest`` of the tokenizer that made the tokens, and its absolute ``path`` where the run read text by
+    a file; empty where it is not known."""
 
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
@@ -50,7 +53,7 @@ _MAX_BYTES = 1 << 28
 """Far above any manifest: that of a checkpoint of 10 TB has 30 MB."""
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 """Made once: a run has thousands of steps."""
-_OPTIONAL = ("metrics",)
+_OPTIONAL = ("metrics", "tokenizer")
 """Fields that manifests of earlier versions lack."""
 
 
@@ -135,6 +138,9 @@ def _check_types(provenance: Provenance) -> None:
         raise TypeError("run_id and reason are text")
     if not isinstance(provenance.layout, dict) or not isinstance(provenance.versions, dict):
         raise TypeError("layout and versions are tables")
+    tokenizer = provenance.tokenizer
+    if not isinstance(tokenizer, dict) or not all(isinstance(value, str) for value in tokenizer.values()):
+        raise TypeError("tokenizer is a table of text")
     numbers = (provenance.step, provenance.parent_step)
     if type(provenance.attempt) is not int or any(n is not None and type(n) is not int for n in numbers):
         raise TypeError("attempt, step and parent_step are whole numbers")

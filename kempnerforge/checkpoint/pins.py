@@ -66,7 +66,7 @@ def pin(folder: Path, step: int, *, note: str = "") -> bool:
     try:
         with contextlib.suppress(FileExistsError):
             fsio.new_folder(path.parent)
-        if path.exists() and not _decode(path.read_bytes()).is_of(origin):
+        if path.exists() and not _decode(fsio.read_mark(path)).is_of(origin):
             fsio.atomic_write(path, body)
         else:
             fsio.write_new_file(path, body)
@@ -110,7 +110,7 @@ def read(folder: Path) -> dict[int, Pin]:
     for name in names:
         if (step := layout.step_number(name)) is not None:
             with contextlib.suppress(FileNotFoundError):
-                found[step] = _decode((folder / FOLDER / name).read_bytes())
+                found[step] = _decode(fsio.read_mark(folder / FOLDER / name))
     return found
 
 
@@ -119,7 +119,7 @@ def _decode(data: bytes) -> Pin:
         body = json.loads(data)
         origin = (str(body.get("run_id", "")), int(body.get("attempt", 0)))
         return Pin(str(body["user"]), str(body["host"]), float(body["time"]), str(body["note"]), *origin)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Pin()
 
 

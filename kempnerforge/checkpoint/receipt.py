@@ -65,6 +65,10 @@ class Receipt:
     layout_changes: dict[str, list[Any]] = field(default_factory=dict)
     version_changes: dict[str, list[Any]] = field(default_factory=dict)
     data_changes: list[str] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    """Where the config changes that of the next step: [by the checkpoint's config, by this one]."""
+    keeps_schedule: str = ""
+    """What to set to keep the checkpoint's schedule; empty where no key alone does."""
     rng: str = "derived from (seed, step, rank)"
     """``restored`` on the same layout and type of device."""
     nondeterministic: bool = False
@@ -120,6 +124,10 @@ class Receipt:
             for key, (before, now) in getattr(self, f"{title}_changes").items():
                 result.append(f"  {title}: {key} was {before!r}, is {now!r}")
         result += [f"  data: {change}" for change in self.data_changes]
+        if self.learning_rate:
+            before, now = self.learning_rate
+            way_back = f" (to keep the old schedule: {self.keeps_schedule})" if self.keeps_schedule else ""
+            result.append(f"  learning rate of the next step: was {before:.3g}, is {now:.3g}{way_back}")
         if self.not_loaded:
             result.append(f"  not loaded: {', '.join(self.not_loaded)}")
         if self.empty_extras:

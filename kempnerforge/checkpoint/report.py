@@ -23,6 +23,8 @@ class RunContext:
     layout: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     config_toml: str = ""
+    tokenizer: dict[str, str] = field(default_factory=dict)
+    """As ``Provenance.tokenizer``."""
     allow_changed_data: bool = False
     """Whether a resume accepts a checkpoint of other data."""
     explain_data: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = _any_difference

@@ -29,6 +29,7 @@ from kempnerforge.checkpoint.report import RunContext
 from kempnerforge.checkpoint.resume import Found, Loaded
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.config.schedule_changes import learning_rate_change
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.config.toml_text import flatten
 from kempnerforge.distributed.control import ControlGroup, as_agreed
@@ -217,6 +218,10 @@ class Restorer:
             if not saved_by_run:
                 now = {section: table for section, table in now.items() if section in before}
             result.config_changes = receipt.changes(flatten(before), flatten(now))
+            change = learning_rate_change(before, now, state.step) if source == "resume" else None
+            if change is not None:
+                result.learning_rate = [change.before, change.now]
+                result.keeps_schedule = change.to_keep
         if "data" in parts and not result.data_changes:
             self._prove_next_batch(found, loaded, state, result)
         return result

@@ -94,7 +94,7 @@ def read(run_dir: Path) -> RunRecord | None:
     """
     path = run_dir / RUN_FILE
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(fsio.read_file(path))
         parent = body.pop("parent", None)
         rollbacks, restored = body.pop("rollbacks", ()), body.pop("restored", ())
         return RunRecord(
@@ -105,7 +105,7 @@ def read(run_dir: Path) -> RunRecord | None:
         )
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RunFolderError(
             f"{path} cannot be read ({error}). Restore it, or give the run another name (--run.name=NEW)"
         ) from None

@@ -13,6 +13,7 @@ import typer
 from kempnerforge import __version__
 from kempnerforge.cli.lazy import LazyGroup, Member
 from kempnerforge.errors import EXIT_FAULT, KempnerForgeError
+from kempnerforge.printable import PrintableStream, printable
 
 
 class Groups(LazyGroup):
@@ -87,6 +88,8 @@ def main() -> None:
     gc.set_threshold(500_000, 20, 20)  # commands are short: looking for garbage takes a tenth of their time
     # pydantic would look through the metadata of every installed package for plugins: we want none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
+    # What a command prints has parts that others wrote into the folders it looks at.
+    sys.stdout = PrintableStream(sys.stdout)
     try:
         app()
     except KempnerForgeError as error:
@@ -97,7 +100,7 @@ def main() -> None:
 
 def _exit(error: str, status: int) -> NoReturn:
     """Say what is wrong, also as a JSON object to whoever asked for one, and end."""
-    print(error, file=sys.stderr)
+    print(printable(error, lines=True), file=sys.stderr)
     if "--json" in sys.argv[1:]:
         print(json.dumps({"error": error, "status": status}))
     sys.exit(status)

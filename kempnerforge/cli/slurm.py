@@ -73,7 +73,7 @@ def after(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
 def decide_for(job: SlurmJob, run_dir: Path) -> Decision:
     """The decision for a job whose training has just ended."""
     began = run_dir / NOTES / f"{job.attempt_name}.began"
-    before = int(began.read_text()) if began.exists() else 0
+    before = int(fsio.read_file(began)) if began.exists() else 0
     # An attempt that was killed left the end of the one before it.
     history = read_history(run_dir)
     ends = [one.end for one in history if one.number > before and one.end is not None]
@@ -111,7 +111,7 @@ def nodes_of(hosts: Collection[str], node_names: Sequence[str]) -> list[str]:
 def _asked(facts: Mapping[str, str], run_dir: Path) -> str:
     """The batch shell's traps write the signal into the stop file; of a GraceTime it hears nothing."""
     path = run_dir / stop_file.NAME
-    word = path.read_text().strip() if path.exists() else ""
+    word = fsio.read_mark(path).decode(errors="replace").strip() if path.exists() else ""
     if word.startswith("SIG"):
         return word
     return "preempted" if "PreemptTime" in facts else ""

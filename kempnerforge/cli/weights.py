@@ -108,7 +108,7 @@ def _export_hf(
     config = view.config()
     model = _model_of(config, view.path)
     dtype = dtype or _export_dtype(config, view.path)
-    tokens = _tokenizer_files(config, model, tokenizer)
+    tokens = _tokenizer_files(view, config, model, tokenizer)
     body = hf.to_hf_config(model, dtype=dtype.torch, eos_token_id=tokens.eos_token_id)
     generation = {"_from_model_config": True, "eos_token_id": tokens.eos_token_id}
     with text.progress("exporting") as progress:
@@ -210,15 +210,17 @@ class _Tokens:
     files: dict[str, bytes] = field(default_factory=dict)
 
 
-def _tokenizer_files(config: Mapping[str, Any], model: ModelConfig, asked: Path | None) -> _Tokens:
+def _tokenizer_files(
+    view: StepView, config: Mapping[str, Any], model: ModelConfig, asked: Path | None
+) -> _Tokens:
     """The tokenizer that was asked for, else the run's; without files where it was the byte tokenizer."""
     from kempnerforge.data.tokenizer import BYTES, load_tokenizer
 
-    table = config.get("data", {})
+    table, recorded = config.get("data", {}), view.manifest.provenance.tokenizer
     named = table.get("tokenizer", BYTES) if table.get("text") is not None else None
     if asked is None and named in (None, BYTES):
         return _Tokens(load_tokenizer(BYTES).separator_id if named else None)
-    path = (asked or Path(str(named))).expanduser()
+    path = (asked or Path(recorded.get("path") or str(named))).expanduser()
     path = path / TOKENIZER if path.is_dir() else path
     if asked is None and not path.is_file():
         typer.echo(
@@ -230,11 +232,27 @@ def _tokenizer_files(config: Mapping[str, Any], model: ModelConfig, asked: Path 
         raise DataError(
             f"tokenizer {path}: {loaded.vocab_size} ids, and the model has {model.vocab_size}: not its own"
         )
+    _compare_tokenizer(path, loaded.digest, recorded.get("digest"), is_asked=asked is not None)
     files = {TOKENIZER: path.read_bytes()}
     for name in TOKENIZER_FILES[1:]:
         if path.with_name(name).is_file():
             files[name] = path.with_name(name).read_bytes()
     return _Tokens(loaded.separator_id, files)
+
+
+def _compare_tokenizer(path: Path, digest: str, recorded: str | None, *, is_asked: bool) -> None:
+    """Compare with the tokenizer that the run was trained with. Raises DataError unless asked for it."""
+    if recorded is None:
+        typer.echo(
+            f"whether {path} is the tokenizer of the run cannot be checked: the step records none", err=True
+        )
+    elif digest != recorded and is_asked:
+        typer.echo(f"{path} is not the tokenizer that the run was trained with; taken as asked", err=True)
+    elif digest != recorded:
+        raise DataError(
+            f"{path} is not the tokenizer that the run was trained with: its digest is {digest}, and was "
+            f"{recorded}. Put the old file back, or name one with --tokenizer FILE, which is taken as it is"
+        )
 
 
 def _parse_size(given: str) -> int:

@@ -41,4 +41,5 @@ class DistributedConfig(Section):
     layer counted."""
 
     timeout_s: Annotated[float, Field(gt=0, le=7 * 24 * 3600)] = 1800.0
-    """How long a rank waits for the others in a collective, in seconds."""
+    """How long a rank waits for the others in a collective, in seconds. For work of rank 0 alone, such as
+    tokenising, the others wait as long as it makes progress, and end after this time without."""

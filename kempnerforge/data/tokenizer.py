@@ -141,12 +141,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
     Raises :class:`DataError` if there is no such file or it is not a usable tokenizer.
     """
+    path = tokenizer_path(spec)
+    return ByteTokenizer() if path is None else HfTokenizer(path)
+
+
+def tokenizer_path(spec: str) -> Path | None:
+    """The file of the tokenizer that ``spec`` names, which need not exist; None for ``"bytes"``."""
     if spec == BYTES:
-        return ByteTokenizer()
+        return None
     path = Path(spec).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    return HfTokenizer(path)
+    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def _read_tokenizer_file(path: Path) -> bytes:

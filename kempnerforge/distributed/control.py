@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
+from kempnerforge.distributed.heartbeat import Heartbeat
+from kempnerforge.distributed.timeouts import timeout_of
 from kempnerforge.errors import KempnerForgeError
 
 T = TypeVar("T")
+
+_TIMEOUT_S = 1800.0
+"""For a group whose backend has no time-out: torch's own default."""
 
 
 class ControlGroup:
@@ -26,6 +33,7 @@ class ControlGroup:
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.num_ranks = dist.get_world_size(group) if group is not None else 1
+        self._heartbeat: Heartbeat | None = None
 
     def agree(self, flags: Sequence[int]) -> list[int]:
         """Element-wise maximum of every rank's integers: one small reduction."""
@@ -45,19 +53,32 @@ class ControlGroup:
     def on_rank0(self, work: Callable[[], T]) -> T:
         """Run ``work`` on rank 0 and give its result, or its error, to every rank.
 
-        Blocks: until rank 0 is done.
+        Blocks: until rank 0 is done, however long that takes while it goes on (``heartbeat``).
+        Raises TimeoutError on the others when ``work`` has made no progress for the group's time-out.
         """
-        outcome: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                outcome[0] = work()
-            except Exception as error:  # noqa: BLE001 - whatever it is, every rank must learn of it
-                outcome[1] = error
-        if self.group is not None:
-            dist.broadcast_object_list(outcome, group_src=0, group=self.group)
+        outcome = _outcome_of(work) if self.group is None else self._share(self.group, work)
         if outcome[1] is not None:
             raise as_agreed(outcome[1])
         return outcome[0]
+
+    def _share(self, group: dist.ProcessGroup, work: Callable[[], Any]) -> list[Any]:
+        """Result and error of ``work`` on rank 0, on every rank."""
+        timeout = timeout_of(group)
+        timeout_s = timeout.total_seconds() if timeout is not None else _TIMEOUT_S
+        if self._heartbeat is None:
+            # A name of its own: other objects may use this group, and an earlier one of its name this store.
+            names: list[Any] = [secrets.token_hex(8)]
+            dist.broadcast_object_list(names, group_src=0, group=group)
+            store = PrefixStore(f"kempnerforge/heartbeat/{names[0]}", _get_default_store())
+            self._heartbeat = Heartbeat(store)
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            with self._heartbeat.working(timeout_s):
+                outcome = _outcome_of(work)
+        else:
+            self._heartbeat.wait(timeout_s)
+        dist.broadcast_object_list(outcome, group_src=0, group=group)
+        return outcome
 
     def raise_together(self, error: Exception | None) -> None:
         """Raise on every rank when any rank has an error: its own, or else the lowest rank's."""
@@ -68,6 +89,14 @@ class ControlGroup:
             if error is not None:
                 raise as_agreed(error)
             raise as_agreed(found) if isinstance(found, Exception) else RuntimeError(f"rank {rank}: {found}")
+
+
+def _outcome_of(work: Callable[[], Any]) -> list[Any]:
+    """The result, or the error, of ``work``: the other is None."""
+    try:
+        return [work(), None]
+    except Exception as error:  # noqa: BLE001 - whatever it is, every rank must learn of it
+        return [None, error]
 
 
 def as_agreed(error: Exception) -> Exception:

@@ -18,6 +18,7 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 
+from kempnerforge.printable import printable
 from kempnerforge.telemetry.console_text import commit_line, eval_line, is_non_finite, train_fields
 from kempnerforge.telemetry.sinks import Row
 
@@ -102,7 +103,7 @@ class ConsoleSink:
             if self._live:
                 self._console.control(_ERASE_LINE)
             # soft_wrap: the terminal breaks long lines, a log file keeps them whole.
-            self._console.print(Text(text, style=style), soft_wrap=True)
+            self._console.print(Text(printable(text, lines=True), style=style), soft_wrap=True)
             if self._progress is not None:
                 self._draw()
 

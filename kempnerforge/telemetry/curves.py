@@ -5,6 +5,7 @@ Parsed by pydantic's parser: half of a gigabyte of rows took it 2 s, and ``json`
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from pydantic_core import from_json
 
+from kempnerforge import fsio
 from kempnerforge.telemetry.jsonl import decode_value, last_step_that_counts
 
 
@@ -34,7 +36,7 @@ class Curves:
 
 
 def read_curves(path: Path, keys: Sequence[str], resumes: Mapping[int, int]) -> Curves:
-    """The metrics ``keys`` of a ``metrics.jsonl``; torn lines are left out. No file is no rows.
+    """The metrics ``keys`` of a ``metrics.jsonl``; lines that are no rows are left out. No file is no rows.
 
     Args:
         resumes: attempt -> the step it resumed from, as for ``effective_rows``.
@@ -45,7 +47,7 @@ def read_curves(path: Path, keys: Sequence[str], resumes: Mapping[int, int]) -> 
     found = Curves({key: Curve() for key in keys}, {key: {} for key in keys})
     last: dict[int, float] = {}
     try:
-        file = path.open("rb")
+        file = os.fdopen(fsio.open_to_read(path), "rb")
     except FileNotFoundError:
         return found
     with file:
@@ -54,7 +56,7 @@ def read_curves(path: Path, keys: Sequence[str], resumes: Mapping[int, int]) -> 
                 row = from_json(line)
             except ValueError:  # torn
                 continue
-            if not isinstance(row, dict) or not {"step", "attempt"} <= row.keys():
+            if not isinstance(row, dict) or not all(type(row.get(key)) is int for key in ("step", "attempt")):
                 continue
             step, attempt = row["step"], row["attempt"]
             if attempt not in last:

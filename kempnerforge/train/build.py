@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +23,11 @@ from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids
 from kempnerforge.data.order import ids_digest
 from kempnerforge.data.prepare import prepare_cached
-from kempnerforge.data.tokenizer import load_tokenizer
+from kempnerforge.data.tokenizer import load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.world import World, collectives_issued
 from kempnerforge.errors import DataError, KempnerForgeError, LeaseLostError
+from kempnerforge.printable import printable
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.control import Control
@@ -95,7 +97,7 @@ def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -
         first_global_batch_size=first_size,
         checkpoint_dir=job.checkpoint.dir,
         run_name=job.run.name,
-        note=lambda text: print(text, flush=True),
+        note=lambda text: print(printable(text, lines=True), flush=True),
     )
     if job.train.global_batch_size is None:
         job = job.with_global_batch_size(record.global_batch_size)
@@ -142,7 +144,7 @@ def _assemble(
         state=state,
         run_dir=folder,
         control_group=world.control.group,
-        context=_context(job, world, geometry, record),
+        context=_context(job, world, geometry, record, dataset),
         lease=lease,
         requests=stopping.requests,
     )
@@ -254,16 +256,28 @@ def _peak_flops(device: torch.device) -> float | None:
     return peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def _context(job: JobConfig, world: World, geometry: Geometry, record: RunRecord) -> RunContext:
+def _context(
+    job: JobConfig, world: World, geometry: Geometry, record: RunRecord, dataset: TokenDataset
+) -> RunContext:
     return RunContext(
         run_id=record.run_id,
         attempt=record.attempt,
         layout=_layout(geometry, world),
         versions=versions(world.device),
         config_toml=job.to_toml(),
+        tokenizer=_tokenizer(job, dataset),
         allow_changed_data=job.data.allow_changed,
         explain_data=explain_difference,
     )
+
+
+def _tokenizer(job: JobConfig, dataset: TokenDataset) -> dict[str, str]:
+    """What an export needs to know the tokenizer of the run again."""
+    if dataset.index is None:  # .npy shards do not say
+        return {}
+    path = tokenizer_path(job.data.tokenizer) if job.data.text is not None else None
+    digest = {"digest": dataset.index.tokenizer_digest}
+    return digest if path is None else {**digest, "path": os.path.abspath(path)}
 
 
 def _layout(geometry: Geometry, world: World) -> dict[str, int]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.config.scheduler import lr_at
 from kempnerforge.distributed.control import as_agreed
 from kempnerforge.errors import NonFiniteError, RunFolderError
 from kempnerforge.telemetry.flops import mfu
@@ -15,7 +16,6 @@ from kempnerforge.telemetry.spans import Spans
 from kempnerforge.train.build import Run
 from kempnerforge.train.control import Agreed
 from kempnerforge.train.evaluation import validation_loss
-from kempnerforge.train.optim import lr_at
 from kempnerforge.train.step import UpdateResult
 
 

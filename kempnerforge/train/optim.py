@@ -1,8 +1,7 @@
-"""The optimizer and the learning rate of every step."""
+"""The optimizer of the model's parameters."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from torch import nn
 from kempnerforge.checkpoint.optimizer_state import make_state
 
 if TYPE_CHECKING:
-    from kempnerforge.config.schema import OptimizerConfig, SchedulerConfig
+    from kempnerforge.config.schema import OptimizerConfig
 
 FUSED_DEVICES = ("cpu", "cuda")
 HYPERPARAMETERS = (
@@ -55,27 +54,3 @@ def build_optimizer(
     )
     make_state(optimizer)
     return optimizer
-
-
-def lr_at(step: int, config: SchedulerConfig, *, base_lr: float, max_steps: int) -> float:
-    """Learning rate of the update that turns ``step`` into ``step + 1``.
-
-    A linear warmup that reaches ``base_lr`` in its last step, then the schedule's shape down to
-    ``min_lr_ratio * base_lr``: over the ``decay_steps`` after the warmup for cosine (arXiv:1608.03983) and
-    linear, over the last ``decay_steps`` of the run, linearly, for WSD (arXiv:2404.06395). After the decay it
-    stays at the minimum.
-    """
-    if step < config.warmup_steps:
-        return base_lr * (step + 1) / config.warmup_steps
-    if config.name == "constant":
-        return base_lr
-    decay_steps = config.resolved_decay_steps(max_steps)
-    start = config.warmup_steps
-    if config.name == "wsd":
-        start = max(start, max_steps - decay_steps)
-    progress = min(1.0, (step - start) / decay_steps) if decay_steps else 1.0
-    if config.name == "cosine":
-        remaining = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        remaining = 1 - max(0.0, progress)
-    return base_lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)

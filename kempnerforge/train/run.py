@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from kempnerforge.config.schedule_changes import when_continued
 from kempnerforge.config.schema import LoadedJob
 from kempnerforge.distributed.world import World, find_place
 from kempnerforge.errors import (
@@ -14,6 +15,7 @@ from kempnerforge.errors import (
     RunFolderError,
     StopRequestedError,
 )
+from kempnerforge.printable import printable
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.build import Run, build
 from kempnerforge.train.environment import keep_freed_memory, set_determinism
@@ -86,7 +88,7 @@ def _tell(error: KempnerForgeError, world: World | None) -> None:
     rank = world.rank if world is not None else 0
     if rank == 0:
         head = "" if isinstance(error, StopRequestedError) else "error: "
-        print(f"{head}{error}", file=sys.stderr, flush=True)
+        print(printable(f"{head}{error}", lines=True), file=sys.stderr, flush=True)
     elif not error.agreed:
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
 
@@ -119,7 +121,11 @@ def _goodbye(run: Run, stop: str | None) -> str:
     if len(run.eval_losses) > 1:
         (first_step, first), (_, last) = run.eval_losses[0], run.eval_losses[-1]
         learned = f" Validation loss {first:.4f} at step {first_step}, {last:.4f} now."
+    job = run.job
+    then = when_continued(
+        job.scheduler, base_lr=job.optimizer.lr, max_steps=job.train.max_steps, until=2 * step
+    )
     return (
         f"finished at step {step}.{learned} Files: {run.folder}. "
-        f"To go on: the same command with --train.max_steps={2 * step}"
+        f"To go on: the same command with --train.max_steps={2 * step}{f' ({then})' if then else ''}"
     )

@@ -27,13 +27,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import cross_entropy
 
+from kempnerforge.config.scheduler import lr_at
 from kempnerforge.config.schema import JobConfig, load_job
 from kempnerforge.data.loader import Batch, BatchLoader, Cursor
 from kempnerforge.data.tokens import open_dataset
 from kempnerforge.model.init import init_weights_
 from kempnerforge.model.llama import Llama
 from kempnerforge.train.environment import set_determinism
-from kempnerforge.train.optim import lr_at, parameter_groups
+from kempnerforge.train.optim import parameter_groups
 
 KEEP = 2
 METADATA = ".metadata"

@@ -357,6 +357,28 @@ def test_lease_file_deleted_is_lost(tmp_path: Path) -> None:
     held.release()
 
 
+@pytest.mark.parametrize("own_file", ["readable", "unreadable"])
+def test_lease_failed_renewal_still_finds_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_file: str
+) -> None:
+    """On NFS the renewal of a holder whose file was unlinked fails for ever, with ESTALE."""
+    held = lease.acquire(tmp_path, renew_every_s=0.02)
+
+    def fail(*_args: Any) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        if own_file == "unreadable":
+            patch.setattr(Path, "read_bytes", fail)
+        wait_until(lambda: "Stale file handle" in held.failing, "a renewal that fails")
+        assert held.lost == "", "a failed renewal alone ends no lease"
+        leave_behind(tmp_path, 2, **ELSEWHERE)
+        wait_until(lambda: held.lost, "the holder to learn of its successor")
+        assert "attempt 2 has taken" in held.lost
+    held.release()
+
+
 def test_lease_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="cannot be read"):
         lease.acquire(tmp_path / "missing")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -129,6 +131,36 @@ def test_write_image_asks_before_each_block(tmp_path: Path, fd: int) -> None:
     lanes, answers = Noted(), iter([False, True, False])
     write(tmp_path / "f", fd, lanes, 3, prompt=lambda: next(answers))
     assert lanes.prompt == [False, True, False]
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("refused", [1, 2])
+def test_write_image_refused_direct_write_is_buffered(
+    tmp_path: Path, fd: int, monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    """Some file systems open a file for direct writes and refuse the writes."""
+    pwrite, kinds = os.pwrite, []
+
+    def refuse_direct(fd: int, data: memoryview, offset: int) -> int:
+        kinds.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
+        if kinds[-1] and sum(kinds) >= refused:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuse_direct)
+    path = tmp_path / "f"
+    if not opens_direct(tmp_path):
+        pytest.skip("the file system of the test opens no file for direct writes")
+    write(path, fd, Lanes(), 4)
+    assert kinds == [True] * refused + [False] * (5 - refused)
+
+
+def opens_direct(folder: Path) -> bool:
+    try:
+        os.close(os.open(folder / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
 
 
 def test_write_image_slow_block_makes_rest_prompt(

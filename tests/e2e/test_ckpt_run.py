@@ -38,7 +38,12 @@ def ckpt(*arguments: object, status: int = 0) -> Any:
 @pytest.fixture(scope="module")
 def trained(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two processes up to step 4, then one up to step 6; saved at 2, 4 and 6."""
-    settings = {"checkpoint.interval": 2, "eval.interval": 2, "train.max_steps": 4}
+    settings = {
+        "checkpoint.interval": 2,
+        "eval.interval": 2,
+        "train.max_steps": 4,
+        "scheduler.name": "cosine",
+    }
     run = make_run(tmp_path_factory.mktemp("trained"), corpus, **settings)
     launcher.finish(run, ranks=2)
     launcher.finish(run, "--train.max_steps=6", ranks=1)
@@ -60,6 +65,15 @@ def test_ckpt_ls_verify_du_describe_real_run(trained: Run) -> None:
         kinds = one["bytes"]
         assert kinds["optimizer"] > 1.9 * kinds["model"] > 0
         assert kinds["rng"] > 0
+
+
+def test_resume_longer_run_learning_rate_change_said(trained: Run) -> None:
+    receipt = trained.receipts()[-1]
+    before, now = receipt["learning_rate"]
+    assert before < now, "a cosine to step 4 was at its end"
+    logged = [row["train/lr"] for row in trained.rows() if row["step"] == 5 and "train/lr" in row]
+    assert logged == [now]
+    assert receipt["keeps_schedule"].startswith("scheduler.decay_steps = ")
 
 
 def test_ckpt_diff_steps_of_two_layouts_compares_content(trained: Run) -> None:

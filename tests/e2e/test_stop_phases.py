@@ -141,6 +141,56 @@ def test_stop_signal_during_validation_commits_step(launcher: Launcher, corpus: 
     assert run.committed() == [3]
 
 
+BATCHES, MICRO_BATCHES = 100, 2
+"""Of a validation, and of each batch on each rank."""
+VALIDATING = {"eval.interval": 3, "eval.num_batches": BATCHES}
+
+
+def slow_validation(tmp_path: Path) -> Fault:
+    """The second validation takes longer than ``shutdown_timeout_s``."""
+    quick = BATCHES * MICRO_BATCHES
+    return ("slow_validation", {"seconds": 0.5, "quick": quick, "log": str(tmp_path / "validated")})
+
+
+def validated(tmp_path: Path, rank: int) -> int:
+    """Micro-batches of validations that a rank has begun."""
+    path = tmp_path / f"validated.{rank}"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def is_validating(tmp_path: Path) -> Callable[[], bool]:
+    """Whether the second validation is under way."""
+    return lambda: validated(tmp_path, 0) > BATCHES * MICRO_BATCHES
+
+
+def assert_broken_off(run: Run, tmp_path: Path) -> None:
+    """The second validation, of step 3, ended early, after the same batch on both ranks, and has no row."""
+    assert run.committed() == [3]
+    assert validated(tmp_path, 0) == validated(tmp_path, 1) < 2 * BATCHES * MICRO_BATCHES
+    assert [row["step"] for row in run.rows() if "eval/loss" in row] == [0]
+
+
+def test_stop_signal_breaks_long_validation_off(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "case", corpus, **SETTINGS | VALIDATING)
+    attempt = launcher.start(run, ranks=2, faults=[slow_validation(tmp_path)])
+    wait_for(is_validating(tmp_path), attempt)
+    attempt.signal(signal.SIGTERM, rank=1)
+    assert_stopped(run, attempt.wait(WAIT_S), "SIGTERM")
+    assert_broken_off(run, tmp_path)
+
+
+def test_last_step_is_committed_before_it_is_validated(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    more = {"train.max_steps": 3, "eval.interval": 3}
+    run = make_run(tmp_path / "case", corpus, **SETTINGS | more)
+    attempt = launcher.start(run, ranks=2, faults=[stuck(tmp_path, EVALUATE, call=2)])
+    wait_for(is_stuck(tmp_path, 0, 1), attempt)
+    assert run.sound() == [3]
+    attempt.kill()
+    attempt.wait(WAIT_S)
+
+
 def test_stop_signal_during_last_commit_changes_nothing(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
@@ -356,18 +406,40 @@ def fake_squeue(folder: Path, script: str) -> Fault:
     return ("set_environment", {"values": {"PATH": path, "SLURM_JOB_ID": "77"}})
 
 
-def test_deadline_slurm_job_end_moved_is_noticed(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
-    """The end of the job is requested again and again."""
-    # An end in a day; then somebody moves it to three seconds from now.
+def job_that_ends(tmp_path: Path) -> list[Fault]:
+    """A SLURM job that ends in a day, until ``move_end``."""
     script = f"test -e {tmp_path}/moved && cat {tmp_path}/moved || date -d '+1 day' +%Y-%m-%dT%H:%M:%S"
-    run = make_run(tmp_path / "run", corpus, **ENDLESS)
     often = ("set_value", {"target": ASK_EVERY_S, "value": 0.2})
-    attempt = launcher.start(run, ranks=2, faults=[fake_squeue(tmp_path / "bin", script), often])
-    wait_for(lambda: len(run.rows()) > 5, attempt)
+    return [fake_squeue(tmp_path / "bin", script), often]
+
+
+def move_end(tmp_path: Path) -> None:
+    """Have the job end three seconds from now."""
     soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 3))
     (tmp_path / "moved.new").write_text(soon)
     (tmp_path / "moved.new").rename(tmp_path / "moved")
+
+
+def test_deadline_slurm_job_end_moved_is_noticed(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+    """The end of the job is requested again and again."""
+    run = make_run(tmp_path / "run", corpus, **ENDLESS)
+    attempt = launcher.start(run, ranks=2, faults=job_that_ends(tmp_path))
+    wait_for(lambda: len(run.rows()) > 5, attempt)
+    move_end(tmp_path)
     assert_stopped(run, attempt.wait(WAIT_S), "deadline")
+
+
+def test_deadline_during_long_validation_breaks_it_off(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    """No step ends while a validation lasts: nobody else looks at the time."""
+    run = make_run(tmp_path / "run", corpus, **ENDLESS | VALIDATING)
+    faults = [slow_validation(tmp_path), *job_that_ends(tmp_path)]
+    attempt = launcher.start(run, ranks=2, faults=faults)
+    wait_for(is_validating(tmp_path), attempt)
+    move_end(tmp_path)
+    assert_stopped(run, attempt.wait(WAIT_S), "deadline")
+    assert_broken_off(run, tmp_path)
 
 
 def test_deadline_squeue_failure_is_only_a_note(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from support.ckpt_cli import Ckpt
 from support.run_files import tensor_digests
 from support.runs import Launcher, make_run
+from support.tokenizers import make_tokenizer
 from support.weight_cases import assert_equal, process, weights_of
 
 from kempnerforge.config.schema import ModelConfig
@@ -28,6 +29,23 @@ def load_model(step: Path) -> Llama:
     model = Llama(ModelConfig.model_validate(tomli.loads((step / "config.toml").read_text())["model"]))
     model.load_state_dict(weights_of(step))
     return model
+
+
+def test_export_of_run_finds_the_tokenizer_it_was_trained_with(
+    ckpt: Ckpt, launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    """The config names it relative to the folder that the run was started in; the export runs in another."""
+    file = tmp_path / "tok" / "tokenizer.json"
+    make_tokenizer(file)
+    run = make_run(
+        tmp_path, corpus, **SHORT, **{"data.tokenizer": "tok/tokenizer.json", "model.vocab_size": 300}
+    )
+    launcher.finish(run)
+    done = ckpt("export", run.step_folder(2), "--out", tmp_path / "hf")
+    assert (done.status, done.err) == (0, "")
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == file.read_bytes()
+    make_tokenizer(file, eos="<eos>")
+    assert ckpt("export", run.step_folder(2), "--out", tmp_path / "again").status == 2
 
 
 def test_export_and_import_carry_weights_to_another_run(

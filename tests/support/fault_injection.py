@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from support.crash.errno_shim import SlowShim
 from support.patch_target import patch_target, resolve
 
 RESUME = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.resume")
@@ -272,12 +273,12 @@ def failing_shards(name: str, *, rank: int | None, error: str = "ENOSPC") -> Non
 
 def slow_shards(seconds: float, *, rank: int | None) -> None:
     """Every write of a shard takes so much longer."""
-    _slow(WRITE_SHARD, seconds, rank)
+    slow_calls(WRITE_SHARD, seconds=seconds, rank=rank)
 
 
 def slow_staging(seconds: float, *, rank: int | None) -> None:
     """Every blocking copy to host buffers takes so much longer."""
-    _slow(COPY_TO_HOST, seconds, rank)
+    slow_calls(COPY_TO_HOST, seconds=seconds, rank=rank)
 
 
 def contended_shards(seconds: float, *, rank: int | None) -> None:
@@ -307,10 +308,39 @@ def contended_shards(seconds: float, *, rank: int | None) -> None:
 
 def slow_to_learn(seconds: float, *, rank: int | None) -> None:
     """Every look for the outcome of a save takes so much longer."""
-    _slow(READ_OUTCOME, seconds, rank)
+    slow_calls(READ_OUTCOME, seconds=seconds, rank=rank)
 
 
-def _slow(target: str, seconds: float, rank: int | None) -> None:
+def slow_disk(folder: str, *, rank: int | None, **how: Any) -> None:
+    """File operations of this process below ``folder`` take longer: see ``SlowShim``."""
+    if _here(rank):
+        SlowShim(folder, **how).install()
+
+
+def slow_validation(seconds: float, *, quick: int, log: str) -> None:
+    """Micro-batches of validations take longer, but for the first ``quick``; ``log`` gets a line of each."""
+    import torch
+
+    done = 0
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            if not torch.is_grad_enabled():
+                done += 1
+                with open(f"{log}.{os.environ['RANK']}", "a") as file:
+                    file.write(f"{done}\n")
+                if done > quick:
+                    time.sleep(seconds)
+            return original(*args, **kwargs)
+
+        return replacement
+
+    _wrap(CROSS_ENTROPY, make)
+
+
+def slow_calls(target: str, *, seconds: float, rank: int | None) -> None:
+    """Every call of ``module:function`` takes so much longer."""
     if not _here(rank):
         return
 
@@ -357,9 +387,10 @@ def set_value(target: str, value: Any) -> None:
     _wrap(target, lambda _old: value)
 
 
-def set_environment(values: dict[str, str]) -> None:
+def set_environment(values: dict[str, str], *, rank: int | None = None) -> None:
     """More environment variables."""
-    os.environ.update(values)
+    if _here(rank):
+        os.environ.update(values)
 
 
 def stuck_at(

@@ -61,14 +61,16 @@ def config_toml(model: Llama, extra: str = "") -> str:
     return render({"model": model.config.model_dump(mode="json")}) + extra
 
 
-def save(folder: Path, model: Llama, *, split: int = 1, step: int = 7, extra: str = "") -> Path:
+def save(
+    folder: Path, model: Llama, *, split: int = 1, step: int = 7, extra: str = "", **provenance: Any
+) -> Path:
     """A step with ``model``, each weight cut into ``split`` files: some by rows, some by columns."""
     state = {f"model.{name}": tensor.numpy() for name, tensor in model.state_dict().items()}
     boxes = {
         name: cut(array.shape, split, by_columns=place % 2 == 1)
         for place, (name, array) in enumerate(state.items())
     }
-    return write_step(folder, step, state=state, boxes=boxes, config=config_toml(model, extra))
+    return write_step(folder, step, state=state, boxes=boxes, config=config_toml(model, extra), **provenance)
 
 
 def cut(shape: Sequence[int], count: int, *, by_columns: bool) -> list[Box]:

@@ -190,6 +190,13 @@ def test_receipt_changes_reported() -> None:
         assert "may differ" in changed.lines()[-1]
 
 
+def test_receipt_learning_rate_change_said_with_numbers() -> None:
+    changed = Receipt(2, source="resume", learning_rate=[1e-4, 6e-4], keeps_schedule="decay_steps = 9")
+    line = "  learning rate of the next step: was 0.0001, is 0.0006"
+    assert f"{line} (to keep the old schedule: decay_steps = 9)" in changed.lines()
+    assert line in replace(changed, keeps_schedule="").lines()
+
+
 def test_receipt_last_logged_step_skips_other_lines(tmp_path: Path) -> None:
     """Torn lines and rows of other kinds do not count."""
     assert receipt.last_logged_step(tmp_path) == 0

@@ -9,6 +9,8 @@ import pytest
 from kempnerforge.config import rules
 from kempnerforge.config.geometry import derive_geometry
 from kempnerforge.config.model_changes import ModelChanges, model_changes
+from kempnerforge.config.schedule_changes import learning_rate_change, when_continued
+from kempnerforge.config.scheduler import SchedulerConfig
 from kempnerforge.config.schema import (
     DistributedConfig,
     Geometry,
@@ -472,3 +474,53 @@ def test_model_changes_compare_what_keys_mean(
 
 def test_model_changes_unreadable_table_not_compared() -> None:
     assert model_changes(BASE | {"dim": "wide"}, BASE) == ModelChanges()
+
+
+COSINE = {"optimizer": {"lr": 1e-3}, "scheduler": {"warmup_steps": 100}, "train": {"max_steps": 1000}}
+
+
+@pytest.mark.parametrize(
+    ("now", "step", "before", "after", "to_keep"),
+    [
+        ({"train": {"max_steps": 2000}}, 1000, 1e-4, 5.87e-4, "scheduler.decay_steps = 900"),
+        ({"train": {"max_steps": 2000}}, 550, 5.5e-4, 8.85e-4, "scheduler.decay_steps = 900"),
+        ({"optimizer": {"lr": 2e-3}}, 1000, 1e-4, 2e-4, ""),
+        ({"scheduler": {"warmup_steps": 100, "name": "constant"}}, 1000, 1e-4, 1e-3, ""),
+        ({"train": {"max_steps": 2000}}, 50, None, None, ""),  # both are in the warmup
+        ({"train": {"max_steps": 1000, "global_batch_size": 8}}, 1000, None, None, ""),
+    ],
+)
+def test_learning_rate_change_table_matches(
+    now: dict[str, Any], step: int, before: float | None, after: float | None, to_keep: str
+) -> None:
+    found = learning_rate_change(COSINE, COSINE | now, step)
+    if before is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert [found.before, found.now] == pytest.approx([before, after], rel=0.02)
+        assert found.to_keep == to_keep
+
+
+def test_learning_rate_change_unreadable_not_compared() -> None:
+    assert learning_rate_change(COSINE | {"scheduler": {"name": "unknown"}}, COSINE, 5) is None
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (
+            {"warmup_steps": 100},
+            "the learning rate then goes from 0.0001 to 0.000587; "
+            "it stays with --scheduler.decay_steps=900 as well",
+        ),
+        ({"warmup_steps": 100, "decay_steps": 900}, ""),
+        ({"name": "constant"}, ""),
+        ({"name": "wsd"}, "from 0.0001 to 0.001, because its decay comes last"),
+    ],
+)
+def test_schedule_continued_run_change_is_said(scheduler: dict[str, Any], expected: str) -> None:
+    config = SchedulerConfig.model_validate(scheduler)
+    said = when_continued(config, base_lr=1e-3, max_steps=1000, until=2000)
+    assert expected in said
+    assert bool(said) is bool(expected)

@@ -20,6 +20,7 @@ from kempnerforge.checkpoint.owner import OWNER_FILE, Owner
 from kempnerforge.checkpoint.receipt import Receipt, Rejected
 from kempnerforge.checkpoint.retention import Retention
 from kempnerforge.checkpoint.run_record import Parent, RunRecord
+from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.timeline import Cut
 from kempnerforge.errors import FolderOwnedError, NoSoundCheckpointError, RunFolderError
 
@@ -136,7 +137,7 @@ def test_owner_file_damaged_refused_and_named(
 def test_owner_left_by_kill_is_swept(tmp_path: Path) -> None:
     (tmp_path / f".{OWNER_FILE}.1234.tmp").write_text("{")
     claim.take(tmp_path, A, tmp_path / "a")
-    resume.sweep(tmp_path, attempt=1, owner=Owner(A))
+    StartCleanup(tmp_path, attempt=1, owner=Owner(A)).remove_leftovers()
     assert [path.name for path in tmp_path.iterdir()] == [OWNER_FILE]
 
 
@@ -277,15 +278,16 @@ def test_resume_foreign_damage_not_renamed(mixed: Path) -> None:
     assert theirs(mixed) == before
 
 
-def test_sweep_and_fence_leave_foreign_folders(mixed: Path) -> None:
+def test_start_cleanup_leaves_foreign_folders(mixed: Path) -> None:
     foreign = mixed / layout.temporary_name("step_00000020", 1)
     shutil.copytree(mixed / "step_00000010", foreign)
     doomed = mixed / ".step_00000021.deleting"
     shutil.copytree(mixed / "step_00000010", doomed)
     mine = mixed / layout.temporary_name("step_00000024", 1)
     mine.mkdir()
-    assert [path.name for path in timeline.fence(mixed, 9, Owner(A))] == [layout.fenced_name(mine.name, 9)]
-    resume.sweep(mixed, attempt=9, owner=Owner(A))
+    cleanup = StartCleanup(mixed, attempt=9, owner=Owner(A))
+    assert [path.name for path in cleanup.fence()] == [layout.fenced_name(mine.name, 9)]
+    cleanup.remove_leftovers()
     assert foreign.is_dir()
     assert doomed.is_dir()
     assert not mine.exists()

@@ -24,7 +24,7 @@ pytest_plugins = ["support.rollback_fixtures", "support.ckpt_fixtures"]
 
 @pytest.fixture
 def run(ended_run: Path) -> Path:
-    Ledger(ended_run, 1).write("commit", step=12)
+    Ledger(ended_run, 1).write("commit", step=12, total_s=0.1, blocking_s=0.1)
     return ended_run
 
 
@@ -72,7 +72,7 @@ def test_known_step_of_present_timeline(tmp_path: Path, case: str) -> None:
     for receipt in receipts:
         Receipt(**receipt).write(tmp_path)  # type: ignore[arg-type]
     for committed, attempt in commits:
-        Ledger(tmp_path, attempt).write("commit", step=committed)
+        Ledger(tmp_path, attempt).write("commit", step=committed, total_s=0.1, blocking_s=0.1)
     found = known_steps.newest_known(tmp_path)
     assert (found.step if found is not None else None) == step
     if step is None:

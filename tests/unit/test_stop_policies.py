@@ -19,9 +19,11 @@ from kempnerforge.slurm import deadline as slurm_deadline
 from kempnerforge.slurm.deadline import end_in_environment, parse_end
 from kempnerforge.slurm.job import SlurmJob
 from kempnerforge.train import deadline as deadline_module
+from kempnerforge.train import evaluation as evaluation_module
 from kempnerforge.train import progress as progress_module
 from kempnerforge.train import stop_file as stop_file_module
 from kempnerforge.train.deadline import Deadline, latest_start, p99
+from kempnerforge.train.evaluation import MOST_BATCHES, BreakableBatches, batches_between_looks
 from kempnerforge.train.hangs import who_lags
 from kempnerforge.train.progress import Place, Progress, limit_s
 from kempnerforge.train.stop import STOP_SIGNALS, Patience, StopSignals
@@ -282,3 +284,34 @@ def test_progress_activities_measured_separately(monkeypatch: pytest.MonkeyPatch
     assert progress.took_s("eval") == []
     progress.saved(12.0)
     assert progress.took_s("save") == [12.0]
+
+
+# -- validations -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "batches"),
+    [(90.0, 1), (1.0, 1), (0.3, 3), (0.05, 20), (1e-4, MOST_BATCHES), (0, MOST_BATCHES)],
+)
+def test_validation_looks_for_a_stop_once_a_second(seconds: float, batches: int) -> None:
+    assert batches_between_looks(seconds) == batches
+
+
+def test_validation_ends_at_the_look_that_says_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slowest rank decides after how many batches all ranks look again."""
+    clock = FakeClock().replace_in(monkeypatch, evaluation_module)
+    answers = iter([(False, 500), (False, 500), (True, 0)])
+    told: list[int] = []
+
+    def look(milliseconds: int) -> tuple[bool, int]:
+        told.append(milliseconds)
+        return next(answers)
+
+    batches: Any = BreakableBatches(range(100), look)  # type: ignore[arg-type]
+    seen = []
+    for number in batches:
+        clock.sleep(0.25)
+        seen.append(number)
+    assert batches.broken_off
+    assert seen == [0, 1, 2, 3, 4, 5, 6]  # looks after 1, 2 and 4 more
+    assert told == [250, 500, 1000]

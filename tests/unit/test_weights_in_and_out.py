@@ -22,6 +22,7 @@ from kempnerforge.checkpoint import holds
 from kempnerforge.checkpoint.float_cast import cast
 from kempnerforge.cli import app, ckpt_text
 from kempnerforge.config.schema import load_job
+from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.model.llama import Llama
 
 pytest_plugins = ["support.ckpt_fixtures"]
@@ -258,7 +259,9 @@ def test_export_tokenizer_of_run_included(ckpt: Ckpt, tmp_path: Path) -> None:
     file = tmp_path / "tok" / "tokenizer.json"
     make_tokenizer(file)
     step = save(tmp_path, make_model(vocab_size=400), extra=f'[data]\ntext = "x"\ntokenizer = "{file}"\n')
-    assert ckpt("export", step, "--out", tmp_path / "hf").status == 0
+    done = ckpt("export", step, "--out", tmp_path / "hf")
+    assert done.status == 0
+    assert "cannot be checked: the step records none" in done.err
     assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == file.read_bytes()
     loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -277,6 +280,42 @@ def test_export_tokenizer_of_run_included(ckpt: Ckpt, tmp_path: Path) -> None:
     done = ckpt("export", small, "--out", tmp_path / "no", "--tokenizer", tmp_path / "hf")
     assert done.status == 2
     assert "not its own" in done.err
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A step of a run that read text by ``tok/tokenizer.json``, relative to another folder; and that file."""
+    file = tmp_path / "project" / "tok" / "tokenizer.json"
+    make_tokenizer(file)
+    tokenizer = {"path": str(file), "digest": load_tokenizer(str(file)).digest}
+    extra = '[data]\ntext = "x"\ntokenizer = "tok/tokenizer.json"\n'
+    step = save(tmp_path, make_model(vocab_size=400), extra=extra, tokenizer=tokenizer)
+    make_tokenizer(tmp_path / "elsewhere" / "tok" / "tokenizer.json", eos="<eos>")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return step, file
+
+
+def test_export_from_other_folder_takes_the_runs_tokenizer(
+    ckpt: Ckpt, tmp_path: Path, trained: tuple[Path, Path]
+) -> None:
+    step, file = trained
+    done = ckpt("export", step, "--out", tmp_path / "hf")
+    assert (done.status, done.err) == (0, "")
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == file.read_bytes()
+
+
+def test_export_rebuilt_tokenizer_is_refused(ckpt: Ckpt, tmp_path: Path, trained: tuple[Path, Path]) -> None:
+    step, file = trained
+    make_tokenizer(file, eos="<eos>")
+    done = ckpt("export", step, "--out", tmp_path / "hf")
+    assert done.status == 2
+    assert f"{file} is not the tokenizer that the run was trained with" in done.err
+    assert "--tokenizer FILE" in done.err
+    assert not (tmp_path / "hf").exists()
+    done = ckpt("export", step, "--out", tmp_path / "hf", "--tokenizer", file)
+    assert done.status == 0
+    assert "taken as asked" in done.err
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == file.read_bytes()
 
 
 def test_export_byte_tokenizer_eos_is_separator(ckpt: Ckpt, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -273,6 +273,26 @@ class Shim:
         if reads:  # the object reads by itself, unseen
             self._meet("read", path)
         return _REAL_OPEN(file, mode, *args, **options)
+
+
+METADATA = (*_LOOKS, "open", *_NEW, *_GOES, "rename", "utime")
+"""Operations that a metadata server answers."""
+
+
+class SlowShim(Shim):
+    """Every operation of the given kinds, on paths below ``root`` that contain ``name``, takes longer."""
+
+    def __init__(
+        self, root: str, *, seconds: float, operations: Sequence[str] = METADATA, name: str = ""
+    ) -> None:
+        super().__init__(root)
+        self._seconds = seconds
+        self._slow = frozenset(operations)
+        self._name = name
+
+    def _meet(self, op: str, path: str | None) -> None:
+        if path is not None and op in self._slow and self._name in path:
+            time.sleep(self._seconds)
 
 
 def strikes_of(operations: list[Operation]) -> list[Strike]:

@@ -1,0 +1,92 @@
+"""How the learning rate differs between the config of a checkpoint and the config of a run. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from kempnerforge.config.optimizer import OptimizerConfig
+from kempnerforge.config.scheduler import SchedulerConfig, lr_at
+from kempnerforge.config.section import Section
+from kempnerforge.config.train import TrainConfig
+
+_S = TypeVar("_S", bound=Section)
+
+
+@dataclass(frozen=True)
+class LearningRateChange:
+    """The learning rate of one update under two configs."""
+
+    before: float
+    now: float
+    to_keep: str = ""
+    """What to set to keep the old schedule; empty where no key alone does."""
+
+
+def learning_rate_change(
+    stored: Mapping[str, Any], now: Mapping[str, Any], step: int
+) -> LearningRateChange | None:
+    """Compare the update that turns ``step`` into ``step + 1`` under two whole configs.
+
+    None when it is the same, or when this version cannot read one of them.
+    """
+    before, after = _Schedule.of(stored), _Schedule.of(now)
+    if before is None or after is None or before.lr_at(step) == after.lr_at(step):
+        return None
+    kept = after.keeping(before)
+    is_kept = kept is not None and kept.lr_at(step) == before.lr_at(step)
+    to_keep = f"scheduler.decay_steps = {kept.scheduler.decay_steps}" if kept is not None and is_kept else ""
+    return LearningRateChange(before.lr_at(step), after.lr_at(step), to_keep)
+
+
+def when_continued(scheduler: SchedulerConfig, *, base_lr: float, max_steps: int, until: int) -> str:
+    """What happens to the learning rate when a run that has ended at ``max_steps`` goes on to ``until``.
+
+    In words; empty when it stays what it is.
+    """
+    ended = _Schedule(scheduler, base_lr, max_steps)
+    longer = _Schedule(scheduler, base_lr, until)
+    was, is_now = ended.lr_at(max_steps), longer.lr_at(max_steps)
+    if was == is_now:
+        return ""
+    kept = longer.keeping(ended)
+    jump = f"the learning rate then goes from {was:.3g} to {is_now:.3g}"
+    if kept is not None and kept.lr_at(max_steps) == was:
+        return f"{jump}; it stays with --scheduler.decay_steps={kept.scheduler.decay_steps} as well"
+    return f"{jump}, because its decay comes last; to train on at the full rate, go back before the decay"
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    scheduler: SchedulerConfig
+    base_lr: float
+    max_steps: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> _Schedule | None:
+        try:
+            scheduler = _read(SchedulerConfig, config.get("scheduler", {}))
+            base_lr = _read(OptimizerConfig, config.get("optimizer", {})).lr
+            max_steps = _read(TrainConfig, config.get("train", {})).max_steps
+        except ValidationError:
+            return None
+        return cls(scheduler, base_lr, max_steps)
+
+    def lr_at(self, step: int) -> float:
+        return lr_at(step, self.scheduler, base_lr=self.base_lr, max_steps=self.max_steps)
+
+    def keeping(self, before: _Schedule) -> _Schedule | None:
+        """This schedule with the decay of ``before``; None where that is not up to ``max_steps``."""
+        decay_steps = before.scheduler.resolved_decay_steps(before.max_steps)
+        if self.scheduler.decay_steps is not None or decay_steps < 1:
+            return None
+        fixed = self.scheduler.model_copy(update={"decay_steps": decay_steps})
+        return _Schedule(fixed, self.base_lr, self.max_steps)
+
+
+def _read(section: type[_S], table: Mapping[str, Any]) -> _S:
+    known = {key: value for key, value in table.items() if key in section.model_fields}
+    return section.model_validate(known)

@@ -1,0 +1,94 @@
+"""Long work of one rank: the others wait for as long as it shows that it goes on.
+
+A collective ends after the time-out of its group, which is chosen for ranks that wait for each other in a
+step. Rank 0's own work may take longer: tokenising a corpus, watching another host's lease, deleting a large
+folder. So the others do not wait in a collective. They look at one key of the c10d store, which rank 0
+changes while it works, and give up when it has not changed for as long as the time-out.
+
+A thread of rank 0 makes the beats, and makes one only when the thread that works has used processor time
+since the last: a rank that hangs in the file system, is stopped or dead, beats no more. Store and not
+collective, because collectives of one group may not be issued from two threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+from torch.distributed.distributed_c10d import Store
+
+_KEY = "work"
+_DONE = "done"
+_BEATS_A_TIMEOUT = 10
+_LONGEST_BEAT_S = 10.0
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.001, 1.0
+_PAUSE_SHARE = 0.05
+"""Share of the time waited so far that a pause between two looks takes: thousands of ranks ask one store."""
+
+
+class Heartbeat:
+    """The beats of one rank's work, in a store of their own. All ranks count the works alike."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._number = 0
+
+    @contextlib.contextmanager
+    def working(self, timeout_s: float) -> Iterator[None]:
+        """Beat while the block runs, on the rank that works; at its end, also by an error, tell the others.
+
+        ``timeout_s``: how long the others wait for a beat.
+        """
+        self._number += 1
+        ended = threading.Event()
+        clock = time.pthread_getcpuclockid(threading.get_ident())
+        beat_s = min(timeout_s / _BEATS_A_TIMEOUT, _LONGEST_BEAT_S)
+        thread = threading.Thread(
+            target=self._beat, args=(self._number, clock, beat_s, ended), name="heartbeat", daemon=True
+        )
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self._store.set(_KEY, f"{self._number} {_DONE}")
+
+    def _beat(self, number: int, clock: int, beat_s: float, ended: threading.Event) -> None:
+        used_s, beats = time.clock_gettime(clock), 0
+        while not ended.wait(beat_s):
+            now_s = time.clock_gettime(clock)
+            if now_s == used_s:
+                continue
+            used_s, beats = now_s, beats + 1
+            try:
+                self._store.set(_KEY, f"{number} {beats}")
+            except RuntimeError:  # the store is gone, which ``working`` meets at its end
+                return
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when the work is done, on a rank that waits for it.
+
+        Blocks: for as long as the work goes on. Polls: a client that waits on the store holds its lock.
+        Raises TimeoutError when no beat has come for ``timeout_s``.
+        """
+        self._number += 1
+        last, began = "", time.monotonic()
+        changed = began
+        while True:
+            seen = self._store.get(_KEY).decode() if self._store.check([_KEY]) else ""
+            now = time.monotonic()
+            number, _, state = seen.partition(" ")
+            if seen and (int(number) > self._number or (int(number) == self._number and state == _DONE)):
+                return  # with a later number the rank that works is ahead by now
+            if seen != last:
+                last, changed = seen, now
+            elif now - changed > timeout_s:
+                raise TimeoutError(
+                    f"timed out waiting for rank 0: it has shown no progress for {timeout_s:g} s, "
+                    "the time-out of the process group (distributed.timeout_s)"
+                )
+            pause_s = min(max(_FIRST_PAUSE_S, _PAUSE_SHARE * (now - began)), _LAST_PAUSE_S, timeout_s / 10)
+            time.sleep(pause_s)
