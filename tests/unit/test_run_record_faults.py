@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 from support.rollback_fixtures import quiet
 
-from kempnerforge.checkpoint import layout, rollback, run_record
+from kempnerforge import fsio
+from kempnerforge.checkpoint import layout, lease, rollback, run_record
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.config.schema import JobConfig
-from kempnerforge.errors import EXIT_FINISHED, DataError
+from kempnerforge.errors import EXIT_FINISHED, DataError, RunFolderError
 from kempnerforge.train import run as running
 from kempnerforge.train.reports import build_reports
 from kempnerforge.train.run_folder import record_refusal
@@ -64,6 +66,19 @@ def test_refusal_that_cannot_be_recorded_passes(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     record_refusal(tmp_path / "checkpoints", tmp_path, DataError("no text"))
     assert os.listdir(tmp_path) == ["checkpoints"]
+
+
+def test_lease_listed_and_missing_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lease.1.json").write_text("")
+
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(fsio, "read_mark", stale)
+    monkeypatch.setattr(lease, "_MOST_LOOKS", 2)
+    monkeypatch.setattr(lease, "_LOOK_EVERY_S", 0.0)
+    with pytest.raises(RunFolderError, match=r"cannot be read: .*lease\.1\.json"):
+        lease.acquire(tmp_path)
 
 
 def test_undo_finds_steps_that_lookups_miss(ended_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from support.crash.errno_shim import DELAY, Operation, Shim, Strike
 from support.step_maker import flip_byte, resign, write_step
 
 from kempnerforge import CheckpointConfig, CheckpointManager, TrainState
-from kempnerforge.checkpoint import layout, pins, resume, rollback, run_record, verify
+from kempnerforge.checkpoint import layout, lease, pins, resume, rollback, run_record, verify
 from kempnerforge.cli import app
 from kempnerforge.errors import EXIT_BAD_CONFIG, EXIT_FAULT, KempnerForgeError
 
@@ -242,6 +242,7 @@ def strike(prepared: Path, scenario: str, base: Path, what: Strike) -> Outcome:
 
     def work() -> None:
         resume.RETRY_DELAYS_S = (0.01, 0.01, 0.01)
+        lease._MOST_LOOKS = 3
         before(scenario, run)
         shim = Shim(str(base), what)
         error, is_ours, status, told = "", True, 0, list[int]()
