@@ -39,6 +39,8 @@ RENEW_EVERY_S = 3.0
 STALE_AFTER_S = 30.0
 """Ten renewals: an overloaded file system may delay some. A fence makes even a wrong takeover harmless."""
 _LOOK_EVERY_S = 0.5
+_MOST_LOOKS = 180
+"""At a lease that is listed and missing: NFS caches a listing for 60 s."""
 _RELEASE_TRIES = 2
 
 _LEASE = re.compile(r"lease\.(\d+)\.json")
@@ -273,17 +275,24 @@ def _leases(run_dir: Path) -> dict[int, Path]:
 
 
 def _read_newest(run_dir: Path) -> _Seen | None:
-    """The highest lease; None when there is none."""
-    while leases := _leases(run_dir):
+    """The highest lease; None when there is none.
+
+    Raises OSError, also when a lease that is listed stays missing: nobody knows then who holds it.
+    """
+    failed = OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(run_dir))
+    for _ in range(_MOST_LOOKS):
+        if not (leases := _leases(run_dir)):
+            return None
         attempt = max(leases)
         try:
             return _Seen(attempt, fsio.read_mark(leases[attempt]))
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise
+            failed = error
         # It was unlinked meanwhile, so it has a successor, which a cached listing may show late.
         time.sleep(_LOOK_EVERY_S)
-    return None
+    raise failed
 
 
 def _name(newest: _Seen) -> str:

@@ -131,13 +131,6 @@ class Restorer:
             self.cleanup.warn(f"which steps are suspect is not known: {error}")
             return {}
 
-    def _lost_steps(self, step: int) -> int:
-        try:
-            return max(0, timeline.last_done_step(self._run_dir) - step)
-        except OSError as error:
-            self.cleanup.warn(f"how many steps are done again is not known: {error}")
-            return 0
-
     def _write(self, result: Receipt) -> None:
         result.warnings = list(self.cleanup.warnings)
         try:

@@ -59,7 +59,11 @@ class Reports:
 
     def proof(self, receipt: Receipt) -> Proof:
         """What of this attempt's losses can be compared with rows of an earlier one."""
-        return Proof.of(self._metrics, receipt) if self._metrics is not None else Proof()
+        try:
+            return Proof.of(self._metrics, receipt) if self._metrics is not None else Proof()
+        except OSError as error:
+            self.warn(f"losses are not compared with those before the resume: {error}")
+            return Proof()
 
     def lacks_validation(self, receipt: Receipt) -> bool:
         """Whether no attempt has logged ``eval/loss`` of the step that ``receipt`` resumes from, or tried to.
@@ -87,7 +91,11 @@ def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord)
         return Reports(SinkSet())
     console = ConsoleSink(job.train.max_steps, job.metrics.log_interval)
     metrics = folder / "metrics.jsonl"
-    sinks: list[Sink] = [console, JsonlSink(metrics, record.attempt, warn=console.warn)]
+    sinks: list[Sink] = [console]
+    try:
+        sinks.append(JsonlSink(metrics, record.attempt, warn=console.warn))
+    except OSError as error:  # as a full disk later on: it costs rows, never the run
+        console.warn(f"{metrics}: cannot write metrics ({error}); the rows of this attempt are lost")
     wandb = None
     if job.metrics.enable_wandb:
         wandb = WandbSink(
@@ -97,8 +105,7 @@ def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord)
             record.wandb_id,
             job.model_dump(mode="json"),
             record.attempt,
-            place=places(read_events(folder)).get(record.attempt, {}),
-            first_new_step=read_rows(metrics).next_step(record.wandb_first_attempt),
+            **_known_to_wandb(folder, record, metrics, console.warn),
             note=console.note,
             warn=console.warn,
         )
@@ -111,6 +118,19 @@ def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord)
         metrics=metrics,
         earlier=partial(_earlier, folder, record, metrics),
     )
+
+
+def _known_to_wandb(
+    folder: Path, record: RunRecord, metrics: Path, warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """Where the attempt runs and the first step that no earlier attempt has logged, as far as can be read."""
+    try:
+        place = places(read_events(folder)).get(record.attempt, {})
+        step = read_rows(metrics).next_step(record.wandb_first_attempt)
+    except OSError as error:
+        warn(f"what earlier attempts logged to wandb is not known: {error}")
+        return {"place": {}, "first_new_step": 0}
+    return {"place": place, "first_new_step": step}
 
 
 def _earlier(folder: Path, record: RunRecord, metrics: Path) -> Earlier:

@@ -7,7 +7,14 @@ import sys
 from kempnerforge.config.schedule_changes import when_continued
 from kempnerforge.config.schema import LoadedJob
 from kempnerforge.distributed.world import World, find_place
-from kempnerforge.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_STOPPED, KempnerForgeError, StopRequestedError
+from kempnerforge.errors import (
+    EXIT_FAULT,
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    KempnerForgeError,
+    RunFolderError,
+    StopRequestedError,
+)
 from kempnerforge.printable import printable
 from kempnerforge.train.book import AttemptBook
 from kempnerforge.train.build import Run, build
@@ -87,9 +94,15 @@ def _tell(error: KempnerForgeError, world: World | None) -> None:
 
 
 def _record(run: Run, status: int, reason: str) -> None:
-    """Only while the lease is held: ``run.json`` is the next attempt's as soon as it has taken over."""
+    """Only while the lease is held: ``run.json`` is the next attempt's as soon as it has taken over.
+
+    An error of it is a warning: how the attempt ends does not change.
+    """
     if run.world.rank == 0 and run.ckpt.holds_lease():
-        record_exit(run.folder, status=status, reason=reason, step=run.state.step)
+        try:
+            record_exit(run.folder, status=status, reason=reason, step=run.state.step)
+        except (OSError, RunFolderError) as error:
+            run.reports.warn(f"how this attempt ended is not recorded in {run.folder}: {error}")
 
 
 def _end_at_once(run: Run, why: str) -> None:

@@ -7,6 +7,7 @@ folder with what was promised. ``errno_training`` has the cases of the harness a
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -25,7 +26,7 @@ from support.crash.errno_shim import DELAY, Operation, Shim, Strike
 from support.step_maker import flip_byte, resign, write_step
 
 from kempnerforge import CheckpointConfig, CheckpointManager, TrainState
-from kempnerforge.checkpoint import layout, pins, resume, rollback, run_record, verify
+from kempnerforge.checkpoint import layout, lease, pins, resume, rollback, run_record, verify
 from kempnerforge.cli import app
 from kempnerforge.errors import EXIT_BAD_CONFIG, EXIT_FAULT, KempnerForgeError
 
@@ -241,6 +242,7 @@ def strike(prepared: Path, scenario: str, base: Path, what: Strike) -> Outcome:
 
     def work() -> None:
         resume.RETRY_DELAYS_S = (0.01, 0.01, 0.01)
+        lease._MOST_LOOKS = 3
         before(scenario, run)
         shim = Shim(str(base), what)
         error, is_ours, status, told = "", True, 0, list[int]()
@@ -370,6 +372,7 @@ def in_child(work: Callable[[], object], log: Path) -> str:
     if pid == 0:
         status = 1
         try:
+            gc.freeze()  # or a collection would copy all pages
             fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
             os.dup2(fd, 1)
             os.dup2(fd, 2)

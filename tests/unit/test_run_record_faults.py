@@ -1,0 +1,90 @@
+"""Records of a run that cannot be read or written cost the record, never the run."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.rollback_fixtures import quiet
+
+from kempnerforge import fsio
+from kempnerforge.checkpoint import layout, lease, rollback, run_record
+from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.config.schema import JobConfig
+from kempnerforge.errors import EXIT_FINISHED, DataError, RunFolderError
+from kempnerforge.train import run as running
+from kempnerforge.train.reports import build_reports
+from kempnerforge.train.run_folder import record_refusal
+
+pytest_plugins = ["support.rollback_fixtures"]
+
+JOB = JobConfig.model_validate({"run": {"name": "one"}, "data": {"text": "x"}})
+
+
+def test_unwritable_metrics_cost_rows_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    reports = build_reports(JOB, rank=0, folder=tmp_path, record=run_record.new())
+    reports.write({"step": 1, "train/loss": 2.5})
+    reports.close()
+    told = capsys.readouterr()
+    assert "cannot write metrics" in told.out + told.err
+    assert "2.5" in told.out
+
+
+def test_unreadable_metrics_compare_no_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    reports = build_reports(JOB, rank=0, folder=tmp_path, record=run_record.new())
+    receipt = Receipt(2, source="resume", step=4, lost_steps=2, rng="restored", next_batch="proved")
+    assert receipt.bitwise()
+    assert reports.proof(receipt).compare(5, 2.5) is None
+    told = capsys.readouterr()
+    assert "losses are not compared" in told.out + told.err
+
+
+@pytest.mark.parametrize("content", [None, "{"], ids=["missing", "torn"])
+def test_exit_that_cannot_be_recorded_warns(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / run_record.RUN_FILE).write_text(content)
+    warnings: list[str] = []
+    run: Any = SimpleNamespace(
+        world=SimpleNamespace(rank=0),
+        ckpt=SimpleNamespace(holds_lease=lambda: True),
+        folder=tmp_path,
+        state=SimpleNamespace(step=3),
+        reports=SimpleNamespace(warn=warnings.append),
+    )
+    running._record(run, EXIT_FINISHED, "finished")
+    (warning,) = warnings
+    assert "how this attempt ended is not recorded" in warning
+
+
+def test_refusal_that_cannot_be_recorded_passes(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    record_refusal(tmp_path / "checkpoints", tmp_path, DataError("no text"))
+    assert os.listdir(tmp_path) == ["checkpoints"]
+
+
+def test_lease_listed_and_missing_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lease.1.json").write_text("")
+
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr(fsio, "read_mark", stale)
+    monkeypatch.setattr(lease, "_MOST_LOOKS", 2)
+    monkeypatch.setattr(lease, "_LOOK_EVERY_S", 0.0)
+    with pytest.raises(RunFolderError, match=r"cannot be read: .*lease\.1\.json"):
+        lease.acquire(tmp_path)
+
+
+def test_undo_finds_steps_that_lookups_miss(ended_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollback.roll_back(ended_run, 4, note=quiet, progress=lambda *_: None)
+    with monkeypatch.context() as patched:  # as a client of NFS that remembers that a name was missing
+        patched.setattr(Path, "exists", lambda path: "rolledback" not in path.name)
+        undone = rollback.undo(ended_run, note=quiet)
+    assert undone.newest_step == 12
+    assert layout.committed_steps(ended_run / "checkpoints") == [12, 8, 4]
