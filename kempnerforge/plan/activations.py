@@ -18,7 +18,7 @@ full                   D/t
 =====================  =======================================================================================
 
 An element is 2 bytes under "bf16" and 4 under "fp32". Attention adds an fp32 number for every head, and each
-norm one for every token (as CUDA's fused kernel does; on the CPU norms keep fp32 copies). Tests count the rows
+norm one for every token (as CUDA's fused kernel does; on the CPU norms keep fp32 copies). Tests count rows
 against autograd for t = 1, the compiled ones on the CPU: what is kept there is up to the partitioner.
 """
 
