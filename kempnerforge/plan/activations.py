@@ -11,16 +11,15 @@ checkpointing          kept
 =====================  =======================================================================================
 none                   2D/t inputs of the norms + 2D inputs of the matrix products, gathered over tp
                        + (2Q + 2K)/t attention's inputs and output + 4F/t around SwiGLU
-none, compiled         2D/t + 2D [t > 1] + (2Q + 2K)/t + 2F/t: what is cheap is computed again
+none, compiled         as above with 3F/t: one result around SwiGLU is cheap and computed again
 selective              D/t the layer's input + (2Q + 2K + 2F)/t + 2D outputs of all matrix products
 selective, compiled    as above with D in place of 2D: nothing needs the last product
 full                   D/t
 =====================  =======================================================================================
 
 An element is 2 bytes under "bf16" and 4 under "fp32". Attention adds an fp32 number for every head, and each
-norm one for every token (as CUDA's fused kernel does; on the CPU norms keep fp32 copies). The eager rows are
-counted against autograd in tests for t = 1; what the compiler keeps is up to its partitioner, so the compiled
-rows are what it may be expected to do.
+norm one for every token (as CUDA's fused kernel does; on the CPU norms keep fp32 copies). Tests count rows
+against autograd for t = 1, the compiled ones on the CPU: what is kept there is up to the partitioner.
 """
 
 from __future__ import annotations
@@ -83,6 +82,5 @@ def _kept(model: ModelConfig, train: TrainConfig, tp: int, checkpointing: str) -
     if checkpointing == "selective":
         elements = dim / tp + attention + 2 * hidden + (dim if compiled else 2 * dim)
         return element_bytes(train) * elements + statistics
-    inputs = 2 * dim if tp > 1 or not compiled else 0
-    elements = 2 * dim / tp + inputs + attention + (2 if compiled else 4) * hidden
+    elements = 2 * dim / tp + 2 * dim + attention + (3 if compiled else 4) * hidden
     return element_bytes(train) * elements + statistics + 2 * 4 / tp

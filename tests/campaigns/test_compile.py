@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.ranks import run_ranks
+from support.step_memory import block_and_input, kept_by_autograd
 from support.tiny_model import (
     MODEL,
     TP_MODEL,
@@ -20,6 +21,9 @@ from support.tiny_model import (
     whole,
 )
 from torch import Tensor
+
+from kempnerforge.config.schema import ModelConfig
+from kempnerforge.plan import activations
 
 TO_COMPILE = MODEL.model_copy(update={"n_heads": 6, "n_kv_heads": 2, "head_dim": 6})
 """torch 2.13 compiles a single pair of rotary channels (one key head of width 2) into wrong gradients."""
@@ -59,3 +63,20 @@ def test_tensor_parallel_compiled_gradients_match() -> None:
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
             assert (gradient - expected[name]).norm() < 1e-5 * expected[name].norm(), name
+
+
+def _kept_and_planned(remat: str) -> tuple[int, float]:
+    """Bytes that a compiled block keeps for its backward pass of 64 tokens."""
+    config = ModelConfig(
+        dim=64, n_layers=1, n_heads=8, n_kv_heads=2, head_dim=16, ffn_hidden_dim=176, max_seq_len=32
+    )
+    train = train_config(activation_checkpointing=remat, compile_model=True)
+    block, inputs = block_and_input(config, train)
+    block.compile()
+    return kept_by_autograd(block, inputs), 64 * activations.kept_by_layer(config, train, 1)
+
+
+@pytest.mark.parametrize("remat", ["none", "selective"])
+def test_plan_compiled_activations_match_autograd(remat: str) -> None:
+    [(kept, planned)] = run_ranks(_kept_and_planned, 1, remat, timeout_s=300.0)
+    assert planned == pytest.approx(kept, rel=0.02)

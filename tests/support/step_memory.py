@@ -12,7 +12,8 @@ from support.live_storages import LiveStorages
 from support.tiny_model import FakeBatch
 from torch import Tensor, nn
 
-from kempnerforge.config.schema import JobConfig
+from kempnerforge.config.schema import JobConfig, ModelConfig, TrainConfig
+from kempnerforge.model.layers import RotaryEmbedding, TransformerBlock
 from kempnerforge.plan.memory import DeviceMemory, device_memory
 from kempnerforge.train.optim import build_optimizer
 from kempnerforge.train.placement import build_model
@@ -37,6 +38,31 @@ class FusedNorm(torch.autograd.Function):
 def fused_norm_forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     """In place of ``nn.RMSNorm.forward``."""
     return FusedNorm.apply(x, norm.weight.to(x.dtype))  # type: ignore[return-value]
+
+
+def block_and_input(model: ModelConfig, train: TrainConfig) -> tuple[TransformerBlock, tuple[Tensor, ...]]:
+    """A decoder layer, and what it takes for 2 sequences of 32 tokens."""
+    dtype = torch.bfloat16 if train.mixed_precision == "bf16" else torch.float32
+    block = TransformerBlock(model).to(dtype)
+    block.remat = train.activation_checkpointing
+    x = torch.zeros(2, 32, model.dim, dtype=dtype, requires_grad=True)
+    return block, (x * 1, *RotaryEmbedding(model)(32))
+
+
+def kept_by_autograd(block: TransformerBlock, inputs: tuple[Tensor, ...]) -> int:
+    """Bytes of all different memory that the graph of one forward pass holds, parameters left out."""
+    known = {one.untyped_storage().data_ptr() for one in (*block.parameters(), *inputs[1:])}
+    found: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = (storage.nbytes(), saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        block(*inputs)
+    return sum(size for size, _ in found.values())
 
 
 def peak_and_plan(tree: dict[str, Any]) -> tuple[int, str, DeviceMemory]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.step_memory import fused_norm_forward
+from support.step_memory import block_and_input, fused_norm_forward, kept_by_autograd
 from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.stage import _PipelineStageBase
@@ -28,7 +28,7 @@ from kempnerforge.config.schema import (
     load_job,
 )
 from kempnerforge.config.stages import STAGES_PER_RANK, make_stages
-from kempnerforge.model.layers import Remat, RotaryEmbedding, TransformerBlock
+from kempnerforge.model.layers import Remat, TransformerBlock
 from kempnerforge.model.llama import Llama
 from kempnerforge.plan import activations, tensors
 from kempnerforge.plan.memory import device_memory
@@ -107,30 +107,6 @@ def test_plan_local_numel_matches_torch_chunks(model: str | None, layout: Geomet
             held += mine
         copies += (layout.tp - 1) * sum(one.numel for one in parameters if one.tp_dim is None)
     assert held - copies == config.num_parameters
-
-
-def block_and_input(model: ModelConfig, train: TrainConfig) -> tuple[TransformerBlock, tuple[Tensor, ...]]:
-    dtype = torch.bfloat16 if train.mixed_precision == "bf16" else torch.float32
-    block = TransformerBlock(model).to(dtype)
-    block.remat = train.activation_checkpointing
-    x = torch.zeros(2, 32, model.dim, dtype=dtype, requires_grad=True)
-    return block, (x * 1, *RotaryEmbedding(model)(32))
-
-
-def kept_by_autograd(block: TransformerBlock, inputs: tuple[Tensor, ...]) -> int:
-    """Bytes of all different memory that the graph of one forward pass holds, parameters left out."""
-    known = {one.untyped_storage().data_ptr() for one in (*block.parameters(), *inputs[1:])}
-    found: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(saved: Tensor) -> Tensor:
-        storage = saved.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = (storage.nbytes(), saved)
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        block(*inputs)
-    return sum(size for size, _ in found.values())
 
 
 def kept_for_recomputation(block: TransformerBlock, inputs: tuple[Tensor, ...]) -> int:
