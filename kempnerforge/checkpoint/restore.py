@@ -105,10 +105,13 @@ class Restorer:
             lambda: timeline.cuts(self._run_dir), what=f"the timeline of {self._run_dir}"
         )
         for delay_s in (*resume.RETRY_DELAYS_S, None):
-            self.cleanup.set_aside_late(cuts, run_id=self._context.run_id, commits=self._commits)
+            resume.with_retries(lambda: self._set_aside_late(cuts), what=str(self._folder))
             if not self.cleanup.unreadable or delay_s is None:
                 break
             time.sleep(delay_s)
+
+    def _set_aside_late(self, cuts: Sequence[timeline.Cut]) -> None:
+        self.cleanup.set_aside_late(cuts, run_id=self._context.run_id, commits=self._commits)
 
     def _choose(self, rejected: list[receipt.Rejected]) -> tuple[Found | None, list[receipt.Rejected]]:
         found = resume.choose(
