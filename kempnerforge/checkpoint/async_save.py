@@ -384,7 +384,7 @@ class AsyncCheckpointer:
                 group = _gloo_group(group)  # NCCL reduces nothing on the host
             control = ControlGroup(group)
             if group is not None:
-                prefix = control.on_rank0(lambda: secrets.token_hex(8))
+                prefix = control.on_rank0(lambda: secrets.token_hex(8), brief=True)
                 self._board = StoreBoard(_get_default_store(), prefix)
             self._control = control
         return self._control

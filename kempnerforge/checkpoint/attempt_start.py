@@ -130,9 +130,14 @@ def _begin_attempt(
         fsio.make_folder(folder)
         known = _identity_of(folder, wanted) if options.adopt else _Identity()
         if not options.adopt and run_record.read(folder) is None and (folder / "checkpoints").exists():
+            steps = layout.committed_steps(folder / "checkpoints")
+            fork = ""
+            if steps:
+                newest = folder / "checkpoints" / layout.step_name(max(steps))
+                fork = f", go on in a run of its own (kempnerforge ckpt fork {newest} NEW_RUN)"
             raise RunFolderError(
                 f"{folder} has checkpoints but no {RUN_FILE}: it is not known whose they are. Put "
-                f"{RUN_FILE} back, or give the run another name (--run.name=NEW)"
+                f"{RUN_FILE} back{fork}, or give the run another name (--run.name=NEW)"
             )
         after_attempt = max(timeline.last_attempt(folder), known.last_attempt)
         lease = acquire(folder, after_attempt=after_attempt, note=note, rename_hint=options.rename_hint)

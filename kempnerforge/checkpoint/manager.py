@@ -226,7 +226,7 @@ class CheckpointManager:
         requested, since_ms, settled, lost, *pace = agreed
         self._saver.clock.boundary(step)
         if lost:
-            why = self._control.on_rank0(lambda: self._lease.lost if self._lease is not None else "")
+            why = self._control.on_rank0(lambda: self._lease.lost if self._lease else "", brief=True)
             raise as_agreed(LeaseLostError(why))
         if self._own is not None:
             meter = self._saver.clock.meter
@@ -284,7 +284,9 @@ class CheckpointManager:
             self._request_file().take()
         if reason == "asked" and self._own is not None and state.step == self._saver.committed_step:
             self._own.warn(f"step {state.step} is committed already, and is not written again")
-        skipped = "" if wait else self._control.on_rank0(lambda: self._housekeeping.no_room(state.step))
+        skipped = ""
+        if not wait:
+            skipped = self._control.on_rank0(lambda: self._housekeeping.no_room(state.step), brief=True)
         if skipped:
             return self._saver.skip(state.step, reason, skipped)
         return self._saver.save(self._snapshot(state, reason, wait), reason=reason, wait=wait)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kempnerforge.config.checkpoint_rules import why_best_has_no_choice
 from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.reference import json_schema
 from kempnerforge.config.run import PLACEHOLDER
@@ -100,6 +101,8 @@ def _facts(job: JobConfig, world_size: int | None) -> list[str]:
             f"global batch: {layout.global_batch_size} sequences ({tokens:,} tokens),"
             f" {layout.accumulation_steps} x batch_size {job.train.batch_size} on each data-parallel rank",
         ]
+    if why := why_best_has_no_choice(job.checkpoint, job.eval, job.train):
+        facts.append(f"warning: checkpoint.keep_best_n has nothing to choose from: {why}")
     if job.run.dir and (found := PLACEHOLDER.findall(job.run.dir)):
         facts.append(f"run.dir: {', '.join(f'{{{name}}}' for name in found)} is filled in by the SLURM job")
     return facts

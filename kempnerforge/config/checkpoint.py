@@ -127,7 +127,8 @@ class CheckpointConfig(Section):
 
     save_timeout_s: Positive | Literal["auto"] = "auto"
     """Seconds after which a save that is still being written is given up, on all ranks; training goes on.
-    "auto": 10 times what the rank with most bytes needs at the slowest rate of the last saves, at least 600."""
+    "auto": 10 times what the rank with most bytes needs at the slowest rate of earlier saves, at least
+    600."""
 
     max_failed_saves: AtLeastOne = 3
     """Failed saves in a row after which the run stops."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -147,6 +148,28 @@ def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> lis
         problem = f'"{metric}" is never taken: eval.interval is 0'
         return [Fault("checkpoint.best_metric", problem, "set eval.interval, or choose a train/ metric")]
     return []
+
+
+def why_best_has_no_choice(checkpoint: CheckpointConfig, eval: EvalConfig, train: TrainConfig) -> str:
+    """Why ``keep_best_n`` has no choice: no step before the last is both saved and validated. Or empty.
+
+    No fault: with ``save_last`` the last step is both. Saves by time may be at any step.
+    """
+    by_time = checkpoint.interval_minutes is not None or checkpoint.interval == "auto"
+    metric, every = checkpoint.best_metric or "", _every(checkpoint)
+    if checkpoint.keep_best_n is None or by_time or not metric.startswith("eval/"):
+        return ""
+    steps = [
+        *checkpoint.at_steps,
+        *_window_steps(checkpoint),
+        *([math.lcm(every, eval.interval)] if every else []),
+    ]
+    if any(0 < step < train.max_steps and step % eval.interval == 0 for step in steps):
+        return ""
+    return (
+        f"no step before the last is both saved and validated (checkpoint.interval {every}, eval.interval "
+        f"{eval.interval}): make one a multiple of the other"
+    )
 
 
 def exclusions_have_a_source(checkpoint: CheckpointConfig) -> list[Fault]:

@@ -50,13 +50,20 @@ class ControlGroup:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def on_rank0(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T], *, brief: bool = False) -> T:
         """Run ``work`` on rank 0 and give its result, or its error, to every rank.
 
         Blocks: until rank 0 is done, however long that takes while it goes on (``heartbeat``).
         Raises TimeoutError on the others when ``work`` has made no progress for the group's time-out.
+        ``brief``: ``work`` never blocks. The others wait in the broadcast itself, which is quicker.
         """
-        outcome = _outcome_of(work) if self.group is None else self._share(self.group, work)
+        if self.group is None:
+            outcome = _outcome_of(work)
+        elif brief:
+            outcome = _outcome_of(work) if self.rank == 0 else [None, None]
+            dist.broadcast_object_list(outcome, group_src=0, group=self.group)
+        else:
+            outcome = self._share(self.group, work)
         if outcome[1] is not None:
             raise as_agreed(outcome[1])
         return outcome[0]

@@ -40,12 +40,17 @@ def kept_by_layer(model: ModelConfig, train: TrainConfig, tp: int) -> float:
 
 
 def working_set(model: ModelConfig, train: TrainConfig, tp: int) -> float:
-    """Bytes a token that the backward pass of one layer needs on top: what it computes again, and gradients.
-
-    The gradients are those around SwiGLU, where most live at once: three of width F, and two of width D.
-    """
+    """Bytes a token on top, in the backward pass of one layer: what it computes again, and gradients."""
     again = _kept(model, train, tp, "none") - kept_by_layer(model, train, tp)
-    return max(0.0, again) + element_bytes(train) * (3 * model.ffn_dim / tp + 2 * model.dim)
+    return max(0.0, again) + temporaries(model, train, tp)
+
+
+def temporaries(model: ModelConfig, train: TrainConfig, tp: int) -> float:
+    """Bytes a token around SwiGLU, where most live at once: three of width F, and two of width D.
+
+    In the backward pass they are gradients; in a forward pass without gradients, results.
+    """
+    return element_bytes(train) * (3 * model.ffn_dim / tp + 2 * model.dim)
 
 
 def kept_by_head(model: ModelConfig, train: TrainConfig, tp: int) -> float:

@@ -16,6 +16,9 @@ Stages of ``torch.distributed.pipelining`` reduce gradients once, after the last
 stay gathered meanwhile, and whole fp32 gradients add up from the first backward pass on. Every microbatch
 between its forward and its backward pass keeps its activations, and on the last stage its logits and their
 log-probabilities too. So the schedule is gone through action by action.
+
+A pipeline's **validation** needs no gradients, but its schedule has receive buffers of its own, beside those
+of training, and keeps what every stage hands on until the last microbatch has passed.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class Moment:
     """What is there beside weights, optimizer state and receive buffers, in bytes."""
 
     name: str
-    """ "loss", "head", "backward", "reduction", "end" or "update"."""
+    """ "loss", "head", "backward", "reduction", "end", "update" or "validation"."""
     gradients: float = 0
     """This rank's shards of them."""
     gathered: float = 0
@@ -77,6 +80,7 @@ class _Sizes:
         self.kept_head = tokens * activations.kept_by_head(model, train, tp)
         self.boundary = tokens * activations.boundary(model, train, tp)
         self.working = tokens * activations.working_set(model, train, tp)
+        self.temporaries = tokens * activations.temporaries(model, train, tp)
         self.logits = tokens * activations.logits(model, train, tp)
         self.log_probs = tokens * activations.log_probs(model, tp)
         self.update = 0 if job.optimizer.fused else self.layers * self.local_layer + self.local_outer
@@ -144,6 +148,16 @@ def pipeline_moments(
         yield Moment("end", 0, _reduction(sizes, FP32 * group, group) + (sizes.element + FP32) * rest)
     everything = sizes.layers * sizes.local_layer + sizes.local_outer
     yield Moment("update", everything, working=sizes.update)
+    if job.eval.interval:
+        yield _validation(sizes, stages, geometry.pp_microbatches)
+
+
+def _validation(sizes: _Sizes, stages: Sequence[Stage], microbatches: int) -> Moment:
+    """The last microbatch of a validation."""
+    ends = sum((not stage.has_embedding) + (not stage.has_head) for stage in stages)
+    has_head = any(stage.has_head for stage in stages)
+    working = max(sizes.temporaries, _loss_forward(sizes) if has_head else 0)
+    return Moment("validation", 0, sizes.element * sizes.whole, ends * microbatches * sizes.boundary, working)
 
 
 def _kept_by_stage(sizes: _Sizes, stage: Stage) -> float:

@@ -7,9 +7,8 @@ wandb keeps one row a step. Online it ignores a step that is below its newest on
 writes a fragment of its own, and ``wandb sync`` appends the fragments in order of time, moving a step that is
 not above the newest one to a number that is. So the steps that an attempt trains again after it went back to
 a checkpoint are held back here, and that is said once. (A fragment is appended only because it was written
-with ``resume``; without, the upload of the second one overwrites the first.) The client keeps the newest
-step's row open for more metrics of the same step, so a kill can lose that one row; ``metrics.jsonl`` has all,
-and ``wandb_upload`` brings it there.
+with ``resume``; without, the upload of the second one overwrites the first.) A kill loses what the client has
+not written or sent yet; the next attempt logs that anew, from ``metrics.jsonl`` (``catch_up``).
 """
 
 from __future__ import annotations
@@ -19,16 +18,28 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from kempnerforge import fsio
+from kempnerforge.telemetry import wandb_fragments
 from kempnerforge.telemetry.sinks import Row
 
 _Mode = Literal["online", "offline", "disabled", "shared", "dryrun", "run"]
 _INIT_TIMEOUT_S = 30.0
 _FINISH_TIMEOUT_S = 30.0
 """A preempted job has no more to give: what is not uploaded by then is for ``kempnerforge wandb sync``."""
+
+
+class Earlier(NamedTuple):
+    """What earlier attempts logged to the same wandb run."""
+
+    config: Mapping[str, Any]
+    """Their entries of the run's config."""
+    rows: Mapping[int, Row]
+    """The rows that count, by step, in order."""
+    newest_steps: Mapping[int, int]
+    """Attempt -> the newest step that it logged, whether it counts or not."""
 
 
 class WandbSink:
@@ -45,8 +56,8 @@ class WandbSink:
         attempt: which start of this run this is, counted from 1.
         place: where this attempt runs: ``hosts``, and in a SLURM job its id and restart count.
         first_new_step: one above the newest step that earlier attempts have logged under ``run_id``
-            (``read_rows(...).next_step(...)``). Offline, rows below it are held back; online the server is
-            asked.
+            (``read_rows(...).next_step(...)``). Rows below it are held back until ``catch_up`` has looked
+            at what is on disk; online the server is asked.
         note: told in one line where the rows go.
         warn: told once when wandb cannot be used, or no longer.
     """
@@ -94,20 +105,31 @@ class WandbSink:
         values = attempt_config(self._attempt, receipt, self._place)
         self._guarded(lambda run: run.config.update(values, allow_val_change=True))
 
-    def catch_up(self, earlier: Callable[[], tuple[Mapping[str, Any], Mapping[int, Row]]]) -> None:
-        """Online: log what earlier attempts logged and the server may not have. Before any row of this one.
+    def catch_up(self, earlier: Callable[[], Earlier]) -> None:
+        """Log what earlier attempts logged and wandb may not have. Before any row of this one.
 
-        What ends a job ends wandb's uploading process too, with all that it has not sent, and wandb takes no
-        step below its newest one. ``earlier``: their entries of the config, the rows that count by step.
+        What ends a job ends wandb's process too, with all that it has not sent or, offline, written, and
+        wandb takes no step below its newest one.
         """
-        if self._run is not None and not self._run.offline:
-            self._guarded(lambda run: self._log_missing(run, *earlier()))
+        self._guarded(lambda run: self._log_missing(run, earlier()))
 
-    def _log_missing(self, run: Any, config: Mapping[str, Any], steps: Mapping[int, Row]) -> None:
-        run.config.update(dict(config), allow_val_change=True)
-        for step in [step for step in steps if step >= self._first_new_step]:
-            metrics = {key: value for key, value in steps[step].items() if key not in ("step", "time")}
-            run.log({**metrics, "_timestamp": steps[step]["time"]}, step=step)
+    def _log_missing(self, run: Any, earlier: Earlier) -> None:
+        if run.offline:
+            self._first_new_step = self._first_missing_step(run, earlier)
+        run.config.update(dict(earlier.config), allow_val_change=True)
+        for step in [step for step in earlier.rows if step >= self._first_new_step]:
+            row = earlier.rows[step]
+            metrics = {key: value for key, value in row.items() if key not in ("step", "time")}
+            run.log({**metrics, "_timestamp": row["time"]}, step=step)
+
+    def _first_missing_step(self, run: Any, earlier: Earlier) -> int:
+        try:
+            return wandb_fragments.first_missing_step(
+                self._run_dir, run.id, self._attempt, earlier.newest_steps
+            )
+        except Exception as error:  # noqa: BLE001 - of another version of wandb, whatever that raises
+            self._note(f"wandb: what is on disk cannot be read, and rows may be missing: {first_line(error)}")
+            return self._first_new_step
 
     def close(self) -> None:
         """Finish the run. Online this waits for the upload, for a bounded time.
@@ -174,6 +196,7 @@ class WandbSink:
             ),
         )
         if run.offline:
+            wandb_fragments.mark(Path(run.settings.sync_dir), self._attempt)
             self._note(f"wandb: offline; to upload: kempnerforge wandb sync {identity['dir']}")
         elif not run.disabled:
             self._note(f"wandb: {run.url}")

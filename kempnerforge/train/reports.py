@@ -14,8 +14,8 @@ from kempnerforge.config.schema import JobConfig
 from kempnerforge.goodput.ledger import places, read_events
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.jsonl import JsonlSink, by_step, effective_rows, read_rows
-from kempnerforge.telemetry.sinks import Row, Sink, SinkSet
-from kempnerforge.telemetry.wandb_sink import WandbSink, attempt_config
+from kempnerforge.telemetry.sinks import Sink, SinkSet
+from kempnerforge.telemetry.wandb_sink import Earlier, WandbSink, attempt_config
 from kempnerforge.train.proof import Proof
 
 
@@ -29,7 +29,7 @@ class Reports:
         console: ConsoleSink | None = None,
         wandb: WandbSink | None = None,
         metrics: Path | None = None,
-        earlier: Callable[[], tuple[Mapping[str, Any], Mapping[int, Row]]] = lambda: ({}, {}),
+        earlier: Callable[[], Earlier] = lambda: Earlier({}, {}, {}),
     ) -> None:
         self._sinks = sinks
         self._console = console
@@ -52,7 +52,7 @@ class Reports:
             self._console.warn(text)
 
     def receipt(self, receipt: Mapping[str, Any]) -> None:
-        """Put a resume receipt into wandb, and what the server has not got of earlier attempts."""
+        """Put a resume receipt into wandb, and what it has not got of earlier attempts."""
         if self._wandb is not None:
             self._wandb.receipt(receipt)
             self._wandb.catch_up(self._earlier)
@@ -133,8 +133,8 @@ def _known_to_wandb(
     return {"place": place, "first_new_step": step}
 
 
-def _earlier(folder: Path, record: RunRecord, metrics: Path) -> tuple[dict[str, Any], Mapping[int, Row]]:
-    """What earlier attempts put into the same wandb run: entries of its config, and the rows that count."""
+def _earlier(folder: Path, record: RunRecord, metrics: Path) -> Earlier:
+    """What earlier attempts put into the same wandb run."""
     where, config = places(read_events(folder)), {}
     for receipt in read_receipts(folder):
         attempt = receipt["attempt"]
@@ -142,4 +142,8 @@ def _earlier(folder: Path, record: RunRecord, metrics: Path) -> tuple[dict[str, 
             entries = attempt_config(attempt, receipt, where.get(attempt, {}))
             config |= {key: value for key, value in entries.items() if f"/attempt_{attempt:04d}" in key}
     rows = [row for row in read_rows(metrics).rows if row["attempt"] >= record.wandb_first_attempt]
-    return config, by_step(effective_rows(rows, {cut.attempt: cut.step for cut in cuts(folder)}))
+    newest_steps: dict[int, int] = {}
+    for row in rows:
+        newest_steps[row["attempt"]] = max(row["step"], newest_steps.get(row["attempt"], 0))
+    counting = effective_rows(rows, {cut.attempt: cut.step for cut in cuts(folder)})
+    return Earlier(config, by_step(counting), newest_steps)

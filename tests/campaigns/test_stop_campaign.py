@@ -135,11 +135,7 @@ def stop(run: Run, case: Case) -> tuple[bool, float]:
         agent.wait(START_S)
         took_s = time.monotonic() - signalled
     finally:
-        for pid in (agent.pid, *(int(path.read_text()) for path in run.base.glob("pid.*"))):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:  # it has ended, as it should
-                continue
+        agent.kill()
         agent.wait()
     return is_hit, took_s
 
@@ -177,11 +173,12 @@ def play(number: int, folder: Path, corpus: Path, launcher: Launcher) -> Counter
     return Counter([case.kind, where, *([f"in a slow {case.kind}"] if is_hit else [])])
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", SLICE)
 def test_stop_beside_slow_part_commits_last_step(
     launcher: Launcher, corpus: Path, tmp_path: Path, number: int
 ) -> None:
-    assert play(number, tmp_path / "case", corpus, launcher).total()
+    play(number, tmp_path / "case", corpus, launcher)
 
 
 @pytest.mark.slow

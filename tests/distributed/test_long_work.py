@@ -94,3 +94,15 @@ def test_long_work_that_hangs_ends_other_ranks(tmp_path: Path, how: str) -> None
     os.mkfifo(tmp_path / "pipe")
     _, told = run_ranks(hang, 2, how, str(tmp_path / "pipe"))
     assert "it has shown no progress for 2 s" in told
+
+
+def brief_work() -> tuple[int, bool]:
+    """A brief work asks the store nothing."""
+    control = ControlGroup(dist.group.WORLD)
+    heard = []
+    control._share = lambda *_: heard.append(1)  # type: ignore[method-assign, assignment, return-value]
+    return control.on_rank0(lambda: 7, brief=True), bool(heard)
+
+
+def test_long_work_brief_work_waits_in_the_broadcast() -> None:
+    assert run_ranks(brief_work, 2) == [(7, False), (7, False)]

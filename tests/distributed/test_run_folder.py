@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from support.ckpt_cli import Ckpt
 from support.clock import FakeClock
 from support.ranks import run_ranks
+from support.step_maker import write_step
 
 from kempnerforge.checkpoint import attempt_start
 from kempnerforge.checkpoint.attempt_start import open_run
@@ -18,6 +20,7 @@ from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import RunFolderError
 from kempnerforge.train.run_folder import record_exit
 
+pytest_plugins = ["support.ckpt_fixtures"]
 pytestmark = pytest.mark.smoke
 
 ALONE = ControlGroup(None)
@@ -57,6 +60,16 @@ def test_run_folder_checkpoints_without_run_file_refused(tmp_path: Path) -> None
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(RunFolderError, match="it is not known whose"):
         open_run(tmp_path, ALONE, first_global_batch_size=1)
+
+
+def test_run_folder_lost_run_file_names_fork_that_works(tmp_path: Path, ckpt: Ckpt) -> None:
+    for step in (4, 12, 8):
+        write_step(tmp_path / "lost" / "checkpoints", step)
+    with pytest.raises(RunFolderError) as caught:
+        open_run(tmp_path / "lost", ALONE, first_global_batch_size=1)
+    newest = tmp_path / "lost" / "checkpoints" / "step_00000012"
+    assert f"(kempnerforge ckpt fork {newest} NEW_RUN)" in str(caught.value)
+    assert ckpt("fork", newest, tmp_path / "found", "--json").json["step"] == 12
 
 
 def test_run_folder_cannot_be_made_is_reported(tmp_path: Path) -> None:

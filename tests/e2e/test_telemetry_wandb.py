@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.polling import wait_until
 from support.wandb_server import FAKE_KEY, Told, fragments, history, make_sink, records
 
-from kempnerforge.telemetry import wandb_sink
+from kempnerforge.telemetry import wandb_fragments, wandb_sink
 
 pytest_plugins = ["support.wandb_fixtures"]
 pytestmark = pytest.mark.usefixtures("fresh_client")
@@ -79,6 +80,35 @@ def test_wandb_sink_start_failure_warns_once(tmp_path: Path, monkeypatch: pytest
     assert told.notes == []
     assert len(told.warnings) == 1
     assert told.warnings[0].startswith("wandb could not start")
+
+
+@pytest.mark.smoke
+def test_wandb_fragments_newest_step_is_what_is_on_disk(tmp_path: Path) -> None:
+    """As wandb's own reader sees it, also where the log is cut off, and without attempts that left none."""
+    sink = make_sink(tmp_path, Told(), attempt=2)
+    for step in range(1, 6):
+        sink.write({"step": step, "time": 1.0, "text": "x" * 40000})  # longer than a block of the log
+    sink.close()
+    (fragment,) = fragments(tmp_path)
+    log = fragment / "run-run0001.wandb"
+
+    def found(attempt: int, newest_steps: dict[int, int]) -> int:
+        return wandb_fragments.first_missing_step(tmp_path, "run0001", attempt, newest_steps)
+
+    wait_until(lambda: found(3, {2: 9}) == 6, "the client to write what it was handed")
+    seen = []
+    for keep_bytes in (300000, 170000, 130000):
+        os.truncate(log, keep_bytes)
+        seen.append(found(3, {2: 9}))
+        assert seen[-1] == max(history(fragment)) + 1
+    assert len(set(seen)) == 3, seen
+    assert found(4, {2: 9, 3: 20}) == 21, (
+        "attempt 3 was online, or its fragment has been uploaded and removed"
+    )
+    assert found(2, {}) == 0, "its own is not an earlier one"
+    log.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="not a log of wandb"):
+        found(3, {2: 9})
 
 
 CHILD_OF_A_TEST = """

@@ -11,6 +11,7 @@ from support.wandb_server import Told, WandbServer, fragments, make_sink
 
 from kempnerforge.telemetry import wandb_sink
 from kempnerforge.telemetry.sinks import SinkSet
+from kempnerforge.telemetry.wandb_sink import Earlier
 
 pytest_plugins = ["support.wandb_fixtures"]
 pytestmark = pytest.mark.usefixtures("fresh_client")
@@ -59,7 +60,9 @@ def test_wandb_online_unsent_rows_logged_by_next_attempt(tmp_path: Path, server:
     del server.history[3:]  # the client was killed before it had sent them
     sink = make_sink(tmp_path, told[1], attempt=2)
     place = {"place/attempt_0001": {"hosts": ["node1"]}}
-    sink.catch_up(lambda: (place, {step: row | {"attempt": 1} for step, row in rows.items()}))
+    sink.catch_up(
+        lambda: Earlier(place, {step: row | {"attempt": 1} for step, row in rows.items()}, {1: max(rows)})
+    )
     sink.write({"step": 6, "train/loss": 26.0})
     sink.close()
     logged = [(row["_step"], row["attempt"], row["train/loss"]) for row in server.history]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.patch_target import patch_target
 from support.runs import Launcher, Run, make_run
-from support.wandb_server import WandbServer
+from support.wandb_server import WandbServer, fragments, history
 
 from kempnerforge.checkpoint import lease, run_record
 from kempnerforge.checkpoint.receipt import Receipt
@@ -120,6 +120,26 @@ def test_wandb_sync_killed_attempts_become_one_run(
     assert "uploaded 0 steps" in out
     assert len(server.history) == 13
     assert server.exit_codes == [0, 0, 0]
+
+
+def test_offline_fragments_of_killed_attempts_have_no_hole(
+    launcher: Launcher, corpus: Path, tmp_path: Path, fresh_client: None
+) -> None:
+    """``wandb sync`` uploads the fragments in order; it takes no step again, and none below the newest."""
+    settings = {"checkpoint.async_mode": "disabled", "metrics.enable_wandb": True}
+    run = make_run(tmp_path / "killed", corpus, **settings)
+    for step in KILLED_AFTER[1:4]:
+        resumed = max([0, *run.committed()])
+        arguments = {"target": COMPARE, "call": step - resumed + 1}
+        ended = launcher.run(run, faults=[("kill_job_at_call", arguments)])
+        assert ended.statuses == [-9], ended.output
+    on_disk = [step for fragment in fragments(run.folder) for step in history(fragment)]
+    assert sorted({row["step"] for row in run.rows()} - set(on_disk)), "each kill has lost the newest row"
+    launcher.finish(run)
+    rows = [row for fragment in fragments(run.folder) for row in history(fragment).values()]
+    assert [row["_step"] for row in rows] == list(range(13)) == sorted(run.counting())
+    for row in rows:
+        assert row.get("train/loss") == run.counting()[row["_step"]].get("train/loss")
 
 
 @pytest.mark.smoke

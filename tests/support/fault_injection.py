@@ -114,6 +114,28 @@ def kill_at_call(target: str, *, call: int = 1, after: bool = False, rank: int |
     _wrap(target, make)
 
 
+def kill_job_at_call(target: str, *, call: int) -> None:
+    """As ``kill_at_call`` on rank 0, and as at the end of a job: what this process has started dies first."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        calls = 0
+
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                for thread in os.listdir("/proc/self/task"):
+                    for child in Path(f"/proc/self/task/{thread}/children").read_text().split():
+                        os.kill(int(child), signal.SIGKILL)
+                _die()
+            return original(*args, **kwargs)
+
+        return replacement
+
+    if _here(0):
+        _wrap(target, make)
+
+
 def kill_at_file_operation(number: int, *, below: str, half: bool = False, rank: int = 0) -> None:
     """Die before the ``number``-th operation that changes something below the folder ``below``.
 

@@ -13,14 +13,15 @@ from torch.utils._pytree import tree_iter
 class LiveStorages(TorchDispatchMode):
     """Adds up the bytes of all storages alive after every operation, those of the backward pass included.
 
-    It sees a storage when an operation takes or returns it and holds on to it weakly. Sizes are read again
-    after every operation, because FSDP frees memory by resizing storages. What a kernel allocates and frees
-    itself is not seen, and tensors on the meta device are left out.
+    It sees a storage when an operation takes or returns it and holds on to it weakly. FSDP frees memory by
+    resizing storages, so a size is read again whenever an operation takes the storage. What a kernel
+    allocates and frees itself is not seen, and tensors on the meta device are left out.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._known: dict[int, StorageWeakRef] = {}
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._at_most = 0  # alive now, and what has been freed since they were last counted
         self.peak = 0
         """Most bytes alive at once since ``reset``."""
         self.peak_after = ""
@@ -29,13 +30,12 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation, then count."""
+        """Run the operation, then count: but not where so few bytes were added that it cannot be the peak."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter((args, kwargs, result)):
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf)
-        alive = self.alive()
-        if alive > self.peak:
+        if self._at_most > self.peak and (alive := self._count()) > self.peak:
             self.peak, self.peak_after = alive, str(func)
         return result
 
@@ -43,20 +43,17 @@ class LiveStorages(TorchDispatchMode):
         """Forget the peak, not the storages."""
         self.peak, self.peak_after = 0, ""
 
-    def alive(self) -> int:
+    def _count(self) -> int:
         """Bytes of all storages that are alive now."""
-        return sum(self.sizes())
-
-    def sizes(self) -> list[int]:
-        """Bytes of each storage that is alive now."""
-        sizes = []
-        for key, weak in list(self._known.items()):
+        self._at_most = 0
+        for key, (weak, _) in list(self._known.items()):
             storage = torch.UntypedStorage._new_with_weak_ptr(weak.cdata)
             if storage is None:
                 del self._known[key]
             else:
-                sizes.append(storage.nbytes())
-        return sizes
+                self._known[key] = (weak, storage.nbytes())
+                self._at_most += storage.nbytes()
+        return self._at_most
 
     def _add(self, tensor: torch.Tensor) -> None:
         if hasattr(tensor, "_local_tensor"):
@@ -64,5 +61,9 @@ class LiveStorages(TorchDispatchMode):
         if tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            self._known[storage._cdata] = StorageWeakRef(storage)
+        # Its address is not used again while there is a weak reference to it.
+        known = self._known.get(storage._cdata)
+        weak, size = known or (StorageWeakRef(storage), 0)
+        if known is None or storage.nbytes() != size:
+            self._known[storage._cdata] = (weak, storage.nbytes())
+            self._at_most += max(0, storage.nbytes() - size)

@@ -86,6 +86,26 @@ def test_config_check_overrides_anywhere_accepted(kempnerforge: Command, argumen
     assert ("filled in by the SLURM job" in done.out) == ("--run.dir=/scratch/{job_id}" in arguments)
 
 
+@pytest.mark.parametrize(
+    ("saves", "warned"),
+    [
+        (["--checkpoint.interval=7"], True),
+        (["--checkpoint.interval=6"], False),
+        (["--checkpoint.interval=7", "--checkpoint.at_steps=[40]"], False),
+        (["--checkpoint.interval=7", "--checkpoint.best_metric=train/loss"], False),
+        (["--checkpoint.interval=auto"], False),
+    ],
+)
+def test_config_check_warns_of_best_without_choice(
+    kempnerforge: Command, saves: list[str], warned: bool
+) -> None:
+    best = ["--checkpoint.keep_best_n=2", "--checkpoint.best_metric=eval/loss"]
+    run = ["--train.max_steps=60", "--eval.interval=10", "--scheduler.decay_steps=50"]
+    done = kempnerforge("config", "check", "configs/debug.toml", "--no-files", *best, *run, *saves)
+    assert done.status == 0, done.err
+    assert ("no step before the last is both saved and validated" in done.out) is warned
+
+
 def test_config_check_invalid_file_lists_all_faults(kempnerforge: Command, bad_file: Path) -> None:
     done = kempnerforge("config", "check", str(bad_file), "--lr=3", "--world-size=2", "extra")
     assert_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.step_memory import fused_norm_forward
 from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.stage import _PipelineStageBase
@@ -107,28 +109,9 @@ def test_plan_local_numel_matches_torch_chunks(model: str | None, layout: Geomet
     assert held - copies == config.num_parameters
 
 
-class _FusedNorm(torch.autograd.Function):
-    """Keeps what CUDA's fused kernel keeps: its input and a number a row. The CPU has none and keeps more."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, torch.zeros(*x.shape[:-1], 1))
-        return x * weight
-
-
-class _Norm(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _FusedNorm.apply(x, self.weight.to(x.dtype))  # type: ignore[return-value]
-
-
 def block_and_input(model: ModelConfig, train: TrainConfig) -> tuple[TransformerBlock, tuple[Tensor, ...]]:
     dtype = torch.bfloat16 if train.mixed_precision == "bf16" else torch.float32
     block = TransformerBlock(model).to(dtype)
-    block.attention_norm, block.ffn_norm = _Norm(model.dim), _Norm(model.dim)  # type: ignore[assignment]
     block.remat = train.activation_checkpointing
     x = torch.zeros(2, 32, model.dim, dtype=dtype, requires_grad=True)
     return block, (x * 1, *RotaryEmbedding(model)(32))
@@ -168,7 +151,10 @@ def kept_for_recomputation(block: TransformerBlock, inputs: tuple[Tensor, ...]) 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("n_kv_heads", [8, 2])
-def test_plan_activations_match_autograd(checkpointing: Remat, precision: str, n_kv_heads: int) -> None:
+def test_plan_activations_match_autograd(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: Remat, precision: str, n_kv_heads: int
+) -> None:
+    monkeypatch.setattr(nn.RMSNorm, "forward", fused_norm_forward)
     model = ModelConfig(
         dim=64, n_layers=1, n_heads=8, n_kv_heads=n_kv_heads, head_dim=16, ffn_hidden_dim=176, max_seq_len=32
     )
@@ -284,13 +270,19 @@ def _norms(model: ModelConfig, stage: object) -> list[tensors.Parameter]:
 
 
 def test_plan_state_16_bytes_per_parameter_over_shards() -> None:
+    """With accumulation, where the gradients of earlier micro-batches are there at every moment."""
     job = load_job(CONFIGS / "llama_7b.toml").job
-    alone, shared = geometry(), geometry(dp_shard=8)
-    for layout in (alone, shared):
-        memory = device_memory(job, layout, 0)
+    for layout in (geometry(), geometry(dp_shard=8)):
+        memory = device_memory(job, dataclasses.replace(layout, accumulation_steps=2), 0)
         state = memory.weights + memory.gradients + memory.optimizer
         assert state == 16 * job.model.num_parameters // layout.dp_shard
-    assert device_memory(job, alone, 0).activations == device_memory(job, shared, 0).activations
+
+
+def test_plan_gradients_absent_at_loss_of_one_pass() -> None:
+    job = load_job(CONFIGS / "llama_7b.toml").job
+    memory = device_memory(job, geometry(dp_shard=8), 0)
+    assert (memory.peak, memory.gradients) == ("loss", 0)
+    assert memory.weights + memory.optimizer == 12 * job.model.num_parameters // 8
 
 
 def test_plan_memory_saving_options_reduce_need() -> None:
