@@ -91,7 +91,7 @@ class Restorer:
         return result
 
     def _quarantine(self, step: int, why: str, rejected: list[receipt.Rejected]) -> list[receipt.Rejected]:
-        self._check_lease()
+        resume.with_retries(self._check_lease, what=f"the lease in {self._run_dir}")
         return [*rejected, resume.quarantine(self.cleanup, step, why)]
 
     def _prepare_folder(self) -> None:
