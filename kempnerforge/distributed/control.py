@@ -57,6 +57,7 @@ class ControlGroup:
         Raises TimeoutError on the others when ``work`` has made no progress for the group's time-out.
         ``brief``: ``work`` never blocks. The others wait in the broadcast itself, which is quicker.
         """
+        outcome: list[Any]
         if self.group is None:
             outcome = _outcome_of(work)
         elif brief:
