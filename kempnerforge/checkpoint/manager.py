@@ -180,10 +180,12 @@ class CheckpointManager:
     def _take_folder(self) -> None:
         """Make the checkpoint folder this run's, or refuse it. First rank only.
 
-        Raises FolderOwnedError, StepsMissingError, RunFolderError.
+        Raises FolderOwnedError, StepsMissingError, RunFolderError, UnreachableCheckpointError.
         """
         if self._owner is None:
-            self._owner = claim.take(self.folder, self.context.run_id, self.run_dir)
+            self._owner = with_retries(
+                lambda: claim.take(self.folder, self.context.run_id, self.run_dir), what=str(self.folder)
+            )
             self._housekeeping.move(self.folder, self._owner)
 
     def _prepare_saves(self, state: TrainState) -> str:
@@ -293,7 +295,9 @@ class CheckpointManager:
 
     def _require_no_steps(self, step: int) -> None:
         """Raise MismatchError when a program that did not resume would save beside steps of another one."""
-        newest = owner.newest_step(self.folder, self._owner or ANYONE)
+        newest = with_retries(
+            lambda: owner.newest_step(self.folder, self._owner or ANYONE), what=str(self.folder)
+        )
         if newest is not None:
             raise MismatchError(
                 f"{self.folder} has steps up to {newest}, and this program is at step {step} without "

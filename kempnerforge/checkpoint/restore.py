@@ -91,7 +91,7 @@ class Restorer:
         return result
 
     def _quarantine(self, step: int, why: str, rejected: list[receipt.Rejected]) -> list[receipt.Rejected]:
-        self._check_lease()
+        resume.with_retries(self._check_lease, what=f"the lease in {self._run_dir}")
         return [*rejected, resume.quarantine(self.cleanup, step, why)]
 
     def _prepare_folder(self) -> None:
@@ -105,10 +105,13 @@ class Restorer:
             lambda: timeline.cuts(self._run_dir), what=f"the timeline of {self._run_dir}"
         )
         for delay_s in (*resume.RETRY_DELAYS_S, None):
-            self.cleanup.set_aside_late(cuts, run_id=self._context.run_id, commits=self._commits)
+            resume.with_retries(lambda: self._set_aside_late(cuts), what=str(self._folder))
             if not self.cleanup.unreadable or delay_s is None:
                 break
             time.sleep(delay_s)
+
+    def _set_aside_late(self, cuts: Sequence[timeline.Cut]) -> None:
+        self.cleanup.set_aside_late(cuts, run_id=self._context.run_id, commits=self._commits)
 
     def _choose(self, rejected: list[receipt.Rejected]) -> tuple[Found | None, list[receipt.Rejected]]:
         found = resume.choose(

@@ -282,16 +282,16 @@ def test_lease_hanging_read_is_not_evidence(
 ) -> None:
     # The storage hangs for everybody, the holder too: it must be seen not to move for long enough after that.
     left = leave_behind(tmp_path, **ELSEWHERE)
-    read_bytes, began = Path.read_bytes, []
+    read_mark, began = fsio.read_mark, []
 
     def hang_once(path: Path) -> bytes:
         if path == left:
             began.append(clock.now)
             if len(began) == 2:
                 clock.sleep(25)
-        return read_bytes(path)
+        return read_mark(path)
 
-    monkeypatch.setattr(Path, "read_bytes", hang_once)
+    monkeypatch.setattr(fsio, "read_mark", hang_once)
     held = lease.acquire(tmp_path, stale_after_s=30)
     assert began[2] >= 25
     assert began[-1] - began[2] == pytest.approx(30, abs=0.1)

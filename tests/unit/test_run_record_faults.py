@@ -12,9 +12,13 @@ import pytest
 from support.rollback_fixtures import quiet
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, lease, rollback, run_record
+from kempnerforge.checkpoint import layout, lease, rollback, run_record, timeline
+from kempnerforge.checkpoint import resume as choosing
 from kempnerforge.checkpoint.receipt import Receipt
-from kempnerforge.config.schema import JobConfig
+from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.restore import Restorer
+from kempnerforge.config.schema import CheckpointConfig, JobConfig
+from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import EXIT_FINISHED, DataError, RunFolderError
 from kempnerforge.train import run as running
 from kempnerforge.train.reports import build_reports
@@ -79,6 +83,30 @@ def test_lease_listed_and_missing_is_one_error(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(lease, "_LOOK_EVERY_S", 0.0)
     with pytest.raises(RunFolderError, match=r"cannot be read: .*lease\.1\.json"):
         lease.acquire(tmp_path)
+
+
+def test_resume_lists_folder_again_after_error(ended_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listings: list[Path] = []
+    real = timeline.set_aside_late
+
+    def fail_once(folder: Path, *args: Any, **options: Any) -> list[Path]:
+        listings.append(folder)
+        if len(listings) == 1:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder))
+        return real(folder, *args, **options)
+
+    monkeypatch.setattr(timeline, "set_aside_late", fail_once)
+    monkeypatch.setattr(choosing, "RETRY_DELAYS_S", (0.0,))
+    restorer = Restorer(
+        CheckpointConfig(),
+        folder=ended_run / "checkpoints",
+        run_dir=ended_run,
+        control=ControlGroup(None),
+        context=RunContext(),
+        check_lease=lambda: None,
+    )
+    restorer._prepare_folder()
+    assert len(listings) == 2
 
 
 def test_undo_finds_steps_that_lookups_miss(ended_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
