@@ -79,8 +79,13 @@ def open_run(
     wanted = _Wanted(checkpoint_dir or "", run_name or Path(os.path.abspath(folder)).name)
     leases: list[Lease] = []
 
+    ranks = control.gather((socket.gethostname(), os.getpid()))
+    rank_pids = [pid for host, pid in ranks if host == ranks[0][0]]
+
     def begin() -> tuple[RunRecord, str]:
-        lease, record, nonce = _begin_attempt(folder, first_global_batch_size, wanted, note, options)
+        lease, record, nonce = _begin_attempt(
+            folder, first_global_batch_size, wanted, rank_pids, note, options
+        )
         leases.append(lease)
         return record, nonce
 
@@ -123,6 +128,7 @@ def _begin_attempt(
     folder: Path,
     first_global_batch_size: int,
     wanted: _Wanted,
+    rank_pids: Sequence[int],
     note: Callable[[str], None],
     options: OpenOptions,
 ) -> tuple[Lease, RunRecord, str]:
@@ -140,7 +146,13 @@ def _begin_attempt(
                 f"{RUN_FILE} back{fork}, or give the run another name (--run.name=NEW)"
             )
         after_attempt = max(timeline.last_attempt(folder), known.last_attempt)
-        lease = acquire(folder, after_attempt=after_attempt, note=note, rename_hint=options.rename_hint)
+        lease = acquire(
+            folder,
+            after_attempt=after_attempt,
+            note=note,
+            rename_hint=options.rename_hint,
+            rank_pids=rank_pids,
+        )
         if lease.took_over:
             note(f"took the run over from {lease.took_over}")
         try:

@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +40,8 @@ class Holder:
     """Seconds since the epoch by the holder's clock. For people: nothing is decided by it."""
     slurm_job_id: str = ""
     slurm_restart_count: int = 0
+    rank_pids: Sequence[int] = ()
+    """The processes of all ranks on this host, when they are known: any of them may outlive the others."""
 
     @classmethod
     def of_this_process(cls, attempt: int, environ: Mapping[str, str] = os.environ) -> Holder:
@@ -68,7 +70,7 @@ class Holder:
         """What ``observer`` types to end it, and not itself."""
         if self.slurm_job_id and self.slurm_job_id != observer.slurm_job_id:
             return f"scancel {self.slurm_job_id}"
-        return f"kill {self.pid} (on {self.host})"
+        return f"kill {' '.join(map(str, self.rank_pids or [self.pid]))} (on {self.host})"
 
     def has_ended(self, observer: Holder) -> bool:
         """Whether this process is known to be gone: only a process of the same kernel can tell.

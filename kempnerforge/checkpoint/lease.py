@@ -25,7 +25,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -88,7 +88,7 @@ class Lease:
         except OSError as error:  # the folder may still tell of a successor
             unread = error
         if not is_own:
-            self.lost = f"{self.path} was removed, which the next holder of {run_dir} does"
+            self.lost = f"{self.path} was removed, which the next holder of {run_dir} does, or moved"
         elif (newest := max(_leases(run_dir), default=0)) > self.attempt:
             self.lost = f"attempt {newest} has taken {run_dir} over"
         elif unread is not None:
@@ -152,17 +152,19 @@ def acquire(
     renew_every_s: float = RENEW_EVERY_S,
     note: Callable[[str], None] = lambda _text: None,
     rename_hint: str = "give this run another name (--run.name=NEW)",
+    rank_pids: Sequence[int] = (),
 ) -> Lease:
     """Take the lease of the run in ``run_dir``, which must exist. Its attempt is above ``after_attempt``.
 
     Returns at once when the lease is free, its process has ended on this host, or it belongs to an earlier
     start of this SLURM job. Otherwise watches its counter, and tells ``note`` so. Of a run's processes only
     one calls this: rank 0. ``rename_hint`` says in errors how to give the run another folder.
+    ``rank_pids``: all ranks' processes on this host, which a start that is refused is told to stop.
 
     Raises LeaseHeldError when the counter moves within ``stale_after_s``, RunFolderError when the folder
     cannot be written.
     """
-    me = Holder.of_this_process(0)
+    me = replace(Holder.of_this_process(0), rank_pids=rank_pids)
     watch = _Watch()
     while True:
         try:

@@ -13,11 +13,11 @@ from support.clock import FakeClock
 from support.ranks import run_ranks
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint import attempt_start
+from kempnerforge.checkpoint import attempt_start, lease
 from kempnerforge.checkpoint.attempt_start import open_run
 from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.errors import RunFolderError
+from kempnerforge.errors import LeaseHeldError, RunFolderError
 from kempnerforge.train.run_folder import record_exit
 
 pytest_plugins = ["support.ckpt_fixtures"]
@@ -104,3 +104,24 @@ def test_run_folder_node_local_refused_on_all_ranks(tmp_path: Path) -> None:
     assert "must be on a file system that all nodes share" in first
     assert "node1/runs/x" in first
     assert json.loads((tmp_path / "node0/runs/x/run.json").read_text())["attempt"] == 1
+
+
+def pids_in_refusal(folder: str) -> tuple[int, str]:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    control = ControlGroup(group)
+    _, held = open_run(Path(folder), control, first_global_batch_size=1)
+    text = ""
+    if held is not None:
+        with pytest.raises(LeaseHeldError) as caught:
+            lease.acquire(Path(folder))
+        text = str(caught.value)
+        held.release()
+    control.agree([0])
+    return os.getpid(), text
+
+
+def test_run_folder_refusal_names_pids_of_all_ranks(tmp_path: Path) -> None:
+    """torchrun may be killed alone: its ranks go on, and all of them are to be stopped."""
+    (first, told), (second, _) = run_ranks(pids_in_refusal, 2, str(tmp_path))
+    assert f"(kill {first} {second} (on " in told
