@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from pathlib import Path
 
 from kempnerforge.config.schedule_changes import when_continued
-from kempnerforge.config.schema import LoadedJob
+from kempnerforge.config.schema import JobConfig, LoadedJob
 from kempnerforge.distributed.world import World, find_place
 from kempnerforge.errors import (
     EXIT_FAULT,
     EXIT_FINISHED,
     EXIT_STOPPED,
+    ConfigError,
     KempnerForgeError,
     RunFolderError,
     StopRequestedError,
@@ -21,7 +24,7 @@ from kempnerforge.train.build import Run, build
 from kempnerforge.train.environment import keep_freed_memory, set_determinism
 from kempnerforge.train.hang_watch import watched
 from kempnerforge.train.loop import train
-from kempnerforge.train.run_folder import record_exit
+from kempnerforge.train.run_folder import record_exit, storage_error
 from kempnerforge.train.shutdown import Shutdown
 from kempnerforge.train.stacks import Stacks
 from kempnerforge.train.stop import StopSignals
@@ -57,17 +60,16 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
         status, reason = EXIT_FINISHED if stop is None else EXIT_STOPPED, _goodbye(run, stop)
         run.reports.note(reason)
         return status
-    except KempnerForgeError as error:
-        _tell(error, world)
-        failed = error
-        book.fault(error)
-        status, reason = error.exit_status, str(error)
-        return status
     except Exception as error:
         failed = error
         book.fault(error)
-        reason = f"{type(error).__name__}: {error}"
-        raise
+        told = error if isinstance(error, KempnerForgeError) else storage_error(error, _folders(job, run))
+        if told is None:
+            reason = f"{type(error).__name__}: {error}"
+            raise
+        _tell(told, world)
+        status, reason = told.exit_status, str(told)
+        return status
     finally:
         if run is not None:
             run.ckpt.end_housekeeping()
@@ -82,6 +84,16 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
         if world is not None and status in (EXIT_FINISHED, EXIT_STOPPED):
             world.close()
         stopping.close()
+
+
+def _folders(job: JobConfig, run: Run | None) -> list[Path]:
+    """Where the run keeps its files, as far as is known."""
+    if run is not None:
+        return [run.folder, run.ckpt.folder]
+    folders = [Path(job.checkpoint.dir.partition("{")[0])] if job.checkpoint.dir is not None else []
+    with contextlib.suppress(ConfigError):  # a placeholder without a value, which has its own error
+        folders.append(job.run.folder)
+    return folders
 
 
 def _tell(error: KempnerForgeError, world: World | None) -> None:

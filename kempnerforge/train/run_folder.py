@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from kempnerforge.checkpoint import owner, run_record
 from kempnerforge.errors import KempnerForgeError, RunFolderError
+
+_OF_STORAGE = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+"""What a call on an open file says, which names none."""
 
 
 def record_exit(folder: Path, *, status: int, reason: str, step: int) -> None:
@@ -38,3 +43,20 @@ def record_refusal(checkpoints: Path, folder: Path, error: KempnerForgeError) ->
     with contextlib.suppress(OSError, RunFolderError):
         newest = owner.newest_step(checkpoints, owner.of_folder(checkpoints, folder)) or 0
         record_exit(folder, status=error.exit_status, reason=str(error), step=newest)
+
+
+def storage_error(error: Exception, folders: Sequence[Path]) -> KempnerForgeError | None:
+    """An error of the file system that a run is kept on, as one that is told in a line; None for any other.
+
+    Calls that may fail are tried again, done without or told by name where they are made. This is for the
+    rest: a run on a failing disk ends with a line about the disk. ``folders``: where the run keeps its files.
+    """
+    if not isinstance(error, OSError):
+        return None
+    name = error.filename if isinstance(error.filename, str) else ""
+    is_inside = any(Path(os.path.abspath(name)).is_relative_to(folder.absolute()) for folder in folders)
+    if not (is_inside if name else error.errno in _OF_STORAGE):
+        return None
+    told = KempnerForgeError(f"{error}. Check the file system, then start the same command again")
+    told.__cause__ = error
+    return told

@@ -22,7 +22,7 @@ from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import EXIT_FINISHED, DataError, RunFolderError
 from kempnerforge.train import run as running
 from kempnerforge.train.reports import build_reports
-from kempnerforge.train.run_folder import record_refusal
+from kempnerforge.train.run_folder import record_refusal, storage_error
 
 pytest_plugins = ["support.rollback_fixtures"]
 
@@ -116,3 +116,22 @@ def test_undo_finds_steps_that_lookups_miss(ended_run: Path, monkeypatch: pytest
         undone = rollback.undo(ended_run, note=quiet)
     assert undone.newest_step == 12
     assert layout.committed_steps(ended_run / "checkpoints") == [12, 8, 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told"),
+    [
+        (OSError(errno.EPERM, "no", "runs/x/stop.request"), True),
+        (OSError(errno.ENOENT, "no", "runs/x/checkpoints/step_00000004"), True),
+        (OSError(errno.EPERM, "no", "runs/xy/run.json"), False),
+        (OSError(errno.EIO, "no"), True),
+        (OSError(errno.ECONNREFUSED, "no"), False),
+        (ValueError("no"), False),
+    ],
+)
+def test_storage_error_of_the_runs_files_is_told(error: Exception, is_told: bool) -> None:
+    told = storage_error(error, [Path("runs/x")])
+    assert (told is not None) is is_told
+    if told is not None:
+        assert told.exit_status == 1
+        assert str(told) == f"{error}. Check the file system, then start the same command again"
