@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from kempnerforge.checkpoint import layout, manifest, run_record
@@ -27,7 +28,7 @@ def make_run(folder: Path, *, steps: int, shards: int) -> None:
     """Put a run with ``steps`` steps, 10 apart, each of ``shards`` files, into the new folder ``folder``."""
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True)
-    run_record.write(folder, run_record.new(attempt=1, global_batch_size=8))
+    run_record.write(folder, replace(run_record.new(attempt=1, global_batch_size=8), run_id="bench"))
     files = tuple(_planned(number, shards) for number in range(shards))
     index = Expected(files).index
     shard_data = {file.name: _bytes_of(file, number) for number, file in enumerate(files)}

@@ -235,7 +235,7 @@ def test_own_loop_failed_and_skipped_saves_are_recorded(
             patch.setattr(Writer, "write", fail)
             train(ckpt, state, 1)
         with monkeypatch.context() as patch:
-            patch.setattr(ckpt, "_no_room_for", lambda step: f"no room for step {step}")
+            patch.setattr(ckpt._housekeeping, "no_room", lambda step: f"no room for step {step}")
             train(ckpt, state, 2)
         train(ckpt, state, 3)
         ckpt.finish(state)

@@ -112,7 +112,7 @@ def test_submit_shutdown_timeout_fits_partition_grace(kempnerforge: Command, tmp
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
     (tmp_path / "run").mkdir()
-    commit = {"event": "commit", "attempt": 1, "time": 1.0, "step": 4, "total_s": 1000.0}
+    commit = {"event": "commit", "attempt": 1, "time": 1.0, "step": 4, "total_s": 1000.0, "blocking_s": 1.0}
     (tmp_path / "run/ledger.jsonl").write_text(json.dumps(commit) + "\n")
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", PATH=path)

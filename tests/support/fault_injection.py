@@ -84,7 +84,7 @@ def delete_at_call(target: str, *, folder: str) -> None:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def delete_first(*args: Any, **keywords: Any) -> Any:
             for path in Path(folder).iterdir():
-                path.unlink() if path.is_symlink() else shutil.rmtree(path)
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             return original(*args, **keywords)
 
         return delete_first

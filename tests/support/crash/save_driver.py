@@ -82,7 +82,7 @@ def _make(plan: Plan, state: TrainState) -> tuple[CheckpointManager, AsyncCheckp
     patience = Patience(write_tries=3, first_pause_s=0.01, save_timeout_s=30.0)
     made: list[AsyncCheckpointer] = []
 
-    def less_patient(mode: AsyncCheckpointMode) -> AsyncCheckpointer:
+    def less_patient(mode: AsyncCheckpointMode, **_: Any) -> AsyncCheckpointer:
         made.append(AsyncCheckpointer(mode, patience=patience, stall_timeout_s=STALL_TIMEOUT_S))
         return made[-1]
 
