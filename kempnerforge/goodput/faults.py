@@ -145,7 +145,7 @@ def remove_empty(run_dir: Path, *, before_attempt: int) -> None:
 def _read(path: Path) -> FaultRecord | None:
     match = _NAME.fullmatch(path.name)
     try:
-        content, changed = fsio.read_file(path).decode(errors="replace"), path.stat().st_mtime
+        content, changed = fsio.read_mark(path).decode(errors="replace"), path.lstat().st_mtime
     except FileNotFoundError:
         return None
     head, _, rest = content.partition("\n")

@@ -15,6 +15,7 @@ from support.crash.save_driver import Plan, Strike, Struck, save_all
 from support.ranks import RanksFailed, run_ranks
 
 from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.owner import OWNER_FILE
 
 ALWAYS = 1_000_000
 """As ``count``: from the nth operation on, all fail."""
@@ -64,7 +65,8 @@ def check_strikes(by_rank: Sequence[Sequence[Struck]]) -> Counter[str]:
         in_flight = [one for one in struck.hit.names if one.startswith(".step_") and one.endswith(".tmp")]
         assert not in_flight, what
         assert struck.after.error == "", what
-        left = set(struck.after.names) - before - {layout.LATEST, layout.step_name(struck.after.step)}
+        known = {layout.LATEST, OWNER_FILE, layout.step_name(struck.after.step)}
+        left = set(struck.after.names) - before - known
         assert not left, f"{sorted(left)} was left behind by {what}"
         before = set(struck.after.names)
         outcome = "failed cleanly" if struck.hit.error else "committed"

@@ -35,6 +35,7 @@ from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.errors import SaveFailedError
 
 STALL_TIMEOUT_S = 30.0
+HOUSEKEEPING_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,7 @@ def _save(manager: CheckpointManager, state: TrainState, step: int, reason: str)
     except SaveFailedError as failed:
         error = str(failed)
     manager.poll()
+    manager._housekeeping.wait(HOUSEKEEPING_WAIT_S)  # what follows the commit is part of what is struck
     _barrier()
     names: list[str] = []
     if rank_here() == 0:
