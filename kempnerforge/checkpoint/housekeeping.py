@@ -49,19 +49,17 @@ _all: weakref.WeakSet[Housekeeping] = weakref.WeakSet()
 class Housekeeping:
     """Does the work after commits in ``folder``. Methods are called on the first rank only, by any thread.
 
-    ``run_id`` returns the id of the run, which may not be known before the first commit.
+    Refers to no manager: a thread that works here must not keep one alive that its program has dropped.
     """
 
-    def __init__(
-        self, folder: Path, config: CheckpointConfig, *, run_dir: Path, run_id: Callable[[], str]
-    ) -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, *, run_dir: Path) -> None:
         self.room = RoomKeeper(folder, config)
         self._retention = Retention(folder, KeepPolicy.from_config(config))
         self._cleanup = StartCleanup(folder)
         self._latest = LatestLink(folder)
         self._folder = folder
         self._run_dir = run_dir
-        self._run_id = run_id
+        self._run_id = ""
         self._trusted: set[int] = set()
         """Steps that existed at the resume or that this attempt committed."""
         self._changed = threading.Condition()
@@ -83,6 +81,7 @@ class Housekeeping:
     def move(self, folder: Path, owner: Owner) -> None:
         """Work in ``folder``, which is ``owner``'s. Before the first commit."""
         self._folder = self._retention.folder = folder
+        self._run_id = owner.run_id
         self._retention.owner = owner
         self._cleanup = StartCleanup(folder, owner=owner)
         self._latest = LatestLink(folder)
@@ -234,7 +233,7 @@ class Housekeeping:
     def _set_aside_late(self) -> None:
         known = {*self._trusted, *self._cleanup.passed_over}
         cuts = timeline.cuts(self._run_dir)
-        late = self._cleanup.set_aside_late(cuts, run_id=self._run_id(), trusted=known)
+        late = self._cleanup.set_aside_late(cuts, run_id=self._run_id, trusted=known)
         for path in late.moved:
             self._warn(f"a step that an older attempt committed late was set aside as {path.name}")
         for text in late.warnings:

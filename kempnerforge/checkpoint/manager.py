@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -89,9 +90,7 @@ class CheckpointManager:
             max_host_memory_gb=config.max_host_memory_gb,
         )
         self._lease = lease
-        self._housekeeping = Housekeeping(
-            self.folder, config, run_dir=self.run_dir, run_id=lambda: self.context.run_id
-        )
+        self._housekeeping = Housekeeping(self.folder, config, run_dir=self.run_dir)
         """Used on the first rank only."""
         self._policy = SavePolicy.from_config(config)
         self._metrics: dict[str, float] = {}
@@ -104,9 +103,9 @@ class CheckpointManager:
         self._warnings: list[str] = []
         self._own: OwnRun | None = None
         if context is None and lease is None:
-            self._own = OwnRun(
-                self.run_dir, config, self._control, began_at=state.step, join=self.end_housekeeping
-            )
+            # Without a reference to this object, which a program may drop.
+            join = partial(_end_writes, self._checkpointer, self._housekeeping)
+            self._own = OwnRun(self.run_dir, config, self._control, began_at=state.step, join=join)
             self._saver.on_outcome = self._record
         self._pacer = Pacer(config, self._saver.clock, rank=self._control.rank, ranks=self._control.num_ranks)
 
@@ -494,3 +493,8 @@ def _check_arguments(config: CheckpointConfig, state: TrainState) -> None:
         raise ValueError(
             f"exclude_from_loading: {parts[0]} has no effect without load_path: a resume always loads it"
         )
+
+
+def _end_writes(checkpointer: AsyncCheckpointer, housekeeping: Housekeeping) -> None:
+    checkpointer.join()
+    housekeeping.close()

@@ -129,7 +129,7 @@ def kill_and_resume(base: Path, strike: Strike, *, steps: tuple[int, ...] = (1, 
     folder = run_dir / CHECKPOINTS
     assert Oracle(base, ranks=ranks).recover(run_dir) == last
     names = {path.name for path in folder.iterdir()}
-    assert names == {layout.step_name(last), layout.LATEST}, f"{strike}: {names}"
+    assert names == {layout.step_name(last), layout.LATEST, OWNER_FILE}, f"{strike}: {names}"
     return f"killed, {newest} resumed" if killed else "survived"
 
 
