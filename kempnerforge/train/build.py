@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.tokenizer import load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.world import World, collectives_issued
-from kempnerforge.errors import DataError, KempnerForgeError, LeaseLostError
+from kempnerforge.errors import DataError, KempnerForgeError, LeaseLostError, StopRequestedError
 from kempnerforge.printable import printable
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.book import AttemptBook
@@ -86,7 +87,7 @@ def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -
 
     Collective: all ranks. Raises ConfigError, DataError, RunFolderError and StopRequestedError on all ranks.
     """
-    world.control.on_rank0(lambda: stopping.signals.interruptible(lambda: check_files(job)))
+    world.control.on_rank0(lambda: _look_at_files(job, stopping.signals))
     first_geometry = job.geometry(world.num_ranks) if job.train.global_batch_size is None else None
     first_size = first_geometry.global_batch_size if first_geometry else job.train.global_batch_size
     assert first_size is not None
@@ -116,6 +117,12 @@ def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -
         if lease is not None:
             lease.release()
         raise
+
+
+def _look_at_files(job: JobConfig, signals: StopSignals) -> None:
+    """Look at what the config names. A stop that comes first is agreed on as soon as ``run.json`` can say it."""
+    with contextlib.suppress(StopRequestedError):
+        signals.interruptible(lambda: check_files(job))
 
 
 def _assemble(
