@@ -120,7 +120,7 @@ def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -
 
 
 def _look_at_files(job: JobConfig, signals: StopSignals) -> None:
-    """Look at what the config names. A stop that comes first is agreed on as soon as ``run.json`` can say it."""
+    """Look at what the config names. A stop that comes first is agreed on once ``run.json`` can say it."""
     with contextlib.suppress(StopRequestedError):
         signals.interruptible(lambda: check_files(job))
 
