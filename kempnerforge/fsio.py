@@ -140,10 +140,14 @@ def read_file(path: Path) -> bytes:
         return file.read()
 
 
-def read_mark(path: Path) -> bytes:
-    """The same of a file whose name alone says something: of a link, a pipe or a folder it is empty."""
+def read_mark(path: Path, max_bytes: int = -1) -> bytes:
+    """The first bytes of a file whose name alone says something: of a link, a pipe or a folder, none.
+
+    Raises OSError for any other failure.
+    """
     try:
-        return read_file(path)
+        with os.fdopen(open_to_read(path), "rb") as file:
+            return file.read(max_bytes)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EINVAL):
             raise

@@ -159,7 +159,7 @@ def acquire(
     Returns at once when the lease is free, its process has ended on this host, or it belongs to an earlier
     start of this SLURM job. Otherwise watches its counter, and tells ``note`` so. Of a run's processes only
     one calls this: rank 0. ``rename_hint`` says in errors how to give the run another folder.
-    ``rank_pids``: all ranks' processes on this host, which a start that is refused is told to stop.
+    ``rank_pids``: the processes of all ranks on this host; the error of a refused start names them.
 
     Raises LeaseHeldError when the counter moves within ``stale_after_s``, RunFolderError when the folder
     cannot be written.

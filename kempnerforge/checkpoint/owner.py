@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import secrets
-import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,14 +186,6 @@ def _decode(data: bytes) -> Owner:
 def _read_bytes(path: Path) -> bytes | None:
     """The file's bytes; None when it is missing. A link or a pipe is not followed or waited for."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return fsio.read_mark(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):
-            raise
-        return b""
-    try:
-        return os.read(fd, _MAX_BYTES) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
-    finally:
-        os.close(fd)

@@ -6,7 +6,6 @@ which may take seconds, and all ranks would wait for a main thread that looks. T
 
 from __future__ import annotations
 
-import os
 import stat
 import sys
 import threading
@@ -15,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+from kempnerforge import fsio
 from kempnerforge.printable import printable
 
 LOOK_EVERY_S = 1.0
@@ -147,11 +147,7 @@ def _look_again(watched: weakref.ref[RequestFiles], wake: threading.Event) -> No
 def _first_line(path: Path) -> str:
     """The first line of a file that is not a link or a pipe, made fit to print; empty without one."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            lines = os.read(fd, _MAX_TEXT_BYTES).decode(errors="replace").strip().splitlines()
-        finally:
-            os.close(fd)
+        lines = fsio.read_mark(path, _MAX_TEXT_BYTES).decode(errors="replace").strip().splitlines()
     except OSError:
         return ""
     return printable(lines[0]) if lines else ""

@@ -88,7 +88,7 @@ def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Re
 
 
 def _set_aside(folder: Path, targets: dict[int, Path], note: Note) -> dict[str, str]:
-    """Rename the steps. Returns old and new names of those that could be; ``note`` is told of the others."""
+    """Rename the steps. Returns old and new names of those renamed; ``note`` gets a line for each other."""
     renamed = {}
     for step, target in targets.items():
         path = folder / layout.step_name(step)

@@ -82,22 +82,23 @@ def test_console_warning_is_printable() -> None:
     assert "held by \\x1b]0;owned\\x07" in file.getvalue()
 
 
+def make_other_kind(path: Path, kind: str, secret: Path) -> None:
+    """Make ``path`` a link to ``secret``, a pipe or a folder."""
+    if kind == "link":
+        path.symlink_to(secret)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_small_files_of_other_kinds_are_not_read(tmp_path: Path, kind: str) -> None:
     secret = tmp_path / "secret"
     secret.write_text(json.dumps({"step": 1, "attempt": 1, "event": "start", "time": 1.0, "loss": 2.0}))
 
-    def make(path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "link":
-            path.symlink_to(secret)
-        elif kind == "pipe":
-            os.mkfifo(path)
-        else:
-            path.mkdir()
-
     for name in ("ledger.jsonl", "metrics.jsonl", run_record.RUN_FILE):
-        make(tmp_path / name)
+        make_other_kind(tmp_path / name, kind, secret)
     with pytest.raises(OSError, match=r"which is not read|is not a regular file"):
         read_events(tmp_path)
     with pytest.raises(OSError, match=r"which is not read|is not a regular file"):
@@ -116,12 +117,7 @@ def test_pins_and_holds_of_other_kinds_count_unread(tmp_path: Path, kind: str) -
         tmp_path / holds.FOLDER / f"{layout.step_name(4)}.{'ab' * 8}.json",
     ):
         path.parent.mkdir()
-        if kind == "link":
-            path.symlink_to(secret)
-        elif kind == "pipe":
-            os.mkfifo(path)
-        else:
-            path.mkdir()
+        make_other_kind(path, kind, secret)
     assert pins.read(tmp_path) == {4: pins.Pin()}
     assert [reader for readers in holds.readers(tmp_path).values() for reader in readers] == ["a reader"]
 
