@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support.crash.crash_campaign import RecordingOf
+from support.crash.crash_campaign import RecordingOf, record
 from support.crash.fault_campaign import (
     ALWAYS,
+    KILLED_STEPS,
     check_strikes,
     every_kill,
     every_strike,
@@ -111,14 +112,18 @@ def test_save_disk_full_on_one_rank_fails_on_all(small_disk: Path) -> None:
     assert all(torch.equal(tensor, torch.full((200_000,), 2.0)) for tensor in loaded.values())
 
 
-def test_resume_sampled_kills_use_newest_commit(recorded: RecordingOf, scratch: Path) -> None:
-    assert kill_all(scratch, sample(every_kill(recorded(CASE).attempts), 2, SEED)).total() == 2
+def kills(base: Path) -> list[Strike]:
+    return every_kill(record(base, ranks=2, keep_last_n=1, steps=KILLED_STEPS, wait=True).attempts)
+
+
+def test_resume_sampled_kills_use_newest_commit(scratch: Path) -> None:
+    assert kill_all(scratch, sample(kills(scratch), 2, SEED)).total() == 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_resume_every_kill_uses_newest_commit(recorded: RecordingOf, tmp_path: Path) -> None:
-    print(f"kills: {dict(kill_all(tmp_path, every_kill(recorded(CASE).attempts)))}")
+def test_resume_every_kill_uses_newest_commit(tmp_path: Path) -> None:
+    print(f"kills: {dict(kill_all(tmp_path, kills(tmp_path)))}")
 
 
 @pytest.mark.slow

@@ -63,8 +63,11 @@ def record(
     no_direct: bool = False,
     mode: str = "async",
     steps: tuple[int, ...] = STEPS,
+    wait: bool = False,
 ) -> Recording:
-    """Save a few steps with real processes, in a run folder that is durable already, and record it."""
+    """Save a few steps with real processes, in a run folder that is durable already, and record it.
+
+    Unless each save is waited for, it overlaps with what follows the one before: not twice alike."""
     run_dir = base / "run"
     run_dir.mkdir()
     control, log = base / "control", base / "log"
@@ -74,7 +77,7 @@ def record(
         steps,
         keep_last_n=keep_last_n,
         mode=mode,
-        wait=False,
+        wait=wait,
         log=str(log),
         control=str(control),
         no_direct=no_direct,

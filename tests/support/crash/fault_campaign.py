@@ -19,6 +19,8 @@ from kempnerforge.checkpoint.owner import OWNER_FILE
 
 ALWAYS = 1_000_000
 """As ``count``: from the nth operation on, all fail."""
+KILLED_STEPS = (1, 2)
+"""What ``kill_and_resume`` saves."""
 
 
 def operations_of_a_save(ops: Sequence[Op]) -> dict[str, list[str]]:
@@ -74,15 +76,12 @@ def check_strikes(by_rank: Sequence[Sequence[Struck]]) -> Counter[str]:
     return counts
 
 
-def every_kill(ops: Sequence[Op], *, saves: int = 2) -> list[Strike]:
-    """A kill before every operation of every process in the first saves of a recording, in the middle of
-    every write, and of the rank behind each operation of its writer."""
-    begins = [n for n, op in enumerate(ops) if op.op == "mkdir" and op.path.endswith(".tmp")]
+def every_kill(ops: Sequence[Op]) -> list[Strike]:
+    """A kill before every operation of every process in a recording of what ``kill_and_resume`` strikes, in
+    the middle of every write, and of the rank behind each operation of its writer."""
     seen: Counter[str] = Counter()
     found = []
-    # The save after them begins with a folder that is there already.
-    end = max(n for n, op in enumerate(ops[: begins[saves]]) if op.done) + 1
-    for op in ops[:end]:
+    for op in ops:
         nth, seen[op.role] = seen[op.role], seen[op.role] + 1
         kinds = ["kill"]
         if op.op in WRITES:
@@ -109,20 +108,20 @@ def sample(strikes: Sequence[Strike], count: int, seed: int) -> list[Strike]:
     return picked[:count]
 
 
-def kill_and_resume(base: Path, strike: Strike, *, steps: tuple[int, ...] = (1, 2), ranks: int = 2) -> str:
+def kill_and_resume(base: Path, strike: Strike, *, ranks: int = 2) -> str:
     """Save, be killed, start again: the newest commit is resumed and the rest is saved. Says how it ended."""
     base.mkdir()
     run_dir, log = base / "run", base / "log"
     run_dir.mkdir()
     Control(base / "control").arm(strike.role, strike.nth, strike.kind, count=strike.count)
-    plan = Plan(str(run_dir), steps, log=str(log), control=str(base / "control"))
+    plan = Plan(str(run_dir), KILLED_STEPS, log=str(log), control=str(base / "control"))
     killed = _is_killed(plan, ranks)
     assert Control(base / "control").fired == 1, strike
     assert killed is not (strike.role.startswith("writer") and strike.kind != "kill_parent"), strike
     committed = [commit.step for commit in find_commits(read_log(log))]
     newest = committed[-1] if committed else 0
-    last = steps[-1] + 1
-    for learnt in run_ranks(save_all, ranks, Plan(str(run_dir), (*steps, last), attempt=2)):
+    last = KILLED_STEPS[-1] + 1
+    for learnt in run_ranks(save_all, ranks, Plan(str(run_dir), (*KILLED_STEPS, last), attempt=2)):
         assert learnt["resumed"] == newest, f"{strike}: {learnt}, committed are {committed}"
         assert learnt["rejected"] == []
         assert not any(learnt["errors"]), learnt
