@@ -43,12 +43,12 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from kempnerforge.checkpoint import manifest
-from kempnerforge.checkpoint.board import StoreBoard, collect
 from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, PlannedItem, commit
 from kempnerforge.checkpoint.digest import FileRecord, VerifiedFile
 from kempnerforge.checkpoint.index import Index
 from kempnerforge.checkpoint.plan import make_plan, signature_of
 from kempnerforge.checkpoint.shards import ShardItem, plan_image
+from kempnerforge.distributed.store_channel import StoreBoard, collect
 
 SIZES = {
     "tiny": {"ranks": 8, "tensors": 20, "pairs": 2},

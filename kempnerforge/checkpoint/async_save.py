@@ -24,7 +24,6 @@ from kempnerforge.checkpoint import background, layout
 from kempnerforge.checkpoint.agreed_plan import AgreedPlan
 from kempnerforge.checkpoint.arena import ArenaSet
 from kempnerforge.checkpoint.background import FailedSave, Part, Patience, SaveJob, SaveResult, result_key
-from kempnerforge.checkpoint.board import Board, LocalBoard, StoreBoard
 from kempnerforge.checkpoint.commit import Contents
 from kempnerforge.checkpoint.manifest import Provenance
 from kempnerforge.checkpoint.report import Payload
@@ -34,6 +33,7 @@ from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.store_channel import Board, LocalBoard, StoreBoard
 from kempnerforge.errors import SaveFailedError
 
 StateDict = Mapping[Any, Any] | Callable[[], Payload]

@@ -15,7 +15,6 @@ from typing import Any
 from kempnerforge import fsio
 from kempnerforge.checkpoint import claim, layout, manifest, owner, run_record, timeline
 from kempnerforge.checkpoint.claim import Hints
-from kempnerforge.checkpoint.holder import process_state
 from kempnerforge.checkpoint.lease import Lease, acquire
 from kempnerforge.checkpoint.receipt import read_receipts
 from kempnerforge.checkpoint.run_record import RUN_FILE, RunRecord
@@ -29,7 +28,7 @@ from kempnerforge.errors import (
     RunFolderError,
     StepsMissingError,
 )
-from kempnerforge.slurm.job import restart_count
+from kempnerforge.process_identity import process_state, restart_count
 
 _NONCE_WAIT_S = 10.0
 """Network file systems may show another node's new file late."""

@@ -15,11 +15,11 @@ import torch
 
 from kempnerforge.checkpoint import cuda
 from kempnerforge.checkpoint.arena import ArenaSet
-from kempnerforge.checkpoint.board import Board, collect
 from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, commit, make_temporary
 from kempnerforge.checkpoint.digest import FileRecord
 from kempnerforge.checkpoint.staging import Staging
 from kempnerforge.checkpoint.writer import Writer, Written, with_backoff
+from kempnerforge.distributed.store_channel import Board, collect
 from kempnerforge.errors import SaveFailedError
 
 LOOK_EVERY_S = 1.0

@@ -175,7 +175,7 @@ def _require_adoptable(folder: Path, mine: Owner, hints: Hints) -> None:
             foreign.setdefault(found.run_id, []).append(path)
     if not foreign:
         return
-    runs = [f"{_name_of(paths[0], run_id)} ({_names(paths)})" for run_id, paths in foreign.items()]
+    runs = [f"{_name_of(folders[0], run_id)} ({_names(folders)})" for run_id, folders in foreign.items()]
     if own or len(runs) > 1:
         whose = f"{' and '.join(runs)}{', beside steps of this one' if own else ''}. Its owner is not known"
         raise FolderOwnedError(
@@ -194,9 +194,9 @@ def _name_of(path: Path, run_id: str) -> str:
     return Owner(run_id, run_name=str(name)).describe()
 
 
-def _names(paths: list[Path]) -> str:
-    shown = ", ".join(path.name for path in paths[:3])
-    return f"{shown} and {len(paths) - 3} more" if len(paths) > 3 else shown
+def _names(folders: list[Path]) -> str:
+    shown = ", ".join(path.name for path in folders[:3])
+    return f"{shown} and {len(folders) - 3} more" if len(folders) > 3 else shown
 
 
 def _is_copy(folder: Path, found: Owner, mine: Owner) -> bool:

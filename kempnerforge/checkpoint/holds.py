@@ -31,8 +31,8 @@ from typing import Any
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import layout
-from kempnerforge.checkpoint.holder import Holder
 from kempnerforge.errors import StepNotFoundError
+from kempnerforge.process_identity import Holder
 
 FOLDER = "holds"
 LIFETIME_S = 600.0
@@ -85,10 +85,10 @@ def read(folder: Path, *, now: float | None = None) -> list[Hold]:
     observer = Holder.of_this_process(0)
     found = []
     try:
-        paths = sorted((folder / FOLDER).iterdir())
+        entries = sorted((folder / FOLDER).iterdir())
     except FileNotFoundError:
         return []
-    for path in paths:
+    for path in entries:
         match = _NAME.fullmatch(path.name)
         step = layout.step_number(match[1]) if match else None
         if step is None:

@@ -30,10 +30,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from kempnerforge import fsio
-from kempnerforge.checkpoint import holder
-from kempnerforge.checkpoint.holder import Holder
+from kempnerforge import fsio, process_identity
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, RunFolderError
+from kempnerforge.process_identity import Holder
 
 RENEW_EVERY_S = 3.0
 STALE_AFTER_S = 30.0
@@ -139,7 +138,7 @@ class Lease:
 
     def _write(self, *, released: bool) -> None:
         self._counter += 1
-        os.pwrite(self._fd, holder.encode(self.owner, counter=self._counter, released=released), 0)
+        os.pwrite(self._fd, process_identity.encode(self.owner, counter=self._counter, released=released), 0)
         # Not for durability: it is what makes NFS send the bytes to the server.
         os.fdatasync(self._fd)
 
@@ -222,7 +221,7 @@ def live_holder(run_dir: Path) -> str:
 
 def _why_free(newest: _Seen | None, me: Holder) -> str | None:
     """Why the lease may be taken at once; empty when nobody has it, None when it may not be taken at once."""
-    found = holder.decode(newest.data) if newest else None
+    found = process_identity.decode(newest.data) if newest else None
     if newest is None or (found and found[1]):
         return ""
     if found is None:
@@ -244,7 +243,7 @@ def _claim(run_dir: Path, owner: Holder, note: Callable[[str], None]) -> tuple[P
     except OSError as error:
         raise RunFolderError(f"{run_dir} cannot be written: {error}") from error
     try:
-        os.pwrite(fd, holder.encode(owner, counter=0, released=False), 0)
+        os.pwrite(fd, process_identity.encode(owner, counter=0, released=False), 0)
         os.fsync(fd)
         leases = _leases(run_dir)
         if max(leases) == owner.attempt:
@@ -298,12 +297,12 @@ def _read_newest(run_dir: Path) -> _Seen | None:
 
 
 def _name(newest: _Seen) -> str:
-    found = holder.decode(newest.data)
+    found = process_identity.decode(newest.data)
     return found[0].describe() if found else f"attempt {newest.attempt} (its lease cannot be read)"
 
 
 def _held(run_dir: Path, newest: _Seen, me: Holder, rename_hint: str) -> LeaseHeldError:
-    found = holder.decode(newest.data)
+    found = process_identity.decode(newest.data)
     stop = f" ({found[0].stop_command(me)})" if found else ""
     return LeaseHeldError(
         f"{run_dir} is being written by {_name(newest)}. Two attempts in one folder would destroy each "

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kempnerforge.checkpoint.holder import boot_id
 from kempnerforge.errors import Fault
+from kempnerforge.process_identity import boot_id
 
 _SHARE = 0.9
 """Of what is free: the data loader and the page cache live there too."""

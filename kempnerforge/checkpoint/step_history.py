@@ -76,8 +76,8 @@ def read_facts(run_dir: Path, folder: Path) -> RunFacts:
         "suspect": listing.suspect,
     }
     set_aside: dict[int, list[SetAside]] = {}
-    for what, paths in groups.items():
-        for path in sorted(paths):
+    for what, members in groups.items():
+        for path in sorted(members):
             step = layout.step_number(path.name.split(".")[1])
             if step is not None:
                 set_aside.setdefault(step, []).append(SetAside(what, path.name, reasons.get(path.name, "")))

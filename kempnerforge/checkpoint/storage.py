@@ -168,14 +168,14 @@ class SafetensorsWriter(StorageWriter):
         objects: dict[str, Any] = {}
         for one in reversed(by_rank):  # the lowest rank's value counts
             objects |= one.objects
-        paths = _paths(metadata, objects)
+        nested = _paths(metadata, objects)
         commit(
             self.temporary,
             self.final,
             expected=Expected(tuple(files)),
             reports=reports,
             contents=dataclasses.replace(
-                self._contents, objects={**self._contents.objects, **objects, **paths}
+                self._contents, objects={**self._contents.objects, **objects, **nested}
             ),
         )
 

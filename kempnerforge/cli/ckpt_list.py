@@ -110,8 +110,8 @@ def list_others(listing: layout.FolderListing) -> list[dict[str, Any]]:
     ]
     return [
         {"what": what, "path": str(path), "size_bytes": folder_bytes(path)}
-        for what, paths in zip(OTHERS, groups, strict=True)
-        for path in sorted(paths)
+        for what, members in zip(OTHERS, groups, strict=True)
+        for path in sorted(members)
         if path.exists()
     ]
 

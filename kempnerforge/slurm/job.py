@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kempnerforge import hostlist
 from kempnerforge.errors import KempnerForgeError
+from kempnerforge.process_identity import restart_count
 
 _ASK_TIMEOUT_S = 60.0
 """A busy controller answers late; SLURM's own clients retry within this time."""
@@ -73,12 +74,6 @@ def _hosts(nodelist: str) -> list[str]:
         return hostlist.expand(nodelist)
     except ValueError as error:
         raise SlurmError(str(error)) from None
-
-
-def restart_count(environ: Mapping[str, str]) -> int:
-    """How often SLURM has started this job again. SLURM leaves it unset in a job's first run."""
-    restarts = environ.get("SLURM_RESTART_COUNT", "")
-    return int(restarts) if restarts.isdecimal() else 0
 
 
 def node_name(environ: Mapping[str, str]) -> str:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kempnerforge.checkpoint.board import Board, collect
 from kempnerforge.config.train import TrainConfig
+from kempnerforge.distributed.store_channel import Board, collect
 from kempnerforge.train.progress import Place, Progress, limit_s
 from kempnerforge.train.stacks import FOLDER, Stacks, file_name
 

@@ -25,10 +25,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from kempnerforge.checkpoint import arena, writer
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import Patience
-from kempnerforge.checkpoint.board import LocalBoard
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
+from kempnerforge.distributed.store_channel import LocalBoard
 from kempnerforge.errors import SaveFailedError
 
 pytestmark = pytest.mark.smoke

@@ -18,11 +18,11 @@ from support.clock import FakeClock
 from support.polling import wait_until
 from support.tmpfs import mounted_tmpfs
 
-from kempnerforge import fsio
-from kempnerforge.checkpoint import holder, layout, lease
-from kempnerforge.checkpoint.holder import Holder
+from kempnerforge import fsio, process_identity
+from kempnerforge.checkpoint import layout, lease
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, RunFolderError
+from kempnerforge.process_identity import Holder
 
 pytestmark = pytest.mark.smoke
 
@@ -119,7 +119,7 @@ def leave_behind(folder: Path, attempt: int = 3, **changes: Any) -> Path:
     """A lease of a holder that is like this process but for ``changes``, and that nobody renews."""
     owner = replace(Holder.of_this_process(attempt), **changes)
     path = folder / f"lease.{attempt}.json"
-    path.write_bytes(holder.encode(owner, counter=7, released=False))
+    path.write_bytes(process_identity.encode(owner, counter=7, released=False))
     return path
 
 

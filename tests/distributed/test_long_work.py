@@ -16,10 +16,11 @@ from support.patch_target import patch_target
 from support.ranks import run_ranks
 from support.runs import Launcher, make_run
 
-from kempnerforge.checkpoint import attempt_start, holder, lease
+from kempnerforge import process_identity
+from kempnerforge.checkpoint import attempt_start, lease
 from kempnerforge.checkpoint.attempt_start import open_run
-from kempnerforge.checkpoint.holder import Holder
 from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.process_identity import Holder
 
 pytest_plugins = ["support.run_fixtures"]
 
@@ -46,7 +47,7 @@ def watch_lease_for_long(folder: str) -> tuple[int, str]:
 
 def test_long_work_lease_watched_beyond_timeout_is_taken(tmp_path: Path) -> None:
     owner = replace(Holder.of_this_process(3), host="node7", boot_id="another-kernel", pid=1)
-    (tmp_path / "lease.3.json").write_bytes(holder.encode(owner, counter=7, released=False))
+    (tmp_path / "lease.3.json").write_bytes(process_identity.encode(owner, counter=7, released=False))
     first, second = run_ranks(watch_lease_for_long, 2, str(tmp_path))
     assert (first[0], second[0]) == (4, 4)
     assert f"its lease has not moved for {2 * TIMEOUT_S:g} s" in first[1]

@@ -29,10 +29,10 @@ STARTS = [["ls"], ["inspect"], ["verify"], ["diff"], ["explain"], ["prune", "--d
 @pytest.mark.parametrize("command", STARTS)
 def test_ckpt_commands_import_no_heavy_module(saved: Path, command: list[str]) -> None:
     path = saved / "checkpoints" / "latest" if command[0] in ("inspect", "diff") else saved
-    paths = [path, path] if command[0] == "diff" else [path]
+    named = [path, path] if command[0] == "diff" else [path]
     code = (
         "import sys\nfrom kempnerforge.cli.app import main\n"
-        f"sys.argv = {['kempnerforge', 'ckpt', *command, *map(str, paths)]!r}\n"
+        f"sys.argv = {['kempnerforge', 'ckpt', *command, *map(str, named)]!r}\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         f"heavy = {HEAVY!r} & sys.modules.keys()\nassert not heavy, heavy\n"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = "kempnerforge"
 
 LAYERS = (
-    ("errors", "fsio", "hostlist", "printable", "write_behind"),
+    ("errors", "fsio", "hostlist", "printable", "process_identity", "write_behind"),
     ("config",),
     ("distributed", "model", "data", "telemetry", "slurm", "goodput", "plan"),
     ("parallel", "checkpoint"),
@@ -28,12 +28,13 @@ IMPORT_CALLS = ("importlib.import_module", "import_module", "__import__")
 
 # Not even inside a function.
 NO_TORCH = (
-    *("errors", "fsio", "hostlist", "printable", "write_behind", "config", "goodput", "slurm", "plan"),
+    *("errors", "fsio", "hostlist", "printable", "process_identity", "write_behind"),
+    *("config", "goodput", "slurm", "plan"),
     *("checkpoint.layout", "checkpoint.manifest", "checkpoint.index", "checkpoint.policy"),
     *("checkpoint.pace", "checkpoint.tax", "checkpoint.late_metrics", "checkpoint.request_files"),
     *("checkpoint.housekeeping", "checkpoint.room"),
     *("checkpoint.retention", "checkpoint.lease", "checkpoint.space", "checkpoint.verify"),
-    *("checkpoint.holder", "checkpoint.timeline", "checkpoint.rollback", "checkpoint.fork"),
+    *("checkpoint.timeline", "checkpoint.rollback", "checkpoint.fork"),
     *("checkpoint.owner", "checkpoint.claim", "checkpoint.known_steps"),
     *("checkpoint.latest", "checkpoint.start_cleanup"),
     *("checkpoint.quota", "checkpoint.run_record", "checkpoint.keep", "checkpoint.pins", "checkpoint.holds"),

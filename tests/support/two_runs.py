@@ -149,18 +149,18 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
 def _audit(event: str, args: tuple[Any, ...], root: str, tell: Any) -> None:
     if event == "open":
         kind = "write" if args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) else "read"
-        paths = [args[0]]
+        named = [args[0]]
     elif event in _LISTS:
-        kind, paths = "list", [args[0]]
+        kind, named = "list", [args[0]]
     elif event in _CHANGES:
         folder_fd = args[-1] if isinstance(args[-1], int) and args[-1] >= 0 else None
-        kind, paths = (
+        kind, named = (
             event,
             [_whole(path, folder_fd) for path in args[:2] if isinstance(path, (str, bytes, os.PathLike))],
         )
     else:
         return
-    for path in paths:
+    for path in named:
         text = _whole(path, None)
         if text is not None and (text == root or text.startswith(root + "/")):
             tell(op=kind, path=os.path.relpath(text, root))

@@ -10,7 +10,6 @@ import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from kempnerforge.checkpoint import structure
-from kempnerforge.checkpoint.board import LocalBoard, collect
 from kempnerforge.checkpoint.commit import PlannedItem
 from kempnerforge.checkpoint.pieces import check_name
 from kempnerforge.checkpoint.shadows import may_overlap
@@ -18,6 +17,7 @@ from kempnerforge.checkpoint.shards import ShardItem
 from kempnerforge.checkpoint.structure import FLAT, Structure
 from kempnerforge.checkpoint.tree import payload_of
 from kempnerforge.checkpoint.union import Held, unite
+from kempnerforge.distributed.store_channel import LocalBoard, collect
 
 T = torch.ones(1)
 TREES: dict[str, dict[Any, Any]] = {

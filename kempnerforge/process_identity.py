@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kempnerforge.slurm.job import restart_count
-
 COUNTER_DIGITS = 20
 """Width of the counter in the file, so that every state of a lease has the same length."""
 
@@ -89,6 +87,12 @@ class Holder:
         """Whether ``other`` is a later start of the same SLURM job, which is ended before it is requeued."""
         same_job = bool(self.slurm_job_id) and self.slurm_job_id == other.slurm_job_id
         return same_job and other.slurm_restart_count > self.slurm_restart_count
+
+
+def restart_count(environ: Mapping[str, str]) -> int:
+    """How often SLURM has started this job again. SLURM leaves it unset in a job's first run."""
+    restarts = environ.get("SLURM_RESTART_COUNT", "")
+    return int(restarts) if restarts.isdecimal() else 0
 
 
 @dataclass(frozen=True)
