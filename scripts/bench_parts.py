@@ -31,7 +31,7 @@ from bench.savers import Ours
 from bench.workload import Steps, model_config, sharded_llama, state_bytes
 
 from kempnerforge.checkpoint.agreed_plan import AgreedPlan
-from kempnerforge.checkpoint.report import Payload
+from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.staging import overlapping
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.checkpoint.writer import Writer

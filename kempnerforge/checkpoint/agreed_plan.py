@@ -14,7 +14,7 @@ from kempnerforge.checkpoint.arena import ArenaSet, needed_bytes
 from kempnerforge.checkpoint.commit import Expected, PlannedFile
 from kempnerforge.checkpoint.pieces import check_name
 from kempnerforge.checkpoint.plan import SavePlan, Signature, digest_of, held_chunks, make_plan, signature_of
-from kempnerforge.checkpoint.report import Payload
+from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.structure import FLAT, Structure
 from kempnerforge.checkpoint.tensor_leaves import tensor_names
 from kempnerforge.checkpoint.tree import TreePayload

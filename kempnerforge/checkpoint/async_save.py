@@ -26,7 +26,7 @@ from kempnerforge.checkpoint.arena import ArenaSet
 from kempnerforge.checkpoint.background import FailedSave, Part, Patience, SaveJob, SaveResult, result_key
 from kempnerforge.checkpoint.commit import Contents
 from kempnerforge.checkpoint.manifest import Provenance
-from kempnerforge.checkpoint.report import Payload
+from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.staging import BlockingCopy, FailedCopy, Staging, overlapping
 from kempnerforge.checkpoint.tree import payload_of
 from kempnerforge.checkpoint.writer import Writer

@@ -23,12 +23,12 @@ from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.pace import Pacer
 from kempnerforge.checkpoint.policy import SavePolicy
 from kempnerforge.checkpoint.receipt import Receipt
-from kempnerforge.checkpoint.report import Payload, RunContext, SaveReport
 from kempnerforge.checkpoint.request_files import RequestFile, RequestFiles
 from kempnerforge.checkpoint.restore import Restorer
+from kempnerforge.checkpoint.results import Payload, RunContext, SaveReport
 from kempnerforge.checkpoint.resume import with_retries
+from kempnerforge.checkpoint.save_coordinator import Saver, Snapshot
 from kempnerforge.checkpoint.save_events import SaveEvent
-from kempnerforge.checkpoint.saver import Saver, Snapshot
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.config.checkpoint import fill_dir, unknown_placeholder
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig

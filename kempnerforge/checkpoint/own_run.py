@@ -22,7 +22,7 @@ from kempnerforge.checkpoint.attempt_start import OpenOptions, attempt_started, 
 from kempnerforge.checkpoint.claim import Hints
 from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.receipt import Receipt
-from kempnerforge.checkpoint.report import RunContext, SaveReport
+from kempnerforge.checkpoint.results import RunContext, SaveReport
 from kempnerforge.checkpoint.save_events import SaveEvent, event_of
 from kempnerforge.checkpoint.versions import versions
 from kempnerforge.config.schema import CheckpointConfig

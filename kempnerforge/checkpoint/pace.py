@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge.checkpoint import timeline
-from kempnerforge.checkpoint.report import SaveReport
+from kempnerforge.checkpoint.results import SaveReport
 from kempnerforge.checkpoint.tax import SAVES_WINDOW, SaveTax, StepClock, cost_s
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.goodput.accounting import interruptions

@@ -25,7 +25,7 @@ from kempnerforge.checkpoint import (
 from kempnerforge.checkpoint.extra_state import PREFIX as EXTRA
 from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.receipt import Receipt
-from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.resume import Found, Loaded
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.state import TrainState

@@ -27,7 +27,7 @@ from kempnerforge.checkpoint.load_targets import LoadTargets, find_targets
 from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.receipt import Rejected
-from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.state import TrainState, rng_name
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kempnerforge.checkpoint.report import SaveReport
+from kempnerforge.checkpoint.results import SaveReport
 
 MAX_EVENTS = 1000
 """Events kept for a caller that does not fetch them; older ones are dropped."""

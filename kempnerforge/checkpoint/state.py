@@ -14,7 +14,7 @@ from kempnerforge.checkpoint import layout, leaves, rng
 from kempnerforge.checkpoint.extra_state import Extras, digest_of
 from kempnerforge.checkpoint.model_state import ModelState
 from kempnerforge.checkpoint.optimizer_state import OptimizerState, check_whole, make_state
-from kempnerforge.checkpoint.report import Payload
+from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.tensor_leaves import Packer
 
 MODEL, OPTIMIZER, OPTIMIZERS = layout.MODEL_PREFIX, "optimizer.", "optimizers."

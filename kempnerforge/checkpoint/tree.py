@@ -14,7 +14,7 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from kempnerforge.checkpoint.leaves import MAX_DEPTH
 from kempnerforge.checkpoint.pieces import check_name, check_storable
-from kempnerforge.checkpoint.report import Payload
+from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.structure import FLAT, Key, Path, Structure, name_of
 from kempnerforge.checkpoint.tensor_leaves import Packer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kempnerforge.checkpoint import owner
 from kempnerforge.checkpoint.attempt_start import attempt_started, start_facts
-from kempnerforge.checkpoint.report import SaveReport
+from kempnerforge.checkpoint.results import SaveReport
 from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.checkpoint.save_events import SaveEvent, event_of
 from kempnerforge.config.schema import JobConfig

@@ -15,7 +15,7 @@ from kempnerforge.checkpoint import rng
 from kempnerforge.checkpoint.attempt_start import open_run
 from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.manager import CheckpointManager
-from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.checkpoint.versions import versions

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from kempnerforge.checkpoint import holds, layout, resume
-from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.resume import Found
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.config.schema import Geometry, JobConfig

@@ -18,7 +18,7 @@ from support.crash.errno_shim import Operation, Strike, strikes_of
 from support.crash.errno_training import LOOPS, MODES, LoopOutcome, holds_of, run_loop
 
 from kempnerforge.checkpoint.owner import Owner
-from kempnerforge.checkpoint.saver import Saver
+from kempnerforge.checkpoint.save_coordinator import Saver
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 
 pytest_plugins = ["support.crash.fixtures"]

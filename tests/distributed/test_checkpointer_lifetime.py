@@ -24,7 +24,7 @@ from kempnerforge import (
 )
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.background import Patience
-from kempnerforge.checkpoint.saver import Saver
+from kempnerforge.checkpoint.save_coordinator import Saver
 from kempnerforge.checkpoint.staging import BlockingCopy
 from kempnerforge.checkpoint.storage_reader import load_tensors
 from kempnerforge.checkpoint.verify import verify

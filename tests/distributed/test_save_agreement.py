@@ -22,7 +22,7 @@ from kempnerforge.checkpoint import agreed_plan
 from kempnerforge.checkpoint.arena import ArenaSet
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import Patience
-from kempnerforge.checkpoint.report import Payload
+from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.distributed.control import ControlGroup

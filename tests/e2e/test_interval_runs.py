@@ -16,10 +16,10 @@ from support.clock import FakeClock
 from support.patch_target import patch_target
 from support.runs import Launcher, Run, make_run
 
-from kempnerforge.checkpoint import saver
+from kempnerforge.checkpoint import save_coordinator
 from kempnerforge.checkpoint import tax as overhead
 from kempnerforge.checkpoint.manager import CheckpointManager
-from kempnerforge.checkpoint.report import SaveReport
+from kempnerforge.checkpoint.results import SaveReport
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import CheckpointConfig
@@ -161,7 +161,7 @@ QUIET_STEP_S, SLOWED_STEP_S, WRITE_S = 0.05, 0.1, 0.16
 def test_interval_of_user_loop_is_measured_and_paced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    clock = FakeClock().replace_in(monkeypatch, overhead, saver)
+    clock = FakeClock().replace_in(monkeypatch, overhead, save_coordinator)
     write, ended = Writer.write, threading.Event()
     model = torch.nn.Linear(8, 1)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -23,7 +23,7 @@ from support.ranks import run_ranks
 from kempnerforge.checkpoint import layout, run_record
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.manifest import read
-from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import CheckpointConfig

@@ -14,7 +14,7 @@ from support.ckpt_cli import CONFIG, LOSSES, Ckpt, Done
 from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.manifest import Provenance
-from kempnerforge.checkpoint.report import Payload
+from kempnerforge.checkpoint.results import Payload
 from kempnerforge.cli import app
 
 

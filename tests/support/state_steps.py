@@ -10,7 +10,7 @@ import torch
 from support.step_maker import write_step
 
 from kempnerforge.checkpoint import resume, rng
-from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.resume import Loaded
 from kempnerforge.checkpoint.state import TrainState
 

@@ -15,8 +15,8 @@ from kempnerforge import fsio
 from kempnerforge.checkpoint import layout, lease, rollback, run_record, timeline
 from kempnerforge.checkpoint import resume as choosing
 from kempnerforge.checkpoint.receipt import Receipt
-from kempnerforge.checkpoint.report import RunContext
 from kempnerforge.checkpoint.restore import Restorer
+from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.config.schema import CheckpointConfig, JobConfig
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import EXIT_FINISHED, DataError, RunFolderError

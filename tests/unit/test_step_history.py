@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kempnerforge.checkpoint.report import SaveReport
+from kempnerforge.checkpoint.results import SaveReport
 from kempnerforge.checkpoint.save_events import PutOff, event_of
 from kempnerforge.checkpoint.step_history import RunFacts, SetAside, explain_absence, schedule_in_words
 from kempnerforge.config.schema import CheckpointConfig

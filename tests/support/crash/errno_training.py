@@ -33,7 +33,7 @@ from kempnerforge import CheckpointManager
 from kempnerforge.checkpoint import request_files
 from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.receipt import read_receipts
-from kempnerforge.checkpoint.report import SaveReport
+from kempnerforge.checkpoint.results import SaveReport
 from kempnerforge.cli import train as harness
 
 LOOP_ENDS = SOUND + 12

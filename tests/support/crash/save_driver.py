@@ -29,7 +29,7 @@ from kempnerforge.checkpoint import writer as writer_module
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import Patience
 from kempnerforge.checkpoint.manager import CheckpointManager
-from kempnerforge.checkpoint.report import RunContext, SaveReport
+from kempnerforge.checkpoint.results import RunContext, SaveReport
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.errors import SaveFailedError

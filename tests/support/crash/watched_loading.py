@@ -20,7 +20,7 @@ from support.crash.mutations import Changes, Files, Special
 from support.crash.save_driver import Plan, make_manager
 
 from kempnerforge.checkpoint import layout, resume, verify
-from kempnerforge.checkpoint.report import RunContext
+from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.errors import (
     CheckpointError,

@@ -12,7 +12,7 @@ from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import SaveResult
 from kempnerforge.checkpoint.manifest import Provenance
-from kempnerforge.checkpoint.report import Payload, SaveReport
+from kempnerforge.checkpoint.results import Payload, SaveReport
 from kempnerforge.checkpoint.save_events import MAX_EVENTS, PutOff, SaveEvent
 from kempnerforge.checkpoint.tax import StepClock
 from kempnerforge.distributed.control import ControlGroup
