@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import xxhash
 
-from kempnerforge.checkpoint import cuda, memory, structure
+from kempnerforge.checkpoint import cuda, memory
 from kempnerforge.checkpoint.arena import ArenaSet, needed_bytes
 from kempnerforge.checkpoint.commit import Expected, PlannedFile
+from kempnerforge.checkpoint.format import structure
+from kempnerforge.checkpoint.format.structure import FLAT, Structure
 from kempnerforge.checkpoint.pieces import check_name
 from kempnerforge.checkpoint.plan import SavePlan, Signature, digest_of, held_chunks, make_plan, signature_of
 from kempnerforge.checkpoint.results import Payload
-from kempnerforge.checkpoint.structure import FLAT, Structure
 from kempnerforge.checkpoint.tensor_leaves import tensor_names
 from kempnerforge.checkpoint.tree import TreePayload
 from kempnerforge.checkpoint.union import Held, Union, unite

@@ -16,10 +16,10 @@ import xxhash
 
 from kempnerforge.checkpoint import cuda
 from kempnerforge.checkpoint.commit import PlannedFile
-from kempnerforge.checkpoint.dtypes import DTYPES
+from kempnerforge.checkpoint.format.dtypes import DTYPES
+from kempnerforge.checkpoint.format.safetensors_file import ShardImage, plan_image
 from kempnerforge.checkpoint.image_writer import padded
 from kempnerforge.checkpoint.pieces import Sizes, piece_at
-from kempnerforge.checkpoint.shards import ShardImage, plan_image
 from kempnerforge.checkpoint.shared_memory import map_new
 
 allocations = 0

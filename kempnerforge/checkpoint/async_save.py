@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from kempnerforge.checkpoint import background, layout
+from kempnerforge.checkpoint import background
 from kempnerforge.checkpoint.agreed_plan import AgreedPlan
 from kempnerforge.checkpoint.arena import ArenaSet
 from kempnerforge.checkpoint.background import FailedSave, Part, Patience, SaveJob, SaveResult, result_key
 from kempnerforge.checkpoint.commit import Contents
-from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.staging import BlockingCopy, FailedCopy, Staging, overlapping
 from kempnerforge.checkpoint.tree import payload_of
@@ -270,8 +271,8 @@ class AsyncCheckpointer:
         started = time.perf_counter()
         control = self._join(process_group)
         provenance = provenance or Provenance()
-        final = layout.local_path(checkpoint_id)
-        temporary = final.with_name(layout.temporary_name(final.name, provenance.attempt))
+        final = paths.local_path(checkpoint_id)
+        temporary = final.with_name(paths.temporary_name(final.name, provenance.attempt))
         self.last_result = None
         payload = self._plan_save(control, state_dict)
         arenas = self._plan.arenas

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import claim, layout, manifest, owner, run_record, timeline
+from kempnerforge.checkpoint import claim, owner, run_record, timeline
 from kempnerforge.checkpoint.claim import Hints
+from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.lease import Lease, acquire
 from kempnerforge.checkpoint.receipt import read_receipts
 from kempnerforge.checkpoint.run_record import RUN_FILE, RunRecord
@@ -135,10 +136,10 @@ def _begin_attempt(
         fsio.make_folder(folder)
         known = _identity_of(folder, wanted) if options.adopt else _Identity()
         if not options.adopt and run_record.read(folder) is None and (folder / "checkpoints").exists():
-            steps = layout.committed_steps(folder / "checkpoints")
+            steps = paths.committed_steps(folder / "checkpoints")
             fork = ""
             if steps:
-                newest = folder / "checkpoints" / layout.step_name(max(steps))
+                newest = folder / "checkpoints" / paths.step_name(max(steps))
                 fork = f", go on in a run of its own (kempnerforge ckpt fork {newest} NEW_RUN)"
             raise RunFolderError(
                 f"{folder} has checkpoints but no {RUN_FILE}: it is not known whose they are. Put "
@@ -248,9 +249,9 @@ def _identity_of(folder: Path, wanted: _Wanted) -> _Identity:
     if moved_to and owned_by is not None and not claim.is_same(owned_by.run_dir, folder):
         return _Identity()
     found = []
-    for step in layout.committed_steps(checkpoints):
+    for step in paths.committed_steps(checkpoints):
         try:
-            found.append(manifest.read(checkpoints / layout.step_name(step)).provenance)
+            found.append(manifest.read(checkpoints / paths.step_name(step)).provenance)
         except (DamagedCheckpointError, MismatchError):
             continue  # the resume reports it
     if owned_by is not None:

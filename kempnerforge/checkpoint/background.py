@@ -16,7 +16,7 @@ import torch
 from kempnerforge.checkpoint import cuda
 from kempnerforge.checkpoint.arena import ArenaSet
 from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, commit, make_temporary
-from kempnerforge.checkpoint.digest import FileRecord
+from kempnerforge.checkpoint.format.checksums import FileRecord
 from kempnerforge.checkpoint.staging import Staging
 from kempnerforge.checkpoint.writer import Writer, Written, with_backoff
 from kempnerforge.distributed.store_channel import Board, collect

@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import known_steps, layout, manifest, owner, run_record
+from kempnerforge.checkpoint import known_steps, owner, run_record
+from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.owner import OWNER_FILE, Owner
 from kempnerforge.checkpoint.run_record import RUN_FILE, RunRecord
-from kempnerforge.checkpoint.step_view import StepView
 from kempnerforge.errors import CheckpointError, FolderOwnedError, KempnerForgeError
 
 
@@ -152,7 +153,7 @@ def _ways_on(folder: Path, hints: Hints) -> str:
     placeholder = hints.placeholder.format(parent=folder.absolute().parent)
     return (
         f"To go on: {hints.rename}, or a checkpoint folder of its own ({placeholder}). To go on from one of "
-        f"the steps there, in a run of its own: kempnerforge ckpt fork {folder / layout.LATEST} NEW_RUN"
+        f"the steps there, in a run of its own: kempnerforge ckpt fork {folder / paths.LATEST} NEW_RUN"
     )
 
 
@@ -161,8 +162,8 @@ def _require_adoptable(folder: Path, mine: Owner, hints: Hints) -> None:
     if not mine.run_id:
         return
     foreign: dict[str, list[Path]] = {}
-    listing = layout.list_folder(folder)
-    steps = [folder / layout.step_name(step) for step in listing.steps]
+    listing = paths.list_folder(folder)
+    steps = [folder / paths.step_name(step) for step in listing.steps]
     own = 0
     for path in (*steps, *known_steps.set_aside(listing)):
         try:

@@ -12,10 +12,10 @@ from typing import Any
 import xxhash
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import index, layout, manifest
-from kempnerforge.checkpoint.digest import FileRecord, record_of
-from kempnerforge.checkpoint.index import Chunk, TensorEntry
-from kempnerforge.checkpoint.shards import ShardItem, plan_image
+from kempnerforge.checkpoint.format import manifest, paths, tensor_index
+from kempnerforge.checkpoint.format.checksums import FileRecord, record_of
+from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image
+from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry
 from kempnerforge.errors import CheckpointError, SaveFailedError
 
 
@@ -76,8 +76,8 @@ class Expected:
                 chunks.setdefault(item.name, []).append(place)
                 heads[item.name] = (item.dtype, planned.global_shape)
         entries = {name: TensorEntry(*head, tuple(chunks[name])) for name, head in heads.items()}
-        self.index = index.encode(entries)
-        self.has_new_dtypes = any(dtype in index.SHORT_NAMES for dtype, _ in heads.values())
+        self.index = tensor_index.encode(entries)
+        self.has_new_dtypes = any(dtype in tensor_index.SHORT_NAMES for dtype, _ in heads.values())
         """Whether the first version of format 1 could not read the index."""
 
     @property
@@ -143,18 +143,18 @@ def commit(
         if size_bytes != report.record.size_bytes:
             raise SaveFailedError(f"{name} has {size_bytes} of {report.record.size_bytes} bytes")
     small = {
-        layout.INDEX: expected.index,
-        layout.TRAIN_STATE: (json.dumps(dict(contents.objects), indent=1) + "\n").encode(),
+        paths.INDEX: expected.index,
+        paths.TRAIN_STATE: (json.dumps(dict(contents.objects), indent=1) + "\n").encode(),
     }
     if contents.config_toml:
-        small[layout.CONFIG] = contents.config_toml.encode()
+        small[paths.CONFIG] = contents.config_toml.encode()
     for name, data in small.items():
         fsio.write_new_file(temporary / name, data)
     shards = {name: report.record for name, report in reports.items()}
     files = {**shards, **{name: record_of(data) for name, data in small.items()}}
-    minor = int(expected.has_new_dtypes or manifest.needs_minor(small[layout.TRAIN_STATE]))
+    minor = int(expected.has_new_dtypes or manifest.needs_minor(small[paths.TRAIN_STATE]))
     body = manifest.encode(contents.provenance, files, minor=minor)
-    fsio.write_new_file(temporary / layout.MANIFEST, body)
+    fsio.write_new_file(temporary / paths.MANIFEST, body)
     fsio.fsync_folder(temporary)
     before_publish()
     fsio.publish(temporary, final)

@@ -13,8 +13,8 @@ from typing import Any
 import xxhash
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint.index import ITEM_BYTES, Chunk, TensorEntry
-from kempnerforge.checkpoint.step_view import StepView, tensor_bytes
+from kempnerforge.checkpoint.format.step_info import StepView, tensor_bytes
+from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES, Chunk, TensorEntry
 from kempnerforge.errors import DamagedCheckpointError
 
 PIECE_BYTES = 16 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomli
 
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.resume import Found
 from kempnerforge.config.model_changes import ModelChanges, model_changes
 from kempnerforge.distributed.control import as_agreed
@@ -31,7 +31,7 @@ def refuse_other_shapes(found: Found, config_toml: str) -> None:
     """Refuse a warm start from weights of other shapes. As ``refuse_other_model``."""
     changes = _compare(found, config_toml)
     if not changes.same_shapes:
-        way_on = f"Set [model] as in {found.path / layout.CONFIG}, or choose another checkpoint"
+        way_on = f"Set [model] as in {found.path / paths.CONFIG}, or choose another checkpoint"
         raise as_agreed(MismatchError(f"checkpoint.load_path: {_described(found, changes)}\n{way_on}"))
 
 

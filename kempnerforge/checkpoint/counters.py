@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.checkpoint import layout, manifest
-from kempnerforge.checkpoint.leaves import decode_objects
-from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.format.json_values import decode_objects
+from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.errors import DamagedCheckpointError, NoTrainingStateError
 
@@ -30,7 +30,7 @@ def require_training_state(step_folder: Path, objects: Mapping[str, Any]) -> Non
     """Raise NoTrainingStateError unless a run can go on from a step with these ``objects``."""
     if "step" not in objects:
         raise NoTrainingStateError(
-            f"{step_folder.name} holds no training state (weights alone?): {layout.TRAIN_STATE} has no step"
+            f"{step_folder.name} holds no training state (weights alone?): {paths.TRAIN_STATE} has no step"
         )
 
 
@@ -44,10 +44,10 @@ def load_resumable(step_folder: Path, *, step: int, owner: Owner = ANYONE) -> Ma
     if not owner.owns(found.provenance):
         return found
     try:
-        objects = decode_objects(manifest.read_verified(step_folder, found, layout.TRAIN_STATE))
+        objects = decode_objects(manifest.read_verified(step_folder, found, paths.TRAIN_STATE))
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(
-            f"{step_folder.name} is damaged: {layout.TRAIN_STATE} makes no sense ({error})"
+            f"{step_folder.name} is damaged: {paths.TRAIN_STATE} makes no sense ({error})"
         ) from None
     require_training_state(step_folder, objects)
     return found

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import hf_folder, layout, new_folder
-from kempnerforge.checkpoint.digest import VerifiedFile
+from kempnerforge.checkpoint import new_folder
 from kempnerforge.checkpoint.float_cast import FLOATS, cast
-from kempnerforge.checkpoint.hf_folder import MappedTensor, PlannedFile
-from kempnerforge.checkpoint.index import ITEM_BYTES, Chunk, TensorEntry
-from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.checkpoint.format import hf_format, paths
+from kempnerforge.checkpoint.format.checksums import VerifiedFile
+from kempnerforge.checkpoint.format.hf_format import MappedTensor, PlannedFile
+from kempnerforge.checkpoint.format.step_info import StepView
+from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES, Chunk, TensorEntry
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, RunFolderError
 
 Progress = Callable[[int, int], None]
@@ -63,7 +64,7 @@ def export(
     *,
     dtype: str,
     small_files: Mapping[str, bytes],
-    max_shard_bytes: int = hf_folder.SHARD_BYTES,
+    max_shard_bytes: int = hf_format.SHARD_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> Exported:
     """Write the weights of a step, cast to ``dtype`` (safetensors name), and ``small_files``, as ``out``.
@@ -74,8 +75,8 @@ def export(
     """
     entries = view.tensors()
     _check_fits(view, entries, tensors)
-    files = hf_folder.plan_files(tensors, dtype, max_shard_bytes)
-    small = {hf_folder.INDEX: hf_folder.index_json(files), **small_files}
+    files = hf_format.plan_files(tensors, dtype, max_shard_bytes)
+    small = {hf_format.INDEX: hf_format.index_json(files), **small_files}
     size_bytes = sum(file.size_bytes for file in files) + sum(map(len, small.values()))
     out = Path(os.path.abspath(out))
     with new_folder.begin(out, what="export", purpose="a new folder") as building:
@@ -97,7 +98,7 @@ def _check_fits(view: StepView, entries: Mapping[str, TensorEntry], tensors: Seq
     """Raise MismatchError unless the step has exactly these weights, in floating point."""
     problems, wanted = [], set()
     for tensor in tensors:
-        name = layout.MODEL_PREFIX + tensor.name
+        name = paths.MODEL_PREFIX + tensor.name
         wanted.add(name)
         entry = entries.get(name)
         if entry is None:
@@ -106,10 +107,10 @@ def _check_fits(view: StepView, entries: Mapping[str, TensorEntry], tensors: Seq
             problems.append(f"{name} has shape {entry.shape}, by the config {tensor.shape}")
         elif entry.dtype not in FLOATS:
             problems.append(f"{name} is {entry.dtype}; {', '.join(FLOATS)} can be exported")
-    extra = [name for name in entries if name.startswith(layout.MODEL_PREFIX) and name not in wanted]
+    extra = [name for name in entries if name.startswith(paths.MODEL_PREFIX) and name not in wanted]
     problems += [f"{name} has no name in Hugging Face's Llama" for name in extra]
     if problems:
-        raise MismatchError(f"{view.path} cannot be exported:{hf_folder.listed(problems)}")
+        raise MismatchError(f"{view.path} cannot be exported:{hf_format.listed(problems)}")
 
 
 def _targets(
@@ -119,7 +120,7 @@ def _targets(
     places = {name: (file.name, begin) for file in files for name, begin in file.begins.items()}
     found: dict[str, list[tuple[Chunk, _Target]]] = {}
     for tensor in tensors:
-        entry = entries[layout.MODEL_PREFIX + tensor.name]
+        entry = entries[paths.MODEL_PREFIX + tensor.name]
         target = _Target(tensor, entry.dtype, *places[tensor.hf_name])
         for chunk in entry.chunks:
             found.setdefault(chunk.file, []).append((chunk, target))

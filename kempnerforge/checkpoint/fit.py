@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from kempnerforge.checkpoint import layout
-from kempnerforge.checkpoint.dtypes import DTYPE_NAMES
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
 from kempnerforge.checkpoint.load_path import missing_parts, only_weights
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.errors import MismatchError
@@ -47,5 +47,5 @@ def _raise_misfits(problems: Sequence[str], reader: SafetensorsReader) -> None:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise MismatchError(
             f"{reader.path} cannot fit this config ({len(problems)} tensors differ):{shown}{more}\n"
-            f"The config that it was saved with: {reader.path / layout.CONFIG}"
+            f"The config that it was saved with: {reader.path / paths.CONFIG}"
         )

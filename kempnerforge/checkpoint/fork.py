@@ -11,11 +11,12 @@ from pathlib import Path
 import tomli
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import claim, holds, latest, layout, manifest, new_folder, owner, run_record
+from kempnerforge.checkpoint import claim, holds, new_folder, owner, run_record
 from kempnerforge.checkpoint.counters import require_training_state
-from kempnerforge.checkpoint.digest import FileRecord, VerifiedFile
-from kempnerforge.checkpoint.leaves import decode_objects
-from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.checkpoint.format import latest_link, manifest, paths
+from kempnerforge.checkpoint.format.checksums import FileRecord, VerifiedFile
+from kempnerforge.checkpoint.format.json_values import decode_objects
+from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.owner import OWNER_FILE
 from kempnerforge.checkpoint.run_record import Parent
 from kempnerforge.errors import NoTrainingStateError, RunFolderError, StepNotFoundError
@@ -72,18 +73,18 @@ def fork(step_folder: Path, run_dir: Path, *, link: bool, progress: Progress) ->
 
 
 def _read_parent(step_folder: Path) -> tuple[Manifest, int]:
-    if not (step_folder / layout.MANIFEST).is_file():
+    if not (step_folder / paths.MANIFEST).is_file():
         raise StepNotFoundError(
-            f"{step_folder} is no committed checkpoint: it has no {layout.MANIFEST}. Give a step's folder, "
+            f"{step_folder} is no committed checkpoint: it has no {paths.MANIFEST}. Give a step's folder, "
             "such as RUN/checkpoints/step_00001000"
         )
     try:
-        found = manifest.load(step_folder, step=layout.step_number(step_folder.name))
+        found = manifest.load(step_folder, step=paths.step_number(step_folder.name))
     except OSError as error:
         raise RunFolderError(f"{step_folder} cannot be read: {error}") from error
     if found.provenance.step is None:
         raise StepNotFoundError(f"{step_folder} was not saved by a run: its manifest names no step")
-    objects = decode_objects(manifest.read_verified(step_folder, found, layout.TRAIN_STATE))
+    objects = decode_objects(manifest.read_verified(step_folder, found, paths.TRAIN_STATE))
     try:
         require_training_state(step_folder, objects)
     except NoTrainingStateError as error:
@@ -103,7 +104,7 @@ def _fill(
     link: bool,
     progress: Progress,
 ) -> Forked:
-    target = building / "checkpoints" / layout.step_name(step)
+    target = building / "checkpoints" / paths.step_name(step)
     fsio.make_folder(target)
     done_bytes, linked = 0, 0
 
@@ -115,9 +116,9 @@ def _fill(
     for name, record in found.files.items():
         linked += _take_file(step_folder / name, target / name, record, link=link, advance=advance)
     # Its own digest was right; it comes last, as in a commit.
-    fsio.write_new_file(target / layout.MANIFEST, (step_folder / layout.MANIFEST).read_bytes())
+    fsio.write_new_file(target / paths.MANIFEST, (step_folder / paths.MANIFEST).read_bytes())
     fsio.fsync_folder(target)
-    latest.point(target.parent, step)  # a convenience: the new run makes it at its first start
+    latest_link.point(target.parent, step)  # a convenience: the new run makes it at its first start
     parent = Parent(found.provenance.run_id, step, str(step_folder))
     record = run_record.new(parent=parent, global_batch_size=_global_batch_size(step_folder, found))
     run_record.write(building, record)
@@ -167,10 +168,10 @@ def _link(source: Path, target: Path) -> bool:
 
 def _global_batch_size(step_folder: Path, found: Manifest) -> int:
     """Sequences per step that the parent trained with, for configs that leave it open; 0 when not known."""
-    if layout.CONFIG not in found.files:
+    if paths.CONFIG not in found.files:
         return 0
     try:
-        config = tomli.loads(manifest.read_verified(step_folder, found, layout.CONFIG).decode())
+        config = tomli.loads(manifest.read_verified(step_folder, found, paths.CONFIG).decode())
         return int(config["train"]["global_batch_size"])
     except (KeyError, TypeError, ValueError):
         return 0

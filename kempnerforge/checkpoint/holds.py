@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.errors import StepNotFoundError
 from kempnerforge.process_identity import Holder
 
@@ -60,7 +60,7 @@ def hold(step_folder: Path, *, what: str) -> Iterator[bool]:
     does not hold steps of a run, so that nothing prunes it. Raises StepNotFoundError when it is gone.
     """
     step_folder = step_folder.resolve()
-    path = None if layout.step_number(step_folder.name) is None else _create(step_folder, what)
+    path = None if paths.step_number(step_folder.name) is None else _create(step_folder, what)
     ended = threading.Event()
     renewal = threading.Thread(target=_renew, args=(path, ended), name="hold", daemon=True)
     try:
@@ -90,7 +90,7 @@ def read(folder: Path, *, now: float | None = None) -> list[Hold]:
         return []
     for path in entries:
         match = _NAME.fullmatch(path.name)
-        step = layout.step_number(match[1]) if match else None
+        step = paths.step_number(match[1]) if match else None
         if step is None:
             continue
         with contextlib.suppress(FileNotFoundError):

@@ -21,9 +21,10 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from kempnerforge.checkpoint import late_metrics, layout, manifest, timeline
+from kempnerforge.checkpoint import timeline
+from kempnerforge.checkpoint.format import late_metrics, manifest, paths
+from kempnerforge.checkpoint.format.latest_link import LatestLink
 from kempnerforge.checkpoint.keep import KeepPolicy
-from kempnerforge.checkpoint.latest import LatestLink
 from kempnerforge.checkpoint.owner import Owner
 from kempnerforge.checkpoint.retention import Retention
 from kempnerforge.checkpoint.room import RoomKeeper
@@ -133,7 +134,7 @@ class Housekeeping:
         deleted what it may.
         """
         try:
-            if step not in self._trusted and (self._folder / layout.step_name(step)).exists():
+            if step not in self._trusted and (self._folder / paths.step_name(step)).exists():
                 with self._disk:
                     self._set_aside_late()
                     if why := self._cleanup.in_the_way(step):
@@ -177,7 +178,7 @@ class Housekeeping:
         if not self.wait(STOP_WAIT_S) and first:
             step = self._doing if self._doing is not None else self._newest
             self._warn(
-                f"the work after the commit of step {step} (deleting older checkpoints, {layout.LATEST}) was "
+                f"the work after the commit of step {step} (deleting older checkpoints, {paths.LATEST}) was "
                 "cut off; the next start finishes it"
             )
 
@@ -215,7 +216,7 @@ class Housekeeping:
 
     def _follow_up(self, step: int) -> None:
         self._try(self._set_aside_late, _LOOKED)
-        self._try(lambda: self._link(step), f"{layout.LATEST} could not be pointed at step {step}")
+        self._try(lambda: self._link(step), f"{paths.LATEST} could not be pointed at step {step}")
         self._try(lambda: self._prune(step), "older checkpoints could not be deleted")
         if self._more_saves:
             self._try(self._make_room, _LOOKED)
@@ -257,7 +258,7 @@ class Housekeeping:
         return room
 
     def _record(self, step: int, metrics: Mapping[str, float]) -> None:
-        origin = manifest.read(self._folder / layout.step_name(step)).provenance
+        origin = manifest.read(self._folder / paths.step_name(step)).provenance
         late_metrics.append(self._folder, origin, metrics)
 
     def _note_deleted(self, steps: list[int] | tuple[int, ...], after_commit: int | None) -> None:

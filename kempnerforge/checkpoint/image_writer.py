@@ -17,7 +17,7 @@ from pathlib import Path
 import xxhash
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint.digest import BLOCK_BYTES, FileRecord
+from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, FileRecord
 from kempnerforge.checkpoint.lanes import Lanes
 
 ALIGNMENT = 4096

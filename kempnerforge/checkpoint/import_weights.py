@@ -16,14 +16,15 @@ import numpy as np
 import xxhash
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import hf_folder, layout, new_folder
+from kempnerforge.checkpoint import new_folder
 from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, PlannedFile, PlannedItem, commit
-from kempnerforge.checkpoint.digest import DigestingFile
 from kempnerforge.checkpoint.float_cast import FLOATS, cast
-from kempnerforge.checkpoint.hf_folder import MappedTensor, Stored
-from kempnerforge.checkpoint.index import ITEM_BYTES
-from kempnerforge.checkpoint.manifest import Provenance
-from kempnerforge.checkpoint.shards import ShardItem, plan_image
+from kempnerforge.checkpoint.format import hf_format, paths
+from kempnerforge.checkpoint.format.checksums import DigestingFile
+from kempnerforge.checkpoint.format.hf_format import MappedTensor, Stored
+from kempnerforge.checkpoint.format.manifest import Provenance
+from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image
+from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
 Progress = Callable[[int, int], None]
@@ -61,11 +62,11 @@ def import_weights(
     Raises MismatchError, StepNotFoundError, DamagedCheckpointError, RunFolderError when ``out`` exists or
     cannot be made, NoSpaceError; OSError as it comes.
     """
-    stored = hf_folder.find_tensors(source)
+    stored = hf_format.find_tensors(source)
     _check_fits(source, stored, tensors, redundant)
     files = _plan(tensors)
     expected = Expected(tuple(files))
-    of_ours = {layout.MODEL_PREFIX + tensor.name: tensor for tensor in tensors}
+    of_ours = {paths.MODEL_PREFIX + tensor.name: tensor for tensor in tensors}
     total, done = sum(_size_bytes(stored[tensor.hf_name]) for tensor in tensors), 0
 
     def advance(size_bytes: int) -> None:
@@ -107,7 +108,7 @@ def _check_fits(
         elif (twin := redundant[name]) and not problems and not _same_bytes(stored[name], stored[twin]):
             problems.append(f"{name} differs from {twin}, and config.json ties them (tie_word_embeddings)")
     if problems:
-        raise MismatchError(f"{source} cannot be imported:{hf_folder.listed(problems)}")
+        raise MismatchError(f"{source} cannot be imported:{hf_format.listed(problems)}")
 
 
 def _plan(tensors: Sequence[MappedTensor]) -> list[PlannedFile]:
@@ -115,13 +116,13 @@ def _plan(tensors: Sequence[MappedTensor]) -> list[PlannedFile]:
     tensors = sorted(tensors, key=lambda tensor: tensor.name)
     items = [
         PlannedItem(
-            ShardItem(layout.MODEL_PREFIX + one.name, DTYPE, (0,) * len(one.shape), one.shape), one.shape
+            ShardItem(paths.MODEL_PREFIX + one.name, DTYPE, (0,) * len(one.shape), one.shape), one.shape
         )
         for one in tensors
     ]
-    groups = hf_folder.group_by_size([one.item.size_bytes for one in items], hf_folder.SHARD_BYTES)
+    groups = hf_format.group_by_size([one.item.size_bytes for one in items], hf_format.SHARD_BYTES)
     return [
-        PlannedFile(layout.shard_name(number, len(groups)), tuple(items[place] for place in group))
+        PlannedFile(paths.shard_name(number, len(groups)), tuple(items[place] for place in group))
         for number, group in enumerate(groups)
     ]
 

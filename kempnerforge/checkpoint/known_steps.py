@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kempnerforge.checkpoint import layout, manifest, run_record, timeline
-from kempnerforge.checkpoint.layout import FolderListing
+from kempnerforge.checkpoint import run_record, timeline
+from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.format.paths import FolderListing
 from kempnerforge.checkpoint.owner import Owner
 from kempnerforge.checkpoint.receipt import read_receipts
 from kempnerforge.checkpoint.run_record import Parent, Rollback
@@ -70,10 +71,10 @@ def require_known(folder: Path, run_dir: Path, mine: Owner, *, was_in: Path | No
     gave up when it went back to step 0. ``was_in``: where the
     run's checkpoints were at its last start. Raises OSError and RunFolderError too.
     """
-    listing = layout.list_folder(folder)
+    listing = paths.list_folder(folder)
     if in_the_way(listing, run_dir):
         return
-    if any(not mine.foreign_run(folder / layout.step_name(step)) for step in listing.steps):
+    if any(not mine.foreign_run(folder / paths.step_name(step)) for step in listing.steps):
         return
     known = newest_known(run_dir)
     if known is None:

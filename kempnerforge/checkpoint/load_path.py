@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from kempnerforge.checkpoint import hf_folder, layout, run_record
+from kempnerforge.checkpoint import run_record
+from kempnerforge.checkpoint.format import hf_format, paths
 from kempnerforge.errors import MismatchError, RunFolderError, StepNotFoundError
 
 ALLOWED = "give a step's folder, such as RUN/checkpoints/step_00001000, or a run's folder"
@@ -24,13 +25,13 @@ def candidates(path: Path) -> list[Path]:
 
     Raises StepNotFoundError.
     """
-    if (path / layout.MANIFEST).is_file():
+    if (path / paths.MANIFEST).is_file():
         return [path]
     folders = [path, path / "checkpoints", *_moved_to(path)]
     steps = [
-        folder / layout.step_name(step)
+        folder / paths.step_name(step)
         for folder in dict.fromkeys(folders)
-        for step in layout.committed_steps(folder)
+        for step in paths.committed_steps(folder)
     ]
     if steps:
         return steps
@@ -75,6 +76,6 @@ def _what_it_is(path: Path) -> str:
         return f"does not exist; {ALLOWED}"
     if not path.is_dir():
         return f"is a file; {ALLOWED}"
-    if (path / hf_folder.CONFIG).is_file() and any(path.glob("*.safetensors*")):
+    if (path / hf_format.CONFIG).is_file() and any(path.glob("*.safetensors*")):
         return f"is a Hugging Face model. Import it, then name DIR: kempnerforge import hf {path} --out DIR"
     return f"holds no committed checkpoint; {ALLOWED}"

@@ -12,12 +12,13 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from kempnerforge.checkpoint import claim, layout, owner
+from kempnerforge.checkpoint import claim, manager_arguments, owner
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import Patience
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.housekeeping import Housekeeping
 from kempnerforge.checkpoint.lease import Lease
-from kempnerforge.checkpoint.manifest import Provenance
 from kempnerforge.checkpoint.own_run import OwnRun
 from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.pace import Pacer
@@ -30,7 +31,6 @@ from kempnerforge.checkpoint.resume import with_retries
 from kempnerforge.checkpoint.save_coordinator import Saver, Snapshot
 from kempnerforge.checkpoint.save_events import SaveEvent
 from kempnerforge.checkpoint.state import TrainState
-from kempnerforge.config.checkpoint import fill_dir, unknown_placeholder
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import ConfigError, HostMemoryError, LeaseLostError, MismatchError
@@ -67,18 +67,11 @@ class CheckpointManager:
         lease: Lease | None = None,
         requests: RequestFiles | None = None,
     ) -> None:
-        _check_arguments(config, state)
+        manager_arguments.check(config, state)
         self.config = config
         self.state = state
-        self.run_dir, folder = Path(run_dir), Path(config.dir).expanduser() if config.dir else None
-        if context is None:  # a loop of a user's own may change its working folder
-            self.run_dir = layout.local_path(run_dir)
-            folder = layout.local_path(folder) if config.dir and folder is not None else None
         self.context = context or RunContext()
-        if folder is not None and context is not None:  # without one, the id is known when the record begins
-            name = Path(os.path.abspath(run_dir)).name
-            folder = Path(fill_dir(str(folder), run_name=name, run_id=context.run_id))
-        self.folder = folder if folder is not None else self.run_dir / "checkpoints"
+        self.run_dir, self.folder = manager_arguments.folders(config, run_dir, context)
         self._owner: Owner | None = None
         """On the first rank, as soon as the folder has been taken: whose it is."""
         self._has_resumed = False
@@ -167,7 +160,7 @@ class CheckpointManager:
         return result
 
     def _steps(self) -> list[int]:
-        return with_retries(lambda: layout.list_folder(self.folder), what=str(self.folder)).steps
+        return with_retries(lambda: paths.list_folder(self.folder), what=str(self.folder)).steps
 
     def _begin_record(self) -> None:
         """Begin the record of the attempt if this manager keeps it, once. Collective."""
@@ -380,7 +373,7 @@ class CheckpointManager:
         """Log and record the outcome of a save."""
         if self._own is not None:
             self._own.record(self._saver.events())
-            self._own.saved(report, self.folder / layout.step_name(report.step))
+            self._own.saved(report, self.folder / paths.step_name(report.step))
             self._own.record(self.events())
 
     def _record_pending(self) -> None:
@@ -476,23 +469,6 @@ class CheckpointManager:
             self._own.end(error)
         if self._lease is not None:
             self._lease.release()
-
-
-def _check_arguments(config: CheckpointConfig, state: TrainState) -> None:
-    """Raise TypeError and ValueError for what would fail, or have no effect, later."""
-    if not isinstance(config, CheckpointConfig):
-        raise TypeError(f"config is a {type(config).__name__}: give a CheckpointConfig")
-    if not isinstance(state, TrainState):
-        raise TypeError(f"state= is a {type(state).__name__}: give a TrainState")
-    if config.dir is not None:
-        layout.local_path(config.dir)
-        if unknown := unknown_placeholder(config.dir):
-            raise ValueError(f"dir: {unknown} is not expanded here; {{run_name}} and {{run_id}} are")
-    parts = [name for name in config.exclude_from_loading if not name.startswith("extra.")]
-    if parts and config.load_path is None:
-        raise ValueError(
-            f"exclude_from_loading: {parts[0]} has no effect without load_path: a resume always loads it"
-        )
 
 
 def _end_writes(checkpointer: AsyncCheckpointer, housekeeping: Housekeeping) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, space
+from kempnerforge.checkpoint import space
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.quota import read_quotas
 from kempnerforge.errors import NoSpaceError, RunFolderError
 
@@ -26,9 +27,9 @@ def begin(final: Path, *, what: str, purpose: str) -> Iterator[Path]:
     if final.exists() or final.is_symlink():
         raise RunFolderError(f"{final} exists; {article} {what} makes {purpose}. Give another name")
     for parent in final.absolute().parents:
-        if (parent / layout.MANIFEST).is_file():
+        if (parent / paths.MANIFEST).is_file():
             raise RunFolderError(f"{final} is inside of {parent}, a committed step, which never changes")
-    if layout.step_number(final.name) is not None and layout.committed_steps(final.parent):
+    if paths.step_number(final.name) is not None and paths.committed_steps(final.parent):
         raise RunFolderError(
             f"{final} would be taken for a step of the run whose checkpoints are in {final.parent}. Give "
             "another name"

@@ -28,8 +28,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.checkpoint.dtypes import DTYPES
-from kempnerforge.checkpoint.leaves import MALFORMED
+from kempnerforge.checkpoint.format.dtypes import DTYPES
+from kempnerforge.checkpoint.format.json_values import MALFORMED
 from kempnerforge.checkpoint.model_state import memory_of
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.checkpoint.tensor_leaves import Packer, Unpacker, tensor_names

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, manifest, run_record
-from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint import run_record
+from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, RunFolderError
 
 OWNER_FILE = "owner.json"
@@ -162,8 +163,8 @@ def encode(owner: Owner) -> bytes:
 
 def newest_step(folder: Path, owner: Owner) -> int | None:
     """The newest committed step in ``folder`` that is not another run's; None without one. Raises OSError."""
-    for step in layout.committed_steps(folder):
-        if not owner.run_id or not owner.foreign_run(folder / layout.step_name(step)):
+    for step in paths.committed_steps(folder):
+        if not owner.run_id or not owner.foreign_run(folder / paths.step_name(step)):
             return step
     return None
 

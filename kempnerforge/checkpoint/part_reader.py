@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from kempnerforge.checkpoint import cuda, layout, shard_header
-from kempnerforge.checkpoint.digest import BLOCK_BYTES, FileRecord, VerifiedFile
-from kempnerforge.checkpoint.index import Chunk
+from kempnerforge.checkpoint import cuda
+from kempnerforge.checkpoint.format import paths, safetensors_header
+from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, FileRecord, VerifiedFile
+from kempnerforge.checkpoint.format.tensor_index import Chunk
 from kempnerforge.errors import DamagedCheckpointError
 
 
@@ -84,7 +85,7 @@ def _check_header(file: VerifiedFile, wanted: Sequence[Part]) -> None:
     """Digests cannot tell two shards that changed places in the manifest too; what they say they hold can."""
     name = file.path.name
     try:
-        header, data_begin = shard_header.parse(file.read, file.record.size_bytes)
+        header, data_begin = safetensors_header.parse(file.read, file.record.size_bytes)
         offsets = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
         for part in wanted:
             told, chunk = header[part.name], part.chunk
@@ -98,7 +99,7 @@ def _check_header(file: VerifiedFile, wanted: Sequence[Part]) -> None:
                 raise KeyError(part.name)
     except KeyError as error:
         raise DamagedCheckpointError(
-            f"{file.path.parent.name} is damaged: {name} and {layout.INDEX} disagree on {error}"
+            f"{file.path.parent.name} is damaged: {name} and {paths.INDEX} disagree on {error}"
         ) from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpointError(

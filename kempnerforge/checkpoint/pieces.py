@@ -18,8 +18,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from kempnerforge.checkpoint.dtypes import DTYPE_NAMES
-from kempnerforge.checkpoint.structure import RESERVED
+from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
+from kempnerforge.checkpoint.format.structure import RESERVED
 
 MAX_NAME_BYTES = 0xFFFF
 """A record of the index has two bytes for the length of a name."""

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, manifest
+from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.errors import CheckpointError, RunFolderError, StepNotFoundError
 
 FOLDER = "pins"
@@ -59,8 +59,8 @@ def pin(folder: Path, step: int, *, note: str = "") -> bool:
     step, RunFolderError when the folder cannot be written.
     """
     _require_committed(folder, step)
-    path = folder / FOLDER / layout.step_name(step)
-    origin = _origin(folder / layout.step_name(step))
+    path = folder / FOLDER / paths.step_name(step)
+    origin = _origin(folder / paths.step_name(step))
     made = Pin(_user(), socket.gethostname(), time.time(), note, *(origin or ("", 0)))
     body = (json.dumps(asdict(made)) + "\n").encode()
     try:
@@ -89,7 +89,7 @@ def pin(folder: Path, step: int, *, note: str = "") -> bool:
 
 def unpin(folder: Path, step: int) -> bool:
     """Leave ``step`` to retention again. False: it was not pinned. Raises RunFolderError."""
-    path = folder / FOLDER / layout.step_name(step)
+    path = folder / FOLDER / paths.step_name(step)
     try:
         path.unlink()
         fsio.fsync_folder(path.parent)
@@ -108,7 +108,7 @@ def read(folder: Path) -> dict[int, Pin]:
     except FileNotFoundError:
         return {}
     for name in names:
-        if (step := layout.step_number(name)) is not None:
+        if (step := paths.step_number(name)) is not None:
             with contextlib.suppress(FileNotFoundError):
                 found[step] = _decode(fsio.read_mark(folder / FOLDER / name))
     return found
@@ -133,8 +133,8 @@ def _origin(step_folder: Path) -> Origin | None:
 
 
 def _require_committed(folder: Path, step: int) -> None:
-    if not (folder / layout.step_name(step) / layout.MANIFEST).is_file():
-        steps = layout.committed_steps(folder)
+    if not (folder / paths.step_name(step) / paths.MANIFEST).is_file():
+        steps = paths.committed_steps(folder)
         known = f"committed: {', '.join(map(str, steps))}" if steps else "none is committed"
         raise StepNotFoundError(f"{folder} has no committed step {step}; {known}")
 

@@ -14,10 +14,11 @@ import torch
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.commit import Expected, PlannedFile, PlannedItem
-from kempnerforge.checkpoint.dtypes import DTYPE_NAMES
-from kempnerforge.checkpoint.index import Chunk, TensorEntry, cover_problem
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
+from kempnerforge.checkpoint.format.safetensors_file import ShardItem, split_by_name
+from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry, cover_problem
 from kempnerforge.checkpoint.pieces import (
     Boxes,
     check_name,
@@ -26,7 +27,6 @@ from kempnerforge.checkpoint.pieces import (
     global_shape,
     local_pieces,
 )
-from kempnerforge.checkpoint.shards import ShardItem, split_by_name
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def name_files(by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
         of_rank = []
         for positions in split:
             items = tuple(chunks[place] for place in positions)
-            of_rank.append(PlannedFile(layout.shard_name(number, count), items))
+            of_rank.append(PlannedFile(paths.shard_name(number, count), items))
             number += 1
         files.append(tuple(of_rank))
     return SavePlan(tuple(files))

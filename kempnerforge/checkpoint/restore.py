@@ -15,7 +15,6 @@ from kempnerforge.checkpoint import (
     compatibility,
     holds,
     known_steps,
-    layout,
     receipt,
     resume,
     rng,
@@ -23,6 +22,7 @@ from kempnerforge.checkpoint import (
     warm_start,
 )
 from kempnerforge.checkpoint.extra_state import PREFIX as EXTRA
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.results import RunContext
@@ -233,7 +233,7 @@ class Restorer:
         """How many steps were done after ``step``, and the newest of them that is committed and set aside."""
         try:
             done = timeline.last_done_step(self._run_dir)
-            aside = [found for found in layout.set_aside_steps(self._folder) if step < found <= done]
+            aside = [found for found in paths.set_aside_steps(self._folder) if step < found <= done]
         except OSError as error:
             self.cleanup.warn(f"how many steps are done again is not known: {error}")
             return 0, 0

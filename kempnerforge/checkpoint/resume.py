@@ -17,14 +17,15 @@ from typing import TypeVar
 import tomli
 import torch
 
-from kempnerforge.checkpoint import known_steps, layout, manifest
+from kempnerforge.checkpoint import known_steps
 from kempnerforge.checkpoint.counters import check_counters, require_training_state
-from kempnerforge.checkpoint.dtypes import DTYPES
 from kempnerforge.checkpoint.fit import check_parts
-from kempnerforge.checkpoint.layout import FolderListing
-from kempnerforge.checkpoint.leaves import MALFORMED, decode_objects
+from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.format.dtypes import DTYPES
+from kempnerforge.checkpoint.format.json_values import MALFORMED, decode_objects
+from kempnerforge.checkpoint.format.manifest import Manifest
+from kempnerforge.checkpoint.format.paths import FolderListing
 from kempnerforge.checkpoint.load_targets import LoadTargets, find_targets
-from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.receipt import Rejected
 from kempnerforge.checkpoint.results import RunContext
@@ -116,12 +117,12 @@ def choose(
     ``cleanup`` sets steps aside, and knows which ones it could not rename: these are passed over.
     """
     cleanup = cleanup or StartCleanup(folder)
-    listing = with_retries(lambda: layout.list_folder(folder), what=str(folder))
+    listing = with_retries(lambda: paths.list_folder(folder), what=str(folder))
     passed: list[Found] = []
     for step in listing.steps:
         if step in cleanup.passed_over:
             continue
-        path = folder / layout.step_name(step)
+        path = folder / paths.step_name(step)
         if step in cleanup.unreadable:
             raise _unreachable(str(path), cleanup.unreadable[step])
         try:
@@ -151,7 +152,7 @@ def choose(
     set_aside, own = in_the_way(listing), [one for one in rejected if one.outcome != FOREIGN]
     if own or set_aside or cleanup.passed_over:
         names = [one.moved_to for one in own if one.moved_to] or [path.name for path in set_aside]
-        names += [layout.step_name(step) for step in cleanup.passed_over]
+        names += [paths.step_name(step) for step in cleanup.passed_over]
         reasons = "".join(f"\n  {one.reason}" for one in own)
         raise NoSoundCheckpointError(
             f"no sound checkpoint is left in {folder}; set aside: {', '.join(names) or 'none'}.{reasons}\n"
@@ -178,12 +179,12 @@ def inspect(path: Path, *, step: int | None = None, owner: Owner = ANYONE) -> Fo
     small = {
         name: manifest.read_verified(path, found, name)
         for name in found.files
-        if not name.endswith(layout.SHARD_SUFFIX) and name != layout.INDEX
+        if not name.endswith(paths.SHARD_SUFFIX) and name != paths.INDEX
     }
     try:
-        config_toml = small.get(layout.CONFIG, b"").decode()
+        config_toml = small.get(paths.CONFIG, b"").decode()
         tomli.loads(config_toml)
-        objects = decode_objects(small[layout.TRAIN_STATE])
+        objects = decode_objects(small[paths.TRAIN_STATE])
         check_counters(objects, step=found.provenance.step)
     except MALFORMED as error:
         raise DamagedCheckpointError(
@@ -196,13 +197,13 @@ def inspect(path: Path, *, step: int | None = None, owner: Owner = ANYONE) -> Fo
 
 def quarantine(cleanup: StartCleanup, step: int, reason: str) -> Rejected:
     """Set a damaged step aside under another name. It is never deleted. Rank 0 only."""
-    moved_to = cleanup.set_aside(step, "damaged", layout.quarantine_name)
+    moved_to = cleanup.set_aside(step, "damaged", paths.quarantine_name)
     return Rejected(step, "damaged", reason, moved_to)
 
 
 def _step_over(cleanup: StartCleanup, step: int, reason: str) -> Rejected:
     """Set aside a sound step that two attempts blame. It is never deleted. Rank 0 only."""
-    moved_to = cleanup.set_aside(step, "suspect", layout.suspect_name)
+    moved_to = cleanup.set_aside(step, "suspect", paths.suspect_name)
     why = f"attempts went on from it and ended for a cause that may lie in it: {reason}"
     return Rejected(step, "suspect", why, moved_to)
 

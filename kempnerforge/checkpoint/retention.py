@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, late_metrics, layout, pins
+from kempnerforge.checkpoint import holds, pins
 from kempnerforge.checkpoint.counters import load_resumable
+from kempnerforge.checkpoint.format import late_metrics, paths
+from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.keep import KeepPolicy, StepFacts, Verdict, decide
-from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.errors import CheckpointError
 
@@ -56,7 +57,7 @@ class Retention:
         late = late_metrics.read(self.folder)
         found: list[StepFacts] = []
         any_sound = False
-        for step in layout.list_folder(self.folder).steps if steps is None else steps:
+        for step in paths.list_folder(self.folder).steps if steps is None else steps:
             if step in self.passed_over:
                 found.append(StepFacts(step, problem="passed over by the run, which could not rename it"))
                 continue
@@ -65,7 +66,7 @@ class Retention:
                 any_sound |= not facts.foreign
             except (CheckpointError, OSError) as error:
                 facts = StepFacts(step, problem=str(error))
-            if facts.problem and not (self.folder / layout.step_name(step)).exists():
+            if facts.problem and not (self.folder / paths.step_name(step)).exists():
                 continue
             if facts.origin is not None and (more := late.get((step, *facts.origin))):
                 facts = replace(facts, metrics={**facts.metrics, **more})
@@ -111,11 +112,11 @@ class Retention:
 
     def _is_committed(self, step: int) -> bool:
         """Whether the step that the decision rests on is still there: a rollback may set it aside."""
-        return (self.folder / layout.step_name(step) / layout.MANIFEST).is_file()
+        return (self.folder / paths.step_name(step) / paths.MANIFEST).is_file()
 
     def _look(self, step: int, seen: Callable[[int, Manifest], object], *, anew: bool) -> StepFacts:
         """What the manifest of a sound step says. Raises DamagedCheckpointError, MismatchError, OSError."""
-        path = self.folder / layout.step_name(step)
+        path = self.folder / paths.step_name(step)
         known = self._sound.get(step)
         if known is not None and not anew and known[0] == _identity(path):
             return known[1]
@@ -132,7 +133,7 @@ class Retention:
 
         Returns the name that it is deleted under.
         """
-        path = self.folder / layout.step_name(step)
+        path = self.folder / paths.step_name(step)
         try:
             doomed = fsio.free_deleting_path(path)
         except OSError as error:
@@ -185,5 +186,5 @@ class Retention:
 
 
 def _identity(step_folder: Path) -> tuple[int, ...]:
-    stat = os.stat(f"{step_folder}/{layout.MANIFEST}")
+    stat = os.stat(f"{step_folder}/{paths.MANIFEST}")
     return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size

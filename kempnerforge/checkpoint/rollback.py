@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import claim, known_steps, latest, layout, lease, owner, run_record, timeline
+from kempnerforge.checkpoint import claim, known_steps, lease, owner, run_record, timeline
+from kempnerforge.checkpoint.format import latest_link, paths
 from kempnerforge.checkpoint.receipt import read_receipts
 from kempnerforge.checkpoint.run_record import Rollback, RunRecord
 from kempnerforge.checkpoint.verify import verify
@@ -59,12 +60,12 @@ def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Re
         record = _record_of(run_dir)
         folder = record.checkpoint_folder(run_dir)
         mine = claim.require_own(folder, record, run_dir)
-        listing = layout.list_folder(folder)
-        own = [one for one in listing.steps if not mine.foreign_run(folder / layout.step_name(one))]
-        committed = {one for one in layout.committed_steps(folder) if one in own}
+        listing = paths.list_folder(folder)
+        own = [one for one in listing.steps if not mine.foreign_run(folder / paths.step_name(one))]
+        committed = {one for one in paths.committed_steps(folder) if one in own}
         to_start = step == 0 and 0 not in committed
         if not to_start and step not in committed:
-            whose = mine.foreign_run(folder / layout.step_name(step))
+            whose = mine.foreign_run(folder / paths.step_name(step))
             raise StepNotFoundError(f"step {step} in {folder} is of another run, {whose}")
         later = [one for one in own if to_start or one > step]
         in_the_way = known_steps.in_the_way(listing, run_dir) if to_start else []
@@ -73,7 +74,7 @@ def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Re
             return Renamed(step, {}, str(folder), record.wandb_id, changed=False)
         if not to_start:
             _check_sound(folder, step, progress)
-        targets = {one: timeline.free_name(folder, one, layout.rolled_back_name) for one in later}
+        targets = {one: timeline.free_name(folder, one, paths.rolled_back_name) for one in later}
         record = _begin_timeline(record, held.attempt, step, [path.name for path in targets.values()])
         record = _cleared(record, [path.name for path in in_the_way])
         run_record.write(run_dir, record)
@@ -91,7 +92,7 @@ def _set_aside(folder: Path, targets: dict[int, Path], note: Note) -> dict[str, 
     """Rename the steps. Returns old and new names of those renamed; ``note`` gets a line for each other."""
     renamed = {}
     for step, target in targets.items():
-        path = folder / layout.step_name(step)
+        path = folder / paths.step_name(step)
         try:
             path.rename(target)
         except OSError as error:
@@ -147,7 +148,7 @@ def undo(run_dir: Path, *, note: Note) -> Renamed:
 
 def _point_latest(folder: Path, step: int | None, note: Note) -> None:
     """Point ``latest`` to ``step``; without one, remove it."""
-    warning = latest.point(folder, step) if step is not None else latest.remove(folder)
+    warning = latest_link.point(folder, step) if step is not None else latest_link.remove(folder)
     if warning:
         note(warning)
 
@@ -163,10 +164,10 @@ def _cleared(record: RunRecord, names: list[str]) -> RunRecord:
 
 
 def _check_sound(folder: Path, step: int, progress: Progress) -> None:
-    path = folder / layout.step_name(step)
+    path = folder / paths.step_name(step)
     found = verify(path, progress=progress)
     if not found.sound:
-        others = [str(one) for one in layout.committed_steps(folder) if one != step]
+        others = [str(one) for one in paths.committed_steps(folder) if one != step]
         raise DamagedCheckpointError(
             f"{path.name} is damaged: {found.problems[0]}. Nothing was changed. Other steps of this run: "
             f"{', '.join(others)}. See: kempnerforge ckpt verify {path}"
@@ -220,7 +221,7 @@ def _record_of(run_dir: Path) -> RunRecord:
 
 
 def _require_step(folder: Path, step: int) -> None:
-    steps = layout.committed_steps(folder)
+    steps = paths.committed_steps(folder)
     if step not in steps:
         known = f"its steps: {', '.join(map(str, steps))}" if steps else "it has none"
         raise StepNotFoundError(f"{folder} has no committed step {step}; {known}")

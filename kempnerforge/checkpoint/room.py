@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from kempnerforge.checkpoint import layout, manifest, space
+from kempnerforge.checkpoint import space
+from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.keep import KeepPolicy
 from kempnerforge.checkpoint.owner import Owner
 from kempnerforge.checkpoint.quota import Quotas, read_quotas
@@ -86,7 +87,7 @@ class RoomKeeper:
 
     def _size_of(self, step: int) -> int:
         """Bytes that its deletion frees: not those that a fork has links to."""
-        path = self._folder / layout.step_name(step)
+        path = self._folder / paths.step_name(step)
         try:
             files = manifest.load(path).files
             return sum(one.size_bytes for name, one in files.items() if (path / name).stat().st_nlink == 1)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import SaveResult
-from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.results import Payload, SaveReport
 from kempnerforge.checkpoint.save_events import MAX_EVENTS, PutOff, SaveEvent
 from kempnerforge.checkpoint.tax import StepClock
@@ -136,7 +136,7 @@ class Saver:
         try:
             self._checkpointer.begin_save(
                 snapshot.capture,
-                self.folder / layout.step_name(snapshot.step),
+                self.folder / paths.step_name(snapshot.step),
                 self._control.group,
                 provenance=snapshot.provenance,
                 config_toml=snapshot.config_toml,

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, manifest, pins, timeline
+from kempnerforge.checkpoint import pins, timeline
+from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.owner import ANYONE, OWNER_FILE, Owner
 from kempnerforge.checkpoint.timeline import Cut
 from kempnerforge.errors import CheckpointError
@@ -71,7 +72,7 @@ class StartCleanup:
         for path in listing.deleting:
             if not self.owner.foreign_run(path) and (path in fenced or not self._give_back(path)):
                 self._try(lambda path=path: fsio.delete_tree(path), f"{path.name} could not be deleted")
-        for name in (layout.LATEST, OWNER_FILE):
+        for name in (paths.LATEST, OWNER_FILE):
             replaced = self.folder / name
             self._try(lambda path=replaced: fsio.remove_leftovers(path), f"a leftover of {name} stays")
 
@@ -91,12 +92,12 @@ class StartCleanup:
             self._try(lambda: fsio.fsync_folder(self.folder), f"{self.folder} could not be synced")
         return [path for path in fenced if path is not None]
 
-    def _listing(self) -> layout.FolderListing:
+    def _listing(self) -> paths.FolderListing:
         try:
-            return layout.list_folder(self.folder)
+            return paths.list_folder(self.folder)
         except OSError as error:  # the resume lists it again, with retries, and reports it
             self.warn(f"{self.folder} could not be looked through for leftovers: {error}")
-            return layout.FolderListing()
+            return paths.FolderListing()
 
     def _fence(self, path: Path) -> Path | None:
         """Rename a folder in flight of an older attempt, so that it cannot be committed any more.
@@ -105,7 +106,7 @@ class StartCleanup:
         first, without which it would be a damaged step. If that fails too, what is left is the check at each
         commit and start, which sets a step aside that an older attempt has committed late.
         """
-        target = path.with_name(layout.fenced_name(path.name, self.attempt))
+        target = path.with_name(paths.fenced_name(path.name, self.attempt))
         try:
             if os.path.lexists(target):
                 target = fsio.free_deleting_path(path)
@@ -116,7 +117,7 @@ class StartCleanup:
         except OSError as error:
             renaming = error
         try:
-            (path / layout.MANIFEST).unlink(missing_ok=True)
+            (path / paths.MANIFEST).unlink(missing_ok=True)
             fsio.delete_tree(path)
             self.warn(
                 f"{path.name} of an older attempt could not be renamed ({_why(renaming)}); it was deleted"
@@ -133,14 +134,14 @@ class StartCleanup:
 
         A deletion takes the name away before it looks for pins, and may be killed, or fail, in between.
         """
-        step = layout.step_number(doomed.name.removeprefix(".").split(".")[0])
+        step = paths.step_number(doomed.name.removeprefix(".").split(".")[0])
         if step is None or ".tmp" in doomed.name:
             return False
         with contextlib.suppress(CheckpointError, OSError):
             found = manifest.load(doomed, step=step)
             pin = pins.read(self.folder).get(step)
             origin = (found.provenance.run_id, found.provenance.attempt)
-            final = self.folder / layout.step_name(step)
+            final = self.folder / paths.step_name(step)
             if pin is not None and pin.is_of(origin) and not os.path.lexists(final):
                 os.rename(doomed, final)
                 fsio.fsync_folder(self.folder)
@@ -165,7 +166,7 @@ class StartCleanup:
         self.unreadable.clear()
 
         def failed(step: int, name: NewName, error: OSError) -> None:
-            kind = "rolled back" if name is layout.rolled_back_name else "late"
+            kind = "rolled back" if name is paths.rolled_back_name else "late"
             self.pass_over(step, kind, name, error)
 
         moved = timeline.set_aside_late(
@@ -194,7 +195,7 @@ class StartCleanup:
         self.passed_over[step] = PassedOver(kind, name, str(error))
         self.warn(
             f"step {step} is {kind} and could not be renamed ({_why(error)}): it is passed over. To keep it "
-            f"from coming up at each start, rename or delete {self.folder / layout.step_name(step)}"
+            f"from coming up at each start, rename or delete {self.folder / paths.step_name(step)}"
         )
 
     def in_the_way(self, step: int) -> str:
@@ -202,7 +203,7 @@ class StartCleanup:
         known = self.passed_over.get(step)
         if known is None:
             return ""
-        path = self.folder / layout.step_name(step)
+        path = self.folder / paths.step_name(step)
         try:
             if os.path.lexists(path):
                 timeline.set_aside(self.folder, step, known.name)

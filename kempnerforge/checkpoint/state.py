@@ -10,14 +10,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.checkpoint import layout, leaves, rng
+from kempnerforge.checkpoint import rng
 from kempnerforge.checkpoint.extra_state import Extras, digest_of
+from kempnerforge.checkpoint.format import json_values, paths
 from kempnerforge.checkpoint.model_state import ModelState
 from kempnerforge.checkpoint.optimizer_state import OptimizerState, check_whole, make_state
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.tensor_leaves import Packer
 
-MODEL, OPTIMIZER, OPTIMIZERS = layout.MODEL_PREFIX, "optimizer.", "optimizers."
+MODEL, OPTIMIZER, OPTIMIZERS = paths.MODEL_PREFIX, "optimizer.", "optimizers."
 Optimizers = torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | Sequence[torch.optim.Optimizer]
 
 
@@ -193,7 +194,7 @@ class TrainState:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "seed": self.seed,
-            "data": leaves.encode(
+            "data": json_values.encode(
                 {
                     "cursor": self.cursor,
                     "fingerprint": self.fingerprint,
@@ -201,7 +202,7 @@ class TrainState:
                 },
                 name="data",
             ),
-            "scheduler": leaves.encode(self.scheduler, name="scheduler"),
+            "scheduler": json_values.encode(self.scheduler, name="scheduler"),
         }
 
     # -- load --------------------------------------------------------------------------------------------

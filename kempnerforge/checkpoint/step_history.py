@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kempnerforge.checkpoint import layout, lease
+from kempnerforge.checkpoint import lease
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.receipt import read_receipts
 from kempnerforge.goodput.faults import read_faults
 from kempnerforge.goodput.history import AttemptHistory, derive
@@ -62,7 +63,7 @@ class Absence:
 
 def read_facts(run_dir: Path, folder: Path) -> RunFacts:
     """Read what is known of a run's steps. Raises OSError and RunFolderError."""
-    listing = layout.list_folder(folder)
+    listing = paths.list_folder(folder)
     reasons = {
         rejected["moved_to"]: rejected["reason"]
         for row in read_receipts(run_dir)
@@ -78,12 +79,12 @@ def read_facts(run_dir: Path, folder: Path) -> RunFacts:
     set_aside: dict[int, list[SetAside]] = {}
     for what, members in groups.items():
         for path in sorted(members):
-            step = layout.step_number(path.name.split(".")[1])
+            step = paths.step_number(path.name.split(".")[1])
             if step is not None:
                 set_aside.setdefault(step, []).append(SetAside(what, path.name, reasons.get(path.name, "")))
     in_flight: dict[int, int] = {}
     for path, attempt in listing.temporary:
-        step = layout.step_number(path.name.split(".")[1])
+        step = paths.step_number(path.name.split(".")[1])
         if step is not None:
             in_flight[step] = max(attempt, in_flight.get(step, 0))
     events = read_events(run_dir)

@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from kempnerforge.checkpoint import layout, structure
 from kempnerforge.checkpoint.commit import (
     Contents,
     Expected,
@@ -25,12 +24,13 @@ from kempnerforge.checkpoint.commit import (
     commit,
     make_temporary,
 )
-from kempnerforge.checkpoint.digest import DigestingFile
-from kempnerforge.checkpoint.dtypes import DTYPE_NAMES
+from kempnerforge.checkpoint.format import paths, structure
+from kempnerforge.checkpoint.format.checksums import DigestingFile
+from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
+from kempnerforge.checkpoint.format.safetensors_file import plan_image, split_by_name
+from kempnerforge.checkpoint.format.structure import PATHS, Structure
 from kempnerforge.checkpoint.pieces import check_name, check_storable, plain
 from kempnerforge.checkpoint.plan import check_cover, planned_item
-from kempnerforge.checkpoint.shards import plan_image, split_by_name
-from kempnerforge.checkpoint.structure import PATHS, Structure
 from kempnerforge.checkpoint.tensor_leaves import Packer
 from kempnerforge.errors import SaveFailedError
 
@@ -71,9 +71,9 @@ class SafetensorsWriter(StorageWriter):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Start a new checkpoint, under another path when one is given."""
         if checkpoint_id is not None:
-            self.final = layout.local_path(checkpoint_id)
+            self.final = paths.local_path(checkpoint_id)
             attempt = self._contents.provenance.attempt
-            self.temporary = self.final.with_name(layout.temporary_name(self.final.name, attempt))
+            self.temporary = self.final.with_name(paths.temporary_name(self.final.name, attempt))
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Part of DCP's protocol; nothing to set up."""
@@ -135,7 +135,7 @@ class SafetensorsWriter(StorageWriter):
         files = []
         for number, places in enumerate(split_by_name([planned.item.name for planned, _ in chunks])):
             items = tuple(chunks[place][0] for place in places)
-            name = f"rank_{plan.storage_data.rank:05d}_{number:05d}{layout.SHARD_SUFFIX}"
+            name = f"rank_{plan.storage_data.rank:05d}_{number:05d}{paths.SHARD_SUFFIX}"
             file = PlannedFile(name, items)
             files.append((file, self._write_file(file, [chunks[place][1] for place in places])))
         return _Written(plan.storage_data.rank, tuple(files), objects)
@@ -159,7 +159,7 @@ class SafetensorsWriter(StorageWriter):
         written = [file for one in by_rank for file in one.files]
         files, reports = [], {}
         for number, (file, report) in enumerate(written):
-            final = dataclasses.replace(file, name=layout.shard_name(number, len(written)))
+            final = dataclasses.replace(file, name=paths.shard_name(number, len(written)))
             os.rename(self.temporary / file.name, self.temporary / final.name)
             files.append(final)
             reports[final.name] = report

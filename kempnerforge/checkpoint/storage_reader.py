@@ -24,15 +24,15 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from kempnerforge.checkpoint import layout, leaves, manifest, structure
-from kempnerforge.checkpoint.digest import VerifiedFile
-from kempnerforge.checkpoint.dtypes import DTYPES
-from kempnerforge.checkpoint.index import Index, shared_box
-from kempnerforge.checkpoint.leaves import MALFORMED
+from kempnerforge.checkpoint.format import json_values, manifest, paths, structure
+from kempnerforge.checkpoint.format.checksums import VerifiedFile
+from kempnerforge.checkpoint.format.dtypes import DTYPES
+from kempnerforge.checkpoint.format.json_values import MALFORMED
+from kempnerforge.checkpoint.format.structure import FLAT, PATHS, Path, Structure
+from kempnerforge.checkpoint.format.tensor_index import Index, shared_box
 from kempnerforge.checkpoint.part_reader import Part, read_parts
 from kempnerforge.checkpoint.pieces import Boxes, check_target, global_shape, local_pieces, plain
 from kempnerforge.checkpoint.shadows import Shadows
-from kempnerforge.checkpoint.structure import FLAT, PATHS, Path, Structure
 from kempnerforge.checkpoint.tensor_leaves import Unpacker, tensor_names
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
@@ -55,7 +55,7 @@ class SafetensorsReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Start another load, of another path when one is given."""
         if checkpoint_id is not None:
-            self.path = layout.local_path(checkpoint_id)
+            self.path = paths.local_path(checkpoint_id)
             self._known_manifest: manifest.Manifest | None = None
         self.close()
         self._raw_objects: dict[str, Any] | None = None
@@ -68,7 +68,7 @@ class SafetensorsReader(StorageReader):
     def manifest(self) -> manifest.Manifest:
         """The step's manifest, checked against names and sizes."""
         if self._known_manifest is None:
-            if (self.path / ".metadata").exists() and not (self.path / layout.MANIFEST).exists():
+            if (self.path / ".metadata").exists() and not (self.path / paths.MANIFEST).exists():
                 raise MismatchError(
                     f"{self.path} is a checkpoint of stock DCP: read it with FileSystemReader"
                 )
@@ -79,17 +79,17 @@ class SafetensorsReader(StorageReader):
     def index(self) -> Index:
         """The step's index: a mapping from tensor names to entries."""
         if self._open_index is None:
-            record = self.manifest.files[layout.INDEX]
-            self._open_index = Index(VerifiedFile(self.path / layout.INDEX, record, keep=True))
+            record = self.manifest.files[paths.INDEX]
+            self._open_index = Index(VerifiedFile(self.path / paths.INDEX, record, keep=True))
         return self._open_index
 
     @property
     def raw_objects(self) -> dict[str, Any]:
         """The step's non-tensor leaves, by name, as JSON (``leaves`` has the tags)."""
         if self._raw_objects is None:
-            data = manifest.read_verified(self.path, self.manifest, layout.TRAIN_STATE)
+            data = manifest.read_verified(self.path, self.manifest, paths.TRAIN_STATE)
             try:
-                body = leaves.parse_objects(data)
+                body = json_values.parse_objects(data)
                 self._structure = structure.decode(body.pop(PATHS, None))
             except MALFORMED as error:
                 raise self._damaged_objects(error) from None
@@ -105,7 +105,7 @@ class SafetensorsReader(StorageReader):
         if self._objects is None:
             raw = self.raw_objects
             try:
-                self._objects = {name: leaves.decode(value) for name, value in raw.items()}
+                self._objects = {name: json_values.decode(value) for name, value in raw.items()}
             except MALFORMED as error:
                 raise self._damaged_objects(error) from None
         return self._objects
@@ -169,14 +169,14 @@ class SafetensorsReader(StorageReader):
         try:
             dtype, shape = self.index.head(name)
         except KeyError:
-            raise self._damaged_objects(f"{layout.INDEX} has no {name}") from None
+            raise self._damaged_objects(f"{paths.INDEX} has no {name}") from None
         device = tag.get("device", "cpu")
         if device != "cpu" and not torch.get_device_module(device).is_available():
             device = "cpu"
         return torch.empty(shape, dtype=DTYPES[dtype], device=device)
 
     def _damaged_objects(self, error: object) -> DamagedCheckpointError:
-        return DamagedCheckpointError(f"{self.path.name} is damaged: {layout.TRAIN_STATE}: {error}")
+        return DamagedCheckpointError(f"{self.path.name} is damaged: {paths.TRAIN_STATE}: {error}")
 
     def close(self) -> None:
         """Release the index file; ``objects`` and ``manifest`` stay readable."""
@@ -252,7 +252,7 @@ class SafetensorsReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether there is a checkpoint of this format."""
-        return (FilePath(checkpoint_id) / layout.MANIFEST).is_file()
+        return (FilePath(checkpoint_id) / paths.MANIFEST).is_file()
 
 
 @contextlib.contextmanager

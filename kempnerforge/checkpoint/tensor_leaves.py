@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.checkpoint import leaves
+from kempnerforge.checkpoint.format import json_values
 from kempnerforge.checkpoint.pieces import check_storable
 from kempnerforge.errors import MismatchError
 
@@ -42,7 +42,7 @@ class Packer:
 
     def pack(self, value: Any, *, name: str) -> Any:
         """``value`` as JSON. Raises TypeError, naming the leaf, and ValueError for two of one name."""
-        return leaves.encode(value, name=name, foreign=self._foreign)
+        return json_values.encode(value, name=name, foreign=self._foreign)
 
     def _foreign(self, value: Any, name: str) -> Any:
         if isinstance(value, torch.Tensor):
@@ -108,7 +108,7 @@ class Unpacker:
 
     def unpack(self, encoded: Any) -> Any:
         """Return the value that ``Packer.pack`` has encoded."""
-        return leaves.decode(encoded, self._foreign)
+        return json_values.decode(encoded, self._foreign)
 
     def _foreign(self, tag: str, content: Any) -> Any:
         if tag == "__tensor__":
@@ -151,7 +151,7 @@ def tensor_tags(encoded: Any) -> dict[str, dict[str, Any]]:
         elif tag == "__ndarray__" and "tensor" in content:
             found[content["tensor"]] = content
 
-    leaves.decode(encoded, note)
+    json_values.decode(encoded, note)
     return found
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, manifest, run_record
+from kempnerforge.checkpoint import run_record
+from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.receipt import last_logged_step, read_receipts
 from kempnerforge.checkpoint.run_record import Restored
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
@@ -168,7 +169,7 @@ def set_aside_late(
     if not found:
         return []
     lowest = min(cut.step for cut in found)
-    steps = layout.list_folder(folder).steps
+    steps = paths.list_folder(folder).steps
     committed: dict[int, int] = {}
     parents: dict[int, int | None] = {}
     stays = False
@@ -177,7 +178,7 @@ def set_aside_late(
             stays = True
             continue
         try:
-            provenance = manifest.read(folder / layout.step_name(step)).provenance
+            provenance = manifest.read(folder / paths.step_name(step)).provenance
         except (DamagedCheckpointError, MismatchError):
             continue
         except OSError as error:
@@ -200,7 +201,7 @@ def set_aside_late(
         late = {step: cut for step, cut in late.items() if cut.is_rollback}
     moved = []
     for step, cut in late.items():
-        name = layout.rolled_back_name if cut.is_rollback else layout.late_name
+        name = paths.rolled_back_name if cut.is_rollback else paths.late_name
         try:
             moved.append(set_aside(folder, step, name))
         except OSError as error:
@@ -216,7 +217,7 @@ def set_aside(folder: Path, step: int, name: Callable[[int, int], str]) -> Path:
     Raises OSError when the step still has its name. A rename that cannot be synced stands all the same: a
     crash that undoes it brings back a step that the next start judges again.
     """
-    path, target = folder / layout.step_name(step), free_name(folder, step, name)
+    path, target = folder / paths.step_name(step), free_name(folder, step, name)
     try:
         path.rename(target)
     except OSError:

@@ -12,10 +12,10 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-from kempnerforge.checkpoint.leaves import MAX_DEPTH
+from kempnerforge.checkpoint.format.json_values import MAX_DEPTH
+from kempnerforge.checkpoint.format.structure import FLAT, Key, Path, Structure, name_of
 from kempnerforge.checkpoint.pieces import check_name, check_storable
 from kempnerforge.checkpoint.results import Payload
-from kempnerforge.checkpoint.structure import FLAT, Key, Path, Structure, name_of
 from kempnerforge.checkpoint.tensor_leaves import Packer
 
 

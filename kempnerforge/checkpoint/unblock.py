@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, lease, manifest, run_record, timeline
+from kempnerforge.checkpoint import lease, run_record, timeline
+from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.run_record import Restored
 from kempnerforge.checkpoint.timeline import Cut
 from kempnerforge.errors import DamagedCheckpointError, LeaseHeldError, MismatchError, RunFolderError
@@ -41,7 +42,7 @@ def unblock(run_dir: Path, *, note: Callable[[str], None]) -> Unblocked:
             raise LeaseHeldError(f"{run_dir} is being written by {writer}; it is not blocked")
         record = run_record.read(run_dir)
         folder = record.checkpoint_folder(run_dir) if record is not None else run_dir / "checkpoints"
-        suspects = layout.list_folder(folder).suspect
+        suspects = paths.list_folder(folder).suspect
         if record is None or not suspects:
             done = Unblocked(timeline.last_attempt(run_dir))
         else:
@@ -59,19 +60,19 @@ def unblock(run_dir: Path, *, note: Callable[[str], None]) -> Unblocked:
 def _restore(run_dir: Path, folder: Path, suspects: Sequence[Path], attempt: int) -> Unblocked:
     record = run_record.read(run_dir)
     assert record is not None
-    cuts, committed = timeline.cuts(run_dir), layout.committed_steps(folder)
+    cuts, committed = timeline.cuts(run_dir), paths.committed_steps(folder)
     done = Unblocked(attempt)
     restored: list[Restored] = []
     for path in sorted(suspects, reverse=True):
-        step = layout.step_number(path.name.split(".")[1])
+        step = paths.step_number(path.name.split(".")[1])
         assert step is not None
         why, since = _why_not(path, step, record.run_id, cuts, committed)
-        if not why and layout.step_name(step) in done.renamed.values():
-            why = f"{layout.step_name(step)} was another one of that number"
+        if not why and paths.step_name(step) in done.renamed.values():
+            why = f"{paths.step_name(step)} was another one of that number"
         if why:
             done.left[path.name] = why
             continue
-        done.renamed[path.name] = layout.step_name(step)
+        done.renamed[path.name] = paths.step_name(step)
         if since:
             restored.append(Restored(step, since, attempt))
     run_record.write(run_dir, replace(record, attempt=attempt, restored=(*record.restored, *restored)))

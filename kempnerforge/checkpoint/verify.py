@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kempnerforge.checkpoint import holds, layout, leaves, manifest, shard_header
+from kempnerforge.checkpoint import holds
 from kempnerforge.checkpoint.counters import check_counters
-from kempnerforge.checkpoint.digest import BLOCK_BYTES, VerifiedFile
-from kempnerforge.checkpoint.index import Chunk, TensorEntry
-from kempnerforge.checkpoint.manifest import Manifest
-from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.checkpoint.format import json_values, manifest, paths, safetensors_header
+from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, VerifiedFile
+from kempnerforge.checkpoint.format.manifest import Manifest
+from kempnerforge.checkpoint.format.step_info import StepView
+from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry
 from kempnerforge.errors import (
     DamagedCheckpointError,
     NoTrainingStateError,
@@ -72,24 +73,24 @@ def _verify(path: Path, threads: int, progress: Callable[[int, int], None]) -> V
         if not path.is_dir():
             raise StepNotFoundError(f"{path} went away while it was read") from None
         return Verified(path, (_without_name(error, path),), (), 0)
-    known = {layout.MANIFEST, *found.files}
+    known = {paths.MANIFEST, *found.files}
     unknown = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
     problems = [
         f"{name} is not in the manifest, and tools that read all shards would read it"
         for name in unknown
-        if name.endswith(layout.SHARD_SUFFIX)
+        if name.endswith(paths.SHARD_SUFFIX)
     ]
     wrong = _wrong_blocks(path, found, threads, progress)
     problems += [problem for name in sorted(wrong) for problem in wrong[name]]
     problems += _disagreements(StepView(path, found), set(wrong))
-    foreign = tuple(name for name in unknown if not name.endswith(layout.SHARD_SUFFIX))
+    foreign = tuple(name for name in unknown if not name.endswith(paths.SHARD_SUFFIX))
     return Verified(path, tuple(problems), foreign, found.size_bytes)
 
 
 def _manifest_of(path: Path) -> Manifest:
     """A step's manifest; a state dict that was saved without a run may have the name of a step too."""
     try:
-        return manifest.load(path, step=layout.step_number(path.name))
+        return manifest.load(path, step=paths.step_number(path.name))
     except NoTrainingStateError:
         return manifest.load(path)
 
@@ -133,11 +134,11 @@ def _wrong_blocks(
 
 def _disagreements(view: StepView, wrong: set[str]) -> Iterator[str]:
     """What does not fit together in a step, leaving out files of which bytes are known to be wrong."""
-    if layout.TRAIN_STATE not in wrong:
+    if paths.TRAIN_STATE not in wrong:
         yield from _train_state_problems(view)
-    if layout.CONFIG not in wrong:
+    if paths.CONFIG not in wrong:
         yield from _problems_of(view, lambda: view.config())
-    if layout.INDEX in wrong:
+    if paths.INDEX in wrong:
         return
     try:
         entries = view.tensors()
@@ -147,21 +148,21 @@ def _disagreements(view: StepView, wrong: set[str]) -> Iterator[str]:
     shards = set(view.shards())
     expected = _chunks_by_file(entries)
     for name in sorted(expected.keys() - shards):
-        yield f"{layout.INDEX} names {name}, which is no shard of the manifest"
+        yield f"{paths.INDEX} names {name}, which is no shard of the manifest"
     for name in sorted(shards - wrong):
         yield from _header_problems(view.path / name, expected.get(name, {}))
 
 
 def _train_state_problems(view: StepView) -> Iterator[str]:
     try:
-        objects = {name: leaves.decode(value) for name, value in view.train_state().items()}
+        objects = {name: json_values.decode(value) for name, value in view.train_state().items()}
         if view.manifest.provenance.step is not None:
             check_counters(objects, step=view.manifest.provenance.step)
     except DamagedCheckpointError as error:
         yield _without_name(error, view.path)
         return
     except (ValueError, TypeError, RecursionError) as error:
-        yield f"{layout.TRAIN_STATE}: {error}"
+        yield f"{paths.TRAIN_STATE}: {error}"
         return
 
 
@@ -183,18 +184,18 @@ def _chunks_by_file(entries: dict[str, TensorEntry]) -> dict[str, dict[str, list
 
 def _header_problems(path: Path, expected: dict[str, list[tuple[str, Chunk]]]) -> Iterator[str]:
     try:
-        header = shard_header.read(path)
+        header = safetensors_header.read(path)
     except ValueError as error:
         yield f"{path.name}: {error}"
         return
     for name in sorted(header.keys() | expected.keys()):
         in_index = expected.get(name, [])
         if name not in header:
-            yield f"{path.name} does not hold {name}, which {layout.INDEX} places there"
+            yield f"{path.name} does not hold {name}, which {paths.INDEX} places there"
         elif not in_index:
-            yield f"{path.name} holds {name}, which {layout.INDEX} does not place there"
+            yield f"{path.name} holds {name}, which {paths.INDEX} does not place there"
         elif in_index != [header[name]]:
-            yield f"{path.name} and {layout.INDEX} disagree on {name}"
+            yield f"{path.name} and {paths.INDEX} disagree on {name}"
 
 
 def _without_name(error: DamagedCheckpointError, path: Path) -> str:

@@ -6,7 +6,8 @@ import contextlib
 import functools
 from pathlib import Path
 
-from kempnerforge.checkpoint import latest, layout, load_path, resume
+from kempnerforge.checkpoint import load_path, resume
+from kempnerforge.checkpoint.format import latest_link, paths
 from kempnerforge.checkpoint.resume import Found
 from kempnerforge.errors import DamagedCheckpointError, NoTrainingStateError, StepNotFoundError
 
@@ -17,13 +18,13 @@ def find(path: Path) -> Found:
     Rank 0 only. Nothing of another run is ever renamed: damage is an error here. Raises StepNotFoundError,
     DamagedCheckpointError, UnreachableCheckpointError.
     """
-    path = resume.with_retries(lambda: latest.resolve(path), what=str(path.parent))
+    path = resume.with_retries(lambda: latest_link.resolve(path), what=str(path.parent))
     try:
         steps = load_path.candidates(path)
     except StepNotFoundError as error:
         raise StepNotFoundError(f"checkpoint.load_path: {error}") from None
     for found in steps:
-        step = None if found == path else layout.step_number(found.name)
+        step = None if found == path else paths.step_number(found.name)
         with contextlib.suppress(NoTrainingStateError):  # named by its own path, it can be loaded
             return resume.with_retries(functools.partial(resume.inspect, found, step=step), what=str(found))
     raise StepNotFoundError(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kempnerforge.checkpoint.digest import FileRecord
+from kempnerforge.checkpoint.format.checksums import FileRecord
 from kempnerforge.checkpoint.writer_main import FOLLOW_S, PULSE_BYTES, Pulse
 from kempnerforge.errors import SaveFailedError
 

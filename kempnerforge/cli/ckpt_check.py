@@ -10,7 +10,7 @@ import typer
 
 from kempnerforge.checkpoint import holds
 from kempnerforge.checkpoint.compare import TensorDifferences, changes, compare_tensors
-from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.verify import Verified
 from kempnerforge.checkpoint.verify import verify as verify_step
 from kempnerforge.cli import ckpt_text as text

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kempnerforge.checkpoint import layout, pins
+from kempnerforge.checkpoint import pins
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.keep import BestN, Verdict, decide
 from kempnerforge.checkpoint.retention import Retention
 from kempnerforge.checkpoint.step_history import Absence, RunFacts, explain_absence, read_facts
@@ -36,7 +37,7 @@ def explain(
     """Say which rule keeps each step of RUN; with STEP, why that step exists or does not."""
     found = find_run(run)
     number = parse_step(step) if step is not None else None
-    listed = layout.list_folder(found.folder).steps
+    listed = paths.list_folder(found.folder).steps
     policy = find_policy(found, listed)
     verdicts = decide(Retention(found.folder, policy.policy, found.owner).survey(listed), policy.policy)
     if number is not None:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from kempnerforge.checkpoint import layout, pins
+from kempnerforge.checkpoint import pins
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.retention import Retention
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_list import folder_bytes
@@ -48,7 +49,7 @@ def prune(
 ) -> None:
     """Delete the steps of RUN that its config does not keep, as a run does after each save."""
     found = find_run(run)
-    policy = find_policy(found, layout.list_folder(found.folder).steps)
+    policy = find_policy(found, paths.list_folder(found.folder).steps)
     if not policy.source:
         raise RunFolderError(f"{found.folder}: what to keep is not known: {policy.problem}")
     retention = Retention(found.folder, policy.policy, found.owner)

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from kempnerforge.checkpoint import layout, lease, manifest
+from kempnerforge.checkpoint import lease
+from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.keep import Verdict, decide
-from kempnerforge.checkpoint.manifest import Manifest
 from kempnerforge.checkpoint.retention import Retention
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, CheckpointFolder, FoundPolicy, RunPath, find_policy, find_run
@@ -54,7 +55,7 @@ def ls(
     With --verify the exit status is 1 when a step is damaged.
     """
     found = find_run(run)
-    listing = layout.list_folder(found.folder)
+    listing = paths.list_folder(found.folder)
     policy = find_policy(found, listing.steps)
     steps = list(list_steps(found, listing.steps, policy, digests=digests))
     others = list_others(listing)
@@ -98,7 +99,7 @@ def list_steps(
         yield Listed(one.step, found, verdicts[one.step], problem, known, one.foreign)
 
 
-def list_others(listing: layout.FolderListing) -> list[dict[str, Any]]:
+def list_others(listing: paths.FolderListing) -> list[dict[str, Any]]:
     """Folders in flight, being deleted and set aside, with their bytes so far."""
     groups = [
         [path for path, _ in listing.temporary],

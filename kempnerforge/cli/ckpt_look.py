@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.compare import describe
-from kempnerforge.checkpoint.index import TensorEntry
-from kempnerforge.checkpoint.step_view import KINDS, StepView, tensor_bytes
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.step_info import KINDS, StepView, tensor_bytes
+from kempnerforge.checkpoint.format.tensor_index import TensorEntry
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_list import folder_bytes, list_others
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, StepPath, find_run, find_step
@@ -55,7 +55,7 @@ def du(run: RunPath, as_json: AsJson = False) -> None:
     """Show the bytes of every step of RUN: model, optimizer, rng, other; and of what is no step."""
     found = find_run(run)
     steps = []
-    listing = layout.list_folder(found.folder)
+    listing = paths.list_folder(found.folder)
     for step in listing.steps:
         path = found.step(step)
         try:

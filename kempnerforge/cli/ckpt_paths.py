@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kempnerforge.checkpoint import claim, latest, layout, run_record
+from kempnerforge.checkpoint import claim, run_record
+from kempnerforge.checkpoint.format import latest_link, paths
+from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.keep import KeepPolicy
 from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.owner import of_folder as owner_of
-from kempnerforge.checkpoint.step_view import StepView
 from kempnerforge.errors import CheckpointError, RunFolderError, StepNotFoundError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class CheckpointFolder:
 
     def step(self, step: int) -> Path:
         """Where a committed step is."""
-        return self.folder / layout.step_name(step)
+        return self.folder / paths.step_name(step)
 
 
 def find_run(path: Path) -> CheckpointFolder:
@@ -59,7 +60,7 @@ def find_run(path: Path) -> CheckpointFolder:
         owner = owner_of(path)
         if (run_dir := _run_of(path.absolute(), owner)) is not None:
             return CheckpointFolder(path, run_dir, owner_of(path, run_dir))
-        if owner.run_id or layout.list_folder(path) != layout.FolderListing():
+        if owner.run_id or paths.list_folder(path) != paths.FolderListing():
             return CheckpointFolder(path, None, owner)
     except OSError as error:
         raise RunFolderError(f"{path} cannot be read: {error}") from error
@@ -83,7 +84,7 @@ def find_step(path: Path) -> Path:
     Raises StepNotFoundError, RunFolderError.
     """
     try:
-        real = latest.resolve(path).resolve(strict=True)
+        real = latest_link.resolve(path).resolve(strict=True)
         if real.is_dir() and _is_step(real):
             return real
         if not real.is_dir():
@@ -93,15 +94,15 @@ def find_step(path: Path) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise RunFolderError(f"{path} cannot be read: {error}") from error
     hint = _known_steps(path) or _known_steps(path / "checkpoints")
-    raise StepNotFoundError(f"{path} is not the folder of one step: it has no {layout.MANIFEST}{hint}")
+    raise StepNotFoundError(f"{path} is not the folder of one step: it has no {paths.MANIFEST}{hint}")
 
 
 def find_steps(path: Path) -> tuple[list[Path], CheckpointFolder | None]:
     """What STEP_DIR|RUN means: one step, or all committed steps of a run, newest first, and the run."""
-    if path.name == layout.LATEST or (path.is_dir() and _is_step(path.resolve())):
+    if path.name == paths.LATEST or (path.is_dir() and _is_step(path.resolve())):
         return [find_step(path)], None
     run = find_run(path)
-    steps = layout.list_folder(run.folder).steps
+    steps = paths.list_folder(run.folder).steps
     if not steps:
         raise StepNotFoundError(f"{run.folder} has no committed step")
     return [run.step(step) for step in steps], run
@@ -110,7 +111,7 @@ def find_steps(path: Path) -> tuple[list[Path], CheckpointFolder | None]:
 def parse_step(text: str) -> int:
     """The step in ``1000`` or ``step_00001000``. Raises StepNotFoundError."""
     is_number = text.isascii() and text.isdecimal() and len(text) < 19
-    step = int(text) if is_number else layout.step_number(text)
+    step = int(text) if is_number else paths.step_number(text)
     if step is None:
         raise StepNotFoundError(f"{text!r} is not a step; write its number, such as 1000")
     return step
@@ -144,7 +145,7 @@ def find_policy(run: CheckpointFolder, steps: Sequence[int]) -> FoundPolicy:
             continue
         if "checkpoint" not in config:
             return FoundPolicy(KeepPolicy(), "", f"step {step} has no config of a run")
-        return _policy_of(config["checkpoint"], layout.step_name(step))
+        return _policy_of(config["checkpoint"], paths.step_name(step))
     return FoundPolicy(KeepPolicy(), "", "no step looks sound")
 
 
@@ -164,13 +165,13 @@ def _policy_of(table: object, source: str) -> FoundPolicy:
 
 
 def _is_step(path: Path) -> bool:
-    named = layout.step_number(path.name) is not None or layout.is_set_aside(path.name)
-    return named or (path / layout.MANIFEST).is_file()
+    named = paths.step_number(path.name) is not None or paths.is_set_aside(path.name)
+    return named or (path / paths.MANIFEST).is_file()
 
 
 def _known_steps(folder: Path) -> str:
     try:
-        steps = layout.committed_steps(folder)
+        steps = paths.committed_steps(folder)
     except OSError:
         return ""
     return f"; steps in {folder}: {', '.join(map(str, steps))}" if steps else ""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kempnerforge.checkpoint import layout
-from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.cli.ckpt_paths import AsJson, find_step
 from kempnerforge.cli.train import rank_and_world_size
 from kempnerforge.config.layers import Layer
@@ -50,7 +50,7 @@ def evaluate(arguments: Arguments, as_json: AsJson = False) -> None:
         step_folder = find_step(Path(positionals[0]))
         # More than one is a fault among the overrides, reported with all others.
         config, overrides = _stored_config(step_folder), [*overrides, *positionals[1:]]
-        loaded, told = load_for(config, overrides, where=str(step_folder / layout.CONFIG), ranks=world_size)
+        loaded, told = load_for(config, overrides, where=str(step_folder / paths.CONFIG), ranks=world_size)
     except KempnerForgeError as error:
         # All ranks of a node see the same: its first one speaks.
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
@@ -120,10 +120,10 @@ def load_for(
 
 
 def _stored_config(step_folder: Path) -> dict[str, Any]:
-    config = StepView.open(step_folder, step=layout.step_number(step_folder.name)).config()
+    config = StepView.open(step_folder, step=paths.step_number(step_folder.name)).config()
     if "model" not in config:
         raise StepNotFoundError(
-            f"{step_folder} has no [model] in a {layout.CONFIG}: it was not saved by scripts/train.py, so it "
+            f"{step_folder} has no [model] in a {paths.CONFIG}: it was not saved by scripts/train.py, so it "
             "is not known which model it is of"
         )
     return config

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from kempnerforge.checkpoint import layout, lease, run_record, timeline
+from kempnerforge.checkpoint import lease, run_record, timeline
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.receipt import METRICS, read_receipts
 from kempnerforge.checkpoint.run_record import RunRecord
-from kempnerforge.checkpoint.step_view import StepView
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_run
 from kempnerforge.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, RunFolderError
@@ -127,7 +128,7 @@ def _read(
 ) -> _Read:
     # Before the rows: what is committed while they are read only makes the limit too low.
     folder = record.checkpoint_folder(run_dir)
-    committed = layout.committed_steps(folder) if folder.is_dir() else []
+    committed = paths.committed_steps(folder) if folder.is_dir() else []
     limit = math.inf if uncommitted else last_lasting_step(record, committed)
     try:
         rows = read_rows(run_dir / METRICS).rows
@@ -169,7 +170,7 @@ def _config(folder: Path, committed: Sequence[int]) -> dict[str, Any]:
     """The config in the newest step that looks sound; empty when there is none."""
     for step in committed:
         try:
-            return StepView.open(folder / layout.step_name(step), step=step).config()
+            return StepView.open(folder / paths.step_name(step), step=step).config()
         except (CheckpointError, OSError):
             continue
     return {}

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kempnerforge.checkpoint import export as exporting
-from kempnerforge.checkpoint import hf_folder, holds, import_weights
-from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.checkpoint import holds, import_weights
+from kempnerforge.checkpoint.format import hf_format
+from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, StepPath, find_step
 from kempnerforge.errors import DataError, MismatchError
@@ -118,8 +119,8 @@ def _export_hf(
             hf.tensor_map(model),
             dtype=dtype.safetensors,
             small_files={
-                hf_folder.CONFIG: hf_folder.json_bytes(body),
-                "generation_config.json": hf_folder.json_bytes(generation),
+                hf_format.CONFIG: hf_format.json_bytes(body),
+                "generation_config.json": hf_format.json_bytes(generation),
                 **tokens.files,
             },
             max_shard_bytes=max_shard_bytes,
@@ -145,8 +146,8 @@ def hf(
     from kempnerforge.config.toml_text import render
     from kempnerforge.model import hf as names
 
-    path = folder / hf_folder.CONFIG
-    model = names.from_hf_config(hf_folder.read_json(path), where=str(path))
+    path = folder / hf_format.CONFIG
+    model = names.from_hf_config(hf_format.read_json(path), where=str(path))
     section = render({"model": model.model_dump(mode="json", exclude_none=True)})
     with text.progress("importing") as progress:
         done = import_weights.import_weights(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from kempnerforge.checkpoint import holds, layout, resume
+from kempnerforge.checkpoint import holds, resume
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.resume import Found
 from kempnerforge.checkpoint.state import TrainState
@@ -168,7 +169,7 @@ def _load(step_folder: Path, state: TrainState, world: World) -> tuple[Found, li
 
         def take() -> Found:
             stack.enter_context(holds.hold(step_folder, what="kempnerforge eval"))
-            step = layout.step_number(step_folder.name)
+            step = paths.step_number(step_folder.name)
             return resume.with_retries(lambda: resume.inspect(step_folder, step=step), what=str(step_folder))
 
         found = world.control.on_rank0(take)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from kempnerforge.checkpoint import layout, load_path, run_record
-from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.checkpoint import load_path, run_record
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.config.checkpoint import LoadablePart
 from kempnerforge.config.model_changes import model_changes
 from kempnerforge.config.run import PLACEHOLDER, unfilled_placeholders
@@ -173,7 +174,7 @@ def _misfits(job: JobConfig, step_folder: Path) -> list[Fault]:
     if changes.same_shapes:
         return []
     problem = f"{step_folder} is of another model: {'; '.join(changes.lines)}"
-    return [Fault("checkpoint.load_path", problem, f"set [model] as in {step_folder / layout.CONFIG}")]
+    return [Fault("checkpoint.load_path", problem, f"set [model] as in {step_folder / paths.CONFIG}")]
 
 
 def has_committed_step(job: JobConfig) -> bool:
@@ -189,7 +190,7 @@ def has_committed_step(job: JobConfig) -> bool:
         return False
     moved_to = job.checkpoint.dir
     checkpoints = Path(moved_to).expanduser() if moved_to else record.checkpoint_folder(folder)
-    return bool(layout.committed_steps(checkpoints))
+    return bool(paths.committed_steps(checkpoints))
 
 
 _LOOKS: dict[str, Callable[[JobConfig], list[Fault]]] = {

@@ -11,7 +11,7 @@ from typing import Any
 from bench import goodput_arithmetic as arithmetic
 from bench.goodput_arithmetic import Cost
 from bench.kills import Attempt, BenchError, Job, run_to_end
-from kempnerforge.checkpoint.layout import committed_steps, step_name
+from kempnerforge.checkpoint.format.paths import committed_steps, step_name
 from kempnerforge.data.prepare import prepare
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.goodput.accounting import account

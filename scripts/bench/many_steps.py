@@ -6,11 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from kempnerforge.checkpoint import layout, manifest, run_record
+from kempnerforge.checkpoint import run_record
 from kempnerforge.checkpoint.commit import Expected, PlannedFile, PlannedItem
-from kempnerforge.checkpoint.digest import FileRecord, record_of
-from kempnerforge.checkpoint.manifest import Provenance
-from kempnerforge.checkpoint.shards import ShardItem, plan_image
+from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.format.checksums import FileRecord, record_of
+from kempnerforge.checkpoint.format.manifest import Provenance
+from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image
 
 CONFIG = """\
 [train]
@@ -32,21 +33,21 @@ def make_run(folder: Path, *, steps: int, shards: int) -> None:
     files = tuple(_planned(number, shards) for number in range(shards))
     index = Expected(files).index
     shard_data = {file.name: _bytes_of(file, number) for number, file in enumerate(files)}
-    shared = {**shard_data, layout.INDEX: index, layout.CONFIG: CONFIG.encode()}
+    shared = {**shard_data, paths.INDEX: index, paths.CONFIG: CONFIG.encode()}
     records = {name: record_of(data) for name, data in shared.items()}
     for step in range(10, 10 * steps + 1, 10):
         _make_step(checkpoints, step, shared, records, shards)
-    (checkpoints / layout.LATEST).symlink_to(layout.step_name(10 * steps))
+    (checkpoints / paths.LATEST).symlink_to(paths.step_name(10 * steps))
 
 
 def _make_step(
     checkpoints: Path, step: int, shared: dict[str, bytes], records: dict[str, FileRecord], shards: int
 ) -> None:
-    path = checkpoints / layout.step_name(step)
+    path = checkpoints / paths.step_name(step)
     path.mkdir()
     counters = {"step": step, "tokens": 1000 * step, "skipped_steps": 0, "skipped_in_a_row": 0}
     train_state = json.dumps({**counters, "data": {"cursor": {"samples": 8 * step}}}, indent=1).encode()
-    for name, data in {**shared, layout.TRAIN_STATE: train_state}.items():
+    for name, data in {**shared, paths.TRAIN_STATE: train_state}.items():
         (path / name).write_bytes(data)
     provenance = Provenance(
         step=step,
@@ -58,8 +59,8 @@ def _make_step(
         versions={"torch": "0"},
         metrics={"train/loss": 1 / step},
     )
-    body = manifest.encode(provenance, {**records, layout.TRAIN_STATE: record_of(train_state)})
-    (path / layout.MANIFEST).write_bytes(body)
+    body = manifest.encode(provenance, {**records, paths.TRAIN_STATE: record_of(train_state)})
+    (path / paths.MANIFEST).write_bytes(body)
 
 
 def _planned(number: int, shards: int) -> PlannedFile:
@@ -70,7 +71,7 @@ def _planned(number: int, shards: int) -> PlannedFile:
         )
         for item in range(_ITEMS)
     )
-    return PlannedFile(layout.shard_name(number, shards), items)
+    return PlannedFile(paths.shard_name(number, shards), items)
 
 
 def _bytes_of(file: PlannedFile, number: int) -> bytes:

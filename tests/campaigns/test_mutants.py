@@ -32,7 +32,7 @@ class Mutant:
 
 MUTANTS = {
     "the digest is not compared": Mutant(
-        "checkpoint/digest.py",
+        "checkpoint/format/checksums.py",
         "        return digester.hexdigest() == self.record.xxh3_128[number]\n",
         "        return True\n",
     ),

@@ -15,10 +15,11 @@ from support.crash.mutation_kinds import MAKERS
 from support.crash.mutations import Changes, Maker, Mutation, Special, Subject, manifest_of, resigned, signed
 from support.crash.watched_loading import Loader, peak_memory_mb
 
-from kempnerforge.checkpoint import layout, resume
+from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.digest import BLOCK_BYTES
-from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES
+from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.errors import DamagedCheckpointError
 
@@ -44,21 +45,21 @@ def test_mutation_every_kind_changes_something(target: Target, maker: Maker) -> 
 
 
 def resigned_manifest(**fields: object) -> Callable[[Subject], Changes]:
-    return lambda subject: {layout.MANIFEST: signed({**manifest_of(subject.files), **fields})}
+    return lambda subject: {paths.MANIFEST: signed({**manifest_of(subject.files), **fields})}
 
 
 def another_name(name: str) -> Callable[[Subject], Changes]:
     def change(subject: Subject) -> Changes:
         body = manifest_of(subject.files)
         body["files"][name] = {"size_bytes": 3, "xxh3_128": ["0" * 32]}
-        return {layout.MANIFEST: signed(body)}
+        return {paths.MANIFEST: signed(body)}
 
     return change
 
 
 def link_of_the_right_size(subject: Subject) -> Changes:
     """A link whose own size, the length of its target, is that of the file which it stands for."""
-    name = layout.TRAIN_STATE
+    name = paths.TRAIN_STATE
     copy, size = f"{subject.outside}/{name}", len(subject.files[name])
     target = "/" * (1 + (size - len(copy)) % 2) + "./" * ((size - len(copy)) // 2) + copy[1:]
     assert len(target) == size
@@ -66,27 +67,27 @@ def link_of_the_right_size(subject: Subject) -> Changes:
 
 
 def swapped_and_signed(subject: Subject) -> Changes:
-    one, other = sorted(name for name in subject.files if name.endswith(layout.SHARD_SUFFIX))
+    one, other = sorted(name for name in subject.files if name.endswith(paths.SHARD_SUFFIX))
     body = manifest_of(subject.files)
     body["files"][one], body["files"][other] = body["files"][other], body["files"][one]
-    return {one: subject.files[other], other: subject.files[one], layout.MANIFEST: signed(body)}
+    return {one: subject.files[other], other: subject.files[one], paths.MANIFEST: signed(body)}
 
 
 TRAPS: dict[str, Callable[[Subject], Changes]] = {
-    "a manifest elsewhere": lambda s: {layout.MANIFEST: Special("link", f"{s.outside}/{layout.MANIFEST}")},
-    "a manifest that links to itself": lambda _: {layout.MANIFEST: Special("link", layout.MANIFEST)},
-    "a manifest that is a folder": lambda _: {layout.MANIFEST: Special("folder")},
-    "a manifest that is a pipe": lambda _: {layout.MANIFEST: Special("fifo")},
-    "a manifest of a terabyte": lambda _: {layout.MANIFEST: Special("sparse", size_bytes=1 << 40)},
+    "a manifest elsewhere": lambda s: {paths.MANIFEST: Special("link", f"{s.outside}/{paths.MANIFEST}")},
+    "a manifest that links to itself": lambda _: {paths.MANIFEST: Special("link", paths.MANIFEST)},
+    "a manifest that is a folder": lambda _: {paths.MANIFEST: Special("folder")},
+    "a manifest that is a pipe": lambda _: {paths.MANIFEST: Special("fifo")},
+    "a manifest of a terabyte": lambda _: {paths.MANIFEST: Special("sparse", size_bytes=1 << 40)},
     "a link of the right size": link_of_the_right_size,
     "a name with a null byte": another_name("x\0y"),
     "a name that no file system takes": another_name("x" * 300),
     "half a character in a name": another_name("\ud800"),
     "an endless time": resigned_manifest(time=float("inf"), attempt=float("inf")),
-    "a config that is not text": lambda s: resigned(s.files, layout.CONFIG, b"\xff\xfe"),
-    "a config that is not TOML": lambda s: resigned(s.files, layout.CONFIG, b"a = 1\na = 2"),
+    "a config that is not text": lambda s: resigned(s.files, paths.CONFIG, b"\xff\xfe"),
+    "a config that is not TOML": lambda s: resigned(s.files, paths.CONFIG, b"a = 1\na = 2"),
     "a train state without counters": lambda s: resigned(
-        s.files, layout.TRAIN_STATE, json.dumps({"data": {"cursor": {}, "fingerprint": {}}}).encode()
+        s.files, paths.TRAIN_STATE, json.dumps({"data": {"cursor": {}, "fingerprint": {}}}).encode()
     ),
     "shards that changed places, signed": swapped_and_signed,
 }

@@ -36,8 +36,8 @@ from kempnerforge import (
     SafetensorsReader,
     TrainState,
 )
-from kempnerforge.checkpoint import layout
-from kempnerforge.checkpoint.dtypes import DTYPES
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.dtypes import DTYPES
 from kempnerforge.checkpoint.storage_reader import load_tensors
 
 STEPS = 9
@@ -151,7 +151,7 @@ def go_on(case: Case, folder: str) -> dict[str, Any]:
 
 def stored(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """All tensors of a step, whole, without generators."""
-    reader = SafetensorsReader(folder / "killed/checkpoints" / layout.step_name(step))
+    reader = SafetensorsReader(folder / "killed/checkpoints" / paths.step_name(step))
     names = [name for name in reader.index if not name.startswith("rng.")]
     heads = {name: reader.index.head(name) for name in names}
     tensors = {name: torch.empty(shape, dtype=DTYPES[dtype]) for name, (dtype, shape) in heads.items()}

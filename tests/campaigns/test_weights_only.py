@@ -9,15 +9,15 @@ import torch
 from support.crash.known_states import make_state
 from support.crash.save_driver import Plan, make_manager, save_all
 
-from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.errors import NoSoundCheckpointError
 
 
 def save_weights(run_dir: Path, step: int, provenance: Provenance) -> None:
     weights = {"model.weight": torch.ones(37, 24)}
-    AsyncCheckpointer().save(weights, run_dir / "checkpoints" / layout.step_name(step), provenance=provenance)
+    AsyncCheckpointer().save(weights, run_dir / "checkpoints" / paths.step_name(step), provenance=provenance)
 
 
 @pytest.mark.parametrize("provenance", [Provenance(), Provenance(step=5)], ids=["of no run", "of the run"])
@@ -33,10 +33,10 @@ def test_resume_weights_only_step_passed_over_uncounted(tmp_path: Path, provenan
     assert (passed_over.step, passed_over.outcome, passed_over.moved_to) == (5, "no training state", "")
     assert any("step 5 was left as it is" in line for line in receipt.lines())
     # Were it the newest of the last one, step 2 would have gone.
-    assert layout.committed_steps(tmp_path / "checkpoints") == [5, 2]
+    assert paths.committed_steps(tmp_path / "checkpoints") == [5, 2]
     learnt = save_all(Plan(str(tmp_path), (3, 4), attempt=3))
     assert (learnt["resumed"], learnt["errors"]) == (2, ["", ""])
-    assert layout.committed_steps(tmp_path / "checkpoints") == [5, 4]
+    assert paths.committed_steps(tmp_path / "checkpoints") == [5, 4]
 
 
 def test_resume_weights_only_does_not_start_afresh(tmp_path: Path) -> None:
@@ -46,4 +46,4 @@ def test_resume_weights_only_does_not_start_afresh(tmp_path: Path) -> None:
     with pytest.raises(NoSoundCheckpointError, match="no training state"):
         manager.resume(state)
     manager.close()
-    assert layout.committed_steps(tmp_path / "checkpoints") == [5]
+    assert paths.committed_steps(tmp_path / "checkpoints") == [5]

@@ -22,8 +22,8 @@ from kempnerforge import (
     SafetensorsWriter,
     TrainState,
 )
-from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.background import Patience
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.save_coordinator import Saver
 from kempnerforge.checkpoint.staging import BlockingCopy
 from kempnerforge.checkpoint.storage_reader import load_tensors
@@ -161,7 +161,7 @@ def test_manager_goes_on_after_a_caught_interrupt(tmp_path: Path, interrupted: s
             with pytest.raises(KeyboardInterrupt):
                 ckpt.after_step(state)
         ckpt.finish(state)
-    assert layout.committed_steps(tmp_path / "checkpoints") == [1]
+    assert paths.committed_steps(tmp_path / "checkpoints") == [1]
 
 
 def test_blocking_copy_interrupted_raises_and_reports() -> None:
@@ -202,7 +202,7 @@ def test_manager_resume_counts_the_pending_save(tmp_path: Path, monkeypatch: pyt
         assert ckpt.resume(state).step == 1
         state.advance()
         ckpt.after_step(state)
-    assert layout.committed_steps(tmp_path / "checkpoints") == [2, 1]
+    assert paths.committed_steps(tmp_path / "checkpoints") == [2, 1]
 
 
 def test_manager_exception_leaves_with_step_committed(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_manager_exception_leaves_with_step_committed(tmp_path: Path) -> None:
         state.advance()
         ckpt.after_step(state)
         raise KeyError
-    assert layout.committed_steps(tmp_path / "checkpoints") == [1]
+    assert paths.committed_steps(tmp_path / "checkpoints") == [1]
 
 
 def test_manager_with_left_pending_failure_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_manager_with_left_pending_failure_is_raised(tmp_path: Path, monkeypatch
         ckpt.resume(state)
         state.advance()
         ckpt.after_step(state)
-    assert layout.committed_steps(tmp_path / "checkpoints") == []
+    assert paths.committed_steps(tmp_path / "checkpoints") == []
 
 
 URL = "s3://bucket/run/c"
@@ -245,7 +245,7 @@ def test_checkpoint_url_is_refused_before_anything_is_made(
 
 
 def test_writer_leftovers_of_killed_save_are_replaced(tmp_path: Path) -> None:
-    left = tmp_path / layout.temporary_name("c", 0)
+    left = tmp_path / paths.temporary_name("c", 0)
     left.mkdir()
     (left / "shard_00000_of_00001.safetensors").write_bytes(b"half")
     dcp.save(dict(STATE), storage_writer=SafetensorsWriter(tmp_path / "c"))

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from kempnerforge.checkpoint import layout, manifest
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.storage import SafetensorsWriter
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, SaveFailedError
@@ -109,10 +109,10 @@ def test_save_unsupported_leaf_raises_before_writing(tmp_path: Path) -> None:
 
 def test_save_over_committed_checkpoint_is_refused(tmp_path: Path) -> None:
     path = save_sample(tmp_path)
-    before = (path / layout.MANIFEST).read_bytes()
+    before = (path / paths.MANIFEST).read_bytes()
     with pytest.raises(SaveFailedError, match="never replaced"):
         save_sample(tmp_path)
-    assert (path / layout.MANIFEST).read_bytes() == before
+    assert (path / paths.MANIFEST).read_bytes() == before
 
 
 def test_load_other_dtype_is_mismatch_not_cast(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from kempnerforge import AsyncCheckpointMode, CheckpointConfig, CheckpointManager, TrainState
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.errors import MismatchError
 
 MODES = [mode.value for mode in AsyncCheckpointMode]
@@ -124,7 +124,7 @@ def saves_that_fail(folder: str) -> list[str]:
             ckpt.save(state, wait=True)
         told.append(str(caught.value))
     for number in range(len(cases)):
-        assert layout.committed_steps(Path(folder, str(number), "checkpoints")) == []
+        assert paths.committed_steps(Path(folder, str(number), "checkpoints")) == []
     return told
 
 

@@ -19,7 +19,8 @@ from support.polling import wait_until
 from support.tmpfs import mounted_tmpfs
 
 from kempnerforge import fsio, process_identity
-from kempnerforge.checkpoint import layout, lease
+from kempnerforge.checkpoint import lease
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, RunFolderError
 from kempnerforge.process_identity import Holder
@@ -396,7 +397,7 @@ def test_lease_disk_full_holder_still_looks_alive(tmp_path: Path) -> None:
 
 def test_fence_late_commit_of_old_holder_fails(tmp_path: Path, process: Processes, clock: FakeClock) -> None:
     checkpoints = tmp_path / "checkpoints"
-    temporary = checkpoints / layout.temporary_name("step_00000004", 1)
+    temporary = checkpoints / paths.temporary_name("step_00000004", 1)
     temporary.mkdir(parents=True)
     (temporary / "shard").write_bytes(b"x")
     zombie = process()
@@ -405,14 +406,14 @@ def test_fence_late_commit_of_old_holder_fails(tmp_path: Path, process: Processe
     zombie.signal(signal.SIGSTOP)
     held = lease.acquire(tmp_path, stale_after_s=30)
     assert clock.now >= 29.9
-    mine = checkpoints / layout.temporary_name("step_00000008", held.attempt)
+    mine = checkpoints / paths.temporary_name("step_00000008", held.attempt)
     mine.mkdir()
     fenced = StartCleanup(checkpoints, attempt=held.attempt).fence()
     zombie.signal(signal.SIGCONT)
     late = zombie.ask("rename", **{"from": str(temporary), "to": str(checkpoints / "step_00000004")})
     assert late["error"] == "FileNotFoundError"
     assert [path.name for path in fenced] == [".step_00000004.1.tmp.2.deleting"]
-    listing = layout.list_folder(checkpoints)
+    listing = paths.list_folder(checkpoints)
     assert listing.steps == []
     assert listing.deleting == fenced, "the sweep must find it"
     assert listing.temporary == [(mine, 2)]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import digest
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.digest import VerifiedFile
+from kempnerforge.checkpoint.format import checksums
+from kempnerforge.checkpoint.format.checksums import VerifiedFile
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
@@ -120,8 +120,8 @@ def test_part_reader_small_reads_are_merged(
         fsio, "read_scattered", lambda *args: (calls.append(sum(map(len, args[1]))), scattered(*args))[1]
     )
     load_tensors(zeros(tensors), SafetensorsReader(path))
-    assert max(calls) <= digest._GROUP_BYTES
-    assert len(calls) <= sum(calls) / digest._GROUP_BYTES + 3
+    assert max(calls) <= checksums._GROUP_BYTES
+    assert len(calls) <= sum(calls) / checksums._GROUP_BYTES + 3
 
 
 def test_part_reader_other_shape_is_mismatch(saved: tuple[Path, Tensors]) -> None:

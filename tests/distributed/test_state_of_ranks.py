@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from kempnerforge import CheckpointConfig, CheckpointManager, SafetensorsReader, TrainState
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.staging import ThreadCopy
 from kempnerforge.checkpoint.storage_reader import load_tensors
 from kempnerforge.errors import MismatchError
@@ -79,7 +79,7 @@ def test_fsdp2_running_statistics_are_of_one_rank(tmp_path: Path) -> None:
     assert not torch.equal(first[0], second[0])
     names = [f"model.{layer}.{kind}" for layer in (1, 3) for kind in ("running_mean", "running_var")]
     found = {name: torch.empty(4 if ".1." in name else 2) for name in names}
-    load_tensors(found, SafetensorsReader(tmp_path / "checkpoints" / layout.step_name(STEPS)))
+    load_tensors(found, SafetensorsReader(tmp_path / "checkpoints" / paths.step_name(STEPS)))
     for name, want in zip(names, [first[0], first[1], first[3], first[4]], strict=True):
         assert torch.equal(found[name], want), name
 
@@ -180,7 +180,7 @@ def test_loop_that_did_not_resume_saves_beside_no_steps(tmp_path: Path) -> None:
             with pytest.raises(Exception, match=r"has steps up to 4, .* without having called resume\(\)"):
                 ckpt.finish(state)
         ckpt.close()
-    assert layout.committed_steps(tmp_path / "checkpoints") == [4]
+    assert paths.committed_steps(tmp_path / "checkpoints") == [4]
 
 
 def manager_of(folder: Any, state: TrainState, **config: Any) -> CheckpointManager:
@@ -258,7 +258,7 @@ def test_loop_may_change_its_working_folder(tmp_path: Path, monkeypatch: pytest.
         state.advance()
         monkeypatch.chdir("/")
         ckpt.finish(state)
-    assert layout.committed_steps(tmp_path / "runs/x/checkpoints") == [1]
+    assert paths.committed_steps(tmp_path / "runs/x/checkpoints") == [1]
 
 
 def test_state_made_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_state_made_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
             optimizer.step()
             state.advance()
             ckpt.save(state, wait=True)
-    assert layout.committed_steps(tmp_path / "checkpoints") == [2, 1]
+    assert paths.committed_steps(tmp_path / "checkpoints") == [2, 1]
 
 
 class Held:
@@ -367,4 +367,4 @@ def test_pinned_save_of_tensors_modified_meanwhile_fails(
         (failed,) = [report for report in ckpt.after_step(state) if report.error]
         ckpt.finish(state)
     assert "model.weight was modified while it was being copied: call wait_for_staging()" in failed.error
-    assert layout.committed_steps(tmp_path / "checkpoints") == [2]
+    assert paths.committed_steps(tmp_path / "checkpoints") == [2]

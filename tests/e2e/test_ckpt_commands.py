@@ -12,7 +12,7 @@ import pytest
 from support.ckpt_cli import Ckpt
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.format import paths
 
 pytest_plugins = ["support.ckpt_fixtures"]
 
@@ -97,7 +97,7 @@ def test_ckpt_commands_work_while_run_saves_and_prunes(ckpt: Ckpt, tmp_path: Pat
                     assert all(one["state"] == "looks sound" for one in steps), steps
                 if command in ("ls", "explain", "du"):
                     seen |= {one["step"] for one in steps}
-            done = ckpt("pin", folder, max(layout.committed_steps(folder)), "--json")
+            done = ckpt("pin", folder, max(paths.committed_steps(folder)), "--json")
             if done.status == 0:
                 pinned.append(done.json["step"])
             else:
@@ -108,7 +108,7 @@ def test_ckpt_commands_work_while_run_saves_and_prunes(ckpt: Ckpt, tmp_path: Pat
     assert writer.returncode == 0
     last = int(out.split()[0])
     assert max(seen) > 100, "the writer and the commands did run side by side"
-    left = layout.committed_steps(folder)
+    left = paths.committed_steps(folder)
     assert left == sorted({last, last - 1, *pinned}, reverse=True)
     assert ckpt("verify", folder).status == 0
-    assert sorted(os.listdir(folder)) == sorted([*map(layout.step_name, left), "pins"])
+    assert sorted(os.listdir(folder)) == sorted([*map(paths.step_name, left), "pins"])

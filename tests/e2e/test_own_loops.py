@@ -20,9 +20,10 @@ import torch.distributed as dist
 from support import own_loop
 from support.ranks import run_ranks
 
-from kempnerforge.checkpoint import layout, run_record
+from kempnerforge.checkpoint import run_record
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.manifest import read
 from kempnerforge.checkpoint.manager import CheckpointManager
-from kempnerforge.checkpoint.manifest import read
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.state import TrainState
 from kempnerforge.checkpoint.writer import Writer
@@ -102,7 +103,7 @@ def test_own_loop_killed_and_resumed_is_known_to_commands(tmp_path: Path) -> Non
     assert found["lost_steps"] == lost
     assert found["parts_s"]["lost"] > 0
     assert 0 < found["ettr"] < 1
-    assert command("ckpt", "inspect", run / "checkpoints" / layout.step_name(60))["attempt"] == 2
+    assert command("ckpt", "inspect", run / "checkpoints" / paths.step_name(60))["attempt"] == 2
 
     record = run_record.read(run)
     assert record is not None
@@ -258,7 +259,7 @@ def test_explain_names_what_a_step_was_set_aside_as(tmp_path: Path) -> None:
         ckpt.resume(state)
         train(ckpt, state, 5)
     folder = tmp_path / "checkpoints"
-    (folder / layout.step_name(5) / "manifest.json").write_text("{")
+    (folder / paths.step_name(5) / "manifest.json").write_text("{")
     ckpt, state = training(tmp_path, keep_last_n=9)
     with ckpt:
         assert ckpt.resume(state).step == 4
@@ -368,9 +369,9 @@ def test_own_loop_adopts_checkpoints_without_run_file(tmp_path: Path) -> None:
     with ckpt:
         assert ckpt.resume(state).step == 3
         train(ckpt, state, 4)
-    provenance = read(tmp_path / "checkpoints" / layout.step_name(4)).provenance
+    provenance = read(tmp_path / "checkpoints" / paths.step_name(4)).provenance
     assert (provenance.run_id, provenance.attempt, provenance.parent_step) == ("abc", 8, 3)
-    assert layout.committed_steps(tmp_path / "checkpoints") == [4, 3, 2, 1]
+    assert paths.committed_steps(tmp_path / "checkpoints") == [4, 3, 2, 1]
 
 
 def loop_of_ranks(folder: str, how: str) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.runs import Launcher, make_run
 
-from kempnerforge.checkpoint.layout import SHARD_SUFFIX
+from kempnerforge.checkpoint.format.paths import SHARD_SUFFIX
 from kempnerforge.config.schema import (
     load_job,
 )

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from kempnerforge.checkpoint import layout
-from kempnerforge.checkpoint.dtypes import DTYPES
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.dtypes import DTYPES
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
@@ -102,7 +102,7 @@ def run(recipe: Recipe, folder: Path, **environment: str) -> subprocess.Complete
 
 def everything(recipe: Recipe, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """All tensors and all other leaves of the last step."""
-    reader = SafetensorsReader(folder / recipe.run_dir / "checkpoints" / layout.step_name(LAST))
+    reader = SafetensorsReader(folder / recipe.run_dir / "checkpoints" / paths.step_name(LAST))
     heads = {name: reader.index.head(name) for name in reader.index}
     tensors = {name: torch.empty(shape, dtype=DTYPES[dtype]) for name, (dtype, shape) in heads.items()}
     load_tensors(tensors, reader)
@@ -150,7 +150,7 @@ def kill_and_resume(
     resumed = run(recipe, folder / "parts", **environment)
     assert resumed.returncode == 0, resumed.stderr
     saved = kill_at // 8 * 8
-    assert re.search(rf"resumed from \S*{layout.step_name(saved)} at step {saved} ", resumed.stderr)
+    assert re.search(rf"resumed from \S*{paths.step_name(saved)} at step {saved} ", resumed.stderr)
     assert f"finished at step {LAST}" in resumed.stderr
     if recipe.check:
         assert "the plain model has the weights" in resumed.stdout
@@ -191,7 +191,7 @@ def test_recipe_of_a_finished_run_takes_no_step(recipe: Recipe, tmp_path: Path) 
     write(recipe, tmp_path / "run", kill_at=LAST + 1)
     again = run(recipe, tmp_path / "run")
     assert again.returncode == 0, again.stderr
-    step_dir = tmp_path / "run" / recipe.run_dir / "checkpoints" / layout.step_name(LAST)
+    step_dir = tmp_path / "run" / recipe.run_dir / "checkpoints" / paths.step_name(LAST)
     assert f"resumed from {step_dir} at step {LAST}" in again.stderr
     assert f"attempt 2: finished at step {LAST}" in again.stderr
     assert_equal(recipe, tmp_path / "before", tmp_path / "run")

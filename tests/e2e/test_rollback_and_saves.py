@@ -10,7 +10,8 @@ import pytest
 from support.ckpt_cli import Ckpt
 from support.rollback_fixtures import log, names, quiet, resume, save
 
-from kempnerforge.checkpoint import layout, manifest, receipt, rollback, timeline
+from kempnerforge.checkpoint import receipt, rollback, timeline
+from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.verify import verify
 
 pytest_plugins = ["support.ckpt_fixtures", "support.rollback_fixtures"]
@@ -29,7 +30,7 @@ def test_late_step_is_set_aside_and_never_chosen(run: Path) -> None:
     assert resume(run) == 16
     assert "late.step_00000020.1" in names(run)
     assert verify(run / "checkpoints" / "late.step_00000020.1").sound
-    assert layout.list_folder(run / "checkpoints").late == [run / "checkpoints" / "late.step_00000020.1"]
+    assert paths.list_folder(run / "checkpoints").late == [run / "checkpoints" / "late.step_00000020.1"]
     save(run, 20, attempt=1)
     moved = timeline.set_aside_late(run / "checkpoints", timeline.cuts(run), run_id="abc")
     assert [path.name for path in moved] == ["late.step_00000020.2"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.runs import Attempt, Launcher, Run, make_run
 
-from kempnerforge.checkpoint import layout, manifest
+from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.goodput.ledger import read_events
 from kempnerforge.train.proof import Proof
@@ -25,7 +25,7 @@ LONG = {"train.max_steps": 4000, "checkpoint.interval": 0, "eval.interval": 0, "
 def reasons(run: Run) -> dict[int, str]:
     return {
         step: manifest.load(run.step_folder(step)).provenance.reason
-        for step in layout.committed_steps(run.checkpoints)
+        for step in paths.committed_steps(run.checkpoints)
     }
 
 

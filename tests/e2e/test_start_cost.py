@@ -17,7 +17,7 @@ from support.ckpt_cli import Ckpt
 from support.patch_target import patch_target
 from support.runs import Launcher, make_run
 
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.cli.app import Groups
 from kempnerforge.cli.ckpt import Commands
 from kempnerforge.errors import EXIT_BAD_CONFIG
@@ -166,7 +166,7 @@ def test_resume_steps_vanish_during_start_exits_2(launcher: Launcher, corpus: Pa
     ended = launcher.run(run, "--train.max_steps=6", ranks=2, faults=[gone])
     assert ended.statuses == [EXIT_BAD_CONFIG] * 2, ended.output
     assert "has no step of this run, but by the records in" in ended.output
-    assert layout.committed_steps(run.checkpoints) == []
+    assert paths.committed_steps(run.checkpoints) == []
 
 
 # Memory

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kempnerforge.checkpoint import layout
-from kempnerforge.checkpoint.dtypes import DTYPES
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.dtypes import DTYPES
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 
 pytestmark = pytest.mark.smoke
@@ -38,7 +38,7 @@ def run_loop(folder: Path, *, killed: bool = False) -> subprocess.CompletedProce
 
 def everything(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """All tensors and all other leaves of the last step."""
-    reader = SafetensorsReader(folder / "runs/own/checkpoints" / layout.step_name(100))
+    reader = SafetensorsReader(folder / "runs/own/checkpoints" / paths.step_name(100))
     # Python and NumPy have other random numbers in every process: the loop seeds those of torch alone.
     names = [name for name in reader.index if not name.startswith("rng.")]
     heads = {name: reader.index.head(name) for name in names}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.format import paths
 
 CONFIG = """
 [train]
@@ -34,7 +34,7 @@ Ckpt = Callable[..., Done]
 
 
 def step_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / layout.step_name(step)
+    return run / "checkpoints" / paths.step_name(step)
 
 
 def shard(run: Path, step: int) -> Path:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from support.ckpt_cli import CONFIG, LOSSES, Ckpt, Done
 
-from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.cli import app
 
@@ -61,7 +61,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         payload = Payload(tensors, objects)
         checkpointer.save(
             lambda payload=payload: payload,
-            run / "checkpoints" / layout.step_name(step),
+            run / "checkpoints" / paths.step_name(step),
             provenance=Provenance(
                 step=step,
                 run_id="abc",

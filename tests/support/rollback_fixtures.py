@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, lease, receipt, run_record, timeline
+from kempnerforge.checkpoint import lease, receipt, run_record, timeline
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
@@ -27,7 +28,7 @@ def quiet(*_: object) -> None:
 
 def save(run: Path, step: int, *, attempt: int = 1, run_id: str = "abc", parent: int | None = None) -> Path:
     """A real checkpoint whose tensor holds the step."""
-    path = run / "checkpoints" / layout.step_name(step)
+    path = run / "checkpoints" / paths.step_name(step)
     provenance = Provenance(step=step, run_id=run_id, attempt=attempt, parent_step=parent, reason="interval")
     checkpointer = AsyncCheckpointer()
     counters = {"step": step, "tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
@@ -51,7 +52,7 @@ def ended_run_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_record.write(run, record)
     Receipt(1).write(run)
     log(run, attempt=1, steps=range(1, 14))
-    fsio.point_symlink(run / "checkpoints" / layout.LATEST, layout.step_name(12))
+    fsio.point_symlink(run / "checkpoints" / paths.LATEST, paths.step_name(12))
     return run
 
 
@@ -77,7 +78,7 @@ def resume(run: Path) -> int:
     folder = record.checkpoint_folder(run)
     StartCleanup(folder, attempt=held.attempt).fence()
     timeline.set_aside_late(folder, timeline.cuts(run), run_id=record.run_id, at_start=True)
-    step = max(layout.committed_steps(folder), default=0)
+    step = max(paths.committed_steps(folder), default=0)
     lost_steps = max(0, receipt.last_logged_step(run) - step)
     Receipt(held.attempt, source="resume", step=step, lost_steps=lost_steps).write(run)
     held.release()

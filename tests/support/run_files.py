@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.telemetry.jsonl import effective_rows, read_rows
 
@@ -65,7 +65,7 @@ class RunFiles:
 
     def committed(self) -> list[int]:
         """Steps under their final name with a manifest, newest first."""
-        return layout.committed_steps(self.checkpoints)
+        return paths.committed_steps(self.checkpoints)
 
     def sound(self) -> list[int]:
         """Committed steps of which every byte is as the manifest says, newest first."""

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from kempnerforge.checkpoint import index, layout, manifest
-from kempnerforge.checkpoint.digest import record_of
-from kempnerforge.checkpoint.index import Chunk, TensorEntry
-from kempnerforge.checkpoint.manifest import Provenance
-from kempnerforge.checkpoint.shards import ShardItem, plan_image
+from kempnerforge.checkpoint.format import manifest, paths, tensor_index
+from kempnerforge.checkpoint.format.checksums import record_of
+from kempnerforge.checkpoint.format.manifest import Provenance
+from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image
+from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a chunk."""
@@ -50,7 +50,7 @@ def write_step(
     **provenance: Any,
 ) -> Path:
     """Write a committed step. ``boxes``: tensor -> its chunks, the first into the first file and so on."""
-    path = folder / layout.step_name(step)
+    path = folder / paths.step_name(step)
     path.mkdir(parents=True)
     state = arrays(step) if state is None else state
     files: dict[str, bytes] = {}
@@ -58,7 +58,7 @@ def write_step(
     boxes = dict(boxes or {})
     number_of_files = max([1, *(len(split) for split in boxes.values())])
     for number in range(number_of_files):
-        name = layout.shard_name(number, number_of_files)
+        name = paths.shard_name(number, number_of_files)
         here = {}
         for tensor, array in state.items():
             split = boxes.get(tensor, [((0,) * array.ndim, array.shape)])
@@ -77,22 +77,22 @@ def write_step(
             before = entries.get(item.name)
             chunks = (*before.chunks, chunk) if before else (chunk,)
             entries[item.name] = TensorEntry(item.dtype, state[item.name].shape, chunks)
-    files[layout.INDEX] = index.encode(entries)
+    files[paths.INDEX] = tensor_index.encode(entries)
     counters = {"step": step, "tokens": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
-    files[layout.TRAIN_STATE] = json.dumps({**counters, **(objects or {})}).encode()
+    files[paths.TRAIN_STATE] = json.dumps({**counters, **(objects or {})}).encode()
     if config is not None:
-        files[layout.CONFIG] = config.encode()
+        files[paths.CONFIG] = config.encode()
     for name, data in files.items():
         (path / name).write_bytes(data)
     known = Provenance(**{"step": step, "run_id": "r", "attempt": 1, "reason": "interval", **provenance})
     records = {name: record_of(data) for name, data in files.items()}
-    (path / layout.MANIFEST).write_bytes(manifest.encode(known, records))
+    (path / paths.MANIFEST).write_bytes(manifest.encode(known, records))
     return path
 
 
 def resign(path: Path, **changes: Any) -> None:
     """Put the files as they are now, and ``changes``, into the manifest of the step in ``path``."""
-    body = json.loads((path / layout.MANIFEST).read_text())
+    body = json.loads((path / paths.MANIFEST).read_text())
     del body["digest"]
     for name in body["files"]:
         record = record_of((path / name).read_bytes())
@@ -100,7 +100,7 @@ def resign(path: Path, **changes: Any) -> None:
     body.update(changes)
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
     body["digest"] = xxhash.xxh3_128_hexdigest(canonical)
-    (path / layout.MANIFEST).write_text(json.dumps(body))
+    (path / paths.MANIFEST).write_text(json.dumps(body))
 
 
 def flip_byte(path: Path, position: int) -> None:

@@ -29,7 +29,8 @@ import xxhash
 from support.ranks import PRELOAD
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint import claim, layout, manifest, owner
+from kempnerforge.checkpoint import claim, owner
+from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.owner import OWNER_FILE
 
 REFUSED = 2
@@ -120,19 +121,19 @@ def _own_all_steps(_shared: Path) -> None:
 
 
 def _read_a_step(shared: Path) -> None:
-    (shared / layout.step_name(1) / layout.CONFIG).read_bytes()
+    (shared / paths.step_name(1) / paths.CONFIG).read_bytes()
 
 
 def _rename_a_step(shared: Path) -> None:
-    (shared / layout.step_name(1)).rename(shared / "step_00000001.late.1")
+    (shared / paths.step_name(1)).rename(shared / "step_00000001.late.1")
 
 
 def _delete_a_step(shared: Path) -> None:
-    shutil.rmtree(shared / layout.step_name(1))
+    shutil.rmtree(shared / paths.step_name(1))
 
 
 def _delete_unseen(shared: Path) -> None:
-    subprocess.run(["rm", "-r", str(shared / layout.step_name(1))], check=True)
+    subprocess.run(["rm", "-r", str(shared / paths.step_name(1))], check=True)
 
 
 BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
@@ -293,7 +294,7 @@ class Interleaving:
         winner = self._owner()
         assert winner is not None
         what = self.rng.choice(["nothing", "nothing", "from before owner files", "a foreign step"])
-        has_steps = bool(layout.committed_steps(self.shared))
+        has_steps = bool(paths.committed_steps(self.shared))
         has_owner = (self.shared / OWNER_FILE).exists()
         if what == "from before owner files" and has_steps and has_owner and not self.planted:
             (self.shared / OWNER_FILE).unlink()
@@ -303,9 +304,9 @@ class Interleaving:
 
     def _plant(self) -> None:
         """Put a step of a third run into the folder."""
-        step = max(layout.committed_steps(self.shared), default=0) + 1000
+        step = max(paths.committed_steps(self.shared), default=0) + 1000
         write_step(self.shared, step, run_id="other", attempt=99)
-        self.planted = _look(self.shared, layout.step_name(step))
+        self.planted = _look(self.shared, paths.step_name(step))
         self.tally["planted"] += 1
 
     def _start_both(self) -> None:
@@ -361,7 +362,7 @@ class Interleaving:
 
     def _newest(self) -> int:
         steps = [
-            step for step in layout.committed_steps(self.shared) if layout.step_name(step) not in self.planted
+            step for step in paths.committed_steps(self.shared) if paths.step_name(step) not in self.planted
         ]
         return max(steps, default=0)
 
@@ -390,7 +391,7 @@ class Interleaving:
         first, _, rest = operation.path.partition("/")
         is_foreign = first in self.planted
         if is_owner:
-            looks = (operation.kind, rest) in (("read", layout.MANIFEST), ("list", ""))
+            looks = (operation.kind, rest) in (("read", paths.MANIFEST), ("list", ""))
             assert looks or not is_foreign, f"{attempt.run}, in a step of another run: {operation}"
             return
         if _OWNER_TEMPORARY.fullmatch(first) or (operation.kind, first) == ("os.link", OWNER_FILE):
@@ -400,7 +401,7 @@ class Interleaving:
             return
         # Without an owner file manifests tell whose the folder is, and the config what that run is called.
         looks = operation.kind == "list" or (
-            operation.kind == "read" and (rest in (layout.MANIFEST, layout.CONFIG) or operation.path == ".")
+            operation.kind == "read" and (rest in (paths.MANIFEST, paths.CONFIG) or operation.path == ".")
         )
         assert looks, f"{attempt.run}, which does not own the folder: {operation}"
         assert not attempt.had_owner, f"{attempt.run} looked into a folder with an owner: {operation}"
@@ -414,12 +415,12 @@ class Interleaving:
         }
         winner = self._owner()
         if winner is None:
-            assert not layout.committed_steps(self.shared)
+            assert not paths.committed_steps(self.shared)
             return
-        for step in layout.committed_steps(self.shared):
-            path = self.shared / layout.step_name(step)
+        for step in paths.committed_steps(self.shared):
+            path = self.shared / paths.step_name(step)
             try:
-                run_id, now = manifest.read(path).provenance.run_id, _file(path / layout.MANIFEST)
+                run_id, now = manifest.read(path).provenance.run_id, _file(path / paths.MANIFEST)
             except Exception:  # noqa: BLE001 - its own run may delete it just now
                 assert self.live, f"{path} cannot be read, and nobody runs"
                 continue
@@ -428,9 +429,9 @@ class Interleaving:
             assert run_id == ids[winner], f"{path} is of {run_id}, the folder of {ids[winner]}"
             assert self.steps_seen.setdefault(step, now) == now, f"{path} is another one than before"
         if self.keep_last_n == KEEP_ALL:
-            gone = self.steps_seen.keys() - set(layout.committed_steps(self.shared))
+            gone = self.steps_seen.keys() - set(paths.committed_steps(self.shared))
             assert not gone, f"steps {sorted(gone)} are gone, which no rule has let go"
-        listing = layout.list_folder(self.shared)
+        listing = paths.list_folder(self.shared)
         assert [*listing.quarantined, *listing.rolled_back, *listing.late, *listing.suspect] == []
 
 

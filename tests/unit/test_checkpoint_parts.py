@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import leaves, receipt, resume, rng
+from kempnerforge.checkpoint import receipt, resume, rng
 from kempnerforge.checkpoint.commit import Expected, FileReport, PlannedFile, PlannedItem
-from kempnerforge.checkpoint.digest import FileRecord
+from kempnerforge.checkpoint.format import json_values
+from kempnerforge.checkpoint.format.checksums import FileRecord
+from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image, split_by_name
 from kempnerforge.checkpoint.receipt import Receipt
-from kempnerforge.checkpoint.shards import ShardItem, plan_image, split_by_name
 from kempnerforge.errors import MismatchError, SaveFailedError, UnreachableCheckpointError
 
 CPU = torch.device("cpu")
@@ -39,18 +40,21 @@ values = st.recursive(
 
 @given(values)
 def test_leaves_json_round_trip_equal(value: object) -> None:
-    assert leaves.decode(json.loads(json.dumps(leaves.encode(value, name="x"), allow_nan=False))) == value
+    assert (
+        json_values.decode(json.loads(json.dumps(json_values.encode(value, name="x"), allow_nan=False)))
+        == value
+    )
 
 
 @pytest.mark.parametrize("bad", [object(), {"a": [1, {"b": object()}]}, np.float32(1), Path("a"), lambda: 1])
 def test_leaves_unsupported_value_named(bad: object) -> None:
     with pytest.raises(TypeError, match=r"state.*a checkpoint cannot hold"):
-        leaves.encode({"state": bad}, name="root")
+        json_values.encode({"state": bad}, name="root")
 
 
 def test_leaves_unknown_tag_refused() -> None:
     with pytest.raises(ValueError, match="__reduce__"):
-        leaves.decode({"__reduce__": ["os.system", "true"]})
+        json_values.decode({"__reduce__": ["os.system", "true"]})
 
 
 def draw() -> list[object]:

@@ -9,7 +9,8 @@ from support.ckpt_cli import CONFIG, Ckpt, shard, step_folder
 from support.step_maker import flip_byte, resign, write_step
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, layout
+from kempnerforge.checkpoint import holds
+from kempnerforge.checkpoint.format import paths
 
 pytest_plugins = ["support.ckpt_fixtures"]
 
@@ -112,7 +113,7 @@ def test_ckpt_prune_deletes_what_explain_listed(ckpt: Ckpt, run: Path) -> None:
     body = ckpt("prune", run, "--json").json
     assert body["steps"] == [10]
     assert body["freed_bytes"] > 10_000
-    assert layout.committed_steps(run / "checkpoints") == [40, 30, 20]
+    assert paths.committed_steps(run / "checkpoints") == [40, 30, 20]
     assert ckpt("prune", run).out == "deleted 0 steps (0 B)\n"
 
 

@@ -10,7 +10,7 @@ import pytest
 from support.ckpt_cli import CONFIG, Ckpt, shard, step_folder
 from support.step_maker import flip_byte, write_step
 
-from kempnerforge.checkpoint import layout, manifest
+from kempnerforge.checkpoint.format import manifest, paths
 
 pytest_plugins = ["support.ckpt_fixtures"]
 
@@ -140,7 +140,7 @@ def test_ckpt_explain_without_config_rules_unknown(
     refused = ckpt("prune", tmp_path)
     assert refused.status == 2
     assert problem in refused.err
-    assert layout.committed_steps(tmp_path) == [3, 2, 1]
+    assert paths.committed_steps(tmp_path) == [3, 2, 1]
 
 
 # inspect and du

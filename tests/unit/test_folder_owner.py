@@ -14,7 +14,8 @@ import pytest
 from support.clock import FakeClock
 from support.step_maker import flip_byte, write_step
 
-from kempnerforge.checkpoint import claim, layout, owner, resume, run_record, timeline
+from kempnerforge.checkpoint import claim, owner, resume, run_record, timeline
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.keep import KeepPolicy, LastN
 from kempnerforge.checkpoint.owner import OWNER_FILE, Owner
 from kempnerforge.checkpoint.receipt import Receipt, Rejected
@@ -216,11 +217,11 @@ def test_claim_adopts_when_manifests_agree(tmp_path: Path, case: str) -> None:
     found = claim.take(folder, B, run)
     assert found == owner.read(folder)
     assert (found.parent_run_id, found.parent_step) == (A, 4)
-    assert all(not found.foreign_run(folder / layout.step_name(step)) for _, step in steps)
+    assert all(not found.foreign_run(folder / paths.step_name(step)) for _, step in steps)
 
 
 def test_claim_judges_steps_set_aside_too(tmp_path: Path) -> None:
-    step_of(tmp_path / "shared", A, 4).rename(tmp_path / "shared" / layout.rolled_back_name(4, 1))
+    step_of(tmp_path / "shared", A, 4).rename(tmp_path / "shared" / paths.rolled_back_name(4, 1))
     refused(tmp_path / "shared", B, make_run(tmp_path, "b", B, None))
 
 
@@ -240,7 +241,7 @@ def mixed(tmp_path: Path) -> Path:
         step_of(folder, A, step)
     for step in (6, 10, 12):
         step_of(folder, B, step)
-    flip_byte(folder / "step_00000012" / layout.TRAIN_STATE, 3)
+    flip_byte(folder / "step_00000012" / paths.TRAIN_STATE, 3)
     (folder / OWNER_FILE).write_bytes(owner.encode(Owner(A)))
     return folder
 
@@ -271,7 +272,7 @@ def test_resume_passes_over_foreign_steps(mixed: Path) -> None:
 
 
 def test_resume_foreign_damage_not_renamed(mixed: Path) -> None:
-    (mixed / "step_00000012" / layout.INDEX).unlink()
+    (mixed / "step_00000012" / paths.INDEX).unlink()
     before = theirs(mixed)
     found = resume.choose(mixed, [], owner=Owner(A))
     assert found is not None
@@ -279,19 +280,19 @@ def test_resume_foreign_damage_not_renamed(mixed: Path) -> None:
 
 
 def test_start_cleanup_leaves_foreign_folders(mixed: Path) -> None:
-    foreign = mixed / layout.temporary_name("step_00000020", 1)
+    foreign = mixed / paths.temporary_name("step_00000020", 1)
     shutil.copytree(mixed / "step_00000010", foreign)
     doomed = mixed / ".step_00000021.deleting"
     shutil.copytree(mixed / "step_00000010", doomed)
-    mine = mixed / layout.temporary_name("step_00000024", 1)
+    mine = mixed / paths.temporary_name("step_00000024", 1)
     mine.mkdir()
     cleanup = StartCleanup(mixed, attempt=9, owner=Owner(A))
-    assert [path.name for path in cleanup.fence()] == [layout.fenced_name(mine.name, 9)]
+    assert [path.name for path in cleanup.fence()] == [paths.fenced_name(mine.name, 9)]
     cleanup.remove_leftovers()
     assert foreign.is_dir()
     assert doomed.is_dir()
     assert not mine.exists()
-    assert layout.list_folder(mixed).deleting == [doomed]
+    assert paths.list_folder(mixed).deleting == [doomed]
 
 
 def test_retention_neither_counts_nor_deletes_foreign(mixed: Path) -> None:
@@ -323,7 +324,7 @@ def test_newest_step_is_newest_of_own(mixed: Path) -> None:
 
 def test_all_own_steps_damaged_is_no_fresh_start(mixed: Path) -> None:
     for step in (4, 8):
-        flip_byte(mixed / layout.step_name(step) / layout.TRAIN_STATE, 3)
+        flip_byte(mixed / paths.step_name(step) / paths.TRAIN_STATE, 3)
     with pytest.raises(NoSoundCheckpointError) as caught:
         resume.choose(mixed, [], owner=Owner(A))
     assert "step_00000012" not in str(caught.value)
@@ -350,7 +351,7 @@ def test_timeline_newest_damaged_keeps_the_older(tmp_path: Path) -> None:
     for step in (4, 8):
         step_of(tmp_path, A, step, parent_step=step - 4)
     step_of(tmp_path, A, 12, attempt=3, parent_step=8)
-    (tmp_path / "step_00000012" / layout.MANIFEST).write_text("{")
+    (tmp_path / "step_00000012" / paths.MANIFEST).write_text("{")
     cuts = [Cut(1, 0), Cut(2, 0), Cut(3, 8)]
     assert timeline.set_aside_late(tmp_path, cuts, run_id=A, at_start=True) == []
     found = resume.choose(tmp_path, [], owner=Owner(A))

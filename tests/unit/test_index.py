@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import digest, index
-from kempnerforge.checkpoint.digest import VerifiedFile, record_of
-from kempnerforge.checkpoint.index import Chunk, Index, TensorEntry
+from kempnerforge.checkpoint.format import checksums, tensor_index
+from kempnerforge.checkpoint.format.checksums import VerifiedFile, record_of
+from kempnerforge.checkpoint.format.tensor_index import Chunk, Index, TensorEntry
 from kempnerforge.errors import DamagedCheckpointError
 
 
@@ -38,7 +38,7 @@ def test_index_round_trip_equal(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[int, ...]]
 ) -> None:
     entries = {name: whole(shape, file=f"shard_{len(name)}") for name, shape in tensors.items()}
-    opened = open_index(tmp_path_factory.mktemp("index"), index.encode(entries))
+    opened = open_index(tmp_path_factory.mktemp("index"), tensor_index.encode(entries))
     assert dict(opened) == entries
     assert list(opened) == sorted(entries, key=str.encode)
     assert len(opened) == len(entries)
@@ -67,7 +67,7 @@ BOTTOM = Chunk("b", 0, 16, (2, 0), (2, 2))
     ],
 )
 def test_index_chunks_must_cover_tensor_once(tmp_path: Path, entry: TensorEntry, problem: str | None) -> None:
-    opened = open_index(tmp_path, index.encode({"w": entry}))
+    opened = open_index(tmp_path, tensor_index.encode({"w": entry}))
     if problem is None:
         assert opened["w"] == entry
     else:
@@ -81,7 +81,7 @@ def test_index_wrong_bytes_are_damage_not_crash(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     """Wrong bytes under a right digest: damage, or unnoticed, but no other error."""
-    good = index.encode({"w": two_rows(TOP, BOTTOM), "v": whole((3,)), "x": whole(())})
+    good = tensor_index.encode({"w": two_rows(TOP, BOTTOM), "v": whole((3,)), "x": whole(())})
     position = data.draw(st.integers(0, len(good) - 1))
     value = data.draw(st.integers(0, 255))
     bad = good[:position] + bytes([value]) + good[position + 1 :]
@@ -114,7 +114,7 @@ def grid(rows: int, columns: int) -> TensorEntry:
 @pytest.mark.parametrize("layout", GRIDS)
 def test_index_part_has_chunks_that_meet_box(tmp_path: Path, layout: str) -> None:
     entry = grid(*GRIDS[layout])
-    opened = open_index(tmp_path, index.encode({"v": whole((3,)), "w": entry}))
+    opened = open_index(tmp_path, tensor_index.encode({"v": whole((3,)), "w": entry}))
     height, width = entry.shape
     for offsets, sizes in [
         ((0, 0), entry.shape),
@@ -142,16 +142,16 @@ def test_index_part_hole_or_overlap_is_damage(tmp_path: Path, layout: str) -> No
     first, *others = entry.chunks
     shifted = Chunk(first.file, first.begin, first.end, others[0].offsets, first.sizes)
     for chunks in (tuple(others), (*others, shifted)):
-        opened = open_index(tmp_path, index.encode({"w": TensorEntry("F32", entry.shape, chunks)}))
+        opened = open_index(tmp_path, tensor_index.encode({"w": TensorEntry("F32", entry.shape, chunks)}))
         with pytest.raises(DamagedCheckpointError, match=r"w: chunks (hold|overlap)"):
             opened.part("w", (0, 0), entry.shape)
         assert opened.part("w", others[-1].offsets, (2, 3)) == [others[-1]]
 
 
 def test_index_lookup_reads_few_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digest, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(checksums, "BLOCK_BYTES", 4096)
     names = [f"layers.{number:05d}.weight" for number in range(4000)]
-    data = index.encode({name: whole((number % 7 + 1,)) for number, name in enumerate(names)})
+    data = tensor_index.encode({name: whole((number % 7 + 1,)) for number, name in enumerate(names)})
     opened = open_index(tmp_path, data)
     reads: list[int] = []
     read_range = fsio.read_range

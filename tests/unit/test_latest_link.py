@@ -12,9 +12,10 @@ import pytest
 from support.ckpt_cli import Ckpt
 from support.rollback_fixtures import quiet
 
-from kempnerforge.checkpoint import latest, layout, rollback, warm_start
+from kempnerforge.checkpoint import rollback, warm_start
 from kempnerforge.checkpoint.fork import fork
-from kempnerforge.checkpoint.latest import LatestLink
+from kempnerforge.checkpoint.format import latest_link, paths
+from kempnerforge.checkpoint.format.latest_link import LatestLink
 
 pytest_plugins = ["support.rollback_fixtures", "support.ckpt_fixtures"]
 
@@ -30,7 +31,7 @@ def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def copied(run: Path) -> Path:
     """``latest`` as ``cp -rL`` leaves it: a folder with a copy of an older step."""
-    link = run / "checkpoints" / layout.LATEST
+    link = run / "checkpoints" / paths.LATEST
     link.unlink(missing_ok=True)
     shutil.copytree(run / "checkpoints" / "step_00000004", link)
     return link
@@ -47,21 +48,21 @@ def test_latest_without_links_warns_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("what", ["folder", "file"])
 def test_latest_that_is_no_link_is_left_alone(tmp_path: Path, what: str) -> None:
-    path = tmp_path / layout.LATEST
+    path = tmp_path / paths.LATEST
     path.mkdir() if what == "folder" else path.write_text("mine")
     link = LatestLink(tmp_path)
     (warning,) = link.point_at(4)
     assert "is not a symbolic link, so it is left as it is" in warning
     assert link.point_at(8) == []
-    assert os.listdir(tmp_path) == [layout.LATEST]
+    assert os.listdir(tmp_path) == [paths.LATEST]
     assert path.is_dir() if what == "folder" else path.read_text() == "mine"
 
 
 @pytest.mark.parametrize("target", ["step_00000001", "/nowhere", "../elsewhere", "latest"])
 def test_latest_that_points_anywhere_is_replaced(tmp_path: Path, target: str) -> None:
-    (tmp_path / layout.LATEST).symlink_to(target)
+    (tmp_path / paths.LATEST).symlink_to(target)
     assert LatestLink(tmp_path).point_at(8) == []
-    assert os.readlink(tmp_path / layout.LATEST) == "step_00000008"
+    assert os.readlink(tmp_path / paths.LATEST) == "step_00000008"
 
 
 def test_rollback_with_copied_latest_is_done(ended_run: Path) -> None:
@@ -71,7 +72,7 @@ def test_rollback_with_copied_latest_is_done(ended_run: Path) -> None:
     assert ["is not a symbolic link" in note for note in notes] == [True]
     undone = rollback.undo(ended_run, note=notes.append)
     assert undone.newest_step == 12
-    assert (link / layout.MANIFEST).is_file()
+    assert (link / paths.MANIFEST).is_file()
 
 
 def test_fork_and_rollback_without_links_are_done(
@@ -83,13 +84,13 @@ def test_fork_and_rollback_without_links_are_done(
     assert len(notes) == 1
     step = ended_run / "checkpoints" / "step_00000008"
     forked = fork(step, tmp_path / "forked", link=False, progress=quiet)
-    assert layout.committed_steps(forked.run_dir / "checkpoints") == [8]
+    assert paths.committed_steps(forked.run_dir / "checkpoints") == [8]
     assert set(os.listdir(forked.run_dir / "checkpoints")) == {"step_00000008", "owner.json"}
 
 
 @pytest.mark.parametrize("how", ["missing", "copied", "dangling", "older"])
 def test_commands_take_newest_step_for_latest(run: Path, ckpt: Ckpt, tmp_path: Path, how: str) -> None:
-    link = run / "checkpoints" / layout.LATEST
+    link = run / "checkpoints" / paths.LATEST
     link.unlink()
     if how == "copied":
         shutil.copytree(run / "checkpoints" / "step_00000010", link)
@@ -102,4 +103,4 @@ def test_commands_take_newest_step_for_latest(run: Path, ckpt: Ckpt, tmp_path: P
 
 
 def test_latest_without_steps_beside_is_an_ordinary_name(tmp_path: Path) -> None:
-    assert latest.resolve(tmp_path / layout.LATEST) == tmp_path / layout.LATEST
+    assert latest_link.resolve(tmp_path / paths.LATEST) == tmp_path / paths.LATEST

@@ -12,31 +12,31 @@ from typing import Any
 import pytest
 import xxhash
 
-from kempnerforge.checkpoint import layout, manifest
-from kempnerforge.checkpoint.digest import record_of
-from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.format.checksums import record_of
+from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
 FILES = {"index.bin": b"index", "train_state.json": b"{}", "shard_00000_of_00001.safetensors": b"x" * 100}
 
 
 def write_step(folder: Path, step: int = 5) -> Path:
-    path = folder / layout.step_name(step)
+    path = folder / paths.step_name(step)
     path.mkdir()
     for name, data in FILES.items():
         (path / name).write_bytes(data)
     records = {name: record_of(data) for name, data in FILES.items()}
-    (path / layout.MANIFEST).write_bytes(manifest.encode(Provenance(step=step, attempt=2), records))
+    (path / paths.MANIFEST).write_bytes(manifest.encode(Provenance(step=step, attempt=2), records))
     return path
 
 
 def resign(path: Path, **changes: object) -> None:
-    body = json.loads((path / layout.MANIFEST).read_text())
+    body = json.loads((path / paths.MANIFEST).read_text())
     del body["digest"]
     body.update(changes)
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
     body["digest"] = xxhash.xxh3_128_hexdigest(canonical)
-    (path / layout.MANIFEST).write_text(json.dumps(body))
+    (path / paths.MANIFEST).write_text(json.dumps(body))
 
 
 def test_manifest_round_trip_equal(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_manifest_round_trip_equal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("position", range(0, 400, 7))
 def test_manifest_any_flipped_byte_found(tmp_path: Path, position: int) -> None:
-    path = write_step(tmp_path) / layout.MANIFEST
+    path = write_step(tmp_path) / paths.MANIFEST
     data = bytearray(path.read_bytes())
     data[position] ^= 0x04
     path.write_bytes(data)
@@ -58,7 +58,7 @@ def test_manifest_any_flipped_byte_found(tmp_path: Path, position: int) -> None:
 
 def test_manifest_of_other_step_is_damage(tmp_path: Path) -> None:
     one, other = write_step(tmp_path, 5), write_step(tmp_path, 6)
-    (one / layout.MANIFEST).write_bytes((other / layout.MANIFEST).read_bytes())
+    (one / paths.MANIFEST).write_bytes((other / paths.MANIFEST).read_bytes())
     with pytest.raises(DamagedCheckpointError, match="its manifest is of step 6"):
         manifest.load(one, step=5)
 
@@ -77,7 +77,7 @@ def test_manifest_missing_or_short_file_named(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/b", "..", ""])
 def test_manifest_file_outside_folder_refused(tmp_path: Path, name: str) -> None:
     path = write_step(tmp_path)
-    files = json.loads((path / layout.MANIFEST).read_text())["files"]
+    files = json.loads((path / paths.MANIFEST).read_text())["files"]
     resign(path, files={**files, name: {"size_bytes": 0, "xxh3_128": []}})
     with pytest.raises(DamagedCheckpointError, match="no file of this folder"):
         manifest.load(path)
@@ -112,13 +112,13 @@ def test_manifest_keeps_finite_metrics_only() -> None:
 
 def test_manifest_of_earlier_version_has_no_metrics(tmp_path: Path) -> None:
     path = write_step(tmp_path)
-    body = json.loads((path / layout.MANIFEST).read_text())
+    body = json.loads((path / paths.MANIFEST).read_text())
     del body["metrics"]
-    (path / layout.MANIFEST).write_text(json.dumps(body))
+    (path / paths.MANIFEST).write_text(json.dumps(body))
     with pytest.raises(DamagedCheckpointError, match="own digest"):
         manifest.load(path)
     resign(path)
-    assert "metrics" not in json.loads((path / layout.MANIFEST).read_text())
+    assert "metrics" not in json.loads((path / paths.MANIFEST).read_text())
     assert manifest.load(path, step=5).provenance.metrics == {}
 
 
@@ -144,7 +144,7 @@ def test_list_folder_step_vanishes_listed_anew(tmp_path: Path, monkeypatch: pyte
         return contextlib.nullcontext(found)
 
     monkeypatch.setattr(os, "scandir", stale_once)
-    assert layout.list_folder(tmp_path).steps == [6]
+    assert paths.list_folder(tmp_path).steps == [6]
 
 
 def test_list_folder_knows_own_names_only(tmp_path: Path) -> None:
@@ -158,11 +158,11 @@ def test_list_folder_knows_own_names_only(tmp_path: Path) -> None:
     (tmp_path / ".step_00000006.3.tmp").mkdir()
     (tmp_path / ".step_00000004.deleting").mkdir()
     (tmp_path / "quarantined.step_00000003.1").mkdir()
-    found = layout.list_folder(tmp_path)
+    found = paths.list_folder(tmp_path)
     assert found.steps == [123456789, 5]
     assert [(path.name, attempt) for path, attempt in found.temporary] == [(".step_00000006.3.tmp", 3)]
     assert [path.name for path in found.deleting] == [".step_00000004.deleting"]
     assert [path.name for path in found.quarantined] == ["quarantined.step_00000003.1"]
-    (tmp_path / "step_00000005" / layout.MANIFEST).unlink()
-    assert layout.list_folder(tmp_path).steps == [123456789, 5], "ours, and damaged"
-    assert layout.committed_steps(tmp_path) == [123456789]
+    (tmp_path / "step_00000005" / paths.MANIFEST).unlink()
+    assert paths.list_folder(tmp_path).steps == [123456789, 5], "ours, and damaged"
+    assert paths.committed_steps(tmp_path) == [123456789]

@@ -11,8 +11,9 @@ from support.ckpt_cli import Ckpt
 from support.rollback_fixtures import names, quiet, resume
 from support.step_maker import flip_byte, write_step
 
-from kempnerforge.checkpoint import claim, known_steps, layout, rollback, run_record, timeline
+from kempnerforge.checkpoint import claim, known_steps, rollback, run_record, timeline
 from kempnerforge.checkpoint import resume as resuming
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.owner import OWNER_FILE
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.run_record import Parent, Rollback, RunRecord
@@ -126,7 +127,7 @@ def test_start_with_steps_of_others_only_refused(run: Path) -> None:
 
 def test_start_with_quarantined_steps_names_them(run: Path) -> None:
     for step in (4, 8, 12):
-        flip_byte(run / "checkpoints" / layout.step_name(step) / layout.TRAIN_STATE, 3)
+        flip_byte(run / "checkpoints" / paths.step_name(step) / paths.TRAIN_STATE, 3)
     for _ in range(2):
         with pytest.raises(
             NoSoundCheckpointError, match=r"(?s)quarantined\.step_00000012\.1.*rollback RUN 0"
@@ -168,7 +169,7 @@ def test_rollback_to_beginning_killed_is_completed(
         with pytest.raises(KeyboardInterrupt):
             rollback.roll_back(run, 0, note=quiet, progress=quiet)
     assert start(run) is None
-    assert len(layout.list_folder(run / "checkpoints").rolled_back) == 3
+    assert len(paths.list_folder(run / "checkpoints").rolled_back) == 3
 
 
 def test_rollback_to_beginning_of_purged_run(run: Path) -> None:
@@ -182,21 +183,21 @@ def test_rollback_to_beginning_of_purged_run(run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     (run / "gone").rename(run / "checkpoints")
     assert start(run) is None
-    assert len(layout.list_folder(run / "checkpoints").rolled_back) == 3
+    assert len(paths.list_folder(run / "checkpoints").rolled_back) == 3
     again = rollback.roll_back(run, 0, note=quiet, progress=quiet)
     assert not again.changed
 
 
 def test_rollback_to_beginning_gives_quarantined_up(run: Path) -> None:
     for step in (4, 8, 12):
-        (run / "checkpoints" / layout.step_name(step) / layout.MANIFEST).write_text("{")
+        (run / "checkpoints" / paths.step_name(step) / paths.MANIFEST).write_text("{")
     with pytest.raises(NoSoundCheckpointError):
         start(run)
     rollback.roll_back(run, 0, note=quiet, progress=quiet)
     assert start(run) is None
     # The new timeline's own damage counts again.
     newer = write_step(run / "checkpoints", 4, run_id="abc", attempt=9)
-    flip_byte(newer / layout.TRAIN_STATE, 3)
+    flip_byte(newer / paths.TRAIN_STATE, 3)
     for _ in range(2):
         with pytest.raises(NoSoundCheckpointError):
             start(run)
@@ -283,7 +284,7 @@ def test_ckpt_prune_leaves_foreign_steps(shared: Path, ckpt: Ckpt) -> None:
     write_step(folder, 14, run_id="abc", attempt=2, config=config.format(2))
     write_step(folder, 18, run_id="other", config=config.format(1))
     assert json.loads(ckpt("prune", shared, "--json").out)["steps"] == [4, 8]
-    assert layout.committed_steps(folder) == [18, 16, 14, 12]
+    assert paths.committed_steps(folder) == [18, 16, 14, 12]
 
 
 def test_ckpt_of_run_refused_in_anothers_folder(shared: Path, tmp_path: Path, ckpt: Ckpt) -> None:

@@ -17,8 +17,8 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleIn
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from kempnerforge.checkpoint.commit import PlannedItem
+from kempnerforge.checkpoint.format.safetensors_file import ShardItem
 from kempnerforge.checkpoint.plan import make_plan as make_save_plan
-from kempnerforge.checkpoint.shards import ShardItem
 from kempnerforge.config.schema import (
     DistributedConfig,
     Geometry,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, layout, pins, run_record
+from kempnerforge.checkpoint import holds, pins, run_record
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.cli import app
 from kempnerforge.errors import RunFolderError
 from kempnerforge.goodput.ledger import read_events
@@ -113,8 +114,8 @@ def test_pins_and_holds_of_other_kinds_count_unread(tmp_path: Path, kind: str) -
     secret = tmp_path / "secret"
     secret.write_text(json.dumps({"user": "u", "host": "h", "time": 1.0, "note": "a secret"}))
     for path in (
-        tmp_path / pins.FOLDER / layout.step_name(4),
-        tmp_path / holds.FOLDER / f"{layout.step_name(4)}.{'ab' * 8}.json",
+        tmp_path / pins.FOLDER / paths.step_name(4),
+        tmp_path / holds.FOLDER / f"{paths.step_name(4)}.{'ab' * 8}.json",
     ):
         path.parent.mkdir()
         make_other_kind(path, kind, secret)

@@ -13,7 +13,8 @@ import pytest
 from support.step_maker import flip_byte, resign, write_step
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, layout, pins, retention
+from kempnerforge.checkpoint import holds, pins, retention
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.keep import KeepPolicy
 from kempnerforge.checkpoint.retention import Pruned, Retention
 from kempnerforge.checkpoint.room import RoomKeeper
@@ -44,7 +45,7 @@ def test_retention_deletes_only_what_nothing_keeps(folder: Path) -> None:
     assert [verdict.step for verdict in found.verdicts() if not verdict.keep] == [3]
     assert tree(folder) == before, "looking changes nothing"
     assert found.apply() == Pruned(deleted=(3,))
-    assert layout.committed_steps(folder) == [4, 2, 1]
+    assert paths.committed_steps(folder) == [4, 2, 1]
     assert set(os.listdir(folder)) == {"step_00000001", "step_00000002", "step_00000004"}
     assert found.apply() == Pruned()
     assert prune(folder, keep_best_n=1, best_metric="eval/loss", keep_steps=[1]).apply() == Pruned(), (
@@ -56,7 +57,7 @@ def test_retention_restart_reads_metrics_from_disk(folder: Path) -> None:
     for step in (5, 6, 7):
         write_step(folder, step, metrics={"eval/loss": 10.0 - step})
         prune(folder, keep_best_n=2, best_metric="eval/loss").apply()
-    assert layout.committed_steps(folder) == [7, 3, 2]
+    assert paths.committed_steps(folder) == [7, 3, 2]
 
 
 FOREIGN = [
@@ -120,7 +121,7 @@ def test_retention_newest_step_damaged_later_noticed(folder: Path, newer: bool) 
     if newer:
         os.truncate(next(write_step(folder, 5).glob("*.safetensors")), 100)
     assert found.apply() == Pruned()
-    assert 3 in layout.committed_steps(folder)
+    assert 3 in paths.committed_steps(folder)
 
 
 def test_retention_missing_folder_deletes_nothing(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_retention_newest_set_aside_stops_deletion(folder: Path, monkeypatch: py
         monkeypatch, lambda: (folder / "step_00000004").rename(folder / "rolledback.step_00000004.1")
     )
     assert prune(folder).apply().deleted == (1,)
-    assert layout.committed_steps(folder) == [3, 2]
+    assert paths.committed_steps(folder) == [3, 2]
 
 
 def test_retention_concurrent_prunes_do_not_conflict(folder: Path) -> None:
@@ -281,7 +282,7 @@ def test_retention_concurrent_pins_never_deleted(folder: Path) -> None:
     pinning.join()
     assert set(pinned).isdisjoint(deleted)
     assert sorted([*pins.read(folder)]) == pinned
-    assert set(pinned) <= set(layout.committed_steps(folder))
+    assert set(pinned) <= set(paths.committed_steps(folder))
 
 
 # Storage that fails
@@ -317,7 +318,7 @@ def test_retention_rename_fails_step_stays(folder: Path, monkeypatch: pytest.Mon
     assert [warning.partition(":")[0] for warning in result.warnings] == [
         f"step {step} could not be deleted" for step in (1, 2, 3)
     ]
-    assert layout.committed_steps(folder) == [4, 3, 2, 1]
+    assert paths.committed_steps(folder) == [4, 3, 2, 1]
 
 
 def test_retention_pins_unreadable_step_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +332,7 @@ def test_retention_pins_unreadable_step_stays(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr(found, "survey", lambda: facts)
     monkeypatch.setattr(retention.pins, "read", fail)
     assert found.apply() == Pruned()
-    assert layout.committed_steps(folder) == [4, 3, 2, 1]
+    assert paths.committed_steps(folder) == [4, 3, 2, 1]
 
 
 def test_retention_unreadable_step_stays_not_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +345,7 @@ def test_retention_unreadable_step_stays_not_counted(folder: Path, monkeypatch: 
 
     monkeypatch.setattr(retention, "load_resumable", fail)
     assert prune(folder).apply().deleted == (1, 2)
-    assert layout.committed_steps(folder) == [4, 3]
+    assert paths.committed_steps(folder) == [4, 3]
 
 
 def test_pin_is_of_the_step_that_was_pinned(folder: Path) -> None:

@@ -13,7 +13,8 @@ from support.rollback_fixtures import names, quiet, resume
 from support.step_maker import resign, write_step
 
 from kempnerforge.checkpoint import fork as forking
-from kempnerforge.checkpoint import layout, lease, rollback, run_record, space, timeline
+from kempnerforge.checkpoint import lease, rollback, run_record, space, timeline
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.run_record import RunRecord
 from kempnerforge.checkpoint.timeline import Cut, late_arrivals
@@ -79,7 +80,7 @@ def test_timeline_trusted_steps_not_read(run: Path) -> None:
     folder = run / "checkpoints"
     assert timeline.set_aside_late(folder, cuts, run_id="abc", trusted={12}) == []
     assert timeline.set_aside_late(folder, cuts, run_id="of another run") == []
-    (folder / "step_00000012" / layout.MANIFEST).write_text("{")
+    (folder / "step_00000012" / paths.MANIFEST).write_text("{")
     assert timeline.set_aside_late(folder, cuts, run_id="abc") == [], "damage is for the resume to find"
 
 
@@ -87,7 +88,7 @@ def test_timeline_fresh_start_elsewhere_keeps_steps(run: Path) -> None:
     # Attempt 2 was started with another checkpoint.dir, saw no steps and began at 0.
     Receipt(2, step=0).write(run)
     assert resume(run) == 12
-    assert not layout.list_folder(run / "checkpoints").late
+    assert not paths.list_folder(run / "checkpoints").late
 
 
 def test_timeline_last_attempt_from_receipts(run: Path) -> None:
@@ -137,7 +138,7 @@ def test_rollback_killed_completed_by_next_start(
         else:
             rollback.roll_back(run, 4, note=quiet, progress=quiet)
     assert resume(run) == 4
-    assert [path.name for path in sorted(layout.list_folder(run / "checkpoints").rolled_back)] == [
+    assert [path.name for path in sorted(paths.list_folder(run / "checkpoints").rolled_back)] == [
         "rolledback.step_00000008.1",
         "rolledback.step_00000012.1",
     ]
@@ -264,18 +265,18 @@ def flip(path: Path) -> None:
 Fault = Callable[[Path, Path], object]
 BAD_FORKS: dict[str, tuple[Fault, type[KempnerForgeError], str]] = {
     "no such step": (lambda step, _: shutil.rmtree(step), StepNotFoundError, "is no committed checkpoint"),
-    "not committed": (lambda step, _: (step / layout.MANIFEST).unlink(), StepNotFoundError, "manifest"),
+    "not committed": (lambda step, _: (step / paths.MANIFEST).unlink(), StepNotFoundError, "manifest"),
     "a damaged shard": (
         lambda step, _: flip(next(step.glob("*.safetensors"))),
         DamagedCheckpointError,
         "wrong digest",
     ),
     "a damaged manifest": (
-        lambda step, _: flip(step / layout.MANIFEST),
+        lambda step, _: flip(step / paths.MANIFEST),
         DamagedCheckpointError,
         "step_00000008 is damaged",
     ),
-    "a missing file": (lambda step, _: (step / layout.INDEX).unlink(), DamagedCheckpointError, "index"),
+    "a missing file": (lambda step, _: (step / paths.INDEX).unlink(), DamagedCheckpointError, "index"),
     "a taken name": (lambda _, new: new.mkdir(), RunFolderError, "exists; a fork makes a new"),
     "a file in the way": (lambda _, new: new.parent.joinpath("in").touch(), RunFolderError, "cannot be made"),
     "another fork": (lambda _, new: (new.parent / ".new.fork").mkdir(), RunFolderError, "another fork"),
@@ -328,7 +329,7 @@ def test_fork_impossible_links_need_room(run: Path, tmp_path: Path, monkeypatch:
 def test_fork_of_weights_alone_is_refused(tmp_path: Path) -> None:
     """What `kempnerforge import` makes: a run that consists of it could never start."""
     step = write_step(tmp_path / "steps", 0)
-    (step / layout.TRAIN_STATE).write_text('{"imported_from": "elsewhere"}')
+    (step / paths.TRAIN_STATE).write_text('{"imported_from": "elsewhere"}')
     resign(step)
     with pytest.raises(NoTrainingStateError, match=r"checkpoint\.load_path = "):
         forking.fork(step, tmp_path / "new", link=False, progress=quiet)
@@ -340,7 +341,7 @@ def test_fork_of_weights_alone_is_refused(tmp_path: Path) -> None:
 
 def suspect(run: Path, step: int) -> Path:
     """Attempts blamed ``step``: it is set aside, as a start that goes on from the one before it does."""
-    return timeline.set_aside(run / "checkpoints", step, layout.suspect_name)
+    return timeline.set_aside(run / "checkpoints", step, paths.suspect_name)
 
 
 def test_unblock_suspect_steps_named_back(run: Path) -> None:
@@ -369,7 +370,7 @@ def test_unblock_newer_timeline_leaves_suspect_aside(run: Path) -> None:
     assert done.renamed == {}
     assert set(done.left) == {"suspect.step_00000012.1", "suspect.step_00000008.1"}
     assert set(done.left.values()) == {"the run went on from step 4 since and committed step 6"}
-    assert layout.committed_steps(run / "checkpoints") == [6, 4]
+    assert paths.committed_steps(run / "checkpoints") == [6, 4]
 
 
 def test_unblock_suspect_without_newer_attempt_named_back(run: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 from support.rollback_fixtures import quiet
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, lease, rollback, run_record, timeline
+from kempnerforge.checkpoint import lease, rollback, run_record, timeline
 from kempnerforge.checkpoint import resume as choosing
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.restore import Restorer
 from kempnerforge.checkpoint.results import RunContext
@@ -115,7 +116,7 @@ def test_undo_finds_steps_that_lookups_miss(ended_run: Path, monkeypatch: pytest
         patched.setattr(Path, "exists", lambda path: "rolledback" not in path.name)
         undone = rollback.undo(ended_run, note=quiet)
     assert undone.newest_step == 12
-    assert layout.committed_steps(ended_run / "checkpoints") == [12, 8, 4]
+    assert paths.committed_steps(ended_run / "checkpoints") == [12, 8, 4]
 
 
 @pytest.mark.parametrize(

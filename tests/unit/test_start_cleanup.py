@@ -11,7 +11,8 @@ from support.step_maker import flip_byte, write_step
 from support.stubborn_files import bind_mounted, immutable, over_lower_layer
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, pins, resume
+from kempnerforge.checkpoint import pins, resume
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.keep import KeepPolicy
 from kempnerforge.checkpoint.receipt import Receipt, Rejected
 from kempnerforge.checkpoint.retention import Retention
@@ -29,24 +30,24 @@ def folder(tmp_path: Path) -> Path:
     checkpoints = tmp_path / "checkpoints"
     for step in (2, 4):
         write_step(checkpoints, step)
-    shutil.copytree(checkpoints / layout.step_name(4), checkpoints / LEFTOVER)
+    shutil.copytree(checkpoints / paths.step_name(4), checkpoints / LEFTOVER)
     return checkpoints
 
 
 def damage(folder: Path, step: int) -> None:
-    flip_byte(folder / layout.step_name(step) / layout.MANIFEST, 40)
+    flip_byte(folder / paths.step_name(step) / paths.MANIFEST, 40)
 
 
 def test_cleanup_undeletable_leftover_stays_with_one_warning(folder: Path) -> None:
     """One file of a folder in flight is immutable: all else in it goes, and the start goes on."""
-    with immutable(folder / LEFTOVER / layout.INDEX):
+    with immutable(folder / LEFTOVER / paths.INDEX):
         cleanup = StartCleanup(folder, attempt=2)
         cleanup.remove_leftovers()
         (warning,) = cleanup.warnings
         assert "could not be deleted" in warning
         assert "Operation not permitted" in warning
         (left,) = [path for path in folder.iterdir() if path.name.endswith(".deleting")]
-        assert os.listdir(left) == [layout.INDEX], "what can be deleted is deleted"
+        assert os.listdir(left) == [paths.INDEX], "what can be deleted is deleted"
         again = StartCleanup(folder, attempt=3)
         again.remove_leftovers()
         assert len(again.warnings) == 1
@@ -91,7 +92,7 @@ def test_cleanup_open_file_on_nfs_is_left(folder: Path, monkeypatch: pytest.Monk
 
     def silly(path: str, *, dir_fd: int | None = None) -> None:
         unlink(path, dir_fd=dir_fd)
-        if os.fspath(path).startswith((layout.INDEX, ".nfs")):
+        if os.fspath(path).startswith((paths.INDEX, ".nfs")):
             os.close(os.open(".nfs0000000000000001", os.O_CREAT | os.O_WRONLY, dir_fd=dir_fd))
 
     monkeypatch.setattr(os, "unlink", silly)
@@ -130,7 +131,7 @@ def test_choose_unrenamable_damaged_step_is_passed_over(folder: Path) -> None:
     damage(folder, 4)
     rejected: list[Rejected] = []
     cleanup = StartCleanup(folder, attempt=2)
-    with immutable(folder / layout.step_name(4)):
+    with immutable(folder / paths.step_name(4)):
         found = resume.choose(folder, rejected, cleanup=cleanup)
         assert found is not None
         assert found.step == 2
@@ -148,8 +149,8 @@ def test_choose_only_step_passed_over_never_begins_again(folder: Path) -> None:
     for step in (2, 4):
         damage(folder, step)
     with (
-        immutable(folder / layout.step_name(2)),
-        immutable(folder / layout.step_name(4)),
+        immutable(folder / paths.step_name(2)),
+        immutable(folder / paths.step_name(4)),
         pytest.raises(NoSoundCheckpointError, match="step_00000004"),
     ):
         resume.choose(folder, [], cleanup=StartCleanup(folder, attempt=2))
@@ -160,7 +161,7 @@ def test_retention_counts_no_step_that_is_passed_over(folder: Path) -> None:
     write_step(folder, 8)
     config = CheckpointConfig.model_validate({"keep_last_n": 1})
     cleanup, retention = StartCleanup(folder, attempt=2), Retention(folder, KeepPolicy.from_config(config))
-    with immutable(folder / layout.step_name(8)):
+    with immutable(folder / paths.step_name(8)):
         cleanup.set_aside_late([Cut(2, 4)], run_id="r")
         assert list(cleanup.passed_over) == [8]
         found = resume.choose(folder, [], cleanup=cleanup)
@@ -168,7 +169,7 @@ def test_retention_counts_no_step_that_is_passed_over(folder: Path) -> None:
         assert found.step == 4
         retention.passed_over = cleanup.passed_over
         assert retention.apply().deleted == (2,)
-    assert layout.committed_steps(folder) == [8, 4]
+    assert paths.committed_steps(folder) == [8, 4]
 
 
 def test_choose_step_of_unknown_timeline_stops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,10 +192,10 @@ def test_choose_step_of_unknown_timeline_stops(folder: Path, monkeypatch: pytest
 def test_cleanup_gives_a_pinned_step_its_name_back(folder: Path) -> None:
     """A deletion that found a pin was killed before it could give the step back."""
     pins.pin(folder, 2)
-    (folder / layout.step_name(2)).rename(folder / ".step_00000002.deleting")
-    (folder / layout.step_name(4)).rename(folder / ".step_00000004.deleting")
+    (folder / paths.step_name(2)).rename(folder / ".step_00000002.deleting")
+    (folder / paths.step_name(4)).rename(folder / ".step_00000004.deleting")
     StartCleanup(folder, attempt=2).remove_leftovers()
-    assert layout.committed_steps(folder) == [2]
+    assert paths.committed_steps(folder) == [2]
 
 
 def test_delete_beside_an_unfinished_deletion_of_same_name(folder: Path) -> None:
@@ -203,6 +204,6 @@ def test_delete_beside_an_unfinished_deletion_of_same_name(folder: Path) -> None
     first.mkdir()
     (first / "stays").touch()
     with immutable(first / "stays"):
-        fsio.invalidate_then_delete(folder / layout.step_name(2))
+        fsio.invalidate_then_delete(folder / paths.step_name(2))
         assert sorted(os.listdir(folder)) == [".step_00000002.deleting", LEFTOVER, "step_00000004"]
-    assert layout.list_folder(folder).deleting == [first]
+    assert paths.list_folder(folder).deleting == [first]

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.step_maker import arrays, flip_byte, resign, write_step
 
-from kempnerforge.checkpoint import compare, digest, manifest, shard_header, verify
+from kempnerforge.checkpoint import compare, verify
 from kempnerforge.checkpoint.compare import changes, compare_tensors, content_of
-from kempnerforge.checkpoint.index import Chunk, TensorEntry
-from kempnerforge.checkpoint.step_view import StepView
+from kempnerforge.checkpoint.format import checksums, manifest, safetensors_header
+from kempnerforge.checkpoint.format.step_info import StepView
+from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry
 from kempnerforge.errors import (
     DamagedCheckpointError,
     MismatchError,
@@ -107,7 +108,7 @@ def test_verify_damage_named(tmp_path: Path, damage: Callable[[Path], object], p
 
 
 def test_verify_many_faults_reported_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (digest, manifest, verify):
+    for module in (checksums, manifest, verify):
         monkeypatch.setattr(module, "BLOCK_BYTES", 1024)
     path = write_step(tmp_path, 5, state={"model.w": np.arange(5000, dtype=np.float32)})
     assert verify.verify(path, threads=3).sound
@@ -219,7 +220,7 @@ def test_shard_header_any_bytes_no_other_error(
         content[data.draw(st.integers(0, 700))] = data.draw(st.sampled_from(b'0123456789[]{}",:-e. \x00\xff'))
     path.write_bytes(content)
     with contextlib.suppress(ValueError):
-        shard_header.read(path)
+        safetensors_header.read(path)
 
 
 # Neither sound nor damaged
@@ -236,7 +237,7 @@ def test_verify_storage_error_step_may_be_sound(tmp_path: Path, monkeypatch: pyt
     def fail(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(digest.fsio, "read_range", fail)
+    monkeypatch.setattr(checksums.fsio, "read_range", fail)
     with pytest.raises(UnreachableCheckpointError, match=r"Input/output error. It may be sound"):
         verify.verify(write_step(tmp_path, 5))
 

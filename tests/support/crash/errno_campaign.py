@@ -26,7 +26,8 @@ from support.crash.errno_shim import DELAY, Operation, Shim, Strike
 from support.step_maker import flip_byte, resign, write_step
 
 from kempnerforge import CheckpointConfig, CheckpointManager, TrainState
-from kempnerforge.checkpoint import layout, lease, pins, resume, rollback, run_record, verify
+from kempnerforge.checkpoint import lease, pins, resume, rollback, run_record, verify
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.cli import app
 from kempnerforge.errors import EXIT_BAD_CONFIG, EXIT_FAULT, KempnerForgeError
 
@@ -38,7 +39,7 @@ CASE_TIMEOUT_S = 120.0
 _PRELOAD = ("torch._dynamo", "torch.optim", "kempnerforge.cli.ckpt", "kempnerforge.cli.report")
 """What cases would import, each anew."""
 _FOREIGN = ("notes.txt", "mine/data.bin", "step_9.bak/x")
-_FOREIGN_STEPS = (layout.step_name(FOREIGN), layout.temporary_name(layout.step_name(16), 1))
+_FOREIGN_STEPS = (paths.step_name(FOREIGN), paths.temporary_name(paths.step_name(16), 1))
 
 
 @dataclass(frozen=True)
@@ -111,22 +112,22 @@ def add_leftovers(run: Path) -> None:
     after the second had gone on from 6, 7 is of another run, which also has a save in flight.
     """
     folder = run / "checkpoints"
-    shutil.copytree(folder / layout.step_name(DAMAGED), folder / layout.step_name(LATE))
-    late = folder / layout.step_name(LATE)
+    shutil.copytree(folder / paths.step_name(DAMAGED), folder / paths.step_name(LATE))
+    late = folder / paths.step_name(LATE)
     resign(late, step=LATE, attempt=1)
-    flip_byte(next((folder / layout.step_name(DAMAGED)).glob("*.safetensors")), -1)
+    flip_byte(next((folder / paths.step_name(DAMAGED)).glob("*.safetensors")), -1)
     pins.pin(folder, PINNED, note="for a paper")
-    sound = folder / layout.step_name(4)
-    for name in (layout.temporary_name(layout.step_name(14), 1), ".step_00000001.deleting"):
+    sound = folder / paths.step_name(4)
+    for name in (paths.temporary_name(paths.step_name(14), 1), ".step_00000001.deleting"):
         shutil.copytree(sound, folder / name)
-    (folder / ".step_00000001.deleting" / layout.MANIFEST).unlink()
+    (folder / ".step_00000001.deleting" / paths.MANIFEST).unlink()
     for name in (".latest.99.tmp", "holds/step_00000004.0123456789abcdef.json", *_FOREIGN):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
     os.utime(folder / "holds/step_00000004.0123456789abcdef.json", (1.0, 1.0))
     for number, name in zip((FOREIGN, 16), _FOREIGN_STEPS, strict=True):
         write_step(folder, number, run_id="other", attempt=1)
-        (folder / layout.step_name(number)).rename(folder / name)
+        (folder / paths.step_name(number)).rename(folder / name)
     for name in (".run.json.99.tmp", ".nonce-00112233445566ff"):
         (run / name).write_text(name)
 
@@ -148,7 +149,7 @@ def undo(run: Path, _told: list[int]) -> None:
 
 def fork(run: Path, _told: list[int]) -> None:
     """``kempnerforge ckpt fork``."""
-    command("ckpt", "fork", run / "checkpoints" / layout.step_name(6), run / "forked")
+    command("ckpt", "fork", run / "checkpoints" / paths.step_name(6), run / "forked")
 
 
 def look(run: Path, _told: list[int]) -> None:
@@ -158,8 +159,8 @@ def look(run: Path, _told: list[int]) -> None:
         ("ckpt", "ls", run),
         ("ckpt", "explain", run),
         ("ckpt", "explain", run, "12"),
-        ("ckpt", "verify", folder / layout.step_name(6)),
-        ("ckpt", "inspect", folder / layout.LATEST),
+        ("ckpt", "verify", folder / paths.step_name(6)),
+        ("ckpt", "inspect", folder / paths.LATEST),
         ("ckpt", "pin", run, "6"),
         ("ckpt", "unpin", run, "6"),
         ("ckpt", "prune", run),
@@ -290,14 +291,14 @@ def check(prepared: Path, scenario: str, base: Path, what: Strike, found: Outcom
     is_set_back = _is_set_back(scenario, base / "run")
     newest = max(found.committed, 6 if is_set_back else SOUND)
     assert found.resumed >= newest, f"{where}\nresumed {found.resumed}, and {newest} was committed"
-    assert verify.verify(folder / layout.step_name(found.resumed)).sound, where
+    assert verify.verify(folder / paths.step_name(found.resumed)).sound, where
     # Nothing is lost: each step's bytes are there under some name, unless retention let it go.
     kept = {_identity(path) for path in folder.iterdir() if path.is_dir()}
     for step in (PINNED, SOUND, DAMAGED, LATE):
-        name = layout.step_name(step)
+        name = paths.step_name(step)
         may_go = step == SOUND and found.resumed > SOUND + 1
         assert may_go or _identity(prepared / "checkpoints" / name) in kept, f"{where}\n{name} is gone"
-    assert (folder / layout.step_name(PINNED)).is_dir(), where
+    assert (folder / paths.step_name(PINNED)).is_dir(), where
     for name in _FOREIGN:
         assert (folder / name).read_text() == name, where
     for name in _FOREIGN_STEPS:

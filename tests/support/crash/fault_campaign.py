@@ -14,7 +14,7 @@ from support.crash.oracle import CHECKPOINTS, Oracle, find_commits
 from support.crash.save_driver import Plan, Strike, Struck, save_all
 from support.ranks import RanksFailed, run_ranks
 
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.owner import OWNER_FILE
 
 ALWAYS = 1_000_000
@@ -56,7 +56,7 @@ def check_strikes(by_rank: Sequence[Sequence[Struck]]) -> Counter[str]:
         what = f"{struck.strike}: {struck.hit}, then {struck.after}"
         for other in others:
             assert (other.hit.error, other.after.error) == (struck.hit.error, struck.after.error), what
-        name = layout.step_name(struck.hit.step)
+        name = paths.step_name(struck.hit.step)
         if struck.hit.error:
             rank = struck.strike.role[-1]
             assert f"rank {rank}: " in struck.hit.error, what
@@ -67,7 +67,7 @@ def check_strikes(by_rank: Sequence[Sequence[Struck]]) -> Counter[str]:
         in_flight = [one for one in struck.hit.names if one.startswith(".step_") and one.endswith(".tmp")]
         assert not in_flight, what
         assert struck.after.error == "", what
-        known = {layout.LATEST, OWNER_FILE, layout.step_name(struck.after.step)}
+        known = {paths.LATEST, OWNER_FILE, paths.step_name(struck.after.step)}
         left = set(struck.after.names) - before - known
         assert not left, f"{sorted(left)} was left behind by {what}"
         before = set(struck.after.names)
@@ -128,7 +128,7 @@ def kill_and_resume(base: Path, strike: Strike, *, ranks: int = 2) -> str:
     folder = run_dir / CHECKPOINTS
     assert Oracle(base, ranks=ranks).recover(run_dir) == last
     names = {path.name for path in folder.iterdir()}
-    assert names == {layout.step_name(last), layout.LATEST, OWNER_FILE}, f"{strike}: {names}"
+    assert names == {paths.step_name(last), paths.LATEST, OWNER_FILE}, f"{strike}: {names}"
     return f"killed, {newest} resumed" if killed else "survived"
 
 

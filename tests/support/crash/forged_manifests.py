@@ -22,7 +22,7 @@ from support.crash.mutations import (
     signed,
 )
 
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.format import paths
 
 ODD_VALUES: list[Any] = [
     *(None, True, False, -1, 0, 1, 2, 7, 2**31, 2**63, 2**64, -(2**70), 10**400, 0.5, 4.0, -0.0),
@@ -53,7 +53,7 @@ def _resigned_manifest(what: str, body: dict[str, Any], *, may_load: bool = Fals
         data = signed(body)
     except (ValueError, UnicodeError):  # an integer or a text that JSON cannot have
         data = b'{"digest": "0"}'
-    return Mutation(f"signed manifest, {what}", {layout.MANIFEST: data}, may_load=may_load)
+    return Mutation(f"signed manifest, {what}", {paths.MANIFEST: data}, may_load=may_load)
 
 
 def signed_field(subject: Subject, rng: random.Random) -> Mutation:
@@ -107,12 +107,12 @@ def signed_without(subject: Subject, rng: random.Random) -> Mutation:
     body = manifest_of(subject.files)
     name = rng.choice(sorted(body["files"]))
     del body["files"][name]
-    return _resigned_manifest(f"does not list {name}", body, may_load=name == layout.CONFIG)
+    return _resigned_manifest(f"does not list {name}", body, may_load=name == paths.CONFIG)
 
 
 def signed_train_state(subject: Subject, rng: random.Random) -> Mutation:
     """What is not a tensor, changed by somebody who signs: it may load or not, but never end in a crash."""
-    body = json.loads(subject.files[layout.TRAIN_STATE])
+    body = json.loads(subject.files[paths.TRAIN_STATE])
     if rng.random() < 0.4:
         data = rng.choice(JUNK_JSON)(rng)
     else:
@@ -124,23 +124,23 @@ def signed_train_state(subject: Subject, rng: random.Random) -> Mutation:
             data = json.dumps(body).encode()
         except ValueError:
             data = b"{}"
-    changes = resigned(subject.files, layout.TRAIN_STATE, data)
+    changes = resigned(subject.files, paths.TRAIN_STATE, data)
     return Mutation("signed train state", changes, may_load=True, objects_too=False)
 
 
 def signed_config(subject: Subject, rng: random.Random) -> Mutation:
     data = rng.choice([b"\xff\xfe", b"[a", b"a = 1\na = 2", b"", rng.randbytes(50), b"a = {" * 3000])
-    return Mutation("signed config", resigned(subject.files, layout.CONFIG, data), may_load=True)
+    return Mutation("signed config", resigned(subject.files, paths.CONFIG, data), may_load=True)
 
 
 def signed_index(subject: Subject, rng: random.Random) -> Mutation:
-    data = flip_bits(subject.files[layout.INDEX], rng, rng.choice([1, 1, 2, 8]))
-    return Mutation("signed index, bits", resigned(subject.files, layout.INDEX, data), may_load=True)
+    data = flip_bits(subject.files[paths.INDEX], rng, rng.choice([1, 1, 2, 8]))
+    return Mutation("signed index, bits", resigned(subject.files, paths.INDEX, data), may_load=True)
 
 
 def signed_index_counts(subject: Subject, rng: random.Random) -> Mutation:
     """Counts, offsets and lengths that cannot be."""
-    data = bytearray(subject.files[layout.INDEX])
+    data = bytearray(subject.files[paths.INDEX])
     value = rng.choice(
         [0, 1, 2**16, 2**31, 2**32 - 1, 2**48, 2**62, 2**63, 2**64 - 1, len(data), 8 * len(data)]
     )
@@ -156,19 +156,19 @@ def signed_index_counts(subject: Subject, rng: random.Random) -> Mutation:
         struct.pack_into("<Q", data, at, value)
         same = data[at : at + 8] == before
     what = f"signed index, {value} at {at}"
-    return Mutation(what, resigned(subject.files, layout.INDEX, bytes(data)), may_load=same or at >= 32)
+    return Mutation(what, resigned(subject.files, paths.INDEX, bytes(data)), may_load=same or at >= 32)
 
 
 def signed_index_files(subject: Subject, rng: random.Random) -> Mutation:
-    data = subject.files[layout.INDEX]
+    data = subject.files[paths.INDEX]
     (files_at,) = struct.unpack_from("<Q", data, 24)
     names = json.loads(data[files_at:])
     odd: list[Any] = [
         [name.replace("shard", "../outside/shard") for name in names],
         [f"/{name}" for name in names],
         names[::-1] if len(names) > 1 else [],
-        [layout.INDEX] * len(names),
-        [layout.MANIFEST] * len(names),
+        [paths.INDEX] * len(names),
+        [paths.MANIFEST] * len(names),
         [],
         {},
         None,
@@ -177,7 +177,7 @@ def signed_index_files(subject: Subject, rng: random.Random) -> Mutation:
         [None] * len(names),
     ]
     changed = data[:files_at] + json.dumps(rng.choice(odd)).encode()
-    return Mutation("signed index, file names", resigned(subject.files, layout.INDEX, changed))
+    return Mutation("signed index, file names", resigned(subject.files, paths.INDEX, changed))
 
 
 def signed_shard_header(subject: Subject, rng: random.Random) -> Mutation:
@@ -198,5 +198,5 @@ def signed_swap(subject: Subject, rng: random.Random) -> Mutation:
     one, other = rng.sample(shards(subject.files), 2)
     body = manifest_of(subject.files)
     body["files"][one], body["files"][other] = body["files"][other], body["files"][one]
-    changes: Changes = {one: subject.files[other], other: subject.files[one], layout.MANIFEST: signed(body)}
+    changes: Changes = {one: subject.files[other], other: subject.files[one], paths.MANIFEST: signed(body)}
     return Mutation("signed swap of shards", changes)

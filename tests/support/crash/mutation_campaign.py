@@ -14,7 +14,8 @@ from support.crash.save_driver import Plan, save_all
 from support.crash.watched_loading import Loader
 from support.ranks import run_ranks
 
-from kempnerforge.checkpoint import layout, resume
+from kempnerforge.checkpoint import resume
+from kempnerforge.checkpoint.format import paths
 
 REFUSED = ("DamagedCheckpointError", "MismatchError", "NoTrainingStateError")
 
@@ -28,7 +29,7 @@ def make_target(base: Path) -> tuple[Loader, Subject]:
     outside.mkdir()
     for name, data in loader.files.items():
         (outside / name).write_bytes(data)
-    older = {path.name: path.read_bytes() for path in (loader.folder / layout.step_name(3)).iterdir()}
+    older = {path.name: path.read_bytes() for path in (loader.folder / paths.step_name(3)).iterdir()}
     return loader, Subject(loader.files, older, outside)
 
 
@@ -76,11 +77,11 @@ def _problem(loader: Loader, mutation: Mutation, outcome: str) -> str:
 
 def _says_the_same(loader: Loader, mutation: Mutation) -> bool:
     """Whether the only change is white space in the manifest."""
-    data = mutation.changes.get(layout.MANIFEST)
-    if set(mutation.changes) != {layout.MANIFEST} or not isinstance(data, bytes):
+    data = mutation.changes.get(paths.MANIFEST)
+    if set(mutation.changes) != {paths.MANIFEST} or not isinstance(data, bytes):
         return False
     try:
-        return json.loads(data) == json.loads(loader.files[layout.MANIFEST])
+        return json.loads(data) == json.loads(loader.files[paths.MANIFEST])
     except (ValueError, RecursionError):
         return False
 

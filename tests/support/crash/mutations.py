@@ -11,8 +11,8 @@ from typing import Any
 
 import xxhash
 
-from kempnerforge.checkpoint import layout
-from kempnerforge.checkpoint.digest import record_of
+from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.checksums import record_of
 
 Files = dict[str, bytes]
 """Name -> content of every file of a step."""
@@ -69,19 +69,19 @@ def signed(body: dict[str, Any]) -> bytes:
 
 def manifest_of(files: Files) -> dict[str, Any]:
     """The manifest as JSON."""
-    return json.loads(files[layout.MANIFEST])
+    return json.loads(files[paths.MANIFEST])
 
 
 def resigned(files: Files, name: str, data: bytes) -> Changes:
     """Another content for one file, and a manifest that vouches for it."""
     body, record = manifest_of(files), record_of(data)
     body["files"][name] = {"size_bytes": record.size_bytes, "xxh3_128": record.xxh3_128}
-    return {name: data, layout.MANIFEST: signed(body)}
+    return {name: data, paths.MANIFEST: signed(body)}
 
 
 def shards(files: Files) -> list[str]:
     """Names of the tensor files."""
-    return sorted(name for name in files if name.endswith(layout.SHARD_SUFFIX))
+    return sorted(name for name in files if name.endswith(paths.SHARD_SUFFIX))
 
 
 def flip_bits(data: bytes, rng: random.Random, count: int) -> bytes:
@@ -161,7 +161,7 @@ def missing(subject: Subject, rng: random.Random) -> Mutation:
 def stale(subject: Subject, rng: random.Random) -> Mutation:
     differing = [name for name in sorted(subject.files) if subject.files[name] != subject.older[name]]
     names = (
-        [layout.MANIFEST] if rng.random() < 0.4 else rng.sample(differing, rng.randint(1, len(differing) - 1))
+        [paths.MANIFEST] if rng.random() < 0.4 else rng.sample(differing, rng.randint(1, len(differing) - 1))
     )
     changes: Changes = {name: subject.older[name] for name in names}
     return Mutation(f"{names} of the step before", changes)
@@ -171,8 +171,8 @@ def stale_but_renumbered(subject: Subject, rng: random.Random) -> Mutation:
     """The manifest of the step before, with the number of this one, signed anew."""
     body = {**manifest_of(subject.older), "step": manifest_of(subject.files)["step"]}
     if rng.random() < 0.5:
-        body["files"][layout.TRAIN_STATE] = manifest_of(subject.files)["files"][layout.TRAIN_STATE]
-    return Mutation("older manifest renumbered", {layout.MANIFEST: signed(body)})
+        body["files"][paths.TRAIN_STATE] = manifest_of(subject.files)["files"][paths.TRAIN_STATE]
+    return Mutation("older manifest renumbered", {paths.MANIFEST: signed(body)})
 
 
 JUNK_JSON: list[Callable[[random.Random], bytes]] = [
@@ -197,7 +197,7 @@ JUNK_JSON: list[Callable[[random.Random], bytes]] = [
 
 
 def wrong_json(subject: Subject, rng: random.Random) -> Mutation:
-    name = rng.choice([layout.MANIFEST, layout.MANIFEST, layout.TRAIN_STATE])
+    name = rng.choice([paths.MANIFEST, paths.MANIFEST, paths.TRAIN_STATE])
     return Mutation(f"{name} is other JSON", {name: rng.choice(JUNK_JSON)(rng)})
 
 
@@ -226,14 +226,14 @@ def no_file(subject: Subject, rng: random.Random) -> Mutation:
 def huge_file(subject: Subject, rng: random.Random) -> Mutation:
     name = rng.choice(sorted(subject.files))
     size = rng.choice([1 << 30, 1 << 40, 8 << 40])
-    if rng.random() < 0.5 or name == layout.MANIFEST:
+    if rng.random() < 0.5 or name == paths.MANIFEST:
         return Mutation(f"{name} is huge", {name: Special("sparse", size_bytes=size)})
     body = manifest_of(subject.files)
     body["files"][name]["size_bytes"] = size
     body["files"][name]["xxh3_128"] = rng.choice(
         [body["files"][name]["xxh3_128"], ["00"] * min(size >> 24, 70_000)]
     )
-    changes: Changes = {name: Special("sparse", size_bytes=size), layout.MANIFEST: signed(body)}
+    changes: Changes = {name: Special("sparse", size_bytes=size), paths.MANIFEST: signed(body)}
     return Mutation(f"{name} is huge, signed", changes)
 
 

@@ -13,7 +13,8 @@ from support.crash.file_trees import Tree, write_tree
 from support.crash.known_states import check_step, expected_tensors
 from torch import Tensor
 
-from kempnerforge.checkpoint import layout, resume
+from kempnerforge.checkpoint import resume
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.receipt import Rejected
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 
@@ -94,14 +95,14 @@ class Oracle:
         rejected: list[Rejected] = []
         found = resume.choose(folder, rejected)
         assert not rejected, rejected
-        listing = layout.list_folder(folder)
+        listing = paths.list_folder(folder)
         assert not listing.temporary
         assert not listing.deleting
         assert not listing.quarantined
         if found is None:
             return None
         for step in listing.steps:
-            self.check(folder / layout.step_name(step), step)
+            self.check(folder / paths.step_name(step), step)
         return found.step
 
     def check(self, path: Path, step: int) -> None:

@@ -23,11 +23,11 @@ from support.crash.known_states import (
     set_step,
 )
 
-from kempnerforge.checkpoint import layout
 from kempnerforge.checkpoint import manager as manager_module
 from kempnerforge.checkpoint import writer as writer_module
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import Patience
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import RunContext, SaveReport
 from kempnerforge.checkpoint.state import TrainState
@@ -237,8 +237,8 @@ def _save(manager: CheckpointManager, state: TrainState, step: int, reason: str)
     names: list[str] = []
     if rank_here() == 0:
         names = sorted(os.listdir(manager.folder))
-        for there in layout.committed_steps(manager.folder):
-            check_step(manager.folder / layout.step_name(there), there, expected_tensors(there, ranks_here()))
+        for there in paths.committed_steps(manager.folder):
+            check_step(manager.folder / paths.step_name(there), there, expected_tensors(there, ranks_here()))
     return Outcome(step, error, tuple(names))
 
 

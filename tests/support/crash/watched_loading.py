@@ -19,7 +19,8 @@ from support.crash.known_states import expected_tensors, make_state, set_step
 from support.crash.mutations import Changes, Files, Special
 from support.crash.save_driver import Plan, make_manager
 
-from kempnerforge.checkpoint import layout, resume, verify
+from kempnerforge.checkpoint import resume, verify
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.errors import (
@@ -65,7 +66,7 @@ class Opened:
         path, flags = Path(args[0]), args[2]
         followed = not (isinstance(flags, int) and flags & os.O_NOFOLLOW)
         real = os.path.realpath(path) if followed else os.path.realpath(path.parent) + "/" + path.name
-        code = (sys.prefix, sys.base_prefix, str(Path(layout.__file__).parents[2]))
+        code = (sys.prefix, sys.base_prefix, str(Path(paths.__file__).parents[2]))
         if not real.startswith((str(self.inside), "/proc/", CGROUPS, *code)):
             self.outside.append(real)
 
@@ -97,7 +98,7 @@ class Loader:
     def __init__(self, run_dir: Path, step: int, ranks: int) -> None:
         self.run_dir = run_dir
         self.folder = run_dir / "checkpoints"
-        self.path = self.folder / layout.step_name(step)
+        self.path = self.folder / paths.step_name(step)
         self.step = step
         self.files: Files = {path.name: path.read_bytes() for path in self.path.iterdir()}
         self.expected = expected_tensors(step, ranks)

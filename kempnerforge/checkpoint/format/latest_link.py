@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout
+from kempnerforge.checkpoint.format import paths
 
 
 class LatestLink:
     """``latest`` in one folder of checkpoints. A problem with it is reported once."""
 
     def __init__(self, folder: Path) -> None:
-        self._link = folder / layout.LATEST
+        self._link = folder / paths.LATEST
         self._has_warned = False
 
     def point_at(self, step: int) -> list[str]:
@@ -31,8 +31,8 @@ def resolve(path: Path) -> Path:
     The link may be missing, point at an older step after a crash, or be the copy of a step. Any other path,
     and one without steps beside it, is returned as it is. Raises OSError.
     """
-    steps = layout.committed_steps(path.parent) if path.name == layout.LATEST else []
-    return path.with_name(layout.step_name(steps[0])) if steps else path
+    steps = paths.committed_steps(path.parent) if path.name == paths.LATEST else []
+    return path.with_name(paths.step_name(steps[0])) if steps else path
 
 
 def point(folder: Path, step: int) -> str:
@@ -40,14 +40,14 @@ def point(folder: Path, step: int) -> str:
 
     What has that name and is not a link, such as a folder that ``cp -rL`` made of one, is left as it is.
     """
-    link = folder / layout.LATEST
+    link = folder / paths.LATEST
     try:
         if os.path.lexists(link) and not link.is_symlink():
             return (
                 f"{link} is not a symbolic link, so it is left as it is and does not follow the newest step. "
                 "Nothing is decided by it; rename or delete it to have the link again"
             )
-        fsio.point_symlink(link, layout.step_name(step))
+        fsio.point_symlink(link, paths.step_name(step))
     except OSError as error:
         why = error.strerror or str(error)
         return f"{link} could not be pointed at step {step} ({why}). Nothing else depends on this link"
@@ -56,7 +56,7 @@ def point(folder: Path, step: int) -> str:
 
 def remove(folder: Path) -> str:
     """Remove ``latest`` if it is a link. Returns a warning, or nothing. Never raises OSError."""
-    link = folder / layout.LATEST
+    link = folder / paths.LATEST
     try:
         if link.is_symlink():
             link.unlink(missing_ok=True)

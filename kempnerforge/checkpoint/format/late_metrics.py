@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint.manifest import Provenance
+from kempnerforge.checkpoint.format.manifest import Provenance
 
 NAME = "metrics.jsonl"
 Key = tuple[int, str, int]

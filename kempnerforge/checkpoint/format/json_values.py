@@ -34,7 +34,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kempnerforge.checkpoint.structure import PATHS
+from kempnerforge.checkpoint.format.structure import PATHS
 
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _TEXT = ("utf-8", "surrogatepass")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.checkpoint.index import ITEM_BYTES, Chunk
+from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES, Chunk
 
 MAX_HEADER_BYTES = 100_000_000
 """What safetensors itself accepts."""

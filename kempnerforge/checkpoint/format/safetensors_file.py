@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kempnerforge.checkpoint.index import ITEM_BYTES
+from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES
 
 DATA_ALIGNMENT = 4096
 

@@ -17,8 +17,8 @@ from typing import Any
 import xxhash
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import layout, leaves, structure
-from kempnerforge.checkpoint.digest import BLOCK_BYTES, FileRecord, VerifiedFile
+from kempnerforge.checkpoint.format import json_values, paths, structure
+from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, FileRecord, VerifiedFile
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, NoTrainingStateError
 
 FORMAT = 1
@@ -74,7 +74,7 @@ class Manifest:
 
 def needs_minor(train_state: bytes) -> bool:
     """Whether the first version of format 1 could not read this ``train_state.json``."""
-    return leaves.has_new_tags(train_state) or f'"{structure.PATHS}"'.encode() in train_state
+    return json_values.has_new_tags(train_state) or f'"{structure.PATHS}"'.encode() in train_state
 
 
 def encode(provenance: Provenance, files: dict[str, FileRecord], *, minor: int = 0) -> bytes:
@@ -100,9 +100,9 @@ def decode(data: bytes, *, where: str) -> Manifest:
         body = json.loads(data)
         stated = body.pop("digest")
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(where, f"{layout.MANIFEST} cannot be parsed ({error})") from None
+        raise _damaged(where, f"{paths.MANIFEST} cannot be parsed ({error})") from None
     if stated != _digest(body):
-        raise _damaged(where, f"{layout.MANIFEST} does not match its own digest")
+        raise _damaged(where, f"{paths.MANIFEST} does not match its own digest")
     if body.get("format") not in FORMATS.values() or body.get("block_bytes") != BLOCK_BYTES:
         raise MismatchError(_other_format(where, body.get("format")))
     try:
@@ -119,7 +119,7 @@ def decode(data: bytes, *, where: str) -> Manifest:
             },
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise _damaged(where, f"{layout.MANIFEST} lacks a field ({error!r})") from None
+        raise _damaged(where, f"{paths.MANIFEST} lacks a field ({error!r})") from None
 
 
 def _other_format(where: str, found: Any) -> str:
@@ -165,18 +165,18 @@ def _read_bytes(step_folder: Path) -> bytes:
     try:
         # A pipe would hang, a link would lead out of the folder.
         fd = os.open(
-            f"{step_folder}/{layout.MANIFEST}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            f"{step_folder}/{paths.MANIFEST}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         )
     except FileNotFoundError:
-        raise _damaged(step_folder.name, f"{layout.MANIFEST} is missing") from None
+        raise _damaged(step_folder.name, f"{paths.MANIFEST} is missing") from None
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link, a socket
             raise
-        raise _damaged(step_folder.name, f"{layout.MANIFEST} is no manifest ({error.strerror})") from None
+        raise _damaged(step_folder.name, f"{paths.MANIFEST} is no manifest ({error.strerror})") from None
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_BYTES:
-            raise _damaged(step_folder.name, f"{layout.MANIFEST} is no manifest ({found.st_size} bytes)")
+            raise _damaged(step_folder.name, f"{paths.MANIFEST} is no manifest ({found.st_size} bytes)")
         data = bytearray(found.st_size)
         return bytes(data[: fsio.read_range(fd, memoryview(data), 0)])
     finally:
@@ -208,7 +208,7 @@ def load(step_folder: Path, *, step: int | None = None) -> Manifest:
             raise _damaged(where, f"{name} is no regular file")
         if found.st_size != record.size_bytes:
             raise _damaged(where, f"{name} has {found.st_size} of {record.size_bytes} bytes")
-    for name in (layout.INDEX, layout.TRAIN_STATE):
+    for name in (paths.INDEX, paths.TRAIN_STATE):
         if name not in manifest.files:
             raise _damaged(where, f"the manifest does not list {name}")
     return manifest

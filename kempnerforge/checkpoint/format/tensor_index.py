@@ -22,7 +22,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from kempnerforge.checkpoint.digest import VerifiedFile
+from kempnerforge.checkpoint.format.checksums import VerifiedFile
 from kempnerforge.errors import DamagedCheckpointError
 
 MAGIC = b"KFINDEX1"

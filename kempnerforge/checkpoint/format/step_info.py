@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import tomli
 
-from kempnerforge.checkpoint import layout, manifest, structure
-from kempnerforge.checkpoint.digest import VerifiedFile
-from kempnerforge.checkpoint.leaves import MALFORMED
-from kempnerforge.checkpoint.manifest import Manifest
+from kempnerforge.checkpoint.format import manifest, paths, structure
+from kempnerforge.checkpoint.format.checksums import VerifiedFile
+from kempnerforge.checkpoint.format.json_values import MALFORMED
+from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.errors import DamagedCheckpointError
 
 if TYPE_CHECKING:
-    from kempnerforge.checkpoint.index import TensorEntry
+    from kempnerforge.checkpoint.format.tensor_index import TensorEntry
 
 KINDS = ("model", "optimizer", "rng")
 """First part of a tensor's name; tensors of any other name, headers and small files are ``other``."""
@@ -44,13 +44,13 @@ class StepView:
     @property
     def size_bytes(self) -> int:
         """Bytes of all its files, the manifest's own included."""
-        return self.manifest.size_bytes + (self.path / layout.MANIFEST).stat().st_size
+        return self.manifest.size_bytes + (self.path / paths.MANIFEST).stat().st_size
 
     def tensors(self) -> dict[str, TensorEntry]:
         """All tensors by name, sorted. Raises DamagedCheckpointError, OSError."""
-        from kempnerforge.checkpoint.index import Index  # listing steps needs none of it
+        from kempnerforge.checkpoint.format.tensor_index import Index  # listing steps needs none of it
 
-        with VerifiedFile(self.path / layout.INDEX, self.manifest.files[layout.INDEX], keep=True) as file:
+        with VerifiedFile(self.path / paths.INDEX, self.manifest.files[paths.INDEX], keep=True) as file:
             return dict(Index(file))
 
     def bytes_by_kind(self) -> dict[str, int]:
@@ -64,29 +64,29 @@ class StepView:
     def train_state(self) -> dict[str, Any]:
         """What is no tensor, tagged JSON as it is stored. Raises DamagedCheckpointError, OSError."""
         try:
-            body = json.loads(manifest.read_verified(self.path, self.manifest, layout.TRAIN_STATE))
+            body = json.loads(manifest.read_verified(self.path, self.manifest, paths.TRAIN_STATE))
         except (ValueError, RecursionError) as error:
-            raise self._damaged(f"{layout.TRAIN_STATE} cannot be parsed ({error})") from None
+            raise self._damaged(f"{paths.TRAIN_STATE} cannot be parsed ({error})") from None
         if not isinstance(body, dict):
-            raise self._damaged(f"{layout.TRAIN_STATE} is not a JSON object")
+            raise self._damaged(f"{paths.TRAIN_STATE} is not a JSON object")
         try:
             structure.decode(body.pop(structure.PATHS, None))  # not a leaf: where the leaves stood
         except MALFORMED as error:
-            raise self._damaged(f"{layout.TRAIN_STATE}: {error}") from None
+            raise self._damaged(f"{paths.TRAIN_STATE}: {error}") from None
         return body
 
     def config(self) -> dict[str, Any]:
         """The run's config as tables; empty when none is stored. Raises DamagedCheckpointError, OSError."""
-        if layout.CONFIG not in self.manifest.files:
+        if paths.CONFIG not in self.manifest.files:
             return {}
         try:
-            return tomli.loads(manifest.read_verified(self.path, self.manifest, layout.CONFIG).decode())
+            return tomli.loads(manifest.read_verified(self.path, self.manifest, paths.CONFIG).decode())
         except (ValueError, RecursionError) as error:
-            raise self._damaged(f"{layout.CONFIG} cannot be parsed ({error})") from None
+            raise self._damaged(f"{paths.CONFIG} cannot be parsed ({error})") from None
 
     def shards(self) -> Iterator[str]:
         """Names of its tensor files."""
-        return (name for name in self.manifest.files if name.endswith(layout.SHARD_SUFFIX))
+        return (name for name in self.manifest.files if name.endswith(paths.SHARD_SUFFIX))
 
     def _damaged(self, what: str) -> DamagedCheckpointError:
         return DamagedCheckpointError(f"{self.path.name} is damaged: {what}")

@@ -1,0 +1,1 @@
+"""A checkpoint on disk: names, the manifest, the tensor index, shard files and checksums."""
