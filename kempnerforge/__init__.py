@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kempnerforge.checkpoint.async_save import AsyncCheckpointer
     from kempnerforge.checkpoint.manager import CheckpointManager
-    from kempnerforge.checkpoint.state import TrainState
+    from kempnerforge.checkpoint.state.train_state import TrainState
     from kempnerforge.checkpoint.storage import SafetensorsWriter
     from kempnerforge.checkpoint.storage_reader import SafetensorsReader
     from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig, load_job
@@ -37,7 +37,7 @@ _HOMES = {
     "CheckpointManager": "checkpoint.manager",
     "SafetensorsReader": "checkpoint.storage_reader",
     "SafetensorsWriter": "checkpoint.storage",
-    "TrainState": "checkpoint.state",
+    "TrainState": "checkpoint.state.train_state",
     "load_job": "config.schema",
 }
 

@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.pieces import local_part
+from kempnerforge.checkpoint.state.pieces import local_part
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 
 SIZES = {

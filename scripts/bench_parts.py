@@ -33,7 +33,7 @@ from bench.workload import Steps, model_config, sharded_llama, state_bytes
 from kempnerforge.checkpoint.agreed_plan import AgreedPlan
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.staging import overlapping
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed.control import ControlGroup

@@ -14,11 +14,11 @@ from kempnerforge.checkpoint.arena import ArenaSet, needed_bytes
 from kempnerforge.checkpoint.commit import Expected, PlannedFile
 from kempnerforge.checkpoint.format import structure
 from kempnerforge.checkpoint.format.structure import FLAT, Structure
-from kempnerforge.checkpoint.pieces import check_name
 from kempnerforge.checkpoint.plan import SavePlan, Signature, digest_of, held_chunks, make_plan, signature_of
 from kempnerforge.checkpoint.results import Payload
-from kempnerforge.checkpoint.tensor_leaves import tensor_names
-from kempnerforge.checkpoint.tree import TreePayload
+from kempnerforge.checkpoint.state.flatten import TreePayload
+from kempnerforge.checkpoint.state.pieces import check_name
+from kempnerforge.checkpoint.state.tensor_leaves import tensor_names
 from kempnerforge.checkpoint.union import Held, Union, unite
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import HostMemoryError, KempnerForgeError, SaveFailedError

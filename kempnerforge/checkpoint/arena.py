@@ -19,8 +19,8 @@ from kempnerforge.checkpoint.commit import PlannedFile
 from kempnerforge.checkpoint.format.dtypes import DTYPES
 from kempnerforge.checkpoint.format.safetensors_file import ShardImage, plan_image
 from kempnerforge.checkpoint.image_writer import padded
-from kempnerforge.checkpoint.pieces import Sizes, piece_at
 from kempnerforge.checkpoint.shared_memory import map_new
+from kempnerforge.checkpoint.state.pieces import Sizes, piece_at
 
 allocations = 0
 """Arenas made by this process so far: a test asserts that it stands still."""

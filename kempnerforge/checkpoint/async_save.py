@@ -29,7 +29,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.staging import BlockingCopy, FailedCopy, Staging, overlapping
-from kempnerforge.checkpoint.tree import payload_of
+from kempnerforge.checkpoint.state.flatten import payload_of
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed import timeouts

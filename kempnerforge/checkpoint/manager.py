@@ -30,7 +30,7 @@ from kempnerforge.checkpoint.results import Payload, RunContext, SaveReport
 from kempnerforge.checkpoint.resume import with_retries
 from kempnerforge.checkpoint.save_coordinator import Saver, Snapshot
 from kempnerforge.checkpoint.save_events import SaveEvent
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import ConfigError, HostMemoryError, LeaseLostError, MismatchError

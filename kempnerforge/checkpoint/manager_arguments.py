@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.results import RunContext
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.checkpoint import fill_dir, unknown_placeholder
 from kempnerforge.config.schema import CheckpointConfig
 

@@ -19,7 +19,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, split_by_name
 from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry, cover_problem
-from kempnerforge.checkpoint.pieces import (
+from kempnerforge.checkpoint.state.pieces import (
     Boxes,
     check_name,
     check_storable,

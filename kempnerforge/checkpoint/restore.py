@@ -11,24 +11,16 @@ import tomli
 import torch
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import (
-    compatibility,
-    holds,
-    known_steps,
-    receipt,
-    resume,
-    rng,
-    timeline,
-    warm_start,
-)
-from kempnerforge.checkpoint.extra_state import PREFIX as EXTRA
+from kempnerforge.checkpoint import compatibility, holds, known_steps, receipt, resume, timeline, warm_start
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.resume import Found, Loaded
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state import rng_state
+from kempnerforge.checkpoint.state.extra_state import PREFIX as EXTRA
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schedule_changes import learning_rate_change
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.config.toml_text import flatten
@@ -186,14 +178,14 @@ class Restorer:
         objects = loaded.reader.objects
         state.load_objects(objects, scheduler="scheduler" in parts, data="data" in parts)
         result = Receipt(self._context.attempt, source=source, step=state.step, path=str(found.path))
-        captured_on = rng.captured_on(loaded.rng) if loaded.rng is not None else None
+        captured_on = rng_state.captured_on(loaded.rng) if loaded.rng is not None else None
         if "rng" not in parts:
             result.rng = "left as the program has them"
         elif loaded.rng is not None and captured_on == state.device.type:
-            rng.restore(loaded.rng, state.device)
+            rng_state.restore(loaded.rng, state.device)
             result.rng = "restored"
         else:
-            rng.derive(state.seed, state.step, self._control.rank, state.device)
+            rng_state.derive(state.seed, state.step, self._control.rank, state.device)
             if captured_on is not None:
                 result.rng += f": captured on {captured_on}, now on {state.device.type}"
         is_exact = state.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()

@@ -30,7 +30,7 @@ from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.receipt import Rejected
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
-from kempnerforge.checkpoint.state import TrainState, rng_name
+from kempnerforge.checkpoint.state.train_state import TrainState, rng_name
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import (

@@ -29,9 +29,9 @@ from kempnerforge.checkpoint.format.checksums import DigestingFile
 from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
 from kempnerforge.checkpoint.format.safetensors_file import plan_image, split_by_name
 from kempnerforge.checkpoint.format.structure import PATHS, Structure
-from kempnerforge.checkpoint.pieces import check_name, check_storable, plain
 from kempnerforge.checkpoint.plan import check_cover, planned_item
-from kempnerforge.checkpoint.tensor_leaves import Packer
+from kempnerforge.checkpoint.state.pieces import check_name, check_storable, plain
+from kempnerforge.checkpoint.state.tensor_leaves import Packer
 from kempnerforge.errors import SaveFailedError
 
 

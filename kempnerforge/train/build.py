@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from kempnerforge.checkpoint import rng
 from kempnerforge.checkpoint.attempt_start import open_run
 from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.run_record import RunRecord
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state import rng_state
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.checkpoint.versions import versions
 from kempnerforge.config.schema import AsyncCheckpointMode, Geometry, JobConfig
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
@@ -198,7 +198,7 @@ def _build_state(
         return ids_digest(batch_ids(place, seed=seed, num_samples=num_samples, global_batch_size=size))
 
     # A resume puts back what was saved, or derives it anew where the layout is another.
-    rng.derive(seed, 0, world.rank, world.device)
+    rng_state.derive(seed, 0, world.rank, world.device)
     return TrainState(
         model=model.parts,
         groups=model.groups,

@@ -14,7 +14,7 @@ from kempnerforge.checkpoint import holds, resume
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.resume import Found
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import Geometry, JobConfig
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import eval_batches

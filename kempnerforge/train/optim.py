@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from kempnerforge.checkpoint.optimizer_state import make_state
+from kempnerforge.checkpoint.state.optimizer_state import make_state
 
 if TYPE_CHECKING:
     from kempnerforge.config.schema import OptimizerConfig

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from bench.machine import finish
-from kempnerforge.checkpoint.optimizer_state import make_state
+from kempnerforge.checkpoint.state.optimizer_state import make_state
 from kempnerforge.config.schema import ModelConfig, TrainConfig
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model.llama import Llama

@@ -254,7 +254,7 @@ def test_pipeline_loss_not_finite_is_skipped_by_all(launcher: Launcher, corpus: 
 
 KILLED_UNDER = ("dp2tp2", "pp2", "hsdp2x2", "pp2dp2 interleaved", "tp2")
 SAVING = {"checkpoint.interval": 2, "checkpoint.async_mode": "disabled"}
-ADVANCE = patch_target("kempnerforge.checkpoint.state:TrainState.advance")
+ADVANCE = patch_target("kempnerforge.checkpoint.state.train_state:TrainState.advance")
 KILL = ("kill_at_call", {"target": ADVANCE, "call": 3})
 
 

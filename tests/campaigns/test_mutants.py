@@ -47,7 +47,9 @@ MUTANTS = {
         "[self._stop_vote() if self._group.rank == 0 else 0, *votes]",
     ),
     "the cursor is not saved": Mutant(
-        "checkpoint/state.py", '                "cursor": self.cursor,\n', '                "cursor": {},\n'
+        "checkpoint/state/train_state.py",
+        '                "cursor": self.cursor,\n',
+        '                "cursor": {},\n',
     ),
     "retention deletes before it renames": Mutant(
         "checkpoint/retention.py",

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kempnerforge import CheckpointConfig, CheckpointManager, TrainState
-from kempnerforge.checkpoint import rng
 from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.state import rng_state
 
 pytestmark = pytest.mark.smoke
 
@@ -28,14 +28,14 @@ def run_one_step(folder: Path) -> Receipt:
 def test_resume_rng_of_other_device_is_derived_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    capture = rng.capture
+    capture = rng_state.capture
 
     def with_cuda_generator(device: torch.device) -> torch.Tensor:
         raw = capture(device).numpy().tobytes()
         return torch.frombuffer(bytearray(raw[:-4] + struct.pack("<I", 16) + bytes(16)), dtype=torch.uint8)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rng, "capture", with_cuda_generator)
+        patch.setattr(rng_state, "capture", with_cuda_generator)
         run_one_step(tmp_path)
     receipt = run_one_step(tmp_path)
     assert (receipt.source, receipt.step) == ("resume", 1)

@@ -20,7 +20,7 @@ from kempnerforge.checkpoint import save_coordinator
 from kempnerforge.checkpoint import tax as overhead
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import SaveReport
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.goodput.interval import daly, expected_mtti

@@ -25,7 +25,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import read
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import RunContext
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, SaveFailedError

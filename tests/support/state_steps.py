@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint import resume, rng
+from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.resume import Loaded
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state import rng_state
+from kempnerforge.checkpoint.state.train_state import TrainState
 
 CPU = torch.device("cpu")
 PARTS = ("model", "optimizer", "extra", "data", "rng")
@@ -35,7 +36,7 @@ def load(path: Path, state: TrainState, *, parts: tuple[str, ...] = PARTS, **opt
     if "data" in parts:
         state.load_objects(loaded.reader.objects)
     if loaded.rng is not None:
-        rng.restore(loaded.rng, CPU)
+        rng_state.restore(loaded.rng, CPU)
     return loaded
 
 

@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import receipt, resume, rng
+from kempnerforge.checkpoint import receipt, resume
 from kempnerforge.checkpoint.commit import Expected, FileReport, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.format import json_values
 from kempnerforge.checkpoint.format.checksums import FileRecord
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image, split_by_name
 from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.errors import MismatchError, SaveFailedError, UnreachableCheckpointError
 
 CPU = torch.device("cpu")
@@ -62,23 +63,23 @@ def draw() -> list[object]:
 
 
 def test_rng_restore_exact_capture_draws_nothing() -> None:
-    rng.derive(1, 2, 3, CPU)
+    rng_state.derive(1, 2, 3, CPU)
     draw()  # leaves a Gaussian behind in Python and in NumPy
     random.gauss(0, 1)
     np.random.randn()
-    state = rng.capture(CPU)
+    state = rng_state.capture(CPU)
     assert state.dtype == torch.uint8
-    assert rng.captured_on(state) == "cpu"
+    assert rng_state.captured_on(state) == "cpu"
     expected = draw()
-    rng.restore(state, CPU)
-    assert torch.equal(rng.capture(CPU), state)
+    rng_state.restore(state, CPU)
+    assert torch.equal(rng_state.capture(CPU), state)
     assert draw() == expected
 
 
 def test_rng_derive_depends_on_seed_step_rank() -> None:
     seen = []
     for key in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 2, 3)]:
-        rng.derive(*key, CPU)
+        rng_state.derive(*key, CPU)
         seen.append(str(draw()))
     assert seen[0] == seen[4]
     assert len(set(seen)) == 4
@@ -86,7 +87,7 @@ def test_rng_derive_depends_on_seed_step_rank() -> None:
 
 def test_rng_other_format_is_mismatch() -> None:
     with pytest.raises(MismatchError, match="RNG state has format"):
-        rng.restore(torch.zeros(5000, dtype=torch.uint8), CPU)
+        rng_state.restore(torch.zeros(5000, dtype=torch.uint8), CPU)
 
 
 FAULT = ("Exception", "TypeError: x")

@@ -19,7 +19,7 @@ from kempnerforge.checkpoint.commit import Expected, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.format import manifest
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem
 from kempnerforge.checkpoint.manager import CheckpointManager
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.checkpoint.verify import verify
 from kempnerforge.config.schema import CheckpointConfig

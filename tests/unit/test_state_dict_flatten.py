@@ -13,9 +13,9 @@ from kempnerforge.checkpoint.commit import PlannedItem
 from kempnerforge.checkpoint.format import structure
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem
 from kempnerforge.checkpoint.format.structure import FLAT, Structure
-from kempnerforge.checkpoint.pieces import check_name
 from kempnerforge.checkpoint.shadows import may_overlap
-from kempnerforge.checkpoint.tree import payload_of
+from kempnerforge.checkpoint.state.flatten import payload_of
+from kempnerforge.checkpoint.state.pieces import check_name
 from kempnerforge.checkpoint.union import Held, unite
 from kempnerforge.distributed.store_channel import LocalBoard, collect
 

@@ -16,9 +16,9 @@ from support.state_steps import CPU, Counter, load, save
 from support.step_maker import write_step
 from torch import nn, optim
 
-from kempnerforge.checkpoint import rng
-from kempnerforge.checkpoint.model_state import ModelState
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state import rng_state
+from kempnerforge.checkpoint.state.model_state import ModelState
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
 
@@ -483,6 +483,6 @@ class Drawing(Counter):
 
 def test_capture_draws_no_random_numbers() -> None:
     state = linear(extra={"values": Counter(VALUES), "loader": Drawing()})
-    before = rng.capture(CPU)
+    before = rng_state.capture(CPU)
     state.capture()
-    assert torch.equal(before, rng.capture(CPU))
+    assert torch.equal(before, rng_state.capture(CPU))

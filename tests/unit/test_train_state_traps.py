@@ -12,7 +12,7 @@ import torch
 from support.state_steps import Counter, load, save
 from torch import nn, optim
 
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.errors import MismatchError
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from kempnerforge.checkpoint import rng
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state import rng_state
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.config.schema import OptimizerConfig
 from kempnerforge.train.optim import build_optimizer
@@ -66,7 +66,7 @@ def set_step(state: TrainState, step: int) -> None:
                 whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
             tensor.copy_(whole)
     state.step, state.cursor = step, {"samples": 10 * step}
-    rng.derive(SEED, step, rank_here(), CPU)
+    rng_state.derive(SEED, step, rank_here(), CPU)
 
 
 def expected_tensors(step: int, ranks: int) -> dict[str, Tensor]:
@@ -74,8 +74,8 @@ def expected_tensors(step: int, ranks: int) -> dict[str, Tensor]:
     state = make_state()
     found = {name: value_at(step, name, tuple(tensor.shape)) for name, tensor in state.tensors().items()}
     for rank in range(ranks):
-        rng.derive(SEED, step, rank, CPU)
-        found[f"rng.rank_{rank:05d}"] = rng.capture(CPU)
+        rng_state.derive(SEED, step, rank, CPU)
+        found[f"rng.rank_{rank:05d}"] = rng_state.capture(CPU)
     return found
 
 

@@ -30,7 +30,7 @@ from kempnerforge.checkpoint.background import Patience
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import RunContext, SaveReport
-from kempnerforge.checkpoint.state import TrainState
+from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.errors import SaveFailedError
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.checkpoint import rng
-from kempnerforge.checkpoint.extra_state import Extras, digest_of
 from kempnerforge.checkpoint.format import json_values, paths
-from kempnerforge.checkpoint.model_state import ModelState
-from kempnerforge.checkpoint.optimizer_state import OptimizerState, check_whole, make_state
 from kempnerforge.checkpoint.results import Payload
-from kempnerforge.checkpoint.tensor_leaves import Packer
+from kempnerforge.checkpoint.state import rng_state
+from kempnerforge.checkpoint.state.extra_state import Extras, digest_of
+from kempnerforge.checkpoint.state.model_state import ModelState
+from kempnerforge.checkpoint.state.optimizer_state import OptimizerState, check_whole, make_state
+from kempnerforge.checkpoint.state.tensor_leaves import Packer
 
 MODEL, OPTIMIZER, OPTIMIZERS = paths.MODEL_PREFIX, "optimizer.", "optimizers."
 Optimizers = torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | Sequence[torch.optim.Optimizer]
@@ -129,7 +129,7 @@ class TrainState:
         With ``overlapping`` buffers are copied, too: a forward that goes on beside the save may change them.
         Consumes no random numbers. Raises TypeError and ValueError, naming it, for what cannot be restored.
         """
-        generators = rng.capture(self.device)
+        generators = rng_state.capture(self.device)
         packer, objects = Packer(), self._counters()
         same: dict[str, str] = {}
         for name, value in self.model.entries(copy_buffers=overlapping).items():
@@ -145,8 +145,8 @@ class TrainState:
         plain = frozenset(n for n, t in packer.tensors.items() if not isinstance(t, DTensor))
         same |= self.extras.pack(packer, objects, rank=rank, num_ranks=num_ranks)
         # A loader may start an iterator in state_dict(). A save must not change which numbers are drawn next.
-        if self.extras.objects and not torch.equal(rng.capture(self.device), generators):
-            rng.restore(generators, self.device)
+        if self.extras.objects and not torch.equal(rng_state.capture(self.device), generators):
+            rng_state.restore(generators, self.device)
         packer.add(rng_name(rank), generators)
         if num_ranks == 1:
             return Payload(packer.tensors, objects)

@@ -17,8 +17,14 @@ import xxhash
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint.format.dtypes import DTYPES
+from kempnerforge.checkpoint.state.tensor_leaves import (
+    SMALL_BYTES,
+    Packer,
+    Unpacker,
+    tensor_names,
+    tensor_tags,
+)
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader
-from kempnerforge.checkpoint.tensor_leaves import SMALL_BYTES, Packer, Unpacker, tensor_names, tensor_tags
 from kempnerforge.errors import MismatchError
 
 PREFIX = "extra."

@@ -14,9 +14,9 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from kempnerforge.checkpoint.format.json_values import MAX_DEPTH
 from kempnerforge.checkpoint.format.structure import FLAT, Key, Path, Structure, name_of
-from kempnerforge.checkpoint.pieces import check_name, check_storable
 from kempnerforge.checkpoint.results import Payload
-from kempnerforge.checkpoint.tensor_leaves import Packer
+from kempnerforge.checkpoint.state.pieces import check_name, check_storable
+from kempnerforge.checkpoint.state.tensor_leaves import Packer
 
 
 @dataclass(frozen=True)

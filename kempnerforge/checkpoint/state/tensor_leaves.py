@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint.format import json_values
-from kempnerforge.checkpoint.pieces import check_storable
+from kempnerforge.checkpoint.state.pieces import check_storable
 from kempnerforge.errors import MismatchError
 
 _INLINE_BYTES = 4096

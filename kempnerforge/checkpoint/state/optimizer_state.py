@@ -30,9 +30,9 @@ from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint.format.dtypes import DTYPES
 from kempnerforge.checkpoint.format.json_values import MALFORMED
-from kempnerforge.checkpoint.model_state import memory_of
+from kempnerforge.checkpoint.state.model_state import memory_of
+from kempnerforge.checkpoint.state.tensor_leaves import Packer, Unpacker, tensor_names
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader
-from kempnerforge.checkpoint.tensor_leaves import Packer, Unpacker, tensor_names
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
 _UNKNOWN: tuple[Callable[[], Any], list[bool]] = (lambda: None, [])
