@@ -11,14 +11,15 @@ from pathlib import Path
 import tomli
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import claim, holds, new_folder, owner, run_record
-from kempnerforge.checkpoint.counters import require_training_state
+from kempnerforge.checkpoint import holds, new_folder
 from kempnerforge.checkpoint.format import latest_link, manifest, paths
 from kempnerforge.checkpoint.format.checksums import FileRecord, VerifiedFile
 from kempnerforge.checkpoint.format.json_values import decode_objects
 from kempnerforge.checkpoint.format.manifest import Manifest
-from kempnerforge.checkpoint.owner import OWNER_FILE
-from kempnerforge.checkpoint.run_record import Parent
+from kempnerforge.checkpoint.run import claim, metadata, owner
+from kempnerforge.checkpoint.run.metadata import Parent
+from kempnerforge.checkpoint.run.owner import OWNER_FILE
+from kempnerforge.checkpoint.run.resumable_steps import require_training_state
 from kempnerforge.errors import NoTrainingStateError, RunFolderError, StepNotFoundError
 
 Progress = Callable[[int, int], None]
@@ -120,8 +121,8 @@ def _fill(
     fsio.fsync_folder(target)
     latest_link.point(target.parent, step)  # a convenience: the new run makes it at its first start
     parent = Parent(found.provenance.run_id, step, str(step_folder))
-    record = run_record.new(parent=parent, global_batch_size=_global_batch_size(step_folder, found))
-    run_record.write(building, record)
+    record = metadata.new(parent=parent, global_batch_size=_global_batch_size(step_folder, found))
+    metadata.write(building, record)
     mine = claim.claimant(record, run_dir, run_dir.name)
     fsio.write_new_file(target.parent / OWNER_FILE, owner.encode(mine))
     fsio.fsync_folder(target.parent)

@@ -21,14 +21,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from kempnerforge.checkpoint import timeline
 from kempnerforge.checkpoint.format import late_metrics, manifest, paths
 from kempnerforge.checkpoint.format.latest_link import LatestLink
 from kempnerforge.checkpoint.keep import KeepPolicy
-from kempnerforge.checkpoint.owner import Owner
 from kempnerforge.checkpoint.retention import Retention
 from kempnerforge.checkpoint.room import RoomKeeper
-from kempnerforge.checkpoint.save_events import MAX_EVENTS, SaveEvent, deleted
+from kempnerforge.checkpoint.run import lineage
+from kempnerforge.checkpoint.run.owner import Owner
+from kempnerforge.checkpoint.run.save_events import MAX_EVENTS, SaveEvent, deleted
 from kempnerforge.checkpoint.space import Room
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.config.schema import CheckpointConfig
@@ -233,7 +233,7 @@ class Housekeeping:
 
     def _set_aside_late(self) -> None:
         known = {*self._trusted, *self._cleanup.passed_over}
-        cuts = timeline.cuts(self._run_dir)
+        cuts = lineage.cuts(self._run_dir)
         late = self._cleanup.set_aside_late(cuts, run_id=self._run_id, trusted=known)
         for path in late.moved:
             self._warn(f"a step that an older attempt committed late was set aside as {path.name}")

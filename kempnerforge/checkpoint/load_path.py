@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from kempnerforge.checkpoint import run_record
 from kempnerforge.checkpoint.format import hf_format, paths
+from kempnerforge.checkpoint.run import metadata
 from kempnerforge.errors import MismatchError, RunFolderError, StepNotFoundError
 
 ALLOWED = "give a step's folder, such as RUN/checkpoints/step_00001000, or a run's folder"
@@ -65,7 +65,7 @@ def only_weights(path: Path, absent: Sequence[str]) -> MismatchError:
 
 def _moved_to(path: Path) -> list[Path]:
     try:
-        record = run_record.read(path)
+        record = metadata.read(path)
     except (OSError, RunFolderError):
         return []
     return [record.checkpoint_folder(path)] if record is not None else []

@@ -12,24 +12,25 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from kempnerforge.checkpoint import claim, manager_arguments, owner
+from kempnerforge.checkpoint import manager_arguments
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import Patience
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.housekeeping import Housekeeping
-from kempnerforge.checkpoint.lease import Lease
-from kempnerforge.checkpoint.own_run import OwnRun
-from kempnerforge.checkpoint.owner import ANYONE, Owner
 from kempnerforge.checkpoint.pace import Pacer
 from kempnerforge.checkpoint.policy import SavePolicy
-from kempnerforge.checkpoint.receipt import Receipt
-from kempnerforge.checkpoint.request_files import RequestFile, RequestFiles
 from kempnerforge.checkpoint.restore import Restorer
 from kempnerforge.checkpoint.results import Payload, RunContext, SaveReport
 from kempnerforge.checkpoint.resume import with_retries
+from kempnerforge.checkpoint.run import claim, owner
+from kempnerforge.checkpoint.run.lease import Lease
+from kempnerforge.checkpoint.run.own_run import OwnRun
+from kempnerforge.checkpoint.run.owner import ANYONE, Owner
+from kempnerforge.checkpoint.run.request_files import RequestFile, RequestFiles
+from kempnerforge.checkpoint.run.resume_report import Receipt
+from kempnerforge.checkpoint.run.save_events import SaveEvent
 from kempnerforge.checkpoint.save_coordinator import Saver, Snapshot
-from kempnerforge.checkpoint.save_events import SaveEvent
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.distributed.control import ControlGroup, as_agreed

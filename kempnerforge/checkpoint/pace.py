@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kempnerforge.checkpoint import timeline
 from kempnerforge.checkpoint.results import SaveReport
+from kempnerforge.checkpoint.run import lineage
 from kempnerforge.checkpoint.tax import SAVES_WINDOW, SaveTax, StepClock, cost_s
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.goodput.accounting import interruptions
@@ -121,7 +121,7 @@ class Pacer:
         """
         if self._is_active:
             with contextlib.suppress(OSError):
-                rollbacks = timeline.rollbacks(run_dir)
+                rollbacks = lineage.rollbacks(run_dir)
                 self._learn(read_history(run_dir, rollbacks=rollbacks), resumed_at, rollbacks)
 
     def _learn(self, history: Sequence[AttemptHistory], resumed_at: int, rollbacks: Sequence[int]) -> None:

@@ -11,12 +11,13 @@ import tomli
 import torch
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import compatibility, holds, known_steps, receipt, resume, timeline, warm_start
+from kempnerforge.checkpoint import compatibility, holds, resume, warm_start
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.owner import ANYONE, Owner
-from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.resume import Found, Loaded
+from kempnerforge.checkpoint.run import known_steps, lineage, resume_report
+from kempnerforge.checkpoint.run.owner import ANYONE, Owner
+from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.extra_state import PREFIX as EXTRA
@@ -63,7 +64,7 @@ class Restorer:
     def restore(self, state: TrainState) -> Receipt:
         """What ``CheckpointManager.resume`` promises; the receipt is written."""
         self._control.on_rank0(self._prepare_folder)
-        rejected: list[receipt.Rejected] = []
+        rejected: list[resume_report.Rejected] = []
         while True:
             found, rejected = self._control.on_rank0(lambda known=rejected: self._choose(list(known)))
             if found is None:
@@ -82,7 +83,9 @@ class Restorer:
         self._control.on_rank0(lambda: self._write(result))
         return result
 
-    def _quarantine(self, step: int, why: str, rejected: list[receipt.Rejected]) -> list[receipt.Rejected]:
+    def _quarantine(
+        self, step: int, why: str, rejected: list[resume_report.Rejected]
+    ) -> list[resume_report.Rejected]:
         resume.with_retries(self._check_lease, what=f"the lease in {self._run_dir}")
         return [*rejected, resume.quarantine(self.cleanup, step, why)]
 
@@ -94,7 +97,7 @@ class Restorer:
             raise RunFolderError(f"{self._folder} cannot be used for checkpoints: {error}") from error
         self.cleanup.remove_leftovers()
         cuts = resume.with_retries(
-            lambda: timeline.cuts(self._run_dir), what=f"the timeline of {self._run_dir}"
+            lambda: lineage.cuts(self._run_dir), what=f"the timeline of {self._run_dir}"
         )
         for delay_s in (*resume.RETRY_DELAYS_S, None):
             resume.with_retries(lambda: self._set_aside_late(cuts), what=str(self._folder))
@@ -102,10 +105,12 @@ class Restorer:
                 break
             time.sleep(delay_s)
 
-    def _set_aside_late(self, cuts: Sequence[timeline.Cut]) -> None:
+    def _set_aside_late(self, cuts: Sequence[lineage.Cut]) -> None:
         self.cleanup.set_aside_late(cuts, run_id=self._context.run_id, commits=self._commits)
 
-    def _choose(self, rejected: list[receipt.Rejected]) -> tuple[Found | None, list[receipt.Rejected]]:
+    def _choose(
+        self, rejected: list[resume_report.Rejected]
+    ) -> tuple[Found | None, list[resume_report.Rejected]]:
         found = resume.choose(
             self._folder,
             rejected,
@@ -120,7 +125,7 @@ class Restorer:
 
     def _suspects(self) -> dict[int, str]:
         try:
-            rollbacks = timeline.rollbacks(self._run_dir)
+            rollbacks = lineage.rollbacks(self._run_dir)
             return breaker.suspects(read_history(self._run_dir, rollbacks=rollbacks))
         except OSError as error:
             self.cleanup.warn(f"which steps are suspect is not known: {error}")
@@ -132,7 +137,7 @@ class Restorer:
             result.write(self._run_dir)
         except OSError as error:
             raise RunFolderError(
-                f"{self._run_dir / receipt.RECEIPTS} cannot be written: {error}. It says which steps count. "
+                f"{self._run_dir / resume_report.RECEIPTS} cannot be written: {error}. It says which steps count. "
                 "Fix this, then start the same command again"
             ) from error
 
@@ -199,8 +204,8 @@ class Restorer:
         result.not_loaded = [part for part in ALL_PARTS if part not in parts]
         result.not_loaded += [EXTRA + name for name in loaded.targets.extras.excluded]
         if saved_by_run := bool(provenance.layout):  # imported weights have no layout that could differ
-            result.layout_changes = receipt.changes(provenance.layout, self._context.layout)
-            result.version_changes = receipt.changes(provenance.versions, self._context.versions)
+            result.layout_changes = resume_report.changes(provenance.layout, self._context.layout)
+            result.version_changes = resume_report.changes(provenance.versions, self._context.versions)
         result.data_changes = loaded.data_changes
         result.size_bytes = found.manifest.size_bytes
         result.load_s = loaded.load_s
@@ -212,7 +217,7 @@ class Restorer:
                 before = {section: table for section, table in before.items() if section in now}
             if not saved_by_run:
                 now = {section: table for section, table in now.items() if section in before}
-            result.config_changes = receipt.changes(flatten(before), flatten(now))
+            result.config_changes = resume_report.changes(flatten(before), flatten(now))
             change = learning_rate_change(before, now, state.step) if source == "resume" else None
             if change is not None:
                 result.learning_rate = [change.before, change.now]
@@ -224,7 +229,7 @@ class Restorer:
     def _lost(self, step: int) -> tuple[int, int]:
         """How many steps were done after ``step``, and the newest of them that is committed and set aside."""
         try:
-            done = timeline.last_done_step(self._run_dir)
+            done = lineage.last_done_step(self._run_dir)
             aside = [found for found in paths.set_aside_steps(self._folder) if step < found <= done]
         except OSError as error:
             self.cleanup.warn(f"how many steps are done again is not known: {error}")

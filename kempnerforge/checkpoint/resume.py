@@ -17,8 +17,6 @@ from typing import TypeVar
 import tomli
 import torch
 
-from kempnerforge.checkpoint import known_steps
-from kempnerforge.checkpoint.counters import check_counters, require_training_state
 from kempnerforge.checkpoint.fit import check_parts
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.format.dtypes import DTYPES
@@ -26,9 +24,11 @@ from kempnerforge.checkpoint.format.json_values import MALFORMED, decode_objects
 from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.format.paths import FolderListing
 from kempnerforge.checkpoint.load_targets import LoadTargets, find_targets
-from kempnerforge.checkpoint.owner import ANYONE, Owner
-from kempnerforge.checkpoint.receipt import Rejected
 from kempnerforge.checkpoint.results import RunContext
+from kempnerforge.checkpoint.run import known_steps
+from kempnerforge.checkpoint.run.owner import ANYONE, Owner
+from kempnerforge.checkpoint.run.resumable_steps import check_counters, require_training_state
+from kempnerforge.checkpoint.run.resume_report import Rejected
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.state.train_state import TrainState, rng_name
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import holds, pins
-from kempnerforge.checkpoint.counters import load_resumable
 from kempnerforge.checkpoint.format import late_metrics, paths
 from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.keep import KeepPolicy, StepFacts, Verdict, decide
-from kempnerforge.checkpoint.owner import ANYONE, Owner
+from kempnerforge.checkpoint.run.owner import ANYONE, Owner
+from kempnerforge.checkpoint.run.resumable_steps import load_resumable
 from kempnerforge.errors import CheckpointError
 
 

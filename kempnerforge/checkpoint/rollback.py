@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import claim, known_steps, lease, owner, run_record, timeline
 from kempnerforge.checkpoint.format import latest_link, paths
-from kempnerforge.checkpoint.receipt import read_receipts
-from kempnerforge.checkpoint.run_record import Rollback, RunRecord
+from kempnerforge.checkpoint.run import claim, known_steps, lease, lineage, metadata, owner
+from kempnerforge.checkpoint.run.metadata import Rollback, RunRecord
+from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.checkpoint.verify import verify
 from kempnerforge.errors import DamagedCheckpointError, RunFolderError, StepNotFoundError
 
@@ -55,7 +55,7 @@ def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Re
     folder = record.checkpoint_folder(run_dir)
     if step > 0:
         _require_step(folder, step)
-    held = lease.acquire(run_dir, after_attempt=timeline.last_attempt(run_dir), note=note)
+    held = lease.acquire(run_dir, after_attempt=lineage.last_attempt(run_dir), note=note)
     try:
         record = _record_of(run_dir)
         folder = record.checkpoint_folder(run_dir)
@@ -74,10 +74,10 @@ def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Re
             return Renamed(step, {}, str(folder), record.wandb_id, changed=False)
         if not to_start:
             _check_sound(folder, step, progress)
-        targets = {one: timeline.free_name(folder, one, paths.rolled_back_name) for one in later}
+        targets = {one: lineage.free_name(folder, one, paths.rolled_back_name) for one in later}
         record = _begin_timeline(record, held.attempt, step, [path.name for path in targets.values()])
         record = _cleared(record, [path.name for path in in_the_way])
-        run_record.write(run_dir, record)
+        metadata.write(run_dir, record)
         # The decision stands from here on: what fails now the next start completes, or passes over.
         renamed = _set_aside(folder, targets, note)
         _point_latest(folder, None if to_start else step, note)
@@ -113,7 +113,7 @@ def undo(run_dir: Path, *, note: Note) -> Renamed:
     Raises StepNotFoundError when there is no rollback, RunFolderError when it is too late, LeaseHeldError.
     """
     _record_of(run_dir)
-    held = lease.acquire(run_dir, after_attempt=timeline.last_attempt(run_dir), note=note)
+    held = lease.acquire(run_dir, after_attempt=lineage.last_attempt(run_dir), note=note)
     try:
         record = _record_of(run_dir)
         folder = record.checkpoint_folder(run_dir)
@@ -136,7 +136,7 @@ def undo(run_dir: Path, *, note: Note) -> Renamed:
             wandb_id=last.wandb_id,
             wandb_first_attempt=last.wandb_first_attempt,
         )
-        run_record.write(run_dir, record)
+        metadata.write(run_dir, record)
         newest = owner.newest_step(folder, mine)
         _point_latest(folder, newest, note)
     except OSError as error:
@@ -212,11 +212,11 @@ def _last_rollback(run_dir: Path, record: RunRecord) -> Rollback:
 
 def _record_of(run_dir: Path) -> RunRecord:
     try:
-        record = run_record.read(run_dir)
+        record = metadata.read(run_dir)
     except OSError as error:
-        raise RunFolderError(f"{run_dir / run_record.RUN_FILE} cannot be read: {error}") from error
+        raise RunFolderError(f"{run_dir / metadata.RUN_FILE} cannot be read: {error}") from error
     if record is None:
-        raise RunFolderError(f"{run_dir} is no run's folder: it has no {run_record.RUN_FILE}")
+        raise RunFolderError(f"{run_dir} is no run's folder: it has no {metadata.RUN_FILE}")
     return record
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from kempnerforge.checkpoint import space
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.keep import KeepPolicy
-from kempnerforge.checkpoint.owner import Owner
 from kempnerforge.checkpoint.quota import Quotas, read_quotas
 from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.checkpoint.run.owner import Owner
 from kempnerforge.checkpoint.space import Room, Verdict
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import CheckpointError

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import pins, timeline
+from kempnerforge.checkpoint import pins
 from kempnerforge.checkpoint.format import manifest, paths
-from kempnerforge.checkpoint.owner import ANYONE, OWNER_FILE, Owner
-from kempnerforge.checkpoint.timeline import Cut
+from kempnerforge.checkpoint.run import lineage
+from kempnerforge.checkpoint.run.lineage import Cut
+from kempnerforge.checkpoint.run.owner import ANYONE, OWNER_FILE, Owner
 from kempnerforge.errors import CheckpointError
 
 NewName = Callable[[int, int], str]
@@ -169,7 +170,7 @@ class StartCleanup:
             kind = "rolled back" if name is paths.rolled_back_name else "late"
             self.pass_over(step, kind, name, error)
 
-        moved = timeline.set_aside_late(
+        moved = lineage.set_aside_late(
             self.folder,
             cuts,
             run_id=run_id,
@@ -185,7 +186,7 @@ class StartCleanup:
     def set_aside(self, step: int, kind: str, name: NewName) -> str:
         """Rename a step. Returns its new name; empty when it is passed over instead."""
         try:
-            return timeline.set_aside(self.folder, step, name).name
+            return lineage.set_aside(self.folder, step, name).name
         except OSError as error:
             self.pass_over(step, kind, name, error)
             return ""
@@ -206,7 +207,7 @@ class StartCleanup:
         path = self.folder / paths.step_name(step)
         try:
             if os.path.lexists(path):
-                timeline.set_aside(self.folder, step, known.name)
+                lineage.set_aside(self.folder, step, known.name)
         except OSError as error:
             return (
                 f"step {step} cannot be saved: {path} is in the way, which is {known.kind} and cannot be "

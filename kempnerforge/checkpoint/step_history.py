@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kempnerforge.checkpoint import lease
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.receipt import read_receipts
+from kempnerforge.checkpoint.run import lease
+from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.goodput.faults import read_faults
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.ledger import Event, read_events

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import lease, run_record, timeline
 from kempnerforge.checkpoint.format import manifest, paths
-from kempnerforge.checkpoint.run_record import Restored
-from kempnerforge.checkpoint.timeline import Cut
+from kempnerforge.checkpoint.run import lease, lineage, metadata
+from kempnerforge.checkpoint.run.lineage import Cut
+from kempnerforge.checkpoint.run.metadata import Restored
 from kempnerforge.errors import DamagedCheckpointError, LeaseHeldError, MismatchError, RunFolderError
 from kempnerforge.goodput.ledger import Ledger
 
@@ -40,13 +40,13 @@ def unblock(run_dir: Path, *, note: Callable[[str], None]) -> Unblocked:
     try:
         if writer := lease.live_holder(run_dir):
             raise LeaseHeldError(f"{run_dir} is being written by {writer}; it is not blocked")
-        record = run_record.read(run_dir)
+        record = metadata.read(run_dir)
         folder = record.checkpoint_folder(run_dir) if record is not None else run_dir / "checkpoints"
         suspects = paths.list_folder(folder).suspect
         if record is None or not suspects:
-            done = Unblocked(timeline.last_attempt(run_dir))
+            done = Unblocked(lineage.last_attempt(run_dir))
         else:
-            held = lease.acquire(run_dir, after_attempt=timeline.last_attempt(run_dir), note=note)
+            held = lease.acquire(run_dir, after_attempt=lineage.last_attempt(run_dir), note=note)
             try:
                 done = _restore(run_dir, folder, suspects, held.attempt)
             finally:
@@ -58,9 +58,9 @@ def unblock(run_dir: Path, *, note: Callable[[str], None]) -> Unblocked:
 
 
 def _restore(run_dir: Path, folder: Path, suspects: Sequence[Path], attempt: int) -> Unblocked:
-    record = run_record.read(run_dir)
+    record = metadata.read(run_dir)
     assert record is not None
-    cuts, committed = timeline.cuts(run_dir), paths.committed_steps(folder)
+    cuts, committed = lineage.cuts(run_dir), paths.committed_steps(folder)
     done = Unblocked(attempt)
     restored: list[Restored] = []
     for path in sorted(suspects, reverse=True):
@@ -75,7 +75,7 @@ def _restore(run_dir: Path, folder: Path, suspects: Sequence[Path], attempt: int
         done.renamed[path.name] = paths.step_name(step)
         if since:
             restored.append(Restored(step, since, attempt))
-    run_record.write(run_dir, replace(record, attempt=attempt, restored=(*record.restored, *restored)))
+    metadata.write(run_dir, replace(record, attempt=attempt, restored=(*record.restored, *restored)))
     for old, new in done.renamed.items():
         (folder / old).rename(folder / new)
     if done.renamed:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kempnerforge.checkpoint import holds
-from kempnerforge.checkpoint.counters import check_counters
 from kempnerforge.checkpoint.format import json_values, manifest, paths, safetensors_header
 from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, VerifiedFile
 from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry
+from kempnerforge.checkpoint.run.resumable_steps import check_counters
 from kempnerforge.errors import (
     DamagedCheckpointError,
     NoTrainingStateError,

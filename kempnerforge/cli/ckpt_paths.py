@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kempnerforge.checkpoint import claim, run_record
 from kempnerforge.checkpoint.format import latest_link, paths
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.keep import KeepPolicy
-from kempnerforge.checkpoint.owner import ANYONE, Owner
-from kempnerforge.checkpoint.owner import of_folder as owner_of
+from kempnerforge.checkpoint.run import claim, metadata
+from kempnerforge.checkpoint.run.owner import ANYONE, Owner
+from kempnerforge.checkpoint.run.owner import of_folder as owner_of
 from kempnerforge.errors import CheckpointError, RunFolderError, StepNotFoundError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def find_run(path: Path) -> CheckpointFolder:
     try:
         if not path.is_dir():
             raise RunFolderError(f"{path} {'is not a folder' if path.exists() else 'does not exist'}")
-        record = run_record.read(path)
+        record = metadata.read(path)
         if record is not None:
             folder = record.checkpoint_folder(path)
             return CheckpointFolder(folder, path, claim.require_own(folder, record, path))
@@ -72,7 +72,7 @@ def find_run(path: Path) -> CheckpointFolder:
 def _run_of(folder: Path, owner: Owner) -> Path | None:
     """The folder of the run whose checkpoints are in ``folder``: the one above, or the one its owner had."""
     for run_dir in (folder.parent, *([Path(owner.run_dir)] if owner.run_dir else [])):
-        record = run_record.read(run_dir)
+        record = metadata.read(run_dir)
         if record is not None and record.checkpoint_folder(run_dir) == folder:
             return run_dir if owner.run_id in ("", record.run_id) else None
     return None

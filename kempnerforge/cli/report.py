@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import lease, timeline
-from kempnerforge.checkpoint.receipt import METRICS
+from kempnerforge.checkpoint.run import lease, lineage
+from kempnerforge.checkpoint.run.resume_report import METRICS
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_run
 from kempnerforge.cli.report_page import KEYS, Report, page
@@ -39,7 +39,7 @@ def report(
     run_dir = find_run(run).run_dir
     if run_dir is None:
         raise RunFolderError(f"{run} holds steps, but it is not known of which run; give the run's folder")
-    cuts = timeline.cuts(run_dir)
+    cuts = lineage.cuts(run_dir)
     history = read_history(run_dir, rollbacks=[cut.attempt for cut in cuts if cut.is_rollback])
     if not history:
         raise RunFolderError(f"{run_dir} has no ledger yet: no attempt of it got as far as that")
@@ -64,7 +64,7 @@ def _write_page(
     run_dir: Path,
     body: dict[str, Any],
     history: list[AttemptHistory],
-    cuts: list[timeline.Cut],
+    cuts: list[lineage.Cut],
     now: float,
 ) -> int:
     """Write the page. Returns its size in bytes. Raises RunFolderError when it cannot be written."""

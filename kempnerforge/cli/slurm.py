@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import run_record
+from kempnerforge.checkpoint.run import metadata
 from kempnerforge.cli.train import split_config
 from kempnerforge.config.schema import load_job
 from kempnerforge.errors import EXIT_FAULT, RunFolderError
@@ -125,7 +125,7 @@ def _try_to_exclude(job: SlurmJob, decision: Decision) -> None:
 
 
 def _attempt(folder: Path) -> int:
-    record = run_record.read(folder)
+    record = metadata.read(folder)
     return record.attempt if record is not None else 0
 
 

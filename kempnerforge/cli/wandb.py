@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from kempnerforge.checkpoint import lease, run_record, timeline
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.step_info import StepView
-from kempnerforge.checkpoint.receipt import METRICS, read_receipts
-from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.run import lease, lineage, metadata
+from kempnerforge.checkpoint.run.metadata import RunRecord
+from kempnerforge.checkpoint.run.resume_report import METRICS, read_receipts
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_run
 from kempnerforge.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, RunFolderError
@@ -51,9 +51,9 @@ def sync(
     now. A run that has not finished is uploaded up to its newest committed step.
     """
     run_dir = find_run(run).run_dir
-    record = run_record.read(run_dir) if run_dir is not None else None
+    record = metadata.read(run_dir) if run_dir is not None else None
     if run_dir is None or record is None:
-        raise RunFolderError(f"{run} has no {run_record.RUN_FILE}, so it is not known which run it is of")
+        raise RunFolderError(f"{run} has no {metadata.RUN_FILE}, so it is not known which run it is of")
     read = _read(run_dir, record, project=project, entity=entity, uncommitted=uncommitted)
     if not as_json:
         for line in read.lines(run_dir):
@@ -134,7 +134,7 @@ def _read(
         rows = read_rows(run_dir / METRICS).rows
     except FileNotFoundError:
         raise RunFolderError(f"{run_dir} has no {METRICS}: nothing has been logged yet") from None
-    cuts = timeline.cuts(run_dir)
+    cuts = lineage.cuts(run_dir)
     counting = effective_rows(rows, {cut.attempt: cut.step for cut in cuts})
     steps = by_step(counting)
     config = _config(folder, committed)

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from kempnerforge.checkpoint import owner
-from kempnerforge.checkpoint.attempt_start import attempt_started, start_facts
 from kempnerforge.checkpoint.results import SaveReport
-from kempnerforge.checkpoint.run_record import RunRecord
-from kempnerforge.checkpoint.save_events import SaveEvent, event_of
+from kempnerforge.checkpoint.run import owner
+from kempnerforge.checkpoint.run.attempt_start import attempt_started, start_facts
+from kempnerforge.checkpoint.run.metadata import RunRecord
+from kempnerforge.checkpoint.run.save_events import SaveEvent, event_of
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.distributed.world import World
 from kempnerforge.errors import KempnerForgeError, NoProgressError, UnreachableCheckpointError

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from kempnerforge.checkpoint.attempt_start import open_run
-from kempnerforge.checkpoint.lease import Lease
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import RunContext
-from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.run.attempt_start import open_run
+from kempnerforge.checkpoint.run.lease import Lease
+from kempnerforge.checkpoint.run.metadata import RunRecord
+from kempnerforge.checkpoint.run.versions import versions
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
-from kempnerforge.checkpoint.versions import versions
 from kempnerforge.config.schema import AsyncCheckpointMode, Geometry, JobConfig
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids

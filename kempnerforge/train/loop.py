@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.config.scheduler import lr_at
 from kempnerforge.distributed.control import as_agreed
 from kempnerforge.errors import NonFiniteError, RunFolderError

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from kempnerforge.checkpoint import load_path, run_record
+from kempnerforge.checkpoint import load_path
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.step_info import StepView
+from kempnerforge.checkpoint.run import metadata
 from kempnerforge.config.checkpoint import LoadablePart
 from kempnerforge.config.model_changes import model_changes
 from kempnerforge.config.run import PLACEHOLDER, unfilled_placeholders
@@ -183,7 +184,7 @@ def has_committed_step(job: JobConfig) -> bool:
         return False
     folder = job.run.folder
     try:
-        record = run_record.read(folder)
+        record = metadata.read(folder)
     except (RunFolderError, OSError):
         return False  # the start says so
     if record is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.telemetry.jsonl import read_rows
 
 COMPARED_STEPS = 5

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.checkpoint.receipt import Receipt, read_receipts
-from kempnerforge.checkpoint.run_record import RunRecord
-from kempnerforge.checkpoint.timeline import cuts
+from kempnerforge.checkpoint.run.lineage import cuts
+from kempnerforge.checkpoint.run.metadata import RunRecord
+from kempnerforge.checkpoint.run.resume_report import Receipt, read_receipts
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.goodput.ledger import places, read_events
 from kempnerforge.telemetry.console import ConsoleSink

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kempnerforge.checkpoint import owner, run_record
+from kempnerforge.checkpoint.run import metadata, owner
 from kempnerforge.errors import KempnerForgeError, RunFolderError
 
 _OF_STORAGE = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -22,9 +22,9 @@ def record_exit(folder: Path, *, status: int, reason: str, step: int) -> None:
 
     Raises RunFolderError and OSError.
     """
-    record = run_record.read(folder)
+    record = metadata.read(folder)
     if record is None:
-        raise FileNotFoundError(errno.ENOENT, "it went away", str(folder / run_record.RUN_FILE))
+        raise FileNotFoundError(errno.ENOENT, "it went away", str(folder / metadata.RUN_FILE))
     last_exit = {
         "status": status,
         "reason": reason,
@@ -32,7 +32,7 @@ def record_exit(folder: Path, *, status: int, reason: str, step: int) -> None:
         "attempt": record.attempt,
         "time": time.time(),
     }
-    run_record.write(folder, replace(record, last_exit=last_exit))
+    metadata.write(folder, replace(record, last_exit=last_exit))
 
 
 def record_refusal(checkpoints: Path, folder: Path, error: KempnerForgeError) -> None:

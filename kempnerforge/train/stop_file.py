@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint.request_files import RequestFile, RequestFiles
+from kempnerforge.checkpoint.run.request_files import RequestFile, RequestFiles
 
 NAME = "stop.request"
 _MAX_REASON = 200

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from kempnerforge.checkpoint.attempt_start import attempt_started
-from kempnerforge.checkpoint.request_files import RequestFiles
+from kempnerforge.checkpoint.run.attempt_start import attempt_started
+from kempnerforge.checkpoint.run.request_files import RequestFiles
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import StopRequestedError

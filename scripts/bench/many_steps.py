@@ -6,12 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from kempnerforge.checkpoint import run_record
 from kempnerforge.checkpoint.commit import Expected, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.format.checksums import FileRecord, record_of
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image
+from kempnerforge.checkpoint.run import metadata
 
 CONFIG = """\
 [train]
@@ -29,7 +29,7 @@ def make_run(folder: Path, *, steps: int, shards: int) -> None:
     """Put a run with ``steps`` steps, 10 apart, each of ``shards`` files, into the new folder ``folder``."""
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True)
-    run_record.write(folder, replace(run_record.new(attempt=1, global_batch_size=8), run_id="bench"))
+    metadata.write(folder, replace(metadata.new(attempt=1, global_batch_size=8), run_id="bench"))
     files = tuple(_planned(number, shards) for number in range(shards))
     index = Expected(files).index
     shard_data = {file.name: _bytes_of(file, number) for number, file in enumerate(files)}

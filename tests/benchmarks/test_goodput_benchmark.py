@@ -38,7 +38,7 @@ from bench.kills import MARK, Attempt, BenchError, Job, marked, run_to_end, star
 from support.polling import wait_until
 from support.ranks import run_ranks
 
-from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.config.schema import load_job
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.distributed.world import World

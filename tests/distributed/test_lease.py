@@ -19,8 +19,8 @@ from support.polling import wait_until
 from support.tmpfs import mounted_tmpfs
 
 from kempnerforge import fsio, process_identity
-from kempnerforge.checkpoint import lease
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.run import lease
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, RunFolderError
 from kempnerforge.process_identity import Holder

@@ -17,8 +17,8 @@ from support.ranks import run_ranks
 from support.runs import Launcher, make_run
 
 from kempnerforge import process_identity
-from kempnerforge.checkpoint import attempt_start, lease
-from kempnerforge.checkpoint.attempt_start import open_run
+from kempnerforge.checkpoint.run import attempt_start, lease
+from kempnerforge.checkpoint.run.attempt_start import open_run
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.process_identity import Holder
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kempnerforge import CheckpointConfig, CheckpointManager, TrainState
-from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.state import rng_state
 
 pytestmark = pytest.mark.smoke

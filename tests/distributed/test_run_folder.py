@@ -13,9 +13,9 @@ from support.clock import FakeClock
 from support.ranks import run_ranks
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint import attempt_start, lease
-from kempnerforge.checkpoint.attempt_start import open_run
-from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.run import attempt_start, lease
+from kempnerforge.checkpoint.run.attempt_start import open_run
+from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import LeaseHeldError, RunFolderError
 from kempnerforge.train.run_folder import record_exit

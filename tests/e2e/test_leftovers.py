@@ -13,7 +13,7 @@ from support.runs import Fault, Launcher, Run, make_run
 pytest_plugins = ["support.run_fixtures"]
 
 PUBLISH = patch_target("kempnerforge.fsio:publish")
-MISSING_NONCE = patch_target("kempnerforge.checkpoint.attempt_start:_missing_nonce")
+MISSING_NONCE = patch_target("kempnerforge.checkpoint.run.attempt_start:_missing_nonce")
 REPLACE = patch_target("os:replace")
 SYMLINK = patch_target("os:symlink")
 

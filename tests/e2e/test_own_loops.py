@@ -20,11 +20,11 @@ import torch.distributed as dist
 from support import own_loop
 from support.ranks import run_ranks
 
-from kempnerforge.checkpoint import run_record
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import read
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import RunContext
+from kempnerforge.checkpoint.run import metadata
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import CheckpointConfig
@@ -105,7 +105,7 @@ def test_own_loop_killed_and_resumed_is_known_to_commands(tmp_path: Path) -> Non
     assert 0 < found["ettr"] < 1
     assert command("ckpt", "inspect", run / "checkpoints" / paths.step_name(60))["attempt"] == 2
 
-    record = run_record.read(run)
+    record = metadata.read(run)
     assert record is not None
     assert record.attempt == 2
     inspected = command("ckpt", "inspect", run / "checkpoints/latest")

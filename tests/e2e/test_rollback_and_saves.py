@@ -10,8 +10,9 @@ import pytest
 from support.ckpt_cli import Ckpt
 from support.rollback_fixtures import log, names, quiet, resume, save
 
-from kempnerforge.checkpoint import receipt, rollback, timeline
+from kempnerforge.checkpoint import rollback
 from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.run import lineage, resume_report
 from kempnerforge.checkpoint.verify import verify
 
 pytest_plugins = ["support.ckpt_fixtures", "support.rollback_fixtures"]
@@ -32,7 +33,7 @@ def test_late_step_is_set_aside_and_never_chosen(run: Path) -> None:
     assert verify(run / "checkpoints" / "late.step_00000020.1").sound
     assert paths.list_folder(run / "checkpoints").late == [run / "checkpoints" / "late.step_00000020.1"]
     save(run, 20, attempt=1)
-    moved = timeline.set_aside_late(run / "checkpoints", timeline.cuts(run), run_id="abc")
+    moved = lineage.set_aside_late(run / "checkpoints", lineage.cuts(run), run_id="abc")
     assert [path.name for path in moved] == ["late.step_00000020.2"]
 
 
@@ -48,9 +49,9 @@ def test_rollback_sets_later_steps_aside_and_run_resumes(run: Path) -> None:
     assert verify(run / "checkpoints" / "rolledback.step_00000012.1").sound
     assert resume(run) == 4
     # 13 steps were logged; none of those after step 4 counts as lost: they were given up on purpose.
-    assert receipt.read_receipts(run)[-1]["lost_steps"] == 0
+    assert resume_report.read_receipts(run)[-1]["lost_steps"] == 0
     log(run, attempt=3, steps=range(5, 8))
-    assert receipt.last_logged_step(run) == 7
+    assert resume_report.last_logged_step(run) == 7
     save(run, 8, attempt=3, parent=4)
     assert resume(run) == 8
     assert manifest.load(run / "checkpoints" / "step_00000008").provenance.parent_step == 4

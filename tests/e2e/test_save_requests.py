@@ -13,7 +13,7 @@ import pytest
 from support.runs import Attempt, Launcher, Run, make_run
 
 from kempnerforge.checkpoint.format import manifest, paths
-from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.goodput.ledger import read_events
 from kempnerforge.train.proof import Proof
 

@@ -14,8 +14,8 @@ from support.patch_target import patch_target
 from support.runs import Launcher, Run, make_run
 from support.wandb_server import WandbServer, fragments, history
 
-from kempnerforge.checkpoint import lease, run_record
-from kempnerforge.checkpoint.receipt import Receipt
+from kempnerforge.checkpoint.run import lease, metadata
+from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.cli import app as command_line
 from kempnerforge.cli.wandb import last_lasting_step
 from kempnerforge.goodput.ledger import places, read_events
@@ -54,7 +54,7 @@ def made_up_run(folder: Path, attempts: dict[int, tuple[int, range]], *, finishe
         sink.close()
     last = max(attempts)
     ended = {"status": 0, "attempt": last, "reason": "", "step": 0, "time": 0.0} if finished else None
-    run_record.write(folder, replace(run_record.new(), attempt=last, last_exit=ended))
+    metadata.write(folder, replace(metadata.new(), attempt=last, last_exit=ended))
 
 
 KILLED_AFTER = (2, 6, 7, 10, 11)
@@ -250,7 +250,7 @@ def test_last_lasting_step_holds_back_repeatable_steps(
     last_exit: dict[str, Any] | None, committed: list[int], expected: float
 ) -> None:
     """Steps that may be trained again are held back."""
-    record = replace(run_record.new(), attempt=3, last_exit=last_exit)
+    record = replace(metadata.new(), attempt=3, last_exit=last_exit)
     assert last_lasting_step(record, committed) == expected
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import lease
-from kempnerforge.checkpoint.lease import Lease
+from kempnerforge.checkpoint.run import lease
+from kempnerforge.checkpoint.run.lease import Lease
 
 held: Lease | None = None
 

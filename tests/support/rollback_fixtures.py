@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import lease, receipt, run_record, timeline
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
-from kempnerforge.checkpoint.receipt import Receipt
-from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.run import lease, lineage, metadata, resume_report
+from kempnerforge.checkpoint.run.metadata import RunRecord
+from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 
 CONFIG = "[train]\nglobal_batch_size = 6\n"
@@ -49,7 +49,7 @@ def ended_run_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for step in (4, 8, 12):
         save(run, step, parent=step - 4)
     record = RunRecord("abc", "abc", 1.0, attempt=1, global_batch_size=6)
-    run_record.write(run, record)
+    metadata.write(run, record)
     Receipt(1).write(run)
     log(run, attempt=1, steps=range(1, 14))
     fsio.point_symlink(run / "checkpoints" / paths.LATEST, paths.step_name(12))
@@ -71,15 +71,15 @@ def log(run: Path, *, attempt: int, steps: range) -> None:
 
 def resume(run: Path) -> int:
     """What a start of the run does, up to its receipt. Returns the step that it resumes from."""
-    held = lease.acquire(run, after_attempt=timeline.last_attempt(run))
-    record = run_record.read(run)
+    held = lease.acquire(run, after_attempt=lineage.last_attempt(run))
+    record = metadata.read(run)
     assert record is not None
-    run_record.write(run, replace(record, attempt=held.attempt))
+    metadata.write(run, replace(record, attempt=held.attempt))
     folder = record.checkpoint_folder(run)
     StartCleanup(folder, attempt=held.attempt).fence()
-    timeline.set_aside_late(folder, timeline.cuts(run), run_id=record.run_id, at_start=True)
+    lineage.set_aside_late(folder, lineage.cuts(run), run_id=record.run_id, at_start=True)
     step = max(paths.committed_steps(folder), default=0)
-    lost_steps = max(0, receipt.last_logged_step(run) - step)
+    lost_steps = max(0, resume_report.last_logged_step(run) - step)
     Receipt(held.attempt, source="resume", step=step, lost_steps=lost_steps).write(run)
     held.release()
     return step

@@ -29,9 +29,9 @@ import xxhash
 from support.ranks import PRELOAD
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint import claim, owner
 from kempnerforge.checkpoint.format import manifest, paths
-from kempnerforge.checkpoint.owner import OWNER_FILE
+from kempnerforge.checkpoint.run import claim, owner
+from kempnerforge.checkpoint.run.owner import OWNER_FILE
 
 REFUSED = 2
 KEEP_ALL = 1000

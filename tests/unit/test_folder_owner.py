@@ -14,15 +14,16 @@ import pytest
 from support.clock import FakeClock
 from support.step_maker import flip_byte, write_step
 
-from kempnerforge.checkpoint import claim, owner, resume, run_record, timeline
+from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.keep import KeepPolicy, LastN
-from kempnerforge.checkpoint.owner import OWNER_FILE, Owner
-from kempnerforge.checkpoint.receipt import Receipt, Rejected
 from kempnerforge.checkpoint.retention import Retention
-from kempnerforge.checkpoint.run_record import Parent, RunRecord
+from kempnerforge.checkpoint.run import claim, lineage, metadata, owner
+from kempnerforge.checkpoint.run.lineage import Cut
+from kempnerforge.checkpoint.run.metadata import Parent, RunRecord
+from kempnerforge.checkpoint.run.owner import OWNER_FILE, Owner
+from kempnerforge.checkpoint.run.resume_report import Receipt, Rejected
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
-from kempnerforge.checkpoint.timeline import Cut
 from kempnerforge.errors import FolderOwnedError, NoSoundCheckpointError, RunFolderError
 
 A, B = "aaaa", "bbbb"
@@ -33,7 +34,7 @@ def make_run(base: Path, name: str, run_id: str, folder: Path | None, parent: Pa
     run_dir = base / name
     run_dir.mkdir(parents=True)
     moved = str(folder) if folder is not None else ""
-    run_record.write(run_dir, RunRecord(run_id, run_id, 1.0, 1, checkpoint_dir=moved, parent=parent))
+    metadata.write(run_dir, RunRecord(run_id, run_id, 1.0, 1, checkpoint_dir=moved, parent=parent))
     return run_dir
 
 
@@ -188,7 +189,7 @@ def test_claim_after_lost_run_file_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     run = make_run(tmp_path, "a", A, folder)
     claim.take(folder, A, run)
-    run_record.write(run, RunRecord(B, B, 1.0))
+    metadata.write(run, RunRecord(B, B, 1.0))
     assert f"Put the run.json of {A} back" in refused(folder, B, run)
 
 
@@ -311,7 +312,7 @@ def test_retention_neither_counts_nor_deletes_foreign(mixed: Path) -> None:
 def test_late_steps_of_other_runs_stay(mixed: Path) -> None:
     before = theirs(mixed)
     cuts = [Cut(1, 0), Cut(2, 4)]
-    moved = timeline.set_aside_late(mixed, cuts, run_id=A)
+    moved = lineage.set_aside_late(mixed, cuts, run_id=A)
     assert [path.name for path in moved] == ["late.step_00000008.1"]
     assert theirs(mixed) == before
 
@@ -339,9 +340,9 @@ def test_timeline_ancestors_of_newest_are_never_late(tmp_path: Path) -> None:
         step_of(tmp_path, A, step, parent_step=step - 4)
     step_of(tmp_path, A, 12, attempt=3, parent_step=8)
     cuts = [Cut(1, 0), Cut(2, 0), Cut(3, 8)]
-    assert timeline.set_aside_late(tmp_path, cuts, run_id=A, at_start=True) == []
+    assert lineage.set_aside_late(tmp_path, cuts, run_id=A, at_start=True) == []
     step_of(tmp_path, A, 10)
-    moved = timeline.set_aside_late(tmp_path, cuts, run_id=A, at_start=True)
+    moved = lineage.set_aside_late(tmp_path, cuts, run_id=A, at_start=True)
     assert [path.name for path in moved] == ["late.step_00000010.1"], (
         "the older attempt's, above where 3 began"
     )
@@ -353,7 +354,7 @@ def test_timeline_newest_damaged_keeps_the_older(tmp_path: Path) -> None:
     step_of(tmp_path, A, 12, attempt=3, parent_step=8)
     (tmp_path / "step_00000012" / paths.MANIFEST).write_text("{")
     cuts = [Cut(1, 0), Cut(2, 0), Cut(3, 8)]
-    assert timeline.set_aside_late(tmp_path, cuts, run_id=A, at_start=True) == []
+    assert lineage.set_aside_late(tmp_path, cuts, run_id=A, at_start=True) == []
     found = resume.choose(tmp_path, [], owner=Owner(A))
     assert found is not None
     assert found.step == 8
@@ -385,7 +386,7 @@ LINES: dict[str, tuple[dict[int, int], dict[int, int], list[Cut], list[tuple[int
 @pytest.mark.parametrize("case", LINES)
 def test_timeline_line_of_newest(case: str) -> None:
     committed, parents, cuts, commits, line = LINES[case]
-    assert timeline.ancestors(max(committed), committed, parents, cuts, commits) == line
+    assert lineage.ancestors(max(committed), committed, parents, cuts, commits) == line
 
 
 def test_owner_of_fork_owns_parents_step_alone() -> None:

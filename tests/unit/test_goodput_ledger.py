@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.config.schema import load_job
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.distributed.world import World

@@ -11,12 +11,13 @@ from support.ckpt_cli import Ckpt
 from support.rollback_fixtures import names, quiet, resume
 from support.step_maker import flip_byte, write_step
 
-from kempnerforge.checkpoint import claim, known_steps, rollback, run_record, timeline
 from kempnerforge.checkpoint import resume as resuming
+from kempnerforge.checkpoint import rollback
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.owner import OWNER_FILE
-from kempnerforge.checkpoint.receipt import Receipt
-from kempnerforge.checkpoint.run_record import Parent, Rollback, RunRecord
+from kempnerforge.checkpoint.run import claim, known_steps, lineage, metadata
+from kempnerforge.checkpoint.run.metadata import Parent, Rollback, RunRecord
+from kempnerforge.checkpoint.run.owner import OWNER_FILE
+from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.errors import NoSoundCheckpointError, RunFolderError, StepNotFoundError, StepsMissingError
 from kempnerforge.goodput.ledger import Ledger
 
@@ -31,11 +32,11 @@ def run(ended_run: Path) -> Path:
 
 def start(run: Path) -> int | None:
     """What a start looks at, up to the step that it chooses; None for a fresh start."""
-    record = run_record.read(run)
+    record = metadata.read(run)
     assert record is not None
     folder = record.checkpoint_folder(run)
     owner = claim.take(folder, record.run_id, run)
-    timeline.set_aside_late(folder, timeline.cuts(run), run_id=record.run_id, at_start=True)
+    lineage.set_aside_late(folder, lineage.cuts(run), run_id=record.run_id, at_start=True)
     found = resuming.choose(
         folder, [], owner=owner, in_the_way=lambda listing: known_steps.in_the_way(listing, run)
     )
@@ -69,7 +70,7 @@ RECORDS: dict[str, tuple[list[dict[str, object]], list[tuple[int, int]], list[Ro
 @pytest.mark.parametrize("case", RECORDS)
 def test_known_step_of_present_timeline(tmp_path: Path, case: str) -> None:
     receipts, commits, rollbacks, step = RECORDS[case]
-    run_record.write(tmp_path, RunRecord("abc", "abc", 1.0, 9, rollbacks=tuple(rollbacks)))
+    metadata.write(tmp_path, RunRecord("abc", "abc", 1.0, 9, rollbacks=tuple(rollbacks)))
     for receipt in receipts:
         Receipt(**receipt).write(tmp_path)  # type: ignore[arg-type]
     for committed, attempt in commits:
@@ -87,7 +88,7 @@ def test_known_step_of_present_timeline(tmp_path: Path, case: str) -> None:
 def test_known_step_of_fork_is_its_first(tmp_path: Path) -> None:
     """With another ``checkpoint.dir`` than the fork was made with."""
     record = RunRecord("abc", "abc", 1.0, checkpoint_dir=str(tmp_path / "x"), parent=Parent("old", 8, "/old"))
-    run_record.write(tmp_path, record)
+    metadata.write(tmp_path, record)
     with pytest.raises(StepsMissingError, match="begins at step 8 of the run that it was forked from"):
         claim.take(tmp_path / "x", "abc", tmp_path)
 
@@ -214,15 +215,15 @@ def test_rollback_to_committed_step_0_goes_on_from_it(run: Path) -> None:
 def test_rollback_of_fork_to_beginning(tmp_path: Path) -> None:
     """The step that it began with goes too, also when the command was killed before."""
     record = RunRecord("abc", "abc", 1.0, parent=Parent("old", 8, "/old"))
-    run_record.write(tmp_path, record)
+    metadata.write(tmp_path, record)
     write_step(tmp_path / "checkpoints", 8, run_id="old", attempt=5)
     assert start(tmp_path) == 8
     begun = rollback._begin_timeline(record, 3, 0, [])
-    run_record.write(tmp_path, begun)
+    metadata.write(tmp_path, begun)
     owner = claim.take(tmp_path / "checkpoints", "abc", tmp_path)
-    timeline.set_aside_late(
+    lineage.set_aside_late(
         tmp_path / "checkpoints",
-        timeline.cuts(tmp_path),
+        lineage.cuts(tmp_path),
         run_id="abc",
         parent=(owner.parent_run_id, owner.parent_step),
         at_start=True,
@@ -292,7 +293,7 @@ def test_ckpt_of_run_refused_in_anothers_folder(shared: Path, tmp_path: Path, ck
     victim = tmp_path / "victim"
     victim.mkdir()
     record = RunRecord("vvvv", "vvvv", 1.0, checkpoint_dir=str(shared / "checkpoints"))
-    run_record.write(victim, record)
+    metadata.write(victim, record)
     for command in (("ls",), ("prune",), ("rollback", "--undo")):
         done = ckpt(command[0], victim, *command[1:])
         assert done.status == 2
@@ -304,7 +305,7 @@ def test_ckpt_of_run_refused_in_anothers_folder(shared: Path, tmp_path: Path, ck
 def test_ckpt_finds_run_of_moved_folder(shared: Path, tmp_path: Path, ckpt: Ckpt) -> None:
     moved = tmp_path / "moved"
     (shared / "checkpoints").rename(moved)
-    record = run_record.read(shared)
+    record = metadata.read(shared)
     assert record is not None
-    run_record.write(shared, RunRecord("abc", "abc", 1.0, 1, checkpoint_dir=str(moved)))
+    metadata.write(shared, RunRecord("abc", "abc", 1.0, 1, checkpoint_dir=str(moved)))
     assert str(shared) in ckpt("rollback", moved, "8").out

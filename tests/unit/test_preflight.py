@@ -12,9 +12,9 @@ import pytest
 from support.ckpt_cli import Done
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint import run_record
 from kempnerforge.checkpoint.load_path import candidates
-from kempnerforge.checkpoint.run_record import RunRecord
+from kempnerforge.checkpoint.run import metadata
+from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.cli import app
 from kempnerforge.config.schema import load_job
 from kempnerforge.errors import ConfigError, StepNotFoundError
@@ -128,14 +128,14 @@ def test_preflight_all_faults_at_once(here: Path) -> None:
 
 def test_preflight_resume_needs_no_load_path(here: Path) -> None:
     """A requeue repeats the command; the source may have been deleted by then."""
-    run_record.write(here / "old", RunRecord("abc", "abc", 1.0, attempt=1))
+    metadata.write(here / "old", RunRecord("abc", "abc", 1.0, attempt=1))
     check_files(load_job(None, [*GOOD, "--run.dir=old", "--checkpoint.load_path=deleted"]).job)
 
 
 def test_load_path_run_with_moved_checkpoints_found(here: Path) -> None:
     (here / "run").mkdir()
     moved = str(here / "wide" / "checkpoints")
-    run_record.write(here / "run", RunRecord("abc", "abc", 1.0, checkpoint_dir=moved))
+    metadata.write(here / "run", RunRecord("abc", "abc", 1.0, checkpoint_dir=moved))
     assert candidates(here / "run") == [here / "wide" / "checkpoints" / "step_00000004"]
     (here / "run" / "run.json").write_text("{")
     with pytest.raises(StepNotFoundError, match="holds no committed checkpoint"):

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, pins, run_record
+from kempnerforge.checkpoint import holds, pins
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.run import metadata
 from kempnerforge.cli import app
 from kempnerforge.errors import RunFolderError
 from kempnerforge.goodput.ledger import read_events
@@ -98,14 +99,14 @@ def test_small_files_of_other_kinds_are_not_read(tmp_path: Path, kind: str) -> N
     secret = tmp_path / "secret"
     secret.write_text(json.dumps({"step": 1, "attempt": 1, "event": "start", "time": 1.0, "loss": 2.0}))
 
-    for name in ("ledger.jsonl", "metrics.jsonl", run_record.RUN_FILE):
+    for name in ("ledger.jsonl", "metrics.jsonl", metadata.RUN_FILE):
         make_other_kind(tmp_path / name, kind, secret)
     with pytest.raises(OSError, match=r"which is not read|is not a regular file"):
         read_events(tmp_path)
     with pytest.raises(OSError, match=r"which is not read|is not a regular file"):
         read_curves(tmp_path / "metrics.jsonl", ["loss"], {})
     with pytest.raises((OSError, RunFolderError), match=r"which is not read|is not a regular file"):
-        run_record.read(tmp_path)
+        metadata.read(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])

@@ -13,11 +13,12 @@ from support.rollback_fixtures import names, quiet, resume
 from support.step_maker import resign, write_step
 
 from kempnerforge.checkpoint import fork as forking
-from kempnerforge.checkpoint import lease, rollback, run_record, space, timeline
+from kempnerforge.checkpoint import rollback, space
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.receipt import Receipt
-from kempnerforge.checkpoint.run_record import RunRecord
-from kempnerforge.checkpoint.timeline import Cut, late_arrivals
+from kempnerforge.checkpoint.run import lease, lineage, metadata
+from kempnerforge.checkpoint.run.lineage import Cut, late_arrivals
+from kempnerforge.checkpoint.run.metadata import RunRecord
+from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.unblock import unblock
 from kempnerforge.checkpoint.verify import verify
 from kempnerforge.errors import (
@@ -39,7 +40,7 @@ def run(ended_run: Path) -> Path:
 
 
 def record_of(run: Path) -> RunRecord:
-    record = run_record.read(run)
+    record = metadata.read(run)
     assert record is not None
     return record
 
@@ -76,12 +77,12 @@ def test_timeline_rollback_named_before_resume() -> None:
 
 def test_timeline_trusted_steps_not_read(run: Path) -> None:
     Receipt(2, source="resume", step=8).write(run)
-    cuts = timeline.cuts(run)
+    cuts = lineage.cuts(run)
     folder = run / "checkpoints"
-    assert timeline.set_aside_late(folder, cuts, run_id="abc", trusted={12}) == []
-    assert timeline.set_aside_late(folder, cuts, run_id="of another run") == []
+    assert lineage.set_aside_late(folder, cuts, run_id="abc", trusted={12}) == []
+    assert lineage.set_aside_late(folder, cuts, run_id="of another run") == []
     (folder / "step_00000012" / paths.MANIFEST).write_text("{")
-    assert timeline.set_aside_late(folder, cuts, run_id="abc") == [], "damage is for the resume to find"
+    assert lineage.set_aside_late(folder, cuts, run_id="abc") == [], "damage is for the resume to find"
 
 
 def test_timeline_fresh_start_elsewhere_keeps_steps(run: Path) -> None:
@@ -94,7 +95,7 @@ def test_timeline_fresh_start_elsewhere_keeps_steps(run: Path) -> None:
 def test_timeline_last_attempt_from_receipts(run: Path) -> None:
     Receipt(9, source="resume", step=12).write(run)
     (run / "run.json").unlink()
-    assert timeline.last_attempt(run) == 9
+    assert lineage.last_attempt(run) == 9
 
 
 # Rollback
@@ -149,7 +150,7 @@ def test_rollback_record_unwritable_changes_nothing(run: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_record, "write", fail)
+        patch.setattr(metadata, "write", fail)
         with pytest.raises(RunFolderError, match=r"could not be rolled back: .*No space left"):
             rollback.roll_back(run, 4, note=quiet, progress=quiet)
     assert resume(run) == 12
@@ -187,7 +188,7 @@ def test_rollback_not_a_run_folder_refused(tmp_path: Path) -> None:
 
 def test_rollback_moved_checkpoints_found(run: Path, tmp_path: Path) -> None:
     (run / "checkpoints").rename(tmp_path / "elsewhere")
-    run_record.write(run, replace(record_of(run), checkpoint_dir=str(tmp_path / "elsewhere")))
+    metadata.write(run, replace(record_of(run), checkpoint_dir=str(tmp_path / "elsewhere")))
     done = rollback.roll_back(run, 8, note=quiet, progress=quiet)
     assert done.folder == str(tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere" / "rolledback.step_00000012.1").is_dir()
@@ -341,7 +342,7 @@ def test_fork_of_weights_alone_is_refused(tmp_path: Path) -> None:
 
 def suspect(run: Path, step: int) -> Path:
     """Attempts blamed ``step``: it is set aside, as a start that goes on from the one before it does."""
-    return timeline.set_aside(run / "checkpoints", step, paths.suspect_name)
+    return lineage.set_aside(run / "checkpoints", step, paths.suspect_name)
 
 
 def test_unblock_suspect_steps_named_back(run: Path) -> None:
@@ -350,13 +351,13 @@ def test_unblock_suspect_steps_named_back(run: Path) -> None:
     Receipt(2, step=8, source="resume").write(run)
     suspect(run, 8)
     Receipt(3, step=4, source="resume").write(run)
-    run_record.write(run, replace(record_of(run), attempt=3))
+    metadata.write(run, replace(record_of(run), attempt=3))
     done = unblock(run, note=quiet)
     assert sorted(done.renamed.values()) == ["step_00000008", "step_00000012"]
     assert (done.left, done.attempt, record_of(run).attempt) == ({}, 4, 4)
-    assert timeline.set_aside_late(run / "checkpoints", timeline.cuts(run), run_id="abc") == []
+    assert lineage.set_aside_late(run / "checkpoints", lineage.cuts(run), run_id="abc") == []
     Receipt(5, step=4, source="resume").write(run)  # what is left behind later is late as ever
-    late = timeline.set_aside_late(run / "checkpoints", timeline.cuts(run), run_id="abc")
+    late = lineage.set_aside_late(run / "checkpoints", lineage.cuts(run), run_id="abc")
     assert [path.name for path in late] == ["late.step_00000012.1", "late.step_00000008.1"]
 
 
@@ -365,7 +366,7 @@ def test_unblock_newer_timeline_leaves_suspect_aside(run: Path) -> None:
     suspect(run, 8)
     Receipt(2, step=4, source="resume").write(run)
     write_step(run / "checkpoints", 6, attempt=2, run_id="abc")
-    run_record.write(run, replace(record_of(run), attempt=2))
+    metadata.write(run, replace(record_of(run), attempt=2))
     done = unblock(run, note=quiet)
     assert done.renamed == {}
     assert set(done.left) == {"suspect.step_00000012.1", "suspect.step_00000008.1"}

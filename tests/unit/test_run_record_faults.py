@@ -12,12 +12,13 @@ import pytest
 from support.rollback_fixtures import quiet
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import lease, rollback, run_record, timeline
 from kempnerforge.checkpoint import resume as choosing
+from kempnerforge.checkpoint import rollback
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.restore import Restorer
 from kempnerforge.checkpoint.results import RunContext
+from kempnerforge.checkpoint.run import lease, lineage, metadata
+from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.config.schema import CheckpointConfig, JobConfig
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import EXIT_FINISHED, DataError, RunFolderError
@@ -32,7 +33,7 @@ JOB = JobConfig.model_validate({"run": {"name": "one"}, "data": {"text": "x"}})
 
 def test_unwritable_metrics_cost_rows_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    reports = build_reports(JOB, rank=0, folder=tmp_path, record=run_record.new())
+    reports = build_reports(JOB, rank=0, folder=tmp_path, record=metadata.new())
     reports.write({"step": 1, "train/loss": 2.5})
     reports.close()
     told = capsys.readouterr()
@@ -42,7 +43,7 @@ def test_unwritable_metrics_cost_rows_only(tmp_path: Path, capsys: pytest.Captur
 
 def test_unreadable_metrics_compare_no_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    reports = build_reports(JOB, rank=0, folder=tmp_path, record=run_record.new())
+    reports = build_reports(JOB, rank=0, folder=tmp_path, record=metadata.new())
     receipt = Receipt(2, source="resume", step=4, lost_steps=2, rng="restored", next_batch="proved")
     assert receipt.bitwise()
     assert reports.proof(receipt).compare(5, 2.5) is None
@@ -53,7 +54,7 @@ def test_unreadable_metrics_compare_no_losses(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("content", [None, "{"], ids=["missing", "torn"])
 def test_exit_that_cannot_be_recorded_warns(tmp_path: Path, content: str | None) -> None:
     if content is not None:
-        (tmp_path / run_record.RUN_FILE).write_text(content)
+        (tmp_path / metadata.RUN_FILE).write_text(content)
     warnings: list[str] = []
     run: Any = SimpleNamespace(
         world=SimpleNamespace(rank=0),
@@ -88,7 +89,7 @@ def test_lease_listed_and_missing_is_one_error(tmp_path: Path, monkeypatch: pyte
 
 def test_resume_lists_folder_again_after_error(ended_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listings: list[Path] = []
-    real = timeline.set_aside_late
+    real = lineage.set_aside_late
 
     def fail_once(folder: Path, *args: Any, **options: Any) -> list[Path]:
         listings.append(folder)
@@ -96,7 +97,7 @@ def test_resume_lists_folder_again_after_error(ended_run: Path, monkeypatch: pyt
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(folder))
         return real(folder, *args, **options)
 
-    monkeypatch.setattr(timeline, "set_aside_late", fail_once)
+    monkeypatch.setattr(lineage, "set_aside_late", fail_once)
     monkeypatch.setattr(choosing, "RETRY_DELAYS_S", (0.0,))
     restorer = Restorer(
         CheckpointConfig(),

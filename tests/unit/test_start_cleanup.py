@@ -14,10 +14,10 @@ from kempnerforge import fsio
 from kempnerforge.checkpoint import pins, resume
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.keep import KeepPolicy
-from kempnerforge.checkpoint.receipt import Receipt, Rejected
 from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.checkpoint.run.lineage import Cut
+from kempnerforge.checkpoint.run.resume_report import Receipt, Rejected
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
-from kempnerforge.checkpoint.timeline import Cut
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import NoSoundCheckpointError, UnreachableCheckpointError
 

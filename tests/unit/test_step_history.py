@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kempnerforge.checkpoint.results import SaveReport
-from kempnerforge.checkpoint.save_events import PutOff, event_of
+from kempnerforge.checkpoint.run.save_events import PutOff, event_of
 from kempnerforge.checkpoint.step_history import RunFacts, SetAside, explain_absence, schedule_in_words
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.goodput import breaker

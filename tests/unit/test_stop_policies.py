@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from support.clock import FakeClock
 
-from kempnerforge.checkpoint import attempt_start
-from kempnerforge.checkpoint.attempt_start import attempt_started
-from kempnerforge.checkpoint.request_files import RequestFiles
+from kempnerforge.checkpoint.run import attempt_start
+from kempnerforge.checkpoint.run.attempt_start import attempt_started
+from kempnerforge.checkpoint.run.request_files import RequestFiles
 from kempnerforge.slurm import deadline as slurm_deadline
 from kempnerforge.slurm.deadline import end_in_environment, parse_end
 from kempnerforge.slurm.job import SlurmJob

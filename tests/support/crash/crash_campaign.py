@@ -17,7 +17,7 @@ from support.crash.oracle import CHECKPOINTS, Commit, Oracle, allowed_after, fin
 from support.crash.save_driver import Plan, save_all
 from support.ranks import run_ranks
 
-from kempnerforge.checkpoint.owner import OWNER_FILE
+from kempnerforge.checkpoint.run.owner import OWNER_FILE
 
 STEPS = (1, 2, 3, 4)
 

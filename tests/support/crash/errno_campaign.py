@@ -26,8 +26,9 @@ from support.crash.errno_shim import DELAY, Operation, Shim, Strike
 from support.step_maker import flip_byte, resign, write_step
 
 from kempnerforge import CheckpointConfig, CheckpointManager, TrainState
-from kempnerforge.checkpoint import lease, pins, resume, rollback, run_record, verify
+from kempnerforge.checkpoint import pins, resume, rollback, verify
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.run import lease, metadata
 from kempnerforge.cli import app
 from kempnerforge.errors import EXIT_BAD_CONFIG, EXIT_FAULT, KempnerForgeError
 
@@ -318,7 +319,7 @@ def check(prepared: Path, scenario: str, base: Path, what: Strike, found: Outcom
 
 
 def _is_set_back(scenario: str, run: Path) -> bool:
-    record_now = run_record.read(run)
+    record_now = metadata.read(run)
     assert record_now is not None
     return scenario in ("rollback", "undo") and bool(record_now.rollbacks)
 

@@ -30,10 +30,10 @@ from support.fork_server import PRELOAD
 from support.runs import make_run, write_corpus
 
 from kempnerforge import CheckpointManager
-from kempnerforge.checkpoint import request_files
-from kempnerforge.checkpoint.lease import Lease
-from kempnerforge.checkpoint.receipt import read_receipts
 from kempnerforge.checkpoint.results import SaveReport
+from kempnerforge.checkpoint.run import request_files
+from kempnerforge.checkpoint.run.lease import Lease
+from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.cli import train as harness
 
 LOOP_ENDS = SOUND + 12

@@ -15,7 +15,7 @@ from support.crash.save_driver import Plan, Strike, Struck, save_all
 from support.ranks import RanksFailed, run_ranks
 
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.owner import OWNER_FILE
+from kempnerforge.checkpoint.run.owner import OWNER_FILE
 
 ALWAYS = 1_000_000
 """As ``count``: from the nth operation on, all fail."""

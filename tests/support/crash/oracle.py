@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.receipt import Rejected
+from kempnerforge.checkpoint.run.resume_report import Rejected
 from kempnerforge.checkpoint.start_cleanup import StartCleanup
 
 CHECKPOINTS = "checkpoints"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import run_record
+from kempnerforge.checkpoint.run import metadata
 
 RECEIPTS = "receipts.jsonl"
 METRICS = "metrics.jsonl"
@@ -185,7 +185,7 @@ def last_logged_step(run_dir: Path) -> int:
             lines = file.read().splitlines()
     except FileNotFoundError:
         return 0
-    record = run_record.read(run_dir)
+    record = metadata.read(run_dir)
     rollbacks = record.rollbacks if record is not None else ()
     for line in reversed(lines):
         row = _row(line)

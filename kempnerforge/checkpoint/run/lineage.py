@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import run_record
 from kempnerforge.checkpoint.format import manifest, paths
-from kempnerforge.checkpoint.receipt import last_logged_step, read_receipts
-from kempnerforge.checkpoint.run_record import Restored
+from kempnerforge.checkpoint.run import metadata
+from kempnerforge.checkpoint.run.metadata import Restored
+from kempnerforge.checkpoint.run.resume_report import last_logged_step, read_receipts
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 from kempnerforge.goodput.history import last_step_done, read_history
 
@@ -43,7 +43,7 @@ class Cut:
 
 def cuts(run_dir: Path) -> list[Cut]:
     """Where each attempt of the run began, as far as it got that far. Raises OSError and RunFolderError."""
-    record = run_record.read(run_dir)
+    record = metadata.read(run_dir)
     rollbacks = record.rollbacks if record is not None else ()
     restored = record.restored if record is not None else ()
     return [
@@ -60,7 +60,7 @@ def _began(receipt: Mapping[str, Any], restored: Sequence[Restored]) -> int:
 
 def rollbacks(run_dir: Path) -> list[int]:
     """The attempt numbers of the run's rollbacks. Raises OSError and RunFolderError."""
-    record = run_record.read(run_dir)
+    record = metadata.read(run_dir)
     return [rollback.attempt for rollback in record.rollbacks] if record is not None else []
 
 
@@ -70,7 +70,7 @@ def last_attempt(run_dir: Path) -> int:
     A new attempt's number is above it even where ``run.json`` was made anew: with a number that older
     receipts have, its checkpoints would be off the timeline. Raises OSError and RunFolderError.
     """
-    record = run_record.read(run_dir)
+    record = metadata.read(run_dir)
     counted = record.attempt if record is not None else 0
     return max([counted, *(cut.attempt for cut in cuts(run_dir))])
 
@@ -81,7 +81,7 @@ def last_done_step(run_dir: Path) -> int:
     After an attempt of a user's own loop the ledger knows it; after one of the harness ``metrics.jsonl``
     does, row by row. Raises OSError and RunFolderError.
     """
-    record = run_record.read(run_dir)
+    record = metadata.read(run_dir)
     found = [(one.attempt, one.step) for one in record.rollbacks] if record is not None else []
     history = read_history(run_dir)
     newest = next((one for one in reversed(history) if one.resume is not None), None)

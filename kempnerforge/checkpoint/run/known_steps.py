@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kempnerforge.checkpoint import run_record, timeline
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.format.paths import FolderListing
-from kempnerforge.checkpoint.owner import Owner
-from kempnerforge.checkpoint.receipt import read_receipts
-from kempnerforge.checkpoint.run_record import Parent, Rollback
+from kempnerforge.checkpoint.run import lineage, metadata
+from kempnerforge.checkpoint.run.metadata import Parent, Rollback
+from kempnerforge.checkpoint.run.owner import Owner
+from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, StepsMissingError
 from kempnerforge.goodput.ledger import read_events
 
@@ -43,7 +43,7 @@ def newest_known(run_dir: Path) -> KnownStep | None:
 
     Raises OSError and RunFolderError.
     """
-    record = run_record.read(run_dir)
+    record = metadata.read(run_dir)
     found = commits(run_dir)
     found += [
         KnownStep(row["step"], row["attempt"])
@@ -52,7 +52,7 @@ def newest_known(run_dir: Path) -> KnownStep | None:
     ]
     if record is not None and record.parent is not None:
         found.append(KnownStep(record.parent.step, 0))
-    cuts = timeline.cuts(run_dir)
+    cuts = lineage.cuts(run_dir)
     begun_again = max((cut.attempt for cut in cuts if cut.is_rollback and cut.step == 0), default=0)
     living = [
         one
@@ -104,7 +104,7 @@ def in_the_way(listing: FolderListing, run_dir: Path) -> list[Path]:
     All of them, but those that were given up when the run went back to step 0. Raises OSError and
     RunFolderError.
     """
-    record = run_record.read(run_dir)
+    record = metadata.read(run_dir)
     found = [one for one in record.rollbacks if one.step == 0] if record is not None else []
     if record is None or not found:
         return set_aside(listing)

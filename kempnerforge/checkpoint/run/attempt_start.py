@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import claim, owner, run_record, timeline
-from kempnerforge.checkpoint.claim import Hints
 from kempnerforge.checkpoint.format import manifest, paths
-from kempnerforge.checkpoint.lease import Lease, acquire
-from kempnerforge.checkpoint.receipt import read_receipts
-from kempnerforge.checkpoint.run_record import RUN_FILE, RunRecord
+from kempnerforge.checkpoint.run import claim, lineage, metadata, owner
+from kempnerforge.checkpoint.run.claim import Hints
+from kempnerforge.checkpoint.run.lease import Lease, acquire
+from kempnerforge.checkpoint.run.metadata import RUN_FILE, RunRecord
+from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.config.checkpoint import fill_dir
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import (
@@ -135,7 +135,7 @@ def _begin_attempt(
     try:
         fsio.make_folder(folder)
         known = _identity_of(folder, wanted) if options.adopt else _Identity()
-        if not options.adopt and run_record.read(folder) is None and (folder / "checkpoints").exists():
+        if not options.adopt and metadata.read(folder) is None and (folder / "checkpoints").exists():
             steps = paths.committed_steps(folder / "checkpoints")
             fork = ""
             if steps:
@@ -145,7 +145,7 @@ def _begin_attempt(
                 f"{folder} has checkpoints but no {RUN_FILE}: it is not known whose they are. Put "
                 f"{RUN_FILE} back{fork}, or give the run another name (--run.name=NEW)"
             )
-        after_attempt = max(timeline.last_attempt(folder), known.last_attempt)
+        after_attempt = max(lineage.last_attempt(folder), known.last_attempt)
         lease = acquire(
             folder,
             after_attempt=after_attempt,
@@ -158,7 +158,7 @@ def _begin_attempt(
         try:
             _remove_leftovers(folder, note)
             # Read again: whoever held the lease may have written it in the meantime.
-            record = run_record.read(folder) or known.new_record()
+            record = metadata.read(folder) or known.new_record()
             record = replace(
                 record,
                 attempt=lease.attempt,
@@ -200,20 +200,20 @@ def _take_checkpoints(folder: Path, record: RunRecord, wanted: _Wanted, options:
     was_in = record.checkpoint_folder(folder)
     try:
         found = claim.look(checkpoints, mine, folder, was_in=was_in, hints=options.checkpoints)
-        run_record.write(folder, record)
+        metadata.write(folder, record)
         claim.settle(checkpoints, mine, found, options.checkpoints)
     except (FolderOwnedError, StepsMissingError) as error:
         _record_refusal(folder, record, error)
         raise
     if record.checkpoint_dir != moved_to:
         record = replace(record, checkpoint_dir=moved_to)
-        run_record.write(folder, record)
+        metadata.write(folder, record)
     return record
 
 
 def _record_refusal(folder: Path, record: RunRecord, error: KempnerForgeError) -> None:
     """Write why this attempt ended. A first start that was refused leaves no ``run.json``."""
-    if run_record.read(folder) is None:
+    if metadata.read(folder) is None:
         return
     last_exit = {
         "status": error.exit_status,
@@ -222,7 +222,7 @@ def _record_refusal(folder: Path, record: RunRecord, error: KempnerForgeError) -
         "attempt": record.attempt,
         "time": time.time(),
     }
-    run_record.write(folder, replace(record, last_exit=last_exit))
+    metadata.write(folder, replace(record, last_exit=last_exit))
 
 
 @dataclass(frozen=True)
@@ -234,12 +234,12 @@ class _Identity:
 
     def new_record(self) -> RunRecord:
         """Return a new record, with the id of the checkpoints if they all agree on one."""
-        record = run_record.new()
+        record = metadata.new()
         return replace(record, run_id=self.run_id, wandb_id=self.run_id) if self.run_id else record
 
 
 def _identity_of(folder: Path, wanted: _Wanted) -> _Identity:
-    if run_record.read(folder) is not None or "{run_id}" in wanted.checkpoint_dir:
+    if metadata.read(folder) is not None or "{run_id}" in wanted.checkpoint_dir:
         return _Identity()
     moved_to = wanted.moved_to("")
     checkpoints = Path(moved_to) if moved_to else folder / "checkpoints"

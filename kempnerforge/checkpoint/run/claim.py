@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import known_steps, owner, run_record
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.format.step_info import StepView
-from kempnerforge.checkpoint.owner import OWNER_FILE, Owner
-from kempnerforge.checkpoint.run_record import RUN_FILE, RunRecord
+from kempnerforge.checkpoint.run import known_steps, metadata, owner
+from kempnerforge.checkpoint.run.metadata import RUN_FILE, RunRecord
+from kempnerforge.checkpoint.run.owner import OWNER_FILE, Owner
 from kempnerforge.errors import CheckpointError, FolderOwnedError, KempnerForgeError
 
 
@@ -52,7 +52,7 @@ def take(folder: Path, run_id: str, run_dir: Path) -> Owner:
     The first rank only. A caller without a run id owns nothing: it may use a folder of which no run is known.
     Durable on return. Raises FolderOwnedError, StepsMissingError, RunFolderError, OSError.
     """
-    record = run_record.read(run_dir) if run_id else None
+    record = metadata.read(run_dir) if run_id else None
     if record is None or record.run_id != run_id:
         record = RunRecord(run_id, run_id, 0.0)
     mine = claimant(record, run_dir, "")
@@ -206,7 +206,7 @@ def _is_copy(folder: Path, found: Owner, mine: Owner) -> bool:
         return False
     try:
         run_dir = Path(found.run_dir)
-        record = run_record.read(run_dir)
+        record = metadata.read(run_dir)
     except (KempnerForgeError, OSError):
         return False
     if record is None or record.run_id != mine.run_id:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import run_record
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.format.manifest import Provenance
+from kempnerforge.checkpoint.run import metadata
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, RunFolderError
 
 OWNER_FILE = "owner.json"
@@ -105,7 +105,7 @@ def of_folder(folder: Path, run_dir: Path | None = None) -> Owner:
     Raises RunFolderError and OSError.
     """
     found = read(folder)
-    record = run_record.read(run_dir) if found is None and run_dir is not None else None
+    record = metadata.read(run_dir) if found is None and run_dir is not None else None
     if found is not None or record is None:
         return found or ANYONE
     parent = record.parent

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from kempnerforge.checkpoint.attempt_start import OpenOptions, attempt_started, open_run, start_facts
-from kempnerforge.checkpoint.claim import Hints
-from kempnerforge.checkpoint.lease import Lease
-from kempnerforge.checkpoint.receipt import Receipt
 from kempnerforge.checkpoint.results import RunContext, SaveReport
-from kempnerforge.checkpoint.save_events import SaveEvent, event_of
-from kempnerforge.checkpoint.versions import versions
+from kempnerforge.checkpoint.run.attempt_start import OpenOptions, attempt_started, open_run, start_facts
+from kempnerforge.checkpoint.run.claim import Hints
+from kempnerforge.checkpoint.run.lease import Lease
+from kempnerforge.checkpoint.run.resume_report import Receipt
+from kempnerforge.checkpoint.run.save_events import SaveEvent, event_of
+from kempnerforge.checkpoint.run.versions import versions
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.config.toml_text import render
 from kempnerforge.distributed.control import ControlGroup

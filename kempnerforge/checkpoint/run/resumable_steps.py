@@ -9,7 +9,7 @@ from typing import Any
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.format.json_values import decode_objects
 from kempnerforge.checkpoint.format.manifest import Manifest
-from kempnerforge.checkpoint.owner import ANYONE, Owner
+from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.errors import DamagedCheckpointError, NoTrainingStateError
 
 COUNTERS = ("step", "tokens", "skipped_steps", "skipped_in_a_row")

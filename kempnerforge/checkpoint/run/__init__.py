@@ -1,0 +1,1 @@
+"""The run that checkpoints belong to: its lease, owner, records and lineage."""
