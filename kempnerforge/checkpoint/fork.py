@@ -11,11 +11,12 @@ from pathlib import Path
 import tomli
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, new_folder
+from kempnerforge.checkpoint import new_folder
 from kempnerforge.checkpoint.format import latest_link, manifest, paths
 from kempnerforge.checkpoint.format.checksums import FileRecord, VerifiedFile
 from kempnerforge.checkpoint.format.json_values import decode_objects
 from kempnerforge.checkpoint.format.manifest import Manifest
+from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.run import claim, metadata, owner
 from kempnerforge.checkpoint.run.metadata import Parent
 from kempnerforge.checkpoint.run.owner import OWNER_FILE
@@ -55,7 +56,7 @@ def fork(step_folder: Path, run_dir: Path, *, link: bool, progress: Progress) ->
     """
     step_folder, run_dir = step_folder.resolve(), Path(os.path.abspath(run_dir))
     found, step = _read_parent(step_folder)
-    with holds.hold(step_folder, what="kempnerforge ckpt fork"):
+    with read_locks.hold(step_folder, what="kempnerforge ckpt fork"):
         try:
             with new_folder.begin(run_dir, what="fork", purpose="a new run's folder") as building:
                 if not link or not _can_link(step_folder, found, building):

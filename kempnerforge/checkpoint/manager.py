@@ -17,12 +17,12 @@ from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import Patience
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
-from kempnerforge.checkpoint.housekeeping import Housekeeping
 from kempnerforge.checkpoint.pace import Pacer
 from kempnerforge.checkpoint.policy import SavePolicy
 from kempnerforge.checkpoint.restore import Restorer
 from kempnerforge.checkpoint.results import Payload, RunContext, SaveReport
 from kempnerforge.checkpoint.resume import with_retries
+from kempnerforge.checkpoint.retention.housekeeping import Housekeeping
 from kempnerforge.checkpoint.run import claim, owner
 from kempnerforge.checkpoint.run.lease import Lease
 from kempnerforge.checkpoint.run.own_run import OwnRun

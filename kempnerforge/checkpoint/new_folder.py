@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import space
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.quota import read_quotas
+from kempnerforge.checkpoint.retention import disk_space
+from kempnerforge.checkpoint.retention.quota import read_quotas
 from kempnerforge.errors import NoSpaceError, RunFolderError
 
 
@@ -56,6 +56,6 @@ def _make(building: Path, what: str) -> None:
 
 def require_room(building: Path, size_bytes: int, num_files: int, *, what: str, hint: str = "") -> None:
     """Raise NoSpaceError when that much does not fit where ``building`` is."""
-    verdict = space.check(building, size_bytes, needed_files=num_files, quotas=read_quotas(building))
+    verdict = disk_space.check(building, size_bytes, needed_files=num_files, quotas=read_quotas(building))
     if not verdict.fits:
         raise NoSpaceError(f"the {what} would not fit: {verdict}. Free some space{hint}")

@@ -11,14 +11,15 @@ import tomli
 import torch
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import compatibility, holds, resume, warm_start
+from kempnerforge.checkpoint import compatibility, resume, warm_start
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.resume import Found, Loaded
+from kempnerforge.checkpoint.retention import read_locks
+from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import known_steps, lineage, resume_report
 from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.resume_report import Receipt
-from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.extra_state import PREFIX as EXTRA
 from kempnerforge.checkpoint.state.train_state import TrainState
@@ -169,7 +170,7 @@ class Restorer:
         with contextlib.ExitStack() as reading:
             # That run's retention must not delete what is being read.
             self._control.on_rank0(
-                lambda: reading.enter_context(holds.hold(found.path, what="checkpoint.load_path"))
+                lambda: reading.enter_context(read_locks.hold(found.path, what="checkpoint.load_path"))
             )
             outcome = self._load(found, state, parts)
         if isinstance(outcome, str):

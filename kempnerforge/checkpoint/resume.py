@@ -25,11 +25,11 @@ from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.format.paths import FolderListing
 from kempnerforge.checkpoint.load_targets import LoadTargets, find_targets
 from kempnerforge.checkpoint.results import RunContext
+from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import known_steps
 from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.resumable_steps import check_counters, require_training_state
 from kempnerforge.checkpoint.run.resume_report import Rejected
-from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.state.train_state import TrainState, rng_name
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.distributed.control import ControlGroup, as_agreed

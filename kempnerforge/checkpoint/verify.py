@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kempnerforge.checkpoint import holds
 from kempnerforge.checkpoint.format import json_values, manifest, paths, safetensors_header
 from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, VerifiedFile
 from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry
+from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.run.resumable_steps import check_counters
 from kempnerforge.errors import (
     DamagedCheckpointError,
@@ -57,7 +57,7 @@ def verify(
     goes away, UnreachableCheckpointError when it cannot be read: that says nothing about it; MismatchError
     for another format.
     """
-    with holds.hold(path, what="verify"):
+    with read_locks.hold(path, what="verify"):
         try:
             return _verify(path, threads or _default_threads(), progress)
         except OSError as error:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kempnerforge.checkpoint import holds
 from kempnerforge.checkpoint.compare import TensorDifferences, changes, compare_tensors
 from kempnerforge.checkpoint.format.step_info import StepView
+from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.verify import Verified
 from kempnerforge.checkpoint.verify import verify as verify_step
 from kempnerforge.cli import ckpt_text as text
@@ -64,7 +64,7 @@ def diff(
 ) -> None:
     """Say what differs between two steps: config, layout, versions, train state, tensors."""
     path_a, path_b = find_step(a), find_step(b)
-    with holds.hold(path_a, what="diff"), holds.hold(path_b, what="diff"):
+    with read_locks.hold(path_a, what="diff"), read_locks.hold(path_b, what="diff"):
         view_a, view_b = StepView.open(path_a), StepView.open(path_b)
         tables = _tables(view_a, view_b)
         with text.progress("comparing tensors") as progress:

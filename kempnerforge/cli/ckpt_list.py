@@ -12,8 +12,8 @@ import typer
 
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.format.manifest import Manifest
-from kempnerforge.checkpoint.keep import Verdict, decide
-from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.checkpoint.retention.policy import Verdict, decide
+from kempnerforge.checkpoint.retention.pruner import Retention
 from kempnerforge.checkpoint.run import lease
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, CheckpointFolder, FoundPolicy, RunPath, find_policy, find_run

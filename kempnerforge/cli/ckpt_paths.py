@@ -11,7 +11,7 @@ import typer
 
 from kempnerforge.checkpoint.format import latest_link, paths
 from kempnerforge.checkpoint.format.step_info import StepView
-from kempnerforge.checkpoint.keep import KeepPolicy
+from kempnerforge.checkpoint.retention.policy import KeepPolicy
 from kempnerforge.checkpoint.run import claim, metadata
 from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.owner import of_folder as owner_of

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kempnerforge.checkpoint import export as exporting
-from kempnerforge.checkpoint import holds, import_weights
+from kempnerforge.checkpoint import import_weights
 from kempnerforge.checkpoint.format import hf_format
 from kempnerforge.checkpoint.format.step_info import StepView
+from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, StepPath, find_step
 from kempnerforge.errors import DataError, MismatchError
@@ -88,7 +89,7 @@ def export(
     """Write the weights of a step, of any layout, as a folder that other tools load."""
     max_shard_bytes = _parse_size(max_shard_size)
     source = find_step(step_dir)
-    with holds.hold(source, what="export"):
+    with read_locks.hold(source, what="export"):
         view = StepView.open(source)
         done = _export_hf(view, out, dtype, max_shard_bytes, tokenizer)
     if as_json:

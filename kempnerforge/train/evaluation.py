@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from kempnerforge.checkpoint import holds, resume
+from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.resume import Found
+from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import Geometry, JobConfig
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
@@ -168,7 +169,7 @@ def _load(step_folder: Path, state: TrainState, world: World) -> tuple[Found, li
     with contextlib.ExitStack() as stack:
 
         def take() -> Found:
-            stack.enter_context(holds.hold(step_folder, what="kempnerforge eval"))
+            stack.enter_context(read_locks.hold(step_folder, what="kempnerforge eval"))
             step = paths.step_number(step_folder.name)
             return resume.with_retries(lambda: resume.inspect(step_folder, step=step), what=str(step_folder))
 

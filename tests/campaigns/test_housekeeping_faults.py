@@ -17,9 +17,9 @@ from support.crash.errno_campaign import SCENARIOS, check, describe, record, run
 from support.crash.errno_shim import Operation, Strike, strikes_of
 from support.crash.errno_training import LOOPS, MODES, LoopOutcome, holds_of, run_loop
 
+from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run.owner import Owner
 from kempnerforge.checkpoint.save_coordinator import Saver
-from kempnerforge.checkpoint.start_cleanup import StartCleanup
 
 pytest_plugins = ["support.crash.fixtures"]
 

@@ -32,7 +32,7 @@ PUBLISH = patch_target("kempnerforge.fsio:publish")
 DELETE_TREE = patch_target("kempnerforge.fsio:delete_tree")
 LOAD_TENSORS = patch_target("kempnerforge.checkpoint.resume:load_tensors")
 WRITE_SHARD = patch_target("kempnerforge.checkpoint.writer:Writer.write")
-INVALIDATE = patch_target("kempnerforge.checkpoint.retention:Retention._invalidate")
+INVALIDATE = patch_target("kempnerforge.checkpoint.retention.pruner:Retention._invalidate")
 STEPS, KEEP = 60, 2
 SETTINGS = {
     "train.max_steps": STEPS,

@@ -52,7 +52,7 @@ MUTANTS = {
         '                "cursor": {},\n',
     ),
     "retention deletes before it renames": Mutant(
-        "checkpoint/retention.py",
+        "checkpoint/retention/pruner.py",
         "            os.rename(path, doomed)\n        except FileNotFoundError:",
         "            fsio.delete_tree(path)\n            path.mkdir()\n            os.rename(path, doomed)\n"
         "        except FileNotFoundError:",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint import holds
+from kempnerforge.checkpoint.retention import read_locks
 
 pytestmark = pytest.mark.smoke
 
@@ -27,7 +27,7 @@ def files(step: Path) -> list[Path]:
 
 
 def lock_for_ever(step: Path, locked: Event) -> None:
-    with holds.hold(step, what="verify"):
+    with read_locks.hold(step, what="verify"):
         locked.set()
         time.sleep(600)
 
@@ -38,13 +38,13 @@ def test_read_lock_reader_killed_keeps_nothing(step: Path) -> None:
     process = context.Process(target=lock_for_ever, args=(step, locked))
     process.start()
     assert locked.wait(60), "the reader does not begin"
-    assert list(holds.readers(step.parent)) == [7]
+    assert list(read_locks.readers(step.parent)) == [7]
     assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
-    assert list(holds.readers(step.parent)) == [7], "stopped is not ended"
+    assert list(read_locks.readers(step.parent)) == [7], "stopped is not ended"
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert len(files(step)) == 1
-    assert holds.readers(step.parent) == {}
-    holds.remove_stale(step.parent)
+    assert read_locks.readers(step.parent) == {}
+    read_locks.remove_stale(step.parent)
     assert files(step) == []

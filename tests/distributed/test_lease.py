@@ -20,8 +20,8 @@ from support.tmpfs import mounted_tmpfs
 
 from kempnerforge import fsio, process_identity
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import lease
-from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, RunFolderError
 from kempnerforge.process_identity import Holder
 

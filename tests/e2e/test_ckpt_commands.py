@@ -51,8 +51,8 @@ import time
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
 from support.step_maker import write_step
-from kempnerforge.checkpoint.keep import KeepPolicy
-from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.checkpoint.retention.policy import KeepPolicy
+from kempnerforge.checkpoint.retention.pruner import Retention
 from kempnerforge.config.schema import CheckpointConfig
 
 folder, scratch = Path({folder!r}), Path({scratch!r})

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kempnerforge.checkpoint import quota
-from kempnerforge.checkpoint.quota import Mount
-from kempnerforge.checkpoint.space import check
+from kempnerforge.checkpoint.retention import quota
+from kempnerforge.checkpoint.retention.disk_space import check
+from kempnerforge.checkpoint.retention.quota import Mount
 
 pytestmark = pytest.mark.smoke
 

@@ -14,10 +14,10 @@ from kempnerforge import fsio
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
+from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import lease, lineage, metadata, resume_report
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.resume_report import Receipt
-from kempnerforge.checkpoint.start_cleanup import StartCleanup
 
 CONFIG = "[train]\nglobal_batch_size = 6\n"
 

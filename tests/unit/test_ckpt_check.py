@@ -9,8 +9,8 @@ from support.ckpt_cli import CONFIG, Ckpt, shard, step_folder
 from support.step_maker import flip_byte, resign, write_step
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.retention import read_locks
 
 pytest_plugins = ["support.ckpt_fixtures"]
 
@@ -129,7 +129,7 @@ def test_ckpt_pin_keeps_step_until_unpinned(ckpt: Ckpt, run: Path) -> None:
 
 
 def test_ckpt_prune_read_locked_step_stays(ckpt: Ckpt, run: Path) -> None:
-    with holds.hold(step_folder(run, 10), what="export"):
+    with read_locks.hold(step_folder(run, 10), what="export"):
         assert "step 10: kept: being read: export (pid" in ckpt("explain", run).out
         assert ckpt("prune", run, "--json").json["steps"] == []
     assert ckpt("prune", run, "--json").json["steps"] == [10]

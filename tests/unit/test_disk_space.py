@@ -12,9 +12,16 @@ from typing import Any
 import pytest
 from support.tmpfs import mounted_tmpfs
 
-from kempnerforge.checkpoint import quota
-from kempnerforge.checkpoint.quota import Mount, Quota, Quotas
-from kempnerforge.checkpoint.space import Action, Verdict, check, decide, make_room, require_one_save
+from kempnerforge.checkpoint.retention import quota
+from kempnerforge.checkpoint.retention.disk_space import (
+    Action,
+    Verdict,
+    check,
+    decide,
+    make_room,
+    require_one_save,
+)
+from kempnerforge.checkpoint.retention.quota import Mount, Quota, Quotas
 from kempnerforge.errors import NoSpaceError
 
 MB = 1 << 20

@@ -16,14 +16,14 @@ from support.step_maker import flip_byte, write_step
 
 from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.keep import KeepPolicy, LastN
-from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.checkpoint.retention.policy import KeepPolicy, LastN
+from kempnerforge.checkpoint.retention.pruner import Retention
+from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import claim, lineage, metadata, owner
 from kempnerforge.checkpoint.run.lineage import Cut
 from kempnerforge.checkpoint.run.metadata import Parent, RunRecord
 from kempnerforge.checkpoint.run.owner import OWNER_FILE, Owner
 from kempnerforge.checkpoint.run.resume_report import Receipt, Rejected
-from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.errors import FolderOwnedError, NoSoundCheckpointError, RunFolderError
 
 A, B = "aaaa", "bbbb"

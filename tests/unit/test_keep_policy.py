@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kempnerforge.checkpoint.keep import KeepPolicy, LastN, StepFacts, decide
+from kempnerforge.checkpoint.retention.policy import KeepPolicy, LastN, StepFacts, decide
 from kempnerforge.config.schema import CheckpointConfig
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, pins
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.retention import pins, read_locks
 from kempnerforge.checkpoint.run import metadata
 from kempnerforge.cli import app
 from kempnerforge.errors import RunFolderError
@@ -116,12 +116,12 @@ def test_pins_and_holds_of_other_kinds_count_unread(tmp_path: Path, kind: str) -
     secret.write_text(json.dumps({"user": "u", "host": "h", "time": 1.0, "note": "a secret"}))
     for path in (
         tmp_path / pins.FOLDER / paths.step_name(4),
-        tmp_path / holds.FOLDER / f"{paths.step_name(4)}.{'ab' * 8}.json",
+        tmp_path / read_locks.FOLDER / f"{paths.step_name(4)}.{'ab' * 8}.json",
     ):
         path.parent.mkdir()
         make_other_kind(path, kind, secret)
     assert pins.read(tmp_path) == {4: pins.Pin()}
-    assert [reader for readers in holds.readers(tmp_path).values() for reader in readers] == ["a reader"]
+    assert [reader for readers in read_locks.readers(tmp_path).values() for reader in readers] == ["a reader"]
 
 
 def test_curves_foreign_rows_left_out(tmp_path: Path) -> None:

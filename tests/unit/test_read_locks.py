@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint import holds
+from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.errors import StepNotFoundError
 
 
@@ -26,36 +26,39 @@ def files(step: Path) -> list[Path]:
 
 
 def test_read_lock_released_leaves_no_file(step: Path) -> None:
-    with holds.hold(step, what="verify"), holds.hold(step, what="export"):
+    with read_locks.hold(step, what="verify"), read_locks.hold(step, what="export"):
         assert len(files(step)) == 2
-        assert {name.partition(" ")[0] for name in holds.readers(step.parent)[7]} == {"verify", "export"}
+        assert {name.partition(" ")[0] for name in read_locks.readers(step.parent)[7]} == {"verify", "export"}
     assert os.listdir(step.parent) == ["step_00000007"]
 
 
 def test_read_lock_error_in_block_releases_it(step: Path) -> None:
-    with pytest.raises(ZeroDivisionError), holds.hold(step, what="verify"):
+    with pytest.raises(ZeroDivisionError), read_locks.hold(step, what="verify"):
         raise ZeroDivisionError
     assert os.listdir(step.parent) == ["step_00000007"]
 
 
 def test_read_lock_of_link_locks_target(step: Path) -> None:
     (step.parent / "latest").symlink_to(step.name)
-    with holds.hold(step.parent / "latest", what="diff") as locked:
+    with read_locks.hold(step.parent / "latest", what="diff") as locked:
         assert locked
-        assert list(holds.readers(step.parent)) == [7]
+        assert list(read_locks.readers(step.parent)) == [7]
 
 
 def test_read_lock_of_missing_step_refused(step: Path) -> None:
-    with pytest.raises(StepNotFoundError), holds.hold(step.with_name("step_00000008"), what="verify"):
+    with pytest.raises(StepNotFoundError), read_locks.hold(step.with_name("step_00000008"), what="verify"):
         pytest.fail("it was read locked")
-    with pytest.raises(StepNotFoundError), holds.hold(step.parent / "no" / "step_00000008", what="verify"):
+    with (
+        pytest.raises(StepNotFoundError),
+        read_locks.hold(step.parent / "no" / "step_00000008", what="verify"),
+    ):
         pytest.fail("it was read locked")
     assert os.listdir(step.parent) == ["step_00000007"]
 
 
 def test_read_lock_folder_never_pruned_gets_no_file(tmp_path: Path) -> None:
     path = write_step(tmp_path, 7).rename(tmp_path / "my_model")
-    with holds.hold(path, what="verify") as locked:
+    with read_locks.hold(path, what="verify") as locked:
         assert not locked
         assert os.listdir(tmp_path) == ["my_model"]
 
@@ -64,20 +67,20 @@ def test_read_lock_unwritable_folder_continues_without(step: Path, monkeypatch: 
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(holds.fsio, "write_new_file", refuse)
-    with holds.hold(step, what="verify") as locked:
+    monkeypatch.setattr(read_locks.fsio, "write_new_file", refuse)
+    with read_locks.hold(step, what="verify") as locked:
         assert not locked
 
 
 def test_read_lock_renewed_and_recreated_when_removed(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(holds, "RENEW_EVERY_S", 0.02)
-    with holds.hold(step, what="verify"):
+    monkeypatch.setattr(read_locks, "RENEW_EVERY_S", 0.02)
+    with read_locks.hold(step, what="verify"):
         (path,) = files(step)
         os.utime(path, (1, 1))
         wait_until(lambda: path.stat().st_mtime > 1, "the read lock was not renewed")
         path.unlink()
         wait_until(path.exists, "the read lock did not come back")
-        assert holds.readers(step.parent) == {7: ["a reader"]}
+        assert read_locks.readers(step.parent) == {7: ["a reader"]}
     assert os.listdir(step.parent) == ["step_00000007"]
 
 
@@ -94,22 +97,22 @@ def wait_until(true: Callable[[], bool], message: str) -> None:
 def test_read_lock_not_renewed_becomes_stale(
     step: Path, monkeypatch: pytest.MonkeyPatch, age_s: float, locked: bool
 ) -> None:
-    monkeypatch.setattr(holds, "RENEW_EVERY_S", 3600.0)
-    with holds.hold(step, what="verify"):
+    monkeypatch.setattr(read_locks, "RENEW_EVERY_S", 3600.0)
+    with read_locks.hold(step, what="verify"):
         (path,) = files(step)
         now = path.stat().st_mtime + age_s
-        assert (7 in holds.readers(step.parent, now=now)) == locked
-        holds.remove_stale(step.parent, now=now)
+        assert (7 in read_locks.readers(step.parent, now=now)) == locked
+        read_locks.remove_stale(step.parent, now=now)
         assert bool(files(step)) == locked
 
 
 def test_read_lock_of_other_host_stale_by_age_only(step: Path) -> None:
-    with holds.hold(step, what="verify"):
+    with read_locks.hold(step, what="verify"):
         (path,) = files(step)
         body = json.loads(path.read_text())
         body["reader"] |= {"host": "elsewhere", "boot_id": "another", "pid": 2**22 + 1}
         path.write_text(json.dumps(body))
-        assert holds.readers(step.parent) == {7: [f"verify (pid {2**22 + 1} on elsewhere)"]}
+        assert read_locks.readers(step.parent) == {7: [f"verify (pid {2**22 + 1} on elsewhere)"]}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"what": "x", "reader": {}}', "[" * 100_000])
@@ -118,6 +121,6 @@ def test_read_lock_unparsable_is_being_written(step: Path, content: str) -> None
     (step.parent / "holds" / "step_00000007.0123456789abcdef.json").write_text(content)
     (step.parent / "holds" / "step_7.0123.json").write_text(content)
     (step.parent / "holds" / "README").write_text(content)
-    assert holds.readers(step.parent) == {7: ["a reader"]}
-    holds.remove_stale(step.parent, now=time.time() + 2 * holds.LIFETIME_S)
+    assert read_locks.readers(step.parent) == {7: ["a reader"]}
+    read_locks.remove_stale(step.parent, now=time.time() + 2 * read_locks.LIFETIME_S)
     assert [path.name for path in files(step)] == ["README", "step_7.0123.json"]

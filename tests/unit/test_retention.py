@@ -13,11 +13,11 @@ import pytest
 from support.step_maker import flip_byte, resign, write_step
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, pins, retention
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.keep import KeepPolicy
-from kempnerforge.checkpoint.retention import Pruned, Retention
-from kempnerforge.checkpoint.room import RoomKeeper
+from kempnerforge.checkpoint.retention import pins, pruner, read_locks
+from kempnerforge.checkpoint.retention.policy import KeepPolicy
+from kempnerforge.checkpoint.retention.pruner import Pruned, Retention
+from kempnerforge.checkpoint.retention.room import RoomKeeper
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import RunFolderError
 
@@ -158,9 +158,9 @@ def test_pin_is_any_file_with_name_of_step(folder: Path) -> None:
 
 
 def test_retention_read_locked_step_stays(folder: Path) -> None:
-    with holds.hold(folder / "step_00000001", what="verify") as locked:
+    with read_locks.hold(folder / "step_00000001", what="verify") as locked:
         assert locked
-        ((reader,),) = holds.readers(folder).values()
+        ((reader,),) = read_locks.readers(folder).values()
         assert reader.startswith(f"verify (pid {os.getpid()} on ")
         assert prune(folder).apply().deleted == (2, 3)
     assert set(os.listdir(folder)) == {"step_00000001", "step_00000004"}
@@ -168,7 +168,7 @@ def test_retention_read_locked_step_stays(folder: Path) -> None:
 
 
 def test_retention_stale_read_lock_removed(folder: Path) -> None:
-    with holds.hold(folder / "step_00000001", what="verify"):
+    with read_locks.hold(folder / "step_00000001", what="verify"):
         (path,) = (folder / "holds").iterdir()
         os.utime(path, (1, 1))
         assert prune(folder).apply().deleted == (1, 2, 3)
@@ -190,7 +190,7 @@ def at_the_rename(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object], *,
         if first and after:
             done.append(act())
 
-    monkeypatch.setattr(retention.os, "rename", spy)
+    monkeypatch.setattr(pruner.os, "rename", spy)
 
 
 def test_retention_pin_before_deletion_keeps_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_pin_step_vanishes_meanwhile_refused(folder: Path, monkeypatch: pytest.M
 
 def test_retention_reader_before_deletion_undisturbed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that comes between the decision and the deletion reads on."""
-    reading = holds.hold(folder / "step_00000001", what="verify")
+    reading = read_locks.hold(folder / "step_00000001", what="verify")
     at_the_rename(monkeypatch, reading.__enter__)
     assert prune(folder).apply().deleted == (2, 3)
     assert (folder / "step_00000001" / "manifest.json").exists()
@@ -312,7 +312,7 @@ def test_retention_rename_fails_step_stays(folder: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(retention.os, "rename", fail)
+    monkeypatch.setattr(pruner.os, "rename", fail)
     result = prune(folder).apply()
     assert result.deleted == ()
     assert [warning.partition(":")[0] for warning in result.warnings] == [
@@ -330,20 +330,20 @@ def test_retention_pins_unreadable_step_stays(folder: Path, monkeypatch: pytest.
     found = prune(folder)
     facts = found.survey()
     monkeypatch.setattr(found, "survey", lambda: facts)
-    monkeypatch.setattr(retention.pins, "read", fail)
+    monkeypatch.setattr(pruner.pins, "read", fail)
     assert found.apply() == Pruned()
     assert paths.committed_steps(folder) == [4, 3, 2, 1]
 
 
 def test_retention_unreadable_step_stays_not_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = retention.load_resumable
+    load = pruner.load_resumable
 
     def fail(path: Path, **known: Any) -> object:
         if path.name == "step_00000004":
             raise OSError(116, "Stale file handle")
         return load(path, **known)
 
-    monkeypatch.setattr(retention, "load_resumable", fail)
+    monkeypatch.setattr(pruner, "load_resumable", fail)
     assert prune(folder).apply().deleted == (1, 2)
     assert paths.committed_steps(folder) == [4, 3]
 

@@ -13,8 +13,9 @@ from support.rollback_fixtures import names, quiet, resume
 from support.step_maker import resign, write_step
 
 from kempnerforge.checkpoint import fork as forking
-from kempnerforge.checkpoint import rollback, space
+from kempnerforge.checkpoint import rollback
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.retention import disk_space
 from kempnerforge.checkpoint.run import lease, lineage, metadata
 from kempnerforge.checkpoint.run.lineage import Cut, late_arrivals
 from kempnerforge.checkpoint.run.metadata import RunRecord
@@ -298,7 +299,7 @@ def test_fork_refused_leaves_nothing(run: Path, tmp_path: Path, case: str, link:
 
 
 def test_fork_without_space_not_begun(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(space, "RESERVE_FILES", 1 << 62)
+    monkeypatch.setattr(disk_space, "RESERVE_FILES", 1 << 62)
     with pytest.raises(NoSpaceError, match="would not fit"):
         forking.fork(run / "checkpoints" / "step_00000008", tmp_path / "new", link=False, progress=quiet)
     assert not list(tmp_path.glob("*new*"))
@@ -321,7 +322,7 @@ def test_fork_impossible_links_need_room(run: Path, tmp_path: Path, monkeypatch:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(space, "RESERVE_FILES", 1 << 62)
+    monkeypatch.setattr(disk_space, "RESERVE_FILES", 1 << 62)
     with pytest.raises(NoSpaceError, match="would not fit"):
         forking.fork(run / "checkpoints" / "step_00000008", tmp_path / "new", link=True, progress=quiet)
     assert not list(tmp_path.glob("*new*"))

@@ -11,13 +11,14 @@ from support.step_maker import flip_byte, write_step
 from support.stubborn_files import bind_mounted, immutable, over_lower_layer
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import pins, resume
+from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.keep import KeepPolicy
-from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.checkpoint.retention import pins
+from kempnerforge.checkpoint.retention.policy import KeepPolicy
+from kempnerforge.checkpoint.retention.pruner import Retention
+from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run.lineage import Cut
 from kempnerforge.checkpoint.run.resume_report import Receipt, Rejected
-from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import NoSoundCheckpointError, UnreachableCheckpointError
 

@@ -18,8 +18,8 @@ from support.step_maker import flip_byte, write_step
 from support.tokenizers import make_tokenizer
 from support.weight_cases import VARIANTS, assert_equal, config_toml, make_model, save, weights_of
 
-from kempnerforge.checkpoint import holds
 from kempnerforge.checkpoint.float_cast import cast
+from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.cli import app, ckpt_text
 from kempnerforge.config.schema import load_job
 from kempnerforge.data.tokenizer import load_tokenizer
@@ -223,7 +223,7 @@ def test_export_step_read_locked_meanwhile(
 
     @contextlib.contextmanager
     def watching(_: str) -> Any:
-        yield lambda done, total: seen.append((done, total, list(holds.readers(tmp_path))))
+        yield lambda done, total: seen.append((done, total, list(read_locks.readers(tmp_path))))
 
     monkeypatch.setattr(ckpt_text, "progress", watching)
     assert ckpt("export", step, "--out", tmp_path / "hf").status == 0
@@ -231,7 +231,7 @@ def test_export_step_read_locked_meanwhile(
     assert all(locked == [7] for *_, locked in seen)
     assert [done for done, *_ in seen] == sorted(done for done, *_ in seen)
     assert seen[-1][0] == seen[-1][1] == sum(t.nbytes for t in exported(tmp_path / "hf").values())
-    assert holds.readers(tmp_path) == {}
+    assert read_locks.readers(tmp_path) == {}
 
 
 @pytest.mark.parametrize("config", [None, "[train]\nseed = 1\n", "[model]\nwidth = 3\n"])

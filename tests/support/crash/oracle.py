@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run.resume_report import Rejected
-from kempnerforge.checkpoint.start_cleanup import StartCleanup
 
 CHECKPOINTS = "checkpoints"
 _FINAL = re.compile(rf"{CHECKPOINTS}/step_(\d{{8}})")

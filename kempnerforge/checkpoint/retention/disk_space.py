@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from kempnerforge.checkpoint.quota import Quotas
+from kempnerforge.checkpoint.retention.quota import Quotas
 from kempnerforge.errors import NoSpaceError
 
 RESERVE_BYTES = 64 << 20

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from kempnerforge.checkpoint import space
 from kempnerforge.checkpoint.format import manifest, paths
-from kempnerforge.checkpoint.keep import KeepPolicy
-from kempnerforge.checkpoint.quota import Quotas, read_quotas
-from kempnerforge.checkpoint.retention import Retention
+from kempnerforge.checkpoint.retention import disk_space
+from kempnerforge.checkpoint.retention.disk_space import Room, Verdict
+from kempnerforge.checkpoint.retention.policy import KeepPolicy
+from kempnerforge.checkpoint.retention.pruner import Retention
+from kempnerforge.checkpoint.retention.quota import Quotas, read_quotas
 from kempnerforge.checkpoint.run.owner import Owner
-from kempnerforge.checkpoint.space import Room, Verdict
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import CheckpointError
 
@@ -51,7 +51,7 @@ class RoomKeeper:
         self._quotas = read_quotas(self._folder)
         prunable = [verdict.step for verdict in self._retention.verdicts() if not verdict.keep]
         verdict = self._look()
-        warning = space.require_one_save(verdict, prunable_bytes=sum(map(self._size_of, prunable)))
+        warning = disk_space.require_one_save(verdict, prunable_bytes=sum(map(self._size_of, prunable)))
         # That quotas cannot be read is the rule on most machines, and no news at every start.
         return "" if verdict.fits else warning
 
@@ -71,7 +71,7 @@ class RoomKeeper:
 
     def make(self, *, stop: Callable[[], bool] = lambda: False) -> Room:
         """Make room for one save, as far as retention allows, until ``stop``. Raises OSError."""
-        return space.make_room(self._look, lambda: self._retention.apply(stop=stop).deleted)
+        return disk_space.make_room(self._look, lambda: self._retention.apply(stop=stop).deleted)
 
     def _look(self) -> Verdict:
         verdict = self._check()
@@ -81,7 +81,7 @@ class RoomKeeper:
         return verdict
 
     def _check(self) -> Verdict:
-        return space.check(
+        return disk_space.check(
             self._folder, self._needed_bytes, needed_files=self._needed_files, quotas=self._quotas
         )
 

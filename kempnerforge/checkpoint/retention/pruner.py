@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import holds, pins
 from kempnerforge.checkpoint.format import late_metrics, paths
 from kempnerforge.checkpoint.format.manifest import Manifest
-from kempnerforge.checkpoint.keep import KeepPolicy, StepFacts, Verdict, decide
+from kempnerforge.checkpoint.retention import pins, read_locks
+from kempnerforge.checkpoint.retention.policy import KeepPolicy, StepFacts, Verdict, decide
 from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.resumable_steps import load_resumable
 from kempnerforge.errors import CheckpointError
@@ -53,7 +53,7 @@ class Retention:
         ``steps``, newest first, are those of a listing that was just made. ``seen`` is told the manifest of
         every step that is looked at anew and found sound.
         """
-        pinned, read = pins.read(self.folder), holds.readers(self.folder)
+        pinned, read = pins.read(self.folder), read_locks.readers(self.folder)
         late = late_metrics.read(self.folder)
         found: list[StepFacts] = []
         any_sound = False
@@ -87,7 +87,7 @@ class Retention:
         Safe beside other processes that save, read, pin or prune in the folder. What cannot be deleted is a
         warning: the next call tries again. Raises OSError when the folder cannot be listed.
         """
-        holds.remove_stale(self.folder)
+        read_locks.remove_stale(self.folder)
         unfinished, self._unfinished = self._unfinished, []
         to_give_back, self._to_give_back = self._to_give_back, {}
         deleted: list[int] = []
@@ -173,7 +173,7 @@ class Retention:
         try:
             pin, known = pins.read(self.folder).get(step), self._sound.get(step)
             is_pinned = pin is not None and pin.is_of(known[1].origin if known is not None else None)
-            return is_pinned or step in holds.readers(self.folder)
+            return is_pinned or step in read_locks.readers(self.folder)
         except OSError:  # not known: it stays for now
             return True
 

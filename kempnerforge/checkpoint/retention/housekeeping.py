@@ -23,14 +23,14 @@ from pathlib import Path
 
 from kempnerforge.checkpoint.format import late_metrics, manifest, paths
 from kempnerforge.checkpoint.format.latest_link import LatestLink
-from kempnerforge.checkpoint.keep import KeepPolicy
-from kempnerforge.checkpoint.retention import Retention
-from kempnerforge.checkpoint.room import RoomKeeper
+from kempnerforge.checkpoint.retention.disk_space import Room
+from kempnerforge.checkpoint.retention.policy import KeepPolicy
+from kempnerforge.checkpoint.retention.pruner import Retention
+from kempnerforge.checkpoint.retention.room import RoomKeeper
+from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import lineage
 from kempnerforge.checkpoint.run.owner import Owner
 from kempnerforge.checkpoint.run.save_events import MAX_EVENTS, SaveEvent, deleted
-from kempnerforge.checkpoint.space import Room
-from kempnerforge.checkpoint.start_cleanup import StartCleanup
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import KempnerForgeError
 

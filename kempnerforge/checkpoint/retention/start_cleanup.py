@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import pins
 from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.retention import pins
 from kempnerforge.checkpoint.run import lineage
 from kempnerforge.checkpoint.run.lineage import Cut
 from kempnerforge.checkpoint.run.owner import ANYONE, OWNER_FILE, Owner

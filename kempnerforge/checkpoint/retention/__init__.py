@@ -1,0 +1,1 @@
+"""Which checkpoints to keep, deleting the others, and space for the next save."""
