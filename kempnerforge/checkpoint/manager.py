@@ -17,8 +17,6 @@ from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.background import Patience
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
-from kempnerforge.checkpoint.pace import Pacer
-from kempnerforge.checkpoint.policy import SavePolicy
 from kempnerforge.checkpoint.restore import Restorer
 from kempnerforge.checkpoint.results import Payload, RunContext, SaveReport
 from kempnerforge.checkpoint.resume import with_retries
@@ -31,6 +29,8 @@ from kempnerforge.checkpoint.run.request_files import RequestFile, RequestFiles
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.run.save_events import SaveEvent
 from kempnerforge.checkpoint.save_coordinator import Saver, Snapshot
+from kempnerforge.checkpoint.schedule.auto_interval import Pacer
+from kempnerforge.checkpoint.schedule.save_policy import SavePolicy
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.distributed.control import ControlGroup, as_agreed

@@ -14,7 +14,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.results import Payload, SaveReport
 from kempnerforge.checkpoint.run.save_events import MAX_EVENTS, PutOff, SaveEvent
-from kempnerforge.checkpoint.tax import StepClock
+from kempnerforge.checkpoint.schedule.overhead import StepClock
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import SaveFailedError
 

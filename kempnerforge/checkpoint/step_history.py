@@ -234,7 +234,7 @@ def _end_of(facts: RunFacts, attempt: int) -> str:
 
 def due_by_steps(config: CheckpointConfig, step: int) -> str | None:
     """Return why ``config`` makes a save due after ``step``, whatever the clock says; None if it does not."""
-    from kempnerforge.checkpoint.policy import SavePolicy
+    from kempnerforge.checkpoint.schedule.save_policy import SavePolicy
 
     return SavePolicy.from_config(config).due(step, auto_s=math.inf)
 

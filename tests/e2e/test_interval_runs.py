@@ -17,9 +17,9 @@ from support.patch_target import patch_target
 from support.runs import Launcher, Run, make_run
 
 from kempnerforge.checkpoint import save_coordinator
-from kempnerforge.checkpoint import tax as overhead
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import SaveReport
+from kempnerforge.checkpoint.schedule import overhead as overhead
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import CheckpointConfig
@@ -28,7 +28,7 @@ from kempnerforge.goodput.ledger import read_events
 
 pytest_plugins = ["support.run_fixtures"]
 
-SHORTEST_S = patch_target("kempnerforge.checkpoint.pace:SHORTEST_S")
+SHORTEST_S = patch_target("kempnerforge.checkpoint.schedule.auto_interval:SHORTEST_S")
 
 STEPS = 40
 NEWS = r"checkpoint interval: (.+) \(auto: (.+), (.+)\)"

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.clock import FakeClock
 
-from kempnerforge.checkpoint import tax
-from kempnerforge.checkpoint.pace import (
+from kempnerforge.checkpoint.schedule import overhead
+from kempnerforge.checkpoint.schedule.auto_interval import (
     LONGEST_S,
     NEVER,
     RETRY_S,
@@ -27,8 +27,8 @@ from kempnerforge.checkpoint.pace import (
     spacing,
     steady,
 )
-from kempnerforge.checkpoint.policy import SavePolicy
-from kempnerforge.checkpoint.tax import StepClock
+from kempnerforge.checkpoint.schedule.overhead import StepClock
+from kempnerforge.checkpoint.schedule.save_policy import SavePolicy
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.goodput.accounting import interruptions, saving
 from kempnerforge.goodput.history import derive
@@ -321,7 +321,7 @@ class Training:
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, costs: Callable[[int], float], **settings: Any
     ) -> None:
-        self.time = FakeClock().replace_in(monkeypatch, tax)
+        self.time = FakeClock().replace_in(monkeypatch, overhead)
         self.costs = costs
         self.settings = settings
         self.begun: list[float] = []

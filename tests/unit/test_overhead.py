@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kempnerforge.checkpoint.tax import (
+from kempnerforge.checkpoint.schedule.overhead import (
     BASELINE_INTERVALS,
     QUIET_WINDOW,
     SAVES_WINDOW,

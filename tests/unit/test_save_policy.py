@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kempnerforge.checkpoint.policy import SavePolicy
+from kempnerforge.checkpoint.schedule.save_policy import SavePolicy
 from kempnerforge.config.schema import CheckpointConfig
 
 MAX_STEPS = 40

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kempnerforge.checkpoint.results import SaveReport
 from kempnerforge.checkpoint.run import lineage
-from kempnerforge.checkpoint.tax import SAVES_WINDOW, SaveTax, StepClock, cost_s
+from kempnerforge.checkpoint.schedule.overhead import SAVES_WINDOW, SaveTax, StepClock, cost_s
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.goodput.accounting import interruptions
 from kempnerforge.goodput.history import AttemptHistory, read_history
