@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kempnerforge.checkpoint.async_save import AsyncCheckpointer
     from kempnerforge.checkpoint.manager import CheckpointManager
+    from kempnerforge.checkpoint.save.dcp_writer import SafetensorsWriter
     from kempnerforge.checkpoint.state.train_state import TrainState
-    from kempnerforge.checkpoint.storage import SafetensorsWriter
     from kempnerforge.checkpoint.storage_reader import SafetensorsReader
     from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig, load_job
 
@@ -36,7 +36,7 @@ _HOMES = {
     "CheckpointConfig": "config.schema",
     "CheckpointManager": "checkpoint.manager",
     "SafetensorsReader": "checkpoint.storage_reader",
-    "SafetensorsWriter": "checkpoint.storage",
+    "SafetensorsWriter": "checkpoint.save.dcp_writer",
     "TrainState": "checkpoint.state.train_state",
     "load_job": "config.schema",
 }

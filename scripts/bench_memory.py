@@ -19,7 +19,7 @@ from bench import command, machine, pairs
 from bench.savers import Ours, Saver, StockAsync
 from bench.workload import model_config, sharded_llama, state_bytes
 
-from kempnerforge.checkpoint import arena
+from kempnerforge.checkpoint.save import host_buffers
 from kempnerforge.config.schema import AsyncCheckpointMode
 
 SIZES = {
@@ -78,7 +78,7 @@ def main() -> None:
         for name, saver in savers.items():
             found[name] = measure(saver, folder, arguments.saves)
             saver.close()
-        buffers = arena.allocations
+        buffers = host_buffers.allocations
     if dist.get_rank() == 0:
         print(f"{size_bytes / 1e6:.0f} MB on {dist.get_world_size()} x {device.type}; {machine.tell(told)}")
         copies = {name: in_copies(seen, size_bytes) for name, seen in found.items()}

@@ -30,11 +30,11 @@ from bench import command, machine, pairs
 from bench.savers import Ours
 from bench.workload import Steps, model_config, sharded_llama, state_bytes
 
-from kempnerforge.checkpoint.agreed_plan import AgreedPlan
 from kempnerforge.checkpoint.results import Payload
-from kempnerforge.checkpoint.staging import overlapping
+from kempnerforge.checkpoint.save.agreed_plan import AgreedPlan
+from kempnerforge.checkpoint.save.staging import overlapping
+from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.state.train_state import TrainState
-from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed.control import ControlGroup
 

@@ -42,12 +42,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, PlannedItem, commit
 from kempnerforge.checkpoint.format import manifest
 from kempnerforge.checkpoint.format.checksums import FileRecord, VerifiedFile
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image
 from kempnerforge.checkpoint.format.tensor_index import Index
-from kempnerforge.checkpoint.plan import make_plan, signature_of
+from kempnerforge.checkpoint.save.commit import Contents, Expected, FileReport, PlannedItem, commit
+from kempnerforge.checkpoint.save.plan import make_plan, signature_of
 from kempnerforge.distributed.store_channel import StoreBoard, collect
 
 SIZES = {

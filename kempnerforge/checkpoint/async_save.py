@@ -20,17 +20,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from kempnerforge.checkpoint import background
-from kempnerforge.checkpoint.agreed_plan import AgreedPlan
-from kempnerforge.checkpoint.arena import ArenaSet
-from kempnerforge.checkpoint.background import FailedSave, Part, Patience, SaveJob, SaveResult, result_key
-from kempnerforge.checkpoint.commit import Contents
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.results import Payload
-from kempnerforge.checkpoint.staging import BlockingCopy, FailedCopy, Staging, overlapping
+from kempnerforge.checkpoint.save import pipeline
+from kempnerforge.checkpoint.save.agreed_plan import AgreedPlan
+from kempnerforge.checkpoint.save.commit import Contents
+from kempnerforge.checkpoint.save.host_buffers import ArenaSet
+from kempnerforge.checkpoint.save.pipeline import FailedSave, Part, Patience, SaveJob, SaveResult, result_key
+from kempnerforge.checkpoint.save.staging import BlockingCopy, FailedCopy, Staging, overlapping
+from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.state.flatten import payload_of
-from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.control import ControlGroup
@@ -304,7 +304,7 @@ class AsyncCheckpointer:
         try:
             self._pending = _Pending(job.number, final.name, job)
             _unreported[job.part] = final
-            self._pending.thread = background.start(job, self._writer, self._board)
+            self._pending.thread = pipeline.start(job, self._writer, self._board)
             job.staging.start()
         except BaseException as error:  # Ctrl-C: the thread must not wait for a copy that does not come
             job.staging.fail(error)
@@ -329,7 +329,7 @@ class AsyncCheckpointer:
         """After how many seconds the save that begins is given up. The same on all ranks."""
         if self._patience.save_timeout_s is not None:
             return self._patience.save_timeout_s
-        return background.automatic_timeout_s(self._plan.largest_bytes, self._rates)
+        return pipeline.automatic_timeout_s(self._plan.largest_bytes, self._rates)
 
     def wait_for_staging(self) -> None:
         """Call before ``optimizer.step()``; returns when the tensors of the pending save may be modified.

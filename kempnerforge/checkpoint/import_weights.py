@@ -17,7 +17,6 @@ import xxhash
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import new_folder
-from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, PlannedFile, PlannedItem, commit
 from kempnerforge.checkpoint.float_cast import FLOATS, cast
 from kempnerforge.checkpoint.format import hf_format, paths
 from kempnerforge.checkpoint.format.checksums import DigestingFile
@@ -25,6 +24,14 @@ from kempnerforge.checkpoint.format.hf_format import MappedTensor, Stored
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image
 from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES
+from kempnerforge.checkpoint.save.commit import (
+    Contents,
+    Expected,
+    FileReport,
+    PlannedFile,
+    PlannedItem,
+    commit,
+)
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
 Progress = Callable[[int, int], None]

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from kempnerforge.checkpoint import manager_arguments
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.background import Patience
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.restore import Restorer
@@ -28,6 +27,7 @@ from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.request_files import RequestFile, RequestFiles
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.run.save_events import SaveEvent
+from kempnerforge.checkpoint.save.pipeline import Patience
 from kempnerforge.checkpoint.save_coordinator import Saver, Snapshot
 from kempnerforge.checkpoint.schedule.auto_interval import Pacer
 from kempnerforge.checkpoint.schedule.save_policy import SavePolicy

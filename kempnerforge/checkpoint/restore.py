@@ -138,8 +138,8 @@ class Restorer:
             result.write(self._run_dir)
         except OSError as error:
             raise RunFolderError(
-                f"{self._run_dir / resume_report.RECEIPTS} cannot be written: {error}. It says which steps count. "
-                "Fix this, then start the same command again"
+                f"{self._run_dir / resume_report.RECEIPTS} cannot be written: {error}. It records which steps "
+                "count. Fix this, then run the same command again"
             ) from error
 
     def _load(self, found: Found, state: TrainState, parts: Sequence[str]) -> Loaded | str:

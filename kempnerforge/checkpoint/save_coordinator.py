@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.background import SaveResult
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.results import Payload, SaveReport
 from kempnerforge.checkpoint.run.save_events import MAX_EVENTS, PutOff, SaveEvent
+from kempnerforge.checkpoint.save.pipeline import SaveResult
 from kempnerforge.checkpoint.schedule.overhead import StepClock
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import SaveFailedError

@@ -6,12 +6,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from kempnerforge.checkpoint.commit import Expected, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.format.checksums import FileRecord, record_of
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image
 from kempnerforge.checkpoint.run import metadata
+from kempnerforge.checkpoint.save.commit import Expected, PlannedFile, PlannedItem
 
 CONFIG = """\
 [train]

@@ -22,11 +22,11 @@ from support.tmpfs import mounted_tmpfs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from kempnerforge.checkpoint import arena, writer
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.background import Patience
+from kempnerforge.checkpoint.save import host_buffers, writer_client
+from kempnerforge.checkpoint.save.pipeline import Patience
+from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
-from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed.store_channel import LocalBoard
 from kempnerforge.errors import SaveFailedError
@@ -136,15 +136,15 @@ def test_buffers_after_first_save_are_reused(
     state = {"w": torch.ones(50_000), "v": torch.ones(3)}
     checkpointer.prepare(state)
     assert checkpointer.host_bytes >= 200_000
-    before = arena.allocations
+    before = host_buffers.allocations
     for step in range(20):
         checkpointer.save(state, tmp_path / f"c{step}")
-    assert arena.allocations == before
+    assert host_buffers.allocations == before
     checkpointer.wait()
     assert sorted(messages) == ["19/result", "20/folder", "20/rank0", "20/result"]
     checkpointer.save({**state, "new": torch.ones(2)}, tmp_path / "other")
     checkpointer.wait()
-    assert arena.allocations == before + 1
+    assert host_buffers.allocations == before + 1
     assert torch.equal(load_one(tmp_path / "other", torch.ones(2), "new"), torch.ones(2))
 
 
@@ -172,7 +172,7 @@ def test_writer_dies_or_hangs_is_replaced(
         skipped_s += 100.0 if checkpointer.writer_pid == first else 0.0
         return time.monotonic() + skipped_s
 
-    monkeypatch.setattr(writer, "time", SimpleNamespace(monotonic=monotonic))
+    monkeypatch.setattr(writer_client, "time", SimpleNamespace(monotonic=monotonic))
     checkpointer.save({"w": weight}, tmp_path / "second")
     checkpointer.wait()
     assert writer_pid(checkpointer) != first

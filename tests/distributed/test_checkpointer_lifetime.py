@@ -22,13 +22,13 @@ from kempnerforge import (
     SafetensorsWriter,
     TrainState,
 )
-from kempnerforge.checkpoint.background import Patience
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.save.pipeline import Patience
+from kempnerforge.checkpoint.save.staging import BlockingCopy
+from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.save_coordinator import Saver
-from kempnerforge.checkpoint.staging import BlockingCopy
 from kempnerforge.checkpoint.storage_reader import load_tensors
 from kempnerforge.checkpoint.verify import verify
-from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.errors import SaveFailedError
 
 pytestmark = [pytest.mark.smoke, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]

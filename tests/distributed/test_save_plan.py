@@ -12,8 +12,8 @@ from support.ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from kempnerforge.checkpoint import agreed_plan
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.save import agreed_plan
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.config.schema import AsyncCheckpointMode
 

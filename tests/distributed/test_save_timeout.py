@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from support.ranks import run_ranks
 
-from kempnerforge.checkpoint import background
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.save import pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed")
 
@@ -23,7 +23,7 @@ Bound = tuple[int, list[float], float]
 def save_unequal_parts(folder: str) -> tuple[list[Bound], list[float], int]:
     """Rank 1 has most, rank 2 nothing. Returns the bounds, the seconds of the saves, and the bytes here."""
     rank, bounds, totals = dist.get_rank(), [], []
-    bound = background.automatic_timeout_s
+    bound = pipeline.automatic_timeout_s
     state = {f"own{rank}": torch.ones([1000, 1_000_000, 0][rank])} if rank < 2 else {}
 
     def noted(size_bytes: int, rates: Sequence[float]) -> float:
@@ -31,7 +31,7 @@ def save_unequal_parts(folder: str) -> tuple[list[Bound], list[float], int]:
         return bounds[-1][2]
 
     with pytest.MonkeyPatch.context() as patch, AsyncCheckpointer("async") as checkpointer:
-        patch.setattr(background, "automatic_timeout_s", noted)
+        patch.setattr(pipeline, "automatic_timeout_s", noted)
         for number in range(SAVES):
             checkpointer.save(state, f"{folder}/c{number}")
             result = checkpointer.wait()
@@ -52,10 +52,10 @@ def test_save_timeout_follows_bytes_and_measured_rates(tmp_path: Path) -> None:
 
 
 def test_save_timeout_is_ten_times_slowest_of_rates() -> None:
-    first = background.automatic_timeout_s(100 * 10**9, [])
+    first = pipeline.automatic_timeout_s(100 * 10**9, [])
     assert first == 10 * 100e9 / 20e6
-    assert background.automatic_timeout_s(100 * 10**9, [1e9, 0.5e9, 2e9]) == 10 * 100 / 0.5
-    assert background.automatic_timeout_s(10**6, [1e9]) == 600
+    assert pipeline.automatic_timeout_s(100 * 10**9, [1e9, 0.5e9, 2e9]) == 10 * 100 / 0.5
+    assert pipeline.automatic_timeout_s(10**6, [1e9]) == 600
 
 
 def test_save_of_no_tensors_can_be_repeated(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kempnerforge import CheckpointConfig, CheckpointManager, SafetensorsReader, TrainState
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.staging import ThreadCopy
+from kempnerforge.checkpoint.save.staging import ThreadCopy
 from kempnerforge.checkpoint.storage_reader import load_tensors
 from kempnerforge.errors import MismatchError
 

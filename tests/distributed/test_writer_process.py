@@ -15,12 +15,12 @@ import torch
 from support.clock import FakeClock
 from support.polling import wait_until
 
-from kempnerforge.checkpoint import image_writer, shared_memory, writer
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.image_writer import write_image
-from kempnerforge.checkpoint.lanes import Lanes
-from kempnerforge.checkpoint.shared_memory import HUGE_BYTES, map_filled, map_new
-from kempnerforge.checkpoint.writer_main import Pulse
+from kempnerforge.checkpoint.save import direct_io, shared_memory, writer_client
+from kempnerforge.checkpoint.save.direct_io import write_image
+from kempnerforge.checkpoint.save.lanes import Lanes
+from kempnerforge.checkpoint.save.shared_memory import HUGE_BYTES, map_filled, map_new
+from kempnerforge.checkpoint.save.writer_process import Pulse
 from kempnerforge.config.schema import AsyncCheckpointMode
 
 pytestmark = pytest.mark.smoke
@@ -95,9 +95,9 @@ def test_shared_memory_not_mappable_is_error(tmp_path: Path) -> None:
 
 
 def write(path: Path, fd: int, lanes: Lanes, blocks: int, **options: object) -> None:
-    size_bytes = (blocks - 1) * image_writer.BLOCK_BYTES + 5
-    os.ftruncate(fd, image_writer.padded(size_bytes))
-    write_image(map_new(fd, image_writer.padded(size_bytes)), path, size_bytes, lanes, **options)  # type: ignore[arg-type]
+    size_bytes = (blocks - 1) * direct_io.BLOCK_BYTES + 5
+    os.ftruncate(fd, direct_io.padded(size_bytes))
+    write_image(map_new(fd, direct_io.padded(size_bytes)), path, size_bytes, lanes, **options)  # type: ignore[arg-type]
     assert path.stat().st_size == size_bytes
 
 
@@ -121,8 +121,8 @@ def test_lane_has_requested_priority() -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     """For ``write_image``, with small blocks."""
-    monkeypatch.setattr(image_writer, "BLOCK_BYTES", 1 << 16)
-    return FakeClock().replace_in(monkeypatch, image_writer)
+    monkeypatch.setattr(direct_io, "BLOCK_BYTES", 1 << 16)
+    return FakeClock().replace_in(monkeypatch, direct_io)
 
 
 @pytest.mark.usefixtures("clock")
@@ -170,7 +170,7 @@ def test_write_image_slow_block_makes_rest_prompt(
     pwrite = os.pwrite
 
     def slow_second(fd: int, data: memoryview, offset: int) -> int:
-        clock.sleep(1.5 if offset == image_writer.BLOCK_BYTES else 0.1)
+        clock.sleep(1.5 if offset == direct_io.BLOCK_BYTES else 0.1)
         return pwrite(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", slow_second)
@@ -208,7 +208,7 @@ def test_writer_wait_for_pending_save_hurries(tmp_path: Path, monkeypatch: pytes
         pulses.append(Pulse(fd))
         return pulses[-1]
 
-    monkeypatch.setattr(writer, "Pulse", noted)
+    monkeypatch.setattr(writer_client, "Pulse", noted)
     checkpointer = AsyncCheckpointer(AsyncCheckpointMode.async_)
     checkpointer.save({"w": torch.ones(1000)}, tmp_path / "c")
     wait_until(lambda: pulses, "a writer")

@@ -19,9 +19,9 @@ from support.runs import Launcher, Run, make_run
 from kempnerforge.checkpoint import save_coordinator
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import SaveReport
+from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.schedule import overhead as overhead
 from kempnerforge.checkpoint.state.train_state import TrainState
-from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.goodput.interval import daly, expected_mtti
 from kempnerforge.goodput.ledger import read_events

@@ -25,8 +25,8 @@ from kempnerforge.checkpoint.format.manifest import read
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.run import metadata
+from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.state.train_state import TrainState
-from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, SaveFailedError
 from kempnerforge.goodput.history import read_history

@@ -19,7 +19,7 @@ SCRIPT = """
 import sys, time
 import torch
 from kempnerforge import AsyncCheckpointer
-from kempnerforge.checkpoint.writer import Writer
+from kempnerforge.checkpoint.save.writer_client import Writer
 
 write = Writer.write
 

@@ -24,10 +24,10 @@ from kempnerforge import (
     TrainState,
 )
 from kempnerforge.checkpoint import cuda
-from kempnerforge.checkpoint.background import Patience
-from kempnerforge.checkpoint.staging import StreamCopy
+from kempnerforge.checkpoint.save.pipeline import Patience
+from kempnerforge.checkpoint.save.staging import StreamCopy
+from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.storage_reader import load_tensors
-from kempnerforge.checkpoint.writer import Writer
 from kempnerforge.errors import SaveFailedError
 
 pytestmark = [

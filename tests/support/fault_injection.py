@@ -24,8 +24,8 @@ from support.patch_target import patch_target, resolve
 
 RESUME = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.resume")
 READ_SAMPLES = patch_target("kempnerforge.data.tokens:Samples.read")
-WRITE_SHARD = patch_target("kempnerforge.checkpoint.writer:Writer.write")
-COPY_TO_HOST = patch_target("kempnerforge.checkpoint.staging:BlockingCopy.__init__")
+WRITE_SHARD = patch_target("kempnerforge.checkpoint.save.writer_client:Writer.write")
+COPY_TO_HOST = patch_target("kempnerforge.checkpoint.save.staging:BlockingCopy.__init__")
 READ_OUTCOME = patch_target("kempnerforge.distributed.store_channel:StoreBoard.read")
 PREADV = patch_target("os:preadv")
 TRAIN = patch_target("kempnerforge.train.run:train")

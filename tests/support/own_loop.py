@@ -52,7 +52,7 @@ def main(settings: dict[str, Any]) -> None:
     import torch
 
     from kempnerforge import CheckpointConfig, CheckpointManager, TrainState
-    from kempnerforge.checkpoint.writer import Writer
+    from kempnerforge.checkpoint.save.writer_client import Writer
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if write_s := settings.get("write_s"):

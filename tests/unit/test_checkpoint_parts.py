@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint import resume
-from kempnerforge.checkpoint.commit import Expected, FileReport, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.format import json_values
 from kempnerforge.checkpoint.format.checksums import FileRecord
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image, split_by_name
 from kempnerforge.checkpoint.run import resume_report
 from kempnerforge.checkpoint.run.resume_report import Receipt
+from kempnerforge.checkpoint.save.commit import Expected, FileReport, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.errors import MismatchError, SaveFailedError, UnreachableCheckpointError
 

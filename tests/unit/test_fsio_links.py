@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import writer_main
-from kempnerforge.checkpoint.writer_main import PULSE_BYTES, Pulse
+from kempnerforge.checkpoint.save import writer_process
+from kempnerforge.checkpoint.save.writer_process import PULSE_BYTES, Pulse
 from kempnerforge.goodput.ledger import Ledger
 
 
@@ -46,10 +46,10 @@ def test_writer_of_a_dead_trainer_ends_before_next_block() -> None:
     pulse.staged = 100
     ours, theirs = socket.socketpair()
     with theirs:
-        writer_main._follow(pulse, 50, theirs)
+        writer_process._follow(pulse, 50, theirs)
         ours.close()
         with pytest.raises(ConnectionAbortedError):
-            writer_main._follow(pulse, 100, theirs)
+            writer_process._follow(pulse, 100, theirs)
 
 
 def test_private_file_is_for_the_user_alone(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kempnerforge.checkpoint import memory
-from kempnerforge.checkpoint.memory import Claim, Limit
+from kempnerforge.checkpoint.save import host_memory
+from kempnerforge.checkpoint.save.host_memory import Claim, Limit
 
 MB = 1 << 20
 V1_NONE = "9223372036854771712"
@@ -44,7 +44,7 @@ def v1(folder: Path, *, limit: str, used_mb: int, cache_mb: int, hierarchical: b
 
 def free_mb(proc: Path) -> dict[str, int]:
     """By the last part of its path: what each limit has left; the machine's is ``machine``."""
-    machine, *cgroups = memory.claim(1, proc=proc).limits
+    machine, *cgroups = host_memory.claim(1, proc=proc).limits
     found = {limit.name.split(" of ")[0].rpartition("/")[2]: limit.free_bytes // MB for limit in cgroups}
     return {"machine": machine.free_bytes // MB, **found}
 
@@ -125,8 +125,8 @@ def in_cgroup(key: str, free: int) -> Limit:
 
 
 def test_memory_fault_adds_up_ranks_of_a_machine() -> None:
-    assert memory.fault([rank(400), rank(400)], None) is None
-    found = memory.fault([rank(400), rank(400), rank(200)], None)
+    assert host_memory.fault([rank(400), rank(400)], None) is None
+    found = host_memory.fault([rank(400), rank(400), rank(200)], None)
     assert found is not None
     assert "take 1.05 GB, and about 0.94 GB are free" in found.problem
 
@@ -134,27 +134,27 @@ def test_memory_fault_adds_up_ranks_of_a_machine() -> None:
 def test_memory_fault_goes_by_machine_not_host_name() -> None:
     """Two containers of one machine have names of their own; two machines may share one."""
     other_machine = Limit("boot2", "on n1", 1000 * MB)
-    assert memory.fault([rank(800), rank(800, other_machine)], None) is None
-    assert memory.fault([rank(800), rank(800, host="n1-container")], None) is not None
+    assert host_memory.fault([rank(800), rank(800, other_machine)], None) is None
+    assert host_memory.fault([rank(800), rank(800, host="n1-container")], None) is not None
 
 
 def test_memory_fault_goes_by_cgroup_too() -> None:
     a, b = in_cgroup("a", 300), in_cgroup("b", 300)
-    assert memory.fault([rank(200, MACHINE, a), rank(200, MACHINE, b)], None) is None
-    found = memory.fault([rank(200, MACHINE, a), rank(200, MACHINE, a)], None)
+    assert host_memory.fault([rank(200, MACHINE, a), rank(200, MACHINE, b)], None) is None
+    found = host_memory.fault([rank(200, MACHINE, a), rank(200, MACHINE, a)], None)
     assert found is not None
     assert "in the cgroup /a of n1" in found.problem
 
 
 def test_memory_fault_takes_the_least_that_a_rank_saw() -> None:
     less = Limit("boot", "on n1", 100 * MB)
-    assert memory.fault([rank(100), rank(100, less)], None) is not None
+    assert host_memory.fault([rank(100), rank(100, less)], None) is not None
 
 
 def test_memory_fault_set_bound_alone_counts() -> None:
     """Who sets a bound wants to try: what seems to be free is not asked for."""
     poor = Limit("boot", "on n1", 0)
-    assert memory.fault([rank(100, poor), rank(100, poor)], 0.3) is None
-    found = memory.fault([rank(100, poor), rank(100, poor)], 0.2)
+    assert host_memory.fault([rank(100, poor), rank(100, poor)], 0.3) is None
+    found = host_memory.fault([rank(100, poor), rank(100, poor)], 0.2)
     assert found is not None
     assert (found.key, found.allowed.split(",")[0]) == ("checkpoint.max_host_memory_gb", "at least 0.21")

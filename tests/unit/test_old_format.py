@@ -15,10 +15,10 @@ from support.state_trees import same
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys, load
 
-from kempnerforge.checkpoint.commit import Expected, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.format import manifest
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem
 from kempnerforge.checkpoint.manager import CheckpointManager
+from kempnerforge.checkpoint.save.commit import Expected, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.checkpoint.verify import verify

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
-from kempnerforge.checkpoint.commit import PlannedItem
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem
-from kempnerforge.checkpoint.plan import make_plan as make_save_plan
+from kempnerforge.checkpoint.save.commit import PlannedItem
+from kempnerforge.checkpoint.save.plan import make_plan as make_save_plan
 from kempnerforge.config.schema import (
     DistributedConfig,
     Geometry,

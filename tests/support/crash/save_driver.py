@@ -24,12 +24,12 @@ from support.crash.known_states import (
 )
 
 from kempnerforge.checkpoint import manager as manager_module
-from kempnerforge.checkpoint import writer as writer_module
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
-from kempnerforge.checkpoint.background import Patience
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import RunContext, SaveReport
+from kempnerforge.checkpoint.save import writer_client as writer_module
+from kempnerforge.checkpoint.save.pipeline import Patience
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.errors import SaveFailedError

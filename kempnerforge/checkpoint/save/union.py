@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kempnerforge.checkpoint.commit import PlannedItem
 from kempnerforge.checkpoint.format import structure
+from kempnerforge.checkpoint.save.commit import PlannedItem
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from kempnerforge.checkpoint import cuda
-from kempnerforge.checkpoint.arena import ArenaSet
-from kempnerforge.checkpoint.commit import Contents, Expected, FileReport, commit, make_temporary
 from kempnerforge.checkpoint.format.checksums import FileRecord
-from kempnerforge.checkpoint.staging import Staging
-from kempnerforge.checkpoint.writer import Writer, Written, with_backoff
+from kempnerforge.checkpoint.save.commit import Contents, Expected, FileReport, commit, make_temporary
+from kempnerforge.checkpoint.save.host_buffers import ArenaSet
+from kempnerforge.checkpoint.save.staging import Staging
+from kempnerforge.checkpoint.save.writer_client import Writer, Written, with_backoff
 from kempnerforge.distributed.store_channel import Board, collect
 from kempnerforge.errors import SaveFailedError
 

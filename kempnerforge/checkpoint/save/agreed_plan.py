@@ -9,17 +9,25 @@ from typing import Any
 import torch
 import xxhash
 
-from kempnerforge.checkpoint import cuda, memory
-from kempnerforge.checkpoint.arena import ArenaSet, needed_bytes
-from kempnerforge.checkpoint.commit import Expected, PlannedFile
+from kempnerforge.checkpoint import cuda
 from kempnerforge.checkpoint.format import structure
 from kempnerforge.checkpoint.format.structure import FLAT, Structure
-from kempnerforge.checkpoint.plan import SavePlan, Signature, digest_of, held_chunks, make_plan, signature_of
 from kempnerforge.checkpoint.results import Payload
+from kempnerforge.checkpoint.save import host_memory
+from kempnerforge.checkpoint.save.commit import Expected, PlannedFile
+from kempnerforge.checkpoint.save.host_buffers import ArenaSet, needed_bytes
+from kempnerforge.checkpoint.save.plan import (
+    SavePlan,
+    Signature,
+    digest_of,
+    held_chunks,
+    make_plan,
+    signature_of,
+)
+from kempnerforge.checkpoint.save.union import Held, Union, unite
 from kempnerforge.checkpoint.state.flatten import TreePayload
 from kempnerforge.checkpoint.state.pieces import check_name
 from kempnerforge.checkpoint.state.tensor_leaves import tensor_names
-from kempnerforge.checkpoint.union import Held, Union, unite
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import HostMemoryError, KempnerForgeError, SaveFailedError
 
@@ -118,14 +126,14 @@ class AgreedPlan:
         error: Exception | None = None
         claim = None
         try:
-            claim = memory.claim(needed_bytes(files))
+            claim = host_memory.claim(needed_bytes(files))
         except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
             error = _no_buffers(found)
         # All have looked before the first one takes any: what is free is free of these buffers.
         claims = control.gather(claim)
         if None in claims:
             raise_on_all(control, error)
-        fault = memory.fault([one for one in claims if one is not None], self._max_host_memory_gb)
+        fault = host_memory.fault([one for one in claims if one is not None], self._max_host_memory_gb)
         if fault is not None:
             raise HostMemoryError(fault)
         try:

@@ -15,7 +15,12 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from kempnerforge.checkpoint.commit import (
+from kempnerforge.checkpoint.format import paths, structure
+from kempnerforge.checkpoint.format.checksums import DigestingFile
+from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
+from kempnerforge.checkpoint.format.safetensors_file import plan_image, split_by_name
+from kempnerforge.checkpoint.format.structure import PATHS, Structure
+from kempnerforge.checkpoint.save.commit import (
     Contents,
     Expected,
     FileReport,
@@ -24,12 +29,7 @@ from kempnerforge.checkpoint.commit import (
     commit,
     make_temporary,
 )
-from kempnerforge.checkpoint.format import paths, structure
-from kempnerforge.checkpoint.format.checksums import DigestingFile
-from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
-from kempnerforge.checkpoint.format.safetensors_file import plan_image, split_by_name
-from kempnerforge.checkpoint.format.structure import PATHS, Structure
-from kempnerforge.checkpoint.plan import check_cover, planned_item
+from kempnerforge.checkpoint.save.plan import check_cover, planned_item
 from kempnerforge.checkpoint.state.pieces import check_name, check_storable, plain
 from kempnerforge.checkpoint.state.tensor_leaves import Packer
 from kempnerforge.errors import SaveFailedError

@@ -6,7 +6,7 @@ behind and replaced; and nothing here competes for the trainer's interpreter loc
 One JSON message a request, with the arena's file descriptor beside it: ``{"path", "size_bytes"}``. One JSON
 line a reply: ``{"size_bytes", "xxh3_128", "write_s"}`` or ``{"error"}``. It ends when the socket closes, so
 it never outlives its trainer. Started as
-``python -m kempnerforge.checkpoint.writer_main SOCKET_FD PULSE_FD``.
+``python -m kempnerforge.checkpoint.save.writer_process SOCKET_FD PULSE_FD``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.checkpoint.image_writer import write_image
-from kempnerforge.checkpoint.lanes import Lanes
-from kempnerforge.checkpoint.shared_memory import map_filled
+from kempnerforge.checkpoint.save.direct_io import write_image
+from kempnerforge.checkpoint.save.lanes import Lanes
+from kempnerforge.checkpoint.save.shared_memory import map_filled
 
 PULSE_BYTES = 24
 FOLLOW_S = {True: 0.002, False: 0.01}

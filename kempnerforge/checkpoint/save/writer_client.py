@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kempnerforge.checkpoint.format.checksums import FileRecord
-from kempnerforge.checkpoint.writer_main import FOLLOW_S, PULSE_BYTES, Pulse
+from kempnerforge.checkpoint.save.writer_process import FOLLOW_S, PULSE_BYTES, Pulse
 from kempnerforge.errors import SaveFailedError
 
 _POLL_S = 0.2
@@ -138,7 +138,7 @@ class Writer:
                     [
                         sys.executable,
                         "-m",
-                        "kempnerforge.checkpoint.writer_main",
+                        "kempnerforge.checkpoint.save.writer_process",
                         str(theirs.fileno()),
                         str(pulse_fd),
                     ],

@@ -14,11 +14,11 @@ import torch
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.checkpoint.commit import Expected, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, split_by_name
 from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry, cover_problem
+from kempnerforge.checkpoint.save.commit import Expected, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.state.pieces import (
     Boxes,
     check_name,

@@ -15,11 +15,11 @@ import torch
 import xxhash
 
 from kempnerforge.checkpoint import cuda
-from kempnerforge.checkpoint.commit import PlannedFile
 from kempnerforge.checkpoint.format.dtypes import DTYPES
 from kempnerforge.checkpoint.format.safetensors_file import ShardImage, plan_image
-from kempnerforge.checkpoint.image_writer import padded
-from kempnerforge.checkpoint.shared_memory import map_new
+from kempnerforge.checkpoint.save.commit import PlannedFile
+from kempnerforge.checkpoint.save.direct_io import padded
+from kempnerforge.checkpoint.save.shared_memory import map_new
 from kempnerforge.checkpoint.state.pieces import Sizes, piece_at
 
 allocations = 0

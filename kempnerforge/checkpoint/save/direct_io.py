@@ -18,7 +18,7 @@ import xxhash
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, FileRecord
-from kempnerforge.checkpoint.lanes import Lanes
+from kempnerforge.checkpoint.save.lanes import Lanes
 
 ALIGNMENT = 4096
 """Arenas are padded to a multiple of it, which direct writes need."""

@@ -1,0 +1,1 @@
+"""Saving: plan, stage to host buffers, write in another process, commit."""
