@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+    from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader
     from kempnerforge.checkpoint.manager import CheckpointManager
     from kempnerforge.checkpoint.save.dcp_writer import SafetensorsWriter
     from kempnerforge.checkpoint.state.train_state import TrainState
-    from kempnerforge.checkpoint.storage_reader import SafetensorsReader
     from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig, load_job
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _HOMES = {
     "AsyncCheckpointer": "checkpoint.async_save",
     "CheckpointConfig": "config.schema",
     "CheckpointManager": "checkpoint.manager",
-    "SafetensorsReader": "checkpoint.storage_reader",
+    "SafetensorsReader": "checkpoint.load.dcp_reader",
     "SafetensorsWriter": "checkpoint.save.dcp_writer",
     "TrainState": "checkpoint.state.train_state",
     "load_job": "config.schema",

@@ -28,8 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.state.pieces import local_part
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 
 SIZES = {
     "tiny": {"size_mb": 4, "large_kb": 256, "small": 64, "pairs": 2},

@@ -16,9 +16,9 @@ from kempnerforge.checkpoint import manager_arguments
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
-from kempnerforge.checkpoint.restore import Restorer
+from kempnerforge.checkpoint.load.candidates import with_retries
+from kempnerforge.checkpoint.load.restore import Restorer
 from kempnerforge.checkpoint.results import Payload, RunContext, SaveReport
-from kempnerforge.checkpoint.resume import with_retries
 from kempnerforge.checkpoint.retention.housekeeping import Housekeeping
 from kempnerforge.checkpoint.run import claim, owner
 from kempnerforge.checkpoint.run.lease import Lease

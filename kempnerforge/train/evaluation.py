@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.load import candidates
+from kempnerforge.checkpoint.load.candidates import Found
 from kempnerforge.checkpoint.results import RunContext
-from kempnerforge.checkpoint.resume import Found
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import Geometry, JobConfig
@@ -171,11 +171,13 @@ def _load(step_folder: Path, state: TrainState, world: World) -> tuple[Found, li
         def take() -> Found:
             stack.enter_context(read_locks.hold(step_folder, what="kempnerforge eval"))
             step = paths.step_number(step_folder.name)
-            return resume.with_retries(lambda: resume.inspect(step_folder, step=step), what=str(step_folder))
+            return candidates.with_retries(
+                lambda: candidates.inspect(step_folder, step=step), what=str(step_folder)
+            )
 
         found = world.control.on_rank0(take)
-        outcome = resume.load_together(
-            lambda: resume.load(
+        outcome = candidates.load_together(
+            lambda: candidates.load(
                 found,
                 state,
                 same_layout=False,

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from kempnerforge.checkpoint import load_path
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.step_info import StepView
+from kempnerforge.checkpoint.load import load_path
 from kempnerforge.checkpoint.run import metadata
 from kempnerforge.config.checkpoint import LoadablePart
 from kempnerforge.config.model_changes import model_changes

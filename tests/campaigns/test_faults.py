@@ -26,8 +26,8 @@ from support.ranks import run_ranks
 from support.tmpfs import mounted_tmpfs
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.save.pipeline import Patience
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.errors import SaveFailedError
 

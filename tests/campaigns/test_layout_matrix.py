@@ -18,7 +18,7 @@ from support.runs import Launcher, Run, copy_run, make_run
 
 from kempnerforge.checkpoint.format import paths, safetensors_header
 from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader
 
 pytest_plugins = ["support.run_fixtures"]
 

@@ -15,12 +15,12 @@ from support.crash.mutation_kinds import MAKERS
 from support.crash.mutations import Changes, Maker, Mutation, Special, Subject, manifest_of, resigned, signed
 from support.crash.watched_loading import Loader, peak_memory_mb
 
-from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES
 from kempnerforge.checkpoint.format.manifest import Provenance
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
+from kempnerforge.checkpoint.load import candidates
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.errors import DamagedCheckpointError
 
 SEED = 20261122
@@ -96,7 +96,7 @@ TRAPS: dict[str, Callable[[Subject], Changes]] = {
 @pytest.mark.parametrize("trap", TRAPS)
 def test_load_trap_is_refused(target: Target, monkeypatch: pytest.MonkeyPatch, trap: str) -> None:
     loader, subject = target
-    monkeypatch.setattr(resume, "RETRY_DELAYS_S", (0.0,))
+    monkeypatch.setattr(candidates, "RETRY_DELAYS_S", (0.0,))
     with loader.changed(TRAPS[trap](subject)):
         assert loader.load() in REFUSED
         assert not loader.opened.outside
@@ -109,7 +109,7 @@ def test_resume_odd_manifest_field_is_survived(
     target: Target, monkeypatch: pytest.MonkeyPatch, field: str
 ) -> None:
     loader, subject = target
-    monkeypatch.setattr(resume, "RETRY_DELAYS_S", (0.0,))
+    monkeypatch.setattr(candidates, "RETRY_DELAYS_S", (0.0,))
     for value in ODD_VALUES:
         with loader.changed(resigned_manifest(**{field: value})(subject)):
             assert loader.resume(3) in ("loaded", "older", "MismatchError"), value

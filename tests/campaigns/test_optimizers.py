@@ -38,7 +38,7 @@ from kempnerforge import (
 )
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.dtypes import DTYPES
-from kempnerforge.checkpoint.storage_reader import load_tensors
+from kempnerforge.checkpoint.load.dcp_reader import load_tensors
 
 STEPS = 9
 RANKS = {"one": 1, "fsdp2": 2, "tp2": 2}

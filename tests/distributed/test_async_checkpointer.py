@@ -23,10 +23,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.save import host_buffers, writer_client
 from kempnerforge.checkpoint.save.pipeline import Patience
 from kempnerforge.checkpoint.save.writer_client import Writer
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed.store_channel import LocalBoard
 from kempnerforge.errors import SaveFailedError

@@ -23,11 +23,11 @@ from kempnerforge import (
     TrainState,
 )
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.load.dcp_reader import load_tensors
 from kempnerforge.checkpoint.save.pipeline import Patience
 from kempnerforge.checkpoint.save.staging import BlockingCopy
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.save_coordinator import Saver
-from kempnerforge.checkpoint.storage_reader import load_tensors
 from kempnerforge.checkpoint.verify import verify
 from kempnerforge.errors import SaveFailedError
 

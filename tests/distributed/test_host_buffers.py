@@ -17,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kempnerforge import AsyncCheckpointer, SafetensorsReader
 from kempnerforge.checkpoint import cuda
+from kempnerforge.checkpoint.load.dcp_reader import load_tensors
 from kempnerforge.checkpoint.save import shared_memory
 from kempnerforge.checkpoint.save.pipeline import Patience
 from kempnerforge.checkpoint.save.staging import BlockingCopy
 from kempnerforge.checkpoint.save.writer_client import Writer
-from kempnerforge.checkpoint.storage_reader import load_tensors
 from kempnerforge.errors import SaveFailedError
 
 pytestmark = [pytest.mark.smoke, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]

@@ -12,7 +12,7 @@ from kempnerforge import fsio
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.format import checksums
 from kempnerforge.checkpoint.format.checksums import VerifiedFile
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
 pytestmark = pytest.mark.smoke

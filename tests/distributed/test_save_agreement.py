@@ -19,12 +19,12 @@ from support.state_trees import same
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.save import agreed_plan
 from kempnerforge.checkpoint.save.host_buffers import ArenaSet
 from kempnerforge.checkpoint.save.pipeline import Patience
 from kempnerforge.checkpoint.save.writer_client import Writer
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import SaveFailedError
 

@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.save import agreed_plan
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.config.schema import AsyncCheckpointMode
 
 pytestmark = pytest.mark.smoke

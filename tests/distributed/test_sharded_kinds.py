@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.save.dcp_writer import SafetensorsWriter
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed", "ignore:.*deprecated")
 

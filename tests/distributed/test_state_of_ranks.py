@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kempnerforge import CheckpointConfig, CheckpointManager, SafetensorsReader, TrainState
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.load.dcp_reader import load_tensors
 from kempnerforge.checkpoint.save.staging import ThreadCopy
-from kempnerforge.checkpoint.storage_reader import load_tensors
 from kempnerforge.errors import MismatchError
 
 STEPS = 9

@@ -16,7 +16,7 @@ import torch
 
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.dtypes import DTYPES
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 BLOCK = re.compile(r"(?:`(\w+\.py)`:\n\n)?^```python\n(.*?)^```$", re.M | re.S)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kempnerforge import AsyncCheckpointMode, SafetensorsReader
-from kempnerforge.checkpoint.storage_reader import load_tensors
+from kempnerforge.checkpoint.load.dcp_reader import load_tensors
 
 SCRIPT = """
 import sys, time

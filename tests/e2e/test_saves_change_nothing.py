@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, zeros
 
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader
 
 pytest_plugins = ["support.run_fixtures"]
 

@@ -24,10 +24,10 @@ from kempnerforge import (
     TrainState,
 )
 from kempnerforge.checkpoint import cuda
+from kempnerforge.checkpoint.load.dcp_reader import load_tensors
 from kempnerforge.checkpoint.save.pipeline import Patience
 from kempnerforge.checkpoint.save.staging import StreamCopy
 from kempnerforge.checkpoint.save.writer_client import Writer
-from kempnerforge.checkpoint.storage_reader import load_tensors
 from kempnerforge.errors import SaveFailedError
 
 pytestmark = [

@@ -12,7 +12,7 @@ import torch
 
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.dtypes import DTYPES
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 
 pytestmark = pytest.mark.smoke
 

@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.telemetry.jsonl import effective_rows, read_rows
 
 BITWISE_KEYS = ("train/loss", "train/grad_norm", "train/lr", "train/tokens", "data/digest", "eval/loss")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint import resume
+from kempnerforge.checkpoint.load import candidates
+from kempnerforge.checkpoint.load.candidates import Loaded
 from kempnerforge.checkpoint.results import RunContext
-from kempnerforge.checkpoint.resume import Loaded
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
 
@@ -29,8 +29,14 @@ def save(folder: Path, state: TrainState, **capture: int) -> Path:
 
 def load(path: Path, state: TrainState, *, parts: tuple[str, ...] = PARTS, **options: Any) -> Loaded:
     """Load a step as a resume does."""
-    loaded = resume.load(
-        resume.inspect(path), state, same_layout=True, rank=0, parts=parts, context=RunContext(), **options
+    loaded = candidates.load(
+        candidates.inspect(path),
+        state,
+        same_layout=True,
+        rank=0,
+        parts=parts,
+        context=RunContext(),
+        **options,
     )
     loaded.targets.apply()
     if "data" in parts:

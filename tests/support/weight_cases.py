@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from support.step_maker import Box, write_step
 
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.config.schema import ModelConfig
 from kempnerforge.config.toml_text import render
 from kempnerforge.model.init import init_weights_

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.format import json_values
 from kempnerforge.checkpoint.format.checksums import FileRecord
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image, split_by_name
+from kempnerforge.checkpoint.load import candidates
 from kempnerforge.checkpoint.run import resume_report
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.save.commit import Expected, FileReport, PlannedFile, PlannedItem
@@ -114,11 +114,11 @@ def test_resume_worst_outcome_damage_ranks_last(
     outcomes: list[tuple[str, str] | None], agreed: tuple[str, str] | None
 ) -> None:
     """Damage renames a step only when nothing else went wrong on any rank."""
-    assert resume.worst_outcome(outcomes) == agreed
+    assert candidates.worst_outcome(outcomes) == agreed
 
 
 def test_resume_read_errors_retried_then_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resume, "RETRY_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(candidates, "RETRY_DELAYS_S", (0.0, 0.0))
     calls: list[int] = []
 
     def fail_twice() -> str:
@@ -127,7 +127,7 @@ def test_resume_read_errors_retried_then_unreachable(monkeypatch: pytest.MonkeyP
             raise OSError(5, "Input/output error")
         return "read"
 
-    assert resume.with_retries(fail_twice, what="x") == "read"
+    assert candidates.with_retries(fail_twice, what="x") == "read"
     calls.clear()
     calls_needed = 4
 
@@ -136,7 +136,7 @@ def test_resume_read_errors_retried_then_unreachable(monkeypatch: pytest.MonkeyP
         raise OSError(116, "Stale file handle")
 
     with pytest.raises(UnreachableCheckpointError, match=r"the step cannot be read.*nothing was renamed"):
-        resume.with_retries(fail_always, what="the step")
+        candidates.with_retries(fail_always, what="the step")
     assert len(calls) == calls_needed - 1
 
 

@@ -14,8 +14,8 @@ import pytest
 from support.clock import FakeClock
 from support.step_maker import flip_byte, write_step
 
-from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.load import candidates
 from kempnerforge.checkpoint.retention.policy import KeepPolicy, LastN
 from kempnerforge.checkpoint.retention.pruner import Retention
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
@@ -258,7 +258,7 @@ def theirs(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 def test_resume_passes_over_foreign_steps(mixed: Path) -> None:
     before = theirs(mixed)
     rejected: list[Rejected] = []
-    found = resume.choose(mixed, rejected, owner=Owner(A))
+    found = candidates.choose(mixed, rejected, owner=Owner(A))
     assert found is not None
     assert found.step == 8
     assert [(one.step, one.outcome, one.moved_to) for one in rejected] == [
@@ -268,14 +268,14 @@ def test_resume_passes_over_foreign_steps(mixed: Path) -> None:
     assert "step 12 was left as it is: it is of run bbbb" in "".join(Receipt(1, rejected=rejected).lines())
     shutil.rmtree(mixed / "step_00000008")
     shutil.rmtree(mixed / "step_00000004")
-    assert resume.choose(mixed, [], owner=Owner(A)) is None, "foreign steps do not make a run unsound"
+    assert candidates.choose(mixed, [], owner=Owner(A)) is None, "foreign steps do not make a run unsound"
     assert theirs(mixed) == before
 
 
 def test_resume_foreign_damage_not_renamed(mixed: Path) -> None:
     (mixed / "step_00000012" / paths.INDEX).unlink()
     before = theirs(mixed)
-    found = resume.choose(mixed, [], owner=Owner(A))
+    found = candidates.choose(mixed, [], owner=Owner(A))
     assert found is not None
     assert theirs(mixed) == before
 
@@ -327,7 +327,7 @@ def test_all_own_steps_damaged_is_no_fresh_start(mixed: Path) -> None:
     for step in (4, 8):
         flip_byte(mixed / paths.step_name(step) / paths.TRAIN_STATE, 3)
     with pytest.raises(NoSoundCheckpointError) as caught:
-        resume.choose(mixed, [], owner=Owner(A))
+        candidates.choose(mixed, [], owner=Owner(A))
     assert "step_00000012" not in str(caught.value)
 
 
@@ -355,7 +355,7 @@ def test_timeline_newest_damaged_keeps_the_older(tmp_path: Path) -> None:
     (tmp_path / "step_00000012" / paths.MANIFEST).write_text("{")
     cuts = [Cut(1, 0), Cut(2, 0), Cut(3, 8)]
     assert lineage.set_aside_late(tmp_path, cuts, run_id=A, at_start=True) == []
-    found = resume.choose(tmp_path, [], owner=Owner(A))
+    found = candidates.choose(tmp_path, [], owner=Owner(A))
     assert found is not None
     assert found.step == 8
 

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 from kempnerforge.checkpoint.format import manifest
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.save.commit import Expected, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.state.train_state import TrainState
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.checkpoint.verify import verify
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import MismatchError

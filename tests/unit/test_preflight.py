@@ -12,7 +12,7 @@ import pytest
 from support.ckpt_cli import Done
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint.load_path import candidates
+from kempnerforge.checkpoint.load.load_path import candidates
 from kempnerforge.checkpoint.run import metadata
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.cli import app

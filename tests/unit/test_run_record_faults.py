@@ -12,10 +12,10 @@ import pytest
 from support.rollback_fixtures import quiet
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import resume as choosing
 from kempnerforge.checkpoint import rollback
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.restore import Restorer
+from kempnerforge.checkpoint.load import candidates as choosing
+from kempnerforge.checkpoint.load.restore import Restorer
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.run import lease, lineage, metadata
 from kempnerforge.checkpoint.run.resume_report import Receipt

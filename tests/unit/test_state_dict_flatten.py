@@ -12,9 +12,9 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from kempnerforge.checkpoint.format import structure
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem
 from kempnerforge.checkpoint.format.structure import FLAT, Structure
+from kempnerforge.checkpoint.load.shadows import may_overlap
 from kempnerforge.checkpoint.save.commit import PlannedItem
 from kempnerforge.checkpoint.save.union import Held, unite
-from kempnerforge.checkpoint.shadows import may_overlap
 from kempnerforge.checkpoint.state.flatten import payload_of
 from kempnerforge.checkpoint.state.pieces import check_name
 from kempnerforge.distributed.store_channel import LocalBoard, collect

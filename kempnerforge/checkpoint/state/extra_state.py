@@ -17,6 +17,7 @@ import xxhash
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.checkpoint.format.dtypes import DTYPES
+from kempnerforge.checkpoint.state.stored_step import StoredStep
 from kempnerforge.checkpoint.state.tensor_leaves import (
     SMALL_BYTES,
     Packer,
@@ -24,7 +25,6 @@ from kempnerforge.checkpoint.state.tensor_leaves import (
     tensor_names,
     tensor_tags,
 )
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.errors import MismatchError
 
 PREFIX = "extra."
@@ -83,7 +83,7 @@ class Extras:
 
     def targets(
         self,
-        reader: SafetensorsReader,
+        reader: StoredStep,
         *,
         rank: int,
         num_ranks: int,
@@ -112,7 +112,7 @@ class Extras:
                 found.empty.add(name)
         return found
 
-    def _check(self, name: str, ranks: set[int] | None, num_ranks: int, reader: SafetensorsReader) -> None:
+    def _check(self, name: str, ranks: set[int] | None, num_ranks: int, reader: StoredStep) -> None:
         way_out = f'leave it out with CheckpointConfig(exclude_from_loading=["{PREFIX}{name}"])'
         if ranks is None:
             raise MismatchError(f"{reader.path} has no {PREFIX}{name}, which this program has; {way_out}")
@@ -168,7 +168,7 @@ def digest_of(encoded: Any, tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def like_present(
-    present: Callable[[], Any], entry: str, encoded: Any, reader: SafetensorsReader, device: torch.device
+    present: Callable[[], Any], entry: str, encoded: Any, reader: StoredStep, device: torch.device
 ) -> Unpacker:
     """Unpacks ``encoded`` into tensors like those that the program holds now in the same places.
 
@@ -184,7 +184,7 @@ def _target(
     name: str,
     tag: Mapping[str, Any],
     templates: Mapping[str, torch.Tensor],
-    reader: SafetensorsReader,
+    reader: StoredStep,
     device: torch.device,
 ) -> torch.Tensor:
     """A tensor like the one that the object holds now; else on the device that it was saved from."""

@@ -31,8 +31,8 @@ from torch.distributed.tensor import DTensor
 from kempnerforge.checkpoint.format.dtypes import DTYPES
 from kempnerforge.checkpoint.format.json_values import MALFORMED
 from kempnerforge.checkpoint.state.model_state import memory_of
+from kempnerforge.checkpoint.state.stored_step import StoredStep
 from kempnerforge.checkpoint.state.tensor_leaves import Packer, Unpacker, tensor_names
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
 _UNKNOWN: tuple[Callable[[], Any], list[bool]] = (lambda: None, [])
@@ -165,7 +165,7 @@ class OptimizerState:
             names[one] for group in self.optimizer.param_groups for one in group["params"] if one in names
         }
 
-    def targets(self, names: Names, reader: SafetensorsReader, stored: StoredOptimizer) -> OptimizerTargets:
+    def targets(self, names: Names, reader: StoredStep, stored: StoredOptimizer) -> OptimizerTargets:
         """What has to be read, and where it goes. Raises MismatchError if the program has other groups."""
         if stored.kind not in (None, kind_of(self.optimizer)):
             raise MismatchError(
@@ -321,7 +321,7 @@ class StoredOptimizer:
             ) from None
         return cls(kind, groups, on_host, empty, values, of_all, frozenset(inner), same, parameters)
 
-    def tensor_keys(self, base: str, reader: SafetensorsReader) -> list[str]:
+    def tensor_keys(self, base: str, reader: StoredStep) -> list[str]:
         """Keys of a parameter's state, whose names begin with ``base``, that are tensors."""
         found = [key for key in reader.index.under(base) if base + key not in self.inner_tensors]
         return found + [name.removeprefix(base) for name in self.same if name.startswith(base)]

@@ -26,8 +26,9 @@ from support.crash.errno_shim import DELAY, Operation, Shim, Strike
 from support.step_maker import flip_byte, resign, write_step
 
 from kempnerforge import CheckpointConfig, CheckpointManager, TrainState
-from kempnerforge.checkpoint import resume, rollback, verify
+from kempnerforge.checkpoint import rollback, verify
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.load import candidates
 from kempnerforge.checkpoint.retention import pins
 from kempnerforge.checkpoint.run import lease, metadata
 from kempnerforge.cli import app
@@ -244,7 +245,7 @@ def strike(prepared: Path, scenario: str, base: Path, what: Strike) -> Outcome:
     result = base / "result.json"
 
     def work() -> None:
-        resume.RETRY_DELAYS_S = (0.01, 0.01, 0.01)
+        candidates.RETRY_DELAYS_S = (0.01, 0.01, 0.01)
         lease._MOST_LOOKS = 3
         before(scenario, run)
         shim = Shim(str(base), what)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.config.schema import OptimizerConfig
 from kempnerforge.train.optim import build_optimizer
 

@@ -14,8 +14,8 @@ from support.crash.save_driver import Plan, save_all
 from support.crash.watched_loading import Loader
 from support.ranks import run_ranks
 
-from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.load import candidates
 
 REFUSED = ("DamagedCheckpointError", "MismatchError", "NoTrainingStateError")
 
@@ -41,7 +41,7 @@ def run_mutations(
     Every mutation is loaded as a resume loads; every tenth instead by a manager that has the step before to
     fall back on, and every tenth is also looked at by ``verify``.
     """
-    patch.setattr(resume, "RETRY_DELAYS_S", (0.0,))
+    patch.setattr(candidates, "RETRY_DELAYS_S", (0.0,))
     assert (loader.load(), loader.resume(3), loader.verify()) == ("loaded", "loaded", "sound")
     counts: Counter[str] = Counter()
     problems: list[str] = []

@@ -13,8 +13,8 @@ from support.crash.file_trees import Tree, write_tree
 from support.crash.known_states import check_step, expected_tensors
 from torch import Tensor
 
-from kempnerforge.checkpoint import resume
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.load import candidates
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run.resume_report import Rejected
 
@@ -93,7 +93,7 @@ class Oracle:
         folder.mkdir(exist_ok=True)
         StartCleanup(folder, attempt=1_000_000).remove_leftovers()
         rejected: list[Rejected] = []
-        found = resume.choose(folder, rejected)
+        found = candidates.choose(folder, rejected)
         assert not rejected, rejected
         listing = paths.list_folder(folder)
         assert not listing.temporary

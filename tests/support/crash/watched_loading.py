@@ -19,10 +19,11 @@ from support.crash.known_states import expected_tensors, make_state, set_step
 from support.crash.mutations import Changes, Files, Special
 from support.crash.save_driver import Plan, make_manager
 
-from kempnerforge.checkpoint import resume, verify
+from kempnerforge.checkpoint import verify
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.load import candidates
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.results import RunContext
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.errors import (
     CheckpointError,
     DamagedCheckpointError,
@@ -128,9 +129,9 @@ class Loader:
         set_step(self.state, 99)
         with time_limit(), self.opened.looking():
             try:
-                found = resume.inspect(self.path, step=self.step)
+                found = candidates.inspect(self.path, step=self.step)
                 context = RunContext(allow_changed_data=True)
-                loaded = resume.load(
+                loaded = candidates.load(
                     found, self.state, same_layout=True, rank=0, parts=PARTS, context=context
                 )
                 reader = SafetensorsReader(self.path, known_manifest=found.manifest)

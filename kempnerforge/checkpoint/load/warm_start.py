@@ -6,9 +6,9 @@ import contextlib
 import functools
 from pathlib import Path
 
-from kempnerforge.checkpoint import load_path, resume
 from kempnerforge.checkpoint.format import latest_link, paths
-from kempnerforge.checkpoint.resume import Found
+from kempnerforge.checkpoint.load import candidates, load_path
+from kempnerforge.checkpoint.load.candidates import Found
 from kempnerforge.errors import DamagedCheckpointError, NoTrainingStateError, StepNotFoundError
 
 
@@ -18,7 +18,7 @@ def find(path: Path) -> Found:
     Rank 0 only. Nothing of another run is ever renamed: damage is an error here. Raises StepNotFoundError,
     DamagedCheckpointError, UnreachableCheckpointError.
     """
-    path = resume.with_retries(lambda: latest_link.resolve(path), what=str(path.parent))
+    path = candidates.with_retries(lambda: latest_link.resolve(path), what=str(path.parent))
     try:
         steps = load_path.candidates(path)
     except StepNotFoundError as error:
@@ -26,7 +26,9 @@ def find(path: Path) -> Found:
     for found in steps:
         step = None if found == path else paths.step_number(found.name)
         with contextlib.suppress(NoTrainingStateError):  # named by its own path, it can be loaded
-            return resume.with_retries(functools.partial(resume.inspect, found, step=step), what=str(found))
+            return candidates.with_retries(
+                functools.partial(candidates.inspect, found, step=step), what=str(found)
+            )
     raise StepNotFoundError(
         f"checkpoint.load_path: {path} has steps of weights alone; name one of them, such as {steps[0]}"
     )

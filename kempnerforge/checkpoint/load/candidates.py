@@ -17,13 +17,14 @@ from typing import TypeVar
 import tomli
 import torch
 
-from kempnerforge.checkpoint.fit import check_parts
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.format.dtypes import DTYPES
 from kempnerforge.checkpoint.format.json_values import MALFORMED, decode_objects
 from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.format.paths import FolderListing
-from kempnerforge.checkpoint.load_targets import LoadTargets, find_targets
+from kempnerforge.checkpoint.load.compatibility import check_parts
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
+from kempnerforge.checkpoint.load.load_targets import LoadTargets, find_targets
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import known_steps
@@ -31,7 +32,6 @@ from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.resumable_steps import check_counters, require_training_state
 from kempnerforge.checkpoint.run.resume_report import Rejected
 from kempnerforge.checkpoint.state.train_state import TrainState, rng_name
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader, load_tensors
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import (
     CheckpointError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomli
 
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.resume import Found
+from kempnerforge.checkpoint.load.candidates import Found
 from kempnerforge.config.model_changes import ModelChanges, model_changes
 from kempnerforge.distributed.control import as_agreed
 from kempnerforge.errors import MismatchError

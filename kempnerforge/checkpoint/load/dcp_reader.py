@@ -30,8 +30,8 @@ from kempnerforge.checkpoint.format.dtypes import DTYPES
 from kempnerforge.checkpoint.format.json_values import MALFORMED
 from kempnerforge.checkpoint.format.structure import FLAT, PATHS, Path, Structure
 from kempnerforge.checkpoint.format.tensor_index import Index, shared_box
-from kempnerforge.checkpoint.part_reader import Part, read_parts
-from kempnerforge.checkpoint.shadows import Shadows
+from kempnerforge.checkpoint.load.shadows import Shadows
+from kempnerforge.checkpoint.load.tensor_reader import Part, read_parts
 from kempnerforge.checkpoint.state.pieces import Boxes, check_target, global_shape, local_pieces, plain
 from kempnerforge.checkpoint.state.tensor_leaves import Unpacker, tensor_names
 from kempnerforge.errors import DamagedCheckpointError, MismatchError

@@ -11,10 +11,10 @@ import tomli
 import torch
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import compatibility, resume, warm_start
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.load import candidates, model_compatibility, warm_start
+from kempnerforge.checkpoint.load.candidates import Found, Loaded
 from kempnerforge.checkpoint.results import RunContext
-from kempnerforge.checkpoint.resume import Found, Loaded
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import known_steps, lineage, resume_report
@@ -72,7 +72,7 @@ class Restorer:
                 result = self._begin(state)
                 result.rejected = rejected
                 break
-            compatibility.refuse_other_model(found, self._context.config_toml)
+            model_compatibility.refuse_other_model(found, self._context.config_toml)
             outcome = self._load(found, state, ALL_PARTS)
             if isinstance(outcome, Loaded):
                 result = self._apply(found, outcome, state, ALL_PARTS, "resume")
@@ -87,21 +87,21 @@ class Restorer:
     def _quarantine(
         self, step: int, why: str, rejected: list[resume_report.Rejected]
     ) -> list[resume_report.Rejected]:
-        resume.with_retries(self._check_lease, what=f"the lease in {self._run_dir}")
-        return [*rejected, resume.quarantine(self.cleanup, step, why)]
+        candidates.with_retries(self._check_lease, what=f"the lease in {self._run_dir}")
+        return [*rejected, candidates.quarantine(self.cleanup, step, why)]
 
     def _prepare_folder(self) -> None:
-        resume.with_retries(self._check_lease, what=f"the lease in {self._run_dir}")
+        candidates.with_retries(self._check_lease, what=f"the lease in {self._run_dir}")
         try:
             fsio.make_folder(self._folder)
         except OSError as error:
             raise RunFolderError(f"{self._folder} cannot be used for checkpoints: {error}") from error
         self.cleanup.remove_leftovers()
-        cuts = resume.with_retries(
+        cuts = candidates.with_retries(
             lambda: lineage.cuts(self._run_dir), what=f"the timeline of {self._run_dir}"
         )
-        for delay_s in (*resume.RETRY_DELAYS_S, None):
-            resume.with_retries(lambda: self._set_aside_late(cuts), what=str(self._folder))
+        for delay_s in (*candidates.RETRY_DELAYS_S, None):
+            candidates.with_retries(lambda: self._set_aside_late(cuts), what=str(self._folder))
             if not self.cleanup.unreadable or delay_s is None:
                 break
             time.sleep(delay_s)
@@ -112,7 +112,7 @@ class Restorer:
     def _choose(
         self, rejected: list[resume_report.Rejected]
     ) -> tuple[Found | None, list[resume_report.Rejected]]:
-        found = resume.choose(
+        found = candidates.choose(
             self._folder,
             rejected,
             self._suspects(),
@@ -138,13 +138,13 @@ class Restorer:
             result.write(self._run_dir)
         except OSError as error:
             raise RunFolderError(
-                f"{self._run_dir / resume_report.RECEIPTS} cannot be written: {error}. It records which steps "
-                "count. Fix this, then run the same command again"
+                f"{self._run_dir / resume_report.RECEIPTS} cannot be written: {error}. It records which "
+                "steps count. Fix this, then run the same command again"
             ) from error
 
     def _load(self, found: Found, state: TrainState, parts: Sequence[str]) -> Loaded | str:
-        return resume.load_together(
-            lambda: resume.load(
+        return candidates.load_together(
+            lambda: candidates.load(
                 found,
                 state,
                 # Loops without the harness recorded no layout in early versions.
@@ -166,7 +166,7 @@ class Restorer:
         found = self._control.on_rank0(lambda: warm_start.find(wanted))
         parts = tuple(part for part in ALL_PARTS if part not in self._config.exclude_from_loading)
         if "model" in parts:
-            compatibility.refuse_other_shapes(found, self._context.config_toml)
+            model_compatibility.refuse_other_shapes(found, self._context.config_toml)
         with contextlib.ExitStack() as reading:
             # That run's retention must not delete what is being read.
             self._control.on_rank0(

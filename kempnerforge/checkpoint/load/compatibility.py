@@ -8,8 +8,8 @@ import torch
 
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
-from kempnerforge.checkpoint.load_path import missing_parts, only_weights
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader
+from kempnerforge.checkpoint.load.load_path import missing_parts, only_weights
 from kempnerforge.errors import MismatchError
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from kempnerforge.checkpoint.fit import check_fits
+from kempnerforge.checkpoint.load.compatibility import check_fits
+from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader
 from kempnerforge.checkpoint.state.extra_state import PREFIX, ExtraTargets, like_present
 from kempnerforge.checkpoint.state.model_state import ModelTargets, memory_of
 from kempnerforge.checkpoint.state.optimizer_state import OptimizerTargets, StoredOptimizer, split_name
 from kempnerforge.checkpoint.state.pieces import local_part
 from kempnerforge.checkpoint.state.train_state import MODEL, OPTIMIZERS, TrainState
-from kempnerforge.checkpoint.storage_reader import SafetensorsReader
 from kempnerforge.errors import MismatchError
 
 

@@ -1,0 +1,34 @@
+"""What restoring a state needs to know of a stored step, whoever reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from kempnerforge.checkpoint.format.tensor_index import Index
+
+
+class StoredStep(Protocol):
+    """A stored step. ``SafetensorsReader`` is one."""
+
+    @property
+    def path(self) -> Path:
+        """The step's folder."""
+        ...
+
+    @property
+    def index(self) -> Index:
+        """The step's index: a mapping from tensor names to entries."""
+        ...
+
+    @property
+    def raw_objects(self) -> dict[str, Any]:
+        """The step's non-tensor leaves, by name, as JSON."""
+        ...
+
+    def make_tensor(self, name: str, tag: Mapping[str, Any]) -> torch.Tensor:
+        """Return an empty tensor of the stored shape and dtype, for one inside of a leaf."""
+        ...
