@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from kempnerforge.checkpoint.compare import TensorDifferences, changes, compare_tensors
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.retention import read_locks
-from kempnerforge.checkpoint.verify import Verified
-from kempnerforge.checkpoint.verify import verify as verify_step
+from kempnerforge.checkpoint.tools.diff import TensorDifferences, changes, compare_tensors
+from kempnerforge.checkpoint.tools.verify import Verified
+from kempnerforge.checkpoint.tools.verify import verify as verify_step
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, find_step, find_steps
 from kempnerforge.errors import EXIT_FAULT, CheckpointError, StepNotFoundError

@@ -133,7 +133,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _digest_problems(path: Path) -> tuple[str, ...]:
-    from kempnerforge.checkpoint.verify import verify
+    from kempnerforge.checkpoint.tools.verify import verify
 
     try:
         with text.progress(path.name) as progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kempnerforge.checkpoint import unblock as unblocking
+from kempnerforge.checkpoint.tools import unblock as unblocking
 from kempnerforge.cli.ckpt_paths import RunPath, find_run
 from kempnerforge.errors import RunFolderError
 

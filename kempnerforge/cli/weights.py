@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kempnerforge.checkpoint import export as exporting
-from kempnerforge.checkpoint import import_weights
 from kempnerforge.checkpoint.format import hf_format
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.retention import read_locks
+from kempnerforge.checkpoint.tools import hf_export as exporting
+from kempnerforge.checkpoint.tools import hf_import
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, StepPath, find_step
 from kempnerforge.errors import DataError, MismatchError
@@ -151,7 +151,7 @@ def hf(
     model = names.from_hf_config(hf_format.read_json(path), where=str(path))
     section = render({"model": model.model_dump(mode="json", exclude_none=True)})
     with text.progress("importing") as progress:
-        done = import_weights.import_weights(
+        done = hf_import.import_weights(
             folder,
             out,
             names.tensor_map(model),

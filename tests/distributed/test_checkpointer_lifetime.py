@@ -28,7 +28,7 @@ from kempnerforge.checkpoint.save.pipeline import Patience
 from kempnerforge.checkpoint.save.staging import BlockingCopy
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.save_coordinator import Saver
-from kempnerforge.checkpoint.verify import verify
+from kempnerforge.checkpoint.tools.verify import verify
 from kempnerforge.errors import SaveFailedError
 
 pytestmark = [pytest.mark.smoke, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]

@@ -10,10 +10,10 @@ import pytest
 from support.ckpt_cli import Ckpt
 from support.rollback_fixtures import log, names, quiet, resume, save
 
-from kempnerforge.checkpoint import rollback
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.run import lineage, resume_report
-from kempnerforge.checkpoint.verify import verify
+from kempnerforge.checkpoint.tools import rollback
+from kempnerforge.checkpoint.tools.verify import verify
 
 pytest_plugins = ["support.ckpt_fixtures", "support.rollback_fixtures"]
 

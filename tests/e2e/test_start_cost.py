@@ -72,7 +72,7 @@ def test_ckpt_ls_imports_nothing_of_other_commands(tmp_path: Path) -> None:
     unneeded = {"torch", "numpy", "wandb", "rich.console", "safetensors", "tokenizers"}
     assert not found & unneeded
     assert not found & {
-        "kempnerforge.checkpoint.verify",
+        "kempnerforge.checkpoint.tools.verify",
         "kempnerforge.config.job",
         "kempnerforge.cli.weights",
     }

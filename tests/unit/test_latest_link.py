@@ -12,11 +12,11 @@ import pytest
 from support.ckpt_cli import Ckpt
 from support.rollback_fixtures import quiet
 
-from kempnerforge.checkpoint import rollback
-from kempnerforge.checkpoint.fork import fork
 from kempnerforge.checkpoint.format import latest_link, paths
 from kempnerforge.checkpoint.format.latest_link import LatestLink
 from kempnerforge.checkpoint.load import warm_start
+from kempnerforge.checkpoint.tools import rollback
+from kempnerforge.checkpoint.tools.fork import fork
 
 pytest_plugins = ["support.rollback_fixtures", "support.ckpt_fixtures"]
 

@@ -11,13 +11,13 @@ from support.ckpt_cli import Ckpt
 from support.rollback_fixtures import names, quiet, resume
 from support.step_maker import flip_byte, write_step
 
-from kempnerforge.checkpoint import rollback
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.load import candidates as resuming
 from kempnerforge.checkpoint.run import claim, known_steps, lineage, metadata
 from kempnerforge.checkpoint.run.metadata import Parent, Rollback, RunRecord
 from kempnerforge.checkpoint.run.owner import OWNER_FILE
 from kempnerforge.checkpoint.run.resume_report import Receipt
+from kempnerforge.checkpoint.tools import rollback
 from kempnerforge.errors import NoSoundCheckpointError, RunFolderError, StepNotFoundError, StepsMissingError
 from kempnerforge.goodput.ledger import Ledger
 

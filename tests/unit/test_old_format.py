@@ -21,7 +21,7 @@ from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.save.commit import Expected, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.state.train_state import TrainState
-from kempnerforge.checkpoint.verify import verify
+from kempnerforge.checkpoint.tools.verify import verify
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import MismatchError
 

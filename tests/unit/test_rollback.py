@@ -12,16 +12,16 @@ import pytest
 from support.rollback_fixtures import names, quiet, resume
 from support.step_maker import resign, write_step
 
-from kempnerforge.checkpoint import fork as forking
-from kempnerforge.checkpoint import rollback
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.retention import disk_space
 from kempnerforge.checkpoint.run import lease, lineage, metadata
 from kempnerforge.checkpoint.run.lineage import Cut, late_arrivals
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.resume_report import Receipt
-from kempnerforge.checkpoint.unblock import unblock
-from kempnerforge.checkpoint.verify import verify
+from kempnerforge.checkpoint.tools import fork as forking
+from kempnerforge.checkpoint.tools import rollback
+from kempnerforge.checkpoint.tools.unblock import unblock
+from kempnerforge.checkpoint.tools.verify import verify
 from kempnerforge.errors import (
     DamagedCheckpointError,
     KempnerForgeError,

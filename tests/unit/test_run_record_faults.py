@@ -12,13 +12,13 @@ import pytest
 from support.rollback_fixtures import quiet
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import rollback
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.load import candidates as choosing
 from kempnerforge.checkpoint.load.restore import Restorer
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.run import lease, lineage, metadata
 from kempnerforge.checkpoint.run.resume_report import Receipt
+from kempnerforge.checkpoint.tools import rollback
 from kempnerforge.config.schema import CheckpointConfig, JobConfig
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import EXIT_FINISHED, DataError, RunFolderError

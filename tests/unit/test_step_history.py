@@ -9,7 +9,7 @@ import pytest
 
 from kempnerforge.checkpoint.results import SaveReport
 from kempnerforge.checkpoint.run.save_events import PutOff, event_of
-from kempnerforge.checkpoint.step_history import RunFacts, SetAside, explain_absence, schedule_in_words
+from kempnerforge.checkpoint.tools.step_history import RunFacts, SetAside, explain_absence, schedule_in_words
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.goodput import breaker
 from kempnerforge.goodput.history import derive, last_step_done

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.step_maker import arrays, flip_byte, resign, write_step
 
-from kempnerforge.checkpoint import compare, verify
-from kempnerforge.checkpoint.compare import changes, compare_tensors, content_of
 from kempnerforge.checkpoint.format import checksums, manifest, safetensors_header
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry
+from kempnerforge.checkpoint.tools import diff, verify
+from kempnerforge.checkpoint.tools.diff import changes, compare_tensors, content_of
 from kempnerforge.errors import (
     DamagedCheckpointError,
     MismatchError,
@@ -322,7 +322,7 @@ def test_content_of_any_boxes_in_row_major_order(splits: list[list[int]], piece:
         data += raw
     entry = TensorEntry("F32", shape, tuple(chunks))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "PIECE_BYTES", piece)
+        patch.setattr(diff, "PIECE_BYTES", piece)
         pieces = content_of(entry, lambda file, begin, end: memoryview(data)[begin:end])
         assert b"".join(bytes(one) for one in pieces) == array.tobytes()
 

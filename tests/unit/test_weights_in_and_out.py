@@ -18,8 +18,8 @@ from support.step_maker import flip_byte, write_step
 from support.tokenizers import make_tokenizer
 from support.weight_cases import VARIANTS, assert_equal, config_toml, make_model, save, weights_of
 
-from kempnerforge.checkpoint.float_cast import cast
 from kempnerforge.checkpoint.retention import read_locks
+from kempnerforge.checkpoint.tools.float_cast import cast
 from kempnerforge.cli import app, ckpt_text
 from kempnerforge.config.schema import load_job
 from kempnerforge.data.tokenizer import load_tokenizer

@@ -26,11 +26,11 @@ from support.crash.errno_shim import DELAY, Operation, Shim, Strike
 from support.step_maker import flip_byte, resign, write_step
 
 from kempnerforge import CheckpointConfig, CheckpointManager, TrainState
-from kempnerforge.checkpoint import rollback, verify
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.load import candidates
 from kempnerforge.checkpoint.retention import pins
 from kempnerforge.checkpoint.run import lease, metadata
+from kempnerforge.checkpoint.tools import rollback, verify
 from kempnerforge.cli import app
 from kempnerforge.errors import EXIT_BAD_CONFIG, EXIT_FAULT, KempnerForgeError
 

@@ -19,11 +19,11 @@ from support.crash.known_states import expected_tensors, make_state, set_step
 from support.crash.mutations import Changes, Files, Special
 from support.crash.save_driver import Plan, make_manager
 
-from kempnerforge.checkpoint import verify
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.load import candidates
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.results import RunContext
+from kempnerforge.checkpoint.tools import verify
 from kempnerforge.errors import (
     CheckpointError,
     DamagedCheckpointError,

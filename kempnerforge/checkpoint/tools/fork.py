@@ -11,7 +11,6 @@ from pathlib import Path
 import tomli
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import new_folder
 from kempnerforge.checkpoint.format import latest_link, manifest, paths
 from kempnerforge.checkpoint.format.checksums import FileRecord, VerifiedFile
 from kempnerforge.checkpoint.format.json_values import decode_objects
@@ -21,6 +20,7 @@ from kempnerforge.checkpoint.run import claim, metadata, owner
 from kempnerforge.checkpoint.run.metadata import Parent
 from kempnerforge.checkpoint.run.owner import OWNER_FILE
 from kempnerforge.checkpoint.run.resumable_steps import require_training_state
+from kempnerforge.checkpoint.tools import staged_dir
 from kempnerforge.errors import NoTrainingStateError, RunFolderError, StepNotFoundError
 
 Progress = Callable[[int, int], None]
@@ -58,9 +58,9 @@ def fork(step_folder: Path, run_dir: Path, *, link: bool, progress: Progress) ->
     found, step = _read_parent(step_folder)
     with read_locks.hold(step_folder, what="kempnerforge ckpt fork"):
         try:
-            with new_folder.begin(run_dir, what="fork", purpose="a new run's folder") as building:
+            with staged_dir.begin(run_dir, what="fork", purpose="a new run's folder") as building:
                 if not link or not _can_link(step_folder, found, building):
-                    new_folder.require_room(
+                    staged_dir.require_room(
                         building,
                         found.size_bytes,
                         len(found.files),

@@ -14,7 +14,7 @@ from kempnerforge.checkpoint.format import latest_link, paths
 from kempnerforge.checkpoint.run import claim, known_steps, lease, lineage, metadata, owner
 from kempnerforge.checkpoint.run.metadata import Rollback, RunRecord
 from kempnerforge.checkpoint.run.resume_report import read_receipts
-from kempnerforge.checkpoint.verify import verify
+from kempnerforge.checkpoint.tools.verify import verify
 from kempnerforge.errors import DamagedCheckpointError, RunFolderError, StepNotFoundError
 
 Note = Callable[[str], None]

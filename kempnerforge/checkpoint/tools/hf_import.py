@@ -16,8 +16,6 @@ import numpy as np
 import xxhash
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import new_folder
-from kempnerforge.checkpoint.float_cast import FLOATS, cast
 from kempnerforge.checkpoint.format import hf_format, paths
 from kempnerforge.checkpoint.format.checksums import DigestingFile
 from kempnerforge.checkpoint.format.hf_format import MappedTensor, Stored
@@ -32,6 +30,8 @@ from kempnerforge.checkpoint.save.commit import (
     PlannedItem,
     commit,
 )
+from kempnerforge.checkpoint.tools import staged_dir
+from kempnerforge.checkpoint.tools.float_cast import FLOATS, cast
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
 Progress = Callable[[int, int], None]
@@ -82,8 +82,8 @@ def import_weights(
         progress(done, total)
 
     out = Path(os.path.abspath(out))
-    with new_folder.begin(out, what="import", purpose="a new checkpoint's folder") as building:
-        new_folder.require_room(building, expected.size_bytes, len(files) + 4, what="import")
+    with staged_dir.begin(out, what="import", purpose="a new checkpoint's folder") as building:
+        staged_dir.require_room(building, expected.size_bytes, len(files) + 4, what="import")
         reports = {file.name: _write_file(building, file, of_ours, stored, advance) for file in files}
         contents = Contents(
             Provenance(step=0, reason="import"),

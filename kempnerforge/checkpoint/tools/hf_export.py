@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint import new_folder
-from kempnerforge.checkpoint.float_cast import FLOATS, cast
 from kempnerforge.checkpoint.format import hf_format, paths
 from kempnerforge.checkpoint.format.checksums import VerifiedFile
 from kempnerforge.checkpoint.format.hf_format import MappedTensor, PlannedFile
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES, Chunk, TensorEntry
+from kempnerforge.checkpoint.tools import staged_dir
+from kempnerforge.checkpoint.tools.float_cast import FLOATS, cast
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, RunFolderError
 
 Progress = Callable[[int, int], None]
@@ -79,8 +79,8 @@ def export(
     small = {hf_format.INDEX: hf_format.index_json(files), **small_files}
     size_bytes = sum(file.size_bytes for file in files) + sum(map(len, small.values()))
     out = Path(os.path.abspath(out))
-    with new_folder.begin(out, what="export", purpose="a new folder") as building:
-        new_folder.require_room(building, size_bytes, len(files) + len(small), what="export")
+    with staged_dir.begin(out, what="export", purpose="a new folder") as building:
+        staged_dir.require_room(building, size_bytes, len(files) + len(small), what="export")
         for file in files:
             _create(building / file.name, file)
         _copy(view, building, _targets(entries, tensors, files), dtype, progress)

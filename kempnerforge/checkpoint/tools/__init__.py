@@ -1,0 +1,1 @@
+"""What the command line does with checkpoints: verify, diff, roll back, fork, export, import."""
