@@ -22,9 +22,9 @@ from kempnerforge.data.loader import eval_batches
 from kempnerforge.data.tokens import Samples
 from kempnerforge.distributed.world import World
 from kempnerforge.errors import DamagedCheckpointError
-from kempnerforge.train.build import open_data
 from kempnerforge.train.environment import set_determinism
-from kempnerforge.train.placement import build_model
+from kempnerforge.train.model_setup import build_model
+from kempnerforge.train.setup import open_data
 from kempnerforge.train.step import Batch, TrainStep
 from kempnerforge.train.stop import StopSignals
 

@@ -13,10 +13,10 @@ from kempnerforge.distributed.control import as_agreed
 from kempnerforge.errors import NonFiniteError, RunFolderError
 from kempnerforge.telemetry.flops import mfu
 from kempnerforge.telemetry.spans import Spans
-from kempnerforge.train.build import Run
-from kempnerforge.train.control import Agreed
 from kempnerforge.train.evaluation import validation_loss
+from kempnerforge.train.setup import Run
 from kempnerforge.train.step import UpdateResult
+from kempnerforge.train.step_consensus import Agreed
 
 
 def train(run: Run) -> str | None:

@@ -19,12 +19,12 @@ from kempnerforge.errors import (
     StopRequestedError,
 )
 from kempnerforge.printable import printable
-from kempnerforge.train.book import AttemptBook
-from kempnerforge.train.build import Run, build
+from kempnerforge.train.attempt_recorder import AttemptBook
 from kempnerforge.train.environment import keep_freed_memory, set_determinism
 from kempnerforge.train.hang_watch import watched
 from kempnerforge.train.loop import train
-from kempnerforge.train.run_folder import record_exit, storage_error
+from kempnerforge.train.run_dir import record_exit, storage_error
+from kempnerforge.train.setup import Run, build
 from kempnerforge.train.shutdown import Shutdown
 from kempnerforge.train.stacks import Stacks
 from kempnerforge.train.stop import StopSignals

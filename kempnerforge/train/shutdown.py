@@ -33,15 +33,15 @@ class Shutdown:
     """Watches over the end of one process.
 
     Args:
-        signals: installed already; what has come before is seen too.
+        stop_signals: installed already; what has come before is seen too.
         timeout_s: from the first stop signal until the process is ended.
         stacks: where the stacks go.
     """
 
-    def __init__(self, signals: StopSignals, *, timeout_s: float, stacks: Stacks) -> None:
+    def __init__(self, stop_signals: StopSignals, *, timeout_s: float, stacks: Stacks) -> None:
         self.last_words: Callable[[str], None] = lambda _reason: None
         """Called with the reason before the process ends, on a thread, for a few seconds at most."""
-        self._arrivals = signals.arrivals
+        self._arrivals = stop_signals.arrivals
         self._stacks = stacks
         self._timeout_s = timeout_s
         self._patience = Patience(timeout_s, stop.AGAIN_AFTER_S)

@@ -34,7 +34,7 @@ from kempnerforge.data.tokens import open_dataset
 from kempnerforge.model.init import init_weights_
 from kempnerforge.model.llama import Llama
 from kempnerforge.train.environment import set_determinism
-from kempnerforge.train.optim import parameter_groups
+from kempnerforge.train.optimizer import parameter_groups
 
 KEEP = 2
 METADATA = ".metadata"

@@ -43,8 +43,8 @@ from kempnerforge.config.schema import load_job
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.distributed.world import World
 from kempnerforge.goodput.ledger import read_events
-from kempnerforge.train import book
-from kempnerforge.train.book import AttemptBook
+from kempnerforge.train import attempt_recorder
+from kempnerforge.train.attempt_recorder import AttemptBook
 
 REPO = Path(__file__).parents[2]
 
@@ -405,7 +405,7 @@ def test_attempt_book_begins_with_launcher(tmp_path: Path, monkeypatch: pytest.M
     start, resume = recorded(tmp_path / "own")
     assert start["process_started"] < start["time"]
     assert resume["setup_s"]["launch"] > 0, "this process has imported something"
-    monkeypatch.setattr(book, "attempt_started", launched)
+    monkeypatch.setattr(attempt_recorder, "attempt_started", launched)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert began("first") == 10.0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

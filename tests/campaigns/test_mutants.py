@@ -42,7 +42,7 @@ MUTANTS = {
         "        os.rename(temporary, final)\n",
     ),
     "a stop is decided by rank 0 alone": Mutant(
-        "train/control.py",
+        "train/step_consensus.py",
         "[self._stop_vote(), *votes]",
         "[self._stop_vote() if self._group.rank == 0 else 0, *votes]",
     ),

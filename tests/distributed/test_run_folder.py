@@ -18,7 +18,7 @@ from kempnerforge.checkpoint.run.attempt_start import open_run
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import LeaseHeldError, RunFolderError
-from kempnerforge.train.run_folder import record_exit
+from kempnerforge.train.run_dir import record_exit
 
 pytest_plugins = ["support.ckpt_fixtures"]
 pytestmark = pytest.mark.smoke

@@ -20,7 +20,7 @@ from kempnerforge.goodput.history import read_history
 
 pytest_plugins = ["support.run_fixtures"]
 
-BUILD_MODEL = patch_target("kempnerforge.train.build:build_model")
+BUILD_MODEL = patch_target("kempnerforge.train.setup:build_model")
 
 needs_browser = pytest.mark.skipif(
     missing_browser() and not os.environ.get("KEMPNERFORGE_TEST_BROWSER"),

@@ -28,7 +28,7 @@ from bench.many_steps import make_run as make_many_steps
 pytest_plugins = ["support.run_fixtures", "support.ckpt_fixtures"]
 
 DRAW = patch_target("kempnerforge.model.init:normal_")
-BUILD_MODEL = patch_target("kempnerforge.train.build:build_model")
+BUILD_MODEL = patch_target("kempnerforge.train.setup:build_model")
 
 
 # Imports

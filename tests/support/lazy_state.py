@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from kempnerforge.config.schema import OptimizerConfig
-from kempnerforge.train.optim import build_optimizer
+from kempnerforge.train.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 

@@ -20,9 +20,9 @@ if __name__ == "__main__":
         from kempnerforge.train.step import LocalStep
 
         if SLOW_DATA in os.environ:
-            from kempnerforge.train import build
+            from kempnerforge.train import setup
 
-            build.prepare_cached = lambda *_arguments, **_options: time.sleep(3600)
+            setup.prepare_cached = lambda *_arguments, **_options: time.sleep(3600)
         update = LocalStep.update
         calls = 0
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from kempnerforge.config.schema import JobConfig, ModelConfig, TrainConfig
 from kempnerforge.model.layers import RotaryEmbedding, TransformerBlock
 from kempnerforge.plan.memory import DeviceMemory, device_memory
-from kempnerforge.train.optim import build_optimizer
-from kempnerforge.train.placement import build_model
+from kempnerforge.train.model_setup import build_model
+from kempnerforge.train.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 

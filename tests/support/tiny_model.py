@@ -14,7 +14,7 @@ from kempnerforge.config.schema import ModelConfig, OptimizerConfig, TrainConfig
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model.llama import Llama
 from kempnerforge.parallel.shard import materialize, parallelize
-from kempnerforge.train.optim import build_optimizer
+from kempnerforge.train.optimizer import build_optimizer
 from kempnerforge.train.step import LocalStep
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from kempnerforge.goodput.faults import FaultRecord, is_peer_loss, read_faults, 
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.interval import daly, rate_bounds, young
 from kempnerforge.goodput.ledger import Ledger, read_events
-from kempnerforge.train.book import AttemptBook
+from kempnerforge.train.attempt_recorder import AttemptBook
 
 
 def history(*attempts: tuple[str, int, list[int], bool], unblocked: int = 0) -> list[AttemptHistory]:

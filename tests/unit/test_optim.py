@@ -12,7 +12,7 @@ from support.lazy_state import CPU, compare_with_lazy_state, small_model
 
 from kempnerforge.config.scheduler import lr_at
 from kempnerforge.config.schema import OptimizerConfig, SchedulerConfig
-from kempnerforge.train.optim import build_optimizer
+from kempnerforge.train.optimizer import build_optimizer
 
 
 def test_optim_matrices_decay_norms_do_not() -> None:

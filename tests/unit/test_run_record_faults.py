@@ -23,8 +23,8 @@ from kempnerforge.config.schema import CheckpointConfig, JobConfig
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import EXIT_FINISHED, DataError, RunFolderError
 from kempnerforge.train import run as running
-from kempnerforge.train.reports import build_reports
-from kempnerforge.train.run_folder import record_refusal, storage_error
+from kempnerforge.train.metric_loggers import build_reports
+from kempnerforge.train.run_dir import record_refusal, storage_error
 
 pytest_plugins = ["support.rollback_fixtures"]
 

@@ -16,7 +16,7 @@ from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tens
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import OptimizerConfig
-from kempnerforge.train.optim import build_optimizer
+from kempnerforge.train.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 SEED = 11

@@ -16,7 +16,7 @@ from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.jsonl import JsonlSink, by_step, effective_rows, read_rows
 from kempnerforge.telemetry.sinks import Sink, SinkSet
 from kempnerforge.telemetry.wandb_sink import Earlier, WandbSink, attempt_config
-from kempnerforge.train.proof import Proof
+from kempnerforge.train.replay_check import Proof
 
 
 class Reports:

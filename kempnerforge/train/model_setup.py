@@ -15,7 +15,7 @@ from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model.llama import Llama
 from kempnerforge.parallel.shard import materialize, parallelize
-from kempnerforge.train.optim import parameter_groups
+from kempnerforge.train.optimizer import parameter_groups
 from kempnerforge.train.step import LocalStep, TrainStep
 
 if TYPE_CHECKING:

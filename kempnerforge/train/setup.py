@@ -30,15 +30,15 @@ from kempnerforge.distributed.world import World, collectives_issued
 from kempnerforge.errors import DataError, KempnerForgeError, LeaseLostError, StopRequestedError
 from kempnerforge.printable import printable
 from kempnerforge.telemetry.flops import peak_bf16_flops
-from kempnerforge.train.book import AttemptBook
-from kempnerforge.train.control import Control
-from kempnerforge.train.optim import HYPERPARAMETERS, build_optimizer
-from kempnerforge.train.placement import PlacedModel, build_model
+from kempnerforge.train.attempt_recorder import AttemptBook
+from kempnerforge.train.metric_loggers import Reports, build_reports
+from kempnerforge.train.model_setup import PlacedModel, build_model
+from kempnerforge.train.optimizer import HYPERPARAMETERS, build_optimizer
 from kempnerforge.train.preflight import check_files
 from kempnerforge.train.progress import Progress
-from kempnerforge.train.reports import Reports, build_reports
-from kempnerforge.train.run_folder import record_refusal
+from kempnerforge.train.run_dir import record_refusal
 from kempnerforge.train.step import TrainStep
+from kempnerforge.train.step_consensus import Control
 from kempnerforge.train.stop import StopSignals
 from kempnerforge.train.stopping import Stopping
 
