@@ -29,7 +29,7 @@ from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.train.stop import StopSignals
+from kempnerforge.train.termination.signals import StopSignals
 
 SIZES = {
     "tiny": {"size_mb": 2, "steps": 2, "width": 64, "pairs": 2},

@@ -23,7 +23,7 @@ from kempnerforge.slurm import job as slurm_job
 from kempnerforge.slurm.decision import Decision, decide
 from kempnerforge.slurm.job import SlurmError, SlurmJob
 from kempnerforge.slurm.note import attempt_note, git_revision
-from kempnerforge.train import stop_file
+from kempnerforge.train.termination import stop_request
 
 app = typer.Typer(help="What a batch script calls before and after training.", no_args_is_help=True)
 NOTES = "slurm"
@@ -110,7 +110,7 @@ def nodes_of(hosts: Collection[str], node_names: Sequence[str]) -> list[str]:
 
 def _asked(facts: Mapping[str, str], run_dir: Path) -> str:
     """The batch shell's traps write the signal into the stop file; of a GraceTime it hears nothing."""
-    path = run_dir / stop_file.NAME
+    path = run_dir / stop_request.NAME
     word = fsio.read_mark(path).decode(errors="replace").strip() if path.exists() else ""
     if word.startswith("SIG"):
         return word

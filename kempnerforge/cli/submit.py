@@ -28,8 +28,8 @@ from kempnerforge.slurm.script import (
     option_value,
     render,
 )
-from kempnerforge.train.deadline import p99
 from kempnerforge.train.preflight import check_files_of
+from kempnerforge.train.termination.deadline import p99
 
 app = typer.Typer(add_completion=False)
 SBATCH = "sbatch options"

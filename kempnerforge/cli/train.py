@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from kempnerforge.config.schema import LoadedJob, load_job
 from kempnerforge.errors import EXIT_FINISHED, ConfigError, Fault
-from kempnerforge.train.stop import StopSignals
+from kempnerforge.train.termination.signals import StopSignals
 
 USAGE = """\
 usage: train.py --config FILE [--section.key=value ...]

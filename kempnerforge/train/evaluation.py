@@ -26,7 +26,7 @@ from kempnerforge.train.environment import set_determinism
 from kempnerforge.train.model_setup import build_model
 from kempnerforge.train.setup import open_data
 from kempnerforge.train.step import Batch, TrainStep
-from kempnerforge.train.stop import StopSignals
+from kempnerforge.train.termination.signals import StopSignals
 
 
 @dataclass(frozen=True)

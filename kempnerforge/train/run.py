@@ -21,14 +21,14 @@ from kempnerforge.errors import (
 from kempnerforge.printable import printable
 from kempnerforge.train.attempt_recorder import AttemptBook
 from kempnerforge.train.environment import keep_freed_memory, set_determinism
-from kempnerforge.train.hang_watch import watched
+from kempnerforge.train.hangs.run_watch import watched
+from kempnerforge.train.hangs.stack_dump import Stacks
 from kempnerforge.train.loop import train
 from kempnerforge.train.run_dir import record_exit, storage_error
 from kempnerforge.train.setup import Run, build
-from kempnerforge.train.shutdown import Shutdown
-from kempnerforge.train.stacks import Stacks
-from kempnerforge.train.stop import StopSignals
-from kempnerforge.train.stopping import Stopping
+from kempnerforge.train.termination.signals import StopSignals
+from kempnerforge.train.termination.stop_conditions import Stopping
+from kempnerforge.train.termination.watchdog import Shutdown
 
 
 def run_job(loaded: LoadedJob, signals: StopSignals) -> int:

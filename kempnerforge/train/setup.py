@@ -31,16 +31,16 @@ from kempnerforge.errors import DataError, KempnerForgeError, LeaseLostError, St
 from kempnerforge.printable import printable
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.attempt_recorder import AttemptBook
+from kempnerforge.train.hangs.progress import Progress
 from kempnerforge.train.metric_loggers import Reports, build_reports
 from kempnerforge.train.model_setup import PlacedModel, build_model
 from kempnerforge.train.optimizer import HYPERPARAMETERS, build_optimizer
 from kempnerforge.train.preflight import check_files
-from kempnerforge.train.progress import Progress
 from kempnerforge.train.run_dir import record_refusal
 from kempnerforge.train.step import TrainStep
 from kempnerforge.train.step_consensus import Control
-from kempnerforge.train.stop import StopSignals
-from kempnerforge.train.stopping import Stopping
+from kempnerforge.train.termination.signals import StopSignals
+from kempnerforge.train.termination.stop_conditions import Stopping
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.train.stopping import Stopping
+from kempnerforge.train.termination.stop_conditions import Stopping
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ pytest_plugins = ["support.run_fixtures"]
 
 ATTENTION = patch_target("kempnerforge.model.layers:Attention.forward")
 FORWARD = patch_target("kempnerforge.train.step:LocalStep.forward_backward")
-REARM_EVERY_S = patch_target("kempnerforge.train.hangs:_REARM_EVERY_S")
+REARM_EVERY_S = patch_target("kempnerforge.train.hangs.detector:_REARM_EVERY_S")
 
 SETTINGS = {
     "eval.interval": 0,

@@ -68,9 +68,9 @@ PREPARE = patch_target("kempnerforge.train.setup:prepare_cached")
 JOIN = patch_target("kempnerforge.train.run:World.start")
 RESUME = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.resume")
 LAST_COMMIT = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.finish")
-END = patch_target("kempnerforge.train.shutdown:Shutdown._end")
-AGAIN_AFTER_S = patch_target("kempnerforge.train.stop:AGAIN_AFTER_S")
-LAST_WORDS_S = patch_target("kempnerforge.train.shutdown:_LAST_WORDS_S")
+END = patch_target("kempnerforge.train.termination.watchdog:Shutdown._end")
+AGAIN_AFTER_S = patch_target("kempnerforge.train.termination.signals:AGAIN_AFTER_S")
+LAST_WORDS_S = patch_target("kempnerforge.train.termination.watchdog:_LAST_WORDS_S")
 ASK_EVERY_S = patch_target("kempnerforge.slurm.deadline:ASK_EVERY_S")
 
 

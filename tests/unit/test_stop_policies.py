@@ -18,16 +18,16 @@ from kempnerforge.checkpoint.run.request_files import RequestFiles
 from kempnerforge.slurm import deadline as slurm_deadline
 from kempnerforge.slurm.deadline import end_in_environment, parse_end
 from kempnerforge.slurm.job import SlurmJob
-from kempnerforge.train import deadline as deadline_module
 from kempnerforge.train import evaluation as evaluation_module
-from kempnerforge.train import progress as progress_module
-from kempnerforge.train import stop_file as stop_file_module
-from kempnerforge.train.deadline import Deadline, latest_start, p99
 from kempnerforge.train.evaluation import MOST_BATCHES, BreakableBatches, batches_between_looks
-from kempnerforge.train.hangs import who_lags
-from kempnerforge.train.progress import Place, Progress, limit_s
-from kempnerforge.train.stop import STOP_SIGNALS, Patience, StopSignals
-from kempnerforge.train.stop_file import StopFile
+from kempnerforge.train.hangs import progress as progress_module
+from kempnerforge.train.hangs.detector import who_lags
+from kempnerforge.train.hangs.progress import Place, Progress, limit_s
+from kempnerforge.train.termination import deadline as deadline_module
+from kempnerforge.train.termination import stop_request as stop_file_module
+from kempnerforge.train.termination.deadline import Deadline, latest_start, p99
+from kempnerforge.train.termination.signals import STOP_SIGNALS, Patience, StopSignals
+from kempnerforge.train.termination.stop_request import StopFile
 
 TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 

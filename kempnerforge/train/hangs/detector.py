@@ -17,8 +17,8 @@ from typing import Any
 
 from kempnerforge.config.train import TrainConfig
 from kempnerforge.distributed.store_channel import Board, collect
-from kempnerforge.train.progress import Place, Progress, limit_s
-from kempnerforge.train.stacks import FOLDER, Stacks, file_name
+from kempnerforge.train.hangs.progress import Place, Progress, limit_s
+from kempnerforge.train.hangs.stack_dump import FOLDER, Stacks, file_name
 
 _TICK_S = 1.0
 _REARM_EVERY_S = 5.0

@@ -9,7 +9,7 @@ from typing import Any
 from torch.distributed.distributed_c10d import _get_default_store
 
 from kempnerforge.distributed.store_channel import StoreBoard
-from kempnerforge.train.hangs import HangWatch, Rules, SaveInFlight
+from kempnerforge.train.hangs.detector import HangWatch, Rules, SaveInFlight
 from kempnerforge.train.setup import Run
 
 

@@ -11,11 +11,11 @@ from kempnerforge.config.schema import JobConfig
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import StopRequestedError
 from kempnerforge.goodput.ledger import read_events, saves_s
-from kempnerforge.train.deadline import Deadline
-from kempnerforge.train.shutdown import Shutdown
-from kempnerforge.train.stacks import Stacks
-from kempnerforge.train.stop import StopSignals
-from kempnerforge.train.stop_file import StopFile
+from kempnerforge.train.hangs.stack_dump import Stacks
+from kempnerforge.train.termination.deadline import Deadline
+from kempnerforge.train.termination.signals import StopSignals
+from kempnerforge.train.termination.stop_request import StopFile
+from kempnerforge.train.termination.watchdog import Shutdown
 
 _DEADLINE = 100
 _SIGNAL = 200

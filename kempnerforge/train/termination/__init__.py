@@ -1,0 +1,1 @@
+"""Ending a run on purpose: signals, requests, deadlines, and the watchdog for an end that hangs."""
