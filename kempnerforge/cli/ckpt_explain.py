@@ -24,7 +24,7 @@ from kempnerforge.cli.ckpt_paths import (
     find_run,
     parse_step,
 )
-from kempnerforge.goodput.ledger import Event
+from kempnerforge.goodput.event_log import Event
 
 
 def explain(

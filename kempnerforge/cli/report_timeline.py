@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from kempnerforge.cli.ckpt_text import count
 from kempnerforge.cli.report_text import attempt_words, clipped
 from kempnerforge.goodput.plot import duration, time_axis
-from kempnerforge.goodput.stretches import KINDS, Stretch, paint, stretches
+from kempnerforge.goodput.timeline_segments import KINDS, Stretch, paint, stretches
 
 MAX_LINES = 40
 """With more attempts than that, all of them are drawn on one line."""

@@ -17,7 +17,7 @@ from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.run import PLACEHOLDER
 from kempnerforge.config.schema import LoadedJob, load_job
 from kempnerforge.errors import ConfigError, Fault, RunFolderError
-from kempnerforge.goodput.ledger import read_events, saves_s
+from kempnerforge.goodput.event_log import read_events, saves_s
 from kempnerforge.slurm import job as slurm_job
 from kempnerforge.slurm.grace import ask_grace
 from kempnerforge.slurm.script import (

@@ -18,7 +18,7 @@ from kempnerforge.checkpoint.run.resume_report import METRICS, read_receipts
 from kempnerforge.cli import ckpt_text as text
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_run
 from kempnerforge.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, RunFolderError
-from kempnerforge.goodput.ledger import places, read_events
+from kempnerforge.goodput.event_log import places, read_events
 from kempnerforge.telemetry.jsonl import by_step, effective_rows, read_rows
 from kempnerforge.telemetry.wandb_upload import Content, Uploaded, upload
 

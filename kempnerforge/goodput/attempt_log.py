@@ -14,9 +14,9 @@ from kempnerforge.errors import (
     EXIT_NO_PROGRESS,
     EXIT_STOPPED,
 )
-from kempnerforge.goodput import breaker
+from kempnerforge.goodput import crash_loop_guard
+from kempnerforge.goodput.event_log import Ledger
 from kempnerforge.goodput.faults import is_peer_loss
-from kempnerforge.goodput.ledger import Ledger
 from kempnerforge.write_behind import WriteBehind
 
 END_WAIT_S = 5.0
@@ -77,7 +77,7 @@ class AttemptLog:
         """Write what is due after a step. Progress may lag by 2% of the attempt, at most by 10 s."""
         if self._healthy_from is not None:
             began, before = self._healthy_from
-            if step - began - (skipped - before) >= breaker.HEALTHY_STEPS:
+            if step - began - (skipped - before) >= crash_loop_guard.HEALTHY_STEPS:
                 self._healthy_from = None
                 self.write("healthy", step=step)
         now = time.perf_counter()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kempnerforge.goodput.event_log import OWN_LOOP, Event, read_events
 from kempnerforge.goodput.faults import FaultRecord, read_faults
-from kempnerforge.goodput.ledger import OWN_LOOP, Event, read_events
 
 KINDS = ("finished", "stopped", "deadline", "config", "fault", "lost", "blocked")
 """``lost``: ended without a word, by SIGKILL or with its node, or because of a rank that did."""

@@ -15,7 +15,7 @@ from kempnerforge.checkpoint.run.save_events import SaveEvent, event_of
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.distributed.world import World
 from kempnerforge.errors import KempnerForgeError, NoProgressError, UnreachableCheckpointError
-from kempnerforge.goodput import breaker
+from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.attempt_log import AttemptLog, end_kind
 from kempnerforge.goodput.faults import FaultFile, remove_empty
 from kempnerforge.goodput.history import AttemptHistory, read_history
@@ -54,8 +54,10 @@ class AttemptBook:
             self._log.open(folder, record.attempt)
             self._log.start(start_facts(hosts, ranks))
             newest = _newest_step(record.checkpoint_folder(folder), folder)
-            row = breaker.without_progress(history, newest_committed=newest or 0)
-            why = breaker.refusal(row, limit=job.run.max_faults_without_progress, run_dir=str(folder))
+            row = crash_loop_guard.without_progress(history, newest_committed=newest or 0)
+            why = crash_loop_guard.refusal(
+                row, limit=job.run.max_faults_without_progress, run_dir=str(folder)
+            )
             if why:
                 raise NoProgressError(why)
             return newest is not None

@@ -11,7 +11,7 @@ from kempnerforge.checkpoint.run.lineage import cuts
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.resume_report import Receipt, read_receipts
 from kempnerforge.config.schema import JobConfig
-from kempnerforge.goodput.ledger import places, read_events
+from kempnerforge.goodput.event_log import places, read_events
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.jsonl import JsonlSink, by_step, effective_rows, read_rows
 from kempnerforge.telemetry.sinks import Sink, SinkSet

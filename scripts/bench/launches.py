@@ -18,7 +18,7 @@ from bench.pairs import Measured, alternate
 from kempnerforge.config.schema import JobConfig, ModelConfig
 from kempnerforge.data.loader import BatchLoader
 from kempnerforge.data.tokens import open_dataset
-from kempnerforge.goodput.ledger import read_events
+from kempnerforge.goodput.event_log import read_events
 from kempnerforge.telemetry.jsonl import read_rows
 
 HERE = Path(__file__).resolve().parent

@@ -42,7 +42,7 @@ from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.config.schema import load_job
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.distributed.world import World
-from kempnerforge.goodput.ledger import read_events
+from kempnerforge.goodput.event_log import read_events
 from kempnerforge.train import attempt_recorder
 from kempnerforge.train.attempt_recorder import AttemptBook
 

@@ -23,8 +23,8 @@ from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.schedule import overhead as overhead
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import CheckpointConfig
+from kempnerforge.goodput.event_log import read_events
 from kempnerforge.goodput.interval import daly, expected_mtti
-from kempnerforge.goodput.ledger import read_events
 
 pytest_plugins = ["support.run_fixtures"]
 

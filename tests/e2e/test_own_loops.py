@@ -29,8 +29,8 @@ from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, SaveFailedError
+from kempnerforge.goodput.event_log import read_events
 from kempnerforge.goodput.history import read_history
-from kempnerforge.goodput.ledger import read_events
 
 LOGGER = "kempnerforge.checkpoint.manager"
 

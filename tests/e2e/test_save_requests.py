@@ -14,7 +14,7 @@ from support.runs import Attempt, Launcher, Run, make_run
 
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.run.resume_report import Receipt
-from kempnerforge.goodput.ledger import read_events
+from kempnerforge.goodput.event_log import read_events
 from kempnerforge.train.replay_check import Proof
 
 pytest_plugins = ["support.run_fixtures"]

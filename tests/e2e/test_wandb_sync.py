@@ -18,7 +18,7 @@ from kempnerforge.checkpoint.run import lease, metadata
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.cli import app as command_line
 from kempnerforge.cli.wandb import last_lasting_step
-from kempnerforge.goodput.ledger import places, read_events
+from kempnerforge.goodput.event_log import places, read_events
 from kempnerforge.telemetry import wandb_upload
 from kempnerforge.telemetry.jsonl import JsonlSink, by_step
 

@@ -11,7 +11,7 @@ import pytest
 from kempnerforge import fsio
 from kempnerforge.checkpoint.save import writer_process
 from kempnerforge.checkpoint.save.writer_process import PULSE_BYTES, Pulse
-from kempnerforge.goodput.ledger import Ledger
+from kempnerforge.goodput.event_log import Ledger
 
 
 def test_append_through_a_link_is_refused(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.config.schema import load_job
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.distributed.world import World
-from kempnerforge.goodput import breaker
+from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.blame import may_lie_in_state
+from kempnerforge.goodput.event_log import Ledger, read_events
 from kempnerforge.goodput.faults import FaultRecord, is_peer_loss, read_faults, record_fault
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.interval import daly, rate_bounds, young
-from kempnerforge.goodput.ledger import Ledger, read_events
 from kempnerforge.train.attempt_recorder import AttemptBook
 
 
@@ -59,15 +59,15 @@ ROWS: list[tuple[list[tuple[str, int, list[int], bool]], list[int]]] = [
 def test_breaker_attempts_without_progress_counted(attempts: list[Any], expected: list[int]) -> None:
     found = history(*attempts)
     newest = max([0, *(step for one in attempts for step in (one[1], *one[2]))])
-    row = breaker.without_progress(found, newest_committed=newest)
+    row = crash_loop_guard.without_progress(found, newest_committed=newest)
     assert [one.number for one in row] == expected
-    assert bool(breaker.refusal(row, limit=3, run_dir="r")) is (len(expected) >= 3)
-    assert breaker.refusal(row, limit=0, run_dir="r") == ""
+    assert bool(crash_loop_guard.refusal(row, limit=3, run_dir="r")) is (len(expected) >= 3)
+    assert crash_loop_guard.refusal(row, limit=0, run_dir="r") == ""
 
 
 def test_breaker_unblocked_run_counts_anew() -> None:
     attempts = [(F, 0, [], False)] * 4
-    row = breaker.without_progress(history(*attempts, unblocked=3), newest_committed=0)
+    row = crash_loop_guard.without_progress(history(*attempts, unblocked=3), newest_committed=0)
     assert [one.number for one in row] == [4]
 
 
@@ -86,7 +86,7 @@ def test_breaker_unblocked_run_counts_anew() -> None:
     ],
 )
 def test_breaker_suspect_steps_found(attempts: list[Any], expected: list[int]) -> None:
-    assert list(breaker.suspects(history(*attempts))) == expected
+    assert list(crash_loop_guard.suspects(history(*attempts))) == expected
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from kempnerforge.checkpoint.run.owner import OWNER_FILE
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.tools import rollback
 from kempnerforge.errors import NoSoundCheckpointError, RunFolderError, StepNotFoundError, StepsMissingError
-from kempnerforge.goodput.ledger import Ledger
+from kempnerforge.goodput.event_log import Ledger
 
 pytest_plugins = ["support.rollback_fixtures", "support.ckpt_fixtures"]
 

@@ -16,7 +16,7 @@ from kempnerforge.checkpoint.retention import pins, read_locks
 from kempnerforge.checkpoint.run import metadata
 from kempnerforge.cli import app
 from kempnerforge.errors import RunFolderError
-from kempnerforge.goodput.ledger import read_events
+from kempnerforge.goodput.event_log import read_events
 from kempnerforge.printable import PrintableStream, printable, printable_output
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.curves import read_curves

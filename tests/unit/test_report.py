@@ -26,7 +26,7 @@ from kempnerforge.goodput.accounting import account, interruptions, saving
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.interval import daly, expected_overhead
 from kempnerforge.goodput.plot import duration, linear_axis, log_axis, number, thin, time_axis
-from kempnerforge.goodput.stretches import Stretch, paint, stretches
+from kempnerforge.goodput.timeline_segments import Stretch, paint, stretches
 from kempnerforge.telemetry.curves import Curve, Curves, read_curves
 from kempnerforge.telemetry.jsonl import effective_rows, read_rows
 

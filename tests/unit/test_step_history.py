@@ -11,7 +11,7 @@ from kempnerforge.checkpoint.results import SaveReport
 from kempnerforge.checkpoint.run.save_events import PutOff, event_of
 from kempnerforge.checkpoint.tools.step_history import RunFacts, SetAside, explain_absence, schedule_in_words
 from kempnerforge.config.schema import CheckpointConfig
-from kempnerforge.goodput import breaker
+from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.history import derive, last_step_done
 
 Event = dict[str, Any]
@@ -166,8 +166,8 @@ def test_last_step_done_follows_newest_attempt() -> None:
 
 def test_own_loop_faults_make_no_step_suspect() -> None:
     history = facts(*[attempt(number, 8, 9, end="fault") for number in (1, 2, 3)]).history
-    assert breaker.suspects(history) == {}
-    assert breaker.without_progress(history, newest_committed=8) == []
+    assert crash_loop_guard.suspects(history) == {}
+    assert crash_loop_guard.without_progress(history, newest_committed=8) == []
 
 
 def test_save_events_tell_every_outcome() -> None:

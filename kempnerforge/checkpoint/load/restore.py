@@ -28,7 +28,7 @@ from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.config.toml_text import flatten
 from kempnerforge.distributed.control import ControlGroup, as_agreed
 from kempnerforge.errors import MismatchError, RunFolderError
-from kempnerforge.goodput import breaker
+from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.history import read_history
 
 ALL_PARTS = ("model", "optimizer", "scheduler", "data", "rng")
@@ -127,7 +127,7 @@ class Restorer:
     def _suspects(self) -> dict[int, str]:
         try:
             rollbacks = lineage.rollbacks(self._run_dir)
-            return breaker.suspects(read_history(self._run_dir, rollbacks=rollbacks))
+            return crash_loop_guard.suspects(read_history(self._run_dir, rollbacks=rollbacks))
         except OSError as error:
             self.cleanup.warn(f"which steps are suspect is not known: {error}")
             return {}

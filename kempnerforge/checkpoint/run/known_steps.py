@@ -17,7 +17,7 @@ from kempnerforge.checkpoint.run.metadata import Parent, Rollback
 from kempnerforge.checkpoint.run.owner import Owner
 from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, StepsMissingError
-from kempnerforge.goodput.ledger import read_events
+from kempnerforge.goodput.event_log import read_events
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from kempnerforge.config.toml_text import render
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_STOPPED, KempnerForgeError
 from kempnerforge.goodput.attempt_log import AttemptLog, end_kind
+from kempnerforge.goodput.event_log import OWN_LOOP
 from kempnerforge.goodput.faults import record_fault
-from kempnerforge.goodput.ledger import OWN_LOOP
 from kempnerforge.slurm.job import node_name
 
 log = logging.getLogger("kempnerforge.checkpoint.manager")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.run import lease
 from kempnerforge.checkpoint.run.resume_report import read_receipts
+from kempnerforge.goodput.event_log import Event, read_events
 from kempnerforge.goodput.faults import read_faults
 from kempnerforge.goodput.history import AttemptHistory, derive
-from kempnerforge.goodput.ledger import Event, read_events
 
 if TYPE_CHECKING:  # the command line pays for pydantic only where it reads a config
     from kempnerforge.config.schema import CheckpointConfig

@@ -12,7 +12,7 @@ from kempnerforge.checkpoint.run import lease, lineage, metadata
 from kempnerforge.checkpoint.run.lineage import Cut
 from kempnerforge.checkpoint.run.metadata import Restored
 from kempnerforge.errors import DamagedCheckpointError, LeaseHeldError, MismatchError, RunFolderError
-from kempnerforge.goodput.ledger import Ledger
+from kempnerforge.goodput.event_log import Ledger
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from kempnerforge.checkpoint.run.request_files import RequestFiles
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.distributed.control import ControlGroup
 from kempnerforge.errors import StopRequestedError
-from kempnerforge.goodput.ledger import read_events, saves_s
+from kempnerforge.goodput.event_log import read_events, saves_s
 from kempnerforge.train.hangs.stack_dump import Stacks
 from kempnerforge.train.termination.deadline import Deadline
 from kempnerforge.train.termination.signals import StopSignals
