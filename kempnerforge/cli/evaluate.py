@@ -15,9 +15,9 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.cli.ckpt_paths import AsJson, find_step
 from kempnerforge.cli.train import rank_and_world_size
-from kempnerforge.config.layers import Layer
 from kempnerforge.config.loading import LoadedJob, load_layers
 from kempnerforge.config.overrides import split_positionals
+from kempnerforge.config.sources import Layer
 from kempnerforge.errors import ConfigError, KempnerForgeError, StepNotFoundError
 from kempnerforge.telemetry.jsonl import encode_value
 

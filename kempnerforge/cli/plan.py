@@ -12,8 +12,8 @@ from rich.table import Table
 
 from kempnerforge.cli.ckpt_text import print_json, size
 from kempnerforge.config.overrides import split_positionals
+from kempnerforge.config.pipeline_stages import Stage
 from kempnerforge.config.schema import load_job
-from kempnerforge.config.stages import Stage
 from kempnerforge.errors import EXIT_BAD_CONFIG, ConfigError
 from kempnerforge.plan.memory import RESERVED_SHARE
 from kempnerforge.plan.nearest import Nearest, nearest_layouts

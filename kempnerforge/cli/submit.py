@@ -12,10 +12,10 @@ from typer.core import TyperCommand
 
 from kempnerforge import fsio
 from kempnerforge.cli.config import NoFiles
-from kempnerforge.config.layers import DEFAULT
 from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.run import PLACEHOLDER
 from kempnerforge.config.schema import LoadedJob, load_job
+from kempnerforge.config.sources import DEFAULT
 from kempnerforge.errors import ConfigError, Fault, RunFolderError
 from kempnerforge.goodput.event_log import read_events, saves_s
 from kempnerforge.slurm import job as slurm_job

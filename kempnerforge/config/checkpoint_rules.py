@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from kempnerforge.config.checkpoint import DIR_PLACEHOLDERS, CheckpointConfig, unknown_placeholder
 from kempnerforge.config.evaluation import EvalConfig
-from kempnerforge.config.names import nearest
 from kempnerforge.config.run import PLACEHOLDERS, RunConfig
+from kempnerforge.config.suggestions import nearest
 from kempnerforge.config.train import TrainConfig
 from kempnerforge.errors import Fault
 

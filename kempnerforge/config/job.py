@@ -9,21 +9,21 @@ from pydantic import Field, ValidationError, model_validator
 
 from kempnerforge.config.checkpoint import CheckpointConfig
 from kempnerforge.config.data import DataConfig
-from kempnerforge.config.describe import nested_section, value_in_words
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.evaluation import EvalConfig
-from kempnerforge.config.faults import section_faults
-from kempnerforge.config.geometry import Geometry, derive_geometry
+from kempnerforge.config.field_docs import nested_section, value_in_words
 from kempnerforge.config.metrics import MetricsConfig
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.config.names import suggest_key
 from kempnerforge.config.optimizer import OptimizerConfig
+from kempnerforge.config.parallel_dims import Geometry, derive_geometry
 from kempnerforge.config.rules import check_rules
 from kempnerforge.config.run import RunConfig
 from kempnerforge.config.scheduler import SchedulerConfig
 from kempnerforge.config.section import Section
+from kempnerforge.config.suggestions import suggest_key
 from kempnerforge.config.toml_text import flatten, render
 from kempnerforge.config.train import TrainConfig
+from kempnerforge.config.validation_errors import section_faults
 from kempnerforge.errors import ConfigError, Fault
 
 

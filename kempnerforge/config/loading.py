@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge.config.job import JobConfig, validate_tree
-from kempnerforge.config.layers import DEFAULT, Layer, merge_layers, read_layers, source_of
-from kempnerforge.config.names import find_field
 from kempnerforge.config.overrides import COMMAND_LINE, override_layers, unset_none
+from kempnerforge.config.sources import DEFAULT, Layer, merge_layers, read_layers, source_of
+from kempnerforge.config.suggestions import find_field
 from kempnerforge.errors import ConfigError, Fault
 
 

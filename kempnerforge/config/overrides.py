@@ -7,10 +7,10 @@ from typing import Any
 
 import tomli
 
-from kempnerforge.config.describe import is_optional, nested_section, takes_text, type_in_words
-from kempnerforge.config.layers import Layer
-from kempnerforge.config.names import find_field, suggest_key
+from kempnerforge.config.field_docs import is_optional, nested_section, takes_text, type_in_words
 from kempnerforge.config.section import Section
+from kempnerforge.config.sources import Layer
+from kempnerforge.config.suggestions import find_field, suggest_key
 from kempnerforge.errors import Fault
 
 COMMAND_LINE = "command line"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import fill
 from typing import Any
 
-from kempnerforge.config.describe import nested_section, walk_keys
+from kempnerforge.config.field_docs import nested_section, walk_keys
 from kempnerforge.config.job import JobConfig
 
 WIDTH = 100

@@ -15,12 +15,12 @@ from kempnerforge.config import checkpoint_rules
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.evaluation import EvalConfig
-from kempnerforge.config.geometry import batch_faults, derive_geometry, microbatch_faults
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.config.names import nearest
+from kempnerforge.config.parallel_dims import batch_faults, derive_geometry, microbatch_faults
+from kempnerforge.config.pipeline_stages import STAGES_PER_RANK, num_stages
 from kempnerforge.config.run import PLACEHOLDER, PLACEHOLDERS, RunConfig, unfilled_placeholders
 from kempnerforge.config.scheduler import SchedulerConfig
-from kempnerforge.config.stages import STAGES_PER_RANK, num_stages
+from kempnerforge.config.suggestions import nearest
 from kempnerforge.config.train import TrainConfig
 from kempnerforge.errors import Fault
 

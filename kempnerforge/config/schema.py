@@ -6,12 +6,12 @@ from kempnerforge.config.checkpoint import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.evaluation import EvalConfig
-from kempnerforge.config.geometry import Geometry
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.loading import LoadedJob, load_job
 from kempnerforge.config.metrics import MetricsConfig
 from kempnerforge.config.model import ModelConfig, RopeScalingConfig
 from kempnerforge.config.optimizer import OptimizerConfig
+from kempnerforge.config.parallel_dims import Geometry
 from kempnerforge.config.run import RunConfig
 from kempnerforge.config.scheduler import SchedulerConfig
 from kempnerforge.config.section import Section

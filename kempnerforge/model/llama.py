@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from kempnerforge.model.layers import RotaryEmbedding, TransformerBlock
 
 if TYPE_CHECKING:
+    from kempnerforge.config.pipeline_stages import Stage
     from kempnerforge.config.schema import ModelConfig
-    from kempnerforge.config.stages import Stage
 
 
 class Llama(nn.Module):

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kempnerforge.config.geometry import Geometry
 from kempnerforge.config.job import JobConfig
-from kempnerforge.config.stages import Stage, make_stages, stages_of
+from kempnerforge.config.parallel_dims import Geometry
+from kempnerforge.config.pipeline_stages import Stage, make_stages, stages_of
 from kempnerforge.plan import activations
 from kempnerforge.plan.moments import local_moments, pipeline_moments
 from kempnerforge.plan.pipeline import microbatch_size

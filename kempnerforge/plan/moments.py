@@ -26,9 +26,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kempnerforge.config.geometry import Geometry
 from kempnerforge.config.job import JobConfig
-from kempnerforge.config.stages import Stage
+from kempnerforge.config.parallel_dims import Geometry
+from kempnerforge.config.pipeline_stages import Stage
 from kempnerforge.plan import activations
 from kempnerforge.plan.pipeline import microbatch_size, schedule_order
 from kempnerforge.plan.tensors import gathered_numel, layer_parameters, local_numel, outer_parameters

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.job import JobConfig
-from kempnerforge.config.layers import merge_layers, read_layers
 from kempnerforge.config.loading import load_job
 from kempnerforge.config.overrides import override_layers, unset_none
+from kempnerforge.config.sources import merge_layers, read_layers
 from kempnerforge.errors import ConfigError
 
 MOST = 4

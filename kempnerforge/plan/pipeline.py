@@ -8,7 +8,7 @@ The schedules are those of ``torch.distributed.pipelining``. The bubbles are tho
 from __future__ import annotations
 
 from kempnerforge.config.distributed import DistributedConfig
-from kempnerforge.config.stages import STAGES_PER_RANK
+from kempnerforge.config.pipeline_stages import STAGES_PER_RANK
 from kempnerforge.config.train import TrainConfig
 
 

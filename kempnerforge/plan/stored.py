@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kempnerforge.config.geometry import Geometry
 from kempnerforge.config.job import JobConfig
-from kempnerforge.config.stages import make_stages, stages_of
+from kempnerforge.config.parallel_dims import Geometry
+from kempnerforge.config.pipeline_stages import make_stages, stages_of
 from kempnerforge.plan.tensors import Parameter, local_shape, stage_parameters, tp_shape
 
 FP32 = 4

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kempnerforge.config.geometry import Geometry
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.config.stages import Stage
+from kempnerforge.config.parallel_dims import Geometry
+from kempnerforge.config.pipeline_stages import Stage
 
 
 @dataclass(frozen=True)

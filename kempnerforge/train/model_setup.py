@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from kempnerforge.config.pipeline_stages import make_stages, num_stages, stages_of
 from kempnerforge.config.schema import Geometry, JobConfig, TrainConfig
-from kempnerforge.config.stages import make_stages, num_stages, stages_of
 from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model.llama import Llama

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from kempnerforge.config import rules
-from kempnerforge.config.geometry import derive_geometry
 from kempnerforge.config.model_changes import ModelChanges, model_changes
+from kempnerforge.config.parallel_dims import derive_geometry
 from kempnerforge.config.schedule_changes import learning_rate_change, when_continued
 from kempnerforge.config.scheduler import SchedulerConfig
 from kempnerforge.config.schema import (

@@ -193,7 +193,7 @@ def test_config_sections_are_frozen() -> None:
 
 
 def test_config_every_key_documented() -> None:
-    from kempnerforge.config.describe import walk_keys
+    from kempnerforge.config.field_docs import walk_keys
 
     undocumented = [key.name for key in walk_keys(JobConfig) if not key.doc.endswith(".")]
     assert undocumented == []

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
+from kempnerforge.config.pipeline_stages import layer_costs, make_stages, split_evenly, stages_of
 from kempnerforge.config.schema import DistributedConfig, ModelConfig
-from kempnerforge.config.stages import layer_costs, make_stages, split_evenly, stages_of
 
 
 @pytest.mark.parametrize(

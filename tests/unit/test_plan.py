@@ -19,6 +19,7 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem
 from kempnerforge.checkpoint.save.commit import PlannedItem
 from kempnerforge.checkpoint.save.plan import make_plan as make_save_plan
+from kempnerforge.config.pipeline_stages import STAGES_PER_RANK, make_stages
 from kempnerforge.config.schema import (
     DistributedConfig,
     Geometry,
@@ -27,7 +28,6 @@ from kempnerforge.config.schema import (
     TrainConfig,
     load_job,
 )
-from kempnerforge.config.stages import STAGES_PER_RANK, make_stages
 from kempnerforge.model.layers import Remat, TransformerBlock
 from kempnerforge.model.llama import Llama
 from kempnerforge.plan import activations, tensors

@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from kempnerforge.config.describe import known_values, nested_section, type_in_words, value_in_words
-from kempnerforge.config.names import nearest, suggest_key
+from kempnerforge.config.field_docs import known_values, nested_section, type_in_words, value_in_words
 from kempnerforge.config.section import Section
+from kempnerforge.config.suggestions import nearest, suggest_key
 from kempnerforge.errors import Fault
 
 COMPLAINTS = {

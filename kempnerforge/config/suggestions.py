@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from pydantic.fields import FieldInfo
 
-from kempnerforge.config.describe import nested_section, walk_keys
+from kempnerforge.config.field_docs import nested_section, walk_keys
 from kempnerforge.config.section import Section
 
 
