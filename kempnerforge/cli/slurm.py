@@ -20,9 +20,9 @@ from kempnerforge.errors import EXIT_FAULT, RunFolderError
 from kempnerforge.goodput.faults import read_faults
 from kempnerforge.goodput.history import AttemptHistory, read_history
 from kempnerforge.slurm import job as slurm_job
-from kempnerforge.slurm.decision import Decision, decide
+from kempnerforge.slurm.attempt_info import attempt_note, git_revision
 from kempnerforge.slurm.job import SlurmError, SlurmJob
-from kempnerforge.slurm.note import attempt_note, git_revision
+from kempnerforge.slurm.requeue_policy import Decision, decide
 from kempnerforge.train.termination import stop_request
 
 app = typer.Typer(help="What a batch script calls before and after training.", no_args_is_help=True)

@@ -19,7 +19,7 @@ from kempnerforge.config.sources import DEFAULT
 from kempnerforge.errors import ConfigError, Fault, RunFolderError
 from kempnerforge.goodput.event_log import read_events, saves_s
 from kempnerforge.slurm import job as slurm_job
-from kempnerforge.slurm.grace import ask_grace
+from kempnerforge.slurm.kill_grace import ask_grace
 from kempnerforge.slurm.script import (
     Request,
     check_options,

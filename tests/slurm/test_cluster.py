@@ -17,7 +17,7 @@ from support.slurm_cluster import GRACE_S, KILL_WAIT_S, Cluster, missing_program
 from support.slurm_jobs import SETTINGS, STEPS, Array, Job, near_the_limit, run_all
 from support.wandb_server import FAKE_KEY, WandbServer, fragments, history, records
 
-from kempnerforge.slurm.grace import BEFORE_KILL_S
+from kempnerforge.slurm.kill_grace import BEFORE_KILL_S
 
 pytest_plugins = ["support.run_fixtures"]
 pytestmark = pytest.mark.timeout(1200)

@@ -11,8 +11,7 @@ from kempnerforge import hostlist
 from kempnerforge.cli.slurm import lost_in_a_row, nodes_of
 from kempnerforge.goodput.history import derive
 from kempnerforge.slurm import script
-from kempnerforge.slurm.decision import decide
-from kempnerforge.slurm.grace import Grace, parse_grace
+from kempnerforge.slurm.attempt_info import attempt_note
 from kempnerforge.slurm.job import (
     SlurmJob,
     clean_environment,
@@ -22,7 +21,8 @@ from kempnerforge.slurm.job import (
     parse_lost_nodes,
     this_job,
 )
-from kempnerforge.slurm.note import attempt_note
+from kempnerforge.slurm.kill_grace import Grace, parse_grace
+from kempnerforge.slurm.requeue_policy import decide
 from kempnerforge.slurm.script import array_faults, option_faults, option_value, parse_time_s, stop_before_s
 
 
