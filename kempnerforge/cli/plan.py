@@ -15,8 +15,8 @@ from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.pipeline_stages import Stage
 from kempnerforge.config.schema import load_job
 from kempnerforge.errors import EXIT_BAD_CONFIG, ConfigError
+from kempnerforge.plan.layout_suggestions import Nearest, nearest_layouts
 from kempnerforge.plan.memory import RESERVED_SHARE
-from kempnerforge.plan.nearest import Nearest, nearest_layouts
 from kempnerforge.plan.report import PipelineRank, Plan, make_plan
 
 app = typer.Typer(add_completion=False)

@@ -9,9 +9,9 @@ from typing import Any
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.parallel_dims import Geometry
 from kempnerforge.config.pipeline_stages import Stage, make_stages, stages_of
+from kempnerforge.plan.checkpoint_size import CheckpointSize, checkpoint_size, staged_bytes, staged_on_node
 from kempnerforge.plan.memory import RESERVED_SHARE, DeviceMemory, device_memory
 from kempnerforge.plan.pipeline import bubble_fraction, in_flight, microbatch_size
-from kempnerforge.plan.stored import CheckpointSize, checkpoint_size, staged_bytes, staged_on_node
 from kempnerforge.plan.tensors import local_numel, stage_parameters
 
 

@@ -13,8 +13,8 @@ from kempnerforge.checkpoint.format.paths import SHARD_SUFFIX
 from kempnerforge.config.schema import (
     load_job,
 )
+from kempnerforge.plan.checkpoint_size import FP32
 from kempnerforge.plan.report import make_plan
-from kempnerforge.plan.stored import FP32
 
 pytest_plugins = ["support.run_fixtures"]
 

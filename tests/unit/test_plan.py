@@ -31,10 +31,10 @@ from kempnerforge.config.schema import (
 from kempnerforge.model.layers import Remat, TransformerBlock
 from kempnerforge.model.llama import Llama
 from kempnerforge.plan import activations, tensors
+from kempnerforge.plan.checkpoint_size import FP32, RNG_BYTES, staged_bytes, staged_on_node
 from kempnerforge.plan.memory import device_memory
 from kempnerforge.plan.pipeline import bubble_fraction, in_flight
 from kempnerforge.plan.report import make_plan
-from kempnerforge.plan.stored import FP32, RNG_BYTES, staged_bytes, staged_on_node
 
 pytest_plugins = ["support.run_fixtures"]
 

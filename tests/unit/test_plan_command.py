@@ -11,7 +11,7 @@ import pytest
 from kempnerforge.cli.app import main
 from kempnerforge.config.schema import load_job
 from kempnerforge.errors import ConfigError
-from kempnerforge.plan.nearest import nearest_layouts
+from kempnerforge.plan.layout_suggestions import nearest_layouts
 
 ROOT = Path(__file__).parents[2]
 LLAMA = str(ROOT / "configs" / "llama_7b.toml")
