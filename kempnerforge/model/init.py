@@ -16,8 +16,8 @@ import xxhash
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.model.chunks import Box, local_box
 from kempnerforge.model.layers import RotaryEmbedding
+from kempnerforge.model.sharding import Box, local_box
 
 BLOCK_NUMEL = 2**20
 RESIDUAL_OUTPUTS = ("attention.wo.weight", "feed_forward.w2.weight")

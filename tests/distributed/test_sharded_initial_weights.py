@@ -18,9 +18,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model import init
-from kempnerforge.model.chunks import local_box
 from kempnerforge.model.init import init_weights_, normal_
 from kempnerforge.model.llama import Llama
+from kempnerforge.model.sharding import local_box
 
 LAYOUTS: list[tuple[tuple[int, ...], list[Placement]]] = [
     ((4,), [Shard(0)]),

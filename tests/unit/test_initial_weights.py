@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
 from kempnerforge.model import init
-from kempnerforge.model.chunks import Box, box_of
 from kempnerforge.model.init import init_weights_
 from kempnerforge.model.llama import Llama
+from kempnerforge.model.sharding import Box, box_of
 
 GOLDEN = {"AVX2": "0ae2dcfbabbc55d7", "AVX512": "0ae2dcfbabbc55d7", "DEFAULT": "5516b38da0744442"}
 """By torch's CPU capability on x86: without AVX2 it computes normal values with other code."""
