@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kempnerforge.data.order import ORDER_NAME
+from kempnerforge.data.sample_order import ORDER_NAME
 from kempnerforge.data.tokens import TokenDataset
 
 _MEANINGS = {

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kempnerforge.data.order import ids_digest, sample_ids
+from kempnerforge.data.sample_order import ids_digest, sample_ids
 from kempnerforge.data.tokens import Samples
 
 

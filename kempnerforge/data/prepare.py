@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from kempnerforge.data.corpus import Corpus, read_document, scan_corpus
-from kempnerforge.data.holdout import Part, line_end_before, split_documents
 from kempnerforge.data.index import FORMAT, INDEX_NAME, Index, SplitEntry, json_digest
 from kempnerforge.data.shard_writer import ShardWriter
 from kempnerforge.data.tokenizer import Tokenizer, token_dtype
+from kempnerforge.data.train_val_split import Part, line_end_before, split_documents
 from kempnerforge.errors import DataError
 from kempnerforge.fsio import fsync_folder, make_folder, new_folder, publish, write_new_file
 

@@ -22,8 +22,8 @@ from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, Geometry, JobConfig
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids
-from kempnerforge.data.order import ids_digest
 from kempnerforge.data.prepare import prepare_cached
+from kempnerforge.data.sample_order import ids_digest
 from kempnerforge.data.tokenizer import load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.world import World, collectives_issued

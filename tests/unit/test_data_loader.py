@@ -15,7 +15,7 @@ import torch
 
 from kempnerforge.data import loader as loader_module
 from kempnerforge.data.loader import Batch, BatchLoader, Cursor, eval_batches
-from kempnerforge.data.order import ids_digest, sample_ids
+from kempnerforge.data.sample_order import ids_digest, sample_ids
 from kempnerforge.data.tokens import Samples, open_dataset
 from kempnerforge.errors import DataError
 

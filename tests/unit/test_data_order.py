@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kempnerforge.data.order import MAX_SAMPLES, ids_digest, sample_ids
+from kempnerforge.data.sample_order import MAX_SAMPLES, ids_digest, sample_ids
 
 
 @pytest.mark.parametrize("num_samples", [*range(1, 70), 255, 256, 257, 1000, 4095, 4096, 4097, 100_003])

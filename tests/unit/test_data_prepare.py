@@ -11,11 +11,11 @@ import pytest
 from support.tokenizers import make_tokenizer
 
 from kempnerforge.data.corpus import scan_corpus
-from kempnerforge.data.holdout import line_end_before
 from kempnerforge.data.index import read_index
 from kempnerforge.data.prepare import PIECE_BYTES, prepare, prepare_cached
 from kempnerforge.data.tokenizer import ByteTokenizer, load_tokenizer
 from kempnerforge.data.tokens import open_dataset
+from kempnerforge.data.train_val_split import line_end_before
 from kempnerforge.errors import DataError
 
 pytest_plugins = ["support.text_fixtures"]
