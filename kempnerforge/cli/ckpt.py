@@ -23,18 +23,18 @@ class Commands(LazyGroup):
             "List the steps of RUN: age, size, what each was saved for, why it is kept, whether it is sound.",
         ),
         "inspect": Member(
-            "ckpt_look",
+            "ckpt_inspect",
             "inspect",
             "Show what a step holds: where it came from, files, tensors, layout, versions, train state.",
         ),
         "verify": Member(
-            "ckpt_check",
+            "ckpt_verify",
             "verify",
             "Check every byte of a step, or of all steps of a run. Exit status 0: all sound, 1: one is "
             "damaged.",
         ),
         "diff": Member(
-            "ckpt_check",
+            "ckpt_verify",
             "diff",
             "Say what differs between two steps: config, layout, versions, train state, tensors.",
         ),
@@ -44,26 +44,28 @@ class Commands(LazyGroup):
             "Say which rule keeps each step of RUN; with STEP, why that step exists or does not.",
         ),
         "pin": Member(
-            "ckpt_keep", "pin", "Keep a step of RUN until it is unpinned, also while a run writes there."
+            "ckpt_prune", "pin", "Keep a step of RUN until it is unpinned, also while a run writes there."
         ),
-        "unpin": Member("ckpt_keep", "unpin", "Leave a step of RUN to the run's rules again."),
+        "unpin": Member("ckpt_prune", "unpin", "Leave a step of RUN to the run's rules again."),
         "prune": Member(
-            "ckpt_keep",
+            "ckpt_prune",
             "prune",
             "Delete the steps of RUN that its config does not keep, as a run does after each save.",
         ),
         "du": Member(
-            "ckpt_look",
+            "ckpt_inspect",
             "du",
             "Show the bytes of every step of RUN: model, optimizer, rng, other; and of what is no step.",
         ),
         "rollback": Member(
-            "timeline",
+            "ckpt_rollback",
             "rollback",
             "Go back to STEP of RUN: set later steps aside, so that the same command goes on from it.",
         ),
         "fork": Member(
-            "timeline", "fork", "Make NEW_RUN a new run that goes on from STEP_DIR, which stays as it is."
+            "ckpt_rollback",
+            "fork",
+            "Make NEW_RUN a new run that goes on from STEP_DIR, which stays as it is.",
         ),
         "export": Member(
             "weights",

@@ -13,7 +13,7 @@ from kempnerforge.checkpoint.retention import pins
 from kempnerforge.checkpoint.retention.policy import BestN, Verdict, decide
 from kempnerforge.checkpoint.retention.pruner import Retention
 from kempnerforge.checkpoint.tools.step_history import Absence, RunFacts, explain_absence, read_facts
-from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_list import manifest_of, verdict_json
 from kempnerforge.cli.ckpt_paths import (
     AsJson,

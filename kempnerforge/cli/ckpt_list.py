@@ -15,7 +15,7 @@ from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.retention.policy import Verdict, decide
 from kempnerforge.checkpoint.retention.pruner import Retention
 from kempnerforge.checkpoint.run import lease
-from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_paths import AsJson, CheckpointFolder, FoundPolicy, RunPath, find_policy, find_run
 from kempnerforge.errors import EXIT_FAULT, CheckpointError, StepNotFoundError
 

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kempnerforge.cli.ckpt_text import print_json, size
+from kempnerforge.cli.formatting import print_json, size
 from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.pipeline_stages import Stage
 from kempnerforge.config.schema import load_job

@@ -11,7 +11,7 @@ import typer
 from kempnerforge import fsio
 from kempnerforge.checkpoint.run import lease, lineage
 from kempnerforge.checkpoint.run.resume_report import METRICS
-from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_run
 from kempnerforge.cli.report_page import KEYS, Report, page
 from kempnerforge.cli.report_text import print_report

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from kempnerforge.cli.ckpt_text import count
+from kempnerforge.cli.formatting import count
 from kempnerforge.cli.report_axes import grid, ticks
 from kempnerforge.cli.report_table import row, table
 from kempnerforge.goodput.plot import (

@@ -15,7 +15,7 @@ from typing import Any
 
 from kempnerforge import __version__
 from kempnerforge.cli import report_text
-from kempnerforge.cli.ckpt_text import count
+from kempnerforge.cli.formatting import count
 from kempnerforge.cli.report_figures import loss_figure, throughput_figure
 from kempnerforge.cli.report_saving import saving_section
 from kempnerforge.cli.report_table import row, table

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from kempnerforge.cli import report_text
-from kempnerforge.cli.ckpt_text import count
+from kempnerforge.cli.formatting import count
 from kempnerforge.cli.report_axes import grid, ticks
 from kempnerforge.cli.report_table import row, table
 from kempnerforge.goodput.interval import expected_overhead

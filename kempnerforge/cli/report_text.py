@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from kempnerforge.cli.ckpt_text import count, print_columns
+from kempnerforge.cli.formatting import count, print_columns
 from kempnerforge.goodput.plot import duration
 
 PARTS = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from kempnerforge.cli.ckpt_text import count
+from kempnerforge.cli.formatting import count
 from kempnerforge.cli.report_text import attempt_words, clipped
 from kempnerforge.goodput.plot import duration, time_axis
 from kempnerforge.goodput.timeline_segments import KINDS, Stretch, paint, stretches

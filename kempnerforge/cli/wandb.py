@@ -15,7 +15,7 @@ from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.run import lease, lineage, metadata
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.resume_report import METRICS, read_receipts
-from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_run
 from kempnerforge.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, RunFolderError
 from kempnerforge.goodput.event_log import places, read_events

@@ -17,7 +17,7 @@ from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.tools import hf_export as exporting
 from kempnerforge.checkpoint.tools import hf_import
-from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_paths import AsJson, StepPath, find_step
 from kempnerforge.errors import DataError, MismatchError
 

@@ -9,7 +9,7 @@ import pytest
 from support.ckpt_cli import Ckpt, step_folder
 from support.step_maker import flip_byte
 
-from kempnerforge.cli import ckpt_look
+from kempnerforge.cli import ckpt_inspect
 
 pytest_plugins = ["support.ckpt_fixtures"]
 
@@ -88,7 +88,7 @@ def test_ckpt_storage_error_reported_no_traceback(
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error", "x")
 
-    monkeypatch.setattr(ckpt_look, "folder_bytes", fail)
+    monkeypatch.setattr(ckpt_inspect, "folder_bytes", fail)
     done = ckpt("du", run)
     assert done.status == 1
     assert done.err.startswith("[Errno 5] Input/output error: 'x'")

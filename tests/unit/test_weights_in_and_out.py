@@ -20,7 +20,7 @@ from support.weight_cases import VARIANTS, assert_equal, config_toml, make_model
 
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.tools.float_cast import cast
-from kempnerforge.cli import app, ckpt_text
+from kempnerforge.cli import app, formatting
 from kempnerforge.config.schema import load_job
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.model.llama import Llama
@@ -225,7 +225,7 @@ def test_export_step_read_locked_meanwhile(
     def watching(_: str) -> Any:
         yield lambda done, total: seen.append((done, total, list(read_locks.readers(tmp_path))))
 
-    monkeypatch.setattr(ckpt_text, "progress", watching)
+    monkeypatch.setattr(formatting, "progress", watching)
     assert ckpt("export", step, "--out", tmp_path / "hf").status == 0
     assert seen
     assert all(locked == [7] for *_, locked in seen)

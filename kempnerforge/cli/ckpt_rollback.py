@@ -9,7 +9,7 @@ import typer
 
 from kempnerforge.checkpoint.tools import fork as forking
 from kempnerforge.checkpoint.tools import rollback as rolling_back
-from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, StepPath, find_run, find_step, parse_step
 from kempnerforge.errors import RunFolderError
 

@@ -13,7 +13,7 @@ from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.tools.diff import TensorDifferences, changes, compare_tensors
 from kempnerforge.checkpoint.tools.verify import Verified
 from kempnerforge.checkpoint.tools.verify import verify as verify_step
-from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_paths import AsJson, find_step, find_steps
 from kempnerforge.errors import EXIT_FAULT, CheckpointError, StepNotFoundError
 

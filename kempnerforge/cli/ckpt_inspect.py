@@ -14,7 +14,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.step_info import KINDS, StepView, tensor_bytes
 from kempnerforge.checkpoint.format.tensor_index import TensorEntry
 from kempnerforge.checkpoint.tools.diff import describe
-from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_list import folder_bytes, list_others
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, StepPath, find_run, find_step
 from kempnerforge.errors import CheckpointError

@@ -9,7 +9,7 @@ import typer
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.retention import pins
 from kempnerforge.checkpoint.retention.pruner import Retention
-from kempnerforge.cli import ckpt_text as text
+from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_list import folder_bytes
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_policy, find_run, parse_step
 from kempnerforge.errors import EXIT_FAULT, RunFolderError
