@@ -36,7 +36,7 @@ from kempnerforge.checkpoint.save.staging import overlapping
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.consensus import ControlGroup
 
 SIZES = {
     "tiny": {"size_mb": 3, "width": 64, "steps": 3, "pairs": 2},

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.train.termination.signals import StopSignals
 
 SIZES = {

@@ -33,7 +33,7 @@ from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.state.flatten import payload_of
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed import timeouts
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.distributed.store_channel import Board, LocalBoard, StoreBoard
 from kempnerforge.errors import SaveFailedError
 

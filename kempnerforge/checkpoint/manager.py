@@ -33,7 +33,7 @@ from kempnerforge.checkpoint.schedule.auto_interval import Pacer
 from kempnerforge.checkpoint.schedule.save_policy import SavePolicy
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
-from kempnerforge.distributed.control import ControlGroup, as_agreed
+from kempnerforge.distributed.consensus import ControlGroup, as_agreed
 from kempnerforge.errors import ConfigError, HostMemoryError, LeaseLostError, MismatchError
 
 REQUEST = "checkpoint.request"

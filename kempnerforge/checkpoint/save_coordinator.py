@@ -15,7 +15,7 @@ from kempnerforge.checkpoint.results import Payload, SaveReport
 from kempnerforge.checkpoint.run.save_events import MAX_EVENTS, PutOff, SaveEvent
 from kempnerforge.checkpoint.save.pipeline import SaveResult
 from kempnerforge.checkpoint.schedule.overhead import StepClock
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import SaveFailedError
 
 

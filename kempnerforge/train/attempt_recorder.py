@@ -13,7 +13,7 @@ from kempnerforge.checkpoint.run.attempt_start import attempt_started, start_fac
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.save_events import SaveEvent, event_of
 from kempnerforge.config.schema import JobConfig
-from kempnerforge.distributed.world import World
+from kempnerforge.distributed.context import World
 from kempnerforge.errors import KempnerForgeError, NoProgressError, UnreachableCheckpointError
 from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.attempt_log import AttemptLog, end_kind

@@ -20,7 +20,7 @@ from kempnerforge.config.schema import Geometry, JobConfig
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import eval_batches
 from kempnerforge.data.tokens import Samples
-from kempnerforge.distributed.world import World
+from kempnerforge.distributed.context import World
 from kempnerforge.errors import DamagedCheckpointError
 from kempnerforge.train.environment import set_determinism
 from kempnerforge.train.model_setup import build_model

@@ -9,7 +9,7 @@ from typing import Any
 
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.config.scheduler import lr_at
-from kempnerforge.distributed.control import as_agreed
+from kempnerforge.distributed.consensus import as_agreed
 from kempnerforge.errors import NonFiniteError, RunFolderError
 from kempnerforge.telemetry.flops import mfu
 from kempnerforge.telemetry.spans import Spans

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kempnerforge.config.schedule_changes import when_continued
 from kempnerforge.config.schema import JobConfig, LoadedJob
-from kempnerforge.distributed.world import World, find_place
+from kempnerforge.distributed.context import World, find_place
 from kempnerforge.errors import (
     EXIT_FAULT,
     EXIT_FINISHED,

@@ -26,7 +26,7 @@ from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.sample_order import ids_digest
 from kempnerforge.data.tokenizer import load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
-from kempnerforge.distributed.world import World, collectives_issued
+from kempnerforge.distributed.context import World, collectives_issued
 from kempnerforge.errors import DataError, KempnerForgeError, LeaseLostError, StopRequestedError
 from kempnerforge.printable import printable
 from kempnerforge.telemetry.flops import peak_bf16_flops

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kempnerforge.checkpoint.manager import CheckpointManager
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.train.termination.stop_conditions import Stopping
 
 

@@ -40,8 +40,8 @@ from support.ranks import run_ranks
 
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.config.schema import load_job
-from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.distributed.world import World
+from kempnerforge.distributed.consensus import ControlGroup
+from kempnerforge.distributed.context import World
 from kempnerforge.goodput.event_log import read_events
 from kempnerforge.train import attempt_recorder
 from kempnerforge.train.attempt_recorder import AttemptBook

@@ -19,7 +19,7 @@ from support.runs import Launcher, make_run
 from kempnerforge import process_identity
 from kempnerforge.checkpoint.run import attempt_start, lease
 from kempnerforge.checkpoint.run.attempt_start import open_run
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.process_identity import Holder
 
 pytest_plugins = ["support.run_fixtures"]

@@ -16,7 +16,7 @@ from support.step_maker import write_step
 from kempnerforge.checkpoint.run import attempt_start, lease
 from kempnerforge.checkpoint.run.attempt_start import open_run
 from kempnerforge.checkpoint.run.metadata import RunRecord
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import LeaseHeldError, RunFolderError
 from kempnerforge.train.run_dir import record_exit
 

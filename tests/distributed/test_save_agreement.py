@@ -25,7 +25,7 @@ from kempnerforge.checkpoint.save import agreed_plan
 from kempnerforge.checkpoint.save.host_buffers import ArenaSet
 from kempnerforge.checkpoint.save.pipeline import Patience
 from kempnerforge.checkpoint.save.writer_client import Writer
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import SaveFailedError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed")

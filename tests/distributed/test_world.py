@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 from support.ranks import run_ranks
 
-from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.distributed.world import RankPlace, World, find_place
+from kempnerforge.distributed.consensus import ControlGroup
+from kempnerforge.distributed.context import RankPlace, World, find_place
 from kempnerforge.errors import ConfigError, DataError, Fault, KempnerForgeError
 
 pytestmark = pytest.mark.smoke

@@ -68,7 +68,7 @@ import json, torch, torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.mesh import build_mesh
-from kempnerforge.distributed.world import World
+from kempnerforge.distributed.context import World
 
 world = World.start(timeout_s=83)
 before = dist.new_group([0])

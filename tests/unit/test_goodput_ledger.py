@@ -12,8 +12,8 @@ import torch
 
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.config.schema import load_job
-from kempnerforge.distributed.control import ControlGroup
-from kempnerforge.distributed.world import World
+from kempnerforge.distributed.consensus import ControlGroup
+from kempnerforge.distributed.context import World
 from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.blame import may_lie_in_state
 from kempnerforge.goodput.event_log import Ledger, read_events

@@ -20,7 +20,7 @@ from kempnerforge.checkpoint.run import lease, lineage, metadata
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.tools import rollback
 from kempnerforge.config.schema import CheckpointConfig, JobConfig
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import EXIT_FINISHED, DataError, RunFolderError
 from kempnerforge.train import run as running
 from kempnerforge.train.metric_loggers import build_reports

@@ -32,7 +32,7 @@ from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.resumable_steps import check_counters, require_training_state
 from kempnerforge.checkpoint.run.resume_report import Rejected
 from kempnerforge.checkpoint.state.train_state import TrainState, rng_name
-from kempnerforge.distributed.control import ControlGroup, as_agreed
+from kempnerforge.distributed.consensus import ControlGroup, as_agreed
 from kempnerforge.errors import (
     CheckpointError,
     DamagedCheckpointError,

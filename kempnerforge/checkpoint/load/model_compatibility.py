@@ -7,7 +7,7 @@ import tomli
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.load.candidates import Found
 from kempnerforge.config.model_changes import ModelChanges, model_changes
-from kempnerforge.distributed.control import as_agreed
+from kempnerforge.distributed.consensus import as_agreed
 from kempnerforge.errors import MismatchError
 
 

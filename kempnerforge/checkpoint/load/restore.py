@@ -26,7 +26,7 @@ from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schedule_changes import learning_rate_change
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.config.toml_text import flatten
-from kempnerforge.distributed.control import ControlGroup, as_agreed
+from kempnerforge.distributed.consensus import ControlGroup, as_agreed
 from kempnerforge.errors import MismatchError, RunFolderError
 from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.history import read_history

@@ -20,7 +20,7 @@ from kempnerforge.checkpoint.run.lease import Lease, acquire
 from kempnerforge.checkpoint.run.metadata import RUN_FILE, RunRecord
 from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.config.checkpoint import fill_dir
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import (
     DamagedCheckpointError,
     FolderOwnedError,

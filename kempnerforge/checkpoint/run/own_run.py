@@ -27,7 +27,7 @@ from kempnerforge.checkpoint.run.save_events import SaveEvent, event_of
 from kempnerforge.checkpoint.run.versions import versions
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.config.toml_text import render
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import EXIT_FAULT, EXIT_FINISHED, EXIT_STOPPED, KempnerForgeError
 from kempnerforge.goodput.attempt_log import AttemptLog, end_kind
 from kempnerforge.goodput.event_log import OWN_LOOP

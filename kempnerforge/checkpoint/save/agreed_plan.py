@@ -28,7 +28,7 @@ from kempnerforge.checkpoint.save.union import Held, Union, unite
 from kempnerforge.checkpoint.state.flatten import TreePayload
 from kempnerforge.checkpoint.state.pieces import check_name
 from kempnerforge.checkpoint.state.tensor_leaves import tensor_names
-from kempnerforge.distributed.control import ControlGroup, as_agreed
+from kempnerforge.distributed.consensus import ControlGroup, as_agreed
 from kempnerforge.errors import HostMemoryError, KempnerForgeError, SaveFailedError
 
 log = logging.getLogger("kempnerforge.checkpoint.async_save")

@@ -8,7 +8,7 @@ from pathlib import Path
 from kempnerforge.checkpoint.run.attempt_start import attempt_started
 from kempnerforge.checkpoint.run.request_files import RequestFiles
 from kempnerforge.config.schema import JobConfig
-from kempnerforge.distributed.control import ControlGroup
+from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import StopRequestedError
 from kempnerforge.goodput.event_log import read_events, saves_s
 from kempnerforge.train.hangs.stack_dump import Stacks
