@@ -28,6 +28,8 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 for _name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
     os.environ.pop(_name, None)
+# Under nohup it is ignored, which training respects: tests that send it would wait for nothing.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Inherited by everything that a test starts, so that orphans are found too. One for each xdist worker.
 _OWNER_VARIABLE = "KEMPNERFORGE_TEST_OWNER"

@@ -132,6 +132,11 @@ def all_dicts(value: Any) -> list[dict[str, Any]]:
     return [found for item in value for found in all_dicts(item)] if isinstance(value, list) else []
 
 
+def aborted_at_exit(done: subprocess.CompletedProcess[str]) -> bool:
+    """Whether gloo's threads aborted a process that had finished: pytorch issue 190489, rarely."""
+    return "terminate called without an active exception" in done.stderr
+
+
 def kill_and_resume(
     recipe: Recipe, folder: Path, kill_at: int = 27, *, epochs_begun: bool = True, **environment: str
 ) -> None:
@@ -148,7 +153,7 @@ def kill_and_resume(
 
     write(recipe, folder / "parts", kill_at=unkilled, check=recipe.check, seed=1)
     resumed = run(recipe, folder / "parts", **environment)
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.returncode == 0 or aborted_at_exit(resumed), resumed.stderr
     saved = kill_at // 8 * 8
     assert re.search(rf"resumed from \S*{paths.step_name(saved)} at step {saved} ", resumed.stderr)
     assert f"finished at step {LAST}" in resumed.stderr

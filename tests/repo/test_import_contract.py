@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.import_contract import NO_TORCH, NO_TORCH_AT_IMPORT, PACKAGE, load, violations
+from support.import_contract import NO_TORCH_AT_IMPORT, PACKAGE, is_torch_free, load, violations
 
 pytestmark = pytest.mark.smoke
 
@@ -23,10 +23,7 @@ def test_import_contract_torch_free_modules_load_no_torch() -> None:
     names = [
         name
         for name in load(ROOT)
-        if any(
-            name == f"{PACKAGE}.{free}" or name.startswith(f"{PACKAGE}.{free}.")
-            for free in (*NO_TORCH, *NO_TORCH_AT_IMPORT)
-        )
+        if is_torch_free(inner := name.partition(".")[2]) or inner.split(".")[0] in NO_TORCH_AT_IMPORT
     ]
     code = (
         "import importlib, sys\n"
@@ -41,7 +38,7 @@ def test_import_contract_torch_free_modules_load_no_torch() -> None:
 
 
 SOUND = {
-    "__init__.py": "def __getattr__(name):\n    from kempnerforge.checkpoint import state\n",
+    "__init__.py": "def __getattr__(name):\n    from kempnerforge.checkpoint.state import train_state\n",
     "errors.py": "",
     "config/__init__.py": "from kempnerforge import errors\n",
     "config/schema.py": "from .. import errors\nfrom . import section\n",
@@ -50,14 +47,16 @@ SOUND = {
     "model/llama.py": "import torch\nfrom kempnerforge.config.schema import JobConfig\n",
     "data/__init__.py": "",
     "checkpoint/__init__.py": "",
-    "checkpoint/layout.py": "from kempnerforge import config\n",
-    "checkpoint/state.py": "import torch\nfrom kempnerforge.distributed import mesh\n",
+    "checkpoint/format/__init__.py": "",
+    "checkpoint/format/paths.py": "from kempnerforge import config\n",
+    "checkpoint/state/__init__.py": "",
+    "checkpoint/state/train_state.py": "import torch\nfrom kempnerforge.distributed import mesh\n",
     "distributed/__init__.py": "",
     "distributed/mesh.py": "import torch\n",
     "telemetry/__init__.py": "",
     "telemetry/spans.py": "def now():\n    import torch\n",
     "cli/__init__.py": "",
-    "cli/app.py": "def run():\n    from kempnerforge.checkpoint import state\n",
+    "cli/app.py": "def run():\n    from kempnerforge.checkpoint.state import train_state\n",
 }
 
 # What is added or replaced in a sound tree, and what must be said about it.
@@ -92,27 +91,36 @@ FAULTS = {
     ),
     "the root": ({"__init__.py": "from kempnerforge import errors\n"}, "the root imports errors"),
     "checkpoint": (
-        {"checkpoint/state.py": "def f():\n    from kempnerforge.data import loader\n"},
+        {"checkpoint/state/train_state.py": "def f():\n    from kempnerforge.data import loader\n"},
         "checkpoint never imports data",
     ),
+    "upward in a package": (
+        {"checkpoint/format/paths.py": "from kempnerforge.checkpoint.state import train_state\n"},
+        "format imports state, which is not in an earlier layer of checkpoint",
+    ),
+    "sideways in a package": (
+        {"checkpoint/run/lease.py": "def f():\n    from kempnerforge.checkpoint.state import train_state\n"},
+        "run imports state, which is not in an earlier layer of checkpoint",
+    ),
+    "no layer in a package": ({"checkpoint/misc.py": ""}, "misc stands in no layer of checkpoint"),
     "no layer": ({"misc/a.py": ""}, "misc stands in no layer"),
     "banned name": ({"train/utils.py": ""}, "utils, helpers and common say nothing"),
     "torch, directly": ({"config/section.py": "import torch.nn\n"}, "config/section.py:1: imports torch"),
     "torch, lazily": (
-        {"checkpoint/layout.py": "def f():\n    from torch import nn\n"},
-        "checkpoint/layout.py:2: imports torch",
+        {"checkpoint/format/paths.py": "def f():\n    from torch import nn\n"},
+        "checkpoint/format/paths.py:2: imports torch",
     ),
     "torch, through another module": (
-        {"checkpoint/layout.py": "from kempnerforge.distributed import mesh\n"},
-        "loads torch: kempnerforge.checkpoint.layout -> kempnerforge.distributed.mesh -> torch",
+        {"checkpoint/format/paths.py": "from kempnerforge.distributed import mesh\n"},
+        "loads torch: kempnerforge.checkpoint.format.paths -> kempnerforge.distributed.mesh -> torch",
     ),
     "torch, through the package": (
-        {"checkpoint/__init__.py": "from kempnerforge.checkpoint import state\n"},
-        "kempnerforge.checkpoint.layout -> kempnerforge.checkpoint -> kempnerforge.checkpoint.state -> torch",
+        {"checkpoint/format/__init__.py": "from kempnerforge.checkpoint.state import train_state\n"},
+        "paths -> kempnerforge.checkpoint.format -> kempnerforge.checkpoint.state.train_state -> torch",
     ),
     "torch, in a command": (
-        {"cli/app.py": "from kempnerforge.checkpoint import state\n"},
-        "loads torch: kempnerforge.cli.app -> kempnerforge.checkpoint.state -> torch",
+        {"cli/app.py": "from kempnerforge.checkpoint.state import train_state\n"},
+        "loads torch: kempnerforge.cli.app -> kempnerforge.checkpoint.state.train_state -> torch",
     ),
     "long module": ({"data/a.py": "x = 1\n" * 501}, "501 lines; at most 500"),
     "long function": (

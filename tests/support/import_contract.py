@@ -6,7 +6,7 @@ Everything is read from the syntax tree, so imports inside functions count as we
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,21 +26,34 @@ BANNED_NAMES = {"utils", "helpers", "common"}
 
 IMPORT_CALLS = ("importlib.import_module", "import_module", "__import__")
 
+ROOMS = {
+    "checkpoint": (
+        ("results", "cuda", "format"),
+        ("state", "run"),
+        ("retention", "schedule", "save"),
+        ("load", "tools", "async_save"),
+        ("save_coordinator", "manager_arguments"),
+        ("manager",),
+    )
+}
+"""The same within a package: a module imports only from earlier lines, and from its own sub-package."""
+
 # Not even inside a function.
 NO_TORCH = (
     *("errors", "fsio", "hostlist", "printable", "process_identity", "write_behind"),
-    *("config", "goodput", "slurm", "plan"),
-    *("checkpoint.layout", "checkpoint.manifest", "checkpoint.index", "checkpoint.policy"),
-    *("checkpoint.pace", "checkpoint.tax", "checkpoint.late_metrics", "checkpoint.request_files"),
-    *("checkpoint.housekeeping", "checkpoint.room"),
-    *("checkpoint.retention", "checkpoint.lease", "checkpoint.space", "checkpoint.verify"),
-    *("checkpoint.timeline", "checkpoint.rollback", "checkpoint.fork"),
-    *("checkpoint.owner", "checkpoint.claim", "checkpoint.known_steps"),
-    *("checkpoint.latest", "checkpoint.start_cleanup"),
-    *("checkpoint.quota", "checkpoint.run_record", "checkpoint.keep", "checkpoint.pins", "checkpoint.holds"),
-    *("checkpoint.digest", "checkpoint.step_view", "checkpoint.shard_header", "checkpoint.compare"),
-    *("checkpoint.export", "checkpoint.import_weights", "checkpoint.float_cast", "model.hf"),
-    *("checkpoint.load_path", "checkpoint.unblock", "train.preflight"),
+    *("config", "goodput", "slurm", "plan", "model.hf", "train.preflight"),
+    *(
+        "checkpoint.format",
+        "checkpoint.run",
+        "checkpoint.retention",
+        "checkpoint.schedule",
+        "checkpoint.tools",
+    ),
+    *("checkpoint.load.load_path",),
+)
+TORCH_AFTER_ALL = (
+    *("checkpoint.format.dtypes", "checkpoint.run.versions"),
+    *("checkpoint.run.attempt_start", "checkpoint.run.own_run"),
 )
 # Not when they are imported; a command or a device may ask for it later.
 NO_TORCH_AT_IMPORT = ("cli", "telemetry")
@@ -134,6 +147,7 @@ def violations(root: Path) -> list[str]:
         where = module.path.relative_to(root)
         found += [f"{where}: {fault}" for fault in name_faults(module)]
         found += [f"{where}:{line}: {fault}" for line, fault in layer_faults(module)]
+        found += [f"{where}:{line}: {fault}" for line, fault in room_faults(module)]
         found += [f"{where}:{line}: {fault}" for line, fault in torch_faults(module, modules)]
         found += [f"{where}: {fault}" for fault in size_faults(module)]
     return found
@@ -162,14 +176,35 @@ def layer_faults(module: Module) -> Iterator[tuple[int, str]]:
             yield imported.line, f"{module.part} imports {part}, which is in the same layer"
 
 
-def layer_of(part: str) -> int:
+def room_faults(module: Module) -> Iterator[tuple[int, str]]:
+    floors = ROOMS.get(module.part)
+    own = room_of(module.name)
+    if floors is None or not own:
+        return
+    if layer_of(own, floors) < 0:
+        yield 1, f"{own} stands in no layer of {module.part}"
+        return
+    for imported in module.imports:
+        room = room_of(imported.target)
+        if part_of(imported.target) != module.part or not room or room == own:
+            continue
+        if layer_of(room, floors) >= layer_of(own, floors):
+            yield imported.line, f"{own} imports {room}, which is not in an earlier layer of {module.part}"
+
+
+def room_of(name: str) -> str:
+    """What stands below the package: ``format`` in ``kempnerforge.checkpoint.format.paths``."""
+    return [*name.split("."), "", "", ""][2]
+
+
+def layer_of(part: str, layers: Sequence[tuple[str, ...]] = LAYERS) -> int:
     """The layer's number; the root package is below all of them."""
-    return next((number for number, layer in enumerate(LAYERS) if part in layer), -1)
+    return next((number for number, layer in enumerate(layers) if part in layer), -1)
 
 
 def torch_faults(module: Module, modules: dict[str, Module]) -> Iterator[tuple[int, str]]:
     inner = module.name.partition(".")[2]
-    if any(inner == name or inner.startswith(name + ".") for name in NO_TORCH):
+    if is_torch_free(inner):
         direct = [imported for imported in module.imports if is_torch(imported.target)]
         yield from (
             (imported.line, "imports torch, and must not even inside a function") for imported in direct
@@ -179,6 +214,11 @@ def torch_faults(module: Module, modules: dict[str, Module]) -> Iterator[tuple[i
     chain = chain_to_torch(module.name, modules)
     if chain:
         yield 1, f"importing it loads torch: {' -> '.join(chain)}"
+
+
+def is_torch_free(inner: str) -> bool:
+    """Whether a module, named without the package, must not import torch even inside a function."""
+    return inner not in TORCH_AFTER_ALL and any(f"{inner}.".startswith(f"{name}.") for name in NO_TORCH)
 
 
 def is_torch(target: str) -> bool:
