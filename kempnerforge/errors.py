@@ -52,7 +52,7 @@ class KempnerForgeError(Exception):
 
 
 @dataclass(frozen=True)
-class Fault:
+class ConfigIssue:
     """One thing wrong with a configuration."""
 
     key: str
@@ -78,7 +78,7 @@ class ConfigError(KempnerForgeError):
     exit_status = EXIT_BAD_CONFIG
     agreed = True
 
-    def __init__(self, faults: list[Fault] | tuple[Fault, ...], *, where: str = "") -> None:
+    def __init__(self, faults: list[ConfigIssue] | tuple[ConfigIssue, ...], *, where: str = "") -> None:
         self.faults = tuple(faults)
         self.where = where
         count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
@@ -89,7 +89,7 @@ class ConfigError(KempnerForgeError):
         return _rebuild_config_error, (self.faults, self.where)
 
 
-def _rebuild_config_error(faults: tuple[Fault, ...], where: str) -> ConfigError:
+def _rebuild_config_error(faults: tuple[ConfigIssue, ...], where: str) -> ConfigError:
     return ConfigError(faults, where=where)
 
 
@@ -200,7 +200,7 @@ class SaveFailedError(CheckpointError):
 class HostMemoryError(SaveFailedError):
     """The host buffers of a save do not fit into the memory of a node or a cgroup. Nothing was taken."""
 
-    def __init__(self, fault: Fault) -> None:
+    def __init__(self, fault: ConfigIssue) -> None:
         self.fault = fault
         super().__init__(fault)
 

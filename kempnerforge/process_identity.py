@@ -20,7 +20,7 @@ COUNTER_DIGITS = 20
 
 
 @dataclass(frozen=True)
-class Holder:
+class ProcessIdentity:
     """One process that holds, or held, the lease of a run."""
 
     attempt: int
@@ -42,7 +42,7 @@ class Holder:
     """The processes of all ranks on this host, when they are known: any of them may outlive the others."""
 
     @classmethod
-    def of_this_process(cls, attempt: int, environ: Mapping[str, str] = os.environ) -> Holder:
+    def of_this_process(cls, attempt: int, environ: Mapping[str, str] = os.environ) -> ProcessIdentity:
         """This process as the holder of ``attempt``."""
         state = process_state(os.getpid())
         return cls(
@@ -64,13 +64,13 @@ class Holder:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
         return f"attempt {self.attempt}, pid {self.pid} on {self.host}{job}, since {since}"
 
-    def stop_command(self, observer: Holder) -> str:
+    def stop_command(self, observer: ProcessIdentity) -> str:
         """What ``observer`` types to end it, and not itself."""
         if self.slurm_job_id and self.slurm_job_id != observer.slurm_job_id:
             return f"scancel {self.slurm_job_id}"
         return f"kill {' '.join(map(str, self.rank_pids or [self.pid]))} (on {self.host})"
 
-    def has_ended(self, observer: Holder) -> bool:
+    def has_ended(self, observer: ProcessIdentity) -> bool:
         """Whether this process is known to be gone: only a process of the same kernel can tell.
 
         True also when its pid now belongs to a process that started at another time.
@@ -83,7 +83,7 @@ class Holder:
             return not _answers(self.pid)
         return state.has_exited or state.start_ticks != self.start_ticks
 
-    def is_superseded_by(self, other: Holder) -> bool:
+    def is_superseded_by(self, other: ProcessIdentity) -> bool:
         """Whether ``other`` is a later start of the same SLURM job, which is ended before it is requeued."""
         same_job = bool(self.slurm_job_id) and self.slurm_job_id == other.slurm_job_id
         return same_job and other.slurm_restart_count > self.slurm_restart_count
@@ -115,7 +115,7 @@ def process_state(pid: int) -> ProcessState | None:
     return ProcessState(start_ticks=int(fields[19]), has_exited=fields[0] in ("Z", "X"))
 
 
-def encode(holder: Holder, *, counter: int, released: bool) -> bytes:
+def encode(holder: ProcessIdentity, *, counter: int, released: bool) -> bytes:
     """The bytes of a lease file: JSON of one length whatever counter and state are.
 
     The counter is a string of digits, so that a read that meets a write half done finds JSON all the same.
@@ -125,13 +125,13 @@ def encode(holder: Holder, *, counter: int, released: bool) -> bytes:
     return f'{known[:-1]}, "released": {state}, "counter": "{counter:0{COUNTER_DIGITS}}"}}\n'.encode()
 
 
-def decode(data: bytes) -> tuple[Holder, bool] | None:
+def decode(data: bytes) -> tuple[ProcessIdentity, bool] | None:
     """The holder in a lease file, and whether it has released it; None for bytes that are no lease."""
     try:
         body = json.loads(data)
         released = body.pop("released")
         del body["counter"]
-        return Holder(**body), released is True
+        return ProcessIdentity(**body), released is True
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

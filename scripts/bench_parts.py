@@ -31,7 +31,7 @@ from bench.savers import Ours
 from bench.workload import Steps, model_config, sharded_llama, state_bytes
 
 from kempnerforge.checkpoint.results import Payload
-from kempnerforge.checkpoint.save.agreed_plan import AgreedPlan
+from kempnerforge.checkpoint.save.agreed_plan import SavePlanCache
 from kempnerforge.checkpoint.save.staging import overlapping
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.state.train_state import TrainState
@@ -77,7 +77,7 @@ class Nothing:
 class Copy:
     """The copy alone."""
 
-    def __init__(self, plan: AgreedPlan, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, plan: SavePlanCache, tensors: dict[str, torch.Tensor]) -> None:
         assert plan.arenas is not None
         self._pairs = plan.arenas.pairs(tensors)
 
@@ -98,7 +98,7 @@ class Copy:
 class Write(Nothing):
     """Digests and writes alone."""
 
-    def __init__(self, plan: AgreedPlan, *, prompt: bool) -> None:
+    def __init__(self, plan: SavePlanCache, *, prompt: bool) -> None:
         assert plan.arenas is not None
         self._arenas, self._prompt = plan.arenas.arenas, prompt
         self._writer = Writer(stall_timeout_s=120)
@@ -170,7 +170,7 @@ def main() -> None:
     device = command.start_ranks()
     model, optimizer = sharded_llama(model_config(arguments.size_mb), device)
     tensors = TrainState(model=model, optimizer=optimizer).tensors()
-    plan = AgreedPlan()
+    plan = SavePlanCache()
     plan.look_at(Payload(tensors))
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)

@@ -46,7 +46,13 @@ from kempnerforge.checkpoint.format import manifest
 from kempnerforge.checkpoint.format.checksums import FileRecord, VerifiedFile
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image
 from kempnerforge.checkpoint.format.tensor_index import Index
-from kempnerforge.checkpoint.save.commit import Contents, Expected, FileReport, PlannedItem, commit
+from kempnerforge.checkpoint.save.commit import (
+    CheckpointPayload,
+    ExpectedFiles,
+    FileReport,
+    PlannedItem,
+    commit,
+)
 from kempnerforge.checkpoint.save.plan import make_plan, signature_of
 from kempnerforge.distributed.store_channel import StoreBoard, collect
 
@@ -77,7 +83,7 @@ class OursFirstRank:
             "127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False
         )
         self._board = StoreBoard(store, "bench")
-        self._expected: Expected | None = None
+        self._expected: ExpectedFiles | None = None
         self._number = 0
 
     def _held_by(self, rank: int, tensors: int) -> list[PlannedItem]:
@@ -121,7 +127,7 @@ class OursFirstRank:
             for report in found.values()
             for name, (size_bytes, digests, header) in (report or {})["files"].items()
         }
-        commit(temporary, final, expected=self._expected, reports=reports, contents=Contents())
+        commit(temporary, final, expected=self._expected, reports=reports, contents=CheckpointPayload())
         took_s = time.perf_counter() - started
         for key in keys:  # each rank removes its own, when the next save begins
             self._board.forget(key)

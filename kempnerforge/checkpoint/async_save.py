@@ -24,17 +24,24 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.save import pipeline
-from kempnerforge.checkpoint.save.agreed_plan import AgreedPlan
-from kempnerforge.checkpoint.save.commit import Contents
-from kempnerforge.checkpoint.save.host_buffers import ArenaSet
-from kempnerforge.checkpoint.save.pipeline import FailedSave, Part, Patience, SaveJob, SaveResult, result_key
+from kempnerforge.checkpoint.save.agreed_plan import SavePlanCache
+from kempnerforge.checkpoint.save.commit import CheckpointPayload
+from kempnerforge.checkpoint.save.host_buffers import HostBuffers
+from kempnerforge.checkpoint.save.pipeline import (
+    FailedSave,
+    RankProgress,
+    RetryPolicy,
+    SaveJob,
+    SaveResult,
+    result_key,
+)
 from kempnerforge.checkpoint.save.staging import BlockingCopy, FailedCopy, Staging, overlapping
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.state.flatten import payload_of
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.consensus import ControlGroup
-from kempnerforge.distributed.store_channel import Board, LocalBoard, StoreBoard
+from kempnerforge.distributed.store_channel import LocalBoard, StoreBoard, StoreChannel
 from kempnerforge.errors import SaveFailedError
 
 StateDict = Mapping[Any, Any] | Callable[[], Payload]
@@ -52,7 +59,7 @@ class _Pending:
 
 RATES = 8
 
-_unreported: dict[Part, Path] = {}
+_unreported: dict[RankProgress, Path] = {}
 """Saves whose outcome has not been reported yet, with their paths. Keeps no buffers alive."""
 
 
@@ -63,7 +70,7 @@ def _report_failures() -> None:
         _report_failure(part)
 
 
-def _report_failure(part: Part) -> None:
+def _report_failure(part: RankProgress) -> None:
     """Print to standard error that a save failed, unless it was reported. First rank only."""
     final = _unreported.pop(part, None)
     if final is not None and part.result is not None and part.result.error:
@@ -96,17 +103,17 @@ class AsyncCheckpointer:
         self,
         mode: AsyncCheckpointMode | str = AsyncCheckpointMode.disabled,
         *,
-        patience: Patience | None = None,
+        patience: RetryPolicy | None = None,
         stall_timeout_s: float = 120.0,
         max_host_memory_gb: float | None = None,
     ) -> None:
         self.mode = _known_mode(mode)
-        self._patience = patience or Patience()
+        self._patience = patience or RetryPolicy()
         self._writer = Writer(stall_timeout_s=stall_timeout_s)
         self._process_group: dist.ProcessGroup | None = None
         self._control: ControlGroup | None = None
-        self._board: Board = LocalBoard()
-        self._plan = AgreedPlan(max_host_memory_gb)
+        self._board: StoreChannel = LocalBoard()
+        self._plan = SavePlanCache(max_host_memory_gb)
         self._rates: deque[float] = deque(maxlen=RATES)
         """Bytes per second of the largest rank's part in the last saves, from the call to the commit."""
         self._number = 0
@@ -206,7 +213,7 @@ class AsyncCheckpointer:
 
     @property
     def in_flight(self) -> tuple[str, str, float] | None:
-        """Name, this rank's part (``background.Part``) and age in seconds of the pending save. Any thread."""
+        """Name, progress of this rank and age in seconds of the pending save. Any thread."""
         pending = self._pending
         if pending is None:
             return None
@@ -285,7 +292,7 @@ class AsyncCheckpointer:
             num_ranks=control.num_ranks,
             final=final,
             temporary=temporary,
-            contents=Contents(provenance, objects, config_toml),
+            contents=CheckpointPayload(provenance, objects, config_toml),
             staging=self._stage(arenas, payload.tensors),
             arenas=arenas,
             expected=self._plan.expected,
@@ -393,7 +400,7 @@ class AsyncCheckpointer:
     def _agree(self, control: ControlGroup, error: Exception | None, same: Mapping[str, str]) -> None:
         self._plan.agree(control, error, same=same)
 
-    def _stage(self, arenas: ArenaSet, tensors: Mapping[str, torch.Tensor]) -> Staging:
+    def _stage(self, arenas: HostBuffers, tensors: Mapping[str, torch.Tensor]) -> Staging:
         """Return the copy of this save. It must not raise: the other ranks have agreed and go on."""
         try:
             pairs = arenas.pairs(tensors)

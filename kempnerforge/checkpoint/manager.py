@@ -27,9 +27,9 @@ from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.request_files import RequestFile, RequestFiles
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.run.save_events import SaveEvent
-from kempnerforge.checkpoint.save.pipeline import Patience
+from kempnerforge.checkpoint.save.pipeline import RetryPolicy
 from kempnerforge.checkpoint.save_coordinator import Saver, Snapshot
-from kempnerforge.checkpoint.schedule.auto_interval import Pacer
+from kempnerforge.checkpoint.schedule.auto_interval import SaveIntervalController
 from kempnerforge.checkpoint.schedule.save_policy import SavePolicy
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
@@ -80,7 +80,7 @@ class CheckpointManager:
         timeout_s = None if config.save_timeout_s == "auto" else config.save_timeout_s
         self._checkpointer = AsyncCheckpointer(
             config.async_mode,
-            patience=Patience(save_timeout_s=timeout_s),
+            patience=RetryPolicy(save_timeout_s=timeout_s),
             max_host_memory_gb=config.max_host_memory_gb,
         )
         self._lease = lease
@@ -101,7 +101,9 @@ class CheckpointManager:
             join = partial(_end_writes, self._checkpointer, self._housekeeping)
             self._own = OwnRun(self.run_dir, config, self._control, began_at=state.step, join=join)
             self._saver.on_outcome = self._record
-        self._pacer = Pacer(config, self._saver.clock, rank=self._control.rank, ranks=self._control.num_ranks)
+        self._pacer = SaveIntervalController(
+            config, self._saver.clock, rank=self._control.rank, ranks=self._control.num_ranks
+        )
 
     def __enter__(self) -> CheckpointManager:
         return self

@@ -14,7 +14,7 @@ from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.results import Payload, SaveReport
 from kempnerforge.checkpoint.run.save_events import MAX_EVENTS, PutOff, SaveEvent
 from kempnerforge.checkpoint.save.pipeline import SaveResult
-from kempnerforge.checkpoint.schedule.overhead import StepClock
+from kempnerforge.checkpoint.schedule.overhead import StepTimer
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import SaveFailedError
 
@@ -70,7 +70,7 @@ class Saver:
         self._events: deque[SaveEvent] = deque(maxlen=MAX_EVENTS)
         self.on_outcome: Callable[[SaveReport], None] = lambda _report: None
         """Called with each outcome when all ranks know it, on the calling thread."""
-        self.clock = StepClock()
+        self.clock = StepTimer()
         self.committed_step: int | None = None
         """The newest step that this attempt knows to be committed."""
 

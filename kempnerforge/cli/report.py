@@ -64,7 +64,7 @@ def _write_page(
     run_dir: Path,
     body: dict[str, Any],
     history: list[AttemptHistory],
-    cuts: list[lineage.Cut],
+    cuts: list[lineage.ResumePoint],
     now: float,
 ) -> int:
     """Write the page. Returns its size in bytes. Raises RunFolderError when it cannot be written."""

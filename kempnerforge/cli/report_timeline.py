@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from kempnerforge.cli.formatting import count
 from kempnerforge.cli.report_text import attempt_words, clipped
 from kempnerforge.goodput.plot import duration, time_axis
-from kempnerforge.goodput.timeline_segments import KINDS, Stretch, paint, stretches
+from kempnerforge.goodput.timeline_segments import KINDS, Segment, paint, stretches
 
 MAX_LINES = 40
 """With more attempts than that, all of them are drawn on one line."""
@@ -79,7 +79,7 @@ def _ends(attempts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _lines(
-    attempts: Sequence[Mapping[str, Any]], found: Sequence[Stretch], commits: Sequence[Commit], wall_s: float
+    attempts: Sequence[Mapping[str, Any]], found: Sequence[Segment], commits: Sequence[Commit], wall_s: float
 ) -> str:
     return "".join(
         _line(
@@ -97,7 +97,7 @@ def _lines(
 
 
 def _one_line(
-    attempts: Sequence[Mapping[str, Any]], found: Sequence[Stretch], commits: Sequence[Commit], wall_s: float
+    attempts: Sequence[Mapping[str, Any]], found: Sequence[Segment], commits: Sequence[Commit], wall_s: float
 ) -> str:
     bars = [
         f'<i class="bar c-{CSS.get(kind, kind)}" style="left:{100 * first / CELLS:.2f}%;'
@@ -135,7 +135,7 @@ def _line(
     )
 
 
-def _bar(one: Stretch, wall_s: float) -> str:
+def _bar(one: Segment, wall_s: float) -> str:
     took_s = one.ended - one.began
     place = f"left:{100 * one.began / wall_s:.3f}%;width:{100 * took_s / wall_s:.3f}%"
     title = f"{NAMES[one.kind]}: {duration(took_s)}, from {duration(one.began)} on"

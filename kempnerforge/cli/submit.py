@@ -16,7 +16,7 @@ from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.run import PLACEHOLDER
 from kempnerforge.config.schema import LoadedJob, load_job
 from kempnerforge.config.sources import DEFAULT
-from kempnerforge.errors import ConfigError, Fault, RunFolderError
+from kempnerforge.errors import ConfigError, ConfigIssue, RunFolderError
 from kempnerforge.goodput.event_log import read_events, saves_s
 from kempnerforge.slurm import job as slurm_job
 from kempnerforge.slurm.kill_grace import ask_grace
@@ -86,7 +86,7 @@ def submit(
     check_options(time, sbatch_options, run_dir, is_shared=not PLACEHOLDER.search(run_dir))
     if not script.is_file():
         hint = "run this in the repository's folder, or give --script"
-        raise ConfigError([Fault("--script", f"{script} does not exist", hint)], where="command line")
+        raise ConfigError([ConfigIssue("--script", f"{script} does not exist", hint)], where="command line")
     timeout_s = _shutdown_timeout_s(loaded, run_dir, sbatch_options)
     if timeout_s != job.train.shutdown_timeout_s:
         overrides = [*overrides, f"--{TIMEOUT}={timeout_s:g}"]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from kempnerforge.config.schema import LoadedJob, load_job
-from kempnerforge.errors import EXIT_FINISHED, ConfigError, Fault
+from kempnerforge.errors import EXIT_FINISHED, ConfigError, ConfigIssue
 from kempnerforge.train.termination.signals import StopSignals
 
 USAGE = """\
@@ -89,7 +89,7 @@ def _number(environ: Mapping[str, str], name: str, *, least: int) -> int:
     value = environ[name]
     if not value.isdecimal() or int(value) < least:
         problem = f'"{value}" is not an integer >= {least}'
-        raise ConfigError([Fault(name, problem, "the launcher sets it: unset it", "environment")])
+        raise ConfigError([ConfigIssue(name, problem, "the launcher sets it: unset it", "environment")])
     return int(value)
 
 
@@ -111,5 +111,5 @@ def split_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
             rest.append(argument)
     if not file:
         example = "write --config FILE, such as --config configs/quickstart.toml"
-        raise ConfigError([Fault("--config", "is missing", example)], where="command line")
+        raise ConfigError([ConfigIssue("--config", "is missing", example)], where="command line")
     return file, rest

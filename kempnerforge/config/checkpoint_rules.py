@@ -11,7 +11,7 @@ from kempnerforge.config.evaluation import EvalConfig
 from kempnerforge.config.run import PLACEHOLDERS, RunConfig
 from kempnerforge.config.suggestions import nearest
 from kempnerforge.config.train import TrainConfig
-from kempnerforge.errors import Fault
+from kempnerforge.errors import ConfigIssue
 
 METRICS = ("eval/loss", "train/loss")
 """Metrics that a training run stores with a checkpoint, if they were taken at its step."""
@@ -19,17 +19,17 @@ METRICS = ("eval/loss", "train/loss")
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-def checkpoint_dir_can_be_filled(checkpoint: CheckpointConfig) -> list[Fault]:
+def checkpoint_dir_can_be_filled(checkpoint: CheckpointConfig) -> list[ConfigIssue]:
     """A placeholder that nothing fills would quietly name a folder."""
     found = unknown_placeholder(checkpoint.dir)
     if not found:
         return []
     known = " and ".join(f"{{{name}}}" for name in DIR_PLACEHOLDERS)
     elsewhere = "put it into run.dir" if found[1:-1] in PLACEHOLDERS else "write the folder out"
-    return [Fault("checkpoint.dir", f"{found} is not expanded here", f"{known} are; {elsewhere}")]
+    return [ConfigIssue("checkpoint.dir", f"{found} is not expanded here", f"{known} are; {elsewhere}")]
 
 
-def paths_are_usable(run: RunConfig, checkpoint: CheckpointConfig) -> list[Fault]:
+def paths_are_usable(run: RunConfig, checkpoint: CheckpointConfig) -> list[ConfigIssue]:
     """A URL would name a local folder, ``s3:`` say; a line break would end a line of a script or a log."""
     paths = {
         "run.dir": run.dir,
@@ -40,15 +40,15 @@ def paths_are_usable(run: RunConfig, checkpoint: CheckpointConfig) -> list[Fault
     for key, path in paths.items():
         if path and CONTROL_CHARACTER.search(path):
             faults.append(
-                Fault(key, f"{path!r} has a control character", "write it without line breaks and tabs")
+                ConfigIssue(key, f"{path!r} has a control character", "write it without line breaks and tabs")
             )
         elif path and "://" in path:
             allowed = "checkpoints are on a mounted file system: give a path, not a URL"
-            faults.append(Fault(key, f'"{path}" is a URL', allowed))
+            faults.append(ConfigIssue(key, f'"{path}" is a URL', allowed))
     return faults
 
 
-def saves_happen(checkpoint: CheckpointConfig, train: TrainConfig) -> list[Fault]:
+def saves_happen(checkpoint: CheckpointConfig, train: TrainConfig) -> list[ConfigIssue]:
     """A run that asks for checkpoints gets at least one."""
     by_time = checkpoint.interval_minutes is not None or checkpoint.interval == "auto"
     if checkpoint.save_last or checkpoint.save_first or by_time:
@@ -59,7 +59,7 @@ def saves_happen(checkpoint: CheckpointConfig, train: TrainConfig) -> list[Fault
     key = "interval" if checkpoint.interval else "at_steps" if checkpoint.at_steps else "dyn_ckpt_window"
     problem = f"{min(steps)} is more than train.max_steps {train.max_steps}, and save_last is false"
     fits = f"at most {train.max_steps}, or 0 for no checkpoints, or set save_last = true"
-    return [Fault(f"checkpoint.{key}", problem, f"no checkpoint would be written: {fits}")]
+    return [ConfigIssue(f"checkpoint.{key}", problem, f"no checkpoint would be written: {fits}")]
 
 
 def _scheduled_steps(checkpoint: CheckpointConfig) -> list[int]:
@@ -82,17 +82,17 @@ def _window_steps(checkpoint: CheckpointConfig) -> list[int]:
     return [step for step in powers if window.start <= step <= window.stop]
 
 
-def dynamics_window_holds_steps(checkpoint: CheckpointConfig) -> list[Fault]:
+def dynamics_window_holds_steps(checkpoint: CheckpointConfig) -> list[ConfigIssue]:
     """The window of early saves holds a power of two."""
     window = checkpoint.dyn_ckpt_window
     if window is None or _window_steps(checkpoint):
         return []
     problem = f"{window.stop}: no power of two lies between start {window.start} and stop {window.stop}"
     fits = f"{1 << (window.start - 1).bit_length()} or more would fit"
-    return [Fault("checkpoint.dyn_ckpt_window.stop", problem, fits)]
+    return [ConfigIssue("checkpoint.dyn_ckpt_window.stop", problem, fits)]
 
 
-def milestones_are_saved(checkpoint: CheckpointConfig, train: TrainConfig) -> list[Fault]:
+def milestones_are_saved(checkpoint: CheckpointConfig, train: TrainConfig) -> list[ConfigIssue]:
     """Each milestone within the run is a step that is saved."""
     interval, saved = _every(checkpoint), {*checkpoint.at_steps, *_window_steps(checkpoint)}
     if checkpoint.save_first:
@@ -108,28 +108,30 @@ def milestones_are_saved(checkpoint: CheckpointConfig, train: TrainConfig) -> li
         return []
     steps = ", ".join(map(str, missed))
     how = "set save_first = true" if missed == [0] else f"put {steps} into at_steps too"
-    return [Fault("checkpoint.keep_steps", f"nothing is set to save {steps}", how)]
+    return [ConfigIssue("checkpoint.keep_steps", f"nothing is set to save {steps}", how)]
 
 
-def pace_has_saves(checkpoint: CheckpointConfig) -> list[Fault]:
+def pace_has_saves(checkpoint: CheckpointConfig) -> list[ConfigIssue]:
     """What paces saves needs saves that it paces."""
     faults = []
     hours, percent = checkpoint.expected_mtti_hours, checkpoint.max_overhead_pct
     if hours is not None and checkpoint.interval != "auto":
         problem = f'{hours:g} has no effect unless checkpoint.interval is "auto"'
-        faults.append(Fault("checkpoint.expected_mtti_hours", problem, "leave it out"))
+        faults.append(ConfigIssue("checkpoint.expected_mtti_hours", problem, "leave it out"))
     if percent is not None and checkpoint.interval == 0 and checkpoint.interval_minutes is None:
         problem = f"{percent:g} has no effect: interval is 0 and interval_minutes is not set"
-        faults.append(Fault("checkpoint.max_overhead_pct", problem, "set one of them, or leave it out"))
+        faults.append(ConfigIssue("checkpoint.max_overhead_pct", problem, "set one of them, or leave it out"))
     return faults
 
 
-def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> list[Fault]:
+def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> list[ConfigIssue]:
     """Keeping the best needs a metric, and one that this run takes."""
     count, metric = checkpoint.keep_best_n, checkpoint.best_metric
     if count is None:
         return [
-            Fault(f"checkpoint.{key}", f'"{value}" has no effect without keep_best_n', "set keep_best_n too")
+            ConfigIssue(
+                f"checkpoint.{key}", f'"{value}" has no effect without keep_best_n', "set keep_best_n too"
+            )
             for key, value, unset in (
                 ("best_metric", metric, None),
                 ("best_mode", checkpoint.best_mode, "min"),
@@ -138,15 +140,17 @@ def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> lis
         ]
     if metric is None:
         problem = f"{count}: it is not said by which metric"
-        return [Fault("checkpoint.keep_best_n", problem, 'set best_metric, such as "eval/loss"')]
+        return [ConfigIssue("checkpoint.keep_best_n", problem, 'set best_metric, such as "eval/loss"')]
     if metric not in METRICS:
         close = nearest(metric, list(METRICS))
         listed = " | ".join(f'"{name}"' for name in METRICS)
         hint = f'did you mean "{close}"? allowed: {listed}' if close else f"allowed: {listed}"
-        return [Fault("checkpoint.best_metric", f'"{metric}" is not a metric of checkpoints', hint)]
+        return [ConfigIssue("checkpoint.best_metric", f'"{metric}" is not a metric of checkpoints', hint)]
     if metric.startswith("eval/") and eval.interval == 0:
         problem = f'"{metric}" is never taken: eval.interval is 0'
-        return [Fault("checkpoint.best_metric", problem, "set eval.interval, or choose a train/ metric")]
+        return [
+            ConfigIssue("checkpoint.best_metric", problem, "set eval.interval, or choose a train/ metric")
+        ]
     return []
 
 
@@ -172,16 +176,16 @@ def why_best_has_no_choice(checkpoint: CheckpointConfig, eval: EvalConfig, train
     )
 
 
-def exclusions_have_a_source(checkpoint: CheckpointConfig) -> list[Fault]:
+def exclusions_have_a_source(checkpoint: CheckpointConfig) -> list[ConfigIssue]:
     """``exclude_from_loading`` is about a warm start, but for extras."""
     parts = [name for name in checkpoint.exclude_from_loading if not name.startswith("extra.")]
     if not parts or checkpoint.load_path is not None:
         return []
     problem = f"{parts[0]} has no effect without checkpoint.load_path: a resume always loads it"
-    return [Fault("checkpoint.exclude_from_loading", problem, "set load_path, or leave it out")]
+    return [ConfigIssue("checkpoint.exclude_from_loading", problem, "set load_path, or leave it out")]
 
 
-RULES: tuple[Callable[..., list[Fault]], ...] = (
+RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     checkpoint_dir_can_be_filled,
     paths_are_usable,
     saves_happen,

@@ -15,7 +15,7 @@ from kempnerforge.config.field_docs import nested_section, value_in_words
 from kempnerforge.config.metrics import MetricsConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.optimizer import OptimizerConfig
-from kempnerforge.config.parallel_dims import Geometry, derive_geometry
+from kempnerforge.config.parallel_dims import ParallelDims, derive_geometry
 from kempnerforge.config.rules import check_rules
 from kempnerforge.config.run import RunConfig
 from kempnerforge.config.scheduler import SchedulerConfig
@@ -24,7 +24,7 @@ from kempnerforge.config.suggestions import suggest_key
 from kempnerforge.config.toml_text import flatten, render
 from kempnerforge.config.train import TrainConfig
 from kempnerforge.config.validation_errors import section_faults
-from kempnerforge.errors import ConfigError, Fault
+from kempnerforge.errors import ConfigError, ConfigIssue
 
 
 class JobConfig(Section):
@@ -48,7 +48,7 @@ class JobConfig(Section):
             raise ConfigError(faults)
         return self
 
-    def geometry(self, world_size: int) -> Geometry:
+    def geometry(self, world_size: int) -> ParallelDims:
         """The layout on ``world_size`` processes.
 
         Raises:
@@ -86,13 +86,13 @@ def validate_tree(
     *,
     world_size: int | None = None,
     environ: Mapping[str, str] | None = None,
-) -> tuple[JobConfig | None, list[Fault]]:
+) -> tuple[JobConfig | None, list[ConfigIssue]]:
     """The job that ``tree`` (section -> key -> value) describes, or all its faults.
 
     ``world_size`` and ``environ`` are what is known about the start; None leaves their checks out.
     """
     faults = [
-        Fault(name, "is not a known section", suggest_key(name, JobConfig))
+        ConfigIssue(name, "is not a known section", suggest_key(name, JobConfig))
         for name in tree
         if name not in JobConfig.model_fields
     ]
@@ -102,7 +102,7 @@ def validate_tree(
         assert section is not None
         if not isinstance(table, dict):
             hint = f"write [{name}] and its keys below it"
-            faults.append(Fault(name, f"{value_in_words(table)} is not a table", hint))
+            faults.append(ConfigIssue(name, f"{value_in_words(table)} is not a table", hint))
             continue
         try:
             sections[name] = section.model_validate(table)

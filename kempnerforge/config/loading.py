@@ -11,7 +11,7 @@ from kempnerforge.config.job import JobConfig, validate_tree
 from kempnerforge.config.overrides import COMMAND_LINE, override_layers, unset_none
 from kempnerforge.config.sources import DEFAULT, Layer, merge_layers, read_layers, source_of
 from kempnerforge.config.suggestions import find_field
-from kempnerforge.errors import ConfigError, Fault
+from kempnerforge.errors import ConfigError, ConfigIssue
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def load_layers(
     return LoadedJob(job, {key: source_of(key, layers) for key in job.flat()})
 
 
-def _with_source(fault: Fault, layers: list[Layer]) -> Fault:
+def _with_source(fault: ConfigIssue, layers: list[Layer]) -> ConfigIssue:
     source = source_of(fault.key, layers)
     field = find_field(fault.key, JobConfig)
     if source == DEFAULT and field is not None and field.is_required():

@@ -11,7 +11,7 @@ from kempnerforge.config.field_docs import is_optional, nested_section, takes_te
 from kempnerforge.config.section import Section
 from kempnerforge.config.sources import Layer
 from kempnerforge.config.suggestions import find_field, suggest_key
-from kempnerforge.errors import Fault
+from kempnerforge.errors import ConfigIssue
 
 COMMAND_LINE = "command line"
 
@@ -33,21 +33,22 @@ def split_positionals(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     return positionals, overrides
 
 
-def override_layers(tokens: Sequence[str], root: type[Section]) -> tuple[list[Layer], list[Fault]]:
+def override_layers(tokens: Sequence[str], root: type[Section]) -> tuple[list[Layer], list[ConfigIssue]]:
     """A layer for each override, in order, so that the last of a key counts; and their faults."""
     positionals, overrides = split_positionals(tokens)
     faults = [
-        Fault(token, "is not an override", "write --section.key=value", COMMAND_LINE) for token in positionals
+        ConfigIssue(token, "is not an override", "write --section.key=value", COMMAND_LINE)
+        for token in positionals
     ]
     layers: list[Layer] = []
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         field = find_field(key, root)
         if field is None:
-            faults.append(Fault(f"--{key}", "is not a known key", suggest_key(key, root), COMMAND_LINE))
+            faults.append(ConfigIssue(f"--{key}", "is not a known key", suggest_key(key, root), COMMAND_LINE))
         elif not equals:
             allowed = f"write --{key}=VALUE; allowed: {type_in_words(field.annotation, field.metadata)}"
-            faults.append(Fault(f"--{key}", "has no value", allowed, COMMAND_LINE))
+            faults.append(ConfigIssue(f"--{key}", "has no value", allowed, COMMAND_LINE))
         else:
             layers.append(Layer(COMMAND_LINE, _nest(key, parse_value(text, as_text=takes_text(field)))))
     return layers, faults

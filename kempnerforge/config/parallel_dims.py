@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.train import TrainConfig
-from kempnerforge.errors import Fault
+from kempnerforge.errors import ConfigIssue
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ParallelDims:
     """The layout of a run on a known number of processes."""
 
     dp_replicate: int
@@ -66,7 +66,7 @@ class Geometry:
 
 def derive_geometry(
     distributed: DistributedConfig, train: TrainConfig, world_size: int
-) -> tuple[Geometry | None, list[Fault]]:
+) -> tuple[ParallelDims | None, list[ConfigIssue]]:
     """The geometry of ``world_size`` processes, or the faults for which there is none."""
     dp_shard, faults = _resolve_dp_shard(distributed, world_size)
     if dp_shard is None:
@@ -79,7 +79,7 @@ def derive_geometry(
     if faults:
         return None, faults
     global_batch_size = train.global_batch_size or train.batch_size * dp
-    geometry = Geometry(
+    geometry = ParallelDims(
         dp_replicate=distributed.dp_replicate,
         dp_shard=dp_shard,
         dp=dp,
@@ -92,7 +92,7 @@ def derive_geometry(
     return geometry, []
 
 
-def batch_faults(train: TrainConfig, dp: int, dp_in_words: str) -> list[Fault]:
+def batch_faults(train: TrainConfig, dp: int, dp_in_words: str) -> list[ConfigIssue]:
     """The fault of a global batch that ``dp`` ranks cannot share out, naming sizes that they can."""
     total, per_rank = train.global_batch_size, train.batch_size
     if total is None or total % (per_rank * dp) == 0:
@@ -103,10 +103,10 @@ def batch_faults(train: TrainConfig, dp: int, dp_in_words: str) -> list[Fault]:
     if sizes := _batch_sizes_near(per_rank, total, dp):
         fits += f", and so would batch_size {' or '.join(map(str, sizes))}"
     problem = f"{total} does not divide by batch_size {per_rank} x {dp} {dp_in_words} = {unit}"
-    return [Fault("train.global_batch_size", problem, fits)]
+    return [ConfigIssue("train.global_batch_size", problem, fits)]
 
 
-def microbatch_faults(distributed: DistributedConfig, train: TrainConfig, dp: int) -> list[Fault]:
+def microbatch_faults(distributed: DistributedConfig, train: TrainConfig, dp: int) -> list[ConfigIssue]:
     """The fault of a number of microbatches that the pipeline's schedule cannot run, naming batches that fit.
 
     ``dp`` is of no account while ``train.global_batch_size`` is open.
@@ -127,7 +127,7 @@ def microbatch_faults(distributed: DistributedConfig, train: TrainConfig, dp: in
     below = [n for n in range(1, units) if schedule_runs(schedule, n * per_unit, pp)][-1:]
     above = next(n for n in itertools.count(units + 1) if schedule_runs(schedule, n * per_unit, pp))
     fits = " or ".join(str(n * unit) for n in (*below, above))
-    return [Fault(key, problem, f"{key.removeprefix('train.')} {fits} would fit")]
+    return [ConfigIssue(key, problem, f"{key.removeprefix('train.')} {fits} would fit")]
 
 
 def _pp_microbatches(distributed: DistributedConfig, sequences: int) -> int:
@@ -143,7 +143,9 @@ def schedule_runs(schedule: str, microbatches: int, pp: int) -> bool:
     return True
 
 
-def _resolve_dp_shard(distributed: DistributedConfig, world_size: int) -> tuple[int | None, list[Fault]]:
+def _resolve_dp_shard(
+    distributed: DistributedConfig, world_size: int
+) -> tuple[int | None, list[ConfigIssue]]:
     replicate, shard = distributed.dp_replicate, distributed.dp_shard
     tp, pp = distributed.tp, distributed.pp
     others = replicate * tp * pp
@@ -163,8 +165,8 @@ def _resolve_dp_shard(distributed: DistributedConfig, world_size: int) -> tuple[
             fits += f", or set dp_shard = {world_size // others} or -1 (the rest)"
     # Name the key that can repair it; where tp or pp play a part, that may be any of them.
     if world_size % others == 0:
-        return None, [Fault("distributed.dp_shard", problem, fits)]
-    return None, [Fault("distributed.dp_replicate" if tp * pp == 1 else "distributed", problem, fits)]
+        return None, [ConfigIssue("distributed.dp_shard", problem, fits)]
+    return None, [ConfigIssue("distributed.dp_replicate" if tp * pp == 1 else "distributed", problem, fits)]
 
 
 def _batch_sizes_near(wanted: int, total: int, dp: int) -> list[int]:

@@ -22,15 +22,15 @@ from kempnerforge.config.run import PLACEHOLDER, PLACEHOLDERS, RunConfig, unfill
 from kempnerforge.config.scheduler import SchedulerConfig
 from kempnerforge.config.suggestions import nearest
 from kempnerforge.config.train import TrainConfig
-from kempnerforge.errors import Fault
+from kempnerforge.errors import ConfigIssue
 
 BYTE_VOCABULARY = 257
 """256 bytes and the separator of documents."""
 
 
-def check_rules(known: Mapping[str, Any]) -> list[Fault]:
+def check_rules(known: Mapping[str, Any]) -> list[ConfigIssue]:
     """Run each rule whose parameters are all in ``known``: valid sections, ``world_size``, ``environ``."""
-    faults: list[Fault] = []
+    faults: list[ConfigIssue] = []
     for rule in RULES:
         needs = signature(rule).parameters
         if all(name in known for name in needs):
@@ -38,7 +38,7 @@ def check_rules(known: Mapping[str, Any]) -> list[Fault]:
     return faults
 
 
-def run_dir_expands(run: RunConfig, environ: Mapping[str, str] | None) -> list[Fault]:
+def run_dir_expands(run: RunConfig, environ: Mapping[str, str] | None) -> list[ConfigIssue]:
     """``run.dir`` has only known placeholders, and inside the job each of them has a value."""
     if run.dir is None:
         return []
@@ -47,101 +47,109 @@ def run_dir_expands(run: RunConfig, environ: Mapping[str, str] | None) -> list[F
         if name not in PLACEHOLDERS:
             close = nearest(name, list(PLACEHOLDERS))
             hint = f"did you mean {{{close}}}?" if close else "known: {job_id}, {array_task_id}"
-            faults.append(Fault("run.dir", f"{{{name}}} is not a known placeholder", hint))
+            faults.append(ConfigIssue("run.dir", f"{{{name}}} is not a known placeholder", hint))
     return faults + (unfilled_placeholders(run.dir, environ) if environ is not None else [])
 
 
-def heads_fit(model: ModelConfig) -> list[Fault]:
+def heads_fit(model: ModelConfig) -> list[ConfigIssue]:
     """Heads share ``dim`` and key/value heads evenly; rotary embedding turns pairs, so heads are even."""
     faults = []
     if model.n_heads % model.kv_heads:
         fits = [count for count in range(1, model.n_heads + 1) if model.n_heads % count == 0]
         problem = f"{model.kv_heads} does not divide n_heads {model.n_heads}"
-        faults.append(Fault("model.n_kv_heads", problem, f"allowed: {', '.join(map(str, fits))}"))
+        faults.append(ConfigIssue("model.n_kv_heads", problem, f"allowed: {', '.join(map(str, fits))}"))
     if model.head_dim is None and model.dim % model.n_heads:
         problem = f"{model.dim} does not divide by n_heads {model.n_heads}"
         lower = model.dim // model.n_heads * model.n_heads
         near = " or ".join(str(dim) for dim in (lower, lower + model.n_heads) if dim)
-        faults.append(Fault("model.dim", problem, f"{near} would fit, or set head_dim"))
+        faults.append(ConfigIssue("model.dim", problem, f"{near} would fit, or set head_dim"))
     elif model.resolved_head_dim % 2:
         key, how = ("dim", "dim / n_heads") if model.head_dim is None else ("head_dim", "head_dim")
         problem = f"{how} is {model.resolved_head_dim}, and rotary embeddings need an even number"
-        faults.append(Fault(f"model.{key}", problem, "set head_dim to an even number"))
+        faults.append(ConfigIssue(f"model.{key}", problem, "set head_dim to an even number"))
     return faults
 
 
-def rope_scaling_is_ordered(model: ModelConfig) -> list[Fault]:
+def rope_scaling_is_ordered(model: ModelConfig) -> list[ConfigIssue]:
     """The band between low and high frequencies has a width."""
     scaling = model.rope_scaling
     if scaling is None or scaling.high_freq_factor > scaling.low_freq_factor:
         return []
     problem = f"{scaling.high_freq_factor} is not above low_freq_factor {scaling.low_freq_factor}"
-    return [Fault("model.rope_scaling.high_freq_factor", problem, "Llama 3.1 has 4 above 1")]
+    return [ConfigIssue("model.rope_scaling.high_freq_factor", problem, "Llama 3.1 has 4 above 1")]
 
 
-def sequence_fits_model(model: ModelConfig, train: TrainConfig) -> list[Fault]:
+def sequence_fits_model(model: ModelConfig, train: TrainConfig) -> list[ConfigIssue]:
     """No sequence is longer than the model takes."""
     if train.seq_len <= model.max_seq_len:
         return []
     problem = f"{train.seq_len} is longer than model.max_seq_len {model.max_seq_len}"
-    return [Fault("train.seq_len", problem, f"allowed: at most {model.max_seq_len}, or raise max_seq_len")]
+    return [
+        ConfigIssue("train.seq_len", problem, f"allowed: at most {model.max_seq_len}, or raise max_seq_len")
+    ]
 
 
-def data_has_one_source(data: DataConfig) -> list[Fault]:
+def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
     """Exactly one of text and prepared tokens."""
     if (data.text is None) != (data.dataset_path is None):
         return []
     if data.text is None:
-        return [Fault("data.text", "neither text nor dataset_path is set", 'try text = "python-stdlib"')]
-    return [Fault("data.text", "text and dataset_path are both set", 'set one of them to "none"')]
+        return [
+            ConfigIssue("data.text", "neither text nor dataset_path is set", 'try text = "python-stdlib"')
+        ]
+    return [ConfigIssue("data.text", "text and dataset_path are both set", 'set one of them to "none"')]
 
 
-def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[Fault]:
+def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
     """The embedding has a row for each id of the byte tokenizer. Others are checked when they are read."""
     if data.text is None or data.tokenizer != "bytes" or model.vocab_size >= BYTE_VOCABULARY:
         return []
     problem = f'{model.vocab_size} is smaller than the "bytes" tokenizer\'s vocabulary'
-    return [Fault("model.vocab_size", problem, f"allowed: at least {BYTE_VOCABULARY}")]
+    return [ConfigIssue("model.vocab_size", problem, f"allowed: at least {BYTE_VOCABULARY}")]
 
 
-def validation_has_data(data: DataConfig, eval: EvalConfig) -> list[Fault]:
+def validation_has_data(data: DataConfig, eval: EvalConfig) -> list[ConfigIssue]:
     """Validation needs text that was held out."""
     if eval.interval == 0 or data.text is None or data.val_fraction > 0:
         return []
     problem = f"validation every {eval.interval} steps, but data.val_fraction 0 holds no text out"
-    return [Fault("eval.interval", problem, "set val_fraction above 0, or interval = 0 for no validation")]
+    return [
+        ConfigIssue("eval.interval", problem, "set val_fraction above 0, or interval = 0 for no validation")
+    ]
 
 
-def schedule_fits_run(scheduler: SchedulerConfig, train: TrainConfig) -> list[Fault]:
+def schedule_fits_run(scheduler: SchedulerConfig, train: TrainConfig) -> list[ConfigIssue]:
     """Warmup and decay both happen within the run."""
     if scheduler.name == "constant" and scheduler.decay_steps is not None:
         problem = f"{scheduler.decay_steps} has no effect: the constant schedule does not decay"
-        return [Fault("scheduler.decay_steps", problem, "leave it out, or choose another schedule")]
+        return [ConfigIssue("scheduler.decay_steps", problem, "leave it out, or choose another schedule")]
     warmup, total = scheduler.warmup_steps, train.max_steps
     if warmup > total:
         problem = f"{warmup} is more than train.max_steps {total}"
-        return [Fault("scheduler.warmup_steps", problem, f"allowed: at most {total}")]
+        return [ConfigIssue("scheduler.warmup_steps", problem, f"allowed: at most {total}")]
     decay = scheduler.resolved_decay_steps(total)
     if warmup + decay <= total:
         return []
     if scheduler.decay_steps is None:
         problem = f"{warmup} leaves too few of {total} steps for the decay of {decay}"
-        return [Fault("scheduler.warmup_steps", problem, f"allowed: at most {total - decay}")]
+        return [ConfigIssue("scheduler.warmup_steps", problem, f"allowed: at most {total - decay}")]
     problem = f"warmup {warmup} + decay {decay} is more than train.max_steps {total}"
-    return [Fault("scheduler.decay_steps", problem, f"at most {total - warmup} would fit")]
+    return [ConfigIssue("scheduler.decay_steps", problem, f"at most {total - warmup} would fit")]
 
 
-def time_limit_leaves_time(train: TrainConfig) -> list[Fault]:
+def time_limit_leaves_time(train: TrainConfig) -> list[ConfigIssue]:
     """There is time to train before the last save has to start."""
     if train.max_minutes is None or 60 * train.max_minutes > train.deadline_margin_s:
         return []
     problem = (
         f"{train.max_minutes:g} minutes are no more than deadline_margin_s, {train.deadline_margin_s:g} s"
     )
-    return [Fault("train.max_minutes", problem, "raise it, or lower deadline_margin_s")]
+    return [ConfigIssue("train.max_minutes", problem, "raise it, or lower deadline_margin_s")]
 
 
-def layout_fits(distributed: DistributedConfig, train: TrainConfig, world_size: int | None) -> list[Fault]:
+def layout_fits(
+    distributed: DistributedConfig, train: TrainConfig, world_size: int | None
+) -> list[ConfigIssue]:
     """The processes divide into the layout, and the global batch over its data-parallel ranks."""
     if world_size is not None:
         return derive_geometry(distributed, train, world_size)[1]
@@ -157,7 +165,7 @@ def layout_fits(distributed: DistributedConfig, train: TrainConfig, world_size: 
 
 def tensor_parallel_fits(
     distributed: DistributedConfig, model: ModelConfig, train: TrainConfig
-) -> list[Fault]:
+) -> list[ConfigIssue]:
     """Each tensor-parallel rank holds whole heads, equal shares of the rest, and a row of the embedding."""
     tp, rows = distributed.tp, model.vocab_size
     sizes = {
@@ -167,53 +175,59 @@ def tensor_parallel_fits(
         "train.seq_len": train.seq_len,
     }
     faults = [
-        Fault("distributed.tp", f"{tp} does not divide {name} {size}", "choose a divisor")
+        ConfigIssue("distributed.tp", f"{tp} does not divide {name} {size}", "choose a divisor")
         for name, size in sizes.items()
         if size % tp
     ]
     if -(-rows // tp) * (tp - 1) >= rows:
         problem = f"{tp} ranks cannot each have some of model.vocab_size {rows}"
-        faults.append(Fault("distributed.tp", problem, "choose a smaller one"))
+        faults.append(ConfigIssue("distributed.tp", problem, "choose a smaller one"))
     return faults
 
 
-def pipeline_fits(distributed: DistributedConfig, model: ModelConfig, train: TrainConfig) -> list[Fault]:
+def pipeline_fits(
+    distributed: DistributedConfig, model: ModelConfig, train: TrainConfig
+) -> list[ConfigIssue]:
     """Each stage has a layer, microbatches divide the batch, and pipeline keys go with a pipeline."""
     pp, schedule, micro = distributed.pp, distributed.pp_schedule, distributed.pp_microbatch_size
     faults = []
     if pp == 1:
         needs = "has no effect without a pipeline", "leave it out, or set pp > 1"
         if schedule != "1f1b":
-            faults.append(Fault("distributed.pp_schedule", f'"{schedule}" {needs[0]}', needs[1]))
+            faults.append(ConfigIssue("distributed.pp_schedule", f'"{schedule}" {needs[0]}', needs[1]))
         if micro is not None:
-            faults.append(Fault("distributed.pp_microbatch_size", f"{micro} {needs[0]}", needs[1]))
+            faults.append(ConfigIssue("distributed.pp_microbatch_size", f"{micro} {needs[0]}", needs[1]))
         if distributed.pp_layers is not None:
-            faults.append(Fault("distributed.pp_layers", f"{distributed.pp_layers} {needs[0]}", needs[1]))
+            faults.append(
+                ConfigIssue("distributed.pp_layers", f"{distributed.pp_layers} {needs[0]}", needs[1])
+            )
         return faults
     stages = num_stages(distributed)
     if model.n_layers < stages:
         problem = f"{pp} ranks under {schedule} make {stages} stages, but model.n_layers is {model.n_layers}"
         most = model.n_layers // STAGES_PER_RANK[schedule]
-        faults.append(Fault("distributed.pp", problem, f"allowed: at most {max(1, most)}"))
+        faults.append(ConfigIssue("distributed.pp", problem, f"allowed: at most {max(1, most)}"))
     elif distributed.pp_layers is not None:
         faults += _pp_layers_fit(distributed.pp_layers, stages, model.n_layers)
     if micro is not None and train.batch_size % micro:
         problem = f"{micro} does not divide train.batch_size {train.batch_size}"
-        faults.append(Fault("distributed.pp_microbatch_size", problem, "choose a divisor"))
+        faults.append(ConfigIssue("distributed.pp_microbatch_size", problem, "choose a divisor"))
     if model.tie_embeddings:
         problem = "the first and the last stage of a pipeline cannot share the embedding"
-        faults.append(Fault("model.tie_embeddings", problem, "set tie_embeddings = false, or pp = 1"))
+        faults.append(ConfigIssue("model.tie_embeddings", problem, "set tie_embeddings = false, or pp = 1"))
     return faults
 
 
-def _pp_layers_fit(pp_layers: list[int], stages: int, n_layers: int) -> list[Fault]:
+def _pp_layers_fit(pp_layers: list[int], stages: int, n_layers: int) -> list[ConfigIssue]:
     if len(pp_layers) == stages and sum(pp_layers) == n_layers:
         return []
     problem = f"{pp_layers} are {len(pp_layers)} stages with {sum(pp_layers)} layers"
-    return [Fault("distributed.pp_layers", problem, f"{stages} numbers whose sum is n_layers {n_layers}")]
+    return [
+        ConfigIssue("distributed.pp_layers", problem, f"{stages} numbers whose sum is n_layers {n_layers}")
+    ]
 
 
-RULES: tuple[Callable[..., list[Fault]], ...] = (
+RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     run_dir_expands,
     heads_fit,
     rope_scaling_is_ordered,

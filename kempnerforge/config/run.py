@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from kempnerforge.config.section import AtLeastZero, NonEmpty, Section
-from kempnerforge.errors import ConfigError, Fault
+from kempnerforge.errors import ConfigError, ConfigIssue
 
 PLACEHOLDERS = {"job_id": "SLURM_JOB_ID", "array_task_id": "SLURM_ARRAY_TASK_ID"}
 """Placeholder in ``run.dir`` -> the environment variable that fills it."""
@@ -50,10 +50,10 @@ class RunConfig(Section):
         return Path(filled).expanduser()
 
 
-def unfilled_placeholders(text: str, environ: Mapping[str, str]) -> list[Fault]:
+def unfilled_placeholders(text: str, environ: Mapping[str, str]) -> list[ConfigIssue]:
     """Faults for the known placeholders in ``text`` whose variable ``environ`` does not set."""
     return [
-        Fault(
+        ConfigIssue(
             "run.dir",
             f"{{{name}}} is asked for, but {PLACEHOLDERS[name]} is not set",
             "start it in a SLURM job, or write the folder out",

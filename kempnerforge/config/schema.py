@@ -11,11 +11,14 @@ from kempnerforge.config.loading import LoadedJob, load_job
 from kempnerforge.config.metrics import MetricsConfig
 from kempnerforge.config.model import ModelConfig, RopeScalingConfig
 from kempnerforge.config.optimizer import OptimizerConfig
-from kempnerforge.config.parallel_dims import Geometry
+from kempnerforge.config.parallel_dims import ParallelDims
 from kempnerforge.config.run import RunConfig
 from kempnerforge.config.scheduler import SchedulerConfig
 from kempnerforge.config.section import Section
 from kempnerforge.config.train import TrainConfig
+
+Geometry = ParallelDims
+"""Deprecated: the former name of ``ParallelDims``."""
 
 __all__ = [
     "AsyncCheckpointMode",
@@ -30,6 +33,7 @@ __all__ = [
     "MetricsConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ParallelDims",
     "RopeScalingConfig",
     "RunConfig",
     "SchedulerConfig",

@@ -10,7 +10,7 @@ from typing import Any
 
 import tomli
 
-from kempnerforge.errors import ConfigError, Fault
+from kempnerforge.errors import ConfigError, ConfigIssue
 
 Tree = dict[str, Any]
 
@@ -91,7 +91,7 @@ def _read_toml(path: Path, asked_by: str) -> Tree:
 
 
 def _file_fault(key: str, problem: str, hint: str, source: str | Path) -> ConfigError:
-    return ConfigError([Fault(key, problem, hint, str(source))], where=str(source))
+    return ConfigError([ConfigIssue(key, problem, hint, str(source))], where=str(source))
 
 
 def _files_near(path: Path) -> str:

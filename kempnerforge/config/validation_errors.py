@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from kempnerforge.config.field_docs import known_values, nested_section, type_in_words, value_in_words
 from kempnerforge.config.section import Section
 from kempnerforge.config.suggestions import nearest, suggest_key
-from kempnerforge.errors import Fault
+from kempnerforge.errors import ConfigIssue
 
 COMPLAINTS = {
     "int_type": "is not an integer",
@@ -31,7 +31,7 @@ COMPLAINTS = {
 
 def section_faults(
     error: ValidationError, table: str, value: Any, section: type[Section], root: type[Section]
-) -> list[Fault]:
+) -> list[ConfigIssue]:
     """One fault for each key of ``table`` that ``error`` names; ``value`` is the table as it was given."""
     grouped: dict[str, list[str]] = {}
     fields: dict[str, FieldInfo | None] = {}
@@ -64,19 +64,21 @@ def _at(key: str, table: str, value: Any) -> Any:
     return value
 
 
-def _fault(key: str, kinds: list[str], field: FieldInfo | None, value: Any, root: type[Section]) -> Fault:
+def _fault(
+    key: str, kinds: list[str], field: FieldInfo | None, value: Any, root: type[Section]
+) -> ConfigIssue:
     if field is None:
-        return Fault(key, "is not a known key", suggest_key(key, root))
+        return ConfigIssue(key, "is not a known key", suggest_key(key, root))
     allowed = f"allowed: {type_in_words(field.annotation, field.metadata)}"
     if kinds == ["missing"] and value is None:
-        return Fault(key, "is missing", allowed)
+        return ConfigIssue(key, "is missing", allowed)
     complaint = COMPLAINTS.get(kinds[0], "is not allowed") if len(set(kinds)) == 1 else "is not allowed"
     if value in ("", []):
         complaint = "is empty"
     elif isinstance(value, (list, tuple)):
         # A complaint about one item would be wrong of the list as a whole.
         complaint = "is not allowed"
-    return Fault(key, f"{value_in_words(value)} {complaint}", f"{_hint(value, field)}{allowed}")
+    return ConfigIssue(key, f"{value_in_words(value)} {complaint}", f"{_hint(value, field)}{allowed}")
 
 
 def _hint(value: Any, field: FieldInfo) -> str:

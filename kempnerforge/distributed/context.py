@@ -19,11 +19,11 @@ from torch.distributed.distributed_c10d import _world
 
 from kempnerforge import hostlist
 from kempnerforge.distributed.consensus import ControlGroup
-from kempnerforge.errors import ConfigError, Fault
+from kempnerforge.errors import ConfigError, ConfigIssue
 
 
 @dataclass(frozen=True)
-class RankPlace:
+class RankInfo:
     """Where this process stands: ``rank`` of ``num_ranks``, ``rank_of_node`` on its node."""
 
     rank: int
@@ -31,25 +31,23 @@ class RankPlace:
     rank_of_node: int
 
 
-def find_place(env: dict[str, str] | os._Environ[str] = os.environ) -> RankPlace:
+def find_place(env: dict[str, str] | os._Environ[str] = os.environ) -> RankInfo:
     """This process's rank, from torchrun's variables, else SLURM's (``srun`` tasks), else alone."""
     if "RANK" in env and "WORLD_SIZE" in env:
-        return RankPlace(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])))
+        return RankInfo(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])))
     if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return RankPlace(
-            int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
-        )
-    return RankPlace(0, 1, 0)
+        return RankInfo(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
+    return RankInfo(0, 1, 0)
 
 
-def _set_rendezvous(place: RankPlace) -> None:
+def _set_rendezvous(place: RankInfo) -> None:
     os.environ.setdefault("RANK", str(place.rank))
     os.environ.setdefault("WORLD_SIZE", str(place.num_ranks))
     if "MASTER_ADDR" not in os.environ:
         try:
             nodes = hostlist.expand(os.environ.get("SLURM_STEP_NODELIST", ""))
         except ValueError as error:
-            raise ConfigError([Fault("SLURM_STEP_NODELIST", str(error), "set MASTER_ADDR")]) from None
+            raise ConfigError([ConfigIssue("SLURM_STEP_NODELIST", str(error), "set MASTER_ADDR")]) from None
         os.environ["MASTER_ADDR"] = nodes[0] if place.num_ranks > 1 and nodes else "127.0.0.1"
     if "MASTER_PORT" not in os.environ:
         if place.num_ranks == 1:
@@ -76,10 +74,10 @@ def _sequence_number(group: Any) -> int:
         return 0
 
 
-class World:
+class DistributedContext:
     """All ranks of this run, the device of this one, and the control group that they agree on."""
 
-    def __init__(self, place: RankPlace, device: torch.device, control: ControlGroup) -> None:
+    def __init__(self, place: RankInfo, device: torch.device, control: ControlGroup) -> None:
         self.rank = place.rank
         self.num_ranks = place.num_ranks
         self.rank_of_node = place.rank_of_node
@@ -87,7 +85,7 @@ class World:
         self.control = control
 
     @classmethod
-    def start(cls, *, timeout_s: float) -> World:
+    def start(cls, *, timeout_s: float) -> DistributedContext:
         """Set the device, join the process groups.
 
         Collective: all ranks. Blocks: until all ranks have joined, ``timeout_s`` at most.

@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.002, 0.1
 
 
-class Board(Protocol):
+class StoreChannel(Protocol):
     """A place for small messages that all ranks of a save see."""
 
     def post(self, key: str, message: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class StoreBoard:
 
 
 def collect(
-    board: Board, keys: list[str], *, timeout_s: float, stop_key: str | None = None
+    board: StoreChannel, keys: list[str], *, timeout_s: float, stop_key: str | None = None
 ) -> dict[str, dict[str, Any] | None]:
     """Read ``keys`` until all are there or time is up; None for those still missing.
 

@@ -12,7 +12,7 @@ KINDS = ("idle", "setup", "load", "training", "lost")
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Segment:
     """One of ``KINDS``; times are seconds after the run began."""
 
     attempt: int
@@ -21,9 +21,9 @@ class Stretch:
     ended: float
 
 
-def stretches(attempts: Sequence[Mapping[str, Any]]) -> list[Stretch]:
+def stretches(attempts: Sequence[Mapping[str, Any]]) -> list[Segment]:
     """All stretches, in order; idle time belongs to the attempt after it. Empty ones are left out."""
-    found: list[Stretch] = []
+    found: list[Segment] = []
     origin = attempts[0]["started"] if attempts else 0.0
     before = origin
     for one in attempts:
@@ -33,7 +33,7 @@ def stretches(attempts: Sequence[Mapping[str, Any]]) -> list[Stretch]:
         loads_from = max(started, resumed - one["parts_s"]["load"])
         edges = [before, started, loads_from, resumed, max(resumed, lost_from), ended]
         found += [
-            Stretch(one["attempt"], kind, began - origin, end - origin)
+            Segment(one["attempt"], kind, began - origin, end - origin)
             for kind, (began, end) in zip(KINDS, itertools.pairwise(edges), strict=True)
             if end > began
         ]
@@ -41,7 +41,7 @@ def stretches(attempts: Sequence[Mapping[str, Any]]) -> list[Stretch]:
     return found
 
 
-def paint(found: Sequence[Stretch], *, wall_s: float, columns: int) -> list[tuple[int, int, str]]:
+def paint(found: Sequence[Segment], *, wall_s: float, columns: int) -> list[tuple[int, int, str]]:
     """The run on one line of ``columns`` cells: runs of (first cell, cell after the last, kind).
 
     A cell has the kind that fills most of it, so however many stretches there are, the drawing stays small.

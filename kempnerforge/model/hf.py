@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from kempnerforge.config.rules import check_rules
 from kempnerforge.config.schema import ModelConfig
-from kempnerforge.errors import ConfigError, Fault
+from kempnerforge.errors import ConfigError, ConfigIssue
 
 _LAYER = {
     "attention_norm.weight": "input_layernorm.weight",
@@ -124,7 +124,7 @@ def to_hf_config(config: ModelConfig, *, dtype: str, eos_token_id: int | None) -
     """
     if config.dim % config.n_heads:
         problem = f"{config.dim} does not divide by n_heads {config.n_heads}"
-        raise ConfigError([Fault("model.dim", problem, "transformers' Llama refuses such a model")])
+        raise ConfigError([ConfigIssue("model.dim", problem, "transformers' Llama refuses such a model")])
     scaling = config.rope_scaling
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -162,7 +162,7 @@ def from_hf_config(hf: Mapping[str, Any], *, where: str) -> ModelConfig:
     """
     faults = _foreign(hf)
     given = {key: value for key, value in hf.items() if value is not None}
-    faults += [Fault(key, "is missing") for key in _REQUIRED if key not in given]
+    faults += [ConfigIssue(key, "is missing") for key in _REQUIRED if key not in given]
     rope, rope_faults = _rope(given)
     faults += rope_faults
     known = {**_DEFAULTS, **given}
@@ -175,44 +175,46 @@ def from_hf_config(hf: Mapping[str, Any], *, where: str) -> ModelConfig:
         for item in error.errors(include_url=False):
             ours, *inner = map(str, item["loc"])
             problem = f"{item['input']!r}: {item['msg']}"
-            faults.append(Fault(".".join([_KEYS.get(ours, ours), *inner]), problem))
+            faults.append(ConfigIssue(".".join([_KEYS.get(ours, ours), *inner]), problem))
     if model is None or faults:
         raise ConfigError(faults, where=where)
     return model
 
 
-def _foreign(hf: Mapping[str, Any]) -> list[Fault]:
+def _foreign(hf: Mapping[str, Any]) -> list[ConfigIssue]:
     """What makes it another architecture."""
     faults = []
     if hf.get("model_type") != "llama":
-        faults.append(Fault("model_type", f"is {hf.get('model_type')!r}", "only 'llama' can be imported"))
+        faults.append(
+            ConfigIssue("model_type", f"is {hf.get('model_type')!r}", "only 'llama' can be imported")
+        )
     named = hf.get("architectures")
     if named and "LlamaForCausalLM" not in named:
-        faults.append(Fault("architectures", f"are {named!r}", "only LlamaForCausalLM can be imported"))
+        faults.append(ConfigIssue("architectures", f"are {named!r}", "only LlamaForCausalLM can be imported"))
     for key, allowed in _ALLOWED.items():
         value = hf.get(key)
         if value is not None and value not in allowed:
             can_be = f"only {allowed[0]!r} can be imported" if allowed else "this cannot be imported"
             shown = "{...}" if isinstance(value, dict) else repr(value)
-            faults.append(Fault(key, f"is {shown}", can_be))
+            faults.append(ConfigIssue(key, f"is {shown}", can_be))
     return faults
 
 
-def _rope(hf: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
+def _rope(hf: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:
     """``rope_theta`` and ``rope_scaling``, from the new spelling (``rope_parameters``) or the older one."""
     key = "rope_parameters" if "rope_parameters" in hf else "rope_scaling"
     table = hf.get(key, {})
     if not isinstance(table, Mapping):
-        return {}, [Fault(key, f"{table!r} is not a table")]
+        return {}, [ConfigIssue(key, f"{table!r} is not a table")]
     found = {"rope_theta": table.get("rope_theta", hf.get("rope_theta", _ROPE_THETA))}
     if table.get("partial_rotary_factor", 1) != 1:
         problem = f"is {table['partial_rotary_factor']!r}"
-        return found, [Fault(f"{key}.partial_rotary_factor", problem, "only 1 can be imported")]
+        return found, [ConfigIssue(f"{key}.partial_rotary_factor", problem, "only 1 can be imported")]
     kind = table.get("rope_type", table.get("type", "default"))
     if kind == "default":
         return found, []
     if kind != "llama3":
         return found, [
-            Fault(f"{key}.rope_type", f"is {kind!r}", "only 'default' and 'llama3' can be imported")
+            ConfigIssue(f"{key}.rope_type", f"is {kind!r}", "only 'default' and 'llama3' can be imported")
         ]
     return {**found, "rope_scaling": {name: table[name] for name in _LLAMA3 if name in table}}, []

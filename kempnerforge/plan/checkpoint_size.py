@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kempnerforge.config.job import JobConfig
-from kempnerforge.config.parallel_dims import Geometry
+from kempnerforge.config.parallel_dims import ParallelDims
 from kempnerforge.config.pipeline_stages import make_stages, stages_of
 from kempnerforge.plan.tensors import Parameter, local_shape, stage_parameters, tp_shape
 
@@ -38,7 +38,7 @@ class CheckpointSize:
     num_files: int
 
 
-def checkpoint_size(job: JobConfig, geometry: Geometry) -> CheckpointSize:
+def checkpoint_size(job: JobConfig, geometry: ParallelDims) -> CheckpointSize:
     """The size of a step that the ranks of ``geometry`` save together."""
     stages = make_stages(job.model, job.distributed)
     parameters = [one for stage in stages for one in stage_parameters(job.model, stage)]
@@ -57,7 +57,7 @@ def checkpoint_size(job: JobConfig, geometry: Geometry) -> CheckpointSize:
     return CheckpointSize(payload, payload + shard_headers + index + manifest + other, ranks + OTHER_FILES)
 
 
-def staged_bytes(job: JobConfig, geometry: Geometry, pp_rank: int) -> int:
+def staged_bytes(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> int:
     """Host memory of the rank that stages the most at ``pp_rank``: what it writes, headers left out.
 
     Ranks that hold the same bytes share the writing, so each takes its part of what it holds; and since
@@ -74,7 +74,7 @@ def staged_bytes(job: JobConfig, geometry: Geometry, pp_rank: int) -> int:
     return max(math.ceil(share), largest) + RNG_BYTES
 
 
-def staged_on_node(by_pp_rank: Sequence[int], geometry: Geometry, ranks_per_node: int) -> int:
+def staged_on_node(by_pp_rank: Sequence[int], geometry: ParallelDims, ranks_per_node: int) -> int:
     """Most that the ranks of one node stage together; nodes hold ranks that follow each other."""
     ranks_of_a_stage = geometry.world_size // geometry.pp
     totals = [0] * math.ceil(geometry.world_size / ranks_per_node)
@@ -83,7 +83,7 @@ def staged_on_node(by_pp_rank: Sequence[int], geometry: Geometry, ranks_per_node
     return max(totals)
 
 
-def _stored(parameter: Parameter, geometry: Geometry) -> list[tuple[str, tuple[int, ...], int]]:
+def _stored(parameter: Parameter, geometry: ParallelDims) -> list[tuple[str, tuple[int, ...], int]]:
     """(name, shape of a chunk, number of chunks) of everything that a checkpoint has of one parameter."""
     chunks = geometry.tp if parameter.tp_dim is not None else 1
     rows = tp_shape(parameter, geometry.tp)[0]

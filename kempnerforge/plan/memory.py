@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kempnerforge.config.job import JobConfig
-from kempnerforge.config.parallel_dims import Geometry
+from kempnerforge.config.parallel_dims import ParallelDims
 from kempnerforge.config.pipeline_stages import Stage, make_stages, stages_of
 from kempnerforge.plan import activations
 from kempnerforge.plan.moments import local_moments, pipeline_moments
@@ -57,7 +57,7 @@ class DeviceMemory:
         return self.total <= (1 - RESERVED_SHARE) * device_bytes
 
 
-def device_memory(job: JobConfig, geometry: Geometry, pp_rank: int) -> DeviceMemory:
+def device_memory(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> DeviceMemory:
     """What the ranks at ``pp_rank`` of the pipeline need; of them, the one that holds the most."""
     stages = stages_of(make_stages(job.model, job.distributed), pp_rank, geometry.pp)
     everything = [parameter for stage in stages for parameter in stage_parameters(job.model, stage)]
@@ -79,7 +79,7 @@ def device_memory(job: JobConfig, geometry: Geometry, pp_rank: int) -> DeviceMem
     )
 
 
-def _buffers(job: JobConfig, geometry: Geometry, stages: Sequence[Stage]) -> int:
+def _buffers(job: JobConfig, geometry: ParallelDims, stages: Sequence[Stage]) -> int:
     """Bytes of receive buffers: one for each stage, microbatch and direction."""
     if geometry.pp == 1:
         return 0

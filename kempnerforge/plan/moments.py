@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kempnerforge.config.job import JobConfig
-from kempnerforge.config.parallel_dims import Geometry
+from kempnerforge.config.parallel_dims import ParallelDims
 from kempnerforge.config.pipeline_stages import Stage
 from kempnerforge.plan import activations
 from kempnerforge.plan.pipeline import microbatch_size, schedule_order
@@ -60,7 +60,7 @@ class Moment:
 class _Sizes:
     """Bytes of what the moments are made of, on the ranks that hold ``stages``."""
 
-    def __init__(self, job: JobConfig, geometry: Geometry, stages: Sequence[Stage]) -> None:
+    def __init__(self, job: JobConfig, geometry: ParallelDims, stages: Sequence[Stage]) -> None:
         model, train, tp = job.model, job.train, geometry.tp
         tokens = microbatch_size(job.distributed, train) * train.seq_len
         self.element = activations.element_bytes(train)
@@ -86,7 +86,7 @@ class _Sizes:
         self.update = 0 if job.optimizer.fused else self.layers * self.local_layer + self.local_outer
 
 
-def local_moments(job: JobConfig, geometry: Geometry, stage: Stage) -> Iterator[Moment]:
+def local_moments(job: JobConfig, geometry: ParallelDims, stage: Stage) -> Iterator[Moment]:
     """Of a step without a pipeline; with accumulation, of its last micro-batch."""
     sizes = _Sizes(job, geometry, [stage])
     element, layer, outer = sizes.element, sizes.layer, sizes.outer
@@ -109,7 +109,7 @@ def local_moments(job: JobConfig, geometry: Geometry, stage: Stage) -> Iterator[
 
 
 def pipeline_moments(
-    job: JobConfig, geometry: Geometry, stages: Sequence[Stage], pp_rank: int
+    job: JobConfig, geometry: ParallelDims, stages: Sequence[Stage], pp_rank: int
 ) -> Iterator[Moment]:
     """Of a step of a rank that holds ``stages``, over all its microbatches."""
     sizes = _Sizes(job, geometry, stages)

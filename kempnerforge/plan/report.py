@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kempnerforge.config.job import JobConfig
-from kempnerforge.config.parallel_dims import Geometry
+from kempnerforge.config.parallel_dims import ParallelDims
 from kempnerforge.config.pipeline_stages import Stage, make_stages, stages_of
 from kempnerforge.plan.checkpoint_size import CheckpointSize, checkpoint_size, staged_bytes, staged_on_node
 from kempnerforge.plan.memory import RESERVED_SHARE, DeviceMemory, device_memory
@@ -37,7 +37,7 @@ class Plan:
     """A job on a number of processes."""
 
     job: JobConfig
-    geometry: Geometry
+    geometry: ParallelDims
     pipeline: tuple[PipelineRank, ...]
     microbatch_size: int
     bubble_fraction: float
@@ -105,7 +105,7 @@ def make_plan(job: JobConfig, world_size: int, *, ranks_per_node: int = 8) -> Pl
     )
 
 
-def _place(job: JobConfig, geometry: Geometry, pp_rank: int) -> PipelineRank:
+def _place(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> PipelineRank:
     stages = stages_of(make_stages(job.model, job.distributed), pp_rank, geometry.pp)
     ranks = geometry.world_size // geometry.pp
     held = [parameter for stage in stages for parameter in stage_parameters(job.model, stage)]

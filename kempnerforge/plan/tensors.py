@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kempnerforge.config.model import ModelConfig
-from kempnerforge.config.parallel_dims import Geometry
+from kempnerforge.config.parallel_dims import ParallelDims
 from kempnerforge.config.pipeline_stages import Stage
 
 
@@ -68,7 +68,7 @@ def chunk_lengths(length: int, parts: int) -> list[int]:
 
 
 def local_shape(
-    parameter: Parameter, geometry: Geometry, *, tp_rank: int = 0, shard_rank: int = 0
+    parameter: Parameter, geometry: ParallelDims, *, tp_rank: int = 0, shard_rank: int = 0
 ) -> tuple[int, ...]:
     """What one rank holds: first cut by tp in its dimension, then by FSDP in dimension 0.
 
@@ -88,7 +88,7 @@ def tp_shape(parameter: Parameter, tp: int, tp_rank: int = 0) -> tuple[int, ...]
 
 
 def local_numel(
-    parameters: Iterable[Parameter], geometry: Geometry, *, tp_rank: int = 0, shard_rank: int = 0
+    parameters: Iterable[Parameter], geometry: ParallelDims, *, tp_rank: int = 0, shard_rank: int = 0
 ) -> int:
     """Elements of ``parameters`` that one rank holds."""
     shapes = (local_shape(one, geometry, tp_rank=tp_rank, shard_rank=shard_rank) for one in parameters)

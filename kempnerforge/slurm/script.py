@@ -10,7 +10,7 @@ from itertools import pairwise
 from math import ceil
 from pathlib import Path
 
-from kempnerforge.errors import ConfigError, Fault
+from kempnerforge.errors import ConfigError, ConfigIssue
 
 TEMPLATE = Path(__file__).parent / "job.sh"
 OWNED = {
@@ -138,31 +138,31 @@ def option_value(options: Sequence[str], name: str, letter: str) -> str | None:
     return found
 
 
-def array_faults(options: Sequence[str], run_dir: str, *, is_shared: bool) -> list[Fault]:
+def array_faults(options: Sequence[str], run_dir: str, *, is_shared: bool) -> list[ConfigIssue]:
     """What is wrong with ``--array``, when all of its tasks train in ``run_dir`` (``is_shared``)."""
     array = option_value(options, "--array", "-a")
     if array is None or not is_shared or array.endswith("%1") or array.isdecimal():
         return []
     problem = f"all of its tasks would write one run, {run_dir}"
     allowed = "put {array_task_id} into run.dir, or write %1 behind it: one task after the other"
-    return [Fault(f"--array={array}", problem, allowed)]
+    return [ConfigIssue(f"--array={array}", problem, allowed)]
 
 
-def option_faults(time: str, sbatch_options: Sequence[str]) -> list[Fault]:
+def option_faults(time: str, sbatch_options: Sequence[str]) -> list[ConfigIssue]:
     """What is wrong with the time limit and with options that are handed on."""
     faults = []
     if not parse_time_s(time):
-        faults.append(Fault("--time", f'"{time}" is not a time limit', "such as 90, 24:00:00 or 2-12"))
+        faults.append(ConfigIssue("--time", f'"{time}" is not a time limit', "such as 90, 24:00:00 or 2-12"))
     for option in sbatch_options:
         name = option.partition("=")[0]
         name = name if name.startswith("--") else name[:2]
         if len(option.splitlines()) > 1:
-            faults.append(Fault(repr(option), "has a line break", "write it in one line"))
+            faults.append(ConfigIssue(repr(option), "has a line break", "write it in one line"))
         elif name in OWNED:
             instead = f"write {OWNED[name]} before --" if OWNED[name] else "there is one task a node"
-            faults.append(Fault(option, "decides the layout, which is checked before", instead))
+            faults.append(ConfigIssue(option, "decides the layout, which is checked before", instead))
         elif re.match(r"--\w+\.\w", option):
-            faults.append(Fault(option, "is not an option of sbatch", "overrides stand before --"))
+            faults.append(ConfigIssue(option, "is not an option of sbatch", "overrides stand before --"))
     return faults
 
 

@@ -13,7 +13,7 @@ from kempnerforge.checkpoint.run.attempt_start import attempt_started, start_fac
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.save_events import SaveEvent, event_of
 from kempnerforge.config.schema import JobConfig
-from kempnerforge.distributed.context import World
+from kempnerforge.distributed.context import DistributedContext
 from kempnerforge.errors import KempnerForgeError, NoProgressError, UnreachableCheckpointError
 from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.attempt_log import AttemptLog, end_kind
@@ -22,7 +22,7 @@ from kempnerforge.goodput.history import AttemptHistory, read_history
 from kempnerforge.slurm.job import node_name
 
 
-class AttemptBook:
+class AttemptRecorder:
     """Rank 0 writes the ledger; every rank has a file for its faults. Nothing is written before ``open``."""
 
     def __init__(self) -> None:
@@ -36,7 +36,9 @@ class AttemptBook:
         """The time since the last lap was spent on ``part`` of the set-up."""
         self._log.lap(part)
 
-    def open(self, job: JobConfig, record: RunRecord, world: World, ranks: dict[str, int]) -> bool:
+    def open(
+        self, job: JobConfig, record: RunRecord, world: DistributedContext, ranks: dict[str, int]
+    ) -> bool:
         """Begin the record of an attempt; refuse it when the run makes no progress.
 
         Returns whether the run has a committed step.

@@ -12,15 +12,15 @@ import torch
 
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.load import candidates
-from kempnerforge.checkpoint.load.candidates import Found
+from kempnerforge.checkpoint.load.candidates import Candidate
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.state.train_state import TrainState
-from kempnerforge.config.schema import Geometry, JobConfig
+from kempnerforge.config.schema import JobConfig, ParallelDims
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import eval_batches
 from kempnerforge.data.tokens import Samples
-from kempnerforge.distributed.context import World
+from kempnerforge.distributed.context import DistributedContext
 from kempnerforge.errors import DamagedCheckpointError
 from kempnerforge.train.environment import set_determinism
 from kempnerforge.train.model_setup import build_model
@@ -38,7 +38,7 @@ class Evaluation:
     """Mean over all tokens, as ``eval/loss`` of training."""
     tokens: int
     """Tokens that were predicted, all ranks."""
-    geometry: Geometry
+    geometry: ParallelDims
     num_ranks: int
     device: str
     data_changes: list[str]
@@ -88,7 +88,7 @@ def validation_loss(
     step: TrainStep,
     samples: Samples,
     job: JobConfig,
-    geometry: Geometry,
+    geometry: ParallelDims,
     *,
     rank: int,
     look: Callable[[int], tuple[bool, int]] | None = None,
@@ -126,7 +126,7 @@ def evaluate_step(
     told on rank 0. Raises ConfigError, DataError and CheckpointError on all ranks.
     """
     set_determinism(job.train.deterministic)
-    world = World.start(timeout_s=job.distributed.timeout_s)
+    world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
     if world.rank != 0:
         note = _say_nothing
     started = time.perf_counter()
@@ -160,7 +160,7 @@ def evaluate_step(
     )
 
 
-def _load(step_folder: Path, state: TrainState, world: World) -> tuple[Found, list[str]]:
+def _load(step_folder: Path, state: TrainState, world: DistributedContext) -> tuple[Candidate, list[str]]:
     """Fill the model of ``state`` from the step, held by rank 0 meanwhile; with how the data differs.
 
     Collective: all ranks.
@@ -168,7 +168,7 @@ def _load(step_folder: Path, state: TrainState, world: World) -> tuple[Found, li
     context = RunContext(allow_changed_data=True, explain_data=explain_difference)
     with contextlib.ExitStack() as stack:
 
-        def take() -> Found:
+        def take() -> Candidate:
             stack.enter_context(read_locks.hold(step_folder, what="kempnerforge eval"))
             step = paths.step_number(step_folder.name)
             return candidates.with_retries(

@@ -16,7 +16,7 @@ from kempnerforge.telemetry.spans import Spans
 from kempnerforge.train.evaluation import validation_loss
 from kempnerforge.train.setup import Run
 from kempnerforge.train.step import UpdateResult
-from kempnerforge.train.step_consensus import Agreed
+from kempnerforge.train.step_consensus import StepDecision
 
 
 def train(run: Run) -> str | None:
@@ -116,7 +116,7 @@ def _validate(run: Run) -> str | None:
     return _stop_if_agreed(run)
 
 
-def _save_if_agreed(run: Run) -> Agreed:
+def _save_if_agreed(run: Run) -> StepDecision:
     stopping = run.control.stopping
     run.progress.begin("agree", run.state.step)
     stopping.step_ends()

@@ -16,7 +16,7 @@ from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.jsonl import JsonlSink, by_step, effective_rows, read_rows
 from kempnerforge.telemetry.sinks import Sink, SinkSet
 from kempnerforge.telemetry.wandb_sink import Earlier, WandbSink, attempt_config
-from kempnerforge.train.replay_check import Proof
+from kempnerforge.train.replay_check import ReplayCheck
 
 
 class Reports:
@@ -57,13 +57,13 @@ class Reports:
             self._wandb.receipt(receipt)
             self._wandb.catch_up(self._earlier)
 
-    def proof(self, receipt: Receipt) -> Proof:
+    def proof(self, receipt: Receipt) -> ReplayCheck:
         """What of this attempt's losses can be compared with rows of an earlier one."""
         try:
-            return Proof.of(self._metrics, receipt) if self._metrics is not None else Proof()
+            return ReplayCheck.of(self._metrics, receipt) if self._metrics is not None else ReplayCheck()
         except OSError as error:
             self.warn(f"losses are not compared with those before the resume: {error}")
-            return Proof()
+            return ReplayCheck()
 
     def lacks_validation(self, receipt: Receipt) -> bool:
         """Whether no attempt has logged ``eval/loss`` of the step that ``receipt`` resumes from, or tried to.

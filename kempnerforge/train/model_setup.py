@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from kempnerforge.config.pipeline_stages import make_stages, num_stages, stages_of
-from kempnerforge.config.schema import Geometry, JobConfig, TrainConfig
+from kempnerforge.config.schema import JobConfig, ParallelDims, TrainConfig
 from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model.llama import Llama
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PlacedModel:
+class ParallelModel:
     """A rank's parts of the model, sharded, with memory."""
 
     parts: Sequence[Llama]
@@ -33,7 +33,7 @@ class PlacedModel:
     pipeline: Pipeline | None
     device: torch.device
 
-    def step(self, optimizer: torch.optim.Optimizer, geometry: Geometry, train: TrainConfig) -> TrainStep:
+    def step(self, optimizer: torch.optim.Optimizer, geometry: ParallelDims, train: TrainConfig) -> TrainStep:
         """How this rank takes an optimizer step."""
         assert dist.group.WORLD is not None
         options = {
@@ -51,8 +51,8 @@ class PlacedModel:
 
 
 def build_model(
-    job: JobConfig, geometry: Geometry, *, rank: int, device: torch.device, draw: bool
-) -> PlacedModel:
+    job: JobConfig, geometry: ParallelDims, *, rank: int, device: torch.device, draw: bool
+) -> ParallelModel:
     """The parts of the model that ``rank`` holds. Collective: all ranks.
 
     ``draw``: with initial weights; else they are to be loaded before anything reads them.
@@ -92,4 +92,4 @@ def build_model(
         parallelize(part, mesh, job.train)
         materialize(part, device, seed=job.train.seed if draw else None)
     timeouts.give_all_groups_the_default_timeout()  # also those that sharding and pipelining have made
-    return PlacedModel(parts, groups, pipeline, device)
+    return ParallelModel(parts, groups, pipeline, device)

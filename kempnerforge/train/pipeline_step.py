@@ -11,10 +11,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.parallel import loss_parallel
 
 from kempnerforge.parallel.pipeline import Pipeline
-from kempnerforge.train.step import Batch, Updater, sum_loss
+from kempnerforge.train.step import Batch, TrainStepBase, sum_loss
 
 
-class PipelineStep(Updater):
+class PipelineStep(TrainStepBase):
     """A step in which all of a rank's sequences go through one schedule, in microbatches.
 
     Gradient accumulation means nothing here: a fuller pipeline idles less. The stages' weights and gradients

@@ -24,9 +24,9 @@ from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.data.tokens import load_shards
 from kempnerforge.errors import (
     ConfigError,
+    ConfigIssue,
     DamagedCheckpointError,
     DataError,
-    Fault,
     MismatchError,
     RunFolderError,
     StepNotFoundError,
@@ -52,22 +52,22 @@ def check_files_of(loaded: LoadedJob, *, where: str) -> None:
         raise ConfigError(faults, where=f"{where}, with the files that it names (--no-files leaves them out)")
 
 
-def file_faults(job: JobConfig, *, at_start: bool = False) -> list[Fault]:
+def file_faults(job: JobConfig, *, at_start: bool = False) -> list[ConfigIssue]:
     """What is wrong with the files that ``job`` names. ``at_start``: as ``check_files`` does it."""
-    faults: list[Fault] = []
+    faults: list[ConfigIssue] = []
     for key, look in _LOOKS.items():
         try:
             faults += look(job)
         except OSError as error:
-            faults += [] if at_start else [Fault(key, f"cannot be read: {error}")]
+            faults += [] if at_start else [ConfigIssue(key, f"cannot be read: {error}")]
         except DamagedCheckpointError as error:
             if at_start:
                 raise DamagedCheckpointError(f"{key}: {error}; choose another step of that run") from None
-            faults.append(Fault(key, str(error)))
+            faults.append(ConfigIssue(key, str(error)))
     return faults
 
 
-def _folders(job: JobConfig) -> list[Fault]:
+def _folders(job: JobConfig) -> list[ConfigIssue]:
     """The folders that the run makes can be made, or are there and can be written."""
     folders = {"run.dir": job.run.dir or f"runs/{job.run.name}", "checkpoint.dir": job.checkpoint.dir}
     if job.data.text is not None:
@@ -75,7 +75,7 @@ def _folders(job: JobConfig) -> list[Fault]:
     faults = []
     for key, folder in folders.items():
         if folder and (problem := _why_not_writable(Path(folder).expanduser())):
-            faults.append(Fault(key, f'"{folder}": {problem}', WRITABLE))
+            faults.append(ConfigIssue(key, f'"{folder}": {problem}', WRITABLE))
     return faults
 
 
@@ -93,7 +93,7 @@ def _why_not_writable(folder: Path) -> str:
     return ""
 
 
-def _text(job: JobConfig) -> list[Fault]:
+def _text(job: JobConfig) -> list[ConfigIssue]:
     text = job.data.text
     if text is None:
         return []
@@ -102,34 +102,36 @@ def _text(job: JobConfig) -> list[Fault]:
         try:
             files = files_of(entry)
         except DataError as error:
-            faults.append(Fault("data.text", str(error)))
+            faults.append(ConfigIssue("data.text", str(error)))
             continue
         if entry == PYTHON_STDLIB:
             continue
         if unreadable := next((path for path in files if not os.access(path, os.R_OK)), None):
-            faults.append(Fault("data.text", f'"{entry}": {unreadable} cannot be read', "name other files"))
+            faults.append(
+                ConfigIssue("data.text", f'"{entry}": {unreadable} cannot be read', "name other files")
+            )
         elif not any(path.stat().st_size for path in files):
             count = "the file is" if len(files) == 1 else f"all {len(files)} files are"
-            faults.append(Fault("data.text", f'"{entry}": {count} empty', "name files with text"))
+            faults.append(ConfigIssue("data.text", f'"{entry}": {count} empty', "name files with text"))
     return faults
 
 
-def _tokenizer(job: JobConfig) -> list[Fault]:
+def _tokenizer(job: JobConfig) -> list[ConfigIssue]:
     if job.data.text is None:
         return []
     try:
         size = load_tokenizer(job.data.tokenizer).vocab_size
     except DataError as error:
-        return [Fault("data.tokenizer", str(error))]
+        return [ConfigIssue("data.tokenizer", str(error))]
     if size <= job.model.vocab_size:
         return []
     problem = (
         f'{job.model.vocab_size} is smaller than the vocabulary of data.tokenizer "{job.data.tokenizer}"'
     )
-    return [Fault("model.vocab_size", problem, f"allowed: at least {size}")]
+    return [ConfigIssue("model.vocab_size", problem, f"allowed: at least {size}")]
 
 
-def _dataset(job: JobConfig) -> list[Fault]:
+def _dataset(job: JobConfig) -> list[ConfigIssue]:
     """The index or the headers are read, and the sizes of all shards; the tokens are not."""
     if job.data.dataset_path is None:
         return []
@@ -138,16 +140,16 @@ def _dataset(job: JobConfig) -> list[Fault]:
             job.data.dataset_path, vocab_size=job.model.vocab_size, val_fraction=job.data.val_fraction
         )
         for problem in list(data.problems(contents=False).values())[:1]:
-            return [Fault("data.dataset_path", problem, f"see: kempnerforge data inspect {data.path}")]
+            return [ConfigIssue("data.dataset_path", problem, f"see: kempnerforge data inspect {data.path}")]
         data.split("train", job.train.seq_len)
         if job.eval.interval:
             data.split("val", job.train.seq_len)
     except DataError as error:
-        return [Fault("data.dataset_path", str(error))]
+        return [ConfigIssue("data.dataset_path", str(error))]
     return []
 
 
-def _warm_start(job: JobConfig) -> list[Fault]:
+def _warm_start(job: JobConfig) -> list[ConfigIssue]:
     """``load_path`` counts only while the run has no committed step."""
     given = job.checkpoint.load_path
     if given is None or has_committed_step(job):
@@ -155,10 +157,10 @@ def _warm_start(job: JobConfig) -> list[Fault]:
     try:
         return _misfits(job, load_path.candidates(Path(given).expanduser())[0])
     except (StepNotFoundError, MismatchError) as error:
-        return [Fault("checkpoint.load_path", str(error))]
+        return [ConfigIssue("checkpoint.load_path", str(error))]
 
 
-def _misfits(job: JobConfig, step_folder: Path) -> list[Fault]:
+def _misfits(job: JobConfig, step_folder: Path) -> list[ConfigIssue]:
     step = StepView.open(step_folder)
     excluded = job.checkpoint.exclude_from_loading
     parts = [part for part in LoadablePart.__args__ if part not in excluded]
@@ -167,7 +169,7 @@ def _misfits(job: JobConfig, step_folder: Path) -> list[Fault]:
         parts, objects, lambda prefix: any(name.startswith(prefix) for name in names)
     )
     if absent:
-        return [Fault("checkpoint.load_path", str(load_path.only_weights(step_folder, absent)))]
+        return [ConfigIssue("checkpoint.load_path", str(load_path.only_weights(step_folder, absent)))]
     stored = step.config().get("model")
     if stored is None or "model" in excluded:
         return []
@@ -175,7 +177,7 @@ def _misfits(job: JobConfig, step_folder: Path) -> list[Fault]:
     if changes.same_shapes:
         return []
     problem = f"{step_folder} is of another model: {'; '.join(changes.lines)}"
-    return [Fault("checkpoint.load_path", problem, f"set [model] as in {step_folder / paths.CONFIG}")]
+    return [ConfigIssue("checkpoint.load_path", problem, f"set [model] as in {step_folder / paths.CONFIG}")]
 
 
 def has_committed_step(job: JobConfig) -> bool:
@@ -194,7 +196,7 @@ def has_committed_step(job: JobConfig) -> bool:
     return bool(paths.committed_steps(checkpoints))
 
 
-_LOOKS: dict[str, Callable[[JobConfig], list[Fault]]] = {
+_LOOKS: dict[str, Callable[[JobConfig], list[ConfigIssue]]] = {
     "run.dir": _folders,
     "data.text": _text,
     "data.tokenizer": _tokenizer,

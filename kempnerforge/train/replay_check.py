@@ -11,7 +11,7 @@ from kempnerforge.telemetry.jsonl import read_rows
 COMPARED_STEPS = 5
 
 
-class Proof:
+class ReplayCheck:
     """Compares the first losses after a resume with the rows of the attempt that lost those steps."""
 
     def __init__(self, recorded: Mapping[int, float] | None = None) -> None:
@@ -19,7 +19,7 @@ class Proof:
         self._equal = 0
 
     @classmethod
-    def of(cls, metrics: Path, receipt: Receipt) -> Proof:
+    def of(cls, metrics: Path, receipt: Receipt) -> ReplayCheck:
         """What can be compared: nothing, unless the same bits are promised and steps were lost."""
         if not receipt.bitwise() or receipt.lost_steps == 0 or not metrics.exists():
             return cls()

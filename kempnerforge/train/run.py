@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kempnerforge.config.schedule_changes import when_continued
 from kempnerforge.config.schema import JobConfig, LoadedJob
-from kempnerforge.distributed.context import World, find_place
+from kempnerforge.distributed.context import DistributedContext, find_place
 from kempnerforge.errors import (
     EXIT_FAULT,
     EXIT_FINISHED,
@@ -19,7 +19,7 @@ from kempnerforge.errors import (
     StopRequestedError,
 )
 from kempnerforge.printable import printable
-from kempnerforge.train.attempt_recorder import AttemptBook
+from kempnerforge.train.attempt_recorder import AttemptRecorder
 from kempnerforge.train.environment import keep_freed_memory, set_determinism
 from kempnerforge.train.hangs.run_watch import watched
 from kempnerforge.train.hangs.stack_dump import Stacks
@@ -27,7 +27,7 @@ from kempnerforge.train.loop import train
 from kempnerforge.train.run_dir import record_exit, storage_error
 from kempnerforge.train.setup import Run, build
 from kempnerforge.train.termination.signals import StopSignals
-from kempnerforge.train.termination.stop_conditions import Stopping
+from kempnerforge.train.termination.stop_conditions import StopConditions
 from kempnerforge.train.termination.watchdog import Shutdown
 
 
@@ -40,18 +40,18 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
     Collective: all ranks.
     """
     job = loaded.job
-    book = AttemptBook()
+    book = AttemptRecorder()
     failed: Exception | None = None
     stacks = Stacks(find_place().rank)
     shutdown = Shutdown(signals, timeout_s=job.train.shutdown_timeout_s, stacks=stacks)
-    stopping = Stopping(signals, shutdown, stacks)
+    stopping = StopConditions(signals, shutdown, stacks)
     set_determinism(job.train.deterministic)
     keep_freed_memory()
-    world: World | None = None
+    world: DistributedContext | None = None
     run: Run | None = None
     status, reason = EXIT_FAULT, "unknown"
     try:
-        world = World.start(timeout_s=job.distributed.timeout_s)
+        world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
         book.lap("process_groups")
         run = build(job, world, stopping, book)
         shutdown.last_words = lambda why, run=run: _end_at_once(run, why)
@@ -96,7 +96,7 @@ def _folders(job: JobConfig, run: Run | None) -> list[Path]:
     return folders
 
 
-def _tell(error: KempnerForgeError, world: World | None) -> None:
+def _tell(error: KempnerForgeError, world: DistributedContext | None) -> None:
     rank = world.rank if world is not None else 0
     if rank == 0:
         head = "" if isinstance(error, StopRequestedError) else "error: "

@@ -19,28 +19,28 @@ from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.versions import versions
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
-from kempnerforge.config.schema import AsyncCheckpointMode, Geometry, JobConfig
+from kempnerforge.config.schema import AsyncCheckpointMode, JobConfig, ParallelDims
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids
 from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.sample_order import ids_digest
 from kempnerforge.data.tokenizer import load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
-from kempnerforge.distributed.context import World, collectives_issued
+from kempnerforge.distributed.context import DistributedContext, collectives_issued
 from kempnerforge.errors import DataError, KempnerForgeError, LeaseLostError, StopRequestedError
 from kempnerforge.printable import printable
 from kempnerforge.telemetry.flops import peak_bf16_flops
-from kempnerforge.train.attempt_recorder import AttemptBook
+from kempnerforge.train.attempt_recorder import AttemptRecorder
 from kempnerforge.train.hangs.progress import Progress
 from kempnerforge.train.metric_loggers import Reports, build_reports
-from kempnerforge.train.model_setup import PlacedModel, build_model
+from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import HYPERPARAMETERS, build_optimizer
 from kempnerforge.train.preflight import check_files
 from kempnerforge.train.run_dir import record_refusal
 from kempnerforge.train.step import TrainStep
 from kempnerforge.train.step_consensus import Control
 from kempnerforge.train.termination.signals import StopSignals
-from kempnerforge.train.termination.stop_conditions import Stopping
+from kempnerforge.train.termination.stop_conditions import StopConditions
 
 
 @dataclass
@@ -48,8 +48,8 @@ class Run:
     """One attempt of a run, ready for the loop."""
 
     job: JobConfig
-    world: World
-    geometry: Geometry
+    world: DistributedContext
+    geometry: ParallelDims
     folder: Path
     state: TrainState
     step: TrainStep
@@ -58,7 +58,7 @@ class Run:
     train_samples: Samples
     val_samples: Samples | None
     reports: Reports
-    book: AttemptBook
+    book: AttemptRecorder
     progress: Progress
     flops_per_token: float
     peak_flops: float | None
@@ -82,7 +82,7 @@ class Run:
         )
 
 
-def build(job: JobConfig, world: World, stopping: Stopping, book: AttemptBook) -> Run:
+def build(job: JobConfig, world: DistributedContext, stopping: StopConditions, book: AttemptRecorder) -> Run:
     """Open the run's folder, the data, the model and the sinks. The state is that of step 0, but for weights.
 
     Collective: all ranks. Raises ConfigError, DataError, RunFolderError and StopRequestedError on all ranks.
@@ -127,11 +127,11 @@ def _look_at_files(job: JobConfig, signals: StopSignals) -> None:
 
 def _assemble(
     job: JobConfig,
-    world: World,
-    stopping: Stopping,
+    world: DistributedContext,
+    stopping: StopConditions,
     record: RunRecord,
     lease: Lease | None,
-    book: AttemptBook,
+    book: AttemptRecorder,
     *,
     draw: bool,
 ) -> Run:
@@ -184,9 +184,9 @@ def _assemble(
 
 def _build_state(
     job: JobConfig,
-    world: World,
-    geometry: Geometry,
-    model: PlacedModel,
+    world: DistributedContext,
+    geometry: ParallelDims,
+    model: ParallelModel,
     optimizer: torch.optim.Optimizer,
     dataset: TokenDataset,
 ) -> TrainState:
@@ -215,7 +215,7 @@ def _build_state(
 
 
 def open_data(
-    job: JobConfig, world: World, signals: StopSignals, *, note: Callable[[str], None]
+    job: JobConfig, world: DistributedContext, signals: StopSignals, *, note: Callable[[str], None]
 ) -> TokenDataset:
     """Rank 0 prepares and checks all tokens, the others wait; then every rank opens them.
 
@@ -252,7 +252,7 @@ def open_data(
     return dataset
 
 
-def _batches_in_words(job: JobConfig, geometry: Geometry) -> str:
+def _batches_in_words(job: JobConfig, geometry: ParallelDims) -> str:
     if geometry.pp > 1:
         size = job.distributed.pp_microbatch_size or 1
         return f"{geometry.pp_microbatches} microbatches of {size} through {geometry.pp} ranks"
@@ -264,7 +264,11 @@ def _peak_flops(device: torch.device) -> float | None:
 
 
 def _context(
-    job: JobConfig, world: World, geometry: Geometry, record: RunRecord, dataset: TokenDataset
+    job: JobConfig,
+    world: DistributedContext,
+    geometry: ParallelDims,
+    record: RunRecord,
+    dataset: TokenDataset,
 ) -> RunContext:
     return RunContext(
         run_id=record.run_id,
@@ -287,7 +291,7 @@ def _tokenizer(job: JobConfig, dataset: TokenDataset) -> dict[str, str]:
     return digest if path is None else {**digest, "path": os.path.abspath(path)}
 
 
-def _layout(geometry: Geometry, world: World) -> dict[str, int]:
+def _layout(geometry: ParallelDims, world: DistributedContext) -> dict[str, int]:
     return {
         "num_ranks": world.num_ranks,
         "dp_replicate": geometry.dp_replicate,

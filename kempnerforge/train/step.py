@@ -66,7 +66,7 @@ class TrainStep(Protocol):
         ...
 
 
-class Updater:
+class TrainStepBase:
     """The second half of every step: the loss and the norm of the whole model, clipping, the optimizer.
 
     ``parts`` are what this rank holds of the model, ``group`` has all ranks of the run, and ``loss_copies``
@@ -139,7 +139,7 @@ class Updater:
         return summed / count
 
 
-class LocalStep(Updater):
+class LocalStep(TrainStepBase):
     """A step of a model that every rank runs from end to end (FSDP2, HSDP, tensor parallelism)."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:

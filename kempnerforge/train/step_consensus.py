@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.distributed.consensus import ControlGroup
-from kempnerforge.train.termination.stop_conditions import Stopping
+from kempnerforge.train.termination.stop_conditions import StopConditions
 
 
 @dataclass(frozen=True)
-class Agreed:
+class StepDecision:
     """What all ranks do after this step."""
 
     save: str | None
@@ -22,12 +22,12 @@ class Agreed:
 class Control:
     """Gathers each rank's wishes and gives all the same answer."""
 
-    def __init__(self, group: ControlGroup, ckpt: CheckpointManager, stopping: Stopping) -> None:
+    def __init__(self, group: ControlGroup, ckpt: CheckpointManager, stopping: StopConditions) -> None:
         self._group = group
         self._ckpt = ckpt
         self.stopping = stopping
 
-    def agree(self, step: int) -> Agreed:
+    def agree(self, step: int) -> StepDecision:
         """Decide what follows ``step``.
 
         Collective: all ranks, on the control group. Blocks: until all ranks have finished the step.
@@ -40,8 +40,8 @@ class Control:
         due = self._ckpt.decide(step, agreed)
         reason = self.stopping.reason(stop, self._group)
         if reason is not None:
-            return Agreed(save=f"stop: {reason}", stop=reason)
-        return Agreed(save=due, stop=None)
+            return StepDecision(save=f"stop: {reason}", stop=reason)
+        return StepDecision(save=due, stop=None)
 
     def look(self, milliseconds: int) -> tuple[bool, int]:
         """Return whether to break off a validation, and the most ``milliseconds`` that any rank has.
@@ -52,13 +52,13 @@ class Control:
         stop, slowest_ms = self._group.agree([self._stop_vote(), milliseconds])
         return stop != 0, slowest_ms
 
-    def agree_to_stop(self) -> Agreed:
+    def agree_to_stop(self) -> StepDecision:
         """Decide whether to stop where no save can be due: before the first step, during a validation.
 
         Collective: all ranks, on the control group.
         """
         reason = self.stopping.reason(self._group.agree([self._stop_vote()])[0], self._group)
-        return Agreed(save=f"stop: {reason}" if reason else None, stop=reason)
+        return StepDecision(save=f"stop: {reason}" if reason else None, stop=reason)
 
     def _stop_vote(self) -> int:
         return self.stopping.vote(save_is_pending=self._ckpt.in_flight is not None)

@@ -11,7 +11,7 @@ from kempnerforge.checkpoint.format.checksums import FileRecord, record_of
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image
 from kempnerforge.checkpoint.run import metadata
-from kempnerforge.checkpoint.save.commit import Expected, PlannedFile, PlannedItem
+from kempnerforge.checkpoint.save.commit import ExpectedFiles, PlannedFile, PlannedItem
 
 CONFIG = """\
 [train]
@@ -31,7 +31,7 @@ def make_run(folder: Path, *, steps: int, shards: int) -> None:
     checkpoints.mkdir(parents=True)
     metadata.write(folder, replace(metadata.new(attempt=1, global_batch_size=8), run_id="bench"))
     files = tuple(_planned(number, shards) for number in range(shards))
-    index = Expected(files).index
+    index = ExpectedFiles(files).index
     shard_data = {file.name: _bytes_of(file, number) for number, file in enumerate(files)}
     shared = {**shard_data, paths.INDEX: index, paths.CONFIG: CONFIG.encode()}
     records = {name: record_of(data) for name, data in shared.items()}

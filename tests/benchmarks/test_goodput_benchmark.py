@@ -41,10 +41,10 @@ from support.ranks import run_ranks
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.config.schema import load_job
 from kempnerforge.distributed.consensus import ControlGroup
-from kempnerforge.distributed.context import World
+from kempnerforge.distributed.context import DistributedContext
 from kempnerforge.goodput.event_log import read_events
 from kempnerforge.train import attempt_recorder
-from kempnerforge.train.attempt_recorder import AttemptBook
+from kempnerforge.train.attempt_recorder import AttemptRecorder
 
 REPO = Path(__file__).parents[2]
 
@@ -417,8 +417,8 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
     folder.mkdir()
     job = load_job(None, ["--data.text=x", f"--run.dir={folder}"]).job
     world = SimpleNamespace(control=ControlGroup(None), rank=0, device=torch.device("cpu"))
-    made = AttemptBook()
-    made.open(job, RunRecord("r", "r", 0.0, attempt=1), cast(World, world), {})
+    made = AttemptRecorder()
+    made.open(job, RunRecord("r", "r", 0.0, attempt=1), cast(DistributedContext, world), {})
     made.resumed(step=0, skipped=0, source="fresh start", lost_steps=0, load_s=0.0)
     made.end(status=0, reason="", step=0, error=None)
     return read_events(folder)[:2]

@@ -27,7 +27,7 @@ from support.tmpfs import mounted_tmpfs
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
-from kempnerforge.checkpoint.save.pipeline import Patience
+from kempnerforge.checkpoint.save.pipeline import RetryPolicy
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.errors import SaveFailedError
 
@@ -86,7 +86,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def fill_the_disk(folder: str) -> list[str]:
     """Rank 1 has too much in the second save, in which rank 0 has nothing that could fail first."""
     rank, errors = dist.get_rank(), []
-    patience = Patience(write_tries=2, first_pause_s=0.01, save_timeout_s=30)
+    patience = RetryPolicy(write_tries=2, first_pause_s=0.01, save_timeout_s=30)
     made = AsyncCheckpointer(AsyncCheckpointMode.async_, patience=patience)
     for step, elements in enumerate([200_000, 2_000_000 if rank == 1 else 200_000, 200_000]):
         tensors = {f"w{rank}": torch.full((elements,), float(step))}

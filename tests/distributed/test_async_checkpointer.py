@@ -25,7 +25,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.save import host_buffers, writer_client
-from kempnerforge.checkpoint.save.pipeline import Patience
+from kempnerforge.checkpoint.save.pipeline import RetryPolicy
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed.store_channel import LocalBoard
@@ -34,7 +34,7 @@ from kempnerforge.errors import SaveFailedError
 pytestmark = pytest.mark.smoke
 
 MODES = list(AsyncCheckpointMode)
-QUICK = Patience(write_tries=3, first_pause_s=0.01, save_timeout_s=60)
+QUICK = RetryPolicy(write_tries=3, first_pause_s=0.01, save_timeout_s=60)
 
 
 def load_one(path: Path, like: torch.Tensor, name: str = "w") -> torch.Tensor:

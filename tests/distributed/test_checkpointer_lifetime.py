@@ -24,7 +24,7 @@ from kempnerforge import (
 )
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.load.dcp_reader import load_tensors
-from kempnerforge.checkpoint.save.pipeline import Patience
+from kempnerforge.checkpoint.save.pipeline import RetryPolicy
 from kempnerforge.checkpoint.save.staging import BlockingCopy
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.save_coordinator import Saver
@@ -34,7 +34,7 @@ from kempnerforge.errors import SaveFailedError
 pytestmark = [pytest.mark.smoke, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 STATE = {"w": torch.arange(1000.0)}
-ONCE = Patience(write_tries=1, first_pause_s=0.0)
+ONCE = RetryPolicy(write_tries=1, first_pause_s=0.0)
 MODES = [mode.value for mode in AsyncCheckpointMode]
 
 

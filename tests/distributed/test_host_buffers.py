@@ -19,14 +19,14 @@ from kempnerforge import AsyncCheckpointer, SafetensorsReader
 from kempnerforge.checkpoint import cuda
 from kempnerforge.checkpoint.load.dcp_reader import load_tensors
 from kempnerforge.checkpoint.save import shared_memory
-from kempnerforge.checkpoint.save.pipeline import Patience
+from kempnerforge.checkpoint.save.pipeline import RetryPolicy
 from kempnerforge.checkpoint.save.staging import BlockingCopy
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.errors import SaveFailedError
 
 pytestmark = [pytest.mark.smoke, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
-ONCE = Patience(write_tries=1, first_pause_s=0.0)
+ONCE = RetryPolicy(write_tries=1, first_pause_s=0.0)
 
 
 class Lines(logging.Handler):

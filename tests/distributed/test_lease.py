@@ -23,7 +23,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import lease
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, RunFolderError
-from kempnerforge.process_identity import Holder
+from kempnerforge.process_identity import ProcessIdentity
 
 pytestmark = pytest.mark.smoke
 
@@ -118,7 +118,7 @@ def fill(folder: Path) -> None:
 
 def leave_behind(folder: Path, attempt: int = 3, **changes: Any) -> Path:
     """A lease of a holder that is like this process but for ``changes``, and that nobody renews."""
-    owner = replace(Holder.of_this_process(attempt), **changes)
+    owner = replace(ProcessIdentity.of_this_process(attempt), **changes)
     path = folder / f"lease.{attempt}.json"
     path.write_bytes(process_identity.encode(owner, counter=7, released=False))
     return path
@@ -246,7 +246,7 @@ def test_lease_racing_processes_exactly_one_wins(tmp_path: Path, process: Proces
 
 
 def test_lease_reused_pid_is_another_process(tmp_path: Path) -> None:
-    now = Holder.of_this_process(0)
+    now = ProcessIdentity.of_this_process(0)
     leave_behind(tmp_path, start_ticks=now.start_ticks - 1)
     held = lease.acquire(tmp_path, stale_after_s=NEVER_STALE_S)
     assert held.took_over.endswith("its process has ended")

@@ -20,7 +20,7 @@ from kempnerforge import process_identity
 from kempnerforge.checkpoint.run import attempt_start, lease
 from kempnerforge.checkpoint.run.attempt_start import open_run
 from kempnerforge.distributed.consensus import ControlGroup
-from kempnerforge.process_identity import Holder
+from kempnerforge.process_identity import ProcessIdentity
 
 pytest_plugins = ["support.run_fixtures"]
 
@@ -46,7 +46,7 @@ def watch_lease_for_long(folder: str) -> tuple[int, str]:
 
 
 def test_long_work_lease_watched_beyond_timeout_is_taken(tmp_path: Path) -> None:
-    owner = replace(Holder.of_this_process(3), host="node7", boot_id="another-kernel", pid=1)
+    owner = replace(ProcessIdentity.of_this_process(3), host="node7", boot_id="another-kernel", pid=1)
     (tmp_path / "lease.3.json").write_bytes(process_identity.encode(owner, counter=7, released=False))
     first, second = run_ranks(watch_lease_for_long, 2, str(tmp_path))
     assert (first[0], second[0]) == (4, 4)

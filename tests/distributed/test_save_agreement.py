@@ -22,8 +22,8 @@ from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.save import agreed_plan
-from kempnerforge.checkpoint.save.host_buffers import ArenaSet
-from kempnerforge.checkpoint.save.pipeline import Patience
+from kempnerforge.checkpoint.save.host_buffers import HostBuffers
+from kempnerforge.checkpoint.save.pipeline import RetryPolicy
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import SaveFailedError
@@ -31,7 +31,7 @@ from kempnerforge.errors import SaveFailedError
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed")
 
 MODES = ("disabled", "async", "async_with_pinned_mem")
-QUICK = Patience(write_tries=2, first_pause_s=0.01, save_timeout_s=60)
+QUICK = RetryPolicy(write_tries=2, first_pause_s=0.01, save_timeout_s=60)
 
 
 def saved(path: Path) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def test_save_values_that_differ_are_named_on_all_ranks(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["c2"]
 
 
-class Failing(ArenaSet):
+class Failing(HostBuffers):
     """One rank's memory is full."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -142,7 +142,7 @@ def buffers_fail(folder: str, failing: int) -> list[str]:
             state = {"w": torch.ones(3), f"own{dist.get_rank()}": torch.ones(2)}
             path = f"{folder}/{mode}"
             if dist.get_rank() == failing:
-                patch.setattr(agreed_plan, "ArenaSet", Failing)
+                patch.setattr(agreed_plan, "HostBuffers", Failing)
             messages.append(outcome(partial(checkpointer.save, state, path)))
             messages.append(str(checkpointer.host_bytes))
             patch.undo()
@@ -173,7 +173,7 @@ def no_thread(self: threading.Thread) -> None:
 
 _start = threading.Thread.start
 BREAKS: dict[str, tuple[type, str, Callable[..., None]]] = {
-    "pairs": (ArenaSet, "pairs", no_pairs),
+    "pairs": (HostBuffers, "pairs", no_pairs),
     "thread": (threading.Thread, "start", no_thread),
 }
 

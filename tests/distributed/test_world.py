@@ -9,8 +9,8 @@ import torch.distributed as dist
 from support.ranks import run_ranks
 
 from kempnerforge.distributed.consensus import ControlGroup
-from kempnerforge.distributed.context import RankPlace, World, find_place
-from kempnerforge.errors import ConfigError, DataError, Fault, KempnerForgeError
+from kempnerforge.distributed.context import DistributedContext, RankInfo, find_place
+from kempnerforge.errors import ConfigError, ConfigIssue, DataError, KempnerForgeError
 
 pytestmark = pytest.mark.smoke
 
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.smoke
 @pytest.mark.parametrize(
     ("env", "place"),
     [
-        ({}, RankPlace(0, 1, 0)),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, RankPlace(5, 8, 1)),
+        ({}, RankInfo(0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, RankInfo(5, 8, 1)),
         (
             {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"},
-            RankPlace(3, 4, 1),
+            RankInfo(3, 4, 1),
         ),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, RankPlace(0, 1, 0)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, RankInfo(0, 1, 0)),
         (
             {
                 "RANK": "1",
@@ -33,11 +33,11 @@ pytestmark = pytest.mark.smoke
                 "SLURM_PROCID": "0",
                 "SLURM_STEP_NUM_TASKS": "2",
             },
-            RankPlace(1, 2, 1),
+            RankInfo(1, 2, 1),
         ),
     ],
 )
-def test_find_place_torchrun_before_srun_before_alone(env: dict[str, str], place: RankPlace) -> None:
+def test_find_place_torchrun_before_srun_before_alone(env: dict[str, str], place: RankInfo) -> None:
     assert find_place(env) == place
 
 
@@ -60,7 +60,7 @@ def decide_together() -> list[object]:
     assert isinstance(group, dist.ProcessGroup)
     control = ControlGroup(group)
     heard: list[object] = [control.agree([rank, 0, 7 - rank]), control.on_rank0(lambda: f"from {rank}")]
-    for error in (DataError("bad shard"), ConfigError([Fault("a.b", "is wrong")], where="x.toml")):
+    for error in (DataError("bad shard"), ConfigError([ConfigIssue("a.b", "is wrong")], where="x.toml")):
         with pytest.raises(type(error)) as caught:
             control.raise_together(error if rank == 1 else None)
         assert str(caught.value) == str(error)
@@ -87,7 +87,7 @@ def start_world() -> tuple[int, int, list[int]]:
     dist.destroy_process_group()
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         os.environ.pop(name, None)
-    world = World.start(timeout_s=30)
+    world = DistributedContext.start(timeout_s=30)
     try:
         return world.rank, world.num_ranks, world.control.agree([4])
     finally:

@@ -18,9 +18,9 @@ from support.polling import wait_until
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.save import direct_io, shared_memory, writer_client
 from kempnerforge.checkpoint.save.direct_io import write_image
-from kempnerforge.checkpoint.save.lanes import Lanes
+from kempnerforge.checkpoint.save.lanes import WriterThreads
 from kempnerforge.checkpoint.save.shared_memory import HUGE_BYTES, map_filled, map_new
-from kempnerforge.checkpoint.save.writer_process import Pulse
+from kempnerforge.checkpoint.save.writer_process import SharedProgress
 from kempnerforge.config.schema import AsyncCheckpointMode
 
 pytestmark = pytest.mark.smoke
@@ -94,14 +94,14 @@ def test_shared_memory_not_mappable_is_error(tmp_path: Path) -> None:
     assert Path("/proc/self/maps").read_text().count("\n") <= before + 1
 
 
-def write(path: Path, fd: int, lanes: Lanes, blocks: int, **options: object) -> None:
+def write(path: Path, fd: int, lanes: WriterThreads, blocks: int, **options: object) -> None:
     size_bytes = (blocks - 1) * direct_io.BLOCK_BYTES + 5
     os.ftruncate(fd, direct_io.padded(size_bytes))
     write_image(map_new(fd, direct_io.padded(size_bytes)), path, size_bytes, lanes, **options)  # type: ignore[arg-type]
     assert path.stat().st_size == size_bytes
 
 
-class Noted(Lanes):
+class Noted(WriterThreads):
     def __init__(self) -> None:
         super().__init__()
         self.prompt: list[bool] = []
@@ -112,7 +112,7 @@ class Noted(Lanes):
 
 
 def test_lane_has_requested_priority() -> None:
-    lanes = Lanes()
+    lanes = WriterThreads()
     policies = [lanes.pick(prompt=one).submit(os.sched_getscheduler, 0).result() for one in (True, False)]
     assert policies == [os.SCHED_OTHER, os.SCHED_IDLE]
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
@@ -151,7 +151,7 @@ def test_write_image_refused_direct_write_is_buffered(
     path = tmp_path / "f"
     if not opens_direct(tmp_path):
         pytest.skip("the file system of the test opens no file for direct writes")
-    write(path, fd, Lanes(), 4)
+    write(path, fd, WriterThreads(), 4)
     assert kinds == [True] * refused + [False] * (5 - refused)
 
 
@@ -202,13 +202,13 @@ def test_writer_loop_waits_hurries(
 
 
 def test_writer_wait_for_pending_save_hurries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pulses: list[Pulse] = []
+    pulses: list[SharedProgress] = []
 
-    def noted(fd: int) -> Pulse:
-        pulses.append(Pulse(fd))
+    def noted(fd: int) -> SharedProgress:
+        pulses.append(SharedProgress(fd))
         return pulses[-1]
 
-    monkeypatch.setattr(writer_client, "Pulse", noted)
+    monkeypatch.setattr(writer_client, "SharedProgress", noted)
     checkpointer = AsyncCheckpointer(AsyncCheckpointMode.async_)
     checkpointer.save({"w": torch.ones(1000)}, tmp_path / "c")
     wait_until(lambda: pulses, "a writer")

@@ -15,7 +15,7 @@ from support.runs import Ended, Launcher, Run, copy_run, make_run, write_corpus
 
 from kempnerforge.cli.evaluate import evaluate as evaluate_command
 from kempnerforge.cli.evaluate import load_for
-from kempnerforge.config.schema import Geometry
+from kempnerforge.config.schema import ParallelDims
 from kempnerforge.errors import ConfigError
 
 pytest_plugins = ["support.run_fixtures"]
@@ -116,7 +116,7 @@ def test_eval_not_finite_loss_is_valid_json(
 ) -> None:
     from kempnerforge.train import evaluation
 
-    geometry = Geometry(1, 1, 1, 1, 1, global_batch_size=4, accumulation_steps=4)
+    geometry = ParallelDims(1, 1, 1, 1, 1, global_batch_size=4, accumulation_steps=4)
     diverged = evaluation.Evaluation(8, float("nan"), 256, geometry, 1, "cpu", [], 1.0)
     monkeypatch.setattr(evaluation, "evaluate_step", lambda *_args, **_options: diverged)
     evaluate_command([str(trained.step_folder(8))], as_json=True)

@@ -94,7 +94,7 @@ def test_auto_interval_spacing_follows_formula(
     for place, row in enumerate(auto):
         known = auto[: place + 1][-8:]
         costs = (("tax_s", "ended_s"), ("blocking_s", "blocked_s"))
-        saves = [overhead.SaveTax(**{to: one[f"checkpoint/{key}"] for key, to in costs}) for one in known]
+        saves = [overhead.SaveCost(**{to: one[f"checkpoint/{key}"] for key, to in costs}) for one in known]
         cost_s = overhead.cost_s(saves)
         assert cost_s is not None
         # The loop began before its first row; the longer it lasts, the longer the interval that is wanted.
@@ -215,7 +215,7 @@ def test_interval_of_user_loop_is_measured_and_paced(
         assert report.overhead_pct > 0
     for place, (report, later) in enumerate(itertools.pairwise(reports)):
         assert report.interval_s is not None
-        cost_s = overhead.cost_s([overhead.SaveTax(ended_s=one.tax_s) for one in reports[: place + 1]])
+        cost_s = overhead.cost_s([overhead.SaveCost(ended_s=one.tax_s) for one in reports[: place + 1]])
         assert cost_s is not None
         assert report.interval_s >= 2 * cost_s - 1e-9, "saves take at most half of the time"
         if not later.deferred:  # it was not due already while the other one was written

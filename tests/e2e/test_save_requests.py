@@ -15,7 +15,7 @@ from support.runs import Attempt, Launcher, Run, make_run
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.goodput.event_log import read_events
-from kempnerforge.train.replay_check import Proof
+from kempnerforge.train.replay_check import ReplayCheck
 
 pytest_plugins = ["support.run_fixtures"]
 
@@ -87,15 +87,15 @@ def test_proof_losses_after_resume_compared_with_recorded(tmp_path: Path) -> Non
     rows = [{"step": step, "attempt": 1, "time": 0, "train/loss": 5 - step / 10} for step in range(1, 9)]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     receipt = Receipt(2, source="resume", step=5, rng="restored", lost_steps=3)
-    proof = Proof.of(metrics, receipt)
+    proof = ReplayCheck.of(metrics, receipt)
     assert proof.compare(6, 5 - 0.6) is None
     assert proof.compare(7, 5 - 0.7) is None
     assert "the first 3 losses after the resume equal" in str(proof.compare(8, 5 - 0.8))
-    proof = Proof.of(metrics, receipt)
+    proof = ReplayCheck.of(metrics, receipt)
     assert "warning: the loss of step 6 is 4.5 and was 4.4" in str(proof.compare(6, 4.5))
     assert proof.compare(7, 5 - 0.7) is None
     other_layout = replace(receipt, layout_changes={"num_ranks": [1, 2]})
-    assert Proof.of(metrics, other_layout).compare(6, 1.0) is None, "the same bits are not promised"
+    assert ReplayCheck.of(metrics, other_layout).compare(6, 1.0) is None, "the same bits are not promised"
 
 
 def test_store_rank_ends_after_all_know_last_save(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from kempnerforge.telemetry.jsonl import JsonlSink, by_step
 
 pytest_plugins = ["support.run_fixtures", "support.wandb_fixtures"]
 
-COMPARE = patch_target("kempnerforge.train.replay_check:Proof.compare")
+COMPARE = patch_target("kempnerforge.train.replay_check:ReplayCheck.compare")
 
 Capture = pytest.CaptureFixture[str]
 

@@ -25,7 +25,7 @@ from kempnerforge import (
 )
 from kempnerforge.checkpoint import cuda
 from kempnerforge.checkpoint.load.dcp_reader import load_tensors
-from kempnerforge.checkpoint.save.pipeline import Patience
+from kempnerforge.checkpoint.save.pipeline import RetryPolicy
 from kempnerforge.checkpoint.save.staging import StreamCopy
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.errors import SaveFailedError
@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 MODES = [mode.value for mode in AsyncCheckpointMode]
-ONCE = Patience(write_tries=1, first_pause_s=0.0)
+ONCE = RetryPolicy(write_tries=1, first_pause_s=0.0)
 A_SECOND = 2_000_000_000
 """In cycles of the device, about."""
 

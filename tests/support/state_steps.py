@@ -10,7 +10,7 @@ import torch
 from support.step_maker import write_step
 
 from kempnerforge.checkpoint.load import candidates
-from kempnerforge.checkpoint.load.candidates import Loaded
+from kempnerforge.checkpoint.load.candidates import LoadResult
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
@@ -27,7 +27,7 @@ def save(folder: Path, state: TrainState, **capture: int) -> Path:
     return write_step(folder, state.step, state=arrays, objects=objects)
 
 
-def load(path: Path, state: TrainState, *, parts: tuple[str, ...] = PARTS, **options: Any) -> Loaded:
+def load(path: Path, state: TrainState, *, parts: tuple[str, ...] = PARTS, **options: Any) -> LoadResult:
     """Load a step as a resume does."""
     loaded = candidates.load(
         candidates.inspect(path),

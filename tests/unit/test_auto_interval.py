@@ -22,12 +22,12 @@ from kempnerforge.checkpoint.schedule.auto_interval import (
     RETRY_S,
     SHORTEST_S,
     Measured,
-    Pacer,
-    Spacing,
+    SaveIntervalController,
+    SaveIntervals,
     spacing,
     steady,
 )
-from kempnerforge.checkpoint.schedule.overhead import StepClock
+from kempnerforge.checkpoint.schedule.overhead import StepTimer
 from kempnerforge.checkpoint.schedule.save_policy import SavePolicy
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.goodput.accounting import interruptions, saving
@@ -48,38 +48,38 @@ def known(cost_s: float, *, mtti_s: float = 24 * HOUR, durable_s: float = 1.0) -
 OTHERS = Measured(cost_s=2.0, durable_s=1.0, has_baseline=True)
 
 
-TABLE: list[tuple[str, Measured, bool, float | None, Spacing]] = [
-    ("nothing paces", known(5.0), False, None, Spacing(0.0, NEVER)),
-    ("before quiet steps are known nothing could be measured", COLD, False, 1.0, Spacing(NEVER, NEVER)),
-    ("the first save comes as soon as it can be measured", FIRST, True, 1.0, Spacing(0.0, 0.0)),
-    ("the first multiple", FIRST, False, 1.0, Spacing(0.0, NEVER)),
-    ("it is under way", WRITING, True, 1.0, Spacing(NEVER, NEVER)),
-    ("it has failed", TRIED, True, 1.0, Spacing(RETRY_S, RETRY_S)),
-    ("a bound alone", known(0.5), False, 2.0, Spacing(25.0, NEVER)),
-    ("a bound of all time", known(0.5), False, 100.0, Spacing(0.5, NEVER)),
-    ("Daly", known(2.0, mtti_s=HOUR), True, 10.0, Spacing(20.0, daly(2.0, HOUR), "failures")),
-    ("Daly, with few failures", known(0.5), True, 1.0, Spacing(50.0, daly(0.5, 24 * HOUR), "failures")),
-    ("the bound is longer", known(2.0, mtti_s=HOUR), True, 1.0, Spacing(200.0, 200.0, "overhead")),
-    ("writing is longer", known(0.5, durable_s=900.0), True, 1.0, Spacing(50.0, 900.0, "writing")),
-    ("no shorter than this", known(0.0), True, 1.0, Spacing(0.0, SHORTEST_S, "failures")),
-    ("unless failures are as near", known(0.0, mtti_s=60.0), True, 1.0, Spacing(0.0, 6.0, "failures")),
-    ("no longer than this", known(90.0, mtti_s=1e9), True, 100.0, Spacing(90.0, LONGEST_S, "failures")),
-    ("whatever the bound says", known(600.0), True, 1.0, Spacing(LONGEST_S, LONGEST_S, "overhead")),
+TABLE: list[tuple[str, Measured, bool, float | None, SaveIntervals]] = [
+    ("nothing paces", known(5.0), False, None, SaveIntervals(0.0, NEVER)),
+    ("before quiet steps are known nothing could be measured", COLD, False, 1.0, SaveIntervals(NEVER, NEVER)),
+    ("the first save comes as soon as it can be measured", FIRST, True, 1.0, SaveIntervals(0.0, 0.0)),
+    ("the first multiple", FIRST, False, 1.0, SaveIntervals(0.0, NEVER)),
+    ("it is under way", WRITING, True, 1.0, SaveIntervals(NEVER, NEVER)),
+    ("it has failed", TRIED, True, 1.0, SaveIntervals(RETRY_S, RETRY_S)),
+    ("a bound alone", known(0.5), False, 2.0, SaveIntervals(25.0, NEVER)),
+    ("a bound of all time", known(0.5), False, 100.0, SaveIntervals(0.5, NEVER)),
+    ("Daly", known(2.0, mtti_s=HOUR), True, 10.0, SaveIntervals(20.0, daly(2.0, HOUR), "failures")),
+    ("Daly, with few failures", known(0.5), True, 1.0, SaveIntervals(50.0, daly(0.5, 24 * HOUR), "failures")),
+    ("the bound is longer", known(2.0, mtti_s=HOUR), True, 1.0, SaveIntervals(200.0, 200.0, "overhead")),
+    ("writing is longer", known(0.5, durable_s=900.0), True, 1.0, SaveIntervals(50.0, 900.0, "writing")),
+    ("no shorter than this", known(0.0), True, 1.0, SaveIntervals(0.0, SHORTEST_S, "failures")),
+    ("unless failures are as near", known(0.0, mtti_s=60.0), True, 1.0, SaveIntervals(0.0, 6.0, "failures")),
+    ("no longer than this", known(90.0, mtti_s=1e9), True, 100.0, SaveIntervals(90.0, LONGEST_S, "failures")),
+    ("whatever the bound says", known(600.0), True, 1.0, SaveIntervals(LONGEST_S, LONGEST_S, "overhead")),
     (
         "however long it takes to write",
         known(0.5, durable_s=1e6),
         True,
         1.0,
-        Spacing(50.0, LONGEST_S, "writing"),
+        SaveIntervals(50.0, LONGEST_S, "writing"),
     ),
-    ("an attempt measures for itself", OTHERS, True, 1.0, Spacing(0.0, 0.0)),
-    ("once it can", replace(OTHERS, has_baseline=False), False, 1.0, Spacing(200.0, NEVER)),
+    ("an attempt measures for itself", OTHERS, True, 1.0, SaveIntervals(0.0, 0.0)),
+    ("once it can", replace(OTHERS, has_baseline=False), False, 1.0, SaveIntervals(200.0, NEVER)),
 ]
 
 
 @pytest.mark.parametrize(("what", "measured", "auto", "percent", "expected"), TABLE)
 def test_spacing_table_matches(
-    what: str, measured: Measured, auto: bool, percent: float | None, expected: Spacing
+    what: str, measured: Measured, auto: bool, percent: float | None, expected: SaveIntervals
 ) -> None:
     found = spacing(measured, auto=auto, max_overhead_pct=percent)
     assert (found.bound_s, found.auto_s) == pytest.approx((expected.bound_s, expected.auto_s)), what
@@ -211,17 +211,19 @@ def test_saving_ledger_with_overhead_uses_it() -> None:
 # -- the pacer ---------------------------------------------------------------------------------------------
 
 
-def make_pacer(rank: int = 0, ranks: int = 2, **settings: Any) -> tuple[Pacer, StepClock]:
-    clock = StepClock()
-    return Pacer(CheckpointConfig.model_validate(settings), clock, rank=rank, ranks=ranks), clock
+def make_pacer(rank: int = 0, ranks: int = 2, **settings: Any) -> tuple[SaveIntervalController, StepTimer]:
+    clock = StepTimer()
+    return SaveIntervalController(
+        CheckpointConfig.model_validate(settings), clock, rank=rank, ranks=ranks
+    ), clock
 
 
-def run_steps(clock: StepClock, count: int, seconds: float = 2.0) -> None:
+def run_steps(clock: StepTimer, count: int, seconds: float = 2.0) -> None:
     for _ in range(count):
         clock.meter.boundary(1, seconds)
 
 
-def run_save(clock: StepClock, overhead_s: float, *, step_s: float = 2.0, durable_s: float = 1.0) -> None:
+def run_save(clock: StepTimer, overhead_s: float, *, step_s: float = 2.0, durable_s: float = 1.0) -> None:
     clock.meter.save_begins()
     clock.meter.boundary(1, step_s + overhead_s)
     clock.meter.save_ended(durable_s=durable_s, at_boundary=True)
@@ -331,8 +333,8 @@ class Training:
     def attempt(self, seconds: float) -> None:
         """Train so long."""
         config = CheckpointConfig.model_validate(self.settings)
-        clock, policy = StepClock(), SavePolicy.from_config(config)
-        pacer = Pacer(config, clock, rank=0, ranks=2)
+        clock, policy = StepTimer(), SavePolicy.from_config(config)
+        pacer = SaveIntervalController(config, clock, rank=0, ranks=2)
         pacer._learn(derive(self.events(), []), 0, ())
         clock.restart(0)
         step, ends = 0, self.time.now + seconds

@@ -21,7 +21,7 @@ from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_imag
 from kempnerforge.checkpoint.load import candidates
 from kempnerforge.checkpoint.run import resume_report
 from kempnerforge.checkpoint.run.resume_report import Receipt
-from kempnerforge.checkpoint.save.commit import Expected, FileReport, PlannedFile, PlannedItem
+from kempnerforge.checkpoint.save.commit import ExpectedFiles, FileReport, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.errors import MismatchError, SaveFailedError, UnreachableCheckpointError
 
@@ -164,7 +164,7 @@ def reported(plan: PlannedFile, *, missing_bytes: int = 0) -> FileReport:
     ],
 )
 def test_commit_missing_or_extra_bytes_refused(reports: dict[str, FileReport], problem: str | None) -> None:
-    expected = Expected((planned("w"), planned("v", file="b")))
+    expected = ExpectedFiles((planned("w"), planned("v", file="b")))
     if problem is None:
         expected.check(reports)
     else:

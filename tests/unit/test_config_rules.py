@@ -13,18 +13,18 @@ from kempnerforge.config.schedule_changes import learning_rate_change, when_cont
 from kempnerforge.config.scheduler import SchedulerConfig
 from kempnerforge.config.schema import (
     DistributedConfig,
-    Geometry,
     JobConfig,
     ModelConfig,
+    ParallelDims,
     TrainConfig,
     load_job,
 )
-from kempnerforge.errors import ConfigError, Fault
+from kempnerforge.errors import ConfigError, ConfigIssue
 
 TEXT = "--data.text=python-stdlib"
 
 
-def faults(*overrides: str, world_size: int | None = None, inside_job: bool = True) -> list[Fault]:
+def faults(*overrides: str, world_size: int | None = None, inside_job: bool = True) -> list[ConfigIssue]:
     """The faults of the defaults under ``overrides``; none when they are valid."""
     text = [] if any(item.startswith("--data.text") for item in overrides) else [TEXT]
     try:
@@ -314,7 +314,7 @@ def test_rules_batch_without_world_size_partly_checked() -> None:
 
 def test_geometry_known_layouts_derived() -> None:
     job = load_job(None, [TEXT, "--train.batch_size=4", "--distributed.dp_replicate=2"]).job
-    assert job.geometry(8) == Geometry(
+    assert job.geometry(8) == ParallelDims(
         dp_replicate=2, dp_shard=4, dp=8, tp=1, pp=1, global_batch_size=32, accumulation_steps=1
     )
     kept = job.with_global_batch_size(32)

@@ -18,10 +18,10 @@ from kempnerforge.config.schema import (
     SchedulerConfig,
     load_job,
 )
-from kempnerforge.errors import ConfigError, Fault
+from kempnerforge.errors import ConfigError, ConfigIssue
 
 
-def faults_of(tmp_path: Path, text: str, *overrides: str) -> dict[str, Fault]:
+def faults_of(tmp_path: Path, text: str, *overrides: str) -> dict[str, ConfigIssue]:
     """Key -> fault for the file ``text``, which must have some; no key may have two."""
     file = tmp_path / "job.toml"
     file.write_text(text)

@@ -20,7 +20,7 @@ from kempnerforge.checkpoint.retention.policy import KeepPolicy, LastN
 from kempnerforge.checkpoint.retention.pruner import Retention
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import claim, lineage, metadata, owner
-from kempnerforge.checkpoint.run.lineage import Cut
+from kempnerforge.checkpoint.run.lineage import ResumePoint
 from kempnerforge.checkpoint.run.metadata import Parent, RunRecord
 from kempnerforge.checkpoint.run.owner import OWNER_FILE, Owner
 from kempnerforge.checkpoint.run.resume_report import Receipt, Rejected
@@ -311,7 +311,7 @@ def test_retention_neither_counts_nor_deletes_foreign(mixed: Path) -> None:
 
 def test_late_steps_of_other_runs_stay(mixed: Path) -> None:
     before = theirs(mixed)
-    cuts = [Cut(1, 0), Cut(2, 4)]
+    cuts = [ResumePoint(1, 0), ResumePoint(2, 4)]
     moved = lineage.set_aside_late(mixed, cuts, run_id=A)
     assert [path.name for path in moved] == ["late.step_00000008.1"]
     assert theirs(mixed) == before
@@ -339,7 +339,7 @@ def test_timeline_ancestors_of_newest_are_never_late(tmp_path: Path) -> None:
     for step in (4, 8):
         step_of(tmp_path, A, step, parent_step=step - 4)
     step_of(tmp_path, A, 12, attempt=3, parent_step=8)
-    cuts = [Cut(1, 0), Cut(2, 0), Cut(3, 8)]
+    cuts = [ResumePoint(1, 0), ResumePoint(2, 0), ResumePoint(3, 8)]
     assert lineage.set_aside_late(tmp_path, cuts, run_id=A, at_start=True) == []
     step_of(tmp_path, A, 10)
     moved = lineage.set_aside_late(tmp_path, cuts, run_id=A, at_start=True)
@@ -353,33 +353,47 @@ def test_timeline_newest_damaged_keeps_the_older(tmp_path: Path) -> None:
         step_of(tmp_path, A, step, parent_step=step - 4)
     step_of(tmp_path, A, 12, attempt=3, parent_step=8)
     (tmp_path / "step_00000012" / paths.MANIFEST).write_text("{")
-    cuts = [Cut(1, 0), Cut(2, 0), Cut(3, 8)]
+    cuts = [ResumePoint(1, 0), ResumePoint(2, 0), ResumePoint(3, 8)]
     assert lineage.set_aside_late(tmp_path, cuts, run_id=A, at_start=True) == []
     found = candidates.choose(tmp_path, [], owner=Owner(A))
     assert found is not None
     assert found.step == 8
 
 
-LINES: dict[str, tuple[dict[int, int], dict[int, int], list[Cut], list[tuple[int, int]], set[int]]] = {
-    "one attempt": ({4: 1, 8: 1}, {8: 4}, [Cut(1, 0)], [], {4, 8}),
+LINES: dict[
+    str, tuple[dict[int, int], dict[int, int], list[ResumePoint], list[tuple[int, int]], set[int]]
+] = {
+    "one attempt": ({4: 1, 8: 1}, {8: 4}, [ResumePoint(1, 0)], [], {4, 8}),
     "through two attempts": (
         {4: 1, 8: 2, 12: 3},
         {8: 4, 12: 8},
-        [Cut(1, 0), Cut(2, 4), Cut(3, 8)],
+        [ResumePoint(1, 0), ResumePoint(2, 4), ResumePoint(3, 8)],
         [],
         {4, 8, 12},
     ),
-    "not what was left behind": ({4: 1, 8: 1, 12: 2}, {12: 4}, [Cut(1, 0), Cut(2, 4)], [], {4, 12}),
+    "not what was left behind": (
+        {4: 1, 8: 1, 12: 2},
+        {12: 4},
+        [ResumePoint(1, 0), ResumePoint(2, 4)],
+        [],
+        {4, 12},
+    ),
     "a deleted link, told by the ledger": (
         {4: 1, 12: 3},
         {12: 8},
-        [Cut(1, 0), Cut(2, 0), Cut(3, 8)],
+        [ResumePoint(1, 0), ResumePoint(2, 0), ResumePoint(3, 8)],
         [(8, 1)],
         {4, 12},
     ),
-    "a deleted link, not told": ({4: 1, 12: 3}, {12: 8}, [Cut(1, 0), Cut(2, 0), Cut(3, 8)], [], {12}),
+    "a deleted link, not told": (
+        {4: 1, 12: 3},
+        {12: 8},
+        [ResumePoint(1, 0), ResumePoint(2, 0), ResumePoint(3, 8)],
+        [],
+        {12},
+    ),
     "without receipts": ({4: 1, 8: 1, 12: 2}, {8: 4, 12: 8}, [], [], {4, 8, 12}),
-    "a fresh start in between": ({4: 1, 6: 2}, {6: 0}, [Cut(1, 0), Cut(2, 0)], [], {6}),
+    "a fresh start in between": ({4: 1, 6: 2}, {6: 0}, [ResumePoint(1, 0), ResumePoint(2, 0)], [], {6}),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.save import writer_process
-from kempnerforge.checkpoint.save.writer_process import PULSE_BYTES, Pulse
+from kempnerforge.checkpoint.save.writer_process import PULSE_BYTES, SharedProgress
 from kempnerforge.goodput.event_log import Ledger
 
 
@@ -41,7 +41,7 @@ def test_writer_of_a_dead_trainer_ends_before_next_block() -> None:
     """Also where everything is staged, and it would not look at the trainer any more."""
     fd = os.memfd_create("pulse")
     os.ftruncate(fd, PULSE_BYTES)
-    pulse = Pulse(fd)
+    pulse = SharedProgress(fd)
     os.close(fd)
     pulse.staged = 100
     ours, theirs = socket.socketpair()

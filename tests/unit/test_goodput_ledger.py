@@ -13,14 +13,14 @@ import torch
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.config.schema import load_job
 from kempnerforge.distributed.consensus import ControlGroup
-from kempnerforge.distributed.context import World
+from kempnerforge.distributed.context import DistributedContext
 from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.blame import may_lie_in_state
 from kempnerforge.goodput.event_log import Ledger, read_events
 from kempnerforge.goodput.faults import FaultRecord, is_peer_loss, read_faults, record_fault
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.interval import daly, rate_bounds, young
-from kempnerforge.train.attempt_recorder import AttemptBook
+from kempnerforge.train.attempt_recorder import AttemptRecorder
 
 
 def history(*attempts: tuple[str, int, list[int], bool], unblocked: int = 0) -> list[AttemptHistory]:
@@ -230,8 +230,8 @@ def test_book_unwritable_ledger_warns_and_continues(
     run.mkdir()
     alone = SimpleNamespace(control=ControlGroup(None), rank=0, device=torch.device("cpu"))
     job = load_job(None, ["--data.text=x", f"--run.dir={run}"]).job
-    book = AttemptBook()
-    book.open(job, RunRecord("abc", "abc", 1.0, attempt=1), cast(World, alone), {"num_ranks": 1})
+    book = AttemptRecorder()
+    book.open(job, RunRecord("abc", "abc", 1.0, attempt=1), cast(DistributedContext, alone), {"num_ranks": 1})
     assert [event["event"] for event in read_events(run)] == ["start"]
     shutil.rmtree(run)
     book.resumed(step=0, skipped=0, source="fresh start", lost_steps=0, load_s=0.0)

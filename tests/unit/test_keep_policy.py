@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kempnerforge.checkpoint.retention.policy import KeepPolicy, LastN, StepFacts, decide
+from kempnerforge.checkpoint.retention.policy import KeepPolicy, LastN, StepInfo, decide
 from kempnerforge.config.schema import CheckpointConfig
 
 
@@ -16,24 +16,24 @@ def policy(**settings: Any) -> KeepPolicy:
     return KeepPolicy.from_config(CheckpointConfig.model_validate(settings))
 
 
-def loss(*values: float | None, every: int = 10) -> list[StepFacts]:
+def loss(*values: float | None, every: int = 10) -> list[StepInfo]:
     """Steps 10, 20, ... with these values of ``eval/loss``; None for one where it was not taken."""
     return [
-        StepFacts(every * number, metrics={} if value is None else {"eval/loss": value, "train/loss": -value})
+        StepInfo(every * number, metrics={} if value is None else {"eval/loss": value, "train/loss": -value})
         for number, value in enumerate(values, 1)
     ]
 
 
-def plain(*steps: int) -> list[StepFacts]:
-    return [StepFacts(step) for step in steps]
+def plain(*steps: int) -> list[StepInfo]:
+    return [StepInfo(step) for step in steps]
 
 
-def kept(facts: list[StepFacts], found: KeepPolicy) -> list[int]:
+def kept(facts: list[StepInfo], found: KeepPolicy) -> list[int]:
     return [verdict.step for verdict in decide(facts, found) if verdict.keep]
 
 
 BEST = {"keep_last_n": 1, "best_metric": "eval/loss"}
-TABLE: list[tuple[dict[str, Any], list[StepFacts], list[int]]] = [
+TABLE: list[tuple[dict[str, Any], list[StepInfo], list[int]]] = [
     ({"keep_last_n": 3}, [], []),
     ({"keep_last_n": 1}, plain(5), [5]),
     ({"keep_last_n": 3}, plain(1, 2, 3), [3, 2, 1]),
@@ -64,32 +64,32 @@ TABLE: list[tuple[dict[str, Any], list[StepFacts], list[int]]] = [
     (BEST | {"keep_best_n": 1}, loss(1.0, 1.0, 2.0), [30, 20]),  # of equal ones the later
     (BEST | {"keep_best_n": 9}, loss(1.0, 2.0), [20, 10]),
     # pins, readers, and steps that do not look sound
-    ({"keep_last_n": 1}, [StepFacts(1, pin="pinned by a"), *plain(2, 3)], [3, 1]),
-    ({"keep_last_n": 1}, [StepFacts(1), StepFacts(2, readers=("verify",)), StepFacts(3)], [3, 2]),
-    ({"keep_last_n": 2}, [*plain(1, 2, 3), StepFacts(4, problem="short"), *plain(5)], [5, 4, 3]),
-    ({"keep_last_n": 1}, [*plain(1, 2), StepFacts(3, problem="short")], [3, 2]),
-    ({"keep_last_n": 1}, [StepFacts(1, problem="x"), StepFacts(2, problem="x")], [2, 1]),
+    ({"keep_last_n": 1}, [StepInfo(1, pin="pinned by a"), *plain(2, 3)], [3, 1]),
+    ({"keep_last_n": 1}, [StepInfo(1), StepInfo(2, readers=("verify",)), StepInfo(3)], [3, 2]),
+    ({"keep_last_n": 2}, [*plain(1, 2, 3), StepInfo(4, problem="short"), *plain(5)], [5, 4, 3]),
+    ({"keep_last_n": 1}, [*plain(1, 2), StepInfo(3, problem="short")], [3, 2]),
+    ({"keep_last_n": 1}, [StepInfo(1, problem="x"), StepInfo(2, problem="x")], [2, 1]),
     # a damaged step takes no milestone's and no window's place
     (
         {"keep_last_n": 1, "keep_steps": [20], "keep_every_n_steps": 20},
-        [StepFacts(20, problem="short"), *plain(30, 40, 50, 60)],
+        [StepInfo(20, problem="short"), *plain(30, 40, 50, 60)],
         [60, 40, 30, 20],
     ),
 ]
 
 
 @pytest.mark.parametrize(("settings", "facts", "expected"), TABLE)
-def test_keep_table_matches(settings: dict[str, Any], facts: list[StepFacts], expected: list[int]) -> None:
+def test_keep_table_matches(settings: dict[str, Any], facts: list[StepInfo], expected: list[int]) -> None:
     assert kept(facts, policy(**settings)) == expected
 
 
 def test_keep_every_reason_reported() -> None:
     facts = [
-        StepFacts(
+        StepInfo(
             100, metrics={"eval/loss": 2.0}, pin="pinned by ann: paper", readers=("export (pid 3 on h)",)
         ),
-        StepFacts(150, problem="step_00000150 is damaged: index.bin is missing"),
-        StepFacts(200),
+        StepInfo(150, problem="step_00000150 is damaged: index.bin is missing"),
+        StepInfo(200),
     ]
     found = policy(
         keep_last_n=2, keep_every_n_steps=100, keep_steps=[100], keep_best_n=1, best_metric="eval/loss"
@@ -118,7 +118,7 @@ metrics = st.dictionaries(
 )
 some_facts = st.lists(
     st.builds(
-        StepFacts,
+        StepInfo,
         step=st.integers(0, 60),
         metrics=metrics,
         problem=st.sampled_from(["", "", "", "short"]),
@@ -140,7 +140,7 @@ some_policy = st.builds(
 
 
 @given(some_facts, some_policy)
-def test_keep_any_steps_invariants_satisfied(facts: list[StepFacts], found: KeepPolicy) -> None:
+def test_keep_any_steps_invariants_satisfied(facts: list[StepInfo], found: KeepPolicy) -> None:
     verdicts = decide(facts, found)
     by_step = {one.step: one for one in facts}
     assert [verdict.step for verdict in verdicts] == sorted(by_step, reverse=True)
@@ -160,7 +160,7 @@ def test_keep_any_steps_invariants_satisfied(facts: list[StepFacts], found: Keep
 
 @given(some_facts, some_policy, st.data())
 def test_keep_restart_during_deletion_same_decision(
-    facts: list[StepFacts], found: KeepPolicy, data: st.DataObject
+    facts: list[StepInfo], found: KeepPolicy, data: st.DataObject
 ) -> None:
     """After any part of the deletions the decision over what is left is the rest of them."""
     dropped = [verdict.step for verdict in reversed(decide(facts, found)) if not verdict.keep]
@@ -174,12 +174,12 @@ def test_keep_restart_during_deletion_same_decision(
 @given(some_policy, st.lists(st.integers(1, 4), min_size=1, max_size=40), st.floats(-5, 5, allow_nan=False))
 def test_keep_permanent_steps_never_dropped(found: KeepPolicy, gaps: list[int], value: float) -> None:
     """Whatever is saved next, a step that the rules ``every`` and ``milestone`` keep stays kept by them."""
-    on_disk: list[StepFacts] = []
+    on_disk: list[StepInfo] = []
     for_ever: set[int] = set()
     step = 0
     for gap in gaps:
         step += gap
-        on_disk.append(StepFacts(step, metrics={"eval/loss": value + step % 7}))
+        on_disk.append(StepInfo(step, metrics={"eval/loss": value + step % 7}))
         verdicts = decide(on_disk, found)
         on_disk = [one for one in on_disk if any(v.keep for v in verdicts if v.step == one.step)]
         present = {one.step for one in on_disk}

@@ -19,7 +19,7 @@ from kempnerforge.checkpoint.format import manifest
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader
 from kempnerforge.checkpoint.manager import CheckpointManager
-from kempnerforge.checkpoint.save.commit import Expected, PlannedFile, PlannedItem
+from kempnerforge.checkpoint.save.commit import ExpectedFiles, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.checkpoint.tools.verify import verify
 from kempnerforge.config.schema import CheckpointConfig
@@ -111,8 +111,8 @@ def test_manifest_of_later_format_is_mismatch(number: object, text: str, tmp_pat
 
 def test_index_long_dtype_names_need_minor_version() -> None:
     item = PlannedItem(ShardItem("w", "F8_E5M2FNUZ", (0,), (4,)), (4,))
-    assert Expected((PlannedFile("shard", (item,)),)).has_new_dtypes
-    assert not Expected(
+    assert ExpectedFiles((PlannedFile("shard", (item,)),)).has_new_dtypes
+    assert not ExpectedFiles(
         (PlannedFile("shard", (replace(item, item=replace(item.item, dtype="F8_E5M2")),)),)
     ).has_new_dtypes
 

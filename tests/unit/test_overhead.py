@@ -13,8 +13,8 @@ from kempnerforge.checkpoint.schedule.overhead import (
     QUIET_WINDOW,
     SAVES_WINDOW,
     WARM_UP_INTERVALS,
-    SaveTax,
-    TaxMeter,
+    OverheadMeter,
+    SaveCost,
     cost_s,
 )
 
@@ -22,15 +22,15 @@ STEP_S = 2.0
 COLD = WARM_UP_INTERVALS + BASELINE_INTERVALS
 
 
-def warm(steps: Sequence[float] = (STEP_S,) * COLD) -> TaxMeter:
+def warm(steps: Sequence[float] = (STEP_S,) * COLD) -> OverheadMeter:
     """A meter that has seen these quiet steps."""
-    meter = TaxMeter()
+    meter = OverheadMeter()
     for seconds in steps:
         meter.boundary(1, seconds)
     return meter
 
 
-def save(meter: TaxMeter, *beside: float, call_s: float = 0.0, durable_s: float = 1.0) -> SaveTax:
+def save(meter: OverheadMeter, *beside: float, call_s: float = 0.0, durable_s: float = 1.0) -> SaveCost:
     """A save that begins now, stands still for ``call_s``, and is known at the end of these intervals."""
     meter.save_begins()
     meter.stood_still(call_s)
@@ -86,7 +86,7 @@ def test_overhead_wait_before_optimizer_counted_once() -> None:
 
 def test_overhead_without_quiet_steps_is_lower_bound() -> None:
     """Without quiet steps only standing still is counted, and the result says so."""
-    meter = TaxMeter()
+    meter = OverheadMeter()
     for _ in range(30):
         found = save(meter, 9.0, call_s=0.5)  # back to back: no step is ever quiet
         assert found.tax_s == pytest.approx(0.5)
@@ -94,11 +94,11 @@ def test_overhead_without_quiet_steps_is_lower_bound() -> None:
     assert meter.sum_s == pytest.approx(15.0)
     assert meter.known == []
     assert not meter.tried, "nothing could have been measured"
-    assert save(TaxMeter(), call_s=0.5).is_lower_bound
+    assert save(OverheadMeter(), call_s=0.5).is_lower_bound
 
 
 def test_overhead_first_steps_not_charged_to_save() -> None:
-    meter = TaxMeter()
+    meter = OverheadMeter()
     found = save(meter, 60.0, call_s=0.25)  # compiling
     assert (found.tax_s, found.is_lower_bound) == (0.25, True)
     for seconds in (30.0,) * (WARM_UP_INTERVALS - 1) + (STEP_S,) * (BASELINE_INTERVALS - 1):
@@ -160,8 +160,8 @@ def test_overhead_several_or_no_steps_per_boundary() -> None:
 def test_overhead_cost_is_mean_of_newest_saves() -> None:
     """The mean of the newest saves, and at least what they stood still."""
     assert cost_s([]) is None
-    assert cost_s([SaveTax(ended_s=extra_s) for extra_s in (1.0, -0.5, 2.5)]) == pytest.approx(1.0)
-    assert cost_s([SaveTax(ended_s=-1.0, blocked_s=0.25)] * 2) == pytest.approx(0.25)
+    assert cost_s([SaveCost(ended_s=extra_s) for extra_s in (1.0, -0.5, 2.5)]) == pytest.approx(1.0)
+    assert cost_s([SaveCost(ended_s=-1.0, blocked_s=0.25)] * 2) == pytest.approx(0.25)
     meter = warm((STEP_S,) * 40)
     for extra_s in (100.0,) + (1.0,) * SAVES_WINDOW:
         save(meter, STEP_S + extra_s)

@@ -22,9 +22,9 @@ from kempnerforge.checkpoint.save.plan import make_plan as make_save_plan
 from kempnerforge.config.pipeline_stages import STAGES_PER_RANK, make_stages
 from kempnerforge.config.schema import (
     DistributedConfig,
-    Geometry,
     JobConfig,
     ModelConfig,
+    ParallelDims,
     TrainConfig,
     load_job,
 )
@@ -44,8 +44,8 @@ UNEVEN = ModelConfig(
 )
 
 
-def geometry(*, pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, tp: int = 1) -> Geometry:
-    return Geometry(dp_replicate, dp_shard, dp_replicate * dp_shard, tp, pp, 1, 1)
+def geometry(*, pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, tp: int = 1) -> ParallelDims:
+    return ParallelDims(dp_replicate, dp_shard, dp_replicate * dp_shard, tp, pp, 1, 1)
 
 
 def model_of(name: str) -> ModelConfig:
@@ -83,7 +83,7 @@ def test_plan_parameters_match_real_model(model: str | None) -> None:
         (None, geometry(pp=3, dp_shard=4, tp=2)),
     ],
 )
-def test_plan_local_numel_matches_torch_chunks(model: str | None, layout: Geometry) -> None:
+def test_plan_local_numel_matches_torch_chunks(model: str | None, layout: ParallelDims) -> None:
     """What ranks have is what chunks of the real model have, and it adds up."""
     config = UNEVEN if model is None else model_of(model)
     with torch.device("meta"):
@@ -195,7 +195,7 @@ def test_plan_bubble_fraction_matches_paper() -> None:
         geometry(pp=3, dp_replicate=2, dp_shard=2),
     ],
 )
-def test_plan_staged_bytes_match_save_plan(layout: Geometry) -> None:
+def test_plan_staged_bytes_match_save_plan(layout: ParallelDims) -> None:
     distributed = DistributedConfig(
         pp=layout.pp, tp=layout.tp, dp_replicate=layout.dp_replicate, dp_shard=layout.dp_shard
     )

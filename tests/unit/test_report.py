@@ -26,7 +26,7 @@ from kempnerforge.goodput.accounting import account, interruptions, saving
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.interval import daly, expected_overhead
 from kempnerforge.goodput.plot import duration, linear_axis, log_axis, number, thin, time_axis
-from kempnerforge.goodput.timeline_segments import Stretch, paint, stretches
+from kempnerforge.goodput.timeline_segments import Segment, paint, stretches
 from kempnerforge.telemetry.curves import Curve, Curves, read_curves
 from kempnerforge.telemetry.jsonl import effective_rows, read_rows
 
@@ -203,9 +203,9 @@ def test_stretches_known_run_matches() -> None:
 
 
 def test_paint_many_stretches_fit_columns() -> None:
-    found = [Stretch(1, "setup", 0, 2), Stretch(1, "training", 2, 6.4), Stretch(1, "lost", 6.4, 10)]
+    found = [Segment(1, "setup", 0, 2), Segment(1, "training", 2, 6.4), Segment(1, "lost", 6.4, 10)]
     assert paint(found, wall_s=10, columns=5) == [(0, 1, "setup"), (1, 3, "training"), (3, 5, "lost")]
-    many = [Stretch(n, "training" if n % 2 else "idle", n / 10, n / 10 + 0.1) for n in range(100_000)]
+    many = [Segment(n, "training" if n % 2 else "idle", n / 10, n / 10 + 0.1) for n in range(100_000)]
     assert len(paint(many, wall_s=10_000, columns=600)) <= 600
 
 

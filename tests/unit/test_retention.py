@@ -17,7 +17,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.retention import pins, pruner, read_locks
 from kempnerforge.checkpoint.retention.policy import KeepPolicy
 from kempnerforge.checkpoint.retention.pruner import Pruned, Retention
-from kempnerforge.checkpoint.retention.room import RoomKeeper
+from kempnerforge.checkpoint.retention.room import DiskSpaceGuard
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import RunFolderError
 
@@ -364,7 +364,7 @@ def test_pin_is_of_the_step_that_was_pinned(folder: Path) -> None:
 
 def test_disk_space_linked_bytes_are_not_freed(folder: Path, tmp_path: Path) -> None:
     config = CheckpointConfig.model_validate({"keep_last_n": 1})
-    room = RoomKeeper(folder, config)
+    room = DiskSpaceGuard(folder, config)
     alone = room._size_of(1)
     shard = next((folder / "step_00000001").glob("*.safetensors"))
     os.link(shard, tmp_path / "linked")

@@ -15,7 +15,7 @@ from support.step_maker import resign, write_step
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.retention import disk_space
 from kempnerforge.checkpoint.run import lease, lineage, metadata
-from kempnerforge.checkpoint.run.lineage import Cut, late_arrivals
+from kempnerforge.checkpoint.run.lineage import ResumePoint, late_arrivals
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.tools import fork as forking
@@ -52,16 +52,20 @@ def tensor_bytes(step_folder: Path) -> bytes:
 
 # The rule
 
-CASES: dict[str, tuple[dict[int, int], list[Cut], list[int]]] = {
-    "nothing began again": ({4: 1, 8: 1}, [Cut(1, 0)], []),
-    "it was resumed from": ({4: 1, 8: 1}, [Cut(1, 0), Cut(2, 8)], []),
-    "it came after the takeover": ({4: 1, 8: 1}, [Cut(1, 0), Cut(2, 4)], [8]),
-    "the new attempt's own": ({4: 1, 8: 2}, [Cut(1, 0), Cut(2, 4)], []),
-    "two takeovers later": ({4: 1, 12: 2, 16: 1}, [Cut(2, 4), Cut(3, 12)], [16]),
-    "a fresh start left all behind": ({4: 1}, [Cut(1, 0), Cut(2, 0)], [4]),
-    "attempts that never got to a step": ({4: 1, 8: 5}, [Cut(1, 0), Cut(5, 4)], []),
-    "rolled back": ({4: 1, 8: 1, 12: 2}, [Cut(2, 8), Cut(3, 4, is_rollback=True)], [8, 12]),
-    "after a rollback": ({4: 1, 8: 4}, [Cut(2, 8), Cut(3, 4, is_rollback=True), Cut(4, 4)], []),
+CASES: dict[str, tuple[dict[int, int], list[ResumePoint], list[int]]] = {
+    "nothing began again": ({4: 1, 8: 1}, [ResumePoint(1, 0)], []),
+    "it was resumed from": ({4: 1, 8: 1}, [ResumePoint(1, 0), ResumePoint(2, 8)], []),
+    "it came after the takeover": ({4: 1, 8: 1}, [ResumePoint(1, 0), ResumePoint(2, 4)], [8]),
+    "the new attempt's own": ({4: 1, 8: 2}, [ResumePoint(1, 0), ResumePoint(2, 4)], []),
+    "two takeovers later": ({4: 1, 12: 2, 16: 1}, [ResumePoint(2, 4), ResumePoint(3, 12)], [16]),
+    "a fresh start left all behind": ({4: 1}, [ResumePoint(1, 0), ResumePoint(2, 0)], [4]),
+    "attempts that never got to a step": ({4: 1, 8: 5}, [ResumePoint(1, 0), ResumePoint(5, 4)], []),
+    "rolled back": ({4: 1, 8: 1, 12: 2}, [ResumePoint(2, 8), ResumePoint(3, 4, is_rollback=True)], [8, 12]),
+    "after a rollback": (
+        {4: 1, 8: 4},
+        [ResumePoint(2, 8), ResumePoint(3, 4, is_rollback=True), ResumePoint(4, 4)],
+        [],
+    ),
     "no receipts": ({4: 1, 8: 2}, [], []),
 }
 
@@ -73,7 +77,7 @@ def test_timeline_step_counts_unless_later_began_below(case: str) -> None:
 
 
 def test_timeline_rollback_named_before_resume() -> None:
-    assert late_arrivals({8: 1}, [Cut(2, 4, is_rollback=True), Cut(3, 4)])[8].is_rollback
+    assert late_arrivals({8: 1}, [ResumePoint(2, 4, is_rollback=True), ResumePoint(3, 4)])[8].is_rollback
 
 
 def test_timeline_trusted_steps_not_read(run: Path) -> None:
@@ -264,8 +268,8 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-Fault = Callable[[Path, Path], object]
-BAD_FORKS: dict[str, tuple[Fault, type[KempnerForgeError], str]] = {
+ConfigIssue = Callable[[Path, Path], object]
+BAD_FORKS: dict[str, tuple[ConfigIssue, type[KempnerForgeError], str]] = {
     "no such step": (lambda step, _: shutil.rmtree(step), StepNotFoundError, "is no committed checkpoint"),
     "not committed": (lambda step, _: (step / paths.MANIFEST).unlink(), StepNotFoundError, "manifest"),
     "a damaged shard": (

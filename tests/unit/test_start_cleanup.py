@@ -17,7 +17,7 @@ from kempnerforge.checkpoint.retention import pins
 from kempnerforge.checkpoint.retention.policy import KeepPolicy
 from kempnerforge.checkpoint.retention.pruner import Retention
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
-from kempnerforge.checkpoint.run.lineage import Cut
+from kempnerforge.checkpoint.run.lineage import ResumePoint
 from kempnerforge.checkpoint.run.resume_report import Receipt, Rejected
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import NoSoundCheckpointError, UnreachableCheckpointError
@@ -163,7 +163,7 @@ def test_retention_counts_no_step_that_is_passed_over(folder: Path) -> None:
     config = CheckpointConfig.model_validate({"keep_last_n": 1})
     cleanup, retention = StartCleanup(folder, attempt=2), Retention(folder, KeepPolicy.from_config(config))
     with immutable(folder / paths.step_name(8)):
-        cleanup.set_aside_late([Cut(2, 4)], run_id="r")
+        cleanup.set_aside_late([ResumePoint(2, 4)], run_id="r")
         assert list(cleanup.passed_over) == [8]
         found = candidates.choose(folder, [], cleanup=cleanup)
         assert found is not None
@@ -185,7 +185,7 @@ def test_choose_step_of_unknown_timeline_stops(folder: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", stale)
-        cleanup.set_aside_late([Cut(1, 0)], run_id="r")
+        cleanup.set_aside_late([ResumePoint(1, 0)], run_id="r")
     with pytest.raises(UnreachableCheckpointError, match="Stale file handle"):
         candidates.choose(folder, [], cleanup=cleanup)
 

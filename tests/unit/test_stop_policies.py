@@ -26,7 +26,7 @@ from kempnerforge.train.hangs.progress import Place, Progress, limit_s
 from kempnerforge.train.termination import deadline as deadline_module
 from kempnerforge.train.termination import stop_request as stop_file_module
 from kempnerforge.train.termination.deadline import Deadline, latest_start, p99
-from kempnerforge.train.termination.signals import STOP_SIGNALS, Patience, StopSignals
+from kempnerforge.train.termination.signals import STOP_SIGNALS, ShutdownTimer, StopSignals
 from kempnerforge.train.termination.stop_request import StopFile
 
 TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
@@ -52,13 +52,13 @@ TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGU
 def test_patience_second_signal_ends_wait(
     arrivals: list[tuple[float, signal.Signals]], ends_after_s: float | None
 ) -> None:
-    patience = Patience(1000.0, again_after_s=5.0)
+    patience = ShutdownTimer(1000.0, again_after_s=5.0)
     ends = [at for at, number in arrivals if patience.arrived(number, at) is not None]
     assert ends == ([] if ends_after_s is None else [ends_after_s])
 
 
 def test_patience_clock_starts_at_first_ending_signal() -> None:
-    patience = Patience(25.0)
+    patience = ShutdownTimer(25.0)
     assert patience.ends_at is None
     patience.arrived(USR1, 100.0)
     patience.agreed(USR1, 101.0)
@@ -71,7 +71,7 @@ def test_patience_clock_starts_at_first_ending_signal() -> None:
 
 def test_patience_signal_of_other_rank_starts_clock() -> None:
     """And it is not the first of two."""
-    patience = Patience(25.0, again_after_s=5.0)
+    patience = ShutdownTimer(25.0, again_after_s=5.0)
     patience.agreed(TERM, 10.0)
     assert patience.ends_at == 35.0
     assert patience.arrived(TERM, 16.0) is None, "SLURM reaches the nodes one after the other"

@@ -35,7 +35,7 @@ class ShardItem:
 
 
 @dataclass(frozen=True)
-class ShardImage:
+class ShardLayout:
     """Where everything goes in one shard file."""
 
     header: bytes
@@ -47,7 +47,7 @@ class ShardImage:
     size_bytes: int
 
 
-def plan_image(items: Sequence[ShardItem]) -> ShardImage:
+def plan_image(items: Sequence[ShardItem]) -> ShardLayout:
     """Lay out ``items``, whose names must differ, as one file."""
     order = sorted(range(len(items)), key=lambda place: (-ITEM_BYTES[items[place].dtype], items[place].name))
     header: dict[str, object] = {}
@@ -63,7 +63,7 @@ def plan_image(items: Sequence[ShardItem]) -> ShardImage:
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-(8 + len(raw)) % DATA_ALIGNMENT)
     prefix = len(raw).to_bytes(8, "little") + raw
-    return ShardImage(
+    return ShardLayout(
         header=prefix,
         order=tuple(order),
         begins=tuple(len(prefix) + begin for begin in data_begins),

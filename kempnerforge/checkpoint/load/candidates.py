@@ -52,7 +52,7 @@ RETRY_DELAYS_S = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
-class Found:
+class Candidate:
     """A step whose manifest, names, sizes and small files are right."""
 
     path: Path
@@ -62,7 +62,7 @@ class Found:
 
 
 @dataclass
-class Loaded:
+class LoadResult:
     """What one rank took from a step; nothing but tensors is applied before all ranks agree."""
 
     reader: SafetensorsReader
@@ -106,7 +106,7 @@ def choose(
     *,
     owner: Owner = ANYONE,
     in_the_way: Callable[[FolderListing], list[Path]] = known_steps.set_aside,
-) -> Found | None:
+) -> Candidate | None:
     """The newest step that looks sound; damaged ones on the way are set aside into ``rejected``.
 
     Rank 0 only. Reads manifests and small files, no shards. Raises NoSoundCheckpointError when there are
@@ -118,7 +118,7 @@ def choose(
     """
     cleanup = cleanup or StartCleanup(folder)
     listing = with_retries(lambda: paths.list_folder(folder), what=str(folder))
-    passed: list[Found] = []
+    passed: list[Candidate] = []
     for step in listing.steps:
         if step in cleanup.passed_over:
             continue
@@ -167,7 +167,7 @@ def _pass_over(rejected: list[Rejected], one: Rejected) -> None:
         rejected.append(one)
 
 
-def inspect(path: Path, *, step: int | None = None, owner: Owner = ANYONE) -> Found:
+def inspect(path: Path, *, step: int | None = None, owner: Owner = ANYONE) -> Candidate:
     """Check manifest, names, sizes and the digests of all small files.
 
     With ``step`` it has to be that step of a run, to go on from. Raises DamagedCheckpointError, MismatchError
@@ -192,7 +192,7 @@ def inspect(path: Path, *, step: int | None = None, owner: Owner = ANYONE) -> Fo
         ) from None
     if step is not None:
         require_training_state(path, objects)
-    return Found(path, found.provenance.step or 0, found, config_toml)
+    return Candidate(path, found.provenance.step or 0, found, config_toml)
 
 
 def quarantine(cleanup: StartCleanup, step: int, reason: str) -> Rejected:
@@ -209,7 +209,7 @@ def _step_over(cleanup: StartCleanup, step: int, reason: str) -> Rejected:
 
 
 def load(
-    found: Found,
+    found: Candidate,
     state: TrainState,
     *,
     same_layout: bool,
@@ -218,7 +218,7 @@ def load(
     parts: Sequence[str],
     excluded: Collection[str] = (),
     context: RunContext,
-) -> Loaded:
+) -> LoadResult:
     """Read what this rank needs, after checking that it fits.
 
     ``parts`` of model, optimizer, extra, data, rng; ``excluded``: names of extras. The tensors of the model
@@ -226,7 +226,7 @@ def load(
     DamagedCheckpointError, UnreachableCheckpointError, MismatchError.
     """
 
-    def read() -> Loaded:
+    def read() -> LoadResult:
         started = time.perf_counter()
         with contextlib.closing(SafetensorsReader(found.path, known_manifest=found.manifest)) as reader:
             _ = reader.objects  # decoded here, so that an error is raised before the ranks agree
@@ -234,7 +234,7 @@ def load(
             targets = find_targets(
                 state, reader, parts=parts, excluded=excluded, rank=rank, num_ranks=num_ranks
             )
-            loaded = Loaded(reader, targets)
+            loaded = LoadResult(reader, targets)
             if "data" in parts:
                 loaded.data_changes = _data_changes(reader, state, context)
             wanted, name = dict(targets.tensors), rng_name(rank)
@@ -265,13 +265,13 @@ def _data_changes(reader: SafetensorsReader, state: TrainState, context: RunCont
     return changes
 
 
-def load_together(work: Callable[[], Loaded], control: ControlGroup) -> Loaded | str:
+def load_together(work: Callable[[], LoadResult], control: ControlGroup) -> LoadResult | str:
     """Run ``work`` on every rank and agree on the outcome.
 
     Collective: all ranks, on the control group. Returns what this rank loaded, or, on all ranks, the reason
     why the step is damaged; raises the same error on all ranks for the other outcomes.
     """
-    loaded: Loaded | None = None
+    loaded: LoadResult | None = None
     failure: tuple[str, str] | None = None
     cause: BaseException | None = None
     try:

@@ -31,7 +31,7 @@ from kempnerforge.checkpoint.format.json_values import MALFORMED
 from kempnerforge.checkpoint.format.structure import FLAT, PATHS, Path, Structure
 from kempnerforge.checkpoint.format.tensor_index import Index, shared_box
 from kempnerforge.checkpoint.load.shadows import Shadows
-from kempnerforge.checkpoint.load.tensor_reader import Part, read_parts
+from kempnerforge.checkpoint.load.tensor_reader import TensorSlice, read_parts
 from kempnerforge.checkpoint.state.pieces import Boxes, check_target, global_shape, local_pieces, plain
 from kempnerforge.checkpoint.state.tensor_leaves import Unpacker, tensor_names
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
@@ -237,12 +237,12 @@ class SafetensorsReader(StorageReader):
         buffer.seek(0)
         return buffer
 
-    def _part(self, item: ReadItem, target: torch.Tensor) -> Part:
+    def _part(self, item: ReadItem, target: torch.Tensor) -> TensorSlice:
         name, offsets = item.storage_index.fqn, tuple(item.storage_index.offset or ())
         entry = self.index[name]
         self.check_dtype(name, entry.dtype, target)
         chunk = next(chunk for chunk in entry.chunks if chunk.offsets == offsets)
-        return Part(name, entry.dtype, chunk, tuple(item.storage_offsets), target)
+        return TensorSlice(name, entry.dtype, chunk, tuple(item.storage_offsets), target)
 
     def check_dtype(self, name: str, stored: str, target: torch.Tensor) -> None:
         """Raise MismatchError when the tensor would be cast."""
@@ -275,7 +275,7 @@ def load_tensors(tensors: Mapping[str, torch.Tensor], reader: SafetensorsReader)
     tensors may hold anything. Raises what ``SafetensorsReader`` raises, MismatchError for another shape,
     KeyError for a name that is not there.
     """
-    parts: list[Part] = []
+    parts: list[TensorSlice] = []
     boxes, shadows = Boxes(), Shadows()
     for name in sorted(tensors, key=str.encode):
         tensor = tensors[name]
@@ -295,7 +295,7 @@ def load_tensors(tensors: Mapping[str, torch.Tensor], reader: SafetensorsReader)
                     for dim, (start, length) in enumerate(zip(starts, lengths, strict=True)):
                         target = target.narrow(dim, start - offsets[dim], length)
                 in_chunk = tuple(start - first for start, first in zip(starts, chunk.offsets, strict=True))
-                parts.append(Part(name, dtype, chunk, in_chunk, target))
+                parts.append(TensorSlice(name, dtype, chunk, in_chunk, target))
     read_parts(reader.path, reader.manifest.files, parts)
     shadows.copy()
 

@@ -13,7 +13,7 @@ import torch
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.load import candidates, model_compatibility, warm_start
-from kempnerforge.checkpoint.load.candidates import Found, Loaded
+from kempnerforge.checkpoint.load.candidates import Candidate, LoadResult
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
@@ -74,7 +74,7 @@ class Restorer:
                 break
             model_compatibility.refuse_other_model(found, self._context.config_toml)
             outcome = self._load(found, state, ALL_PARTS)
-            if isinstance(outcome, Loaded):
+            if isinstance(outcome, LoadResult):
                 result = self._apply(found, outcome, state, ALL_PARTS, "resume")
                 result.rejected = rejected
                 break
@@ -106,12 +106,12 @@ class Restorer:
                 break
             time.sleep(delay_s)
 
-    def _set_aside_late(self, cuts: Sequence[lineage.Cut]) -> None:
+    def _set_aside_late(self, cuts: Sequence[lineage.ResumePoint]) -> None:
         self.cleanup.set_aside_late(cuts, run_id=self._context.run_id, commits=self._commits)
 
     def _choose(
         self, rejected: list[resume_report.Rejected]
-    ) -> tuple[Found | None, list[resume_report.Rejected]]:
+    ) -> tuple[Candidate | None, list[resume_report.Rejected]]:
         found = candidates.choose(
             self._folder,
             rejected,
@@ -142,7 +142,7 @@ class Restorer:
                 "steps count. Fix this, then run the same command again"
             ) from error
 
-    def _load(self, found: Found, state: TrainState, parts: Sequence[str]) -> Loaded | str:
+    def _load(self, found: Candidate, state: TrainState, parts: Sequence[str]) -> LoadResult | str:
         return candidates.load_together(
             lambda: candidates.load(
                 found,
@@ -178,7 +178,7 @@ class Restorer:
         return self._apply(found, outcome, state, parts, "warm start")
 
     def _apply(
-        self, found: Found, loaded: Loaded, state: TrainState, parts: Sequence[str], source: str
+        self, found: Candidate, loaded: LoadResult, state: TrainState, parts: Sequence[str], source: str
     ) -> Receipt:
         self._hand_over(loaded, found)
         objects = loaded.reader.objects
@@ -245,7 +245,7 @@ class Restorer:
             self.cleanup.warn(f"which attempt committed which step is known from the steps alone: {error}")
             return []
 
-    def _hand_over(self, loaded: Loaded, found: Found) -> None:
+    def _hand_over(self, loaded: LoadResult, found: Candidate) -> None:
         """Hand what was read to the program's objects. Their error on one rank is raised on all."""
         failure: MismatchError | None = None
         try:
@@ -257,7 +257,9 @@ class Restorer:
             failure.__cause__ = error
         self._control.raise_together(failure)
 
-    def _prove_next_batch(self, found: Found, loaded: Loaded, state: TrainState, result: Receipt) -> None:
+    def _prove_next_batch(
+        self, found: Candidate, loaded: LoadResult, state: TrainState, result: Receipt
+    ) -> None:
         """Compare the batch that comes next with the one that came next when the step was saved."""
         stored, now = loaded.reader.objects["data"].get("next_digest"), state.next_digest()
         if stored is None or now is None or "train.global_batch_size" in result.config_changes:

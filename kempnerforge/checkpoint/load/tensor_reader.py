@@ -19,7 +19,7 @@ from kempnerforge.errors import DamagedCheckpointError
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorSlice:
     """A box of a tensor, out of one chunk."""
 
     name: str
@@ -58,12 +58,12 @@ class Part:
         return self.whole_rows and target.is_contiguous() and not (target.is_conj() or target.is_neg())
 
 
-def read_parts(step_folder: Path, files: Mapping[str, FileRecord], parts: Iterable[Part]) -> None:
+def read_parts(step_folder: Path, files: Mapping[str, FileRecord], parts: Iterable[TensorSlice]) -> None:
     """Fill the targets, file by file and in the order of the bytes.
 
     When it raises, the targets may hold anything. Raises DamagedCheckpointError, and OSError as it comes.
     """
-    per_file: dict[str, list[Part]] = {}
+    per_file: dict[str, list[TensorSlice]] = {}
     for part in parts:
         if part.target.numel():
             per_file.setdefault(part.chunk.file, []).append(part)
@@ -81,7 +81,7 @@ def read_parts(step_folder: Path, files: Mapping[str, FileRecord], parts: Iterab
                     _fill(file, part)
 
 
-def _check_header(file: VerifiedFile, wanted: Sequence[Part]) -> None:
+def _check_header(file: VerifiedFile, wanted: Sequence[TensorSlice]) -> None:
     """Digests cannot tell two shards that changed places in the manifest too; what they say they hold can."""
     name = file.path.name
     try:
@@ -113,7 +113,7 @@ def _memory(tensor: torch.Tensor) -> memoryview:
     return memoryview(memory).cast("B")
 
 
-def _fill(file: VerifiedFile, part: Part) -> None:
+def _fill(file: VerifiedFile, part: TensorSlice) -> None:
     """Fill a target whose memory is not what lies in the file: on another device, or of part of the rows."""
     target = part.target if part.target.ndim else part.target.unsqueeze(0)
     rows = target.shape[0]

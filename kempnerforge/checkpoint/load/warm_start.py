@@ -8,11 +8,11 @@ from pathlib import Path
 
 from kempnerforge.checkpoint.format import latest_link, paths
 from kempnerforge.checkpoint.load import candidates, load_path
-from kempnerforge.checkpoint.load.candidates import Found
+from kempnerforge.checkpoint.load.candidates import Candidate
 from kempnerforge.errors import DamagedCheckpointError, NoTrainingStateError, StepNotFoundError
 
 
-def find(path: Path) -> Found:
+def find(path: Path) -> Candidate:
     """The checkpoint at ``path``: a step's folder, a folder of steps, or a run's folder (newest step).
 
     Rank 0 only. Nothing of another run is ever renamed: damage is an error here. Raises StepNotFoundError,
@@ -34,7 +34,7 @@ def find(path: Path) -> Found:
     )
 
 
-def damaged(found: Found, reason: str) -> DamagedCheckpointError:
+def damaged(found: Candidate, reason: str) -> DamagedCheckpointError:
     """The error for a warm start whose source turned out damaged on some rank."""
     return DamagedCheckpointError(
         f"checkpoint.load_path: {reason}. It was left as it is; choose another step of that run."

@@ -26,7 +26,7 @@ from kempnerforge.checkpoint.format.latest_link import LatestLink
 from kempnerforge.checkpoint.retention.disk_space import Room
 from kempnerforge.checkpoint.retention.policy import KeepPolicy
 from kempnerforge.checkpoint.retention.pruner import Retention
-from kempnerforge.checkpoint.retention.room import RoomKeeper
+from kempnerforge.checkpoint.retention.room import DiskSpaceGuard
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import lineage
 from kempnerforge.checkpoint.run.owner import Owner
@@ -54,7 +54,7 @@ class Housekeeping:
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, run_dir: Path) -> None:
-        self.room = RoomKeeper(folder, config)
+        self.room = DiskSpaceGuard(folder, config)
         self._retention = Retention(folder, KeepPolicy.from_config(config))
         self._cleanup = StartCleanup(folder)
         self._latest = LatestLink(folder)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the command line pays for pydantic only where it reads a co
 
 
 @dataclass(frozen=True)
-class StepFacts:
+class StepInfo:
     """What a decision looks at, of one committed step."""
 
     step: int
@@ -34,7 +34,7 @@ class StepFacts:
 
 
 @dataclass(frozen=True)
-class Reason:
+class KeepReason:
     """Why a step is kept."""
 
     rule: str
@@ -48,7 +48,7 @@ class Verdict:
     """What becomes of a step: it goes when there is no reason to keep it."""
 
     step: int
-    reasons: tuple[Reason, ...]
+    reasons: tuple[KeepReason, ...]
 
     @property
     def keep(self) -> bool:
@@ -68,7 +68,7 @@ class Rule(Protocol):
         """What it keeps, in words."""
         ...
 
-    def keeps(self, sound: Sequence[StepFacts]) -> dict[int, str]:
+    def keeps(self, sound: Sequence[StepInfo]) -> dict[int, str]:
         """Step -> why it is kept. ``sound`` has all sound steps, newest first."""
         ...
 
@@ -84,7 +84,7 @@ class LastN:
         """Such as ``the last 3``."""
         return f"the last {self.count}"
 
-    def keeps(self, sound: Sequence[StepFacts]) -> dict[int, str]:
+    def keeps(self, sound: Sequence[StepInfo]) -> dict[int, str]:
         """The first ``count``."""
         return {facts.step: f"among the last {self.count}" for facts in sound[: self.count]}
 
@@ -103,7 +103,7 @@ class EveryNSteps:
         """Such as ``one of every 1000 steps``."""
         return f"one of every {self.interval} steps"
 
-    def keeps(self, sound: Sequence[StepFacts]) -> dict[int, str]:
+    def keeps(self, sound: Sequence[StepInfo]) -> dict[int, str]:
         """The lowest step of each window from a multiple to the next; before the first, step 0 alone."""
         lowest = {facts.step // self.interval: facts.step for facts in sound}  # older ones come later and win
         return {
@@ -124,7 +124,7 @@ class Milestones:
         """Such as ``milestones 10, 100``."""
         return f"milestones {', '.join(map(str, sorted(self.steps)))}"
 
-    def keeps(self, sound: Sequence[StepFacts]) -> dict[int, str]:
+    def keeps(self, sound: Sequence[StepInfo]) -> dict[int, str]:
         """The lowest step from each milestone to the next."""
         kept = {}
         marks = sorted(self.steps)
@@ -149,7 +149,7 @@ class BestN:
         """Such as ``the best 2 by eval/loss (min)``."""
         return f"the best {self.count} by {self.metric} ({self.mode})"
 
-    def keeps(self, sound: Sequence[StepFacts]) -> dict[int, str]:
+    def keeps(self, sound: Sequence[StepInfo]) -> dict[int, str]:
         """The best ones, with their values."""
         sign = 1 if self.mode == "min" else -1
         having = [facts for facts in sound if self.metric in facts.metrics]
@@ -179,7 +179,7 @@ class KeepPolicy:
         return cls(tuple(rules))
 
 
-def decide(steps: Iterable[StepFacts], policy: KeepPolicy) -> list[Verdict]:
+def decide(steps: Iterable[StepInfo], policy: KeepPolicy) -> list[Verdict]:
     """What becomes of each step, newest first. Pure.
 
     The newest sound step is kept whatever the policy; so are steps that are pinned, being read, not sound, or
@@ -187,19 +187,19 @@ def decide(steps: Iterable[StepFacts], policy: KeepPolicy) -> list[Verdict]:
     """
     ordered = sorted(steps, key=lambda facts: facts.step, reverse=True)
     sound = [facts for facts in ordered if not facts.problem and not facts.foreign]
-    found: dict[int, list[Reason]] = {facts.step: [] for facts in ordered}
+    found: dict[int, list[KeepReason]] = {facts.step: [] for facts in ordered}
     if sound:
-        found[sound[0].step].append(Reason("newest", "the newest sound step"))
+        found[sound[0].step].append(KeepReason("newest", "the newest sound step"))
     for rule in policy.rules:
         for step, text in rule.keeps(sound).items():
-            found[step].append(Reason(rule.name, text))
+            found[step].append(KeepReason(rule.name, text))
     for facts in ordered:
         if facts.pin:
-            found[facts.step].append(Reason("pinned", facts.pin))
-        found[facts.step] += [Reason("read", f"being read: {reader}") for reader in facts.readers]
+            found[facts.step].append(KeepReason("pinned", facts.pin))
+        found[facts.step] += [KeepReason("read", f"being read: {reader}") for reader in facts.readers]
         if facts.foreign:
             text = f"of another run, {facts.foreign}: left as it is"
-            found[facts.step].append(Reason("foreign", text))
+            found[facts.step].append(KeepReason("foreign", text))
         if facts.problem:
-            found[facts.step].append(Reason("problem", f"left as it is: {facts.problem}"))
+            found[facts.step].append(KeepReason("problem", f"left as it is: {facts.problem}"))
     return [Verdict(step, tuple(reasons)) for step, reasons in found.items()]

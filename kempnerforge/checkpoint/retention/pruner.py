@@ -11,7 +11,7 @@ from kempnerforge import fsio
 from kempnerforge.checkpoint.format import late_metrics, paths
 from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.retention import pins, read_locks
-from kempnerforge.checkpoint.retention.policy import KeepPolicy, StepFacts, Verdict, decide
+from kempnerforge.checkpoint.retention.policy import KeepPolicy, StepInfo, Verdict, decide
 from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.resumable_steps import load_resumable
 from kempnerforge.errors import CheckpointError
@@ -41,13 +41,13 @@ class Retention:
         """Whose folder it is. Steps of other runs count for nothing and are never deleted."""
         self.passed_over: Collection[int] = ()
         """Steps that this attempt neither loads nor counts: another one is the newest sound step."""
-        self._sound: dict[int, tuple[tuple[int, ...], StepFacts]] = {}
+        self._sound: dict[int, tuple[tuple[int, ...], StepInfo]] = {}
         self._unfinished: list[Path] = []
         self._to_give_back: dict[Path, Path] = {}
 
     def survey(
         self, steps: Sequence[int] | None = None, *, seen: Callable[[int, Manifest], object] = lambda *_: None
-    ) -> list[StepFacts]:
+    ) -> list[StepInfo]:
         """What is on disk now. Steps that vanish meanwhile are left out. Raises OSError.
 
         ``steps``, newest first, are those of a listing that was just made. ``seen`` is told the manifest of
@@ -55,17 +55,17 @@ class Retention:
         """
         pinned, read = pins.read(self.folder), read_locks.readers(self.folder)
         late = late_metrics.read(self.folder)
-        found: list[StepFacts] = []
+        found: list[StepInfo] = []
         any_sound = False
         for step in paths.list_folder(self.folder).steps if steps is None else steps:
             if step in self.passed_over:
-                found.append(StepFacts(step, problem="passed over by the run, which could not rename it"))
+                found.append(StepInfo(step, problem="passed over by the run, which could not rename it"))
                 continue
             try:
                 facts = self._look(step, seen, anew=not any_sound)
                 any_sound |= not facts.foreign
             except (CheckpointError, OSError) as error:
-                facts = StepFacts(step, problem=str(error))
+                facts = StepInfo(step, problem=str(error))
             if facts.problem and not (self.folder / paths.step_name(step)).exists():
                 continue
             if facts.origin is not None and (more := late.get((step, *facts.origin))):
@@ -114,7 +114,7 @@ class Retention:
         """Whether the step that the decision rests on is still there: a rollback may set it aside."""
         return (self.folder / paths.step_name(step) / paths.MANIFEST).is_file()
 
-    def _look(self, step: int, seen: Callable[[int, Manifest], object], *, anew: bool) -> StepFacts:
+    def _look(self, step: int, seen: Callable[[int, Manifest], object], *, anew: bool) -> StepInfo:
         """What the manifest of a sound step says. Raises DamagedCheckpointError, MismatchError, OSError."""
         path = self.folder / paths.step_name(step)
         known = self._sound.get(step)
@@ -124,7 +124,7 @@ class Retention:
         seen(step, found)
         known_origin = (found.provenance.run_id, found.provenance.attempt)
         foreign = "" if self.owner.owns(found.provenance) else found.provenance.run_id
-        facts = StepFacts(step, found.provenance.metrics, foreign=foreign, origin=known_origin)
+        facts = StepInfo(step, found.provenance.metrics, foreign=foreign, origin=known_origin)
         self._sound[step] = (_identity(path), facts)
         return facts
 

@@ -32,7 +32,7 @@ from typing import Any
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.errors import StepNotFoundError
-from kempnerforge.process_identity import Holder
+from kempnerforge.process_identity import ProcessIdentity
 
 FOLDER = "holds"
 LIFETIME_S = 600.0
@@ -42,7 +42,7 @@ _NAME = re.compile(r"(step_\d+)\.[0-9a-f]+\.json")
 
 
 @dataclass(frozen=True)
-class Hold:
+class ReadLock:
     """One file in ``holds/``."""
 
     path: Path
@@ -79,10 +79,10 @@ def hold(step_folder: Path, *, what: str) -> Iterator[bool]:
                 path.parent.rmdir()
 
 
-def read(folder: Path, *, now: float | None = None) -> list[Hold]:
+def read(folder: Path, *, now: float | None = None) -> list[ReadLock]:
     """The holds in the checkpoint folder ``folder``, stale ones included."""
     now = time.time() if now is None else now
-    observer = Holder.of_this_process(0)
+    observer = ProcessIdentity.of_this_process(0)
     found = []
     try:
         entries = sorted((folder / FOLDER).iterdir())
@@ -97,7 +97,7 @@ def read(folder: Path, *, now: float | None = None) -> list[Hold]:
             age_s = now - path.lstat().st_mtime
             reader, holder = _decode(fsio.read_mark(path))
             ended = holder is not None and holder.has_ended(observer)
-            found.append(Hold(path, step, reader, stale=ended or age_s > LIFETIME_S))
+            found.append(ReadLock(path, step, reader, stale=ended or age_s > LIFETIME_S))
     return found
 
 
@@ -119,7 +119,7 @@ def remove_stale(folder: Path, *, now: float | None = None) -> None:
 
 
 def _create(step_folder: Path, what: str) -> Path | None:
-    reader = Holder.of_this_process(0)
+    reader = ProcessIdentity.of_this_process(0)
     path = step_folder.parent / FOLDER / f"{step_folder.name}.{reader.token}.json"
     data = (json.dumps({"what": what, "reader": asdict(reader)}) + "\n").encode()
     while True:
@@ -144,11 +144,11 @@ def _renew(path: Path, ended: threading.Event) -> None:
             os.utime(path)
 
 
-def _decode(data: bytes) -> tuple[str, Holder | None]:
+def _decode(data: bytes) -> tuple[str, ProcessIdentity | None]:
     """What reads, and the process; an unreadable hold is one that is being written."""
     try:
         body: dict[str, Any] = json.loads(data)
-        holder = Holder(**body["reader"])
+        holder = ProcessIdentity(**body["reader"])
         return f"{body['what']} (pid {holder.pid} on {holder.host})", holder
     except (ValueError, TypeError, KeyError, RecursionError):
         return "a reader", None

@@ -20,7 +20,7 @@ _SMALL_FILES = 4
 _SMALL_BYTES = 1 << 18
 
 
-class RoomKeeper:
+class DiskSpaceGuard:
     """Knows what a save needs, and deletes early what would go after it anyway."""
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:

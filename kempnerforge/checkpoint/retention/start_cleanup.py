@@ -19,7 +19,7 @@ from kempnerforge import fsio
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.retention import pins
 from kempnerforge.checkpoint.run import lineage
-from kempnerforge.checkpoint.run.lineage import Cut
+from kempnerforge.checkpoint.run.lineage import ResumePoint
 from kempnerforge.checkpoint.run.owner import ANYONE, OWNER_FILE, Owner
 from kempnerforge.errors import CheckpointError
 
@@ -151,7 +151,7 @@ class StartCleanup:
 
     def set_aside_late(
         self,
-        cuts: Sequence[Cut],
+        cuts: Sequence[ResumePoint],
         *,
         run_id: str,
         trusted: Collection[int] | None = None,

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from kempnerforge import fsio, process_identity
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, RunFolderError
-from kempnerforge.process_identity import Holder
+from kempnerforge.process_identity import ProcessIdentity
 
 RENEW_EVERY_S = 3.0
 STALE_AFTER_S = 30.0
@@ -53,7 +53,9 @@ class _Seen(NamedTuple):
 class Lease:
     """A lease that is held. A thread renews it until ``release``; a process that dies leaves it behind."""
 
-    def __init__(self, path: Path, fd: int, owner: Holder, *, renew_every_s: float, took_over: str) -> None:
+    def __init__(
+        self, path: Path, fd: int, owner: ProcessIdentity, *, renew_every_s: float, took_over: str
+    ) -> None:
         self.path = path
         self.owner = owner
         self.took_over = took_over
@@ -163,7 +165,7 @@ def acquire(
     Raises LeaseHeldError when the counter moves within ``stale_after_s``, RunFolderError when the folder
     cannot be written.
     """
-    me = replace(Holder.of_this_process(0), rank_pids=rank_pids)
+    me = replace(ProcessIdentity.of_this_process(0), rank_pids=rank_pids)
     watch = _Watch()
     while True:
         try:
@@ -216,10 +218,10 @@ class _Watch:
 def live_holder(run_dir: Path) -> str:
     """Who may hold the lease, as far as one look can tell; empty when it is free. Changes nothing."""
     newest = _read_newest(run_dir)
-    return _name(newest) if newest and _why_free(newest, Holder.of_this_process(0)) is None else ""
+    return _name(newest) if newest and _why_free(newest, ProcessIdentity.of_this_process(0)) is None else ""
 
 
-def _why_free(newest: _Seen | None, me: Holder) -> str | None:
+def _why_free(newest: _Seen | None, me: ProcessIdentity) -> str | None:
     """Why the lease may be taken at once; empty when nobody has it, None when it may not be taken at once."""
     found = process_identity.decode(newest.data) if newest else None
     if newest is None or (found and found[1]):
@@ -233,7 +235,9 @@ def _why_free(newest: _Seen | None, me: Holder) -> str | None:
     return None
 
 
-def _claim(run_dir: Path, owner: Holder, note: Callable[[str], None]) -> tuple[Path, int, Holder] | None:
+def _claim(
+    run_dir: Path, owner: ProcessIdentity, note: Callable[[str], None]
+) -> tuple[Path, int, ProcessIdentity] | None:
     """Create the lease file of ``owner.attempt``; None when another process was faster."""
     path = run_dir / f"lease.{owner.attempt}.json"
     try:
@@ -301,7 +305,7 @@ def _name(newest: _Seen) -> str:
     return found[0].describe() if found else f"attempt {newest.attempt} (its lease cannot be read)"
 
 
-def _held(run_dir: Path, newest: _Seen, me: Holder, rename_hint: str) -> LeaseHeldError:
+def _held(run_dir: Path, newest: _Seen, me: ProcessIdentity, rename_hint: str) -> LeaseHeldError:
     found = process_identity.decode(newest.data)
     stop = f" ({found[0].stop_command(me)})" if found else ""
     return LeaseHeldError(

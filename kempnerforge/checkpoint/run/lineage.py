@@ -29,7 +29,7 @@ from kempnerforge.goodput.history import last_step_done, read_history
 
 
 @dataclass(frozen=True)
-class Cut:
+class ResumePoint:
     """Where ``attempt`` began: what older attempts did above ``step`` does not count any more."""
 
     attempt: int
@@ -41,14 +41,14 @@ class Cut:
         return attempt < self.attempt and step > self.step
 
 
-def cuts(run_dir: Path) -> list[Cut]:
+def cuts(run_dir: Path) -> list[ResumePoint]:
     """Where each attempt of the run began, as far as it got that far. Raises OSError and RunFolderError."""
     record = metadata.read(run_dir)
     rollbacks = record.rollbacks if record is not None else ()
     restored = record.restored if record is not None else ()
     return [
-        *(Cut(row["attempt"], _began(row, restored)) for row in read_receipts(run_dir)),
-        *(Cut(rollback.attempt, rollback.step, is_rollback=True) for rollback in rollbacks),
+        *(ResumePoint(row["attempt"], _began(row, restored)) for row in read_receipts(run_dir)),
+        *(ResumePoint(rollback.attempt, rollback.step, is_rollback=True) for rollback in rollbacks),
     ]
 
 
@@ -90,7 +90,7 @@ def last_done_step(run_dir: Path) -> int:
     return last_logged_step(run_dir)
 
 
-def late_arrivals(committed: dict[int, int], found: Sequence[Cut]) -> dict[int, Cut]:
+def late_arrivals(committed: dict[int, int], found: Sequence[ResumePoint]) -> dict[int, ResumePoint]:
     """Of committed steps, given with the attempt that made each: those left behind, with what left them.
 
     Pure. A rollback is named before a resume.
@@ -107,7 +107,7 @@ def ancestors(
     newest: int,
     committed: Mapping[int, int],
     parents: Mapping[int, int | None],
-    found: Sequence[Cut],
+    found: Sequence[ResumePoint],
     commits: Iterable[tuple[int, int]],
 ) -> set[int]:
     """The steps that ``newest`` comes from. Pure.
@@ -143,7 +143,7 @@ def ancestors(
 
 def set_aside_late(
     folder: Path,
-    found: Sequence[Cut],
+    found: Sequence[ResumePoint],
     *,
     run_id: str,
     parent: tuple[str, int | None] = ("", None),

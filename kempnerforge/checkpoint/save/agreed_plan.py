@@ -14,8 +14,8 @@ from kempnerforge.checkpoint.format import structure
 from kempnerforge.checkpoint.format.structure import FLAT, Structure
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.save import host_memory
-from kempnerforge.checkpoint.save.commit import Expected, PlannedFile
-from kempnerforge.checkpoint.save.host_buffers import ArenaSet, needed_bytes
+from kempnerforge.checkpoint.save.commit import ExpectedFiles, PlannedFile
+from kempnerforge.checkpoint.save.host_buffers import HostBuffers, needed_bytes
 from kempnerforge.checkpoint.save.plan import (
     SavePlan,
     Signature,
@@ -45,7 +45,7 @@ _SHOWN = 5
 """Names in an error."""
 
 
-class AgreedPlan:
+class SavePlanCache:
     """The plan of one state dict. A repeated save compares signatures and takes one small reduction.
 
     ``max_host_memory_gb``: a bound on the buffers of each machine; None for what there is.
@@ -56,8 +56,8 @@ class AgreedPlan:
         self.device: torch.device | None = None
         """The CUDA device that this rank's tensors are on; None if they are in host memory."""
         self._made_for: torch.device | None = None
-        self.arenas: ArenaSet | None = None
-        self.expected: Expected | None = None
+        self.arenas: HostBuffers | None = None
+        self.expected: ExpectedFiles | None = None
         """What all ranks write; on the first rank only, which commits."""
         self.largest_bytes = 0
         """Host buffers of the rank that writes most: no rank gives a save up sooner than that one may."""
@@ -137,7 +137,7 @@ class AgreedPlan:
         if fault is not None:
             raise HostMemoryError(fault)
         try:
-            self.arenas = ArenaSet(files, self.device)
+            self.arenas = HostBuffers(files, self.device)
         except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
             error = _no_buffers(found)
         unpinned = self.arenas.pin_error if self.arenas is not None else ""

@@ -50,7 +50,7 @@ class FileReport:
 
 
 @dataclass(frozen=True)
-class Contents:
+class CheckpointPayload:
     """What goes into a checkpoint beside its tensors."""
 
     provenance: manifest.Provenance = field(default_factory=manifest.Provenance)
@@ -59,7 +59,7 @@ class Contents:
     config_toml: str = ""
 
 
-class Expected:
+class ExpectedFiles:
     """What all ranks together have to write: made once a plan, used at every commit."""
 
     def __init__(self, files: tuple[PlannedFile, ...]) -> None:
@@ -127,9 +127,9 @@ def commit(
     temporary: Path,
     final: Path,
     *,
-    expected: Expected,
+    expected: ExpectedFiles,
     reports: Mapping[str, FileReport],
-    contents: Contents,
+    contents: CheckpointPayload,
     before_publish: Callable[[], None] = lambda: None,
 ) -> int:
     """Check the writes, add the JSON files, the index and last the manifest, and publish.

@@ -21,8 +21,8 @@ from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
 from kempnerforge.checkpoint.format.safetensors_file import plan_image, split_by_name
 from kempnerforge.checkpoint.format.structure import PATHS, Structure
 from kempnerforge.checkpoint.save.commit import (
-    Contents,
-    Expected,
+    CheckpointPayload,
+    ExpectedFiles,
     FileReport,
     PlannedFile,
     PlannedItem,
@@ -64,8 +64,10 @@ class SafetensorsWriter(StorageWriter):
     plans does not pass them on.
     """
 
-    def __init__(self, checkpoint_id: str | os.PathLike[str], *, contents: Contents | None = None) -> None:
-        self._contents = contents or Contents()
+    def __init__(
+        self, checkpoint_id: str | os.PathLike[str], *, contents: CheckpointPayload | None = None
+    ) -> None:
+        self._contents = contents or CheckpointPayload()
         self.reset(checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -172,7 +174,7 @@ class SafetensorsWriter(StorageWriter):
         commit(
             self.temporary,
             self.final,
-            expected=Expected(tuple(files)),
+            expected=ExpectedFiles(tuple(files)),
             reports=reports,
             contents=dataclasses.replace(
                 self._contents, objects={**self._contents.objects, **objects, **nested}

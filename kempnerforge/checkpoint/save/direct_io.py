@@ -18,7 +18,7 @@ import xxhash
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, FileRecord
-from kempnerforge.checkpoint.save.lanes import Lanes
+from kempnerforge.checkpoint.save.lanes import WriterThreads
 
 ALIGNMENT = 4096
 """Arenas are padded to a multiple of it, which direct writes need."""
@@ -37,7 +37,7 @@ def write_image(
     image: memoryview,
     path: Path,
     size_bytes: int,
-    lanes: Lanes,
+    lanes: WriterThreads,
     *,
     beat: Callable[[], None] = lambda: None,
     until: Callable[[int], None] = lambda end: None,

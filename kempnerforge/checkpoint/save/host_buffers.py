@@ -16,7 +16,7 @@ import xxhash
 
 from kempnerforge.checkpoint import cuda
 from kempnerforge.checkpoint.format.dtypes import DTYPES
-from kempnerforge.checkpoint.format.safetensors_file import ShardImage, plan_image
+from kempnerforge.checkpoint.format.safetensors_file import ShardLayout, plan_image
 from kempnerforge.checkpoint.save.commit import PlannedFile
 from kempnerforge.checkpoint.save.direct_io import padded
 from kempnerforge.checkpoint.save.shared_memory import map_new
@@ -26,7 +26,7 @@ allocations = 0
 """Arenas made by this process so far: a test asserts that it stands still."""
 
 
-class Arena:
+class HostBuffer:
     """The image of one shard file in shared memory, pinned for ``device`` if there is one.
 
     Raises OSError and MemoryError for memory that there is not. Memory that cannot be pinned stays pageable.
@@ -36,7 +36,7 @@ class Arena:
         global allocations
         allocations += 1
         self.file = file
-        self.image: ShardImage = plan_image(file.shard_items)
+        self.image: ShardLayout = plan_image(file.shard_items)
         self.fd = os.memfd_create(f"kempnerforge-{file.name}")
         closing = self._close = weakref.finalize(self, os.close, self.fd)
         os.ftruncate(self.fd, padded(self.image.size_bytes))
@@ -81,15 +81,15 @@ def _unpin_and_close(memory: torch.Tensor, device: torch.device, fd: int) -> Non
     os.close(fd)
 
 
-class ArenaSet:
+class HostBuffers:
     """All arenas of one rank, and where each tensor goes."""
 
     def __init__(self, files: Sequence[PlannedFile], device: torch.device | None) -> None:
-        self.arenas: list[Arena] = []
+        self.arenas: list[HostBuffer] = []
         self._targets: list[list[tuple[str, Sizes, torch.Tensor]]] = []
         try:
             for file in files:
-                self.arenas.append(Arena(file, device))
+                self.arenas.append(HostBuffer(file, device))
                 self._targets.append(self.arenas[-1].views())
         except BaseException:
             self.close()
@@ -129,5 +129,5 @@ class ArenaSet:
 
 
 def needed_bytes(files: Sequence[PlannedFile]) -> int:
-    """Return the host memory that an ``ArenaSet`` of ``files`` takes."""
+    """Return the host memory that an ``HostBuffers`` of ``files`` takes."""
     return sum(padded(plan_image(file.shard_items).size_bytes) for file in files)

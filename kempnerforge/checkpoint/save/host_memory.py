@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kempnerforge.errors import Fault
+from kempnerforge.errors import ConfigIssue
 from kempnerforge.process_identity import boot_id
 
 _SHARE = 0.9
@@ -55,7 +55,7 @@ def claim(needed_bytes: int, *, proc: Path = Path("/proc")) -> Claim:
     return Claim(needed_bytes, host, tuple(limits))
 
 
-def fault(claims: Sequence[Claim], limit_gb: float | None) -> Fault | None:
+def fault(claims: Sequence[Claim], limit_gb: float | None) -> ConfigIssue | None:
     """Return what is wrong with the claims of all ranks together; None when they fit. Pure.
 
     With ``limit_gb``, a bound for each machine, only that bound counts.
@@ -75,7 +75,7 @@ def fault(claims: Sequence[Claim], limit_gb: float | None) -> Fault | None:
         needed_gb = needed[most] / 1e9
         if needed_gb <= limit_gb:
             return None
-        return Fault(
+        return ConfigIssue(
             _KEY,
             f"the host buffers of the ranks {free[most].name} take {needed_gb:.2f} GB, more than {limit_gb}",
             f"at least {needed_gb:.2f}, or more nodes to share the state",
@@ -84,7 +84,7 @@ def fault(claims: Sequence[Claim], limit_gb: float | None) -> Fault | None:
     may_take = _SHARE * free[worst].free_bytes
     if needed[worst] <= may_take:
         return None
-    return Fault(
+    return ConfigIssue(
         _KEY,
         f"the host buffers of the ranks {free[worst].name} take {needed[worst] / 1e9:.2f} GB, and about "
         f"{may_take / 1e9:.2f} GB are free there",

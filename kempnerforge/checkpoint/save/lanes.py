@@ -9,7 +9,7 @@ _AT_ONCE = 2
 """A block is digested while it is being written."""
 
 
-class Lanes:
+class WriterThreads:
     """Threads that work when they can, and threads that work only when a core would else be idle.
 
     Ranks wait for each other in every step: what a writer takes from one of them all lose. A thread's policy

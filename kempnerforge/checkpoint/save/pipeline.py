@@ -15,11 +15,17 @@ import torch
 
 from kempnerforge.checkpoint import cuda
 from kempnerforge.checkpoint.format.checksums import FileRecord
-from kempnerforge.checkpoint.save.commit import Contents, Expected, FileReport, commit, make_temporary
-from kempnerforge.checkpoint.save.host_buffers import ArenaSet
+from kempnerforge.checkpoint.save.commit import (
+    CheckpointPayload,
+    ExpectedFiles,
+    FileReport,
+    commit,
+    make_temporary,
+)
+from kempnerforge.checkpoint.save.host_buffers import HostBuffers
 from kempnerforge.checkpoint.save.staging import Staging
 from kempnerforge.checkpoint.save.writer_client import Writer, Written, with_backoff
-from kempnerforge.distributed.store_channel import Board, collect
+from kempnerforge.distributed.store_channel import StoreChannel, collect
 from kempnerforge.errors import SaveFailedError
 
 LOOK_EVERY_S = 1.0
@@ -53,7 +59,7 @@ class SaveResult:
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """When a save gives up."""
 
     write_tries: int = 3
@@ -80,7 +86,7 @@ def automatic_timeout_s(size_bytes: int, rates: Sequence[float]) -> float:
 
 
 @dataclass(eq=False)
-class Part:
+class RankProgress:
     """Progress of a rank's part of a save. Its thread writes, any thread may read."""
 
     doing: str = "copy"
@@ -98,17 +104,17 @@ class SaveJob:
     num_ranks: int
     final: Path
     temporary: Path
-    contents: Contents
+    contents: CheckpointPayload
     staging: Staging
-    arenas: ArenaSet
-    expected: Expected | None
+    arenas: HostBuffers
+    expected: ExpectedFiles | None
     """What all ranks write; on the first rank only, which commits."""
     contributed: Mapping[str, Any]
     """Non-tensor leaves, as JSON, that the first rank lacks."""
     before_write: Callable[[], str]
     before_commit: Callable[[], None]
     after_commit: Callable[[], None]
-    patience: Patience
+    patience: RetryPolicy
     timeout_s: float
     """From ``started`` until the save is given up."""
     failed_before: FailedSave | None
@@ -116,7 +122,7 @@ class SaveJob:
     started: float
     device: torch.device | None = None
     """The CUDA device that ``staging`` copies from; None if there is none."""
-    part: Part = field(default_factory=Part)
+    part: RankProgress = field(default_factory=RankProgress)
 
 
 def result_key(number: int) -> str:
@@ -138,7 +144,7 @@ def _report_keys(number: int, num_ranks: int) -> list[str]:
     return [f"{number}/rank{rank}" for rank in range(num_ranks)]
 
 
-def start(job: SaveJob, writer: Writer, board: Board) -> threading.Thread | None:
+def start(job: SaveJob, writer: Writer, board: StoreChannel) -> threading.Thread | None:
     """Run the job on a new thread. If none can be started, report the failure and return None.
 
     The thread is not a daemon: Python joins it at exit, so that a save at the end of a script is not lost. It
@@ -155,7 +161,7 @@ def start(job: SaveJob, writer: Writer, board: Board) -> threading.Thread | None
     return thread
 
 
-def _work(job: SaveJob, writer: Writer, board: Board) -> None:
+def _work(job: SaveJob, writer: Writer, board: StoreChannel) -> None:
     try:
         cuda.use(job.device)
         skipped = _begin(job, board)
@@ -171,7 +177,7 @@ def _work(job: SaveJob, writer: Writer, board: Board) -> None:
         job.staging.settle()  # not before: a device that hangs must not keep the failure from the others
 
 
-def _begin(job: SaveJob, board: Board) -> str:
+def _begin(job: SaveJob, board: StoreChannel) -> str:
     """Make the folder of the save, on the first rank; on others wait for it. Returns why it is left out.
 
     Here and not where the ranks agree: these are file operations, and every rank would wait for them.
@@ -195,7 +201,7 @@ def _begin(job: SaveJob, board: Board) -> str:
     return skipped
 
 
-def _require_needed(job: SaveJob, board: Board) -> None:
+def _require_needed(job: SaveJob, board: StoreChannel) -> None:
     """Raise SaveFailedError when the save has taken too long or has failed elsewhere."""
     if time.perf_counter() - job.started > job.timeout_s:
         raise SaveFailedError(f"not written after {job.timeout_s:.0f} s (checkpoint.save_timeout_s)")
@@ -203,7 +209,7 @@ def _require_needed(job: SaveJob, board: Board) -> None:
         raise SaveCancelledError("stopped writing because another rank failed")
 
 
-def _report(job: SaveJob, board: Board, message: dict[str, Any]) -> None:
+def _report(job: SaveJob, board: StoreChannel, message: dict[str, Any]) -> None:
     """Post what this rank has done; the first rank then concludes the save."""
     board.post(_report_keys(job.number, job.num_ranks)[job.rank], message)
     if "error" in message:
@@ -232,7 +238,7 @@ class FailedSave:
         """Return what has to be remembered of ``job``."""
         return cls(job.number, job.num_ranks, job.final.name, job.temporary)
 
-    def settle(self, board: Board) -> None:
+    def settle(self, board: StoreChannel) -> None:
         """Wait until no rank writes any more, then remove what they wrote. First rank only, in background.
 
         Raises SaveFailedError when a rank has not ended in time.
@@ -247,7 +253,7 @@ class FailedSave:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def _write(job: SaveJob, writer: Writer, board: Board) -> dict[str, Any]:
+def _write(job: SaveJob, writer: Writer, board: StoreChannel) -> dict[str, Any]:
     files: dict[str, Any] = {}
     write_s = 0.0
     looked_at = time.monotonic()
@@ -289,7 +295,7 @@ def _staged_bytes(job: SaveJob, number: int) -> int:
     return size_bytes
 
 
-def _conclude(job: SaveJob, board: Board) -> None:
+def _conclude(job: SaveJob, board: StoreChannel) -> None:
     keys, failure = _report_keys(job.number, job.num_ranks), _failure_key(job.number)
     left_s = max(0.0, job.timeout_s - (time.perf_counter() - job.started))
     reports = collect(board, keys, timeout_s=left_s, stop_key=failure)

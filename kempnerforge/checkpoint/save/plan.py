@@ -18,7 +18,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, split_by_name
 from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry, cover_problem
-from kempnerforge.checkpoint.save.commit import Expected, PlannedFile, PlannedItem
+from kempnerforge.checkpoint.save.commit import ExpectedFiles, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.state.pieces import (
     Boxes,
     check_name,
@@ -37,9 +37,9 @@ class SavePlan:
     """By rank."""
 
     @property
-    def expected(self) -> Expected:
+    def expected(self) -> ExpectedFiles:
         """All of it, for the check at the commit."""
-        return Expected(tuple(file for of_rank in self.files for file in of_rank))
+        return ExpectedFiles(tuple(file for of_rank in self.files for file in of_rank))
 
 
 def held_chunks(tensors: Mapping[str, torch.Tensor]) -> list[PlannedItem]:

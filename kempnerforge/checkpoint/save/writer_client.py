@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kempnerforge.checkpoint.format.checksums import FileRecord
-from kempnerforge.checkpoint.save.writer_process import FOLLOW_S, PULSE_BYTES, Pulse
+from kempnerforge.checkpoint.save.writer_process import FOLLOW_S, PULSE_BYTES, SharedProgress
 from kempnerforge.errors import SaveFailedError
 
 _POLL_S = 0.2
@@ -40,7 +40,7 @@ class Writer:
         self._stall_timeout_s = stall_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
-        self._pulse: Pulse | None = None
+        self._pulse: SharedProgress | None = None
         self._prompt = True
         self._telling = threading.Lock()
 
@@ -97,7 +97,7 @@ class Writer:
     def _receive(
         self,
         connection: socket.socket,
-        pulse: Pulse,
+        pulse: SharedProgress,
         size_bytes: int,
         staged: Callable[[], int],
         check: Callable[[], None],
@@ -126,7 +126,7 @@ class Writer:
             received += data
         return received
 
-    def _start(self) -> tuple[socket.socket, Pulse]:
+    def _start(self) -> tuple[socket.socket, SharedProgress]:
         if self._process is not None and self._process.poll() is not None:
             self._kill()
         if self._connection is None or self._pulse is None:
@@ -145,7 +145,7 @@ class Writer:
                     pass_fds=[theirs.fileno(), pulse_fd],
                     stdin=subprocess.DEVNULL,
                 )
-            self._connection, self._pulse = ours, Pulse(pulse_fd)
+            self._connection, self._pulse = ours, SharedProgress(pulse_fd)
             os.close(pulse_fd)
         return self._connection, self._pulse
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.checkpoint.save.direct_io import write_image
-from kempnerforge.checkpoint.save.lanes import Lanes
+from kempnerforge.checkpoint.save.lanes import WriterThreads
 from kempnerforge.checkpoint.save.shared_memory import map_filled
 
 PULSE_BYTES = 24
@@ -34,7 +34,7 @@ FOLLOW_S = {True: 0.002, False: 0.01}
 REQUEST_BYTES = 1 << 16
 
 
-class Pulse:
+class SharedProgress:
     """Numbers in shared memory: ``beats`` moves while the writer works, the others are the trainer's.
 
     Through ctypes, whose loads and stores of aligned 64-bit numbers are never torn.
@@ -93,9 +93,9 @@ class Arenas:
         return known
 
 
-def serve(connection: socket.socket, pulse: Pulse) -> None:
+def serve(connection: socket.socket, pulse: SharedProgress) -> None:
     """Answer requests until the other side is gone."""
-    arenas, lanes = Arenas(), Lanes()
+    arenas, lanes = Arenas(), WriterThreads()
     path: Path | None = None
     with contextlib.suppress(ConnectionError):  # the trainer was killed
         while True:
@@ -125,7 +125,11 @@ def _report_loss(path: Path) -> None:
 
 
 def _answer(
-    request: dict[str, Any], image: memoryview, lanes: Lanes, pulse: Pulse, connection: socket.socket
+    request: dict[str, Any],
+    image: memoryview,
+    lanes: WriterThreads,
+    pulse: SharedProgress,
+    connection: socket.socket,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     path, size_bytes = Path(request["path"]), request["size_bytes"]
@@ -148,7 +152,7 @@ def _answer(
     }
 
 
-def _follow(pulse: Pulse, end: int, connection: socket.socket) -> None:
+def _follow(pulse: SharedProgress, end: int, connection: socket.socket) -> None:
     """Return when the arena has its first ``end`` bytes. Raises ConnectionError when the trainer is gone."""
     if select.select([connection], [], [], 0)[0]:  # a write of what nobody will commit only takes time
         raise ConnectionAbortedError("the trainer is gone")
@@ -166,7 +170,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     os.nice(5)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
-        serve(connection, Pulse(int(sys.argv[2])))
+        serve(connection, SharedProgress(int(sys.argv[2])))
 
 
 if __name__ == "__main__":

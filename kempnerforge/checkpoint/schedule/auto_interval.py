@@ -1,7 +1,7 @@
-"""How far apart the saves are that ``interval``, ``interval_minutes`` and ``"auto"`` ask for.
+"""How far apart saves are under ``interval``, ``interval_minutes`` and ``"auto"``.
 
-``spacing`` is a pure function of what has been measured; ``Pacer`` gives it that, on the first rank, and
-steadies what comes out. All ranks get the result in their one agreement a step. docs/interval.md has the why.
+``spacing`` is a pure function of measurements. ``SaveIntervalController`` calls it on the first rank and
+damps the result, which reaches all ranks with the one agreement of each step. See docs/interval.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kempnerforge.checkpoint.results import SaveReport
 from kempnerforge.checkpoint.run import lineage
-from kempnerforge.checkpoint.schedule.overhead import SAVES_WINDOW, SaveTax, StepClock, cost_s
+from kempnerforge.checkpoint.schedule.overhead import SAVES_WINDOW, SaveCost, StepTimer, cost_s
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.goodput.accounting import interruptions
 from kempnerforge.goodput.history import AttemptHistory, read_history
@@ -52,7 +52,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Spacing:
+class SaveIntervals:
     """Seconds between the last save and the next."""
 
     bound_s: float = 0.0
@@ -63,7 +63,7 @@ class Spacing:
     """What sets ``auto_s``: ``failures``, ``overhead`` or ``writing``; empty while nothing is measured."""
 
 
-def spacing(known: Measured, *, auto: bool, max_overhead_pct: float | None) -> Spacing:
+def spacing(known: Measured, *, auto: bool, max_overhead_pct: float | None) -> SaveIntervals:
     """How far apart saves are to be. Pure.
 
     A save that costs C seconds takes at most P percent of the time when saves are 100 C / P apart; "auto"
@@ -72,23 +72,23 @@ def spacing(known: Measured, *, auto: bool, max_overhead_pct: float | None) -> S
     they are known, so that it can be measured: what earlier attempts measured may be a stall that is over.
     """
     if max_overhead_pct is None:
-        return Spacing()
+        return SaveIntervals()
     if known.cost_s is None:
         wait_s = RETRY_S if known.tried else 0.0
         if known.writing or not known.has_baseline:
             wait_s = NEVER
-        return Spacing(wait_s, wait_s if auto else NEVER)
+        return SaveIntervals(wait_s, wait_s if auto else NEVER)
     if known.has_baseline and not known.tried:
-        return Spacing(0.0, 0.0 if auto else NEVER)
+        return SaveIntervals(0.0, 0.0 if auto else NEVER)
     bound_s = min(100 * known.cost_s / max_overhead_pct, LONGEST_S)
     if not auto:
-        return Spacing(bound_s)
+        return SaveIntervals(bound_s)
     shortest_s = min(SHORTEST_S, known.mtti_s / 10)
     wanted_s = min(max(daly(known.cost_s, known.mtti_s), shortest_s), LONGEST_S)
     durable_s = min(known.durable_s, LONGEST_S)
     auto_s = max(wanted_s, bound_s, durable_s)
     why = "failures" if auto_s == wanted_s else "overhead" if auto_s == bound_s else "writing"
-    return Spacing(bound_s, auto_s, why)
+    return SaveIntervals(bound_s, auto_s, why)
 
 
 def steady(held: float, wanted: float) -> float:
@@ -96,10 +96,10 @@ def steady(held: float, wanted: float) -> float:
     return wanted if wanted > held or wanted < held / DEAD_BAND else held
 
 
-class Pacer:
+class SaveIntervalController:
     """Paces the saves of one attempt, by the first rank's ``clock``: on other ranks it has nothing to say."""
 
-    def __init__(self, config: CheckpointConfig, clock: StepClock, *, rank: int, ranks: int) -> None:
+    def __init__(self, config: CheckpointConfig, clock: StepTimer, *, rank: int, ranks: int) -> None:
         self._clock = clock
         self._auto = config.interval == "auto"
         self._every = 0 if config.interval == "auto" else config.interval
@@ -108,8 +108,8 @@ class Pacer:
         hours = config.expected_mtti_hours
         self._prior_s = prior_mtti(ranks) if hours is None else 3600 * hours
         self._failures, self._exposure_s = 0, 0.0
-        self._earlier: list[SaveTax] = []
-        self._held = Spacing()
+        self._earlier: list[SaveCost] = []
+        self._held = SaveIntervals()
         self._told_s: float | None = None
         self._news = ""
         self._is_active = rank == 0 and self._max_pct is not None
@@ -137,11 +137,11 @@ class Pacer:
             if event.get("tax_s") is not None
         ]
         self._earlier = [
-            SaveTax(ended_s=event["tax_s"], blocked_s=event["blocking_s"], durable_s=event["total_s"])
+            SaveCost(ended_s=event["tax_s"], blocked_s=event["blocking_s"], durable_s=event["total_s"])
             for event in commits[-SAVES_WINDOW:]
         ]
 
-    def _update(self) -> Spacing:
+    def _update(self) -> SaveIntervals:
         """The spacing by what is known now."""
         meter = self._clock.meter
         saves = meter.known or self._earlier
@@ -156,7 +156,7 @@ class Pacer:
         )
         found = spacing(known, auto=self._auto, max_overhead_pct=self._max_pct)
         held = self._held
-        self._held = Spacing(
+        self._held = SaveIntervals(
             steady(held.bound_s, found.bound_s), steady(held.auto_s, found.auto_s), found.why
         )
         if known.cost_s is not None and (known.tried or not known.has_baseline):

@@ -32,7 +32,7 @@ SPIKE = 4.0
 
 
 @dataclass
-class SaveTax:
+class SaveCost:
     """What one save has cost the loop by now."""
 
     ended_s: float = 0.0
@@ -52,16 +52,16 @@ class SaveTax:
         return self.ended_s + self.standing_s
 
 
-class TaxMeter:
+class OverheadMeter:
     """Sums up the tax of saves, one after the other. Pure: has no clock, is told every duration."""
 
     def __init__(self) -> None:
         self._quiet: deque[float] = deque(maxlen=QUIET_WINDOW)
-        self._saves: deque[SaveTax] = deque(maxlen=SAVES_WINDOW)
+        self._saves: deque[SaveCost] = deque(maxlen=SAVES_WINDOW)
         self._intervals = 0
         self._ended_s = 0.0
         self._left_out_s = 0.0
-        self._save: SaveTax | None = None
+        self._save: SaveCost | None = None
         self.is_pending = self._beside = False
         """``is_pending``: a save's outcome is not known to all yet."""
         self.tried = False
@@ -72,7 +72,7 @@ class TaxMeter:
     def save_begins(self) -> None:
         """In the interval that goes on."""
         self._fold_standing()
-        self._save = SaveTax()
+        self._save = SaveCost()
         self.is_pending = self._beside = True
         self.tried |= self.quiet_step_s is not None
 
@@ -105,7 +105,7 @@ class TaxMeter:
         self._left_out_s = 0.0
         self._beside = self.is_pending
 
-    def save_ended(self, *, durable_s: float, at_boundary: bool) -> SaveTax:
+    def save_ended(self, *, durable_s: float, at_boundary: bool) -> SaveCost:
         """All know the outcome of the pending save. ``durable_s`` is 0 for one that failed.
 
         A save that ends inside an interval goes on to be charged with it: the returned object changes.
@@ -127,7 +127,7 @@ class TaxMeter:
         return statistics.median(self._quiet) if len(self._quiet) >= BASELINE_INTERVALS else None
 
     @property
-    def known(self) -> list[SaveTax]:
+    def known(self) -> list[SaveCost]:
         """The newest committed saves whose tax is more than a lower bound, oldest first."""
         return [save for save in self._saves if not save.is_lower_bound]
 
@@ -145,7 +145,7 @@ class TaxMeter:
             self._save.standing_s = 0.0
 
 
-def cost_s(saves: list[SaveTax]) -> float | None:
+def cost_s(saves: list[SaveCost]) -> float | None:
     """What a save costs the loop: the tax, at least the time of standing still; None without any.
 
     A mean, because a bound on the share of all time is about means. No save counts for more than ``SPIKE``
@@ -163,15 +163,15 @@ def _clipped_mean(values: list[float]) -> float:
     return statistics.fmean(min(value, most) for value in values)
 
 
-class StepClock:
-    """A ``TaxMeter`` and this process's clock; the first rank's is the one that counts."""
+class StepTimer:
+    """A ``OverheadMeter`` and this process's clock; the first rank's is the one that counts."""
 
     def __init__(self) -> None:
         self.restart(None)
 
     def restart(self, step: int | None) -> None:
         """The loop begins now, behind ``step``."""
-        self.meter = TaxMeter()
+        self.meter = OverheadMeter()
         self._step = step
         self._started = self._boundary = self._saved = self._saved_before = time.perf_counter()
         self._skipped: float | None = None

@@ -23,8 +23,8 @@ from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image
 from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES
 from kempnerforge.checkpoint.save.commit import (
-    Contents,
-    Expected,
+    CheckpointPayload,
+    ExpectedFiles,
     FileReport,
     PlannedFile,
     PlannedItem,
@@ -72,7 +72,7 @@ def import_weights(
     stored = hf_format.find_tensors(source)
     _check_fits(source, stored, tensors, redundant)
     files = _plan(tensors)
-    expected = Expected(tuple(files))
+    expected = ExpectedFiles(tuple(files))
     of_ours = {paths.MODEL_PREFIX + tensor.name: tensor for tensor in tensors}
     total, done = sum(_size_bytes(stored[tensor.hf_name]) for tensor in tensors), 0
 
@@ -85,7 +85,7 @@ def import_weights(
     with staged_dir.begin(out, what="import", purpose="a new checkpoint's folder") as building:
         staged_dir.require_room(building, expected.size_bytes, len(files) + 4, what="import")
         reports = {file.name: _write_file(building, file, of_ours, stored, advance) for file in files}
-        contents = Contents(
+        contents = CheckpointPayload(
             Provenance(step=0, reason="import"),
             {"imported_from": {"format": "hf", "path": str(source.resolve())}},
             config_toml,

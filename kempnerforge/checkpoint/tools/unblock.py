@@ -9,7 +9,7 @@ from pathlib import Path
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.run import lease, lineage, metadata
-from kempnerforge.checkpoint.run.lineage import Cut
+from kempnerforge.checkpoint.run.lineage import ResumePoint
 from kempnerforge.checkpoint.run.metadata import Restored
 from kempnerforge.errors import DamagedCheckpointError, LeaseHeldError, MismatchError, RunFolderError
 from kempnerforge.goodput.event_log import Ledger
@@ -84,7 +84,7 @@ def _restore(run_dir: Path, folder: Path, suspects: Sequence[Path], attempt: int
 
 
 def _why_not(
-    path: Path, step: int, run_id: str, cuts: Sequence[Cut], committed: Sequence[int]
+    path: Path, step: int, run_id: str, cuts: Sequence[ResumePoint], committed: Sequence[int]
 ) -> tuple[str, int]:
     """Why the step cannot come back, and the first attempt that went on from below it; 0 if none did."""
     try:

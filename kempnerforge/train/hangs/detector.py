@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kempnerforge.config.train import TrainConfig
-from kempnerforge.distributed.store_channel import Board, collect
+from kempnerforge.distributed.store_channel import StoreChannel, collect
 from kempnerforge.train.hangs.progress import Place, Progress, limit_s
 from kempnerforge.train.hangs.stack_dump import FOLDER, Stacks, file_name
 
@@ -67,7 +67,7 @@ class HangWatch:
         rank: int,
         num_ranks: int,
         attempt: int,
-        connect: Callable[[], Board],
+        connect: Callable[[], StoreChannel],
         stacks: Stacks,
         save_in_flight: Callable[[], SaveInFlight | None],
         tell: Callable[[str], None],
@@ -75,7 +75,7 @@ class HangWatch:
         self._progress, self._rules = progress, rules
         self._rank, self._num_ranks, self._attempt = rank, num_ranks, attempt
         self._connect, self._stacks = connect, stacks
-        self._board: Board | None = None
+        self._board: StoreChannel | None = None
         self._save_in_flight, self._tell = save_in_flight, tell
         self._tick_s = min(_TICK_S, rules.floor_s / 4)
         self._rearmed_at = float("-inf")
@@ -159,7 +159,7 @@ class HangWatch:
             "save_part": save.part if save else "done",
         }
 
-    def _collect(self, board: Board) -> dict[int, Mapping[str, Any]]:
+    def _collect(self, board: StoreChannel) -> dict[int, Mapping[str, Any]]:
         keys = {f"late/{rank}": rank for rank in range(self._num_ranks)}
         found = collect(board, list(keys), timeout_s=_COLLECT_S)
         return {keys[key]: post for key, post in found.items() if post is not None}

@@ -81,7 +81,7 @@ class StopSignals:
         self.save_requested = True
 
 
-class Patience:
+class ShutdownTimer:
     """For how long an orderly end is waited for. Pure: told what came and when, it says what follows.
 
     Args:

@@ -23,7 +23,7 @@ _FILE = 300
 """Of several reasons the largest is given: a file may say more than the signal beside it."""
 
 
-class Stopping:
+class StopConditions:
     """What this rank knows of a stop. The file and the deadline are rank 0's alone."""
 
     def __init__(self, signals: StopSignals, shutdown: Shutdown, stacks: Stacks) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from kempnerforge.errors import EXIT_STOPPED
 from kempnerforge.train.hangs.stack_dump import Stacks
 from kempnerforge.train.termination import signals
-from kempnerforge.train.termination.signals import Patience, StopSignals
+from kempnerforge.train.termination.signals import ShutdownTimer, StopSignals
 
 _AGREED = 128
 """Added to the number of a signal that another rank got."""
@@ -44,7 +44,7 @@ class Shutdown:
         self._arrivals = stop_signals.arrivals
         self._stacks = stacks
         self._timeout_s = timeout_s
-        self._patience = Patience(timeout_s, signals.AGAIN_AFTER_S)
+        self._patience = ShutdownTimer(timeout_s, signals.AGAIN_AFTER_S)
         self._wake_fd, self._waker_fd = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._watch, name="shutdown", daemon=True)
         self._thread.start()

@@ -29,7 +29,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import RunContext, SaveReport
 from kempnerforge.checkpoint.save import writer_client as writer_module
-from kempnerforge.checkpoint.save.pipeline import Patience
+from kempnerforge.checkpoint.save.pipeline import RetryPolicy
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
 from kempnerforge.errors import SaveFailedError
@@ -80,7 +80,7 @@ def _make(plan: Plan, state: TrainState) -> tuple[CheckpointManager, AsyncCheckp
     layout_of_run = {"num_ranks": ranks_here()}
     context = RunContext(run_id="r", attempt=plan.attempt, layout=layout_of_run, config_toml="a = 1\n")
     run_dir = Path(plan.run_dir)
-    patience = Patience(write_tries=3, first_pause_s=0.01, save_timeout_s=30.0)
+    patience = RetryPolicy(write_tries=3, first_pause_s=0.01, save_timeout_s=30.0)
     made: list[AsyncCheckpointer] = []
 
     def less_patient(mode: AsyncCheckpointMode, **_: Any) -> AsyncCheckpointer:
