@@ -242,7 +242,7 @@ class AsyncCheckpointer:
         try:
             payload = _payload(state_dict)
             same = payload.same_on_all_ranks
-            self._plan.look_at(payload)
+            self._plan.update(payload)
         except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
             error = found
         self._agree(control, error, same)
@@ -307,7 +307,7 @@ class AsyncCheckpointer:
             started=started,
         )
         self._failed = None
-        self._writer.hurry(self.blocks)
+        self._writer.set_priority(self.blocks)
         try:
             self._pending = _Pending(job.number, final.name, job)
             _unreported[job.part] = final
@@ -326,7 +326,7 @@ class AsyncCheckpointer:
         error: Exception | None = None
         try:
             payload = _payload(state_dict)
-            self._plan.look_at(payload)
+            self._plan.update(payload)
         except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
             error = found
         self._agree(control, error, payload.same_on_all_ranks)
@@ -359,7 +359,7 @@ class AsyncCheckpointer:
     def join(self) -> None:
         """Wait for this rank's part of a pending save, without raising. Not collective."""
         if self._pending is not None:
-            self._writer.hurry(True)
+            self._writer.set_priority(True)
             if self._pending.thread is not None:
                 self._pending.thread.join()
             self._pending.job.staging.settle()  # also where there was no thread: the buffers are free now
@@ -392,7 +392,7 @@ class AsyncCheckpointer:
                 group = _gloo_group(group)  # NCCL reduces nothing on the host
             control = ControlGroup(group)
             if group is not None:
-                prefix = control.on_rank0(lambda: secrets.token_hex(8), brief=True)
+                prefix = control.run_on_rank0(lambda: secrets.token_hex(8), brief=True)
                 self._board = StoreBoard(_get_default_store(), prefix)
             self._control = control
         return self._control

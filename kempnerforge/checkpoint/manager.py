@@ -33,7 +33,7 @@ from kempnerforge.checkpoint.schedule.auto_interval import SaveIntervalControlle
 from kempnerforge.checkpoint.schedule.save_policy import SavePolicy
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig
-from kempnerforge.distributed.consensus import ControlGroup, as_agreed
+from kempnerforge.distributed.consensus import ControlGroup, mark_collective
 from kempnerforge.errors import ConfigError, HostMemoryError, LeaseLostError, MismatchError
 
 REQUEST = "checkpoint.request"
@@ -136,7 +136,7 @@ class CheckpointManager:
         none is there): the same on all ranks.
         """
         self._begin_record()
-        self._control.on_rank0(self._take_folder)
+        self._control.run_on_rank0(self._take_folder)
         self._saver.settle(state.step)  # of a loop that resumes again: what it has begun to save counts
         restorer = Restorer(
             self.config,
@@ -149,7 +149,7 @@ class CheckpointManager:
         )
         result = restorer.restore(state)
         self._has_resumed = True
-        self._control.on_rank0(lambda: self._housekeeping.started(restorer.cleanup, self._steps()))
+        self._control.run_on_rank0(lambda: self._housekeeping.started(restorer.cleanup, self._steps()))
         if result.source == "resume":
             self._saver.committed_step = result.step
         if self._policy.plans_saves or self.config.save_last:
@@ -189,7 +189,7 @@ class CheckpointManager:
             self._checkpointer.prepare(lambda: self._capture(state), self._control.group)
         except HostMemoryError as error:  # before training it is the config's
             raise ConfigError([error.fault]) from None
-        return self._control.on_rank0(self._look_for_room)
+        return self._control.run_on_rank0(self._look_for_room)
 
     def _look_for_room(self) -> str:
         room, saver = self._housekeeping.room, self._checkpointer
@@ -221,10 +221,10 @@ class CheckpointManager:
         """
         self._begin_record()
         requested, since_ms, settled, lost, *pace = agreed
-        self._saver.clock.boundary(step)
+        self._saver.clock.step_end(step)
         if lost:
-            why = self._control.on_rank0(lambda: self._lease.lost if self._lease else "", brief=True)
-            raise as_agreed(LeaseLostError(why))
+            why = self._control.run_on_rank0(lambda: self._lease.lost if self._lease else "", brief=True)
+            raise mark_collective(LeaseLostError(why))
         if self._own is not None:
             meter = self._saver.clock.meter
             skipped, waited_s = self.state.skipped_steps, meter.waited_s
@@ -274,8 +274,8 @@ class CheckpointManager:
         """
         self._begin_record()
         if not self._has_resumed:
-            self._control.on_rank0(self._take_folder)
-            self._control.on_rank0(lambda: self._require_no_steps(state.step))
+            self._control.run_on_rank0(self._take_folder)
+            self._control.run_on_rank0(lambda: self._require_no_steps(state.step))
             self._has_resumed = True
         if reason == "asked" and self._control.rank == 0:
             self._request_file().take()
@@ -283,7 +283,7 @@ class CheckpointManager:
             self._own.warn(f"step {state.step} is committed already, and is not written again")
         skipped = ""
         if not wait:
-            skipped = self._control.on_rank0(lambda: self._housekeeping.no_room(state.step), brief=True)
+            skipped = self._control.run_on_rank0(lambda: self._housekeeping.no_room(state.step), brief=True)
         if skipped:
             return self._saver.skip(state.step, reason, skipped)
         return self._saver.save(self._snapshot(state, reason, wait), reason=reason, wait=wait)
@@ -425,9 +425,12 @@ class CheckpointManager:
         news, self._own.news = self._own.news, ""
         return news
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude_time(self, seconds: float) -> None:
         """Exclude seconds of other work between steps, such as validation, from the cost of saves."""
-        self._saver.clock.meter.left_out(seconds)
+        self._saver.clock.meter.exclude_time(seconds)
+
+    leave_out = exclude_time
+    """Deprecated: the former name of ``exclude_time``."""
 
     def finish(self, state: TrainState, *, give_up: Callable[[], bool] = lambda: False) -> None:
         """Wait for a pending save; with ``save_last``, commit the last step unless it is committed.

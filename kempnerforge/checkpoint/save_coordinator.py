@@ -100,7 +100,7 @@ class Saver:
         started = time.perf_counter()
         result = self._await_outcome()
         waited_s = time.perf_counter() - started
-        self.clock.meter.stood_still(waited_s)
+        self.clock.meter.add_blocking_time(waited_s)
         self._settle(result, step)
         return waited_s
 
@@ -160,7 +160,7 @@ class Saver:
     def _returns(self, pending: _Pending, started: float, counted_s: float) -> None:
         """Count the time of this call, without ``counted_s``, which an earlier save was charged with."""
         pending.blocking_s = time.perf_counter() - started
-        self.clock.meter.stood_still(pending.blocking_s - counted_s)
+        self.clock.meter.add_blocking_time(pending.blocking_s - counted_s)
 
     def skip(self, step: int, reason: str, why: str) -> SaveReport:
         """Leave a save out before it begins, and report that."""
@@ -211,7 +211,7 @@ class Saver:
         self._checkpointer.wait_for_staging()
         waited_s = time.perf_counter() - started
         self._pending.blocking_s += waited_s
-        self.clock.meter.stood_still(waited_s)
+        self.clock.meter.add_blocking_time(waited_s)
 
     def reports(self) -> list[SaveReport]:
         """Outcomes since the last call."""

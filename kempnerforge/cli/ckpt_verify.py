@@ -64,7 +64,7 @@ def diff(
 ) -> None:
     """Say what differs between two steps: config, layout, versions, train state, tensors."""
     path_a, path_b = find_step(a), find_step(b)
-    with read_locks.hold(path_a, what="diff"), read_locks.hold(path_b, what="diff"):
+    with read_locks.lock_for_reading(path_a, what="diff"), read_locks.lock_for_reading(path_b, what="diff"):
         view_a, view_b = StepView.open(path_a), StepView.open(path_b)
         tables = _tables(view_a, view_b)
         with text.progress("comparing tensors") as progress:

@@ -19,11 +19,11 @@ from kempnerforge.goodput.plot import (
     Bucket,
     band_path,
     dots_path,
+    downsample,
     line_path,
     linear_axis,
     log_axis,
     number,
-    thin,
 )
 from kempnerforge.telemetry.curves import Curves
 
@@ -58,8 +58,11 @@ def series(name: str, css: str, curves: Curves, key: str, *, dots: bool = False)
     return Series(
         name,
         css,
-        thin(curve.steps, curve.values, buckets=BUCKETS),
-        [thin(one.steps, one.values, buckets=share) for one, share in zip(repeated, shares, strict=True)],
+        downsample(curve.steps, curve.values, buckets=BUCKETS),
+        [
+            downsample(one.steps, one.values, buckets=share)
+            for one, share in zip(repeated, shares, strict=True)
+        ],
         wrong,
         dots,
     )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from kempnerforge.cli.formatting import count
 from kempnerforge.cli.report_text import attempt_words, clipped
 from kempnerforge.goodput.plot import duration, time_axis
-from kempnerforge.goodput.timeline_segments import KINDS, Segment, paint, stretches
+from kempnerforge.goodput.timeline_segments import KINDS, Segment, rasterize, stretches
 
 MAX_LINES = 40
 """With more attempts than that, all of them are drawn on one line."""
@@ -102,7 +102,7 @@ def _one_line(
     bars = [
         f'<i class="bar c-{CSS.get(kind, kind)}" style="left:{100 * first / CELLS:.2f}%;'
         f'width:{100 * (last - first) / CELLS:.2f}%" title="{NAMES[kind]}"></i>'
-        for first, last, kind in paint(found, wall_s=wall_s, columns=CELLS)
+        for first, last, kind in rasterize(found, wall_s=wall_s, columns=CELLS)
     ]
     origin = attempts[0]["started"]
     return _line(

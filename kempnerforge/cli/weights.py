@@ -89,7 +89,7 @@ def export(
     """Write the weights of a step, of any layout, as a folder that other tools load."""
     max_shard_bytes = _parse_size(max_shard_size)
     source = find_step(step_dir)
-    with read_locks.hold(source, what="export"):
+    with read_locks.lock_for_reading(source, what="export"):
         view = StepView.open(source)
         done = _export_hf(view, out, dtype, max_shard_bytes, tokenizer)
     if as_json:

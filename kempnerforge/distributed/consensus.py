@@ -50,7 +50,7 @@ class ControlGroup:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def on_rank0(self, work: Callable[[], T], *, brief: bool = False) -> T:
+    def run_on_rank0(self, work: Callable[[], T], *, brief: bool = False) -> T:
         """Run ``work`` on rank 0 and give its result, or its error, to every rank.
 
         Blocks: until rank 0 is done, however long that takes while it goes on (``heartbeat``).
@@ -66,7 +66,7 @@ class ControlGroup:
         else:
             outcome = self._share(self.group, work)
         if outcome[1] is not None:
-            raise as_agreed(outcome[1])
+            raise mark_collective(outcome[1])
         return outcome[0]
 
     def _share(self, group: dist.ProcessGroup, work: Callable[[], Any]) -> list[Any]:
@@ -88,15 +88,19 @@ class ControlGroup:
         dist.broadcast_object_list(outcome, group_src=0, group=group)
         return outcome
 
-    def raise_together(self, error: Exception | None) -> None:
+    def raise_on_any_error(self, error: Exception | None) -> None:
         """Raise on every rank when any rank has an error: its own, or else the lowest rank's."""
         told = error if error is None or isinstance(error, KempnerForgeError) else repr(error)
         for rank, found in enumerate(self.gather(told)):
             if found is None:
                 continue
             if error is not None:
-                raise as_agreed(error)
-            raise as_agreed(found) if isinstance(found, Exception) else RuntimeError(f"rank {rank}: {found}")
+                raise mark_collective(error)
+            raise (
+                mark_collective(found)
+                if isinstance(found, Exception)
+                else RuntimeError(f"rank {rank}: {found}")
+            )
 
 
 def _outcome_of(work: Callable[[], Any]) -> list[Any]:
@@ -107,7 +111,7 @@ def _outcome_of(work: Callable[[], Any]) -> list[Any]:
         return [None, error]
 
 
-def as_agreed(error: Exception) -> Exception:
+def mark_collective(error: Exception) -> Exception:
     """Mark an error that all ranks are about to raise, so that rank 0 alone tells it."""
     if isinstance(error, KempnerForgeError):
         error.agreed = True

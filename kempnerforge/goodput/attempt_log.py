@@ -49,7 +49,7 @@ class AttemptLog:
         self._has_warned = False
         self._queue = WriteBehind("ledger", failed=self._failed)
 
-    def lap(self, part: str) -> None:
+    def end_phase(self, part: str) -> None:
         """Add the time since the last call to ``part`` of the set-up."""
         now = time.perf_counter()
         self._setup_s[part] = self._setup_s.get(part, 0.0) + now - self._lap
@@ -65,7 +65,7 @@ class AttemptLog:
 
     def resumed(self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float) -> None:
         """Write that the state is loaded: the loop begins. ``skipped``: steps left out as not finite."""
-        self.lap("resume")
+        self.end_phase("resume")
         self._healthy_from = (step, skipped)
         self._loop_began = self._told = time.perf_counter()
         self.write(

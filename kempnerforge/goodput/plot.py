@@ -144,7 +144,7 @@ class Bucket:
         return (self.first + self.last) / 2
 
 
-def thin(xs: Sequence[float], ys: Sequence[float], *, buckets: int) -> list[Bucket]:
+def downsample(xs: Sequence[float], ys: Sequence[float], *, buckets: int) -> list[Bucket]:
     """At most ``buckets`` buckets of a series in order of ``xs``; one a point where that is enough.
 
     Extremes are kept, so no spike is lost. Values that are not finite are left out.

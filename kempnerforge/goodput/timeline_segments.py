@@ -41,7 +41,7 @@ def stretches(attempts: Sequence[Mapping[str, Any]]) -> list[Segment]:
     return found
 
 
-def paint(found: Sequence[Segment], *, wall_s: float, columns: int) -> list[tuple[int, int, str]]:
+def rasterize(found: Sequence[Segment], *, wall_s: float, columns: int) -> list[tuple[int, int, str]]:
     """The run on one line of ``columns`` cells: runs of (first cell, cell after the last, kind).
 
     A cell has the kind that fills most of it, so however many stretches there are, the drawing stays small.

@@ -32,9 +32,9 @@ class AttemptRecorder:
         self._log = AttemptLog(started, first_part="launch", warn=_warn)
         self._faults: FaultFile | None = None
 
-    def lap(self, part: str) -> None:
+    def end_phase(self, part: str) -> None:
         """The time since the last lap was spent on ``part`` of the set-up."""
-        self._log.lap(part)
+        self._log.end_phase(part)
 
     def open(
         self, job: JobConfig, record: RunRecord, world: DistributedContext, ranks: dict[str, int]
@@ -64,7 +64,7 @@ class AttemptRecorder:
                 raise NoProgressError(why)
             return newest is not None
 
-        has_steps = control.on_rank0(begin)
+        has_steps = control.run_on_rank0(begin)
         try:
             self._faults = FaultFile(
                 folder,

@@ -141,7 +141,9 @@ def evaluate_step(
         groups=model.groups,
         optimizer={},  # only the model is read
         device=world.device,
-        fingerprint=world.control.on_rank0(lambda: fingerprint(dataset, "train", job.train.seq_len, seed)),
+        fingerprint=world.control.run_on_rank0(
+            lambda: fingerprint(dataset, "train", job.train.seq_len, seed)
+        ),
     )
     found, data_changes = _load(step_folder, state, world)
     step = model.step(optimizer, geometry, job.train)
@@ -169,13 +171,13 @@ def _load(step_folder: Path, state: TrainState, world: DistributedContext) -> tu
     with contextlib.ExitStack() as stack:
 
         def take() -> Candidate:
-            stack.enter_context(read_locks.hold(step_folder, what="kempnerforge eval"))
+            stack.enter_context(read_locks.lock_for_reading(step_folder, what="kempnerforge eval"))
             step = paths.step_number(step_folder.name)
             return candidates.with_retries(
                 lambda: candidates.inspect(step_folder, step=step), what=str(step_folder)
             )
 
-        found = world.control.on_rank0(take)
+        found = world.control.run_on_rank0(take)
         outcome = candidates.load_together(
             lambda: candidates.load(
                 found,

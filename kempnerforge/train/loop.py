@@ -9,7 +9,7 @@ from typing import Any
 
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.config.scheduler import lr_at
-from kempnerforge.distributed.consensus import as_agreed
+from kempnerforge.distributed.consensus import mark_collective
 from kempnerforge.errors import NonFiniteError, RunFolderError
 from kempnerforge.telemetry.flops import mfu
 from kempnerforge.telemetry.spans import Spans
@@ -27,7 +27,7 @@ def train(run: Run) -> str | None:
     job, state, step, ckpt, reports = run.job, run.state, run.step, run.ckpt, run.reports
     receipt = ckpt.resume(state)
     if not run.has_weights and receipt.source != "resume":
-        raise as_agreed(
+        raise mark_collective(
             RunFolderError(f"{ckpt.folder}: the steps that were there went away during the start")
         )
     for line in receipt.lines():
@@ -97,7 +97,7 @@ def _lacks_validation(run: Run, receipt: Receipt) -> bool:
     """
     if receipt.source != "resume" or not _validation_is_due(run):
         return False
-    return run.world.control.on_rank0(lambda: run.reports.lacks_validation(receipt))
+    return run.world.control.run_on_rank0(lambda: run.reports.lacks_validation(receipt))
 
 
 def _validate(run: Run) -> str | None:
@@ -183,7 +183,7 @@ def evaluate(run: Run) -> bool:
     )
     taken_s = time.perf_counter() - started
     run.book.spent("eval", taken_s)
-    run.ckpt.leave_out(taken_s)
+    run.ckpt.exclude_time(taken_s)
     run.control.stopping.slice_ends()
     if loss is None:
         return False

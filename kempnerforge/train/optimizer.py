@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from kempnerforge.checkpoint.state.optimizer_state import make_state
+from kempnerforge.checkpoint.state.optimizer_state import init_optimizer_state
 
 if TYPE_CHECKING:
     from kempnerforge.config.schema import OptimizerConfig
@@ -52,5 +52,5 @@ def build_optimizer(
         eps=config.eps,
         fused=True if fused else None,
     )
-    make_state(optimizer)
+    init_optimizer_state(optimizer)
     return optimizer

@@ -52,9 +52,9 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
     status, reason = EXIT_FAULT, "unknown"
     try:
         world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
-        book.lap("process_groups")
+        book.end_phase("process_groups")
         run = build(job, world, stopping, book)
-        shutdown.last_words = lambda why, run=run: _end_at_once(run, why)
+        shutdown.on_exit = lambda why, run=run: _end_at_once(run, why)
         with watched(run):
             stop = train(run)
         status, reason = EXIT_FINISHED if stop is None else EXIT_STOPPED, _goodbye(run, stop)

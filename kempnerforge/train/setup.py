@@ -87,7 +87,7 @@ def build(job: JobConfig, world: DistributedContext, stopping: StopConditions, b
 
     Collective: all ranks. Raises ConfigError, DataError, RunFolderError and StopRequestedError on all ranks.
     """
-    world.control.on_rank0(lambda: _look_at_files(job, stopping.signals))
+    world.control.run_on_rank0(lambda: _look_at_files(job, stopping.signals))
     first_geometry = job.geometry(world.num_ranks) if job.train.global_batch_size is None else None
     first_size = first_geometry.global_batch_size if first_geometry else job.train.global_batch_size
     assert first_size is not None
@@ -104,7 +104,7 @@ def build(job: JobConfig, world: DistributedContext, stopping: StopConditions, b
         job = job.with_global_batch_size(record.global_batch_size)
     try:
         has_steps = book.open(job, record, world, _layout(job.geometry(world.num_ranks), world))
-        book.lap("folder")
+        book.end_phase("folder")
         stopping.open(job, record.attempt, is_first=world.rank == 0)
         stopping.end_set_up_if_asked(world.control)
         return _assemble(job, world, stopping, record, lease, book, draw=not has_steps)
@@ -139,11 +139,11 @@ def _assemble(
     reports = build_reports(job, rank=world.rank, folder=folder, record=record)
     dataset = open_data(job, world, stopping.signals, note=reports.note)
     stopping.end_set_up_if_asked(world.control)
-    book.lap("data")
+    book.end_phase("data")
     model = build_model(job, geometry, rank=world.rank, device=world.device, draw=draw)
     optimizer = build_optimizer(model.parts, job.optimizer, world.device)
     state = _build_state(job, world, geometry, model, optimizer, dataset)
-    book.lap("model")
+    book.end_phase("model")
     step = model.step(optimizer, geometry, job.train)
     ckpt = CheckpointManager(
         # Its placeholders are filled in by the start of the attempt.
@@ -207,7 +207,9 @@ def _build_state(
         device=world.device,
         seed=seed,
         # On rank 0: the digest of .npy shards is computed from their bytes.
-        fingerprint=world.control.on_rank0(lambda: fingerprint(dataset, "train", job.train.seq_len, seed)),
+        fingerprint=world.control.run_on_rank0(
+            lambda: fingerprint(dataset, "train", job.train.seq_len, seed)
+        ),
         scheduler=job.scheduler.model_dump(mode="json"),
         cursor=Cursor(0),
         batch_digest=batch_digest,
@@ -222,7 +224,7 @@ def open_data(
     Collective: all ranks. ``note`` is told, on rank 0. Raises DataError on all ranks.
     """
 
-    def on_rank0() -> Path:
+    def run_on_rank0() -> Path:
         if job.data.dataset_path is not None:
             path = Path(job.data.dataset_path).expanduser()
         else:
@@ -239,7 +241,7 @@ def open_data(
             dataset.split("val", job.train.seq_len)
         return path
 
-    path = world.control.on_rank0(lambda: signals.interruptible(on_rank0))
+    path = world.control.run_on_rank0(lambda: signals.interruptible(run_on_rank0))
     error, dataset = None, None
     try:
         dataset = open_dataset(
@@ -247,7 +249,7 @@ def open_data(
         )
     except DataError as found:
         error = found
-    world.control.raise_together(error)
+    world.control.raise_on_any_error(error)
     assert dataset is not None
     return dataset
 

@@ -25,7 +25,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 def run_small(name: str, folder: Path, *options: str, launcher: tuple[str, ...] = TORCHRUN) -> dict[str, Any]:
     """Run a benchmark at a small size, in ``folder``; what it measured."""
-    command = [sys.executable, *launcher, str(REPO / f"scripts/{name}.py"), *options, "--json", "out.json"]
+    command = [sys.executable, *launcher, str(REPO / f"benchmarks/{name}.py"), *options, "--json", "out.json"]
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
     assert ended.returncode == 0, ended.stderr
     assert "ratio" in ended.stdout
@@ -118,12 +118,12 @@ def save_with_every_arm(folder: str) -> None:
 
 
 def test_savers_every_arm_saves_whole_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(REPO / "scripts"))
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
     run_ranks(save_with_every_arm, 2, str(tmp_path))
 
 
 def test_pairs_ratios_have_bounds_and_goals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(REPO / "scripts"))
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
     from bench.pairs import Spread, alternate, compare
 
     order: list[str] = []

@@ -313,7 +313,7 @@ patient = pytest.mark.timeout(600)
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("bench")
     ended = subprocess.run(
-        [sys.executable, str(REPO / "scripts/bench_goodput.py"), "--size", "tiny", "--json", "out.json"],
+        [sys.executable, str(REPO / "benchmarks/bench_goodput.py"), "--size", "tiny", "--json", "out.json"],
         cwd=folder,
         capture_output=True,
         text=True,

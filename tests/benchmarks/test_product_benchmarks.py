@@ -12,12 +12,12 @@ import pytest
 from bench.launches import Ours, largest_difference
 from bench_restart import parts_of_ours
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def run_tiny(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
     """Run a benchmark at its smallest size in ``folder``: its table, and its JSON."""
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), "--size", "tiny", "--json", "out.json"]
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--size", "tiny", "--json", "out.json"]
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert [path.name for path in folder.iterdir()] == ["out.json"], "it cleans up"

@@ -27,7 +27,7 @@ def files(step: Path) -> list[Path]:
 
 
 def lock_for_ever(step: Path, locked: Event) -> None:
-    with read_locks.hold(step, what="verify"):
+    with read_locks.lock_for_reading(step, what="verify"):
         locked.set()
         time.sleep(600)
 

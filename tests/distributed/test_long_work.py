@@ -76,12 +76,12 @@ def hang(how: str, pipe: str) -> str:
 
     if dist.get_rank() == 0:
         try:
-            control.on_rank0(work)
+            control.run_on_rank0(work)
         except RuntimeError as error:  # nobody is there to take the result, if it was noticed in time
             return str(error)
         return ""
     with pytest.raises(TimeoutError) as caught:
-        control.on_rank0(work)
+        control.run_on_rank0(work)
     if how == "in a file":
         with open(pipe, "wb"):
             pass
@@ -102,7 +102,7 @@ def brief_work() -> tuple[int, bool]:
     control = ControlGroup(dist.group.WORLD)
     heard = []
     control._share = lambda *_: heard.append(1)  # type: ignore[method-assign, assignment, return-value]
-    return control.on_rank0(lambda: 7, brief=True), bool(heard)
+    return control.run_on_rank0(lambda: 7, brief=True), bool(heard)
 
 
 def test_long_work_brief_work_waits_in_the_broadcast() -> None:

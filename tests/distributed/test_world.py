@@ -45,8 +45,8 @@ def alone_agrees() -> None:
     control = ControlGroup(None)
     assert control.agree([0, 3]) == [0, 3]
     assert control.gather("x") == ["x"]
-    assert control.on_rank0(lambda: 5) == 5
-    control.raise_together(None)
+    assert control.run_on_rank0(lambda: 5) == 5
+    control.raise_on_any_error(None)
 
 
 def test_control_group_alone_agrees_with_itself() -> None:
@@ -59,22 +59,22 @@ def decide_together() -> list[object]:
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     control = ControlGroup(group)
-    heard: list[object] = [control.agree([rank, 0, 7 - rank]), control.on_rank0(lambda: f"from {rank}")]
+    heard: list[object] = [control.agree([rank, 0, 7 - rank]), control.run_on_rank0(lambda: f"from {rank}")]
     for error in (DataError("bad shard"), ConfigError([ConfigIssue("a.b", "is wrong")], where="x.toml")):
         with pytest.raises(type(error)) as caught:
-            control.raise_together(error if rank == 1 else None)
+            control.raise_on_any_error(error if rank == 1 else None)
         assert str(caught.value) == str(error)
         assert caught.value.agreed
     # An error that is not ours stays what it is where it happened, and is quoted elsewhere.
     expected, text = (RuntimeError, "rank 1: ValueError") if rank == 0 else (ValueError, "no")
     with pytest.raises(expected, match=text):
-        control.raise_together(ValueError("no") if rank == 1 else None)
+        control.raise_on_any_error(ValueError("no") if rank == 1 else None)
 
     def fail() -> None:
         raise KempnerForgeError("only rank 0 ran this")
 
     with pytest.raises(KempnerForgeError, match="only rank 0"):
-        control.on_rank0(fail)
+        control.run_on_rank0(fail)
     heard.append(control.gather(rank * 10))
     return heard
 

@@ -287,11 +287,11 @@ def test_own_loop_pending_commit_at_exit_is_recorded(tmp_path: Path) -> None:
     assert [event["step"] for event in read_events(tmp_path) if event["event"] == "commit"] == [1]
 
 
-def test_own_loop_leave_out_is_no_step_time(tmp_path: Path) -> None:
+def test_own_loop_excluded_time_is_no_step_time(tmp_path: Path) -> None:
     ckpt, state = training(tmp_path)
     with ckpt:
         ckpt.resume(state)
-        ckpt.leave_out(1000.0)
+        ckpt.exclude_time(1000.0)
         train(ckpt, state, 1)
         ckpt.finish(state)
     (one,) = read_history(tmp_path)

@@ -136,7 +136,7 @@ def test_run_in_setgid_folder_belongs_to_its_group(launcher: Launcher, corpus: P
     subprocess.run(
         [*kempnerforge, "fork", run.step_folder(4), shared / "runs" / "two"], check=True, capture_output=True
     )
-    with read_locks.hold(run.step_folder(8), what="a test"):
+    with read_locks.lock_for_reading(run.step_folder(8), what="a test"):
         found = made_below(shared)
     names = {re.sub(r"[0-9a-f]{16}", "*", name) for name in found}
     checkpoints = "runs/one/checkpoints"

@@ -22,7 +22,7 @@ from kempnerforge.cli.app import Groups
 from kempnerforge.cli.ckpt import Commands
 from kempnerforge.errors import EXIT_BAD_CONFIG
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from bench.many_steps import make_run as make_many_steps
 
 pytest_plugins = ["support.run_fixtures", "support.ckpt_fixtures"]

@@ -69,7 +69,7 @@ JOIN = patch_target("kempnerforge.train.run:DistributedContext.start")
 RESUME = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.resume")
 LAST_COMMIT = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.finish")
 END = patch_target("kempnerforge.train.termination.watchdog:Shutdown._end")
-AGAIN_AFTER_S = patch_target("kempnerforge.train.termination.signals:AGAIN_AFTER_S")
+REPEAT_SIGNAL_AFTER_S = patch_target("kempnerforge.train.termination.signals:REPEAT_SIGNAL_AFTER_S")
 LAST_WORDS_S = patch_target("kempnerforge.train.termination.watchdog:_LAST_WORDS_S")
 ASK_EVERY_S = patch_target("kempnerforge.slurm.deadline:ASK_EVERY_S")
 
@@ -256,7 +256,7 @@ def test_stop_second_signal_ends_stuck_process_with_stacks(
     """Signals back to back are one request, and an announcement is never the second signal."""
     run = make_run(tmp_path, corpus, **SETTINGS | {"checkpoint.interval": 2})
     again_s = 1.0
-    soon = ("set_value", {"target": AGAIN_AFTER_S, "value": again_s})
+    soon = ("set_value", {"target": REPEAT_SIGNAL_AFTER_S, "value": again_s})
     attempt = launcher.start(run, ranks=2, faults=[soon, stuck(tmp_path, FORWARD, call=4)])
     wait_for(is_stuck(tmp_path, 0, 1), attempt)
     for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):  # back to back: one request

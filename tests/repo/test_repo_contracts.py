@@ -15,7 +15,13 @@ import pytest
 pytestmark = pytest.mark.smoke
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted([*(ROOT / "kempnerforge").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")])
+SOURCES = sorted(
+    [
+        *(ROOT / "kempnerforge").rglob("*.py"),
+        *(ROOT / "scripts").rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+    ]
+)
 
 
 def tracked_files() -> list[Path]:

@@ -76,7 +76,7 @@ def resume(run: Path) -> int:
     assert record is not None
     metadata.write(run, replace(record, attempt=held.attempt))
     folder = record.checkpoint_folder(run)
-    StartCleanup(folder, attempt=held.attempt).fence()
+    StartCleanup(folder, attempt=held.attempt).revoke_inflight()
     lineage.set_aside_late(folder, lineage.cuts(run), run_id=record.run_id, at_start=True)
     step = max(paths.committed_steps(folder), default=0)
     lost_steps = max(0, resume_report.last_logged_step(run) - step)

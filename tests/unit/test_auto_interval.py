@@ -220,12 +220,12 @@ def make_pacer(rank: int = 0, ranks: int = 2, **settings: Any) -> tuple[SaveInte
 
 def run_steps(clock: StepTimer, count: int, seconds: float = 2.0) -> None:
     for _ in range(count):
-        clock.meter.boundary(1, seconds)
+        clock.meter.step_end(1, seconds)
 
 
 def run_save(clock: StepTimer, overhead_s: float, *, step_s: float = 2.0, durable_s: float = 1.0) -> None:
     clock.meter.save_begins()
-    clock.meter.boundary(1, step_s + overhead_s)
+    clock.meter.step_end(1, step_s + overhead_s)
     clock.meter.save_ended(durable_s=durable_s, at_boundary=True)
 
 
@@ -236,7 +236,7 @@ def test_pacer_auto_interval_votes_and_news() -> None:
     assert pacer.votes() == (0, 0)
     clock.meter.save_begins()
     assert min(pacer.votes()) > 1e15
-    clock.meter.boundary(1, 2.12)
+    clock.meter.step_end(1, 2.12)
     clock.meter.save_ended(durable_s=0.0, at_boundary=True)
     assert pacer.votes() == (60_000, 60_000)
     run_save(clock, 0.12)
@@ -248,7 +248,7 @@ def test_pacer_auto_interval_votes_and_news() -> None:
     assert pacer.news() == ""
     clock.meter.save_begins()
     assert pacer.votes() == (bound_ms, 1 << 62), "what is being written is waited for"
-    clock.meter.boundary(1, 2.12)
+    clock.meter.step_end(1, 2.12)
     clock.meter.save_ended(durable_s=1.0, at_boundary=True)
     for _ in range(8):
         run_save(clock, 0.121)
@@ -341,7 +341,7 @@ class Training:
         while self.time.now < ends:
             self.time.advance(STEP_S)
             step += 1
-            clock.boundary(step)
+            clock.step_end(step)
             bound_s, auto_s = (ms / 1000 for ms in pacer.votes())
             since_s = clock.since_save_s
             if policy.due(step, seconds_since_last_save=since_s, bound_s=bound_s, auto_s=auto_s):
@@ -350,7 +350,7 @@ class Training:
                 clock.save_begins()
                 self.time.advance(STEP_S + cost_s)
                 step += 1
-                clock.boundary(step)
+                clock.step_end(step)
                 clock.meter.save_ended(durable_s=cost_s + 1.0, at_boundary=True)
                 commit = {"blocking_s": 0.0, "total_s": cost_s + 1.0, "tax_s": cost_s}
                 self.commits.append({"event": "commit", "time": self.time.now, "attempt": 1, **commit})

@@ -114,7 +114,7 @@ def test_resume_worst_outcome_damage_ranks_last(
     outcomes: list[tuple[str, str] | None], agreed: tuple[str, str] | None
 ) -> None:
     """Damage renames a step only when nothing else went wrong on any rank."""
-    assert candidates.worst_outcome(outcomes) == agreed
+    assert candidates.most_severe(outcomes) == agreed
 
 
 def test_resume_read_errors_retried_then_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:

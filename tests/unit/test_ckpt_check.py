@@ -129,7 +129,7 @@ def test_ckpt_pin_keeps_step_until_unpinned(ckpt: Ckpt, run: Path) -> None:
 
 
 def test_ckpt_prune_read_locked_step_stays(ckpt: Ckpt, run: Path) -> None:
-    with read_locks.hold(step_folder(run, 10), what="export"):
+    with read_locks.lock_for_reading(step_folder(run, 10), what="export"):
         assert "step 10: kept: being read: export (pid" in ckpt("explain", run).out
         assert ckpt("prune", run, "--json").json["steps"] == []
     assert ckpt("prune", run, "--json").json["steps"] == [10]

@@ -258,7 +258,7 @@ def theirs(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 def test_resume_passes_over_foreign_steps(mixed: Path) -> None:
     before = theirs(mixed)
     rejected: list[Rejected] = []
-    found = candidates.choose(mixed, rejected, owner=Owner(A))
+    found = candidates.select(mixed, rejected, owner=Owner(A))
     assert found is not None
     assert found.step == 8
     assert [(one.step, one.outcome, one.moved_to) for one in rejected] == [
@@ -268,14 +268,14 @@ def test_resume_passes_over_foreign_steps(mixed: Path) -> None:
     assert "step 12 was left as it is: it is of run bbbb" in "".join(Receipt(1, rejected=rejected).lines())
     shutil.rmtree(mixed / "step_00000008")
     shutil.rmtree(mixed / "step_00000004")
-    assert candidates.choose(mixed, [], owner=Owner(A)) is None, "foreign steps do not make a run unsound"
+    assert candidates.select(mixed, [], owner=Owner(A)) is None, "foreign steps do not make a run unsound"
     assert theirs(mixed) == before
 
 
 def test_resume_foreign_damage_not_renamed(mixed: Path) -> None:
     (mixed / "step_00000012" / paths.INDEX).unlink()
     before = theirs(mixed)
-    found = candidates.choose(mixed, [], owner=Owner(A))
+    found = candidates.select(mixed, [], owner=Owner(A))
     assert found is not None
     assert theirs(mixed) == before
 
@@ -288,7 +288,7 @@ def test_start_cleanup_leaves_foreign_folders(mixed: Path) -> None:
     mine = mixed / paths.temporary_name("step_00000024", 1)
     mine.mkdir()
     cleanup = StartCleanup(mixed, attempt=9, owner=Owner(A))
-    assert [path.name for path in cleanup.fence()] == [paths.fenced_name(mine.name, 9)]
+    assert [path.name for path in cleanup.revoke_inflight()] == [paths.fenced_name(mine.name, 9)]
     cleanup.remove_leftovers()
     assert foreign.is_dir()
     assert doomed.is_dir()
@@ -327,7 +327,7 @@ def test_all_own_steps_damaged_is_no_fresh_start(mixed: Path) -> None:
     for step in (4, 8):
         flip_byte(mixed / paths.step_name(step) / paths.TRAIN_STATE, 3)
     with pytest.raises(NoSoundCheckpointError) as caught:
-        candidates.choose(mixed, [], owner=Owner(A))
+        candidates.select(mixed, [], owner=Owner(A))
     assert "step_00000012" not in str(caught.value)
 
 
@@ -355,7 +355,7 @@ def test_timeline_newest_damaged_keeps_the_older(tmp_path: Path) -> None:
     (tmp_path / "step_00000012" / paths.MANIFEST).write_text("{")
     cuts = [ResumePoint(1, 0), ResumePoint(2, 0), ResumePoint(3, 8)]
     assert lineage.set_aside_late(tmp_path, cuts, run_id=A, at_start=True) == []
-    found = candidates.choose(tmp_path, [], owner=Owner(A))
+    found = candidates.select(tmp_path, [], owner=Owner(A))
     assert found is not None
     assert found.step == 8
 

@@ -37,7 +37,7 @@ def start(run: Path) -> int | None:
     folder = record.checkpoint_folder(run)
     owner = claim.take(folder, record.run_id, run)
     lineage.set_aside_late(folder, lineage.cuts(run), run_id=record.run_id, at_start=True)
-    found = resuming.choose(
+    found = resuming.select(
         folder, [], owner=owner, in_the_way=lambda listing: known_steps.in_the_way(listing, run)
     )
     if found is None:

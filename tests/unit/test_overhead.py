@@ -26,16 +26,16 @@ def warm(steps: Sequence[float] = (STEP_S,) * COLD) -> OverheadMeter:
     """A meter that has seen these quiet steps."""
     meter = OverheadMeter()
     for seconds in steps:
-        meter.boundary(1, seconds)
+        meter.step_end(1, seconds)
     return meter
 
 
 def save(meter: OverheadMeter, *beside: float, call_s: float = 0.0, durable_s: float = 1.0) -> SaveCost:
     """A save that begins now, stands still for ``call_s``, and is known at the end of these intervals."""
     meter.save_begins()
-    meter.stood_still(call_s)
+    meter.add_blocking_time(call_s)
     for seconds in beside:
-        meter.boundary(1, seconds)
+        meter.step_end(1, seconds)
     return meter.save_ended(durable_s=durable_s, at_boundary=bool(beside))
 
 
@@ -59,7 +59,7 @@ def test_overhead_is_extra_time_of_steps_beside_save(
     assert found.blocked_s == call_s
     assert not found.is_lower_bound
     for _ in range(5):
-        meter.boundary(1, STEP_S)
+        meter.step_end(1, STEP_S)
     assert meter.sum_s == pytest.approx(overhead_s), "quiet steps cost nothing"
     assert meter.known == [found]
 
@@ -69,18 +69,18 @@ def test_overhead_blocking_save_charged_at_interval_end() -> None:
     found = save(meter, call_s=0.7)
     assert found.tax_s == pytest.approx(0.7)
     assert meter.sum_s == pytest.approx(0.7), "before the step has ended, the call is what is known"
-    meter.boundary(1, STEP_S + 1.0)  # the call, and caches that were cold behind it
+    meter.step_end(1, STEP_S + 1.0)  # the call, and caches that were cold behind it
     assert found.tax_s == pytest.approx(1.0)
-    meter.boundary(1, STEP_S)
+    meter.step_end(1, STEP_S)
     assert meter.sum_s == pytest.approx(1.0), "the next step is quiet"
 
 
 def test_overhead_wait_before_optimizer_counted_once() -> None:
     meter = warm()
     meter.save_begins()
-    meter.stood_still(0.1)
-    meter.stood_still(0.4)
-    meter.boundary(1, STEP_S + 0.5)
+    meter.add_blocking_time(0.1)
+    meter.add_blocking_time(0.4)
+    meter.step_end(1, STEP_S + 0.5)
     assert meter.save_ended(durable_s=1.0, at_boundary=True).tax_s == pytest.approx(0.5)
 
 
@@ -102,20 +102,20 @@ def test_overhead_first_steps_not_charged_to_save() -> None:
     found = save(meter, 60.0, call_s=0.25)  # compiling
     assert (found.tax_s, found.is_lower_bound) == (0.25, True)
     for seconds in (30.0,) * (WARM_UP_INTERVALS - 1) + (STEP_S,) * (BASELINE_INTERVALS - 1):
-        meter.boundary(1, seconds)
-        assert meter.quiet_step_s is None
-    meter.boundary(1, STEP_S)
-    assert meter.quiet_step_s == STEP_S
+        meter.step_end(1, seconds)
+        assert meter.baseline_step_s is None
+    meter.step_end(1, STEP_S)
+    assert meter.baseline_step_s == STEP_S
 
 
 def test_overhead_validation_left_out() -> None:
     meter = warm()
-    meter.left_out(100.0)
-    meter.boundary(1, STEP_S + 100.0)
-    assert meter.quiet_step_s == STEP_S
+    meter.exclude_time(100.0)
+    meter.step_end(1, STEP_S + 100.0)
+    assert meter.baseline_step_s == STEP_S
     meter.save_begins()
-    meter.left_out(50.0)
-    meter.boundary(1, STEP_S + 50.5)
+    meter.exclude_time(50.0)
+    meter.step_end(1, STEP_S + 50.5)
     assert meter.save_ended(durable_s=1.0, at_boundary=True).tax_s == pytest.approx(0.5)
 
 
@@ -132,7 +132,7 @@ def test_overhead_two_saves_in_interval_charged_once() -> None:
     meter = warm()
     first = save(meter, call_s=0.5)
     second = save(meter, call_s=0.25)
-    meter.boundary(1, STEP_S + 1.0)
+    meter.step_end(1, STEP_S + 1.0)
     assert first.tax_s == pytest.approx(0.5)
     assert second.tax_s == pytest.approx(0.5)
     assert meter.sum_s == pytest.approx(1.0)
@@ -141,20 +141,20 @@ def test_overhead_two_saves_in_interval_charged_once() -> None:
 def test_overhead_quiet_step_is_median_of_newest() -> None:
     meter = warm((STEP_S,) * 100)
     for _ in range(QUIET_WINDOW // 2 + 1):
-        meter.boundary(1, 3 * STEP_S)
-    assert meter.quiet_step_s == 3 * STEP_S
-    meter.boundary(4, 4 * STEP_S)
-    assert meter.quiet_step_s == 3 * STEP_S, "one that covers several steps is one measurement of a step"
-    assert warm((STEP_S,) * COLD + (500.0,)).quiet_step_s == STEP_S, "one stall moves no median"
+        meter.step_end(1, 3 * STEP_S)
+    assert meter.baseline_step_s == 3 * STEP_S
+    meter.step_end(4, 4 * STEP_S)
+    assert meter.baseline_step_s == 3 * STEP_S, "one that covers several steps is one measurement of a step"
+    assert warm((STEP_S,) * COLD + (500.0,)).baseline_step_s == STEP_S, "one stall moves no median"
 
 
 def test_overhead_several_or_no_steps_per_boundary() -> None:
     meter = warm()
     meter.save_begins()
-    meter.boundary(3, 3 * STEP_S + 1.5)
+    meter.step_end(3, 3 * STEP_S + 1.5)
     assert meter.save_ended(durable_s=1.0, at_boundary=True).tax_s == pytest.approx(1.5)
-    meter.boundary(0, 77.0)  # the agreement before the first step
-    assert (meter.quiet_step_s, meter.sum_s) == (STEP_S, pytest.approx(1.5))
+    meter.step_end(0, 77.0)  # the agreement before the first step
+    assert (meter.baseline_step_s, meter.sum_s) == (STEP_S, pytest.approx(1.5))
 
 
 def test_overhead_cost_is_mean_of_newest_saves() -> None:
@@ -165,7 +165,7 @@ def test_overhead_cost_is_mean_of_newest_saves() -> None:
     meter = warm((STEP_S,) * 40)
     for extra_s in (100.0,) + (1.0,) * SAVES_WINDOW:
         save(meter, STEP_S + extra_s)
-        meter.boundary(1, STEP_S)
+        meter.step_end(1, STEP_S)
     assert cost_s(meter.known) == pytest.approx(1.0)
     assert meter.sum_s == pytest.approx(100.0 + SAVES_WINDOW)
 
@@ -182,9 +182,9 @@ def test_overhead_sum_equals_sum_of_saves(events: list[tuple[float, str]]) -> No
     for seconds, what in events:
         if what in ("begin", "both") and not pending:
             meter.save_begins()
-            meter.stood_still(0.1)
+            meter.add_blocking_time(0.1)
             pending = True
-        meter.boundary(1, seconds)
+        meter.step_end(1, seconds)
         if what in ("end", "both") and pending:
             saves.append(meter.save_ended(durable_s=1.0, at_boundary=True))
             pending = False

@@ -26,31 +26,55 @@ def files(step: Path) -> list[Path]:
 
 
 def test_read_lock_released_leaves_no_file(step: Path) -> None:
-    with read_locks.hold(step, what="verify"), read_locks.hold(step, what="export"):
+    with read_locks.lock_for_reading(step, what="verify"), read_locks.lock_for_reading(step, what="export"):
         assert len(files(step)) == 2
         assert {name.partition(" ")[0] for name in read_locks.readers(step.parent)[7]} == {"verify", "export"}
     assert os.listdir(step.parent) == ["step_00000007"]
 
 
 def test_read_lock_error_in_block_releases_it(step: Path) -> None:
-    with pytest.raises(ZeroDivisionError), read_locks.hold(step, what="verify"):
+    with pytest.raises(ZeroDivisionError), read_locks.lock_for_reading(step, what="verify"):
         raise ZeroDivisionError
     assert os.listdir(step.parent) == ["step_00000007"]
 
 
+def test_read_lock_of_file_system_that_refuses_its_folder_is_none(
+    step: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(read_locks.fsio, "new_folder", refuse)
+    with read_locks.lock_for_reading(step, what="fork") as locked:
+        assert not locked
+
+
+def test_read_lock_that_cannot_be_removed_fails_no_reader(
+    step: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with read_locks.lock_for_reading(step, what="fork") as locked:
+        assert locked
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError("EIO")))
+    monkeypatch.undo()
+    assert len(files(step)) == 1
+
+
 def test_read_lock_of_link_locks_target(step: Path) -> None:
     (step.parent / "latest").symlink_to(step.name)
-    with read_locks.hold(step.parent / "latest", what="diff") as locked:
+    with read_locks.lock_for_reading(step.parent / "latest", what="diff") as locked:
         assert locked
         assert list(read_locks.readers(step.parent)) == [7]
 
 
 def test_read_lock_of_missing_step_refused(step: Path) -> None:
-    with pytest.raises(StepNotFoundError), read_locks.hold(step.with_name("step_00000008"), what="verify"):
+    with (
+        pytest.raises(StepNotFoundError),
+        read_locks.lock_for_reading(step.with_name("step_00000008"), what="verify"),
+    ):
         pytest.fail("it was read locked")
     with (
         pytest.raises(StepNotFoundError),
-        read_locks.hold(step.parent / "no" / "step_00000008", what="verify"),
+        read_locks.lock_for_reading(step.parent / "no" / "step_00000008", what="verify"),
     ):
         pytest.fail("it was read locked")
     assert os.listdir(step.parent) == ["step_00000007"]
@@ -58,7 +82,7 @@ def test_read_lock_of_missing_step_refused(step: Path) -> None:
 
 def test_read_lock_folder_never_pruned_gets_no_file(tmp_path: Path) -> None:
     path = write_step(tmp_path, 7).rename(tmp_path / "my_model")
-    with read_locks.hold(path, what="verify") as locked:
+    with read_locks.lock_for_reading(path, what="verify") as locked:
         assert not locked
         assert os.listdir(tmp_path) == ["my_model"]
 
@@ -68,13 +92,13 @@ def test_read_lock_unwritable_folder_continues_without(step: Path, monkeypatch: 
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(read_locks.fsio, "write_new_file", refuse)
-    with read_locks.hold(step, what="verify") as locked:
+    with read_locks.lock_for_reading(step, what="verify") as locked:
         assert not locked
 
 
 def test_read_lock_renewed_and_recreated_when_removed(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_locks, "RENEW_EVERY_S", 0.02)
-    with read_locks.hold(step, what="verify"):
+    with read_locks.lock_for_reading(step, what="verify"):
         (path,) = files(step)
         os.utime(path, (1, 1))
         wait_until(lambda: path.stat().st_mtime > 1, "the read lock was not renewed")
@@ -98,7 +122,7 @@ def test_read_lock_not_renewed_becomes_stale(
     step: Path, monkeypatch: pytest.MonkeyPatch, age_s: float, locked: bool
 ) -> None:
     monkeypatch.setattr(read_locks, "RENEW_EVERY_S", 3600.0)
-    with read_locks.hold(step, what="verify"):
+    with read_locks.lock_for_reading(step, what="verify"):
         (path,) = files(step)
         now = path.stat().st_mtime + age_s
         assert (7 in read_locks.readers(step.parent, now=now)) == locked
@@ -107,7 +131,7 @@ def test_read_lock_not_renewed_becomes_stale(
 
 
 def test_read_lock_of_other_host_stale_by_age_only(step: Path) -> None:
-    with read_locks.hold(step, what="verify"):
+    with read_locks.lock_for_reading(step, what="verify"):
         (path,) = files(step)
         body = json.loads(path.read_text())
         body["reader"] |= {"host": "elsewhere", "boot_id": "another", "pid": 2**22 + 1}

@@ -25,8 +25,8 @@ from kempnerforge.goodput import accounting
 from kempnerforge.goodput.accounting import account, interruptions, saving
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.interval import daly, expected_overhead
-from kempnerforge.goodput.plot import duration, linear_axis, log_axis, number, thin, time_axis
-from kempnerforge.goodput.timeline_segments import Segment, paint, stretches
+from kempnerforge.goodput.plot import downsample, duration, linear_axis, log_axis, number, time_axis
+from kempnerforge.goodput.timeline_segments import Segment, rasterize, stretches
 from kempnerforge.telemetry.curves import Curve, Curves, read_curves
 from kempnerforge.telemetry.jsonl import effective_rows, read_rows
 
@@ -204,9 +204,9 @@ def test_stretches_known_run_matches() -> None:
 
 def test_paint_many_stretches_fit_columns() -> None:
     found = [Segment(1, "setup", 0, 2), Segment(1, "training", 2, 6.4), Segment(1, "lost", 6.4, 10)]
-    assert paint(found, wall_s=10, columns=5) == [(0, 1, "setup"), (1, 3, "training"), (3, 5, "lost")]
+    assert rasterize(found, wall_s=10, columns=5) == [(0, 1, "setup"), (1, 3, "training"), (3, 5, "lost")]
     many = [Segment(n, "training" if n % 2 else "idle", n / 10, n / 10 + 0.1) for n in range(100_000)]
-    assert len(paint(many, wall_s=10_000, columns=600)) <= 600
+    assert len(rasterize(many, wall_s=10_000, columns=600)) <= 600
 
 
 @pytest.mark.parametrize(
@@ -309,13 +309,13 @@ def test_number_text_table_matches() -> None:
 def test_thin_keeps_every_spike() -> None:
     values = [float(n % 7) for n in range(10_000)]
     values[1234], values[8765], values[5000] = 99.0, -99.0, math.nan
-    found = thin(range(10_000), values, buckets=100)
+    found = downsample(range(10_000), values, buckets=100)
     assert len(found) == 100
     assert max(found, key=lambda one: one.high).first <= 1234 <= max(found, key=lambda one: one.high).last
     assert min(found, key=lambda one: one.low).first <= 8765 <= min(found, key=lambda one: one.low).last
     assert sum(one.mean for one in found) / 100 == pytest.approx(3.0, abs=0.1)
-    assert [one.mean for one in thin([1, 2, 3], [5.0, math.inf, 7.0], buckets=3)] == [5.0, 7.0]
-    assert thin([], [], buckets=3) == []
+    assert [one.mean for one in downsample([1, 2, 3], [5.0, math.inf, 7.0], buckets=3)] == [5.0, 7.0]
+    assert downsample([], [], buckets=3) == []
 
 
 def test_curves_rows_match_counting_rule(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_pin_is_any_file_with_name_of_step(folder: Path) -> None:
 
 
 def test_retention_read_locked_step_stays(folder: Path) -> None:
-    with read_locks.hold(folder / "step_00000001", what="verify") as locked:
+    with read_locks.lock_for_reading(folder / "step_00000001", what="verify") as locked:
         assert locked
         ((reader,),) = read_locks.readers(folder).values()
         assert reader.startswith(f"verify (pid {os.getpid()} on ")
@@ -168,7 +168,7 @@ def test_retention_read_locked_step_stays(folder: Path) -> None:
 
 
 def test_retention_stale_read_lock_removed(folder: Path) -> None:
-    with read_locks.hold(folder / "step_00000001", what="verify"):
+    with read_locks.lock_for_reading(folder / "step_00000001", what="verify"):
         (path,) = (folder / "holds").iterdir()
         os.utime(path, (1, 1))
         assert prune(folder).apply().deleted == (1, 2, 3)
@@ -226,7 +226,7 @@ def test_pin_step_vanishes_meanwhile_refused(folder: Path, monkeypatch: pytest.M
 
 def test_retention_reader_before_deletion_undisturbed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that comes between the decision and the deletion reads on."""
-    reading = read_locks.hold(folder / "step_00000001", what="verify")
+    reading = read_locks.lock_for_reading(folder / "step_00000001", what="verify")
     at_the_rename(monkeypatch, reading.__enter__)
     assert prune(folder).apply().deleted == (2, 3)
     assert (folder / "step_00000001" / "manifest.json").exists()

@@ -52,7 +52,7 @@ def test_cleanup_undeletable_leftover_stays_with_one_warning(folder: Path) -> No
         again = StartCleanup(folder, attempt=3)
         again.remove_leftovers()
         assert len(again.warnings) == 1
-        assert candidates.choose(folder, [], cleanup=again).step == 4  # type: ignore[union-attr]
+        assert candidates.select(folder, [], cleanup=again).step == 4  # type: ignore[union-attr]
     last = StartCleanup(folder, attempt=4)
     last.remove_leftovers()
     assert (last.warnings, sorted(os.listdir(folder))) == ([], ["step_00000002", "step_00000004"])
@@ -78,12 +78,12 @@ def test_cleanup_container_layer_deletes_in_place(folder: Path, tmp_path: Path) 
             f"{LEFTOVER} of an older attempt could not be renamed (Invalid cross-device link); it was deleted"
         ]
         rejected: list[Rejected] = []
-        found = candidates.choose(seen, rejected, cleanup=cleanup)
+        found = candidates.select(seen, rejected, cleanup=cleanup)
         assert found is not None
         assert (found.step, [(one.step, one.moved_to) for one in rejected]) == (2, [(4, "")])
         assert "step 4 is damaged and could not be renamed (Invalid cross-device link)" in cleanup.warnings[1]
         # Load errors of step 2 lead back here: nothing is looked at twice.
-        assert candidates.choose(seen, rejected, cleanup=cleanup) is not None
+        assert candidates.select(seen, rejected, cleanup=cleanup) is not None
         assert len(rejected) == 1
 
 
@@ -133,7 +133,7 @@ def test_choose_unrenamable_damaged_step_is_passed_over(folder: Path) -> None:
     rejected: list[Rejected] = []
     cleanup = StartCleanup(folder, attempt=2)
     with immutable(folder / paths.step_name(4)):
-        found = candidates.choose(folder, rejected, cleanup=cleanup)
+        found = candidates.select(folder, rejected, cleanup=cleanup)
         assert found is not None
         assert found.step == 2
         assert "rename or delete" in cleanup.warnings[0]
@@ -154,7 +154,7 @@ def test_choose_only_step_passed_over_never_begins_again(folder: Path) -> None:
         immutable(folder / paths.step_name(4)),
         pytest.raises(NoSoundCheckpointError, match="step_00000004"),
     ):
-        candidates.choose(folder, [], cleanup=StartCleanup(folder, attempt=2))
+        candidates.select(folder, [], cleanup=StartCleanup(folder, attempt=2))
 
 
 def test_retention_counts_no_step_that_is_passed_over(folder: Path) -> None:
@@ -165,7 +165,7 @@ def test_retention_counts_no_step_that_is_passed_over(folder: Path) -> None:
     with immutable(folder / paths.step_name(8)):
         cleanup.set_aside_late([ResumePoint(2, 4)], run_id="r")
         assert list(cleanup.passed_over) == [8]
-        found = candidates.choose(folder, [], cleanup=cleanup)
+        found = candidates.select(folder, [], cleanup=cleanup)
         assert found is not None
         assert found.step == 4
         retention.passed_over = cleanup.passed_over
@@ -187,7 +187,7 @@ def test_choose_step_of_unknown_timeline_stops(folder: Path, monkeypatch: pytest
         patch.setattr(os, "open", stale)
         cleanup.set_aside_late([ResumePoint(1, 0)], run_id="r")
     with pytest.raises(UnreachableCheckpointError, match="Stale file handle"):
-        candidates.choose(folder, [], cleanup=cleanup)
+        candidates.select(folder, [], cleanup=cleanup)
 
 
 def test_cleanup_gives_a_pinned_step_its_name_back(folder: Path) -> None:

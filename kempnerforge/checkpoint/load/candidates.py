@@ -32,7 +32,7 @@ from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.resumable_steps import check_counters, require_training_state
 from kempnerforge.checkpoint.run.resume_report import Rejected
 from kempnerforge.checkpoint.state.train_state import TrainState, rng_name
-from kempnerforge.distributed.consensus import ControlGroup, as_agreed
+from kempnerforge.distributed.consensus import ControlGroup, mark_collective
 from kempnerforge.errors import (
     CheckpointError,
     DamagedCheckpointError,
@@ -98,7 +98,7 @@ def _unreachable(what: str, error: str) -> UnreachableCheckpointError:
     )
 
 
-def choose(
+def select(
     folder: Path,
     rejected: list[Rejected],
     suspects: Mapping[int, str] | None = None,
@@ -280,7 +280,7 @@ def load_together(work: Callable[[], LoadResult], control: ControlGroup) -> Load
         failure, cause = (type(error).__name__, str(error)), error.__cause__
     except Exception as error:  # noqa: BLE001 - the other ranks wait in the gather below
         failure, cause = ("Exception", f"{type(error).__name__}: {error}"), error
-    worst = worst_outcome(control.gather(failure))
+    worst = most_severe(control.gather(failure))
     if worst is None:
         assert loaded is not None
         return loaded
@@ -288,10 +288,10 @@ def load_together(work: Callable[[], LoadResult], control: ControlGroup) -> Load
     if kind == "DamagedCheckpointError":
         return message
     types = {"MismatchError": MismatchError, "UnreachableCheckpointError": UnreachableCheckpointError}
-    raise as_agreed(types.get(kind, CheckpointError)(message)) from cause
+    raise mark_collective(types.get(kind, CheckpointError)(message)) from cause
 
 
-def worst_outcome(outcomes: Sequence[tuple[str, str] | None]) -> tuple[str, str] | None:
+def most_severe(outcomes: Sequence[tuple[str, str] | None]) -> tuple[str, str] | None:
     """What all ranks act on: a fault before unreachable before mismatch before damaged; None if all loaded.
 
     Damage comes last because it renames: that must not happen while a rank could not even read.

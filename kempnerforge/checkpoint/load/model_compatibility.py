@@ -7,7 +7,7 @@ import tomli
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.load.candidates import Candidate
 from kempnerforge.config.model_changes import ModelChanges, model_changes
-from kempnerforge.distributed.consensus import as_agreed
+from kempnerforge.distributed.consensus import mark_collective
 from kempnerforge.errors import MismatchError
 
 
@@ -24,7 +24,7 @@ def refuse_other_model(found: Candidate, config_toml: str) -> None:
         way_on += f"; it may begin from these weights: --run.name=NEW --checkpoint.load_path={found.path}"
     else:
         way_on += " (--run.name=NEW)"
-    raise as_agreed(MismatchError(f"{_described(found, changes)}\n{way_on}"))
+    raise mark_collective(MismatchError(f"{_described(found, changes)}\n{way_on}"))
 
 
 def refuse_other_shapes(found: Candidate, config_toml: str) -> None:
@@ -32,7 +32,7 @@ def refuse_other_shapes(found: Candidate, config_toml: str) -> None:
     changes = _compare(found, config_toml)
     if not changes.same_shapes:
         way_on = f"Set [model] as in {found.path / paths.CONFIG}, or choose another checkpoint"
-        raise as_agreed(MismatchError(f"checkpoint.load_path: {_described(found, changes)}\n{way_on}"))
+        raise mark_collective(MismatchError(f"checkpoint.load_path: {_described(found, changes)}\n{way_on}"))
 
 
 def _compare(found: Candidate, config_toml: str) -> ModelChanges:

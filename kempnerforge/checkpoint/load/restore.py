@@ -26,7 +26,7 @@ from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schedule_changes import learning_rate_change
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.config.toml_text import flatten
-from kempnerforge.distributed.consensus import ControlGroup, as_agreed
+from kempnerforge.distributed.consensus import ControlGroup, mark_collective
 from kempnerforge.errors import MismatchError, RunFolderError
 from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.history import read_history
@@ -64,10 +64,10 @@ class Restorer:
     @torch.inference_mode(False)  # what is made here outlives the mode that this is called in
     def restore(self, state: TrainState) -> Receipt:
         """What ``CheckpointManager.resume`` promises; the receipt is written."""
-        self._control.on_rank0(self._prepare_folder)
+        self._control.run_on_rank0(self._prepare_folder)
         rejected: list[resume_report.Rejected] = []
         while True:
-            found, rejected = self._control.on_rank0(lambda known=rejected: self._choose(list(known)))
+            found, rejected = self._control.run_on_rank0(lambda known=rejected: self._choose(list(known)))
             if found is None:
                 result = self._begin(state)
                 result.rejected = rejected
@@ -78,10 +78,10 @@ class Restorer:
                 result = self._apply(found, outcome, state, ALL_PARTS, "resume")
                 result.rejected = rejected
                 break
-            rejected = self._control.on_rank0(
+            rejected = self._control.run_on_rank0(
                 lambda step=found.step, why=outcome, known=rejected: self._quarantine(step, why, known)
             )
-        self._control.on_rank0(lambda: self._write(result))
+        self._control.run_on_rank0(lambda: self._write(result))
         return result
 
     def _quarantine(
@@ -112,7 +112,7 @@ class Restorer:
     def _choose(
         self, rejected: list[resume_report.Rejected]
     ) -> tuple[Candidate | None, list[resume_report.Rejected]]:
-        found = candidates.choose(
+        found = candidates.select(
             self._folder,
             rejected,
             self._suspects(),
@@ -163,18 +163,20 @@ class Restorer:
         if self._config.load_path is None:
             return Receipt(self._context.attempt)
         wanted = Path(self._config.load_path).expanduser()
-        found = self._control.on_rank0(lambda: warm_start.find(wanted))
+        found = self._control.run_on_rank0(lambda: warm_start.find(wanted))
         parts = tuple(part for part in ALL_PARTS if part not in self._config.exclude_from_loading)
         if "model" in parts:
             model_compatibility.refuse_other_shapes(found, self._context.config_toml)
         with contextlib.ExitStack() as reading:
             # That run's retention must not delete what is being read.
-            self._control.on_rank0(
-                lambda: reading.enter_context(read_locks.hold(found.path, what="checkpoint.load_path"))
+            self._control.run_on_rank0(
+                lambda: reading.enter_context(
+                    read_locks.lock_for_reading(found.path, what="checkpoint.load_path")
+                )
             )
             outcome = self._load(found, state, parts)
         if isinstance(outcome, str):
-            raise as_agreed(warm_start.damaged(found, outcome))
+            raise mark_collective(warm_start.damaged(found, outcome))
         return self._apply(found, outcome, state, parts, "warm start")
 
     def _apply(
@@ -211,7 +213,9 @@ class Restorer:
         result.size_bytes = found.manifest.size_bytes
         result.load_s = loaded.load_s
         if source == "resume":
-            result.lost_steps, result.lost_committed = self._control.on_rank0(lambda: self._lost(state.step))
+            result.lost_steps, result.lost_committed = self._control.run_on_rank0(
+                lambda: self._lost(state.step)
+            )
         if found.config_toml and self._context.config_toml:
             before, now = tomli.loads(found.config_toml), tomli.loads(self._context.config_toml)
             if "model" not in now:  # a loop without the harness has no other sections
@@ -255,7 +259,7 @@ class Restorer:
                 f"{found.path} was read, and then refused by the program: {type(error).__name__}: {error}"
             )
             failure.__cause__ = error
-        self._control.raise_together(failure)
+        self._control.raise_on_any_error(failure)
 
     def _prove_next_batch(
         self, found: Candidate, loaded: LoadResult, state: TrainState, result: Receipt
@@ -265,7 +269,7 @@ class Restorer:
         if stored is None or now is None or "train.global_batch_size" in result.config_changes:
             return
         if stored != now:
-            raise as_agreed(
+            raise mark_collective(
                 MismatchError(
                     f"{found.path}: the batch after step {state.step} had digest {stored}, here it would "
                     f"have {now}: the data would not go on where they were"

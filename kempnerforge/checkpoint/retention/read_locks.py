@@ -38,6 +38,8 @@ FOLDER = "holds"
 LIFETIME_S = 600.0
 RENEW_EVERY_S = 60.0
 
+_CREATE_TRIES = 100
+"""A file system that keeps refusing the folder as missing must not hold up a reader."""
 _NAME = re.compile(r"(step_\d+)\.[0-9a-f]+\.json")
 
 
@@ -53,7 +55,7 @@ class ReadLock:
 
 
 @contextlib.contextmanager
-def hold(step_folder: Path, *, what: str) -> Iterator[bool]:
+def lock_for_reading(step_folder: Path, *, what: str) -> Iterator[bool]:
     """Keep retention from deleting ``step_folder`` while the block runs. ``what`` says what is being done.
 
     Gives True when the step is held; False when it could not be, because the folder is not writable or
@@ -74,7 +76,8 @@ def hold(step_folder: Path, *, what: str) -> Iterator[bool]:
         if renewal.is_alive():
             renewal.join()
         if path is not None:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what stays is stale as soon as this process has ended
+                path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # others hold steps
                 path.parent.rmdir()
 
@@ -122,7 +125,7 @@ def _create(step_folder: Path, what: str) -> Path | None:
     reader = ProcessIdentity.of_this_process(0)
     path = step_folder.parent / FOLDER / f"{step_folder.name}.{reader.token}.json"
     data = (json.dumps({"what": what, "reader": asdict(reader)}) + "\n").encode()
-    while True:
+    for _ in range(_CREATE_TRIES):
         try:
             with contextlib.suppress(FileExistsError):
                 fsio.new_folder(path.parent)
@@ -134,6 +137,7 @@ def _create(step_folder: Path, what: str) -> Path | None:
                 raise StepNotFoundError(f"{step_folder} does not exist") from None
         except OSError:  # not ours to write, read-only, or full: reading needs no room
             return None
+    return None
 
 
 def _renew(path: Path, ended: threading.Event) -> None:

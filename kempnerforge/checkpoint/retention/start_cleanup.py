@@ -68,7 +68,7 @@ class StartCleanup:
 
     def remove_leftovers(self) -> None:
         """Fence and delete what older attempts have in flight; finish deletions that were cut off."""
-        fenced = self.fence()
+        fenced = self.revoke_inflight()
         listing = self._listing()
         for path in listing.deleting:
             if not self.owner.foreign_run(path) and (path in fenced or not self._give_back(path)):
@@ -77,7 +77,7 @@ class StartCleanup:
             replaced = self.folder / name
             self._try(lambda path=replaced: fsio.remove_leftovers(path), f"a leftover of {name} stays")
 
-    def fence(self) -> list[Path]:
+    def revoke_inflight(self) -> list[Path]:
         """Rename the checkpoints in flight of all older attempts, so that none of them can be committed.
 
         A process that has lost its lease renames its hidden folder to commit it; that fails from here on.

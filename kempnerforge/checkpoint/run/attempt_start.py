@@ -89,10 +89,10 @@ def open_run(
         leases.append(lease)
         return record, nonce
 
-    record, nonce = control.on_rank0(begin)
+    record, nonce = control.run_on_rank0(begin)
     try:
-        control.raise_together(_missing_nonce(folder, nonce, options))
-        control.on_rank0(lambda: _remove_nonce(folder / _nonce_name(nonce), note))
+        control.raise_on_any_error(_missing_nonce(folder, nonce, options))
+        control.run_on_rank0(lambda: _remove_nonce(folder / _nonce_name(nonce), note))
     except BaseException:
         for lease in leases:
             lease.release()

@@ -174,7 +174,7 @@ class OwnRun:
             ledger.open(self._run_dir, record.attempt)
             ledger.write("start", process_started=started, **start_facts(hosts, ranks), loop=OWN_LOOP)
             ledger.flush()
-            ledger.lap("folder")
+            ledger.end_phase("folder")
             log.info("run %s, attempt %d, in %s", record.run_id, record.attempt, self._run_dir)
         self._boundary = time.perf_counter()
         config_toml = render({"checkpoint": self._config.model_dump(mode="json")})

@@ -28,7 +28,7 @@ from kempnerforge.checkpoint.save.union import Held, Union, unite
 from kempnerforge.checkpoint.state.flatten import TreePayload
 from kempnerforge.checkpoint.state.pieces import check_name
 from kempnerforge.checkpoint.state.tensor_leaves import tensor_names
-from kempnerforge.distributed.consensus import ControlGroup, as_agreed
+from kempnerforge.distributed.consensus import ControlGroup, mark_collective
 from kempnerforge.errors import HostMemoryError, KempnerForgeError, SaveFailedError
 
 log = logging.getLogger("kempnerforge.checkpoint.async_save")
@@ -70,7 +70,7 @@ class SavePlanCache:
         self._held_digest = ""
         self._agreed_digest = ""
 
-    def look_at(self, payload: Payload) -> None:
+    def update(self, payload: Payload) -> None:
         """Determine which chunks and leaves of ``payload`` this rank holds.
 
         Raises TypeError and ValueError for what cannot be stored.
@@ -107,13 +107,13 @@ class SavePlanCache:
         if highest != -lowest:
             problem = _difference(control.gather(dict(same or {})))
             if problem is not None:
-                raise as_agreed(problem)
+                raise mark_collective(problem)
         if changed:
             self._make(control)
 
     def _make(self, control: ControlGroup) -> None:
         everything = control.gather(self._held)
-        plan, union = control.on_rank0(lambda: _plan_of_all(everything))
+        plan, union = control.run_on_rank0(lambda: _plan_of_all(everything))
         self.release()
         self._make_buffers(control, plan.files[control.rank])
         self.expected = plan.expected if control.rank == 0 else None
@@ -204,7 +204,7 @@ def raise_on_all(control: ControlGroup, error: Exception | None) -> None:
     text = "" if error is None else str(error) if clear and str(error) else f"{type(error).__name__}: {error}"
     told = control.gather((kind, text))
     rank, (kind, text) = next((rank, one) for rank, one in enumerate(told) if one[1])
-    raise as_agreed(kind(f"rank {rank}: {text}")) from error
+    raise mark_collective(kind(f"rank {rank}: {text}")) from error
 
 
 def _difference(by_rank: Sequence[Mapping[str, str]]) -> ValueError | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kempnerforge.checkpoint.format.checksums import FileRecord
-from kempnerforge.checkpoint.save.writer_process import FOLLOW_S, PULSE_BYTES, SharedProgress
+from kempnerforge.checkpoint.save.writer_process import POLL_INTERVAL_S, PULSE_BYTES, SharedProgress
 from kempnerforge.errors import SaveFailedError
 
 _POLL_S = 0.2
@@ -44,7 +44,7 @@ class Writer:
         self._prompt = True
         self._telling = threading.Lock()
 
-    def hurry(self, waits: bool) -> None:
+    def set_priority(self, waits: bool) -> None:
         """Whether somebody waits for what is or will be written; else it takes idle time only. Any thread."""
         with self._telling:
             self._prompt = waits
@@ -107,7 +107,7 @@ class Writer:
         while not received.endswith(b"\n"):
             if pulse.staged < size_bytes:
                 pulse.staged = staged()
-            connection.settimeout(_POLL_S if pulse.staged >= size_bytes else FOLLOW_S[pulse.prompt])
+            connection.settimeout(_POLL_S if pulse.staged >= size_bytes else POLL_INTERVAL_S[pulse.prompt])
             try:
                 data = connection.recv(1 << 20)
             except TimeoutError:

@@ -29,7 +29,7 @@ from kempnerforge.checkpoint.save.lanes import WriterThreads
 from kempnerforge.checkpoint.save.shared_memory import map_filled
 
 PULSE_BYTES = 24
-FOLLOW_S = {True: 0.002, False: 0.01}
+POLL_INTERVAL_S = {True: 0.002, False: 0.01}
 """Between two looks at how far the trainer's copy is, by whether somebody waits: a look takes time."""
 REQUEST_BYTES = 1 << 16
 
@@ -158,7 +158,7 @@ def _follow(pulse: SharedProgress, end: int, connection: socket.socket) -> None:
         raise ConnectionAbortedError("the trainer is gone")
     while pulse.staged < end:
         pulse.beat()
-        closed, _, _ = select.select([connection], [], [], FOLLOW_S[pulse.prompt])
+        closed, _, _ = select.select([connection], [], [], POLL_INTERVAL_S[pulse.prompt])
         if closed:  # nothing is sent before an answer
             raise ConnectionAbortedError("the trainer is gone")
 

@@ -28,7 +28,7 @@ SHORTEST_S, LONGEST_S = 30.0, 4 * 3600.0
 bound is a tenth of the time between them. Nothing stretches an interval to more than the upper one."""
 RETRY_S = 60.0
 """Until the next save when one was tried and what it costs is still not known."""
-DEAD_BAND = 1.25
+HYSTERESIS = 1.25
 """Factor by which a spacing must fall to follow, and change to be told."""
 NEVER = math.inf
 _LARGEST_MS = 1 << 62
@@ -93,7 +93,7 @@ def spacing(known: Measured, *, auto: bool, max_overhead_pct: float | None) -> S
 
 def steady(held: float, wanted: float) -> float:
     """Rise at once, fall only by a good part: a spacing that follows every measurement flaps. Pure."""
-    return wanted if wanted > held or wanted < held / DEAD_BAND else held
+    return wanted if wanted > held or wanted < held / HYSTERESIS else held
 
 
 class SaveIntervalController:
@@ -149,7 +149,7 @@ class SaveIntervalController:
         known = Measured(
             cost_s=cost_s(saves),
             durable_s=statistics.median(save.durable_s for save in saves) if saves else 0.0,
-            has_baseline=meter.quiet_step_s is not None,
+            has_baseline=meter.baseline_step_s is not None,
             tried=meter.tried,
             writing=meter.is_pending,
             mtti_s=expected_mtti(self._failures, exposure_s, prior_s=self._prior_s),
@@ -160,7 +160,7 @@ class SaveIntervalController:
             steady(held.bound_s, found.bound_s), steady(held.auto_s, found.auto_s), found.why
         )
         if known.cost_s is not None and (known.tried or not known.has_baseline):
-            self._tell(known, meter.quiet_step_s)
+            self._tell(known, meter.baseline_step_s)
         return self._held
 
     def votes(self) -> tuple[int, int]:
@@ -178,7 +178,7 @@ class SaveIntervalController:
         if not self._is_active or not reports:
             return reports
         self._update()
-        interval_s = self._interval_s(self._clock.meter.quiet_step_s)
+        interval_s = self._interval_s(self._clock.meter.baseline_step_s)
         return [replace(report, interval_s=interval_s) for report in reports]
 
     def _interval_s(self, step_s: float | None) -> float | None:
@@ -212,7 +212,7 @@ class SaveIntervalController:
         else:
             now_s = max(self._held.bound_s, natural_s)
             self._told_s = natural_s if self._told_s is None else self._told_s
-        if self._told_s is not None and 1 / DEAD_BAND < now_s / self._told_s < DEAD_BAND:
+        if self._told_s is not None and 1 / HYSTERESIS < now_s / self._told_s < HYSTERESIS:
             return
         self._told_s = now_s
         assert known.cost_s is not None

@@ -62,7 +62,7 @@ class OverheadMeter:
         self._ended_s = 0.0
         self._left_out_s = 0.0
         self._save: SaveCost | None = None
-        self.is_pending = self._beside = False
+        self.is_pending = self._during_save = False
         """``is_pending``: a save's outcome is not known to all yet."""
         self.tried = False
         """Whether a save began since quiet steps are known."""
@@ -73,28 +73,28 @@ class OverheadMeter:
         """In the interval that goes on."""
         self._fold_standing()
         self._save = SaveCost()
-        self.is_pending = self._beside = True
-        self.tried |= self.quiet_step_s is not None
+        self.is_pending = self._during_save = True
+        self.tried |= self.baseline_step_s is not None
 
-    def stood_still(self, seconds: float) -> None:
+    def add_blocking_time(self, seconds: float) -> None:
         """The loop waited for the newest save, in the interval that goes on."""
         self.waited_s += seconds
         if self._save is not None:
-            self._beside = True
+            self._during_save = True
             self._save.standing_s += seconds
             self._save.blocked_s += seconds
 
-    def left_out(self, seconds: float) -> None:
+    def exclude_time(self, seconds: float) -> None:
         """So much of the interval that goes on was no step: a validation, say."""
         self.excluded_s += seconds
         self._left_out_s += seconds
 
-    def boundary(self, steps: int, seconds: float) -> None:
+    def step_end(self, steps: int, seconds: float) -> None:
         """An interval of ``steps`` steps has ended that took ``seconds``."""
         self._intervals += steps > 0
         seconds -= self._left_out_s
-        if self._beside and self._save is not None:
-            step_s = self.quiet_step_s
+        if self._during_save and self._save is not None:
+            step_s = self.baseline_step_s
             standing_s, self._save.standing_s = self._save.standing_s, 0.0
             self._save.is_lower_bound |= step_s is None
             cost_s = standing_s if step_s is None else seconds - steps * step_s
@@ -103,7 +103,7 @@ class OverheadMeter:
         elif steps > 0 and self._intervals > WARM_UP_INTERVALS:
             self._quiet.append(seconds / steps)
         self._left_out_s = 0.0
-        self._beside = self.is_pending
+        self._during_save = self.is_pending
 
     def save_ended(self, *, durable_s: float, at_boundary: bool) -> SaveCost:
         """All know the outcome of the pending save. ``durable_s`` is 0 for one that failed.
@@ -113,16 +113,16 @@ class OverheadMeter:
         assert self._save is not None
         self.is_pending = False
         if at_boundary:
-            self._beside = False
+            self._during_save = False
         save = self._save
-        save.is_lower_bound |= self.quiet_step_s is None
+        save.is_lower_bound |= self.baseline_step_s is None
         save.durable_s = durable_s
         if durable_s:
             self._saves.append(save)
         return save
 
     @property
-    def quiet_step_s(self) -> float | None:
+    def baseline_step_s(self) -> float | None:
         """Median of recent quiet steps; None while too few are known."""
         return statistics.median(self._quiet) if len(self._quiet) >= BASELINE_INTERVALS else None
 
@@ -176,10 +176,10 @@ class StepTimer:
         self._started = self._boundary = self._saved = self._saved_before = time.perf_counter()
         self._skipped: float | None = None
 
-    def boundary(self, step: int) -> None:
+    def step_end(self, step: int) -> None:
         """The loop is behind ``step``, and all ranks have agreed on what follows."""
         now = time.perf_counter()
-        self.meter.boundary(step - (step if self._step is None else self._step), now - self._boundary)
+        self.meter.step_end(step - (step if self._step is None else self._step), now - self._boundary)
         self._step, self._boundary = step, now
 
     def save_begins(self) -> None:

@@ -370,7 +370,7 @@ def check_whole(optimizer: torch.optim.Optimizer, given: Collection[torch.optim.
             )
 
 
-def make_state(optimizer: torch.optim.Optimizer) -> None:
+def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Create what the first step of torch's Adam and AdamW would create: zeros.
 
     Then a run's first save has the buffers that all others have. Nothing happens where state exists already,

@@ -15,7 +15,7 @@ from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.extra_state import Extras, digest_of
 from kempnerforge.checkpoint.state.model_state import ModelState
-from kempnerforge.checkpoint.state.optimizer_state import OptimizerState, check_whole, make_state
+from kempnerforge.checkpoint.state.optimizer_state import OptimizerState, check_whole, init_optimizer_state
 from kempnerforge.checkpoint.state.tensor_leaves import Packer
 
 MODEL, OPTIMIZER, OPTIMIZERS = paths.MODEL_PREFIX, "optimizer.", "optimizers."
@@ -89,7 +89,7 @@ class TrainState:
         given = [one.optimizer for one in self.optimizers.values()]
         for one in given:
             check_whole(one, given)
-            make_state(one)
+            init_optimizer_state(one)
         _check_kept(kept, given, self.extras.objects)
         self.model.check_stored(p for one in given for group in one.param_groups for p in group["params"])
         self.device = device or _first_device(self.model.parts)

@@ -56,7 +56,7 @@ def fork(step_folder: Path, run_dir: Path, *, link: bool, progress: Progress) ->
     """
     step_folder, run_dir = step_folder.resolve(), Path(os.path.abspath(run_dir))
     found, step = _read_parent(step_folder)
-    with read_locks.hold(step_folder, what="kempnerforge ckpt fork"):
+    with read_locks.lock_for_reading(step_folder, what="kempnerforge ckpt fork"):
         try:
             with staged_dir.begin(run_dir, what="fork", purpose="a new run's folder") as building:
                 if not link or not _can_link(step_folder, found, building):

@@ -57,7 +57,7 @@ def verify(
     goes away, UnreachableCheckpointError when it cannot be read: that says nothing about it; MismatchError
     for another format.
     """
-    with read_locks.hold(path, what="verify"):
+    with read_locks.lock_for_reading(path, what="verify"):
         try:
             return _verify(path, threads or _default_threads(), progress)
         except OSError as error:

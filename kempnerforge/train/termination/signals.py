@@ -21,10 +21,10 @@ from kempnerforge.errors import StopRequestedError
 T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-ANNOUNCEMENT = signal.SIGUSR1
+PREEMPT_WARNING_SIGNAL = signal.SIGUSR1
 """A warning ahead of time (``sbatch --signal=USR1@300``): it asks for a stop and starts no clock."""
 
-AGAIN_AFTER_S = 5.0
+REPEAT_SIGNAL_AFTER_S = 5.0
 """One Ctrl-C reaches a worker twice, from the terminal and from torchrun; SLURM sends CONT and TERM to every
 process and torchrun passes TERM on. A signal that comes later than this after the first is meant."""
 
@@ -73,7 +73,10 @@ class StopSignals:
             raise StopRequestedError(signal.Signals(self.received).name)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.received in (0, ANNOUNCEMENT):  # what ends the run now says more than what announced it
+        if self.received in (
+            0,
+            PREEMPT_WARNING_SIGNAL,
+        ):  # what ends the run now says more than what announced it
             self.received = number
         self._interrupt()
 
@@ -89,7 +92,7 @@ class ShutdownTimer:
         again_after_s: a further one that comes so long after it ends the waiting at once.
     """
 
-    def __init__(self, timeout_s: float, again_after_s: float = AGAIN_AFTER_S) -> None:
+    def __init__(self, timeout_s: float, again_after_s: float = REPEAT_SIGNAL_AFTER_S) -> None:
         self._timeout_s = timeout_s
         self._again_after_s = again_after_s
         self._first: tuple[str, float] | None = None
@@ -108,7 +111,7 @@ class ShutdownTimer:
 
     def arrived(self, number: int, now: float) -> str | None:
         """This process got a signal. Returns why to end at once; None to go on waiting."""
-        if number not in STOP_SIGNALS or number == ANNOUNCEMENT:
+        if number not in STOP_SIGNALS or number == PREEMPT_WARNING_SIGNAL:
             return None
         name = signal.Signals(number).name
         if self._first is None:
@@ -120,5 +123,5 @@ class ShutdownTimer:
 
     def agreed(self, number: int, now: float) -> None:
         """All ranks stop because one of them got a signal: the clock runs on the others too."""
-        if number != ANNOUNCEMENT and self._clock is None:
+        if number != PREEMPT_WARNING_SIGNAL and self._clock is None:
             self._clock = (signal.Signals(number).name, now)

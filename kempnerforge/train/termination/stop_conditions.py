@@ -106,7 +106,7 @@ class StopConditions:
             return None
         if _SIGNAL < agreed < _FILE:
             self.shutdown.agreed(agreed - _SIGNAL)
-        told = control.on_rank0(lambda: self.file.consume() if self.file is not None else "", brief=True)
+        told = control.run_on_rank0(lambda: self.file.consume() if self.file is not None else "", brief=True)
         if agreed == _FILE:
             return told
         return "deadline" if agreed == _DEADLINE else signal.Signals(agreed - _SIGNAL).name

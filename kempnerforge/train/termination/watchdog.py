@@ -39,12 +39,12 @@ class Shutdown:
     """
 
     def __init__(self, stop_signals: StopSignals, *, timeout_s: float, stacks: Stacks) -> None:
-        self.last_words: Callable[[str], None] = lambda _reason: None
+        self.on_exit: Callable[[str], None] = lambda _reason: None
         """Called with the reason before the process ends, on a thread, for a few seconds at most."""
         self._arrivals = stop_signals.arrivals
         self._stacks = stacks
         self._timeout_s = timeout_s
-        self._patience = ShutdownTimer(timeout_s, signals.AGAIN_AFTER_S)
+        self._patience = ShutdownTimer(timeout_s, signals.REPEAT_SIGNAL_AFTER_S)
         self._wake_fd, self._waker_fd = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._watch, name="shutdown", daemon=True)
         self._thread.start()
@@ -91,6 +91,6 @@ class Shutdown:
         self._stacks.to_stderr(f"{why}, so this process ends now")
         self._stacks.to_file(why)
         try:
-            self.last_words(why)
+            self.on_exit(why)
         finally:
             os._exit(EXIT_STOPPED)

@@ -93,7 +93,7 @@ class Oracle:
         folder.mkdir(exist_ok=True)
         StartCleanup(folder, attempt=1_000_000).remove_leftovers()
         rejected: list[Rejected] = []
-        found = candidates.choose(folder, rejected)
+        found = candidates.select(folder, rejected)
         assert not rejected, rejected
         listing = paths.list_folder(folder)
         assert not listing.temporary

@@ -1,6 +1,6 @@
 """Host memory that saving takes beyond the state itself, over many saves: ours beside ``dcp.async_save``.
 
-    torchrun --nproc-per-node 2 scripts/bench_memory.py
+    torchrun --nproc-per-node 2 benchmarks/bench_memory.py
 
 Both arms save the same FSDP2-sharded Llama with AdamW's state ``--saves`` times, one after the other.
 ``beyond`` is the most that the kernel counted for all ranks and their writers while a save was being written,

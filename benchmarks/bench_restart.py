@@ -1,9 +1,9 @@
 """What a restart costs: from the launch of torchrun to the end of the first step after a resume.
 
-    python scripts/bench_restart.py
+    python benchmarks/bench_restart.py
 
-``scripts/train.py`` against ``scripts/bench/bare_loop.py`` with ``dcp.load``: the same model, as many bytes
-of state, each from a checkpoint of its own format that it wrote itself; files are in the page cache. By part,
+``scripts/train.py`` against ``benchmarks/bench/bare_loop.py`` with ``dcp.load``: the same model and as many
+bytes of state, each from a checkpoint that it wrote itself; files are in the page cache. By part,
 
   start_s       torchrun, the interpreter, imports
   set_up_s      process groups, the run's folder, data, model and optimizer

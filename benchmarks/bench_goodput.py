@@ -1,6 +1,6 @@
 """What kills cost: ours against a plain loop that saves blocking, both killed at the same seeded times.
 
-    python scripts/bench_goodput.py --size cpu --json goodput.json
+    python benchmarks/bench_goodput.py --size cpu --json goodput.json
 
 Not under torchrun: it starts the jobs itself, one after the other. First each arm once undisturbed, which
 gives its ideal time, what a save costs it, and the losses that every killed run must repeat. Then, for each
@@ -8,7 +8,7 @@ seed, each arm from its first step to its last through SIGKILLs of all its proce
 process in the time that the job is up; after each, a pause of ``--delay-s`` and the same command again.
 
   ours        scripts/train.py, async_with_pinned_mem, saves as ``--interval`` says
-  reference   scripts/bench/reference_loop.py: FSDP2 and stock ``dcp.save``, for which the loop waits, as
+  reference   benchmarks/bench/reference_loop.py: FSDP2 and stock ``dcp.save``, for which the loop waits, as
               ``--reference-interval`` says
 
 ``daly`` is Daly's interval for the arm's own measured cost of a save: for the reference, about the best that

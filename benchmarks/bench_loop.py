@@ -1,10 +1,10 @@
 """What the harness costs a step: ``scripts/train.py`` against a bare FSDP2 loop of the same model.
 
-    python scripts/bench_loop.py
+    python benchmarks/bench_loop.py
 
-Both are started by torchrun, one after the other, again and again, and train the same model on the same
-batches; the bare loop is ``scripts/bench/bare_loop.py``. Ours draws its batches, agrees with all ranks after
-every step, and writes console, metrics.jsonl and ledger; no save is due. Of every start,
+torchrun starts both in turn. They train the same model on the same batches. The bare loop is
+``benchmarks/bench/bare_loop.py``. Ours draws its batches, agrees with all ranks after every step, and writes
+console, metrics.jsonl and ledger; no save is due. Of every start,
 
   step_s      median time from one step's end to the next, of all steps but the first ones
   outside_ms  of ours alone: what is not forward, backward or update. Waiting for the other ranks is in it

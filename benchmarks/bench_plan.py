@@ -1,6 +1,6 @@
 """What planning and metadata cost the first rank with hundreds or thousands of ranks: ours against DCP's.
 
-    python scripts/bench_plan.py
+    python benchmarks/bench_plan.py
 
 One process plays the first rank of ``--ranks``; what the others would send it is made beforehand. Every rank
 holds its rows of ``--tensors`` tensors. Counted is what the first rank does for a save beside moving tensors:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from bench.machine import finish
-from kempnerforge.checkpoint.state.optimizer_state import make_state
+from kempnerforge.checkpoint.state.optimizer_state import init_optimizer_state
 from kempnerforge.config.schema import ModelConfig, TrainConfig
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model.llama import Llama
@@ -42,7 +42,7 @@ def sharded_llama(config: ModelConfig, device: torch.device) -> tuple[nn.Module,
     parallelize(model, mesh, TrainConfig())
     materialize(model, device, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    make_state(optimizer)
+    init_optimizer_state(optimizer)
     for state in optimizer.state.values():  # zeros would be one page, over and over
         for moment in ("exp_avg", "exp_avg_sq"):
             state[moment].copy_(torch.rand_like(state[moment]))

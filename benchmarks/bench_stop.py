@@ -1,6 +1,6 @@
 """How long a stop takes: from SIGTERM to durable, against the raw write of the same bytes, in one run.
 
-    torchrun --nproc-per-node 2 scripts/bench_stop.py
+    torchrun --nproc-per-node 2 benchmarks/bench_stop.py
 
 Each round sends SIGTERM to the last rank while all train (matrix products and an all-reduce a step), and all
 agree on it after the step under way and save, ``async``. Measured, by one clock, alternating:

@@ -17,7 +17,7 @@ from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.goodput.accounting import account
 from kempnerforge.goodput.history import read_history
 
-SCRIPTS = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 METADATA = ".metadata"
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -129,17 +129,17 @@ class Arm:
         """A run in ``folder`` with saves every ``interval`` steps."""
         config, checkpoints = given.config, folder / "checkpoints"
         if self.name == "ours":
-            program = ["train.py", "--config", str(config), f"--run.dir={folder}"]
+            program = ["scripts/train.py", "--config", str(config), f"--run.dir={folder}"]
             program += [f"--checkpoint.interval={interval}"]
             if interval == "auto":  # it is told what "daly" is told, and may take as much as that
                 hours = given.mtti_s / 3600
                 program += [f"--checkpoint.expected_mtti_hours={hours}", "--checkpoint.max_overhead_pct=50"]
             rows, newest = folder / "metrics.jsonl", lambda: max(committed_steps(checkpoints), default=0)
         else:
-            program = ["bench/reference_loop.py", "--config", str(config), "--folder", str(folder)]
+            program = ["benchmarks/bench/reference_loop.py", "--config", str(config), "--folder", str(folder)]
             program += ["--steps", str(given.steps), "--interval", interval]
             rows, newest = folder / "rows.jsonl", lambda: newest_of_reference(checkpoints)
-        program[0] = str(SCRIPTS / program[0])
+        program[0] = str(REPO / program[0])
         log = folder.with_suffix(".log")
         return Job(f"{self.name} in {folder}", program, rows, log, newest, given.ranks, given.launcher)
 

@@ -1,6 +1,6 @@
 """What people do without KempnerForge: a plain FSDP2 loop that stops to save with stock ``dcp.save``.
 
-    torchrun ... scripts/bench/reference_loop.py --config FILE --folder DIR --steps 100 --interval 10
+    torchrun ... benchmarks/bench/reference_loop.py --config FILE --folder DIR --steps 100 --interval 10
 
 The reference arm of ``bench_goodput.py``. Model, initial weights, data order, learning rates and batch are
 those that the TOML file describes; parallelism, optimizer step, saving and resuming are PyTorch's own, in

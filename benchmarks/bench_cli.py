@@ -1,9 +1,9 @@
 """How long commands take to answer: ``kempnerforge --help`` and ``ckpt ls`` against Python doing nothing.
 
-    python scripts/bench_cli.py
+    python benchmarks/bench_cli.py
 
 Processes alternate. ``ckpt ls`` lists a run with ``--steps`` committed steps of ``--shards`` shards each, all
-sound (``scripts/bench/many_steps.py``), their files in the page cache. Of every process,
+sound (``benchmarks/bench/many_steps.py``), their files in the page cache. Of every process,
 
   wall_s  from its start to its end
   cpu_s   processor time that it took, its own and the kernel's: less noisy on a busy machine

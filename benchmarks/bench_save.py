@@ -1,6 +1,6 @@
 """What saves cost a run: steps with saves minus steps without, ours against stock ``dcp.async_save``.
 
-    torchrun --nproc-per-node 2 scripts/bench_save.py
+    torchrun --nproc-per-node 2 benchmarks/bench_save.py
 
 Both arms save the same FSDP2-sharded Llama with AdamW's state, while the same steps run: some matrix products
 and two all-reduces. In every round, as the first rank sees it,
@@ -34,7 +34,7 @@ SIZES = {
 }
 
 
-def lap(seconds: list[float], started: float) -> float:
+def end_phase(seconds: list[float], started: float) -> float:
     """Note the time since ``started``; the time now."""
     now = time.perf_counter()
     seconds.append(now - started)
@@ -48,7 +48,7 @@ def run_without(steps: Steps, count: int) -> list[float]:
     for _ in range(count):
         steps.forward_backward()
         steps.update()
-        now = lap(seconds, now)
+        now = end_phase(seconds, now)
     return seconds
 
 
@@ -65,7 +65,7 @@ def run_with(saver: Saver, steps: Steps, count: int, path: Path) -> dict[str, li
             saver.before_update()
             blocking_s += time.perf_counter() - waited
         steps.update()
-        now = lap(found["all"], now)
+        now = end_phase(found["all"], now)
         if not found["durable"]:
             found["beside"].append(found["all"][-1])
             if saver.done():

@@ -1,6 +1,6 @@
 """The reference: a training loop with nothing around it, FSDP2 and torch alone. Started by torchrun.
 
-    torchrun --nproc-per-node 2 scripts/bench/bare_loop.py SPEC.json
+    torchrun --nproc-per-node 2 benchmarks/bench/bare_loop.py SPEC.json
 
 The model, its initial weights and the batches are the product's, so that losses can be compared; sharding,
 mixed precision, loss, clipping, optimizer and checkpoints are torch's own, used as its tutorials use them.

@@ -1,6 +1,6 @@
 """How long a verified load takes: ours, every digest checked, against ``dcp.load`` of its own format.
 
-    torchrun --nproc-per-node 2 scripts/bench_load.py
+    torchrun --nproc-per-node 2 benchmarks/bench_load.py
 
 The same FSDP-sharded tensors are saved once in each format, then loaded in place, alternating, of two kinds:
 ``large``, tensors of 8 MB a rank, and ``small``, 4,096 tensors that share the same bytes. ``warm`` loads come

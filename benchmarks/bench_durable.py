@@ -1,6 +1,6 @@
 """How long a save takes until it is durable, and what processor time it takes: ours against stock DCP.
 
-    torchrun --nproc-per-node 2 scripts/bench_durable.py
+    torchrun --nproc-per-node 2 benchmarks/bench_durable.py
 
 An FSDP2-sharded Llama with AdamW's state is saved with nothing beside it, alternating, by four arms: ours
 blocking (``disabled``) against ``dcp.save(sync_files=True)``, ours asynchronous (``async``) against

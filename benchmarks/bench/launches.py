@@ -106,7 +106,7 @@ class Task:
     def train(self, run: Path, *overrides: str) -> Ours:
         """``scripts/train.py``, once, with ``run`` as the run's folder."""
         config = ("--config", str(self.folder / "job.toml"), f"--run.dir={run}")
-        began = self.launch(str(HERE.parent / "train.py"), *config, *overrides)
+        began = self.launch(str(HERE.parents[1] / "scripts/train.py"), *config, *overrides)
         events = read_events(run)
         attempt = events[-1]["attempt"]
         rows = [row for row in read_rows(run / "metrics.jsonl").rows if row["attempt"] == attempt]

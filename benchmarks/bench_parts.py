@@ -1,6 +1,6 @@
 """Which part of a save costs the steps beside it what: the profile behind the figures of ``bench_save.py``.
 
-    torchrun --nproc-per-node 2 scripts/bench_parts.py
+    torchrun --nproc-per-node 2 benchmarks/bench_parts.py
 
 The same steps as there, of which the first has beside it
 
@@ -105,7 +105,7 @@ class Write(Nothing):
 
     def begin(self, path: Path) -> None:
         """Start it."""
-        self._writer.hurry(self._prompt)
+        self._writer.set_priority(self._prompt)
         self._thread = threading.Thread(target=self._write, args=[path])
         self._thread.start()
 
@@ -171,7 +171,7 @@ def main() -> None:
     model, optimizer = sharded_llama(model_config(arguments.size_mb), device)
     tensors = TrainState(model=model, optimizer=optimizer).tensors()
     plan = SavePlanCache()
-    plan.look_at(Payload(tensors))
+    plan.update(Payload(tensors))
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     plan.agree(ControlGroup(group), None)
