@@ -38,9 +38,7 @@ def test_read_lock_error_in_block_releases_it(step: Path) -> None:
     assert os.listdir(step.parent) == ["step_00000007"]
 
 
-def test_read_lock_of_file_system_that_refuses_its_folder_is_none(
-    step: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_lock_folder_refused_is_no_lock(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise FileNotFoundError(path)
 
@@ -49,9 +47,7 @@ def test_read_lock_of_file_system_that_refuses_its_folder_is_none(
         assert not locked
 
 
-def test_read_lock_that_cannot_be_removed_fails_no_reader(
-    step: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_lock_not_removable_fails_no_reader(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with read_locks.lock_for_reading(step, what="fork") as locked:
         assert locked
         monkeypatch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError("EIO")))
