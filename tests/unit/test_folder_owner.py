@@ -14,7 +14,7 @@ import pytest
 from support.clock import FakeClock
 from support.step_maker import flip_byte, write_step
 
-from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.load import candidates
 from kempnerforge.checkpoint.retention.policy import KeepPolicy, LastN
 from kempnerforge.checkpoint.retention.pruner import Retention
@@ -294,6 +294,38 @@ def test_start_cleanup_leaves_foreign_folders(mixed: Path) -> None:
     assert doomed.is_dir()
     assert not mine.exists()
     assert paths.list_folder(mixed).deleting == [doomed]
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """The manifests in ``folders`` cannot be read."""
+    read = manifest.read
+
+    def refuse(folder: Path) -> manifest.Manifest:
+        if folder in folders:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(folder)
+
+    monkeypatch.setattr(manifest, "read", refuse)
+
+
+def test_start_cleanup_leaves_what_it_cannot_read(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = mixed / paths.temporary_name("step_00000020", 1)
+    shutil.copytree(mixed / "step_00000010", foreign)
+    unreadable(monkeypatch, foreign)
+    cleanup = StartCleanup(mixed, attempt=9, owner=Owner(A))
+    cleanup.remove_leftovers()
+    assert foreign.is_dir()
+    assert f"{foreign.name} is left as it is: its manifest cannot be read" in cleanup.warnings[0]
+
+
+def test_unreadable_step_changes_nothing_known_of_others(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = mixed / "step_00000010"
+    unreadable(monkeypatch, step)
+    with pytest.raises(OSError, match="Input/output"):
+        Owner(A).foreign_run(step)
+    assert Owner(A).may_own(step)
 
 
 def test_retention_neither_counts_nor_deletes_foreign(mixed: Path) -> None:

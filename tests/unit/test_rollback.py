@@ -12,7 +12,7 @@ import pytest
 from support.rollback_fixtures import names, quiet, resume
 from support.step_maker import resign, write_step
 
-from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.retention import disk_space
 from kempnerforge.checkpoint.run import lease, lineage, metadata
 from kempnerforge.checkpoint.run.lineage import ResumePoint, late_arrivals
@@ -159,6 +159,23 @@ def test_rollback_record_unwritable_changes_nothing(run: Path, monkeypatch: pyte
         with pytest.raises(RunFolderError, match=r"could not be rolled back: .*No space left"):
             rollback.roll_back(run, 4, note=quiet, progress=quiet)
     assert resume(run) == 12
+
+
+def test_rollback_step_of_unknown_owner_changes_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step may be another run's, which must not be renamed."""
+    step, read = run / "checkpoints/step_00000008", manifest.read
+
+    def fail(folder: Path) -> manifest.Manifest:
+        if folder == step:
+            raise OSError(5, "Input/output error")
+        return read(folder)
+
+    before = sorted(path.name for path in step.parent.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "read", fail)
+        with pytest.raises(RunFolderError, match=r"could not be rolled back: .*Input/output error"):
+            rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    assert sorted(path.name for path in step.parent.iterdir()) == before
 
 
 def test_rollback_of_live_run_refused(run: Path) -> None:

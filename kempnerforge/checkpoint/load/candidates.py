@@ -130,7 +130,7 @@ def select(
                 lambda path=path, step=step: inspect(path, step=step, owner=owner), what=str(path)
             )
         except DamagedCheckpointError as error:
-            if run_id := owner.foreign_run(path):
+            if run_id := with_retries(lambda path=path: owner.foreign_run(path), what=str(path)):
                 _pass_over(rejected, Rejected(step, FOREIGN, f"it is of run {run_id}"))
                 continue
             rejected.append(quarantine(cleanup, step, str(error)))

@@ -71,7 +71,7 @@ class StartCleanup:
         fenced = self.revoke_inflight()
         listing = self._listing()
         for path in listing.deleting:
-            if not self.owner.foreign_run(path) and (path in fenced or not self._give_back(path)):
+            if self._is_own(path) and (path in fenced or not self._give_back(path)):
                 self._try(lambda path=path: fsio.delete_tree(path), f"{path.name} could not be deleted")
         for name in (paths.LATEST, OWNER_FILE):
             replaced = self.folder / name
@@ -85,13 +85,19 @@ class StartCleanup:
         """
         temporary = self._listing().temporary
         fenced = [
-            self._fence(path)
-            for path, made_by in temporary
-            if made_by < self.attempt and not self.owner.foreign_run(path)
+            self._fence(path) for path, made_by in temporary if made_by < self.attempt and self._is_own(path)
         ]
         if fenced:
             self._try(lambda: fsio.fsync_folder(self.folder), f"{self.folder} could not be synced")
         return [path for path in fenced if path is not None]
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a leftover may be renamed and deleted. Not while its manifest cannot be read."""
+        try:
+            return not self.owner.foreign_run(path)
+        except OSError as error:
+            self.warn(f"{path.name} is left as it is: its manifest cannot be read ({_why(error)})")
+            return False
 
     def _listing(self) -> paths.FolderListing:
         try:

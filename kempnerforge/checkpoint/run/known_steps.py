@@ -74,7 +74,7 @@ def require_known(folder: Path, run_dir: Path, mine: Owner, *, was_in: Path | No
     listing = paths.list_folder(folder)
     if in_the_way(listing, run_dir):
         return
-    if any(not mine.foreign_run(folder / paths.step_name(step)) for step in listing.steps):
+    if any(mine.may_own(folder / paths.step_name(step)) for step in listing.steps):
         return
     known = newest_known(run_dir)
     if known is None:

@@ -57,15 +57,23 @@ class Owner:
         return bool(run_id) and (run_id, step) == (self.parent_run_id, self.parent_step)
 
     def foreign_run(self, folder: Path) -> str:
-        """The id of the other run that the step in ``folder`` is of by its manifest; empty if it is not.
+        """Return the id of the other run that the manifest in ``folder`` names; empty if it names none.
 
-        A manifest that cannot be read says nothing: such a step is left to the folder's owner.
+        A missing or damaged manifest names no run: such a step belongs to the folder's owner. Raises OSError
+        when the manifest cannot be read: change nothing then, because the step may be another run's.
         """
         try:
             found = manifest.read(folder).provenance
-        except (DamagedCheckpointError, MismatchError, OSError):
+        except (DamagedCheckpointError, MismatchError):
             return ""
         return "" if self.owns(found) else found.run_id
+
+    def may_own(self, folder: Path) -> bool:
+        """Return whether the step in ``folder`` may be this run's; True when its manifest cannot be read."""
+        try:
+            return not self.foreign_run(folder)
+        except OSError:
+            return True
 
     def describe(self) -> str:
         """The run in words."""
@@ -164,7 +172,7 @@ def encode(owner: Owner) -> bytes:
 def newest_step(folder: Path, owner: Owner) -> int | None:
     """The newest committed step in ``folder`` that is not another run's; None without one. Raises OSError."""
     for step in paths.committed_steps(folder):
-        if not owner.run_id or not owner.foreign_run(folder / paths.step_name(step)):
+        if not owner.run_id or owner.may_own(folder / paths.step_name(step)):
             return step
     return None
 
