@@ -198,7 +198,6 @@ def pipeline(folder: Path) -> None:
                 assert_same(found[1][key], wanted["optimizer"][key], f"{way} {key}")
 
 
-@pytest.mark.smoke
 def test_pipeline_stages_with_other_keys_come_back(tmp_path: Path) -> None:
     run_ranks(pipeline, 2, tmp_path)
     wanted = load_without_target(STOCK, tmp_path / STOCK)

@@ -63,7 +63,6 @@ def norms(folder: str, wrapped: str, kill_at: int) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in model.buffers()]
 
 
-@pytest.mark.smoke
 def test_ddp_running_statistics_resume_as_never_stopped(tmp_path: Path) -> None:
     """DDP broadcasts those of the first rank: the checkpoint has to have them."""
     whole = run_ranks(norms, 2, str(tmp_path / "whole"), "ddp", 0)

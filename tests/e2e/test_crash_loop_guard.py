@@ -73,7 +73,6 @@ def unblock(run: Run) -> str:
     return done.stdout
 
 
-@pytest.mark.smoke
 def test_breaker_foreign_causes_block_run_and_keep_step(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
@@ -98,7 +97,6 @@ def test_breaker_foreign_causes_block_run_and_keep_step(
     assert run.receipts()[-1]["step"] == 8
 
 
-@pytest.mark.smoke
 def test_suspect_step_not_finite_twice_comes_back_by_unblock(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:

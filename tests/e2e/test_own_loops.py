@@ -80,7 +80,6 @@ def ends(folder: Path) -> list[tuple[str, str]]:
     return [(one.kind, one.reason) for one in read_history(folder)]
 
 
-@pytest.mark.smoke
 def test_own_loop_killed_and_resumed_is_known_to_commands(tmp_path: Path) -> None:
     run = tmp_path / "own"
     settings = {"interval": 10, "keep_last_n": 2, "async_mode": "disabled"}

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 from support.patch_target import patch_target
 from support.runs import Launcher, Run, make_run
 
@@ -57,7 +56,6 @@ def test_rollback_run_resumes_in_new_timeline(launcher: Launcher, corpus: Path, 
     assert run.receipts()[-1]["step"] == 12
 
 
-@pytest.mark.smoke
 def test_rollback_then_saves_and_kill_resumes_new_timeline(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:

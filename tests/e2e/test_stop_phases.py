@@ -298,7 +298,6 @@ def test_stop_past_timeout_ends_process_with_stacks(launcher: Launcher, corpus: 
     assert "Traceback" not in ended.outputs[1]
 
 
-@pytest.mark.smoke
 def test_stop_hanging_commit_is_abandoned_and_tears_nothing(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:

@@ -107,7 +107,7 @@ def test_stop_signal_before_first_step_is_not_lost(
     assert tensor_digests(run.step_folder(STEPS)) == tensor_digests(uninterrupted.step_folder(STEPS))
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.smoke)])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_stop_rank_dies_alone_other_rank_ends(
     launcher: Launcher, corpus: Path, tmp_path: Path, uninterrupted: Run, rank: int
 ) -> None:
@@ -156,7 +156,6 @@ def poison(*steps: int) -> list[tuple[str, dict[str, object]]]:
     return [("poison_loss", {"calls": [2 * step for step in steps], "rank": 1})]
 
 
-@pytest.mark.smoke
 def test_skipped_step_not_finite_on_one_rank_counts_on_all(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
