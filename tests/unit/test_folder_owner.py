@@ -9,6 +9,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.clock import FakeClock
@@ -24,7 +25,12 @@ from kempnerforge.checkpoint.run.lineage import ResumePoint
 from kempnerforge.checkpoint.run.metadata import Parent, RunRecord
 from kempnerforge.checkpoint.run.owner import OWNER_FILE, Owner
 from kempnerforge.checkpoint.run.resume_report import Receipt, Rejected
-from kempnerforge.errors import FolderOwnedError, NoSoundCheckpointError, RunFolderError
+from kempnerforge.errors import (
+    DamagedCheckpointError,
+    FolderOwnedError,
+    NoSoundCheckpointError,
+    RunFolderError,
+)
 
 A, B = "aaaa", "bbbb"
 
@@ -326,6 +332,24 @@ def test_unreadable_step_changes_nothing_known_of_others(
     with pytest.raises(OSError, match="Input/output"):
         Owner(A).foreign_run(step)
     assert Owner(A).may_own(step)
+
+
+def test_step_missing_a_file_for_a_moment_is_chosen(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, calls = manifest.load, list[Path]()
+
+    def flicker(folder: Path, **more: Any) -> manifest.Manifest:
+        calls.append(folder)
+        if len(calls) == 1:
+            raise DamagedCheckpointError(f"{folder.name} is damaged: index.bin is missing")
+        return load(folder, **more)
+
+    monkeypatch.setattr(manifest, "load", flicker)
+    monkeypatch.setattr(candidates, "RETRY_DELAYS_S", (0.0,))
+    rejected: list[Rejected] = []
+    found = candidates.select(mixed, rejected, owner=Owner(B, parent_run_id=A, parent_step=8))
+    assert found is not None
+    assert calls[:2] == [mixed / "step_00000012"] * 2
+    assert [one.step for one in rejected] == [12], "it is damaged on a second look too"
 
 
 def test_retention_neither_counts_nor_deletes_foreign(mixed: Path) -> None:

@@ -126,9 +126,7 @@ def select(
         if step in cleanup.unreadable:
             raise _unreachable(str(path), cleanup.unreadable[step])
         try:
-            found = with_retries(
-                lambda path=path, step=step: inspect(path, step=step, owner=owner), what=str(path)
-            )
+            found = _inspect_twice(path, step, owner)
         except DamagedCheckpointError as error:
             if run_id := with_retries(lambda path=path: owner.foreign_run(path), what=str(path)):
                 _pass_over(rejected, Rejected(step, FOREIGN, f"it is of run {run_id}"))
@@ -160,6 +158,18 @@ def select(
             "name (--run.name=NEW)."
         )
     return None
+
+
+def _inspect_twice(path: Path, step: int, owner: Owner) -> Candidate:
+    """``inspect``; damage counts only if a second look finds it too.
+
+    A network file system may not show a file for a moment, and a quarantine throws the step off the timeline.
+    """
+    try:
+        return with_retries(lambda: inspect(path, step=step, owner=owner), what=str(path))
+    except DamagedCheckpointError:
+        time.sleep(RETRY_DELAYS_S[0])
+        return with_retries(lambda: inspect(path, step=step, owner=owner), what=str(path))
 
 
 def _pass_over(rejected: list[Rejected], one: Rejected) -> None:

@@ -62,11 +62,13 @@ class Owner:
         A missing or damaged manifest names no run: such a step belongs to the folder's owner. Raises OSError
         when the manifest cannot be read: change nothing then, because the step may be another run's.
         """
-        try:
-            found = manifest.read(folder).provenance
-        except (DamagedCheckpointError, MismatchError):
-            return ""
-        return "" if self.owns(found) else found.run_id
+        for _ in range(2):  # a network file system may not show the file for a moment
+            try:
+                found = manifest.read(folder).provenance
+            except (DamagedCheckpointError, MismatchError):
+                continue
+            return "" if self.owns(found) else found.run_id
+        return ""
 
     def may_own(self, folder: Path) -> bool:
         """Return whether the step in ``folder`` may be this run's; True when its manifest cannot be read."""
