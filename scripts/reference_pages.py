@@ -29,7 +29,7 @@ def config_keys() -> str:
         rows = ["| key | values | default |", "|---|---|---|"]
         for key in walk_keys(section, f"{name}."):
             values = prose(key.allowed).replace("|", "\\|")
-            rows.append(f"| `{key.name}`<br>{cell(key.doc)} | {values} | `{key.default}` |")
+            rows.append(f"| `{key.name}`{{ #{key.name} }}<br>{cell(key.doc)} | {values} | `{key.default}` |")
         summary = (section.__doc__ or "").splitlines()[0]
         blocks.append(f"## [{name}] {{ #{name} }}\n\n{summary}\n\n" + "\n".join(rows))
     return "\n\n".join(blocks)
@@ -73,7 +73,7 @@ def describe(path: str, command: Any) -> str:
 
 def prose(text: str) -> str:
     """Return text of a help page in which Markdown changes nothing."""
-    return "".join(f"\\{letter}" if letter in "\\*_<>[]^" else letter for letter in text)
+    return "".join(f"\\{letter}" if letter in "\\*_<>[]" else letter for letter in text)
 
 
 def default_of(parameter: Any) -> str:

@@ -11,18 +11,15 @@
       document.body.appendChild(frame)
       this.frame = frame
       this.inner = frame.contentWindow
-      this.receive = event => {
-        if (event.source !== this.inner) return
-        const message = new MessageEvent("message", { data: event.data })
-        this.dispatchEvent(message)
-        if (this.onmessage) this.onmessage(message)
-      }
-      addEventListener("message", this.receive)
       const page = this.inner.document
       page.open()
       page.write("<!doctype html><html><head></head><body></body></html>")
       page.close()
-      this.inner.postMessage = message => parent.postMessage(message, "*")
+      this.inner.postMessage = data => setTimeout(() => {
+        const message = new MessageEvent("message", { data })
+        this.dispatchEvent(message)
+        if (this.onmessage) this.onmessage(message)
+      })
       this.inner.importScripts = (...sources) =>
         sources.reduce((before, source) => before.then(() => this.load(source)), Promise.resolve())
       this.ready = this.load(url)
@@ -43,7 +40,6 @@
     }
 
     terminate() {
-      removeEventListener("message", this.receive)
       this.frame.remove()
     }
   }
