@@ -1,8 +1,9 @@
 """``ledger.jsonl``: what happened to a run, one JSON object a line, only ever appended to. Rank 0 writes.
 
-Events are described in ``docs/run-folder.md``. A line goes out in one write, so a kill tears at most the last
-one; the next writer ends it. ``start``, ``resume``, ``healthy`` and ``end`` are synced to disk; ``progress``
-and ``commit`` survive the death of the process, not that of the node, and can be missed without harm.
+Events are described in ``docs/reference/run-folder.md``. A line goes out in one write, so a kill tears at
+most the last one; the next writer ends it. ``start``, ``resume``, ``healthy`` and ``end`` are synced to disk;
+``progress`` and ``commit`` survive the death of the process, not that of the node, and can be missed without
+harm.
 """
 
 from __future__ import annotations

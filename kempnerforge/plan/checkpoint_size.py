@@ -1,8 +1,8 @@
 """The size of a checkpoint, and the host memory in which ranks stage what they write of it.
 
 What is said about tensors is exact: three fp32 copies of every parameter, a counter each, and every rank's
-random number generators. Headers, index and manifest follow ``docs/checkpoint-format.md``; since headers are
-padded to pages, what is said of the files may be off by 4 kB a rank.
+random number generators. Headers, index and manifest follow ``docs/reference/checkpoint-format.md``; since
+headers are padded to pages, what is said of the files may be off by 4 kB a rank.
 """
 
 from __future__ import annotations

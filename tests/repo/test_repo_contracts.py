@@ -48,7 +48,8 @@ def test_readme_quick_start_is_two_self_contained_commands() -> None:
 
 
 INSTALLERS = (".ci/install-slurm", ".ci/install-chromium")
-STEPS = ["slurm", "browser", "quick start", "tests", "other tests", "campaigns", "static checks"]
+BUILD_DOCS = ".ci/build-docs"
+STEPS = ["slurm", "browser", "quick start", "tests", "other tests", "campaigns", "static checks", "docs"]
 
 
 def test_ci_list_has_readme_commands_then_all_other_tests() -> None:
@@ -56,7 +57,7 @@ def test_ci_list_has_readme_commands_then_all_other_tests() -> None:
         [ROOT / ".ci" / "run", "--list"], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     others = ["python -m pytest --rest --ignore tests/campaigns", "python -m pytest --rest tests/campaigns"]
-    assert steps == [*INSTALLERS, *quick_start_commands(), *others, "scripts/check --static"]
+    assert steps == [*INSTALLERS, *quick_start_commands(), *others, "scripts/check --static", BUILD_DOCS]
 
 
 README_OF_A_COPY = """# A project
@@ -94,7 +95,7 @@ def run_ci_on_a_copy(folder: Path, first: str) -> subprocess.CompletedProcess[st
     scratch.mkdir()
     for name in (".ci/run", "scripts/check"):
         write_program(repo / name, (ROOT / name).read_text())
-    for name in INSTALLERS:
+    for name in (*INSTALLERS, BUILD_DOCS):
         write_program(repo / name, "#!/bin/sh\necho installed\n")
     (repo / "README.md").write_text(README_OF_A_COPY.format(first=first, second=SECOND))
     (repo / "pytest.py").write_text("import sys\nprint(f'== {len(sys.argv)} passed in 0.12s ==')\n")
@@ -188,7 +189,11 @@ def test_check_unknown_option_prints_usage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "pyproject.toml"]
+    "name",
+    [
+        *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "RELEASE.md", "SECURITY.md", "LICENSE"),
+        *("constraints.txt", "pyproject.toml", "mkdocs.yml", ".github/workflows/ci.yml"),
+    ],
 )
 def test_repo_file_exists_and_is_not_empty(name: str) -> None:
     assert len((ROOT / name).read_text()) > 100

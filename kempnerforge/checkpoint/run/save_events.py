@@ -1,4 +1,4 @@
-"""Events of the ledger about saves and deletions. docs/run-folder.md describes them."""
+"""Events of the ledger about saves and deletions. docs/reference/run-folder.md describes them."""
 
 from __future__ import annotations
 

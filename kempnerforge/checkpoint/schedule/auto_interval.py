@@ -1,7 +1,7 @@
 """How far apart saves are under ``interval``, ``interval_minutes`` and ``"auto"``.
 
 ``spacing`` is a pure function of measurements. ``SaveIntervalController`` calls it on the first rank and
-damps the result, which reaches all ranks with the one agreement of each step. See docs/interval.md.
+damps the result, which reaches all ranks with the one agreement of each step. See docs/guide/interval.md.
 """
 
 from __future__ import annotations

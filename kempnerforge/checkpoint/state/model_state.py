@@ -209,7 +209,7 @@ def _refuse_fsdp1(part: nn.Module) -> None:
     if fsdp1 is not None and any(isinstance(one, fsdp1.FullyShardedDataParallel) for one in part.modules()):
         raise TypeError(
             "model= is wrapped in FullyShardedDataParallel (FSDP1), whose parameters are slices of others. "
-            "Use fully_shard (FSDP2), or hand it over as extra= (docs/recipes.md)"
+            "Use fully_shard (FSDP2), or hand it over as extra= (docs/guide/recipes.md)"
         )
 
 

@@ -366,7 +366,7 @@ def check_whole(optimizer: torch.optim.Optimizer, given: Collection[torch.optim.
         if more:
             raise TypeError(
                 f"state_dict() of {kind} has {', '.join(sorted(map(repr, more)))} beside state and "
-                "param_groups: hand it over as extra=, with optimizer={} (docs/optimizers.md)"
+                "param_groups: hand it over as extra=, with optimizer={} (docs/guide/optimizers.md)"
             )
 
 
@@ -399,12 +399,12 @@ def _check_layout(name: str, value: torch.Tensor, parameter: torch.Tensor, key: 
             raise TypeError(
                 f"{name} is a DTensor of shape {tuple(value.shape)}, its parameter has "
                 f"{tuple(parameter.shape)}: only state of the parameter's shape can be laid out again "
-                "(docs/optimizers.md)"
+                "(docs/guide/optimizers.md)"
             )
         if value.placements != parameter.placements or value.device_mesh != parameter.device_mesh:
             raise TypeError(
                 f"{name} is placed as {value.placements}, its parameter as {parameter.placements}: only "
-                "state that is placed like its parameter can be laid out again (docs/optimizers.md)"
+                "state that is placed like its parameter can be laid out again (docs/guide/optimizers.md)"
             )
     elif isinstance(parameter, DTensor) and (
         value.ndim or (parameter.ndim == 0 and not _is_count(value, key))
@@ -412,7 +412,7 @@ def _check_layout(name: str, value: torch.Tensor, parameter: torch.Tensor, key: 
         raise TypeError(
             f"{name} is a plain tensor of shape {tuple(value.shape)} beside a parameter that is a DTensor: "
             "ranks may hold different values of it. Use an optimizer whose state is made of DTensors "
-            "(docs/optimizers.md)"
+            "(docs/guide/optimizers.md)"
         )
 
 
