@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kempnerforge.config.schedule_changes import when_continued
 from kempnerforge.config.schema import JobConfig, LoadedJob
-from kempnerforge.distributed.context import DistributedContext, find_place
+from kempnerforge.distributed.context import DistributedContext, find_rank_info
 from kempnerforge.errors import (
     EXIT_FAULT,
     EXIT_FINISHED,
@@ -42,7 +42,7 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
     job = loaded.job
     book = AttemptRecorder()
     failed: Exception | None = None
-    stacks = Stacks(find_place().rank)
+    stacks = Stacks(find_rank_info().rank)
     shutdown = Shutdown(signals, timeout_s=job.train.shutdown_timeout_s, stacks=stacks)
     stopping = StopConditions(signals, shutdown, stacks)
     set_determinism(job.train.deterministic)

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.distributed.distributed_c10d import _get_default_store
-
 from kempnerforge.distributed.store_channel import StoreBoard
+from kempnerforge.torch_compat import get_default_store
 from kempnerforge.train.hangs.detector import HangWatch, Rules, SaveInFlight
 from kempnerforge.train.setup import Run
 
@@ -42,5 +41,5 @@ def watched(run: Run) -> Iterator[None]:
 
 def _connect(attempt: int) -> StoreBoard:
     """A connection of its own, made when it is needed: whatever hangs may be using the training's."""
-    store: Any = _get_default_store()
+    store: Any = get_default_store()
     return StoreBoard(store.clone(), f"hangs/{attempt}")
