@@ -85,7 +85,7 @@ def _why_not_writable(folder: Path) -> str:
     while PLACEHOLDER.search(str(path)) or not os.path.lexists(path):
         path = path.parent
     if not path.exists():
-        return f"{path} is a link to nothing"
+        return f"{path} is a broken symbolic link"
     if not path.is_dir():
         return f"{path} is a file" if path.is_file() else f"{path} is no folder"
     if not os.access(path, os.W_OK | os.X_OK):
