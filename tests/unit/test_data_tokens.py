@@ -271,7 +271,7 @@ def test_dataset_bad_npy_shard_found_on_open(tmp_path, kind, message):
 def test_dataset_without_train_shards_refused(tmp_path):
     save_npy(tmp_path / "d", "val_0.npy", np.arange(10))
     save_npy(tmp_path / "d", "val_1.npy", np.arange(10))
-    with pytest.raises(DataError, match="none is training"):
+    with pytest.raises(DataError, match="none is for training"):
         open_dataset(tmp_path / "d")
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(DataError, match=r"must be \.npy. For text: kempnerforge data prepare"):

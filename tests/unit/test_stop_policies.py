@@ -21,8 +21,8 @@ from kempnerforge.slurm.job import SlurmJob
 from kempnerforge.train import evaluation as evaluation_module
 from kempnerforge.train.evaluation import MOST_BATCHES, BreakableBatches, batches_between_looks
 from kempnerforge.train.hangs import progress as progress_module
-from kempnerforge.train.hangs.detector import who_lags
-from kempnerforge.train.hangs.progress import Place, Progress, limit_s
+from kempnerforge.train.hangs.detector import describe_lag
+from kempnerforge.train.hangs.progress import Position, Progress, limit_s
 from kempnerforge.train.termination import deadline as deadline_module
 from kempnerforge.train.termination import stop_request as stop_file_module
 from kempnerforge.train.termination.deadline import Deadline, latest_start, p99
@@ -233,12 +233,12 @@ def test_hang_limit_table_matches(took_s: list[float], expected: float) -> None:
     assert limit_s(took_s, multiple=10, floor_s=60, ceiling_s=900) == expected
 
 
-def post(place: Place, done: float = 0.0, save_part: str = "done") -> dict[str, Any]:
-    return {"order": place.order, "done": done, "where": str(place), "save_part": save_part}
+def post(position: Position, done: float = 0.0, save_part: str = "done") -> dict[str, Any]:
+    return {"order": position.order, "done": done, "where": str(position), "save_part": save_part}
 
 
-BACKWARD, DATA = Place("step", 7, "forward_backward"), Place("step", 7, "data")
-AGREE, EVAL = Place("agree", 6), Place("eval", 6)
+BACKWARD, DATA = Position("step", 7, "forward_backward"), Position("step", 7, "data")
+AGREE, EVAL = Position("agree", 6), Position("eval", 6)
 
 
 @pytest.mark.parametrize(
@@ -248,21 +248,21 @@ AGREE, EVAL = Place("agree", 6), Place("eval", 6)
         ([post(BACKWARD), post(BACKWARD), post(DATA, 0.9)], "Rank 2 lags: it is at step 7, data"),
         ([post(AGREE), post(EVAL), post(AGREE)], "Rank 1 lags: it is at eval 6"),
         ([post(AGREE), post(BACKWARD), post(DATA)], "Rank 0 lags: it is at agree 6"),
-        ([post(BACKWARD, 0.4)] * 3, "All ranks stand at the same place (step 7, forward_backward)"),
+        ([post(BACKWARD, 0.4)] * 3, "All ranks are at the same position (step 7, forward_backward)"),
         ([post(DATA), post(BACKWARD), post(DATA)], "2 ranks (0, 2) lag"),
         ([post(BACKWARD), None, post(DATA)], "Rank 1 does not answer"),
     ],
 )
 def test_hang_lagging_rank_named(posts: list[dict[str, Any] | None], lags: str) -> None:
     answers = {rank: one for rank, one in enumerate(posts) if one is not None}
-    assert lags in who_lags(answers, 3)
+    assert lags in describe_lag(answers, 3)
 
 
 def test_hang_lagging_rank_in_save_named() -> None:
     parts = {0: post(DATA, save_part="commit"), 1: post(BACKWARD, save_part="write")}
-    assert "Rank 1 lags: still at its write" in who_lags(parts, 2, saving=True)
+    assert "Rank 1 lags: still at its write" in describe_lag(parts, 2, saving=True)
     parts = {0: post(DATA, save_part="commit"), 1: post(DATA, save_part="done")}
-    assert "rank 0 has not committed" in who_lags(parts, 2, saving=True)
+    assert "rank 0 has not committed" in describe_lag(parts, 2, saving=True)
 
 
 def test_progress_activities_measured_separately(monkeypatch: pytest.MonkeyPatch) -> None:
