@@ -11,8 +11,7 @@ from __future__ import annotations
 # The result of a functional collective that may still run. There is no public type to test for.
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-# State dicts may hold ShardedTensors. The class has no public path, although DCP saves and loads
-# it.
+# State dicts may contain ShardedTensors. DCP saves and loads the class, but it has no public path.
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 # The function with which DCP puts a value under a path of a nested state dict. Structures that are

@@ -45,9 +45,9 @@ class Corpus:
 
     documents: tuple[Document, ...]
     num_empty: int
-    """Empty files, left out."""
+    """Empty files, which were skipped."""
     num_binary: int
-    """Files that are not text, left out."""
+    """Files that are not text, which were skipped."""
 
     @property
     def size_bytes(self) -> int:

@@ -11,7 +11,7 @@ from kempnerforge.distributed import timeouts
 def build_mesh(device_type: str, *, dp_replicate: int, dp_shard: int, tp: int = 1, pp: int = 1) -> DeviceMesh:
     """Return a mesh over all ranks with the dimensions ``pp``, ``dp_replicate``, ``dp_shard`` and ``tp``.
 
-    Dimensions of size 1 are left out, except ``dp_shard``. The innermost dimension consists of
+    Dimensions of size 1 are omitted, except ``dp_shard``. The innermost dimension consists of
     neighbouring ranks, so that tensor parallelism, which communicates in every layer, remains
     within a node. The gathering of shards is next. Only gradients (HSDP) and activations between
     stages cross nodes. All groups of the mesh have the time-out of the default group.

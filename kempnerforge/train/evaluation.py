@@ -47,41 +47,41 @@ class Evaluation:
     """Time from opening the data to the loss, including the load of the step."""
 
 
-LOOK_EVERY_S = 1.0
+QUERY_STOP_INTERVAL_S = 1.0
 MOST_BATCHES = 64
-"""A validation checks for a stop about once per ``LOOK_EVERY_S``, at the latest after this many batches."""
+"""Most batches between two checks for a stop, which are about ``QUERY_STOP_INTERVAL_S`` apart."""
 
 
-class BreakableBatches:
+class InterruptibleBatches:
     """Batches of a validation that end early, after the same batch on all ranks, when the run must stop.
 
-    ``look`` is collective. Its argument is the milliseconds since the last call. It returns whether
+    ``query_stop`` is collective. Its argument is the milliseconds since the last call. It returns whether
     to stop, and the largest argument of any rank.
     """
 
-    def __init__(self, batches: Iterable[Batch], look: Callable[[int], tuple[bool, int]]) -> None:
+    def __init__(self, batches: Iterable[Batch], query_stop: Callable[[int], tuple[bool, int]]) -> None:
         self._batches = batches
-        self._look = look
-        self.broken_off = False
+        self._query_stop = query_stop
+        self.interrupted = False
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches. Collective: all ranks call ``look`` after the same batches."""
-        count, left, looked_at = 1, 1, time.monotonic()
+        """Yield the batches. Collective: all ranks call ``query_stop`` after the same batches."""
+        count, left, queried_at = 1, 1, time.monotonic()
         for batch in self._batches:
             if left == 0:
-                stop, slowest_ms = self._look(int(1000 * (time.monotonic() - looked_at)))
+                stop, slowest_ms = self._query_stop(int(1000 * (time.monotonic() - queried_at)))
                 if stop:
-                    self.broken_off = True
+                    self.interrupted = True
                     return
-                count = left = batches_between_looks(slowest_ms / 1000 / count)
-                looked_at = time.monotonic()
+                count = left = batches_between_queries(slowest_ms / 1000 / count)
+                queried_at = time.monotonic()
             yield batch
             left -= 1
 
 
-def batches_between_looks(seconds_per_batch: float) -> int:
+def batches_between_queries(seconds_per_batch: float) -> int:
     """Return the number of batches until a validation checks for a stop again."""
-    return max(1, min(MOST_BATCHES, int(LOOK_EVERY_S / max(seconds_per_batch, 1e-6))))
+    return max(1, min(MOST_BATCHES, int(QUERY_STOP_INTERVAL_S / max(seconds_per_batch, 1e-6))))
 
 
 def validation_loss(
@@ -91,12 +91,12 @@ def validation_loss(
     geometry: ParallelDims,
     *,
     rank: int,
-    look: Callable[[int], tuple[bool, int]] | None = None,
+    query_stop: Callable[[int], tuple[bool, int]] | None = None,
 ) -> float | None:
     """Return the mean loss of the first ``eval.num_batches`` global batches of the validation split.
 
-    The sequences are the same in every layout. No random numbers are used. ``look`` may interrupt
-    the validation (see ``BreakableBatches``). The result is then None.
+    The sequences are the same in every layout. No random numbers are used. ``query_stop`` may interrupt
+    the validation (see ``InterruptibleBatches``). The result is then None.
 
     Collective: all ranks.
     """
@@ -108,11 +108,11 @@ def validation_loss(
         dp_rank=geometry.dp_rank(rank),
         dp_size=geometry.dp,
     )
-    if look is None:
+    if query_stop is None:
         return step.evaluate(batches)
-    breakable = BreakableBatches(batches, look)
-    loss = step.evaluate(breakable)
-    return None if breakable.broken_off else loss
+    interruptible = InterruptibleBatches(batches, query_stop)
+    loss = step.evaluate(interruptible)
+    return None if interruptible.interrupted else loss
 
 
 def evaluate_step(

@@ -57,7 +57,7 @@ class Reports:
             self._wandb.receipt(receipt)
             self._wandb.catch_up(self._earlier)
 
-    def proof(self, receipt: Receipt) -> ReplayCheck:
+    def replay_check(self, receipt: Receipt) -> ReplayCheck:
         """Return the check of this attempt's first losses against rows of an earlier attempt."""
         try:
             return ReplayCheck.of(self._metrics, receipt) if self._metrics is not None else ReplayCheck()

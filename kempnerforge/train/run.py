@@ -40,7 +40,7 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
     Collective: all ranks.
     """
     job = loaded.job
-    book = AttemptRecorder()
+    recorder = AttemptRecorder()
     failed: Exception | None = None
     stacks = Stacks(find_rank_info().rank)
     shutdown = Shutdown(signals, timeout_s=job.train.shutdown_timeout_s, stacks=stacks)
@@ -52,8 +52,8 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
     status, reason = EXIT_FAULT, "unknown"
     try:
         world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
-        book.end_phase("process_groups")
-        run = build(job, world, stopping, book)
+        recorder.end_phase("process_groups")
+        run = build(job, world, stopping, recorder)
         shutdown.on_exit = lambda why, run=run: _end_at_once(run, why)
         with watched(run):
             stop = train(run)
@@ -62,7 +62,7 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
         return status
     except Exception as error:
         failed = error
-        book.fault(error)
+        recorder.fault(error)
         reported = error if isinstance(error, KempnerForgeError) else storage_error(error, _folders(job, run))
         if reported is None:
             reason = f"{type(error).__name__}: {error}"
@@ -73,11 +73,11 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
     finally:
         if run is not None:
             run.ckpt.end_housekeeping()
-            run.book.record(run.ckpt.events())
+            run.recorder.record(run.ckpt.events())
             for warning in run.ckpt.warnings():
                 run.reports.warn(warning)
             _record(run, status, reason)
-        book.end(status=status, reason=reason, step=run.state.step if run else None, error=failed)
+        recorder.end(status=status, reason=reason, step=run.state.step if run else None, error=failed)
         if run is not None:
             run.ckpt.close()
             run.reports.close()
@@ -123,7 +123,7 @@ def _end_at_once(run: Run, why: str) -> None:
     run.ckpt.kill_writer()
     reason = f"{why}: ended at once at step {run.state.step}, which may not be committed"
     _record(run, EXIT_STOPPED, reason)
-    run.book.end(status=EXIT_STOPPED, reason=reason, step=run.state.step, error=None)
+    run.recorder.end(status=EXIT_STOPPED, reason=reason, step=run.state.step, error=None)
 
 
 def _exit_message(run: Run, stop: str | None) -> str:

@@ -58,7 +58,7 @@ class Run:
     train_samples: Samples
     val_samples: Samples | None
     reports: Reports
-    book: AttemptRecorder
+    recorder: AttemptRecorder
     progress: Progress
     flops_per_token: float
     peak_flops: float | None
@@ -82,7 +82,9 @@ class Run:
         )
 
 
-def build(job: JobConfig, world: DistributedContext, stopping: StopConditions, book: AttemptRecorder) -> Run:
+def build(
+    job: JobConfig, world: DistributedContext, stopping: StopConditions, recorder: AttemptRecorder
+) -> Run:
     """Open the run's folder, the data, the model and the sinks.
 
     The state is that of step 0, except that weights are not initialized when a step will be loaded.
@@ -106,11 +108,11 @@ def build(job: JobConfig, world: DistributedContext, stopping: StopConditions, b
     if job.train.global_batch_size is None:
         job = job.with_global_batch_size(record.global_batch_size)
     try:
-        has_steps = book.open(job, record, world, _layout(job.geometry(world.num_ranks), world))
-        book.end_phase("folder")
+        has_steps = recorder.open(job, record, world, _layout(job.geometry(world.num_ranks), world))
+        recorder.end_phase("folder")
         stopping.open(job, record.attempt, is_first=world.rank == 0)
         stopping.raise_if_stop_requested(world.control)
-        return _assemble(job, world, stopping, record, lease, book, init_weights=not has_steps)
+        return _assemble(job, world, stopping, record, lease, recorder, init_weights=not has_steps)
     except BaseException as error:
         # When another attempt has taken over the run, run.json belongs to that attempt.
         is_mine = lease is not None and not isinstance(error, LeaseLostError)
@@ -134,7 +136,7 @@ def _assemble(
     stopping: StopConditions,
     record: RunRecord,
     lease: Lease | None,
-    book: AttemptRecorder,
+    recorder: AttemptRecorder,
     *,
     init_weights: bool,
 ) -> Run:
@@ -142,11 +144,11 @@ def _assemble(
     reports = build_reports(job, rank=world.rank, folder=folder, record=record)
     dataset = open_data(job, world, stopping.signals, note=reports.note)
     stopping.raise_if_stop_requested(world.control)
-    book.end_phase("data")
+    recorder.end_phase("data")
     model = build_model(job, geometry, rank=world.rank, device=world.device, init_weights=init_weights)
     optimizer = build_optimizer(model.parts, job.optimizer, world.device)
     state = _build_state(job, world, geometry, model, optimizer, dataset)
-    book.end_phase("model")
+    recorder.end_phase("model")
     step = model.step(optimizer, geometry, job.train)
     ckpt = CheckpointManager(
         # The start of the attempt has filled in its placeholders.
@@ -177,7 +179,7 @@ def _assemble(
         train_samples=dataset.split("train", job.train.seq_len),
         val_samples=dataset.split("val", job.train.seq_len) if job.eval.interval else None,
         reports=reports,
-        book=book,
+        recorder=recorder,
         progress=Progress(collectives_issued),
         flops_per_token=model.parts[0].flops_per_token(job.train.seq_len),
         peak_flops=_peak_flops(world.device),

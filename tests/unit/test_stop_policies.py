@@ -19,7 +19,7 @@ from kempnerforge.slurm import deadline as slurm_deadline
 from kempnerforge.slurm.deadline import end_in_environment, parse_end
 from kempnerforge.slurm.job import SlurmJob
 from kempnerforge.train import evaluation as evaluation_module
-from kempnerforge.train.evaluation import MOST_BATCHES, BreakableBatches, batches_between_looks
+from kempnerforge.train.evaluation import MOST_BATCHES, InterruptibleBatches, batches_between_queries
 from kempnerforge.train.hangs import progress as progress_module
 from kempnerforge.train.hangs.detector import describe_lag
 from kempnerforge.train.hangs.progress import Position, Progress, limit_s
@@ -294,24 +294,24 @@ def test_progress_activities_measured_separately(monkeypatch: pytest.MonkeyPatch
     [(90.0, 1), (1.0, 1), (0.3, 3), (0.05, 20), (1e-4, MOST_BATCHES), (0, MOST_BATCHES)],
 )
 def test_validation_looks_for_a_stop_once_a_second(seconds: float, batches: int) -> None:
-    assert batches_between_looks(seconds) == batches
+    assert batches_between_queries(seconds) == batches
 
 
 def test_validation_ends_at_the_look_that_says_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slowest rank decides after how many batches all ranks look again."""
+    """The slowest rank decides after how many batches all ranks query again."""
     clock = FakeClock().replace_in(monkeypatch, evaluation_module)
     answers = iter([(False, 500), (False, 500), (True, 0)])
     told: list[int] = []
 
-    def look(milliseconds: int) -> tuple[bool, int]:
+    def query_stop(milliseconds: int) -> tuple[bool, int]:
         told.append(milliseconds)
         return next(answers)
 
-    batches: Any = BreakableBatches(range(100), look)  # type: ignore[arg-type]
+    batches: Any = InterruptibleBatches(range(100), query_stop)  # type: ignore[arg-type]
     seen = []
     for number in batches:
         clock.sleep(0.25)
         seen.append(number)
-    assert batches.broken_off
+    assert batches.interrupted
     assert seen == [0, 1, 2, 3, 4, 5, 6]  # looks after 1, 2 and 4 more
     assert told == [250, 500, 1000]
