@@ -179,10 +179,10 @@ def _load(step_folder: Path, state: TrainState, world: DistributedContext) -> tu
                 lambda: candidates.inspect(step_folder, step=step), what=str(step_folder)
             )
 
-        candidate = world.control.run_on_rank0(take)
+        found = world.control.run_on_rank0(take)
         outcome = candidates.load_together(
             lambda: candidates.load(
-                candidate,
+                found,
                 state,
                 same_layout=False,
                 rank=world.rank,
@@ -195,7 +195,7 @@ def _load(step_folder: Path, state: TrainState, world: DistributedContext) -> tu
         error = DamagedCheckpointError(f"{outcome}. It was left as it is; choose another step of that run.")
         error.agreed = True
         raise error
-    return candidate, outcome.data_changes
+    return found, outcome.data_changes
 
 
 def _ignore(_text: str) -> None:
