@@ -1,15 +1,16 @@
-"""How long commands take to answer: ``kempnerforge --help`` and ``ckpt ls`` against Python doing nothing.
+"""Time of commands: ``kempnerforge --help`` and ``ckpt ls`` against ``python -c pass``.
 
     python benchmarks/bench_cli.py
 
-Processes alternate. ``ckpt ls`` lists a run with ``--steps`` committed steps of ``--shards`` shards each, all
-sound (``benchmarks/bench/many_steps.py``), their files in the page cache. Of every process,
+Processes alternate. ``ckpt ls`` lists a run with ``--steps`` committed, valid steps of ``--shards``
+shards each (``benchmarks/bench/many_steps.py``), with files in the page cache. Measured for every
+process:
 
   wall_s  from its start to its end
-  cpu_s   processor time that it took, its own and the kernel's: less noisy on a busy machine
+  cpu_s   its processor time, of user and kernel: less noisy on a busy machine
 
-The goal is a difference: at most 0.3 s more than ``python -c pass``. Needs neither torch nor a GPU; the size
-"gpu" is that of a long run on many ranks.
+The goal is a difference: at most 0.3 s more than ``python -c pass``. It needs neither torch nor a
+GPU. The size "gpu" is that of a long run on many ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MOST_EXTRA_S = 0.3
 
 
 def measure(process: list[str], _pair: int) -> pairs.Measured:
-    """Run it once."""
+    """Run the process once."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     subprocess.run(process, check=True, stdout=subprocess.DEVNULL)
@@ -46,7 +47,7 @@ def measure(process: list[str], _pair: int) -> pairs.Measured:
 
 
 def extra_s(ours: list[float], nothing: list[float]) -> tuple[float, tuple[float, float]]:
-    """Difference of the medians and its bootstrap bounds, as ``pairs.compare`` does it for ratios."""
+    """Return the difference of medians with bootstrap bounds, as ``pairs.compare`` does for ratios."""
     both = np.array([ours, nothing])
     chosen = np.random.default_rng(0).integers(both.shape[1], size=(4000, both.shape[1]))
     medians = np.median(both[:, chosen], axis=2)
@@ -72,10 +73,10 @@ def main() -> None:
         found = pairs.alternate(
             {name: partial(measure, process) for name, process in processes.items()}, arguments.pairs
         )
-        told = machine.facts(folder)
+        facts = machine.facts(folder)
     finally:
         shutil.rmtree(folder)
-    print(f"{arguments.steps} steps of {arguments.shards} shards; {machine.tell(told)}")
+    print(f"{arguments.steps} steps of {arguments.shards} shards; {machine.describe(facts)}")
     rows, extra = [], {}
     for name in ("--help", "ckpt ls"):
         for value in ("wall_s", "cpu_s"):
@@ -85,15 +86,15 @@ def main() -> None:
             met = more_s <= MOST_EXTRA_S
             extra[f"{name} {value}"] = {"extra_s": more_s, "extra_s_95": (low_s, high_s), "met": met}
     pairs.show(rows, reference="python -c pass", others={})
-    for name, one in extra.items():
-        low_s, high_s = one["extra_s_95"]
-        reached = "reached" if one["met"] else "NOT reached"
+    for name, result in extra.items():
+        low_s, high_s = result["extra_s_95"]
+        reached = "reached" if result["met"] else "NOT reached"
         print(
-            f"{name}: {one['extra_s']:+.3f} s ({low_s:.3f} to {high_s:.3f}), "
+            f"{name}: {result['extra_s']:+.3f} s ({low_s:.3f} to {high_s:.3f}), "
             f"goal at most +{MOST_EXTRA_S} s: {reached}"
         )
     if arguments.json:
-        pairs.write_json(arguments.json, rows, extra=extra, machine=told, measured=found)
+        pairs.write_json(arguments.json, rows, extra=extra, machine=facts, measured=found)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How long a save takes until it is durable, and what processor time it takes: ours against stock DCP.
+"""Time until a save is durable, and its processor time: ours against stock DCP.
 
     torchrun --nproc-per-node 2 benchmarks/bench_durable.py
 
-An FSDP2-sharded Llama with AdamW's state is saved with nothing beside it, alternating, by four arms: ours
-blocking (``disabled``) against ``dcp.save(sync_files=True)``, ours asynchronous (``async``) against
-``dcp.async_save`` with its defaults. Ours digests every byte, stock does not. Beside them the raw limit: all
-ranks write the same bytes at once, in direct writes of 16 MiB from resident memory, and an fsync.
+Four arms alternate in saving an FSDP2-sharded Llama with AdamW's state, without other work: ours
+blocking (``disabled``) against ``dcp.save(sync_files=True)``, and ours asynchronous (``async``)
+against ``dcp.async_save`` with its defaults. Ours digests every byte, stock does not. The raw limit
+is measured, too: all ranks write the same bytes at once, in direct writes of 16 MiB from resident
+memory, and an fsync.
 
   durable_s    from the call until the checkpoint is committed
   cpu_s        processor time of all ranks, their threads and writer processes
@@ -31,14 +32,14 @@ SIZES = {"tiny": {"size_mb": 3, "pairs": 2}, "cpu": {"size_mb": 1000}, "gpu": {"
 
 
 def summed(value: float) -> float:
-    """Over all ranks."""
+    """Return the sum over all ranks."""
     total = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total)
     return total.item()
 
 
 def measure(saver: Saver, folder: Path, pair: int) -> pairs.Measured:
-    """One save."""
+    """Measure one save."""
     dist.barrier()
     cpu_s = machine.cpu_seconds(saver.pid())
     started = time.perf_counter()
@@ -46,15 +47,15 @@ def measure(saver: Saver, folder: Path, pair: int) -> pairs.Measured:
     saver.before_update()
     saver.wait()
     durable_s = time.perf_counter() - started
-    dist.barrier()  # stock's other ranks return before the first one has published
+    dist.barrier()  # with stock, other ranks return before rank 0 has published
     cpu_s = machine.cpu_seconds(saver.pid()) - cpu_s
-    found = {"durable_s": durable_s, "cpu_s": summed(cpu_s)}
+    measured = {"durable_s": durable_s, "cpu_s": summed(cpu_s)}
     command.empty(folder)
-    return found
+    return measured
 
 
 def measure_raw(folder: Path, size_bytes: int, pair: int) -> pairs.Measured:
-    """The raw limit."""
+    """Measure the raw limit."""
     path = folder / f"raw-{dist.get_rank()}"
     return {"durable_s": machine.raw_write_s(path, size_bytes, barrier=dist.barrier)}
 
@@ -76,12 +77,15 @@ def main() -> None:
         }
         arms["raw"] = partial(measure_raw, folder, state_bytes(model) // dist.get_world_size())
         found = pairs.alternate(arms, arguments.pairs)
-        told = machine.facts(folder)
+        facts = machine.facts(folder)
     for saver in savers.values():
         saver.close()
     if dist.get_rank() == 0:
         show(
-            arguments, found, told, f"{state_bytes(model) / 1e6:.0f} MB on {dist.get_world_size()} x {device}"
+            arguments,
+            found,
+            facts,
+            f"{state_bytes(model) / 1e6:.0f} MB on {dist.get_world_size()} x {device}",
         )
     dist.destroy_process_group()
 
@@ -89,10 +93,10 @@ def main() -> None:
 def show(
     arguments: argparse.Namespace,
     found: dict[str, list[pairs.Measured]],
-    told: dict[str, object],
+    facts: dict[str, object],
     where: str,
 ) -> None:
-    """The table, and the file."""
+    """Print the table and write the file."""
 
     def versus(label: str, ours: str, other: str, name: str, goal: float | None = None) -> pairs.Comparison:
         return pairs.compare(
@@ -107,11 +111,11 @@ def show(
         # A rate is the inverse of a time: at least 0.85 of the raw rate.
         versus("blocking durable_s / raw write", "ours blocking", "raw", "durable_s", goal=1 / 0.85),
     ]
-    print(f"{where}; {machine.tell(told)}")
+    print(f"{where}; {machine.describe(facts)}")
     print(f"{arguments.pairs} pairs")
     pairs.show(rows, reference="reference", others={})
     if arguments.json:
-        pairs.write_json(arguments.json, rows, machine=told, measured=found)
+        pairs.write_json(arguments.json, rows, machine=facts, measured=found)
 
 
 if __name__ == "__main__":

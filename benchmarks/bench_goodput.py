@@ -1,19 +1,21 @@
-"""What kills cost: ours against a plain loop that saves blocking, both killed at the same seeded times.
+"""Cost of kills: ours against a plain loop with blocking saves, both killed at the same seeded times.
 
     python benchmarks/bench_goodput.py --size cpu --json goodput.json
 
-Not under torchrun: it starts the jobs itself, one after the other. First each arm once undisturbed, which
-gives its ideal time, what a save costs it, and the losses that every killed run must repeat. Then, for each
-seed, each arm from its first step to its last through SIGKILLs of all its processes at once, a Poisson
-process in the time that the job is up; after each, a pause of ``--delay-s`` and the same command again.
+Do not use torchrun: the benchmark starts the jobs itself, one after the other. First, each arm runs
+once without kills. This gives its ideal time, its cost of a save, and the losses that every killed
+run must repeat. Then, for each seed, each arm runs from its first step to its last while all its
+processes are killed at once, by a Poisson process in the time that the job is up. After each kill,
+the same command runs again after ``--delay-s``.
 
-  ours        scripts/train.py, async_with_pinned_mem, saves as ``--interval`` says
-  reference   benchmarks/bench/reference_loop.py: FSDP2 and stock ``dcp.save``, for which the loop waits, as
-              ``--reference-interval`` says
+  ours        scripts/train.py, async_with_pinned_mem, saves every ``--interval``
+  reference   benchmarks/bench/reference_loop.py: FSDP2 and stock ``dcp.save``, which blocks the loop, every
+              ``--reference-interval``
 
-``daly`` is Daly's interval for the arm's own measured cost of a save: for the reference, about the best that
-a fixed interval can do. ``effective`` is ideal time / wall time; the parts, of goodput_arithmetic.py, sum to
-the wall time. Exit status 1: ours lost a committed step, or a loss has not the bits of the undisturbed run.
+``daly`` is Daly's interval for the measured cost of a save of the arm. For the reference, this is
+about the best fixed interval. ``effective`` is ideal time / wall time. The parts, of
+goodput_arithmetic.py, sum to the wall time. Exit status 1: ours lost a committed step, or a loss
+differs in any bit from the undisturbed run.
 """
 
 from __future__ import annotations
@@ -38,43 +40,44 @@ from bench.command import parse
 from bench.kills import BenchError, run_to_end
 
 STEADY = 0.1
-"""How far a campaign's steps may be from the undisturbed ones for its ideal time to mean something."""
+"""The largest relative difference of step times between a campaign and the undisturbed run for which
+its ideal time is meaningful."""
 PROJECTED_SCALES = (1.0, 40.0)
-"""Bytes a rank, of those saved here."""
+"""Bytes per rank, relative to those saved here."""
 PROJECTED_MTTI_H = (1.0, 3.0, 24.0)
 PROJECTED_RESTART_S = 300.0
 
 
 def kill_gaps(seed: int, mtti_s: float, max_kills: int) -> Iterator[float]:
-    """Seconds from each launch to the kill; without end if ``max_kills`` is 0."""
-    drawn = random.Random(seed)
+    """Yield the seconds from each launch to the kill, without end if ``max_kills`` is 0."""
+    rng = random.Random(seed)
     numbers = range(max_kills) if max_kills else itertools.count()
-    return (drawn.expovariate(1 / mtti_s) for _ in numbers)
+    return (rng.expovariate(1 / mtti_s) for _ in numbers)
 
 
 def campaign(arm: Arm, seed: int, folder: Path, given: argparse.Namespace) -> pairs.Measured:
-    """One arm through the kills of one seed."""
+    """Run one arm through the kills of one seed."""
     job = arm.job(folder, given, arm.interval)
     gaps = kill_gaps(seed, given.mtti_s, given.max_kills)
     attempts = run_to_end(job, gaps, delay_s=given.delay_s)
     parts = arithmetic.parts_of(attempts, step_s=arm.cost.step_s)
     wall_s = attempts[-1].ended - attempts[0].launched
-    kills_s = [one.killed_after_s for one in attempts if one.killed_after_s is not None]
+    kills_s = [attempt.killed_after_s for attempt in attempts if attempt.killed_after_s is not None]
     planned_s = list(itertools.islice(kill_gaps(seed, given.mtti_s, given.max_kills), len(kills_s)))
-    saved = [[save["step"] for save in one.saves] for one in attempts]
-    apart = [after - before for steps in saved for before, after in itertools.pairwise(steps)]
-    clean_s = [seconds for one in attempts for seconds in arithmetic.clean_steps_s(one)]
-    told: dict[str, Any] = {
+    saved = [[save["step"] for save in attempt.saves] for attempt in attempts]
+    intervals = [after - before for steps in saved for before, after in itertools.pairwise(steps)]
+    clean_s = [seconds for attempt in attempts for seconds in arithmetic.clean_steps_s(attempt)]
+    result: dict[str, Any] = {
         "seed": seed,
         "clean_step_s": statistics.fmean(clean_s) if clean_s else None,
         "planned_kills_s": planned_s,
         "killed_after_s": kills_s,
         "saved_steps": saved,
-        "interval_steps": statistics.median(apart) if apart else daly_steps(arm.cost, given.mtti_s),
+        "interval_steps": statistics.median(intervals) if intervals else daly_steps(arm.cost, given.mtti_s),
         "wrong_losses": arithmetic.wrong_losses(attempts, arm.undisturbed),
         "differing_shards": differing_shards(arm, folder, given.steps),
         "lost_committed_steps": arithmetic.lost_committed_steps(attempts),
-        "attempts": [asdict(one) for one in attempts],
+        "attempts": [asdict(attempt) for attempt in attempts],
     }
     measured = {
         "effective": arm.ideal_s / wall_s,
@@ -84,15 +87,15 @@ def campaign(arm: Arm, seed: int, folder: Path, given: argparse.Namespace) -> pa
         **{f"{name}_s": seconds for name, seconds in parts.items()},
     }
     if arm.name == "ours":
-        told["ledger"] = ledger(folder, wall_s)
-    arm.campaigns.append({**told, **measured})
-    same = not (told["wrong_losses"] or told["differing_shards"])
+        result["ledger"] = ledger(folder, wall_s)
+    arm.campaigns.append({**result, **measured})
+    same = not (result["wrong_losses"] or result["differing_shards"])
     print(
         f"seed {seed}, {arm.name}: {len(kills_s)} kills, {wall_s:.1f} s, "
         f"effective {measured['effective']:.1%}, {measured['lost_steps']:.0f} "
-        f"steps lost, {told['lost_committed_steps']} of them committed; "
-        f"losses{' and last checkpoint' if arm.name == 'ours' else ''} {'' if same else 'NOT '}bitwise those "
-        "of the undisturbed run",
+        f"steps lost, {result['lost_committed_steps']} of them committed; "
+        f"losses{' and last checkpoint' if arm.name == 'ours' else ''} {'' if same else 'NOT '}bitwise equal "
+        "to those of the undisturbed run",
         flush=True,
     )
     shutil.rmtree(folder)
@@ -100,20 +103,20 @@ def campaign(arm: Arm, seed: int, folder: Path, given: argparse.Namespace) -> pa
 
 
 def drift(arm: Arm) -> float:
-    """How far, as a share, steps without a save beside them were from undisturbed ones, at worst."""
-    found = [one["clean_step_s"] for one in arm.campaigns if one["clean_step_s"] is not None]
-    return max((abs(step_s / arm.cost.step_s - 1) for step_s in found), default=0.0)
+    """Return the largest relative difference of steps without a save from undisturbed ones."""
+    steps_s = [run["clean_step_s"] for run in arm.campaigns if run["clean_step_s"] is not None]
+    return max((abs(step_s / arm.cost.step_s - 1) for step_s in steps_s), default=0.0)
 
 
 def differing_shards(arm: Arm, folder: Path, steps: int) -> list[str]:
-    """Files of our last checkpoint that have not the bytes of the undisturbed run's."""
+    """Return files of our last checkpoint whose bytes differ from those of the undisturbed run."""
     undisturbed = folder.with_name(f"{arm.name}-undisturbed")
     return differing_files(folder, undisturbed, steps) if arm.name == "ours" else []
 
 
 def predictions(arm: Arm, given: argparse.Namespace) -> dict[str, float]:
-    """Effective ratios by the model, from the undisturbed run and the interval that was kept to."""
-    steps = statistics.median(one["interval_steps"] for one in arm.campaigns)
+    """Return the effective ratios that the model predicts from the undisturbed run and the used interval."""
+    steps = statistics.median(run["interval_steps"] for run in arm.campaigns)
     rates = {"mtti_s": given.mtti_s, "delay_s": given.delay_s}
     interval_s = steps * arm.cost.step_s
     return {
@@ -124,7 +127,7 @@ def predictions(arm: Arm, given: argparse.Namespace) -> dict[str, float]:
 
 
 def project(arms: dict[str, Arm]) -> list[dict[str, float]]:
-    """What the model makes of the measured costs where failures are rarer and restarts longer."""
+    """Return the model's predictions from the measured costs for rarer failures and longer restarts."""
     return [
         {
             "scale": scale,
@@ -142,7 +145,7 @@ def project(arms: dict[str, Arm]) -> list[dict[str, float]]:
 
 
 def report(arms: dict[str, Arm], found: dict[str, list[pairs.Measured]], given: argparse.Namespace) -> None:
-    """The tables, for people, and the file."""
+    """Print the tables and write the file."""
     names = [name for name in found["ours"][0] if name != "kills"]
     columns = {arm: {name: pairs.column(rows, name) for name in names} for arm, rows in found.items()}
     compared = [
@@ -153,16 +156,16 @@ def report(arms: dict[str, Arm], found: dict[str, list[pairs.Measured]], given: 
     pairs.show(compared, reference="reference", others={})
     predicted = {name: predictions(arm, given) for name, arm in arms.items()}
     for name, arm in arms.items():
-        tell_model(arm, predicted[name])
-    tell_ledger(arms["ours"])
+        print_model(arm, predicted[name])
+    print_ledger(arms["ours"])
     projected = project(arms)
     print(
-        "computed, not measured: a save costs and lags as here, times the scale; restarts take "
+        "computed, not measured: cost and lag of a save as here, times the scale; restarts of "
         f"{PROJECTED_RESTART_S:.0f} s; saves at Daly's interval"
     )
     for row in projected:
-        told = ", ".join(f"{name} {row[name]:.2%}" for name in arms)
-        print(f"  scale {row['scale']:.0f}, a failure every {row['mtti_h']:g} h: {told} effective")
+        ratios = ", ".join(f"{name} {row[name]:.2%}" for name in arms)
+        print(f"  scale {row['scale']:.0f}, a failure every {row['mtti_h']:g} h: {ratios} effective")
     if given.json:
         pairs.write_json(
             given.json,
@@ -184,9 +187,9 @@ def report(arms: dict[str, Arm], found: dict[str, list[pairs.Measured]], given: 
         )
 
 
-def tell_model(arm: Arm, predicted: dict[str, float]) -> None:
-    """What an arm costs, and what the model says of that."""
-    cost, kills = arm.cost, sum(one["kills"] for one in arm.campaigns)
+def print_model(arm: Arm, predicted: dict[str, float]) -> None:
+    """Print the costs of an arm, and the prediction of the model."""
+    cost, kills = arm.cost, sum(run["kills"] for run in arm.campaigns)
     print(
         f"{arm.name}: {kills:.0f} kills; step {cost.step_s:.4f} s, a save costs {cost.stall_s:.3f} s (blocks "
         f"{cost.blocking_s:.3f} s, durable {cost.lag_s:.3f} s later), restart {cost.restart_s:.2f} s, "
@@ -195,20 +198,19 @@ def tell_model(arm: Arm, predicted: dict[str, float]) -> None:
     )
     if drift(arm) > STEADY:
         print(
-            f"{arm.name}: THE MACHINE WAS NOT STEADY: steps without a save beside them took up to "
-            f"{drift(arm):.0%} more or less than undisturbed. Trust wall_s, whose arms alternate, "
-            "and not effective"
+            f"{arm.name}: THE MACHINE WAS NOT STEADY: steps without a save took up to {drift(arm):.0%} more "
+            "or less than undisturbed. Use wall_s, whose arms alternate, and not effective"
         )
 
 
-def tell_ledger(arm: Arm) -> None:
-    """What ``kempnerforge report`` says beside what was seen from outside."""
-    for one in arm.campaigns:
-        said = one["ledger"]
+def print_ledger(arm: Arm) -> None:
+    """Print the figures of ``kempnerforge report`` and those seen from outside."""
+    for run in arm.campaigns:
+        recorded = run["ledger"]
         print(
-            f"seed {one['seed']}: the ledger says {said['lost_steps']} lost steps, "
-            f"seen {one['lost_steps']:.0f}; restarts and pauses {said['restart_and_delay_s']:.1f} s, "
-            f"seen {one['restart_s'] + one['delay_s']:.1f} s; it does not know of {said['unseen_s']:.1f} s"
+            f"seed {run['seed']}: the ledger has {recorded['lost_steps']} lost steps, "
+            f"seen {run['lost_steps']:.0f}; restarts and pauses {recorded['restart_and_delay_s']:.1f} s, "
+            f"seen {run['restart_s'] + run['delay_s']:.1f} s; it lacks {recorded['unseen_s']:.1f} s"
         )
 
 
@@ -220,7 +222,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=given.dir or Path.cwd(), prefix="bench-") as name:
         folder = Path(name)
         given.config = prepare_inputs(folder, given)
-        print(machine.tell(machine.facts(folder)), flush=True)
+        print(machine.describe(machine.facts(folder)), flush=True)
         try:
             for arm in arms.values():
                 arm.probe(folder / f"{arm.name}-undisturbed", given)
@@ -242,7 +244,7 @@ def main() -> int:
             return 1
         report(arms, found, given)
     promised = ("wrong_losses", "differing_shards", "lost_committed_steps")
-    return 1 if any(one[name] for one in arms["ours"].campaigns for name in promised) else 0
+    return 1 if any(run[name] for run in arms["ours"].campaigns for name in promised) else 0
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How long a verified load takes: ours, every digest checked, against ``dcp.load`` of its own format.
+"""Time of a verified load: ours, with every digest checked, against ``dcp.load`` of its own format.
 
     torchrun --nproc-per-node 2 benchmarks/bench_load.py
 
-The same FSDP-sharded tensors are saved once in each format, then loaded in place, alternating, of two kinds:
-``large``, tensors of 8 MB a rank, and ``small``, 4,096 tensors that share the same bytes. ``warm`` loads come
-from the page cache, ``cold`` ones from the disk (the cache is told to forget the files before each). Seconds
-are of the slowest rank. Beside them the raw limit: each rank reads the bytes of one shard file with
-``preadv`` into memory that is there already.
+The same FSDP-sharded tensors are saved once in each format, then loaded in place, alternating.
+There are two kinds: ``large``, tensors of 8 MB per rank, and ``small``, 4,096 tensors with the same
+total size. ``warm`` loads read from the page cache, ``cold`` ones from the disk (the files are
+dropped from the cache before each). Seconds are those of the slowest rank. The raw limit is
+measured, too: each rank reads the bytes of one shard file with ``preadv`` into allocated memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def make(count: int, size_bytes: int, mesh: DeviceMesh, device: torch.device) -> Tensors:
-    """``count`` fp32 tensors, sharded by rows, that take ``size_bytes`` over all ranks."""
+    """Return ``count`` fp32 tensors, sharded by rows, that take ``size_bytes`` over all ranks."""
     columns = 64
     rows = max(1, size_bytes // (4 * columns * count * mesh.size()))
     return {
@@ -64,17 +64,17 @@ def save_both(tensors: Tensors, folder: Path) -> dict[str, Path]:
 
 
 def load_ours(tensors: Tensors, path: Path) -> None:
-    """Load ours: this rank's part, every block that is read digested first."""
+    """Load this rank's part in our format. The digest of every block is checked first."""
     load_tensors(tensors, SafetensorsReader(path))
 
 
 def load_stock(tensors: Tensors, path: Path) -> None:
-    """Load DCP's."""
+    """Load in DCP's format."""
     load(dict(tensors), checkpoint_id=path)
 
 
 class Raw:
-    """Reads the bytes of this rank's shard file, and nothing else."""
+    """Only reads the bytes of this rank's shard file."""
 
     def __init__(self, size_bytes: int) -> None:
         self._memory = mmap.mmap(-1, size_bytes)
@@ -95,7 +95,7 @@ class Raw:
 def seconds(
     work: Callable[[Tensors, Path], None], tensors: Tensors, path: Path, *, cold: bool, device: torch.device
 ) -> float:
-    """Seconds of one load, of the slowest rank."""
+    """Return the seconds of one load on the slowest rank."""
     dist.barrier()
     if cold:
         machine.drop_cache(path)
@@ -116,15 +116,15 @@ def measure(
     device: torch.device,
     pair: int,
 ) -> pairs.Measured:
-    """One round of one arm: warm, then cold, then once unmeasured, which warms the cache again."""
+    """Measure one round of one arm: warm, then cold. One more load warms the cache again."""
     for tensor in tensors.values():
         tensor.zero_()
-    found = {"warm_s": seconds(work, tensors, path, cold=False, device=device)}
-    found["cold_s"] = seconds(work, tensors, path, cold=True, device=device)
+    measured = {"warm_s": seconds(work, tensors, path, cold=False, device=device)}
+    measured["cold_s"] = seconds(work, tensors, path, cold=True, device=device)
     work(tensors, path)
     if arm != "raw":
         assert local_part(next(iter(tensors.values()))).any(), f"{arm} loaded nothing"
-    return found
+    return measured
 
 
 def main() -> None:
@@ -139,7 +139,7 @@ def main() -> None:
     }
     rows, measured, others = [], {}, {}
     with command.shared_folder(arguments.dir) as folder:
-        told = machine.facts(folder)
+        facts = machine.facts(folder)
         for kind, count in counts.items():
             tensors = make(count, size_bytes, mesh, device)
             paths = save_both(tensors, folder)
@@ -165,11 +165,11 @@ def main() -> None:
                 )
             command.empty(folder)
     if dist.get_rank() == 0:
-        print(f"{arguments.size_mb} MB on {mesh.size()} x {device.type}; {machine.tell(told)}")
+        print(f"{arguments.size_mb} MB on {mesh.size()} x {device.type}; {machine.describe(facts)}")
         print(f"{arguments.pairs} pairs; {counts['large']} large and {counts['small']} small tensors")
         pairs.show(rows, reference="dcp.load / ours", others=others)
         if arguments.json:
-            pairs.write_json(arguments.json, rows, machine=told, measured=measured)
+            pairs.write_json(arguments.json, rows, machine=facts, measured=measured)
     dist.destroy_process_group()
 
 

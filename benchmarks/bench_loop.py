@@ -1,16 +1,17 @@
-"""What the harness costs a step: ``scripts/train.py`` against a bare FSDP2 loop of the same model.
+"""Overhead of the harness per step: ``scripts/train.py`` against a bare FSDP2 loop of the same model.
 
     python benchmarks/bench_loop.py
 
 torchrun starts both in turn. They train the same model on the same batches. The bare loop is
-``benchmarks/bench/bare_loop.py``. Ours draws its batches, agrees with all ranks after every step, and writes
-console, metrics.jsonl and ledger; no save is due. Of every start,
+``benchmarks/bench/bare_loop.py``. Ours selects its batches, agrees with all ranks after every step,
+and writes console, metrics.jsonl and ledger. No save is due. Measured for every start:
 
-  step_s      median time from one step's end to the next, of all steps but the first ones
-  outside_ms  of ours alone: what is not forward, backward or update. Waiting for the other ranks is in it
+  step_s      median time from one step's end to the next, without the first steps
+  outside_ms  only ours: time outside of forward, backward and update, including waiting for other ranks
   of the matrix rate: the FLOP/s of ours over those of large matrix products, measured afterwards
 
-The losses of both must agree, or the benchmark fails: then the reference does not do the same work.
+The losses of both must agree. Otherwise the reference does not do the same work, and the benchmark
+fails.
 """
 
 from __future__ import annotations
@@ -46,19 +47,19 @@ WARMUP_STEPS = 3
 
 
 def median_gap_s(ended: list[float]) -> float:
-    """Median time between steps' ends, the first steps left out."""
+    """Return the median time between the ends of steps, without the first steps."""
     return statistics.median(after - before for before, after in itertools.pairwise(ended[WARMUP_STEPS:]))
 
 
 def outside_ms(rows: list[dict[str, Any]]) -> float:
-    """Median of what a step of ours has beside forward, backward and update."""
+    """Return the median time of our steps outside of forward, backward and update."""
     spans = [row["time/forward_backward_s"] + row["time/optimizer_s"] for row in rows[WARMUP_STEPS + 1 :]]
     gaps = [b["time"] - a["time"] for a, b in itertools.pairwise(rows[WARMUP_STEPS:])]
     return 1000 * statistics.median(gap - span for gap, span in zip(gaps, spans, strict=True))
 
 
 def make_task(arguments: argparse.Namespace, folder: Path) -> Task:
-    """What both arms train."""
+    """Return the job that both arms train."""
     on_gpu = torch.cuda.is_available()
     model = ModelConfig(
         dim=arguments.dim,
@@ -82,14 +83,14 @@ def make_task(arguments: argparse.Namespace, folder: Path) -> Task:
 
 
 def of_matrix_rate(task: Task, step_s: list[float]) -> list[float]:
-    """What ours reaches of the FLOP/s of matrix products on one device, or core, for each rank."""
+    """Return the share that ours reaches of the FLOP/s of matrix products on a device or core per rank."""
     on_gpu = torch.cuda.is_available()
     device, width = torch.device("cuda" if on_gpu else "cpu"), 8192 if on_gpu else 1024
     rate = machine.matmul_flops(device, torch.bfloat16 if on_gpu else torch.float32, width=width)
     with torch.device("meta"):
         flops_per_token = Llama(task.model).flops_per_token(task.seq_len)
     flops = task.batch_size * task.seq_len * flops_per_token
-    return [flops / one / rate for one in step_s]
+    return [flops / seconds / rate for seconds in step_s]
 
 
 def main() -> None:
@@ -109,20 +110,21 @@ def main() -> None:
         found, losses, apart = compare_starts(
             (ours, bare), arguments.pairs, warmups=int(arguments.size != "tiny"), tolerance=task.tolerance
         )
-        told = machine.facts(task.folder)
+        facts = machine.facts(task.folder)
     step_s = [pairs.column(found[arm], "step_s") for arm in found]
     row = pairs.compare("step_s", *step_s, goal=1.02)
-    extra_ms = [1000 * (one - other) for one, other in zip(*step_s, strict=True)]
-    others = {"ours - bare, ms a step": extra_ms, "outside_ms": pairs.column(found["ours"], "outside_ms")}
+    extra_ms = [1000 * (ours_s - bare_s) for ours_s, bare_s in zip(*step_s, strict=True)]
+    others = {"ours - bare, ms per step": extra_ms, "outside_ms": pairs.column(found["ours"], "outside_ms")}
     others["of the matrix rate"] = of_matrix_rate(task, step_s[0])
     parameters = task.model.num_parameters / 1e6
     print(
-        f"{parameters:.1f}M parameters, {task.ranks} ranks, {task.steps} steps a start; {machine.tell(told)}"
+        f"{parameters:.1f}M parameters, {task.ranks} ranks, {task.steps} steps per start; "
+        f"{machine.describe(facts)}"
     )
-    print(f"{arguments.pairs} pairs; losses differ by {apart:.2g} at the most, relative")
+    print(f"{arguments.pairs} pairs; losses differ by at most {apart:.2g}, relative")
     pairs.show([row], reference="bare FSDP2 loop", others=others)
     if arguments.json:
-        rest = {"machine": told, "measured": found, "losses_differ_by": apart, "losses": losses}
+        rest = {"machine": facts, "measured": found, "losses_differ_by": apart, "losses": losses}
         pairs.write_json(arguments.json, [row], extra_ms=extra_ms, **rest)
 
 

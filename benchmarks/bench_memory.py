@@ -1,11 +1,12 @@
-"""Host memory that saving takes beyond the state itself, over many saves: ours beside ``dcp.async_save``.
+"""Host memory of saving beyond the state itself, over many saves: ours and ``dcp.async_save``.
 
     torchrun --nproc-per-node 2 benchmarks/bench_memory.py
 
-Both arms save the same FSDP2-sharded Llama with AdamW's state ``--saves`` times, one after the other.
-``beyond`` is the most that the kernel counted for all ranks and their writers while a save was being written,
-above what they had before the first (proportional set sizes, so that shared memory counts once), in copies of
-the state. ``growth`` is what the second half of the saves added to that.
+Both arms save the same FSDP2-sharded Llama with AdamW's state ``--saves`` times, one after the
+other. ``beyond`` is the largest memory of all ranks and their writers while a save was being
+written, minus their memory before the first save, in copies of the state. Proportional set sizes
+are used, so that shared memory counts once. ``growth`` is the increase in the second half of the
+saves.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ GOAL = 1.1
 
 
 def resident_bytes(*pids: int | None) -> int:
-    """Proportional set size of this process and of ``pids``, summed over all ranks."""
+    """Return the proportional set size of this process and of ``pids``, summed over all ranks."""
     total = 0
     for pid in (os.getpid(), *(pid for pid in pids if pid is not None)):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -44,20 +45,20 @@ def resident_bytes(*pids: int | None) -> int:
 
 
 def measure(saver: Saver, folder: Path, saves: int) -> list[int]:
-    """Resident bytes of all ranks before the first save, and while each one is being written."""
-    found = [resident_bytes(saver.pid())]
+    """Return the resident bytes of all ranks before the first save and while each one is written."""
+    resident = [resident_bytes(saver.pid())]
     for number in range(saves):
         saver.begin(folder / f"save-{number}")
         saver.before_update()
-        found.append(resident_bytes(saver.pid()))
+        resident.append(resident_bytes(saver.pid()))
         saver.wait()
         command.empty(folder)
-    return found
+    return resident
 
 
-def in_copies(seen: list[int], size_bytes: int) -> dict[str, float]:
-    """The most beyond the first figure, and what the second half adds, in copies of the state."""
-    beyond = [(one - seen[0]) / size_bytes for one in seen[1:]]
+def in_copies(resident: list[int], size_bytes: int) -> dict[str, float]:
+    """Return the largest excess over the first figure, and its growth, in copies of the state."""
+    beyond = [(later - resident[0]) / size_bytes for later in resident[1:]]
     half = len(beyond) // 2
     return {"beyond": max(beyond), "growth": max(beyond[half:]) - max(beyond[:half])}
 
@@ -70,7 +71,7 @@ def main() -> None:
     size_bytes = state_bytes(model)
     found = {}
     with command.shared_folder(arguments.dir) as folder:
-        told = machine.facts(folder)
+        facts = machine.facts(folder)
         savers: dict[str, Saver] = {
             "ours": Ours(model, optimizer, AsyncCheckpointMode.async_pinned),
             "dcp.async_save": StockAsync(model, optimizer),
@@ -80,16 +81,20 @@ def main() -> None:
             saver.close()
         buffers = host_buffers.allocations
     if dist.get_rank() == 0:
-        print(f"{size_bytes / 1e6:.0f} MB on {dist.get_world_size()} x {device.type}; {machine.tell(told)}")
+        print(
+            f"{size_bytes / 1e6:.0f} MB on {dist.get_world_size()} x {device.type}; {machine.describe(facts)}"
+        )
         copies = {name: in_copies(seen, size_bytes) for name, seen in found.items()}
-        for name, one in copies.items():
-            print(f"{name:16} {one['beyond']:.3f} copies beyond the state, growth {one['growth']:+.3f}")
+        for name, of_arm in copies.items():
+            print(f"{name:16} {of_arm['beyond']:.3f} copies beyond the state, growth {of_arm['growth']:+.3f}")
         ours, stock = (copies[name]["beyond"] for name in found)
         met = "reached" if ours <= GOAL else "NOT reached"
         print(f"goal: at most {GOAL} copies: {met}; ratio of ours to stock {ours / stock:.3g}")
         print(f"buffers made for {arguments.saves} saves of ours, on this rank: {buffers}")
         if arguments.json:
-            pairs.write_json(arguments.json, [], machine=told, measured=found, copies=copies, buffers=buffers)
+            pairs.write_json(
+                arguments.json, [], machine=facts, measured=found, copies=copies, buffers=buffers
+            )
     dist.destroy_process_group()
 
 

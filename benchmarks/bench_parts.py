@@ -1,16 +1,16 @@
-"""Which part of a save costs the steps beside it what: the profile behind the figures of ``bench_save.py``.
+"""Cost of each part of a save for concurrent steps: the profile behind the figures of ``bench_save.py``.
 
     torchrun --nproc-per-node 2 benchmarks/bench_parts.py
 
-The same steps as there, of which the first has beside it
+The steps are those of ``bench_save.py``. During the first of them begins
 
-  copy      the copy to host memory alone, as ``async_with_pinned_mem`` makes it
-  write     digesting and writing alone, of an image that is there already, in idle time
-  prompt    the same at an ordinary priority, as when somebody waits for it
+  copy      only the copy to host memory, as ``async_with_pinned_mem`` makes it
+  write     only digesting and writing of an existing image, in idle time
+  prompt    the same at the normal priority, as when the loop waits for it
   save      a whole save
 
-against as many steps with nothing beside. The line by step is of medians over all rounds, which is less noisy
-than a round: how long each step takes, of one without.
+They are compared with as many steps without a save. The line by step has medians over all rounds,
+which are less noisy than one round: the time of each step relative to one without a save.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ SIZES = {
 
 
 class Part(Protocol):
-    """What goes on beside the steps."""
+    """Work that runs concurrently with the steps."""
 
     def begin(self, path: Path) -> None:
-        """Begin."""
+        """Begin the work."""
         ...
 
     def before_update(self) -> None:
@@ -57,46 +57,46 @@ class Part(Protocol):
         ...
 
     def wait(self) -> None:
-        """Return at its end."""
+        """Return when the work is done."""
         ...
 
 
 class Nothing:
-    """Steps alone."""
+    """Steps without concurrent work."""
 
     def begin(self, path: Path) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def before_update(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def wait(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Copy:
-    """The copy alone."""
+    """Only the copy."""
 
     def __init__(self, plan: SavePlanCache, tensors: dict[str, torch.Tensor]) -> None:
         assert plan.arenas is not None
         self._pairs = plan.arenas.pairs(tensors)
 
     def begin(self, path: Path) -> None:
-        """Start it."""
+        """Start the copy."""
         self._staging = overlapping(self._pairs, {})
         self._staging.start()
 
     def before_update(self) -> None:
-        """Wait for it, as a loop does."""
+        """Wait for the copy, as a loop does."""
         self._staging.before_mutation()
 
     def wait(self) -> None:
-        """Wait for all of it."""
+        """Wait for the end of the copy."""
         self._staging.finish()
 
 
 class Write(Nothing):
-    """Digests and writes alone."""
+    """Only digesting and writing."""
 
     def __init__(self, plan: SavePlanCache, *, prompt: bool) -> None:
         assert plan.arenas is not None
@@ -115,7 +115,7 @@ class Write(Nothing):
             self._writer.write(arena.fd, file, arena.image.size_bytes)
 
     def wait(self) -> None:
-        """Wait for it, without hurrying it."""
+        """Wait for the write without raising its priority."""
         self._thread.join()
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class Write(Nothing):
 
 
 def measure(part: Part, steps: Steps, folder: Path, count: int, pair: int) -> pairs.Measured:
-    """Seconds of each of ``count`` steps, the first of which has ``part`` beside it, and of all."""
+    """Return the seconds of each of ``count`` steps, the first of which begins ``part``, and of all."""
     dist.barrier()
     times = [time.perf_counter()]
     part.begin(folder / str(pair))
@@ -140,10 +140,13 @@ def measure(part: Part, steps: Steps, folder: Path, count: int, pair: int) -> pa
     return {**each, "all_s": times[-1] - times[0]}
 
 
-def tell(
-    arguments: argparse.Namespace, found: dict[str, list[pairs.Measured]], told: dict[str, Any], what: str
+def show(
+    arguments: argparse.Namespace,
+    found: dict[str, list[pairs.Measured]],
+    facts: dict[str, Any],
+    what: str,
 ) -> None:
-    """Print, and write what ``--json`` asks for."""
+    """Print the tables and write the file of ``--json``."""
     quiet = pairs.column(found["nothing"], "all_s")
     quiet_s = statistics.median(quiet) / arguments.steps
     rows, others, by_step = [], {}, {}
@@ -153,15 +156,15 @@ def tell(
         if name != "nothing":
             total = pairs.column(measured, "all_s")
             rows.append(pairs.compare(f"{name}: {arguments.steps} steps, s", total, quiet))
-            others[f"{name}: more, s"] = [one - other for one, other in zip(total, quiet, strict=True)]
-    print(f"{what}; {machine.tell(told)}")
+            others[f"{name}: more, s"] = [ours - other for ours, other in zip(total, quiet, strict=True)]
+    print(f"{what}; {machine.describe(facts)}")
     print(f"{arguments.pairs} rounds of {arguments.steps} steps of {quiet_s:.3f} s")
     pairs.show(rows, reference="nothing beside", others=others)
     for name, steps in by_step.items():
         more_s = quiet_s * (sum(steps) - sum(by_step["nothing"]))
         print(f"{name} by step: {' '.join(f'{step:.2f}' for step in steps)}; in all {more_s:+.3f} s")
     if arguments.json:
-        pairs.write_json(arguments.json, rows, machine=told, measured=found, by_step=by_step, step_s=quiet_s)
+        pairs.write_json(arguments.json, rows, machine=facts, measured=found, by_step=by_step, step_s=quiet_s)
 
 
 def main() -> None:
@@ -183,12 +186,12 @@ def main() -> None:
     with command.shared_folder(arguments.dir) as folder:
         arms = {name: partial(measure, part, steps, folder, arguments.steps) for name, part in parts.items()}
         found = pairs.alternate(arms, arguments.pairs)
-        told = machine.facts(folder)
+        facts = machine.facts(folder)
     for part in (idle, prompt, save):
         part.close()
     if dist.get_rank() == 0:
         what = f"{state_bytes(model) / 1e6:.0f} MB on {dist.get_world_size()} x {device.type}"
-        tell(arguments, found, told, what)
+        show(arguments, found, facts, what)
     dist.destroy_process_group()
 
 

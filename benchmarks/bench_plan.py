@@ -1,19 +1,20 @@
-"""What planning and metadata cost the first rank with hundreds or thousands of ranks: ours against DCP's.
+"""Cost of planning and metadata on rank 0 with hundreds or thousands of ranks: ours against DCP's.
 
     python benchmarks/bench_plan.py
 
-One process plays the first rank of ``--ranks``; what the others would send it is made beforehand. Every rank
-holds its rows of ``--tensors`` tensors. Counted is what the first rank does for a save beside moving tensors:
+One process simulates rank 0 of ``--ranks``. The messages of the other ranks are made beforehand.
+Every rank holds its rows of ``--tensors`` tensors. Measured is the work of rank 0 for a save,
+without moving tensors:
 
-  first      unpack what all ranks hold, share out, check, plan the files, encode the index
+  first      unpack the parts of all ranks, distribute, check, plan the files, encode the index
   repeated   a save of the same tree: compare, read and check all ranks' reports, write index and manifest
 
-For DCP: create its plan, unpack all ranks' plans, make and check the global plan, pack it for all ranks,
-unpack their results, write ``.metadata`` (``FileSystemWriter.finish``); with its plan cache
-(``enable_plan_caching``) plans do not travel again. Ours reads the reports from a real store (c10d's) and
-commits a real folder, whose shard files are empty ones of the right size. ``before reading`` is what a rank
-does before it reads tensors: ours finds its parts in the index, DCP unpickles ``.metadata`` and looks for its
-chunks.
+For DCP it is: create its plan, unpack all ranks' plans, make and check the global plan, pack it for
+all ranks, unpack their results, and write ``.metadata`` (``FileSystemWriter.finish``). With its
+plan cache (``enable_plan_caching``) plans are not sent again. Ours reads the reports from a real
+store (c10d's) and commits a real folder, whose shard files are empty files of the right size.
+``before reading`` is the work of a rank before it reads tensors: ours finds its parts in the index,
+DCP unpickles ``.metadata`` and finds its chunks.
 """
 
 from __future__ import annotations
@@ -62,17 +63,17 @@ SIZES = {
     "4096": {"ranks": 4096, "tensors": 300, "pairs": 3},
 }
 ROWS, COLUMNS = 2, 64
-"""Of every tensor, by rank."""
+"""Shape of each tensor's part on a rank."""
 INDEXES = ("index.bin", "manifest.json", ".metadata")
 
 
 def name_of(tensor: int) -> str:
-    """Of one of the tensors."""
+    """Return the name of a tensor."""
     return f"model.layers.{tensor:04d}.attention.wq.weight"
 
 
 class OursFirstRank:
-    """Plans once; then collects reports and commits."""
+    """Plans once, then collects reports and commits."""
 
     def __init__(self, ranks: int, tensors: int, folder: Path) -> None:
         self._ranks, self._folder = ranks, folder
@@ -94,7 +95,7 @@ class OursFirstRank:
         ]
 
     def first(self) -> float:
-        """Seconds to plan."""
+        """Return the seconds to plan."""
         started = time.perf_counter()
         plan = make_plan([pickle.loads(held) for held in self._held])
         self._expected = plan.expected
@@ -108,7 +109,7 @@ class OursFirstRank:
         return took_s
 
     def repeated(self) -> float:
-        """Seconds of a save after the first: the others' reports lie in the store already."""
+        """Return the seconds of a later save. The reports of the others are in the store already."""
         assert self._expected is not None
         self._number += 1
         keys = {f"{self._number}/rank{rank}": message for rank, message in self._messages.items()}
@@ -129,13 +130,13 @@ class OursFirstRank:
         }
         commit(temporary, final, expected=self._expected, reports=reports, contents=CheckpointPayload())
         took_s = time.perf_counter() - started
-        for key in keys:  # each rank removes its own, when the next save begins
+        for key in keys:  # each rank removes its own at the start of the next save
             self._board.forget(key)
         self._index = final / "index.bin"
         return took_s
 
     def load(self) -> float:
-        """Seconds until the last rank knows what to read."""
+        """Return the seconds until the last rank knows what to read."""
         started = time.perf_counter()
         record = manifest.read(self._index.parent).files[self._index.name]
         with VerifiedFile(self._index, record, keep=True) as file:
@@ -146,7 +147,7 @@ class OursFirstRank:
 
 
 class DcpFirstRank:
-    """What ``dcp.save`` does on the first rank, without the tensors."""
+    """Does the work of ``dcp.save`` on rank 0, without the tensors."""
 
     def __init__(self, ranks: int, tensors: int, folder: Path, *, cache: bool) -> None:
         self._ranks, self._folder, self._cache = ranks, folder / f"dcp-{cache}", cache
@@ -154,7 +155,7 @@ class DcpFirstRank:
         self._state = {name_of(number): torch.zeros(ROWS, COLUMNS) for number in range(tensors)}
         self._plans = [pickle.dumps(self._plan_of(rank, tensors)) for rank in range(ranks)]
         self._results: list[bytes] | None = None
-        # A planner class of its own: the cache is keyed by the name of the class.
+        # A separate planner class, because the cache is keyed by the name of the class.
         self._planner_type = type(f"Planner{ranks}", (DefaultSavePlanner,), {})
 
     def _plan_of(self, rank: int, tensors: int) -> SavePlan:
@@ -172,11 +173,11 @@ class DcpFirstRank:
         return SavePlan(items, planner_data={})
 
     def first(self) -> float:
-        """Seconds of the first save."""
+        """Return the seconds of the first save."""
         return self._save(self._plans)
 
     def repeated(self) -> float:
-        """Seconds of a save of the same tree."""
+        """Return the seconds of a save of the same tree."""
         unchanged = pickle.dumps(SavePlan([], usable=False))
         return self._save([unchanged] * self._ranks if self._cache else self._plans)
 
@@ -204,7 +205,7 @@ class DcpFirstRank:
         ]
 
     def load(self) -> float:
-        """Seconds to unpickle the metadata, and to plan to read this rank's rows."""
+        """Return the seconds to unpickle the metadata and to plan reading this rank's rows."""
         started = time.perf_counter()
         metadata: Metadata = pickle.loads((self._folder / ".metadata").read_bytes())
         mine = torch.Size((ROWS * (self._ranks - 1), 0))
@@ -217,7 +218,7 @@ class DcpFirstRank:
 
 
 def measure(player: OursFirstRank | DcpFirstRank, pair: int) -> pairs.Measured:
-    """One round. DCP without its cache does at every save what it does at the first."""
+    """Measure one round. DCP without its cache does the same work at every save."""
     found = {}
     if pair < 0 or isinstance(player, OursFirstRank):
         found["first_s"] = player.first()
@@ -238,7 +239,7 @@ def main() -> None:
             "cached": DcpFirstRank(*given, cache=True),
         }
         arms = {name: partial(measure, player) for name, player in players.items()}
-        told = machine.facts(folder)
+        facts = machine.facts(folder)
         found = pairs.alternate(arms, arguments.pairs)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.rglob("*")) if path.name in INDEXES}
     finally:
@@ -254,11 +255,11 @@ def main() -> None:
         versus("repeated save / DCP, cached", "repeated_s", "cached", 0.1),
         versus("before reading / DCP", "load_s", "dcp", 1.0),
     ]
-    print(f"{arguments.ranks} ranks, {arguments.tensors} tensors each; {machine.tell(told)}")
+    print(f"{arguments.ranks} ranks, {arguments.tensors} tensors each; {machine.describe(facts)}")
     print(f"{arguments.pairs} pairs; bytes: {sizes}")
     pairs.show(rows, reference="DCP", others={})
     if arguments.json:
-        pairs.write_json(arguments.json, rows, machine=told, measured=found, sizes=sizes)
+        pairs.write_json(arguments.json, rows, machine=facts, measured=found, sizes=sizes)
 
 
 if __name__ == "__main__":

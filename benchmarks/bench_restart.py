@@ -1,18 +1,20 @@
-"""What a restart costs: from the launch of torchrun to the end of the first step after a resume.
+"""Time of a restart: from the launch of torchrun to the end of the first step after a resume.
 
     python benchmarks/bench_restart.py
 
-``scripts/train.py`` against ``benchmarks/bench/bare_loop.py`` with ``dcp.load``: the same model and as many
-bytes of state, each from a checkpoint that it wrote itself; files are in the page cache. By part,
+``scripts/train.py`` is compared with ``benchmarks/bench/bare_loop.py`` and ``dcp.load``: the same
+model and as many bytes of state, each from its own checkpoint, with files in the page cache. The
+parts are
 
   start_s       torchrun, the interpreter, imports
   set_up_s      process groups, the run's folder, data, model and optimizer
-  load_s        reading the state; ours checks every digest, and makes ready the buffers of the saves to come
+  load_s        reading the state; ours also checks every digest and allocates the buffers for saves
   first_step_s  the first step
-  imports_s     importing what training needs, alone, in one process; the bare loop imports torch,
-                distributed, fsdp and checkpoint. Beside: ``import torch`` alone, and with ``fully_shard``
+  imports_s     only the imports that training needs, in one process; the bare loop imports torch,
+                distributed, fsdp and checkpoint. Also shown: ``import torch``, and with ``fully_shard``
 
-Both must find the state that they saved: the losses of two steps must agree, or the benchmark fails.
+Both must load the state that they saved: the losses of two steps must agree, or the benchmark
+fails.
 """
 
 from __future__ import annotations
@@ -43,11 +45,11 @@ IMPORTS = {
     "fully_shard": "from torch.distributed.fsdp import fully_shard",
 }
 ALONE = "torch", "fully_shard"
-"""Imported for comparison."""
+"""Imports that are shown for comparison."""
 
 
 def parts_of_ours(done: Ours) -> pairs.Measured:
-    """From the ledger and metrics.jsonl."""
+    """Return the parts of our restart, from the ledger and metrics.jsonl."""
     setup_s = dict(done.resume["setup_s"])
     load_s, launch_s = setup_s.pop("resume"), setup_s.pop("launch")
     return {
@@ -60,7 +62,7 @@ def parts_of_ours(done: Ours) -> pairs.Measured:
 
 
 def parts_of_bare(done: Bare) -> pairs.Measured:
-    """From what it noted."""
+    """Return the parts of the bare loop's restart, from its output."""
     ended = done.ended
     return {
         "total_s": done.step_ended[0] - done.began,
@@ -72,14 +74,14 @@ def parts_of_bare(done: Bare) -> pairs.Measured:
 
 
 def import_s(code: str) -> float:
-    """Seconds that a process takes that runs ``code``."""
+    """Return the seconds of a process that runs ``code``."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True)
     return time.perf_counter() - started
 
 
 def make_task(arguments: argparse.Namespace, folder: Path) -> Task:
-    """What both arms train."""
+    """Return the job that both arms train."""
     on_gpu = torch.cuda.is_available()
     task = Task(
         folder,
@@ -115,19 +117,24 @@ def main() -> None:
         found, losses, apart = compare_starts(
             (ours, bare), arguments.pairs, warmups=int(arguments.size != "tiny"), tolerance=task.tolerance
         )
-        told = machine.facts(task.folder)
+        facts = machine.facts(task.folder)
     goals = {**GOALS, "imports_s": 1.1}
     rows = [
         pairs.compare(part, *(pairs.column(found[arm], part) for arm in found), goal=goal)
         for part, goal in goals.items()
     ]
     size_bytes = STATE_BYTES * task.model.num_parameters
-    print(f"{size_bytes / 1e6:.0f} MB of state, {task.ranks} ranks; {machine.tell(told)}")
+    print(f"{size_bytes / 1e6:.0f} MB of state, {task.ranks} ranks; {machine.describe(facts)}")
     print(f"{arguments.pairs} pairs; losses after the resume differ by {apart:.2g}, relative")
     alone = {IMPORTS[name]: pairs.column(found["bare"], f"{name}_s") for name in ALONE}
     pairs.show(rows, reference="bare, dcp.load", others=alone)
     if arguments.json:
-        rest = {"machine": told, "measured": found, "size_bytes": size_bytes, "losses_differ_by": apart}
+        rest = {
+            "machine": facts,
+            "measured": found,
+            "size_bytes": size_bytes,
+            "losses_differ_by": apart,
+        }
         rest["losses"] = losses
         pairs.write_json(arguments.json, rows, **rest)
 

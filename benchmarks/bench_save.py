@@ -1,16 +1,17 @@
-"""What saves cost a run: steps with saves minus steps without, ours against stock ``dcp.async_save``.
+"""Overhead of saves: steps with saves minus steps without, ours against stock ``dcp.async_save``.
 
     torchrun --nproc-per-node 2 benchmarks/bench_save.py
 
-Both arms save the same FSDP2-sharded Llama with AdamW's state, while the same steps run: some matrix products
-and two all-reduces. In every round, as the first rank sees it,
+Both arms save the same FSDP2-sharded Llama with AdamW's state, while the same steps run: some
+matrix products and two all-reduces. Measured in every round, on rank 0:
 
-  tax_s        (time of the steps with saves - time of as many without) / saves, ``--steps`` steps to a save
-  beside       the steps during which a save is being written, the standing still left out / as many without
-  blocking_s   how long the loop stood still: the call, and the wait before the tensors change
-  durable_s    from the call until the checkpoint is committed, beside the steps
+  tax_s        (time of the steps with saves - time of as many without) / saves, ``--steps`` steps per save
+  beside       time of the steps during a write, without blocking / time of as many steps without a save
+  blocking_s   how long the loop was blocked: in the call, and in the wait before the tensors change
+  durable_s    from the call until the checkpoint is committed, during the steps
 
-Figures are of this machine and minute: compare ratios. The first round of each arm is thrown away.
+Figures depend on the machine and its load: compare ratios. The first round of each arm is
+discarded.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ SIZES = {
 
 
 def end_phase(seconds: list[float], started: float) -> float:
-    """Note the time since ``started``; the time now."""
+    """Append the time since ``started`` to ``seconds``. Return the present time."""
     now = time.perf_counter()
     seconds.append(now - started)
     return now
 
 
 def run_without(steps: Steps, count: int) -> list[float]:
-    """Seconds of each of ``count`` steps."""
+    """Return the seconds of each of ``count`` steps."""
     seconds: list[float] = []
     now = time.perf_counter()
     for _ in range(count):
@@ -53,8 +54,12 @@ def run_without(steps: Steps, count: int) -> list[float]:
 
 
 def run_with(saver: Saver, steps: Steps, count: int, path: Path) -> dict[str, list[float]]:
-    """``count`` steps with a save that begins before the first: seconds of all, of those beside the write."""
-    found: dict[str, list[float]] = {"all": [], "beside": [], "blocking": [], "durable": []}
+    """Run ``count`` steps with a save that begins before the first.
+
+    Return the seconds of all steps, of those during the write, of blocking, and until the save is
+    durable.
+    """
+    seconds: dict[str, list[float]] = {"all": [], "beside": [], "blocking": [], "durable": []}
     began = now = time.perf_counter()
     saver.begin(path)
     blocking_s = time.perf_counter() - began
@@ -65,21 +70,21 @@ def run_with(saver: Saver, steps: Steps, count: int, path: Path) -> dict[str, li
             saver.before_update()
             blocking_s += time.perf_counter() - waited
         steps.update()
-        now = end_phase(found["all"], now)
-        if not found["durable"]:
-            found["beside"].append(found["all"][-1])
+        now = end_phase(seconds["all"], now)
+        if not seconds["durable"]:
+            seconds["beside"].append(seconds["all"][-1])
             if saver.done():
-                found["durable"].append(now - began)
+                seconds["durable"].append(now - began)
     saver.wait()
-    found["beside"][0] -= blocking_s
-    if not found["durable"]:
-        found["durable"].append(time.perf_counter() - began)
-    found["blocking"].append(blocking_s)
-    return found
+    seconds["beside"][0] -= blocking_s
+    if not seconds["durable"]:
+        seconds["durable"].append(time.perf_counter() - began)
+    seconds["blocking"].append(blocking_s)
+    return seconds
 
 
 def measure(saver: Saver, steps: Steps, folder: Path, count: int, saves: int, pair: int) -> pairs.Measured:
-    """One round of one arm."""
+    """Measure one round of one arm."""
     dist.barrier()
     without = run_without(steps, count * saves)
     with_saves: dict[str, list[float]] = {}
@@ -114,7 +119,7 @@ def main() -> None:
             for name, saver in savers.items()
         }
         found = pairs.alternate(arms, arguments.pairs)
-        told = machine.facts(folder)
+        facts = machine.facts(folder)
     for saver in savers.values():
         saver.close()
     if dist.get_rank() == 0:
@@ -123,17 +128,17 @@ def main() -> None:
             for name, goal in {"tax_s": 0.15, "blocking_s": None, "durable_s": None, "beside": None}.items()
         ]
         where = f"{dist.get_world_size()} x {device.type}"
-        print(f"{state_bytes(model) / 1e6:.0f} MB on {where}; {machine.tell(told)}")
+        print(f"{state_bytes(model) / 1e6:.0f} MB on {where}; {machine.describe(facts)}")
         print(f"{arguments.pairs} pairs of {arguments.saves} saves, a save every {arguments.steps} steps")
         others = {"step_s": [row["step_s"] for of_arm in found.values() for row in of_arm]}
-        if device.type == "cuda":  # nothing that the copy to the host can hide behind a step costs the step
+        if device.type == "cuda":  # a copy to the host that overlaps with a step costs the step nothing
             mine = state_bytes(model) // dist.get_world_size()
             rate = machine.to_host_bytes_per_s(device, min(mine, 1 << 30))
             others["limit: copy - step, s"] = [max(0.0, mine / rate - step_s) for step_s in others["step_s"]]
         pairs.show(rows, reference="dcp.async_save", others=others)
         if arguments.json:
             pairs.write_json(
-                arguments.json, rows, machine=told, measured=found, size_bytes=state_bytes(model)
+                arguments.json, rows, machine=facts, measured=found, size_bytes=state_bytes(model)
             )
     dist.destroy_process_group()
 

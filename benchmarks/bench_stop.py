@@ -1,12 +1,13 @@
-"""How long a stop takes: from SIGTERM to durable, against the raw write of the same bytes, in one run.
+"""Time of a stop: from SIGTERM to durable, against the raw write of the same bytes, in one run.
 
     torchrun --nproc-per-node 2 benchmarks/bench_stop.py
 
-Each round sends SIGTERM to the last rank while all train (matrix products and an all-reduce a step), and all
-agree on it after the step under way and save, ``async``. Measured, by one clock, alternating:
+Each round sends SIGTERM to the last rank while all ranks train (matrix products and an all-reduce
+per step). All ranks agree on the stop after the current step and save, ``async``. Measured by one
+clock, alternating:
 
   stop_s     from the signal until the checkpoint is committed: the rest of a step, the agreement, the save
-  raw write  the same bytes, each rank its share at the same time, in 16 MiB direct writes and an fsync
+  raw write  the same bytes, all ranks at the same time, in 16 MiB direct writes and an fsync
   step_s     steps without a signal: at most one of them is part of stop_s
 
 The bound is 1.2 x the raw write + 2 s.
@@ -39,7 +40,7 @@ SIZES = {
 
 
 class Weights(torch.nn.Module):
-    """Sharded fp32 parameters, a third of ``size_mb`` over all ranks: AdamW adds two moments."""
+    """Sharded fp32 parameters of a third of ``size_mb`` over all ranks. AdamW adds two moments."""
 
     def __init__(self, size_mb: int, device: torch.device) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class Weights(torch.nn.Module):
 
 
 class Loop:
-    """A loop that trains nothing, agrees after every step, and saves when it is asked to stop."""
+    """A loop that trains nothing, agrees after every step, and saves at a stop request."""
 
     def __init__(self, folder: Path, size_mb: int, width: int, device: torch.device) -> None:
         group = dist.new_group(backend="gloo")
@@ -70,7 +71,7 @@ class Loop:
         self.step_s: list[float] = []
 
     def until_stopped(self, steps_before: int) -> float:
-        """Train; the last rank gets SIGTERM in the middle of a step. Returns seconds until the commit."""
+        """Train until SIGTERM, which the last rank gets in a step. Return the seconds to the commit."""
         self._signals.received = 0
         is_last = dist.get_rank() == dist.get_world_size() - 1
         sent, number = 0.0, 0
@@ -92,7 +93,7 @@ class Loop:
         report = self._manager.save(self._state, wait=True, reason="stop: SIGTERM")
         durable = time.monotonic()
         self.size_bytes = report.size_bytes
-        # One clock: the signal and the end are taken on the rank that got it.
+        # One clock: both times are measured on the rank that got the signal.
         return max(self._control.gather(durable - sent if is_last else 0.0))
 
     def close(self) -> None:
@@ -112,9 +113,9 @@ def main() -> None:
             return {"s": machine.raw_write_s(path, size_bytes, barrier=dist.barrier)}
 
         arms = {"stop": lambda _pair: {"s": loop.until_stopped(arguments.steps)}, "raw": raw}
-        loop.until_stopped(arguments.steps)  # the size is known, the writer has started
+        loop.until_stopped(arguments.steps)  # afterwards the size is known and the writer has started
         found = pairs.alternate(arms, arguments.pairs)
-        told = machine.facts(folder)
+        facts = machine.facts(folder)
         loop.close()
     if dist.get_rank() == 0:
         stop_s, raw_s = (pairs.column(found[arm], "s") for arm in arms)
@@ -123,11 +124,11 @@ def main() -> None:
             pairs.compare("stop_s / bound", stop_s, [1.2 * s + 2 for s in raw_s], goal=1.0),
         ]
         where = f"{loop.size_bytes / 1e6:.0f} MB on {dist.get_world_size()} x {device.type}"
-        print(f"{where}; {machine.tell(told)}\n{arguments.pairs} pairs; bound: 1.2 x raw write + 2 s")
+        print(f"{where}; {machine.describe(facts)}\n{arguments.pairs} pairs; bound: 1.2 x raw write + 2 s")
         pairs.show(rows, reference="raw write, bound", others={"step_s": loop.step_s})
         if arguments.json:
             rest = {"measured": found, "step_s": loop.step_s, "size_bytes": loop.size_bytes}
-            pairs.write_json(arguments.json, rows, machine=told, **rest)
+            pairs.write_json(arguments.json, rows, machine=facts, **rest)
     dist.destroy_process_group()
 
 

@@ -1,1 +1,1 @@
-"""What the benchmarks share: alternating pairs and their arithmetic, raw limits, the command line."""
+"""Code that the benchmarks share: alternating pairs and their arithmetic, raw limits, the command line."""

@@ -1,4 +1,4 @@
-"""The two arms of the campaign of kills: how each is started, where it writes, what it costs undisturbed."""
+"""The two arms of the goodput benchmark: their commands, their files, and their costs without kills."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 PROBE_SAVES = 8
-"""Of the undisturbed run, before its end."""
+"""Number of saves of the undisturbed run, before its end."""
 
 CONFIG = """\
 [model]
@@ -105,7 +105,7 @@ keep_last_n = 2
 
 
 def prepare_inputs(folder: Path, given: argparse.Namespace) -> Path:
-    """Tokens and config of both arms."""
+    """Write the tokens and the config of both arms. Return the path of the config."""
     text = [str(path) for path in sorted(Path(argparse.__file__).parent.glob("a*.py"))]
     prepare(text, folder / "tokens", load_tokenizer("bytes"))
     config = folder / "bench.toml"
@@ -116,7 +116,7 @@ def prepare_inputs(folder: Path, given: argparse.Namespace) -> Path:
 
 @dataclass
 class Arm:
-    """One way to train, and what its undisturbed run showed."""
+    """One way to train, and the costs that its undisturbed run showed."""
 
     name: str
     interval: str
@@ -126,12 +126,12 @@ class Arm:
     campaigns: list[dict[str, Any]] = field(default_factory=list)
 
     def job(self, folder: Path, given: argparse.Namespace, interval: str) -> Job:
-        """A run in ``folder`` with saves every ``interval`` steps."""
+        """Return a run in ``folder`` with a save every ``interval`` steps."""
         config, checkpoints = given.config, folder / "checkpoints"
         if self.name == "ours":
             program = ["scripts/train.py", "--config", str(config), f"--run.dir={folder}"]
             program += [f"--checkpoint.interval={interval}"]
-            if interval == "auto":  # it is told what "daly" is told, and may take as much as that
+            if interval == "auto":  # it gets the same MTTI as "daly", and may spend as much on saves
                 hours = given.mtti_s / 3600
                 program += [f"--checkpoint.expected_mtti_hours={hours}", "--checkpoint.max_overhead_pct=50"]
             rows, newest = folder / "metrics.jsonl", lambda: max(committed_steps(checkpoints), default=0)
@@ -144,7 +144,7 @@ class Arm:
         return Job(f"{self.name} in {folder}", program, rows, log, newest, given.ranks, given.launcher)
 
     def probe(self, folder: Path, given: argparse.Namespace) -> None:
-        """Run undisturbed."""
+        """Run without kills and measure the costs."""
         job = self.job(folder, given, str(max(1, given.steps // (PROBE_SAVES + 1))))
         (self.undisturbed,) = run_to_end(job, iter(()), delay_s=0.0)
         try:
@@ -156,23 +156,23 @@ class Arm:
 
     @property
     def ideal_s(self) -> float:
-        """What the steps take when nothing disturbs them."""
+        """Time that the steps take without kills and saves."""
         return self.cost.step_s * len(self.undisturbed.steps)
 
 
 def newest_of_reference(checkpoints: Path) -> int:
-    """The newest step whose ``.metadata`` is there; 0 for none."""
-    found = checkpoints.glob(f"step_*/{METADATA}")
-    return max((int(path.parent.name.removeprefix("step_")) for path in found), default=0)
+    """Return the newest step with a ``.metadata``; 0 for none."""
+    complete = checkpoints.glob(f"step_*/{METADATA}")
+    return max((int(path.parent.name.removeprefix("step_")) for path in complete), default=0)
 
 
 def daly_steps(cost: Cost, mtti_s: float) -> int:
-    """The best interval in steps."""
+    """Return the best interval in steps."""
     return max(1, round(arithmetic.best_interval_s(cost, mtti_s) / cost.step_s))
 
 
 def differing_files(one: Path, other: Path, step: int) -> list[str]:
-    """Shards of ``step`` (weights, moments, random states) whose bytes differ between two runs."""
+    """Return shards of ``step`` (weights, moments, random states) whose bytes differ between two runs."""
     first, second = (folder / "checkpoints" / step_name(step) for folder in (one, other))
     names = {path.name for folder in (first, second) for path in folder.glob("shard_*")}
     _, *differ = filecmp.cmpfiles(first, second, sorted(names), shallow=False)
@@ -180,9 +180,9 @@ def differing_files(one: Path, other: Path, step: int) -> list[str]:
 
 
 def ledger(folder: Path, wall_s: float) -> dict[str, Any]:
-    """What ``kempnerforge report`` says of the same run.
+    """Return the figures of ``kempnerforge report`` for the same run.
 
-    It cannot know of attempts before the first that came as far as the folder, nor of what follows the end.
+    They exclude attempts that ended before they opened the folder, and the time after the end.
     """
     body = account(read_history(folder), now=0.0, running=False)
     parts = body["parts_s"]

@@ -1,9 +1,10 @@
-"""The reference: a training loop with nothing around it, FSDP2 and torch alone. Started by torchrun.
+"""The reference: a minimal training loop with only FSDP2 and torch. Started by torchrun.
 
     torchrun --nproc-per-node 2 benchmarks/bench/bare_loop.py SPEC.json
 
-The model, its initial weights and the batches are the product's, so that losses can be compared; sharding,
-mixed precision, loss, clipping, optimizer and checkpoints are torch's own, used as its tutorials use them.
+The model, its initial weights and the batches are those of KempnerForge, so that losses can be
+compared. Sharding, mixed precision, loss, clipping, optimizer and checkpoints are torch's own, used
+as in its tutorials.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from kempnerforge.model.llama import Llama
 
 
 def main() -> None:
-    """Train from step ``start`` to ``steps``; write losses, and when everything ended."""
+    """Train from step ``start`` to ``steps``. Write the losses and the end time of each part."""
     ended = {"imports": time.time()}
     spec = json.loads(Path(sys.argv[1]).read_text())
     cuda = torch.cuda.is_available()
@@ -82,7 +83,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.detach() / ranks
-        dist.all_reduce(mean)  # to log it, as any loop does; on CUDA item() is the step's synchronisation
+        dist.all_reduce(mean)  # logged as in any loop; on CUDA item() is the synchronisation of the step
         losses.append(mean.item())
         step_ended.append(time.time())
 
@@ -90,11 +91,12 @@ def main() -> None:
         weights, moments = get_state_dict(model, optimizer)
         save({"model": weights, "optimizer": moments}, checkpoint_id=spec["save"])
     if rank == 0:
-        told = {"losses": losses, "step_ended": step_ended, "ended": ended}
-        Path(spec["out"]).write_text(json.dumps(told))
+        result = {"losses": losses, "step_ended": step_ended, "ended": ended}
+        Path(spec["out"]).write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-    # Once in fifty starts gloo's threads aborted the interpreter on its way out. Nothing is measured there.
+    # In one of fifty starts gloo's threads aborted the interpreter at exit. Nothing is measured
+    # there.
     os._exit(0)
 
 

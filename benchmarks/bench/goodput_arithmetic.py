@@ -1,4 +1,7 @@
-"""Where the time of a job that was killed went, as seen from outside, and what a model says of it. Pure."""
+"""The parts of the time of a killed job, as seen from outside, and a model that predicts them.
+
+Only pure functions.
+"""
 
 from __future__ import annotations
 
@@ -12,37 +15,39 @@ from bench.kills import Attempt
 from kempnerforge.goodput.interval import daly
 
 PARTS = ("steps", "saving", "redo", "restart", "ending", "delay")
-"""``steps``: what they take undisturbed. ``saving``: what kept steps took beyond that, so slower steps
-beside a save are in it, and noise. ``redo``: from the last step that was kept to the kill. ``restart``: from
-a launch to its first step. ``ending``: from the last step to the end of the last process. ``delay``: between
-attempts."""
+"""``steps``: the time of the steps without kills. ``saving``: what kept steps took beyond that, which
+includes slower steps during a save, and noise. ``redo``: from the last kept step to the kill.
+``restart``: from a launch to its first step. ``ending``: from the last step to the end of the last
+process. ``delay``: between attempts."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an arm costs, measured in an undisturbed run."""
+    """The costs of an arm, measured in an undisturbed run."""
 
     step_s: float
-    """Mean of the steps that no save was beside."""
+    """Mean time of the steps without a save in progress."""
     stall_s: float
-    """A save's: all that the steps took beyond ``step_s``, divided by the number of saves."""
+    """Time that the steps took beyond ``step_s``, per save."""
     blocking_s: float
-    """A save's, as the loop itself measured it; the median."""
+    """Median blocking time of a save, as measured by the loop."""
     lag_s: float
-    """From the end of blocking to durable; the median."""
+    """Median time from the end of blocking until a save is durable."""
     restart_s: float
-    """From the launch to the first step."""
+    """Time from the launch to the first step."""
 
 
 def cost_of(attempt: Attempt, *, blocking_is_lag: bool) -> Cost:
-    """The costs that an undisturbed run shows. Its last step and the save after it are left out.
+    """Return the costs that an undisturbed run shows, without its last step and the save after it.
 
-    ``blocking_is_lag``: a save is durable when the loop goes on.
+    ``blocking_is_lag`` says that a save is durable when the loop continues.
     """
     saves = [save for save in attempt.saves if save["step"] != attempt.last_step]
     clean_s = clean_steps_s(attempt)
     if not clean_s or not saves:
-        raise ValueError("an undisturbed run needs saves before its end, and steps that no save is beside")
+        raise ValueError(
+            "an undisturbed run needs saves before its end, and steps without a save in progress"
+        )
     step_s = statistics.fmean(clean_s)
     blocking_s = statistics.median(save["blocking_s"] for save in saves)
     lag_s = 0.0 if blocking_is_lag else statistics.median(_lag(save) for save in saves)
@@ -53,7 +58,7 @@ def cost_of(attempt: Attempt, *, blocking_is_lag: bool) -> Cost:
 
 
 def clean_steps_s(attempt: Attempt) -> list[float]:
-    """Seconds of each step that no save was beside; the first of the attempt is left out."""
+    """Return the seconds of each step without a save in progress, except the first of the attempt."""
     times = {step: seen for seen, step, _ in attempt.steps}
     saves = [(times[save["step"]], save["seen"]) for save in attempt.saves if save["step"] in times]
     spans = [(times[step - 1], times[step]) for step in sorted(times)[1:]]
@@ -67,68 +72,73 @@ def _lag(save: dict[str, Any]) -> float:
 
 
 def parts_of(attempts: Sequence[Attempt], *, step_s: float) -> dict[str, float]:
-    """Seconds by part, of a job that was done; they sum to the time from its first launch to its end."""
+    """Return the seconds by part of a finished job. They sum to the time from first launch to end."""
     parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    for place, one in enumerate(attempts):
-        if place:
-            parts["delay"] += one.launched - attempts[place - 1].ended
-        if not one.steps:
-            parts["restart"] += one.ended - one.launched
+    for number, attempt in enumerate(attempts):
+        if number:
+            parts["delay"] += attempt.launched - attempts[number - 1].ended
+        if not attempt.steps:
+            parts["restart"] += attempt.ended - attempt.launched
             continue
-        kept = kept_to(attempts, place)
-        times = {step: seen for seen, step, _ in one.steps}
-        began = max(one.launched, one.steps[0][0] - step_s)
+        kept = kept_to(attempts, number)
+        times = {step: seen for seen, step, _ in attempt.steps}
+        began = max(attempt.launched, attempt.steps[0][0] - step_s)
         until = times.get(kept, began)
-        parts["restart"] += began - one.launched
+        parts["restart"] += began - attempt.launched
         steps_s = step_s * sum(step <= kept for step in times)
         parts["steps"] += steps_s
         parts["saving"] += until - began - steps_s
-        parts["redo" if one.killed_after_s is not None else "ending"] += one.ended - until
+        parts["redo" if attempt.killed_after_s is not None else "ending"] += attempt.ended - until
     return parts
 
 
-def kept_to(attempts: Sequence[Attempt], place: int) -> int:
-    """The last step of an attempt, which did some, that no later one did again."""
-    later = [one.began_at for one in attempts[place + 1 :] if one.began_at is not None]
-    last = attempts[place].last_step
+def kept_to(attempts: Sequence[Attempt], number: int) -> int:
+    """Return the last step of an attempt that no later attempt repeated. The attempt did some steps."""
+    later = [attempt.began_at for attempt in attempts[number + 1 :] if attempt.began_at is not None]
+    last = attempts[number].last_step
     assert last is not None
     return min([last, *later])
 
 
 def lost_steps(attempts: Sequence[Attempt]) -> int:
-    """Steps that were done again."""
-    done = sum(len(one.steps) for one in attempts)
-    return done - max((one.last_step or 0 for one in attempts), default=0)
+    """Return the number of steps that were done again."""
+    done = sum(len(attempt.steps) for attempt in attempts)
+    return done - max((attempt.last_step or 0 for attempt in attempts), default=0)
 
 
 def lost_committed_steps(attempts: Sequence[Attempt]) -> int:
-    """Steps that were lost although they could have been gone on from: of this there must be none."""
-    return sum(max(0, one.newest_before - one.began_at) for one in attempts if one.began_at is not None)
+    """Return the number of steps that were lost although they were committed. It must be 0."""
+    return sum(
+        max(0, attempt.newest_before - attempt.began_at)
+        for attempt in attempts
+        if attempt.began_at is not None
+    )
 
 
 def wrong_losses(attempts: Sequence[Attempt], undisturbed: Attempt) -> list[int]:
-    """Steps whose loss, in any attempt, does not have the bits of the undisturbed run; missing ones too."""
+    """Return steps whose loss, in any attempt, differs in any bit from the undisturbed run or is missing."""
     expected = {step: loss for _, step, loss in undisturbed.steps}
-    found = [(step, loss) for one in attempts for _, step, loss in one.steps]
-    wrong = {step for step, loss in found if expected.get(step) != loss}
-    return sorted(wrong | (expected.keys() - {step for step, _ in found}))
+    seen = [(step, loss) for attempt in attempts for _, step, loss in attempt.steps]
+    wrong = {step for step, loss in seen if expected.get(step) != loss}
+    return sorted(wrong | (expected.keys() - {step for step, _ in seen}))
 
 
 def first_order_ratio(cost: Cost, *, interval_s: float, mtti_s: float, delay_s: float) -> float:
-    """Effective time ratio: (1 - (restart + lag + interval / 2) / mtti) / (1 + stall / interval).
+    """Return the effective time ratio: (1 - (restart + lag + interval / 2) / mtti) / (1 + stall / interval).
 
-    ``interval_s`` is work between saves. ``mtti_s`` counts time while the job is up; ``delay_s`` follow a
-    kill.
+    ``interval_s`` is the work between saves. ``mtti_s`` counts time while the job is up.
+    ``delay_s`` follows each kill.
     """
     lost_s = cost.restart_s + delay_s + cost.lag_s + interval_s / 2
     return max(0.0, 1 - lost_s / (mtti_s + delay_s)) / (1 + cost.stall_s / interval_s)
 
 
 def exponential_ratio(cost: Cost, *, interval_s: float, mtti_s: float, delay_s: float) -> float:
-    """The same without the approximation, for kills whose gaps are exponential (Daly 2006, eq. 20).
+    """Return the same without the approximation, for exponential gaps between kills (Daly 2006, eq. 20).
 
-    An attempt commits its k-th interval when it lives for restart + k (interval + stall) + lag, so it keeps
-    interval x exp(-(restart + lag) / mtti) / (exp((interval + stall) / mtti) - 1) on average.
+    An attempt commits its k-th interval when it lives for restart + k (interval + stall) + lag, so
+    it keeps interval x exp(-(restart + lag) / mtti) / (exp((interval + stall) / mtti) - 1) on
+    average.
     """
     alive = math.exp(-(cost.restart_s + cost.lag_s) / mtti_s)
     kept_s = interval_s * alive / math.expm1((interval_s + cost.stall_s) / mtti_s)
@@ -136,12 +146,12 @@ def exponential_ratio(cost: Cost, *, interval_s: float, mtti_s: float, delay_s: 
 
 
 def best_interval_s(cost: Cost, mtti_s: float) -> float:
-    """Daly's interval for what a save costs; no shorter than a save takes until it is durable."""
+    """Return Daly's interval for the cost of a save, but at least the time until a save is durable."""
     return max(daly(cost.stall_s, mtti_s), cost.blocking_s + cost.lag_s)
 
 
 def projected_ratio(cost: Cost, *, scale: float, restart_s: float, mtti_s: float) -> float:
-    """The model's ratio for a save that costs, and lags, ``scale`` times as much, at its best interval."""
+    """Return the model's ratio, at the best interval, for a save with ``scale`` times the cost and lag."""
     larger = replace(
         cost,
         stall_s=scale * cost.stall_s,

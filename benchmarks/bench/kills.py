@@ -1,7 +1,8 @@
-"""Run a training job to its end through a given sequence of kills, and note what is seen from outside.
+"""Run a training job to its end through a given sequence of kills, and record what is seen from outside.
 
-One clock, this process's: a row of the job's log counts from the moment that it can be read here. A kill is
-SIGKILL to all processes of the job at once: launcher, ranks, and what they started.
+All times are of the clock of this process: a row of the job's log counts from the moment at which
+it can be read here. A kill is SIGKILL to all processes of the job at once: launcher, ranks, and
+their children.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = "KEMPNERFORGE_BENCH_JOB"
-"""Environment variable that all processes of a job inherit, and nobody else has."""
+"""Environment variable that all processes of a job inherit, and no other process has."""
 POLL_S = 0.01
 MAX_ATTEMPTS = 200
 TAIL_CHARS = 3000
@@ -29,7 +30,7 @@ LAUNCHERS = ("torchrun", "ranks")
 
 
 class BenchError(Exception):
-    """A job did something else than finish or die by our hand."""
+    """A job failed: it neither finished nor was killed by the benchmark."""
 
 
 @dataclass
@@ -38,50 +39,51 @@ class Attempt:
 
     launched: float
     newest_before: int
-    """The newest step that could be gone on from when it was launched; 0 for none."""
+    """The newest step to resume from when it was launched; 0 for none."""
     ended: float = 0.0
-    """When the last of its processes was gone."""
+    """When the last of its processes had ended."""
     killed_after_s: float | None = None
     """Seconds from its launch to the kill; None when it ended by itself."""
     steps: list[tuple[float, int, float]] = field(default_factory=list)
-    """When a step was seen done, its number, its loss."""
+    """The time at which a finished step was seen, its number, its loss."""
     saves: list[dict[str, Any]] = field(default_factory=list)
-    """``step``, ``seen``, ``blocking_s`` and ``total_s`` of each save that the job said was done."""
+    """``step``, ``seen``, ``blocking_s`` and ``total_s`` of each save that the job reported."""
 
     @property
     def began_at(self) -> int | None:
-        """The step that it went on from; None when it did no step."""
+        """The step that it resumed from; None when it did no step."""
         return self.steps[0][1] - 1 if self.steps else None
 
     @property
     def last_step(self) -> int | None:
-        """The last step that it was seen to do."""
+        """The last step that was seen."""
         return self.steps[-1][1] if self.steps else None
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to start, and where to look."""
+    """A job to start, and its files."""
 
     name: str
     program: Sequence[str]
     """Script and arguments of a rank."""
     rows: Path
-    """JSON lines, appended to: ``train/loss`` with ``step``, ``checkpoint/step`` with its timings."""
+    """JSON lines that the job appends: ``train/loss`` with ``step``, ``checkpoint/step`` with its timings."""
     log: Path
-    """Gets what the processes print."""
+    """The output of the processes."""
     newest: Callable[[], int]
-    """The newest step on disk that can be gone on from; 0 for none."""
+    """Returns the newest step on disk to resume from; 0 for none."""
     num_ranks: int
     launcher: str = "torchrun"
-    """``torchrun``, or ``ranks``: one process a rank, as ``srun`` starts them."""
+    """``torchrun``, or ``ranks``: one process per rank, as ``srun`` starts them."""
 
 
 def run_to_end(job: Job, gaps: Iterator[float], *, delay_s: float) -> list[Attempt]:
-    """Start ``job`` again and again until it ends by itself. Returns its attempts.
+    """Start ``job`` again and again until it ends by itself. Return its attempts.
 
-    The n-th attempt is killed when it is as old as the n-th of ``gaps`` says, in seconds; when these are at
-    an end, it is left alone. ``delay_s`` lie between an end and the next launch. Raises BenchError.
+    The n-th attempt is killed at the age of the n-th of ``gaps``, in seconds. Attempts after the
+    last of ``gaps`` are not killed. The next launch follows ``delay_s`` after an end. Raises
+    BenchError.
     """
     attempts: list[Attempt] = []
     rows = RowReader(job.rows)
@@ -110,14 +112,14 @@ def _run_once(job: Job, rows: RowReader, gap_s: float | None) -> Attempt:
     attempt.ended = time.monotonic()
     rows.read_into(attempt)
     if attempt.killed_after_s is None and any(statuses):
-        said = job.log.read_text(errors="replace")[-TAIL_CHARS:]
-        raise BenchError(f"{job.name} failed with status {statuses}; the end of {job.log}:\n{said}")
+        tail = job.log.read_text(errors="replace")[-TAIL_CHARS:]
+        raise BenchError(f"{job.name} failed with status {statuses}; the end of {job.log}:\n{tail}")
     return attempt
 
 
 @contextmanager
 def started(job: Job) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The job's first processes: the launcher, or its ranks. On leaving, all its processes are dead."""
+    """Start the launcher of the job, or its ranks. At the end all processes of the job are dead."""
     mark = uuid.uuid4().hex
     environment = {**os.environ, MARK: mark}
     processes: list[subprocess.Popen[bytes]] = []
@@ -142,7 +144,7 @@ def started(job: Job) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 def _commands(job: Job) -> Iterator[tuple[list[str], dict[str, str]]]:
     if job.launcher not in LAUNCHERS:
-        raise BenchError(f"no launcher {job.launcher!r}; there are {', '.join(LAUNCHERS)}")
+        raise BenchError(f"unknown launcher {job.launcher!r}; use one of {', '.join(LAUNCHERS)}")
     if job.launcher == "torchrun":
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.num_ranks)]
         yield [sys.executable, *launcher, *job.program], {}
@@ -151,12 +153,12 @@ def _commands(job: Job) -> Iterator[tuple[list[str], dict[str, str]]]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     for rank in range(job.num_ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.num_ranks)}
-        yield [sys.executable, *job.program], {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.num_ranks)}
+        yield [sys.executable, *job.program], {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 def kill_marked(mark: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """SIGKILL to every process whose environment has ``mark``, until none is left, and reap ours."""
+    """Kill every process whose environment has ``mark``, until none is left, and reap ``processes``."""
     while pids := marked(mark):
         for pid in pids:
             try:
@@ -170,22 +172,22 @@ def kill_marked(mark: str, processes: Sequence[subprocess.Popen[bytes]]) -> None
 
 
 def marked(mark: str) -> list[int]:
-    """Living processes whose environment has ``mark``."""
+    """Return the living processes whose environment has ``mark``."""
     wanted = f"{MARK}={mark}".encode()
-    found = []
+    pids = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
                 content = Path(f"/proc/{entry}/environ").read_bytes()
-            except OSError:  # ended meanwhile, or somebody else's
+            except OSError:  # ended meanwhile, or of another user
                 continue
             if wanted in content.split(b"\0"):
-                found.append(int(entry))
-    return found
+                pids.append(int(entry))
+    return pids
 
 
 class RowReader:
-    """Follows a file of JSON lines over all attempts of a job."""
+    """Reads a growing file of JSON lines over all attempts of a job."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -193,7 +195,7 @@ class RowReader:
         self._rest = b""
 
     def read_into(self, attempt: Attempt) -> None:
-        """Add to ``attempt`` what has been appended since; torn lines are left out."""
+        """Add the lines that were appended since the last call to ``attempt``. Torn lines are skipped."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)

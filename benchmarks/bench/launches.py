@@ -1,4 +1,4 @@
-"""The product and the bare loop, started by torchrun as a user starts them: same model, same batches."""
+"""KempnerForge and the bare loop, started by torchrun as a user does: same model, same batches."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Task:
-    """What both train, in a folder of its own."""
+    """The job that both train, in its own folder."""
 
     folder: Path
     model: ModelConfig
     ranks: int
     batch_size: int
-    """Sequences of a rank."""
+    """Sequences per rank."""
     seq_len: int
     steps: int
-    """That there are batches for."""
+    """Number of steps with batches."""
     mixed_precision: str = "fp32"
     compile_model: bool = False
 
     @property
     def tolerance(self) -> float:
-        """Of losses, relative: the arms take sums in another order."""
+        """Relative tolerance of losses, because the arms sum in different orders."""
         return 1e-5 if self.mixed_precision == "fp32" else 2e-2
 
     def write(self) -> None:
-        """Make the tokens, the batches that the product's loader draws from them, and the config."""
+        """Write the tokens, the batches that KempnerForge's loader makes of them, and the config."""
         data = self.folder / "tokens"
         data.mkdir()
         size = self.ranks * self.batch_size
@@ -63,7 +63,7 @@ class Task:
         (self.folder / "job.toml").write_text(job.to_toml())
 
     def job(self) -> JobConfig:
-        """The product's config: everything that is on by default, a save in view but none due."""
+        """Return KempnerForge's config: the defaults, with saves configured but none due."""
         return JobConfig.model_validate(
             {
                 "run": {"name": "bench"},
@@ -88,7 +88,7 @@ class Task:
         )
 
     def launch(self, *command: str) -> float:
-        """Start ``command`` under torchrun and wait for it; when it was started, seconds since the epoch."""
+        """Run ``command`` under torchrun to its end. Return its start time in seconds since the epoch."""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         began = time.time()
         done = subprocess.run(
@@ -104,7 +104,7 @@ class Task:
         return began
 
     def train(self, run: Path, *overrides: str) -> Ours:
-        """``scripts/train.py``, once, with ``run`` as the run's folder."""
+        """Run ``scripts/train.py`` once, with ``run`` as the run's folder."""
         config = ("--config", str(self.folder / "job.toml"), f"--run.dir={run}")
         began = self.launch(str(HERE.parents[1] / "scripts/train.py"), *config, *overrides)
         events = read_events(run)
@@ -114,7 +114,7 @@ class Task:
         return Ours(began, [row for row in rows if "train/loss" in row], mine["start"], mine["resume"])
 
     def bare(self, *, start: int = 0, steps: int, load: Path | None = None, save: Path | None = None) -> Bare:
-        """``bare_loop.py``, once."""
+        """Run ``bare_loop.py`` once."""
         job = self.job()
         spec = {
             "start": start,
@@ -136,19 +136,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Ours:
-    """What an attempt of the product left."""
+    """The records of an attempt of KempnerForge."""
 
     began: float
     rows: list[dict[str, Any]]
-    """Of training, from metrics.jsonl."""
+    """Training rows of metrics.jsonl."""
     start: dict[str, Any]
-    """Event of the ledger."""
+    """The start event of the ledger."""
     resume: dict[str, Any]
-    """Event of the ledger."""
+    """The resume event of the ledger."""
 
     @property
     def losses(self) -> list[float]:
-        """Of all steps."""
+        """The losses of all steps."""
         return [row["train/loss"] for row in self.rows]
 
     @property
@@ -159,7 +159,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class Bare:
-    """What the bare loop wrote."""
+    """The output of the bare loop."""
 
     began: float
     losses: list[float]
@@ -169,8 +169,8 @@ class Bare:
 
 
 def largest_difference(ours: Sequence[float], bare: Sequence[float]) -> float:
-    """Of two losses of one step, relative. Raises ValueError unless both took as many steps."""
-    return max(abs(one - other) / abs(other) for one, other in zip(ours, bare, strict=True))
+    """Return the largest relative difference of losses. Raises ValueError for different step counts."""
+    return max(abs(loss - other) / abs(other) for loss, other in zip(ours, bare, strict=True))
 
 
 def compare_starts(
@@ -182,8 +182,9 @@ def compare_starts(
 ) -> tuple[dict[str, list[Measured]], list[float], float]:
     """Start ours and the bare loop by turns.
 
-    Returns what was measured, the losses of the last start, and by how much those of the arms differ at the
-    most. Ends the benchmark when that is more than ``tolerance``: then the bare loop does other work.
+    Return the measurements, the losses of the last start, and the largest difference of losses
+    between the arms. End the benchmark when it is more than ``tolerance``, because then the bare
+    loop does other work.
     """
     losses: dict[str, list[float]] = {}
 
@@ -193,8 +194,8 @@ def compare_starts(
         return measured
 
     named = {"ours": lambda _pair: measure("ours", arms[0]), "bare": lambda _pair: measure("bare", arms[1])}
-    found = alternate(named, number, warmups=warmups)
-    apart = largest_difference(losses["ours"], losses["bare"])
-    if not apart <= tolerance:  # also when one is not a number
-        sys.exit(f"the losses differ by {apart:.2g}, relative: the bare loop does other work")
-    return found, losses["ours"], apart
+    measurements = alternate(named, number, warmups=warmups)
+    difference = largest_difference(losses["ours"], losses["bare"])
+    if not difference <= tolerance:  # also for NaN
+        sys.exit(f"the losses differ by {difference:.2g}, relative: the bare loop does other work")
+    return measurements, losses["ours"], difference

@@ -1,4 +1,4 @@
-"""The machine: what it is, and what it can do at the most. Written apart from the engine that is measured."""
+"""Facts and limits of the machine. This code shares nothing with the engine that is measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK_BYTES = 16 << 20
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What figures of this machine depend on."""
+    """Return the facts that figures of this machine depend on."""
     return {
         "cpu": _cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -30,13 +30,13 @@ def facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def tell(found: dict[str, Any]) -> str:
-    """The facts, in a line."""
-    return ", ".join(f"{name} {value}" for name, value in found.items())
+def describe(facts: dict[str, Any]) -> str:
+    """Return the facts in one line."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def cpu_seconds(*pids: int | None) -> float:
-    """Processor time so far of this process with all its threads, and of ``pids``, in seconds."""
+    """Return the processor time so far of this process with all its threads, and of ``pids``, in seconds."""
     total = 0.0
     for pid in (os.getpid(), *(pid for pid in pids if pid is not None)):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -45,9 +45,10 @@ def cpu_seconds(*pids: int | None) -> float:
 
 
 def raw_write_s(path: Path, size_bytes: int, *, barrier: Callable[[], object]) -> float:
-    """Seconds until ``size_bytes`` are durable in a new file: 16 MiB direct writes and an fsync.
+    """Return the seconds until ``size_bytes`` are durable in a new file: 16 MiB direct writes and an fsync.
 
-    All ranks at once, between two barriers. File systems without direct writes go through their cache.
+    All ranks write at once, between two barriers. File systems without direct writes use their
+    cache.
     """
     size_bytes = -(-size_bytes // 4096) * 4096
     image = mmap.mmap(-1, -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES)
@@ -72,7 +73,7 @@ def raw_write_s(path: Path, size_bytes: int, *, barrier: Callable[[], object]) -
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, *, width: int, seconds: float = 1.0) -> float:
-    """FLOP/s of square matrix products: the most that a model can reach here."""
+    """Return the FLOP/s of square matrix products: the most that a model can reach here."""
     a = torch.rand(width, width, device=device).to(dtype)
     torch.mm(a, a)
     finish(device)
@@ -86,7 +87,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, *, width: int, second
 
 
 def to_host_bytes_per_s(device: torch.device, size_bytes: int) -> float:
-    """Bytes a second from a CUDA device to pinned memory, all in one copy, the second one."""
+    """Return the bytes per second from a CUDA device to pinned memory, in the second of two copies."""
     source = torch.empty(size_bytes, dtype=torch.uint8, device=device)
     target = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
     target.copy_(source)
@@ -97,13 +98,13 @@ def to_host_bytes_per_s(device: torch.device, size_bytes: int) -> float:
 
 
 def finish(device: torch.device) -> None:
-    """Wait for what the device was given to do, so that a clock can be read."""
+    """Wait for the work of the device, so that a clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def drop_cache(folder: Path) -> None:
-    """Forget the pages of all files in ``folder``, so that the next read comes from the disk."""
+    """Drop the pages of all files in ``folder`` from the cache, so that the next read is from the disk."""
     for path in folder.iterdir():
         if path.is_file():
             fd = os.open(path, os.O_RDONLY)
@@ -127,7 +128,7 @@ def _cpu_model() -> str:
 
 
 def _file_system(folder: Path) -> str:
-    """Kind of the file system that ``folder`` is on: the longest mount point above it."""
+    """Return the type of the file system of ``folder``: that of the longest mount point above it."""
     above = str(folder.resolve())
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     return max(

@@ -1,4 +1,4 @@
-"""A run's folder with many committed steps, as a run leaves it, made in seconds: sound to the last digest."""
+"""Make a valid run folder with many committed steps in seconds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ELEMENTS = 8
 
 
 def make_run(folder: Path, *, steps: int, shards: int) -> None:
-    """Put a run with ``steps`` steps, 10 apart, each of ``shards`` files, into the new folder ``folder``."""
+    """Make the folder of a run with ``steps`` steps, 10 apart, each of ``shards`` files."""
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True)
     metadata.write(folder, replace(metadata.new(attempt=1, global_batch_size=8), run_id="bench"))

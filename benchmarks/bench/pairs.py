@@ -1,4 +1,4 @@
-"""Arms that alternate in one run, and what was measured: medians, spread, the ratio with a bound."""
+"""Alternate arms in one run and summarize them: medians, spread, the ratio with its bounds."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from typing import Any
 import numpy as np
 
 Measured = dict[str, float]
-"""One measurement of one arm: values by name, with units in the names."""
+"""One measurement of one arm: values by name. Names have units."""
 
 
 def alternate(
     arms: Mapping[str, Callable[[int], Measured]], pairs: int, *, warmups: int = 1
 ) -> dict[str, list[Measured]]:
-    """Measure all arms ``pairs`` times, the order turned round each time; warm-ups are thrown away.
+    """Measure all arms ``pairs`` times, in alternating order. Warm-ups are discarded.
 
-    An arm is called with the number of the pair, negative in a warm-up. What slows the machine for a while
-    slows neighbours alike, and neither arm always comes second.
+    An arm is called with the number of the pair, which is negative in a warm-up. A temporary
+    slowdown of the machine thus affects neighbouring measurements alike, and no arm is always
+    second.
     """
-    found: dict[str, list[Measured]] = {name: [] for name in arms}
+    measurements: dict[str, list[Measured]] = {name: [] for name in arms}
     for pair in range(-warmups, pairs):
         for name in list(arms) if pair % 2 == 0 else reversed(list(arms)):
             measured = arms[name](pair)
             if pair >= 0:
-                found[name].append(measured)
-    return found
+                measurements[name].append(measured)
+    return measurements
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """From values; at least one."""
-        low, median, high = (float(found) for found in np.quantile(np.asarray(values), (0.25, 0.5, 0.75)))
+        """Compute the median and quartiles of ``values``, at least one."""
+        low, median, high = (float(value) for value in np.quantile(np.asarray(values), (0.25, 0.5, 0.75)))
         return cls(median, low, high)
 
     def __str__(self) -> str:
@@ -52,13 +53,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ours beside a reference, measured in pairs."""
+    """Ours compared with a reference, measured in pairs."""
 
     name: str
     ours: Spread
     reference: Spread
     ratio: float
-    """Of the medians."""
+    """The ratio of the medians."""
     ratio_95: tuple[float, float]
     """Bootstrap bounds: pairs drawn with replacement (Efron 1979), percentiles 2.5 and 97.5."""
     goal: float | None = None
@@ -82,7 +83,7 @@ def compare(
     at_most: bool = True,
     draws: int = 4000,
 ) -> Comparison:
-    """Compare values that were measured in pairs: ``ours[i]`` beside ``reference[i]``."""
+    """Compare values that were measured in pairs: ``ours[i]`` with ``reference[i]``."""
     pairs = np.array([ours, reference], dtype=float)
     chosen = np.random.default_rng(0).integers(pairs.shape[1], size=(draws, pairs.shape[1]))
     medians = np.median(pairs[:, chosen], axis=2)
@@ -95,26 +96,26 @@ def compare(
 
 
 def column(rows: Sequence[Measured], name: str) -> list[float]:
-    """One value of every measurement."""
+    """Return one value of every measurement."""
     return [row[name] for row in rows]
 
 
 def show(comparisons: Sequence[Comparison], *, reference: str, others: Mapping[str, Sequence[float]]) -> None:
-    """The table, for people. ``others``: what was measured beside, without a ratio."""
-    width = max(len(one) for one in (*(c.name for c in comparisons), *others, "median (quartiles)"))
+    """Print the table. ``others`` are measurements without a ratio."""
+    width = max(len(name) for name in (*(c.name for c in comparisons), *others, "median (quartiles)"))
     print(f"{'median (quartiles)':{width}} {'ours':>26} {reference:>26}   ratio (95%)")
-    for one in comparisons:
-        low, high = one.ratio_95
-        told = f"{one.ratio:.3g} ({low:.3g} to {high:.3g})"
-        if one.goal is not None:
-            sign = "<=" if one.at_most else ">="
-            told += f"  goal {sign} {one.goal:g}: {'reached' if one.met else 'NOT reached'}"
-        print(f"{one.name:{width}} {one.ours!s:>26} {one.reference!s:>26}   {told}")
+    for row in comparisons:
+        low, high = row.ratio_95
+        ratio = f"{row.ratio:.3g} ({low:.3g} to {high:.3g})"
+        if row.goal is not None:
+            sign = "<=" if row.at_most else ">="
+            ratio += f"  goal {sign} {row.goal:g}: {'reached' if row.met else 'NOT reached'}"
+        print(f"{row.name:{width}} {row.ours!s:>26} {row.reference!s:>26}   {ratio}")
     for name, values in others.items():
         print(f"{name:{width}} {Spread.of(values)!s:>26}")
 
 
 def write_json(path: Path, comparisons: Sequence[Comparison], **rest: Any) -> None:
-    """All of it: ``comparisons`` with whether they were met, and whatever else there is to keep."""
-    rows = [{**asdict(one), "met": one.met} for one in comparisons]
+    """Write ``comparisons``, with whether their goals were met, and ``rest``."""
+    rows = [{**asdict(row), "met": row.met} for row in comparisons]
     path.write_text(json.dumps({"comparisons": rows, **rest}, indent=1, default=str) + "\n")

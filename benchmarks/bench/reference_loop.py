@@ -1,11 +1,12 @@
-"""What people do without KempnerForge: a plain FSDP2 loop that stops to save with stock ``dcp.save``.
+"""A training loop without KempnerForge: plain FSDP2 that blocks to save with stock ``dcp.save``.
 
-    torchrun ... benchmarks/bench/reference_loop.py --config FILE --folder DIR --steps 100 --interval 10
+torchrun ... benchmarks/bench/reference_loop.py --config FILE --folder DIR --steps 100 --interval 10
 
-The reference arm of ``bench_goodput.py``. Model, initial weights, data order, learning rates and batch are
-those that the TOML file describes; parallelism, optimizer step, saving and resuming are PyTorch's own, in
-this file. Started again, it goes on from the newest folder that has a ``.metadata``. Rank 0 appends to
-``rows.jsonl``, in the names of KempnerForge's ``metrics.jsonl``.
+This is the reference arm of ``bench_goodput.py``. Model, initial weights, data order, learning
+rates and batch are those of the TOML file. Parallelism, optimizer step, saving and resuming are
+PyTorch's own, in this file. When it is started again, it resumes from the newest folder with a
+``.metadata``. Rank 0 appends rows to ``rows.jsonl``, with the names of KempnerForge's
+``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ METADATA = ".metadata"
 
 
 def make_model(job: JobConfig, device: torch.device) -> Llama:
-    """The model, sharded over all ranks with PyTorch's defaults."""
+    """Return the model, sharded over all ranks with PyTorch's defaults."""
     with torch.device("meta"):
         model = Llama(job.model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -59,7 +60,7 @@ def make_model(job: JobConfig, device: torch.device) -> Llama:
 
 
 def make_optimizer(job: JobConfig, model: Llama) -> torch.optim.AdamW:
-    """AdamW with the groups and hyperparameters of the file."""
+    """Return AdamW with the groups and hyperparameters of the file."""
     config, groups = job.optimizer, parameter_groups([model])
     return torch.optim.AdamW(
         [
@@ -83,7 +84,7 @@ class Loop:
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
         self._rows = (folder / "rows.jsonl").open("a") if dist.get_rank() == 0 else None
-        self.write()  # ends a line that a kill has torn
+        self.write()  # terminates a line that a kill has torn
 
     def write(self, **row: Any) -> None:
         """Append a row, on rank 0."""
@@ -92,7 +93,7 @@ class Loop:
             self._rows.flush()
 
     def resume(self) -> None:
-        """Load the newest folder that is complete; a fresh start is a no-op."""
+        """Load the newest complete folder. Does nothing on a fresh start."""
         saved = saved_steps(self.folder)
         if not saved:
             return
@@ -110,7 +111,7 @@ class Loop:
         self.write(resumed=self.step, load_s=time.perf_counter() - started)
 
     def save(self) -> None:
-        """Write everything, and go on when it is on disk."""
+        """Write the state and return when it is on disk."""
         started = time.perf_counter()
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
         state = {"model": model_state, "optimizer": optimizer_state}
@@ -171,18 +172,18 @@ class Loop:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where a step is saved."""
+    """Return the folder of a step."""
     return folder / "checkpoints" / f"step_{step:08d}"
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps that can be gone on from, oldest first."""
-    found = (folder / "checkpoints").glob(f"step_*/{METADATA}")
-    return sorted(int(path.parent.name.removeprefix("step_")) for path in found)
+    """Return the steps to resume from, oldest first."""
+    complete = (folder / "checkpoints").glob(f"step_*/{METADATA}")
+    return sorted(int(path.parent.name.removeprefix("step_")) for path in complete)
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -194,7 +195,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """One attempt."""
+    """Run one attempt."""
     arguments = parse()
     job = load_job(arguments.config, [], world_size=int(os.environ["WORLD_SIZE"])).job
     set_determinism(job.train.deterministic)

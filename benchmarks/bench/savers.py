@@ -1,4 +1,4 @@
-"""Arms that save the same state: ours, and stock DCP as its tutorials use it."""
+"""Arms that save the same state: ours, and stock DCP as in its tutorials."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from kempnerforge.config.schema import AsyncCheckpointMode
 
 
 class Saver(Protocol):
-    """Saves one state, over and over."""
+    """Saves one state repeatedly."""
 
     def begin(self, path: Path) -> None:
-        """Begin a save; a blocking arm returns when it is durable."""
+        """Begin a save. A blocking arm returns when it is durable."""
         ...
 
     def before_update(self) -> None:
@@ -29,19 +29,19 @@ class Saver(Protocol):
         ...
 
     def done(self) -> bool:
-        """Whether what was begun is committed. Never blocks."""
+        """Whether the save is committed. Never blocks."""
         ...
 
     def wait(self) -> None:
-        """Return when it is."""
+        """Return when the save is committed."""
         ...
 
     def pid(self) -> int | None:
-        """A process beside this one that takes part."""
+        """Return the writer process, or None."""
         ...
 
     def close(self) -> None:
-        """Release what is held."""
+        """Release all resources."""
         ...
 
 
@@ -53,7 +53,7 @@ class Ours:
         self._checkpointer = AsyncCheckpointer(mode)
 
     def begin(self, path: Path) -> None:
-        """Begin, and in the blocking mode wait."""
+        """Begin a save, and in the blocking mode wait for it."""
         self._checkpointer.begin_save(self._state.capture, path)
         if self._checkpointer.blocks:
             self._checkpointer.wait()
@@ -63,15 +63,15 @@ class Ours:
         self._checkpointer.wait_for_staging()
 
     def done(self) -> bool:
-        """Whether it is committed."""
+        """Whether the save is committed."""
         return not self._checkpointer.is_pending
 
     def wait(self) -> None:
-        """Until it is committed."""
+        """Wait until the save is committed."""
         self._checkpointer.wait()
 
     def pid(self) -> int | None:
-        """The writer process."""
+        """Return the writer process."""
         return self._checkpointer.writer_pid
 
     def close(self) -> None:
@@ -80,12 +80,12 @@ class Ours:
 
     @property
     def host_bytes(self) -> int:
-        """What this rank's buffers take."""
+        """Size of this rank's buffers."""
         return self._checkpointer.host_bytes
 
 
 class StockAsync:
-    """``dcp.async_save`` with its defaults, a thread and fresh buffers, and a gloo group of its own."""
+    """``dcp.async_save`` with its defaults, a thread and new buffers, and its own gloo group."""
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self._parts = model, optimizer
@@ -93,7 +93,7 @@ class StockAsync:
         self._future: Future[object] | None = None
 
     def begin(self, path: Path) -> None:
-        """Begin; it returns after the copy."""
+        """Begin a save. Returns after the copy."""
         weights, moments = get_state_dict(*self._parts)
         assert isinstance(self._group, dist.ProcessGroup)
         future = async_save(
@@ -103,50 +103,50 @@ class StockAsync:
         self._future = future
 
     def before_update(self) -> None:
-        """The copy was synchronous."""
+        """Do nothing: the copy was synchronous."""
 
     def done(self) -> bool:
-        """Whether ``.metadata`` is there."""
+        """Whether ``.metadata`` is written."""
         return self._future is None or self._future.done()
 
     def wait(self) -> None:
-        """Until ``.metadata`` is there."""
+        """Wait until ``.metadata`` is written."""
         if self._future is not None:
             self._future.result()
 
     def pid(self) -> int | None:
-        """None."""
+        """Return None: it writes in this process."""
         return None
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resources are held."""
 
 
 class StockBlocking:
-    """``dcp.save`` to files that it syncs, its default."""
+    """``dcp.save`` to files that it syncs, which is its default."""
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self._parts = model, optimizer
 
     def begin(self, path: Path) -> None:
-        """Save."""
+        """Save and return when it is durable."""
         weights, moments = get_state_dict(*self._parts)
         writer = FileSystemWriter(path, sync_files=True)
         save({"model": weights, "optimizer": moments}, storage_writer=writer)
 
     def before_update(self) -> None:
-        """It blocks."""
+        """Do nothing: ``begin`` blocks."""
 
     def done(self) -> bool:
-        """It blocks."""
+        """Return True: ``begin`` blocks."""
         return True
 
     def wait(self) -> None:
-        """It blocks."""
+        """Do nothing: ``begin`` blocks."""
 
     def pid(self) -> int | None:
-        """None."""
+        """Return None: it writes in this process."""
         return None
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resources are held."""

@@ -1,4 +1,4 @@
-"""What is saved and what runs beside it: a sharded Llama with AdamW's state, steps of settable length."""
+"""The state to save, a sharded Llama with AdamW's state, and training steps of adjustable length."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from kempnerforge.model.llama import Llama
 from kempnerforge.parallel.shard import materialize, parallelize
 
 STATE_BYTES = 12
-"""A parameter with AdamW's two moments, fp32."""
+"""Bytes of a parameter with AdamW's two moments, fp32."""
 
 
 def model_config(size_mb: int, n_layers: int = 24) -> ModelConfig:
-    """A Llama whose fp32 weights and moments take about ``size_mb`` in all."""
+    """Return the config of a Llama whose fp32 weights and moments take about ``size_mb`` in total."""
     parameters = size_mb * 1e6 / STATE_BYTES
     dim = max(64, round((parameters / (12.5 * n_layers)) ** 0.5 / 64) * 64)
     shape: dict[str, Any] = {
@@ -35,7 +35,7 @@ def model_config(size_mb: int, n_layers: int = 24) -> ModelConfig:
 
 
 def sharded_llama(config: ModelConfig, device: torch.device) -> tuple[nn.Module, torch.optim.AdamW]:
-    """The model under FSDP2 over all ranks, with its optimizer, whose state is there. Collective."""
+    """Return the model under FSDP2 over all ranks, and its optimizer with its state. Collective."""
     mesh = build_mesh(device.type, dp_replicate=1, dp_shard=dist.get_world_size())
     with torch.device("meta"):
         model = Llama(config)
@@ -43,32 +43,32 @@ def sharded_llama(config: ModelConfig, device: torch.device) -> tuple[nn.Module,
     materialize(model, device, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     init_optimizer_state(optimizer)
-    for state in optimizer.state.values():  # zeros would be one page, over and over
+    for state in optimizer.state.values():  # zeros would all share one page
         for moment in ("exp_avg", "exp_avg_sq"):
             state[moment].copy_(torch.rand_like(state[moment]))
     return model, optimizer
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Bytes of weights and moments, all ranks."""
+    """Return the bytes of weights and moments on all ranks."""
     return STATE_BYTES * sum(parameter.numel() for parameter in model.parameters())
 
 
 class Steps:
-    """Steps as a training loop has them, for the clock: matrix products, and a reduction over all ranks."""
+    """Steps like those of a training loop: matrix products and a reduction over all ranks."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self._device = device
         self._work = torch.rand(width, width, device=device) / width
 
     def forward_backward(self) -> None:
-        """Most of a step."""
+        """Do most of the work of a step."""
         for _ in range(3):
             self._work = torch.tanh(self._work @ self._work)
         dist.all_reduce(self._work[:1])
 
     def update(self) -> None:
-        """The rest, until the device is done."""
+        """Do the rest and wait for the device."""
         self._work = torch.tanh(self._work @ self._work)
         dist.all_reduce(self._work[:1])
         finish(self._device)

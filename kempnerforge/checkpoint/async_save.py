@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
@@ -43,6 +42,7 @@ from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.distributed.store_channel import LocalBoard, StoreBoard, StoreChannel
 from kempnerforge.errors import SaveFailedError
+from kempnerforge.torch_compat import get_default_store
 
 StateDict = Mapping[Any, Any] | Callable[[], Payload]
 """A state dict, whose keys become text, or a function that makes the payload of a save."""
@@ -393,7 +393,7 @@ class AsyncCheckpointer:
             control = ControlGroup(group)
             if group is not None:
                 prefix = control.run_on_rank0(lambda: secrets.token_hex(8), brief=True)
-                self._board = StoreBoard(_get_default_store(), prefix)
+                self._board = StoreBoard(get_default_store(), prefix)
             self._control = control
         return self._control
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+
+from kempnerforge.torch_compat import ShardedTensor
 
 log = logging.getLogger("kempnerforge.checkpoint.cuda")
 

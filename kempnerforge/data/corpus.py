@@ -1,7 +1,7 @@
-"""Which files a ``text`` setting names, and what is in them.
+"""The files that a ``text`` setting names, and their content.
 
-A document is one file. Files come in the order of the setting, sorted by path within each entry, and each
-file only once, so that the same tree gives the same tokens on every machine.
+A document is one file. Files are in the order of the setting and sorted by path within each entry,
+and each file is used once, so that the same tree gives the same tokens on every machine.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ PYTHON_STDLIB = "python-stdlib"
 
 STDLIB_LEFT_OUT_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 STDLIB_LEFT_OUT_FILES = ("_sysconfigdata_*.py", "sitecustomize.py", "usercustomize.py")
-"""Written by whoever built or installed Python: leaving them out, one release is one corpus everywhere."""
+"""Files that depend on how Python was built or installed. Without them a release is one corpus everywhere."""
 
 BINARY_PROBE_BYTES = 8000
-"""A NUL in the first 8,000 bytes makes a file binary: git's rule."""
+"""A file with a NUL in its first 8,000 bytes is binary, as in git."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text file, as it was when it was looked at."""
+    """One text file, as it was when it was scanned."""
 
     path: Path
     size_bytes: int
@@ -45,27 +45,28 @@ class Corpus:
 
     documents: tuple[Document, ...]
     num_empty: int
-    """Empty files, left out."""
+    """Empty files, which were skipped."""
     num_binary: int
-    """Files that are not text, left out."""
+    """Files that are not text, which were skipped."""
 
     @property
     def size_bytes(self) -> int:
-        """Of all documents."""
+        """Total size of all documents."""
         return sum(document.size_bytes for document in self.documents)
 
 
 def scan_corpus(text: str | Sequence[str]) -> Corpus:
     """Find and read every file that ``text`` names: entries are ``"python-stdlib"``, files, folders or globs.
 
-    ``~`` and ``**`` work. A folder stands for all files in it, hidden ones left out. Empty and binary files
-    are left out and counted.
+    ``~`` and ``**`` are expanded. A folder means all files in it except hidden ones. Empty and
+    binary files are skipped and counted.
 
-    Raises :class:`DataError` if an entry matches nothing, a file cannot be read, or no text remains.
+    Raises :class:`DataError` if an entry matches nothing, a file cannot be read, or no text
+    remains.
     """
     entries = [text] if isinstance(text, str) else list(text)
     if not entries:
-        raise DataError(f'no text was named; give files, globs, or "{PYTHON_STDLIB}"')
+        raise DataError(f'no text was given; give files, globs, or "{PYTHON_STDLIB}"')
     files = dict.fromkeys(path for entry in entries for path in files_of(entry))
     documents: list[Document] = []
     num_empty = num_binary = 0
@@ -86,7 +87,7 @@ def scan_corpus(text: str | Sequence[str]) -> Corpus:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a text file. Raises :class:`DataError` if it cannot be read."""
+    """Return the bytes of a text file. Raises :class:`DataError` if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -94,7 +95,7 @@ def read_file(path: Path) -> bytes:
 
 
 def read_document(document: Document) -> bytes:
-    """The bytes of ``document``. Raises :class:`DataError` if they are not those that were scanned."""
+    """Return the bytes of ``document``. Raises :class:`DataError` if they changed since the scan."""
     content = read_file(document.path)
     if xxhash.xxh3_128_hexdigest(content) != document.digest:
         raise DataError(f"text file {document.path} changed while it was being prepared; start again")
@@ -102,11 +103,11 @@ def read_document(document: Document) -> bytes:
 
 
 def files_of(entry: str) -> list[Path]:
-    """The files that one entry names, sorted by path. Raises :class:`DataError` if there are none."""
+    """Return the files that one entry names, sorted by path. Raises :class:`DataError` if there are none."""
     if entry == PYTHON_STDLIB:
         return _stdlib_files()
     pattern = os.path.expanduser(entry)
-    # A file whose own name holds [ or * is meant literally when it exists.
+    # A name with [ or * is taken literally when such a file exists.
     matches = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
     is_pattern = matches != [pattern]
     files: set[Path] = set()
@@ -117,30 +118,30 @@ def files_of(entry: str) -> list[Path]:
         elif path.is_dir() and not is_pattern:
             files.update(_files_below(path))
         elif not path.exists():
-            raise DataError(f"text file {path} is a link to nothing")
+            raise DataError(f"text file {path} is a broken symbolic link")
     if not files:
         raise DataError(
-            f"text {entry!r} matches no file (looked from {Path.cwd()}). "
+            f"text {entry!r} matches no file (searched from {Path.cwd()}). "
             f'Entries are files, folders, globs such as "notes/**/*.md", or "{PYTHON_STDLIB}"'
         )
     return sorted(files)
 
 
 def _files_below(folder: Path) -> list[Path]:
-    found: list[Path] = []
+    paths: list[Path] = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return [path for path in found if path.is_file()]
+        paths += [Path(parent, name) for name in names if not name.startswith(".")]
+    return [path for path in paths if path.is_file()]
 
 
 def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    found: list[Path] = []
+    paths: list[Path] = []
     for parent, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT_FOLDERS]
-        found += [Path(parent, name) for name in names if name.endswith(".py")]
-    kept = [path for path in found if path.is_file() and not _left_out(path.name)]
+        paths += [Path(parent, name) for name in names if name.endswith(".py")]
+    kept = [path for path in paths if path.is_file() and not _left_out(path.name)]
     if not kept:
         raise DataError(f"{PYTHON_STDLIB}: this Python has no sources in {root}; name text files instead")
     return sorted(kept)

@@ -1,4 +1,4 @@
-"""What a run's data order depends on, in a form that explains itself when it differs at a resume."""
+"""A record of everything that a run's data order depends on. A resume compares it and names differences."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _MEANINGS = {
     "dataset": "the tokens themselves (digest)",
     "vocab_size": "the vocabulary of the tokens",
     "split": "the split that is trained on",
-    "num_samples": "samples an epoch",
+    "num_samples": "samples per epoch",
     "seq_len": "train.seq_len",
     "seed": "the seed of the data order",
-    "order": "how this version shuffles",
+    "order": "the shuffling algorithm",
 }
 
 
 def fingerprint(dataset: TokenDataset, split: str, seq_len: int, seed: int) -> dict[str, Any]:
-    """Everything that decides which tokens stand at which place of the order; JSON values only.
+    """Return everything that determines the tokens at each position of the order, as JSON values.
 
     Raises :class:`~kempnerforge.errors.DataError` if the split holds less than one sample.
     """
@@ -36,7 +36,7 @@ def fingerprint(dataset: TokenDataset, split: str, seq_len: int, seed: int) -> d
 
 
 def explain_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for every field that differs between two fingerprints; empty if the data are the same."""
+    """Return a line for every field that differs between two fingerprints."""
     names = [*_MEANINGS, *sorted((stored.keys() | now.keys()) - _MEANINGS.keys())]
     return [
         f"{_MEANINGS.get(name, name)}: was {_shown(stored, name)}, is {_shown(now, name)}"

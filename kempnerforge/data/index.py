@@ -1,4 +1,4 @@
-"""``index.json`` of a prepared folder: what its token shards hold, and the digests that prove it.
+"""``index.json`` of a prepared folder: the content of its token shards, and their digests.
 
 A prepared folder::
 
@@ -44,7 +44,7 @@ class SplitEntry:
     tokens: int
     documents: int
     digest: str
-    """xxh3-128 of the split's token bytes in order, hexadecimal; the same however it is cut into shards."""
+    """xxh3-128 of the split's token bytes in order, hexadecimal. It does not depend on the shards."""
     shards: tuple[ShardEntry, ...]
 
 
@@ -59,42 +59,42 @@ class Index:
     tokenizer_digest: str
     val_fraction: float
     num_empty: int
-    """Empty files, left out."""
+    """Empty files, which were skipped."""
     num_binary: int
-    """Files that are not text, left out."""
+    """Files that are not text, which were skipped."""
     num_not_utf8: int
-    """Documents in which a tokenizer of text read invalid bytes as U+FFFD."""
+    """Documents with invalid UTF-8, which a text tokenizer replaced by U+FFFD."""
     splits: dict[str, SplitEntry]
 
     @property
     def digest(self) -> str:
-        """Of everything a training run can see of the data: ids, splits, vocabulary and separator."""
-        seen = {
+        """Digest of what a training run sees of the data: ids, splits, vocabulary and separator."""
+        content = {
             "vocab_size": self.vocab_size,
             "separator_id": self.separator_id,
             "splits": {name: [split.tokens, split.digest] for name, split in sorted(self.splits.items())},
         }
-        return json_digest(seen)
+        return json_digest(content)
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """Of the ids in every shard; little-endian."""
+        """Dtype of the ids in every shard; little-endian."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     def to_json(self) -> bytes:
-        """The bytes of ``index.json``."""
+        """Return the bytes of ``index.json``."""
         content = {"format": FORMAT, **asdict(self), "digest": self.digest}
         return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def json_digest(value: Any) -> str:
-    """xxh3-128, hexadecimal, of ``value`` as JSON with sorted keys."""
+    """Return the xxh3-128, hexadecimal, of ``value`` as JSON with sorted keys."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(canonical.encode())
 
 
 def read_index(folder: Path) -> Index:
-    """Read and check ``folder/index.json``; the shards themselves are not looked at.
+    """Read and check ``folder/index.json``. The shards are not read.
 
     Raises :class:`DataError` if it cannot be read, is of another format, or contradicts itself.
     """
@@ -105,15 +105,17 @@ def read_index(folder: Path) -> Index:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"{path}: damaged, not JSON ({error}); prepare the data again") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise DataError(f"{path}: format {found!r}; this version reads format {FORMAT}")
+    data_format = content.get("format") if isinstance(content, dict) else None
+    if data_format != FORMAT:
+        raise DataError(f"{path}: format {data_format!r}; this version reads format {FORMAT}")
     try:
         index = _parse_index(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: damaged ({error}); prepare the data again") from error
     if index.digest != content.get("digest"):
-        raise DataError(f"{path}: damaged or edited by hand, its digest does not fit; prepare the data again")
+        raise DataError(
+            f"{path}: damaged or edited by hand, its digest does not match; prepare the data again"
+        )
     return index
 
 
@@ -121,7 +123,7 @@ def _parse_index(content: dict[str, Any]) -> Index:
     splits = {name: _parse_split(raw) for name, raw in content["splits"].items()}
     index = Index(**{**{field.name: content[field.name] for field in fields(Index)}, "splits": splits})
     if index.dtype not in DTYPES:
-        raise ValueError(f"dtype {index.dtype!r} is none of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {index.dtype!r} is not one of {', '.join(DTYPES)}")
     for name, split in splits.items():
         if split.tokens != sum(shard.tokens for shard in split.shards):
             raise ValueError(f"the shards of {name!r} do not add up to {split.tokens} tokens")

@@ -1,8 +1,8 @@
-"""Batches for one data-parallel rank, each with the cursor that a resume goes on from.
+"""Batches for one data-parallel rank, each with the cursor from which a resume continues.
 
-Which samples form the global batch of a step depends on the seed and the cursor alone. A global batch is cut
-into micro-batches of ``batch_size`` in the order of its samples, and micro-batch ``m`` goes to data-parallel
-rank ``m % dp_size``: another number of ranks deals out the same micro-batches.
+The samples of a step's global batch depend only on the seed and the cursor. A global batch is
+divided into micro-batches of ``batch_size`` in the order of its samples, and data-parallel rank ``m
+% dp_size`` gets micro-batch ``m``. Any number of ranks distributes the same micro-batches.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from kempnerforge.data.tokens import Samples
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in the training order."""
+    """A position in the training order."""
 
     samples: int = 0
     """Samples that all ranks together have consumed."""
 
     def __post_init__(self) -> None:
         if type(self.samples) is not int or self.samples < 0:
-            raise ValueError(f"a cursor counts samples from 0 on, not {self.samples!r}")
+            raise ValueError(f"a cursor is a number of samples, at least 0, not {self.samples!r}")
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values only, for a checkpoint."""
+        """Return the cursor as JSON values, for a checkpoint."""
         return {"samples": self.samples}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Cursor:
-        """The inverse of :meth:`to_json`. Raises ValueError for anything else."""
+        """Parse the result of :meth:`to_json`. Raises ValueError for anything else."""
         if not isinstance(value, dict) or value.keys() != {"samples"}:
             raise ValueError(f"not a cursor: {value!r}")
         return cls(value["samples"])
@@ -62,7 +62,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How a global batch is dealt out.
+    """How a global batch is distributed over the data-parallel ranks.
 
     Raises ValueError if ``global_batch_size`` is not a multiple of ``batch_size * dp_size``.
     """
@@ -85,7 +85,7 @@ class BatchShape:
         """Read this rank's part of the global batch ``ids`` [global_batch_size]."""
         own_ids = ids.reshape(-1, self.dp_size, self.batch_size)[:, self.dp_rank]
         rows = samples.read(own_ids.reshape(-1)).reshape(-1, self.batch_size, samples.seq_len + 1)
-        # Copied by numpy: torch would start a pool of threads of its own for the prefetching thread.
+        # Copied by numpy: torch would start a thread pool for the prefetching thread.
         return Batch(
             inputs_ABT=torch.from_numpy(np.ascontiguousarray(rows[..., :-1])),
             targets_ABT=torch.from_numpy(np.ascontiguousarray(rows[..., 1:])),
@@ -96,14 +96,15 @@ class BatchShape:
 
 
 class BatchLoader:
-    """An endless iterator of ``(batch, cursor)``; ``cursor`` is the place after ``batch``.
+    """An endless iterator of ``(batch, cursor)``, where ``cursor`` is the position after ``batch``.
 
-    A loader made with a cursor that another one yielded goes on with exactly the batches that followed it,
-    however far the other had read ahead and whatever its layout. Uses no global random state.
+    A loader that starts from the cursor of another loader yields exactly the batches that followed
+    it, however far the other had read ahead and whatever its layout. No global random state is
+    used.
 
-    ``prefetch_batches`` are read ahead by a background thread; 0 reads each when it is asked for. An
-    exception while reading reaches the caller of ``next`` at the batch it belongs to. :meth:`close`, or
-    leaving a ``with`` block, ends the thread.
+    A background thread reads ``prefetch_batches`` ahead. With 0, ``next`` reads each batch itself.
+    An exception while reading is raised by the ``next`` for that batch. :meth:`close`, or leaving a
+    ``with`` block, ends the thread.
 
     Raises ValueError if ``global_batch_size`` is not a multiple of ``batch_size * dp_size``.
     """
@@ -134,7 +135,7 @@ class BatchLoader:
         return self._prefetcher.next() if self._prefetcher else self._source.next()
 
     def close(self) -> None:
-        """End and join the background thread. The loader yields nothing more."""
+        """End and join the background thread. The loader yields no more batches."""
         self._closed = True
         if self._prefetcher:
             self._prefetcher.close()
@@ -149,14 +150,14 @@ class BatchLoader:
 
 
 def batch_ids(cursor: Cursor, *, seed: int, num_samples: int, global_batch_size: int) -> np.ndarray:
-    """Sample ids of the global batch that ``cursor`` stands before, in order, int64 [global_batch_size]."""
+    """Return the sample ids of the global batch at ``cursor``, in order, int64 [global_batch_size]."""
     start = cursor.samples
     positions = np.arange(start, start + global_batch_size, dtype=np.int64)
     return sample_ids(seed, positions, num_samples)
 
 
 class _Source:
-    """Reads one batch after the other, in whichever thread asks."""
+    """Reads one batch after the other, in the calling thread."""
 
     def __init__(self, samples: Samples, seed: int, shape: BatchShape, cursor: Cursor) -> None:
         self._samples = samples
@@ -196,7 +197,8 @@ class _Prefetcher:
 
     def close(self) -> None:
         self._closing.set()
-        # The thread puts at most one more item before it sees the event, and finds room for it.
+        # The thread puts at most one more item before it sees the event, and the queue has room for
+        # it.
         while not self._queue.empty():
             self._queue.get()
         self._thread.join()
@@ -220,9 +222,9 @@ def eval_batches(
     dp_rank: int = 0,
     dp_size: int = 1,
 ) -> Iterator[Batch]:
-    """The first ``num_batches * global_batch_size`` samples in their own order: the same at every evaluation.
+    """Yield the first ``num_batches * global_batch_size`` samples in order, the same at every evaluation.
 
-    Begins again at the first sample where the split is smaller. Each rank gets its part of every batch; the
+    A smaller split is repeated from its first sample. Each rank gets its part of every batch. The
     union over the ranks does not depend on ``dp_size``.
 
     Raises ValueError if ``global_batch_size`` is not a multiple of ``batch_size * dp_size``.

@@ -1,6 +1,6 @@
-"""Text to token shards: a prepared folder, written beside its place and published whole.
+"""Tokenise text into a prepared folder, which is written under a temporary name and then renamed.
 
-See :mod:`kempnerforge.data.index` for what it holds. No torch.
+See :mod:`kempnerforge.data.index` for its content. No torch.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from kempnerforge.data.corpus import Corpus, read_document, scan_corpus
 from kempnerforge.data.index import FORMAT, INDEX_NAME, Index, SplitEntry, json_digest
 from kempnerforge.data.shard_writer import ShardWriter
 from kempnerforge.data.tokenizer import Tokenizer, token_dtype
-from kempnerforge.data.train_val_split import Part, line_end_before, split_documents
+from kempnerforge.data.train_val_split import DocumentPart, line_end_before, split_documents
 from kempnerforge.errors import DataError
 from kempnerforge.fsio import fsync_folder, make_folder, new_folder, publish, write_new_file
 
 SHARD_TOKENS = 128 << 20
-"""Tokens a shard before the next one is begun."""
+"""Tokens per shard."""
 
 PIECE_BYTES = 256 << 10
 """Longer documents are tokenised in pieces cut at line ends: tokenizers take more than linear time."""
 
 BATCH_BYTES = 8 << 20
-"""Text handed to the tokenizer at once; it works on the pieces in parallel."""
+"""Bytes of text per call of the tokenizer, which processes the pieces in parallel."""
 
 ABANDONED_AFTER_S = 24 * 3600.0
-"""A temporary folder that nothing has written to for so long was left by a process that was killed."""
+"""A temporary folder without a write for this long was left by a killed process."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes of text done and the bytes in all."""
+"""Called with the bytes of text that are done and the total."""
 
 
 def prepare(
@@ -51,10 +51,10 @@ def prepare(
 ) -> Index:
     """Tokenise ``text`` (see :func:`~kempnerforge.data.corpus.scan_corpus`) into the new folder ``folder``.
 
-    The folder appears complete or not at all. Every document is followed by the tokenizer's separator.
+    The folder appears complete or not at all. The tokenizer's separator follows every document.
 
-    Raises :class:`DataError` if the text cannot be read, ``folder`` exists and is not empty, or it cannot be
-    written.
+    Raises :class:`DataError` if the text cannot be read, ``folder`` exists and is not empty, or it
+    cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and is not an empty folder; name another, or delete it first")
@@ -62,7 +62,7 @@ def prepare(
     job = _Preparation(corpus, tokenizer, val_fraction, shard_tokens, progress)
     index = job.write_to(folder)
     if index is None:
-        raise DataError(f"{folder} was made by another process in the meantime; name another folder")
+        raise DataError(f"{folder} was created by another process in the meantime; name another folder")
     return index
 
 
@@ -74,11 +74,11 @@ def prepare_cached(
     val_fraction: float = 0.01,
     progress: Progress | None = None,
 ) -> Path:
-    """The prepared folder of ``text`` below ``cache_dir``, made if it is not there.
+    """Return the prepared folder of ``text`` below ``cache_dir``; create it if it does not exist.
 
-    Its name is a digest of every document's content, the tokenizer, ``val_fraction`` and the format, so
-    changed text or another tokenizer gives another folder.
-    Several processes may call this at once: all get the folder that was published first.
+    Its name is a digest of every document's content, the tokenizer, ``val_fraction`` and the
+    format, so changed text or another tokenizer gives another folder. Several processes may call
+    this at once: all get the folder that was published first.
 
     Raises :class:`DataError` if the text cannot be read or the folder cannot be written.
     """
@@ -106,11 +106,11 @@ class _Preparation:
     progress: Progress | None
 
     def write_to(self, folder: Path) -> Index | None:
-        """Write beside ``folder`` and publish; None if another process published first."""
+        """Write a temporary folder and publish it. Return None if another process published first."""
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
         try:
             make_folder(folder.parent)
-            _sweep_abandoned(folder)
+            _remove_abandoned(folder)
             new_folder(temporary)
             try:
                 index = self._write_splits(temporary)
@@ -122,7 +122,7 @@ class _Preparation:
         except OSError as error:
             raise DataError(
                 f"cannot write prepared tokens to {folder}: {error.strerror or error}; "
-                "set --out or data.cache_dir to a folder that you may write to and that has room"
+                "set --out or data.cache_dir to a writable folder with enough free space"
             ) from error
         return index if published else None
 
@@ -151,8 +151,8 @@ class _Preparation:
             splits=splits,
         )
 
-    def _write_parts(self, writer: ShardWriter, parts: list[Part], report: _Reporter) -> int:
-        """Tokenise ``parts``; returns how many of them hold bytes that the tokenizer cannot read."""
+    def _write_parts(self, writer: ShardWriter, parts: list[DocumentPart], report: _Reporter) -> int:
+        """Tokenise ``parts``. Return how many of them have bytes that the tokenizer cannot read."""
         separator = np.array([self.tokenizer.separator_id])
         num_not_utf8 = 0
         broken = False
@@ -171,7 +171,7 @@ class _Preparation:
 
 
 class _Reporter:
-    """Adds up the bytes done over all splits for the caller's progress callback."""
+    """Sums the finished bytes over all splits for the caller's progress callback."""
 
     def __init__(self, total_bytes: int, progress: Progress | None) -> None:
         self._total_bytes = total_bytes
@@ -190,7 +190,7 @@ class _Piece:
     ends_document: bool
 
 
-def _pieces(parts: list[Part]) -> Iterator[_Piece]:
+def _pieces(parts: list[DocumentPart]) -> Iterator[_Piece]:
     for part in parts:
         content = read_document(part.document)[part.start : part.end]
         start = 0
@@ -223,7 +223,7 @@ def _is_utf8(content: bytes) -> bool:
 
 
 def _publish_first(temporary: Path, folder: Path) -> bool:
-    """Publish; False if another process has. An empty folder in the place is no obstacle."""
+    """Publish and return True, or return False if another process has. Replaces an empty folder."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     try:
@@ -235,12 +235,12 @@ def _publish_first(temporary: Path, folder: Path) -> bool:
     return True
 
 
-def _sweep_abandoned(folder: Path) -> None:
+def _remove_abandoned(folder: Path) -> None:
     """Remove the temporary folders for ``folder`` whose writers were killed long ago."""
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+    for temporary in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
         try:
-            newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+            newest = max(path.stat().st_mtime for path in (temporary, *temporary.iterdir()))
         except FileNotFoundError:
             continue  # its writer has just removed or published it
         if time.time() - newest > ABANDONED_AFTER_S:
-            shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)

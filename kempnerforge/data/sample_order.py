@@ -1,14 +1,15 @@
-"""Which sample stands at which place of the training order: a pure function, seekable, with O(1) memory.
+"""The sample at each position of the training order: a pure, seekable function with O(1) memory.
 
-Place ``p`` of a run over ``n`` samples lies in epoch ``p // n``. Each epoch visits every sample exactly
-once, in its own pseudo-random order: a keyed permutation of ``{0 .. n-1}`` that is evaluated at one point
-without making the others.
+Position ``p`` of a run over ``n`` samples is in epoch ``p // n``. Each epoch visits every sample
+exactly once, in its own pseudo-random order: a keyed permutation of ``{0 .. n-1}`` that is
+evaluated at one point without computing the others.
 
-The permutation is a balanced Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations
-from pseudorandom functions", SIAM J. Comput. 17, 1988) over the least power of four that is not below ``n``,
-with cycle walking to stay inside ``n`` (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA
-2002). The round function is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom
-number generators", OOPSLA 2014), which also makes the round keys from the seed and the epoch.
+The permutation is a balanced Feistel network (Luby and Rackoff, "How to construct pseudorandom
+permutations from pseudorandom functions", SIAM J. Comput. 17, 1988) over the smallest power of four
+that is not below ``n``, with cycle walking to remain below ``n`` (Black and Rogaway, "Ciphers with
+arbitrary finite domains", CT-RSA 2002). The round function is the finaliser of SplitMix64 (Steele,
+Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), which also derives
+the round keys from the seed and the epoch.
 
 No torch, no global random state.
 """
@@ -19,7 +20,7 @@ import numpy as np
 import xxhash
 
 ORDER_NAME = "feistel8-splitmix64"
-"""Stored in the data fingerprint; changes whenever the same seed would give another order."""
+"""Stored in the data fingerprint. It changes whenever the same seed would give another order."""
 
 _ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -28,10 +29,11 @@ MAX_SAMPLES = 1 << 62
 
 
 def sample_ids(seed: int, positions: np.ndarray, num_samples: int) -> np.ndarray:
-    """The samples at ``positions`` of the order that ``seed`` gives.
+    """Return the samples at ``positions`` of the order of ``seed``.
 
-    ``positions`` is int64 [N], each at least 0; returns int64 [N], each below ``num_samples``. Any run of
-    ``num_samples`` positions that begins at a multiple of it is a permutation.
+    ``positions`` is int64 [N], each at least 0. The result is int64 [N], each below
+    ``num_samples``. Any sequence of ``num_samples`` positions that begins at a multiple of it is a
+    permutation.
 
     Raises ValueError for a negative position or ``num_samples`` outside [1, 2^62].
     """
@@ -46,7 +48,7 @@ def sample_ids(seed: int, positions: np.ndarray, num_samples: int) -> np.ndarray
 
 
 def ids_digest(ids: np.ndarray) -> str:
-    """xxh3-64, 16 hexadecimal digits, of ``ids`` [N] as little-endian int64."""
+    """Return the xxh3-64, 16 hexadecimal digits, of ``ids`` [N] as little-endian int64."""
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(ids, dtype="<i8").tobytes())
 
 
@@ -71,7 +73,7 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray
 
 
 def _round_keys(seed: int, epochs: np.ndarray) -> np.ndarray:
-    """uint64 [rounds, N] from the seed and the epoch [N] of every position."""
+    """Return the keys, uint64 [rounds, N], for the seed and the epoch [N] of every position."""
     start = _mix(np.array([seed & _MASK_64], dtype=np.uint64))
     state = _mix(epochs * np.uint64(_GOLDEN) + start)
     steps = np.array([(number + 1) * _GOLDEN & _MASK_64 for number in range(_ROUNDS)], dtype=np.uint64)
@@ -79,7 +81,7 @@ def _round_keys(seed: int, epochs: np.ndarray) -> np.ndarray:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64; a bijection of uint64."""
+    """Apply the finaliser of SplitMix64, a bijection of uint64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

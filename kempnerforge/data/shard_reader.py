@@ -17,7 +17,7 @@ SCAN_TOKENS = 1 << 24
 
 @dataclass(frozen=True)
 class TokenShard:
-    """Where the ids are and how they are stored."""
+    """The location and the encoding of a file's token ids."""
 
     path: Path
     dtype: np.dtype[Any]
@@ -25,36 +25,36 @@ class TokenShard:
     offset_bytes: int = 0
     """Where in the file the ids begin."""
     digest: str | None = None
-    """xxh3-128 that the ids must have, hexadecimal; None when nobody recorded it."""
+    """Expected xxh3-128 of the ids, hexadecimal. None when none was recorded."""
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole file."""
+        """Expected size of the whole file."""
         return self.offset_bytes + self.num_tokens * self.dtype.itemsize
 
     def map(self) -> np.ndarray:
-        """The ids [num_tokens], read-only, read from disk when they are used."""
+        """Return the ids [num_tokens] as a read-only memory map."""
         return np.memmap(
             self.path, dtype=self.dtype, mode="r", offset=self.offset_bytes, shape=(self.num_tokens,)
         )
 
     def size_problem(self) -> str | None:
-        """What is wrong with the file's size, or None."""
+        """Return the fault of the file's size, or None."""
         try:
-            found_bytes = self.path.stat().st_size
+            actual_bytes = self.path.stat().st_size
         except OSError as error:
             return f"{self.path}: {error.strerror}"
-        if found_bytes < self.size_bytes:
-            return f"{self.path}: cut short, {found_bytes:,} of {self.size_bytes:,} bytes"
-        if found_bytes > self.size_bytes:
-            return f"{self.path}: too long, {found_bytes:,} bytes instead of {self.size_bytes:,}"
+        if actual_bytes < self.size_bytes:
+            return f"{self.path}: cut short, {actual_bytes:,} of {self.size_bytes:,} bytes"
+        if actual_bytes > self.size_bytes:
+            return f"{self.path}: too long, {actual_bytes:,} bytes instead of {self.size_bytes:,}"
         return None
 
     def content_problem(self, vocab_size: int | None) -> str | None:
-        """What is wrong with the ids, or None: reads them all. The size must be right."""
+        """Read all ids and return their fault, or None. The size must be right."""
         if self.digest is not None:
-            sound = content_digest(self) == self.digest
-            return None if sound else f"{self.path}: damaged, its digest does not fit the index"
+            matches = content_digest(self) == self.digest
+            return None if matches else f"{self.path}: damaged, its digest does not match the index"
         ids = self.map()
         for start in range(0, self.num_tokens, SCAN_TOKENS):
             block = ids[start : start + SCAN_TOKENS]
@@ -65,7 +65,7 @@ class TokenShard:
 
 
 def ids_problem(lowest: int, highest: int, vocab_size: int | None) -> str | None:
-    """What is wrong with ids that span ``lowest`` to ``highest``, or None."""
+    """Return the fault of ids between ``lowest`` and ``highest``, or None."""
     if lowest < 0:
         return f"holds the negative token id {lowest}"
     if vocab_size is not None and highest >= vocab_size:
@@ -74,14 +74,15 @@ def ids_problem(lowest: int, highest: int, vocab_size: int | None) -> str | None
 
 
 def content_digest(shard: TokenShard) -> str:
-    """xxh3-128, hexadecimal, of the bytes of the ids."""
+    """Return the xxh3-128, hexadecimal, of the bytes of the ids."""
     return xxhash.xxh3_128_hexdigest(shard.map().data.cast("B"))
 
 
 def open_npy(path: Path) -> TokenShard:
-    """Read the header of a ``.npy`` file of token ids; nothing is unpickled.
+    """Read the header of a ``.npy`` file of token ids. Nothing is unpickled.
 
-    Raises :class:`DataError` if it is not a one-dimensional array of a token dtype, is empty or is cut short.
+    Raises :class:`DataError` if it is not a one-dimensional array of a token dtype, is empty or is
+    cut short.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)

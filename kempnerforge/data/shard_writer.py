@@ -1,4 +1,4 @@
-"""Writing the ``.bin`` token shards of one split."""
+"""Write the ``.bin`` token shards of one split."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ class ShardWriter:
         self._fd = -1
 
     def write(self, ids: np.ndarray) -> None:
-        """Append ``ids``, integers [num_tokens], going on in the next shard where one is full."""
+        """Append ``ids``, integers [num_tokens]. A full shard is followed by the next one."""
         ids = ids.astype(self._dtype, copy=False)
         while ids.size:
-            # Not before there is more to write: the document that fills a shard is still to be counted in it.
+            # Closed only when there is more to write: a document that fills a shard still counts in
+            # it.
             if self._fd >= 0 and self._tokens == self._shard_tokens:
                 self._close_shard()
             if self._fd < 0:
@@ -47,11 +48,11 @@ class ShardWriter:
             ids = ids[part.size :]
 
     def end_document(self) -> None:
-        """Count a document that ended with the last id written."""
+        """Count a document that ended with the last written id."""
         self._documents += 1
 
     def close(self) -> SplitEntry:
-        """Complete the last shard and describe the split."""
+        """Complete the last shard and return the entry of the split."""
         if self._fd >= 0:
             self._close_shard()
         return SplitEntry(
@@ -62,7 +63,7 @@ class ShardWriter:
         )
 
     def abandon(self) -> None:
-        """Close the file after a fault; nothing that was written counts."""
+        """Close the file after an error. What was written is discarded by the caller."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -1,4 +1,4 @@
-"""Text to token ids: bytes as they are, or any Hugging Face ``tokenizer.json``.
+"""Tokenizers: plain bytes, or any Hugging Face ``tokenizer.json``.
 
 No torch. ``tokenizers`` is imported only when a ``tokenizer.json`` is loaded.
 """
@@ -31,15 +31,15 @@ EOS_NAMES = (
     "<|im_end|>",
     "[EOS]",
 )
-"""End-of-text tokens of well-known models, looked for in this order when no file names one."""
+"""End-of-text tokens of well-known models, tried in this order when no file names one."""
 
 
 class Tokenizer(Protocol):
-    """What :mod:`kempnerforge.data.prepare` needs of a tokenizer."""
+    """The interface that :mod:`kempnerforge.data.prepare` needs."""
 
     @property
     def name(self) -> str:
-        """Short name for people."""
+        """Short name for display."""
         ...
 
     @property
@@ -58,7 +58,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: bytes | str) -> np.ndarray:
-        """Ids of ``text`` without a separator, uint16 or uint32 [num_tokens]."""
+        """Return the ids of ``text`` without a separator, uint16 or uint32 [num_tokens]."""
         ...
 
     @property
@@ -67,17 +67,17 @@ class Tokenizer(Protocol):
         ...
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Ids of every text, as :meth:`encode` gives them."""
+        """Return the ids of every text, as :meth:`encode` does."""
         ...
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest little-endian type that holds every id: uint16 up to 65,536 ids, else uint32."""
+    """Return the smallest little-endian type for all ids: uint16 up to 65,536 ids, else uint32."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 class ByteTokenizer:
-    """Ids 0-255 are the bytes; 256 separates documents."""
+    """A tokenizer whose ids 0-255 are the bytes. 256 separates documents."""
 
     name = BYTES
     vocab_size = 257
@@ -86,24 +86,24 @@ class ByteTokenizer:
 
     @property
     def digest(self) -> str:
-        """Fixed, for as long as the ids are."""
+        """A constant, because the ids never change."""
         return xxhash.xxh3_128_hexdigest(b"kempnerforge bytes 1")
 
     def encode(self, text: bytes | str) -> np.ndarray:
-        """Ids of ``text``, uint16 [num_bytes]; a str is encoded as UTF-8."""
+        """Return the ids of ``text``, uint16 [num_bytes]. A str is encoded as UTF-8."""
         raw = text.encode("utf-8") if isinstance(text, str) else text
         return np.frombuffer(raw, dtype=np.uint8).astype(np.uint16)
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Ids of every text, uint16 [num_bytes] each."""
+        """Return the ids of every text, uint16 [num_bytes] each."""
         return [self.encode(text) for text in texts]
 
 
 class HfTokenizer:
     """A Hugging Face fast tokenizer from its ``tokenizer.json``.
 
-    Adds no special tokens of its own, ignores truncation and padding that the file may ask for, and reads
-    special tokens that occur in the text as plain text: only :mod:`~kempnerforge.data.prepare` writes
+    It adds no special tokens, ignores the truncation and padding settings of the file, and encodes
+    special tokens in the text as plain text: only :mod:`~kempnerforge.data.prepare` writes
     separators.
 
     Raises :class:`DataError` if the file cannot be read or no end-of-text token is found.
@@ -125,19 +125,19 @@ class HfTokenizer:
         self._dtype = token_dtype(self.vocab_size).newbyteorder("=")
 
     def encode(self, text: bytes | str) -> np.ndarray:
-        """Ids of ``text``, uint16 or uint32 [num_tokens]; bytes that are not UTF-8 become U+FFFD."""
+        """Return the ids of ``text``, uint16 or uint32 [num_tokens]. Invalid UTF-8 becomes U+FFFD."""
         string = text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
         return np.asarray(self._tokenizer.encode(string, add_special_tokens=False).ids, dtype=self._dtype)
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Ids of every text, tokenised in parallel; uint16 or uint32 [num_tokens] each."""
+        """Return the ids of every text, uint16 or uint32 [num_tokens] each, tokenised in parallel."""
         strings = [text.decode("utf-8", errors="replace") for text in texts]
         encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=self._dtype) for encoding in encodings]
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that ``spec`` names: ``"bytes"``, a ``tokenizer.json``, or a folder that holds one.
+    """Return the tokenizer of ``spec``: ``"bytes"``, a ``tokenizer.json``, or a folder with one.
 
     Raises :class:`DataError` if there is no such file or it is not a usable tokenizer.
     """
@@ -146,7 +146,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def tokenizer_path(spec: str) -> Path | None:
-    """The file of the tokenizer that ``spec`` names, which need not exist; None for ``"bytes"``."""
+    """Return the tokenizer file of ``spec``, which need not exist, or None for ``"bytes"``."""
     if spec == BYTES:
         return None
     path = Path(spec).expanduser()
@@ -179,7 +179,7 @@ def _parse_tokenizer(path: Path, raw: bytes) -> TokenizersTokenizer:
 
 
 def _find_eos(path: Path, vocabulary: dict[str, int]) -> str:
-    """The end-of-text token that a file beside ``path`` names, else the first well-known one there is."""
+    """Return the end-of-text token that a file beside ``path`` names, else the first well-known one."""
     for sibling in ("tokenizer_config.json", "special_tokens_map.json"):
         named = _named_eos(path.with_name(sibling))
         if named is None:
@@ -200,7 +200,7 @@ def _find_eos(path: Path, vocabulary: dict[str, int]) -> str:
 
 
 def _named_eos(path: Path) -> str | None:
-    """``eos_token`` of a tokenizer_config.json; a string, or an object with its text under ``content``."""
+    """Read ``eos_token`` of a tokenizer_config.json: a string, or an object with its text in ``content``."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Memory-mapped training data: what ``kempnerforge data prepare`` wrote, or plain ``.npy`` token shards.
+"""Memory-mapped training data: a folder of ``kempnerforge data prepare``, or plain ``.npy`` token shards.
 
-No torch. Everything that can be wrong with the data is looked for when they are opened, before training.
+No torch. The data are checked when they are opened, before training.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from kempnerforge.data.shard_reader import TokenShard, content_digest, ids_probl
 from kempnerforge.errors import DataError
 
 VERIFY_BYTES = 4 << 30
-"""Data up to this size are read whole and checked at every opening, in seconds; larger ones on demand."""
+"""Data up to this size are read whole and checked whenever they are opened, which takes seconds. Larger data
+are checked on request."""
 
 SAMPLED_BLOCKS = 256
 SAMPLED_BLOCK_TOKENS = 16 << 10
-"""``.npy`` data above VERIFY_BYTES are told apart by this many blocks of every shard."""
+"""The digest of ``.npy`` data above VERIFY_BYTES covers this many blocks of every shard."""
 
 MAX_OPEN_SHARDS = 256
-"""A mapped file holds a file descriptor, and 1,024 is a usual limit."""
+"""A mapped file holds a file descriptor, and the usual limit is 1,024."""
 
 _VAL_NAME = re.compile(r"(^|[^a-z])(e?val|valid|validation)([^a-z]|$)", re.IGNORECASE)
 
@@ -32,7 +33,7 @@ _VAL_NAME = re.compile(r"(^|[^a-z])(e?val|valid|validation)([^a-z]|$)", re.IGNOR
 class Samples:
     """The samples of one split: sample ``i`` is tokens ``i * seq_len`` to ``(i + 1) * seq_len``, inclusive.
 
-    The one token that neighbours share is the last target of one and the first input of the next.
+    Neighbours share one token: the last target of one sample is the first input of the next.
     """
 
     def __init__(
@@ -53,14 +54,14 @@ class Samples:
         self._map = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda number: shards[number].map())
 
     def read(self, ids: np.ndarray) -> np.ndarray:
-        """The tokens of samples ``ids`` [N]: int64 [N, seq_len + 1]. Samples may span shards.
+        """Return the tokens of samples ``ids`` [N] as int64 [N, seq_len + 1]. Samples may span shards.
 
-        Raises IndexError for a sample that does not exist, :class:`DataError` for a token id outside the
-        vocabulary.
+        Raises IndexError for a sample that does not exist, and :class:`DataError` for a token id
+        outside the vocabulary.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.num_samples:
-            raise IndexError(f"samples are 0 to {self.num_samples - 1}; asked for {ids.min()} to {ids.max()}")
+            raise IndexError(f"{ids.min()} to {ids.max()} are not in samples 0 to {self.num_samples - 1}")
         rows = np.empty((ids.size, self.seq_len + 1), dtype=np.int64)
         for row, sample in zip(rows, ids + self._first_sample, strict=True):
             self._read_row(row, int(sample) * self.seq_len)
@@ -71,7 +72,7 @@ class Samples:
         return rows
 
     def _read_row(self, row: np.ndarray, start: int) -> None:
-        """Fill ``row`` [seq_len + 1] from token ``start`` of the split on."""
+        """Fill ``row`` [seq_len + 1] with the tokens of the split from ``start`` on."""
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
         done = 0
         while done < row.size:
@@ -83,7 +84,7 @@ class Samples:
 
 
 class TokenDataset:
-    """Token shards by split. Made by :func:`open_dataset`."""
+    """Token shards by split. Use :func:`open_dataset` to create it."""
 
     def __init__(
         self,
@@ -97,26 +98,26 @@ class TokenDataset:
         self.path = path
         self.shards = shards
         self.index = index
-        """What ``index.json`` says; None for ``.npy`` shards."""
+        """The content of ``index.json``; None for ``.npy`` shards."""
         self._id_limit = id_limit
         self._val_fraction = val_fraction
 
     @property
     def vocab_size(self) -> int | None:
-        """Of the tokenizer that made the data; None for ``.npy`` shards, which do not say."""
+        """Vocabulary size of the tokenizer of the data; None for ``.npy`` shards, which do not record it."""
         return self.index.vocab_size if self.index else None
 
     @property
     def size_bytes(self) -> int:
-        """Of all files of all splits."""
+        """Total size of all files of all splits."""
         return sum(shard.size_bytes for shards in self.shards.values() for shard in shards)
 
     @functools.cached_property
     def digest(self) -> str:
-        """Names the content, not the place. For ``.npy`` shards computed when it is first asked for.
+        """A digest of the content, whatever its path. For ``.npy`` shards it is computed at the first use.
 
-        ``.npy`` data of more than VERIFY_BYTES are digested at evenly spaced blocks only: enough to tell data
-        sets apart, not to find a flipped byte.
+        For ``.npy`` data of more than VERIFY_BYTES it covers only evenly spaced blocks: enough to
+        distinguish data sets, but not to find a flipped byte.
         """
         if self.index:
             return self.index.digest
@@ -138,7 +139,7 @@ class TokenDataset:
         return self.index is None and "val" not in self.shards and self._val_fraction > 0
 
     def problems(self, *, contents: bool) -> dict[Path, str]:
-        """What is wrong with which shard: sizes, and with ``contents`` every id too. Empty if all is well."""
+        """Return the fault of each bad shard by path: its size or, with ``contents``, any of its ids."""
         found: dict[Path, str] = {}
         for shards in self.shards.values():
             for shard in shards:
@@ -150,9 +151,9 @@ class TokenDataset:
         return found
 
     def split(self, name: str, seq_len: int) -> Samples:
-        """The samples of ``"train"`` or ``"val"``, cut to ``seq_len`` inputs each.
+        """Return the samples of ``"train"`` or ``"val"``, with ``seq_len`` inputs each.
 
-        Raises :class:`DataError` if there is no such split or it holds less than one sample.
+        Raises :class:`DataError` if there is no such split or it has less than one sample.
         """
         source = "train" if name == "val" and self._holds_out else name
         if source not in self.shards:
@@ -184,16 +185,18 @@ def open_dataset(
 ) -> TokenDataset:
     """Open a prepared folder, a folder of ``.npy`` token shards, or one ``.npy`` file, and check it.
 
-    ``.npy`` shards are one-dimensional arrays of uint16, uint32, int32 or int64 in one folder, taken in the
-    order of their names; those with ``val`` as a word of the name are the validation split, and without any
-    the last ``val_fraction`` of the samples are. A prepared folder has its own.
+    ``.npy`` shards are one-dimensional arrays of uint16, uint32, int32 or int64 in one folder, in
+    the order of their names. Those with ``val`` as a word of the name are the validation split.
+    Without any, the last ``val_fraction`` of the samples is the validation split. A prepared folder
+    has its own.
 
-    Sizes are always checked. ``verify`` says whether all tokens are read and checked too (digests, or ids
-    for ``.npy``): True, False (another rank does it), or None, which is True up to VERIFY_BYTES. Ids outside
-    the vocabulary are found when they are read in any case. ``vocab_size`` is the model's.
+    Sizes are always checked. ``verify`` says whether all tokens are also read and checked (digests,
+    or ids for ``.npy``): True, False (another rank does it), or None, which is True up to
+    VERIFY_BYTES. Reading an id outside the vocabulary always raises. ``vocab_size`` is that of the
+    model.
 
-    Raises :class:`DataError` if the data are missing, empty, cut short, damaged, of a wrong dtype, or hold
-    ids that ``vocab_size`` does not have.
+    Raises :class:`DataError` if the data are missing, empty, cut short, damaged, of a wrong dtype,
+    or have ids outside ``vocab_size``.
     """
     dataset = load_shards(path, vocab_size=vocab_size, val_fraction=val_fraction)
     problems = dataset.problems(contents=dataset.size_bytes <= VERIFY_BYTES if verify is None else verify)
@@ -208,11 +211,12 @@ def open_dataset(
 def load_shards(
     path: str | Path, *, vocab_size: int | None = None, val_fraction: float = 0.01
 ) -> TokenDataset:
-    """As :func:`open_dataset`, but only the index or the headers are read; shards may still be damaged."""
+    """Do as :func:`open_dataset`, but read only the index or the headers. Shards may still be damaged."""
     folder = Path(path).expanduser()
     if not folder.exists():
         raise DataError(
-            f"data {folder}: no such file or folder. Make it: kempnerforge data prepare FILES --out {folder}"
+            f"data {folder}: no such file or folder. "
+            f"Create it: kempnerforge data prepare FILES --out {folder}"
         )
     if (folder / INDEX_NAME).is_file():
         return _open_prepared(folder, vocab_size)
@@ -245,14 +249,16 @@ def _open_npy_shards(path: Path, vocab_size: int | None, val_fraction: float) ->
     if not files:
         raise DataError(
             f"data {path}: has neither {INDEX_NAME} nor .npy files. "
-            f"Make another: kempnerforge data prepare FILES --out DIR"
+            f"Prepare a folder: kempnerforge data prepare FILES --out DIR"
         )
     shards: dict[str, tuple[TokenShard, ...]] = {}
     for file in files:
         split = "val" if len(files) > 1 and _VAL_NAME.search(file.stem) else "train"
         shards[split] = (*shards.get(split, ()), open_npy(file))
     if "train" not in shards:
-        raise DataError(f"data {path}: all .npy files are validation shards by their names; none to train on")
+        raise DataError(
+            f"data {path}: all .npy files are validation shards by their names; none is for training"
+        )
     return TokenDataset(path, shards, index=None, id_limit=vocab_size, val_fraction=val_fraction)
 
 

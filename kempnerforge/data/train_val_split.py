@@ -1,4 +1,4 @@
-"""Which documents, or which end of a single one, are held out for validation."""
+"""Choose the documents, or the end of a single one, that are held out for validation."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ from kempnerforge.data.corpus import Document, read_document
 
 
 @dataclass(frozen=True)
-class Part:
-    """The bytes ``start`` to ``end`` of a document; ``end`` None is its end."""
+class DocumentPart:
+    """The bytes ``start`` to ``end`` of a document. ``end`` None is its end."""
 
     document: Document
     start: int = 0
     end: int | None = None
 
 
-def split_documents(documents: Sequence[Document], val_fraction: float) -> dict[str, list[Part]]:
-    """Assign every document to ``train`` or ``val``, in the given order; empty splits are left out.
+def split_documents(documents: Sequence[Document], val_fraction: float) -> dict[str, list[DocumentPart]]:
+    """Assign every document to ``train`` or ``val``, in the given order. Empty splits are omitted.
 
-    A document is held out if its digest, read as a fraction of 2^128, is below ``val_fraction``: about that
-    fraction of them, and the choice for one document does not change when others are added or moved. Equal
-    documents go together. With two or more different documents each split gets at least one; a single one
-    is cut near its end instead, at a line end.
+    A document is held out if its digest, as a fraction of 2^128, is below ``val_fraction``. This
+    selects about that fraction of the documents, and the choice for one document does not change
+    when others are added or moved. Equal documents are in the same split. With two or more
+    different documents each split gets at least one. A single document is cut near its end instead,
+    at a line end.
     """
     if val_fraction <= 0:
-        return {"train": [Part(document) for document in documents]}
+        return {"train": [DocumentPart(document) for document in documents]}
     if len(documents) == 1:
         return _cut_document(documents[0], val_fraction)
     held_out = _held_out({document.digest for document in documents}, val_fraction)
-    splits: dict[str, list[Part]] = {"train": [], "val": []}
+    splits: dict[str, list[DocumentPart]] = {"train": [], "val": []}
     for document in documents:
-        splits["val" if document.digest in held_out else "train"].append(Part(document))
+        splits["val" if document.digest in held_out else "train"].append(DocumentPart(document))
     return {name: parts for name, parts in splits.items() if parts}
 
 
 def line_end_before(content: bytes, start: int, target: int) -> int:
-    """A place in (start, target] to cut ``content`` at.
+    """Return a position in (start, target] at which to cut ``content``.
 
-    After a line end that no white space follows, since there a tokenizer cuts too; else after any line end;
-    else at ``target``, moved back to the start of a UTF-8 character.
+    It is after the last line end that no white space follows, where a tokenizer cuts too. Without
+    one it is after the last line end. Without any line end it is ``target``, moved back to the
+    start of a UTF-8 character.
     """
     first_found = -1
     position = content.rfind(b"\n", start, target)
@@ -70,10 +72,10 @@ def _held_out(digests: set[str], val_fraction: float) -> set[str]:
     return chosen
 
 
-def _cut_document(document: Document, val_fraction: float) -> dict[str, list[Part]]:
+def _cut_document(document: Document, val_fraction: float) -> dict[str, list[DocumentPart]]:
     content = read_document(document)
     target = len(content) - max(1, round(len(content) * val_fraction))
     if target <= 0:
-        return {"train": [Part(document)]}
+        return {"train": [DocumentPart(document)]}
     cut = line_end_before(content, 0, target)
-    return {"train": [Part(document, 0, cut)], "val": [Part(document, cut)]}
+    return {"train": [DocumentPart(document, 0, cut)], "val": [DocumentPart(document, cut)]}

@@ -1,4 +1,4 @@
-"""How ranks decide together: a few collectives on a group that nothing else uses."""
+"""Decisions that all ranks share: a few collectives on a group that nothing else uses."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore
 
 from kempnerforge.distributed.heartbeat import Heartbeat
 from kempnerforge.distributed.timeouts import timeout_of
 from kempnerforge.errors import KempnerForgeError
+from kempnerforge.torch_compat import get_default_store
 
 T = TypeVar("T")
 
 _TIMEOUT_S = 1800.0
-"""For a group whose backend has no time-out: torch's own default."""
+"""Used for a group whose backend has no time-out: torch's own default."""
 
 
 class ControlGroup:
-    """Agreement among the ranks of ``group``, a gloo group of its own; None is one process alone.
+    """Agreement among the ranks of ``group``, a gloo group that nothing else uses.
 
-    Every method is collective: all ranks of the group, in the same order. Raises ValueError for a group that
-    does not serve the CPU, such as one of NCCL.
+    ``group`` is None for a single process. Every method is collective: all ranks of the group call
+    it, in the same order. Raises ValueError for a group that does not serve the CPU, such as one of
+    NCCL.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -36,14 +38,14 @@ class ControlGroup:
         self._heartbeat: Heartbeat | None = None
 
     def agree(self, flags: Sequence[int]) -> list[int]:
-        """Element-wise maximum of every rank's integers: one small reduction."""
+        """Return the element-wise maximum of every rank's integers: one small reduction."""
         tensor = torch.tensor(flags, dtype=torch.int64, device="cpu")
         if self.group is not None:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's ``value``, by rank."""
+        """Return every rank's ``value``, in the order of ranks."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.num_ranks
@@ -53,9 +55,10 @@ class ControlGroup:
     def run_on_rank0(self, work: Callable[[], T], *, brief: bool = False) -> T:
         """Run ``work`` on rank 0 and give its result, or its error, to every rank.
 
-        Blocks: until rank 0 is done, however long that takes while it goes on (``heartbeat``).
-        Raises TimeoutError on the others when ``work`` has made no progress for the group's time-out.
-        ``brief``: ``work`` never blocks. The others wait in the broadcast itself, which is quicker.
+        Blocks: until rank 0 is done, for as long as ``work`` makes progress (see ``heartbeat``).
+        Raises TimeoutError on the other ranks when ``work`` has made no progress for the group's
+        time-out. ``brief`` says that ``work`` never blocks: the other ranks then wait in the
+        broadcast itself, which is quicker.
         """
         outcome: list[Any]
         if self.group is None:
@@ -70,14 +73,15 @@ class ControlGroup:
         return outcome[0]
 
     def _share(self, group: dist.ProcessGroup, work: Callable[[], Any]) -> list[Any]:
-        """Result and error of ``work`` on rank 0, on every rank."""
+        """Return the result and the error of rank 0's ``work`` on every rank."""
         timeout = timeout_of(group)
         timeout_s = timeout.total_seconds() if timeout is not None else _TIMEOUT_S
         if self._heartbeat is None:
-            # A name of its own: other objects may use this group, and an earlier one of its name this store.
+            # The name is unique: other objects may use this group, and an earlier run's heartbeat
+            # this store.
             names: list[Any] = [secrets.token_hex(8)]
             dist.broadcast_object_list(names, group_src=0, group=group)
-            store = PrefixStore(f"kempnerforge/heartbeat/{names[0]}", _get_default_store())
+            store = PrefixStore(f"kempnerforge/heartbeat/{names[0]}", get_default_store())
             self._heartbeat = Heartbeat(store)
         outcome: list[Any] = [None, None]
         if self.rank == 0:
@@ -90,29 +94,29 @@ class ControlGroup:
 
     def raise_on_any_error(self, error: Exception | None) -> None:
         """Raise on every rank when any rank has an error: its own, or else the lowest rank's."""
-        told = error if error is None or isinstance(error, KempnerForgeError) else repr(error)
-        for rank, found in enumerate(self.gather(told)):
-            if found is None:
+        shared = error if error is None or isinstance(error, KempnerForgeError) else repr(error)
+        for rank, rank_error in enumerate(self.gather(shared)):
+            if rank_error is None:
                 continue
             if error is not None:
                 raise mark_collective(error)
             raise (
-                mark_collective(found)
-                if isinstance(found, Exception)
-                else RuntimeError(f"rank {rank}: {found}")
+                mark_collective(rank_error)
+                if isinstance(rank_error, Exception)
+                else RuntimeError(f"rank {rank}: {rank_error}")
             )
 
 
 def _outcome_of(work: Callable[[], Any]) -> list[Any]:
-    """The result, or the error, of ``work``: the other is None."""
+    """Return [result, None], or [None, error] when ``work`` raises."""
     try:
         return [work(), None]
-    except Exception as error:  # noqa: BLE001 - whatever it is, every rank must learn of it
+    except Exception as error:  # noqa: BLE001 - every rank must receive any error
         return [None, error]
 
 
 def mark_collective(error: Exception) -> Exception:
-    """Mark an error that all ranks are about to raise, so that rank 0 alone tells it."""
+    """Mark an error that all ranks are about to raise, so that only rank 0 prints it."""
     if isinstance(error, KempnerForgeError):
         error.agreed = True
     return error

@@ -1,13 +1,14 @@
-"""Long work of one rank: the others wait for as long as it shows that it goes on.
+"""Long work on one rank: the other ranks wait for as long as it makes progress.
 
-A collective ends after the time-out of its group, which is chosen for ranks that wait for each other in a
-step. Rank 0's own work may take longer: tokenising a corpus, watching another host's lease, deleting a large
-folder. So the others do not wait in a collective. They look at one key of the c10d store, which rank 0
-changes while it works, and give up when it has not changed for as long as the time-out.
+A collective fails after the time-out of its group, which is chosen for ranks that wait for each
+other within a step. The work of rank 0 alone may take longer: tokenising a corpus, watching another
+host's lease, deleting a large folder. The other ranks therefore do not wait in a collective. They
+poll one key of the c10d store, which rank 0 changes while it works, and give up when the key has
+not changed for the time-out.
 
-A thread of rank 0 makes the beats, and makes one only when the thread that works has used processor time
-since the last: a rank that hangs in the file system, is stopped or dead, beats no more. Store and not
-collective, because collectives of one group may not be issued from two threads.
+A thread of rank 0 sends the heartbeats. It sends one only when the working thread has used
+processor time since the last one, so a rank that hangs in the file system, is stopped or is dead
+sends none. The store is used because collectives of one group may not be issued from two threads.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ from torch.distributed.distributed_c10d import Store
 
 _KEY = "work"
 _DONE = "done"
-_BEATS_A_TIMEOUT = 10
+_BEATS_PER_TIMEOUT = 10
 _LONGEST_BEAT_S = 10.0
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.001, 1.0
 _PAUSE_SHARE = 0.05
-"""Share of the time waited so far that a pause between two looks takes: thousands of ranks ask one store."""
+"""The pause between two polls as a share of the time waited so far: thousands of ranks poll one store."""
 
 
 class Heartbeat:
-    """The beats of one rank's work, in a store of their own. All ranks count the works alike."""
+    """The heartbeats of one rank's work, in ``store``, which nothing else uses.
+
+    Pieces of work are numbered. All ranks count them alike.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -37,14 +41,15 @@ class Heartbeat:
 
     @contextlib.contextmanager
     def working(self, timeout_s: float) -> Iterator[None]:
-        """Beat while the block runs, on the rank that works; at its end, also by an error, tell the others.
+        """Send heartbeats while the block runs. Call it on the rank that works.
 
-        ``timeout_s``: how long the others wait for a beat.
+        The end of the block, also by an error, releases the waiting ranks. ``timeout_s`` is how
+        long they wait for a heartbeat.
         """
         self._number += 1
         ended = threading.Event()
         clock = time.pthread_getcpuclockid(threading.get_ident())
-        beat_s = min(timeout_s / _BEATS_A_TIMEOUT, _LONGEST_BEAT_S)
+        beat_s = min(timeout_s / _BEATS_PER_TIMEOUT, _LONGEST_BEAT_S)
         thread = threading.Thread(
             target=self._beat, args=(self._number, clock, beat_s, ended), name="heartbeat", daemon=True
         )
@@ -65,14 +70,15 @@ class Heartbeat:
             used_s, beats = now_s, beats + 1
             try:
                 self._store.set(_KEY, f"{number} {beats}")
-            except RuntimeError:  # the store is gone, which ``working`` meets at its end
+            except RuntimeError:  # the store is gone; ``working`` raises this error at its end
                 return
 
     def wait(self, timeout_s: float) -> None:
-        """Return when the work is done, on a rank that waits for it.
+        """Return when the work is done. Call it on a rank that waits.
 
-        Blocks: for as long as the work goes on. Polls: a client that waits on the store holds its lock.
-        Raises TimeoutError when no beat has come for ``timeout_s``.
+        Blocks: for as long as the work makes progress. It polls, because a client that waits on the
+        store holds the store's lock. Raises TimeoutError when there was no heartbeat for
+        ``timeout_s``.
         """
         self._number += 1
         last, began = "", time.monotonic()
@@ -82,7 +88,7 @@ class Heartbeat:
             now = time.monotonic()
             number, _, state = seen.partition(" ")
             if seen and (int(number) > self._number or (int(number) == self._number and state == _DONE)):
-                return  # with a later number the rank that works is ahead by now
+                return  # a later number means that the working rank is ahead already
             if seen != last:
                 last, changed = seen, now
             elif now - changed > timeout_s:

@@ -1,4 +1,4 @@
-"""The DeviceMesh of a layout."""
+"""The DeviceMesh of a parallel layout."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from kempnerforge.distributed import timeouts
 
 
 def build_mesh(device_type: str, *, dp_replicate: int, dp_shard: int, tp: int = 1, pp: int = 1) -> DeviceMesh:
-    """Mesh over all ranks: dimensions ``pp``, ``dp_replicate``, ``dp_shard`` and ``tp``, in this order.
+    """Return a mesh over all ranks with the dimensions ``pp``, ``dp_replicate``, ``dp_shard`` and ``tp``.
 
-    Dimensions of size 1 are left out, except ``dp_shard``, which is always there. The innermost dimension has
-    neighbouring ranks: tensor parallelism, which talks in every layer, stays within a node, then shards are
-    gathered; only gradients (HSDP) and activations between stages cross nodes. Its groups wait as long as the
-    default group does. Collective: all ranks.
+    Dimensions of size 1 are omitted, except ``dp_shard``. The innermost dimension consists of
+    neighbouring ranks, so that tensor parallelism, which communicates in every layer, remains
+    within a node. The gathering of shards is next. Only gradients (HSDP) and activations between
+    stages cross nodes. All groups of the mesh have the time-out of the default group.
+
+    Collective: all ranks.
     """
     assert pp * dp_replicate * dp_shard * tp == dist.get_world_size()
     sizes = {"pp": pp, "dp_replicate": dp_replicate, "dp_shard": dp_shard, "tp": tp}
@@ -25,7 +27,7 @@ def build_mesh(device_type: str, *, dp_replicate: int, dp_shard: int, tp: int = 
 
 
 def dp_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The data-parallel part of ``mesh``: ``("dp_shard",)``, or ``("dp_replicate", "dp_shard")`` for HSDP."""
+    """Return the data-parallel submesh: ``("dp_shard",)``, or ``("dp_replicate", "dp_shard")`` for HSDP."""
     assert mesh.mesh_dim_names is not None
     names = tuple(name for name in ("dp_replicate", "dp_shard") if name in mesh.mesh_dim_names)
     return mesh if names == mesh.mesh_dim_names else mesh[names]

@@ -1,5 +1,7 @@
-"""Where ranks post what came of their part of a save: the c10d store, so that no background thread ever
-enters a collective.
+"""Messages between the ranks of a save, through the c10d store.
+
+Ranks post the outcome of their part of a save here, so that no background thread ever enters a
+collective.
 """
 
 from __future__ import annotations
@@ -15,41 +17,41 @@ _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.002, 0.1
 
 
 class StoreChannel(Protocol):
-    """A place for small messages that all ranks of a save see."""
+    """Small messages by key that all ranks of a save can read."""
 
     def post(self, key: str, message: dict[str, Any]) -> None:
-        """Put a message under a key, once."""
+        """Store a message under a key. Each key is used once."""
         ...
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """The message under a key; None while there is none. Never blocks."""
+        """Return the message under a key, or None while there is none. Never blocks."""
         ...
 
     def read_all(self, keys: Sequence[str]) -> list[dict[str, Any]] | None:
-        """The messages under all keys; None while one is missing. Never blocks."""
+        """Return the messages under all keys, or None while one is missing. Never blocks."""
         ...
 
     def forget(self, key: str) -> None:
-        """Remove a message that nobody will read again."""
+        """Remove a message that no rank will read again."""
         ...
 
 
 class LocalBoard:
-    """For one process alone."""
+    """A channel for a single process."""
 
     def __init__(self) -> None:
         self._messages: dict[str, dict[str, Any]] = {}
 
     def post(self, key: str, message: dict[str, Any]) -> None:
-        """Put a message under a key."""
+        """Store a message under a key."""
         self._messages[key] = message
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """The message under a key."""
+        """Return the message under a key, or None."""
         return self._messages.get(key)
 
     def read_all(self, keys: Sequence[str]) -> list[dict[str, Any]] | None:
-        """The messages under all keys."""
+        """Return the messages under all keys, or None while one is missing."""
         return [self._messages[key] for key in keys] if self._messages.keys() >= set(keys) else None
 
     def forget(self, key: str) -> None:
@@ -58,25 +60,28 @@ class LocalBoard:
 
 
 class StoreBoard:
-    """Over a c10d store, under a prefix of its own.
+    """A channel over a c10d store, under a prefix that nothing else uses.
 
-    Never calls ``wait`` on the store: a client that waits holds its lock and would block the training, which
-    uses the same client.
+    It never calls ``wait`` on the store: a client that waits holds the store's lock and would block
+    the training, which uses the same client.
     """
 
     def __init__(self, store: Store, prefix: str) -> None:
         self._store = PrefixStore(f"kempnerforge/{prefix}", store)
 
     def post(self, key: str, message: dict[str, Any]) -> None:
-        """Put a message under a key."""
+        """Store a message under a key."""
         self._store.set(key, json.dumps(message))
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """The message under a key."""
+        """Return the message under a key, or None."""
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
     def read_all(self, keys: Sequence[str]) -> list[dict[str, Any]] | None:
-        """The messages under all keys: two round trips, however many there are."""
+        """Return the messages under all keys, or None while one is missing.
+
+        Two round trips, however many keys there are.
+        """
         keys = list(keys)
         if not self._store.check(keys):
             return None
@@ -90,9 +95,9 @@ class StoreBoard:
 def collect(
     board: StoreChannel, keys: list[str], *, timeout_s: float, stop_key: str | None = None
 ) -> dict[str, dict[str, Any] | None]:
-    """Read ``keys`` until all are there or time is up; None for those still missing.
+    """Wait for the messages under ``keys`` until all have arrived or ``timeout_s`` has passed.
 
-    A message under ``stop_key`` ends the wait too.
+    A missing message is None in the result. A message under ``stop_key`` ends the wait, too.
     """
     deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
     while (messages := board.read_all(keys)) is None:

@@ -1,9 +1,10 @@
-"""Names, shapes and configuration of Hugging Face's Llama, to and from ours. No torch.
+"""Names, shapes and configuration of Hugging Face's Llama, converted to and from ours. No torch.
 
-The two agree in everything but the order of rows in the query and key projections. We turn neighbouring
-channels (2i, 2i + 1) of a head together, as Meta's weights have it; Hugging Face turns channels i and
-i + E / 2 of a head of width E. So its row i is our row 2i, and its row i + E / 2 our row 2i + 1 (``permute``
-in transformers' ``convert_llama_weights_to_hf.py``). Values are not touched.
+The two differ only in the order of rows in the query and key projections. We rotate the
+neighbouring channels (2i, 2i + 1) of a head together, as Meta's weights do. Hugging Face rotates
+the channels i and i + E / 2 of a head of width E. So its row i is our row 2i, and its row i + E / 2
+is our row 2i + 1 (``permute`` in transformers' ``convert_llama_weights_to_hf.py``). Values do not
+change.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _REQUIRED = (
     "vocab_size",
 )
 _DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-"""What transformers takes where a config is silent, as far as it differs from our defaults."""
+"""Defaults of transformers that differ from ours."""
 _ROPE_THETA = 10000.0
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -66,8 +67,8 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "partial_rotary_factor": (1,),
 }
-"""Keys that change what is computed, and the values under which it is what our decoder computes; all of them
-may be missing or null."""
+"""Keys that change the computation, and the values for which our decoder computes the same. All of them may
+be missing or null."""
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -80,18 +81,21 @@ class HfTensor:
     hf_name: str
     shape: tuple[int, ...]
     row_order: tuple[int, ...] = ()
-    """Within every len(row_order) rows, their row i is our row row_order[i]; empty: the same rows."""
+    """In every len(row_order) rows, their row i is our row row_order[i]. Empty: the same order."""
 
 
 def tensor_map(config: ModelConfig) -> list[HfTensor]:
-    """All weights of a model, in the order of its layers. A tied output layer is the embedding: no entry."""
+    """Return all weights of a model, in the order of its layers.
+
+    A tied output layer has no entry, because it is the embedding.
+    """
     dim, width = config.dim, config.resolved_head_dim
     rotary = (*range(0, width, 2), *range(1, width, 2))
     row_orders = {"attention.wq.weight": rotary, "attention.wk.weight": rotary}
     shapes = config.layer_shapes
-    found = [HfTensor(*_EMBEDDING, (config.vocab_size, dim))]
+    tensors = [HfTensor(*_EMBEDDING, (config.vocab_size, dim))]
     for layer in range(config.n_layers):
-        found += [
+        tensors += [
             HfTensor(
                 f"layers.{layer}.{ours}",
                 f"model.layers.{layer}.{theirs}",
@@ -100,16 +104,17 @@ def tensor_map(config: ModelConfig) -> list[HfTensor]:
             )
             for ours, theirs in _LAYER.items()
         ]
-    found.append(HfTensor(*_NORM, (dim,)))
+    tensors.append(HfTensor(*_NORM, (dim,)))
     if not config.tie_embeddings:
-        found.append(HfTensor(*_OUTPUT, (config.vocab_size, dim)))
-    return found
+        tensors.append(HfTensor(*_OUTPUT, (config.vocab_size, dim)))
+    return tensors
 
 
 def redundant_names(config: ModelConfig) -> dict[str, str]:
-    """Hugging Face names that a folder may have beside ``tensor_map`` -> the name whose bytes they repeat.
+    """Return Hugging Face names that a folder may have in addition -> the name whose bytes they repeat.
 
-    The output layer of a tied model; an empty string for rotary frequencies, which the config determines.
+    These are the output layer of a tied model, and the rotary frequencies. The latter have an empty
+    string, because the config determines them.
     """
     tables = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": "" for layer in range(config.n_layers)}
     tables["model.rotary_emb.inv_freq"] = ""
@@ -117,10 +122,11 @@ def redundant_names(config: ModelConfig) -> dict[str, str]:
 
 
 def to_hf_config(config: ModelConfig, *, dtype: str, eos_token_id: int | None) -> dict[str, Any]:
-    """The content of ``config.json`` for ``LlamaForCausalLM``. ``dtype``: a name of torch, as ``bfloat16``.
+    """Return the content of ``config.json`` for ``LlamaForCausalLM``.
 
-    Written in the older spelling (``rope_theta``, ``rope_scaling``, ``torch_dtype``), which old and new
-    transformers read. Raises ConfigError for a shape that transformers refuses.
+    ``dtype`` is a torch name such as ``bfloat16``. The older spelling (``rope_theta``,
+    ``rope_scaling``, ``torch_dtype``) is used because old and new versions of transformers read it.
+    Raises ConfigError for a shape that transformers rejects.
     """
     if config.dim % config.n_heads:
         problem = f"{config.dim} does not divide by n_heads {config.n_heads}"
@@ -145,7 +151,7 @@ def to_hf_config(config: ModelConfig, *, dtype: str, eos_token_id: int | None) -
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
-        # It takes no more, and uses it only for weights that are missing.
+        # transformers accepts at most 1.0, and uses it only for missing weights.
         "initializer_range": min(config.init_std, 1.0),
         "bos_token_id": None,
         "eos_token_id": eos_token_id,
@@ -156,65 +162,67 @@ def to_hf_config(config: ModelConfig, *, dtype: str, eos_token_id: int | None) -
 
 
 def from_hf_config(hf: Mapping[str, Any], *, where: str) -> ModelConfig:
-    """The model that a ``config.json`` describes. ``where`` is its path, for errors.
+    """Return the model that a ``config.json`` describes. ``where`` is its path, for errors.
 
-    Raises ConfigError with everything for which it is not a Llama that our decoder computes.
+    Raises ConfigError with every reason why it is not a Llama that our decoder computes.
     """
-    faults = _foreign(hf)
+    issues = _architecture_issues(hf)
     given = {key: value for key, value in hf.items() if value is not None}
-    faults += [ConfigIssue(key, "is missing") for key in _REQUIRED if key not in given]
-    rope, rope_faults = _rope(given)
-    faults += rope_faults
-    known = {**_DEFAULTS, **given}
-    tree = {ours: known[theirs] for ours, theirs in _KEYS.items() if theirs in known} | rope
+    issues += [ConfigIssue(key, "is missing") for key in _REQUIRED if key not in given]
+    rope, rope_issues = _rope(given)
+    issues += rope_issues
+    values = {**_DEFAULTS, **given}
+    tree = {ours: values[theirs] for ours, theirs in _KEYS.items() if theirs in values} | rope
     model: ModelConfig | None = None
     try:
         model = ModelConfig.model_validate(tree)
-        faults += check_rules({"model": model})
+        issues += check_rules({"model": model})
     except ValidationError as error:
         for item in error.errors(include_url=False):
             ours, *inner = map(str, item["loc"])
             problem = f"{item['input']!r}: {item['msg']}"
-            faults.append(ConfigIssue(".".join([_KEYS.get(ours, ours), *inner]), problem))
-    if model is None or faults:
-        raise ConfigError(faults, where=where)
+            issues.append(ConfigIssue(".".join([_KEYS.get(ours, ours), *inner]), problem))
+    if model is None or issues:
+        raise ConfigError(issues, where=where)
     return model
 
 
-def _foreign(hf: Mapping[str, Any]) -> list[ConfigIssue]:
-    """What makes it another architecture."""
-    faults = []
+def _architecture_issues(hf: Mapping[str, Any]) -> list[ConfigIssue]:
+    """Return the keys that describe another architecture."""
+    issues = []
     if hf.get("model_type") != "llama":
-        faults.append(
+        issues.append(
             ConfigIssue("model_type", f"is {hf.get('model_type')!r}", "only 'llama' can be imported")
         )
-    named = hf.get("architectures")
-    if named and "LlamaForCausalLM" not in named:
-        faults.append(ConfigIssue("architectures", f"are {named!r}", "only LlamaForCausalLM can be imported"))
+    architectures = hf.get("architectures")
+    if architectures and "LlamaForCausalLM" not in architectures:
+        issues.append(
+            ConfigIssue("architectures", f"are {architectures!r}", "only LlamaForCausalLM can be imported")
+        )
     for key, allowed in _ALLOWED.items():
         value = hf.get(key)
         if value is not None and value not in allowed:
             can_be = f"only {allowed[0]!r} can be imported" if allowed else "this cannot be imported"
             shown = "{...}" if isinstance(value, dict) else repr(value)
-            faults.append(ConfigIssue(key, f"is {shown}", can_be))
-    return faults
+            issues.append(ConfigIssue(key, f"is {shown}", can_be))
+    return issues
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:
-    """``rope_theta`` and ``rope_scaling``, from the new spelling (``rope_parameters``) or the older one."""
+    """Read ``rope_theta`` and ``rope_scaling`` in the new spelling (``rope_parameters``) or the old one."""
     key = "rope_parameters" if "rope_parameters" in hf else "rope_scaling"
     table = hf.get(key, {})
     if not isinstance(table, Mapping):
         return {}, [ConfigIssue(key, f"{table!r} is not a table")]
-    found = {"rope_theta": table.get("rope_theta", hf.get("rope_theta", _ROPE_THETA))}
+    rope = {"rope_theta": table.get("rope_theta", hf.get("rope_theta", _ROPE_THETA))}
     if table.get("partial_rotary_factor", 1) != 1:
         problem = f"is {table['partial_rotary_factor']!r}"
-        return found, [ConfigIssue(f"{key}.partial_rotary_factor", problem, "only 1 can be imported")]
+        return rope, [ConfigIssue(f"{key}.partial_rotary_factor", problem, "only 1 can be imported")]
     kind = table.get("rope_type", table.get("type", "default"))
     if kind == "default":
-        return found, []
+        return rope, []
     if kind != "llama3":
-        return found, [
+        return rope, [
             ConfigIssue(f"{key}.rope_type", f"is {kind!r}", "only 'default' and 'llama3' can be imported")
         ]
-    return {**found, "rope_scaling": {name: table[name] for name in _LLAMA3 if name in table}}, []
+    return {**rope, "rope_scaling": {name: table[name] for name in _LLAMA3 if name in table}}, []

@@ -1,9 +1,10 @@
 """Initial weights that do not depend on how the model is sharded.
 
-A weight is cut into blocks of 2**20 elements of the contiguous whole tensor. Each block has a CPU generator
-of its own, keyed by the seed, the weight's name and the block's number, and is drawn whole; a rank draws the
-blocks that its shard touches, one at a time, and copies out what it holds. So one process and a thousand,
-under any layout, start from the same bits, and no rank ever holds more than one block beside its shard.
+A weight is divided into blocks of 2**20 elements of the contiguous whole tensor. Each block has its
+own CPU generator, keyed by the seed, the weight's name and the block's number, and is always
+generated whole. A rank generates the blocks that overlap its shard, one at a time, and copies the
+overlap. Runs with any number of processes and any layout thus start from the same bits, and no rank
+holds more than one block in addition to its shard.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ RESIDUAL_OUTPUTS = ("attention.wo.weight", "feed_forward.w2.weight")
 
 @torch.no_grad()
 def init_weights_(model: nn.Module, *, seed: int, init_std: float, n_layers: int) -> None:
-    """Fill every parameter in place and compute non-persistent buffers again.
+    """Initialize every parameter in place and recompute non-persistent buffers.
 
-    Linear and embedding weights are normal with ``init_std``; those that write to the residual stream
-    (``wo``, ``w2``) are divided by sqrt(2 * n_layers), so that the stream's variance does not grow with depth
-    (GPT-2, section 2.3). Norms are ones. ``n_layers`` is the whole model's, also for a part of it.
+    Linear and embedding weights are normal with standard deviation ``init_std``. Those that write
+    to the residual stream (``wo``, ``w2``) are divided by sqrt(2 * n_layers), so that the variance
+    of the stream does not grow with depth (GPT-2, section 2.3). Norms are ones. ``n_layers`` is
+    that of the whole model, also when ``model`` is a pipeline stage.
 
-    Not collective; consumes no random numbers of the process. Raises TypeError for a parameter whose module
-    it has no rule for.
+    Not collective. Does not use the random state of the process. Raises TypeError for a parameter
+    of a module type that has no rule.
     """
     for name, param in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -47,7 +49,7 @@ def init_weights_(model: nn.Module, *, seed: int, init_std: float, n_layers: int
 
 
 def reset_buffers_(model: nn.Module) -> None:
-    """Compute non-persistent buffers again. Not collective."""
+    """Recompute non-persistent buffers. Not collective."""
     for module in model.modules():
         if isinstance(module, RotaryEmbedding):
             module.reset_buffers()
@@ -57,7 +59,7 @@ def reset_buffers_(model: nn.Module) -> None:
 def normal_(tensor: Tensor, *, seed: int, name: str, std: float) -> None:
     """Fill this rank's part of ``tensor``, plain or DTensor, with the normal values of (seed, name).
 
-    fp32 values, cast to the tensor's type.
+    The values are generated in fp32 and cast to the tensor's dtype.
     """
     local, box, shape = _local(tensor), local_box(tensor), tuple(tensor.shape)
     numel = math.prod(shape)
@@ -79,10 +81,11 @@ def normal_(tensor: Tensor, *, seed: int, name: str, std: float) -> None:
 
 
 def block_generator(seed: int, name: str, block: int) -> torch.Generator:
-    """The CPU generator of one block, keyed by an xxh3-64 of its coordinates.
+    """Return the CPU generator of one block, seeded by an xxh3-64 of its coordinates.
 
-    torch's CPU generator (mt19937) uses the low 32 bits of a seed: of n blocks two share a stream with a
-    chance of about n**2 / 2**33, which is 1 in 10**6 for a hundred million weights. It would do no harm.
+    torch's CPU generator (mt19937) uses the low 32 bits of a seed: two of n blocks share a stream
+    with a probability of about n**2 / 2**33, which is 1 in 10**6 for a hundred million weights. It
+    would do no harm.
     """
     key = xxhash.xxh3_64_intdigest(f"{seed}\0{name}\0{block}".encode())
     return torch.Generator(device="cpu").manual_seed(key)
@@ -93,7 +96,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _flat(index: tuple[int, ...], shape: tuple[int, ...]) -> int:
-    """Position of ``index`` in the contiguous tensor."""
+    """Return the position of ``index`` in the contiguous tensor."""
     position = 0
     for i, length in zip(index, shape, strict=True):
         position = position * length + i
@@ -105,9 +108,9 @@ def _last(box: Box) -> tuple[int, ...]:
 
 
 def _pieces(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Boxes that together are the flat range [start, stop) of a contiguous tensor, each contiguous in it.
+    """Divide the flat range [start, stop) of a contiguous tensor into boxes that are contiguous in it.
 
-    Of a matrix: the end of a row, whole rows, the beginning of a row.
+    For a matrix these are the end of a row, whole rows, and the beginning of a row.
     """
     if len(shape) <= 1:
         yield Box((start,) * len(shape), (stop - start,) * len(shape))
@@ -127,7 +130,7 @@ def _pieces(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
 
 
 def _row_pieces(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[Box]:
-    """The pieces of a flat range that lies within one ``row`` of the first dimension."""
+    """Divide a flat range that lies within one ``row`` of the first dimension."""
     offset = row * math.prod(shape[1:])
     for piece in _pieces(shape[1:], start - offset, stop - offset):
         yield Box((row, *piece.start), (1, *piece.shape))
@@ -141,6 +144,6 @@ def _overlap(a: Box, b: Box) -> Box | None:
 
 
 def _slices(part: Box, whole: Box) -> tuple[slice, ...]:
-    """``part`` as an index into the tensor that holds ``whole``."""
+    """Return ``part`` as an index into the tensor that holds ``whole``."""
     firsts = (a - b for a, b in zip(part.start, whole.start, strict=True))
     return tuple(slice(first, first + n) for first, n in zip(firsts, part.shape, strict=True))

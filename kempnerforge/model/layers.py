@@ -1,7 +1,7 @@
-"""The parts of a Llama-style decoder.
+"""The modules of a Llama-style decoder.
 
-Shape suffixes: B sequences, T tokens, D model width, H query heads, K key and value heads, E head width,
-P rotary pairs (E / 2), F feed-forward width.
+Shape suffixes: B sequences, T tokens, D model width, H query heads, K key and value heads, E head
+width, P rotary pairs (E / 2), F feed-forward width.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ SAVED_OPS = frozenset(
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
-"""What "selective" keeps: the outputs that cost the most to compute again, matrix products and fused
-attention (torchtitan's choice, which drops every second product too), and what tensor parallelism sums over
-ranks. Norms, rotations and activations are computed again, and so is attention where no fused kernel fits:
-its products (``bmm``) have T x T elements."""
+"""Operations whose outputs "selective" keeps: those that cost the most to recompute, which are matrix
+products and fused attention (torchtitan's choice, which also drops every second product), and those that
+tensor parallelism sums over ranks. Norms, rotations and activations are recomputed. So is attention where no
+fused kernel applies, because its products (``bmm``) have T x T elements."""
 
 
 class RotaryEmbedding(nn.Module):
     """Tables of the rotary position embedding (RoFormer, arXiv:2104.09864).
 
-    The tables are fp32, computed in fp64 on the CPU, so that every device has the same bits and position
-    100,000 is as exact as position 1. They are not part of a checkpoint: call ``reset_buffers`` after
-    ``to_empty``.
+    The tables are fp32 and computed in fp64 on the CPU, so that every device has the same bits and
+    position 100,000 is as exact as position 1. Checkpoints do not contain them: call
+    ``reset_buffers`` after ``to_empty``.
     """
 
     cos_TP: Tensor
@@ -58,7 +58,7 @@ class RotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
-        """Compute the tables again, in place. Does nothing on the meta device."""
+        """Recompute the tables in place. Does nothing on the meta device."""
         if self.cos_TP.is_meta:
             return
         positions_T = torch.arange(self.config.max_seq_len, dtype=torch.float64, device="cpu")
@@ -67,15 +67,16 @@ class RotaryEmbedding(nn.Module):
         self.sin_TP.copy_(angles_TP.sin())
 
     def forward(self, seq_len: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the first ``seq_len`` positions, [T, P] each."""
+        """Return the cosines and sines of the first ``seq_len`` positions, [T, P] each."""
         return self.cos_TP[:seq_len], self.sin_TP[:seq_len]
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of every pair of channels, fp64 [P], stretched where ``rope_scaling`` is set.
+    """Return the radians per position of every pair of channels, fp64 [P].
 
-    Llama 3.1's rule (``apply_scaling`` in meta-llama/llama-models, ``rope_type = "llama3"`` elsewhere): long
-    wavelengths are divided by ``factor``, short ones stay, those between are interpolated.
+    ``rope_scaling`` scales them as Llama 3.1 does (``apply_scaling`` in meta-llama/llama-models,
+    ``rope_type = "llama3"`` elsewhere): frequencies of long wavelengths are divided by ``factor``,
+    those of short ones do not change, and those between are interpolated.
     """
     head_dim = config.resolved_head_dim
     pairs_P = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
@@ -90,9 +91,9 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rotate(x_BTHE: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels (2i, 2i + 1) by its position's angle, in fp32.
+    """Rotate each pair of neighbouring channels (2i, 2i + 1) by the angle of its position, in fp32.
 
-    Neighbours form a pair as in Meta's weights; Hugging Face's pair channel i with i + E / 2.
+    Pairs are neighbours as in Meta's weights. Hugging Face pairs channel i with i + E / 2.
     """
     even_BTHP, odd_BTHP = x_BTHE.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos_T1P, sin_T1P = cos_TP.unsqueeze(1), sin_TP.unsqueeze(1)
@@ -101,7 +102,7 @@ def rotate(x_BTHE: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; groups of query heads share a key and value head (GQA, arXiv:2305.13245)."""
+    """Causal self-attention. Groups of query heads share a key and value head (GQA, arXiv:2305.13245)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -121,7 +122,7 @@ class Attention(nn.Module):
             k_BTKE.transpose(1, 2),
             v_BTKE.transpose(1, 2),
             is_causal=True,
-            # Not every kernel takes it, so it is asked for only where heads are really shared.
+            # Not every kernel supports it, so it is set only where heads are shared.
             enable_gqa=q_BTHE.size(2) != k_BTKE.size(2),
         )
         return self.wo(mixed_BHTE.transpose(1, 2).flatten(2))
@@ -142,10 +143,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One decoder layer: attention and feed-forward, each behind a norm and a residual connection.
+    """One decoder layer: attention and feed-forward, each with a norm before it and a residual connection.
 
-    ``remat`` says which activations are computed again in the backward pass. The block does that itself
-    rather than inside a wrapper module, so parameter names stay what they are.
+    ``remat`` selects the activations that the backward recomputes. The block implements this itself
+    instead of using a wrapper module, so that parameter names do not change.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -160,8 +161,8 @@ class TransformerBlock(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         if self.remat == "none" or not torch.is_grad_enabled():
             return self._compute(x_BTD, cos_TP, sin_TP)
-        # No operation of a block draws random numbers, so there is no RNG state to keep. "full" leaves
-        # context_fn out and does not name its default: torch.compile refuses that.
+        # A block uses no random numbers, so no RNG state has to be preserved. "full" omits
+        # context_fn instead of passing its default, which torch.compile rejects.
         recompute = partial(checkpoint, self._compute, use_reentrant=False, preserve_rng_state=False)
         if self.remat == "full":
             return recompute(x_BTD, cos_TP, sin_TP)

@@ -1,4 +1,4 @@
-"""A Llama-style decoder (arXiv:2302.13971, arXiv:2407.21783), modules named as by Meta and torchtitan."""
+"""A Llama-style decoder (arXiv:2302.13971, arXiv:2407.21783) with the module names of Meta and torchtitan."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ if TYPE_CHECKING:
 
 
 class Llama(nn.Module):
-    """Token ids to logits, or a pipeline stage of that.
+    """A decoder from token ids to logits, or one pipeline stage of it.
 
-    Build it under ``torch.device("meta")``, shard it, then give it memory and weights with
-    ``kempnerforge.parallel.shard.materialize``. With ``tie_embeddings`` there is no ``output`` module: the
-    shared matrix exists once, as ``tok_embeddings.weight``. ``keep_stage`` makes a stage of it.
+    Build it under ``torch.device("meta")``, shard it, then allocate and initialize it with
+    ``kempnerforge.parallel.shard.materialize``. With ``tie_embeddings`` there is no ``output``
+    module: the shared matrix exists once, as ``tok_embeddings.weight``. ``keep_stage`` reduces it
+    to a stage.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.sequence_shards = 1
-        """Ranks over which tensor parallelism spreads the positions between blocks."""
+        """Number of ranks over which tensor parallelism shards the positions between blocks."""
         self.tok_embeddings: nn.Embedding | None = nn.Embedding(config.vocab_size, config.dim)
         self.rope = RotaryEmbedding(config)
-        # A dict and not a list: a part of the model keeps its layers under their own numbers.
+        # A dict instead of a list: the layers of a stage keep their numbers.
         self.layers = nn.ModuleDict({str(i): TransformerBlock(config) for i in range(config.n_layers)})
         self.norm: nn.RMSNorm | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def keep_stage(self, stage: Stage) -> None:
-        """Drop what other stages of a pipeline compute. What stays keeps its names."""
+        """Remove the modules of other pipeline stages. The remaining ones keep their names."""
         for name in list(self.layers):
             if int(name) not in stage.layers:
                 del self.layers[name]
@@ -47,9 +48,9 @@ class Llama(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """int64 [B, T] -> logits [B, T, V].
 
-        A stage without the embedding takes, and one without the output layer gives, [B, T, D]: under tensor
-        parallelism only this rank's T / ``sequence_shards`` positions. Raises ValueError when T exceeds
-        ``max_seq_len``.
+        The input of a stage without the embedding and the output of a stage without the output
+        layer are [B, T, D]. Under tensor parallelism they have only this rank's T /
+        ``sequence_shards`` positions. Raises ValueError when T exceeds ``max_seq_len``.
         """
         seq_len = x.size(1) if self.tok_embeddings is not None else x.size(1) * self.sequence_shards
         if seq_len > self.config.max_seq_len:
@@ -67,10 +68,11 @@ class Llama(nn.Module):
         return F.linear(x_BTD, self.tok_embeddings.weight)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Model FLOPs of one training token, forward and backward, recomputation left out.
+        """Return the model FLOPs per training token, forward and backward, without recomputation.
 
-        6N + 12LHQT of PaLM, appendix B (arXiv:2204.02311): N weights that take part in matrix products, L
-        layers, H heads of width Q, T = ``seq_len``. An embedding that is only looked up is not in N.
+        This is 6N + 12LHQT of PaLM, appendix B (arXiv:2204.02311), with N weights in matrix
+        products, L layers, H heads of width Q, and T = ``seq_len``. N excludes an embedding that is
+        only looked up.
         """
         config = self.config
         looked_up = 0 if config.tie_embeddings else config.vocab_size * config.dim

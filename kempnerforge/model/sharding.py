@@ -1,4 +1,4 @@
-"""Where this rank's part of a tensor lies in the whole tensor."""
+"""The part of a tensor that a rank holds, as a box in the whole tensor."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Box:
 
 
 def local_box(tensor: Tensor) -> Box:
-    """The part of ``tensor`` that this rank holds: all of a plain tensor, the local shard of a DTensor.
+    """Return the part of ``tensor`` that this rank holds: a whole plain tensor, or a DTensor's local shard.
 
-    Raises ValueError for a placement that is no box of the whole tensor, such as ``Partial``.
+    Raises ValueError for a placement that is not a box of the whole tensor, such as ``Partial``.
     """
     if not isinstance(tensor, DTensor):
         return Box((0,) * tensor.ndim, tuple(tensor.shape))
@@ -46,15 +46,16 @@ def box_of(
     coordinate: Sequence[int],
     placements: Sequence[Placement],
 ) -> Box:
-    """The part of a tensor of ``shape`` that the rank at ``coordinate`` of a mesh holds.
+    """Return the part of a tensor of ``shape`` that the rank at ``coordinate`` of a mesh holds.
 
-    Each mesh dimension in turn cuts what the ones before it left, as ``torch.chunk`` does, so shards may be
-    uneven or empty. The order is the mesh's, except that a strided shard (FSDP over tensor parallelism on the
-    same tensor dimension) is cut after those of the following mesh dimensions that make its split factor.
+    Each mesh dimension in turn splits the result of the ones before it, as ``torch.chunk`` does, so
+    shards may be uneven or empty. The order is that of the mesh, except that a strided shard (FSDP
+    over tensor parallelism on the same tensor dimension) is split after those following mesh
+    dimensions whose product is its split factor.
     """
     start, size = [0] * len(shape), list(shape)
     for tensor_dim in range(len(shape)):
-        for mesh_dim in _cutting_order(tensor_dim, mesh_shape, placements):
+        for mesh_dim in _split_order(tensor_dim, mesh_shape, placements):
             chunk = -(-size[tensor_dim] // mesh_shape[mesh_dim])
             first = min(chunk * coordinate[mesh_dim], size[tensor_dim])
             start[tensor_dim] += first
@@ -62,23 +63,23 @@ def box_of(
     return Box(tuple(start), tuple(size))
 
 
-def _cutting_order(tensor_dim: int, mesh_shape: Sequence[int], placements: Sequence[Placement]) -> list[int]:
-    """Mesh dimensions that cut ``tensor_dim``, the first cut first."""
+def _split_order(tensor_dim: int, mesh_shape: Sequence[int], placements: Sequence[Placement]) -> list[int]:
+    """Return the mesh dimensions that split ``tensor_dim``, in the order in which they do."""
     order: list[int] = []
     for mesh_dim in reversed(range(len(placements))):
         placement = placements[mesh_dim]
         if isinstance(placement, Replicate):
             continue
-        # Read by attribute: the strided shard's class is no Shard and has no public name.
+        # Read as attributes: the class of a strided shard is not a Shard and has no public name.
         dim, split_factor = getattr(placement, "dim", None), getattr(placement, "split_factor", 1)
         if dim is None:
-            raise ValueError(f"{placement} is neither a shard nor a copy")
+            raise ValueError(f"{placement} is neither a shard nor a replica")
         if dim != tensor_dim:
             continue
         position = 0
         while math.prod(mesh_shape[i] for i in order[:position]) != split_factor:
             position += 1
             if position > len(order):
-                raise ValueError(f"{placements} over mesh {tuple(mesh_shape)}: no order of cuts fits")
+                raise ValueError(f"{placements} over mesh {tuple(mesh_shape)}: no order of splits fits")
         order.insert(position, mesh_dim)
     return order

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: the stages that a rank holds, and the schedule that microbatches go through."""
+"""Pipeline parallelism: the stages that a rank holds, and the schedule of the microbatches."""
 
 from __future__ import annotations
 
@@ -20,40 +20,41 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One rank's place in a pipeline and what flows through it."""
+    """The stages that one rank holds, and the shapes of what passes through them."""
 
     parts: Sequence[Llama]
-    """The stages that this rank holds, the first first. They keep the whole model's parameter names."""
+    """The stages of this rank, in order. They keep the parameter names of the whole model."""
     stage_numbers: Sequence[int]
-    """Which of all stages they are."""
+    """The numbers of these stages among all stages."""
     num_stages: int
     schedule: str
     """``[distributed] pp_schedule``."""
     microbatches: int
-    """Microbatches that each rank's sequences of an optimizer step make."""
+    """Microbatches per rank and optimizer step."""
     microbatch_size: int
-    """Sequences in each of them."""
+    """Sequences per microbatch."""
     seq_len: int
     dtype: torch.dtype
-    """Of what stages hand to each other."""
+    """The dtype of the activations between stages."""
     device: torch.device
     group: dist.ProcessGroup
     """The ranks of this pipeline, in the order of their first stages."""
 
     @property
     def has_first(self) -> bool:
-        """Whether this rank feeds the tokens in."""
+        """Whether this rank holds the first stage, which takes the tokens."""
         return self.stage_numbers[0] == 0
 
     @property
     def has_last(self) -> bool:
-        """Whether this rank computes the loss."""
+        """Whether this rank holds the last stage, which computes the loss."""
         return self.stage_numbers[-1] == self.num_stages - 1
 
     def training_schedule(self, loss: LossFunction) -> Schedule:
-        """Forward and backward of all microbatches; ``loss`` gets logits and targets of one of them.
+        """Return a schedule for the forward and backward of all microbatches.
 
-        Gradients are the plain sum over microbatches. Collective with the first ``step``.
+        ``loss`` gets the logits and targets of one microbatch. Gradients are the plain sum over
+        microbatches. The first ``step`` of the schedule is collective.
         """
         options: dict[str, Any] = {"n_microbatches": self.microbatches, "loss_fn": loss, "scale_grads": False}
         stages = self._stages(self.parts)
@@ -63,10 +64,11 @@ class Pipeline:
         return (Schedule1F1B if self.schedule == "1f1b" else ScheduleGPipe)(stage, **options)
 
     def forward_schedule(self, loss: LossFunction) -> Schedule:
-        """Forward only, of as many microbatches, under ``no_grad``.
+        """Return a schedule for the forward of as many microbatches, under ``no_grad``.
 
-        ``step(tokens, targets=...)`` gives the rank with the last stage the losses, [microbatches]: logits
-        are dropped as soon as their loss is known. The buffers of a schedule go when it goes.
+        ``step(tokens, targets=...)`` returns the losses, [microbatches], on the rank with the last
+        stage: logits are dropped as soon as their loss is known. Dropping the schedule frees its
+        buffers.
         """
         stages = self._stages([_ForwardOnly(part, loss) for part in self.parts])
         if len(stages) > 1:
@@ -80,7 +82,7 @@ class Pipeline:
                 number,
                 self.num_stages,
                 self.device,
-                # Told, so that torch need not run every stage once to find out.
+                # Without these torch would run every stage once to infer the shapes.
                 input_args=self._example(0, number),
                 output_args=self._example(1, number),
                 group=self.group,
@@ -89,7 +91,7 @@ class Pipeline:
         ]
 
     def _example(self, side: int, number: int) -> Tensor:
-        """What a stage takes (``side`` 0) or gives (1), without memory."""
+        """Return the input (``side`` 0) or the output (1) of a stage as a meta tensor."""
         config, shards = self.parts[0].config, self.parts[0].sequence_shards
         border = number + side
         if border == 0:
@@ -101,7 +103,7 @@ class Pipeline:
 
 
 class _ForwardOnly(nn.Module):
-    """A stage for validation: the last one gives its loss, [1], and not its logits."""
+    """A stage for validation: the last one returns its loss, [1], instead of its logits."""
 
     def __init__(self, part: Llama, loss: LossFunction) -> None:
         super().__init__()
@@ -109,7 +111,10 @@ class _ForwardOnly(nn.Module):
         self.loss = loss
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Tokens or what the stage before gave; ``targets`` reach only the rank that has the last stage."""
+        """Run the stage on tokens, or on the output of the stage before.
+
+        Only the rank with the last stage gets ``targets``.
+        """
         out = self.part(x)
         if self.part.norm is None:
             return out

@@ -1,4 +1,4 @@
-"""From a model on the meta device to a sharded one with memory and weights."""
+"""Shard a model on the meta device, then allocate and initialize it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 def parallelize(model: Llama, mesh: DeviceMesh, train: TrainConfig) -> None:
     """Set up tensor parallelism, then activation checkpointing, then compilation, then FSDP2, in place.
 
-    ``model`` is whole, or a pipeline stage; ``mesh`` is ``distributed.mesh.build_mesh``'s. Parameter names
-    stay what they are. Parameters, gradients and optimizer state are fp32; with "bf16" forward and backward
-    see bf16 copies of the weights, and gradients are reduced in fp32.
+    ``model`` is a whole model or a pipeline stage. ``mesh`` is made by
+    ``distributed.mesh.build_mesh``. Parameter names do not change. Parameters, gradients and
+    optimizer state are fp32. With "bf16", forward and backward use bf16 copies of the weights, and
+    gradients are reduced in fp32.
 
-    Gradients are **summed** over the ranks, never averaged: the loss is already divided by the tokens of the
-    whole global batch, so the sum is the gradient of its mean, exactly, whatever the number of ranks.
+    Gradients are **summed** over the ranks, never averaged: the loss is already divided by the
+    tokens of the whole global batch, so the sum is exactly the gradient of the mean loss for any
+    number of ranks.
 
     Collective: all ranks of ``mesh``.
     """
@@ -39,28 +41,29 @@ def parallelize(model: Llama, mesh: DeviceMesh, train: TrainConfig) -> None:
         if train.compile_model:
             block.compile()
     if train.mixed_precision == "bf16":
-        # Inputs are not cast: the embedding gives bf16 already, and the rotary tables must stay fp32.
+        # Inputs are not cast: the embedding returns bf16 already, and the rotary tables must remain
+        # fp32.
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     else:
         policy = MixedPrecisionPolicy()
     for module in (*blocks, model):
-        # A stage computes many microbatches in turn: its weights stay whole from the first forward to the end
-        # of the last backward, as its gradients do.
+        # A stage computes many microbatches in turn. Its weights, like its gradients, remain
+        # unsharded from the first forward to the end of the last backward.
         fully_shard(module, mesh=dp_mesh(mesh), mp_policy=policy, reshard_after_forward="pp" not in names)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            # With a factor alone FSDP asks for a scaled sum, which only NCCL knows.
+            # With only a factor, FSDP requests a scaled sum, which only NCCL supports.
             module.set_force_sum_reduction_for_comms(True)
 
 
 def materialize(model: Llama, device: torch.device, *, seed: int | None) -> None:
-    """Give a model that ``parallelize`` has sharded on the meta device its memory and its initial weights.
+    """Allocate and initialize a model that ``parallelize`` has sharded on the meta device.
 
-    Every rank allocates and draws its own shard only. ``seed`` is None for weights that are to be loaded:
-    until then they hold anything. Not collective.
+    Every rank allocates and initializes its own shard only. With ``seed`` None the weights are left
+    uninitialized, because they are about to be loaded. Not collective.
     """
     model.to_empty(device=device)
     if seed is None:

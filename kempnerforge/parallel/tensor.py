@@ -1,7 +1,8 @@
-"""Tensor parallelism: each layer's matrices over several ranks, and the activations between them by position.
+"""Tensor parallelism: the matrices of each layer are sharded, and activations between them by position.
 
-Megatron-LM (arXiv:1909.08053) with sequence parallelism (arXiv:2205.05198): a rank has some heads and some of
-the feed-forward width, and between those parts some of the positions. Ranks talk twice a layer each way.
+Megatron-LM (arXiv:1909.08053) with sequence parallelism (arXiv:2205.05198): a rank has some of the
+heads and of the feed-forward width, and between those modules some of the positions. Ranks
+communicate twice per layer in the forward and in the backward.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from kempnerforge.model.llama import Llama
 
 
 def tensor_parallel(model: Llama, mesh: DeviceMesh) -> None:
-    """Cut a model, or a pipeline stage of one, over the one-dimensional ``mesh``, in place.
+    """Shard a model, or a pipeline stage of one, over the one-dimensional ``mesh``, in place.
 
-    Every parameter becomes a DTensor of ``mesh``: rows of ``wq``, ``wk``, ``wv``, ``w1``, ``w3``, of the
-    embedding and of the output layer, columns of ``wo`` and ``w2``, copies of the norms. What a block takes
-    and gives, and what a stage gives to the next, is plain: [B, T / ranks, D]. Logits are DTensors, cut along
-    the vocabulary, for a loss that is computed on the pieces (``loss_parallel``). What does not divide is
-    refused by ``rules.tensor_parallel_fits``, except the vocabulary, whose pieces may be uneven.
+    Every parameter becomes a DTensor of ``mesh``: sharded by rows (``wq``, ``wk``, ``wv``, ``w1``,
+    ``w3``, the embedding and the output layer), sharded by columns (``wo``, ``w2``), or replicated
+    (the norms). Inputs and outputs of blocks and stages are plain tensors: [B, T / ranks, D].
+    Logits are DTensors sharded over the vocabulary, for a loss that is computed on the shards
+    (``loss_parallel``). ``rules.tensor_parallel_fits`` rejects sizes that do not divide, except the
+    vocabulary, whose shards may be uneven.
 
-    On a model on the meta device not collective.
+    Not collective for a model on the meta device.
     """
     plan: dict[str, ParallelStyle] = {}
     if model.tok_embeddings is not None:
@@ -43,11 +45,12 @@ def tensor_parallel(model: Llama, mesh: DeviceMesh) -> None:
         plan["output"] = ColwiseParallel(input_layouts=Shard(1), use_local_output=False)
     parallelize_module(model, mesh, plan)
     if model.tok_embeddings is not None:
-        # What comes out is a collective that may still run. Given to a compiled block, torch 2.13 computes
-        # its gradient as zero, without a word; a copy waits and is plain.
+        # The output is a collective that may still run. When a compiled block gets it, torch 2.13
+        # silently computes its gradient as zero. A copy waits for the collective and is a plain
+        # tensor.
         model.tok_embeddings.register_forward_hook(lambda _module, _inputs, output: output.clone())
     if model.norm is not None and model.output is None:
-        # The tied output layer is no module with an input of its own to prepare.
+        # A tied output layer is not a module whose input could be prepared.
         whole = PrepareModuleOutput(
             output_layouts=Shard(1), desired_output_layouts=Replicate(), use_local_output=False
         )
@@ -56,7 +59,7 @@ def tensor_parallel(model: Llama, mesh: DeviceMesh) -> None:
 
 
 def _block_plan() -> dict[str, ParallelStyle]:
-    """How the parts of one decoder layer are cut."""
+    """Return how the modules of one decoder layer are sharded."""
     return {
         "attention_norm": SequenceParallel(),
         "attention": PrepareModuleInput(

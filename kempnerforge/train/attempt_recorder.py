@@ -1,4 +1,4 @@
-"""The record of one attempt: what goes into the ledger, and the file for this rank's own faults."""
+"""The record of one attempt: its rows in the ledger, and the fault file of this rank."""
 
 from __future__ import annotations
 
@@ -23,27 +23,26 @@ from kempnerforge.slurm.job import node_name
 
 
 class AttemptRecorder:
-    """Rank 0 writes the ledger; every rank has a file for its faults. Nothing is written before ``open``."""
+    """Writes the ledger on rank 0 and a fault file on every rank. Nothing is written before ``open``."""
 
     def __init__(self) -> None:
-        # Ranks that torchrun starts again are not as old as it is.
-        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        started = attempt_started({}) if again else attempt_started()
+        # Ranks that torchrun has restarted are younger than torchrun.
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        started = attempt_started({}) if is_restart else attempt_started()
         self._log = AttemptLog(started, first_part="launch", warn=_warn)
         self._faults: FaultFile | None = None
 
     def end_phase(self, part: str) -> None:
-        """The time since the last lap was spent on ``part`` of the set-up."""
+        """Record that the time since the last call was spent on ``part`` of the set-up."""
         self._log.end_phase(part)
 
     def open(
         self, job: JobConfig, record: RunRecord, world: DistributedContext, ranks: dict[str, int]
     ) -> bool:
-        """Begin the record of an attempt; refuse it when the run makes no progress.
+        """Begin the record of an attempt. Return whether the run has a committed step.
 
-        Returns whether the run has a committed step.
-
-        Collective: all ranks. Durable: on return. Raises NoProgressError on all ranks.
+        Collective: all ranks. Durable: on return. Raises NoProgressError on all ranks when the last
+        attempts of the run made no progress.
         """
         control, host = world.control, node_name(os.environ)
         hosts = control.gather(host)
@@ -51,7 +50,7 @@ class AttemptRecorder:
 
         def begin() -> bool:
             self._remove_empty(folder, record)
-            rollbacks = [one.attempt for one in record.rollbacks]
+            rollbacks = [rollback.attempt for rollback in record.rollbacks]
             history = self._read_history(folder, rollbacks)
             self._log.open(folder, record.attempt)
             self._log.start(start_facts(hosts, ranks))
@@ -73,7 +72,7 @@ class AttemptRecorder:
                 host=host,
                 watchdog=world.device.type == "cuda",
             )
-        except OSError as error:  # on one rank alone, perhaps: no reason to end it, and so all of them
+        except OSError as error:  # possibly on one rank only; it must not end the run
             self._log.warn(error)
         return has_steps
 
@@ -84,7 +83,7 @@ class AttemptRecorder:
             self._log.warn(error)
 
     def _read_history(self, folder: Path, rollbacks: list[int]) -> list[AttemptHistory]:
-        """How earlier attempts went; nothing is held against a run whose record cannot be read."""
+        """Return the history of earlier attempts, or none when it cannot be read."""
         try:
             return read_history(folder, rollbacks=rollbacks)
         except OSError as error:
@@ -92,40 +91,40 @@ class AttemptRecorder:
             return []
 
     def resumed(self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float) -> None:
-        """The state is loaded and the loop begins."""
+        """Record that the state is loaded and the loop begins."""
         self._log.resumed(step=step, skipped=skipped, source=source, lost_steps=lost_steps, load_s=load_s)
 
     def stepped(self, step: int, skipped: int, timings: dict[str, float]) -> None:
-        """A step is done. ``timings`` are those of its row."""
+        """Record a finished step. ``timings`` are those of its row."""
         data_s = timings.get("time/data_s", 0.0)
         self.spent("data", data_s)
         self.spent("step", timings.get("time/step_s", 0.0) - data_s - timings.get("time/staging_s", 0.0))
         self._log.stepped(step, skipped)
 
     def spent(self, part: str, seconds: float) -> None:
-        """Time of the loop that went into ``part``: step, data or eval."""
+        """Record time of the loop that was spent on ``part``: step, data or eval."""
         self._log.spent(part, seconds)
 
     def saved(self, report: SaveReport) -> None:
-        """The outcome of a save is known."""
+        """Record the outcome of a save."""
         self.record([event_of(report)])
 
     def record(self, events: Iterable[SaveEvent]) -> None:
-        """Write what became of saves and of checkpoints."""
+        """Write events of saves and checkpoints."""
         for event in events:
             self._log.write(event.kind, **event.values)
 
     def fault(self, error: BaseException) -> None:
-        """An error ends this rank. What all ranks raise together, rank 0 tells in the end alone."""
+        """Record an error that ends this rank. ``end`` records one that all ranks raise together."""
         agreed = isinstance(error, KempnerForgeError) and error.agreed
         if self._faults is not None and not agreed:
             try:
                 self._faults.record(error)
-            except OSError as failed:
-                self._log.warn(failed)
+            except OSError as write_error:
+                self._log.warn(write_error)
 
     def end(self, *, status: int, reason: str, step: int | None, error: BaseException | None) -> None:
-        """Write how the attempt ended, durably, and close this rank's file."""
+        """Write how the attempt ended, durably, and close the fault file of this rank."""
         kind = end_kind(status, reason, error)
         self._log.end(kind=kind, status=status, reason=reason, step=step, error=error)
         if self._faults is not None:
@@ -133,7 +132,7 @@ class AttemptRecorder:
 
 
 def _newest_step(checkpoints: Path, folder: Path) -> int | None:
-    """The newest committed step of the run in ``folder``."""
+    """Return the newest committed step of the run in ``folder``, or None."""
     try:
         return owner.newest_step(checkpoints, owner.of_folder(checkpoints, folder))
     except OSError as error:
@@ -143,5 +142,5 @@ def _newest_step(checkpoints: Path, folder: Path) -> int | None:
 
 
 def _warn(error: OSError) -> None:
-    """A full disk costs part of the record, never the run."""
+    """Warn only: a full disk costs part of the record, never the run."""
     print(f"warning: the record of this attempt is not complete: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The validation loss: of the model that is being trained, and of a checkpoint."""
+"""The validation loss, of the model in training and of a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,57 +31,57 @@ from kempnerforge.train.termination.signals import StopSignals
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a checkpoint was found to be worth. The same on every rank."""
+    """The result of evaluating a checkpoint. It is the same on every rank."""
 
     step: int
     loss: float
     """Mean over all tokens, as ``eval/loss`` of training."""
     tokens: int
-    """Tokens that were predicted, all ranks."""
+    """Number of predicted tokens on all ranks."""
     geometry: ParallelDims
     num_ranks: int
     device: str
     data_changes: list[str]
-    """How the data differs from those that the step was trained on."""
+    """How the data differ from those that the step was trained on."""
     wall_s: float
-    """From the opening of the data to the loss, the loading of the step included."""
+    """Time from opening the data to the loss, including the load of the step."""
 
 
-LOOK_EVERY_S = 1.0
+QUERY_STOP_INTERVAL_S = 1.0
 MOST_BATCHES = 64
-"""A validation looks for a stop about once per ``LOOK_EVERY_S``, at the latest after so many batches."""
+"""Most batches between two checks for a stop, which are about ``QUERY_STOP_INTERVAL_S`` apart."""
 
 
-class BreakableBatches:
-    """Batches of a validation that end early, on all ranks alike, when the run is to stop.
+class InterruptibleBatches:
+    """Batches of a validation that end early, after the same batch on all ranks, when the run must stop.
 
-    ``look`` is collective: it is given the milliseconds since the last look and returns whether to stop, and
-    the most milliseconds that any rank gave.
+    ``query_stop`` is collective. Its argument is the milliseconds since the last call. It returns whether
+    to stop, and the largest argument of any rank.
     """
 
-    def __init__(self, batches: Iterable[Batch], look: Callable[[int], tuple[bool, int]]) -> None:
+    def __init__(self, batches: Iterable[Batch], query_stop: Callable[[int], tuple[bool, int]]) -> None:
         self._batches = batches
-        self._look = look
-        self.broken_off = False
+        self._query_stop = query_stop
+        self.interrupted = False
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches. Collective: all ranks look after the same ones."""
-        count, left, looked_at = 1, 1, time.monotonic()
+        """Yield the batches. Collective: all ranks call ``query_stop`` after the same batches."""
+        count, left, queried_at = 1, 1, time.monotonic()
         for batch in self._batches:
             if left == 0:
-                stop, slowest_ms = self._look(int(1000 * (time.monotonic() - looked_at)))
+                stop, slowest_ms = self._query_stop(int(1000 * (time.monotonic() - queried_at)))
                 if stop:
-                    self.broken_off = True
+                    self.interrupted = True
                     return
-                count = left = batches_between_looks(slowest_ms / 1000 / count)
-                looked_at = time.monotonic()
+                count = left = batches_between_queries(slowest_ms / 1000 / count)
+                queried_at = time.monotonic()
             yield batch
             left -= 1
 
 
-def batches_between_looks(seconds_per_batch: float) -> int:
-    """Return after how many batches a validation looks for a stop again."""
-    return max(1, min(MOST_BATCHES, int(LOOK_EVERY_S / max(seconds_per_batch, 1e-6))))
+def batches_between_queries(seconds_per_batch: float) -> int:
+    """Return the number of batches until a validation checks for a stop again."""
+    return max(1, min(MOST_BATCHES, int(QUERY_STOP_INTERVAL_S / max(seconds_per_batch, 1e-6))))
 
 
 def validation_loss(
@@ -91,13 +91,14 @@ def validation_loss(
     geometry: ParallelDims,
     *,
     rank: int,
-    look: Callable[[int], tuple[bool, int]] | None = None,
+    query_stop: Callable[[int], tuple[bool, int]] | None = None,
 ) -> float | None:
-    """Mean loss of the first ``eval.num_batches`` global batches of the validation split.
+    """Return the mean loss of the first ``eval.num_batches`` global batches of the validation split.
 
-    ``look``, see ``BreakableBatches``, may break it off; then the result is None.
+    The sequences are the same in every layout. No random numbers are used. ``query_stop`` may interrupt
+    the validation (see ``InterruptibleBatches``). The result is then None.
 
-    Collective: all ranks. Always the same sequences, whatever the layout; consumes no random numbers.
+    Collective: all ranks.
     """
     batches = eval_batches(
         samples,
@@ -107,34 +108,35 @@ def validation_loss(
         dp_rank=geometry.dp_rank(rank),
         dp_size=geometry.dp,
     )
-    if look is None:
+    if query_stop is None:
         return step.evaluate(batches)
-    breakable = BreakableBatches(batches, look)
-    loss = step.evaluate(breakable)
-    return None if breakable.broken_off else loss
+    interruptible = InterruptibleBatches(batches, query_stop)
+    loss = step.evaluate(interruptible)
+    return None if interruptible.interrupted else loss
 
 
 def evaluate_step(
     job: JobConfig, step_folder: Path, *, note: Callable[[str], None] = lambda _text: None
 ) -> Evaluation:
-    """The validation loss of the checkpoint in ``step_folder`` under the layout of ``job``.
+    """Return the validation loss of the checkpoint in ``step_folder`` under the layout of ``job``.
 
-    It has the same bits as the ``eval/loss`` that training logged at that step where the promise of bitwise
-    equality holds. Takes no lease; writes nothing into the run's folder but a hold, which goes again.
+    Where bitwise equality is promised, it has the same bits as the ``eval/loss`` that training
+    logged at that step. No lease is taken. The run's folder gets only a read lock, which is removed
+    again. Rank 0 calls ``note`` with messages.
 
-    Collective: all ranks of this start, which it joins and leaves. Blocks: until all are done. ``note`` is
-    told on rank 0. Raises ConfigError, DataError and CheckpointError on all ranks.
+    Collective: all ranks of this start, whose process groups are joined and left. Blocks: until all
+    ranks are done. Raises ConfigError, DataError and CheckpointError on all ranks.
     """
     set_determinism(job.train.deterministic)
     world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
     if world.rank != 0:
-        note = _say_nothing
+        note = _ignore
     started = time.perf_counter()
     geometry = job.geometry(world.num_ranks)
     dataset = open_data(job, world, StopSignals(), note=note)
-    model = build_model(job, geometry, rank=world.rank, device=world.device, draw=False)
-    # Nothing is updated, and plain SGD keeps nothing beside the weights.
-    optimizer = torch.optim.SGD([one for part in model.parts for one in part.parameters()])
+    model = build_model(job, geometry, rank=world.rank, device=world.device, init_weights=False)
+    # Nothing is updated, and plain SGD has no state.
+    optimizer = torch.optim.SGD([param for part in model.parts for param in part.parameters()])
     seed = job.train.seed
     state = TrainState(
         model=model.parts,
@@ -145,13 +147,13 @@ def evaluate_step(
             lambda: fingerprint(dataset, "train", job.train.seq_len, seed)
         ),
     )
-    found, data_changes = _load(step_folder, state, world)
+    candidate, data_changes = _load(step_folder, state, world)
     step = model.step(optimizer, geometry, job.train)
     loss = validation_loss(step, dataset.split("val", job.train.seq_len), job, geometry, rank=world.rank)
     assert loss is not None
     world.close()
     return Evaluation(
-        step=found.step,
+        step=candidate.step,
         loss=loss,
         tokens=job.eval.num_batches * geometry.global_batch_size * job.train.seq_len,
         geometry=geometry,
@@ -163,9 +165,9 @@ def evaluate_step(
 
 
 def _load(step_folder: Path, state: TrainState, world: DistributedContext) -> tuple[Candidate, list[str]]:
-    """Fill the model of ``state`` from the step, held by rank 0 meanwhile; with how the data differs.
+    """Load the model of ``state`` from the step, which rank 0 locks for reading meanwhile.
 
-    Collective: all ranks.
+    Also returns how the data differ. Collective: all ranks.
     """
     context = RunContext(allow_changed_data=True, explain_data=explain_difference)
     with contextlib.ExitStack() as stack:
@@ -196,5 +198,5 @@ def _load(step_folder: Path, state: TrainState, world: DistributedContext) -> tu
     return found, outcome.data_changes
 
 
-def _say_nothing(_text: str) -> None:
-    """What the ranks other than 0 say."""
+def _ignore(_text: str) -> None:
+    """Drop a message, on ranks other than 0."""

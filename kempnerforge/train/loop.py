@@ -1,4 +1,4 @@
-"""The training loop. No rank tests and no modes: what differs between layouts differs in ``build``."""
+"""The training loop. It has no rank tests and no modes: ``setup.build`` handles all layouts."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from kempnerforge.train.step_consensus import StepDecision
 
 
 def train(run: Run) -> str | None:
-    """Resume, then train until ``max_steps`` or until a stop is agreed on.
+    """Resume, then train until ``max_steps`` or until all ranks agree to stop.
 
-    Collective: all ranks. Returns why it stopped with work left; None when it is finished.
+    Collective: all ranks. Returns why it stopped before ``max_steps``, or None when it is finished.
     """
     job, state, step, ckpt, reports = run.job, run.state, run.step, run.ckpt, run.reports
     receipt = ckpt.resume(state)
     if not run.has_weights and receipt.source != "resume":
         raise mark_collective(
-            RunFolderError(f"{ckpt.folder}: the steps that were there went away during the start")
+            RunFolderError(f"{ckpt.folder}: its committed steps disappeared during the start")
         )
     for line in receipt.lines():
         reports.note(line)
     if receipt.space_warning:
         reports.warn(receipt.space_warning)
     reports.receipt(dataclasses.asdict(receipt))
-    run.book.resumed(
+    run.recorder.resumed(
         step=state.step,
         skipped=state.skipped_steps,
         source=receipt.source,
         lost_steps=receipt.lost_steps,
         load_s=receipt.load_s,
     )
-    proof = reports.proof(receipt)
+    replay_check = reports.replay_check(receipt)
     stop = _save_if_agreed(run).stop if state.step == 0 else _stop_if_agreed(run)
     if stop is None and (state.step == 0 or _lacks_validation(run, receipt)):
         stop = _validate(run)
@@ -63,19 +63,19 @@ def train(run: Run) -> str | None:
                     update = step.update(lr)
                 state.advance(tokens=batch.num_tokens, cursor=cursor, skipped=update.skipped)
             ckpt.record_metrics(state.step, {"train/loss": update.loss})
-            if told := proof.compare(state.step, update.loss):
-                reports.note(told)
+            if message := replay_check.compare(state.step, update.loss):
+                reports.note(message)
             timings = spans.collect()
-            run.book.stepped(state.step, state.skipped_steps, timings)
+            run.recorder.stepped(state.step, state.skipped_steps, timings)
             reports.write(_row(run, update, lr, batch.num_tokens, batch.digest, timings))
-            _refuse_endless_skipping(run)
+            _check_skipped_steps(run)
             stop = _save_if_agreed(run).stop
             if stop is None and _validation_is_due(run):
                 stop = _validate(run)
     finally:
         batches.close()
     if state.step < job.train.max_steps:
-        _tell_margin(run)
+        _log_margin(run)
         return stop
     run.progress.begin("save", state.step)
     ckpt.finish(state, give_up=lambda: bool(run.control.stopping.signals.received))
@@ -84,16 +84,16 @@ def train(run: Run) -> str | None:
 
 
 def _validation_is_due(run: Run) -> bool:
-    """Whether the present step is to be validated: every ``eval.interval`` steps, and the last one."""
+    """Whether to validate the present step: every ``eval.interval`` steps, and the last one."""
     step, interval = run.state.step, run.job.eval.interval
     return bool(interval) and (step % interval == 0 or step == run.job.train.max_steps)
 
 
 def _lacks_validation(run: Run, receipt: Receipt) -> bool:
-    """Whether an earlier attempt ended before it had validated the step that this one resumes from.
+    """Whether an earlier attempt ended before it validated the step that this one resumes from.
 
-    It is made up for at the first resume from that step only: a validation that never comes to its end must
-    not keep the run from training. Collective: all ranks.
+    Only the first resume from that step makes up for it: a validation that never ends must not keep
+    the run from training. Collective: all ranks.
     """
     if receipt.source != "resume" or not _validation_is_due(run):
         return False
@@ -101,10 +101,10 @@ def _lacks_validation(run: Run, receipt: Receipt) -> bool:
 
 
 def _validate(run: Run) -> str | None:
-    """Validate the present step. Returns why all ranks stop now, if a stop has broken the validation off.
+    """Validate the present step. Returns why all ranks stop now, if a stop interrupted it.
 
-    What is trained is committed before it is judged: a save that is due has begun, and the last step, after
-    which nothing else would save it, is committed first. Collective: all ranks.
+    Saves precede validations: a save that is due has begun, and the last step, which no later
+    save would cover, is committed first. Collective: all ranks.
     """
     if run.state.step == run.job.train.max_steps and run.job.checkpoint.save_last:
         run.progress.begin("save", run.state.step)
@@ -112,7 +112,7 @@ def _validate(run: Run) -> str | None:
         _report_saves(run)
     if evaluate(run):
         return None
-    run.reports.note(f"the validation of step {run.state.step} was broken off, because the run is to stop")
+    run.reports.note(f"the validation of step {run.state.step} was interrupted, because the run is stopping")
     return _stop_if_agreed(run)
 
 
@@ -133,7 +133,7 @@ def _save_if_agreed(run: Run) -> StepDecision:
 
 
 def _stop_if_agreed(run: Run) -> str | None:
-    """Commit the present step and stop, if all agree to. A step that is committed is not written again."""
+    """Commit the present step and stop, if all ranks agree. A committed step is not written again."""
     agreed = run.control.agree_to_stop()
     if agreed.save:
         run.ckpt.save(run.state, wait=True, reason=agreed.save)
@@ -141,22 +141,22 @@ def _stop_if_agreed(run: Run) -> str | None:
     return agreed.stop
 
 
-def _tell_margin(run: Run) -> None:
-    """How much time was left when the run stopped with its last step committed."""
+def _log_margin(run: Run) -> None:
+    """Log how much time was left when the run stopped with its last step committed."""
     if (left_s := run.control.stopping.left_s) is not None:
         run.reports.write({"step": run.state.step, "deadline/margin_s": left_s})
         run.reports.note(f"deadline: {left_s:.1f} s were left")
 
 
 def _report_saves(run: Run) -> None:
-    run.book.record(run.ckpt.events())
+    run.recorder.record(run.ckpt.events())
     for report in run.ckpt.poll():
         if report.error:
-            run.reports.warn(f"{report.error}; training goes on")
+            run.reports.warn(f"{report.error}; training continues")
         if report.skipped:
             run.reports.warn(report.skipped)
         run.reports.write({"step": run.state.step, **report.row()})
-        run.book.saved(report)
+        run.recorder.saved(report)
         if report.total_s:
             run.progress.saved(report.total_s)
             run.control.stopping.saved(report.total_s)
@@ -171,18 +171,23 @@ def _report_saves(run: Run) -> None:
 def evaluate(run: Run) -> bool:
     """Log the mean loss of the first ``eval.num_batches`` global batches of the validation split.
 
-    Collective: all ranks. Always the same sequences, whatever the layout; consumes no random numbers. Returns
-    False if it was broken off because the run is to stop: then nothing is logged.
+    The sequences are the same in every layout. No random numbers are used. Returns False, without
+    logging, if it was interrupted because the run is stopping. Collective: all ranks.
     """
     if run.val_samples is None:
         return True
     run.progress.begin("eval", run.state.step)
     started = time.perf_counter()
     loss = validation_loss(
-        run.step, run.val_samples, run.job, run.geometry, rank=run.world.rank, look=run.control.look
+        run.step,
+        run.val_samples,
+        run.job,
+        run.geometry,
+        rank=run.world.rank,
+        query_stop=run.control.query_stop,
     )
     taken_s = time.perf_counter() - started
-    run.book.spent("eval", taken_s)
+    run.recorder.spent("eval", taken_s)
     run.ckpt.exclude_time(taken_s)
     run.control.stopping.slice_ends()
     if loss is None:
@@ -213,12 +218,12 @@ def _row(
     return row
 
 
-def _refuse_endless_skipping(run: Run) -> None:
-    """All ranks count the same skipped steps, so all raise together."""
+def _check_skipped_steps(run: Run) -> None:
+    """Raise NonFiniteError after too many skipped steps. All ranks count alike, so all raise together."""
     limit = run.job.train.max_skipped_steps
     if run.state.skipped_in_a_row >= limit:
         raise NonFiniteError(
             f"loss or gradients were not finite in {limit} steps in a row, up to step {run.state.step}. "
-            "The last committed checkpoint is untouched. Look at train/loss and train/grad_norm in "
+            "The last committed checkpoint is untouched. Check train/loss and train/grad_norm in "
             f"{run.folder / 'metrics.jsonl'}; a lower optimizer.lr or a longer warmup may help"
         )

@@ -1,4 +1,4 @@
-"""All output of a run: its sinks, and the console that people read."""
+"""All output of a run: its metric sinks and its console."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kempnerforge.train.replay_check import ReplayCheck
 
 
 class Reports:
-    """All output of a run. Ranks other than 0 hold one that says nothing, so the loop needs no rank test."""
+    """All output of a run. On ranks other than 0 it has no sinks, so that the loop needs no rank test."""
 
     def __init__(
         self,
@@ -38,27 +38,27 @@ class Reports:
         self._earlier = earlier
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Hand a row of metrics to all sinks."""
+        """Write a row of metrics to all sinks."""
         self._sinks.write(row)
 
     def note(self, text: str) -> None:
-        """Say something that is good to know."""
+        """Print an informational message on the console."""
         if self._console is not None:
             self._console.note(text)
 
     def warn(self, text: str) -> None:
-        """Say something that should be looked at."""
+        """Print a warning on the console."""
         if self._console is not None:
             self._console.warn(text)
 
     def receipt(self, receipt: Mapping[str, Any]) -> None:
-        """Put a resume receipt into wandb, and what it has not got of earlier attempts."""
+        """Upload a resume receipt to wandb, and the metrics of earlier attempts that wandb lacks."""
         if self._wandb is not None:
             self._wandb.receipt(receipt)
             self._wandb.catch_up(self._earlier)
 
-    def proof(self, receipt: Receipt) -> ReplayCheck:
-        """What of this attempt's losses can be compared with rows of an earlier one."""
+    def replay_check(self, receipt: Receipt) -> ReplayCheck:
+        """Return the check of this attempt's first losses against rows of an earlier attempt."""
         try:
             return ReplayCheck.of(self._metrics, receipt) if self._metrics is not None else ReplayCheck()
         except OSError as error:
@@ -66,9 +66,9 @@ class Reports:
             return ReplayCheck()
 
     def lacks_validation(self, receipt: Receipt) -> bool:
-        """Whether no attempt has logged ``eval/loss`` of the step that ``receipt`` resumes from, or tried to.
+        """Whether no attempt has logged, or tried to log, ``eval/loss`` of the step of ``receipt``.
 
-        The attempt that first resumes from a step tries. First rank only.
+        The first attempt that resumes from a step tries. Rank 0 only.
         """
         assert self._metrics is not None
         try:
@@ -81,12 +81,12 @@ class Reports:
         return not tried and all(row["step"] != receipt.step for row in rows)
 
     def close(self) -> None:
-        """Hand over what is held back."""
+        """Flush and close all sinks."""
         self._sinks.close()
 
 
 def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord) -> Reports:
-    """The sinks that the config asks for, on rank 0."""
+    """Return the output of this rank, with the configured sinks on rank 0."""
     if rank != 0:
         return Reports(SinkSet())
     console = ConsoleSink(job.train.max_steps, job.metrics.log_interval)
@@ -94,7 +94,7 @@ def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord)
     sinks: list[Sink] = [console]
     try:
         sinks.append(JsonlSink(metrics, record.attempt, warn=console.warn))
-    except OSError as error:  # as a full disk later on: it costs rows, never the run
+    except OSError as error:  # costs rows, never the run, as a full disk does later
         console.warn(f"{metrics}: cannot write metrics ({error}); the rows of this attempt are lost")
     wandb = None
     if job.metrics.enable_wandb:
@@ -123,7 +123,10 @@ def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord)
 def _known_to_wandb(
     folder: Path, record: RunRecord, metrics: Path, warn: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Where the attempt runs and the first step that no earlier attempt has logged, as far as can be read."""
+    """Return where the attempt runs, and the first step that no earlier attempt has logged.
+
+    Unreadable records give a warning and defaults.
+    """
     try:
         place = places(read_events(folder)).get(record.attempt, {})
         step = read_rows(metrics).next_step(record.wandb_first_attempt)
@@ -134,7 +137,7 @@ def _known_to_wandb(
 
 
 def _earlier(folder: Path, record: RunRecord, metrics: Path) -> Earlier:
-    """What earlier attempts put into the same wandb run."""
+    """Return what earlier attempts logged to the same wandb run."""
     where, config = places(read_events(folder)), {}
     for receipt in read_receipts(folder):
         attempt = receipt["attempt"]

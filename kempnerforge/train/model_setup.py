@@ -1,4 +1,4 @@
-"""What this rank holds of the model, and the step that goes with it: all that differs between layouts."""
+"""The parts of the model on this rank, and its training step: everything that depends on the layout."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """A rank's parts of the model, sharded, with memory."""
+    """A rank's parts of the model, sharded and allocated."""
 
     parts: Sequence[Llama]
-    """The whole model, or this rank's stages of it."""
+    """The whole model, or the pipeline stages of this rank."""
     groups: dict[str, list[str]]
     """Names of the **whole** model's parameters by optimizer group, in the model's order."""
     pipeline: Pipeline | None
     device: torch.device
 
     def step(self, optimizer: torch.optim.Optimizer, geometry: ParallelDims, train: TrainConfig) -> TrainStep:
-        """How this rank takes an optimizer step."""
+        """Return the training step of this rank."""
         assert dist.group.WORLD is not None
         options = {
             "device": self.device,
@@ -43,7 +43,7 @@ class ParallelModel:
             "loss_copies": geometry.tp,
         }
         if self.pipeline is not None:
-            # Here and below, not above: torch's pipelining imports its compiler, half a second.
+            # Imported here: torch's pipelining imports the compiler, which takes half a second.
             from kempnerforge.train.pipeline_step import PipelineStep
 
             return PipelineStep(self.pipeline, optimizer, **options)
@@ -51,11 +51,11 @@ class ParallelModel:
 
 
 def build_model(
-    job: JobConfig, geometry: ParallelDims, *, rank: int, device: torch.device, draw: bool
+    job: JobConfig, geometry: ParallelDims, *, rank: int, device: torch.device, init_weights: bool
 ) -> ParallelModel:
-    """The parts of the model that ``rank`` holds. Collective: all ranks.
+    """Build the parts of the model of ``rank``. Collective: all ranks.
 
-    ``draw``: with initial weights; else they are to be loaded before anything reads them.
+    Without ``init_weights`` the weights must be loaded before anything reads them.
     """
     mesh = build_mesh(
         device.type,
@@ -90,6 +90,6 @@ def build_model(
         )
     for part in parts:
         parallelize(part, mesh, job.train)
-        materialize(part, device, seed=job.train.seed if draw else None)
-    timeouts.give_all_groups_the_default_timeout()  # also those that sharding and pipelining have made
+        materialize(part, device, seed=job.train.seed if init_weights else None)
+    timeouts.give_all_groups_the_default_timeout()  # includes the groups of sharding and pipelining
     return ParallelModel(parts, groups, pipeline, device)

@@ -18,13 +18,13 @@ HYPERPARAMETERS = (
     *("name", "lr", "betas", "eps", "weight_decay", "fused"),
     *("amsgrad", "maximize", "foreach", "capturable", "differentiable", "decoupled_weight_decay"),
 )
-"""Keys of optimizer groups that are the config's. Every other key, a counter say, is the checkpoint's."""
+"""Keys of optimizer groups that the config sets. The checkpoint sets every other key, such as a counter."""
 
 
 def parameter_groups(parts: Sequence[nn.Module]) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters of ``parts`` by group and name.
+    """Return the parameters of ``parts`` by group and name.
 
-    "decay" has the matrices; "no_decay" has the rest, the norms, whose weights have no reason to be small.
+    "decay" has the matrices. "no_decay" has the rest, the norms, whose weights need not be small.
     """
     groups: dict[str, dict[str, nn.Parameter]] = {"decay": {}, "no_decay": {}}
     for part in parts:
@@ -36,9 +36,9 @@ def parameter_groups(parts: Sequence[nn.Module]) -> dict[str, dict[str, nn.Param
 def build_optimizer(
     parts: Sequence[nn.Module], config: OptimizerConfig, device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) with ``parameter_groups``, and its state there from the start.
+    """Return AdamW (arXiv:1711.05101) with ``parameter_groups``.
 
-    State tensors are created here and not in the first step.
+    State tensors are created here, not in the first step.
     """
     groups = parameter_groups(parts)
     fused = config.fused and device.type in FUSED_DEVICES

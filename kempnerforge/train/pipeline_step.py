@@ -1,4 +1,4 @@
-"""One optimizer step of a model that several ranks compute in stages."""
+"""One optimizer step of a model that is divided into pipeline stages."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from kempnerforge.train.step import Batch, TrainStepBase, sum_loss
 
 
 class PipelineStep(TrainStepBase):
-    """A step in which all of a rank's sequences go through one schedule, in microbatches.
+    """A step in which one schedule processes all sequences of a rank, in microbatches.
 
-    Gradient accumulation means nothing here: a fuller pipeline idles less. The stages' weights and gradients
-    are whole from the first microbatch to the last; then gradients are reduced and sharded.
+    There is no gradient accumulation: a fuller pipeline has less idle time. The stages' weights and
+    gradients are unsharded from the first microbatch to the last. Then gradients are reduced and
+    sharded.
     """
 
     def __init__(self, pipeline: Pipeline, optimizer: torch.optim.Optimizer, **options: Any) -> None:
@@ -28,7 +29,7 @@ class PipelineStep(TrainStepBase):
         self._num_tokens = 0
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """Compute the gradients of all microbatches; returns the mean loss of the global batch, fp32 [].
+        """Compute the gradients of all microbatches. Return the mean loss of the global batch, fp32 [].
 
         Collective: all ranks, in the same order. Blocks: not for the device.
         """
@@ -43,9 +44,10 @@ class PipelineStep(TrainStepBase):
         return self._total(loss)
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss over all tokens of ``batches``, on all ranks, in training's numerics.
+        """Return the mean loss over all tokens of ``batches``, on all ranks, in the numerics of training.
 
-        Every rank must bring the same number of batches, of the size of training's, one at least.
+        Every rank must pass the same number of batches, at least one, of the size of training
+        batches.
 
         Collective: all ranks, in the same order. Blocks: for the device, once.
         """
@@ -62,7 +64,7 @@ class PipelineStep(TrainStepBase):
                 assert losses is not None
                 loss += losses.double().sum()
                 num_tokens += targets.numel()
-        # A forward pass alone leaves the weights whole.
+        # A forward without a backward leaves the weights unsharded.
         for part in self._pipeline.parts:
             for module in part.modules():
                 if isinstance(module, FSDPModule):
@@ -70,7 +72,7 @@ class PipelineStep(TrainStepBase):
         return self._mean(loss, num_tokens)
 
     def _inputs(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
-        """Tokens for a first stage and targets for a last one: all of this rank's sequences, [B, T]."""
+        """Return the tokens for a first stage and the targets for a last one, [B, T] of this rank."""
         tokens, targets = [], None
         if self._pipeline.has_first:
             tokens = [batch.inputs_ABT.flatten(0, 1).to(self._device, non_blocking=True)]
@@ -79,5 +81,5 @@ class PipelineStep(TrainStepBase):
         return tokens, targets
 
     def _share_of_loss(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        """What a microbatch adds to the mean loss of the global batch."""
+        """Return the contribution of a microbatch to the mean loss of the global batch."""
         return sum_loss(logits_BTV, targets_BT) / self._num_tokens

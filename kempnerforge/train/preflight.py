@@ -1,7 +1,7 @@
-"""Files and folders that a job names, looked at before anything is started or made. No torch.
+"""Check the files and folders that a job names, before anything is started or created. No torch.
 
-What a run makes itself (its folder, the checkpoints, the cache of prepared text) need not be there, but it
-must be possible to make it.
+Folders that a run creates itself (its folder, the checkpoints, the cache of prepared text) need not
+exist, but it must be possible to create them.
 """
 
 from __future__ import annotations
@@ -32,32 +32,33 @@ from kempnerforge.errors import (
     StepNotFoundError,
 )
 
-WRITABLE = "name a folder that can be made and written"
+WRITABLE = "name a folder that can be created and written"
 
 
 def check_files(job: JobConfig) -> None:
-    """Look at all files that ``job`` names, at its start. Raises ConfigError with every fault.
+    """Check all files that ``job`` names, at its start. Raises ConfigError with every fault.
 
-    Storage that does not answer is no fault of the config: what needs the file tries again and says so.
-    Raises DamagedCheckpointError for a damaged ``load_path``.
+    A file that cannot be read is not reported here, since it is not a fault of the config: the code
+    that needs the file retries and reports it. Raises DamagedCheckpointError for a damaged
+    ``load_path``.
     """
     if faults := file_faults(job, at_start=True):
         raise ConfigError(faults)
 
 
 def check_files_of(loaded: LoadedJob, *, where: str) -> None:
-    """As ``check_files``, for the command line: each fault says where its value came from."""
+    """Do as ``check_files``, for the command line: each fault names the source of its value."""
     faults = [replace(fault, source=loaded.sources.get(fault.key, "")) for fault in file_faults(loaded.job)]
     if faults:
-        raise ConfigError(faults, where=f"{where}, with the files that it names (--no-files leaves them out)")
+        raise ConfigError(faults, where=f"{where}, with the files that it names (--no-files skips them)")
 
 
 def file_faults(job: JobConfig, *, at_start: bool = False) -> list[ConfigIssue]:
-    """What is wrong with the files that ``job`` names. ``at_start``: as ``check_files`` does it."""
+    """Return the faults of the files that ``job`` names. ``at_start`` selects what ``check_files`` does."""
     faults: list[ConfigIssue] = []
-    for key, look in _LOOKS.items():
+    for key, check in _CHECKS.items():
         try:
-            faults += look(job)
+            faults += check(job)
         except OSError as error:
             faults += [] if at_start else [ConfigIssue(key, f"cannot be read: {error}")]
         except DamagedCheckpointError as error:
@@ -68,7 +69,7 @@ def file_faults(job: JobConfig, *, at_start: bool = False) -> list[ConfigIssue]:
 
 
 def _folders(job: JobConfig) -> list[ConfigIssue]:
-    """The folders that the run makes can be made, or are there and can be written."""
+    """Check that the folders of the run can be created, or exist and can be written."""
     folders = {"run.dir": job.run.dir or f"runs/{job.run.name}", "checkpoint.dir": job.checkpoint.dir}
     if job.data.text is not None:
         folders["data.cache_dir"] = str(job.data.cache_folder)
@@ -80,14 +81,14 @@ def _folders(job: JobConfig) -> list[ConfigIssue]:
 
 
 def _why_not_writable(folder: Path) -> str:
-    """Why ``folder`` cannot be made or written; empty if it can, as far as is known without trying."""
+    """Return why ``folder`` cannot be created or written, without trying. Empty if it probably can."""
     path = Path(os.path.abspath(folder))
     while PLACEHOLDER.search(str(path)) or not os.path.lexists(path):
         path = path.parent
     if not path.exists():
-        return f"{path} is a link to nothing"
+        return f"{path} is a broken symbolic link"
     if not path.is_dir():
-        return f"{path} is a file" if path.is_file() else f"{path} is no folder"
+        return f"{path} is a file" if path.is_file() else f"{path} is not a folder"
     if not os.access(path, os.W_OK | os.X_OK):
         return f"{path} cannot be written"
     return ""
@@ -132,7 +133,7 @@ def _tokenizer(job: JobConfig) -> list[ConfigIssue]:
 
 
 def _dataset(job: JobConfig) -> list[ConfigIssue]:
-    """The index or the headers are read, and the sizes of all shards; the tokens are not."""
+    """Check the index or the headers, and the sizes of all shards. The tokens are not read."""
     if job.data.dataset_path is None:
         return []
     try:
@@ -150,17 +151,18 @@ def _dataset(job: JobConfig) -> list[ConfigIssue]:
 
 
 def _warm_start(job: JobConfig) -> list[ConfigIssue]:
-    """``load_path`` counts only while the run has no committed step."""
+    """Check ``load_path``, which is used only while the run has no committed step."""
     given = job.checkpoint.load_path
     if given is None or has_committed_step(job):
         return []
     try:
-        return _misfits(job, load_path.candidates(Path(given).expanduser())[0])
+        return _step_issues(job, load_path.candidates(Path(given).expanduser())[0])
     except (StepNotFoundError, MismatchError) as error:
         return [ConfigIssue("checkpoint.load_path", str(error))]
 
 
-def _misfits(job: JobConfig, step_folder: Path) -> list[ConfigIssue]:
+def _step_issues(job: JobConfig, step_folder: Path) -> list[ConfigIssue]:
+    """Return why the step cannot be loaded into the model of ``job``."""
     step = StepView.open(step_folder)
     excluded = job.checkpoint.exclude_from_loading
     parts = [part for part in LoadablePart.__args__ if part not in excluded]
@@ -176,19 +178,19 @@ def _misfits(job: JobConfig, step_folder: Path) -> list[ConfigIssue]:
     changes = model_changes(stored, job.model.model_dump(mode="json"))
     if changes.same_shapes:
         return []
-    problem = f"{step_folder} is of another model: {'; '.join(changes.lines)}"
+    problem = f"{step_folder} has another model: {'; '.join(changes.lines)}"
     return [ConfigIssue("checkpoint.load_path", problem, f"set [model] as in {step_folder / paths.CONFIG}")]
 
 
 def has_committed_step(job: JobConfig) -> bool:
-    """Whether the run that ``job`` is of has a step to go on from. False while ``run.dir`` is not known."""
+    """Whether the run of ``job`` has a step to resume from. False while ``run.dir`` is not known."""
     if job.run.dir is not None and unfilled_placeholders(job.run.dir, os.environ):
         return False
     folder = job.run.folder
     try:
         record = metadata.read(folder)
     except (RunFolderError, OSError):
-        return False  # the start says so
+        return False  # the start reports it
     if record is None:
         return False
     moved_to = job.checkpoint.dir
@@ -196,11 +198,11 @@ def has_committed_step(job: JobConfig) -> bool:
     return bool(paths.committed_steps(checkpoints))
 
 
-_LOOKS: dict[str, Callable[[JobConfig], list[ConfigIssue]]] = {
+_CHECKS: dict[str, Callable[[JobConfig], list[ConfigIssue]]] = {
     "run.dir": _folders,
     "data.text": _text,
     "data.tokenizer": _tokenizer,
     "data.dataset_path": _dataset,
     "checkpoint.load_path": _warm_start,
 }
-"""The key that each is about, mostly."""
+"""The main key of each check -> the check."""

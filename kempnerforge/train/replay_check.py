@@ -1,4 +1,4 @@
-"""Proof of resume: losses that are computed again are compared with those that were recorded."""
+"""A check of resumes: losses that are computed again are compared with the recorded ones."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ReplayCheck:
 
     @classmethod
     def of(cls, metrics: Path, receipt: Receipt) -> ReplayCheck:
-        """What can be compared: nothing, unless the same bits are promised and steps were lost."""
+        """Collect the losses to compare: none, unless the same bits are promised and steps were lost."""
         if not receipt.bitwise() or receipt.lost_steps == 0 or not metrics.exists():
             return cls()
         last = receipt.step + min(COMPARED_STEPS, receipt.lost_steps)
-        # Of several attempts that logged a step, the newest before this one counts.
+        # If several attempts logged a step, the newest before this one is used.
         return cls(
             {
                 row["step"]: row["train/loss"]
@@ -36,7 +36,7 @@ class ReplayCheck:
         )
 
     def compare(self, step: int, loss: float) -> str | None:
-        """What there is to say after ``step``: a difference at once, the proof when all were equal."""
+        """Return a message after ``step``, or None: at the first difference, or after the last equal loss."""
         if step not in self._recorded:
             return None
         recorded = self._recorded.pop(step)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kempnerforge.config.schedule_changes import when_continued
 from kempnerforge.config.schema import JobConfig, LoadedJob
-from kempnerforge.distributed.context import DistributedContext, find_place
+from kempnerforge.distributed.context import DistributedContext, find_rank_info
 from kempnerforge.errors import (
     EXIT_FAULT,
     EXIT_FINISHED,
@@ -32,17 +32,17 @@ from kempnerforge.train.termination.watchdog import Shutdown
 
 
 def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
-    """Train what ``loaded`` describes, or go on with it. Returns the exit status.
+    """Train the job of ``loaded``, or resume it. Returns the exit status.
 
-    ``signals`` have been taken over already. An error of ours is told without a traceback; any other one is a
-    fault and goes up.
+    ``signals`` are installed already. A KempnerForgeError, or an error of the run's file system, is
+    printed without a traceback. Any other exception is a fault and is raised.
 
     Collective: all ranks.
     """
     job = loaded.job
-    book = AttemptRecorder()
+    recorder = AttemptRecorder()
     failed: Exception | None = None
-    stacks = Stacks(find_place().rank)
+    stacks = Stacks(find_rank_info().rank)
     shutdown = Shutdown(signals, timeout_s=job.train.shutdown_timeout_s, stacks=stacks)
     stopping = StopConditions(signals, shutdown, stacks)
     set_determinism(job.train.deterministic)
@@ -52,32 +52,32 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
     status, reason = EXIT_FAULT, "unknown"
     try:
         world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
-        book.end_phase("process_groups")
-        run = build(job, world, stopping, book)
+        recorder.end_phase("process_groups")
+        run = build(job, world, stopping, recorder)
         shutdown.on_exit = lambda why, run=run: _end_at_once(run, why)
         with watched(run):
             stop = train(run)
-        status, reason = EXIT_FINISHED if stop is None else EXIT_STOPPED, _goodbye(run, stop)
+        status, reason = EXIT_FINISHED if stop is None else EXIT_STOPPED, _exit_message(run, stop)
         run.reports.note(reason)
         return status
     except Exception as error:
         failed = error
-        book.fault(error)
-        told = error if isinstance(error, KempnerForgeError) else storage_error(error, _folders(job, run))
-        if told is None:
+        recorder.fault(error)
+        reported = error if isinstance(error, KempnerForgeError) else storage_error(error, _folders(job, run))
+        if reported is None:
             reason = f"{type(error).__name__}: {error}"
             raise
-        _tell(told, world)
-        status, reason = told.exit_status, str(told)
+        _print_error(reported, world)
+        status, reason = reported.exit_status, str(reported)
         return status
     finally:
         if run is not None:
             run.ckpt.end_housekeeping()
-            run.book.record(run.ckpt.events())
+            run.recorder.record(run.ckpt.events())
             for warning in run.ckpt.warnings():
                 run.reports.warn(warning)
             _record(run, status, reason)
-        book.end(status=status, reason=reason, step=run.state.step if run else None, error=failed)
+        recorder.end(status=status, reason=reason, step=run.state.step if run else None, error=failed)
         if run is not None:
             run.ckpt.close()
             run.reports.close()
@@ -87,16 +87,17 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
 
 
 def _folders(job: JobConfig, run: Run | None) -> list[Path]:
-    """Where the run keeps its files, as far as is known."""
+    """Return the folders of the run, as far as they are known."""
     if run is not None:
         return [run.folder, run.ckpt.folder]
     folders = [Path(job.checkpoint.dir.partition("{")[0])] if job.checkpoint.dir is not None else []
-    with contextlib.suppress(ConfigError):  # a placeholder without a value, which has its own error
+    with contextlib.suppress(ConfigError):  # a placeholder without a value, which is reported elsewhere
         folders.append(job.run.folder)
     return folders
 
 
-def _tell(error: KempnerForgeError, world: DistributedContext | None) -> None:
+def _print_error(error: KempnerForgeError, world: DistributedContext | None) -> None:
+    """Print an error to standard error. Rank 0 alone prints one that all ranks raise together."""
     rank = world.rank if world is not None else 0
     if rank == 0:
         head = "" if isinstance(error, StopRequestedError) else "error: "
@@ -106,9 +107,9 @@ def _tell(error: KempnerForgeError, world: DistributedContext | None) -> None:
 
 
 def _record(run: Run, status: int, reason: str) -> None:
-    """Only while the lease is held: ``run.json`` is the next attempt's as soon as it has taken over.
+    """Write how the attempt ended to ``run.json``, which belongs to this attempt while it holds the lease.
 
-    An error of it is a warning: how the attempt ends does not change.
+    An error is a warning, because it does not change how the attempt ends.
     """
     if run.world.rank == 0 and run.ckpt.holds_lease():
         try:
@@ -118,26 +119,26 @@ def _record(run: Run, status: int, reason: str) -> None:
 
 
 def _end_at_once(run: Run, why: str) -> None:
-    """The last thing that this process does, on a thread, while the main one is stuck."""
+    """Record the exit, on a thread, just before the process ends while its main thread is stuck."""
     run.ckpt.kill_writer()
     reason = f"{why}: ended at once at step {run.state.step}, which may not be committed"
     _record(run, EXIT_STOPPED, reason)
-    run.book.end(status=EXIT_STOPPED, reason=reason, step=run.state.step, error=None)
+    run.recorder.end(status=EXIT_STOPPED, reason=reason, step=run.state.step, error=None)
 
 
-def _goodbye(run: Run, stop: str | None) -> str:
+def _exit_message(run: Run, stop: str | None) -> str:
     step = run.state.step
     if stop is not None:
-        return f"stopped by {stop} at step {step}, which is committed. To go on: the same command"
-    learned = ""
+        return f"stopped by {stop} at step {step}, which is committed. Run the same command to resume"
+    losses = ""
     if len(run.eval_losses) > 1:
         (first_step, first), (_, last) = run.eval_losses[0], run.eval_losses[-1]
-        learned = f" Validation loss {first:.4f} at step {first_step}, {last:.4f} now."
+        losses = f" Validation loss {first:.4f} at step {first_step}, {last:.4f} now."
     job = run.job
-    then = when_continued(
+    schedule_note = when_continued(
         job.scheduler, base_lr=job.optimizer.lr, max_steps=job.train.max_steps, until=2 * step
     )
     return (
-        f"finished at step {step}.{learned} Files: {run.folder}. "
-        f"To go on: the same command with --train.max_steps={2 * step}{f' ({then})' if then else ''}"
+        f"finished at step {step}.{losses} Files: {run.folder}. To train further, run the same command with "
+        f"--train.max_steps={2 * step}{f' ({schedule_note})' if schedule_note else ''}"
     )

@@ -1,4 +1,4 @@
-"""What a run's folder says of how its last attempt ended."""
+"""The record in a run's folder of how its last attempt ended, and errors of the file system it is on."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from kempnerforge.checkpoint.run import metadata, owner
 from kempnerforge.errors import KempnerForgeError, RunFolderError
 
 _OF_STORAGE = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-"""What a call on an open file says, which names none."""
+"""Errors of calls on an open file, which name no path."""
 
 
 def record_exit(folder: Path, *, status: int, reason: str, step: int) -> None:
-    """Write how this attempt ended; torchrun hides its workers' statuses. Rank 0 only.
+    """Write how this attempt ended, because torchrun hides the statuses of its workers. Rank 0 only.
 
     Raises RunFolderError and OSError.
     """
     record = metadata.read(folder)
     if record is None:
-        raise FileNotFoundError(errno.ENOENT, "it went away", str(folder / metadata.RUN_FILE))
+        raise FileNotFoundError(errno.ENOENT, "it has been removed", str(folder / metadata.RUN_FILE))
     last_exit = {
         "status": status,
         "reason": reason,
@@ -38,7 +38,7 @@ def record_exit(folder: Path, *, status: int, reason: str, step: int) -> None:
 def record_refusal(checkpoints: Path, folder: Path, error: KempnerForgeError) -> None:
     """Write why this attempt ended before its first step: stopped, blocked, refused. Rank 0 only.
 
-    Where that cannot be written ``error`` alone says it.
+    A failure to write it is ignored, because ``error`` itself is printed.
     """
     with contextlib.suppress(OSError, RunFolderError):
         newest = owner.newest_step(checkpoints, owner.of_folder(checkpoints, folder)) or 0
@@ -46,10 +46,11 @@ def record_refusal(checkpoints: Path, folder: Path, error: KempnerForgeError) ->
 
 
 def storage_error(error: Exception, folders: Sequence[Path]) -> KempnerForgeError | None:
-    """An error of the file system that a run is kept on, as one that is told in a line; None for any other.
+    """Convert an error of the run's file system into one that is reported in one line, or return None.
 
-    Calls that may fail are tried again, done without or told by name where they are made. This is for the
-    rest: a run on a failing disk ends with a line about the disk. ``folders``: where the run keeps its files.
+    Calls that may fail are retried, skipped or reported by their callers. This is for all others: a
+    run on a failing disk ends with a line about the disk. ``folders`` are those with the files of
+    the run.
     """
     if not isinstance(error, OSError):
         return None
@@ -57,6 +58,6 @@ def storage_error(error: Exception, folders: Sequence[Path]) -> KempnerForgeErro
     is_inside = any(Path(os.path.abspath(name)).is_relative_to(folder.absolute()) for folder in folders)
     if not (is_inside if name else error.errno in _OF_STORAGE):
         return None
-    told = KempnerForgeError(f"{error}. Check the file system, then start the same command again")
-    told.__cause__ = error
-    return told
+    converted = KempnerForgeError(f"{error}. Check the file system, then start the same command again")
+    converted.__cause__ = error
+    return converted

@@ -1,4 +1,4 @@
-"""From a config to everything that the loop works with."""
+"""Build everything that the training loop needs from a config."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ class Run:
     train_samples: Samples
     val_samples: Samples | None
     reports: Reports
-    book: AttemptRecorder
+    recorder: AttemptRecorder
     progress: Progress
     flops_per_token: float
     peak_flops: float | None
     has_weights: bool
-    """Whether initial weights were drawn: not for a run with a committed step, which takes that step's."""
+    """Whether weights were initialized. They are not when the run has a committed step to load."""
     eval_losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, validation loss) of this attempt, in order."""
 
     def batches(self) -> BatchLoader:
-        """The data from the state's cursor on."""
+        """Return a loader of the data from the state's cursor on."""
         train = self.job.train
         return BatchLoader(
             self.train_samples,
@@ -82,12 +82,17 @@ class Run:
         )
 
 
-def build(job: JobConfig, world: DistributedContext, stopping: StopConditions, book: AttemptRecorder) -> Run:
-    """Open the run's folder, the data, the model and the sinks. The state is that of step 0, but for weights.
+def build(
+    job: JobConfig, world: DistributedContext, stopping: StopConditions, recorder: AttemptRecorder
+) -> Run:
+    """Open the run's folder, the data, the model and the sinks.
 
-    Collective: all ranks. Raises ConfigError, DataError, RunFolderError and StopRequestedError on all ranks.
+    The state is that of step 0, except that weights are not initialized when a step will be loaded.
+
+    Collective: all ranks. Raises ConfigError, DataError, RunFolderError and StopRequestedError on
+    all ranks.
     """
-    world.control.run_on_rank0(lambda: _look_at_files(job, stopping.signals))
+    world.control.run_on_rank0(lambda: _check_files(job, stopping.signals))
     first_geometry = job.geometry(world.num_ranks) if job.train.global_batch_size is None else None
     first_size = first_geometry.global_batch_size if first_geometry else job.train.global_batch_size
     assert first_size is not None
@@ -103,24 +108,24 @@ def build(job: JobConfig, world: DistributedContext, stopping: StopConditions, b
     if job.train.global_batch_size is None:
         job = job.with_global_batch_size(record.global_batch_size)
     try:
-        has_steps = book.open(job, record, world, _layout(job.geometry(world.num_ranks), world))
-        book.end_phase("folder")
+        has_steps = recorder.open(job, record, world, _layout(job.geometry(world.num_ranks), world))
+        recorder.end_phase("folder")
         stopping.open(job, record.attempt, is_first=world.rank == 0)
-        stopping.end_set_up_if_asked(world.control)
-        return _assemble(job, world, stopping, record, lease, book, draw=not has_steps)
+        stopping.raise_if_stop_requested(world.control)
+        return _assemble(job, world, stopping, record, lease, recorder, init_weights=not has_steps)
     except BaseException as error:
-        # Of a run that another attempt has taken over, run.json is that one's.
+        # When another attempt has taken over the run, run.json belongs to that attempt.
         is_mine = lease is not None and not isinstance(error, LeaseLostError)
         if is_mine and isinstance(error, KempnerForgeError):
             record_refusal(record.checkpoint_folder(folder), folder, error)
-        # So that the next start, on another host perhaps, need not watch a lease that nobody holds.
+        # Then the next start, possibly on another host, need not watch a lease without a holder.
         if lease is not None:
             lease.release()
         raise
 
 
-def _look_at_files(job: JobConfig, signals: StopSignals) -> None:
-    """Look at what the config names. A stop that comes first is agreed on once ``run.json`` can say it."""
+def _check_files(job: JobConfig, signals: StopSignals) -> None:
+    """Check the files of the config. A stop request ends it, and is agreed on once ``run.json`` exists."""
     with contextlib.suppress(StopRequestedError):
         signals.interruptible(lambda: check_files(job))
 
@@ -131,22 +136,22 @@ def _assemble(
     stopping: StopConditions,
     record: RunRecord,
     lease: Lease | None,
-    book: AttemptRecorder,
+    recorder: AttemptRecorder,
     *,
-    draw: bool,
+    init_weights: bool,
 ) -> Run:
     geometry, folder = job.geometry(world.num_ranks), job.run.folder
     reports = build_reports(job, rank=world.rank, folder=folder, record=record)
     dataset = open_data(job, world, stopping.signals, note=reports.note)
-    stopping.end_set_up_if_asked(world.control)
-    book.end_phase("data")
-    model = build_model(job, geometry, rank=world.rank, device=world.device, draw=draw)
+    stopping.raise_if_stop_requested(world.control)
+    recorder.end_phase("data")
+    model = build_model(job, geometry, rank=world.rank, device=world.device, init_weights=init_weights)
     optimizer = build_optimizer(model.parts, job.optimizer, world.device)
     state = _build_state(job, world, geometry, model, optimizer, dataset)
-    book.end_phase("model")
+    recorder.end_phase("model")
     step = model.step(optimizer, geometry, job.train)
     ckpt = CheckpointManager(
-        # Its placeholders are filled in by the start of the attempt.
+        # The start of the attempt has filled in its placeholders.
         job.checkpoint.model_copy(update={"dir": record.checkpoint_dir or None}),
         state=state,
         run_dir=folder,
@@ -157,8 +162,8 @@ def _assemble(
     )
     reports.note(
         f"run {job.run.name}, attempt {record.attempt}: {job.model.num_parameters / 1e6:.1f}M parameters on "
-        f"{world.num_ranks} x {world.device.type}, {geometry.global_batch_size} sequences a step "
-        f"({_batches_in_words(job, geometry)}), in {folder}"
+        f"{world.num_ranks} x {world.device.type}, {geometry.global_batch_size} sequences per step "
+        f"({_describe_batches(job, geometry)}), in {folder}"
     )
     if job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned and world.device.type != "cuda":
         reports.note("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
@@ -174,11 +179,11 @@ def _assemble(
         train_samples=dataset.split("train", job.train.seq_len),
         val_samples=dataset.split("val", job.train.seq_len) if job.eval.interval else None,
         reports=reports,
-        book=book,
+        recorder=recorder,
         progress=Progress(collectives_issued),
         flops_per_token=model.parts[0].flops_per_token(job.train.seq_len),
         peak_flops=_peak_flops(world.device),
-        has_weights=draw,
+        has_weights=init_weights,
     )
 
 
@@ -194,10 +199,10 @@ def _build_state(
     num_samples = dataset.split("train", job.train.seq_len).num_samples
 
     def batch_digest(cursor: Mapping[str, Any]) -> str:
-        place, size = Cursor(**cursor), geometry.global_batch_size
-        return ids_digest(batch_ids(place, seed=seed, num_samples=num_samples, global_batch_size=size))
+        start, size = Cursor(**cursor), geometry.global_batch_size
+        return ids_digest(batch_ids(start, seed=seed, num_samples=num_samples, global_batch_size=size))
 
-    # A resume puts back what was saved, or derives it anew where the layout is another.
+    # A resume restores the saved state, or derives it again for another layout.
     rng_state.derive(seed, 0, world.rank, world.device)
     return TrainState(
         model=model.parts,
@@ -206,7 +211,7 @@ def _build_state(
         hyperparameters=[key for key in HYPERPARAMETERS if key in optimizer.param_groups[0]],
         device=world.device,
         seed=seed,
-        # On rank 0: the digest of .npy shards is computed from their bytes.
+        # On rank 0 only: the digest of .npy shards is computed from their bytes.
         fingerprint=world.control.run_on_rank0(
             lambda: fingerprint(dataset, "train", job.train.seq_len, seed)
         ),
@@ -219,9 +224,9 @@ def _build_state(
 def open_data(
     job: JobConfig, world: DistributedContext, signals: StopSignals, *, note: Callable[[str], None]
 ) -> TokenDataset:
-    """Rank 0 prepares and checks all tokens, the others wait; then every rank opens them.
+    """Prepare and check all tokens on rank 0 while the others wait, then open them on every rank.
 
-    Collective: all ranks. ``note`` is told, on rank 0. Raises DataError on all ranks.
+    Rank 0 calls ``note`` with messages. Collective: all ranks. Raises DataError on all ranks.
     """
 
     def run_on_rank0() -> Path:
@@ -229,7 +234,7 @@ def open_data(
             path = Path(job.data.dataset_path).expanduser()
         else:
             assert job.data.text is not None
-            note(f"data: looking through {job.data.text}")
+            note(f"data: scanning {job.data.text}")
             tokenizer = load_tokenizer(job.data.tokenizer)
             path = prepare_cached(
                 job.data.text, tokenizer, job.data.cache_folder, val_fraction=job.data.val_fraction
@@ -247,18 +252,18 @@ def open_data(
         dataset = open_dataset(
             path, vocab_size=job.model.vocab_size, val_fraction=job.data.val_fraction, verify=False
         )
-    except DataError as found:
-        error = found
+    except DataError as raised:
+        error = raised
     world.control.raise_on_any_error(error)
     assert dataset is not None
     return dataset
 
 
-def _batches_in_words(job: JobConfig, geometry: ParallelDims) -> str:
+def _describe_batches(job: JobConfig, geometry: ParallelDims) -> str:
     if geometry.pp > 1:
         size = job.distributed.pp_microbatch_size or 1
         return f"{geometry.pp_microbatches} microbatches of {size} through {geometry.pp} ranks"
-    return f"{geometry.accumulation_steps} x {job.train.batch_size} a rank"
+    return f"{geometry.accumulation_steps} x {job.train.batch_size} per rank"
 
 
 def _peak_flops(device: torch.device) -> float | None:
@@ -285,8 +290,8 @@ def _context(
 
 
 def _tokenizer(job: JobConfig, dataset: TokenDataset) -> dict[str, str]:
-    """What an export needs to know the tokenizer of the run again."""
-    if dataset.index is None:  # .npy shards do not say
+    """Return what an export needs to identify the tokenizer of the run."""
+    if dataset.index is None:  # .npy shards do not record it
         return {}
     path = tokenizer_path(job.data.tokenizer) if job.data.text is not None else None
     digest = {"digest": dataset.index.tokenizer_digest}

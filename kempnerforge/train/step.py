@@ -40,37 +40,40 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What an update did. The same on every rank."""
+    """The result of an update. It is the same on every rank."""
 
     grad_norm: float
     """Norm of all gradients together, before clipping."""
     loss: float
     """Mean loss of the global batch."""
     skipped: bool
-    """Loss or gradients were not finite: weights and optimizer state are as they were."""
+    """Loss or gradients were not finite, so weights and optimizer state did not change."""
 
 
 class TrainStep(Protocol):
-    """What the loop knows of a step, however the model is spread over the ranks."""
+    """The interface of a training step, for any distribution of the model over the ranks."""
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """Compute the gradients of ``batch``; the mean loss of the global batch, fp32 [] on the device."""
+        """Compute the gradients of ``batch``. Return the mean loss of the global batch, fp32 [].
+
+        The loss is on the device.
+        """
         ...
 
     def update(self, lr: float) -> UpdateResult:
-        """Apply the gradients with learning rate ``lr``, or skip the step, and drop them."""
+        """Apply the gradients with learning rate ``lr``, or skip the step. Drop the gradients."""
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss over all tokens of ``batches``, on all ranks."""
+        """Return the mean loss over all tokens of ``batches``, on all ranks."""
         ...
 
 
 class TrainStepBase:
-    """The second half of every step: the loss and the norm of the whole model, clipping, the optimizer.
+    """The common part of every step: the loss and the norm of the whole model, clipping, the optimizer.
 
-    ``parts`` are what this rank holds of the model, ``group`` has all ranks of the run, and ``loss_copies``
-    ranks compute each loss (tensor parallelism). Consumes no random numbers.
+    ``parts`` are this rank's parts of the model. ``group`` has all ranks of the run.
+    ``loss_copies`` ranks compute each loss (tensor parallelism). No random numbers are used.
     """
 
     def __init__(
@@ -96,9 +99,9 @@ class TrainStepBase:
     def update(self, lr: float) -> UpdateResult:
         """Clip and apply the gradients of the last ``forward_backward``, or skip the step.
 
-        A step whose loss or gradient norm is not finite is skipped: weights, moments and step counters stay.
-        All ranks decide alike without asking each other: both numbers are results of an all-reduce over all
-        ranks, of which each rank has the same bits.
+        A step whose loss or gradient norm is not finite is skipped: weights, moments and step
+        counters do not change. All ranks decide alike without communication: both numbers are
+        results of an all-reduce over all ranks, which have the same bits on every rank.
 
         Collective: all ranks, in the same order. Blocks: for the device, once.
         Mutation: weights and optimizer state, unless skipped; gradients are dropped either way.
@@ -121,16 +124,16 @@ class TrainStepBase:
         return UpdateResult(grad_norm=grad_norm, loss=loss, skipped=not finite)
 
     def _total(self, loss: Tensor) -> Tensor:
-        """The loss of the global batch from what each rank computed of it; kept for ``update``.
+        """Sum what each rank computed of the loss of the global batch, and keep it for ``update``.
 
-        The same bits on every rank, also on those that computed none.
+        The result has the same bits on every rank, also on those that computed nothing.
         """
         dist.all_reduce(loss, group=self._group)
         self._loss = loss / self._loss_copies
         return self._loss
 
     def _mean(self, loss: Tensor, num_tokens: int) -> float:
-        """Mean of losses that ranks summed, fp64 [], over their tokens; who computed none brings 0."""
+        """Return the mean loss over the tokens of all ranks. A rank that computed no ``loss`` passes 0."""
         totals = torch.stack([loss, torch.full_like(loss, num_tokens)])
         dist.all_reduce(totals, group=self._group)
         summed, count = totals.tolist()
@@ -140,7 +143,7 @@ class TrainStepBase:
 
 
 class LocalStep(TrainStepBase):
-    """A step of a model that every rank runs from end to end (FSDP2, HSDP, tensor parallelism)."""
+    """A step of a model that every rank runs completely (FSDP2, HSDP, tensor parallelism)."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
         super().__init__([model], optimizer, **options)
@@ -148,11 +151,12 @@ class LocalStep(TrainStepBase):
         self._model = model
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """Add up the gradients of all micro-batches; returns the mean loss of the global batch, fp32 [].
+        """Sum the gradients of all micro-batches. Return the mean loss of the global batch, fp32 [].
 
-        Every micro-batch's gradients are scattered into this rank's shards as they appear: kept whole until
-        the last one, they would take the memory of the unsharded model as soon as a run goes on with fewer
-        ranks and accumulates. Only the reduction over HSDP's copies waits for the last micro-batch.
+        The gradients of every micro-batch are reduce-scattered into this rank's shards immediately.
+        Unsharded until the last one, they would take the memory of the whole model as soon as a run
+        resumes with fewer ranks and accumulates. Only the reduction over HSDP's replicas waits for
+        the last micro-batch.
 
         Collective: all ranks, in the same order. Blocks: not for the device.
         """
@@ -169,9 +173,9 @@ class LocalStep(TrainStepBase):
         return self._total(loss)
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss over all tokens of ``batches``, on all ranks, in training's numerics.
+        """Return the mean loss over all tokens of ``batches``, on all ranks, in the numerics of training.
 
-        Every rank must bring the same number of micro-batches, one at least.
+        Every rank must pass the same number of micro-batches, at least one.
 
         Collective: all ranks, in the same order. Blocks: for the device, once.
         """
@@ -185,31 +189,34 @@ class LocalStep(TrainStepBase):
                     loss += sum_loss(logits_BTV, targets_BT.to(self._device, non_blocking=True))
                     num_tokens += targets_BT.numel()
         self._model.train()
-        # FSDP keeps the root's parameters whole after a forward pass; only a backward pass shards them again.
+        # FSDP leaves the root's parameters unsharded after a forward. Only a backward reshards
+        # them.
         self._model.reshard()
         return self._mean(loss, num_tokens)
 
 
 def sum_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Cross-entropy in fp32, summed over all tokens: a plain tensor, [].
+    """Return the cross-entropy in fp32, summed over all tokens, as a plain tensor, [].
 
-    Logits that tensor parallelism cut along the vocabulary stay so: under ``loss_parallel``, backward too.
+    Logits that tensor parallelism sharded over the vocabulary remain sharded under
+    ``loss_parallel``, also in the backward.
     """
     loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
     return loss.to_local() if isinstance(loss, DTensor) else loss
 
 
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's part of every tensor, sharing memory; parts without elements are left out."""
+    """Return this rank's part of every tensor, sharing its memory. Parts without elements are omitted."""
     parts = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
     return [part for part in parts if part.numel()]
 
 
 def global_norm(tensors: Iterable[Tensor], *, group: dist.ProcessGroup, device: torch.device) -> Tensor:
-    """2-norm of all ``tensors`` together, all ranks' shards included: fp64 [], the same bits on every rank.
+    """Return the 2-norm of all ``tensors`` together, with the shards of all ranks.
 
-    ``group`` has the ranks of every stage's mesh. One reduction: each rank brings the squares of what it
-    holds, divided by how many ranks hold a copy of it.
+    The result is fp64 [] with the same bits on every rank. ``group`` has the ranks of every stage's
+    mesh. One reduction sums the squares of each rank's shards, divided by the number of ranks with
+    the same shard.
 
     Collective: all ranks of ``group``.
     """

@@ -1,4 +1,4 @@
-"""The one agreement a step: everything that all ranks must decide alike."""
+"""The one agreement per step: everything that all ranks must decide alike."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class StepDecision:
     """What all ranks do after this step."""
 
     save: str | None
-    """Why a save begins now; None when none does."""
+    """Why a save begins now. None without a save."""
     stop: str | None
-    """Why the run stops now; None when it goes on."""
+    """Why the run stops now. None when it continues."""
 
 
 class Control:
-    """Gathers each rank's wishes and gives all the same answer."""
+    """Combines the votes of all ranks into one decision."""
 
     def __init__(self, group: ControlGroup, ckpt: CheckpointManager, stopping: StopConditions) -> None:
         self._group = group
@@ -28,7 +28,7 @@ class Control:
         self.stopping = stopping
 
     def agree(self, step: int) -> StepDecision:
-        """Decide what follows ``step``.
+        """Decide what to do after ``step``.
 
         Collective: all ranks, on the control group. Blocks: until all ranks have finished the step.
         Raises SaveFailedError on all ranks after too many failed saves.
@@ -43,8 +43,8 @@ class Control:
             return StepDecision(save=f"stop: {reason}", stop=reason)
         return StepDecision(save=due, stop=None)
 
-    def look(self, milliseconds: int) -> tuple[bool, int]:
-        """Return whether to break off a validation, and the most ``milliseconds`` that any rank has.
+    def query_stop(self, milliseconds: int) -> tuple[bool, int]:
+        """Return whether to interrupt a validation, and the largest ``milliseconds`` of any rank.
 
         Collective: all ranks, on the control group, between the same two batches.
         """
@@ -53,7 +53,7 @@ class Control:
         return stop != 0, slowest_ms
 
     def agree_to_stop(self) -> StepDecision:
-        """Decide whether to stop where no save can be due: before the first step, during a validation.
+        """Decide whether to stop when no save can be due: before the first step, or in a validation.
 
         Collective: all ranks, on the control group.
         """

@@ -37,7 +37,7 @@ def test_bench_loop_trains_same_model_in_both_arms(tmp_path: Path) -> None:
     assert found["losses_differ_by"] < 1e-5
     assert len(found["losses"]) == 6
     assert found["measured"]["ours"][0]["outside_ms"] > 0
-    assert "ours - bare, ms a step" in table
+    assert "ours - bare, ms per step" in table
 
 
 def test_bench_restart_both_arms_load_what_they_saved(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ import torch.distributed as dist
 from support.ranks import run_ranks
 
 from kempnerforge.distributed.consensus import ControlGroup
-from kempnerforge.distributed.context import DistributedContext, RankInfo, find_place
+from kempnerforge.distributed.context import DistributedContext, RankInfo, find_rank_info
 from kempnerforge.errors import ConfigError, ConfigIssue, DataError, KempnerForgeError
 
 pytestmark = pytest.mark.smoke
 
 
 @pytest.mark.parametrize(
-    ("env", "place"),
+    ("env", "expected"),
     [
         ({}, RankInfo(0, 1, 0)),
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, RankInfo(5, 8, 1)),
@@ -37,8 +37,8 @@ pytestmark = pytest.mark.smoke
         ),
     ],
 )
-def test_find_place_torchrun_before_srun_before_alone(env: dict[str, str], place: RankInfo) -> None:
-    assert find_place(env) == place
+def test_find_rank_info_prefers_torchrun_then_srun(env: dict[str, str], expected: RankInfo) -> None:
+    assert find_rank_info(env) == expected
 
 
 def alone_agrees() -> None:

@@ -70,7 +70,7 @@ RESUME = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.resume"
 LAST_COMMIT = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.finish")
 END = patch_target("kempnerforge.train.termination.watchdog:Shutdown._end")
 REPEAT_SIGNAL_AFTER_S = patch_target("kempnerforge.train.termination.signals:REPEAT_SIGNAL_AFTER_S")
-LAST_WORDS_S = patch_target("kempnerforge.train.termination.watchdog:_LAST_WORDS_S")
+EXIT_TIMEOUT_S = patch_target("kempnerforge.train.termination.watchdog:_EXIT_TIMEOUT_S")
 ASK_EVERY_S = patch_target("kempnerforge.slurm.deadline:ASK_EVERY_S")
 
 
@@ -271,7 +271,7 @@ def test_stop_second_signal_ends_stuck_process_with_stacks(
     ended = attempt.wait(WAIT_S)
     assert ended.statuses == [75, 75], ended.output
     for text in ended.outputs:
-        ((name, seconds),) = re.findall(r"(SIG\w+) came (\S+) s after SIG", text)
+        ((name, seconds),) = re.findall(r"(SIG\w+) arrived (\S+) s after SIG", text)
         assert name == "SIGINT"
         assert float(seconds) >= again_s, "those that came back to back were one request"
     for rank in (0, 1):
@@ -319,7 +319,7 @@ def test_stop_interpreter_lock_never_released_ends_process(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path, corpus, **SETTINGS | {"train.shutdown_timeout_s": 3.0})
-    soon = ("set_value", {"target": LAST_WORDS_S, "value": 0.5})
+    soon = ("set_value", {"target": EXIT_TIMEOUT_S, "value": 0.5})
     attempt = launcher.start(run, faults=[soon, stuck(tmp_path, FORWARD, call=3, hold_after_s=2)])
     wait_for(is_stuck(tmp_path, 0), attempt)
     attempt.signal(signal.SIGTERM)

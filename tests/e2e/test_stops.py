@@ -255,7 +255,7 @@ def test_failed_save_is_reported_and_training_continues(
     faults = full(4, 6, 10, rank=rank, operation=operation, error=error)
     ended = launcher.run(run, ranks=2, faults=faults)
     assert ended.statuses == [0, 0], ended.output
-    assert ended.outputs[0].count("training goes on") == 3
+    assert ended.outputs[0].count("training continues") == 3
     assert f"rank {rank}" in ended.outputs[0]
     assert os.strerror(getattr(errno, error)) in ended.outputs[0]
     assert "Traceback" not in ended.output
@@ -282,7 +282,7 @@ def test_failed_saves_too_many_in_a_row_end_run(
 
 def assert_gave_up(run: Run, ended: Ended, *, step: int, newest: int) -> None:
     assert ended.statuses == [1, 1], ended.output
-    assert ended.outputs[0].count("training goes on") == 2
+    assert ended.outputs[0].count("training continues") == 2
     assert "3 saves in a row failed" in ended.outputs[0]
     assert f"newest committed step is {newest}" in ended.outputs[0]
     assert "No space left on device" in ended.outputs[0]

@@ -249,7 +249,7 @@ def test_save_name_taken_fails_only_that_save(launcher: Launcher, tmp_path: Path
     (run.checkpoints / "step_00000006").write_text("mine")
     ended = launcher.finish(run, "--train.max_steps=8", ranks=2)
     assert "step_00000006" in ended.outputs[0]
-    assert "training goes on" in ended.outputs[0]
+    assert "training continues" in ended.outputs[0]
     assert (run.checkpoints / "step_00000006").read_text() == "mine"
     assert run.sound() == [8, 4, 2]
     assert run.unfinished() == []

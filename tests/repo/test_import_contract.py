@@ -46,6 +46,7 @@ SOUND = {
     "model/__init__.py": "",
     "model/llama.py": "import torch\nfrom kempnerforge.config.schema import JobConfig\n",
     "data/__init__.py": "",
+    "torch_compat.py": "from torch.distributed.distributed_c10d import _world as c10d_world\n",
     "checkpoint/__init__.py": "",
     "checkpoint/format/__init__.py": "",
     "checkpoint/format/paths.py": "from kempnerforge import config\n",
@@ -121,6 +122,18 @@ FAULTS = {
     "torch, in a command": (
         {"cli/app.py": "from kempnerforge.checkpoint.state import train_state\n"},
         "loads torch: kempnerforge.cli.app -> kempnerforge.checkpoint.state.train_state -> torch",
+    ),
+    "private module of torch": (
+        {"data/a.py": "def f():\n    from torch.distributed._shard.api import ShardedTensor\n"},
+        "data/a.py:2: imports the private torch.distributed._shard.api.ShardedTensor: import it in",
+    ),
+    "private module of torch, whole": (
+        {"data/a.py": "import torch._dynamo\n"},
+        "imports the private torch._dynamo: import it in torch_compat",
+    ),
+    "private name of torch": (
+        {"data/a.py": "from torch.distributed.distributed_c10d import Store, _world\n"},
+        "imports the private torch.distributed.distributed_c10d._world: import it in torch_compat",
     ),
     "long module": ({"data/a.py": "x = 1\n" * 501}, "501 lines; at most 500"),
     "long function": (

@@ -88,7 +88,7 @@ def has_step(cluster: Cluster, job: Job) -> bool:
 
 
 def prepares_data(_cluster: Cluster, job: Job) -> bool:
-    return "data: looking through" in job.log
+    return "data: scanning" in job.log
 
 
 AT_THE_START = scancel("-b", "-s", "USR1")

@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = "kempnerforge"
 
 LAYERS = (
-    ("errors", "fsio", "hostlist", "printable", "process_identity", "write_behind"),
+    ("errors", "fsio", "hostlist", "printable", "process_identity", "torch_compat", "write_behind"),
     ("config",),
     ("distributed", "model", "data", "telemetry", "slurm", "goodput", "plan"),
     ("parallel", "checkpoint"),
@@ -23,6 +23,9 @@ LAYERS = (
 )
 NEVER = {"checkpoint": ("model", "data", "train", "telemetry")}
 BANNED_NAMES = {"utils", "helpers", "common"}
+
+PRIVATE_TORCH = "torch_compat"
+"""The one module that imports private names of torch."""
 
 IMPORT_CALLS = ("importlib.import_module", "import_module", "__import__")
 
@@ -149,6 +152,7 @@ def violations(root: Path) -> list[str]:
         found += [f"{where}:{line}: {fault}" for line, fault in layer_faults(module)]
         found += [f"{where}:{line}: {fault}" for line, fault in room_faults(module)]
         found += [f"{where}:{line}: {fault}" for line, fault in torch_faults(module, modules)]
+        found += [f"{where}:{line}: {fault}" for line, fault in private_torch_faults(module)]
         found += [f"{where}: {fault}" for fault in size_faults(module)]
     return found
 
@@ -214,6 +218,22 @@ def torch_faults(module: Module, modules: dict[str, Module]) -> Iterator[tuple[i
     chain = chain_to_torch(module.name, modules)
     if chain:
         yield 1, f"importing it loads torch: {' -> '.join(chain)}"
+
+
+def private_torch_faults(module: Module) -> Iterator[tuple[int, str]]:
+    """Find imports of private modules and names of torch outside ``torch_compat``."""
+    if module.part == PRIVATE_TORCH:
+        return
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if is_torch(name) and any(part.startswith("_") for part in name.split(".")):
+                yield node.lineno, f"imports the private {name}: import it in {PRIVATE_TORCH} instead"
 
 
 def is_torch_free(inner: str) -> bool:

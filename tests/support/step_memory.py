@@ -75,7 +75,7 @@ def peak_and_plan(tree: dict[str, Any]) -> tuple[int, str, DeviceMemory]:
     geometry = job.geometry(dist.get_world_size())
     with pytest.MonkeyPatch.context() as patch, LiveStorages() as live:
         patch.setattr(nn.RMSNorm, "forward", fused_norm_forward)
-        placed = build_model(job, geometry, rank=dist.get_rank(), device=CPU, draw=True)
+        placed = build_model(job, geometry, rank=dist.get_rank(), device=CPU, init_weights=True)
         optimizer = build_optimizer(placed.parts, job.optimizer, CPU)
         step = placed.step(optimizer, geometry, job.train)
         tokens = torch.zeros(

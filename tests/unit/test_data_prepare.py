@@ -177,15 +177,15 @@ def test_prepare_empty_binary_broken_files_counted(tmp_path):
 
 def test_scan_corpus_missing_text_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"'notes/\*\*/\*\.md' matches no file \(looked from .*python-stdlib"):
+    with pytest.raises(DataError, match=r"'notes/\*\*/\*\.md' matches no file \(searched .*python-stdlib"):
         scan_corpus(["notes/**/*.md"])
     (tmp_path / "empty.txt").touch()
     with pytest.raises(DataError, match=r"no text in empty\.txt: 1 files, 1 of them empty"):
         scan_corpus("empty.txt")
-    with pytest.raises(DataError, match="no text was named"):
+    with pytest.raises(DataError, match="no text was given"):
         scan_corpus([])
     (tmp_path / "dangling.txt").symlink_to("gone")
-    with pytest.raises(DataError, match=r"dangling\.txt is a link to nothing"):
+    with pytest.raises(DataError, match=r"dangling\.txt is a broken symbolic link"):
         scan_corpus("dangling.txt")
 
 

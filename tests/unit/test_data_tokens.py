@@ -173,7 +173,7 @@ def edit_index(folder: Path, **changes: object) -> None:
         (lambda folder: edit_index(folder, splits={}), r"index\.json: damaged or edited"),
         (lambda folder: edit_index(folder, splits=[]), r"index\.json: damaged"),
         (lambda folder: (folder / "index.json").unlink(), r"neither index\.json nor \.npy files"),
-        (shutil.rmtree, r"no such file or folder\. Make it: kempnerforge data prepare"),
+        (shutil.rmtree, r"no such file or folder\. Create it: kempnerforge data prepare"),
     ],
 )
 def test_dataset_damaged_folder_found_on_open(prepared, harm, message):
@@ -271,7 +271,7 @@ def test_dataset_bad_npy_shard_found_on_open(tmp_path, kind, message):
 def test_dataset_without_train_shards_refused(tmp_path):
     save_npy(tmp_path / "d", "val_0.npy", np.arange(10))
     save_npy(tmp_path / "d", "val_1.npy", np.arange(10))
-    with pytest.raises(DataError, match="none to train on"):
+    with pytest.raises(DataError, match="none is for training"):
         open_dataset(tmp_path / "d")
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(DataError, match=r"must be \.npy. For text: kempnerforge data prepare"):
@@ -296,7 +296,7 @@ def test_fingerprint_differences_explained(prepared, tmp_path):
     lines = explain_difference(stored, fingerprint(dataset, "train", 32, seed=2))
     assert "train.seq_len: was 16, is 32" in lines
     assert "the seed of the data order: was 1, is 2" in lines
-    assert len(lines) == 3  # and the samples an epoch
+    assert len(lines) == 3  # and the samples per epoch
     assert explain_difference({}, {"seed": 1}) == ["the seed of the data order: was not recorded, is 1"]
     assert explain_difference({"new": 1}, {}) == ["new: was 1, is not recorded"]
 

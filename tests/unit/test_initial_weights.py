@@ -92,7 +92,7 @@ def test_box_of_all_ranks_tile_tensor(data: st.DataObject) -> None:
 
 
 def test_box_of_partial_sum_refused() -> None:
-    with pytest.raises(ValueError, match="neither a shard nor a copy"):
+    with pytest.raises(ValueError, match="neither a shard nor a replica"):
         box_of((4,), (2,), (0,), (Partial(),))
 
 

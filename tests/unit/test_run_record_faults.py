@@ -46,7 +46,7 @@ def test_unreadable_metrics_compare_no_losses(tmp_path: Path, capsys: pytest.Cap
     reports = build_reports(JOB, rank=0, folder=tmp_path, record=metadata.new())
     receipt = Receipt(2, source="resume", step=4, lost_steps=2, rng="restored", next_batch="proved")
     assert receipt.bitwise()
-    assert reports.proof(receipt).compare(5, 2.5) is None
+    assert reports.replay_check(receipt).compare(5, 2.5) is None
     told = capsys.readouterr()
     assert "losses are not compared" in told.out + told.err
 

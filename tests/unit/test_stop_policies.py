@@ -19,10 +19,10 @@ from kempnerforge.slurm import deadline as slurm_deadline
 from kempnerforge.slurm.deadline import end_in_environment, parse_end
 from kempnerforge.slurm.job import SlurmJob
 from kempnerforge.train import evaluation as evaluation_module
-from kempnerforge.train.evaluation import MOST_BATCHES, BreakableBatches, batches_between_looks
+from kempnerforge.train.evaluation import MOST_BATCHES, InterruptibleBatches, batches_between_queries
 from kempnerforge.train.hangs import progress as progress_module
-from kempnerforge.train.hangs.detector import who_lags
-from kempnerforge.train.hangs.progress import Place, Progress, limit_s
+from kempnerforge.train.hangs.detector import describe_lag
+from kempnerforge.train.hangs.progress import Position, Progress, limit_s
 from kempnerforge.train.termination import deadline as deadline_module
 from kempnerforge.train.termination import stop_request as stop_file_module
 from kempnerforge.train.termination.deadline import Deadline, latest_start, p99
@@ -233,12 +233,12 @@ def test_hang_limit_table_matches(took_s: list[float], expected: float) -> None:
     assert limit_s(took_s, multiple=10, floor_s=60, ceiling_s=900) == expected
 
 
-def post(place: Place, done: float = 0.0, save_part: str = "done") -> dict[str, Any]:
-    return {"order": place.order, "done": done, "where": str(place), "save_part": save_part}
+def post(position: Position, done: float = 0.0, save_part: str = "done") -> dict[str, Any]:
+    return {"order": position.order, "done": done, "where": str(position), "save_part": save_part}
 
 
-BACKWARD, DATA = Place("step", 7, "forward_backward"), Place("step", 7, "data")
-AGREE, EVAL = Place("agree", 6), Place("eval", 6)
+BACKWARD, DATA = Position("step", 7, "forward_backward"), Position("step", 7, "data")
+AGREE, EVAL = Position("agree", 6), Position("eval", 6)
 
 
 @pytest.mark.parametrize(
@@ -248,21 +248,21 @@ AGREE, EVAL = Place("agree", 6), Place("eval", 6)
         ([post(BACKWARD), post(BACKWARD), post(DATA, 0.9)], "Rank 2 lags: it is at step 7, data"),
         ([post(AGREE), post(EVAL), post(AGREE)], "Rank 1 lags: it is at eval 6"),
         ([post(AGREE), post(BACKWARD), post(DATA)], "Rank 0 lags: it is at agree 6"),
-        ([post(BACKWARD, 0.4)] * 3, "All ranks stand at the same place (step 7, forward_backward)"),
+        ([post(BACKWARD, 0.4)] * 3, "All ranks are at the same position (step 7, forward_backward)"),
         ([post(DATA), post(BACKWARD), post(DATA)], "2 ranks (0, 2) lag"),
         ([post(BACKWARD), None, post(DATA)], "Rank 1 does not answer"),
     ],
 )
 def test_hang_lagging_rank_named(posts: list[dict[str, Any] | None], lags: str) -> None:
     answers = {rank: one for rank, one in enumerate(posts) if one is not None}
-    assert lags in who_lags(answers, 3)
+    assert lags in describe_lag(answers, 3)
 
 
 def test_hang_lagging_rank_in_save_named() -> None:
     parts = {0: post(DATA, save_part="commit"), 1: post(BACKWARD, save_part="write")}
-    assert "Rank 1 lags: still at its write" in who_lags(parts, 2, saving=True)
+    assert "Rank 1 lags: still at its write" in describe_lag(parts, 2, saving=True)
     parts = {0: post(DATA, save_part="commit"), 1: post(DATA, save_part="done")}
-    assert "rank 0 has not committed" in who_lags(parts, 2, saving=True)
+    assert "rank 0 has not committed" in describe_lag(parts, 2, saving=True)
 
 
 def test_progress_activities_measured_separately(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,24 +294,24 @@ def test_progress_activities_measured_separately(monkeypatch: pytest.MonkeyPatch
     [(90.0, 1), (1.0, 1), (0.3, 3), (0.05, 20), (1e-4, MOST_BATCHES), (0, MOST_BATCHES)],
 )
 def test_validation_looks_for_a_stop_once_a_second(seconds: float, batches: int) -> None:
-    assert batches_between_looks(seconds) == batches
+    assert batches_between_queries(seconds) == batches
 
 
 def test_validation_ends_at_the_look_that_says_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The slowest rank decides after how many batches all ranks look again."""
+    """The slowest rank decides after how many batches all ranks query again."""
     clock = FakeClock().replace_in(monkeypatch, evaluation_module)
     answers = iter([(False, 500), (False, 500), (True, 0)])
     told: list[int] = []
 
-    def look(milliseconds: int) -> tuple[bool, int]:
+    def query_stop(milliseconds: int) -> tuple[bool, int]:
         told.append(milliseconds)
         return next(answers)
 
-    batches: Any = BreakableBatches(range(100), look)  # type: ignore[arg-type]
+    batches: Any = InterruptibleBatches(range(100), query_stop)  # type: ignore[arg-type]
     seen = []
     for number in batches:
         clock.sleep(0.25)
         seen.append(number)
-    assert batches.broken_off
+    assert batches.interrupted
     assert seen == [0, 1, 2, 3, 4, 5, 6]  # looks after 1, 2 and 4 more
     assert told == [250, 500, 1000]

@@ -11,7 +11,6 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -35,6 +34,7 @@ from kempnerforge.checkpoint.load.tensor_reader import TensorSlice, read_parts
 from kempnerforge.checkpoint.state.pieces import Boxes, check_target, global_shape, local_pieces, plain
 from kempnerforge.checkpoint.state.tensor_leaves import Unpacker, tensor_names
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
+from kempnerforge.torch_compat import set_element
 
 
 class SafetensorsReader(StorageReader):

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from kempnerforge.checkpoint import cuda
 from kempnerforge.errors import SaveFailedError
+from kempnerforge.torch_compat import ShardedTensor
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """(target in an arena, source on any device)."""

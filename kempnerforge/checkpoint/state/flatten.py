@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from kempnerforge.checkpoint.format.json_values import MAX_DEPTH
 from kempnerforge.checkpoint.format.structure import FLAT, Key, Path, Structure, name_of
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.state.pieces import check_name, check_storable
 from kempnerforge.checkpoint.state.tensor_leaves import Packer
+from kempnerforge.torch_compat import LocalShardsWrapper, ShardedTensor
 
 
 @dataclass(frozen=True)

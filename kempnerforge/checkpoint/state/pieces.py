@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from kempnerforge.checkpoint.format.dtypes import DTYPE_NAMES
 from kempnerforge.checkpoint.format.structure import RESERVED
+from kempnerforge.torch_compat import (
+    AsyncCollectiveTensor,
+    LocalShardsWrapper,
+    ShardedTensor,
+    StridedShard,
+    compute_local_shape_and_global_offset,
+)
 
 MAX_NAME_BYTES = 0xFFFF
 """A record of the index has two bytes for the length of a name."""
@@ -53,7 +55,7 @@ class Boxes:
         if key not in self._known:
             sizes, offsets = compute_local_shape_and_global_offset(*key)
             self._known[key] = tuple(sizes), tuple(offsets)
-            if any(isinstance(placement, _StridedShard) for placement in tensor.placements):
+            if any(isinstance(placement, StridedShard) for placement in tensor.placements):
                 _check_box(name, tensor, self._known[key])
         return self._known[key]
 
@@ -64,7 +66,7 @@ def _check_box(name: str, tensor: DTensor, box: Box) -> None:
     for dim, (size, offset) in enumerate(zip(*box, strict=True)):
         rows = torch.arange(tensor.shape[dim], device="cpu")
         for mesh_dim, placement in enumerate(tensor.placements):
-            if isinstance(placement, (Shard, _StridedShard)) and placement.dim == dim:
+            if isinstance(placement, (Shard, StridedShard)) and placement.dim == dim:
                 along = type(placement)(0, **_factor(placement))
                 parts, _ = along._split_tensor(rows, tensor.device_mesh.size(mesh_dim), with_padding=False)
                 rows = parts[coordinate[mesh_dim]]
@@ -75,8 +77,8 @@ def _check_box(name: str, tensor: DTensor, box: Box) -> None:
             )
 
 
-def _factor(placement: Shard | _StridedShard) -> dict[str, Any]:
-    return {"split_factor": placement.split_factor} if isinstance(placement, _StridedShard) else {}
+def _factor(placement: Shard | StridedShard) -> dict[str, Any]:
+    return {"split_factor": placement.split_factor} if isinstance(placement, StridedShard) else {}
 
 
 def check_name(name: str) -> None:

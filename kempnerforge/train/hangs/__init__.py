@@ -1,1 +1,1 @@
-"""Detecting steps and saves that take far too long, and recording what every rank was doing."""
+"""Detect steps and saves that take far too long, and record what every rank was doing."""

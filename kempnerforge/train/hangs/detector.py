@@ -1,10 +1,11 @@
-"""Reports a step or a save that takes far too long, while it lasts: which rank lags, and all stacks.
+"""Report a step or a save that takes far too long, while it lasts: the lagging rank, and all stacks.
 
-Each rank has a thread that compares how long the rank has been at one thing with the median of such things.
-While nothing is late it touches neither disk nor network: as cheap on 4,096 ranks as on one. A rank
-that is late writes its stacks into the run's folder and posts to the c10d store where it stands; ranks wait
-for each other in every step, so when one hangs all are late. Rank 0's thread, while its main thread hangs
-perhaps, reads the posts and says who lags. Nothing is ended here, and no collective is entered.
+Each rank has a thread that compares the duration of the rank's current activity with the median of
+earlier ones. While nothing is late it uses neither disk nor network, so that it is as cheap on
+4,096 ranks as on one. A late rank writes its stacks into the run's folder and posts its position to
+the c10d store. Ranks wait for each other in every step, so all are late when one hangs. The thread
+of rank 0, even while its main thread hangs, reads the posts and reports which rank lags. The
+detector ends no process and enters no collective.
 """
 
 from __future__ import annotations
@@ -17,29 +18,29 @@ from typing import Any
 
 from kempnerforge.config.train import TrainConfig
 from kempnerforge.distributed.store_channel import StoreChannel, collect
-from kempnerforge.train.hangs.progress import Place, Progress, limit_s
+from kempnerforge.train.hangs.progress import Position, Progress, limit_s
 from kempnerforge.train.hangs.stack_dump import FOLDER, Stacks, file_name
 
 _TICK_S = 1.0
 _REARM_EVERY_S = 5.0
 _COLLECT_S = 10.0
-"""For so long rank 0 waits for what the others say; their clocks begin and tick at other moments."""
+"""How long rank 0 waits for the posts of the others, whose threads check at other times."""
 
 
 @dataclass(frozen=True)
 class SaveInFlight:
-    """A save that has begun and is not known to be over."""
+    """A save that has begun and is not known to have ended."""
 
     name: str
     part: str
-    """What this rank does of it: copy, write, commit (the first rank), or done."""
+    """This rank's part in progress: copy, write, commit (rank 0), or done."""
     seconds: float
-    """Since it began."""
+    """Time since it began."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """When something is late, in seconds."""
+    """The limits from which an activity is late, in seconds."""
 
     multiple: float
     floor_s: float
@@ -47,17 +48,17 @@ class Rules:
 
     @classmethod
     def of(cls, config: TrainConfig, timeout_s: float) -> Rules:
-        """``timeout_s`` is that of the process groups: half of it is late whatever the median."""
+        """Read the limits from ``config``. Half of the process groups' ``timeout_s`` is always late."""
         return cls(config.hang_multiple, config.hang_floor_s, timeout_s / 2)
 
     def limit_s(self, progress: Progress, activity: str) -> float:
-        """From when on ``activity`` is late."""
+        """Return the duration from which ``activity`` is late."""
         took_s = progress.took_s(activity)
         return limit_s(took_s, multiple=self.multiple, floor_s=self.floor_s, ceiling_s=self.ceiling_s)
 
 
 class HangWatch:
-    """The watching thread of one rank, from ``start`` to ``close``."""
+    """The thread of one rank that detects hangs, from ``start`` to ``close``."""
 
     def __init__(
         self,
@@ -70,29 +71,29 @@ class HangWatch:
         connect: Callable[[], StoreChannel],
         stacks: Stacks,
         save_in_flight: Callable[[], SaveInFlight | None],
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         self._progress, self._rules = progress, rules
         self._rank, self._num_ranks, self._attempt = rank, num_ranks, attempt
         self._connect, self._stacks = connect, stacks
         self._board: StoreChannel | None = None
-        self._save_in_flight, self._tell = save_in_flight, tell
+        self._save_in_flight, self._log = save_in_flight, log
         self._tick_s = min(_TICK_S, rules.floor_s / 4)
         self._rearmed_at = float("-inf")
         self._reported: dict[str, float] = {}
-        """What was late at the last look -> for how many seconds it had been when last reported."""
+        """What was late at the last check -> its duration when last reported, in seconds."""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch; nothing to do when ``train.hang_multiple`` is 0."""
+        """Start the thread. Does nothing when ``train.hang_multiple`` is 0."""
         if self._rules.multiple:
-            # Here, not by the thread: it may never get to run.
+            # Armed here and not by the thread, which may never get to run.
             self._rearm(time.monotonic())
             self._thread.start()
 
     def close(self) -> None:
-        """Watch no more. Does not wait: the thread may stand in a store that does not answer."""
+        """Stop the thread. Does not wait for it: it may be blocked on a store that does not answer."""
         self._closed.set()
 
     def _watch(self) -> None:
@@ -104,7 +105,7 @@ class HangWatch:
             for what in [what for what in self._reported if what not in late]:
                 self._over(what)
             for what, (seconds, limit) in late.items():
-                # Once at the limit, then each time it has lasted twice as long.
+                # Reported at the limit, then whenever the duration has doubled.
                 if seconds >= 2 * self._reported.get(what, limit / 2):
                     self._reported[what] = seconds
                     self._report(what, seconds)
@@ -114,15 +115,15 @@ class HangWatch:
         self._stacks.print_unless_called_again(self._rules.floor_s + 2 * _REARM_EVERY_S)
 
     def _late(self, now: float) -> dict[str, tuple[float, float]]:
-        """What is late -> (seconds so far, limit)."""
-        found = {}
-        place, save = self._progress.place, self._save_in_flight()
-        lasting_s, limit = now - place.began, self._rules.limit_s(self._progress, place.activity)
-        if lasting_s > limit and not (place.activity == "save" and save):
-            found[str(Place(place.activity, place.step))] = (lasting_s, limit)
+        """Return what is late -> (seconds so far, limit)."""
+        late = {}
+        position, save = self._progress.position, self._save_in_flight()
+        lasting_s, limit = now - position.began, self._rules.limit_s(self._progress, position.activity)
+        if lasting_s > limit and not (position.activity == "save" and save):
+            late[str(Position(position.activity, position.step))] = (lasting_s, limit)
         if save is not None and save.seconds > (limit := self._rules.limit_s(self._progress, "save")):
-            found[f"saving {save.name}"] = (save.seconds, limit)
-        return found
+            late[f"saving {save.name}"] = (save.seconds, limit)
+        return late
 
     def _report(self, what: str, seconds: float) -> None:
         self._stacks.to_file(f"{what} has lasted {seconds:.1f} s")
@@ -130,14 +131,14 @@ class HangWatch:
             self._board = self._board or self._connect()
             self._board.post(f"late/{self._rank}", self._post())
             posts = self._collect(self._board) if self._rank == 0 else {}
-        except RuntimeError as error:  # the store is gone, or does not answer
+        except RuntimeError as error:  # the store is gone or does not answer
             posts = {self._rank: self._post()}
-            what = f"{what} (the other ranks cannot be asked: {error})"
+            what = f"{what} (the other ranks cannot be queried: {error})"
         if self._rank == 0 and not self._closed.is_set():
             files = f"{FOLDER}/{file_name(self._attempt, '*')}"
-            told = who_lags(posts, self._num_ranks, saving=what.startswith("saving "))
+            lagging = describe_lag(posts, self._num_ranks, saving=what.startswith("saving "))
             where = f"Stacks of all ranks: {files} in the run's folder"
-            self._tell(f"{what} has lasted {seconds:.1f} s. {told}. {where}")
+            self._log(f"{what} has lasted {seconds:.1f} s. {lagging}. {where}")
 
     def _over(self, what: str) -> None:
         del self._reported[what]
@@ -145,32 +146,33 @@ class HangWatch:
             if self._board is not None and not self._reported:
                 self._board.forget(f"late/{self._rank}")
         except RuntimeError:
-            return  # the store is gone: nobody will read it
+            return  # the store is gone, so no rank will read the post
         if self._rank == 0:
-            self._tell(f"{what} is over")
+            self._log(f"{what} is over")
 
     def _post(self) -> dict[str, Any]:
-        place, save = self._progress.place, self._save_in_flight()
-        issued = self._progress.collectives() - place.collectives
+        position, save = self._progress.position, self._save_in_flight()
+        issued = self._progress.collectives() - position.collectives
         return {
-            "order": place.order,
+            "order": position.order,
             "done": issued / max(1, self._progress.collectives_per_step),
-            "where": str(place),
+            "where": str(position),
             "save_part": save.part if save else "done",
         }
 
     def _collect(self, board: StoreChannel) -> dict[int, Mapping[str, Any]]:
         keys = {f"late/{rank}": rank for rank in range(self._num_ranks)}
-        found = collect(board, list(keys), timeout_s=_COLLECT_S)
-        return {keys[key]: post for key, post in found.items() if post is not None}
+        posts = collect(board, list(keys), timeout_s=_COLLECT_S)
+        return {keys[key]: post for key, post in posts.items() if post is not None}
 
 
-def who_lags(posts: Mapping[int, Mapping[str, Any]], num_ranks: int, *, saving: bool = False) -> str:
-    """From what the ranks posted, by rank: who lags and where, in words. Pure.
+def describe_lag(posts: Mapping[int, Mapping[str, Any]], num_ranks: int, *, saving: bool = False) -> str:
+    """Return a sentence about which ranks lag and where, from the posts by rank. A pure function.
 
-    A rank that said nothing lags: it is gone or frozen, or its interpreter does not move. Otherwise those
-    that have come least far: by step, part of the step, and the share of its usual collectives that it has
-    issued (one that others wait for has issued fewer). For a save, those that have not written their part.
+    A rank without a post lags: it is gone or frozen, or its interpreter is blocked. Otherwise the
+    ranks that are least advanced lag: by step, part of the step, and the share of its usual
+    collectives that a rank has issued (a rank that others wait for has issued fewer). In a save,
+    ranks that have not written their part lag.
     """
     silent = [rank for rank in range(num_ranks) if rank not in posts]
     if silent:
@@ -182,18 +184,18 @@ def who_lags(posts: Mapping[int, Mapping[str, Any]], num_ranks: int, *, saving: 
             return "All ranks have written their part; rank 0 has not committed it"
         part = next(iter(behind.values()))
         return f"{_ranks(list(behind), 'lag')}: still at its {part}"
-    places = {rank: (tuple(post["order"]), round(post["done"], 6)) for rank, post in posts.items()}
-    least = min(places.values())
-    behind_most = [rank for rank, place in places.items() if place == least]
-    where = posts[behind_most[0]]["where"]
-    if len(behind_most) == num_ranks:
-        return f"All ranks stand at the same place ({where})"
-    return f"{_ranks(behind_most, 'lag')}: it is at {where}, and the others wait"
+    advance = {rank: (tuple(post["order"]), round(post["done"], 6)) for rank, post in posts.items()}
+    least = min(advance.values())
+    lagging = [rank for rank, reached in advance.items() if reached == least]
+    where = posts[lagging[0]]["where"]
+    if len(lagging) == num_ranks:
+        return f"All ranks are at the same position ({where})"
+    return f"{_ranks(lagging, 'lag')}: it is at {where}, and the others wait"
 
 
 def _ranks(ranks: list[int], verb: str = "do") -> str:
-    one = {"do": "does", "lag": "lags"}[verb]
+    singular = {"do": "does", "lag": "lags"}[verb]
     if len(ranks) == 1:
-        return f"Rank {ranks[0]} {one}"
+        return f"Rank {ranks[0]} {singular}"
     shown = ", ".join(map(str, ranks[:8])) + (" and others" if len(ranks) > 8 else "")
     return f"{len(ranks)} ranks ({shown}) {verb}"

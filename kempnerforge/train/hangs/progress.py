@@ -1,4 +1,4 @@
-"""Where a rank stands: written by the main thread at no cost, read by the one that watches for hangs."""
+"""The progress of a rank: written by the main thread at no cost, read by the hang detector's thread."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 ACTIVITIES = ("setup", "step", "eval", "agree", "save")
-"""In their order within a step."""
+"""Activities, in their order within a step."""
 PHASES = ("", "step", "data", "forward_backward", "staging", "optimizer")
-"""Of a step, in their order; any other comes last."""
+"""Phases of a step, in order. Any other phase is last."""
 RECENT = 100
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """What a rank is doing."""
 
     activity: str
@@ -25,11 +25,11 @@ class Place:
     began: float = 0.0
     """When the activity began, by this rank's monotonic clock."""
     collectives: int = 0
-    """How many this rank had issued by then."""
+    """How many collectives this rank had issued by then."""
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Ranks with a smaller one have come less far."""
+        """A sort key: ranks with a smaller key are less advanced."""
         phase = PHASES.index(self.phase) if self.phase in PHASES else len(PHASES)
         return (self.step, ACTIVITIES.index(self.activity), phase)
 
@@ -39,50 +39,51 @@ class Place:
 
 
 class Progress:
-    """The place of this rank, and how long activities took.
+    """The position of this rank, and how long activities took.
 
-    ``place`` is replaced as a whole, so another thread never sees half of one.
+    ``position`` is replaced as a whole, so that another thread never sees a partial update.
 
     Args:
-        collectives: how many this rank has issued so far.
+        collectives: returns how many collectives this rank has issued so far.
     """
 
     def __init__(self, collectives: Callable[[], int] = lambda: 0) -> None:
         self.collectives = collectives
-        self.place = Place("setup", 0, began=time.monotonic())
+        self.position = Position("setup", 0, began=time.monotonic())
         self.collectives_per_step = 0
-        """In the last whole step; 0 before there was one."""
+        """Collectives of the last complete step; 0 before the first."""
         self._step_started_at = -1
         self._took_s: dict[str, deque[float]] = {name: deque(maxlen=RECENT) for name in ACTIVITIES}
 
     def begin(self, activity: str, step: int) -> None:
-        """One of ``ACTIVITIES`` begins, of or after ``step``; the one before is over."""
-        now, issued, before = time.monotonic(), self.collectives(), self.place
+        """Begin one of ``ACTIVITIES``, in or after ``step``, and end the one before."""
+        now, issued, before = time.monotonic(), self.collectives(), self.position
         self._took_s[before.activity].append(now - before.began)
         if activity == "step":
             if self._step_started_at >= 0:
                 self.collectives_per_step = issued - self._step_started_at
             self._step_started_at = issued
-        self.place = Place(activity, step, began=now, collectives=issued)
+        self.position = Position(activity, step, began=now, collectives=issued)
 
     def phase(self, name: str) -> None:
-        """A phase of the activity begins."""
-        self.place = replace(self.place, phase=name)
+        """Begin a phase of the activity."""
+        self.position = replace(self.position, phase=name)
 
     def saved(self, seconds: float) -> None:
-        """A save took so long from the call to the commit, most of it in the background perhaps."""
+        """Record how long a save took from the call to the commit, including work in the background."""
         self._took_s["save"].append(seconds)
 
     def took_s(self, activity: str) -> list[float]:
-        """Seconds of the last ones. Waiting for the others to agree may take what a step takes."""
+        """Return the last durations of ``activity``. Waiting for an agreement may take as long as a step."""
         return list(self._took_s["step" if activity == "agree" else activity])
 
 
 def limit_s(took_s: Sequence[float], *, multiple: float, floor_s: float, ceiling_s: float) -> float:
-    """From when on something is too long: ``multiple`` times its median, in seconds.
+    """Return the duration from which something is late: ``multiple`` times its median, in seconds.
 
-    ``floor_s`` at least. ``ceiling_s`` at most, and where nothing has been measured yet: then the process
-    groups' own timeout is near, which ends the process without saying where it stood.
+    It is at least ``floor_s`` and at most ``ceiling_s``. Without measurements it is ``ceiling_s``:
+    beyond it the time-out of the process groups would soon end the process without a report of its
+    position.
     """
     if not took_s:
         return max(ceiling_s, floor_s)

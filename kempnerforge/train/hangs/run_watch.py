@@ -1,4 +1,4 @@
-"""Watches one attempt for hangs, from the resume to the end."""
+"""Detect hangs of one attempt, from the resume to the end."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.distributed.distributed_c10d import _get_default_store
-
 from kempnerforge.distributed.store_channel import StoreBoard
+from kempnerforge.torch_compat import get_default_store
 from kempnerforge.train.hangs.detector import HangWatch, Rules, SaveInFlight
 from kempnerforge.train.setup import Run
 
 
 @contextmanager
 def watched(run: Run) -> Iterator[None]:
-    """While the body runs, this rank's thread watches it."""
+    """Run the hang detector of this rank while the body runs."""
 
     def save_in_flight() -> SaveInFlight | None:
-        found = run.ckpt.in_flight
-        return SaveInFlight(*found) if found is not None else None
+        in_flight = run.ckpt.in_flight
+        return SaveInFlight(*in_flight) if in_flight is not None else None
 
     attempt = run.ckpt.context.attempt
     watch = HangWatch(
@@ -31,7 +30,7 @@ def watched(run: Run) -> Iterator[None]:
         connect=lambda: _connect(attempt),
         stacks=run.control.stopping.stacks,
         save_in_flight=save_in_flight,
-        tell=run.reports.warn,
+        log=run.reports.warn,
     )
     watch.start()
     try:
@@ -41,6 +40,6 @@ def watched(run: Run) -> Iterator[None]:
 
 
 def _connect(attempt: int) -> StoreBoard:
-    """A connection of its own, made when it is needed: whatever hangs may be using the training's."""
-    store: Any = _get_default_store()
+    """Open a separate connection, because the code that hangs may be using that of the training."""
+    store: Any = get_default_store()
     return StoreBoard(store.clone(), f"hangs/{attempt}")

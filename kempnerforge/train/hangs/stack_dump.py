@@ -1,4 +1,4 @@
-"""Where the stacks of a rank's threads go: to standard error, and to a file in the run's folder."""
+"""Write the stacks of a rank's threads to standard error, and to a file in the run's folder."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _STDERR = 2
 
 
 def file_name(attempt: int, rank: str) -> str:
-    """``attempt_3.rank_00012.txt``; ``rank`` may be a pattern."""
+    """Return a name such as ``attempt_3.rank_00012.txt``. ``rank`` may be a pattern."""
     return f"attempt_{attempt}.rank_{rank}.txt"
 
 
 class Stacks:
-    """Writes this process's stacks, of all Python threads. Any thread may call.
+    """Writes the stacks of all Python threads of this process. May be called from any thread.
 
-    The one timer of ``faulthandler`` is managed here: it runs in C and needs no interpreter lock, so it
-    works when some extension never gives that lock back and no Python thread moves any more.
+    It also manages the one timer of ``faulthandler``. That timer runs in C without the interpreter
+    lock, so it works even when an extension never releases the lock and no Python thread can run.
     """
 
     def __init__(self, rank: int) -> None:
@@ -34,16 +34,16 @@ class Stacks:
         self._ending = False
 
     def open(self, run_dir: Path, attempt: int) -> None:
-        """From now on there is a place for files. Makes none: most attempts never need one."""
+        """Set the path of the file. The file is created when stacks are written, which is rare."""
         self._path = run_dir / FOLDER / file_name(attempt, f"{self._rank:05d}")
 
     def to_stderr(self, why: str) -> None:
-        """Print them."""
+        """Print the stacks."""
         os.write(_STDERR, f"\nrank {self._rank}: {why}; the stacks of all its threads:\n".encode())
         faulthandler.dump_traceback(_STDERR, all_threads=True)
 
     def to_file(self, why: str) -> Path | None:
-        """Append them to this rank's file; None when there is no place or it cannot be written."""
+        """Append the stacks to this rank's file. Return its path, or None without a file."""
         if self._path is None:
             return None
         try:
@@ -61,13 +61,13 @@ class Stacks:
         return self._path
 
     def print_unless_called_again(self, within_s: float) -> None:
-        """Print the stacks if this is not called again soon enough: then no Python thread runs any more."""
+        """Print the stacks unless this is called again in time. Otherwise no Python thread can run."""
         with self._lock:
             if not self._ending:
                 faulthandler.dump_traceback_later(within_s, file=_STDERR)
 
     def end_process_in(self, seconds: float) -> None:
-        """Whatever happens, print the stacks and end the process with status 1 then, unless ``disarm``ed."""
+        """Print the stacks and end the process with status 1 after ``seconds``, unless ``disarm``ed."""
         with self._lock:
             self._ending = True
             faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)

@@ -1,1 +1,1 @@
-"""Ending a run on purpose: signals, requests, deadlines, and the watchdog for an end that hangs."""
+"""End a run on purpose: signals, requests, deadlines, and the watchdog for a shutdown that hangs."""

@@ -1,4 +1,4 @@
-"""Stopping before the time is up: late enough to use it, early enough to commit the last step."""
+"""Stop before the time limit: late enough to use the time, early enough to commit the last step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECENT_SAVES = 200
 
 
 def p99(values: Sequence[float]) -> float:
-    """The smallest value that 99% of all are not above (nearest rank); 0 of none. Below 100, the largest."""
+    """Return the 99th percentile by nearest rank, or 0 without values. It is the largest of up to 100."""
     return sorted(values)[math.ceil(0.99 * len(values)) - 1] if values else 0.0
 
 
@@ -28,24 +28,25 @@ def latest_start(
     margin_s: float,
     save_is_pending: bool = False,
 ) -> float:
-    """When the final save has to start at the latest: ``end`` - (p99 of saves + one more step + margin).
+    """Return the latest start of the final save: ``end`` - (p99 of saves + one more step + margin).
 
-    The step is there because this is looked at after each step: who goes on now asks again only then. While
-    an earlier save is being written, the final one waits for it, so its time counts twice. All in seconds.
+    One step is included because the deadline is checked after each step. While an earlier save is
+    being written, the final save waits for it, so the time of a save counts twice. All values are
+    in seconds.
     """
     save_s = p99(saves_s) * (2 if save_is_pending else 1)
     return end - (save_s + p99(steps_s) + margin_s)
 
 
 class Deadline:
-    """The end of this attempt's time, as rank 0 sees it.
+    """The time limit of this attempt, on rank 0.
 
     Args:
         started: when the attempt's process started, Unix time.
-        max_minutes: ``train.max_minutes``, from then on.
+        max_minutes: ``train.max_minutes``, counted from ``started``.
         margin_s: ``train.deadline_margin_s``.
-        saves_s: what saves of earlier attempts took.
-        environ: a SLURM job's names it.
+        saves_s: durations of saves of earlier attempts.
+        environ: environment variables, which name the SLURM job.
     """
 
     def __init__(
@@ -64,44 +65,44 @@ class Deadline:
         self._saves_s: deque[float] = deque(saves_s, RECENT_SAVES)
         self._steps_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._step_began: float | None = None
-        self._told = ""
+        self._reported = ""
 
     @property
     def at(self) -> float | None:
-        """The earlier of the job's end and of ``max_minutes``, Unix time; None when there is neither."""
+        """The earlier end of the job's limit and ``max_minutes``, Unix time. None without either."""
         ends = [self._own_end, self._job.at if self._job is not None else None]
         return min((end for end in ends if end is not None), default=None)
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until then, negative after it."""
+        """Seconds until ``at``, negative after it."""
         return self.at - time.time() if self.at is not None else None
 
     def saved(self, seconds: float) -> None:
-        """A save took so long, from the call to the commit."""
+        """Record how long a save took, from the call to the commit."""
         self._saves_s.append(seconds)
 
     def step_begins(self) -> None:
-        """Everything up to the next ``step_ends`` is one step: data and training."""
+        """Start the timer of a step, which includes data and training."""
         self._step_began = time.monotonic()
 
     def step_ends(self) -> None:
-        """See ``step_begins``."""
+        """Stop the timer of a step."""
         if self._step_began is not None:
             self._steps_s.append(time.monotonic() - self._step_began)
             self._step_began = None
 
     def slice_ends(self) -> None:
-        """A slice of a validation ends and the next one, or a step, begins: it counts as a step does."""
-        if self._steps_s:  # not before the first step: see ``is_due``
+        """End a slice of a validation, which counts as a step, and begin the next slice or step."""
+        if self._steps_s:  # not before the first step, see ``is_due``
             self.step_ends()
         self.step_begins()
 
     def is_due(self, *, save_is_pending: bool) -> bool:
-        """Whether the final save has to start now.
+        """Whether the final save must start now.
 
-        Never before this attempt has done a step: a limit too short for anything must not end attempt after
-        attempt where it began.
+        Always False before the first step of this attempt. Otherwise a limit that is too short
+        would end every attempt without progress.
         """
         if self.at is None or not self._steps_s:
             return False
@@ -113,16 +114,16 @@ class Deadline:
             save_is_pending=save_is_pending,
         )
 
-    def news(self) -> str:
-        """What there is to say, once: that SLURM cannot be asked. A note, not a fault."""
+    def status_message(self) -> str:
+        """Return, once, that SLURM cannot be queried, which is not a fault. Otherwise return ""."""
         problem = self._job.problem if self._job is not None else ""
-        if not problem or self._told:
+        if not problem or self._reported:
             return ""
-        self._told = problem
-        known = "what the environment says counts" if self.at is not None else "the job's end is not known"
+        self._reported = problem
+        known = "using the end in the environment" if self.at is not None else "the job's end is not known"
         return f"deadline: {problem}; {known}"
 
     def close(self) -> None:
-        """Ask SLURM no more."""
+        """Stop querying SLURM."""
         if self._job is not None:
             self._job.close()

@@ -1,11 +1,13 @@
-"""Signals that ask the run to stop, or to save now. A handler sets a flag and nothing else.
+"""Signals that request a stop or a save. A handler only sets a flag.
 
-Signals arrive back to back and in the middle of anything, so a handler that logs, saves or talks to other
-ranks can crash or deadlock; what to do is decided by all ranks together at the next step.
+Signals may arrive at any time and in quick succession, so a handler that logs, saves or
+communicates with other ranks can crash or deadlock. All ranks together decide what to do at the
+next step.
 
-Python runs handlers in the main thread, between two instructions: while that thread waits in a collective,
-none runs. So the interpreter's own handler also writes each signal's number into a socket, at once and from
-any thread, and ``shutdown`` reads it there. No torch: signals are taken over before it is imported.
+Python runs handlers in the main thread, between two instructions, so none runs while that thread
+waits in a collective. The interpreter's own handler therefore also writes each signal's number to a
+socket, at once and from any thread, and ``watchdog`` reads it there. No torch: signals are handled
+before it is imported.
 """
 
 from __future__ import annotations
@@ -22,30 +24,30 @@ T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PREEMPT_WARNING_SIGNAL = signal.SIGUSR1
-"""A warning ahead of time (``sbatch --signal=USR1@300``): it asks for a stop and starts no clock."""
+"""An early warning (``sbatch --signal=USR1@300``). It requests a stop and does not start the timer."""
 
 REPEAT_SIGNAL_AFTER_S = 5.0
-"""One Ctrl-C reaches a worker twice, from the terminal and from torchrun; SLURM sends CONT and TERM to every
-process and torchrun passes TERM on. A signal that comes later than this after the first is meant."""
+"""One Ctrl-C reaches a worker twice, from the terminal and from torchrun. SLURM sends CONT and TERM to every
+process, and torchrun forwards TERM. A signal this long after the first one is a new request."""
 
 
 class StopSignals:
-    """Remembers the first stop signal that this process got; any other one replaces an announcement."""
+    """Records the first stop signal of this process. Any other one replaces an early warning."""
 
     def __init__(self) -> None:
         self.received = 0
         """Number of the signal; 0 while there is none."""
         self.save_requested = False
-        """Whether SIGUSR2 has asked for a save; whoever answers it sets it back."""
+        """Whether SIGUSR2 has requested a save. The code that handles the request resets it."""
         self.arrivals, self._wakeup = socket.socketpair()
-        """Readable: a byte for every signal that has come, its number."""
+        """A socket to read from: one byte for every signal, its number."""
         self._may_interrupt = False
 
     def install(self) -> None:
-        """Take over the stop signals. Main thread only.
+        """Install handlers for the stop signals. Main thread only.
 
-        SIGHUP and SIGINT stay ignored where the process was started so: by ``nohup``, or in the background
-        of a script.
+        SIGHUP and SIGINT remain ignored when the process was started so: by ``nohup``, or in the
+        background of a script.
         """
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
@@ -56,9 +58,9 @@ class StopSignals:
         signal.signal(signal.SIGUSR2, self._request_save)
 
     def interruptible(self, work: Callable[[], T]) -> T:
-        """Run ``work``, which changes nothing that others rely on; a stop signal ends it.
+        """Run ``work``, which a stop signal may interrupt because nothing else depends on its effects.
 
-        Raises StopRequestedError, also when the signal has come before. Main thread only.
+        Raises StopRequestedError, also for an earlier signal. Main thread only.
         """
         self._may_interrupt = True
         try:
@@ -73,10 +75,8 @@ class StopSignals:
             raise StopRequestedError(signal.Signals(self.received).name)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.received in (
-            0,
-            PREEMPT_WARNING_SIGNAL,
-        ):  # what ends the run now says more than what announced it
+        # A signal that ends the run is a better reason than the early warning of it.
+        if self.received in (0, PREEMPT_WARNING_SIGNAL):
             self.received = number
         self._interrupt()
 
@@ -85,11 +85,11 @@ class StopSignals:
 
 
 class ShutdownTimer:
-    """For how long an orderly end is waited for. Pure: told what came and when, it says what follows.
+    """Decides when a graceful shutdown has timed out. It depends only on its arguments.
 
     Args:
-        timeout_s: from the first stop signal, announcements left out, until waiting is over.
-        again_after_s: a further one that comes so long after it ends the waiting at once.
+        timeout_s: time-out, counted from the first stop signal that is not an early warning.
+        again_after_s: another signal this long after the first one ends the shutdown at once.
     """
 
     def __init__(self, timeout_s: float, again_after_s: float = REPEAT_SIGNAL_AFTER_S) -> None:
@@ -100,17 +100,17 @@ class ShutdownTimer:
 
     @property
     def ends_at(self) -> float | None:
-        """When waiting is over; None while nobody waits."""
+        """When the shutdown times out. None while there is none."""
         return self._clock[1] + self._timeout_s if self._clock else None
 
     @property
     def timeout_reason(self) -> str:
-        """What to say then."""
+        """The message for a time-out."""
         name = self._clock[0] if self._clock else ""
         return f"not stopped {self._timeout_s:g} s after {name} (train.shutdown_timeout_s)"
 
     def arrived(self, number: int, now: float) -> str | None:
-        """This process got a signal. Returns why to end at once; None to go on waiting."""
+        """Record a signal to this process. Return why to end at once, or None to continue waiting."""
         if number not in STOP_SIGNALS or number == PREEMPT_WARNING_SIGNAL:
             return None
         name = signal.Signals(number).name
@@ -118,10 +118,10 @@ class ShutdownTimer:
             self._first = (name, now)
             self._clock = self._clock or self._first
         elif now - self._first[1] >= self._again_after_s:
-            return f"{name} came {now - self._first[1]:.1f} s after {self._first[0]}"
+            return f"{name} arrived {now - self._first[1]:.1f} s after {self._first[0]}"
         return None
 
     def agreed(self, number: int, now: float) -> None:
-        """All ranks stop because one of them got a signal: the clock runs on the others too."""
+        """Start the timer on every rank when all ranks stop because one of them got a signal."""
         if number != PREEMPT_WARNING_SIGNAL and self._clock is None:
             self._clock = (signal.Signals(number).name, now)

@@ -1,4 +1,4 @@
-"""Every reason to stop early, as one number that rides on the agreement after a step."""
+"""Every reason to stop early, encoded as one number in the agreement after a step."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from kempnerforge.train.termination.watchdog import Shutdown
 _DEADLINE = 100
 _SIGNAL = 200
 _FILE = 300
-"""Of several reasons the largest is given: a file may say more than the signal beside it."""
+"""The largest of several reasons is used: a stop request may have more detail than a signal."""
 
 
 class StopConditions:
-    """What this rank knows of a stop. The file and the deadline are rank 0's alone."""
+    """The reasons to stop that this rank knows. Only rank 0 has the request file and the deadline."""
 
     def __init__(self, signals: StopSignals, shutdown: Shutdown, stacks: Stacks) -> None:
         self.signals = signals
         self.file: StopFile | None = None
         self.requests: RequestFiles | None = None
-        """Looks for the files that ask the run for something, on rank 0."""
+        """Polls for request files, on rank 0."""
         self.deadline: Deadline | None = None
         self.shutdown = shutdown
         self.stacks = stacks
 
     def open(self, job: JobConfig, attempt: int, *, is_first: bool) -> None:
-        """The run's folder is this attempt's: rank 0 looks for the file and at the clock from now on."""
+        """Begin to check the request file and the deadline, on rank 0. This attempt owns the run's folder."""
         folder = job.run.folder
         self.stacks.open(folder, attempt)
         if not is_first:
@@ -54,7 +54,7 @@ class StopConditions:
         )
 
     def close(self) -> None:
-        """The attempt has ended in order. Main thread only."""
+        """Stop checking after an orderly end of the attempt. Main thread only."""
         if self.deadline is not None:
             self.deadline.close()
         if self.requests is not None:
@@ -62,34 +62,37 @@ class StopConditions:
         self.shutdown.close()
 
     def step_ends(self) -> None:
-        """Everything from ``step_begins`` to here is one step: data and training."""
+        """Stop the timer of a step, see ``step_begins``."""
         if self.deadline is not None:
             self.deadline.step_ends()
 
     def slice_ends(self) -> None:
-        """A slice of a validation, after which a stop is possible, ends and the next one begins."""
+        """End a slice of a validation, after which a stop is possible, and begin the next one."""
         if self.deadline is not None:
             self.deadline.slice_ends()
 
     def step_begins(self) -> str:
-        """See ``step_ends``. Returns what there is to say of the deadline, once; empty on other ranks."""
+        """Start the timer of a step, which includes data and training.
+
+        Returns the status message of the deadline. Empty on ranks other than 0.
+        """
         if self.deadline is None:
             return ""
         self.deadline.step_begins()
-        return self.deadline.news()
+        return self.deadline.status_message()
 
     def saved(self, seconds: float) -> None:
-        """A save took so long, from the call to the commit."""
+        """Record how long a save took, from the call to the commit."""
         if self.deadline is not None:
             self.deadline.saved(seconds)
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the deadline; None when there is none, and on other ranks."""
+        """Seconds until the deadline. None without one, and on ranks other than 0."""
         return self.deadline.left_s if self.deadline is not None else None
 
     def vote(self, *, save_is_pending: bool = False) -> int:
-        """This rank's part in the agreement; 0 to go on."""
+        """Return this rank's vote in the agreement; 0 to continue."""
         if self.file is not None and self.file.is_there():
             return _FILE
         if self.signals.received:
@@ -98,21 +101,21 @@ class StopConditions:
         return _DEADLINE if due else 0
 
     def reason(self, agreed: int, control: ControlGroup) -> str | None:
-        """From the maximum of all votes: why all ranks stop now, or None.
+        """Return why all ranks stop now, or None, from the maximum of all votes.
 
-        Collective: all ranks of ``control``, with the same ``agreed``. Consumes the file.
+        Collective: all ranks of ``control``, with the same ``agreed``. Consumes the request file.
         """
         if not agreed:
             return None
         if _SIGNAL < agreed < _FILE:
             self.shutdown.agreed(agreed - _SIGNAL)
-        told = control.run_on_rank0(lambda: self.file.consume() if self.file is not None else "", brief=True)
+        text = control.run_on_rank0(lambda: self.file.consume() if self.file is not None else "", brief=True)
         if agreed == _FILE:
-            return told
+            return text
         return "deadline" if agreed == _DEADLINE else signal.Signals(agreed - _SIGNAL).name
 
-    def end_set_up_if_asked(self, control: ControlGroup) -> None:
-        """Between two parts of the set-up: there is nothing to commit yet.
+    def raise_if_stop_requested(self, control: ControlGroup) -> None:
+        """Stop the set-up between two of its parts, when there is nothing to commit yet.
 
         Collective: all ranks of ``control``. Raises StopRequestedError on all ranks.
         """
@@ -124,8 +127,8 @@ class StopConditions:
 
 
 def _earlier_saves_s(folder: Path) -> list[float]:
-    """What the saves of earlier attempts took; nothing when their record cannot be read."""
+    """Return the durations of saves of earlier attempts, or none when the ledger cannot be read."""
     try:
         return saves_s(read_events(folder))
-    except OSError:  # the record of this attempt, in the same file, says so
+    except OSError:  # this attempt's own write to the same file reports it
         return []

@@ -1,4 +1,4 @@
-"""``stop.request`` in the run's folder: how a batch shell, or a person, asks a run to stop."""
+"""``stop.request`` in the run's folder: the file with which a batch script or a user requests a stop."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ _MAX_REASON = 200
 
 
 class StopFile:
-    """The file of one run, as rank 0 sees it: by the thread of ``requests``, after ``watch``."""
+    """The stop request of one run, on rank 0. After ``watch`` the thread of ``requests`` polls for it."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / NAME
         self._file: RequestFile | None = None
         self._is_stale = False
-        """Whether there is a request from before the start, which could not be removed."""
+        """Whether a request from before the start exists and could not be removed."""
 
     def watch(self, requests: RequestFiles) -> None:
-        """Look for the file from now on, once on the calling thread."""
+        """Begin to poll for the file. The first check is in the calling thread."""
         self._file = requests.watch(NAME, look_now=True)
         if self._is_stale:
             self._file.take()
 
     def is_there(self) -> bool:
-        """Whether the file asks for a stop. Never blocks."""
+        """Whether the file exists and requests a stop. Never blocks."""
         return self._file is not None and self._file.is_there
 
     def consume(self) -> str:
-        """Have it removed; returns its first line, the reason, or its name without one. Never blocks."""
+        """Have the file removed. Return its first line, the reason, or its name without one. Never blocks."""
         text = self._file.take(unseen=True) if self._file is not None else ""
         return text[:_MAX_REASON] or NAME
 
     def remove_stale(self, started: float) -> bool:
-        """Remove one that was made before ``started``, Unix time; returns whether there was one.
+        """Remove a request from before ``started``, Unix time. Return whether there was one.
 
-        Ages are compared by the file system's clock, which on a network is another host's: a new file tells
-        what it says now.
+        Ages are compared by the clock of the file system, which on a network is that of another
+        host. The time of a new file gives that clock.
         """
         try:
             made = self._path.lstat().st_mtime
@@ -52,12 +52,12 @@ class StopFile:
             return False
         try:
             self._path.unlink(missing_ok=True)
-        except OSError:  # the thread that looks for it tries again, and reports it
+        except OSError:  # the polling thread tries again and reports it
             self._is_stale = True
         return True
 
     def _ahead_s(self) -> float:
-        """By how much the file system's clock is ahead of this host's; 0 where no file can be made."""
+        """Return how far the file system's clock is ahead of this host's; 0 if no file can be created."""
         probe = self._path.with_name(f".{NAME}.{os.getpid()}")
         ahead_s = 0.0
         with contextlib.suppress(OSError):

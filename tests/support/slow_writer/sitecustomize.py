@@ -8,7 +8,7 @@ FOLDER = os.environ.get("KEMPNERFORGE_TEST_SLOW_WRITER")
 """Until ``FOLDER/open`` exists, writes are slow. ``FOLDER/PID`` gets a byte for each byte written slowly."""
 PIECE_BYTES, PIECE_S = 4096, 0.5
 
-if FOLDER is not None and any(word.endswith("checkpoint.writer_main") for word in sys.orig_argv):
+if FOLDER is not None and any(word.endswith("checkpoint.save.writer_process") for word in sys.orig_argv):
     pwrite = os.pwrite
     log = os.open(f"{FOLDER}/{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
