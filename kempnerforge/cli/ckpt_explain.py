@@ -1,4 +1,4 @@
-"""``kempnerforge ckpt explain``: why a step is kept, or why it is not there."""
+"""``kempnerforge ckpt explain``: why a step is kept, or why it does not exist."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from kempnerforge.goodput.event_log import Event
 def explain(
     run: RunPath,
     step: Annotated[
-        str | None, typer.Argument(metavar="STEP", help="A step that exists or does not.")
+        str | None, typer.Argument(metavar="STEP", help="Number of a step, which need not exist.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which rule keeps each step of RUN; with STEP, why that step exists or does not."""
+    """Show which rule keeps each step of RUN; with STEP, why that step exists or does not."""
     found = find_run(run)
     number = parse_step(step) if step is not None else None
     listed = paths.list_folder(found.folder).steps
@@ -58,13 +58,13 @@ def explain(
     for verdict in verdicts:
         typer.echo(f"step {verdict.step}: {_verdict_in_words(found, policy, verdict)}")
     for lost in lost_pins:
-        typer.echo(f"step {lost} is pinned, and not there")
+        typer.echo(f"step {lost} is pinned but does not exist")
 
 
 def _explain_one(
     found: CheckpointFolder, policy: FoundPolicy, verdicts: list[Verdict], step: int, *, as_json: bool
 ) -> None:
-    verdict = next((one for one in verdicts if one.step == step), None)
+    verdict = next((verdict for verdict in verdicts if verdict.step == step), None)
     facts = read_facts(found.run_dir, found.folder) if found.run_dir is not None else RunFacts()
     absence = explain_absence(step, facts, policy.config)
     if verdict is not None:
@@ -91,7 +91,7 @@ def _explain_one(
             typer.echo(f"  {saved}")
         typer.echo(f"  {_policy_in_words(policy)}")
     else:
-        typer.echo(f"step {step} is not there ({absence.state}): {absence.text}")
+        typer.echo(f"step {step} does not exist ({absence.state}): {absence.text}")
     for event in absence.events:
         typer.echo(f"  {_event_in_words(event)}")
 
@@ -106,9 +106,9 @@ def _policy_json(policy: FoundPolicy) -> dict[str, Any]:
 
 def _policy_in_words(policy: FoundPolicy) -> str:
     if not policy.source:
-        return f"what else is to be kept is not known: {policy.problem}"
+        return f"the retention rules are unknown: {policy.problem}"
     rules = "; ".join(rule.describe() for rule in policy.policy.rules)
-    return f"to be kept, by the config in {policy.source}: {rules}"
+    return f"retention rules, from the config in {policy.source}: {rules}"
 
 
 def _verdict_in_words(found: CheckpointFolder, policy: FoundPolicy, verdict: Verdict) -> str:
@@ -116,24 +116,24 @@ def _verdict_in_words(found: CheckpointFolder, policy: FoundPolicy, verdict: Ver
         return f"kept: {'; '.join(reason.text for reason in verdict.reasons)}"
     if not policy.source:
         return "not known"
-    known = manifest_of(found.step(verdict.step))
-    untaken = [
+    manifest = manifest_of(found.step(verdict.step))
+    missing = [
         rule.metric
         for rule in policy.policy.rules
-        if isinstance(rule, BestN) and known and rule.metric not in known.provenance.metrics
+        if isinstance(rule, BestN) and manifest and rule.metric not in manifest.provenance.metrics
     ]
-    note = f" ({', '.join(untaken)} was not taken at this step)" if untaken else ""
-    return f"goes after the next save: nothing keeps it{note}"
+    note = f" ({', '.join(missing)} was not measured at this step)" if missing else ""
+    return f"will be deleted after the next save: no rule keeps it{note}"
 
 
 def _saved_in_words(found: CheckpointFolder, step: int) -> str:
-    known = manifest_of(found.step(step))
-    if known is None:
+    manifest = manifest_of(found.step(step))
+    if manifest is None:
         return ""
-    origin = known.provenance
+    origin = manifest.provenance
     return (
         f"saved for: {origin.reason}, by attempt {origin.attempt} of run {origin.run_id or 'unknown'}, "
-        f"{text.age(known.time)} ago"
+        f"{text.age(manifest.time)} ago"
     )
 
 
@@ -147,6 +147,6 @@ def _event_in_words(event: Event) -> str:
     elif kind == "deleted":
         what = "deleted"
     else:
-        what = {"commit": "committed", "failed": "save failed", "skipped": "save left out"}[kind]
+        what = {"commit": "committed", "failed": "save failed", "skipped": "save skipped"}[kind]
         what += f" ({event['reason']})"
     return f"{when}, attempt {event['attempt']}: {what}"

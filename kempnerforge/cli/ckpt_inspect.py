@@ -1,4 +1,4 @@
-"""``kempnerforge ckpt inspect`` and ``du``: what a step holds, and what takes the room."""
+"""``kempnerforge ckpt inspect`` and ``du``: the contents of a step, and disk usage."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ KIND_COLUMNS: tuple[str, ...] = (*KINDS, "other")
 def inspect(
     step_dir: StepPath,
     match: Annotated[
-        str, typer.Option(metavar="GLOB", help='Only tensors of such names, as "model.*".')
+        str, typer.Option(metavar="GLOB", help='Show only tensors whose name matches, e.g. "model.*".')
     ] = "*",
     as_json: AsJson = False,
 ) -> None:
-    """Show what a step holds: where it came from, files, tensors, layout, versions, train state."""
+    """Show the contents of a step: origin, files, tensors, layout, versions, train state."""
     view = StepView.open(find_step(step_dir))
     tensors = {name: entry for name, entry in view.tensors().items() if fnmatch.fnmatchcase(name, match)}
     if as_json:
@@ -52,7 +52,7 @@ def inspect(
 
 
 def du(run: RunPath, as_json: AsJson = False) -> None:
-    """Show the bytes of every step of RUN: model, optimizer, rng, other; and of what is no step."""
+    """Show the disk usage of every step of RUN (model, optimizer, rng, other) and of other folders."""
     found = find_run(run)
     steps = []
     listing = paths.list_folder(found.folder)
@@ -67,19 +67,19 @@ def du(run: RunPath, as_json: AsJson = False) -> None:
         if path.is_dir():
             steps.append({"step": step, "bytes": kinds, "total_bytes": total, "problem": problem or None})
     others = list_others(listing)
-    everything = sum(one["total_bytes"] for one in steps) + sum(other["size_bytes"] for other in others)
+    everything = sum(step["total_bytes"] for step in steps) + sum(other["size_bytes"] for other in others)
     if as_json:
         body = {"folder": str(found.folder), "steps": steps, "others": others, "total_bytes": everything}
         text.print_json(body)
         return
     rows: list[tuple[str, ...]] = [("step", *KIND_COLUMNS, "total")]
-    for one in steps:
-        cells = [text.size(size) if size is not None else "?" for size in one["bytes"].values()]
-        rows.append((str(one["step"]), *cells, text.size(one["total_bytes"])))
+    for usage in steps:
+        cells = [text.size(size) if size is not None else "?" for size in usage["bytes"].values()]
+        rows.append((str(usage["step"]), *cells, text.size(usage["total_bytes"])))
     text.print_columns(rows, right=range(len(rows[0])))
     for other in others:
         typer.echo(f"{other['what']}: {Path(other['path']).name}, {text.size(other['size_bytes'])}")
-    typer.echo(f"all: {text.size(everything)} in {found.folder}")
+    typer.echo(f"total: {text.size(everything)} in {found.folder}")
 
 
 def _print_origin(view: StepView) -> None:
@@ -87,7 +87,7 @@ def _print_origin(view: StepView) -> None:
     saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(view.manifest.time))
     parent = "" if known.parent_step is None else f", after step {known.parent_step}"
     lines = {
-        "step": "not of a run" if known.step is None else f"{known.step}, saved for: {known.reason}",
+        "step": "not part of a run" if known.step is None else f"{known.step}, saved for: {known.reason}",
         "run": f"{known.run_id or 'unknown'}, attempt {known.attempt}{parent}",
         "time": f"{saved}, {text.age(view.manifest.time)} ago",
         "size": text.size(view.size_bytes),

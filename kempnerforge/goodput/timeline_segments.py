@@ -21,7 +21,7 @@ class Segment:
     ended: float
 
 
-def stretches(attempts: Sequence[Mapping[str, Any]]) -> list[Segment]:
+def find_segments(attempts: Sequence[Mapping[str, Any]]) -> list[Segment]:
     """All stretches, in order; idle time belongs to the attempt after it. Empty ones are left out."""
     found: list[Segment] = []
     origin = attempts[0]["started"] if attempts else 0.0

@@ -90,7 +90,7 @@ def test_wandb_sync_killed_attempts_become_one_run(
     status, out, err = sync(run.folder)
     assert (status, err) == (0, ""), out
     assert "uploaded 8 steps" in out
-    assert "5 were there already" in out
+    assert "5 were already there" in out
     counting = run.counting()
     assert [row["_step"] for row in server.history] == list(range(13)) == sorted(counting)
     for row in server.history:
@@ -198,7 +198,7 @@ finally:
     command = [sys.executable, "-c", code, "wandb", "sync", str(tmp_path / "run"), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "8 steps of 2 attempts, 1 to 8; 2 of 10 rows do not count" in done.stdout
+    assert "8 steps of 2 attempts, 1 to 8; 2 of 10 rows are not used" in done.stdout
     assert done.stdout.endswith("nothing was uploaded (--dry-run)\n")
     assert list(tmp_path.rglob("wandb")) == []
 
