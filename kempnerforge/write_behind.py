@@ -51,7 +51,7 @@ class WriteBehind:
         return True
 
     def flush(self, timeout_s: float | None) -> int:
-        """Wait for all work, at most ``timeout_s`` (None: no limit). Return how many pieces are unfinished."""
+        """Wait for all work, at most ``timeout_s`` (None: no limit). Return the count of unfinished work."""
         with self._changed:
             self._changed.wait_for(lambda: self._done == self._submitted, timeout_s)
             return self._submitted - self._done
