@@ -152,8 +152,8 @@ def test_wandb_sync_refused_rows_uploaded_by_repetition(
     server.refuse_from_step = 6
     status, _, err = sync(tmp_path / "run")
     assert status == 1
-    assert "not everything is in wandb" in err
-    assert "repeat the command" in err
+    assert "the upload to wandb" in err
+    assert "run the command again" in err
     server.refuse_from_step = 1000
     status, out, _ = sync(tmp_path / "run", "--json")
     done = json.loads(out)
@@ -172,14 +172,14 @@ def test_wandb_sync_missing_key_or_server_is_reported(
     made_up_run(tmp_path / "run", {1: (0, range(1, 4))})
     status, _, err = sync(tmp_path / "run")
     assert status == 1
-    assert "there is no key for http" in err
+    assert "there is no API key for http" in err
     assert "wandb login" in err
     monkeypatch.setattr(wandb_upload, "_INIT_TIMEOUT_S", 1.0)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     status, _, err = sync(tmp_path / "run")
     assert status == 1
-    assert "not everything is in wandb (http://127.0.0.1:9)" in err
+    assert "the upload to wandb (http://127.0.0.1:9) is incomplete" in err
     assert "Traceback" not in err
 
 
@@ -215,7 +215,7 @@ def test_wandb_sync_beside_online_attempt_is_refused(tmp_path: Path, sync: Any) 
     assert "may be logging to wandb online" in err
     newest.unlink()
     newest.symlink_to("offline-run-20260101_000000-abc")
-    assert "there is no key" in sync(tmp_path / "run")[2], "offline it does no harm"
+    assert "there is no API key" in sync(tmp_path / "run")[2], "offline it does no harm"
     held.release()
 
 
