@@ -20,7 +20,7 @@ from kempnerforge.errors import EXIT_FAULT, RunFolderError
 from kempnerforge.goodput.faults import read_faults
 from kempnerforge.goodput.history import AttemptHistory, read_history
 from kempnerforge.slurm import job as slurm_job
-from kempnerforge.slurm.attempt_info import attempt_note, git_revision
+from kempnerforge.slurm.attempt_info import describe_attempt, git_revision
 from kempnerforge.slurm.job import SlurmError, SlurmJob
 from kempnerforge.slurm.requeue_policy import Decision, decide
 from kempnerforge.train.termination import stop_request
@@ -39,7 +39,7 @@ def begin(
     file, overrides = split_config(arguments)
     loaded = load_job(file, overrides, world_size=processes_per_node * len(job.node_names))
     folder = loaded.job.run.folder.absolute()
-    text = attempt_note(
+    text = describe_attempt(
         os.environ,
         command=["train.py", *arguments],
         config_toml=loaded.job.to_toml(),

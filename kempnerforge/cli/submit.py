@@ -19,7 +19,7 @@ from kempnerforge.config.sources import DEFAULT
 from kempnerforge.errors import ConfigError, ConfigIssue, RunFolderError
 from kempnerforge.goodput.event_log import read_events, saves_s
 from kempnerforge.slurm import job as slurm_job
-from kempnerforge.slurm.kill_grace import ask_grace
+from kempnerforge.slurm.kill_grace import query_grace
 from kempnerforge.slurm.script import (
     Request,
     check_options,
@@ -117,7 +117,7 @@ def _shutdown_timeout_s(loaded: LoadedJob, run_dir: str, sbatch_options: list[st
     Warn if a preemption could lose steps.
     """
     own = loaded.job.train.shutdown_timeout_s
-    grace = ask_grace(sbatch_options)
+    grace = query_grace(sbatch_options)
     if grace is None:
         return own
     is_own = loaded.sources[TIMEOUT] != DEFAULT
