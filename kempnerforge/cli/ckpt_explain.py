@@ -35,19 +35,21 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Show which rule keeps each step of RUN; with STEP, why that step exists or does not."""
-    found = find_run(run)
+    checkpoints = find_run(run)
     number = parse_step(step) if step is not None else None
-    listed = paths.list_folder(found.folder).steps
-    policy = find_policy(found, listed)
-    verdicts = decide(Retention(found.folder, policy.policy, found.owner).survey(listed), policy.policy)
+    listed = paths.list_folder(checkpoints.folder).steps
+    policy = find_policy(checkpoints, listed)
+    verdicts = decide(
+        Retention(checkpoints.folder, policy.policy, checkpoints.owner).survey(listed), policy.policy
+    )
     if number is not None:
-        _explain_one(found, policy, verdicts, number, as_json=as_json)
+        _explain_one(checkpoints, policy, verdicts, number, as_json=as_json)
         return
     steps = {verdict.step for verdict in verdicts}
-    lost_pins = sorted(step for step in pins.read(found.folder) if step not in steps)
+    lost_pins = sorted(step for step in pins.read(checkpoints.folder) if step not in steps)
     if as_json:
         body = {
-            "folder": str(found.folder),
+            "folder": str(checkpoints.folder),
             **_policy_json(policy),
             "steps": [verdict_json(verdict) for verdict in verdicts],
             "pins_without_step": lost_pins,
@@ -56,24 +58,26 @@ def explain(
         return
     typer.echo(_policy_in_words(policy))
     for verdict in verdicts:
-        typer.echo(f"step {verdict.step}: {_verdict_in_words(found, policy, verdict)}")
+        typer.echo(f"step {verdict.step}: {_verdict_in_words(checkpoints, policy, verdict)}")
     for lost in lost_pins:
         typer.echo(f"step {lost} is pinned but does not exist")
 
 
 def _explain_one(
-    found: CheckpointFolder, policy: FoundPolicy, verdicts: list[Verdict], step: int, *, as_json: bool
+    checkpoints: CheckpointFolder, policy: FoundPolicy, verdicts: list[Verdict], step: int, *, as_json: bool
 ) -> None:
     verdict = next((verdict for verdict in verdicts if verdict.step == step), None)
-    facts = read_facts(found.run_dir, found.folder) if found.run_dir is not None else RunFacts()
+    facts = (
+        read_facts(checkpoints.run_dir, checkpoints.folder) if checkpoints.run_dir is not None else RunFacts()
+    )
     absence = explain_absence(step, facts, policy.config)
     if verdict is not None:
         state = "kept" if verdict.keep else "goes" if policy.source else "not known"
-        absence = Absence(state, _verdict_in_words(found, policy, verdict), absence.events)
-    saved = _saved_in_words(found, step) if verdict is not None else ""
+        absence = Absence(state, _verdict_in_words(checkpoints, policy, verdict), absence.events)
+    saved = _saved_in_words(checkpoints, step) if verdict is not None else ""
     if as_json:
         body = {
-            "folder": str(found.folder),
+            "folder": str(checkpoints.folder),
             "step": step,
             "is_there": verdict is not None,
             "state": absence.state,
@@ -111,12 +115,12 @@ def _policy_in_words(policy: FoundPolicy) -> str:
     return f"retention rules, from the config in {policy.source}: {rules}"
 
 
-def _verdict_in_words(found: CheckpointFolder, policy: FoundPolicy, verdict: Verdict) -> str:
+def _verdict_in_words(checkpoints: CheckpointFolder, policy: FoundPolicy, verdict: Verdict) -> str:
     if verdict.keep:
         return f"kept: {'; '.join(reason.text for reason in verdict.reasons)}"
     if not policy.source:
         return "not known"
-    manifest = manifest_of(found.step(verdict.step))
+    manifest = manifest_of(checkpoints.step(verdict.step))
     missing = [
         rule.metric
         for rule in policy.policy.rules
@@ -126,8 +130,8 @@ def _verdict_in_words(found: CheckpointFolder, policy: FoundPolicy, verdict: Ver
     return f"will be deleted after the next save: no rule keeps it{note}"
 
 
-def _saved_in_words(found: CheckpointFolder, step: int) -> str:
-    manifest = manifest_of(found.step(step))
+def _saved_in_words(checkpoints: CheckpointFolder, step: int) -> str:
+    manifest = manifest_of(checkpoints.step(step))
     if manifest is None:
         return ""
     origin = manifest.provenance

@@ -53,11 +53,11 @@ def inspect(
 
 def du(run: RunPath, as_json: AsJson = False) -> None:
     """Show the disk usage of every step of RUN (model, optimizer, rng, other) and of other folders."""
-    found = find_run(run)
+    checkpoints = find_run(run)
     steps = []
-    listing = paths.list_folder(found.folder)
+    listing = paths.list_folder(checkpoints.folder)
     for step in listing.steps:
-        path = found.step(step)
+        path = checkpoints.step(step)
         try:
             kinds: dict[str, int | None] = dict(StepView.open(path, step=step).bytes_by_kind())
             problem = ""
@@ -69,7 +69,12 @@ def du(run: RunPath, as_json: AsJson = False) -> None:
     others = list_others(listing)
     everything = sum(step["total_bytes"] for step in steps) + sum(other["size_bytes"] for other in others)
     if as_json:
-        body = {"folder": str(found.folder), "steps": steps, "others": others, "total_bytes": everything}
+        body = {
+            "folder": str(checkpoints.folder),
+            "steps": steps,
+            "others": others,
+            "total_bytes": everything,
+        }
         text.print_json(body)
         return
     rows: list[tuple[str, ...]] = [("step", *KIND_COLUMNS, "total")]
@@ -79,21 +84,21 @@ def du(run: RunPath, as_json: AsJson = False) -> None:
     text.print_columns(rows, right=range(len(rows[0])))
     for other in others:
         typer.echo(f"{other['what']}: {Path(other['path']).name}, {text.size(other['size_bytes'])}")
-    typer.echo(f"total: {text.size(everything)} in {found.folder}")
+    typer.echo(f"total: {text.size(everything)} in {checkpoints.folder}")
 
 
 def _print_origin(view: StepView) -> None:
-    known = view.manifest.provenance
+    origin = view.manifest.provenance
     saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(view.manifest.time))
-    parent = "" if known.parent_step is None else f", after step {known.parent_step}"
+    parent = "" if origin.parent_step is None else f", after step {origin.parent_step}"
     lines = {
-        "step": "not part of a run" if known.step is None else f"{known.step}, saved for: {known.reason}",
-        "run": f"{known.run_id or 'unknown'}, attempt {known.attempt}{parent}",
+        "step": "not part of a run" if origin.step is None else f"{origin.step}, saved for: {origin.reason}",
+        "run": f"{origin.run_id or 'unknown'}, attempt {origin.attempt}{parent}",
         "time": f"{saved}, {text.age(view.manifest.time)} ago",
         "size": text.size(view.size_bytes),
-        "layout": _pairs(known.layout),
-        "versions": _pairs(known.versions),
-        "metrics": _pairs(known.metrics),
+        "layout": _pairs(origin.layout),
+        "versions": _pairs(origin.versions),
+        "metrics": _pairs(origin.metrics),
     }
     typer.echo(str(view.path))
     for name, content in lines.items():

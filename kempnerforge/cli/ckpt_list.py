@@ -28,7 +28,7 @@ class Listed:
     """One committed step."""
 
     step: int
-    found: CheckpointFolder
+    checkpoints: CheckpointFolder
     verdict: Verdict
     problem: str
     """Why the step is corrupt; empty if no problem was found."""
@@ -40,7 +40,7 @@ class Listed:
     @property
     def path(self) -> Path:
         """Folder of the step."""
-        return self.found.step(self.step)
+        return self.checkpoints.step(self.step)
 
 
 def ls(
@@ -54,15 +54,15 @@ def ls(
 
     With --verify the exit status is 1 if a step is corrupt.
     """
-    found = find_run(run)
-    listing = paths.list_folder(found.folder)
-    policy = find_policy(found, listing.steps)
-    steps = list(list_steps(found, listing.steps, policy, digests=digests))
+    checkpoints = find_run(run)
+    listing = paths.list_folder(checkpoints.folder)
+    policy = find_policy(checkpoints, listing.steps)
+    steps = list(list_steps(checkpoints, listing.steps, policy, digests=digests))
     others = list_others(listing)
-    writer = "" if found.run_dir is None else lease.live_holder(found.run_dir)
+    writer = "" if checkpoints.run_dir is None else lease.live_holder(checkpoints.run_dir)
     if as_json:
         body = {
-            "folder": str(found.folder),
+            "folder": str(checkpoints.folder),
             "writer": writer or None,
             "digests_checked": digests,
             "steps": [_as_json(step, digests=digests) for step in steps],
@@ -70,7 +70,7 @@ def ls(
         }
         text.print_json(body)
     else:
-        _print_steps(found, steps, digests=digests, known_policy=bool(policy.source))
+        _print_steps(checkpoints, steps, digests=digests, known_policy=bool(policy.source))
         for other in others:
             name = Path(other["path"]).name
             typer.echo(f"{other['what']}: {name}, {text.size(other['size_bytes'])}")
@@ -81,22 +81,22 @@ def ls(
 
 
 def list_steps(
-    found: CheckpointFolder, steps: Sequence[int], policy: FoundPolicy, *, digests: bool
+    checkpoints: CheckpointFolder, steps: Sequence[int], policy: FoundPolicy, *, digests: bool
 ) -> Iterator[Listed]:
     """Yield the committed ``steps``, newest first, without those that disappear in the meantime."""
     manifests: dict[int, Manifest] = {}
-    retention = Retention(found.folder, policy.policy, found.owner)
+    retention = Retention(checkpoints.folder, policy.policy, checkpoints.owner)
     facts = retention.survey(steps, seen=manifests.__setitem__)
     verdicts = {verdict.step: verdict for verdict in decide(facts, policy.policy)}
     for step in facts:
         problem = step.problem
         if digests and not problem:
             try:
-                problem = "; ".join(_digest_problems(found.step(step.step)))
+                problem = "; ".join(_digest_problems(checkpoints.step(step.step)))
             except StepNotFoundError:
                 continue
-        known = manifests.get(step.step) or manifest_of(found.step(step.step))
-        yield Listed(step.step, found, verdicts[step.step], problem, known, step.foreign)
+        stored = manifests.get(step.step) or manifest_of(checkpoints.step(step.step))
+        yield Listed(step.step, checkpoints, verdicts[step.step], problem, stored, step.foreign)
 
 
 def list_others(listing: paths.FolderListing) -> list[dict[str, Any]]:
@@ -152,13 +152,15 @@ def manifest_of(path: Path) -> Manifest | None:
         return None
 
 
-def _print_steps(found: CheckpointFolder, steps: list[Listed], *, digests: bool, known_policy: bool) -> None:
+def _print_steps(
+    checkpoints: CheckpointFolder, steps: list[Listed], *, digests: bool, known_policy: bool
+) -> None:
     if not steps:
-        typer.echo(f"{found.folder}: no committed step")
+        typer.echo(f"{checkpoints.folder}: no committed step")
         return
     rows = [("step", "age", "size", "saved for", "kept as", "state")]
     for listed in steps:
-        known = listed.manifest
+        stored = listed.manifest
         kept = ", ".join(dict.fromkeys(reason.rule for reason in listed.verdict.reasons))
         unkept = "nothing: deleted after the next save" if known_policy else "?"
         state = "ok" if digests else "ok (unverified)"
@@ -169,9 +171,9 @@ def _print_steps(found: CheckpointFolder, steps: list[Listed], *, digests: bool,
         rows.append(
             (
                 str(listed.step),
-                text.age(known.time) if known else "?",
-                text.size(known.size_bytes) if known else "?",
-                known.provenance.reason if known else "?",
+                text.age(stored.time) if stored else "?",
+                text.size(stored.size_bytes) if stored else "?",
+                stored.provenance.reason if stored else "?",
                 kept or unkept,
                 state,
             )
@@ -180,8 +182,8 @@ def _print_steps(found: CheckpointFolder, steps: list[Listed], *, digests: bool,
 
 
 def _as_json(listed: Listed, *, digests: bool) -> dict[str, Any]:
-    known = listed.manifest
-    provenance = asdict(known.provenance) if known else {}
+    stored = listed.manifest
+    provenance = asdict(stored.provenance) if stored else {}
     # The values of "state" are older than the words on the terminal. Scripts depend on them.
     state = "not sound" if listed.problem else "sound" if digests else "looks sound"
     return {
@@ -189,8 +191,8 @@ def _as_json(listed: Listed, *, digests: bool) -> dict[str, Any]:
         "path": str(listed.path),
         "state": state,
         "problem": listed.problem or None,
-        "time": known.time if known else None,
-        "size_bytes": known.size_bytes if known else None,
+        "time": stored.time if stored else None,
+        "size_bytes": stored.size_bytes if stored else None,
         "saved_for": provenance.get("reason"),
         "run_id": provenance.get("run_id"),
         "another_runs": bool(listed.foreign),

@@ -48,13 +48,13 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Delete the steps of RUN that its config does not keep, as a run does after each save."""
-    found = find_run(run)
-    policy = find_policy(found, paths.list_folder(found.folder).steps)
+    checkpoints = find_run(run)
+    policy = find_policy(checkpoints, paths.list_folder(checkpoints.folder).steps)
     if not policy.source:
-        raise RunFolderError(f"{found.folder}: the retention rules are unknown: {policy.problem}")
-    retention = Retention(found.folder, policy.policy, found.owner)
+        raise RunFolderError(f"{checkpoints.folder}: the retention rules are unknown: {policy.problem}")
+    retention = Retention(checkpoints.folder, policy.policy, checkpoints.owner)
     doomed = [verdict.step for verdict in reversed(retention.verdicts()) if not verdict.keep]
-    sizes = {step: folder_bytes(found.step(step)) for step in doomed}
+    sizes = {step: folder_bytes(checkpoints.step(step)) for step in doomed}
     warnings: tuple[str, ...] = ()
     if not dry_run:
         done = retention.apply()

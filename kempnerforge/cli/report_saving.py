@@ -16,29 +16,29 @@ from kempnerforge.goodput.plot import dots_path, duration, line_path, linear_axi
 POINTS = 100
 
 
-def saving_section(found: Mapping[str, Any]) -> str:
+def saving_section(saving: Mapping[str, Any]) -> str:
     """Return timings, intervals and the cost model. ``found`` is the result of ``accounting.saving``."""
     timings = [
         row(report_text.TIMINGS[name], duration(timing["p50"]), duration(timing["p99"]))
-        for name, timing in found["timings"].items()
+        for name, timing in saving["timings"].items()
         if timing["p50"] is not None
     ]
     intervals = [
-        row(name, duration(found[key]) if found[key] is not None else "unknown")
+        row(name, duration(saving[key]) if saving[key] is not None else "unknown")
         for key, name in report_text.INTERVALS.items()
     ]
-    notes = "".join(f'<p class="words">{escape(line)}</p>' for line in report_text.saving_lines(found))
+    notes = "".join(f'<p class="words">{escape(line)}</p>' for line in report_text.saving_lines(saving))
     return (
         '<section id="saving" class="card"><h2>Checkpoints</h2>'
-        f'<p class="words">{count(found["commits"], "commit")}.</p>'
+        f'<p class="words">{count(saving["commits"], "commit")}.</p>'
         f"{table(('phase of a save', 'p50', 'p99'), timings) if timings else ''}"
-        f"{table(('time between saves', ''), intervals)}{notes}{_model(found)}</section>"
+        f"{table(('time between saves', ''), intervals)}{notes}{_model(saving)}</section>"
     )
 
 
-def _model(found: Mapping[str, Any]) -> str:
+def _model(saving: Mapping[str, Any]) -> str:
     """Plot the expected overhead over the interval, and mark the measured and the best interval."""
-    expected, measured_s = found["expected"], found["interval_s"]
+    expected, measured_s = saving["expected"], saving["interval_s"]
     if expected is None or not measured_s:
         return ""
     best_s = expected["best_interval_s"]

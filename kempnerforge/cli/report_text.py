@@ -46,7 +46,7 @@ MAX_REASON = 600
 
 def print_report(run_dir: str, body: Mapping[str, Any]) -> None:
     """Print the report as text. ``body`` is the object that ``--json`` prints."""
-    wall_s, found = body["wall_s"], body["saving"]
+    wall_s, saving = body["wall_s"], body["saving"]
     typer.echo(f"{run_dir}: {100 * body['ettr']:.1f}% of {wall_s:.1f} s were effective training")
     rows = []
     for key, name in PARTS.items():
@@ -60,18 +60,18 @@ def print_report(run_dir: str, body: Mapping[str, Any]) -> None:
         typer.echo(f"{attempt_words(attempt)}; {attempt['kind']}: {attempt['reason']}")
     for line in remarks(body):
         typer.echo(line)
-    for name, timing in found["timings"].items():
+    for name, timing in saving["timings"].items():
         if timing["p50"] is not None:
             typer.echo(f"checkpoint {name}: p50 {timing['p50']:.3f}, p99 {timing['p99']:.3f}")
-    low, high = found["mtti_95_s"]
-    if found["mtti_s"] is None:
+    low, high = saving["mtti_95_s"]
+    if saving["mtti_s"] is None:
         typer.echo(f"no failure yet; the mean time to interruption is above {low:.0f} s (95%)")
     else:
         bounds = f"95%: {low:.0f} to {high:.0f}"
-        typer.echo(f"{count(found['failures'], 'failure')}: one in {found['mtti_s']:.0f} s ({bounds})")
-    if found["daly_s"] is not None:
-        typer.echo(f"best interval: Young {found['young_s']:.1f} s, Daly {found['daly_s']:.1f} s")
-    for line in saving_lines(found):
+        typer.echo(f"{count(saving['failures'], 'failure')}: one in {saving['mtti_s']:.0f} s ({bounds})")
+    if saving["daly_s"] is not None:
+        typer.echo(f"best interval: Young {saving['young_s']:.1f} s, Daly {saving['daly_s']:.1f} s")
+    for line in saving_lines(saving):
         typer.echo(line)
 
 
@@ -111,21 +111,21 @@ def setup_rows(setup_parts_s: Mapping[str, float]) -> Iterator[tuple[str, float]
             yield SETUP_PARTS.get(key, key), setup_parts_s[key]
 
 
-def saving_lines(found: Mapping[str, Any]) -> list[str]:
+def saving_lines(saving: Mapping[str, Any]) -> list[str]:
     """Describe what Daly's interval would have saved, or why that is unknown."""
-    expected, measured_s = found["expected"], found["interval_s"]
+    expected, measured_s = saving["expected"], saving["interval_s"]
     if expected is None or measured_s is None:
-        missing = "failure" if found["mtti_s"] is None else "commit that training waited for"
+        missing = "failure" if saving["mtti_s"] is None else "commit that training waited for"
         return [f"There was no {missing} yet, so the cost of other intervals cannot be estimated."]
     best_s = expected["best_interval_s"]
-    whose = "Daly's" if best_s == found["daly_s"] else "the duration of a save, longer than Daly's"
+    whose = "Daly's" if best_s == saving["daly_s"] else "the duration of a save, longer than Daly's"
     lines = [
         f"First-order estimate: with a save every {duration(measured_s)} (measured), "
         f"{100 * expected['overhead']:.1f}% of the time is spent on stalls, lost work and restarts; "
         f"with one every {duration(best_s)} ({whose}), {100 * expected['best_overhead']:.1f}%: "
         f"{_difference(expected['saved_s'])}."
     ]
-    if max(measured_s, best_s) > found["mtti_s"] / 2:
+    if max(measured_s, best_s) > saving["mtti_s"] / 2:
         lines.append("Failures are about as frequent as saves, so this is a rough estimate.")
     return lines
 

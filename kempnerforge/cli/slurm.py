@@ -83,7 +83,7 @@ def decide_for(job: SlurmJob, run_dir: Path) -> Decision:
         job_state=slurm_job.state(job.handle),
         status=ends[-1]["status"] if ends else None,
         reason=str(ends[-1]["reason"]) if ends else "",
-        asked=_asked(facts, run_dir),
+        stop_requested_by=_stop_requested_by(facts, run_dir),
         lost_nodes=slurm_job.lost_nodes(job.node_names),
         faulty_nodes=nodes_of(hosts, job.node_names),
         lost_in_a_row=lost_in_a_row(history, before=before),
@@ -108,7 +108,7 @@ def nodes_of(hosts: Collection[str], node_names: Sequence[str]) -> list[str]:
     return [name for name in node_names if name.partition(".")[0] in short]
 
 
-def _asked(facts: Mapping[str, str], run_dir: Path) -> str:
+def _stop_requested_by(facts: Mapping[str, str], run_dir: Path) -> str:
     """Return what requested the stop.
 
     The traps of the batch shell write the signal into the stop file. The shell gets no signal at the start

@@ -14,18 +14,18 @@ app = typer.Typer()
 @app.command()
 def unblock(run: RunPath) -> None:
     """Reset the failure counter of RUN and restore its suspect steps, after you fixed the cause."""
-    found = find_run(run)
-    if found.run_dir is None:
+    checkpoints = find_run(run)
+    if checkpoints.run_dir is None:
         raise RunFolderError(f"{run} has steps of an unknown run; give the run's folder")
-    done = unblocking.unblock(found.run_dir, note=lambda message: typer.echo(message, err=True))
+    done = unblocking.unblock(checkpoints.run_dir, note=lambda message: typer.echo(message, err=True))
     for old, new in done.renamed.items():
         typer.echo(f"{old} -> {new}")
     for name, why in done.left.items():
         typer.echo(
             f"{name} is not restored: {why}. "
-            f"To continue from it in a new run: kempnerforge ckpt fork {found.folder / name} NEW_RUN"
+            f"To continue from it in a new run: kempnerforge ckpt fork {checkpoints.folder / name} NEW_RUN"
         )
     typer.echo(
-        f"{found.run_dir}: reset the failure counter, up to attempt {done.attempt}; run the same command to "
-        "resume"
+        f"{checkpoints.run_dir}: reset the failure counter, up to attempt {done.attempt}; run the same "
+        "command to resume"
     )

@@ -24,9 +24,9 @@ def checkpoint_dir_can_be_filled(checkpoint: CheckpointConfig) -> list[ConfigIss
     unknown = unknown_placeholder(checkpoint.dir)
     if not unknown:
         return []
-    known = " and ".join(f"{{{name}}}" for name in DIR_PLACEHOLDERS)
+    expanded = " and ".join(f"{{{name}}}" for name in DIR_PLACEHOLDERS)
     elsewhere = "put it into run.dir" if unknown[1:-1] in PLACEHOLDERS else "write the folder out"
-    return [ConfigIssue("checkpoint.dir", f"{unknown} is not expanded here", f"{known} are; {elsewhere}")]
+    return [ConfigIssue("checkpoint.dir", f"{unknown} is not expanded here", f"{expanded} are; {elsewhere}")]
 
 
 def paths_are_usable(run: RunConfig, checkpoint: CheckpointConfig) -> list[ConfigIssue]:
@@ -114,7 +114,7 @@ def milestones_are_saved(checkpoint: CheckpointConfig, train: TrainConfig) -> li
     return [ConfigIssue("checkpoint.keep_steps", f"no setting saves {steps}", how)]
 
 
-def pace_has_saves(checkpoint: CheckpointConfig) -> list[ConfigIssue]:
+def interval_settings_have_saves(checkpoint: CheckpointConfig) -> list[ConfigIssue]:
     """Refuse settings of automatic intervals and of the overhead bound that have no saves to act on."""
     faults = []
     hours, percent = checkpoint.expected_mtti_hours, checkpoint.max_overhead_pct
@@ -195,7 +195,7 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     saves_happen,
     dynamics_window_holds_steps,
     milestones_are_saved,
-    pace_has_saves,
+    interval_settings_have_saves,
     best_goes_by_a_metric,
     exclusions_have_a_source,
 )

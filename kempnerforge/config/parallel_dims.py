@@ -123,7 +123,7 @@ def microbatch_faults(distributed: DistributedConfig, train: TrainConfig, dp: in
     if schedule_runs(schedule, units * per_unit, pp):
         return []
     least = f"at least {pp}" if schedule == "1f1b" else f"a multiple of {units * per_unit // pp}"
-    problem = f"{value} makes {units * per_unit} microbatches a rank; {schedule} with pp {pp} needs {least}"
+    problem = f"{value} makes {units * per_unit} microbatches per rank; {schedule} with pp {pp} needs {least}"
     below = [n for n in range(1, units) if schedule_runs(schedule, n * per_unit, pp)][-1:]
     above = next(n for n in itertools.count(units + 1) if schedule_runs(schedule, n * per_unit, pp))
     fits = " or ".join(str(n * unit) for n in (*below, above))

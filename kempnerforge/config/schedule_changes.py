@@ -91,5 +91,5 @@ class _Schedule:
 
 
 def _read(section: type[_S], table: Mapping[str, Any]) -> _S:
-    known = {key: value for key, value in table.items() if key in section.model_fields}
-    return section.model_validate(known)
+    supported = {key: value for key, value in table.items() if key in section.model_fields}
+    return section.model_validate(supported)

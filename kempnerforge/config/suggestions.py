@@ -29,7 +29,7 @@ def suggest_key(key: str, root: type[Section]) -> str:
     meant = table if siblings else nearest(table, list(root.model_fields))
     if table and meant and (name := nearest(last, table_names(meant, root) or [])):
         return f"did you mean {meant}.{name}?"
-    names = [known.name for known in walk_keys(root)]
+    names = [entry.name for entry in walk_keys(root)]
     lasts = {name.rpartition(".")[2] for name in names}
     if same := last if last in lasts else nearest(last, sorted(lasts)):
         return f"did you mean {' or '.join(name for name in names if name.endswith(f'.{same}'))}?"

@@ -52,13 +52,13 @@ def parse_grace(config: str, partitions: str, partition: str) -> Grace | None:
     them is unknown.
     """
     kill_wait = re.search(r"^KillWait\s*=\s*(\d+)", config, re.MULTILINE)
-    known = {facts["PartitionName"]: facts for facts in map(parse_facts, partitions.splitlines()) if facts}
-    default = [name for name, facts in known.items() if facts.get("Default") == "YES"]
+    by_name = {facts["PartitionName"]: facts for facts in map(parse_facts, partitions.splitlines()) if facts}
+    default = [name for name, facts in by_name.items() if facts.get("Default") == "YES"]
     names = partition.split(",") if partition else default[:1]
-    if kill_wait is None or not names or not known.keys() >= set(names):
+    if kill_wait is None or not names or not by_name.keys() >= set(names):
         return None
     graces = [
-        0 if known[name].get("PreemptMode") == "OFF" else int(known[name].get("GraceTime", "0"))
+        0 if by_name[name].get("PreemptMode") == "OFF" else int(by_name[name].get("GraceTime", "0"))
         for name in names
     ]
     return Grace(int(kill_wait[1]), min(graces))

@@ -37,7 +37,7 @@ def decide(
     job_state: str,
     status: int | None,
     reason: str = "",
-    asked: str = "",
+    stop_requested_by: str = "",
     lost_nodes: Sequence[str] = (),
     faulty_nodes: Sequence[str] = (),
     lost_in_a_row: int | None = None,
@@ -50,7 +50,7 @@ def decide(
             was cancelled, or is already being requeued.
         status: the exit status that this attempt recorded in the run's folder; None if it recorded none.
         reason: the recorded reason.
-        asked: how SLURM requested this attempt to stop, if the job can detect it; empty if it did not.
+        stop_requested_by: how SLURM requested a stop, if the job can detect it; empty without a request.
         lost_nodes: nodes of the job that SLURM considers lost.
         faulty_nodes: nodes of the job in faults that this attempt recorded. The crash-loop guard
             (status 76) limits how often a run without progress is requeued because of them.
@@ -61,7 +61,7 @@ def decide(
         may_requeue: whether SLURM permits it. After a job with --no-requeue, the next job of a chain resumes.
     """
     decision = _decide(
-        job_state, status, reason, asked, tuple(lost_nodes), tuple(faulty_nodes), lost_in_a_row
+        job_state, status, reason, stop_requested_by, tuple(lost_nodes), tuple(faulty_nodes), lost_in_a_row
     )
     if decision.requeue and not may_requeue:
         return Decision(False, decision.status, f"{decision.why}, but the job has --no-requeue")
@@ -72,7 +72,7 @@ def _decide(
     job_state: str,
     status: int | None,
     reason: str,
-    asked: str,
+    stop_requested_by: str,
     lost_nodes: tuple[str, ...],
     faulty_nodes: tuple[str, ...],
     lost_in_a_row: int | None,
@@ -91,9 +91,9 @@ def _decide(
         if any(word in reason for word in BY_HAND) and "SIGTERM" not in reason and "SIGUSR1" not in reason:
             return Decision(False, end, f"it was stopped by hand ({reason})")
         return Decision(True, end, "the run is not finished", bad)
-    if asked:
+    if stop_requested_by:
         # The signal came before the trainer could handle signals, or broke a collective. Commits are kept.
-        return Decision(True, end, f"a stop was requested ({asked})", bad)
+        return Decision(True, end, f"a stop was requested ({stop_requested_by})", bad)
     if lost_nodes:
         return Decision(True, end, f"it lost {', '.join(lost_nodes)}", bad)
     if faulty_nodes:

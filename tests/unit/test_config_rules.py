@@ -176,7 +176,7 @@ BROKEN = [
     (
         ["--distributed.pp=4", "--train.batch_size=3"],
         "train.batch_size",
-        "3 makes 3 microbatches a rank; 1f1b with pp 4 needs at least 4",
+        "3 makes 3 microbatches per rank; 1f1b with pp 4 needs at least 4",
         "batch_size 4 would fit",
     ),
     (
