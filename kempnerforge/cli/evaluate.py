@@ -39,8 +39,8 @@ Arguments = Annotated[
 def evaluate(arguments: Arguments, as_json: AsJson = False) -> None:
     """Print the validation loss of a checkpoint, with its stored config and under any layout.
 
-    On several processes: torchrun --nproc-per-node N -m kempnerforge eval STEP_DIR. The run is not changed
-    and may be training at the same time.
+    On several processes: torchrun --nproc-per-node N -m kempnerforge eval STEP_DIR.
+    The run is not changed and may be training at the same time.
     """
     rank, world_size = rank_and_world_size(os.environ)
     try:

@@ -42,8 +42,8 @@ def plan(
 ) -> None:
     """Show mesh, stages, memory, checkpoint size and batch of FILE on N processes. Needs no GPU.
 
-    Exit status 2 if the layout is impossible (the closest possible layouts are listed), 1 if --memory-gb
-    is too small.
+    Exit status 2 if the layout is impossible, with a list of the closest possible layouts.
+    Exit status 1 if --memory-gb is too small.
     """
     positionals, overrides = split_positionals(arguments)
     if not positionals:

@@ -50,7 +50,7 @@ def sync(
 ) -> None:
     """Upload the metrics of RUN to one wandb run, each step once. Run it again to upload new steps.
 
-    If several attempts trained a step, the values that led to the current state of the run are uploaded.
+    If several attempts trained a step, upload the values that led to the current state of the run.
     A run that is not finished is uploaded up to its newest committed step.
     """
     run_dir = find_run(run).run_dir

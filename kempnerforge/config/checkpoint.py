@@ -71,9 +71,9 @@ class CheckpointConfig(Section):
     """Also save when the last save is this many minutes ago."""
 
     max_overhead_pct: Percent | None = None
-    """Upper bound on the share of time that the saves of interval and interval_minutes may take,
-    judged by their measured overhead. They are spaced further apart when it is exceeded. None means
-    no bound, or 1 with interval = "auto"."""
+    """Upper bound in percent of the time that the saves of interval and interval_minutes may take,
+    by their measured overhead. Saves are spaced further apart if it is exceeded. None means no bound,
+    or 1 with interval = "auto"."""
 
     expected_mtti_hours: Positive | None = None
     """Only for interval = "auto": prior mean time to interruption in hours, weighted as one observed
@@ -89,7 +89,7 @@ class CheckpointConfig(Section):
     """Also save step 0, the initial weights."""
 
     save_last: bool = True
-    """Commit the last step when the run ends, whatever ended it."""
+    """Commit the last step when the run finishes or stops on request, whatever requested it."""
 
     # Not strict: TOML has strings where Python has members.
     async_mode: Annotated[AsyncCheckpointMode, Field(strict=False)] = AsyncCheckpointMode.disabled

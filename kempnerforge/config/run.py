@@ -32,9 +32,8 @@ class RunConfig(Section):
     the current folder. {job_id} and {array_task_id} are replaced by the ids of the SLURM job."""
 
     max_faults_without_progress: AtLeastZero = 3
-    """Number of attempts in a row that may fail through the run's own fault without committing a new
-    step. After that, the run exits with status 76 at the start until `kempnerforge unblock RUN`. 0
-    disables this check."""
+    """Number of attempts that may fail through the run's own fault without a new committed step. After
+    that, every start exits with status 76 until `kempnerforge unblock RUN`. 0 disables this check."""
 
     @property
     def folder(self) -> Path:
