@@ -1,7 +1,7 @@
-"""KempnerForge: training runs described by one TOML file that survive being killed at any instant.
+"""KempnerForge: training runs that are described by one TOML file and survive a kill at any instant.
 
-The names in ``__all__`` are the public API. Each is imported at its first use, so ``import kempnerforge`` is
-fast and needs no torch.
+The names in ``__all__`` are the public API. Each is imported at its first use, so that
+``import kempnerforge`` is fast and does not import torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
     "load_job",
 ]
 
-_HOMES = {
+_MODULES = {
     "AsyncCheckpointMode": "config.schema",
     "AsyncCheckpointer": "checkpoint.async_save",
     "CheckpointConfig": "config.schema",
@@ -43,9 +43,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,29 +1,29 @@
-"""Every exception that KempnerForge raises on purpose.
+"""All exceptions that KempnerForge raises deliberately.
 
-    KempnerForgeError                 exit status 1 unless a subclass says otherwise
-    ├── ConfigError                   2  a config or command line that cannot work; carries every fault
+    KempnerForgeError                 exit status 1 unless a subclass sets another one
+    ├── ConfigError                   2  invalid config or command line; lists all issues
     ├── DataError                     2  corrupt, empty, missing or foreign training data
     ├── RunFolderError                2  the run's folder cannot be used (node-local, not writable, foreign)
     │   ├── LeaseHeldError            2  another process is writing this run
     │   └── FolderOwnedError          2  the checkpoint folder belongs to another run
-    ├── NoProgressError              76  several attempts ended in faults of their own; told before training
-    ├── StopRequestedError           75  asked to stop while it was being set up
-    ├── UploadError                   1  metrics could not be brought to wandb
+    ├── NoProgressError              76  several attempts failed without progress; raised before training
+    ├── StopRequestedError           75  a stop was requested during setup
+    ├── UploadError                   1  metrics could not be uploaded to wandb
     ├── NonFiniteError                1  too many non-finite steps in a row
     └── CheckpointError               1
-        ├── StepNotFoundError         2  a step or path that was asked for by name does not exist
-        ├── DamagedCheckpointError    1  structure or digest is wrong, on a second read too
+        ├── StepNotFoundError         2  a step or path given by name does not exist
+        ├── DamagedCheckpointError    1  wrong structure or digest, confirmed by a second read
         ├── UnreachableCheckpointError 1 storage did not answer (EIO, ESTALE, missing on one node only)
-        ├── MismatchError             2  sound, but it cannot fit this config
-        │   └── NoTrainingStateError  2  sound, but weights alone: no run can go on from it
-        ├── NoSoundCheckpointError    1  checkpoints exist and none of them loads
-        ├── StepsMissingError         2  the run's records know of a committed step, and none is there
-        ├── NoSpaceError              2  not even one save would fit; told before training
-        ├── LeaseLostError            1  another attempt has taken this run over
+        ├── MismatchError             2  intact, but does not fit this config
+        │   └── NoTrainingStateError  2  intact, but weights only: a run cannot resume from it
+        ├── NoSoundCheckpointError    1  checkpoints exist, but none of them loads
+        ├── StepsMissingError         2  the run recorded a committed step, but the folder has none
+        ├── NoSpaceError              2  there is no space for a single save; raised before training
+        ├── LeaseLostError            1  another attempt has taken over this run
         └── SaveFailedError           1  a save failed, or too many in a row
-            └── HostMemoryError       1  its host buffers do not fit; at a start a ConfigError says so
+            └── HostMemoryError       1  the host buffers do not fit (ConfigError at the start of a run)
 
-Messages say what is wrong, where, and which command to type next.
+Messages state what is wrong, where, and which command to run next.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ EXIT_FINISHED = 0
 EXIT_FAULT = 1
 EXIT_BAD_CONFIG = 2
 EXIT_STOPPED = 75
-"""Stopped on purpose with work left (preemption, deadline): safe to requeue."""
+"""Stopped deliberately before the last step (preemption, deadline): safe to requeue."""
 EXIT_NO_PROGRESS = 76
-"""Several attempts in a row ended in faults of their own without progress: do not requeue."""
+"""Several attempts in a row failed through their own fault without progress: do not requeue."""
 
 
 class KempnerForgeError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base class of all errors raised deliberately."""
 
     exit_status = EXIT_FAULT
-    """What the process ends with."""
+    """Exit status of the process."""
 
     agreed = False
-    """Whether all ranks raise it together, so that rank 0 alone tells it."""
+    """Whether all ranks raise the error together, so that only rank 0 prints it."""
 
 
 @dataclass(frozen=True)
 class ConfigIssue:
-    """One thing wrong with a configuration."""
+    """One issue of a configuration."""
 
     key: str
     """Dotted name, such as ``train.batch_size``."""
     problem: str
-    """What is wrong, the value included."""
+    """What is wrong, including the value."""
     allowed: str = ""
-    """What would be accepted, or the nearest known name."""
+    """Accepted values, or the closest known name."""
     source: str = ""
-    """Where the value came from: a file, or ``command line``."""
+    """Where the value comes from: a file, or ``command line``."""
 
     def __str__(self) -> str:
         parts = [f"{self.key}: {self.problem}"]
@@ -73,7 +73,7 @@ class ConfigIssue:
 
 
 class ConfigError(KempnerForgeError):
-    """A configuration that cannot work. Lists every fault at once."""
+    """An invalid configuration. Lists all issues at once."""
 
     exit_status = EXIT_BAD_CONFIG
     agreed = True
@@ -94,7 +94,7 @@ def _rebuild_config_error(faults: tuple[ConfigIssue, ...], where: str) -> Config
 
 
 class DataError(KempnerForgeError):
-    """Training data that is corrupt, empty, missing or of another vocabulary."""
+    """Training data that is corrupt, empty, missing or does not match the model's vocabulary."""
 
     exit_status = EXIT_BAD_CONFIG
 
@@ -106,7 +106,7 @@ class RunFolderError(KempnerForgeError):
 
 
 class LeaseHeldError(RunFolderError):
-    """Another process that is alive is writing this run."""
+    """Another live process is writing this run."""
 
 
 class FolderOwnedError(RunFolderError):
@@ -114,27 +114,27 @@ class FolderOwnedError(RunFolderError):
 
 
 class NoProgressError(KempnerForgeError):
-    """Several attempts ended in a recorded fault of their own without a new committed step."""
+    """Several attempts failed with a recorded fault of their own and committed no new step."""
 
     exit_status = EXIT_NO_PROGRESS
 
 
 class StopRequestedError(KempnerForgeError):
-    """The run was asked to stop before its first step, when there was nothing to commit."""
+    """A stop was requested before the first step, when there was nothing to commit."""
 
     exit_status = EXIT_STOPPED
 
     def __init__(self, by: str) -> None:
         self.by = by
-        """What asked: the name of a signal, or what the stop file says."""
+        """What requested the stop: the name of a signal, or the content of the stop file."""
         super().__init__(by)
 
     def __str__(self) -> str:
-        return f"stopped by {self.by} during set-up, before a step. To go on: the same command"
+        return f"stopped by {self.by} during setup, before a step. Run the same command to resume"
 
 
 class UploadError(KempnerForgeError):
-    """Metrics could not be brought to wandb; what is on disk is untouched."""
+    """Metrics could not be uploaded to wandb. The files on disk are not changed."""
 
 
 class NonFiniteError(KempnerForgeError):
@@ -144,51 +144,51 @@ class NonFiniteError(KempnerForgeError):
 
 
 class CheckpointError(KempnerForgeError):
-    """Base of all checkpoint errors."""
+    """Base class of all checkpoint errors."""
 
 
 class StepNotFoundError(CheckpointError):
-    """A step or checkpoint path that was asked for by name does not exist."""
+    """A step or checkpoint path that was given by name does not exist."""
 
     exit_status = EXIT_BAD_CONFIG
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint whose structure or digests are wrong, on a second read too."""
+    """A checkpoint with a wrong structure or wrong digests, confirmed by a second read."""
 
 
 class UnreachableCheckpointError(CheckpointError):
-    """Storage did not answer; the checkpoint itself may be sound."""
+    """Storage did not answer. The checkpoint itself may be intact."""
 
 
 class MismatchError(CheckpointError):
-    """A sound checkpoint that cannot fit this configuration."""
+    """An intact checkpoint that does not fit this configuration."""
 
     exit_status = EXIT_BAD_CONFIG
 
 
 class NoTrainingStateError(MismatchError):
-    """A sound checkpoint that no run can go on from: it has tensors, but no training state."""
+    """An intact checkpoint from which no run can resume: it has tensors, but no training state."""
 
 
 class NoSoundCheckpointError(CheckpointError):
-    """Checkpoints exist, quarantined ones included, and none of them loads."""
+    """Checkpoints exist, possibly only quarantined ones, but none of them loads."""
 
 
 class StepsMissingError(CheckpointError):
-    """The run has committed steps by its own records, and its checkpoint folder has none."""
+    """The run's records list committed steps, but its checkpoint folder has none."""
 
     exit_status = EXIT_BAD_CONFIG
 
 
 class NoSpaceError(CheckpointError):
-    """Not even one save would fit where the checkpoints go."""
+    """The checkpoint folder has no space for a single save."""
 
     exit_status = EXIT_BAD_CONFIG
 
 
 class LeaseLostError(CheckpointError):
-    """Another attempt has taken this run over, so nothing may be committed any more."""
+    """Another attempt has taken over this run, so this one may not commit any more."""
 
 
 class SaveFailedError(CheckpointError):
@@ -198,7 +198,7 @@ class SaveFailedError(CheckpointError):
 
 
 class HostMemoryError(SaveFailedError):
-    """The host buffers of a save do not fit into the memory of a node or a cgroup. Nothing was taken."""
+    """The host buffers of a save do not fit into the memory of a node or a cgroup. None was allocated."""
 
     def __init__(self, fault: ConfigIssue) -> None:
         self.fault = fault

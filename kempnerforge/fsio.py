@@ -1,11 +1,11 @@
-"""The few file system operations that durability rests on.
+"""The file system operations on which durability depends.
 
-POSIX promises that ``rename`` is atomic, and nothing about when a file's bytes or a folder's entries reach
-the disk. So a name that others may look for appears only by rename, after the fsync of what it names, and
-counts as durable only after the fsync of its parent folder.
+POSIX guarantees that ``rename`` is atomic, but not when the bytes of a file or the entries of a folder
+reach the disk. Therefore a name that readers look for is created only by rename, after the fsync of its
+content, and is durable only after the fsync of its parent folder.
 
-All files and folders are made here, because new ones take the group permissions of their folder: on a shared
-cluster a group goes on with a run that one of them began, whatever that one's umask is.
+All files and folders are created here, because new ones take the group permissions of their folder. On a
+shared cluster, another member of the group can then resume a run, whatever the umask of its creator is.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-"""What ``fsync`` of a folder says on file systems that have none."""
+"""Errors of ``fsync`` on folders of file systems that do not support it."""
 _DELETE_TRIES = 3
 _DELETE_PAUSE_S = 0.05
 _MAX_NAMES = 10_000
 
 _unsynced: set[int] = set()
-"""Devices whose folders cannot be synced and that the user has been told of."""
+"""Devices whose folders cannot be synced, for which a warning was logged."""
 
 
 def fsync_folder(folder: Path) -> None:
     """Make the entries of ``folder`` (creations, renames, unlinks) durable.
 
-    On a file system that cannot sync folders this logs one warning a file system, and returns.
+    On a file system that cannot sync folders, log a warning, once per file system, and return.
     """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -61,9 +61,10 @@ def _warn_unsynced(folder: Path, device: int, error: OSError) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder``, and those above it that are missing. Their names are durable on return.
+    """Create ``folder`` and its missing parents. Their names are durable on return.
 
-    So is the name of the lowest one that was there: who made it may have been killed before its sync.
+    The name of the lowest existing folder is made durable too: its creator may have been killed before the
+    sync.
     """
     missing = []
     while not folder.is_dir():
@@ -72,19 +73,19 @@ def make_folder(folder: Path) -> None:
     try:
         fsync_folder(folder.parent)
     except OSError as error:
-        # It may not be listed.
+        # The user may have no permission to list it.
         if error.errno not in (errno.EACCES, errno.EPERM):
             raise
-    for one in reversed(missing):
+    for path in reversed(missing):
         with contextlib.suppress(FileExistsError):
-            new_folder(one)
-        if not one.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(one))
-        fsync_folder(one.parent)
+            new_folder(path)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        fsync_folder(path.parent)
 
 
 def new_folder(folder: Path) -> None:
-    """Make a folder that does not exist yet in one that does, with the group permissions of that one.
+    """Create a folder in an existing one, with the group permissions of its parent.
 
     Its name is not durable yet. Raises FileExistsError.
     """
@@ -93,12 +94,12 @@ def new_folder(folder: Path) -> None:
 
 
 def open_file(path: Path, flags: int) -> int:
-    """A descriptor of ``path``, which is made, with the group permissions of its folder, if it is missing.
+    """Open ``path`` and return its descriptor. A new file gets the group permissions of its folder.
 
-    ``flags`` as for ``os.open``; O_CREAT and O_CLOEXEC are added. With O_EXCL it must be missing.
+    ``flags`` are those of ``os.open``. O_CREAT and O_CLOEXEC are added. With O_EXCL the file must not exist.
 
-    Raises OSError, also for a symbolic link and for what is not a regular file: whoever may write to a shared
-    folder must not choose which file is written, or make the open wait.
+    Raises OSError, also for a symbolic link or anything else that is not a regular file. Other users of a
+    shared folder must not be able to choose which file is written, or to block the open.
     """
     flags |= os.O_CREAT | os.O_CLOEXEC
     try:
@@ -115,7 +116,7 @@ def _open_existing(path: Path, flags: int, verb: str = "written to") -> int:
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe that nobody reads, a socket
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link; a pipe without a reader, or a socket
             raise
         kind = "symbolic link" if error.errno == errno.ELOOP else "pipe"
         raise OSError(error.errno, f"is a {kind}, which is not {verb}", str(path)) from None
@@ -126,22 +127,22 @@ def _open_existing(path: Path, flags: int, verb: str = "written to") -> int:
 
 
 def open_to_read(path: Path) -> int:
-    """A descriptor to read ``path`` with.
+    """Open ``path`` for reading and return its descriptor.
 
-    Raises OSError, also for a symbolic link and for what is not a regular file: whoever may write to a shared
-    folder must not choose which file is read, or make the open wait.
+    Raises OSError, also for a symbolic link or anything else that is not a regular file. Other users of a
+    shared folder must not be able to choose which file is read, or to block the open.
     """
     return _open_existing(path, os.O_RDONLY | os.O_CLOEXEC, "read")
 
 
 def read_file(path: Path) -> bytes:
-    """All bytes of a file in a folder that others may write to. Raises OSError as ``open_to_read`` does."""
+    """Read a file in a folder that other users may write to. Raises OSError like ``open_to_read``."""
     with os.fdopen(open_to_read(path), "rb") as file:
         return file.read()
 
 
 def read_mark(path: Path, max_bytes: int = -1) -> bytes:
-    """The first bytes of a file whose name alone says something: of a link, a pipe or a folder, none.
+    """Read the first bytes of a marker file. Return no bytes for a link, a pipe or a folder.
 
     Raises OSError for any other failure.
     """
@@ -154,23 +155,23 @@ def read_mark(path: Path, max_bytes: int = -1) -> bytes:
         return b""
 
 
-def _share_with_group(made: int | Path, found: os.stat_result, folder: Path) -> None:
-    """Give what was just made in ``folder`` the group permissions of ``folder``; files stay not executable.
+def _share_with_group(created: int | Path, status: os.stat_result, folder: Path) -> None:
+    """Give a new entry of ``folder`` the group permissions of ``folder``. Files do not become executable.
 
-    Only when both are of one group: else the permissions meant for that group would be given to another one,
-    the user's own. The system passes a folder's group on where the folder is setgid, setgid bit included.
-    Never an error: some network file systems know no modes.
+    Only if both have the same group. Otherwise the permissions meant for that group would be given to
+    another one, the user's own. In a setgid folder, the kernel passes on the group and the setgid bit.
+    Errors are ignored: some network file systems do not support modes.
     """
     with contextlib.suppress(OSError):
-        above = os.stat(folder)
-        bits = stat.S_IRWXG if stat.S_ISDIR(found.st_mode) else stat.S_IRGRP | stat.S_IWGRP
-        mode = stat.S_IMODE(found.st_mode) & ~stat.S_IRWXG | above.st_mode & bits
-        if found.st_gid == above.st_gid and mode != stat.S_IMODE(found.st_mode) and not _has_acl(folder):
-            os.chmod(made, mode)
+        parent = os.stat(folder)
+        bits = stat.S_IRWXG if stat.S_ISDIR(status.st_mode) else stat.S_IRGRP | stat.S_IWGRP
+        mode = stat.S_IMODE(status.st_mode) & ~stat.S_IRWXG | parent.st_mode & bits
+        if status.st_gid == parent.st_gid and mode != stat.S_IMODE(status.st_mode) and not _has_acl(folder):
+            os.chmod(created, mode)
 
 
 def _has_acl(folder: Path) -> bool:
-    """Whether an access control list says what new files in ``folder`` get; the system does as it says."""
+    """Return whether ``folder`` has a default access control list, which the kernel applies to new files."""
     try:
         return bool(os.getxattr(folder, "system.posix_acl_default"))
     except OSError:
@@ -178,7 +179,7 @@ def _has_acl(folder: Path) -> bool:
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
-    """Write every byte of ``data``, going on after short writes."""
+    """Write every byte of ``data``, continuing after short writes."""
     view = memoryview(data).cast("B")
     while view.nbytes:
         written = os.write(fd, view)
@@ -188,9 +189,9 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 
 def write_new_file(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Write a file that does not exist yet and fsync it. The entry in its folder is not durable yet.
+    """Write a file that does not exist yet and fsync it. Its entry in the folder is not durable yet.
 
-    ``private``: nobody but the user may read it.
+    With ``private``, only the user may read it.
     """
     flags = os.O_WRONLY | os.O_EXCL
     fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o600) if private else open_file(path, flags)
@@ -202,9 +203,9 @@ def write_new_file(path: Path, data: bytes, *, private: bool = False) -> None:
 
 
 def atomic_write(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Replace ``path`` so that a reader, or a crash at any instant, finds the old bytes or the new ones.
+    """Replace ``path`` so that readers find the old bytes or the new ones, also after a crash at any instant.
 
-    ``private``: nobody but the user may read it.
+    With ``private``, only the user may read it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
@@ -218,15 +219,15 @@ def atomic_write(path: Path, data: bytes, *, private: bool = False) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a kill in the middle of replacing ``path`` left beside it. For the one writer only.
+    """Remove temporary files of a killed ``atomic_write`` of ``path``. Only its single writer may call this.
 
-    Raises the first OSError when all that can be removed is removed.
+    Raises the first OSError after trying to remove all of them.
     """
     remove_all(list(path.parent.glob(f".{path.name}.*.tmp")))
 
 
 def remove_all(paths: Sequence[Path]) -> None:
-    """Remove the files ``paths``, those that are gone apart. Raises the first OSError after the last one."""
+    """Remove the files ``paths`` that exist. Raises the first OSError after trying to remove all of them."""
     failed: OSError | None = None
     for path in paths:
         try:
@@ -238,9 +239,9 @@ def remove_all(paths: Sequence[Path]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one whole line durably, in one write, so that a crash can tear at most the last line.
+    """Append a whole line durably, in one write, so that a crash can tear at most the last line.
 
-    A torn last line of an earlier crash is closed first, so that it never merges with the new one.
+    If an earlier crash has torn the last line, end it first, so that it never merges with the new one.
     """
     fd = open_file(path, os.O_RDWR | os.O_APPEND)
     try:
@@ -255,10 +256,10 @@ def append_line(path: Path, line: str) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a finished folder its final name and make that durable. This is the commit.
+    """Give a finished folder its final name and make it durable. This is the commit.
 
-    Raises FileExistsError when the name is taken: a committed folder is never replaced. After another OSError
-    the folder has its old name again, as far as the file system lets it: what failed must not be found.
+    Raises FileExistsError if the name is taken: a committed folder is never replaced. After any other
+    OSError the folder is renamed back, if the file system permits it: readers must not find a failed commit.
     """
     if final.exists() or final.is_symlink():
         raise FileExistsError(errno.EEXIST, "a committed folder is never replaced", str(final))
@@ -267,7 +268,7 @@ def publish(temporary: Path, final: Path) -> None:
         os.rename(temporary, final)
         fsync_folder(final.parent)
     except OSError:
-        # By its inode: another process may have taken the name, and a rename may be done and yet fail.
+        # Compare inodes: another process may have taken the name, and a rename can fail after it was done.
         with contextlib.suppress(OSError):
             if os.path.samestat(folder, final.lstat()):
                 os.rename(final, temporary)
@@ -278,10 +279,10 @@ def publish(temporary: Path, final: Path) -> None:
 def point_symlink(link: Path, target: str) -> None:
     """Point ``link`` at ``target`` atomically, replacing an older link.
 
-    Raises FileExistsError when ``link`` is there and is not a link, and OSError; neither changes anything.
+    Raises FileExistsError if ``link`` exists and is not a link, or another OSError. Neither changes anything.
     """
     if os.path.lexists(link) and not link.is_symlink():
-        raise FileExistsError(errno.EEXIST, "is there and is not a link, so it is left as it is", str(link))
+        raise FileExistsError(errno.EEXIST, "exists and is not a link; it is not changed", str(link))
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -295,9 +296,9 @@ def point_symlink(link: Path, target: str) -> None:
 
 
 def invalidate_then_delete(folder: Path) -> None:
-    """Delete a folder so that no crash leaves a half-deleted one under its name.
+    """Delete a folder so that no crash leaves a partly deleted one under its name.
 
-    The rename to a hidden name comes first and is durable before the first file goes. Raises OSError.
+    Rename it to a hidden name durably before deleting the first file. Raises OSError.
     """
     doomed = free_deleting_path(folder)
     os.rename(folder, doomed)
@@ -306,10 +307,11 @@ def invalidate_then_delete(folder: Path) -> None:
 
 
 def delete_tree(folder: Path) -> None:
-    """Delete a folder that no one looks for any more; another process may be deleting it too.
+    """Delete a folder that readers no longer look for. Another process may be deleting it at the same time.
 
-    Raises OSError after a few tries, when all that can be deleted is gone: an entry may stay, as an open file
-    does on NFS. A folder in which a file system is mounted is left whole: what is in that one is not ours.
+    Raises OSError after a few tries, when everything that can be deleted is deleted. An entry may remain,
+    such as an open file on NFS. A folder that contains a mount point is not touched: the mounted file system
+    belongs to others.
     """
     failures: list[OSError] = []
     for _ in range(_DELETE_TRIES):
@@ -317,7 +319,7 @@ def delete_tree(folder: Path) -> None:
             return
         _require_no_mounts(folder)
         failures.clear()
-        _delete_what_goes(folder, failures.append)
+        _delete_what_is_possible(folder, failures.append)
         if _is_gone(folder):
             return
         time.sleep(_DELETE_PAUSE_S)
@@ -332,24 +334,24 @@ def _is_gone(path: Path) -> bool:
     return False
 
 
-def _delete_what_goes(folder: Path, failed: Callable[[OSError], None]) -> None:
-    """Delete what can be deleted. ``failed`` is told what cannot, but for what is gone already."""
+def _delete_what_is_possible(folder: Path, failed: Callable[[OSError], None]) -> None:
+    """Delete everything that can be deleted. Call ``failed`` with each error but FileNotFoundError."""
 
-    def tell(error: BaseException) -> None:
+    def report(error: BaseException) -> None:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             failed(error)
 
     if sys.version_info >= (3, 12):
-        shutil.rmtree(folder, onexc=lambda _function, _path, error: tell(error))
+        shutil.rmtree(folder, onexc=lambda _function, _path, error: report(error))
     else:
-        shutil.rmtree(folder, onerror=lambda _function, _path, info: tell(info[1]))
+        shutil.rmtree(folder, onerror=lambda _function, _path, info: report(info[1]))
 
 
 def _require_no_mounts(folder: Path) -> None:
-    """Raise OSError (EBUSY) when a file system is mounted on ``folder`` or below it."""
+    """Raise OSError (EBUSY) if a file system is mounted on ``folder`` or below it."""
     try:
         listing = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
-    except OSError:  # no proc file system: deletions stop at a mount point themselves, with EBUSY
+    except OSError:  # without /proc, deletions of a mount point fail with EBUSY
         return
     real = os.path.realpath(folder)
     for line in listing.splitlines():
@@ -359,12 +361,12 @@ def _require_no_mounts(folder: Path) -> None:
 
 
 def deleting_name(name: str) -> str:
-    """The hidden name that a folder has while it is being deleted."""
+    """Return the hidden name of a folder that is being deleted."""
     return f".{name.lstrip('.')}.deleting"
 
 
 def free_deleting_path(folder: Path) -> Path:
-    """Where to rename ``folder`` to delete it: an earlier deletion of that name may not have got to its end.
+    """Return a free hidden path for the deletion of ``folder``: an earlier deletion may be unfinished.
 
     Raises OSError.
     """
@@ -373,11 +375,11 @@ def free_deleting_path(folder: Path) -> Path:
         path = folder.with_name(deleting_name(stem if number == 1 else f"{stem}.{number}"))
         if _is_gone(path):
             return path
-    raise FileExistsError(errno.EEXIST, f"{_MAX_NAMES} deletions of it were cut off", str(folder))
+    raise FileExistsError(errno.EEXIST, f"{_MAX_NAMES} deletions of it are unfinished", str(folder))
 
 
 def read_range(fd: int, buffer: memoryview, offset: int) -> int:
-    """Fill ``buffer`` from ``offset``; returns the bytes read, fewer only at the end of the file."""
+    """Fill ``buffer`` from ``offset``. Return the bytes read, which are fewer only at the end of the file."""
     done = 0
     while done < buffer.nbytes:
         count = os.preadv(fd, [buffer[done:]], offset + done)
@@ -388,7 +390,7 @@ def read_range(fd: int, buffer: memoryview, offset: int) -> int:
 
 
 def read_scattered(fd: int, buffers: Sequence[memoryview], offset: int) -> bool:
-    """Fill all ``buffers`` from ``offset`` on; False when the file ends before."""
+    """Fill all ``buffers`` in order, starting at ``offset``. Return False if the file is too short."""
     left = [buffer for buffer in buffers if buffer.nbytes]
     while left:
         count = os.preadv(fd, left, offset)

@@ -1,4 +1,4 @@
-"""SLURM's compact lists of hosts, such as ``gpu[07-09,12],login1``."""
+"""Expand SLURM's compact host lists, such as ``gpu[07-09,12],login1``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def expand(nodelist: str) -> list[str]:
-    """The hosts of a list, in its order: ``a[1-2]b[08,10]`` -> a1b08, a1b10, a2b08, a2b10.
+    """Return the hosts of a list in order: ``a[1-2]b[08,10]`` -> a1b08, a1b10, a2b08, a2b10.
 
     Raises:
-        ValueError: it is not a list of hosts.
+        ValueError: ``nodelist`` is not a host list.
     """
     words = _WORD.findall(nodelist)
     if ",".join(words) != nodelist:
@@ -35,8 +35,8 @@ def _expand_word(word: str, nodelist: str) -> list[str]:
 
 def _numbers(ranges: str, nodelist: str) -> list[str]:
     numbers = []
-    for one in ranges.split(","):
-        match = _RANGE.fullmatch(one)
+    for item in ranges.split(","):
+        match = _RANGE.fullmatch(item)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise _unreadable(nodelist)
         width = len(match[1])
@@ -45,4 +45,4 @@ def _numbers(ranges: str, nodelist: str) -> list[str]:
 
 
 def _unreadable(nodelist: str) -> ValueError:
-    return ValueError(f'node list "{nodelist}" cannot be read; SLURM writes such as gpu[07-09,12],login1')
+    return ValueError(f'node list "{nodelist}" cannot be read; expected a form like gpu[07-09,12],login1')

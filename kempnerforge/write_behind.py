@@ -1,4 +1,4 @@
-"""Small file work, such as appending a row to a log, that its caller does not wait for on slow storage."""
+"""Run small file operations, such as appending a log row, without blocking the caller on slow storage."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections import deque
 from collections.abc import Callable
 
 PROMPT_S = 0.02
-"""A caller waits so long for its work: on a fast disk it is done on return, and a kill then loses no more
-than what is being written."""
+"""How long a caller waits for its work. On a fast disk the work is done on return, so that a kill loses at
+most the write in progress."""
 IDLE_S = 5.0
-"""The thread ends when there was nothing to do for so long."""
+"""The thread ends after this time without work."""
 MOST = 10_000
-"""Pieces of work that wait at most."""
+"""Maximum number of queued pieces of work."""
 
 
 class WriteBehind:
-    """Does pieces of work one after the other, in their order, on a daemon thread.
+    """Runs pieces of work one after the other, in order, on a daemon thread.
 
-    While earlier pieces wait, a caller does not wait at all. What is left when the process ends is lost:
-    ``flush`` before.
+    A caller does not wait at all while earlier work is queued. Work that is queued when the process ends is
+    lost, so call ``flush`` before.
 
     Args:
-        failed: called, on the thread, with an error that a piece of work raised.
+        failed: called on the thread with an exception that a piece of work raised.
     """
 
     def __init__(self, name: str, *, failed: Callable[[Exception], None]) -> None:
@@ -34,7 +34,7 @@ class WriteBehind:
         self._is_running = False
 
     def submit(self, work: Callable[[], None]) -> bool:
-        """Do ``work`` soon. Blocks for ``PROMPT_S`` at most. Returns False if too much waits already."""
+        """Queue ``work``. Block for ``PROMPT_S`` at most. Return False if the queue is full."""
         with self._changed:
             if len(self._queue) >= MOST:
                 return False
@@ -51,7 +51,7 @@ class WriteBehind:
         return True
 
     def flush(self, timeout_s: float | None) -> int:
-        """Wait for all work, for ``timeout_s`` at most; None: for ever. Returns how much is left."""
+        """Wait for all work, at most ``timeout_s`` (None: no limit). Return the count of unfinished work."""
         with self._changed:
             self._changed.wait_for(lambda: self._done == self._submitted, timeout_s)
             return self._submitted - self._done
@@ -76,7 +76,7 @@ class WriteBehind:
                 work = self._queue.popleft()
             try:
                 work()
-            except Exception as error:  # noqa: BLE001 - whose work it was is told
+            except Exception as error:  # noqa: BLE001 - passed to the owner of the work
                 self._failed(error)
             with self._changed:
                 self._done += 1

@@ -1,4 +1,4 @@
-"""The command ``kempnerforge``: its groups, and what an error becomes."""
+"""The command ``kempnerforge``: its command groups and its error handling."""
 
 from __future__ import annotations
 
@@ -17,49 +17,48 @@ from kempnerforge.printable import PrintableStream, printable
 
 
 class Groups(LazyGroup):
-    """All groups."""
+    """All command groups."""
 
     members: ClassVar = {
-        "ckpt": Member("ckpt", "app", "Look at, check, compare and prune checkpoints."),
+        "ckpt": Member("ckpt", "app", "Inspect, verify, compare and prune checkpoints."),
         "config": Member("config", "app", "Check, show and document configurations."),
-        "data": Member("data", "app", "Make token shards from text, and look at them."),
+        "data": Member("data", "app", "Tokenize text into shards, and inspect shards."),
         "eval": Member(
             "evaluate",
             "app",
-            "Print the validation loss of a checkpoint, under the config that is stored with it and any "
-            "layout.",
+            "Print the validation loss of a checkpoint, with its stored config and under any layout.",
         ),
-        "import": Member("weights", "import_app", "Make checkpoints from weights of others."),
+        "import": Member("weights", "import_app", "Import weights from other formats."),
         "plan": Member(
             "plan",
             "app",
-            "Mesh, stages, memory, checkpoint size and batch of FILE on N processes. Needs no GPU.",
+            "Show mesh, stages, memory, checkpoint size and batch of FILE on N processes. Needs no GPU.",
         ),
         "report": Member(
             "report",
             "app",
-            "Effective training time of RUN, where the rest went, how attempts ended, how often to save.",
+            "Report the effective training time of RUN, lost time, ends of attempts and save intervals.",
         ),
         "unblock": Member(
             "unblock",
             "app",
-            "Declare the cause of RUN's faults fixed: reset the count, name suspect steps back.",
+            "Reset the failure counter of RUN and restore its suspect steps, after you fixed the cause.",
         ),
         "submit": Member(
             "submit",
             "app",
-            "Check FILE on this layout, then train it as a SLURM job that goes on by itself until it is "
+            "Check FILE on this layout, then train it as a SLURM job that requeues itself until it is "
             "finished.",
         ),
-        "slurm": Member("slurm", "app", "What a batch script calls before and after training."),
-        "wandb": Member("wandb", "app", "Bring runs that were trained offline to Weights & Biases."),
+        "slurm": Member("slurm", "app", "Commands that batch scripts run before and after training."),
+        "wandb": Member("wandb", "app", "Upload runs that were trained offline to Weights & Biases."),
     }
 
 
 app = typer.Typer(
     name="kempnerforge",
     cls=Groups,
-    help="Looks after checkpoints, configurations, data and SLURM jobs of training runs.",
+    help="Manage checkpoints, configurations, data and SLURM jobs of training runs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -67,8 +66,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"kempnerforge {__version__}")
         raise typer.Exit
 
@@ -84,11 +83,11 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; errors raised on purpose end it with their message and exit status."""
-    gc.set_threshold(500_000, 20, 20)  # commands are short: looking for garbage takes a tenth of their time
-    # pydantic would look through the metadata of every installed package for plugins: we want none.
+    """Run the command line. A ``KempnerForgeError`` ends it with its message and exit status."""
+    gc.set_threshold(500_000, 20, 20)  # garbage collection would take a tenth of a short command's time
+    # pydantic would search the metadata of every installed package for plugins.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
-    # What a command prints has parts that others wrote into the folders it looks at.
+    # Output contains text from files that other users may have written.
     sys.stdout = PrintableStream(sys.stdout)
     try:
         app()
@@ -99,7 +98,7 @@ def main() -> None:
 
 
 def _exit(error: str, status: int) -> NoReturn:
-    """Say what is wrong, also as a JSON object to whoever asked for one, and end."""
+    """Print the error, with ``--json`` also as a JSON object, and exit."""
     print(printable(error, lines=True), file=sys.stderr)
     if "--json" in sys.argv[1:]:
         print(json.dumps({"error": error, "status": status}))

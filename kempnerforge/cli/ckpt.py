@@ -1,7 +1,7 @@
-"""``kempnerforge ckpt``: look after the checkpoints of a run, from any machine that sees its folder.
+"""``kempnerforge ckpt``: manage the checkpoints of a run from any machine that can access its folder.
 
-No command needs torch, and all work while the run is writing: a step that goes away between listing and
-reading is left out.
+No command imports torch. All commands work while the run is writing: a step that disappears between
+listing and reading is skipped.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ class Commands(LazyGroup):
         "ls": Member(
             "ckpt_list",
             "ls",
-            "List the steps of RUN: age, size, what each was saved for, why it is kept, whether it is sound.",
+            "List the steps of RUN: age, size, why each was saved, why it is kept, whether it is ok.",
         ),
         "inspect": Member(
             "ckpt_inspect",
             "inspect",
-            "Show what a step holds: where it came from, files, tensors, layout, versions, train state.",
+            "Show the contents of a step: origin, files, tensors, layout, versions, train state.",
         ),
         "verify": Member(
             "ckpt_verify",
             "verify",
-            "Check every byte of a step, or of all steps of a run. Exit status 0: all sound, 1: one is "
-            "damaged.",
+            "Verify every byte of a step, or of all steps of a run. Exit status 0: all ok, 1: one is "
+            "corrupt.",
         ),
         "diff": Member(
             "ckpt_verify",
             "diff",
-            "Say what differs between two steps: config, layout, versions, train state, tensors.",
+            "Compare two steps: config, layout, versions, train state, tensors.",
         ),
         "explain": Member(
             "ckpt_explain",
             "explain",
-            "Say which rule keeps each step of RUN; with STEP, why that step exists or does not.",
+            "Show which rule keeps each step of RUN; with STEP, why that step exists or does not.",
         ),
         "pin": Member(
-            "ckpt_prune", "pin", "Keep a step of RUN until it is unpinned, also while a run writes there."
+            "ckpt_prune", "pin", "Keep a step of RUN until it is unpinned. Works while the run is writing."
         ),
-        "unpin": Member("ckpt_prune", "unpin", "Leave a step of RUN to the run's rules again."),
+        "unpin": Member("ckpt_prune", "unpin", "Apply the run's retention rules to a pinned step again."),
         "prune": Member(
             "ckpt_prune",
             "prune",
@@ -55,29 +55,29 @@ class Commands(LazyGroup):
         "du": Member(
             "ckpt_inspect",
             "du",
-            "Show the bytes of every step of RUN: model, optimizer, rng, other; and of what is no step.",
+            "Show the disk usage of every step of RUN (model, optimizer, rng, other) and of other folders.",
         ),
         "rollback": Member(
             "ckpt_rollback",
             "rollback",
-            "Go back to STEP of RUN: set later steps aside, so that the same command goes on from it.",
+            "Roll RUN back to STEP: move later steps aside, so that the same command resumes from it.",
         ),
         "fork": Member(
             "ckpt_rollback",
             "fork",
-            "Make NEW_RUN a new run that goes on from STEP_DIR, which stays as it is.",
+            "Create NEW_RUN, a new run that continues from STEP_DIR. STEP_DIR is not changed.",
         ),
         "export": Member(
             "weights",
             "export",
-            "Write the weights of a step, of any layout, as a folder that other tools load.",
+            "Export the weights of a step, saved under any layout, to a folder that other tools can load.",
         ),
     }
 
 
 app = typer.Typer(
     cls=Commands,
-    help="Look at, check, compare and prune checkpoints.",
+    help="Inspect, verify, compare and prune checkpoints.",
     no_args_is_help=True,
     add_completion=False,
 )

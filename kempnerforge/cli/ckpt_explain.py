@@ -1,4 +1,4 @@
-"""``kempnerforge ckpt explain``: why a step is kept, or why it is not there."""
+"""``kempnerforge ckpt explain``: why a step is kept, or why it does not exist."""
 
 from __future__ import annotations
 
@@ -30,24 +30,26 @@ from kempnerforge.goodput.event_log import Event
 def explain(
     run: RunPath,
     step: Annotated[
-        str | None, typer.Argument(metavar="STEP", help="A step that exists or does not.")
+        str | None, typer.Argument(metavar="STEP", help="Number of a step, which need not exist.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which rule keeps each step of RUN; with STEP, why that step exists or does not."""
-    found = find_run(run)
+    """Show which rule keeps each step of RUN; with STEP, why that step exists or does not."""
+    checkpoints = find_run(run)
     number = parse_step(step) if step is not None else None
-    listed = paths.list_folder(found.folder).steps
-    policy = find_policy(found, listed)
-    verdicts = decide(Retention(found.folder, policy.policy, found.owner).survey(listed), policy.policy)
+    listed = paths.list_folder(checkpoints.folder).steps
+    policy = find_policy(checkpoints, listed)
+    verdicts = decide(
+        Retention(checkpoints.folder, policy.policy, checkpoints.owner).survey(listed), policy.policy
+    )
     if number is not None:
-        _explain_one(found, policy, verdicts, number, as_json=as_json)
+        _explain_one(checkpoints, policy, verdicts, number, as_json=as_json)
         return
     steps = {verdict.step for verdict in verdicts}
-    lost_pins = sorted(step for step in pins.read(found.folder) if step not in steps)
+    lost_pins = sorted(step for step in pins.read(checkpoints.folder) if step not in steps)
     if as_json:
         body = {
-            "folder": str(found.folder),
+            "folder": str(checkpoints.folder),
             **_policy_json(policy),
             "steps": [verdict_json(verdict) for verdict in verdicts],
             "pins_without_step": lost_pins,
@@ -56,24 +58,26 @@ def explain(
         return
     typer.echo(_policy_in_words(policy))
     for verdict in verdicts:
-        typer.echo(f"step {verdict.step}: {_verdict_in_words(found, policy, verdict)}")
+        typer.echo(f"step {verdict.step}: {_verdict_in_words(checkpoints, policy, verdict)}")
     for lost in lost_pins:
-        typer.echo(f"step {lost} is pinned, and not there")
+        typer.echo(f"step {lost} is pinned but does not exist")
 
 
 def _explain_one(
-    found: CheckpointFolder, policy: FoundPolicy, verdicts: list[Verdict], step: int, *, as_json: bool
+    checkpoints: CheckpointFolder, policy: FoundPolicy, verdicts: list[Verdict], step: int, *, as_json: bool
 ) -> None:
-    verdict = next((one for one in verdicts if one.step == step), None)
-    facts = read_facts(found.run_dir, found.folder) if found.run_dir is not None else RunFacts()
+    verdict = next((verdict for verdict in verdicts if verdict.step == step), None)
+    facts = (
+        read_facts(checkpoints.run_dir, checkpoints.folder) if checkpoints.run_dir is not None else RunFacts()
+    )
     absence = explain_absence(step, facts, policy.config)
     if verdict is not None:
         state = "kept" if verdict.keep else "goes" if policy.source else "not known"
-        absence = Absence(state, _verdict_in_words(found, policy, verdict), absence.events)
-    saved = _saved_in_words(found, step) if verdict is not None else ""
+        absence = Absence(state, _verdict_in_words(checkpoints, policy, verdict), absence.events)
+    saved = _saved_in_words(checkpoints, step) if verdict is not None else ""
     if as_json:
         body = {
-            "folder": str(found.folder),
+            "folder": str(checkpoints.folder),
             "step": step,
             "is_there": verdict is not None,
             "state": absence.state,
@@ -91,7 +95,7 @@ def _explain_one(
             typer.echo(f"  {saved}")
         typer.echo(f"  {_policy_in_words(policy)}")
     else:
-        typer.echo(f"step {step} is not there ({absence.state}): {absence.text}")
+        typer.echo(f"step {step} does not exist ({absence.state}): {absence.text}")
     for event in absence.events:
         typer.echo(f"  {_event_in_words(event)}")
 
@@ -106,34 +110,34 @@ def _policy_json(policy: FoundPolicy) -> dict[str, Any]:
 
 def _policy_in_words(policy: FoundPolicy) -> str:
     if not policy.source:
-        return f"what else is to be kept is not known: {policy.problem}"
+        return f"the retention rules are unknown: {policy.problem}"
     rules = "; ".join(rule.describe() for rule in policy.policy.rules)
-    return f"to be kept, by the config in {policy.source}: {rules}"
+    return f"retention rules, from the config in {policy.source}: {rules}"
 
 
-def _verdict_in_words(found: CheckpointFolder, policy: FoundPolicy, verdict: Verdict) -> str:
+def _verdict_in_words(checkpoints: CheckpointFolder, policy: FoundPolicy, verdict: Verdict) -> str:
     if verdict.keep:
         return f"kept: {'; '.join(reason.text for reason in verdict.reasons)}"
     if not policy.source:
         return "not known"
-    known = manifest_of(found.step(verdict.step))
-    untaken = [
+    manifest = manifest_of(checkpoints.step(verdict.step))
+    missing = [
         rule.metric
         for rule in policy.policy.rules
-        if isinstance(rule, BestN) and known and rule.metric not in known.provenance.metrics
+        if isinstance(rule, BestN) and manifest and rule.metric not in manifest.provenance.metrics
     ]
-    note = f" ({', '.join(untaken)} was not taken at this step)" if untaken else ""
-    return f"goes after the next save: nothing keeps it{note}"
+    note = f" ({', '.join(missing)} was not measured at this step)" if missing else ""
+    return f"will be deleted after the next save: no rule keeps it{note}"
 
 
-def _saved_in_words(found: CheckpointFolder, step: int) -> str:
-    known = manifest_of(found.step(step))
-    if known is None:
+def _saved_in_words(checkpoints: CheckpointFolder, step: int) -> str:
+    manifest = manifest_of(checkpoints.step(step))
+    if manifest is None:
         return ""
-    origin = known.provenance
+    origin = manifest.provenance
     return (
         f"saved for: {origin.reason}, by attempt {origin.attempt} of run {origin.run_id or 'unknown'}, "
-        f"{text.age(known.time)} ago"
+        f"{text.age(manifest.time)} ago"
     )
 
 
@@ -147,6 +151,6 @@ def _event_in_words(event: Event) -> str:
     elif kind == "deleted":
         what = "deleted"
     else:
-        what = {"commit": "committed", "failed": "save failed", "skipped": "save left out"}[kind]
+        what = {"commit": "committed", "failed": "save failed", "skipped": "save skipped"}[kind]
         what += f" ({event['reason']})"
     return f"{when}, attempt {event['attempt']}: {what}"

@@ -1,4 +1,4 @@
-"""``kempnerforge ckpt inspect`` and ``du``: what a step holds, and what takes the room."""
+"""``kempnerforge ckpt inspect`` and ``du``: the contents of a step, and disk usage."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ KIND_COLUMNS: tuple[str, ...] = (*KINDS, "other")
 def inspect(
     step_dir: StepPath,
     match: Annotated[
-        str, typer.Option(metavar="GLOB", help='Only tensors of such names, as "model.*".')
+        str, typer.Option(metavar="GLOB", help='Show only tensors whose name matches, e.g. "model.*".')
     ] = "*",
     as_json: AsJson = False,
 ) -> None:
-    """Show what a step holds: where it came from, files, tensors, layout, versions, train state."""
+    """Show the contents of a step: origin, files, tensors, layout, versions, train state."""
     view = StepView.open(find_step(step_dir))
     tensors = {name: entry for name, entry in view.tensors().items() if fnmatch.fnmatchcase(name, match)}
     if as_json:
@@ -52,12 +52,12 @@ def inspect(
 
 
 def du(run: RunPath, as_json: AsJson = False) -> None:
-    """Show the bytes of every step of RUN: model, optimizer, rng, other; and of what is no step."""
-    found = find_run(run)
+    """Show the disk usage of every step of RUN (model, optimizer, rng, other) and of other folders."""
+    checkpoints = find_run(run)
     steps = []
-    listing = paths.list_folder(found.folder)
+    listing = paths.list_folder(checkpoints.folder)
     for step in listing.steps:
-        path = found.step(step)
+        path = checkpoints.step(step)
         try:
             kinds: dict[str, int | None] = dict(StepView.open(path, step=step).bytes_by_kind())
             problem = ""
@@ -67,33 +67,38 @@ def du(run: RunPath, as_json: AsJson = False) -> None:
         if path.is_dir():
             steps.append({"step": step, "bytes": kinds, "total_bytes": total, "problem": problem or None})
     others = list_others(listing)
-    everything = sum(one["total_bytes"] for one in steps) + sum(other["size_bytes"] for other in others)
+    everything = sum(step["total_bytes"] for step in steps) + sum(other["size_bytes"] for other in others)
     if as_json:
-        body = {"folder": str(found.folder), "steps": steps, "others": others, "total_bytes": everything}
+        body = {
+            "folder": str(checkpoints.folder),
+            "steps": steps,
+            "others": others,
+            "total_bytes": everything,
+        }
         text.print_json(body)
         return
     rows: list[tuple[str, ...]] = [("step", *KIND_COLUMNS, "total")]
-    for one in steps:
-        cells = [text.size(size) if size is not None else "?" for size in one["bytes"].values()]
-        rows.append((str(one["step"]), *cells, text.size(one["total_bytes"])))
+    for usage in steps:
+        cells = [text.size(size) if size is not None else "?" for size in usage["bytes"].values()]
+        rows.append((str(usage["step"]), *cells, text.size(usage["total_bytes"])))
     text.print_columns(rows, right=range(len(rows[0])))
     for other in others:
         typer.echo(f"{other['what']}: {Path(other['path']).name}, {text.size(other['size_bytes'])}")
-    typer.echo(f"all: {text.size(everything)} in {found.folder}")
+    typer.echo(f"total: {text.size(everything)} in {checkpoints.folder}")
 
 
 def _print_origin(view: StepView) -> None:
-    known = view.manifest.provenance
+    origin = view.manifest.provenance
     saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(view.manifest.time))
-    parent = "" if known.parent_step is None else f", after step {known.parent_step}"
+    parent = "" if origin.parent_step is None else f", after step {origin.parent_step}"
     lines = {
-        "step": "not of a run" if known.step is None else f"{known.step}, saved for: {known.reason}",
-        "run": f"{known.run_id or 'unknown'}, attempt {known.attempt}{parent}",
+        "step": "not part of a run" if origin.step is None else f"{origin.step}, saved for: {origin.reason}",
+        "run": f"{origin.run_id or 'unknown'}, attempt {origin.attempt}{parent}",
         "time": f"{saved}, {text.age(view.manifest.time)} ago",
         "size": text.size(view.size_bytes),
-        "layout": _pairs(known.layout),
-        "versions": _pairs(known.versions),
-        "metrics": _pairs(known.metrics),
+        "layout": _pairs(origin.layout),
+        "versions": _pairs(origin.versions),
+        "metrics": _pairs(origin.metrics),
     }
     typer.echo(str(view.path))
     for name, content in lines.items():

@@ -1,4 +1,4 @@
-"""``kempnerforge ckpt ls``: which steps there are, and what is known of each."""
+"""``kempnerforge ckpt ls``: list the steps of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kempnerforge.cli.ckpt_paths import AsJson, CheckpointFolder, FoundPolicy, R
 from kempnerforge.errors import EXIT_FAULT, CheckpointError, StepNotFoundError
 
 OTHERS = ("in flight", "being deleted", "quarantined", "rolled back", "late", "suspect")
-"""Folders that are no committed steps, in the order in which they are shown."""
+"""Kinds of folders that are not committed steps, in the order in which they are shown."""
 
 
 @dataclass(frozen=True)
@@ -28,79 +28,79 @@ class Listed:
     """One committed step."""
 
     step: int
-    found: CheckpointFolder
+    checkpoints: CheckpointFolder
     verdict: Verdict
     problem: str
-    """Why it is not sound; empty when it is, or looks so."""
+    """Why the step is corrupt; empty if no problem was found."""
     manifest: Manifest | None
-    """None when it cannot be parsed."""
+    """None if it cannot be parsed."""
     foreign: str = ""
-    """The id of the other run that it is of; empty for a step of this one."""
+    """Id of the other run that owns the step; empty if this run owns it."""
 
     @property
     def path(self) -> Path:
-        """Its folder."""
-        return self.found.step(self.step)
+        """Folder of the step."""
+        return self.checkpoints.step(self.step)
 
 
 def ls(
     run: RunPath,
     digests: Annotated[
-        bool, typer.Option("--verify", help="Check every byte, not only manifests, names and sizes.")
+        bool, typer.Option("--verify", help="Verify every byte, not only manifests, names and sizes.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the steps of RUN: age, size, what each was saved for, why it is kept, whether it is sound.
+    """List the steps of RUN: age, size, why each was saved, why it is kept, whether it is ok.
 
-    With --verify the exit status is 1 when a step is damaged.
+    With --verify the exit status is 1 if a step is corrupt.
     """
-    found = find_run(run)
-    listing = paths.list_folder(found.folder)
-    policy = find_policy(found, listing.steps)
-    steps = list(list_steps(found, listing.steps, policy, digests=digests))
+    checkpoints = find_run(run)
+    listing = paths.list_folder(checkpoints.folder)
+    policy = find_policy(checkpoints, listing.steps)
+    steps = list(list_steps(checkpoints, listing.steps, policy, digests=digests))
     others = list_others(listing)
-    writer = "" if found.run_dir is None else lease.live_holder(found.run_dir)
+    writer = "" if checkpoints.run_dir is None else lease.live_holder(checkpoints.run_dir)
     if as_json:
         body = {
-            "folder": str(found.folder),
+            "folder": str(checkpoints.folder),
             "writer": writer or None,
             "digests_checked": digests,
-            "steps": [_as_json(one, digests=digests) for one in steps],
+            "steps": [_as_json(step, digests=digests) for step in steps],
             "others": others,
         }
         text.print_json(body)
     else:
-        _print_steps(found, steps, digests=digests, known_policy=bool(policy.source))
+        _print_steps(checkpoints, steps, digests=digests, known_policy=bool(policy.source))
         for other in others:
             name = Path(other["path"]).name
             typer.echo(f"{other['what']}: {name}, {text.size(other['size_bytes'])}")
         if writer:
             typer.echo(f"a run is writing here: {writer}")
-    if digests and any(one.problem for one in steps):
+    if digests and any(step.problem for step in steps):
         raise typer.Exit(EXIT_FAULT)
 
 
 def list_steps(
-    found: CheckpointFolder, steps: Sequence[int], policy: FoundPolicy, *, digests: bool
+    checkpoints: CheckpointFolder, steps: Sequence[int], policy: FoundPolicy, *, digests: bool
 ) -> Iterator[Listed]:
-    """The committed ``steps``, newest first; those that vanish meanwhile are left out."""
+    """Yield the committed ``steps``, newest first, without those that disappear in the meantime."""
     manifests: dict[int, Manifest] = {}
-    retention = Retention(found.folder, policy.policy, found.owner)
+    retention = Retention(checkpoints.folder, policy.policy, checkpoints.owner)
     facts = retention.survey(steps, seen=manifests.__setitem__)
     verdicts = {verdict.step: verdict for verdict in decide(facts, policy.policy)}
-    for one in facts:
-        problem = one.problem
+    for step in facts:
+        problem = step.problem
         if digests and not problem:
             try:
-                problem = "; ".join(_digest_problems(found.step(one.step)))
+                problem = "; ".join(_digest_problems(checkpoints.step(step.step)))
             except StepNotFoundError:
                 continue
-        known = manifests.get(one.step) or manifest_of(found.step(one.step))
-        yield Listed(one.step, found, verdicts[one.step], problem, known, one.foreign)
+        stored = manifests.get(step.step) or manifest_of(checkpoints.step(step.step))
+        yield Listed(step.step, checkpoints, verdicts[step.step], problem, stored, step.foreign)
 
 
 def list_others(listing: paths.FolderListing) -> list[dict[str, Any]]:
-    """Folders in flight, being deleted and set aside, with their bytes so far."""
+    """Return the folders that are in flight, being deleted or moved aside, with their current sizes."""
     groups = [
         [path for path, _ in listing.temporary],
         listing.deleting,
@@ -118,7 +118,7 @@ def list_others(listing: paths.FolderListing) -> list[dict[str, Any]]:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the files in ``folder``, leaving out what vanishes meanwhile."""
+    """Return the bytes of the files in ``folder``, without files that disappear in the meantime."""
     total = 0
     try:
         with os.scandir(folder) as entries:
@@ -145,31 +145,35 @@ def _digest_problems(path: Path) -> tuple[str, ...]:
 
 
 def manifest_of(path: Path) -> Manifest | None:
-    """Return the manifest of a step; None when it cannot be read."""
+    """Return the manifest of a step; None if it cannot be read."""
     try:
         return manifest.read(path)
     except (CheckpointError, OSError):
         return None
 
 
-def _print_steps(found: CheckpointFolder, steps: list[Listed], *, digests: bool, known_policy: bool) -> None:
+def _print_steps(
+    checkpoints: CheckpointFolder, steps: list[Listed], *, digests: bool, known_policy: bool
+) -> None:
     if not steps:
-        typer.echo(f"{found.folder}: no committed step")
+        typer.echo(f"{checkpoints.folder}: no committed step")
         return
     rows = [("step", "age", "size", "saved for", "kept as", "state")]
-    for one in steps:
-        known = one.manifest
-        kept = ", ".join(dict.fromkeys(reason.rule for reason in one.verdict.reasons))
-        unkept = "nothing: goes after the next save" if known_policy else "?"
-        state = f"NOT SOUND: {one.problem}" if one.problem else "sound" if digests else "looks sound"
-        if one.foreign:
-            state += f", of another run: {one.foreign}"
+    for listed in steps:
+        stored = listed.manifest
+        kept = ", ".join(dict.fromkeys(reason.rule for reason in listed.verdict.reasons))
+        unkept = "nothing: deleted after the next save" if known_policy else "?"
+        state = "ok" if digests else "ok (unverified)"
+        if listed.problem:
+            state = f"corrupt: {listed.problem}"
+        if listed.foreign:
+            state += f", of another run: {listed.foreign}"
         rows.append(
             (
-                str(one.step),
-                text.age(known.time) if known else "?",
-                text.size(known.size_bytes) if known else "?",
-                known.provenance.reason if known else "?",
+                str(listed.step),
+                text.age(stored.time) if stored else "?",
+                text.size(stored.size_bytes) if stored else "?",
+                stored.provenance.reason if stored else "?",
                 kept or unkept,
                 state,
             )
@@ -177,20 +181,21 @@ def _print_steps(found: CheckpointFolder, steps: list[Listed], *, digests: bool,
     text.print_columns(rows, right=(0, 2))
 
 
-def _as_json(one: Listed, *, digests: bool) -> dict[str, Any]:
-    known = one.manifest
-    provenance = asdict(known.provenance) if known else {}
-    state = "not sound" if one.problem else "sound" if digests else "looks sound"
+def _as_json(listed: Listed, *, digests: bool) -> dict[str, Any]:
+    stored = listed.manifest
+    provenance = asdict(stored.provenance) if stored else {}
+    # The values of "state" are older than the words on the terminal. Scripts depend on them.
+    state = "not sound" if listed.problem else "sound" if digests else "looks sound"
     return {
-        **verdict_json(one.verdict),
-        "path": str(one.path),
+        **verdict_json(listed.verdict),
+        "path": str(listed.path),
         "state": state,
-        "problem": one.problem or None,
-        "time": known.time if known else None,
-        "size_bytes": known.size_bytes if known else None,
+        "problem": listed.problem or None,
+        "time": stored.time if stored else None,
+        "size_bytes": stored.size_bytes if stored else None,
         "saved_for": provenance.get("reason"),
         "run_id": provenance.get("run_id"),
-        "another_runs": bool(one.foreign),
+        "another_runs": bool(listed.foreign),
         "attempt": provenance.get("attempt"),
         "parent_step": provenance.get("parent_step"),
         "metrics": provenance.get("metrics"),
@@ -198,7 +203,7 @@ def _as_json(one: Listed, *, digests: bool) -> dict[str, Any]:
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    """Return what becomes of a step, as ``--json`` tells it."""
+    """Return whether and why a step is kept, in the form that ``--json`` prints."""
     return {
         "step": verdict.step,
         "keep": verdict.keep,

@@ -1,4 +1,4 @@
-"""What the paths on the command line of ``kempnerforge ckpt`` mean."""
+"""Resolve the paths on the command line of ``kempnerforge ckpt``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kempnerforge.config.checkpoint import CheckpointConfig
 
 RunPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run's folder, or the folder that its checkpoints are in.")
+    Path, typer.Argument(metavar="RUN", help="A run's folder, or the folder of its checkpoints.")
 ]
 StepPath = Annotated[
     Path, typer.Argument(metavar="STEP_DIR", help="A step's folder, or the link RUN/checkpoints/latest.")
@@ -31,21 +31,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """Where the checkpoints of a run are."""
+    """The checkpoint folder of a run."""
 
     folder: Path
     run_dir: Path | None
-    """The run's own folder; None when only its checkpoints were given."""
+    """The run's own folder; None if only the folder of its checkpoints was given."""
     owner: Owner = ANYONE
-    """Whose folder it is, as far as is known."""
+    """The run that owns the folder, if known."""
 
     def step(self, step: int) -> Path:
-        """Where a committed step is."""
+        """Return the path of a committed step."""
         return self.folder / paths.step_name(step)
 
 
 def find_run(path: Path) -> CheckpointFolder:
-    """The checkpoint folder that RUN means. Raises RunFolderError, also where it is another run's."""
+    """Return the checkpoint folder of RUN. Raises RunFolderError, also if another run owns it."""
     try:
         if not path.is_dir():
             raise RunFolderError(f"{path} {'is not a folder' if path.exists() else 'does not exist'}")
@@ -56,7 +56,7 @@ def find_run(path: Path) -> CheckpointFolder:
         if (path / "checkpoints").is_dir():
             return CheckpointFolder(path / "checkpoints", path, owner_of(path / "checkpoints"))
         if _is_step(path):
-            raise RunFolderError(f"{path} is one step; give the run's folder, or {path.parent}")
+            raise RunFolderError(f"{path} is a single step; give the run's folder, or {path.parent}")
         owner = owner_of(path)
         if (run_dir := _run_of(path.absolute(), owner)) is not None:
             return CheckpointFolder(path, run_dir, owner_of(path, run_dir))
@@ -70,7 +70,7 @@ def find_run(path: Path) -> CheckpointFolder:
 
 
 def _run_of(folder: Path, owner: Owner) -> Path | None:
-    """The folder of the run whose checkpoints are in ``folder``: the one above, or the one its owner had."""
+    """Return the run folder of the checkpoints in ``folder``: its parent, or the one its owner file names."""
     for run_dir in (folder.parent, *([Path(owner.run_dir)] if owner.run_dir else [])):
         record = metadata.read(run_dir)
         if record is not None and record.checkpoint_folder(run_dir) == folder:
@@ -79,7 +79,7 @@ def _run_of(folder: Path, owner: Owner) -> Path | None:
 
 
 def find_step(path: Path) -> Path:
-    """The folder that STEP_DIR means, links followed; ``latest`` is the newest step, link or no link.
+    """Return the folder of STEP_DIR with links resolved; ``latest`` is the newest step even without a link.
 
     Raises StepNotFoundError, RunFolderError.
     """
@@ -91,14 +91,14 @@ def find_step(path: Path) -> Path:
             raise StepNotFoundError(f"{path} is a file; give the step's folder")
     except FileNotFoundError:
         raise StepNotFoundError(f"{path} does not exist{_known_steps(path.parent)}") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+    except (OSError, RuntimeError) as error:  # RuntimeError: links form a cycle
         raise RunFolderError(f"{path} cannot be read: {error}") from error
     hint = _known_steps(path) or _known_steps(path / "checkpoints")
     raise StepNotFoundError(f"{path} is not the folder of one step: it has no {paths.MANIFEST}{hint}")
 
 
 def find_steps(path: Path) -> tuple[list[Path], CheckpointFolder | None]:
-    """What STEP_DIR|RUN means: one step, or all committed steps of a run, newest first, and the run."""
+    """Return the step of STEP_DIR, or the committed steps of RUN, newest first, and the run."""
     if path.name == paths.LATEST or (path.is_dir() and _is_step(path.resolve())):
         return [find_step(path)], None
     run = find_run(path)
@@ -109,7 +109,7 @@ def find_steps(path: Path) -> tuple[list[Path], CheckpointFolder | None]:
 
 
 def parse_step(text: str) -> int:
-    """The step in ``1000`` or ``step_00001000``. Raises StepNotFoundError."""
+    """Return the step in ``1000`` or ``step_00001000``. Raises StepNotFoundError."""
     is_number = text.isascii() and text.isdecimal() and len(text) < 19
     step = int(text) if is_number else paths.step_number(text)
     if step is None:
@@ -119,21 +119,21 @@ def parse_step(text: str) -> int:
 
 @dataclass(frozen=True)
 class FoundPolicy:
-    """What a run keeps, as far as its checkpoints tell."""
+    """The retention policy of a run, read from its checkpoints."""
 
     policy: KeepPolicy
     source: str
-    """The step whose config it is; empty when none was found."""
+    """The step whose config has the policy; empty if there is none."""
     problem: str = ""
-    """Why there is none."""
+    """Why no policy was found."""
     config: CheckpointConfig | None = None
-    """All that the config says of checkpoints."""
+    """The ``[checkpoint]`` section of that config."""
 
 
 def find_policy(run: CheckpointFolder, steps: Sequence[int]) -> FoundPolicy:
-    """The policy in the config of the newest sound one of ``steps`` that is the run's own.
+    """Return the policy in the config of the newest intact step of ``steps`` that the run owns.
 
-    An empty one when there is none.
+    Return an empty policy if there is no such step.
     """
     for step in steps:
         try:
@@ -144,13 +144,13 @@ def find_policy(run: CheckpointFolder, steps: Sequence[int]) -> FoundPolicy:
         except (CheckpointError, OSError):
             continue
         if "checkpoint" not in config:
-            return FoundPolicy(KeepPolicy(), "", f"step {step} has no config of a run")
+            return FoundPolicy(KeepPolicy(), "", f"the config of step {step} has no [checkpoint]")
         return _policy_of(config["checkpoint"], paths.step_name(step))
-    return FoundPolicy(KeepPolicy(), "", "no step looks sound")
+    return FoundPolicy(KeepPolicy(), "", "no step is intact")
 
 
 def _policy_of(table: object, source: str) -> FoundPolicy:
-    # Here, not above: pydantic takes longer to import than most commands take.
+    # Imported here: pydantic takes longer to import than most commands take to run.
     from pydantic import ValidationError
 
     from kempnerforge.config.checkpoint import CheckpointConfig
@@ -161,7 +161,7 @@ def _policy_of(table: object, source: str) -> FoundPolicy:
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, ('checkpoint', *first['loc'])))}: {first['msg']}"
-        return FoundPolicy(KeepPolicy(), "", f"the config in {source} is not of this version ({what})")
+        return FoundPolicy(KeepPolicy(), "", f"this version cannot read the config in {source} ({what})")
 
 
 def _is_step(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""``kempnerforge ckpt pin``, ``unpin`` and ``prune``: what stays and what goes."""
+"""``kempnerforge ckpt pin``, ``unpin`` and ``prune``: keep and delete steps."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ Step = Annotated[str, typer.Argument(metavar="STEP", help="The step's number.")]
 def pin(
     run: RunPath,
     step: Step,
-    note: Annotated[str, typer.Option(metavar="TEXT", help="Why; ckpt explain shows it.")] = "",
+    note: Annotated[str, typer.Option(metavar="TEXT", help="Reason, shown by ckpt explain.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Keep a step of RUN until it is unpinned, also while a run writes there."""
+    """Keep a step of RUN until it is unpinned. Works while the run is writing."""
     folder, number = find_run(run).folder, parse_step(step)
     changed = pins.pin(folder, number, note=note)
     if as_json:
         text.print_json({"step": number, "pinned": True, "changed": changed})
     else:
-        typer.echo(f"step {number} {'is pinned' if changed else 'was pinned already'}")
+        typer.echo(f"step {number} {'is pinned' if changed else 'was already pinned'}")
 
 
 def unpin(run: RunPath, step: Step, as_json: AsJson = False) -> None:
-    """Leave a step of RUN to the run's rules again."""
+    """Apply the run's retention rules to a pinned step again."""
     folder, number = find_run(run).folder, parse_step(step)
     changed = pins.unpin(folder, number)
     if as_json:
         text.print_json({"step": number, "pinned": False, "changed": changed})
     else:
-        typer.echo(f"step {number} {'is not pinned any more' if changed else 'was not pinned'}")
+        typer.echo(f"step {number} {'is no longer pinned' if changed else 'was not pinned'}")
 
 
 def prune(
     run: RunPath,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which steps would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the steps, delete nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete the steps of RUN that its config does not keep, as a run does after each save."""
-    found = find_run(run)
-    policy = find_policy(found, paths.list_folder(found.folder).steps)
+    checkpoints = find_run(run)
+    policy = find_policy(checkpoints, paths.list_folder(checkpoints.folder).steps)
     if not policy.source:
-        raise RunFolderError(f"{found.folder}: what to keep is not known: {policy.problem}")
-    retention = Retention(found.folder, policy.policy, found.owner)
+        raise RunFolderError(f"{checkpoints.folder}: the retention rules are unknown: {policy.problem}")
+    retention = Retention(checkpoints.folder, policy.policy, checkpoints.owner)
     doomed = [verdict.step for verdict in reversed(retention.verdicts()) if not verdict.keep]
-    sizes = {step: folder_bytes(found.step(step)) for step in doomed}
+    sizes = {step: folder_bytes(checkpoints.step(step)) for step in doomed}
     warnings: tuple[str, ...] = ()
     if not dry_run:
         done = retention.apply()

@@ -1,4 +1,4 @@
-"""``kempnerforge ckpt verify`` and ``diff``: is every byte right, and what differs."""
+"""``kempnerforge ckpt verify`` and ``diff``: verify every byte of a step, and compare two steps."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from kempnerforge.cli.ckpt_paths import AsJson, find_step, find_steps
 from kempnerforge.errors import EXIT_FAULT, CheckpointError, StepNotFoundError
 
 MAX_SHOWN = 20
-"""Lines of one kind that people are shown; --json has all."""
+"""Maximum number of lines of one kind on the terminal; --json has all."""
 
 
 def verify(
     path: Annotated[Path, typer.Argument(metavar="STEP_DIR|RUN", help="A step's folder, or a run's.")],
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads that read and digest.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that read and hash.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every byte of a step, or of all steps of a run. Exit status 0: all sound, 1: one is damaged."""
+    """Verify every byte of a step, or of all steps of a run. Exit status 0: all ok, 1: one is corrupt."""
     steps, run = find_steps(path)
     results: list[Verified] = []
     failed: list[tuple[Path, CheckpointError]] = []
@@ -36,19 +36,18 @@ def verify(
                 results.append(verify_step(step, threads=threads, progress=progress))
         except StepNotFoundError:
             if run is None:
-                raise  # in a run that goes on, retention deletes steps
+                raise  # while a run is training, retention deletes steps
             continue
         except CheckpointError as error:
             failed.append((step, error))
         if not as_json:
             _print_verified(results[-1]) if not failed or failed[-1][0] != step else typer.echo(failed[-1][1])
     if as_json:
-        body = [{**asdict(one), "path": str(one.path), "sound": one.sound} for one in results]
+        body = [{**asdict(result), "path": str(result.path), "sound": result.sound} for result in results]
         errors = [{"path": str(step), "error": str(error)} for step, error in failed]
-        text.print_json(
-            {"sound": not errors and all(one.sound for one in results), "steps": body, "errors": errors}
-        )
-    if any(not one.sound for one in results):
+        all_sound = not errors and all(result.sound for result in results)
+        text.print_json({"sound": all_sound, "steps": body, "errors": errors})
+    if any(not result.sound for result in results):
         raise typer.Exit(EXIT_FAULT)
     if failed:
         raise typer.Exit(failed[0][1].exit_status)
@@ -56,13 +55,13 @@ def verify(
 
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A step's folder.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another one, of any run and layout.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another step's folder, of any run and layout.")],
     content: Annotated[
-        bool, typer.Option(help="Compare the bytes of tensors, too; they are read whole.")
+        bool, typer.Option(help="Also compare the contents of tensors. This reads both steps completely.")
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Say what differs between two steps: config, layout, versions, train state, tensors."""
+    """Compare two steps: config, layout, versions, train state, tensors."""
     path_a, path_b = find_step(a), find_step(b)
     with read_locks.lock_for_reading(path_a, what="diff"), read_locks.lock_for_reading(path_b, what="diff"):
         view_a, view_b = StepView.open(path_a), StepView.open(path_b)
@@ -88,32 +87,32 @@ def diff(
 
 
 def _tables(a: StepView, b: StepView) -> dict[str, dict[str, list[Any]]]:
-    one, other = a.manifest.provenance, b.manifest.provenance
+    origin_a, origin_b = a.manifest.provenance, b.manifest.provenance
     return {
         "config": changes(a.config(), b.config()),
-        "layout": changes(one.layout, other.layout),
-        "versions": changes(one.versions, other.versions),
+        "layout": changes(origin_a.layout, origin_b.layout),
+        "versions": changes(origin_a.versions, origin_b.versions),
         "train_state": changes(a.train_state(), b.train_state()),
     }
 
 
-def _print_verified(one: Verified) -> None:
-    state = f"sound, {text.size(one.size_bytes)}" if one.sound else "DAMAGED"
-    _print_list(f"{one.path}: {state}", list(one.problems))
-    if one.foreign:
-        typer.echo(f"  not part of it: {', '.join(one.foreign)}")
+def _print_verified(result: Verified) -> None:
+    state = f"ok, {text.size(result.size_bytes)}" if result.sound else "corrupt"
+    _print_list(f"{result.path}: {state}", list(result.problems))
+    if result.foreign:
+        typer.echo(f"  not part of it: {', '.join(result.foreign)}")
 
 
-def _print_tensors(found: TensorDifferences) -> None:
-    _print_list(f"tensors only in A: {len(found.only_a)}", list(found.only_a))
-    _print_list(f"tensors only in B: {len(found.only_b)}", list(found.only_b))
-    shapes = [f"{name}: {before} -> {now}" for name, (before, now) in found.shape_or_dtype.items()]
-    _print_list(f"tensors of another shape or dtype: {len(shapes)}", shapes)
-    if found.content is None:
-        typer.echo(f"tensors of the same shape and dtype: {found.equal}; bytes not compared")
+def _print_tensors(differences: TensorDifferences) -> None:
+    _print_list(f"tensors only in A: {len(differences.only_a)}", list(differences.only_a))
+    _print_list(f"tensors only in B: {len(differences.only_b)}", list(differences.only_b))
+    shapes = [f"{name}: {before} -> {now}" for name, (before, now) in differences.shape_or_dtype.items()]
+    _print_list(f"tensors that differ in shape or dtype: {len(shapes)}", shapes)
+    if differences.content is None:
+        typer.echo(f"tensors of the same shape and dtype: {differences.equal}; contents not compared")
     else:
-        _print_list(f"tensors whose content differs: {len(found.content)}", list(found.content))
-        typer.echo(f"tensors that are the same: {found.equal}")
+        _print_list(f"tensors that differ in content: {len(differences.content)}", list(differences.content))
+        typer.echo(f"equal tensors: {differences.equal}")
 
 
 def _print_list(title: str, lines: list[str]) -> None:

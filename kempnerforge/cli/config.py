@@ -17,7 +17,7 @@ from kempnerforge.config.toml_text import render
 
 app = typer.Typer(help="Check, show and document configurations.", no_args_is_help=True)
 
-# click must leave --section.key alone: it hands all that it does not know on, in order.
+# click must not parse --section.key: it passes unknown options on, in order.
 OVERRIDABLE = {"ignore_unknown_options": True}
 
 FileAndOverrides = Annotated[
@@ -29,7 +29,7 @@ NoFiles = Annotated[
     bool,
     typer.Option(
         "--no-files",
-        help="Do not look at the files and folders in FILE: they exist on the compute nodes alone.",
+        help="Do not check the files and folders that FILE names: they exist only on the compute nodes.",
     ),
 ]
 
@@ -38,11 +38,11 @@ NoFiles = Annotated[
 def check(
     arguments: FileAndOverrides,
     world_size: Annotated[
-        int | None, typer.Option(min=1, help="Check the layout for this number of processes too.")
+        int | None, typer.Option(min=1, help="Also check the layout for this number of processes.")
     ] = None,
     no_files: NoFiles = False,
 ) -> None:
-    """Say whether FILE and the files that it names are valid; if not, everything that is wrong."""
+    """Check FILE and the files that it names, and report everything that is invalid."""
     file, overrides = _file_and_overrides(arguments)
     loaded = load_job(file, overrides, world_size=world_size, inside_job=False)
     job = loaded.job
@@ -59,7 +59,7 @@ def check(
 
 @app.command(context_settings=OVERRIDABLE)
 def show(arguments: FileAndOverrides) -> None:
-    """Print FILE with defaults and overrides filled in, and where each value came from."""
+    """Print FILE with defaults and overrides filled in, and the source of each value."""
     file, overrides = _file_and_overrides(arguments)
     typer.echo(_annotated(load_job(file, overrides, inside_job=False)), nl=False)
 
@@ -67,7 +67,7 @@ def show(arguments: FileAndOverrides) -> None:
 @app.command()
 def schema(
     file: Annotated[
-        Path | None, typer.Argument(help="Not read: the schema is the same for all files.")
+        Path | None, typer.Argument(help="Ignored: the schema is the same for all files.")
     ] = None,
 ) -> None:
     """Print the JSON schema of configuration files, for editors."""
@@ -78,7 +78,7 @@ def _file_and_overrides(arguments: list[str]) -> tuple[str, list[str]]:
     positionals, overrides = split_positionals(arguments)
     if not positionals:
         raise typer.BadParameter("FILE is missing")
-    # More than one is a fault among the overrides, reported with all others.
+    # Additional files are reported as issues of the overrides, together with all others.
     return positionals[0], [*overrides, *positionals[1:]]
 
 
@@ -87,7 +87,7 @@ def _annotated(loaded: LoadedJob) -> str:
 
 
 def _facts(job: JobConfig, world_size: int | None) -> list[str]:
-    """What a valid configuration amounts to."""
+    """Return a summary of a valid configuration, one fact per line."""
     facts = [f"{job.model.num_parameters:,} parameters"]
     if world_size is None:
         facts.append("layout: not checked; give --world-size N")
@@ -103,6 +103,6 @@ def _facts(job: JobConfig, world_size: int | None) -> list[str]:
         ]
     if why := why_best_has_no_choice(job.checkpoint, job.eval, job.train):
         facts.append(f"warning: checkpoint.keep_best_n has nothing to choose from: {why}")
-    if job.run.dir and (found := PLACEHOLDER.findall(job.run.dir)):
-        facts.append(f"run.dir: {', '.join(f'{{{name}}}' for name in found)} is filled in by the SLURM job")
+    if job.run.dir and (names := PLACEHOLDER.findall(job.run.dir)):
+        facts.append(f"run.dir: {', '.join(f'{{{name}}}' for name in names)} is filled in by the SLURM job")
     return facts

@@ -1,4 +1,4 @@
-"""``kempnerforge data``: make token shards from text, and look at them."""
+"""``kempnerforge data``: tokenize text into shards, and inspect shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kempnerforge.data.tokens import TokenDataset, load_shards
 
 EXIT_DAMAGED = 1
 
-app = typer.Typer(help="Make token shards from text, and look at them.", no_args_is_help=True)
+app = typer.Typer(help="Tokenize text into shards, and inspect shards.", no_args_is_help=True)
 
 
 @app.command()
@@ -34,20 +34,20 @@ def prepare(
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to make; it must not exist, or be empty.")],
+    out: Annotated[Path, typer.Option(help="Folder to create. It must be empty or not exist.")],
     tokenizer: Annotated[
         str, typer.Option(metavar=f"{BYTES}|FILE", help="Built-in bytes, or a Hugging Face tokenizer.json.")
     ] = BYTES,
     val_fraction: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="Share of the documents held out for validation.")
+        float, typer.Option(min=0.0, max=0.99, help="Fraction of the documents to hold out for validation.")
     ] = 0.01,
-    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens a shard.")] = SHARD_TOKENS,
+    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens per shard.")] = SHARD_TOKENS,
 ) -> None:
-    """Turn text into token shards to train on."""
+    """Tokenize text into shards for training."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("tokenising", total=None)
+        task = bar.add_task("tokenizing", total=None)
         index = prepare_text(
             text,
             out,
@@ -65,7 +65,7 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="A prepared folder, or .npy token shards.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what token shards hold and check every byte. Exit status 1 if a shard is damaged."""
+    """Show the contents of token shards and verify every byte. Exit status 1 if a shard is corrupt."""
     dataset = load_shards(folder)
     facts = _facts(dataset)
     if as_json:
@@ -84,9 +84,9 @@ def _summary(index: Index, out: Path) -> list[str]:
     left_out = [
         f"{count:,} {what}"
         for count, what in (
-            (index.num_empty, "empty files left out"),
-            (index.num_binary, "binary files left out"),
-            (index.num_not_utf8, "documents not in UTF-8, their other bytes replaced"),
+            (index.num_empty, "empty files skipped"),
+            (index.num_binary, "binary files skipped"),
+            (index.num_not_utf8, "documents that are not UTF-8, invalid bytes replaced"),
         )
         if count
     ]
@@ -96,7 +96,7 @@ def _summary(index: Index, out: Path) -> list[str]:
         lines.append("no validation split: set eval.interval = 0 in the config")
     return [
         *lines,
-        "Train on it by this in a config:",
+        "Add this to your config to train on it:",
         "  [data]",
         f"  dataset_path = {json.dumps(str(out.resolve()), ensure_ascii=False)}",
         "  [model]",
@@ -140,7 +140,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
             console.print(f"{name}: {facts[name]}", highlight=False, markup=False, soft_wrap=True)
     table = Table("split", "file", "dtype", "tokens", "check")
     for shard in facts["shards"]:
-        check = "DAMAGED" if shard["problem"] else "ok"
+        check = "corrupt" if shard["problem"] else "ok"
         table.add_row(shard["split"], escape(shard["file"]), shard["dtype"], f"{shard['tokens']:,}", check)
     for split, tokens in facts["tokens"].items():
         documents = f"{facts['documents'][split]:,} documents" if facts["documents"] else ""

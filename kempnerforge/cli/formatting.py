@@ -1,4 +1,4 @@
-"""How ``kempnerforge ckpt`` prints: JSON, columns, sizes, ages, progress."""
+"""Output of ``kempnerforge ckpt``: JSON, columns, sizes, ages, progress bars."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def print_json(body: Any) -> None:
 
 
 def print_columns(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
-    """Print rows in columns; those at the positions ``right`` are aligned to the right."""
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    """Print rows in columns. Columns whose index is in ``right`` are right-aligned."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     typer.echo("\n".join(lines))
 
 
 def size(size_bytes: int) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Return bytes as readable text, in powers of 1000."""
     if size_bytes < 1000:
         return f"{size_bytes} B"
     number = float(size_bytes)
@@ -45,12 +45,12 @@ def size(size_bytes: int) -> str:
 
 
 def count(number: int, what: str) -> str:
-    """``1 step``, ``2,000 steps``."""
+    """Return ``1 step`` or ``2,000 steps``."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def age(then: float) -> str:
-    """How long ago ``then`` (seconds since the epoch) was."""
+    """Return how long ago ``then`` (seconds since the epoch) was."""
     seconds = max(0, int(time.time() - then))
     if seconds < 60:
         return f"{seconds} s"
@@ -61,30 +61,30 @@ def age(then: float) -> str:
 
 
 def value(content: Any) -> str:
-    """A value on one line, cut when it is long."""
+    """Return a value on one line, truncated to ``MAX_VALUE_WIDTH`` characters."""
     text = json.dumps(content, ensure_ascii=False)
     return text if len(text) <= MAX_VALUE_WIDTH else f"{text[: MAX_VALUE_WIDTH - 3]}..."
 
 
 def flatten(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys of nested tables; a list of tables counts as one, any other list as a value."""
+    """Yield the dotted keys and values of nested tables. Index lists of tables; other lists are values."""
     if isinstance(content, dict) and content:
         for key, below in content.items():
             yield from flatten(below, f"{path}.{key}" if path else str(key))
     elif isinstance(content, list) and content and all(isinstance(item, dict) for item in content):
-        for place, item in enumerate(content):
-            yield from flatten(item, f"{path}[{place}]")
+        for index, item in enumerate(content):
+            yield from flatten(item, f"{path}[{index}]")
     else:
         yield path, content
 
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal for what is told (bytes done, bytes in all); nothing where there is none."""
+    """Show a progress bar, updated by calls with (bytes done, bytes in total). No bar without a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
-    # Here, not above: rich takes longer to import than most commands take.
+    # Imported here: rich takes longer to import than most commands take to run.
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""Groups of commands that import a command's module when it is asked for, not for the list of names."""
+"""Command groups that import the module of a command only when the command runs."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from typer.main import get_command as make_command
 
 @dataclass(frozen=True)
 class Member:
-    """A command, or a group of them, that is not imported yet."""
+    """A command, or a group of commands, that is not imported yet."""
 
     module: str
-    """Its name in ``kempnerforge.cli``."""
+    """Name of its module in ``kempnerforge.cli``."""
     attribute: str
     """A ``typer.Typer``, or the function of one command."""
     summary: str
     """The first paragraph of its help."""
 
     def load(self, name: str) -> Any:
-        """Import it; the command under ``name``."""
-        found = getattr(import_module(f"kempnerforge.cli.{self.module}"), self.attribute)
-        if not isinstance(found, typer.Typer):
-            function, found = found, typer.Typer(add_completion=False)
-            found.command()(function)
-        command = make_command(found)
+        """Import the module and return the command under ``name``."""
+        member = getattr(import_module(f"kempnerforge.cli.{self.module}"), self.attribute)
+        if not isinstance(member, typer.Typer):
+            function, member = member, typer.Typer(add_completion=False)
+            member.command()(function)
+        command = make_command(member)
         command.name = name
         return command
 
 
 class LazyGroup(TyperGroup):
-    """Shows the summaries of its members in its help, and imports the one that is called.
+    """A group whose help shows the summaries of its members. It imports only the member that is called.
 
-    pydantic and NumPy take longer to import than most commands take.
+    pydantic and NumPy take longer to import than most commands take to run.
     """
 
     members: ClassVar[Mapping[str, Member]] = {}
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names, in the order of ``members``."""
+        """Return the names in the order of ``members``."""
         return list(self.members)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command itself; while help is shown, a name and a summary."""
+        """Return the command, or only its name and summary while help is shown."""
         if cmd_name not in self.members:
             return None
         member = self.members[cmd_name]

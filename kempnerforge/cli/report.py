@@ -1,4 +1,4 @@
-"""``kempnerforge report``: what a run's time went into, how each attempt ended, how often to save."""
+"""``kempnerforge report``: how a run spent its time, how its attempts ended, and how often to save."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def report(
     html: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", dir_okay=False, help="Also write one page with plots, which needs no network."
+            metavar="FILE", dir_okay=False, help="Also write a self-contained HTML page with plots."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Effective training time of RUN, where the rest went, how attempts ended, how often to save."""
+    """Report the effective training time of RUN, lost time, ends of attempts and save intervals."""
     run_dir = find_run(run).run_dir
     if run_dir is None:
-        raise RunFolderError(f"{run} holds steps, but it is not known of which run; give the run's folder")
+        raise RunFolderError(f"{run} has steps of an unknown run; give the run's folder")
     cuts = lineage.cuts(run_dir)
     history = read_history(run_dir, rollbacks=[cut.attempt for cut in cuts if cut.is_rollback])
     if not history:
-        raise RunFolderError(f"{run_dir} has no ledger yet: no attempt of it got as far as that")
+        raise RunFolderError(f"{run_dir} has no ledger yet: no attempt has recorded an event")
     running = history[-1].end is None and bool(lease.live_holder(run_dir))
     if running:
-        history[-1].end = {"kind": "running", "reason": "it is running", "step": None}
+        history[-1].end = {"kind": "running", "reason": "still running", "step": None}
     now = time.time()
     body = account(history, now=now, running=running)
     rollbacks = [cut.attempt for cut in cuts if cut.is_rollback]
@@ -67,15 +67,19 @@ def _write_page(
     cuts: list[lineage.ResumePoint],
     now: float,
 ) -> int:
-    """Write the page. Returns its size in bytes. Raises RunFolderError when it cannot be written."""
+    """Write the page and return its size in bytes. Raises RunFolderError if it cannot be written."""
     curves = read_curves(run_dir / METRICS, KEYS, {cut.attempt: cut.step for cut in cuts})
-    commits = [Commit(one.number, event["time"], event["step"]) for one in history for event in one.commits]
-    made = page(Report(str(run_dir.resolve()), body, curves, commits, now))
+    commits = [
+        Commit(attempt.number, event["time"], event["step"])
+        for attempt in history
+        for event in attempt.commits
+    ]
+    content = page(Report(str(run_dir.resolve()), body, curves, commits, now))
     try:
-        fsio.atomic_write(file, made)
+        fsio.atomic_write(file, content)
     except OSError as error:
         raise RunFolderError(
             f"{file} cannot be written: {error.strerror}; "
-            "give --html a file in a folder that exists and that you may write"
+            "give --html a file in an existing folder that you can write to"
         ) from error
-    return len(made)
+    return len(content)

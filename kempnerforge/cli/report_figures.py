@@ -1,7 +1,7 @@
-"""The line plots of the report's page. Pure: numbers in, HTML out.
+"""The line plots of the report page, as HTML and SVG.
 
-There is no script: what a place in a plot means is told by its ``title``, and every figure also says in words
-and in a table what it shows.
+The page has no scripts: values are shown by ``title`` attributes on invisible slabs. Every figure also has
+a summary in words and a table.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ from kempnerforge.goodput.plot import (
 from kempnerforge.telemetry.curves import Curves
 
 BUCKETS = 800
-"""As many as a wide screen can show apart."""
+"""As many as a wide screen can resolve."""
 MAX_DOTS = 60
 SLABS = 60
 ROWS = 12
 LOG_FROM = 5.0
-"""The highest loss over the lowest one above which the axis is logarithmic."""
+"""Use a logarithmic axis if the highest loss divided by the lowest one is larger than this."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One metric, ready to draw: what counts, and what does not."""
+    """One downsampled metric: the values on the final timeline, and those of lost steps."""
 
     name: str
     css: str
     counting: list[Bucket]
     repeated: list[list[Bucket]]
     not_finite: list[tuple[float, float]]
-    """Points of what counts."""
+    """Non-finite points of the final timeline."""
     dots: bool = False
 
 
 def series(name: str, css: str, curves: Curves, key: str, *, dots: bool = False) -> Series:
-    """A metric of a run, thinned. Stretches that were done again share the same number of buckets."""
+    """Downsample a metric of a run. All lost segments together have the same number of buckets."""
     curve, repeated = curves.counting[key], curves.repeated[key].values()
-    total = sum(len(one.steps) for one in repeated)
-    shares = [max(2, BUCKETS * len(one.steps) // total) for one in repeated]
+    total = sum(len(lost.steps) for lost in repeated)
+    shares = [max(2, BUCKETS * len(lost.steps) // total) for lost in repeated]
     wrong = [(x, y) for x, y in zip(curve.steps, curve.values, strict=True) if not math.isfinite(y)]
     return Series(
         name,
         css,
         downsample(curve.steps, curve.values, buckets=BUCKETS),
         [
-            downsample(one.steps, one.values, buckets=share)
-            for one, share in zip(repeated, shares, strict=True)
+            downsample(lost.steps, lost.values, buckets=share)
+            for lost, share in zip(repeated, shares, strict=True)
         ],
         wrong,
         dots,
@@ -69,61 +69,66 @@ def series(name: str, css: str, curves: Curves, key: str, *, dots: bool = False)
 
 
 def loss_figure(curves: Curves) -> str:
-    """Training and validation loss over steps."""
-    found = [
+    """Return the figure of training and validation loss over steps."""
+    plotted = [
         series("training loss", "effective", curves, "train/loss"),
         series("validation loss", "eval", curves, "eval/loss", dots=True),
     ]
-    every = [one for each in found for part in (each.counting, *each.repeated) for one in part]
-    low = min((one.low for one in every), default=0.0)
-    high = max((one.high for one in every), default=1.0)
+    buckets = [bucket for line in plotted for part in (line.counting, *line.repeated) for bucket in part]
+    low = min((bucket.low for bucket in buckets), default=0.0)
+    high = max((bucket.high for bucket in buckets), default=1.0)
     is_log = low > 0 and high / low > LOG_FROM
     axis = log_axis(low, high) if is_log else linear_axis(low, high)
-    return figure("loss", "Loss", "loss, on a logarithmic scale" if is_log else "loss", found, axis)
+    return figure("loss", "Loss", "loss, logarithmic scale" if is_log else "loss", plotted, axis)
 
 
 def throughput_figure(curves: Curves) -> str:
-    """Tokens per second over steps."""
-    found = [series("tokens/s", "effective", curves, "train/tokens_per_s")]
-    every = [one for part in (found[0].counting, *found[0].repeated) for one in part]
-    high = max((one.high for one in every), default=1.0)
-    return figure("throughput", "Throughput", "tokens/s", found, linear_axis(0, high * 1.05 or 1.0, margin=0))
+    """Return the figure of tokens per second over steps."""
+    line = series("tokens/s", "effective", curves, "train/tokens_per_s")
+    buckets = [bucket for part in (line.counting, *line.repeated) for bucket in part]
+    high = max((bucket.high for bucket in buckets), default=1.0)
+    axis = linear_axis(0, high * 1.05 or 1.0, margin=0)
+    return figure("throughput", "Throughput", "tokens/s", [line], axis)
 
 
-def figure(name: str, title: str, unit: str, found: Sequence[Series], y: Axis) -> str:
-    """One figure with its words, legend, plot and table; a sentence where there is nothing to show."""
+def figure(name: str, title: str, unit: str, plotted: Sequence[Series], y: Axis) -> str:
+    """Return a figure with summary, legend, plot and table, or a sentence if there are no values."""
     steps = [
         x
-        for one in found
+        for line in plotted
         for x in (
-            *_ends(one.counting),
-            *(x for part in one.repeated for x in _ends(part)),
-            *_first(one.not_finite),
+            *_ends(line.counting),
+            *(x for part in line.repeated for x in _ends(part)),
+            *_first(line.not_finite),
         )
     ]
     head = f'<figure id="{name}" class="card"><figcaption><h2>{title}</h2>'
     if not steps:
-        return f'{head}<p class="words">No row of it has been logged yet.</p></figcaption></figure>'
+        return f'{head}<p class="words">No values have been logged yet.</p></figcaption></figure>'
     x = linear_axis(min(steps), max(steps), ticks=6, margin=0, least=1)
-    words = escape(_words(found))
-    shapes = [grid(y), *(_repeated(one, x, y) for one in found), *(_counting(one, x, y) for one in found)]
+    words = escape(_words(plotted))
+    shapes = [
+        grid(y),
+        *(_repeated(line, x, y) for line in plotted),
+        *(_counting(line, x, y) for line in plotted),
+    ]
     shapes += [
         f'<rect class="slab" x="{1000 * x.place(low):.1f}" y="0" width="{1000 / SLABS:.1f}" height="1000">'
-        f"<title>{escape(_told(found, low, high, cells))}</title></rect>"
-        for low, high, cells in _slab_rows(found, x, SLABS)
+        f"<title>{escape(_slab_title(plotted, low, high, cells))}</title></rect>"
+        for low, high, cells in _slab_rows(plotted, x, SLABS)
     ]
     return (
-        f'{head}<p class="words">{words}</p></figcaption>{_legend(found)}<p class="unit">{unit}</p>'
+        f'{head}<p class="words">{words}</p></figcaption>{_legend(plotted)}<p class="unit">{unit}</p>'
         f'<div class="area"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
         f'aria-label="{title} over steps. {words}">{"".join(shapes)}</svg>'
-        f"{_bad_marks(found, x)}{ticks(x, y)}</div>"
-        f'<p class="unit below">step</p>{_table(title, found, _slab_rows(found, x, ROWS))}</figure>'
+        f"{_bad_marks(plotted, x)}{ticks(x, y)}</div>"
+        f'<p class="unit below">step</p>{_table(title, plotted, _slab_rows(plotted, x, ROWS))}</figure>'
     )
 
 
-def _is_thinned(*parts: Sequence[Bucket]) -> bool:
-    """Whether a bucket holds more than one value."""
-    return any(one.low < one.high for part in parts for one in part)
+def _is_downsampled(*parts: Sequence[Bucket]) -> bool:
+    """Return whether a bucket holds more than one value."""
+    return any(bucket.low < bucket.high for part in parts for bucket in part)
 
 
 def _ends(part: Sequence[Bucket]) -> list[float]:
@@ -134,117 +139,120 @@ def _first(points: Sequence[tuple[float, float]]) -> list[float]:
     return [points[0][0], points[-1][0]] if points else []
 
 
-def _words(found: Sequence[Series]) -> str:
-    said: list[str] = []
-    for one in found:
-        values = one.counting
+def _words(plotted: Sequence[Series]) -> str:
+    sentences: list[str] = []
+    for line in plotted:
+        values = line.counting
         if values:
-            low, high = min(values, key=lambda each: each.low), max(values, key=lambda each: each.high)
+            low = min(values, key=lambda bucket: bucket.low)
+            high = max(values, key=lambda bucket: bucket.high)
             ends = f"{_short(values[0].mean)} at step {values[0].first:,.0f} to {_short(values[-1].mean)}"
-            said.append(
-                f"{one.name} from {ends} at step {values[-1].last:,.0f}; lowest {_short(low.low)} near step "
+            sentences.append(
+                f"{line.name} from {ends} at step {values[-1].last:,.0f}; lowest {_short(low.low)} near step "
                 f"{low.middle:,.0f}, highest {_short(high.high)} near step {high.middle:,.0f}."
             )
-        if one.not_finite:
-            said.append(f"{count(len(one.not_finite), 'step')} had a {one.name} that is not finite.")
-    if _is_thinned(*(one.counting for one in found)):
-        said.append(
-            "The line is the mean of neighbouring steps, the band around it their lowest to highest value."
-        )
-    return " ".join(text[0].upper() + text[1:] for text in said)
+        if line.not_finite:
+            sentences.append(f"{count(len(line.not_finite), 'step')} had a {line.name} that is not finite.")
+    if _is_downsampled(*(line.counting for line in plotted)):
+        sentences.append("The line is the mean of neighbouring steps, the band their range.")
+    return " ".join(text[0].upper() + text[1:] for text in sentences)
 
 
-def _legend(found: Sequence[Series]) -> str:
+def _legend(plotted: Sequence[Series]) -> str:
     keys = [
-        f'<li><i class="key {"dot" if one.dots else "line"} c-{one.css}"></i>{one.name}</li>'
-        for one in found
-        if one.counting
+        f'<li><i class="key {"dot" if line.dots else "line"} c-{line.css}"></i>{line.name}</li>'
+        for line in plotted
+        if line.counting
     ]
-    if any(one.repeated for one in found):
-        keys.append('<li><i class="key halo c-lost"></i>lost: done again, or rolled back</li>')
-    if any(one.not_finite for one in found):
+    if any(line.repeated for line in plotted):
+        keys.append('<li><i class="key halo c-lost"></i>lost: repeated or rolled back</li>')
+    if any(line.not_finite for line in plotted):
         keys.append('<li><i class="bad" aria-hidden="true">✕</i>not finite</li>')
     return f'<ul class="legend">{"".join(keys)}</ul>'
 
 
-def _repeated(one: Series, x: Axis, y: Axis) -> str:
-    """Wide and pale, since a loss that was repeated lies under the one that counts, bit for bit.
+def _repeated(line: Series, x: Axis, y: Axis) -> str:
+    """Draw lost steps wide and pale: a repeated loss is bitwise equal to the final one on top of it.
 
-    Narrow where it is thinned: then it goes to and fro between extremes.
+    Draw them narrow if they are downsampled, because the path then alternates between extremes.
     """
     paths = []
-    for part in one.repeated:
-        points = [(x.place(each.middle), y.place(value)) for each in part for value in _extremes(each)]
+    for part in line.repeated:
+        points = [(x.place(bucket.middle), y.place(value)) for bucket in part for value in _extremes(bucket)]
         if points:
             paths.append(line_path(points) if len(points) > 1 else dots_path(points))
-    css = "halo thinned" if _is_thinned(*one.repeated) else "halo"
+    css = "halo thinned" if _is_downsampled(*line.repeated) else "halo"
     return f'<path class="{css}" d="{"".join(paths)}"/>' if paths else ""
 
 
-def _extremes(each: Bucket) -> tuple[float, ...]:
-    return (each.low, each.high) if each.low < each.high else (each.low,)
+def _extremes(bucket: Bucket) -> tuple[float, ...]:
+    return (bucket.low, bucket.high) if bucket.low < bucket.high else (bucket.low,)
 
 
-def _counting(one: Series, x: Axis, y: Axis) -> str:
-    if not one.counting:
+def _counting(line: Series, x: Axis, y: Axis) -> str:
+    if not line.counting:
         return ""
-    means = [(x.place(each.middle), y.place(each.mean)) for each in one.counting]
-    has_dots = len(means) == 1 or (one.dots and len(means) <= MAX_DOTS)
+    means = [(x.place(bucket.middle), y.place(bucket.mean)) for bucket in line.counting]
+    has_dots = len(means) == 1 or (line.dots and len(means) <= MAX_DOTS)
     band = ""
-    if _is_thinned(one.counting):
-        edges = [(x.place(each.middle), y.place(each.low), y.place(each.high)) for each in one.counting]
-        band = f'<path class="band c-{one.css}" d="{band_path(edges)}"/>'
-    dots = f'<path class="dots c-{one.css}" d="{dots_path(means)}"/>' if has_dots else ""
-    return f'{band}<path class="line c-{one.css}" d="{line_path(means)}"/>{dots}'
+    if _is_downsampled(line.counting):
+        edges = [
+            (x.place(bucket.middle), y.place(bucket.low), y.place(bucket.high)) for bucket in line.counting
+        ]
+        band = f'<path class="band c-{line.css}" d="{band_path(edges)}"/>'
+    dots = f'<path class="dots c-{line.css}" d="{dots_path(means)}"/>' if has_dots else ""
+    return f'{band}<path class="line c-{line.css}" d="{line_path(means)}"/>{dots}'
 
 
-def _bad_marks(found: Sequence[Series], x: Axis) -> str:
-    """A cross at the top for steps that were not finite, one for each place that can be told apart."""
-    places: dict[int, list[tuple[float, float, str]]] = {}
-    for one in found:
-        for step, value in one.not_finite:
-            places.setdefault(int(100 * x.place(step)), []).append((step, value, one.name))
+def _bad_marks(plotted: Sequence[Series], x: Axis) -> str:
+    """Draw a cross at the top for steps that were not finite, one per percent of the width."""
+    groups: dict[int, list[tuple[float, float, str]]] = {}
+    for line in plotted:
+        for step, value in line.not_finite:
+            groups.setdefault(int(100 * x.place(step)), []).append((step, value, line.name))
     marks = []
-    for group in places.values():
+    for group in groups.values():
         step, value, name = group[0]
-        told = f"step {step:,.0f}: {name} {value}" + (
+        title = f"step {step:,.0f}: {name} {value}" + (
             f", and {len(group) - 1} more" if len(group) > 1 else ""
         )
         left = 100 * x.place(step)
-        marks.append(f'<i class="bad mark" style="left:{left:.2f}%" title="{escape(told)}">✕</i>')
+        marks.append(f'<i class="bad mark" style="left:{left:.2f}%" title="{escape(title)}">✕</i>')
     return "".join(marks)
 
 
 Cells = list[tuple[float, float, float] | None]
-"""Lowest, mean and highest of each series."""
+"""Lowest, mean and highest value of each series."""
 
 
-def _slab_rows(found: Sequence[Series], x: Axis, count: int) -> list[tuple[float, float, Cells]]:
-    """The plot in ``count`` parts, from the left: first and last step, what is in there. No empty ones."""
+def _slab_rows(plotted: Sequence[Series], x: Axis, count: int) -> list[tuple[float, float, Cells]]:
+    """Divide the plot into ``count`` slabs; return first step, end and cells of each that is not empty."""
     width = (x.high - x.low) / count
     columns: list[dict[int, list[Bucket]]] = []
-    for one in found:
+    for line in plotted:
         column: dict[int, list[Bucket]] = {}
-        for each in one.counting:
-            column.setdefault(min(int((each.middle - x.low) / width), count - 1), []).append(each)
+        for bucket in line.counting:
+            column.setdefault(min(int((bucket.middle - x.low) / width), count - 1), []).append(bucket)
         columns.append(column)
     rows: list[tuple[float, float, Cells]] = []
-    for place in sorted({place for column in columns for place in column}):
+    for slab in sorted({slab for column in columns for slab in column}):
         cells: Cells = []
         for column in columns:
-            group = column.get(place)
+            group = column.get(slab)
             if group is None:
                 cells.append(None)
                 continue
-            mean = sum(each.mean for each in group) / len(group)
-            cells.append((min(each.low for each in group), mean, max(each.high for each in group)))
-        rows.append((x.low + place * width, x.low + (place + 1) * width, cells))
+            mean = sum(bucket.mean for bucket in group) / len(group)
+            cells.append((min(bucket.low for bucket in group), mean, max(bucket.high for bucket in group)))
+        rows.append((x.low + slab * width, x.low + (slab + 1) * width, cells))
     return rows
 
 
-def _told(found: Sequence[Series], low: float, high: float, cells: Cells) -> str:
-    said = [f"{one.name} {_range(cell)}" for one, cell in zip(found, cells, strict=True) if cell is not None]
-    return f"{_steps(low, high)}: {', '.join(said)}"
+def _slab_title(plotted: Sequence[Series], low: float, high: float, cells: Cells) -> str:
+    values = [
+        f"{line.name} {_range(cell)}" for line, cell in zip(plotted, cells, strict=True) if cell is not None
+    ]
+    return f"{_steps(low, high)}: {', '.join(values)}"
 
 
 def _steps(low: float, high: float) -> str:
@@ -257,14 +265,14 @@ def _range(cell: tuple[float, float, float]) -> str:
     return _short(mean) if low == high else f"{_short(mean)} ({_short(low)} to {_short(high)})"
 
 
-def _table(title: str, found: Sequence[Series], rows: Sequence[tuple[float, float, Cells]]) -> str:
+def _table(title: str, plotted: Sequence[Series], rows: Sequence[tuple[float, float, Cells]]) -> str:
     body = [
         row(_steps(low, high), *(_range(cell) if cell is not None else "" for cell in cells))
         for low, high, cells in rows
     ]
     return (
         f"<details><summary>{title} as a table: mean (lowest to highest)</summary>"
-        f"{table(['steps', *(one.name for one in found)], body)}</details>"
+        f"{table(['steps', *(line.name for line in plotted)], body)}</details>"
     )
 
 

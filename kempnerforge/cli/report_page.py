@@ -1,7 +1,7 @@
-"""The page of ``kempnerforge report --html``: one file; no network, no script, no other file. Pure.
+"""The page of ``kempnerforge report --html``: one file without scripts that needs no network.
 
-What a run says of itself, such as the text of a fault, is arbitrary: all of it is escaped. The page also
-forbids itself to load anything, by a content security policy.
+Text from a run, such as an error message, is arbitrary: all of it is escaped. In addition, a content
+security policy forbids the page to load anything.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from kempnerforge.goodput.plot import duration
 from kempnerforge.telemetry.curves import Curves
 
 MAX_ATTEMPTS = 200
-"""Rows of the table of attempts; older ones are left out, and the page says so."""
+"""Maximum number of rows in the table of attempts. The page says how many older ones are omitted."""
 KEYS = ("train/loss", "eval/loss", "train/tokens_per_s")
-"""What the page needs of ``metrics.jsonl``."""
+"""Metrics that the page reads from ``metrics.jsonl``."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a run."""
+    """The data of a report."""
 
     run_dir: str
     body: Mapping[str, Any]
-    """What ``--json`` prints."""
+    """The object that ``--json`` prints."""
     curves: Curves
     commits: Sequence[Commit]
     now: float
-    """When it was looked at, in seconds since the epoch."""
+    """Time of the report in seconds since the epoch."""
 
 
 def page(report: Report) -> bytes:
-    """The page, in UTF-8; at most about 1 MB however long the run is."""
+    """Return the page in UTF-8. Its size is at most about 1 MB, however long the run is."""
     body = report.body
     name = escape(report.run_dir.rstrip("/").rpartition("/")[2] or report.run_dir)
     style = importlib.resources.files("kempnerforge.cli").joinpath("report.css").read_text()
-    looked = f"{_utc(report.now)}, kempnerforge {escape(__version__)}"
+    created = f"{_utc(report.now)}, kempnerforge {escape(__version__)}"
     text = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -61,7 +61,7 @@ def page(report: Report) -> bytes:
 </head>
 <body>
 <header><p class="eyebrow">Report of a training run</p><h1>{name}</h1>
-<p class="words">{escape(report.run_dir)} · looked at {looked}</p></header>
+<p class="words">{escape(report.run_dir)} · created {created}</p></header>
 <main>
 {_cards(body)}
 {timeline_figure(body["attempts"], report.commits, wall_s=body["span_s"])}
@@ -84,14 +84,14 @@ def _utc(then: float) -> str:
 
 
 def _cards(body: Mapping[str, Any]) -> str:
-    attempts, found = body["attempts"], body["saving"]
-    done = sum(one["last_step"] - (one["began_at"] or 0) for one in attempts)
-    lost = f"of {count(done, 'step')} done" if done else "no step done yet"
-    low, high = found["mtti_95_s"]
-    rate, bounds = "none yet", f"mean time to interrupt above {duration(low)} (95%)"
-    if found["mtti_s"] is not None:
-        rate = f"1 in {duration(found['mtti_s'])}"
-        bounds = f"{count(found['failures'], 'failure')}; 95%: {duration(low)} to {duration(high)}"
+    attempts, saving = body["attempts"], body["saving"]
+    done = sum(attempt["last_step"] - (attempt["began_at"] or 0) for attempt in attempts)
+    lost = f"of {count(done, 'completed step')}" if done else "no completed step yet"
+    low, high = saving["mtti_95_s"]
+    rate, bounds = "none yet", f"mean time to interruption above {duration(low)} (95%)"
+    if saving["mtti_s"] is not None:
+        rate = f"1 in {duration(saving['mtti_s'])}"
+        bounds = f"{count(saving['failures'], 'failure')}; 95%: {duration(low)} to {duration(high)}"
     ended = f"newest attempt: {end_sign(attempts[-1]['kind'])}" if attempts else ""
     cards = (
         ("Effective training time", f"{100 * body['ettr']:.1f}%", f"of {duration(body['wall_s'])} wall time"),
@@ -118,12 +118,12 @@ def _parts(body: Mapping[str, Any]) -> str:
         rows.append(row(f'<i class="key c-{key}"></i>{name}', duration(max(0.0, seconds)), share))
         if key == "setup":
             rows += [
-                row(f'<span class="sub">{escape(part)}</span>', duration(max(0.0, each)), "", css="minor")
-                for part, each in report_text.setup_rows(body["setup_parts_s"])
+                row(f'<span class="sub">{escape(part)}</span>', duration(max(0.0, part_s)), "", css="minor")
+                for part, part_s in report_text.setup_rows(body["setup_parts_s"])
             ]
     rows.append(row("wall time", duration(wall_s), "100.0%" if wall_s else "-", css="sum"))
     return (
-        '<section id="parts" class="card"><h2>Where the time went</h2>'
+        '<section id="parts" class="card"><h2>Time breakdown</h2>'
         f'<div class="stack" aria-hidden="true">{"".join(bars)}</div>'
         f"{table(('part', 'time', 'share'), rows)}</section>"
     )
@@ -131,19 +131,24 @@ def _parts(body: Mapping[str, Any]) -> str:
 
 def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:
     rows = []
-    for one in attempts[-MAX_ATTEMPTS:]:
-        steps = f"{one['began_at']:,} to {one['last_step']:,}" if one["began_at"] is not None else "none"
-        cells = (_utc(one["started"]), duration(one["wall_s"]), steps, f"{one['lost_steps']:,}")
-        rows.append(
-            row(
-                str(one["attempt"]), *cells, end_sign(one["kind"]), escape(report_text.clipped(one["reason"]))
-            )
+    for attempt in attempts[-MAX_ATTEMPTS:]:
+        began_at, last_step = attempt["began_at"], attempt["last_step"]
+        steps = f"{began_at:,} to {last_step:,}" if began_at is not None else "none"
+        cells = (
+            str(attempt["attempt"]),
+            _utc(attempt["started"]),
+            duration(attempt["wall_s"]),
+            steps,
+            f"{attempt['lost_steps']:,}",
+            end_sign(attempt["kind"]),
+            escape(report_text.clipped(attempt["reason"])),
         )
+        rows.append(row(*cells))
     older = len(attempts) - len(rows)
-    note = f"{count(older, 'older attempt')} left out; kempnerforge report --json has all."
+    note = f"{count(older, 'older attempt')} omitted; kempnerforge report --json has all."
     return (
         '<section id="attempts" class="card"><h2>Attempts</h2>'
         + (f'<p class="words">{note}</p>' if older else "")
-        + table(("attempt", "began", "lasted", "steps", "lost", "end", "reason"), rows)
+        + table(("attempt", "started", "duration", "steps", "lost", "end", "reason"), rows)
         + "</section>"
     )

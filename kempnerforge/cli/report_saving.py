@@ -1,4 +1,4 @@
-"""The part of the report's page about checkpoints: their timings, and what saving how often costs. Pure."""
+"""The checkpoint section of the report page: timings of saves, and the cost of save intervals."""
 
 from __future__ import annotations
 
@@ -16,40 +16,43 @@ from kempnerforge.goodput.plot import dots_path, duration, line_path, linear_axi
 POINTS = 100
 
 
-def saving_section(found: Mapping[str, Any]) -> str:
-    """Timings, intervals and the model; ``found`` as ``accounting.saving`` gives it."""
+def saving_section(saving: Mapping[str, Any]) -> str:
+    """Return timings, intervals and the cost model. ``found`` is the result of ``accounting.saving``."""
     timings = [
-        row(report_text.TIMINGS[name], duration(each["p50"]), duration(each["p99"]))
-        for name, each in found["timings"].items()
-        if each["p50"] is not None
+        row(report_text.TIMINGS[name], duration(timing["p50"]), duration(timing["p99"]))
+        for name, timing in saving["timings"].items()
+        if timing["p50"] is not None
     ]
     intervals = [
-        row(name, duration(found[key]) if found[key] is not None else "unknown")
+        row(name, duration(saving[key]) if saving[key] is not None else "unknown")
         for key, name in report_text.INTERVALS.items()
     ]
-    said = "".join(f'<p class="words">{escape(line)}</p>' for line in report_text.saving_lines(found))
+    notes = "".join(f'<p class="words">{escape(line)}</p>' for line in report_text.saving_lines(saving))
     return (
         '<section id="saving" class="card"><h2>Checkpoints</h2>'
-        f'<p class="words">{count(found["commits"], "commit")}.</p>'
-        f"{table(('of a save', 'p50', 'p99'), timings) if timings else ''}"
-        f"{table(('time between saves', ''), intervals)}{said}{_model(found)}</section>"
+        f'<p class="words">{count(saving["commits"], "commit")}.</p>'
+        f"{table(('phase of a save', 'p50', 'p99'), timings) if timings else ''}"
+        f"{table(('time between saves', ''), intervals)}{notes}{_model(saving)}</section>"
     )
 
 
-def _model(found: Mapping[str, Any]) -> str:
-    """The expected overhead over the interval, with the measured one and the best one."""
-    expected, measured_s = found["expected"], found["interval_s"]
+def _model(saving: Mapping[str, Any]) -> str:
+    """Plot the expected overhead over the interval, and mark the measured and the best interval."""
+    expected, measured_s = saving["expected"], saving["interval_s"]
     if expected is None or not measured_s:
         return ""
     best_s = expected["best_interval_s"]
-    known = {name: expected[name] for name in ("stall_s", "mtti_s", "lag_s", "restart_s")}
+    costs = {name: expected[name] for name in ("stall_s", "mtti_s", "lag_s", "restart_s")}
     low_s, high_s = min(measured_s, best_s) / 4, max(measured_s, best_s) * 4
     x = log_time_axis(low_s, high_s)
-    each_s = [low_s * (high_s / low_s) ** (place / (POINTS - 1)) for place in range(POINTS)]
-    percents = [100 * expected_overhead(one, **known) for one in each_s]
+    intervals_s = [low_s * (high_s / low_s) ** (point / (POINTS - 1)) for point in range(POINTS)]
+    percents = [100 * expected_overhead(interval_s, **costs) for interval_s in intervals_s]
     y = linear_axis(0, 1.05 * max(percents), ticks=4, margin=0)
     line = line_path(
-        [(x.place(one), y.place(percent)) for one, percent in zip(each_s, percents, strict=True)]
+        [
+            (x.place(interval_s), y.place(percent))
+            for interval_s, percent in zip(intervals_s, percents, strict=True)
+        ]
     )
     measured, best = 100 * expected["overhead"], 100 * expected["best_overhead"]
     dots = "".join(

@@ -1,4 +1,4 @@
-"""The timeline of the report's page: what each attempt did when, its commits, how it ended. Pure."""
+"""The timeline of the report page: the phases, commits and end of each attempt."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any, NamedTuple
 from kempnerforge.cli.formatting import count
 from kempnerforge.cli.report_text import attempt_words, clipped
 from kempnerforge.goodput.plot import duration, time_axis
-from kempnerforge.goodput.timeline_segments import KINDS, Segment, rasterize, stretches
+from kempnerforge.goodput.timeline_segments import KINDS, Segment, find_segments, rasterize
 
 MAX_LINES = 40
-"""With more attempts than that, all of them are drawn on one line."""
+"""More attempts than this are drawn on one line."""
 CELLS = 600
 COMMIT_CELLS = 250
-"""Commits nearer than that share a mark, which says how many they are."""
+"""Commits in the same one of this many cells share a mark, which names their number."""
 NAMES = {
     "idle": "idle between attempts",
-    "setup": "set-up",
-    "load": "load",
+    "setup": "setup",
+    "load": "loading a checkpoint",
     "training": "training",
-    "lost": "lost: done again, or rolled back",
+    "lost": "lost: repeated or rolled back",
 }
 CSS = {"training": "effective"}
-"""Kinds that are drawn as a part of another name."""
+"""Kind -> its CSS class, where the names differ."""
 SIGNS = {"finished": "✓", "running": "▶", "stopped": "■", "deadline": "■"}
-"""Of kinds of end; any other is a failure."""
+"""Kind of end -> its sign. All other kinds are failures."""
 FAILED = "✕"
 
 
 class Commit(NamedTuple):
-    """A commit, as the ledger has it."""
+    """A commit recorded in the ledger."""
 
     attempt: int
     time: float
@@ -41,12 +41,12 @@ class Commit(NamedTuple):
 def timeline_figure(
     attempts: Sequence[Mapping[str, Any]], commits: Sequence[Commit], *, wall_s: float
 ) -> str:
-    """The timeline; ``attempts`` and ``wall_s`` as ``account`` gives them."""
+    """Return the timeline. ``attempts`` and ``wall_s`` are results of ``account``."""
     head = '<figure id="timeline" class="card"><figcaption><h2>Timeline</h2>'
     if not attempts or wall_s <= 0:
-        return f'{head}<p class="words">No attempt has come far enough to be drawn.</p></figcaption></figure>'
-    found = stretches(attempts)
-    shown = [kind for kind in KINDS if any(one.kind == kind for one in found)]
+        return f'{head}<p class="words">No attempt has recorded enough events yet.</p></figcaption></figure>'
+    segments = find_segments(attempts)
+    shown = [kind for kind in KINDS if any(segment.kind == kind for segment in segments)]
     keys = [f'<li><i class="key c-{CSS.get(kind, kind)}"></i>{NAMES[kind]}</li>' for kind in shown]
     if commits:
         keys.append('<li><i class="key commit"></i>commit</li>')
@@ -54,55 +54,61 @@ def timeline_figure(
     step = axis.ticks[1][0] / wall_s if len(axis.ticks) > 1 else 1.0
     lines, note = _lines, ""
     if len(attempts) > MAX_LINES:
-        lines, note = _one_line, " All are on one line: each place of it shows what fills most of it."
+        lines, note = _one_line, " All are drawn on one line, which shows the longest phase in each cell."
     ticks = "".join(
         f'<span class="xtick" style="left:{100 * axis.place(value):.2f}%">{label}</span>'
         for value, label in axis.ticks
     )
     words = (
         f"{count(len(attempts), 'attempt')} in {duration(wall_s)}, {count(len(commits), 'commit')}, "
-        f"{count(sum(one['lost_steps'] for one in attempts), 'lost step')}. "
+        f"{count(sum(attempt['lost_steps'] for attempt in attempts), 'lost step')}. "
         f"How they ended: {_ends(attempts)}.{note}"
     )
     return (
         f'{head}<p class="words">{escape(words)}</p></figcaption><ul class="legend">{"".join(keys)}</ul>'
-        f'<ol class="lines" style="--tick:{100 * step:.4f}%">{lines(attempts, found, commits, wall_s)}'
+        f'<ol class="lines" style="--tick:{100 * step:.4f}%">{lines(attempts, segments, commits, wall_s)}'
         f'<li class="axis" aria-hidden="true"><span class="who"></span><div class="track">{ticks}</div>'
         '<span class="end"></span></li></ol>'
-        '<p class="unit below">time since the first attempt began</p></figure>'
+        '<p class="unit below">time since the start of the first attempt</p></figure>'
     )
 
 
 def _ends(attempts: Sequence[Mapping[str, Any]]) -> str:
-    kinds = [one["kind"] for one in attempts]
+    kinds = [attempt["kind"] for attempt in attempts]
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
 
 
 def _lines(
-    attempts: Sequence[Mapping[str, Any]], found: Sequence[Segment], commits: Sequence[Commit], wall_s: float
+    attempts: Sequence[Mapping[str, Any]],
+    segments: Sequence[Segment],
+    commits: Sequence[Commit],
+    wall_s: float,
 ) -> str:
     return "".join(
         _line(
-            str(one["attempt"]),
-            [_bar(each, wall_s) for each in found if each.attempt == one["attempt"]],
-            [commit for commit in commits if commit.attempt == one["attempt"]],
+            str(attempt["attempt"]),
+            [_bar(segment, wall_s) for segment in segments if segment.attempt == attempt["attempt"]],
+            [commit for commit in commits if commit.attempt == attempt["attempt"]],
             origin=attempts[0]["started"],
             wall_s=wall_s,
-            told=f"{attempt_words(one)}; {one['kind']}: {clipped(one['reason'])}",
-            end=end_sign(one["kind"]),
+            label=f"{attempt_words(attempt)}; {attempt['kind']}: {clipped(attempt['reason'])}",
+            end=end_sign(attempt["kind"]),
             attempts=1,
         )
-        for one in attempts
+        for attempt in attempts
     )
 
 
 def _one_line(
-    attempts: Sequence[Mapping[str, Any]], found: Sequence[Segment], commits: Sequence[Commit], wall_s: float
+    attempts: Sequence[Mapping[str, Any]],
+    segments: Sequence[Segment],
+    commits: Sequence[Commit],
+    wall_s: float,
 ) -> str:
     bars = [
         f'<i class="bar c-{CSS.get(kind, kind)}" style="left:{100 * first / CELLS:.2f}%;'
         f'width:{100 * (last - first) / CELLS:.2f}%" title="{NAMES[kind]}"></i>'
-        for first, last, kind in rasterize(found, wall_s=wall_s, columns=CELLS)
+        for first, last, kind in rasterize(segments, wall_s=wall_s, columns=CELLS)
     ]
     origin = attempts[0]["started"]
     return _line(
@@ -111,7 +117,7 @@ def _one_line(
         commits,
         origin=origin,
         wall_s=wall_s,
-        told=f"{len(attempts)} attempts on one line",
+        label=f"{len(attempts)} attempts on one line",
         end="",
         attempts=len(attempts),
     )
@@ -124,32 +130,32 @@ def _line(
     *,
     origin: float,
     wall_s: float,
-    told: str,
+    label: str,
     end: str,
     attempts: int,
 ) -> str:
     marks = _commit_marks(commits, origin=origin, wall_s=wall_s)
     return (
         f'<li data-attempts="{attempts}"><span class="who">{who}</span><div class="track" role="img" '
-        f'aria-label="{escape(told)}">{"".join(bars)}{marks}</div><span class="end">{end}</span></li>'
+        f'aria-label="{escape(label)}">{"".join(bars)}{marks}</div><span class="end">{end}</span></li>'
     )
 
 
-def _bar(one: Segment, wall_s: float) -> str:
-    took_s = one.ended - one.began
-    place = f"left:{100 * one.began / wall_s:.3f}%;width:{100 * took_s / wall_s:.3f}%"
-    title = f"{NAMES[one.kind]}: {duration(took_s)}, from {duration(one.began)} on"
-    return f'<i class="bar c-{CSS.get(one.kind, one.kind)}" style="{place}" title="{title}"></i>'
+def _bar(segment: Segment, wall_s: float) -> str:
+    took_s = segment.ended - segment.began
+    style = f"left:{100 * segment.began / wall_s:.3f}%;width:{100 * took_s / wall_s:.3f}%"
+    title = f"{NAMES[segment.kind]}: {duration(took_s)}, starting at {duration(segment.began)}"
+    return f'<i class="bar c-{CSS.get(segment.kind, segment.kind)}" style="{style}" title="{title}"></i>'
 
 
 def _commit_marks(commits: Sequence[Commit], *, origin: float, wall_s: float) -> str:
     groups: dict[int, list[Commit]] = {}
-    for one in commits:
-        groups.setdefault(int(COMMIT_CELLS * _since(origin, one, wall_s) / wall_s), []).append(one)
+    for commit in commits:
+        groups.setdefault(int(COMMIT_CELLS * _since(origin, commit, wall_s) / wall_s), []).append(commit)
     marks = []
     for group in groups.values():
         at = _since(origin, group[0], wall_s)
-        steps = sorted(one.step for one in group)
+        steps = sorted(commit.step for commit in group)
         what = (
             f"step {steps[0]:,}" if len(group) == 1 else f"{len(group)} steps, {steps[0]:,} to {steps[-1]:,}"
         )
@@ -161,12 +167,12 @@ def _commit_marks(commits: Sequence[Commit], *, origin: float, wall_s: float) ->
 
 
 def _since(origin: float, commit: Commit, wall_s: float) -> float:
-    """Seconds; within the run, whatever a clock says."""
+    """Return seconds since ``origin``, limited to the duration of the run in case clocks disagree."""
     return min(max(0.0, commit.time - origin), wall_s)
 
 
 def end_sign(kind: str) -> str:
-    """The kind of an end, with a sign that does not rest on colour."""
+    """Return the kind of an end with a sign that is readable without colour."""
     sign = SIGNS.get(kind, FAILED)
     css = "failed" if sign == FAILED else "finished" if kind == "finished" else "other"
     return f'<b class="sign {css}" aria-hidden="true">{sign}</b> {escape(kind)}'

@@ -1,4 +1,4 @@
-"""``kempnerforge slurm``: what a batch script calls before and after training."""
+"""``kempnerforge slurm``: commands that batch scripts run before and after training."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kempnerforge.errors import EXIT_FAULT, RunFolderError
 from kempnerforge.goodput.faults import read_faults
 from kempnerforge.goodput.history import AttemptHistory, read_history
 from kempnerforge.slurm import job as slurm_job
-from kempnerforge.slurm.attempt_info import attempt_note, git_revision
+from kempnerforge.slurm.attempt_info import describe_attempt, git_revision
 from kempnerforge.slurm.job import SlurmError, SlurmJob
 from kempnerforge.slurm.requeue_policy import Decision, decide
 from kempnerforge.train.termination import stop_request
 
-app = typer.Typer(help="What a batch script calls before and after training.", no_args_is_help=True)
+app = typer.Typer(help="Commands that batch scripts run before and after training.", no_args_is_help=True)
 NOTES = "slurm"
 
 
@@ -34,12 +34,12 @@ def begin(
     arguments: Annotated[list[str], typer.Argument(metavar="-- --config FILE [--section.key=value ...]")],
     processes_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each node.")],
 ) -> None:
-    """Check the configuration on this job's nodes, note the attempt, and print the run's folder."""
+    """Check the configuration on this job's nodes, record the attempt, and print the run's folder."""
     job = _this_job()
     file, overrides = split_config(arguments)
     loaded = load_job(file, overrides, world_size=processes_per_node * len(job.node_names))
     folder = loaded.job.run.folder.absolute()
-    text = attempt_note(
+    text = describe_attempt(
         os.environ,
         command=["train.py", *arguments],
         config_toml=loaded.job.to_toml(),
@@ -56,13 +56,13 @@ def begin(
 
 @app.command()
 def after(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
-    """Requeue this job when its run has work left. Ends with the status that the job should have."""
+    """Requeue this job if its run is not finished. Exits with the status that the job should have."""
     job = _this_job()
     decision = decide_for(job, run_dir)
     print(f"requeue: {'yes' if decision.requeue else 'no'}: {decision.why}", flush=True)
     if decision.requeue:
-        # Requeueing ends this script by SIGTERM, and nodes can be left out only of a job that is in the queue
-        # again. Until this script has ended, SLURM does not start it.
+        # Requeueing sends SIGTERM to this script, and nodes can be excluded only after the job is in the
+        # queue again. SLURM does not start the job before this script has ended.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         slurm_job.requeue(job.handle)
         if decision.exclude:
@@ -71,19 +71,19 @@ def after(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
 
 
 def decide_for(job: SlurmJob, run_dir: Path) -> Decision:
-    """The decision for a job whose training has just ended."""
+    """Decide about a job whose training has just ended."""
     began = run_dir / NOTES / f"{job.attempt_name}.began"
     before = int(fsio.read_file(began)) if began.exists() else 0
-    # An attempt that was killed left the end of the one before it.
+    # A killed attempt records no end: the last recorded end may be that of an earlier attempt.
     history = read_history(run_dir)
-    ends = [one.end for one in history if one.number > before and one.end is not None]
-    hosts = {one.host for one in read_faults(run_dir) if one.attempt > before and not one.by_peer}
+    ends = [attempt.end for attempt in history if attempt.number > before and attempt.end is not None]
+    hosts = {fault.host for fault in read_faults(run_dir) if fault.attempt > before and not fault.by_peer}
     facts = slurm_job.facts(job.handle)
     return decide(
         job_state=slurm_job.state(job.handle),
         status=ends[-1]["status"] if ends else None,
         reason=str(ends[-1]["reason"]) if ends else "",
-        asked=_asked(facts, run_dir),
+        stop_requested_by=_stop_requested_by(facts, run_dir),
         lost_nodes=slurm_job.lost_nodes(job.node_names),
         faulty_nodes=nodes_of(hosts, job.node_names),
         lost_in_a_row=lost_in_a_row(history, before=before),
@@ -92,36 +92,40 @@ def decide_for(job: SlurmJob, run_dir: Path) -> Decision:
 
 
 def lost_in_a_row(history: Sequence[AttemptHistory], *, before: int) -> int | None:
-    """How many of the newest attempts were lost and committed nothing; None unless the last one was lost.
+    """Count the newest attempts in a row that were lost without a commit; None unless the last one was lost.
 
-    ``before``: the number of the last attempt that began before this job's start.
+    ``before`` is the number of the last attempt that started before this job.
     """
     if not history or history[-1].number <= before or history[-1].kind != "lost":
         return None
-    row = takewhile(lambda one: one.kind == "lost" and not one.commits, reversed(history))
+    row = takewhile(lambda attempt: attempt.kind == "lost" and not attempt.commits, reversed(history))
     return sum(1 for _ in row)
 
 
 def nodes_of(hosts: Collection[str], node_names: Sequence[str]) -> list[str]:
-    """The job's nodes that have one of the host names; either may be written with its domain."""
+    """Return the job's nodes with one of the host names. Either may include a domain."""
     short = {host.partition(".")[0] for host in hosts}
     return [name for name in node_names if name.partition(".")[0] in short]
 
 
-def _asked(facts: Mapping[str, str], run_dir: Path) -> str:
-    """The batch shell's traps write the signal into the stop file; of a GraceTime it hears nothing."""
+def _stop_requested_by(facts: Mapping[str, str], run_dir: Path) -> str:
+    """Return what requested the stop.
+
+    The traps of the batch shell write the signal into the stop file. The shell gets no signal at the start
+    of a GraceTime.
+    """
     path = run_dir / stop_request.NAME
-    word = fsio.read_mark(path).decode(errors="replace").strip() if path.exists() else ""
-    if word.startswith("SIG"):
-        return word
+    content = fsio.read_mark(path).decode(errors="replace").strip() if path.exists() else ""
+    if content.startswith("SIG"):
+        return content
     return "preempted" if "PreemptTime" in facts else ""
 
 
 def _try_to_exclude(job: SlurmJob, decision: Decision) -> None:
     try:
         slurm_job.exclude(job.handle, decision.exclude)
-    except SlurmError as error:  # going on matters more
-        print(f"cannot leave out {', '.join(decision.exclude)}: {error}", file=sys.stderr)
+    except SlurmError as error:  # the requeue is more important
+        print(f"cannot exclude {', '.join(decision.exclude)}: {error}", file=sys.stderr)
 
 
 def _attempt(folder: Path) -> int:
@@ -133,7 +137,7 @@ def _this_job() -> SlurmJob:
     job = slurm_job.this_job(os.environ)
     if job is None:
         print(
-            "SLURM_JOB_ID is not set: this is for scripts of SLURM jobs. See: kempnerforge submit --help",
+            "SLURM_JOB_ID is not set: run this in the script of a SLURM job. See: kempnerforge submit --help",
             file=sys.stderr,
         )
         raise typer.Exit(EXIT_FAULT)

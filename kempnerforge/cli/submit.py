@@ -19,7 +19,7 @@ from kempnerforge.config.sources import DEFAULT
 from kempnerforge.errors import ConfigError, ConfigIssue, RunFolderError
 from kempnerforge.goodput.event_log import read_events, saves_s
 from kempnerforge.slurm import job as slurm_job
-from kempnerforge.slurm.kill_grace import ask_grace
+from kempnerforge.slurm.kill_grace import query_grace
 from kempnerforge.slurm.script import (
     Request,
     check_options,
@@ -35,11 +35,11 @@ app = typer.Typer(add_completion=False)
 SBATCH = "sbatch options"
 TIMEOUT = "train.shutdown_timeout_s"
 NOT_OF_THE_JOB = ("--dry-run", "--no-files")
-"""Options that change nothing in the script."""
+"""Options that do not change the script."""
 
 
 class _Submit(TyperCommand):
-    """Keeps what stands after ``--`` apart: those are options of sbatch. click would drop the mark."""
+    """Passes the arguments after ``--`` to sbatch. click alone would drop the ``--``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         at = args.index("--") if "--" in args else len(args)
@@ -50,9 +50,9 @@ class _Submit(TyperCommand):
 @app.command(cls=_Submit, context_settings={"ignore_unknown_options": True})
 def submit(
     context: typer.Context,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")],
     time: Annotated[
-        str, typer.Option(help="Time limit of a start, as sbatch takes it: 30 (minutes), 24:00:00, 2-12.")
+        str, typer.Option(help="Time limit of each start, in sbatch's format: 30 (minutes), 24:00:00, 2-12.")
     ],
     arguments: Annotated[
         list[str],
@@ -60,18 +60,18 @@ def submit(
             metavar="FILE [--section.key=value ...] [-- SBATCH_OPTION ...]", help="The TOML file."
         ),
     ],
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node; 0 trains on the CPU.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs per node. 0 trains on the CPU.")] = 1,
     processes_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Ranks on each node.", show_default="one a GPU, else 1")
+        int | None, typer.Option(min=1, help="Ranks per node.", show_default="one per GPU, else 1")
     ] = None,
     script: Annotated[Path, typer.Option(help="The training script.")] = Path("scripts/train.py"),
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script and queue nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, submit nothing.")] = False,
     no_files: NoFiles = False,
 ) -> None:
-    """Check FILE on this layout, then train it as a SLURM job that goes on by itself until it is finished.
+    """Check FILE on this layout, then train it as a SLURM job that requeues itself until it is finished.
 
-    Such as: kempnerforge submit run.toml --nodes 4 --gpus-per-node 8 --time 24:00:00 --train.seed=1
-    -- --partition=gpu. Overrides of the config stand before the --, options of sbatch behind it.
+    Example: kempnerforge submit run.toml --nodes 4 --gpus-per-node 8 --time 24:00:00 --train.seed=1
+    -- --partition=gpu. Write config overrides before the --, and sbatch options after it.
     """
     sbatch_options: list[str] = context.meta[SBATCH]
     positionals, overrides = split_positionals(arguments)
@@ -112,21 +112,24 @@ def submit(
 
 
 def _shutdown_timeout_s(loaded: LoadedJob, run_dir: str, sbatch_options: list[str]) -> float:
-    """``train.shutdown_timeout_s``: the user's, else what the partition grants. Warns of what may be lost."""
+    """Return ``train.shutdown_timeout_s``: the user's value, else what the partition allows.
+
+    Warn if a preemption could lose steps.
+    """
     own = loaded.job.train.shutdown_timeout_s
-    grace = ask_grace(sbatch_options)
+    grace = query_grace(sbatch_options)
     if grace is None:
         return own
     is_own = loaded.sources[TIMEOUT] != DEFAULT
     timeout_s = own if is_own else float(grace.shutdown_timeout_s)
-    granted = f"this partition grants {grace.longest_s} s between SIGTERM and SIGKILL"
+    granted = f"this partition allows {grace.longest_s} s between SIGTERM and SIGKILL"
     if timeout_s >= grace.longest_s:
-        _warn(f"{granted}, and {TIMEOUT} is {own:g} s: a stop that hangs would be killed without a word")
+        _warn(f"{granted}, and {TIMEOUT} is {own:g} s: a hung shutdown would be killed without a report")
     longest_s = p99(_earlier_saves_s(run_dir))
     if longest_s > min(timeout_s, grace.longest_s):
         _warn(
             f"{granted}, {TIMEOUT} is {timeout_s:g} s, and saves of this run took up to {longest_s:.0f} s: "
-            "a preemption may cost the steps since the last save (checkpoint.interval_minutes bounds them)"
+            "a preemption may lose the steps since the last save (checkpoint.interval_minutes bounds them)"
         )
     return timeout_s
 
@@ -140,7 +143,7 @@ def _warn(text: str) -> None:
 
 
 def _log(run_dir: str, sbatch_options: list[str]) -> str:
-    """Where the job's log goes: into the run's folder, unless SLURM would have to make it."""
+    """Return the path pattern of the job's log: in the run's folder, unless SLURM would have to create it."""
     if not PLACEHOLDER.search(run_dir):
         return escape_pattern(str(Path(run_dir).expanduser() / "slurm")) + "/%j.log"
     is_array = option_value(sbatch_options, "--array", "-a") is not None
@@ -151,7 +154,7 @@ def _make_folder(folder: Path) -> None:
     try:
         fsio.make_folder(folder)
     except OSError as error:
-        raise RunFolderError(f"run.dir: {folder} cannot be made: {error}") from error
+        raise RunFolderError(f"run.dir: {folder} cannot be created: {error}") from error
 
 
 def _follow(job_id: str, run_dir: str, request: Request) -> None:
@@ -160,11 +163,11 @@ def _follow(job_id: str, run_dir: str, request: Request) -> None:
         run_dir = run_dir.replace("{job_id}", job_id)
     for line in (
         f"job {job_id}: {request.nodes} x {request.processes_per_node} processes, time limit {request.time}",
-        f"  follow it     tail -F {log}",
-        f"  its state     squeue -j {job_id}",
+        f"  log           tail -F {log}",
+        f"  state         squeue -j {job_id}",
         f"  checkpoints   kempnerforge ckpt ls {run_dir}",
         f"  save now      touch {run_dir}/checkpoint.request",
-        f"  end it        scancel {job_id}",
+        f"  cancel        scancel {job_id}",
         f"  save, requeue scancel --batch --signal=USR1 {job_id}",
     ):
         typer.echo(line)

@@ -14,20 +14,20 @@ from kempnerforge.train.termination.signals import StopSignals
 USAGE = """\
 usage: train.py --config FILE [--section.key=value ...]
 
-Trains the model that the TOML file FILE describes, or goes on where the run was.
+Train the model that the TOML file FILE describes, or resume the run.
 
-  --config FILE              the configuration; what it extends is read first
-  --section.key=value        put a value over the file's; "--section.key value" works too
+  --config FILE              the configuration; a file that it extends is read first
+  --section.key=value        override a value of the file; "--section.key value" works too
   -h, --help                 show this text
 
-Values are written as in TOML; quotes around text may be left out, and none unsets a key that may be none.
-To look at a configuration without training: kempnerforge config check FILE, kempnerforge config show FILE.
-Exit status: 0 finished, 2 the configuration cannot work, 75 stopped on request with work left.
+Write values as in TOML. Quotes around text may be omitted, and "none" unsets an optional key.
+To check a configuration without training: kempnerforge config check FILE, kempnerforge config show FILE.
+Exit status: 0 finished, 2 invalid configuration, 75 stopped on request before the last step.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train what the command line describes; returns the exit status."""
+    """Train the configuration on the command line and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         rank, world_size = rank_and_world_size(os.environ)
@@ -48,17 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{error}\nSee: python scripts/train.py --help", file=sys.stderr)
         return error.exit_status
 
-    # Before torch, whose import takes seconds: a signal that comes meanwhile is not lost.
+    # Before the import of torch, which takes seconds, so that a signal during it is not lost.
     signals = StopSignals()
     signals.install()
     return import_training()(loaded, signals)
 
 
 def import_training() -> Callable[[LoadedJob, StopSignals], int]:
-    """``train.run.run_job``. Help and refusals need no torch; this does.
+    """Import ``train.run.run_job`` and with it torch, which help and config errors do not need.
 
-    Nothing of what is imported ever goes away: looking for garbage meanwhile takes a sixth of the time, and
-    looking through all of it later would make a step late now and then.
+    Imported objects are never freed. Garbage collection during the import would take a sixth of the time,
+    and later collections over these objects would delay a step now and then.
     """
     gc.disable()
     try:
@@ -70,9 +70,9 @@ def import_training() -> Callable[[LoadedJob, StopSignals], int]:
 
 
 def rank_and_world_size(environ: Mapping[str, str]) -> tuple[int, int]:
-    """This process's rank and their number: torchrun's, else those of srun's tasks, else 0 of 1.
+    """Return this process's rank and the number of ranks: from torchrun, else from srun, else 0 and 1.
 
-    The shell of an sbatch script has SLURM_PROCID too, but no step: it is one process.
+    The shell of an sbatch script has SLURM_PROCID but no SLURM step: it is a single process.
 
     Raises:
         ConfigError: one of the variables is not a number.
@@ -94,10 +94,10 @@ def _number(environ: Mapping[str, str], name: str, *, least: int) -> int:
 
 
 def split_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The FILE of ``--config FILE`` or ``--config=FILE`` (the last one counts), and all other arguments.
+    """Return the FILE of the last ``--config FILE`` or ``--config=FILE``, and all other arguments.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no ``--config``.
     """
     file, rest = "", []
     remaining = list(arguments)

@@ -1,4 +1,4 @@
-"""``kempnerforge unblock``: let a run go on that was stopped for lack of progress."""
+"""``kempnerforge unblock``: allow a run to start again that the crash-loop guard has blocked."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ app = typer.Typer()
 
 @app.command()
 def unblock(run: RunPath) -> None:
-    """Declare the cause of RUN's faults fixed: reset the count, name suspect steps back."""
-    found = find_run(run)
-    if found.run_dir is None:
-        raise RunFolderError(f"{run} holds steps, but it is not known of which run; give the run's folder")
-    done = unblocking.unblock(found.run_dir, note=lambda said: typer.echo(said, err=True))
+    """Reset the failure counter of RUN and restore its suspect steps, after you fixed the cause."""
+    checkpoints = find_run(run)
+    if checkpoints.run_dir is None:
+        raise RunFolderError(f"{run} has steps of an unknown run; give the run's folder")
+    done = unblocking.unblock(checkpoints.run_dir, note=lambda message: typer.echo(message, err=True))
     for old, new in done.renamed.items():
         typer.echo(f"{old} -> {new}")
     for name, why in done.left.items():
         typer.echo(
-            f"{name} stays set aside: {why}. "
-            f"To go on from it in a run of its own: kempnerforge ckpt fork {found.folder / name} NEW_RUN"
+            f"{name} is not restored: {why}. "
+            f"To continue from it in a new run: kempnerforge ckpt fork {checkpoints.folder / name} NEW_RUN"
         )
     typer.echo(
-        f"{found.run_dir}: faults up to attempt {done.attempt} no longer count; start the same command again"
+        f"{checkpoints.run_dir}: reset the failure counter, up to attempt {done.attempt}; run the same "
+        "command to resume"
     )

@@ -1,4 +1,4 @@
-"""``kempnerforge wandb``: bring a run to Weights & Biases that was trained where there is no network."""
+"""``kempnerforge wandb``: upload a run that was trained without a network to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def _group() -> None:
-    """Bring runs that were trained offline to Weights & Biases."""
+    """Upload runs that were trained offline to Weights & Biases."""
 
 
 @app.command()
@@ -36,24 +36,27 @@ def sync(
     project: Annotated[str | None, typer.Option(help="Default: the run's metrics.wandb_project.")] = None,
     entity: Annotated[str | None, typer.Option(help="User or team; default: the account's own.")] = None,
     uncommitted: Annotated[
-        bool, typer.Option("--uncommitted", help="Also steps that will be trained again if the run goes on.")
+        bool,
+        typer.Option("--uncommitted", help="Also upload steps that will be repeated if the run continues."),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Although an attempt may still be logging to wandb online.")
+        bool, typer.Option("--force", help="Upload even if an attempt may still be logging to wandb online.")
     ] = False,
-    timeout_s: Annotated[float, typer.Option(min=1, help="How long the upload may take, in seconds.")] = 600,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what counts; use no network.")] = False,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Timeout of the upload in seconds.")] = 600,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be uploaded, without using the network.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Upload the rows of RUN that count into one wandb run, each step once. Repeat it for what is new.
+    """Upload the metrics of RUN to one wandb run, each step once. Run it again to upload new steps.
 
-    A step that attempts trained several times counts once: as it was trained on the way to where the run is
-    now. A run that has not finished is uploaded up to its newest committed step.
+    If several attempts trained a step, upload the values that led to the current state of the run.
+    A run that is not finished is uploaded up to its newest committed step.
     """
     run_dir = find_run(run).run_dir
     record = metadata.read(run_dir) if run_dir is not None else None
     if run_dir is None or record is None:
-        raise RunFolderError(f"{run} has no {metadata.RUN_FILE}, so it is not known which run it is of")
+        raise RunFolderError(f"{run} has no {metadata.RUN_FILE}, so its run is unknown")
     read = _read(run_dir, record, project=project, entity=entity, uncommitted=uncommitted)
     if not as_json:
         for line in read.lines(run_dir):
@@ -70,20 +73,20 @@ def sync(
     else:
         already = len(read.content.steps) - done.num_steps
         typer.echo(
-            f"uploaded {text.count(done.num_steps, 'step')} to {done.url}; {already} were there already"
+            f"uploaded {text.count(done.num_steps, 'step')} to {done.url}; {already} were already there"
         )
 
 
 @dataclass(frozen=True)
 class _Read:
-    """What the files of a run hold for wandb."""
+    """The data of a run for wandb."""
 
     content: Content
     num_rows: int
     num_repeated: int
-    """Rows that do not count: their steps were trained again, or rolled back."""
+    """Number of rows that are not used: their steps were repeated or rolled back."""
     held_back: Sequence[int]
-    """Steps that count now, and will not if the run goes on."""
+    """Steps that are not uploaded because they will be repeated if the run continues."""
     has_config: bool
 
     def lines(self, run_dir: Path) -> list[str]:
@@ -94,16 +97,16 @@ class _Read:
         if steps:
             first += f", {steps[0]} to {steps[-1]}"
         if self.num_repeated:
-            repeated = "their steps were trained again, or rolled back"
-            first += f"; {self.num_repeated} of {self.num_rows} rows do not count: {repeated}"
+            repeated = "their steps were repeated or rolled back"
+            first += f"; {self.num_repeated} of {self.num_rows} rows are not used: {repeated}"
         result = [first]
         if self.held_back:
             result.append(
-                f"held back: {text.count(len(self.held_back), 'step')} up to {self.held_back[-1]}, above the "
-                "newest committed step: trained again if the run goes on (--uncommitted uploads them)"
+                f"held back: {text.count(len(self.held_back), 'step')} up to {self.held_back[-1]}, after the "
+                "newest committed step: repeated if the run continues (--uncommitted uploads them)"
             )
         if not self.has_config:
-            result.append("no committed step looks sound, so the run's config is not known")
+            result.append("no committed step is intact, so the run's config is unknown")
         whose = f"{content.entity}/" if content.entity else ""
         return [*result, f'wandb: run {content.run_id} "{content.name}" of {whose}{content.project}']
 
@@ -126,7 +129,7 @@ class _Read:
 def _read(
     run_dir: Path, record: RunRecord, *, project: str | None, entity: str | None, uncommitted: bool
 ) -> _Read:
-    # Before the rows: what is committed while they are read only makes the limit too low.
+    # Read before the rows: a commit in the meantime then only makes the limit too low.
     folder = record.checkpoint_folder(run_dir)
     committed = paths.committed_steps(folder) if folder.is_dir() else []
     limit = math.inf if uncommitted else last_lasting_step(record, committed)
@@ -155,10 +158,10 @@ def _read(
 
 
 def last_lasting_step(record: RunRecord, committed: Sequence[int]) -> float:
-    """The newest step that no later attempt trains again, as far as one can tell: pure.
+    """Return the newest step that no later attempt will repeat.
 
-    The newest committed step, from which the next attempt goes on; every step for a run that has finished,
-    whose checkpoints may be gone.
+    This is the newest committed step, from which the next attempt resumes. A finished run has no limit,
+    because its checkpoints may be deleted.
     """
     last = record.last_exit
     if last is not None and last["attempt"] == record.attempt and last["status"] == EXIT_FINISHED:
@@ -167,7 +170,7 @@ def last_lasting_step(record: RunRecord, committed: Sequence[int]) -> float:
 
 
 def _config(folder: Path, committed: Sequence[int]) -> dict[str, Any]:
-    """The config in the newest step that looks sound; empty when there is none."""
+    """Return the config of the newest intact step; an empty dict if there is none."""
     for step in committed:
         try:
             return StepView.open(folder / paths.step_name(step), step=step).config()
@@ -177,11 +180,11 @@ def _config(folder: Path, committed: Sequence[int]) -> dict[str, Any]:
 
 
 def _refuse_beside_an_online_attempt(run_dir: Path) -> None:
-    """Two clients on one run overwrite each other's rows."""
+    """Refuse the upload while an attempt is logging online: two clients would overwrite each other's rows."""
     newest = run_dir / "wandb" / "latest-run"
     holder = lease.live_holder(run_dir)
     if holder and newest.is_symlink() and not newest.readlink().name.startswith("offline-"):
         raise RunFolderError(
-            f"{holder} may be logging to wandb online, and uploads it all itself. Wait until it has ended; "
-            f"if you know that it has: kempnerforge wandb sync {run_dir} --force"
+            f"{holder} may be logging to wandb online and uploads everything itself. Wait until it has "
+            f"ended. If you know that it has ended: kempnerforge wandb sync {run_dir} --force"
         )

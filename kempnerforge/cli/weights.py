@@ -1,4 +1,4 @@
-"""``kempnerforge ckpt export`` and ``kempnerforge import``: weights to and from the formats of others."""
+"""``kempnerforge ckpt export`` and ``kempnerforge import``: convert weights to and from other formats."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from kempnerforge.errors import DataError, MismatchError
 if TYPE_CHECKING:
     from kempnerforge.config.schema import ModelConfig
 
-# Imported inside the commands, as everywhere in ``ckpt``: pydantic takes longer than most commands take.
+# Imported inside the commands, as everywhere in ``ckpt``: pydantic takes longer to import than most commands
+# take to run.
 
 NOT_THERE = ("optimizer", "scheduler", "data", "rng")
-"""What a checkpoint of weights alone lacks."""
+"""Parts that a checkpoint of weights alone does not have."""
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (
     TOKENIZER,
@@ -47,7 +48,7 @@ class Format(str, Enum):  # noqa: UP042 - typer shows the values
 
 
 class Dtype(str, Enum):  # noqa: UP042
-    """Types of exported weights, as ``checkpoint.export_dtype`` has them."""
+    """Dtypes of exported weights, named as in ``checkpoint.export_dtype``."""
 
     bf16 = "bf16"
     fp16 = "fp16"
@@ -55,38 +56,40 @@ class Dtype(str, Enum):  # noqa: UP042
 
     @property
     def safetensors(self) -> str:
-        """What safetensors calls it."""
+        """Name of the dtype in safetensors."""
         return {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[self.value]
 
     @property
     def torch(self) -> str:
-        """What torch calls it."""
+        """Name of the dtype in torch."""
         return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[self.value]
 
 
-import_app = typer.Typer(help="Make checkpoints from weights of others.", no_args_is_help=True)
+import_app = typer.Typer(help="Import weights from other formats.", no_args_is_help=True)
 
 
 def export(
     step_dir: StepPath,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to make; it must not exist.")],
-    format: Annotated[Format, typer.Option(help="hf: what transformers' from_pretrained reads.")] = Format.hf,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create. It must not exist.")],
+    format: Annotated[
+        Format, typer.Option(help="hf: the format of transformers' from_pretrained.")
+    ] = Format.hf,
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            help="Type of the weights; by default checkpoint.export_dtype of the run.", show_default=False
+            help="Dtype of the weights. Default: checkpoint.export_dtype of the run.", show_default=False
         ),
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Most bytes of weights in a file, such as 5GB or 500MB.")
+        str, typer.Option(metavar="SIZE", help="Maximum size of a file of weights, such as 5GB or 500MB.")
     ] = "5GB",
     tokenizer: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The tokenizer.json to go with it; by default the run's own."),
+        typer.Option(metavar="FILE", help="The tokenizer.json to include. Default: the run's tokenizer."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the weights of a step, of any layout, as a folder that other tools load."""
+    """Export the weights of a step, saved under any layout, to a folder that other tools can load."""
     max_shard_bytes = _parse_size(max_shard_size)
     source = find_step(step_dir)
     with read_locks.lock_for_reading(source, what="export"):
@@ -131,7 +134,7 @@ def _export_hf(
 
 @import_app.callback()
 def _group() -> None:
-    # With a callback, typer keeps the one command below the group's name.
+    # With a callback, typer keeps the single command as a subcommand of the group.
     pass
 
 
@@ -140,10 +143,10 @@ def hf(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder with config.json and .safetensors files.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The checkpoint to make; it must not exist.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Checkpoint to create. It must not exist.")],
     as_json: AsJson = False,
 ) -> None:
-    """Make a checkpoint for checkpoint.load_path from a Hugging Face model of Llama's architecture."""
+    """Create a checkpoint for checkpoint.load_path from a Hugging Face model with Llama's architecture."""
     from kempnerforge.config.toml_text import render
     from kempnerforge.model import hf as names
 
@@ -165,7 +168,7 @@ def hf(
         return
     typer.echo(
         f"{done.path}: {done.num_parameters:,} parameters as fp32, {text.size(done.size_bytes)}\n"
-        "To train from it, put this into a config:"
+        "Add this to your config to train from it:"
     )
     typer.echo(f"{section}\n[checkpoint]\nload_path = {json.dumps(str(done.path), ensure_ascii=False)}")
     typer.echo(f"exclude_from_loading = {json.dumps(NOT_THERE)}")
@@ -181,14 +184,14 @@ def _model_of(config: Mapping[str, Any], path: Path) -> ModelConfig:
 
     if "model" not in config:
         raise MismatchError(
-            f"{path} cannot be exported: it has no [model] in a config.toml, so its shape is not known"
+            f"{path} cannot be exported: it has no config.toml with [model], so its shapes are unknown"
         )
     try:
         return ModelConfig.model_validate(config["model"])
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, ('model', *first['loc'])))}: {first['msg']}"
-        raise MismatchError(f"{path}: its config is not of this version ({what})") from None
+        raise MismatchError(f"{path}: this version cannot read its config ({what})") from None
 
 
 def _export_dtype(config: Mapping[str, Any], path: Path) -> Dtype:
@@ -206,35 +209,36 @@ def _export_dtype(config: Mapping[str, Any], path: Path) -> Dtype:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What an export has to say of tokens."""
+    """The tokenizer files and the end-of-sequence id of an export."""
 
     eos_token_id: int | None = None
     files: dict[str, bytes] = field(default_factory=dict)
 
 
 def _tokenizer_files(
-    view: StepView, config: Mapping[str, Any], model: ModelConfig, asked: Path | None
+    view: StepView, config: Mapping[str, Any], model: ModelConfig, requested: Path | None
 ) -> _Tokens:
-    """The tokenizer that was asked for, else the run's; without files where it was the byte tokenizer."""
+    """Return the requested tokenizer, else the run's. The byte tokenizer has no files."""
     from kempnerforge.data.tokenizer import BYTES, load_tokenizer
 
     table, recorded = config.get("data", {}), view.manifest.provenance.tokenizer
     named = table.get("tokenizer", BYTES) if table.get("text") is not None else None
-    if asked is None and named in (None, BYTES):
+    if requested is None and named in (None, BYTES):
         return _Tokens(load_tokenizer(BYTES).separator_id if named else None)
-    path = (asked or Path(recorded.get("path") or str(named))).expanduser()
+    path = (requested or Path(recorded.get("path") or str(named))).expanduser()
     path = path / TOKENIZER if path.is_dir() else path
-    if asked is None and not path.is_file():
+    if requested is None and not path.is_file():
         typer.echo(
-            f"the run's tokenizer {path} is not there, so none is exported; give --tokenizer FILE", err=True
+            f"the run's tokenizer {path} does not exist, so none is exported; give --tokenizer FILE", err=True
         )
         return _Tokens()
     loaded = load_tokenizer(str(path))
     if loaded.vocab_size > model.vocab_size:
         raise DataError(
-            f"tokenizer {path}: {loaded.vocab_size} ids, and the model has {model.vocab_size}: not its own"
+            f"tokenizer {path} has {loaded.vocab_size} ids, but the model has {model.vocab_size}: it is not "
+            "the model's tokenizer"
         )
-    _compare_tokenizer(path, loaded.digest, recorded.get("digest"), is_asked=asked is not None)
+    _compare_tokenizer(path, loaded.digest, recorded.get("digest"), is_requested=requested is not None)
     files = {TOKENIZER: path.read_bytes()}
     for name in TOKENIZER_FILES[1:]:
         if path.with_name(name).is_file():
@@ -242,18 +246,18 @@ def _tokenizer_files(
     return _Tokens(loaded.separator_id, files)
 
 
-def _compare_tokenizer(path: Path, digest: str, recorded: str | None, *, is_asked: bool) -> None:
-    """Compare with the tokenizer that the run was trained with. Raises DataError unless asked for it."""
+def _compare_tokenizer(path: Path, digest: str, recorded: str | None, *, is_requested: bool) -> None:
+    """Compare with the tokenizer of the run. Raises DataError if they differ, unless it was requested."""
     if recorded is None:
+        typer.echo(f"cannot check that {path} is the tokenizer of the run: the step records none", err=True)
+    elif digest != recorded and is_requested:
         typer.echo(
-            f"whether {path} is the tokenizer of the run cannot be checked: the step records none", err=True
+            f"{path} is not the tokenizer that the run was trained with; it is used as requested", err=True
         )
-    elif digest != recorded and is_asked:
-        typer.echo(f"{path} is not the tokenizer that the run was trained with; taken as asked", err=True)
     elif digest != recorded:
         raise DataError(
             f"{path} is not the tokenizer that the run was trained with: its digest is {digest}, and was "
-            f"{recorded}. Put the old file back, or name one with --tokenizer FILE, which is taken as it is"
+            f"{recorded}. Restore the old file, or give --tokenizer FILE, which is used without this check"
         )
 
 

@@ -1,4 +1,4 @@
-"""Rules about ``[checkpoint]``: what is saved and kept must be able to happen. See ``rules``."""
+"""Rules of ``[checkpoint]``: the saves and retention that it asks for must be possible. See ``rules``."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from kempnerforge.config.train import TrainConfig
 from kempnerforge.errors import ConfigIssue
 
 METRICS = ("eval/loss", "train/loss")
-"""Metrics that a training run stores with a checkpoint, if they were taken at its step."""
+"""Metrics that a training run stores with a checkpoint if they were measured at its step."""
 
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def checkpoint_dir_can_be_filled(checkpoint: CheckpointConfig) -> list[ConfigIssue]:
-    """A placeholder that nothing fills would quietly name a folder."""
-    found = unknown_placeholder(checkpoint.dir)
-    if not found:
+    """Refuse a placeholder that nothing fills: it would silently become part of the folder's name."""
+    unknown = unknown_placeholder(checkpoint.dir)
+    if not unknown:
         return []
-    known = " and ".join(f"{{{name}}}" for name in DIR_PLACEHOLDERS)
-    elsewhere = "put it into run.dir" if found[1:-1] in PLACEHOLDERS else "write the folder out"
-    return [ConfigIssue("checkpoint.dir", f"{found} is not expanded here", f"{known} are; {elsewhere}")]
+    expanded = " and ".join(f"{{{name}}}" for name in DIR_PLACEHOLDERS)
+    elsewhere = "put it into run.dir" if unknown[1:-1] in PLACEHOLDERS else "write the folder out"
+    return [ConfigIssue("checkpoint.dir", f"{unknown} is not expanded here", f"{expanded} are; {elsewhere}")]
 
 
 def paths_are_usable(run: RunConfig, checkpoint: CheckpointConfig) -> list[ConfigIssue]:
-    """A URL would name a local folder, ``s3:`` say; a line break would end a line of a script or a log."""
+    """Refuse URLs and control characters in paths.
+
+    A URL would name a local folder such as ``s3:``. A line break would end a line of a script or a log.
+    """
     paths = {
         "run.dir": run.dir,
         "checkpoint.dir": checkpoint.dir,
@@ -49,7 +52,7 @@ def paths_are_usable(run: RunConfig, checkpoint: CheckpointConfig) -> list[Confi
 
 
 def saves_happen(checkpoint: CheckpointConfig, train: TrainConfig) -> list[ConfigIssue]:
-    """A run that asks for checkpoints gets at least one."""
+    """Require at least one save in a run that asks for checkpoints."""
     by_time = checkpoint.interval_minutes is not None or checkpoint.interval == "auto"
     if checkpoint.save_last or checkpoint.save_first or by_time:
         return []
@@ -63,14 +66,14 @@ def saves_happen(checkpoint: CheckpointConfig, train: TrainConfig) -> list[Confi
 
 
 def _scheduled_steps(checkpoint: CheckpointConfig) -> list[int]:
-    """The steps that are listed, those of the window, and the first one of the interval."""
+    """Return the listed steps, those of the window, and the first step of the interval."""
     steps = [*checkpoint.at_steps, *_window_steps(checkpoint)]
     every = _every(checkpoint)
     return [*steps, every] if every else steps
 
 
 def _every(checkpoint: CheckpointConfig) -> int:
-    """Steps between saves; 0 when no number of steps makes one due."""
+    """Return the steps between saves; 0 without saves by step count."""
     return 0 if checkpoint.interval == "auto" else checkpoint.interval
 
 
@@ -83,7 +86,7 @@ def _window_steps(checkpoint: CheckpointConfig) -> list[int]:
 
 
 def dynamics_window_holds_steps(checkpoint: CheckpointConfig) -> list[ConfigIssue]:
-    """The window of early saves holds a power of two."""
+    """Require a power of two in the window of early saves."""
     window = checkpoint.dyn_ckpt_window
     if window is None or _window_steps(checkpoint):
         return []
@@ -93,7 +96,7 @@ def dynamics_window_holds_steps(checkpoint: CheckpointConfig) -> list[ConfigIssu
 
 
 def milestones_are_saved(checkpoint: CheckpointConfig, train: TrainConfig) -> list[ConfigIssue]:
-    """Each milestone within the run is a step that is saved."""
+    """Require a save at each milestone within the run."""
     interval, saved = _every(checkpoint), {*checkpoint.at_steps, *_window_steps(checkpoint)}
     if checkpoint.save_first:
         saved.add(0)
@@ -107,12 +110,12 @@ def milestones_are_saved(checkpoint: CheckpointConfig, train: TrainConfig) -> li
     if not missed:
         return []
     steps = ", ".join(map(str, missed))
-    how = "set save_first = true" if missed == [0] else f"put {steps} into at_steps too"
-    return [ConfigIssue("checkpoint.keep_steps", f"nothing is set to save {steps}", how)]
+    how = "set save_first = true" if missed == [0] else f"add {steps} to at_steps"
+    return [ConfigIssue("checkpoint.keep_steps", f"no setting saves {steps}", how)]
 
 
-def pace_has_saves(checkpoint: CheckpointConfig) -> list[ConfigIssue]:
-    """What paces saves needs saves that it paces."""
+def interval_settings_have_saves(checkpoint: CheckpointConfig) -> list[ConfigIssue]:
+    """Refuse settings of automatic intervals and of the overhead bound that have no saves to act on."""
     faults = []
     hours, percent = checkpoint.expected_mtti_hours, checkpoint.max_overhead_pct
     if hours is not None and checkpoint.interval != "auto":
@@ -125,7 +128,7 @@ def pace_has_saves(checkpoint: CheckpointConfig) -> list[ConfigIssue]:
 
 
 def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> list[ConfigIssue]:
-    """Keeping the best needs a metric, and one that this run takes."""
+    """Require a metric for ``keep_best_n`` that this run measures."""
     count, metric = checkpoint.keep_best_n, checkpoint.best_metric
     if count is None:
         return [
@@ -139,7 +142,7 @@ def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> lis
             if value != unset
         ]
     if metric is None:
-        problem = f"{count}: it is not said by which metric"
+        problem = f"{count} needs a metric, and best_metric is not set"
         return [ConfigIssue("checkpoint.keep_best_n", problem, 'set best_metric, such as "eval/loss"')]
     if metric not in METRICS:
         close = nearest(metric, list(METRICS))
@@ -147,7 +150,7 @@ def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> lis
         hint = f'did you mean "{close}"? allowed: {listed}' if close else f"allowed: {listed}"
         return [ConfigIssue("checkpoint.best_metric", f'"{metric}" is not a metric of checkpoints', hint)]
     if metric.startswith("eval/") and eval.interval == 0:
-        problem = f'"{metric}" is never taken: eval.interval is 0'
+        problem = f'"{metric}" is never measured: eval.interval is 0'
         return [
             ConfigIssue("checkpoint.best_metric", problem, "set eval.interval, or choose a train/ metric")
         ]
@@ -155,9 +158,10 @@ def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> lis
 
 
 def why_best_has_no_choice(checkpoint: CheckpointConfig, eval: EvalConfig, train: TrainConfig) -> str:
-    """Why ``keep_best_n`` has no choice: no step before the last is both saved and validated. Or empty.
+    """Explain why ``keep_best_n`` has nothing to choose from; empty if it has.
 
-    No fault: with ``save_last`` the last step is both. Saves by time may be at any step.
+    That is so when no step before the last is both saved and validated. It is a warning, not an error:
+    with ``save_last`` the last step is both. Saves by time can happen at any step.
     """
     by_time = checkpoint.interval_minutes is not None or checkpoint.interval == "auto"
     metric, every = checkpoint.best_metric or "", _every(checkpoint)
@@ -177,7 +181,7 @@ def why_best_has_no_choice(checkpoint: CheckpointConfig, eval: EvalConfig, train
 
 
 def exclusions_have_a_source(checkpoint: CheckpointConfig) -> list[ConfigIssue]:
-    """``exclude_from_loading`` is about a warm start, but for extras."""
+    """Refuse ``exclude_from_loading`` without a warm start, except for extras."""
     parts = [name for name in checkpoint.exclude_from_loading if not name.startswith("extra.")]
     if not parts or checkpoint.load_path is not None:
         return []
@@ -191,7 +195,7 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     saves_happen,
     dynamics_window_holds_steps,
     milestones_are_saved,
-    pace_has_saves,
+    interval_settings_have_saves,
     best_goes_by_a_metric,
     exclusions_have_a_source,
 )

@@ -1,4 +1,4 @@
-"""``[eval]``: validation while training."""
+"""``[eval]``: validation during training."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from kempnerforge.config.section import AtLeastOne, AtLeastZero, Section
 
 
 class EvalConfig(Section):
-    """Validation while training."""
+    """Validation during training."""
 
     interval: AtLeastZero = 0
-    """Steps between validations; 0 means none."""
+    """Steps between validations. 0 disables validation."""
 
     num_batches: AtLeastOne = 8
     """Batches per validation."""

@@ -1,4 +1,4 @@
-"""What the sections say about themselves: their keys, in words. Serves ``--help`` and error messages."""
+"""Descriptions of config keys, their types and defaults, for ``--help`` and error messages."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PLAIN_TYPES = {int: "integer", float: "number", bool: "true or false", str: "tex
 
 @dataclass(frozen=True)
 class Key:
-    """One settable key."""
+    """One config key."""
 
     name: str
-    """Dotted name below the section that was walked, such as ``train.batch_size``."""
+    """Dotted name relative to the section that was walked, such as ``train.batch_size``."""
     field: FieldInfo
 
     @property
@@ -31,7 +31,7 @@ class Key:
 
     @property
     def default(self) -> str:
-        """Default as TOML would write it, ``none``, or ``required``."""
+        """Default as written in TOML, ``none``, or ``required``."""
         return "required" if self.field.is_required() else value_in_words(self.field.get_default())
 
     @property
@@ -41,7 +41,7 @@ class Key:
 
 
 def walk_keys(section: type[Section], prefix: str = "") -> Iterator[Key]:
-    """All keys of ``section`` that hold a value, optional tables and what is in them included, in order."""
+    """Yield all keys of ``section`` that hold a value, in order, with optional tables and their keys."""
     for name, field in section.model_fields.items():
         nested = nested_section(field)
         if nested is None or is_optional(field):
@@ -51,7 +51,7 @@ def walk_keys(section: type[Section], prefix: str = "") -> Iterator[Key]:
 
 
 def nested_section(field: FieldInfo) -> type[Section] | None:
-    """The section that ``field`` holds, optional or not; None when it holds a plain value."""
+    """Return the section that ``field`` holds, optional or not; None if it holds a plain value."""
     for option in _options(field.annotation):
         if isinstance(option, type) and issubclass(option, Section):
             return option
@@ -59,27 +59,27 @@ def nested_section(field: FieldInfo) -> type[Section] | None:
 
 
 def is_optional(field: FieldInfo) -> bool:
-    """Whether ``field`` may be None."""
+    """Return whether ``field`` may be None."""
     return NoneType in _options(field.annotation)
 
 
 def takes_text(field: FieldInfo) -> bool:
-    """Whether ``field`` may hold any string (not only some listed ones)."""
+    """Return whether ``field`` accepts any string, not only listed ones."""
     return any(_without_bounds(option)[0] is str for option in _options(field.annotation))
 
 
 def known_values(field: FieldInfo) -> list[str]:
-    """The strings that a literal or enum field accepts, those inside a list included."""
-    found: list[str] = []
+    """Return the strings that a literal or enum field accepts, also as items of a list."""
+    values: list[str] = []
     for option in _options(field.annotation):
         inner = _without_bounds(option)[0]
         for kind in (inner, *(member for arg in get_args(inner) for member in _options(arg))):
-            found += [value for value in _listed_values(kind) if isinstance(value, str)]
-    return found
+            values += [value for value in _listed_values(kind) if isinstance(value, str)]
+    return values
 
 
 def type_in_words(annotation: Any, metadata: list[Any]) -> str:
-    """Type and bounds for people: ``integer >= 1``, ``"a" | "b"``, ``list of text``."""
+    """Return type and bounds as readable text: ``integer >= 1``, ``"a" | "b"``, ``list of text``."""
     kind, inner_metadata = _without_bounds(annotation)
     bounds = _Bounds([*metadata, *inner_metadata])
     if get_origin(kind) in (Union, UnionType):
@@ -98,7 +98,7 @@ def type_in_words(annotation: Any, metadata: list[Any]) -> str:
 
 
 def value_in_words(value: Any) -> str:
-    """A value as TOML would write it; long ones are cut."""
+    """Return a value as written in TOML, truncated to 80 characters."""
     if value is None:
         return "none"
     if isinstance(value, Enum):
@@ -115,7 +115,7 @@ def value_in_words(value: Any) -> str:
 
 
 class _Bounds:
-    """The limits that a field's metadata state, in words."""
+    """The limits in a field's metadata, as text."""
 
     def __init__(self, metadata: list[Any]) -> None:
         self._limits: dict[str, Any] = {}
@@ -126,7 +126,7 @@ class _Bounds:
 
     @property
     def only_value(self) -> Any:
-        """The value, when the limits leave just one; else None."""
+        """The value if the limits allow exactly one, else None."""
         low, high = self._limits.get("ge"), self._limits.get("le")
         return low if low == high else None
 
@@ -138,14 +138,14 @@ class _Bounds:
 
 
 def _options(annotation: Any) -> list[Any]:
-    """The members of a union, or the annotation itself."""
+    """Return the members of a union, or the annotation itself."""
     if get_origin(annotation) in (Union, UnionType):
         return list(get_args(annotation))
     return [annotation]
 
 
 def _without_bounds(annotation: Any) -> tuple[Any, list[Any]]:
-    """``Annotated[X, Field(ge=1)]`` -> X and the metadata of its Field."""
+    """Split ``Annotated[X, Field(ge=1)]`` into X and the metadata of its Field."""
     if get_origin(annotation) is not Annotated:
         return annotation, []
     kind, *extras = get_args(annotation)
@@ -153,7 +153,7 @@ def _without_bounds(annotation: Any) -> tuple[Any, list[Any]]:
 
 
 def _listed_values(kind: Any) -> list[Any]:
-    """The values of a ``Literal`` or an ``Enum``; none for other types."""
+    """Return the values of a ``Literal`` or an ``Enum``; an empty list for other types."""
     if get_origin(kind) is Literal:
         return list(get_args(kind))
     if isinstance(kind, type) and issubclass(kind, Enum):

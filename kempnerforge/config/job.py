@@ -1,4 +1,4 @@
-"""``JobConfig``: all sections of a training run, checked together."""
+"""``JobConfig``: all sections of a training run, validated together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kempnerforge.errors import ConfigError, ConfigIssue
 
 
 class JobConfig(Section):
-    """A training run. There is none whose sections contradict each other: making it raises ConfigError."""
+    """The configuration of a training run. Raises ConfigError if sections contradict each other."""
 
     run: RunConfig = Field(default_factory=RunConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -49,10 +49,10 @@ class JobConfig(Section):
         return self
 
     def geometry(self, world_size: int) -> ParallelDims:
-        """The layout on ``world_size`` processes.
+        """Return the parallel layout on ``world_size`` processes.
 
         Raises:
-            ConfigError: they do not divide into it, or the global batch does not divide over it.
+            ConfigError: the processes do not fit the layout, or the global batch does not divide over it.
         """
         geometry, faults = derive_geometry(self.distributed, self.train, world_size)
         if geometry is None:
@@ -60,10 +60,10 @@ class JobConfig(Section):
         return geometry
 
     def with_global_batch_size(self, sequences: int) -> JobConfig:
-        """This job with ``train.global_batch_size`` set, checked again.
+        """Return this job with ``train.global_batch_size`` set, validated again.
 
         Raises:
-            ConfigError: the layout cannot share out that many sequences.
+            ConfigError: that many sequences do not divide over the layout.
         """
         tree = self.model_dump(mode="json")
         tree["train"]["global_batch_size"] = sequences
@@ -73,11 +73,14 @@ class JobConfig(Section):
         return job
 
     def to_toml(self) -> str:
-        """The resolved configuration; keys that are None are left out. ``load_job`` reads it back equal."""
+        """Return the resolved configuration as TOML, without the keys that are None.
+
+        ``load_job`` reads it back as an equal job.
+        """
         return render(self.model_dump(mode="json"))
 
     def flat(self) -> dict[str, Any]:
-        """Dotted key -> value of plain JSON types, in the order of the sections."""
+        """Return dotted key -> value of plain JSON types, in the order of the sections."""
         return flatten(self.model_dump(mode="json"))
 
 
@@ -87,9 +90,9 @@ def validate_tree(
     world_size: int | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> tuple[JobConfig | None, list[ConfigIssue]]:
-    """The job that ``tree`` (section -> key -> value) describes, or all its faults.
+    """Return the job that ``tree`` (section -> key -> value) describes, or all its issues.
 
-    ``world_size`` and ``environ`` are what is known about the start; None leaves their checks out.
+    None for ``world_size`` or ``environ`` skips the checks that need it.
     """
     faults = [
         ConfigIssue(name, "is not a known section", suggest_key(name, JobConfig))

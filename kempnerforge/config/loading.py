@@ -1,4 +1,4 @@
-"""From a file and a command line to a checked job and where each of its values came from."""
+"""Load a validated job from a file and command-line overrides, with the source of each value."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LoadedJob:
 
     job: JobConfig
     sources: dict[str, str]
-    """Dotted key, as in ``job.flat()`` -> path of the file, ``command line`` or ``default``."""
+    """Dotted key as in ``job.flat()`` -> path of the file, ``command line`` or ``default``."""
 
 
 def load_job(
@@ -30,16 +30,16 @@ def load_job(
     world_size: int | None = None,
     inside_job: bool = True,
 ) -> LoadedJob:
-    """Read the TOML file at ``path`` (None: defaults only), put ``overrides`` over it and check it all.
+    """Read the TOML file at ``path`` (None: defaults only), apply ``overrides`` and validate the result.
 
     Args:
-        path: the file; what it ``extends`` is read first.
+        path: the file. The file that it ``extends`` is read first.
         overrides: arguments such as ``--train.seed=1``, or ``--train.seed`` and ``1``.
-        world_size: number of processes that the layout has to fit; None leaves that unchecked.
-        inside_job: whether ``run.dir`` can be expanded now; False for a check before the job starts.
+        world_size: number of processes that the layout must fit. None skips that check.
+        inside_job: whether ``run.dir`` can be expanded now. False for a check before the job starts.
 
     Raises:
-        ConfigError: with every fault of the file, the overrides and their combination.
+        ConfigError: lists every issue of the file, the overrides and their combination.
     """
     return load_layers(
         [] if path is None else read_layers(Path(path)),
@@ -58,7 +58,7 @@ def load_layers(
     world_size: int | None,
     inside_job: bool,
 ) -> LoadedJob:
-    """``load_job`` with layers in the place of a file; ``where`` is what an error is told of."""
+    """Do what ``load_job`` does, from layers instead of a file. ``where`` is named in errors."""
     line_layers, faults = override_layers(overrides, JobConfig)
     layers = [*base, *line_layers]
     job, tree_faults = validate_tree(

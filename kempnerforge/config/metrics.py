@@ -1,4 +1,4 @@
-"""``[metrics]``: what is reported, and where."""
+"""``[metrics]``: which metrics are reported, and where."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from kempnerforge.config.section import AtLeastOne, NonEmpty, Section
 
 
 class MetricsConfig(Section):
-    """What is reported, and where."""
+    """Which metrics are reported, and where."""
 
     log_interval: AtLeastOne = 10
-    """Steps between lines on the console. metrics.jsonl gets every step."""
+    """Steps between console lines. metrics.jsonl records every step."""
 
     enable_wandb: bool = False
-    """Report to Weights & Biases; offline where there is no key."""
+    """Report to Weights & Biases. Without an API key, wandb runs offline."""
 
     wandb_project: NonEmpty = "kempnerforge"
-    """Project in wandb."""
+    """Name of the wandb project."""
 
     wandb_run_name: NonEmpty | None = None
-    """Name of the run in wandb; none means run.name."""
+    """Name of the wandb run. None means run.name."""

@@ -13,21 +13,21 @@ FFN_MULTIPLE_OF = 256
 
 
 class RopeScalingConfig(Section):
-    """Llama 3.1's stretching of rotary frequencies to longer contexts (``rope_type`` "llama3")."""
+    """Llama 3.1's scaling of rotary frequencies for longer contexts (``rope_type`` "llama3")."""
 
     factor: Annotated[float, Field(ge=1)]
-    """How many times longer the context becomes (Llama 3.1: 8)."""
+    """Factor by which the context grows (Llama 3.1: 8)."""
 
     low_freq_factor: Positive
-    """Wavelengths above original_max_position_embeddings / low_freq_factor are stretched in full
-    (Llama 3.1: 1)."""
+    """Wavelengths above original_max_position_embeddings / low_freq_factor are scaled by the full
+    factor (Llama 3.1: 1)."""
 
     high_freq_factor: Positive
-    """Wavelengths below original_max_position_embeddings / high_freq_factor stay as they are
+    """Wavelengths below original_max_position_embeddings / high_freq_factor are not scaled
     (Llama 3.1: 4)."""
 
     original_max_position_embeddings: AtLeastOne
-    """Context length in tokens before the stretching (Llama 3.1: 8192)."""
+    """Context length in tokens before scaling (Llama 3.1: 8192)."""
 
 
 class ModelConfig(Section):
@@ -43,32 +43,33 @@ class ModelConfig(Section):
     """Number of query heads."""
 
     n_kv_heads: AtLeastOne | None = None
-    """Number of key and value heads (grouped-query attention); none means n_heads."""
+    """Number of key and value heads (grouped-query attention). None means n_heads."""
 
     head_dim: AtLeastOne | None = None
-    """Width of one head, an even number; none means dim / n_heads."""
+    """Width of one head, an even number. None means dim / n_heads."""
 
     ffn_hidden_dim: AtLeastOne | None = None
-    """Width of the feed-forward layer; none means Llama's rule, 8/3 x dim rounded up to a multiple
+    """Width of the feed-forward layer. None means Llama's rule: 8/3 x dim, rounded up to a multiple
     of 256."""
 
     vocab_size: AtLeastOne = 257
-    """Rows of the embedding; at least the tokenizer's size (257 for bytes)."""
+    """Rows of the embedding, at least the size of the tokenizer's vocabulary (257 for bytes)."""
 
     max_seq_len: AtLeastOne = 2048
-    """Longest sequence that the model takes, in tokens."""
+    """Maximum sequence length in tokens."""
 
     rope_theta: Positive = 10000.0
     """Base of the rotary frequencies (500000 for Llama 3)."""
 
     rope_scaling: RopeScalingConfig | None = None
-    """Llama 3.1's stretching of the rotary frequencies, all four keys; none means no stretching."""
+    """Llama 3.1's scaling of the rotary frequencies. All four keys are required. None means no
+    scaling."""
 
     norm_eps: Positive = 1e-5
     """Added to the mean square in RMSNorm."""
 
     tie_embeddings: bool = False
-    """Use the embedding as the output layer too."""
+    """Use the weights of the embedding for the output layer too."""
 
     init_std: Positive = 0.02
     """Standard deviation of the initial weights."""

@@ -1,4 +1,4 @@
-"""What differs between the model of a checkpoint and the model of a config. Pure."""
+"""Compare the model of a checkpoint with the model of a config."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from kempnerforge.config.model import ModelConfig
 
 @dataclass(frozen=True)
 class ModelChanges:
-    """Keys of ``[model]`` that make another model of it."""
+    """Differences in ``[model]`` that change what the model computes."""
 
     lines: tuple[str, ...] = ()
     """``model.dim was 128, is 256``, a line for each key; empty for the same model."""
     same_shapes: bool = True
-    """Whether the weights of one model have the shapes of the other's."""
+    """Whether the weights of both models have the same shapes."""
 
 
 def model_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> ModelChanges:
-    """Compare two ``[model]`` tables by what they mean: a key that is left out has its default.
+    """Compare two ``[model]`` tables after filling in defaults.
 
-    ``max_seq_len`` and ``init_std`` do not count: neither changes what trained weights compute. A table that
-    this version cannot read is not compared.
+    ``max_seq_len`` and ``init_std`` are ignored: neither changes what trained weights compute. A table
+    that this version cannot read is not compared.
     """
     before, after = _parse(stored), _parse(now)
     if before is None or after is None:
@@ -54,8 +54,8 @@ def _meaning(model: ModelConfig) -> dict[str, Any]:
         "head_dim": model.resolved_head_dim,
         "ffn_hidden_dim": model.ffn_dim,
     }
-    found = {**model.model_dump(mode="json"), **resolved}
-    return {key: value for key, value in found.items() if key not in ("max_seq_len", "init_std")}
+    values = {**model.model_dump(mode="json"), **resolved}
+    return {key: value for key, value in values.items() if key not in ("max_seq_len", "init_std")}
 
 
 def _shapes(model: ModelConfig) -> tuple[Any, ...]:
@@ -64,5 +64,5 @@ def _shapes(model: ModelConfig) -> tuple[Any, ...]:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {each}" for key, each in value.items()) + "}"
+        return "{" + ", ".join(f"{key} = {item}" for key, item in value.items()) + "}"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

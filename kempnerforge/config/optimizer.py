@@ -1,4 +1,4 @@
-"""``[optimizer]``: how gradients become updates."""
+"""``[optimizer]``: the optimizer and its hyperparameters."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kempnerforge.config.section import FractionBelowOne, NotNegative, Positive,
 
 
 class OptimizerConfig(Section):
-    """How gradients become updates."""
+    """The optimizer and its hyperparameters."""
 
     name: Literal["adamw"] = "adamw"
-    """Which optimizer."""
+    """Name of the optimizer."""
 
     lr: Positive = 3e-4
     """Peak learning rate."""
@@ -21,12 +21,12 @@ class OptimizerConfig(Section):
     weight_decay: NotNegative = 0.1
     """Decoupled weight decay."""
 
-    # Not strict: TOML has lists where Python has tuples. The numbers inside stay strict.
+    # Not strict: TOML has lists where Python has tuples. The numbers inside remain strict.
     betas: Annotated[tuple[FractionBelowOne, FractionBelowOne], Field(strict=False)] = (0.9, 0.95)
-    """Decay of the running means of the gradient and of its square."""
+    """Decay rates of the running means of the gradient and of its square."""
 
     eps: Positive = 1e-8
     """Added to the denominator of the update."""
 
     fused: bool = True
-    """Use fused kernels where torch has them."""
+    """Use fused kernels where torch provides them."""

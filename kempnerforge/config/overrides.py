@@ -1,4 +1,4 @@
-"""``--section.key=value`` and ``--section.key value`` on a command line."""
+"""Command-line overrides: ``--section.key=value`` and ``--section.key value``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ COMMAND_LINE = "command line"
 
 
 def split_positionals(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Arguments that belong to no override, and the overrides, each as ``--key=value`` or ``--key``."""
+    """Split arguments into those that belong to no override, and the overrides.
+
+    Each override is ``--key=value``, or ``--key`` if it has no value.
+    """
     positionals: list[str] = []
     overrides: list[str] = []
     waiting = False
@@ -34,7 +37,7 @@ def split_positionals(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def override_layers(tokens: Sequence[str], root: type[Section]) -> tuple[list[Layer], list[ConfigIssue]]:
-    """A layer for each override, in order, so that the last of a key counts; and their faults."""
+    """Return one layer per override, in order, so that the last value of a key wins; and their issues."""
     positionals, overrides = split_positionals(tokens)
     faults = [
         ConfigIssue(token, "is not an override", "write --section.key=value", COMMAND_LINE)
@@ -55,16 +58,16 @@ def override_layers(tokens: Sequence[str], root: type[Section]) -> tuple[list[La
 
 
 def parse_value(text: str, *, as_text: bool) -> Any:
-    """The value that ``text`` writes in TOML; the text itself where it is not TOML.
+    """Parse ``text`` as a TOML value; return the text itself if it is not TOML.
 
-    With ``as_text`` (the key takes any string) numbers, dates and the like stay text: only a quoted
-    string or a list is read as TOML.
+    With ``as_text`` (the key accepts any string) only a quoted string or a list is parsed as TOML:
+    numbers and dates remain text.
     """
     try:
         parsed = tomli.loads(f"value = {text}")
     except ValueError:  # not TOML, or an integer of thousands of digits
         return text
-    # A line break in the text could have smuggled in other keys.
+    # A line break in the text could have added other keys.
     if set(parsed) != {"value"}:
         return text
     value = parsed["value"]
@@ -72,7 +75,7 @@ def parse_value(text: str, *, as_text: bool) -> Any:
 
 
 def unset_none(tree: dict[str, Any], section: type[Section]) -> dict[str, Any]:
-    """``tree`` with "none" and "null" turned into None where a key may be unset; TOML has no null."""
+    """Return ``tree`` with "none" and "null" replaced by None for optional keys. TOML has no null."""
     result = dict(tree)
     for name, field in section.model_fields.items():
         if name not in tree:

@@ -1,4 +1,4 @@
-"""How a number of processes divides into parallel dimensions, and the global batch over them."""
+"""Divide processes into parallel dimensions, and the global batch over data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kempnerforge.errors import ConfigIssue
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """The layout of a run on a known number of processes."""
+    """The parallel layout of a run on a known number of processes."""
 
     dp_replicate: int
     dp_shard: int
     dp: int
-    """Data-parallel ranks: dp_replicate x dp_shard. Each computes other samples."""
+    """Data-parallel ranks: dp_replicate x dp_shard. Each one trains on different samples."""
     tp: int
     pp: int
     global_batch_size: int
@@ -25,49 +25,49 @@ class ParallelDims:
     accumulation_steps: int
     """Micro-batches of ``train.batch_size`` that each data-parallel rank computes per optimizer step."""
     pp_microbatches: int = 1
-    """Microbatches that a data-parallel rank's sequences make on their way through the pipeline."""
+    """Pipeline microbatches per data-parallel rank and optimizer step."""
 
     def dp_rank(self, rank: int) -> int:
-        """Which part of the data ``rank`` of all processes computes, of ``dp``.
+        """Return the data-parallel index, below ``dp``, of the global ``rank``.
 
-        Ranks count as in ``kempnerforge.distributed.mesh``: tp innermost, pp outermost.
+        Ranks are ordered as in ``kempnerforge.distributed.mesh``: tp innermost, pp outermost.
         """
         return rank // self.tp % self.dp
 
     def pp_rank(self, rank: int) -> int:
-        """Which stages of the pipeline ``rank`` of all processes holds, of ``pp``."""
+        """Return the pipeline index, below ``pp``, of the global ``rank``."""
         return rank // (self.tp * self.dp)
 
     @property
     def mesh(self) -> dict[str, int]:
-        """Dimension -> size, the outermost first, as in ``kempnerforge.distributed.mesh``."""
+        """Dimension -> size, outermost first, as in ``kempnerforge.distributed.mesh``."""
         return {"pp": self.pp, "dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "tp": self.tp}
 
     @property
     def world_size(self) -> int:
-        """Ranks of all dimensions together."""
+        """Total number of ranks."""
         return self.pp * self.dp * self.tp
 
     def coordinate(self, rank: int) -> dict[str, int]:
-        """Where ``rank`` of all processes stands in each dimension of the mesh."""
-        place = {}
+        """Return the index of the global ``rank`` in each dimension of the mesh."""
+        index = {}
         for dim, size in reversed(self.mesh.items()):
-            rank, place[dim] = divmod(rank, size)
-        return {dim: place[dim] for dim in self.mesh}
+            rank, index[dim] = divmod(rank, size)
+        return {dim: index[dim] for dim in self.mesh}
 
     def groups(self, dim: str) -> list[list[int]]:
-        """The ranks that differ in ``dim`` alone, group by group: those that its collectives join."""
-        found: dict[tuple[int, ...], list[int]] = {}
+        """Return the process groups of ``dim``: each holds the ranks that differ in ``dim`` alone."""
+        groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
-            others = tuple(place for name, place in self.coordinate(rank).items() if name != dim)
-            found.setdefault(others, []).append(rank)
-        return list(found.values())
+            others = tuple(index for name, index in self.coordinate(rank).items() if name != dim)
+            groups.setdefault(others, []).append(rank)
+        return list(groups.values())
 
 
 def derive_geometry(
     distributed: DistributedConfig, train: TrainConfig, world_size: int
 ) -> tuple[ParallelDims | None, list[ConfigIssue]]:
-    """The geometry of ``world_size`` processes, or the faults for which there is none."""
+    """Return the layout of ``world_size`` processes, or the issues that prevent one."""
     dp_shard, faults = _resolve_dp_shard(distributed, world_size)
     if dp_shard is None:
         return None, faults
@@ -93,7 +93,7 @@ def derive_geometry(
 
 
 def batch_faults(train: TrainConfig, dp: int, dp_in_words: str) -> list[ConfigIssue]:
-    """The fault of a global batch that ``dp`` ranks cannot share out, naming sizes that they can."""
+    """Report a global batch that does not divide over ``dp`` ranks, and name sizes that do."""
     total, per_rank = train.global_batch_size, train.batch_size
     if total is None or total % (per_rank * dp) == 0:
         return []
@@ -107,9 +107,9 @@ def batch_faults(train: TrainConfig, dp: int, dp_in_words: str) -> list[ConfigIs
 
 
 def microbatch_faults(distributed: DistributedConfig, train: TrainConfig, dp: int) -> list[ConfigIssue]:
-    """The fault of a number of microbatches that the pipeline's schedule cannot run, naming batches that fit.
+    """Report a number of microbatches that the pipeline schedule cannot run, and name batches that fit.
 
-    ``dp`` is of no account while ``train.global_batch_size`` is open.
+    ``dp`` is not used while ``train.global_batch_size`` is unset.
     """
     pp, schedule, micro = distributed.pp, distributed.pp_schedule, distributed.pp_microbatch_size or 1
     if pp == 1 or train.batch_size % micro:
@@ -123,7 +123,7 @@ def microbatch_faults(distributed: DistributedConfig, train: TrainConfig, dp: in
     if schedule_runs(schedule, units * per_unit, pp):
         return []
     least = f"at least {pp}" if schedule == "1f1b" else f"a multiple of {units * per_unit // pp}"
-    problem = f"{value} makes {units * per_unit} microbatches a rank; {schedule} with pp {pp} needs {least}"
+    problem = f"{value} makes {units * per_unit} microbatches per rank; {schedule} with pp {pp} needs {least}"
     below = [n for n in range(1, units) if schedule_runs(schedule, n * per_unit, pp)][-1:]
     above = next(n for n in itertools.count(units + 1) if schedule_runs(schedule, n * per_unit, pp))
     fits = " or ".join(str(n * unit) for n in (*below, above))
@@ -135,7 +135,7 @@ def _pp_microbatches(distributed: DistributedConfig, sequences: int) -> int:
 
 
 def schedule_runs(schedule: str, microbatches: int, pp: int) -> bool:
-    """Whether torch's schedule of that name takes so many microbatches (its own checks, 2.11 to 2.13)."""
+    """Return whether torch's ``schedule`` accepts that many microbatches (as torch 2.11 to 2.13 check)."""
     if schedule == "1f1b":
         return microbatches >= pp
     if schedule == "interleaved_1f1b":
@@ -163,17 +163,17 @@ def _resolve_dp_shard(
         fits = f"start {others * shard} processes"
         if world_size % others == 0:
             fits += f", or set dp_shard = {world_size // others} or -1 (the rest)"
-    # Name the key that can repair it; where tp or pp play a part, that may be any of them.
+    # Name the key that can fix it. With tp or pp above 1 it may be any of them.
     if world_size % others == 0:
         return None, [ConfigIssue("distributed.dp_shard", problem, fits)]
     return None, [ConfigIssue("distributed.dp_replicate" if tp * pp == 1 else "distributed", problem, fits)]
 
 
 def _batch_sizes_near(wanted: int, total: int, dp: int) -> list[int]:
-    """Up to three values of ``batch_size`` with which ``total`` divides over ``dp``, nearest first."""
+    """Return up to three values of ``batch_size`` with which ``total`` divides over ``dp``, nearest first."""
     if total % dp:
         return []
     per_rank = total // dp
-    # Beyond this no micro-batch is of use, and a huge per_rank would take long to try.
+    # Larger micro-batches are useless, and trying every divisor of a huge per_rank would be slow.
     fitting = [size for size in range(1, min(per_rank, 4096) + 1) if per_rank % size == 0]
     return sorted(sorted(fitting, key=lambda size: abs(size - wanted))[:3])

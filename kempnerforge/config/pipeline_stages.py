@@ -1,4 +1,4 @@
-"""How the layers of a model are shared out to the stages of a pipeline. Pure arithmetic, without torch."""
+"""Divide the layers of a model over the stages of a pipeline. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ STAGES_PER_RANK = {"1f1b": 1, "gpipe": 1, "interleaved_1f1b": 2}
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the model that one pipeline rank computes."""
+    """A contiguous range of layers that one pipeline rank computes."""
 
     index: int
-    """From 0, which gets the tokens, to the last, which computes the loss."""
+    """Stage 0 takes the tokens; the last stage computes the loss."""
     first_layer: int
     end_layer: int
-    """One behind its last layer."""
+    """Index after the last layer."""
     has_embedding: bool
     has_head: bool
-    """It has the last norm and the output layer."""
+    """Whether the stage has the final norm and the output layer."""
 
     @property
     def layers(self) -> range:
-        """Numbers of its decoder layers, as in the whole model."""
+        """Indices of its decoder layers in the whole model."""
         return range(self.first_layer, self.end_layer)
 
 
 def num_stages(distributed: DistributedConfig) -> int:
-    """Stages of the whole pipeline."""
+    """Return the number of stages of the whole pipeline."""
     return distributed.pp * STAGES_PER_RANK[distributed.pp_schedule]
 
 
 def make_stages(model: ModelConfig, distributed: DistributedConfig) -> tuple[Stage, ...]:
-    """All stages, in order: ``pp_layers`` each, or as even as they can be by ``layer_costs``.
+    """Return all stages in order, sized by ``pp_layers``, or as evenly as ``layer_costs`` allows.
 
-    The configuration must be one that ``rules.pipeline_fits`` lets through.
+    The configuration must satisfy ``rules.pipeline_fits``.
     """
     count = num_stages(distributed)
     sizes = distributed.pp_layers or split_evenly(*layer_costs(model), n_layers=model.n_layers, parts=count)
@@ -52,14 +52,15 @@ def make_stages(model: ModelConfig, distributed: DistributedConfig) -> tuple[Sta
 
 
 def stages_of(stages: Sequence[Stage], pp_rank: int, pp: int) -> tuple[Stage, ...]:
-    """The stages that pipeline rank ``pp_rank`` of ``pp`` holds: every ``pp``-th, as Megatron interleaves."""
+    """Return the stages of pipeline rank ``pp_rank``: every ``pp``-th, interleaved as in Megatron."""
     return tuple(stages[pp_rank::pp])
 
 
 def layer_costs(model: ModelConfig) -> tuple[float, float]:
-    """What embedding and head cost, in decoder layers: their weights over a layer's.
+    """Return the cost of embedding and head in decoder layers: their weights divided by a layer's.
 
-    Weights stand for memory, where both count, and for the time of matrix products, where the head does.
+    Weights approximate memory, to which both contribute, and the time of matrix products, to which the
+    head contributes.
     """
     table = model.vocab_size * model.dim
     layer = (model.num_parameters - model.dim - table * (1 if model.tie_embeddings else 2)) / model.n_layers
@@ -67,11 +68,12 @@ def layer_costs(model: ModelConfig) -> tuple[float, float]:
 
 
 def split_evenly(embedding: float, head: float, *, n_layers: int, parts: int) -> list[int]:
-    """Layers of each of ``parts`` consecutive stages, at least one each, so that the costliest is cheapest.
+    """Return the layers of each of ``parts`` consecutive stages, minimizing the cost of the costliest.
 
-    A layer costs 1, ``embedding`` comes on top of the first stage and ``head`` on top of the last. Among
-    splits with the same maximum the most even one wins, then the one with less on the first stages, which
-    keep the most microbatches in flight. Dynamic programming over (stages, layers used).
+    Each stage has at least one layer. A layer costs 1; ``embedding`` is added to the first stage and
+    ``head`` to the last. Among splits with the same maximum, the most even one wins, then the one with
+    fewer layers on the first stages, which keep the most microbatches in flight. Dynamic programming over
+    (stages, layers used).
     """
     assert 1 <= parts <= n_layers
     best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
@@ -82,8 +84,8 @@ def split_evenly(embedding: float, head: float, *, n_layers: int, parts: int) ->
             most = n_layers - used - (parts - 1 - part)
             for size in range(most if last else 1, most + 1):
                 cost = size + extra
-                found = (max(worst, cost), squares + cost**2, [*sizes, size])
-                if used + size not in grown or found < grown[used + size]:
-                    grown[used + size] = found
+                candidate = (max(worst, cost), squares + cost**2, [*sizes, size])
+                if used + size not in grown or candidate < grown[used + size]:
+                    grown[used + size] = candidate
         best = grown
     return best[n_layers][2]

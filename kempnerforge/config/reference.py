@@ -1,4 +1,4 @@
-"""The reference of all keys: as text for ``--help``, as a JSON schema for editors."""
+"""Reference of all config keys: text for ``--help``, and a JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTH = 100
 
 
 def keys_text() -> str:
-    """Every key with its type, default and documentation, grouped by section."""
+    """Return every key with its type, default and documentation, grouped by section."""
     blocks = []
     for name, field in JobConfig.model_fields.items():
         section = nested_section(field)
@@ -33,17 +33,17 @@ def _wrap(text: str, *, indent: int) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema (2020-12) of a configuration file, for editors that check TOML."""
+    """Return the JSON schema (2020-12) of a configuration file, for editors that validate TOML."""
     schema = _none_as_written(JobConfig.model_json_schema())
     schema["properties"]["extends"] = {
         "type": "string",
-        "description": "A TOML file, relative to this one, whose values hold where this one is silent.",
+        "description": "A base TOML file, relative to this one. Values in this file override it.",
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def _none_as_written(node: Any) -> Any:
-    """TOML has no null: a key is unset by leaving it out, or with the word "none"."""
+    """Replace null by "none": TOML has no null; a key is unset by omission or with the string "none"."""
     if isinstance(node, list):
         return [_none_as_written(item) for item in node]
     if not isinstance(node, dict):

@@ -1,8 +1,8 @@
-"""Rules that span keys: pure functions from sections to faults.
+"""Rules that span several keys: pure functions from sections to issues.
 
-The parameters of a rule name what it needs: sections, and of what is known about the start
-``world_size`` (processes; None when unknown) and ``environ`` (None when the check is not made inside
-the job). A rule runs when all its sections are valid, so that one bad section hides no more than it must.
+The parameters of a rule name its inputs: sections, ``world_size`` (number of processes; None if unknown)
+and ``environ`` (None if the check does not run inside the job). A rule runs if all its sections are
+valid, so that one invalid section hides as few issues as possible.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from kempnerforge.config.train import TrainConfig
 from kempnerforge.errors import ConfigIssue
 
 BYTE_VOCABULARY = 257
-"""256 bytes and the separator of documents."""
+"""256 bytes and the document separator."""
 
 
 def check_rules(known: Mapping[str, Any]) -> list[ConfigIssue]:
-    """Run each rule whose parameters are all in ``known``: valid sections, ``world_size``, ``environ``."""
+    """Run each rule whose parameters are all in ``known`` (valid sections, ``world_size``, ``environ``)."""
     faults: list[ConfigIssue] = []
     for rule in RULES:
         needs = signature(rule).parameters
@@ -39,7 +39,7 @@ def check_rules(known: Mapping[str, Any]) -> list[ConfigIssue]:
 
 
 def run_dir_expands(run: RunConfig, environ: Mapping[str, str] | None) -> list[ConfigIssue]:
-    """``run.dir`` has only known placeholders, and inside the job each of them has a value."""
+    """Require known placeholders in ``run.dir`` and, inside the job, a value for each of them."""
     if run.dir is None:
         return []
     faults = []
@@ -52,7 +52,10 @@ def run_dir_expands(run: RunConfig, environ: Mapping[str, str] | None) -> list[C
 
 
 def heads_fit(model: ModelConfig) -> list[ConfigIssue]:
-    """Heads share ``dim`` and key/value heads evenly; rotary embedding turns pairs, so heads are even."""
+    """Require heads that divide ``dim`` and key/value heads evenly, and an even head width.
+
+    Rotary embeddings rotate pairs of elements.
+    """
     faults = []
     if model.n_heads % model.kv_heads:
         fits = [count for count in range(1, model.n_heads + 1) if model.n_heads % count == 0]
@@ -71,7 +74,7 @@ def heads_fit(model: ModelConfig) -> list[ConfigIssue]:
 
 
 def rope_scaling_is_ordered(model: ModelConfig) -> list[ConfigIssue]:
-    """The band between low and high frequencies has a width."""
+    """Require ``high_freq_factor`` above ``low_freq_factor``."""
     scaling = model.rope_scaling
     if scaling is None or scaling.high_freq_factor > scaling.low_freq_factor:
         return []
@@ -80,7 +83,7 @@ def rope_scaling_is_ordered(model: ModelConfig) -> list[ConfigIssue]:
 
 
 def sequence_fits_model(model: ModelConfig, train: TrainConfig) -> list[ConfigIssue]:
-    """No sequence is longer than the model takes."""
+    """Require sequences that are no longer than the model supports."""
     if train.seq_len <= model.max_seq_len:
         return []
     problem = f"{train.seq_len} is longer than model.max_seq_len {model.max_seq_len}"
@@ -90,7 +93,7 @@ def sequence_fits_model(model: ModelConfig, train: TrainConfig) -> list[ConfigIs
 
 
 def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
-    """Exactly one of text and prepared tokens."""
+    """Require exactly one of text and prepared tokens."""
     if (data.text is None) != (data.dataset_path is None):
         return []
     if data.text is None:
@@ -101,7 +104,7 @@ def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
 
 
 def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
-    """The embedding has a row for each id of the byte tokenizer. Others are checked when they are read."""
+    """Require an embedding row for each id of the byte tokenizer. Others are checked when they are read."""
     if data.text is None or data.tokenizer != "bytes" or model.vocab_size >= BYTE_VOCABULARY:
         return []
     problem = f'{model.vocab_size} is smaller than the "bytes" tokenizer\'s vocabulary'
@@ -109,7 +112,7 @@ def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
 
 
 def validation_has_data(data: DataConfig, eval: EvalConfig) -> list[ConfigIssue]:
-    """Validation needs text that was held out."""
+    """Require held-out text for validation."""
     if eval.interval == 0 or data.text is None or data.val_fraction > 0:
         return []
     problem = f"validation every {eval.interval} steps, but data.val_fraction 0 holds no text out"
@@ -119,7 +122,7 @@ def validation_has_data(data: DataConfig, eval: EvalConfig) -> list[ConfigIssue]
 
 
 def schedule_fits_run(scheduler: SchedulerConfig, train: TrainConfig) -> list[ConfigIssue]:
-    """Warmup and decay both happen within the run."""
+    """Require warmup and decay to end within the run."""
     if scheduler.name == "constant" and scheduler.decay_steps is not None:
         problem = f"{scheduler.decay_steps} has no effect: the constant schedule does not decay"
         return [ConfigIssue("scheduler.decay_steps", problem, "leave it out, or choose another schedule")]
@@ -138,11 +141,11 @@ def schedule_fits_run(scheduler: SchedulerConfig, train: TrainConfig) -> list[Co
 
 
 def time_limit_leaves_time(train: TrainConfig) -> list[ConfigIssue]:
-    """There is time to train before the last save has to start."""
+    """Require time to train before the last save must start."""
     if train.max_minutes is None or 60 * train.max_minutes > train.deadline_margin_s:
         return []
     problem = (
-        f"{train.max_minutes:g} minutes are no more than deadline_margin_s, {train.deadline_margin_s:g} s"
+        f"{train.max_minutes:g} minutes are not longer than deadline_margin_s, {train.deadline_margin_s:g} s"
     )
     return [ConfigIssue("train.max_minutes", problem, "raise it, or lower deadline_margin_s")]
 
@@ -150,13 +153,13 @@ def time_limit_leaves_time(train: TrainConfig) -> list[ConfigIssue]:
 def layout_fits(
     distributed: DistributedConfig, train: TrainConfig, world_size: int | None
 ) -> list[ConfigIssue]:
-    """The processes divide into the layout, and the global batch over its data-parallel ranks."""
+    """Require processes that fit the layout, and a global batch that divides over its data ranks."""
     if world_size is not None:
         return derive_geometry(distributed, train, world_size)[1]
     if distributed.dp_shard > 0:
         dp = distributed.dp_replicate * distributed.dp_shard
         return batch_faults(train, dp, "data-parallel ranks") or microbatch_faults(distributed, train, dp)
-    # With dp_shard = -1 the ranks are known only at the start, but they are a multiple of these.
+    # With dp_shard = -1 the number of ranks is known only at the start, but it is a multiple of this one.
     faults = batch_faults(train, distributed.dp_replicate, "(dp_replicate)")
     if train.global_batch_size is None:
         faults += microbatch_faults(distributed, train, dp=1)
@@ -166,7 +169,7 @@ def layout_fits(
 def tensor_parallel_fits(
     distributed: DistributedConfig, model: ModelConfig, train: TrainConfig
 ) -> list[ConfigIssue]:
-    """Each tensor-parallel rank holds whole heads, equal shares of the rest, and a row of the embedding."""
+    """Require whole heads, equal shares of the rest and an embedding row on each tensor-parallel rank."""
     tp, rows = distributed.tp, model.vocab_size
     sizes = {
         "model.n_heads": model.n_heads,
@@ -188,7 +191,7 @@ def tensor_parallel_fits(
 def pipeline_fits(
     distributed: DistributedConfig, model: ModelConfig, train: TrainConfig
 ) -> list[ConfigIssue]:
-    """Each stage has a layer, microbatches divide the batch, and pipeline keys go with a pipeline."""
+    """Require a layer per stage, microbatches that divide the batch, and no pipeline keys without one."""
     pp, schedule, micro = distributed.pp, distributed.pp_schedule, distributed.pp_microbatch_size
     faults = []
     if pp == 1:

@@ -1,4 +1,4 @@
-"""``[run]``: what a run is called and where its files are."""
+"""``[run]``: the name of a run and where its files are."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
 class RunConfig(Section):
-    """What the run is called and where its files are."""
+    """The name of the run and where its files are."""
 
     name: RunName = "run"
-    """Name of the run: of its folder, and in wandb. Letters, digits, '.', '_' and '-' only."""
+    """Name of the run, used for its folder and in wandb. Letters, digits, '.', '_' and '-' only."""
 
     dir: NonEmpty | None = None
-    """The run's folder, shared by all nodes; none means runs/<name>. A relative path starts at the
-    current folder. {job_id} and {array_task_id} are replaced by the SLURM job's."""
+    """The run's folder, shared by all nodes. None means runs/<name>. A relative path is resolved against
+    the current folder. {job_id} and {array_task_id} are replaced by the ids of the SLURM job."""
 
     max_faults_without_progress: AtLeastZero = 3
-    """Attempts that may end in a fault of their own without a new committed step; the start after that
-    ends with status 76 (kempnerforge unblock RUN lets it go on). 0 means that it never does."""
+    """Number of attempts that may fail through the run's own fault without a new committed step. After
+    that, every start exits with status 76 until `kempnerforge unblock RUN`. 0 disables this check."""
 
     @property
     def folder(self) -> Path:
-        """The run's folder, placeholders and ``~`` expanded. Does not create it.
+        """The run's folder, with placeholders and ``~`` expanded. Does not create it.
 
         Raises:
             ConfigError: a placeholder has no value outside a SLURM job.
@@ -46,17 +46,17 @@ class RunConfig(Section):
             return Path("runs") / self.name
         if faults := unfilled_placeholders(self.dir, os.environ):
             raise ConfigError(faults)
-        filled = PLACEHOLDER.sub(lambda found: os.environ[PLACEHOLDERS[found[1]]], self.dir)
+        filled = PLACEHOLDER.sub(lambda match: os.environ[PLACEHOLDERS[match[1]]], self.dir)
         return Path(filled).expanduser()
 
 
 def unfilled_placeholders(text: str, environ: Mapping[str, str]) -> list[ConfigIssue]:
-    """Faults for the known placeholders in ``text`` whose variable ``environ`` does not set."""
+    """Report the known placeholders in ``text`` whose variable is not set in ``environ``."""
     return [
         ConfigIssue(
             "run.dir",
-            f"{{{name}}} is asked for, but {PLACEHOLDERS[name]} is not set",
-            "start it in a SLURM job, or write the folder out",
+            f"{{{name}}} cannot be expanded: {PLACEHOLDERS[name]} is not set",
+            "start the run in a SLURM job, or write the folder out",
         )
         for name in PLACEHOLDER.findall(text)
         if name in PLACEHOLDERS and not environ.get(PLACEHOLDERS[name])

@@ -1,4 +1,4 @@
-"""How the learning rate differs between the config of a checkpoint and the config of a run. Pure."""
+"""Compare the learning rate under the config of a checkpoint and the config of a run."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class LearningRateChange:
     before: float
     now: float
     to_keep: str = ""
-    """What to set to keep the old schedule; empty where no key alone does."""
+    """The setting that keeps the old schedule; empty if no single key does."""
 
 
 def learning_rate_change(
     stored: Mapping[str, Any], now: Mapping[str, Any], step: int
 ) -> LearningRateChange | None:
-    """Compare the update that turns ``step`` into ``step + 1`` under two whole configs.
+    """Compare the learning rate of the update from ``step`` to ``step + 1`` under two whole configs.
 
-    None when it is the same, or when this version cannot read one of them.
+    Return None if it is the same, or if this version cannot read one of the configs.
     """
     before, after = _Schedule.of(stored), _Schedule.of(now)
     if before is None or after is None or before.lr_at(step) == after.lr_at(step):
@@ -43,9 +43,9 @@ def learning_rate_change(
 
 
 def when_continued(scheduler: SchedulerConfig, *, base_lr: float, max_steps: int, until: int) -> str:
-    """What happens to the learning rate when a run that has ended at ``max_steps`` goes on to ``until``.
+    """Describe how the learning rate changes when a run that ended at ``max_steps`` continues to ``until``.
 
-    In words; empty when it stays what it is.
+    Empty if it does not change.
     """
     ended = _Schedule(scheduler, base_lr, max_steps)
     longer = _Schedule(scheduler, base_lr, until)
@@ -53,10 +53,13 @@ def when_continued(scheduler: SchedulerConfig, *, base_lr: float, max_steps: int
     if was == is_now:
         return ""
     kept = longer.keeping(ended)
-    jump = f"the learning rate then goes from {was:.3g} to {is_now:.3g}"
+    jump = f"the learning rate then changes from {was:.3g} to {is_now:.3g}"
     if kept is not None and kept.lr_at(max_steps) == was:
-        return f"{jump}; it stays with --scheduler.decay_steps={kept.scheduler.decay_steps} as well"
-    return f"{jump}, because its decay comes last; to train on at the full rate, go back before the decay"
+        return f"{jump}; add --scheduler.decay_steps={kept.scheduler.decay_steps} to keep it"
+    return (
+        f"{jump}, because the decay is at the end of the run; to continue at the full rate, roll back "
+        "to before the decay"
+    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class _Schedule:
         return lr_at(step, self.scheduler, base_lr=self.base_lr, max_steps=self.max_steps)
 
     def keeping(self, before: _Schedule) -> _Schedule | None:
-        """This schedule with the decay of ``before``; None where that is not up to ``max_steps``."""
+        """Return this schedule with the decay of ``before``; None if ``max_steps`` does not determine it."""
         decay_steps = before.scheduler.resolved_decay_steps(before.max_steps)
         if self.scheduler.decay_steps is not None or decay_steps < 1:
             return None
@@ -88,5 +91,5 @@ class _Schedule:
 
 
 def _read(section: type[_S], table: Mapping[str, Any]) -> _S:
-    known = {key: value for key, value in table.items() if key in section.model_fields}
-    return section.model_validate(known)
+    supported = {key: value for key, value in table.items() if key in section.model_fields}
+    return section.model_validate(supported)

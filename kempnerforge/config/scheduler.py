@@ -1,4 +1,4 @@
-"""``[scheduler]``: the learning rate over the steps."""
+"""``[scheduler]``: the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from kempnerforge.config.section import AtLeastOne, AtLeastZero, FractionUpToOne
 
 
 class SchedulerConfig(Section):
-    """The learning rate over the steps."""
+    """The learning rate schedule."""
 
     name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Shape after the warmup: wsd is warmup, stable, then linear decay."""
+    """Shape after the warmup. wsd: warmup, stable, then linear decay."""
 
     warmup_steps: AtLeastZero = 0
     """Steps over which the learning rate rises linearly from 0 to its peak."""
 
     decay_steps: AtLeastOne | None = None
-    """Length of the decay in steps. None means all steps after the warmup; for wsd, whose decay comes
-    last, a tenth of train.max_steps."""
+    """Length of the decay in steps. None means all steps after the warmup, or for wsd the last tenth of
+    train.max_steps."""
 
     min_lr_ratio: FractionUpToOne = 0.1
-    """Learning rate at the end of the decay, as a share of the peak."""
+    """Learning rate at the end of the decay, as a fraction of the peak."""
 
     def resolved_decay_steps(self, max_steps: int) -> int:
-        """Length of the decay in a run of ``max_steps``; 0 for the constant schedule."""
+        """Return the length of the decay in a run of ``max_steps``; 0 for the constant schedule."""
         if self.name == "constant":
             return 0
         if self.decay_steps is not None:
@@ -36,12 +36,12 @@ class SchedulerConfig(Section):
 
 
 def lr_at(step: int, config: SchedulerConfig, *, base_lr: float, max_steps: int) -> float:
-    """Learning rate of the update that turns ``step`` into ``step + 1``.
+    """Return the learning rate of the update from ``step`` to ``step + 1``.
 
-    A linear warmup that reaches ``base_lr`` in its last step, then the schedule's shape down to
+    A linear warmup reaches ``base_lr`` in its last step. The rate then decays to
     ``min_lr_ratio * base_lr``: over the ``decay_steps`` after the warmup for cosine (arXiv:1608.03983) and
-    linear, over the last ``decay_steps`` of the run, linearly, for WSD (arXiv:2404.06395). After the decay it
-    stays at the minimum.
+    linear, and linearly over the last ``decay_steps`` of the run for WSD (arXiv:2404.06395). After the
+    decay it remains at the minimum.
     """
     if step < config.warmup_steps:
         return base_lr * (step + 1) / config.warmup_steps

@@ -18,7 +18,7 @@ from kempnerforge.config.section import Section
 from kempnerforge.config.train import TrainConfig
 
 Geometry = ParallelDims
-"""Deprecated: the former name of ``ParallelDims``."""
+"""Deprecated alias of ``ParallelDims``."""
 
 __all__ = [
     "AsyncCheckpointMode",

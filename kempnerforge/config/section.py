@@ -1,4 +1,4 @@
-"""The base of every configuration section, and the value types that sections share."""
+"""The base class of all configuration sections, and their common value types."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """One table of the TOML file: immutable, without unknown keys, without silent conversions.
+    """One table of the TOML file. Immutable; rejects unknown keys; does not convert types.
 
-    The docstring under a field is its documentation: ``--help`` and the JSON schema show it.
+    The docstring under a field is its documentation in ``--help`` and the JSON schema.
     """
 
     model_config = ConfigDict(

@@ -1,4 +1,4 @@
-"""What a configuration is put together from: files, each over the one it extends, then the command line."""
+"""The layers of a configuration: files, each overriding the one it extends, then the command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Layer:
-    """Values from one place."""
+    """Values from one source."""
 
     source: str
     """The file, or ``command line``."""
@@ -27,10 +27,10 @@ class Layer:
 
 
 def read_layers(path: Path) -> list[Layer]:
-    """The file at ``path`` and all that it extends, the outermost base first.
+    """Read the file at ``path`` and all files that it extends; return the outermost base first.
 
     Raises:
-        ConfigError: a file is missing, unreadable or not TOML, or the files extend each other in a circle.
+        ConfigError: a file is missing, unreadable or not TOML, or the files extend each other in a cycle.
     """
     layers: list[Layer] = []
     seen: list[str] = []
@@ -48,11 +48,14 @@ def read_layers(path: Path) -> list[Layer]:
         path = Path(os.path.normpath(path.parent / Path(base).expanduser()))
         if os.path.abspath(path) in seen:
             circle = " -> ".join(os.path.basename(file) for file in [*seen, path])
-            raise _file_fault("extends", f"goes in a circle: {circle}", "take one of them out", asked_by)
+            raise _file_fault("extends", f"forms a cycle: {circle}", "remove one of them", asked_by)
 
 
 def merge_layers(layers: Sequence[Layer]) -> Tree:
-    """One tree, later layers over earlier ones. Tables are merged key by key; lists are replaced whole."""
+    """Merge layers into one tree; later layers override earlier ones.
+
+    Tables are merged key by key. Lists are replaced as a whole.
+    """
     merged: Tree = {}
     for layer in layers:
         merged = _merge(merged, layer.tree)
@@ -60,7 +63,7 @@ def merge_layers(layers: Sequence[Layer]) -> Tree:
 
 
 def source_of(key: str, layers: Sequence[Layer]) -> str:
-    """Where the value of the dotted ``key`` (or the last word on that table) comes from."""
+    """Return the source of the value of the dotted ``key``, or of the last layer with that table."""
     for layer in reversed(layers):
         value: Any = layer.tree
         for part in key.split("."):
@@ -95,7 +98,7 @@ def _file_fault(key: str, problem: str, hint: str, source: str | Path) -> Config
 
 
 def _files_near(path: Path) -> str:
-    """The TOML files beside a path that does not exist."""
+    """List the TOML files next to a path that does not exist."""
     try:
         names = sorted(file.name for file in path.parent.glob("*.toml"))
     except OSError:

@@ -1,4 +1,4 @@
-"""Known names of sections and keys, and the one that a wrong name most likely meant."""
+"""Suggest known sections and keys for a misspelled name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from kempnerforge.config.section import Section
 
 
 def nearest(word: str, known: list[str]) -> str | None:
-    """The known word closest to ``word``, or None when none is close."""
-    found = get_close_matches(word.lower(), known, n=1, cutoff=0.6)
-    return found[0] if found else None
+    """Return the known word closest to ``word``, or None if none is close."""
+    matches = get_close_matches(word.lower(), known, n=1, cutoff=0.6)
+    return matches[0] if matches else None
 
 
 def suggest_key(key: str, root: type[Section]) -> str:
-    """What to write instead of the unknown dotted ``key``: ``did you mean ...?`` or the known names.
+    """Suggest a replacement for the unknown dotted ``key``: ``did you mean ...?`` or the known names.
 
-    Looks for a close name in the same table, or in the table that was meant, then for the same and for
-    a close last part in any table.
+    Search for a close name in the same table, or in the table that was probably meant, then for the same
+    last part in any table, then for a close one.
     """
     table, _, last = key.rpartition(".")
     if not table and (section := nearest(last, list(root.model_fields))):
@@ -29,7 +29,7 @@ def suggest_key(key: str, root: type[Section]) -> str:
     meant = table if siblings else nearest(table, list(root.model_fields))
     if table and meant and (name := nearest(last, table_names(meant, root) or [])):
         return f"did you mean {meant}.{name}?"
-    names = [known.name for known in walk_keys(root)]
+    names = [entry.name for entry in walk_keys(root)]
     lasts = {name.rpartition(".")[2] for name in names}
     if same := last if last in lasts else nearest(last, sorted(lasts)):
         return f"did you mean {' or '.join(name for name in names if name.endswith(f'.{same}'))}?"
@@ -39,7 +39,7 @@ def suggest_key(key: str, root: type[Section]) -> str:
 
 
 def table_names(table: str, root: type[Section]) -> list[str] | None:
-    """Names in the dotted ``table`` ("" is the top); None when there is no such table."""
+    """Return the names in the dotted ``table`` ("" is the top level); None if there is no such table."""
     if not table:
         return list(root.model_fields)
     field = find_field(table, root)
@@ -48,7 +48,7 @@ def table_names(table: str, root: type[Section]) -> list[str] | None:
 
 
 def find_field(key: str, root: type[Section]) -> FieldInfo | None:
-    """The field of the dotted ``key``, which may name a table; None when there is no such key."""
+    """Return the field of the dotted ``key``, which may name a table; None if there is no such key."""
     table, _, last = key.rpartition(".")
     section = root
     for part in table.split(".") if table else []:

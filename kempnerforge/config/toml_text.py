@@ -1,4 +1,4 @@
-"""Resolved configurations as TOML text, and as flat dotted keys."""
+"""Render resolved configurations as TOML text and as flat dotted keys."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import tomli_w
 
 Comment = Callable[[str], str]
-"""Dotted key -> what to say behind its line."""
+"""Dotted key -> the comment after its line."""
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables -> dotted key -> value."""
+    """Turn nested tables into dotted key -> value."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -23,10 +23,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def render(tree: Mapping[str, Any], comment: Comment | None = None) -> str:
-    """TOML text of ``tree`` (section -> key -> value of plain JSON types).
+    """Return ``tree`` (section -> key -> value of plain JSON types) as TOML text.
 
-    TOML has no null: keys that are None are left out, or with ``comment`` are shown as comments. With
-    ``comment`` each line says what that returns for its key.
+    TOML has no null: keys that are None are omitted, or shown as comments if ``comment`` is given. With
+    ``comment``, each line ends with what it returns for the key.
     """
     blocks: list[str] = []
     _render_table(tree, "", comment, blocks)
@@ -53,13 +53,13 @@ def _render_table(tree: Mapping[str, Any], table: str, comment: Comment | None, 
 def _aligned(lines: list[tuple[str, str]], comment: Comment | None) -> str:
     if comment is None:
         return "".join(f"{text}\n" for text, _ in lines)
-    # A long value must not push the comments of all others to the right.
+    # Ignore long values: one of them would push all comments to the right.
     width = max((len(text) for text, _ in lines if len(text) <= 48), default=0)
     return "".join(f"{text:<{width}}  # {comment(key)}\n" for text, key in lines)
 
 
 def _value(value: Any) -> str:
-    """One value on one line; tomli_w by itself spreads lists over several."""
+    """Return a value on one line. tomli_w would spread lists over several."""
     if isinstance(value, list):
         return f"[{', '.join(_value(item) for item in value)}]"
     return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")

@@ -1,4 +1,4 @@
-"""Pydantic's errors -> faults that name key, value, what is allowed and the nearest known name."""
+"""Convert pydantic's errors to issues with key, value, allowed values and the closest known name."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ COMPLAINTS = {
     "less_than": "is too large",
     "less_than_equal": "is too large",
 }
-"""Pydantic's error type -> what is wrong with a value. Others are just "not allowed"."""
+"""Pydantic's error type -> what is wrong with a value. All other types read "is not allowed"."""
 
 
 def section_faults(
     error: ValidationError, table: str, value: Any, section: type[Section], root: type[Section]
 ) -> list[ConfigIssue]:
-    """One fault for each key of ``table`` that ``error`` names; ``value`` is the table as it was given."""
+    """Return one issue per key of ``table`` that ``error`` names. ``value`` is the table as given."""
     grouped: dict[str, list[str]] = {}
     fields: dict[str, FieldInfo | None] = {}
     for item in error.errors(include_url=False, include_context=False, include_input=False):
@@ -44,7 +44,7 @@ def section_faults(
 
 
 def _resolve(location: tuple[int | str, ...], section: type[Section]) -> tuple[list[str], FieldInfo | None]:
-    """The keys in a pydantic location, without list positions and union members, and the last key's field."""
+    """Return the keys in a pydantic location, without list indices and union members, and the last field."""
     parts: list[str] = []
     field: FieldInfo | None = None
     table: type[Section] | None = section
@@ -58,7 +58,7 @@ def _resolve(location: tuple[int | str, ...], section: type[Section]) -> tuple[l
 
 
 def _at(key: str, table: str, value: Any) -> Any:
-    """The value of ``key`` in what was given for ``table``; None when it is missing."""
+    """Return the value of ``key`` in the given ``table``; None if it is missing."""
     for part in key.removeprefix(table).split(".")[1:]:
         value = value.get(part) if isinstance(value, dict) else None
     return value
@@ -76,13 +76,13 @@ def _fault(
     if value in ("", []):
         complaint = "is empty"
     elif isinstance(value, (list, tuple)):
-        # A complaint about one item would be wrong of the list as a whole.
+        # The message about one item would be wrong for the list as a whole.
         complaint = "is not allowed"
     return ConfigIssue(key, f"{value_in_words(value)} {complaint}", f"{_hint(value, field)}{allowed}")
 
 
 def _hint(value: Any, field: FieldInfo) -> str:
-    """``did you mean ...? `` when a word is close to one that is allowed."""
+    """Return ``did you mean ...? `` if a word is close to an allowed one."""
     known = known_values(field)
     words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
     for word in words:

@@ -1,1 +1,1 @@
-"""What a run cost: the ledger of its attempts, and what follows from it. No torch."""
+"""Where the time of a run was spent: the ledger of its attempts and its analysis. Does not import torch."""

@@ -1,4 +1,4 @@
-"""What an attempt writes to the ledger: its set-up, its progress, and how it spent its time."""
+"""Record an attempt in the ledger: its setup, its progress, and how it spends its time."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _MIN_SPACING_S, _MAX_SPACING_S = 0.05, 10.0
 
 
 class AttemptLog:
-    """Measures the set-up and the loop of one attempt, and writes both to the ledger.
+    """Measures the setup and the loop of one attempt, and writes both to the ledger.
 
-    Nothing is written before ``open``, which only the first rank calls. Events of the loop are written on a
-    thread (``write_behind``), so that training does not wait for a slow file system. A ledger that cannot be
-    written does not end the run: ``warn`` is called, once.
+    Nothing is written before ``open``, which only rank 0 calls. Events of the loop are written on a thread
+    (``write_behind``), so that training does not wait for a slow file system. If the ledger cannot be
+    written, the run continues and ``warn`` is called once.
 
     Args:
-        started: when the attempt began, in seconds since the epoch.
-        first_part: the part of the set-up that took the time from ``started`` until now.
+        started: start of the attempt in seconds since the epoch.
+        first_part: the phase of the setup that took the time from ``started`` until now.
         warn: called with the error that made the record incomplete.
     """
 
@@ -44,13 +44,13 @@ class AttemptLog:
         self._spent_s: dict[str, float] = {}
         self._ledger: Ledger | None = None
         self._healthy_from: tuple[int, int] | None = None
-        self._loop_began = self._told = 0.0
+        self._loop_began = self._last_progress = 0.0
         self._warn = warn
         self._has_warned = False
         self._queue = WriteBehind("ledger", failed=self._failed)
 
     def end_phase(self, part: str) -> None:
-        """Add the time since the last call to ``part`` of the set-up."""
+        """Add the time since the last call to ``part`` of the setup."""
         now = time.perf_counter()
         self._setup_s[part] = self._setup_s.get(part, 0.0) + now - self._lap
         self._lap = now
@@ -60,21 +60,21 @@ class AttemptLog:
         self._ledger = Ledger(run_dir, attempt)
 
     def start(self, facts: dict[str, Any]) -> None:
-        """Write that the attempt began, durably."""
+        """Record the start of the attempt durably."""
         self.write("start", process_started=self.started, **facts)
 
     def resumed(self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float) -> None:
-        """Write that the state is loaded: the loop begins. ``skipped``: steps left out as not finite."""
+        """Record that the state is loaded and the loop starts. ``skipped`` counts non-finite steps."""
         self.end_phase("resume")
         self._healthy_from = (step, skipped)
-        self._loop_began = self._told = time.perf_counter()
+        self._loop_began = self._last_progress = time.perf_counter()
         self.write(
             "resume", step=step, source=source, lost_steps=lost_steps, load_s=load_s, setup_s=self._setup_s
         )
         self.flush()
 
     def stepped(self, step: int, skipped: int) -> None:
-        """Write what is due after a step. Progress may lag by 2% of the attempt, at most by 10 s."""
+        """Record what is due after a step. Progress may lag by 2% of the attempt's duration, at most 10 s."""
         if self._healthy_from is not None:
             began, before = self._healthy_from
             if step - began - (skipped - before) >= crash_loop_guard.HEALTHY_STEPS:
@@ -82,8 +82,8 @@ class AttemptLog:
                 self.write("healthy", step=step)
         now = time.perf_counter()
         pause_s = min(max(_SPACING * (now - self._loop_began), _MIN_SPACING_S), _MAX_SPACING_S)
-        if now - self._told >= pause_s:
-            self._told = now
+        if now - self._last_progress >= pause_s:
+            self._last_progress = now
             self.write("progress", step=step, spent_s=self._spent_s)
 
     def spent(self, part: str, seconds: float) -> None:
@@ -93,29 +93,29 @@ class AttemptLog:
     def end(
         self, *, kind: str, status: int, reason: str, step: int | None, error: BaseException | None = None
     ) -> None:
-        """Write how the attempt ended, durably. ``kind`` is one of ``history.KINDS``.
+        """Record the end of the attempt durably. ``kind`` is one of ``history.KINDS``.
 
-        Blocks for ``END_WAIT_S`` at most: what is not written then is lost, which is a warning.
+        Block for ``END_WAIT_S`` at most. Warn if events are not written by then; they are lost.
         """
         name = type(error).__name__ if error is not None else None
         self.write(
             "end", kind=kind, status=status, reason=reason, error=name, step=step, spent_s=self._spent_s
         )
         if left := self._queue.flush(END_WAIT_S):
-            text = f"{left} events, with the end, were not written within {END_WAIT_S:g} s"
+            text = f"{left} events, including the end, were not written within {END_WAIT_S:g} s"
             self.warn(OSError(errno.ETIMEDOUT, text))
 
     def write(self, event: str, **values: Any) -> None:
-        """Append an event to the ledger soon, if it is open."""
+        """Queue an event for the ledger, if it is open."""
         ledger = self._ledger
         if ledger is None:
             return
         line = ledger.encode(event, **values)
         if not self._queue.submit(lambda: ledger.append(event, line)):
-            self.warn(OSError(errno.ETIMEDOUT, "too many events wait for a slow file system"))
+            self.warn(OSError(errno.ETIMEDOUT, "too many events are waiting for a slow file system"))
 
     def flush(self) -> None:
-        """Wait until all events are written. Not in the loop."""
+        """Wait until all events are written. Do not call this in the loop."""
         self._queue.flush(None)
 
     def _failed(self, error: Exception) -> None:
@@ -129,7 +129,7 @@ class AttemptLog:
 
 
 def end_kind(status: int, reason: str, error: BaseException | None) -> str:
-    """Return which kind of end it was, of ``goodput.history.KINDS``."""
+    """Return the kind of an end, one of ``goodput.history.KINDS``."""
     if error is not None and is_peer_loss(type(error).__name__, str(error)):
         return "lost"
     if status == EXIT_STOPPED:

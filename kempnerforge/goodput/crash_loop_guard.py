@@ -1,4 +1,4 @@
-"""When to stop trying: no progress over several faults, and checkpoints after which a run dies. Pure."""
+"""Detect crash loops: repeated faults without progress, and checkpoints after which a run fails."""
 
 from __future__ import annotations
 
@@ -8,63 +8,61 @@ from kempnerforge.goodput.blame import may_lie_in_state
 from kempnerforge.goodput.history import AttemptHistory
 
 HEALTHY_STEPS = 10
-"""Finite steps after which the checkpoint that an attempt began from is trusted."""
+"""Number of finite steps after which the checkpoint that an attempt started from is trusted."""
 DEATHS_FOR_SUSPICION = 2
 
 
 def without_progress(history: Sequence[AttemptHistory], *, newest_committed: int) -> list[AttemptHistory]:
-    """The attempts that ended in a fault of their own since the run last committed a new step, oldest first.
+    """Return the attempts that failed through their own fault since the last new commit, oldest first.
 
-    A step is new when it is above all that were committed before, so that a run which was set back and
-    commits the same steps again makes no progress. Attempts that ended otherwise neither
-    count nor break the row.
+    A step is new if it is above all committed steps before it. A run that was rolled back and commits the
+    same steps again makes no progress. Attempts that ended in another way neither count nor reset the row.
     """
     row: list[AttemptHistory] = []
     highest = 0
-    for place, one in enumerate(history):
-        highest = max(highest, one.began_at or 0)
-        following = [later.began_at for later in history[place + 1 :] if later.began_at is not None]
-        # A commit whose event was lost with its node shows in where the next attempt began, or on the disk.
+    for index, attempt in enumerate(history):
+        highest = max(highest, attempt.began_at or 0)
+        following = [later.began_at for later in history[index + 1 :] if later.began_at is not None]
+        # The event of a commit may be lost with its node. The next attempt's start, or the disk, shows it.
         seen = following[0] if following else newest_committed
-        committed = max([seen, *(event["step"] for event in one.commits)])
-        if one.acknowledged or committed > highest:
+        committed = max([seen, *(event["step"] for event in attempt.commits)])
+        if attempt.acknowledged or committed > highest:
             row = []
-        elif one.kind == "fault" and not one.is_own_loop:
-            row.append(one)
+        elif attempt.kind == "fault" and not attempt.is_own_loop:
+            row.append(attempt)
         highest = max(highest, committed)
     return row
 
 
 def suspects(history: Sequence[AttemptHistory]) -> dict[int, str]:
-    """Steps that two attempts began from and then ended for a cause that may lie in them, and why.
+    """Return steps that may have caused the end of two attempts that started from them, and the reasons.
 
-    ``blame.may_lie_in_state`` decides. An attempt that began below such a step ends the suspicion: the step
-    is another one when it comes again. Loops of users' own do not count: what ends them is most often their
-    own code.
+    ``blame.may_lie_in_state`` judges each end. An attempt that starts below a suspect step clears it, because
+    the step will be computed again. Users' own loops are not considered: most often their own code fails.
     """
     deaths: dict[int, list[AttemptHistory]] = {}
-    for one in history:
-        if one.began_at is None or one.is_own_loop:
+    for attempt in history:
+        if attempt.began_at is None or attempt.is_own_loop:
             continue
-        deaths = {step: died for step, died in deaths.items() if step <= one.began_at}
-        blamed = may_lie_in_state(one.error_type, began_at=one.began_at, healthy=one.healthy)
-        if blamed and not one.acknowledged:
-            deaths.setdefault(one.began_at, []).append(one)
-        elif one.healthy:
-            deaths.pop(one.began_at, None)
+        deaths = {step: died for step, died in deaths.items() if step <= attempt.began_at}
+        blamed = may_lie_in_state(attempt.error_type, began_at=attempt.began_at, healthy=attempt.healthy)
+        if blamed and not attempt.acknowledged:
+            deaths.setdefault(attempt.began_at, []).append(attempt)
+        elif attempt.healthy:
+            deaths.pop(attempt.began_at, None)
     return {
-        step: "; ".join(f"attempt {one.number}: {one.reason}" for one in died)
+        step: "; ".join(f"attempt {attempt.number}: {attempt.reason}" for attempt in died)
         for step, died in deaths.items()
         if len(died) >= DEATHS_FOR_SUSPICION
     }
 
 
 def refusal(row: Sequence[AttemptHistory], *, limit: int, run_dir: str) -> str:
-    """What a start that is refused says; empty when it may begin. ``limit`` 0 never refuses."""
+    """Return the message of a refused start; empty if the run may start. ``limit`` 0 never refuses."""
     if not limit or len(row) < limit:
         return ""
-    reasons = "".join(f"\n  attempt {one.number}: {one.reason}" for one in row)
+    reasons = "".join(f"\n  attempt {attempt.number}: {attempt.reason}" for attempt in row)
     return (
-        f"no progress: {len(row)} attempts ended in a fault of their own without a new committed step."
-        f"{reasons}\nSee to the cause, then: kempnerforge unblock {run_dir}, and start the same command again"
+        f"no progress: {len(row)} attempts failed through their own fault without a new committed step."
+        f"{reasons}\nFix the cause, then run kempnerforge unblock {run_dir} and start the same command again"
     )

@@ -1,9 +1,9 @@
-"""``ledger.jsonl``: what happened to a run, one JSON object a line, only ever appended to. Rank 0 writes.
+"""``ledger.jsonl``: the events of a run, one JSON object per line, append-only. Rank 0 writes it.
 
-Events are described in ``docs/reference/run-folder.md``. A line goes out in one write, so a kill tears at
-most the last one; the next writer ends it. ``start``, ``resume``, ``healthy`` and ``end`` are synced to disk;
-``progress`` and ``commit`` survive the death of the process, not that of the node, and can be missed without
-harm.
+``docs/reference/run-folder.md`` describes the events. Each line is one write, so that a kill tears at most
+the last line, which the next writer ends. ``start``, ``resume``, ``healthy``, ``end`` and ``unblock`` are
+synced to disk. Other events, such as ``progress`` and ``commit``, survive a kill of the process but not a
+crash of the node. Losing them does no harm.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from kempnerforge import fsio
 
 LEDGER = "ledger.jsonl"
 OWN_LOOP = "own"
-"""What ``loop`` in ``start`` says of a run without the harness."""
+"""Value of ``loop`` in the ``start`` event of a run with a user's own loop."""
 DURABLE = ("start", "resume", "healthy", "end", "unblock")
 
 Event = dict[str, Any]
-"""``event`` (its kind), ``attempt``, ``time`` (seconds since the epoch), and what belongs to the kind."""
+"""``event`` (its kind), ``attempt``, ``time`` (seconds since the epoch), and the values of the kind."""
 
 
 class Ledger:
@@ -47,7 +47,7 @@ class Ledger:
         if event in DURABLE:
             fsio.append_line(self.path, line)
             return
-        # A leading newline ends a line that was torn, without a look at the file; readers skip empty lines.
+        # The leading newline ends a torn line, without reading the file. Readers skip empty lines.
         fd = fsio.open_file(self.path, os.O_WRONLY | os.O_APPEND)
         try:
             fsio.write_all(fd, f"\n{line}\n".encode())
@@ -56,9 +56,9 @@ class Ledger:
 
 
 def read_events(run_dir: Path) -> list[Event]:
-    """All events, oldest first. No ledger is no events. Raises OSError.
+    """Return all events, oldest first; none without a ledger. Raises OSError.
 
-    Torn lines are left out, and so are rows that are no events: others may write to the folder too.
+    Skip torn lines, and rows that are not events: other users may be able to write to the folder.
     """
     try:
         lines = fsio.read_file(run_dir / LEDGER).split(b"\n")
@@ -68,28 +68,28 @@ def read_events(run_dir: Path) -> list[Event]:
 
 
 def places(events: Sequence[Event]) -> dict[int, dict[str, Any]]:
-    """Where each attempt ran: its ``hosts``, each once, and in a SLURM job its id and restart count. Pure."""
-    found: dict[int, dict[str, Any]] = {}
+    """Return where each attempt ran: its unique ``hosts``, and the id and restart count of its SLURM job."""
+    by_attempt: dict[int, dict[str, Any]] = {}
     for event in events:
         if event["event"] == "start":
             place: dict[str, Any] = {"hosts": sorted(set(event.get("hosts", ())))}
             if event.get("slurm_job_id"):
                 place |= {key: event.get(key) for key in ("slurm_job_id", "slurm_restart_count")}
-            found[event["attempt"]] = place
-    return found
+            by_attempt[event["attempt"]] = place
+    return by_attempt
 
 
 def saves_s(events: Sequence[Event]) -> list[float]:
-    """What the saves took, in seconds, from the call to the commit, oldest first. Pure."""
+    """Return the seconds from call to commit of each save, oldest first."""
     return [event["total_s"] for event in events if event["event"] == "commit"]
 
 
 def _event(line: bytes) -> Event | None:
     try:
-        found = json.loads(line)
+        row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and _is_event(found) else None
+    return row if isinstance(row, dict) and _is_event(row) else None
 
 
 def _is_step(value: Any) -> bool:
@@ -127,15 +127,15 @@ _BY_KIND: dict[str, dict[str, Callable[[Any], bool]]] = {
     "deleted": {"steps": _is_list(_is_step), "rules": _is_list(_is_text), "after_commit": _is_step_or_none},
     "end": {"kind": _is_text, "reason": _is_text, "step": _is_step_or_none},
 }
-"""What readers rely on; events of other kinds have nothing beside."""
+"""Required values of each kind of event. Other kinds have none besides those of all events."""
 _OPTIONAL = {"hosts": _is_list(_is_text), "spent_s": _is_seconds, "setup_s": _is_seconds}
 
 
 def _is_event(row: dict[str, Any]) -> bool:
-    """Whether a row has what readers of such an event rely on."""
+    """Return whether a row has the values that an event of its kind requires."""
     if not all(name in row and fits(row[name]) for name, fits in _ALL.items()):
         return False
-    wanted = _BY_KIND.get(row["event"], {})
-    if not all(name in row and fits(row[name]) for name, fits in wanted.items()):
+    required = _BY_KIND.get(row["event"], {})
+    if not all(name in row and fits(row[name]) for name, fits in required.items()):
         return False
     return all(fits(row[name]) for name, fits in _OPTIONAL.items() if row.get(name) is not None)

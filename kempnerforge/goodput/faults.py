@@ -1,8 +1,8 @@
-"""Faults that ranks record themselves, each in a file of its own: ``faults/attempt_00003.rank_00001.txt``.
+"""Faults that ranks record, each rank in its own file: ``faults/attempt_00003.rank_00001.txt``.
 
-The first line says who writes: attempt, rank, host. An exception is a further line of JSON. A process that
-SIGSEGV or SIGABRT ends can write nothing by itself: ``faulthandler`` writes its stacks there from C. A
-file with nothing but its first line says that nothing happened, and is removed.
+The first line identifies the writer: attempt, rank, host. An exception is another line of JSON. A process
+that ends by SIGSEGV or SIGABRT cannot write: ``faulthandler`` dumps its stacks to the file from C. A file
+with only the first line means that nothing happened, and is removed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _OWN_TEXT = re.compile(
     r"|out of memory|no space left",
     re.IGNORECASE,
 )
-"""What NCCL's errors say when the cause is this rank's GPU, memory or call."""
+"""Texts of NCCL errors that are caused by this rank's GPU, memory or call."""
 
 
 @dataclass(frozen=True)
 class FaultRecord:
-    """What one rank recorded."""
+    """A fault that one rank recorded."""
 
     attempt: int
     rank: int
@@ -50,16 +50,16 @@ class FaultRecord:
     text: str
     """Type and message of the exception, or the signal."""
     by_peer: bool
-    """Whether it only says that another rank went away: no cause by itself."""
+    """Whether it only reports the loss of another rank, and is not itself a cause."""
     path: str
     type_name: str = ""
     """Class of the exception; empty for a signal."""
 
 
 def is_peer_loss(type_name: str, message: str) -> bool:
-    """Whether an exception is what a rank sees when another one has gone. Pure.
+    """Return whether an exception is a consequence of the loss of another rank.
 
-    Types of torch.distributed, and the texts of gloo, of NCCL and its watchdog, and of the c10d store.
+    Checks for types of torch.distributed, and for texts of gloo, NCCL, its watchdog, and the c10d store.
     """
     if _OWN_TEXT.search(message):
         return False
@@ -67,14 +67,16 @@ def is_peer_loss(type_name: str, message: str) -> bool:
 
 
 class FaultFile:
-    """This rank's file, open for ``faulthandler`` until ``close``. Raises OSError.
+    """The fault file of this rank, open for ``faulthandler`` until ``close``. Raises OSError.
 
-    ``host``: this node, by the name that SLURM has for it. ``watchdog``: whether NCCL's watchdog runs here.
+    Args:
+        host: this node's name in SLURM.
+        watchdog: whether NCCL's watchdog runs in this process.
     """
 
     def __init__(self, run_dir: Path, *, attempt: int, rank: int, host: str, watchdog: bool) -> None:
         self.path = _path_of(run_dir, attempt, rank)
-        with contextlib.suppress(FileExistsError):  # every rank makes it
+        with contextlib.suppress(FileExistsError):  # every rank creates the folder
             fsio.new_folder(self.path.parent)
         head = {"attempt": attempt, "rank": rank, "host": host, "pid": os.getpid(), "watchdog": watchdog}
         self._file: TextIO | None = os.fdopen(fsio.open_file(self.path, os.O_WRONLY | os.O_APPEND), "a")
@@ -83,23 +85,23 @@ class FaultFile:
         faulthandler.enable(file=self._file, all_threads=True)
 
     def record(self, error: BaseException) -> None:
-        """Write an exception down, durably. Raises OSError."""
+        """Record an exception durably. Raises OSError."""
         fsio.append_line(self.path, _line_of(error))
 
     def close(self) -> None:
-        """Stop recording; the file goes when it records nothing."""
+        """Stop recording. Remove the file if it has no fault."""
         if self._file is None:
             return
         faulthandler.disable()
         file, self._file = self._file, None
-        with contextlib.suppress(OSError):  # it records nothing, or what it records is there
+        with contextlib.suppress(OSError):  # recorded faults are already on disk
             file.close()
             if _read(self.path) is None:
                 self.path.unlink(missing_ok=True)
 
 
 def record_fault(run_dir: Path, error: BaseException, *, attempt: int, rank: int, host: str) -> None:
-    """Write an exception down as a ``FaultFile`` does, without opening one first. Raises OSError."""
+    """Record an exception like ``FaultFile.record``, without an open ``FaultFile``. Raises OSError."""
     path = _path_of(run_dir, attempt, rank)
     with contextlib.suppress(FileExistsError):
         fsio.new_folder(path.parent)
@@ -124,16 +126,17 @@ def _line_of(error: BaseException) -> str:
 
 
 def read_faults(run_dir: Path) -> list[FaultRecord]:
-    """All recorded faults of a run, in the order of attempts and time. Raises OSError."""
+    """Return all recorded faults of a run, ordered by attempt and time. Raises OSError."""
     folder = run_dir / FOLDER
     if not folder.is_dir():
         return []
-    found = [_read(path) for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted((one for one in found if one), key=lambda one: (one.attempt, one.time, one.rank))
+    records = [_read(path) for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    faults = [record for record in records if record is not None]
+    return sorted(faults, key=lambda fault: (fault.attempt, fault.time, fault.rank))
 
 
 def remove_empty(run_dir: Path, *, before_attempt: int) -> None:
-    """Remove files of older attempts that record nothing. Rank 0 only. Raises OSError."""
+    """Remove the files of older attempts that have no fault. Only rank 0 calls this. Raises OSError."""
     old = [
         path
         for path in (run_dir / FOLDER).glob("attempt_*.txt")
@@ -156,7 +159,7 @@ def _read(path: Path) -> FaultRecord | None:
     except (ValueError, KeyError, TypeError):
         host, watchdog = "", False
     common = {"attempt": int(match[1]), "rank": int(match[2]), "host": host, "path": str(path)}
-    # An exception comes first: with NCCL, its watchdog may abort the process before it has ended.
+    # An exception takes precedence: NCCL's watchdog may abort the process before it has ended.
     for line in rest.splitlines():
         try:
             body = json.loads(line)
@@ -177,10 +180,10 @@ def _read(path: Path) -> FaultRecord | None:
 
 
 def is_watchdog_abort(dump: str) -> bool:
-    """Whether a dump of ``faulthandler`` is of an abort on a thread that Python does not know. Pure.
+    """Return whether a dump of ``faulthandler`` shows an abort on a thread that Python does not know.
 
-    With NCCL that is its watchdog's: it ends the process when a collective failed or took too long, which is
-    what the loss of another rank looks like. What it says goes to standard error alone. The price: a CUDA
-    error that the watchdog sees before any other code does (which would raise it) is not told apart.
+    With NCCL this is the watchdog's thread. It aborts the process if a collective failed or timed out, which
+    is how the loss of another rank appears. Its message is written to standard error only. As a drawback, a
+    CUDA error that the watchdog sees before other code raises it cannot be distinguished.
     """
     return dump.startswith("Fatal Python error: Aborted") and "Current thread" not in dump

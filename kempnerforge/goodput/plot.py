@@ -1,4 +1,4 @@
-"""The geometry of plots: ticks, scales, thinned series, paths. Pure; nothing here knows of HTML."""
+"""The geometry of plots: ticks, scales, downsampled series and paths, independent of HTML."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SHORT_TIMES = (
 
 @dataclass(frozen=True)
 class Axis:
-    """From ``low`` to ``high``, with ticks of (value, label)."""
+    """An axis from ``low`` to ``high``, with ticks of (value, label)."""
 
     low: float
     high: float
@@ -43,20 +43,20 @@ class Axis:
     is_log: bool = False
 
     def place(self, value: float) -> float:
-        """Where a value stands: 0 at ``low``, 1 at ``high``."""
+        """Return the position of a value: 0 at ``low``, 1 at ``high``."""
         low, high = (math.log(self.low), math.log(self.high)) if self.is_log else (self.low, self.high)
         at = math.log(value) if self.is_log else value
         return (at - low) / (high - low)
 
 
 def linear_axis(low: float, high: float, *, ticks: int = 5, margin: float = 0.04, least: float = 0.0) -> Axis:
-    """A linear axis that holds ``low`` to ``high``, with at most so many ticks at round values.
+    """Return a linear axis that contains ``low`` to ``high``, with at most ``ticks`` ticks at round values.
 
-    ``margin``: room beyond both ends, as a share of the range; a range of nothing gets some around it.
-    ``least``: how far apart ticks must be; 1 for whole numbers.
+    ``margin`` is the space beyond both ends, as a fraction of the range; an empty range is widened.
+    ``least`` is the minimum distance of ticks; 1 for whole numbers.
     """
-    room = (high - low) * margin if high > low else abs(high) / 2 or 0.5
-    low, high = low - room, high + room
+    space = (high - low) * margin if high > low else abs(high) / 2 or 0.5
+    low, high = low - space, high + space
     width = next(
         step
         for step in _mantissas(max(least, (high - low) / ticks))
@@ -64,14 +64,14 @@ def linear_axis(low: float, high: float, *, ticks: int = 5, margin: float = 0.04
     )
     first = math.ceil(low / width - 1e-9)
     count = math.floor(high / width + 1e-9) - first + 1
-    values = [(first + place) * width for place in range(count)]
+    values = [(first + index) * width for index in range(count)]
     return Axis(low, high, tuple((value, number(value, width)) for value in values))
 
 
 def log_axis(low: float, high: float, *, ticks: int = 6) -> Axis:
-    """A logarithmic axis that holds ``low`` to ``high``, both above 0."""
-    room = (high / low) ** 0.04 if high > low else 2.0
-    low, high = low / room, high * room
+    """Return a logarithmic axis that contains ``low`` to ``high``, both above 0."""
+    space = (high / low) ** 0.04 if high > low else 2.0
+    low, high = low / space, high * space
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     values: list[float] = []
     for mantissas in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1,)):
@@ -83,16 +83,16 @@ def log_axis(low: float, high: float, *, ticks: int = 6) -> Axis:
 
 
 def time_axis(seconds: float, *, ticks: int = 6) -> Axis:
-    """From 0 to ``seconds``, with at most so many ticks after 0 at round times."""
+    """Return an axis from 0 to ``seconds``, with at most ``ticks`` ticks after 0 at round times."""
     high = max(seconds, 1e-3)
     width = next((step for step in _TIME_STEPS if high / step <= ticks), _TIME_STEPS[-1])
-    values = [place * width for place in range(int(high / width + 1e-9) + 1)]
-    unit, scale = next((one for one in _UNITS if width >= one[1]), _UNITS[-1])
+    values = [index * width for index in range(int(high / width + 1e-9) + 1)]
+    unit, scale = next((unit for unit in _UNITS if width >= unit[1]), _UNITS[-1])
     return Axis(0.0, high, tuple((value, f"{value / scale:g} {unit}" if value else "0") for value in values))
 
 
 def log_time_axis(low_s: float, high_s: float, *, ticks: int = 6) -> Axis:
-    """A logarithmic axis of seconds, with at most so many ticks at times that have a short name."""
+    """Return a logarithmic axis of seconds, with about ``ticks`` ticks at times with short labels."""
     values = [value for value in _SHORT_TIMES if low_s <= value <= high_s]
     values = values[:: -(-len(values) // ticks) or 1]
     return Axis(low_s, high_s, tuple((value, duration(value)) for value in values), is_log=True)
@@ -104,7 +104,7 @@ def _mantissas(at_least: float) -> Iterable[float]:
 
 
 def number(value: float, width: float) -> str:
-    """A tick's label, with the digits that ticks ``width`` apart need: ``0.25``, ``1,500``, ``20k``."""
+    """Return a label with the digits needed for ticks ``width`` apart: ``0.25``, ``1,500``, ``20k``."""
     for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             scale = 1e3 if suffix == "k" else size
@@ -115,7 +115,7 @@ def number(value: float, width: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for people, in two units at most: ``2.5 ms``, ``12.3 s``, ``4 min 10 s``, ``3 d 4 h``."""
+    """Return a readable time in at most two units: ``2.5 ms``, ``12.3 s``, ``4 min 10 s``, ``3 d 4 h``."""
     if seconds < 0.9995:
         return f"{1000 * seconds:.3g} ms"
     if seconds < 59.95:
@@ -130,7 +130,7 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Neighbouring points of a series: the range of ``x``, and the extremes and mean of the finite values."""
+    """Neighbouring points of a series: the range of x, and extremes and mean of the finite values."""
 
     first: float
     last: float
@@ -140,14 +140,14 @@ class Bucket:
 
     @property
     def middle(self) -> float:
-        """Where it is drawn."""
+        """The x position at which the bucket is drawn."""
         return (self.first + self.last) / 2
 
 
 def downsample(xs: Sequence[float], ys: Sequence[float], *, buckets: int) -> list[Bucket]:
-    """At most ``buckets`` buckets of a series in order of ``xs``; one a point where that is enough.
+    """Reduce a series, ordered by ``xs``, to at most ``buckets`` buckets; one per point if they suffice.
 
-    Extremes are kept, so no spike is lost. Values that are not finite are left out.
+    Extremes are kept, so that no spike is lost. Non-finite values are omitted.
     """
     if len(xs) <= buckets:
         return [Bucket(x, x, y, y, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
@@ -156,10 +156,10 @@ def downsample(xs: Sequence[float], ys: Sequence[float], *, buckets: int) -> lis
     for x, y in zip(xs, ys, strict=True):
         if not math.isfinite(y):
             continue
-        place = min(int((x - start) / width), buckets - 1)
-        group = groups.get(place)
+        bucket = min(int((x - start) / width), buckets - 1)
+        group = groups.get(bucket)
         if group is None:
-            groups[place] = [x, x, y, y, y, 1]
+            groups[bucket] = [x, x, y, y, y, 1]
             continue
         group[1] = x
         if y < group[2]:
@@ -175,16 +175,16 @@ def downsample(xs: Sequence[float], ys: Sequence[float], *, buckets: int) -> lis
 
 
 def line_path(points: Iterable[tuple[float, float]]) -> str:
-    """The ``d`` of an SVG path through points in the unit square, y upward, drawn in 1000 by 1000."""
+    """Return the ``d`` of an SVG path through points of the unit square, y upward, scaled to 1000 x 1000."""
     return "M" + "L".join(f"{1000 * x:.1f} {1000 * (1 - y):.1f}" for x, y in points)
 
 
 def band_path(points: Sequence[tuple[float, float, float]]) -> str:
-    """The same for the area between two lines: points of (x, low, high)."""
+    """Return the ``d`` of the area between two lines, from points of (x, low, high)."""
     upper = [(x, high) for x, _, high in points]
     return line_path([*upper, *((x, low) for x, low, _ in reversed(points))]) + "Z"
 
 
 def dots_path(points: Iterable[tuple[float, float]]) -> str:
-    """The same for dots: strokes of no length, round by their caps however the drawing is stretched."""
+    """Return the ``d`` of dots: strokes of zero length with caps that are round in a stretched plot."""
     return "".join(f"M{1000 * x:.1f} {1000 * (1 - y):.1f}h0" for x, y in points)

@@ -1,1 +1,1 @@
-"""What a configuration needs on a number of processes: arithmetic without torch or processes."""
+"""Compute what a configuration requires on a number of processes, without torch and without starting any."""

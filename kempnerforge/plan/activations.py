@@ -1,25 +1,25 @@
-"""An estimate of what a forward pass keeps for the backward pass.
+"""Estimate the memory that a forward pass keeps for the backward pass.
 
-The method is that of Korthikanti et al. 2022 ("Reducing activation recomputation in large transformer
-models", arXiv:2205.05198, section 4): add up what autograd saves. The terms differ from theirs, because this
-decoder has SwiGLU, grouped-query heads, fused attention (no T x T matrix) and no dropout. In elements a token
-and layer, with D model width, Q and K widths of all query and all key heads, F feed-forward width, t
-tensor-parallel ranks (with sequence parallelism) and [t > 1] one where there are several:
+The method follows Korthikanti et al. 2022 ("Reducing activation recomputation in large transformer models",
+arXiv:2205.05198, section 4): sum up what autograd saves. The terms differ from theirs, because this decoder
+has SwiGLU, grouped-query heads, fused attention (no T x T matrix) and no dropout. The table lists elements
+per token and layer. D is the model width, Q and K are the total widths of query and key heads, F is the
+feed-forward width, and t is the number of tensor-parallel ranks (with sequence parallelism):
 
 =====================  =======================================================================================
 checkpointing          kept
 =====================  =======================================================================================
 none                   2D/t inputs of the norms + 2D inputs of the matrix products, gathered over tp
                        + (2Q + 2K)/t attention's inputs and output + 4F/t around SwiGLU
-none, compiled         as above with 3F/t: one result around SwiGLU is cheap and computed again
+none, compiled         as above with 3F/t: one result around SwiGLU is cheap and recomputed
 selective              D/t the layer's input + (2Q + 2K + 2F)/t + 2D outputs of all matrix products
-selective, compiled    as above with D in place of 2D: nothing needs the last product
+selective, compiled    as above with D instead of 2D: the last product is not needed
 full                   D/t
 =====================  =======================================================================================
 
-An element is 2 bytes under "bf16" and 4 under "fp32". Attention adds an fp32 number for every head, and each
-norm one for every token (as CUDA's fused kernel does; on the CPU norms keep fp32 copies). Tests count rows
-against autograd for t = 1, the compiled ones on the CPU: what is kept there is up to the partitioner.
+An element has 2 bytes with "bf16" and 4 with "fp32". Attention adds an fp32 number per head, and each norm
+adds one per token (as CUDA's fused kernel does; on the CPU, norms keep fp32 copies). Tests compare the rows
+with autograd for t = 1. They test compiled layers on the CPU, where the partitioner decides what is kept.
 """
 
 from __future__ import annotations
@@ -29,46 +29,46 @@ from kempnerforge.config.train import TrainConfig
 
 
 def element_bytes(train: TrainConfig) -> int:
-    """Bytes of an activation."""
+    """Return the bytes of one element of an activation."""
     return 2 if train.mixed_precision == "bf16" else 4
 
 
 def kept_by_layer(model: ModelConfig, train: TrainConfig, tp: int) -> float:
-    """Bytes a token and layer that are kept from the forward to the backward pass."""
+    """Return the bytes per token and layer that are kept from the forward to the backward pass."""
     return _kept(model, train, tp, train.activation_checkpointing)
 
 
 def working_set(model: ModelConfig, train: TrainConfig, tp: int) -> float:
-    """Bytes a token on top, in the backward pass of one layer: what it computes again, and gradients."""
-    again = _kept(model, train, tp, "none") - kept_by_layer(model, train, tp)
-    return max(0.0, again) + temporaries(model, train, tp)
+    """Return the additional bytes per token in a layer's backward pass: recomputed values and gradients."""
+    recomputed = _kept(model, train, tp, "none") - kept_by_layer(model, train, tp)
+    return max(0.0, recomputed) + temporaries(model, train, tp)
 
 
 def temporaries(model: ModelConfig, train: TrainConfig, tp: int) -> float:
-    """Bytes a token around SwiGLU, where most live at once: three of width F, and two of width D.
+    """Return the bytes per token of temporaries around SwiGLU, at their peak: three of width F, two of D.
 
-    In the backward pass they are gradients; in a forward pass without gradients, results.
+    They are gradients in the backward pass, and results in a forward pass without gradients.
     """
     return element_bytes(train) * (3 * model.ffn_dim / tp + 2 * model.dim)
 
 
 def kept_by_head(model: ModelConfig, train: TrainConfig, tp: int) -> float:
-    """Bytes a token that the last norm and the output layer keep, logits left out."""
+    """Return the bytes per token that the final norm and the output layer keep, without logits."""
     return element_bytes(train) * (model.dim / tp + model.dim)
 
 
 def boundary(model: ModelConfig, train: TrainConfig, tp: int) -> float:
-    """Bytes a token of what one stage hands to the next."""
+    """Return the bytes per token that a stage sends to the next."""
     return element_bytes(train) * model.dim / tp
 
 
 def logits(model: ModelConfig, train: TrainConfig, tp: int) -> float:
-    """Bytes a token of the logits, cut over the vocabulary by tensor parallelism."""
+    """Return the bytes per token of the logits, which tensor parallelism shards over the vocabulary."""
     return element_bytes(train) * -(-model.vocab_size // tp)
 
 
 def log_probs(model: ModelConfig, tp: int) -> float:
-    """Bytes a token of the log-probabilities, which are fp32, as each of the two gradients of the loss is."""
+    """Return the bytes per token of the log-probabilities. They and both gradients of the loss are fp32."""
     return 4 * -(-model.vocab_size // tp)
 
 

@@ -1,4 +1,4 @@
-"""The possible layouts nearest to one that is not."""
+"""Suggest possible layouts that are closest to an impossible one."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from kempnerforge.config.sources import merge_layers, read_layers
 from kempnerforge.errors import ConfigError
 
 MOST = 4
-"""Suggestions of each kind."""
+"""Maximum number of suggestions of each kind."""
 TRIES = 300
-"""Candidates that are checked, nearest first."""
+"""Maximum number of candidates to check, closest first."""
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """What would be possible."""
+    """Possible layouts and numbers of processes."""
 
     overrides: tuple[tuple[str, ...], ...]
     """Sets of arguments, each of which makes the file fit this number of processes."""
     world_sizes: tuple[int, ...]
-    """Numbers of processes that the file fits as it is."""
+    """Numbers of processes that the file fits without changes."""
 
 
 def nearest_layouts(path: str, overrides: Sequence[str], world_size: int) -> Nearest:
-    """What is near a layout that ``load_job`` refuses; empty when more than the layout is wrong."""
+    """Return alternatives to a layout that ``load_job`` refuses; none if other settings are invalid too."""
     wanted = _wanted(path, overrides)
     plain = ("tp=1", "pp=1", "dp_shard=-1", "dp_replicate=1", *_WITHOUT_PIPELINE)
     if wanted is None or not _loads(path, [*overrides, *map(_argument, plain)], None):
         return Nearest((), ())
-    found = []
+    possible = []
     for candidate in _candidates(wanted, world_size)[:TRIES]:
         arguments = tuple(map(_argument, _changes(wanted, candidate)))
         if arguments and _loads(path, [*overrides, *arguments], world_size):
-            found.append(arguments)
-        if len(found) == MOST:
+            possible.append(arguments)
+        if len(possible) == MOST:
             break
     sizes = [size for size in _sizes_near(wanted, world_size) if _loads(path, overrides, size)]
-    return Nearest(tuple(found), tuple(sorted(sizes[:MOST])))
+    return Nearest(tuple(possible), tuple(sorted(sizes[:MOST])))
 
 
 _WITHOUT_PIPELINE = ("pp_schedule=1f1b", "pp_microbatch_size=none", "pp_layers=none")
@@ -74,7 +74,7 @@ def _loads(path: str, overrides: Sequence[str], world_size: int | None) -> bool:
 
 
 def _candidates(wanted: DistributedConfig, world_size: int) -> list[dict[str, int]]:
-    """Every division of ``world_size`` into the four dimensions, those nearest to ``wanted`` first."""
+    """Return all divisions of ``world_size`` into the four dimensions, those closest to ``wanted`` first."""
 
     def distance(sizes: dict[str, int]) -> tuple[int, float, tuple[int, ...]]:
         changed = [name for name in sizes if sizes[name] != getattr(wanted, name)]
@@ -83,7 +83,7 @@ def _candidates(wanted: DistributedConfig, world_size: int) -> list[dict[str, in
             for name in changed
             if getattr(wanted, name) > 0
         ]
-        # Whoever leaves dp_shard open loses nothing when it changes.
+        # With dp_shard = -1, a change of dp_shard is not a change of the user's setting.
         real = [name for name in changed if name != "dp_shard" or wanted.dp_shard > 0]
         return len(real), sum(ratios), tuple(sizes.values())
 
@@ -99,11 +99,11 @@ def _divisions(world_size: int) -> Iterator[dict[str, int]]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [one for one in range(1, number + 1) if number % one == 0]
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _changes(wanted: DistributedConfig, sizes: dict[str, int]) -> list[str]:
-    """The settings that turn ``wanted`` into ``sizes``."""
+    """Return the settings that change ``wanted`` to ``sizes``."""
     changed = [
         f"{name}={size}"
         for name, size in sizes.items()
@@ -113,14 +113,15 @@ def _changes(wanted: DistributedConfig, sizes: dict[str, int]) -> list[str]:
         default = DistributedConfig()
         names = (setting.partition("=")[0] for setting in _WITHOUT_PIPELINE)
         set_here = [getattr(wanted, name) != getattr(default, name) for name in names]
-        return changed + [one for one, is_set in zip(_WITHOUT_PIPELINE, set_here, strict=True) if is_set]
-    # How many layers each stage has says nothing about another number of stages.
+        resets = zip(_WITHOUT_PIPELINE, set_here, strict=True)
+        return changed + [setting for setting, is_set in resets if is_set]
+    # pp_layers does not apply to another number of stages.
     is_other = sizes["pp"] != wanted.pp and wanted.pp_layers is not None
     return [*changed, "pp_layers=none"] if is_other else changed
 
 
 def _sizes_near(wanted: DistributedConfig, world_size: int) -> list[int]:
-    """Numbers of processes that divide into ``wanted``, nearest first."""
+    """Return numbers of processes that fit ``wanted``, closest first."""
     unit = wanted.dp_replicate * wanted.tp * wanted.pp * max(1, wanted.dp_shard)
     if wanted.dp_shard > 0:
         return [unit] if unit != world_size else []

@@ -1,11 +1,11 @@
-"""Device memory that one rank needs: what stays (exact), and the most that comes on top of it (an estimate).
+"""Device memory of a rank: its permanent state (exact), and the peak of temporary memory (an estimate).
 
-Weights and AdamW's two moments are fp32 and sharded; FSDP pads every shard to the length of the largest. They
-stay. What comes on top is looked up in every moment of a step that may be the peak (``plan.moments``), and
-the largest sum counts. Tests compare the sum with the live tensors of real steps.
+The permanent state is the weights and AdamW's two moments, in fp32 and sharded. FSDP pads every shard to the
+length of the largest. Temporary memory is computed for every moment of a step that may be the peak
+(``plan.moments``), and the largest sum is used. Tests compare it with the live tensors of real steps.
 
-Not in the sum: the CUDA context, NCCL's buffers and fragmentation. ``RESERVED_SHARE`` of a device is kept for
-them.
+The sum does not include the CUDA context, NCCL's buffers and fragmentation. ``RESERVED_SHARE`` of a device
+is reserved for them.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from kempnerforge.plan.pipeline import microbatch_size
 from kempnerforge.plan.tensors import local_numel, stage_parameters
 
 RESERVED_SHARE = 0.1
-"""Of a device's memory, for what the sum leaves out."""
+"""Fraction of a device's memory that is reserved for what the sum does not include."""
 FP32 = 4
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on the device of the rank with the most of one pipeline rank's stages, at the peak of a step."""
+    """Bytes at the peak of a step on the device of the rank with the largest shards of its stages."""
 
     weights: int
     gradients: int
-    """This rank's shards of those that are there at the peak."""
+    """This rank's shards of the gradients that exist at the peak."""
     optimizer: int
     """AdamW's two moments."""
     gathered: int
-    """Whole weights and whole gradients of what is in use."""
+    """Unsharded weights and gradients in use."""
     activations: int
-    """Of all microbatches in flight, with their logits."""
+    """Activations of all microbatches in flight, with their logits."""
     buffers: int
-    """What pipeline ranks receive into: torch has a buffer for every microbatch of the step and direction."""
+    """Receive buffers of the pipeline: torch has one per microbatch of the step and direction."""
     working: int
     """Temporaries of the loss, of a layer in its backward pass, or of the optimizer."""
     peak: str
@@ -48,17 +48,17 @@ class DeviceMemory:
 
     @property
     def total(self) -> int:
-        """All of them together."""
+        """Sum of all parts."""
         state = self.weights + self.gradients + self.optimizer
         return state + self.gathered + self.activations + self.buffers + self.working
 
     def fits(self, device_bytes: float) -> bool:
-        """Whether it fits a device of ``device_bytes``, ``RESERVED_SHARE`` of which is left free."""
+        """Return whether it fits a device of ``device_bytes``, of which ``RESERVED_SHARE`` is reserved."""
         return self.total <= (1 - RESERVED_SHARE) * device_bytes
 
 
 def device_memory(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> DeviceMemory:
-    """What the ranks at ``pp_rank`` of the pipeline need; of them, the one that holds the most."""
+    """Return the memory of the rank with the largest shards among the ranks at ``pp_rank``."""
     stages = stages_of(make_stages(job.model, job.distributed), pp_rank, geometry.pp)
     everything = [parameter for stage in stages for parameter in stage_parameters(job.model, stage)]
     state = FP32 * local_numel(everything, geometry)
@@ -80,7 +80,7 @@ def device_memory(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> Devic
 
 
 def _buffers(job: JobConfig, geometry: ParallelDims, stages: Sequence[Stage]) -> int:
-    """Bytes of receive buffers: one for each stage, microbatch and direction."""
+    """Return the bytes of receive buffers: one per stage, microbatch and direction."""
     if geometry.pp == 1:
         return 0
     directions = sum((not stage.has_embedding) + (not stage.has_head) for stage in stages)

@@ -1,24 +1,24 @@
-"""The moments of a step in which a device may hold the most, and what it holds in each.
+"""The moments of a step at which device memory may peak, and the memory at each of them.
 
-Without a pipeline a rank gathers one layer at a time, and FSDP2 frees every weight after its forward pass,
-the root's (embedding, last norm, output layer) too. Six moments compete:
+Without a pipeline, a rank gathers one layer at a time. FSDP2 frees all weights after their forward pass,
+including those of the root (embedding, final norm, output layer). Six moments can be the peak:
 
-- the **loss**: all activations are there, and fp32 copies of the logits;
-- the **head**: the gradient of the logits, the root's weights, gathered again, and the gradient of the output
-  layer;
-- a **layer's backward pass**: the activations of this layer and of those below it, its temporaries, its whole
-  weights and those that are being gathered for the next one, and its whole gradients;
-- the **reduction** of its gradients: they are copied to fp32 buffers, of which two live at once;
-- the **end**: the gradients of the root are reduced, and those of all layers are there;
+- the **loss**: all activations, and fp32 copies of the logits.
+- the **head**: the gradient of the logits, the root's weights, which are gathered again, and the gradient of
+  the output layer.
+- a **layer's backward pass**: the activations of this layer and of those below it, its temporaries, its
+  unsharded weights, those being gathered for the next layer, and its unsharded gradients.
+- the **reduction** of its gradients: they are copied to fp32 buffers, two of which are alive at once.
+- the **end**: the gradients of the root are being reduced, and those of all layers exist.
 - the **update**: all gradients, and temporaries of an optimizer that is not fused.
 
-Stages of ``torch.distributed.pipelining`` reduce gradients once, after the last microbatch: all their weights
-stay gathered meanwhile, and whole fp32 gradients add up from the first backward pass on. Every microbatch
-between its forward and its backward pass keeps its activations, and on the last stage its logits and their
-log-probabilities too. So the schedule is gone through action by action.
+Stages of ``torch.distributed.pipelining`` reduce gradients once, after the last microbatch. Until then all
+their weights remain gathered, and unsharded fp32 gradients accumulate from the first backward pass on. Every
+microbatch keeps its activations between its forward and its backward pass, and on the last stage also its
+logits and their log-probabilities. Therefore the schedule is simulated action by action.
 
-A pipeline's **validation** needs no gradients, but its schedule has receive buffers of its own, beside those
-of training, and keeps what every stage hands on until the last microbatch has passed.
+A pipeline's **validation** needs no gradients. Its schedule has its own receive buffers, in addition to those
+of training, and keeps the outputs of every stage until the last microbatch has passed.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Moment:
-    """What is there beside weights, optimizer state and receive buffers, in bytes."""
+    """Bytes in addition to weights, optimizer state and receive buffers."""
 
     name: str
     """ "loss", "head", "backward", "reduction", "end", "update" or "validation"."""
     gradients: float = 0
-    """This rank's shards of them."""
+    """This rank's shards of the gradients."""
     gathered: float = 0
-    """Whole weights and whole gradients, and the buffers of their collectives."""
+    """Unsharded weights and gradients, and the buffers of their collectives."""
     activations: float = 0
-    """Of all microbatches in flight, logits and log-probabilities included."""
+    """Activations of all microbatches in flight, including logits and log-probabilities."""
     working: float = 0
     """Temporaries of the loss, of a layer, or of the optimizer."""
 
     @property
     def total(self) -> float:
-        """All of them together."""
+        """Sum of all parts."""
         return self.gradients + self.gathered + self.activations + self.working
 
 
 class _Sizes:
-    """Bytes of what the moments are made of, on the ranks that hold ``stages``."""
+    """Bytes of the components of the moments, on ranks with ``stages``."""
 
     def __init__(self, job: JobConfig, geometry: ParallelDims, stages: Sequence[Stage]) -> None:
         model, train, tp = job.model, job.train, geometry.tp
@@ -69,10 +69,10 @@ class _Sizes:
         self.layer = gathered_numel(layer_parameters(model, 0), tp)
         self.outer = max(gathered_numel(outer_parameters(model, stage), tp) for stage in stages)
         self.table = max(
-            (gathered_numel([one], tp) for stage in stages for one in outer_parameters(model, stage)),
+            (gathered_numel([table], tp) for stage in stages for table in outer_parameters(model, stage)),
             default=0,
         )
-        outer = [one for stage in stages for one in outer_parameters(model, stage)]
+        outer = [parameter for stage in stages for parameter in outer_parameters(model, stage)]
         self.whole = self.layers * self.layer + gathered_numel(outer, tp)
         self.local_layer = FP32 * local_numel(layer_parameters(model, 0), geometry)
         self.local_outer = FP32 * local_numel(outer, geometry)
@@ -87,7 +87,7 @@ class _Sizes:
 
 
 def local_moments(job: JobConfig, geometry: ParallelDims, stage: Stage) -> Iterator[Moment]:
-    """Of a step without a pipeline; with accumulation, of its last micro-batch."""
+    """Yield the moments of a step without a pipeline; with accumulation, those of its last micro-batch."""
     sizes = _Sizes(job, geometry, [stage])
     element, layer, outer = sizes.element, sizes.layer, sizes.outer
     everything = sizes.layers * sizes.local_layer + sizes.local_outer
@@ -97,7 +97,7 @@ def local_moments(job: JobConfig, geometry: ParallelDims, stage: Stage) -> Itera
     root = element * (outer + sizes.table)
     yield Moment("head", earlier, root + 2 * element * layer, kept + sizes.kept_head, sizes.logits)
     for done in {0, min(1, sizes.layers - 1), sizes.layers - 1}:
-        # The gradients of layers that have been reduced, the newest of them still in its buffer, too.
+        # Gradients of reduced layers. The newest one is also still in its buffer.
         gradients = earlier or done * sizes.local_layer
         left, reduced = kept - done * sizes.kept_layer, FP32 * layer * min(1, done)
         yield Moment("backward", gradients, root + 3 * element * layer + reduced, left, sizes.working)
@@ -111,7 +111,7 @@ def local_moments(job: JobConfig, geometry: ParallelDims, stage: Stage) -> Itera
 def pipeline_moments(
     job: JobConfig, geometry: ParallelDims, stages: Sequence[Stage], pp_rank: int
 ) -> Iterator[Moment]:
-    """Of a step of a rank that holds ``stages``, over all its microbatches."""
+    """Yield the moments of a step of a rank with ``stages``, over all its microbatches."""
     sizes = _Sizes(job, geometry, stages)
     weights, gradients = sizes.element * sizes.whole, 0
     kept = [_kept_by_stage(sizes, stage) for stage in stages]
@@ -129,14 +129,14 @@ def pipeline_moments(
             heads -= 1
             others = waiting - sizes.logits - sizes.log_probs
             yield Moment("loss", 0, weights + gradients, alive + others, _loss_working(sizes) + sizes.logits)
-            # The schedule holds on to the logits until the end of the backward pass.
+            # The schedule keeps the logits until the end of the backward pass.
             waiting = others + sizes.logits
             whole = weights + gradients + sizes.element * sizes.table
             yield Moment("head", 0, whole, alive + waiting, sizes.logits)
         first = FP32 * (sizes.layer + (sizes.outer if stage.has_head else 0))
         whole = weights + (gradients or first) + sizes.element * sizes.layer
         if stage.has_head and sizes.element < FP32:
-            whole += sizes.element * sizes.table  # the root adds its gradients up when its backward pass ends
+            whole += sizes.element * sizes.table  # the root accumulates gradients after its backward pass
         yield Moment("backward", 0, whole, alive + waiting, sizes.working)
         gradients = FP32 * sizes.whole
         alive -= kept[number]
@@ -153,7 +153,7 @@ def pipeline_moments(
 
 
 def _validation(sizes: _Sizes, stages: Sequence[Stage], microbatches: int) -> Moment:
-    """The last microbatch of a validation."""
+    """Return the moment of the last microbatch of a validation."""
     ends = sum((not stage.has_embedding) + (not stage.has_head) for stage in stages)
     has_head = any(stage.has_head for stage in stages)
     working = max(sizes.temporaries, _loss_forward(sizes) if has_head else 0)
@@ -161,25 +161,28 @@ def _validation(sizes: _Sizes, stages: Sequence[Stage], microbatches: int) -> Mo
 
 
 def _kept_by_stage(sizes: _Sizes, stage: Stage) -> float:
-    """Bytes that a microbatch keeps in a stage; what it received is in a receive buffer, counted there."""
+    """Return the bytes that a microbatch keeps in a stage. Its input is counted as a receive buffer."""
     kept = len(stage.layers) * sizes.kept_layer
     kept += sizes.kept_head if stage.has_head else sizes.boundary
     return kept - (0 if stage.has_embedding else sizes.boundary)
 
 
 def _loss_forward(sizes: _Sizes) -> float:
-    """Logits, a copy of them in fp32 where they are not, and log-probabilities."""
+    """Return the bytes of the logits, their fp32 copy if they are not fp32, and the log-probabilities."""
     copies = 1 if sizes.element < FP32 else 0
     return sizes.logits + (1 + copies) * sizes.log_probs
 
 
 def _loss_working(sizes: _Sizes) -> float:
-    """Log-probabilities, and two gradients of their size."""
+    """Return the bytes of the log-probabilities and two gradients of their size."""
     return 3 * sizes.log_probs
 
 
 def _reduction(sizes: _Sizes, gradients: float, numel: int) -> float:
-    """Of whole ``gradients``: copied to a buffer, reduced into another; on one rank divided in between."""
+    """Return the peak bytes of reducing unsharded ``gradients``.
+
+    They are copied to a buffer and reduced into another one. A single rank divides them in between.
+    """
     buffer = FP32 * numel
     if sizes.shards == 1:
         return max(gradients + buffer, 3 * buffer)

@@ -1,8 +1,9 @@
-"""What a pipeline schedule keeps in flight, and how long its ranks wait.
+"""Microbatches in flight and idle time of pipeline schedules.
 
-The schedules are those of ``torch.distributed.pipelining``. The bubbles are those of Narayanan et al. 2021
+The schedules are those of ``torch.distributed.pipelining``. The bubble is that of Narayanan et al. 2021
 ("Efficient large-scale language model training on GPU clusters using Megatron-LM", arXiv:2104.04473, section
-2.2), as a share of the whole time: with p ranks, m microbatches and v stages a rank, (p - 1) / (v m + p - 1).
+2.2), as a fraction of the total time: with p ranks, m microbatches and v stages per rank, it is
+(p - 1) / (v m + p - 1).
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from kempnerforge.config.train import TrainConfig
 
 
 def microbatch_size(distributed: DistributedConfig, train: TrainConfig) -> int:
-    """Sequences that go through the model at once."""
+    """Return the number of sequences in one forward pass."""
     return train.batch_size if distributed.pp == 1 else distributed.pp_microbatch_size or 1
 
 
 def in_flight(distributed: DistributedConfig, microbatches: int, pp_rank: int) -> int:
-    """Most (stage, microbatch) pairs whose activations a pipeline rank keeps at once.
+    """Return the maximum number of (stage, microbatch) pairs whose activations a rank keeps at once.
 
-    1F1B starts as many as there are ranks from here to the end, GPipe all of them. Interleaved 1F1B runs one
-    round of microbatches through all but one of its stages, and two for every rank behind it, before the
-    first backward pass.
+    1F1B starts as many as there are ranks from this one to the end. GPipe starts all of them. Before its
+    first backward pass, interleaved 1F1B runs one round of microbatches through all but one of its stages,
+    and two for every rank after it.
     """
     pp, schedule = distributed.pp, distributed.pp_schedule
     if pp == 1:
@@ -37,9 +38,9 @@ def in_flight(distributed: DistributedConfig, microbatches: int, pp_rank: int) -
 
 
 def schedule_order(distributed: DistributedConfig, microbatches: int, pp_rank: int) -> list[tuple[bool, int]]:
-    """What a pipeline rank computes, in order: (is it a forward pass, which of its own stages).
+    """Return the actions of a pipeline rank in order: (whether it is a forward pass, index of its own stage).
 
-    The microbatches of a stage go forward in their order, and backward in the same order.
+    The microbatches of a stage run forward in order, and backward in the same order.
     """
     pp, stages = distributed.pp, STAGES_PER_RANK[distributed.pp_schedule]
     total = microbatches * stages
@@ -55,12 +56,12 @@ def schedule_order(distributed: DistributedConfig, microbatches: int, pp_rank: i
     forward = [(True, number // a_round % stages) for number in range(total)]
     backward = [(False, stages - 1 - number // a_round % stages) for number in range(total)]
     order, rest = forward[:ahead], forward[ahead:]
-    for one, other in zip(rest, backward, strict=False):
-        order += [one, other] if stages > 1 else [other, one]
+    for forward_pass, backward_pass in zip(rest, backward, strict=False):
+        order += [forward_pass, backward_pass] if stages > 1 else [backward_pass, forward_pass]
     return order + backward[len(rest) :]
 
 
 def bubble_fraction(distributed: DistributedConfig, microbatches: int) -> float:
-    """Share of its time that a pipeline rank waits, if all stages take equally long."""
+    """Return the fraction of time that a pipeline rank is idle, if all stages take equally long."""
     waits = distributed.pp - 1
     return waits / (STAGES_PER_RANK[distributed.pp_schedule] * microbatches + waits)

@@ -1,4 +1,4 @@
-"""All that ``kempnerforge plan`` says about a job on a number of processes."""
+"""The results of ``kempnerforge plan`` for a job on a number of processes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from kempnerforge.plan.tensors import local_numel, stage_parameters
 
 @dataclass(frozen=True)
 class PipelineRank:
-    """What the ranks at one place of the pipeline hold and need. Without a pipeline there is one place."""
+    """Contents and memory of the ranks at one position of the pipeline, the only one without a pipeline."""
 
     first_rank: int
     last_rank: int
-    """They follow each other."""
+    """The ranks are consecutive."""
     stages: tuple[Stage, ...]
     parameters: int
-    """Exact number that the rank with the most of them holds."""
+    """Exact number of parameters of the rank with the most."""
     in_flight: int
-    """Most (stage, microbatch) pairs with activations at once."""
+    """Maximum number of (stage, microbatch) pairs with activations at once."""
     memory: DeviceMemory
     staged_bytes: int
     """Host memory of the rank that stages the most for a checkpoint."""
@@ -44,7 +44,7 @@ class Plan:
     checkpoint: CheckpointSize
     ranks_per_node: int
     staged_on_node_bytes: int
-    """Host memory of the node whose ranks stage the most together."""
+    """Host memory of the node whose ranks together stage the most."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -54,14 +54,14 @@ class Plan:
     @property
     def device_bytes(self) -> int:
         """Device memory of the rank that needs the most."""
-        return max(place.memory.total for place in self.pipeline)
+        return max(group.memory.total for group in self.pipeline)
 
     def fits(self, memory_gb: float) -> bool:
-        """Whether every rank fits a device of ``memory_gb``, with ``RESERVED_SHARE`` of it left free."""
-        return all(place.memory.fits(memory_gb * 1e9) for place in self.pipeline)
+        """Return whether all ranks fit devices of ``memory_gb``, of which ``RESERVED_SHARE`` is reserved."""
+        return all(group.memory.fits(memory_gb * 1e9) for group in self.pipeline)
 
     def to_json(self, memory_gb: float | None = None) -> dict[str, Any]:
-        """Plain JSON types; sizes in bytes."""
+        """Return plain JSON types, with sizes in bytes."""
         geometry = self.geometry
         body: dict[str, Any] = {
             "possible": True,
@@ -69,7 +69,7 @@ class Plan:
             "mesh": geometry.mesh,
             "groups": {dim: geometry.groups(dim) for dim, size in geometry.mesh.items() if size > 1},
             "parameters": self.job.model.num_parameters,
-            "pipeline": [_place_json(place) for place in self.pipeline],
+            "pipeline": [_group_json(group) for group in self.pipeline],
             "device_bytes": self.device_bytes,
             "staged_on_node_bytes": self.staged_on_node_bytes,
             "ranks_per_node": self.ranks_per_node,
@@ -88,9 +88,9 @@ class Plan:
 
 
 def make_plan(job: JobConfig, world_size: int, *, ranks_per_node: int = 8) -> Plan:
-    """Work everything out. Raises ConfigError when ``world_size`` processes do not divide into the layout."""
+    """Compute the plan. Raises ConfigError if ``world_size`` processes do not fit the layout."""
     geometry = job.geometry(world_size)
-    pipeline = tuple(_place(job, geometry, pp_rank) for pp_rank in range(geometry.pp))
+    pipeline = tuple(_group(job, geometry, pp_rank) for pp_rank in range(geometry.pp))
     return Plan(
         job=job,
         geometry=geometry,
@@ -100,12 +100,12 @@ def make_plan(job: JobConfig, world_size: int, *, ranks_per_node: int = 8) -> Pl
         checkpoint=checkpoint_size(job, geometry),
         ranks_per_node=ranks_per_node,
         staged_on_node_bytes=staged_on_node(
-            [place.staged_bytes for place in pipeline], geometry, ranks_per_node
+            [group.staged_bytes for group in pipeline], geometry, ranks_per_node
         ),
     )
 
 
-def _place(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> PipelineRank:
+def _group(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> PipelineRank:
     stages = stages_of(make_stages(job.model, job.distributed), pp_rank, geometry.pp)
     ranks = geometry.world_size // geometry.pp
     held = [parameter for stage in stages for parameter in stage_parameters(job.model, stage)]
@@ -120,12 +120,12 @@ def _place(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> PipelineRank
     )
 
 
-def _place_json(place: PipelineRank) -> dict[str, Any]:
+def _group_json(group: PipelineRank) -> dict[str, Any]:
     return {
-        "ranks": [place.first_rank, place.last_rank],
-        "stages": [dataclasses.asdict(stage) for stage in place.stages],
-        "parameters": place.parameters,
-        "in_flight": place.in_flight,
-        "memory": {**dataclasses.asdict(place.memory), "total": place.memory.total},
-        "staged_bytes": place.staged_bytes,
+        "ranks": [group.first_rank, group.last_rank],
+        "stages": [dataclasses.asdict(stage) for stage in group.stages],
+        "parameters": group.parameters,
+        "in_flight": group.in_flight,
+        "memory": {**dataclasses.asdict(group.memory), "total": group.memory.total},
+        "staged_bytes": group.staged_bytes,
     }

@@ -1,1 +1,1 @@
-"""The scheduler's facts and scripts: who this job is, what state it is in, whether it goes on. No torch."""
+"""SLURM: the identity and state of a job, batch scripts, and the requeue policy. Does not import torch."""

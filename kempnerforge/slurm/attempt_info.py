@@ -1,4 +1,4 @@
-"""What every attempt of a job notes in the run's folder: environment, git revision, configuration."""
+"""The record of each attempt of a job in the run's folder: environment, git revision, configuration."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ _SHOWN = re.compile(
     r"|KEMPNERFORGE_\w+|WANDB_(MODE|PROJECT|ENTITY|DIR)|PATH|LD_LIBRARY_PATH|PYTHONPATH|PYTHONHASHSEED"
     r"|VIRTUAL_ENV|HOME|USER|LOGNAME|HOSTNAME|SHELL|PWD|TMPDIR|LANG|TZ|XDG_CACHE_HOME|HF_HOME"
 )
-"""Variables whose values are noted. No list of names that sound like secrets is ever complete."""
+"""Variables whose values are recorded. A list of secret names to exclude would never be complete."""
 _SECRET = re.compile(r"key|token|secret|passw|credential|auth|cookie|jwt", re.IGNORECASE)
-HIDDEN = "(not noted)"
+HIDDEN = "(not recorded)"
 
 
-def attempt_note(environ: Mapping[str, str], *, command: list[str], config_toml: str, revision: str) -> str:
-    """The text of the note. Of variables that are not known to be harmless it has the names alone."""
+def describe_attempt(
+    environ: Mapping[str, str], *, command: list[str], config_toml: str, revision: str
+) -> str:
+    """Return the text of the record. Variables that are not known to be harmless appear without values."""
 
     def shown(name: str, value: str) -> str:
         return repr(value) if _SHOWN.fullmatch(name) and not _SECRET.search(name) else HIDDEN
@@ -33,7 +35,7 @@ def attempt_note(environ: Mapping[str, str], *, command: list[str], config_toml:
 
 
 def git_revision(folder: Path) -> str:
-    """Commit and changed files of the checkout in ``folder``, or why they are not known."""
+    """Return commit and changed files of the checkout in ``folder``, or why they are unknown."""
     lines = []
     for command in (["rev-parse", "HEAD"], ["status", "--short", "--untracked-files=no"]):
         try:
@@ -41,8 +43,8 @@ def git_revision(folder: Path) -> str:
                 ["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=30, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            return f"not known: {error}\n"
+            return f"unknown: {error}\n"
         if done.returncode:
-            return f"not known: {done.stderr.strip()}\n"
+            return f"unknown: {done.stderr.strip()}\n"
         lines.append(done.stdout)
     return "".join(lines)

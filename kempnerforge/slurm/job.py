@@ -1,4 +1,4 @@
-"""What SLURM says of a job, and the few things that are asked of it."""
+"""Query SLURM about a job, and submit, requeue and update jobs."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from kempnerforge import hostlist
 from kempnerforge.errors import KempnerForgeError
 from kempnerforge.process_identity import restart_count
 
-_ASK_TIMEOUT_S = 60.0
-"""A busy controller answers late; SLURM's own clients retry within this time."""
+_QUERY_TIMEOUT_S = 60.0
+"""A busy controller answers late. SLURM's own clients retry within this time."""
 _USABLE = r"(idle|mixed|allocated|completing|reserved|planned)[-+#~%@^!]?"
-"""States of nodes that jobs can be started on, now or later. A ``*`` behind it would say that it is lost."""
+"""States of nodes on which jobs can start, now or later. A trailing ``*`` would mark an unresponsive node."""
 _NO_VALUE = ("(null)", "None", "N/A", "Unknown")
 
 
 class SlurmError(KempnerForgeError):
-    """A command of SLURM is missing, failed, or did not answer."""
+    """A SLURM command is missing, failed, or timed out."""
 
 
 _OF_A_JOB = re.compile(
     "SLURM_(?!CONF$).*|SLURMD_.*|SRUN_.*|PMI.*|TORCHELASTIC_.*|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)"
     "|ROLE_NAME|GROUP_WORLD_SIZE|MASTER_(ADDR|PORT)"
 )
-"""Variables of a job, of a step of it, or of a rank."""
+"""Variables of a job, of a job step, or of a rank."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +37,26 @@ class SlurmJob:
     """The job that this process runs in."""
 
     job_id: str
-    """Of one task of an array, not of the array."""
+    """Id of the array task, not of the array."""
     restart_count: int
-    """How often SLURM has started it again; 0 in its first run."""
+    """Number of restarts by SLURM; 0 at the first start."""
     node_names: tuple[str, ...]
     array_job_id: str = ""
     array_task_id: str = ""
 
     @property
     def handle(self) -> str:
-        """For SLURM's commands. The plain id of one task of an array means all of them."""
+        """Job id for SLURM commands. The plain id of an array task can mean the whole array."""
         return f"{self.array_job_id}_{self.array_task_id}" if self.array_task_id else self.job_id
 
     @property
     def attempt_name(self) -> str:
-        """A name that no other start of any job has, such as ``1234.0``."""
+        """A name that is unique among all starts of all jobs, such as ``1234.0``."""
         return f"{self.job_id}.{self.restart_count}"
 
 
 def this_job(environ: Mapping[str, str]) -> SlurmJob | None:
-    """The job of a process with this environment; None outside of SLURM."""
+    """Return the job of a process with this environment; None outside of SLURM."""
     job_id = environ.get("SLURM_JOB_ID", "")
     if not job_id:
         return None
@@ -77,100 +77,100 @@ def _hosts(nodelist: str) -> list[str]:
 
 
 def node_name(environ: Mapping[str, str]) -> str:
-    """This node as SLURM calls it, which need not be by its host name; outside of SLURM by that."""
+    """Return this node's name in SLURM, which can differ from its host name; the host name outside SLURM."""
     return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def state(handle: str) -> str:
-    """RUNNING, PENDING, COMPLETING, ...; empty when SLURM no longer lists the job."""
-    return ask("squeue", "--noheader", f"--jobs={handle}", "--format=%T").strip()
+    """Return RUNNING, PENDING, COMPLETING, ...; empty if SLURM no longer lists the job."""
+    return query("squeue", "--noheader", f"--jobs={handle}", "--format=%T").strip()
 
 
 def facts(handle: str) -> dict[str, str]:
-    """What ``scontrol`` says of a job, such as ``ExcNodeList`` and ``PreemptTime``."""
-    return parse_facts(ask("scontrol", "-o", "show", "job", handle))
+    """Return the output of ``scontrol show job``, such as ``ExcNodeList`` and ``PreemptTime``."""
+    return parse_facts(query("scontrol", "-o", "show", "job", handle))
 
 
 def parse_facts(line: str) -> dict[str, str]:
-    """The ``Key=value`` words of a line of ``scontrol -o show``, but for those without a value."""
+    """Return the ``Key=value`` words of a line of ``scontrol -o show`` that have a value."""
     pairs = (word.partition("=") for word in line.split())
     return {key: value for key, mark, value in pairs if mark and value not in _NO_VALUE}
 
 
 def lost_nodes(node_names: Sequence[str]) -> list[str]:
-    """Those of the nodes that SLURM takes for lost."""
+    """Return the nodes that SLURM considers lost."""
     if not node_names:
         return []
-    listing = ask("sinfo", "--noheader", "--Node", f"--nodes={','.join(node_names)}", "--format=%N %T")
+    listing = query("sinfo", "--noheader", "--Node", f"--nodes={','.join(node_names)}", "--format=%N %T")
     return parse_lost_nodes(listing)
 
 
 def parse_lost_nodes(listing: str) -> list[str]:
-    """Nodes that are down, failed or do not answer (``*``), from lines of ``sinfo --format="%N %T"``."""
+    """Return nodes that are down, failed or not responding (``*``) in lines of ``sinfo --format="%N %T"``."""
     lost = []
     for line in listing.splitlines():
-        name, _, word = line.strip().partition(" ")
-        if re.match(r"(down|fail|failing|error|unknown)\b", word) or word.endswith("*"):
+        name, _, node_state = line.strip().partition(" ")
+        if re.match(r"(down|fail|failing|error|unknown)\b", node_state) or node_state.endswith("*"):
             lost.append(name)
     return sorted(set(lost))
 
 
 def exclude(handle: str, node_names: Sequence[str]) -> None:
-    """Keep the next starts of a job in the queue off these nodes, beside those that it leaves out already.
+    """Exclude nodes from the next starts of a queued job, in addition to those it already excludes.
 
-    Raises SlurmError, also when it could never start then.
+    Raises SlurmError, also if the job could then never start.
     """
     job = facts(handle)
-    out = {*_hosts(job.get("ExcNodeList", "")), *node_names}
-    listing = ask("sinfo", "--noheader", "--Node", f"--partition={job['Partition']}", "--format=%N %T")
+    excluded = {*_hosts(job.get("ExcNodeList", "")), *node_names}
+    listing = query("sinfo", "--noheader", "--Node", f"--partition={job['Partition']}", "--format=%N %T")
     needed = int(job["NumNodes"].partition("-")[0])
-    if not leaves_enough(listing, out, asked_for=_hosts(job.get("ReqNodeList", "")), needed=needed):
-        raise SlurmError(f"the job needs {needed} nodes, and too few of those that it may use would be left")
-    ask("scontrol", "update", f"JobId={handle}", f"ExcNodeList={','.join(sorted(out))}")
+    if not leaves_enough(listing, excluded, required=_hosts(job.get("ReqNodeList", "")), needed=needed):
+        raise SlurmError(f"the job needs {needed} nodes, and too few usable nodes would be left")
+    query("scontrol", "update", f"JobId={handle}", f"ExcNodeList={','.join(sorted(excluded))}")
 
 
-def leaves_enough(listing: str, out: Collection[str], *, asked_for: Collection[str], needed: int) -> bool:
-    """Whether a job can start without the nodes ``out``. Pure.
+def leaves_enough(listing: str, excluded: Collection[str], *, required: Collection[str], needed: int) -> bool:
+    """Return whether a job can start without the nodes ``excluded``.
 
     Args:
         listing: the nodes of its partition, from ``sinfo --format="%N %T"``.
-        out: nodes that it would leave out.
-        asked_for: nodes that it must have (``--nodelist``).
-        needed: how many it needs.
+        excluded: nodes to exclude.
+        required: nodes that the job must have (``--nodelist``).
+        needed: number of nodes that the job needs.
     """
     lines = [line.split() for line in listing.splitlines()]
-    usable = {name for name, state, *_ in lines if re.fullmatch(_USABLE, state)}
-    return not set(asked_for) & set(out) and len(usable - set(out)) >= needed
+    usable = {name for name, node_state, *_ in lines if re.fullmatch(_USABLE, node_state)}
+    return not set(required) & set(excluded) and len(usable - set(excluded)) >= needed
 
 
 def requeue(handle: str) -> None:
-    """Put the job back into the queue. SLURM ends the calling script too, by SIGTERM."""
-    ask("scontrol", "requeue", handle)
+    """Requeue the job. SLURM also ends the calling script, by SIGTERM."""
+    query("scontrol", "requeue", handle)
 
 
 def submit(script: str) -> str:
-    """Hand a script to ``sbatch``; returns the job's id."""
-    # "7;cluster" where several clusters are known
+    """Submit a script with ``sbatch`` and return the job's id."""
+    # The output is "7;cluster" if SLURM manages several clusters.
     environ = clean_environment(os.environ)
-    return ask("sbatch", "--parsable", text=script, environ=environ).strip().partition(";")[0]
+    return query("sbatch", "--parsable", text=script, environ=environ).strip().partition(";")[0]
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """``environ`` without what the job or the launcher has set in which it is asked for: sbatch hands it on.
+    """Return ``environ`` without variables of the current job or launcher, which sbatch would pass on.
 
-    ``SLURM_CONF`` and a user's defaults (``SBATCH_*``) stay.
+    Keep ``SLURM_CONF`` and a user's defaults (``SBATCH_*``).
     """
     return {name: value for name, value in environ.items() if not _OF_A_JOB.fullmatch(name)}
 
 
-def ask(*command: str, text: str = "", environ: Mapping[str, str] = os.environ) -> str:
-    """What a command of SLURM prints. Times are in its standard format, whatever the user prefers.
+def query(*command: str, text: str = "", environ: Mapping[str, str] = os.environ) -> str:
+    """Run a SLURM command and return its output, with times in SLURM's standard format.
 
     Raises:
-        SlurmError: it is not installed, does not answer, or fails.
+        SlurmError: the command is not installed, times out, or fails.
     """
     if shutil.which(command[0], path=environ.get("PATH")) is None:
-        raise SlurmError(f"{command[0]} is not installed here; run this where SLURM's commands are")
+        raise SlurmError(f"{command[0]} is not installed here; run this on a machine with SLURM's commands")
     try:
         done = subprocess.run(
             command,
@@ -178,11 +178,11 @@ def ask(*command: str, text: str = "", environ: Mapping[str, str] = os.environ) 
             input=text,
             capture_output=True,
             text=True,
-            timeout=_ASK_TIMEOUT_S,
+            timeout=_QUERY_TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{' '.join(command)}: no answer in {_ASK_TIMEOUT_S:g} s; try again") from None
+        raise SlurmError(f"{' '.join(command)}: no answer in {_QUERY_TIMEOUT_S:g} s; try again") from None
     if done.returncode != 0:
         raise SlurmError(f"{' '.join(command)}: {done.stderr.strip() or f'status {done.returncode}'}")
     return done.stdout

@@ -1,4 +1,4 @@
-"""Whether a job goes on when its training has ended: a pure function, and why it says so."""
+"""Decide whether to requeue a job whose training has ended, and give the reason."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from kempnerforge.errors import (
 )
 
 BY_HAND = ("SIGINT", "stop.request")
-"""Words in the reason of a stop that only a person gives: Ctrl-C, and a stop file that names no signal."""
+"""Words in the reason of a stop that a person requested: Ctrl-C, or a stop file that names no signal."""
 
 LOST_LIMIT = 3
-"""Attempts in a row that may be lost before their first commit."""
+"""Do not requeue after this many attempts in a row that were lost before their first commit."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of the job."""
+    """The decision about a job."""
 
     requeue: bool
     status: int
-    """What the batch script ends with when it is not requeued; chains of jobs depend on it."""
+    """Exit status of the batch script if it is not requeued. Job dependencies rely on it."""
     why: str
     exclude: tuple[str, ...] = ()
-    """Nodes to leave out from now on."""
+    """Nodes to exclude from the next starts."""
 
 
 def decide(
@@ -37,39 +37,42 @@ def decide(
     job_state: str,
     status: int | None,
     reason: str = "",
-    asked: str = "",
+    stop_requested_by: str = "",
     lost_nodes: Sequence[str] = (),
     faulty_nodes: Sequence[str] = (),
     lost_in_a_row: int | None = None,
     may_requeue: bool = True,
 ) -> Decision:
-    """Whether the job is put back into the queue.
+    """Decide whether to requeue the job.
 
     Args:
-        job_state: what ``squeue`` says. Anything but RUNNING means that SLURM itself is ending the job: it
-            was cancelled, or is being requeued already.
-        status: the exit status that this attempt left in the run's folder; None when it left none.
-        reason: what it said beside that.
-        asked: how SLURM asked this attempt to stop, as far as the job itself can tell; empty when it did not.
-        lost_nodes: nodes of the job that SLURM takes for lost.
-        faulty_nodes: nodes of the job that faults recorded by this attempt name. The trainer's breaker
-            (status 76) bounds how often a run that makes no progress is put back for them.
-        lost_in_a_row: newest attempts that committed nothing and went away without a word, or with a rank
-            that did; None when this one did not end so. SLURM misses a dead node only minutes later, so one
-            such end is a reason to go on; the breaker does not count them, so several are a reason to stop.
-        may_requeue: whether SLURM would do it. Of a job with --no-requeue the next one of a chain goes on.
+        job_state: state in ``squeue``. Any state but RUNNING means that SLURM itself is ending the job: it
+            was cancelled, or is already being requeued.
+        status: the exit status that this attempt recorded in the run's folder; None if it recorded none.
+        reason: the recorded reason.
+        stop_requested_by: how SLURM requested a stop, if the job can detect it; empty without a request.
+        lost_nodes: nodes of the job that SLURM considers lost.
+        faulty_nodes: nodes of the job in faults that this attempt recorded. The crash-loop guard
+            (status 76) limits how often a run without progress is requeued because of them.
+        lost_in_a_row: number of newest attempts that committed nothing and ended without a record, or with
+            a rank that did; None if this one ended differently. SLURM detects a dead node only minutes later,
+            so a single such end is a reason to requeue. The crash-loop guard does not count them, so several
+            are a reason to stop.
+        may_requeue: whether SLURM permits it. After a job with --no-requeue, the next job of a chain resumes.
     """
-    found = _decide(job_state, status, reason, asked, tuple(lost_nodes), tuple(faulty_nodes), lost_in_a_row)
-    if found.requeue and not may_requeue:
-        return Decision(False, found.status, f"{found.why}, but the job is not to be requeued (--no-requeue)")
-    return found
+    decision = _decide(
+        job_state, status, reason, stop_requested_by, tuple(lost_nodes), tuple(faulty_nodes), lost_in_a_row
+    )
+    if decision.requeue and not may_requeue:
+        return Decision(False, decision.status, f"{decision.why}, but the job has --no-requeue")
+    return decision
 
 
 def _decide(
     job_state: str,
     status: int | None,
     reason: str,
-    asked: str,
+    stop_requested_by: str,
     lost_nodes: tuple[str, ...],
     faulty_nodes: tuple[str, ...],
     lost_in_a_row: int | None,
@@ -87,15 +90,15 @@ def _decide(
     if status == EXIT_STOPPED:
         if any(word in reason for word in BY_HAND) and "SIGTERM" not in reason and "SIGUSR1" not in reason:
             return Decision(False, end, f"it was stopped by hand ({reason})")
-        return Decision(True, end, "work is left", bad)
-    if asked:
-        # It came before the trainer could handle signals, or broke a collective; its commits stand.
-        return Decision(True, end, f"it was asked to stop ({asked})", bad)
+        return Decision(True, end, "the run is not finished", bad)
+    if stop_requested_by:
+        # The signal came before the trainer could handle signals, or broke a collective. Commits are kept.
+        return Decision(True, end, f"a stop was requested ({stop_requested_by})", bad)
     if lost_nodes:
         return Decision(True, end, f"it lost {', '.join(lost_nodes)}", bad)
     if faulty_nodes:
         return Decision(True, end, f"a recorded fault names {', '.join(faulty_nodes)}", bad)
     if lost_in_a_row is not None and lost_in_a_row < LOST_LIMIT:
         return Decision(True, end, "a rank was killed or lost", bad)
-    told = "it left no word in the run's folder" if status is None else f"it ended in a fault ({status})"
-    return Decision(False, end, f"{told}; see the log")
+    ended = "it recorded no exit status" if status is None else f"it ended in a fault ({status})"
+    return Decision(False, end, f"{ended}; see the log")

@@ -1,4 +1,4 @@
-"""The sbatch script of a run, from one template. The files in ``slurm/`` are made by it too."""
+"""Render the sbatch script of a run from a template. The files in ``slurm/`` are rendered from it too."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ OWNED = {
     "--ntasks": "",
     "-n": "",
 }
-"""Options of sbatch that the layout depends on -> the option of ours to use instead, if there is one."""
+"""Options of sbatch that determine the layout -> the option of ``submit`` to use instead, if any."""
 
 STOP_BEFORE_S = 120
 TORCHRUN_TIMEOUT_S = 600
-"""How long torchrun waits at least for ranks that save after a signal."""
+"""Minimum time that torchrun waits for ranks that save after a signal."""
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of SLURM for one run."""
+    """The parameters of a SLURM job for one run."""
 
     name: str
     nodes: int
     gpus_per_node: int
     processes_per_node: int
     time: str
-    """As sbatch takes it, such as ``24:00:00``."""
+    """Time limit in sbatch's format, such as ``24:00:00``."""
     train: Sequence[str]
     """The training script and its arguments."""
     command: str
-    """What made the script, for its first line."""
+    """The command that renders the script, for its first lines."""
     output: str = "slurm-%x-%j.log"
     shutdown_timeout_s: float = 25
-    """After which the ranks end themselves."""
+    """Time after which the ranks end themselves."""
     bin_dir: str = ""
-    """Where torchrun and kempnerforge are; empty to take them from PATH."""
+    """Folder of torchrun and kempnerforge; empty to use PATH."""
     sbatch_options: Sequence[str] = ()
 
 
 def render(request: Request) -> str:
-    """The script."""
+    """Return the script."""
     path = f'PATH={shlex.quote(request.bin_dir)}:"$PATH"\n' if request.bin_dir else ""
     filled = {
-        # In one line: what follows a line break in a comment would be run.
+        # On one line: text after a line break in a comment would be executed.
         "@COMMAND@": " ".join(request.command.splitlines()),
         "@SBATCH@": "\n".join(f"#SBATCH {option}" for option in _directives(request)),
         "@PATH@": path,
@@ -66,7 +66,7 @@ def render(request: Request) -> str:
         "@TRAIN@": " ".join(shlex.quote(word) for word in request.train),
     }
     pattern = re.compile("|".join(filled))
-    return pattern.sub(lambda found: filled[found[0]], TEMPLATE.read_text(encoding="utf-8"))
+    return pattern.sub(lambda match: filled[match[0]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _directives(request: Request) -> list[str]:
@@ -90,27 +90,27 @@ def _directives(request: Request) -> list[str]:
 
 
 def escape_pattern(path: str) -> str:
-    """A path as sbatch takes it where it replaces ``%j`` and the like."""
+    """Escape a path for options in which sbatch replaces patterns such as ``%j``."""
     return path.replace("%", "%%")
 
 
 def expand_pattern(pattern: str, values: Mapping[str, str]) -> str:
-    """What sbatch makes of a file name pattern; letters without a value stay."""
+    """Expand a file name pattern as sbatch does. Letters without a value are not changed."""
 
-    def expand(found: re.Match[str]) -> str:
-        return "%" if found[1] == "%" else values.get(found[1], found[0])
+    def expand(match: re.Match[str]) -> str:
+        return "%" if match[1] == "%" else values.get(match[1], match[0])
 
     return re.sub(r"%(.)", expand, pattern)
 
 
 def stop_before_s(time: str) -> int:
-    """Seconds before the limit at which the batch shell is told: 120, of short jobs a quarter."""
+    """Return the seconds between the signal to the batch shell and the limit: 120, or a quarter of it."""
     seconds = parse_time_s(time)
     return STOP_BEFORE_S if seconds is None else min(STOP_BEFORE_S, seconds // 4)
 
 
 def parse_time_s(text: str) -> int | None:
-    """Seconds in a time limit of sbatch: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None for one that is none."""
+    """Return the seconds of an sbatch time limit: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None if invalid."""
     match = _TIME.fullmatch(text)
     if match is None:
         return None
@@ -126,48 +126,48 @@ def parse_time_s(text: str) -> int | None:
 
 
 def option_value(options: Sequence[str], name: str, letter: str) -> str | None:
-    """The value of an option of sbatch, written as ``--name=V``, ``--name V``, ``-nV`` or ``-n V``."""
-    found = None
+    """Return the value of an sbatch option, written as ``--name=V``, ``--name V``, ``-nV`` or ``-n V``."""
+    value = None
     for option, following in pairwise([*options, ""]):
         if option in (name, letter):
-            found = following
+            value = following
         elif option.startswith(f"{name}="):
-            found = option.removeprefix(f"{name}=")
+            value = option.removeprefix(f"{name}=")
         elif option.startswith(letter) and not option.startswith("--"):
-            found = option.removeprefix(letter)
-    return found
+            value = option.removeprefix(letter)
+    return value
 
 
 def array_faults(options: Sequence[str], run_dir: str, *, is_shared: bool) -> list[ConfigIssue]:
-    """What is wrong with ``--array``, when all of its tasks train in ``run_dir`` (``is_shared``)."""
+    """Report an ``--array`` whose tasks would all train in ``run_dir`` (``is_shared``) at the same time."""
     array = option_value(options, "--array", "-a")
     if array is None or not is_shared or array.endswith("%1") or array.isdecimal():
         return []
-    problem = f"all of its tasks would write one run, {run_dir}"
-    allowed = "put {array_task_id} into run.dir, or write %1 behind it: one task after the other"
+    problem = f"all tasks would write the same run, {run_dir}"
+    allowed = "put {array_task_id} into run.dir, or append %1 to run one task after the other"
     return [ConfigIssue(f"--array={array}", problem, allowed)]
 
 
 def option_faults(time: str, sbatch_options: Sequence[str]) -> list[ConfigIssue]:
-    """What is wrong with the time limit and with options that are handed on."""
+    """Report an invalid time limit, and options that must not be passed to sbatch."""
     faults = []
     if not parse_time_s(time):
-        faults.append(ConfigIssue("--time", f'"{time}" is not a time limit', "such as 90, 24:00:00 or 2-12"))
+        faults.append(ConfigIssue("--time", f'"{time}" is not a time limit', "e.g. 90, 24:00:00 or 2-12"))
     for option in sbatch_options:
         name = option.partition("=")[0]
         name = name if name.startswith("--") else name[:2]
         if len(option.splitlines()) > 1:
-            faults.append(ConfigIssue(repr(option), "has a line break", "write it in one line"))
+            faults.append(ConfigIssue(repr(option), "has a line break", "write it on one line"))
         elif name in OWNED:
-            instead = f"write {OWNED[name]} before --" if OWNED[name] else "there is one task a node"
-            faults.append(ConfigIssue(option, "decides the layout, which is checked before", instead))
+            instead = f"write {OWNED[name]} before --" if OWNED[name] else "there is one task per node"
+            faults.append(ConfigIssue(option, "would change the layout, which is already checked", instead))
         elif re.match(r"--\w+\.\w", option):
-            faults.append(ConfigIssue(option, "is not an option of sbatch", "overrides stand before --"))
+            faults.append(ConfigIssue(option, "is not an option of sbatch", "write overrides before --"))
     return faults
 
 
 def check_options(time: str, sbatch_options: Sequence[str], run_dir: str, *, is_shared: bool) -> None:
-    """Raise ConfigError when ``option_faults`` or ``array_faults`` finds any."""
+    """Raise ConfigError if ``option_faults`` or ``array_faults`` reports any issue."""
     faults = [
         *option_faults(time, sbatch_options),
         *array_faults(sbatch_options, run_dir, is_shared=is_shared),

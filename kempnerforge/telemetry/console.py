@@ -1,8 +1,8 @@
-"""The console: one progress line on a terminal, plain lines everywhere else.
+"""The console sink: a progress line on a terminal, plain lines otherwise.
 
-All output of a run goes through it. On a terminal the progress line is rewritten in place and everything
-else is printed above it. Two control codes do this instead of a live display, because a live display hides
-the cursor and takes over stdout: a run that is killed must leave the terminal as it was.
+All output of a run is printed through it. On a terminal the progress line is rewritten in place, and all
+other lines are printed above it. This uses two control codes instead of rich's live display, which hides the
+cursor and captures stdout: a killed run must not leave the terminal in a changed state.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _ETA_WINDOW_STEPS = 50
 
 
 class ConsoleSink:
-    """Shows rows to a person. Decides by itself which rows are worth a line.
+    """Prints rows as text, and decides which rows are worth a line.
 
-    Output is a courtesy: a pipe that was closed or a full disk behind stdout never stops the run.
+    A closed pipe, or a full disk behind stdout, never stops the run.
 
     Args:
         max_steps: the last step of the run, for progress and ETA.
-        log_interval: steps between plain lines; a terminal's progress line follows every step.
-        file: where to write; standard output by default.
+        log_interval: steps between plain lines. The progress line on a terminal shows every step.
+        file: the output file; standard output by default.
     """
 
     def __init__(self, max_steps: int, log_interval: int, *, file: TextIO | None = None) -> None:
@@ -62,15 +62,15 @@ class ConsoleSink:
             self._print(commit_line(row), "green")
 
     def note(self, text: str) -> None:
-        """Say something that is good to know."""
+        """Print an informational message."""
         self._print(text, "")
 
     def warn(self, text: str) -> None:
-        """Say something that should be looked at."""
+        """Print a warning."""
         self._print(f"warning: {text}", "bold yellow")
 
     def close(self) -> None:
-        """Leave the last progress line standing, with the cursor below it."""
+        """Keep the last progress line on screen, with the cursor below it."""
         self._end_progress()
 
     def _end_progress(self) -> None:
@@ -102,7 +102,7 @@ class ConsoleSink:
         with suppress(*_UNSHOWABLE):
             if self._live:
                 self._console.control(_ERASE_LINE)
-            # soft_wrap: the terminal breaks long lines, a log file keeps them whole.
+            # soft_wrap: the terminal wraps long lines, and a log file keeps them whole.
             self._console.print(Text(printable(text, lines=True), style=style), soft_wrap=True)
             if self._progress is not None:
                 self._draw()
@@ -111,7 +111,7 @@ class ConsoleSink:
         if self._progress is None:
             return
         line = self._progress.copy()
-        # One cell short of the width: a full line would wrap, and erasing clears one line only.
+        # One cell less than the width: a full line would wrap, and erasing clears one line only.
         line.truncate(self._console.width - 1, overflow="ellipsis")
         self._console.control(_ERASE_LINE)
         self._console.print(line, end="", no_wrap=True, crop=True)
@@ -125,19 +125,19 @@ class ConsoleSink:
 
 class _PipeSafeConsole(Console):
     def on_broken_pipe(self) -> None:
-        """Go quiet. Rich's own answer ends with the process, and a training run outlives ``| head``."""
+        """Stop printing. Rich would exit the process, but a training run must survive ``| head``."""
         with suppress(SystemExit):
             super().on_broken_pipe()
 
 
 class _Pace:
-    """Steps a second over the last steps, as the wall clock saw them: saves and validation included."""
+    """Steps per second over the last steps in wall time, including saves and validation."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[int, float]] = deque(maxlen=_ETA_WINDOW_STEPS)
 
     def eta_s(self, step: int, max_steps: int) -> float | None:
-        """Note that ``step`` is done; seconds until ``max_steps``, or None after a single step."""
+        """Record ``step`` and return the seconds until ``max_steps``, or None after a single step."""
         self._marks.append((step, time.monotonic()))
         first_step, first_s = self._marks[0]
         if step <= first_step:

@@ -1,4 +1,4 @@
-"""Rows as lines for people. Pure functions: no terminal, no clock."""
+"""Format rows as readable lines. Pure functions: no terminal, no clock."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from kempnerforge.telemetry.sinks import Row
 
 
 def train_fields(row: Row, eta_s: float | None) -> list[str]:
-    """The parts of a training line after the step: only what the row holds.
+    """Return the fields of a training line after the step, for the metrics that the row has.
 
     Args:
-        row: with some of ``train/loss``, ``train/grad_norm``, ``train/lr``, ``train/tokens_per_s``,
+        row: may have ``train/loss``, ``train/grad_norm``, ``train/lr``, ``train/tokens_per_s`` and
             ``train/mfu``.
-        eta_s: seconds until the last step; None while it cannot be told.
+        eta_s: seconds until the last step; None if unknown.
     """
     formats = (
         ("train/loss", lambda value: f"loss {value:.4f}"),
@@ -29,12 +29,15 @@ def train_fields(row: Row, eta_s: float | None) -> list[str]:
 
 
 def eval_line(row: Row) -> str:
-    """``eval  step 150  loss 2.4100``."""
+    """Return a line such as ``eval  step 150  loss 2.4100``."""
     return f"eval  step {row['step']}  loss {row['eval/loss']:.4f}"
 
 
 def commit_line(row: Row) -> str:
-    """``checkpoint step 150 committed: 12.4 MB in 0.08 s (write 0.05 s, commit 0.02 s), blocked 0.08 s``."""
+    """Return a line for a commit.
+
+    ``checkpoint step 150 committed: 12.4 MB in 0.08 s (write 0.05 s, commit 0.02 s), blocked 0.08 s``
+    """
     step = row.get("checkpoint/step", row["step"])
     parts = [f"{part} {seconds(row[key])}" for part in ("write", "commit") if (key := _timing(part)) in row]
     size = si_bytes(row["checkpoint/size_bytes"]) if "checkpoint/size_bytes" in row else ""
@@ -46,12 +49,12 @@ def commit_line(row: Row) -> str:
 
 
 def is_non_finite(row: Row) -> bool:
-    """Whether this step's loss or gradient norm is not a finite number."""
+    """Return whether the step's loss or gradient norm is not finite."""
     return any(not math.isfinite(row.get(key, 0.0)) for key in ("train/loss", "train/grad_norm"))
 
 
 def si(value: float) -> str:
-    """Three digits or so with a decimal prefix: ``950``, ``41.2k``, ``1.8M``."""
+    """Return a number with a decimal prefix: ``950``, ``41.2k``, ``1.8M``."""
     for limit, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.1f}{prefix}"
@@ -59,7 +62,7 @@ def si(value: float) -> str:
 
 
 def si_bytes(size_bytes: float) -> str:
-    """A size with a decimal unit: ``812 B``, ``12.4 MB``, ``1.8 GB``."""
+    """Return a size with a decimal unit: ``812 B``, ``12.4 MB``, ``1.8 GB``."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size_bytes >= limit:
             return f"{size_bytes / limit:.1f} {unit}"
@@ -67,14 +70,14 @@ def si_bytes(size_bytes: float) -> str:
 
 
 def seconds(value_s: float) -> str:
-    """``0.08 s``, ``12.3 s``, or a duration from two minutes on."""
+    """Return ``0.08 s`` or ``12.3 s``; from two minutes on, see ``duration``."""
     if value_s >= 120:
         return duration(value_s)
     return f"{value_s:.1f} s" if value_s >= 10 else f"{value_s:.2f} s"
 
 
 def duration(value_s: float) -> str:
-    """``00:41``, ``1:02:03``, ``2d 03:04:05``."""
+    """Return ``00:41``, ``1:02:03`` or ``2d 03:04:05``."""
     minutes, second = divmod(round(value_s), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

@@ -1,6 +1,6 @@
-"""A few columns of ``metrics.jsonl`` as plain numbers: what a plot needs of a run of a million rows.
+"""Read a few columns of ``metrics.jsonl`` as plain numbers, for plots of runs with millions of rows.
 
-Parsed by pydantic's parser: half of a gigabyte of rows took it 2 s, and ``json`` 7.
+Uses pydantic's JSON parser: half a gigabyte of rows took it 2 s, and ``json`` 7 s.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Curve:
 
     steps: array[float] = field(default_factory=lambda: array("d"))
     values: array[float] = field(default_factory=lambda: array("d"))
-    """Not all of them need be finite."""
+    """May contain non-finite values."""
 
 
 @dataclass
 class Curves:
-    """The metrics of a run, each with the rows that count apart from those of steps that were done again."""
+    """The metrics of a run. Values of the final timeline are separate from those of lost steps."""
 
     counting: dict[str, Curve]
     repeated: dict[str, dict[int, Curve]]
@@ -36,7 +36,7 @@ class Curves:
 
 
 def read_curves(path: Path, keys: Sequence[str], resumes: Mapping[int, int]) -> Curves:
-    """The metrics ``keys`` of a ``metrics.jsonl``; lines that are no rows are left out. No file is no rows.
+    """Read the metrics ``keys`` of a ``metrics.jsonl``. Skip invalid lines. Return no values without a file.
 
     Args:
         resumes: attempt -> the step it resumed from, as for ``effective_rows``.
@@ -44,12 +44,12 @@ def read_curves(path: Path, keys: Sequence[str], resumes: Mapping[int, int]) -> 
     Raises:
         OSError: the file cannot be read.
     """
-    found = Curves({key: Curve() for key in keys}, {key: {} for key in keys})
+    curves = Curves({key: Curve() for key in keys}, {key: {} for key in keys})
     last: dict[int, float] = {}
     try:
         file = os.fdopen(fsio.open_to_read(path), "rb")
     except FileNotFoundError:
-        return found
+        return curves
     with file:
         for line in file:
             try:
@@ -65,9 +65,8 @@ def read_curves(path: Path, keys: Sequence[str], resumes: Mapping[int, int]) -> 
             for key in keys:
                 value = decode_value(row.get(key))
                 if isinstance(value, int | float):
-                    curve = (
-                        found.counting[key] if counts else found.repeated[key].setdefault(attempt, Curve())
-                    )
+                    lost = curves.repeated[key]
+                    curve = curves.counting[key] if counts else lost.setdefault(attempt, Curve())
                     curve.steps.append(step)
                     curve.values.append(value)
-    return found
+    return curves

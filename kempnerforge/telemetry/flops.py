@@ -1,11 +1,11 @@
-"""Peak FLOP/s of known accelerators, and model FLOPs utilisation."""
+"""Peak FLOP/s of known accelerators, and model FLOPs utilization."""
 
 from __future__ import annotations
 
 import re
 
-# Dense bf16 peaks in FLOP/s, without structured sparsity; where a datasheet prints only the sparse figure,
-# half of it. The first pattern that is found in the name counts, so variants stand before the plain name.
+# Dense bf16 peaks in FLOP/s, without structured sparsity: half of the sparse figure if the datasheet has no
+# other. The first pattern that matches the name is used, so variants precede the plain name.
 _PEAK_BF16 = tuple(
     (re.compile(pattern), peak)
     for pattern, peak in (
@@ -29,10 +29,10 @@ _PEAK_BF16 = tuple(
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of one device by the name its driver gives, or None when it is not known.
+    """Return the peak dense bf16 FLOP/s of a device by the name that its driver reports, or None if unknown.
 
-    ``device_name`` is what ``torch.cuda.get_device_name()`` returns, such as ``"NVIDIA H100 80GB HBM3"``.
-    A MIG slice is a fraction of the device in its name, so it is not known.
+    ``device_name`` is the result of ``torch.cuda.get_device_name()``, such as ``"NVIDIA H100 80GB HBM3"``.
+    The peak of a MIG slice is unknown, because it is a fraction of the named device.
     """
     if re.search(r"\bMIG\b", device_name):
         return None
@@ -43,14 +43,15 @@ def peak_bf16_flops(device_name: str) -> float | None:
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, num_devices: int, peak: float) -> float:
-    """Model FLOPs utilisation, a fraction: the FLOP/s that the model needs over the FLOP/s that there are.
+    """Return the model FLOPs utilization: FLOP/s that the model needs, divided by the peak FLOP/s.
 
-    Chowdhery et al. 2022 (PaLM), appendix B. Recomputation by activation checkpointing does not count.
+    Defined by Chowdhery et al. 2022 (PaLM), appendix B. Recomputation by activation checkpointing does not
+    count.
 
     Args:
-        tokens_per_s: of the whole run, all devices together.
-        flops_per_token: forward and backward of one token.
-        num_devices: devices of the whole run.
+        tokens_per_s: throughput of the whole run.
+        flops_per_token: FLOPs of forward and backward pass per token.
+        num_devices: number of devices of the whole run.
         peak: peak FLOP/s of one device.
     """
     return tokens_per_s * flops_per_token / (num_devices * peak)

@@ -1,15 +1,15 @@
-"""``metrics.jsonl``: append-only, one JSON object a line, readable after a kill at any instant.
+"""``metrics.jsonl``: append-only, one JSON object per line, readable after a kill at any instant.
 
 A row is ``{"step": 12, "attempt": 2, "time": 1764000000.25, "train/loss": 2.3412345678901234, ...}``.
-Floats are written with ``repr``, so reading gives back the same bits. JSON has no words for what is not
-finite: such floats are the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"`` (the spelling of protobuf's
-JSON mapping, and of wandb), and ``read_rows`` turns them into floats again. So a step that was skipped for
-its loss shows what the loss was; a missing key means that a value was not measured.
+Floats are written with ``repr``, so that reading returns the same bits. JSON cannot represent non-finite
+floats: they are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"`` (as in protobuf's JSON
+mapping and in wandb), and ``read_rows`` converts them back to floats. A step that was skipped because of its
+loss therefore shows that loss. A missing key means that a value was not measured.
 
-Rows are written on a thread (``write_behind``): training does not wait for a slow file system. On a fast one
-a row is written when ``write`` returns. A whole line goes out in one ``write`` on an ``O_APPEND`` descriptor,
-so a kill leaves at most one torn line, the last. The next writer ends that line before its own first row. No
-prefix of a JSON object is a JSON object: a torn line cannot be taken for a row.
+Rows are written on a thread (``write_behind``), so that training does not wait for a slow file system. On a
+fast one, a row is written when ``write`` returns. Each line is a single ``write`` to an ``O_APPEND``
+descriptor, so that a kill leaves at most one torn line, the last one. The next writer ends that line before
+its first row. No prefix of a JSON object is a JSON object: a torn line cannot be mistaken for a row.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from kempnerforge.telemetry.sinks import Row
 from kempnerforge.write_behind import WriteBehind
 
 CLOSE_WAIT_S = 5.0
-"""The end of a run waits so long for rows that are not written yet."""
+"""How long the end of a run waits for rows that are not written yet."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JsonlSink:
-    """Appends rows to ``path``. A full disk costs rows and one warning, never the run.
+    """Appends rows to ``path``. A full disk loses rows and causes one warning, but does not stop the run.
 
     Args:
-        path: the file; its folder must exist.
-        attempt: which start of this run writes, counted from 1; stands in every row.
-        warn: told once when rows begin to be lost, and once when writing works again.
+        path: the file. Its folder must exist.
+        attempt: number of this start of the run, from 1. Written to every row.
+        warn: called once when rows start to be lost, and once when writing works again.
 
     Raises:
         OSError: the file cannot be opened or repaired.
@@ -54,17 +54,17 @@ class JsonlSink:
         self._queue = WriteBehind("metrics", failed=lambda error: self._lose_row(str(error)))
 
     def write(self, row: Row) -> None:
-        """Append one row, soon. Raises TypeError or ValueError for a value that JSON cannot hold."""
+        """Queue one row. Raises TypeError or ValueError for a value that JSON cannot represent."""
         line = _encode(row, self._attempt)
         if not self._queue.submit(lambda: self._append(line)):
-            self._lose_row("too many rows wait for a slow file system")
+            self._lose_row("too many rows are waiting for a slow file system")
 
     def flush(self, timeout_s: float) -> int:
-        """Wait until all rows are written, for ``timeout_s`` at most. Returns how many are not."""
+        """Wait until all rows are written, for ``timeout_s`` at most. Return the number of unwritten rows."""
         return self._queue.flush(timeout_s)
 
     def _append(self, line: bytes) -> None:
-        # A leading newline ends a line that was cut short, by a kill or by a full disk.
+        # A leading newline ends a line that a kill or a full disk has torn.
         data = b"\n" + line if self._torn else line
         try:
             written = os.write(self._fd, data)
@@ -79,7 +79,7 @@ class JsonlSink:
             self._lost_rows = 0
 
     def close(self) -> None:
-        """Write what waits, for ``CLOSE_WAIT_S`` at most, and close the file."""
+        """Write the queued rows, for ``CLOSE_WAIT_S`` at most, and close the file."""
         if left := self.flush(CLOSE_WAIT_S):
             self._warn(
                 f"{self._path}: {left} rows are lost: not written within {CLOSE_WAIT_S:g} s of the end"
@@ -94,22 +94,22 @@ class JsonlSink:
 
 
 class RowsRead(NamedTuple):
-    """What ``read_rows`` found."""
+    """The result of ``read_rows``."""
 
     rows: list[dict[str, Any]]
     """In the order of the file."""
     torn: int
-    """Lines that are not a row: at most one for each time that a writer was killed, and foreign ones."""
+    """Number of lines that are not rows: at most one per killed writer, and lines of others."""
 
     def next_step(self, first_attempt: int = 0) -> int:
-        """One above the newest step that ``first_attempt`` or a later one has logged; 0 without rows."""
+        """Return 1 + the newest step logged by ``first_attempt`` or a later attempt; 0 without rows."""
         return max((row["step"] + 1 for row in self.rows if row["attempt"] >= first_attempt), default=0)
 
 
 def read_rows(path: Path, *, having: str = "") -> RowsRead:
-    """Read all rows of a ``metrics.jsonl``, skipping and counting torn lines.
+    """Read all rows of a ``metrics.jsonl``. Skip and count torn lines.
 
-    ``having``: read only rows with this metric, which is much faster where few have it.
+    With ``having``, read only rows with this metric. That is much faster if few rows have it.
 
     Raises:
         OSError: the file cannot be read.
@@ -122,7 +122,7 @@ def read_rows(path: Path, *, having: str = "") -> RowsRead:
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # UnicodeDecodeError is one too
+        except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
             row = None
         if isinstance(row, dict) and all(type(row.get(key)) is int for key in ("step", "attempt")):
             rows.append({key: decode_value(value) for key, value in row.items()})
@@ -132,27 +132,27 @@ def read_rows(path: Path, *, having: str = "") -> RowsRead:
 
 
 def effective_rows(rows: Sequence[Row], resumes: Mapping[int, int]) -> list[Row]:
-    """The rows that count, in their order: what an uninterrupted run would have logged.
+    """Return the rows of the final timeline, in order: those that an uninterrupted run would have logged.
 
-    A row (attempt, step) counts if no later attempt resumed below that step: what was trained after
-    the checkpoint that a later attempt started from has been trained again, or was rolled back.
+    A row (attempt, step) is dropped if a later attempt resumed below that step, because the step was then
+    repeated or rolled back.
 
     Args:
         rows: rows with ``attempt`` and ``step``, such as ``read_rows(path).rows``.
-        resumes: attempt -> the step it resumed from; 0 for a fresh start. An attempt that ended before it
-            had chosen a step is not in it.
+        resumes: attempt -> the step it resumed from; 0 for a fresh start. Attempts that ended before they
+            selected a step are missing.
     """
     last = {attempt: last_step_that_counts(attempt, resumes) for attempt in {row["attempt"] for row in rows}}
     return [row for row in rows if row["step"] <= last[row["attempt"]]]
 
 
 def last_step_that_counts(attempt: int, resumes: Mapping[int, int]) -> float:
-    """Up to which step the rows of ``attempt`` count; infinite where no later attempt resumed."""
+    """Return the last step of ``attempt`` on the final timeline; infinite if no later attempt resumed."""
     return min((step for later, step in resumes.items() if later > attempt), default=math.inf)
 
 
 def by_step(rows: Iterable[Row]) -> dict[int, dict[str, Any]]:
-    """One row a step, in order of steps: wandb cannot come back to a step. Of two values the later counts."""
+    """Merge rows into one per step, ordered by step; later values win. wandb cannot go back to a step."""
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
         merged.setdefault(row["step"], {}).update(row)
@@ -167,14 +167,14 @@ def _encode(row: Row, attempt: int) -> bytes:
 
 
 def encode_value(value: Any) -> Any:
-    """``value`` as JSON can hold it: floats that are not finite become their names."""
+    """Return ``value`` in a form that JSON can represent: non-finite floats become their names."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 
 def decode_value(value: Any) -> Any:
-    """A value of a row, with what ``encode_value`` did undone."""
+    """Reverse ``encode_value``."""
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
 
 

@@ -1,4 +1,4 @@
-"""Where metric rows go: the protocol that every sink follows, and the fan-out that the loop writes to."""
+"""The protocol of sinks for metric rows, and the set of sinks that the loop writes to."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 Row = Mapping[str, Any]
-"""``step`` (int) and metrics by name. ``SinkSet`` adds ``time`` (Unix time, seconds) where it is missing."""
+"""``step`` (int) and metrics by name. ``SinkSet`` adds ``time`` (Unix time in seconds) if it is missing."""
 
 
 class Sink(Protocol):
-    """One place that rows go to."""
+    """A destination of rows."""
 
     def write(self, row: Row) -> None:
-        """Take one row. Never changes it and never waits for a network."""
+        """Write one row. Must not change it or wait for a network."""
         ...
 
     def close(self) -> None:
-        """Hand over what is still held back. No row may be written after it."""
+        """Flush pending rows. No row may be written afterwards."""
         ...
 
 
 class SinkSet:
-    """Hands every row to every sink. Ranks other than 0 hold an empty set, so the loop needs no rank test."""
+    """Writes every row to all sinks. Other ranks than 0 have an empty set, so the loop needs no rank test."""
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = tuple(sinks)
 
     def write(self, row: Row) -> None:
-        """Hand ``row`` to all sinks, stamped with one ``time`` so that they agree on it."""
+        """Write ``row`` to all sinks, with the same ``time`` for all."""
         stamped = row if "time" in row else {**row, "time": time.time()}
         for sink in self._sinks:
             sink.write(stamped)
 
     def close(self) -> None:
-        """Close all sinks, the last one first; an error in one does not keep the others open."""
+        """Close all sinks, the last one first, even if one of them raises an error."""
         with ExitStack() as stack:
             for sink in self._sinks:
                 stack.callback(sink.close)

@@ -1,8 +1,8 @@
-"""How long the parts of a step take, on the host's clock or on the device's.
+"""Time the parts of a step, by the clock of the host or of the device.
 
-CUDA work is queued: the host's clock would time the queueing. There a span records two events on
-the current stream and reads no clock; ``collect`` resolves them all after the step's own synchronisation (the
-loss has reached the host), so that timing adds no synchronisation of its own.
+CUDA work is queued, and the host's clock would time only the queueing. On CUDA a span therefore records two
+events on the current stream. ``collect`` resolves them after the step's own synchronization (the copy of the
+loss to the host), so that timing adds no synchronization.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 
 class Spans:
-    """Timers of one step, by name. A name used several times in a step adds up; spans may nest.
+    """Timers of a step, by name. Times of the same name are added. Spans may be nested.
 
     Args:
-        device_type: ``"cuda"`` times on the device; anything else on the host.
-        on_enter: told the name of every span that begins.
+        device_type: ``"cuda"`` times on the device, any other type on the host.
+        on_enter: called with the name of every span that starts.
     """
 
     def __init__(self, device_type: str, *, on_enter: Callable[[str], None] = lambda _name: None) -> None:
@@ -31,9 +31,9 @@ class Spans:
         """Time the body as ``time/<name>_s``.
 
         Args:
-            name: such as ``forward_backward``.
-            host: use the host's clock on CUDA too, for what the device takes no part in: waiting for data,
-                or a whole step that ends in a synchronisation.
+            name: name of the span, such as ``forward_backward``.
+            host: use the host's clock even on CUDA, for work without the device, such as waiting for data,
+                or for a whole step that ends in a synchronization.
         """
         self._on_enter(name)
         if self._device is not None and not host:
@@ -47,9 +47,9 @@ class Spans:
             self._host_s[name] = self._host_s.get(name, 0.0) + time.perf_counter() - start_s
 
     def collect(self) -> dict[str, float]:
-        """The seconds since the last ``collect``, as ``time/<name>_s``; starts the next step at nothing.
+        """Return the seconds since the last ``collect`` as ``time/<name>_s``, and reset all timers.
 
-        On CUDA this waits for the last span to have run, which it has if the step has synchronised.
+        On CUDA this waits for the end of the last span, which has been reached if the step has synchronized.
         """
         seconds = self._host_s
         self._host_s = {}
@@ -59,7 +59,7 @@ class Spans:
 
 
 class _CudaEvents:
-    """Pairs of timing events on the current stream. Events are used again: making one costs a driver call."""
+    """Pairs of timing events on the current stream. Events are reused: creating one is a driver call."""
 
     def __init__(self) -> None:
         import torch
@@ -80,7 +80,7 @@ class _CudaEvents:
         seconds: dict[str, float] = {}
         for name, start, end in self._pairs:
             end.synchronize()
-            seconds[name] = seconds.get(name, 0.0) + start.elapsed_time(end) / 1000.0  # given in ms
+            seconds[name] = seconds.get(name, 0.0) + start.elapsed_time(end) / 1000.0  # milliseconds
             self._free += (start, end)
         self._pairs.clear()
         return seconds

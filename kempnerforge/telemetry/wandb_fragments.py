@@ -1,11 +1,11 @@
-"""What the offline attempts of a run have brought to disk for wandb: a folder each, ``wandb/offline-run-*``.
+"""Read the wandb files of offline attempts: one folder per attempt, ``wandb/offline-run-*``.
 
-A kill loses what the client had not written yet: the newest step, which it keeps open, and what it was
-handed in the last half second. wandb takes no step below its newest one, so an attempt that holds back all
-steps that were logged before would leave a hole there. It asks here what is on disk instead.
+A kill loses what the client has not written yet: the newest step, which it keeps open, and the rows of the
+last half second. wandb accepts no step below its newest one. If an attempt skipped all steps that earlier
+attempts logged, the lost steps would be missing. Therefore it reads here which steps are on disk.
 
-A fragment's ``.wandb`` file is a log in LevelDB's format after a header of 7 bytes; its records are wandb's
-protocol buffers. A log that ends within a record ends at the record before it, as for ``wandb sync``.
+The ``.wandb`` file of a fragment is a log in LevelDB's format after a header of 7 bytes. Its records are
+wandb's protocol buffers. A partial record at the end of a log is ignored, as by ``wandb sync``.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from typing import Any, cast
 from kempnerforge import fsio
 
 _MARK = "kempnerforge.json"
-"""In a fragment's folder, where wandb neither reads nor uploads it: which attempt wrote it."""
+"""File in a fragment's folder with the attempt that wrote it. wandb neither reads nor uploads it."""
 _BLOCK_BYTES = 32 << 10
 _HEADER_BYTES = 7
 _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 
 def mark(fragment: Path, attempt: int) -> None:
-    """Say in ``fragment`` which attempt writes it. Raises OSError."""
+    """Record in ``fragment`` which attempt writes it. Raises OSError."""
     fsio.write_new_file(fragment / _MARK, json.dumps({"attempt": attempt}).encode())
 
 
 def first_missing_step(run_dir: Path, run_id: str, attempt: int, newest_steps: Mapping[int, int]) -> int:
-    """One above the newest step that attempts before ``attempt`` have brought to disk, or may have uploaded.
+    """Return 1 + the newest step that attempts before ``attempt`` wrote to disk or may have uploaded.
 
-    ``newest_steps``: attempt -> the newest step that it logged. It counts for attempts without a fragment:
-    online ones, and those whose fragment was uploaded and removed.
+    ``newest_steps`` maps an attempt to the newest step that it logged. It is used for attempts without a
+    fragment: online attempts, and those whose fragment was uploaded and removed.
 
-    Raises OSError, ValueError, ImportError where the files are not as this version of wandb writes them.
+    Raises OSError, ValueError or ImportError if the files differ from those of this version of wandb.
     """
     newest, known = -1, {attempt}
     for fragment in sorted(Path(run_dir, "wandb").glob(f"offline-run-*-{run_id}"), reverse=True):
@@ -50,10 +50,10 @@ def first_missing_step(run_dir: Path, run_id: str, attempt: int, newest_steps: M
 
 
 def _newest_step(path: Path) -> int:
-    """The highest step of which ``path`` has a row; -1 without rows."""
+    """Return the highest step with a row in ``path``; -1 without rows."""
     from wandb.proto import wandb_internal_pb2
 
-    newest, messages = -1, cast(Any, wandb_internal_pb2)  # its classes are made when it is imported
+    newest, messages = -1, cast(Any, wandb_internal_pb2)  # its classes are created at import time
     for data in _log_records(fsio.read_file(path)):
         record = messages.Record.FromString(data)
         if record.HasField("history"):
@@ -63,11 +63,11 @@ def _newest_step(path: Path) -> int:
 
 def _log_records(log: bytes) -> Iterator[bytes]:
     if log[:4] != b":W&B":
-        raise ValueError("not a log of wandb")
+        raise ValueError("not a wandb log")
     at, record = _HEADER_BYTES, b""
     while at + _HEADER_BYTES <= len(log):
         left = _BLOCK_BYTES - at % _BLOCK_BYTES
-        if left < _HEADER_BYTES:  # too little for a header: it was filled with zeros
+        if left < _HEADER_BYTES:  # too small for a header: padding
             at += left
             continue
         size, kind = int.from_bytes(log[at + 4 : at + 6], "little"), log[at + 6]

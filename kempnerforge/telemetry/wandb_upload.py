@@ -1,10 +1,10 @@
-"""A run's rows into one wandb run, afterwards: what ``kempnerforge wandb sync`` does.
+"""Upload the rows of a run to one wandb run afterwards. Implements ``kempnerforge wandb sync``.
 
-wandb takes no step below the newest one that a run has. So each step is handed over once, complete, in order,
-and an upload that is repeated, or goes on where one was cut off, begins above what is there.
+wandb accepts no step below the newest one of a run. Therefore each step is logged once, complete and in
+order. A repeated or interrupted upload continues after the newest step on the server.
 
-The client says that it has finished even when the server has refused the rows for good (seen with 0.31 and
-status 404). So at the end the server is asked for its newest step.
+The client reports success even if the server has rejected the rows permanently (seen with wandb 0.31 and
+status 404). Therefore the upload ends with a query for the server's newest step.
 """
 
 from __future__ import annotations
@@ -20,62 +20,63 @@ from kempnerforge.telemetry.sinks import Row
 from kempnerforge.telemetry.wandb_sink import attempt_config, first_line, has_key
 
 _INIT_TIMEOUT_S = 30.0
-_ASK_EVERY_S = 1.0
+_QUERY_INTERVAL_S = 1.0
 _CONFIRM_S = 30.0
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a wandb run is to show."""
+    """The content of a wandb run."""
 
     run_id: str
     project: str
     entity: str | None
-    """The user or team; None for the account's own."""
+    """The user or team; None for the default of the account."""
     name: str
     config: Mapping[str, Any]
     """The resolved configuration, nested."""
     receipts: Sequence[Mapping[str, Any]]
-    """How each attempt began, oldest first."""
+    """How each attempt started, oldest first."""
     places: Mapping[int, Mapping[str, Any]]
-    """Where each attempt ran, as far as it is known."""
+    """Where each attempt ran, if known."""
     steps: Mapping[int, Row]
-    """By step, in order; see ``jsonl.by_step``."""
+    """Rows by step, in order; see ``jsonl.by_step``."""
     failed: bool
-    """Whether wandb is to show the run as failed."""
+    """Whether to mark the run as failed."""
 
 
 @dataclass(frozen=True)
 class Uploaded:
-    """What an upload did."""
+    """The result of an upload."""
 
     url: str
     first_new_step: int
-    """Steps below it were in wandb already."""
+    """Steps below it were already in wandb."""
     num_steps: int
-    """Steps that were handed over now."""
+    """Number of steps that were uploaded."""
 
 
 def upload(content: Content, *, timeout_s: float) -> Uploaded:
-    """Bring what is new of ``content`` to wandb, whatever ``WANDB_MODE`` says.
+    """Upload the new steps of ``content`` to wandb. Ignores ``WANDB_MODE``.
 
-    Blocks: until the server has it, ``timeout_s`` at most for the upload itself. Writes nothing but temporary
-    files. Raises UploadError: no key, no network, or not everything arrived; repeating it does no harm.
+    Blocks until the server has the rows; the upload itself takes ``timeout_s`` at most. Writes only temporary
+    files. Raises UploadError if there is no key or no network, or if rows are missing on the server. An
+    upload can be repeated safely.
     """
-    # Here, not above: it takes about a second to import.
+    # Imported here: wandb takes about a second to import.
     import wandb
 
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     server = settings.base_url
     try:
         if not has_key(settings):
-            raise UploadError(f"there is no key for {server}: type wandb login, or set WANDB_API_KEY")
+            raise UploadError(f"there is no API key for {server}: run wandb login, or set WANDB_API_KEY")
         with tempfile.TemporaryDirectory(prefix="kempnerforge-wandb-") as folder:
             return _send(content, folder, timeout_s)
     except (wandb.Error, ValueError, OSError) as error:  # TimeoutError is an OSError
         raise UploadError(
-            f"not everything is in wandb ({server}): {first_line(error)}. Check the network and the key, "
-            "then repeat the command: it uploads only what is missing"
+            f"the upload to wandb ({server}) is incomplete: {first_line(error)}. Check the network and the "
+            "key, then run the command again: it uploads only missing steps"
         ) from error
     finally:
         wandb.teardown()
@@ -100,7 +101,7 @@ def _send(content: Content, folder: str, timeout_s: float) -> Uploaded:
             init_timeout=_INIT_TIMEOUT_S,
             finish_timeout=timeout_s,
             finish_timeout_raises=True,
-            # They would be those of this machine, and of what lies in the current folder.
+            # These would describe this machine and the current folder, not the training job.
             disable_code=True,
             disable_git=True,
             x_disable_stats=True,
@@ -131,5 +132,5 @@ def _confirm(path: str, step: int) -> None:
     deadline = time.monotonic() + _CONFIRM_S
     while (newest := run.lastHistoryStep) < step:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the server's newest step is {newest}, and {step} was handed over")
-        time.sleep(_ASK_EVERY_S)
+            raise TimeoutError(f"the newest step on the server is {newest}, but step {step} was uploaded")
+        time.sleep(_QUERY_INTERVAL_S)

@@ -92,7 +92,7 @@ def test_breaker_foreign_causes_block_run_and_keep_step(
     assert (last["status"], last["attempt"], last["step"]) == (76, 5, 8)
     assert last["reason"].startswith("no progress: 3 attempts")
     assert [one.kind for one in ends(run)] == ["finished", "fault", "fault", "fault", "blocked"]
-    assert "faults up to attempt 5 no longer count" in unblock(run)
+    assert "reset the failure counter, up to attempt 5" in unblock(run)
     launcher.finish(run)
     assert run.receipts()[-1]["step"] == 8
 

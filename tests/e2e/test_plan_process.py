@@ -36,7 +36,7 @@ def test_plan_piped_fits_100_columns_without_torch() -> None:
         "embedding, layers 0-15",
         "layers 16-31, head",
         "6,738,415,616 parameters",
-        "4,194,304 tokens a step",
+        "4,194,304 tokens per step",
         "64 x pp_microbatch_size 2 on each of 8 data-parallel ranks",
         "1f1b, 64 microbatches, bubble 1.5 %",
         "fits: ",

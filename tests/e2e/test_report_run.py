@@ -113,7 +113,7 @@ def test_report_saving_of_daly_interval_is_reported(killed: Run, body: dict[str,
     done = report(killed.folder)
     assert done.returncode == 0, done.stderr
     assert "were effective training" in done.stdout
-    assert "Expected to first order" in done.stdout
+    assert "First-order estimate" in done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_rollback_and_fork_commands_report_result(ckpt: Ckpt, run: Path, tmp_pat
     done = ckpt("rollback", run, "--undo", "--json")
     assert json.loads(done.out)["newest_step"] == 12
     done = ckpt("rollback", run, 12)
-    assert "is the newest" in done.out
+    assert "is already the newest" in done.out
     done = ckpt("fork", run / "checkpoints" / "step_00000008", tmp_path / "new", "--link")
     assert done.status == 0, done.err
     assert f"--run.dir={tmp_path / 'new'}" in done.out

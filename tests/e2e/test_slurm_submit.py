@@ -124,7 +124,7 @@ def test_submit_shutdown_timeout_fits_partition_grace(kempnerforge: Command, tmp
     own = "--train.shutdown_timeout_s=1000"
     done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", own, PATH=path)
     assert f"{own})" in done.out
-    assert "is 1000 s: a stop that hangs would be killed without a word" in done.err
+    assert "is 1000 s: a hung shutdown would be killed without a report" in done.err
 
 
 def test_submit_without_slurm_says_so(kempnerforge: Command, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ LAST_COMMIT = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.fi
 END = patch_target("kempnerforge.train.termination.watchdog:Shutdown._end")
 REPEAT_SIGNAL_AFTER_S = patch_target("kempnerforge.train.termination.signals:REPEAT_SIGNAL_AFTER_S")
 EXIT_TIMEOUT_S = patch_target("kempnerforge.train.termination.watchdog:_EXIT_TIMEOUT_S")
-ASK_EVERY_S = patch_target("kempnerforge.slurm.deadline:ASK_EVERY_S")
+QUERY_INTERVAL_S = patch_target("kempnerforge.slurm.deadline:QUERY_INTERVAL_S")
 
 
 @pytest.mark.parametrize("rank", [0, None], ids=["to rank 0", "to all"])
@@ -408,7 +408,7 @@ def fake_squeue(folder: Path, script: str) -> Fault:
 def job_that_ends(tmp_path: Path) -> list[Fault]:
     """A SLURM job that ends in a day, until ``move_end``."""
     script = f"test -e {tmp_path}/moved && cat {tmp_path}/moved || date -d '+1 day' +%Y-%m-%dT%H:%M:%S"
-    often = ("set_value", {"target": ASK_EVERY_S, "value": 0.2})
+    often = ("set_value", {"target": QUERY_INTERVAL_S, "value": 0.2})
     return [fake_squeue(tmp_path / "bin", script), often]
 
 

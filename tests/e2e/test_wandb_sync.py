@@ -90,7 +90,7 @@ def test_wandb_sync_killed_attempts_become_one_run(
     status, out, err = sync(run.folder)
     assert (status, err) == (0, ""), out
     assert "uploaded 8 steps" in out
-    assert "5 were there already" in out
+    assert "5 were already there" in out
     counting = run.counting()
     assert [row["_step"] for row in server.history] == list(range(13)) == sorted(counting)
     for row in server.history:
@@ -152,8 +152,8 @@ def test_wandb_sync_refused_rows_uploaded_by_repetition(
     server.refuse_from_step = 6
     status, _, err = sync(tmp_path / "run")
     assert status == 1
-    assert "not everything is in wandb" in err
-    assert "repeat the command" in err
+    assert "the upload to wandb" in err
+    assert "run the command again" in err
     server.refuse_from_step = 1000
     status, out, _ = sync(tmp_path / "run", "--json")
     done = json.loads(out)
@@ -172,14 +172,14 @@ def test_wandb_sync_missing_key_or_server_is_reported(
     made_up_run(tmp_path / "run", {1: (0, range(1, 4))})
     status, _, err = sync(tmp_path / "run")
     assert status == 1
-    assert "there is no key for http" in err
+    assert "there is no API key for http" in err
     assert "wandb login" in err
     monkeypatch.setattr(wandb_upload, "_INIT_TIMEOUT_S", 1.0)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     status, _, err = sync(tmp_path / "run")
     assert status == 1
-    assert "not everything is in wandb (http://127.0.0.1:9)" in err
+    assert "the upload to wandb (http://127.0.0.1:9) is incomplete" in err
     assert "Traceback" not in err
 
 
@@ -198,7 +198,7 @@ finally:
     command = [sys.executable, "-c", code, "wandb", "sync", str(tmp_path / "run"), "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "8 steps of 2 attempts, 1 to 8; 2 of 10 rows do not count" in done.stdout
+    assert "8 steps of 2 attempts, 1 to 8; 2 of 10 rows are not used" in done.stdout
     assert done.stdout.endswith("nothing was uploaded (--dry-run)\n")
     assert list(tmp_path.rglob("wandb")) == []
 
@@ -215,7 +215,7 @@ def test_wandb_sync_beside_online_attempt_is_refused(tmp_path: Path, sync: Any) 
     assert "may be logging to wandb online" in err
     newest.unlink()
     newest.symlink_to("offline-run-20260101_000000-abc")
-    assert "there is no key" in sync(tmp_path / "run")[2], "offline it does no harm"
+    assert "there is no API key" in sync(tmp_path / "run")[2], "offline it does no harm"
     held.release()
 
 

@@ -192,9 +192,9 @@ def test_job_stopped_is_saved_and_requeued_when_due(uninterrupted: dict[int, Run
     ("job", "why"),
     [
         # Before torchrun handles signals, USR1 ends it: that the shell was signalled is in its file.
-        (AT_THE_START, "it was asked to stop (SIGUSR1)"),
+        (AT_THE_START, "a stop was requested (SIGUSR1)"),
         # Nobody looks for the file while data is prepared: the signal itself breaks that off.
-        (IN_DATA, "work is left"),
+        (IN_DATA, "the run is not finished"),
     ],
     ids=["at the start", "in data"],
 )

@@ -22,7 +22,7 @@ def test_ckpt_verify_sound_steps_status_0(ckpt: Ckpt, run: Path) -> None:
     for path in (run, run / "checkpoints", step_folder(run, 20), run / "checkpoints" / "latest"):
         done = ckpt("verify", path)
         assert done.status == 0, done
-        assert done.out.count(": sound, ") == (4 if path in (run, run / "checkpoints") else 1)
+        assert done.out.count(": ok, ") == (4 if path in (run, run / "checkpoints") else 1)
     body = ckpt("verify", run, "--json", "--threads", 1).json
     assert body["sound"]
     assert [Path(one["path"]).name for one in body["steps"]] == [
@@ -36,11 +36,11 @@ def test_ckpt_verify_damaged_step_continues(ckpt: Ckpt, run: Path) -> None:
     (step_folder(run, 20) / "notes.txt").write_text("mine")
     done = ckpt("verify", run)
     assert done.status == 1
-    assert "step_00000040: sound" in done.out
-    assert "step_00000030: DAMAGED\n  shard_00000_of_00001.safetensors has a wrong digest" in done.out
-    assert "step_00000020: sound" in done.out
+    assert "step_00000040: ok" in done.out
+    assert "step_00000030: corrupt\n  shard_00000_of_00001.safetensors has a wrong digest" in done.out
+    assert "step_00000020: ok" in done.out
     assert "  not part of it: notes.txt" in done.out
-    assert "step_00000010: DAMAGED\n  manifest.json is missing" in done.out
+    assert "step_00000010: corrupt\n  manifest.json is missing" in done.out
     body = ckpt("verify", run, "--json").json
     assert [one["sound"] for one in body["steps"]] == [True, False, True, False]
     assert not body["sound"]
@@ -53,7 +53,7 @@ def test_ckpt_verify_unknown_format_status_2(ckpt: Ckpt, run: Path) -> None:
     done = ckpt("verify", run)
     assert done.status == 2
     assert "step_00000030 has checkpoint format 2" in done.out
-    assert done.out.count(": sound") == 3
+    assert done.out.count(": ok") == 3
     assert ckpt("verify", run, "--json").json["errors"][0]["path"].endswith("step_00000030")
 
 
@@ -72,8 +72,8 @@ def test_ckpt_diff_same_run_reports_changes(ckpt: Ckpt, run: Path) -> None:
     for part in (
         "config: no differences",
         "train state: 2 differences\n  data.cursor.samples: 40 -> 160\n  step: 10 -> 40",
-        "tensors whose content differs: 2\n  model.w\n  optimizer.state.w.exp_avg",
-        "tensors that are the same: 3",
+        "tensors that differ in content: 2\n  model.w\n  optimizer.state.w.exp_avg",
+        "equal tensors: 3",
     ):
         assert part in done.out, part
     body = ckpt("diff", step_folder(run, 10), step_folder(run, 10), "--json").json
@@ -119,7 +119,7 @@ def test_ckpt_prune_deletes_what_explain_listed(ckpt: Ckpt, run: Path) -> None:
 
 def test_ckpt_pin_keeps_step_until_unpinned(ckpt: Ckpt, run: Path) -> None:
     assert ckpt("pin", run, 10, "--note", "for the paper").out == "step 10 is pinned\n"
-    assert ckpt("pin", run, "step_00000010").out == "step 10 was pinned already\n"
+    assert ckpt("pin", run, "step_00000010").out == "step 10 was already pinned\n"
     assert "step 10: kept: pinned by" in ckpt("explain", run).out
     assert ": for the paper" in ckpt("explain", run).out
     assert ckpt("prune", run, "--json").json["steps"] == []

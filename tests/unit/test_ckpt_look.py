@@ -27,7 +27,7 @@ def test_ckpt_ls_lists_steps_with_reasons(ckpt: Ckpt, run: Path) -> None:
     assert [line.split()[0] for line in done.out.splitlines()[1:]] == ["40", "30", "20", "10"]
     for line, kept in zip(done.out.splitlines()[1:], ["newest, last", "last", "best", "pinned"], strict=True):
         assert f"interval   {kept}  " in line
-        assert line.endswith("looks sound")
+        assert line.endswith("ok (unverified)")
     body = ckpt("ls", run, "--json").json
     assert [one["step"] for one in body["steps"]] == [40, 30, 20, 10]
     first = body["steps"][0]
@@ -55,8 +55,8 @@ def test_ckpt_ls_shows_damage_and_other_folders(ckpt: Ckpt, run: Path) -> None:
     done = ckpt("ls", run)
     assert done.status == 0
     lines = done.out.splitlines()
-    assert "NOT SOUND: step_00000040 is damaged: shard_00000_of_00001.safetensors has 1000 of" in lines[1]
-    assert "NOT SOUND: step_00000030 is damaged: manifest.json is missing" in lines[2]
+    assert "corrupt: step_00000040 is damaged: shard_00000_of_00001.safetensors has 1000 of" in lines[1]
+    assert "corrupt: step_00000030 is damaged: manifest.json is missing" in lines[2]
     assert lines[-3:] == [
         "in flight: .step_00000050.3.tmp, 2.0 kB",
         "being deleted: .step_00000005.deleting, 2.0 kB",
@@ -70,7 +70,7 @@ def test_ckpt_ls_shows_damage_and_other_folders(ckpt: Ckpt, run: Path) -> None:
 def test_ckpt_ls_verify_checks_every_byte(ckpt: Ckpt, run: Path) -> None:
     done = ckpt("ls", run, "--verify")
     assert done.status == 0
-    assert all(line.endswith("  sound") for line in done.out.splitlines()[1:])
+    assert all(line.endswith("  ok") for line in done.out.splitlines()[1:])
     flip_byte(shard(run, 20), -5)
     assert ckpt("ls", run).status == 0
     done = ckpt("ls", run, "--verify")
@@ -90,12 +90,12 @@ def test_ckpt_explain_names_rule_for_every_step(ckpt: Ckpt, run: Path) -> None:
     done = ckpt("explain", run)
     assert done.status == 0
     assert done.out.splitlines() == [
-        "to be kept, by the config in step_00000040: the last 2; the best 1 by eval/loss (min)",
+        "retention rules, from the config in step_00000040: the last 2; the best 1 by eval/loss (min)",
         "step 40: kept: the newest sound step; among the last 2",
         "step 30: kept: among the last 2",
         "step 20: kept: among the best 1: eval/loss 1",
-        "step 10: goes after the next save: nothing keeps it",
-        "step 99 is pinned, and not there",
+        "step 10: will be deleted after the next save: no rule keeps it",
+        "step 99 is pinned but does not exist",
     ]
     body = ckpt("explain", run, "--json").json
     assert body["policy"] == ["the last 2", "the best 1 by eval/loss (min)"]
@@ -112,17 +112,21 @@ def test_ckpt_explain_missing_metric_reported(ckpt: Ckpt, tmp_path: Path) -> Non
     for step in (1, 2, 3):
         write_step(tmp_path, step, config=CONFIG)
     assert ckpt("explain", tmp_path).out.splitlines()[-1] == (
-        "step 1: goes after the next save: nothing keeps it (eval/loss was not taken at this step)"
+        "step 1: will be deleted after the next save: no rule keeps it "
+        "(eval/loss was not measured at this step)"
     )
 
 
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        (None, "step 3 has no config of a run"),
-        ("[train]\nseed = 1\n", "step 3 has no config of a run"),
-        ("[checkpoint]\nkeep_latest = 2\n", "not of this version (checkpoint.keep_latest: Extra inputs"),
-        ("checkpoint = 2\n", "not of this version (checkpoint: Input should be"),
+        (None, "the config of step 3 has no [checkpoint]"),
+        ("[train]\nseed = 1\n", "the config of step 3 has no [checkpoint]"),
+        (
+            "[checkpoint]\nkeep_latest = 2\n",
+            "cannot read the config in step_00000003 (checkpoint.keep_latest: Extra inputs",
+        ),
+        ("checkpoint = 2\n", "cannot read the config in step_00000003 (checkpoint: Input should be"),
     ],
 )
 def test_ckpt_explain_without_config_rules_unknown(

@@ -52,7 +52,7 @@ def test_ckpt_wrong_path_names_right_ones(ckpt: Ckpt, run: Path) -> None:
     assert "step_00000050 does not exist; steps in" in done.err
     done = ckpt("ls", step_folder(run, 40))
     assert done.status == 2
-    assert "is one step; give the run's folder" in done.err
+    assert "is a single step; give the run's folder" in done.err
     done = ckpt("pin", run, 50)
     assert done.status == 2
     assert "has no committed step 50; committed: 40, 30, 20, 10" in done.err

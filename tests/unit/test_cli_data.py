@@ -55,7 +55,7 @@ def test_data_prepare_real_tokenizer_used(texts):
         "prepare", "texts", "--out", "out", "--tokenizer", "tok/tokenizer.json", "--val-fraction", "0"
     )
     assert result.exit_code == 0, result.output
-    assert "1 documents not in UTF-8" in result.stdout
+    assert "1 documents that are not UTF-8" in result.stdout
     assert "no validation split" in result.stdout
     assert json.loads(run("inspect", "out", "--json").stdout)["tokenizer"] == "tok/tokenizer.json"
 

@@ -171,9 +171,9 @@ BAD_FILES = [
     ({"a.toml": 'extends = "b.toml"', "b.toml": "x = ="}, "extends: {b} (which {a} extends) is not valid"),
     (
         {"a.toml": 'extends = "b.toml"', "b.toml": 'extends = "a.toml"'},
-        "goes in a circle: a.toml -> b.toml -> a.toml",
+        "forms a cycle: a.toml -> b.toml -> a.toml",
     ),
-    ({"a.toml": 'extends = "a.toml"'}, "goes in a circle: a.toml -> a.toml"),
+    ({"a.toml": 'extends = "a.toml"'}, "forms a cycle: a.toml -> a.toml"),
     ({"a.toml": "extends = 3"}, "extends: 3 is not a path"),
     ({"a.toml/x": ""}, "--config: {a} cannot be read: Is a directory"),
     ({"a.toml": 'extends = "b\\u0000.toml"'}, "cannot be read: embedded null byte"),

@@ -56,7 +56,7 @@ BROKEN = [
     (["--data.text=none"], "data.text", "neither", "python-stdlib"),
     (["--data.dataset_path=x"], "data.text", "both", "none"),
     (["--eval.interval=5", "--data.val_fraction=0"], "eval.interval", "val_fraction 0", "above 0"),
-    (["--train.max_minutes=1"], "train.max_minutes", "no more than deadline_margin_s", "lower"),
+    (["--train.max_minutes=1"], "train.max_minutes", "not longer than deadline_margin_s", "lower"),
     (["--scheduler.warmup_steps=1001"], "scheduler.warmup_steps", "1001 is more than", "at most 1000"),
     (
         ["--scheduler.warmup_steps=600", "--scheduler.decay_steps=500"],
@@ -85,7 +85,7 @@ BROKEN = [
     (
         ["--checkpoint.interval=auto", "--checkpoint.keep_steps=[500]"],
         "checkpoint.keep_steps",
-        "nothing is set to save 500",
+        "no setting saves 500",
         "at_steps",
     ),
     (
@@ -127,14 +127,14 @@ BROKEN = [
     (
         ["--checkpoint.keep_steps=[300, 350, 425]"],
         "checkpoint.keep_steps",
-        "nothing is set to save 350, 425",
-        "put 350, 425 into at_steps",
+        "no setting saves 350, 425",
+        "add 350, 425 to at_steps",
     ),
-    (["--checkpoint.keep_steps=[0]"], "checkpoint.keep_steps", "to save 0", "save_first = true"),
+    (["--checkpoint.keep_steps=[0]"], "checkpoint.keep_steps", "saves 0", "save_first = true"),
     (
         ["--checkpoint.keep_best_n=2"],
         "checkpoint.keep_best_n",
-        "2: it is not said by which metric",
+        "2 needs a metric, and best_metric is not set",
         '"eval/loss"',
     ),
     (
@@ -153,7 +153,7 @@ BROKEN = [
     (
         ["--checkpoint.keep_best_n=2", "--checkpoint.best_metric=eval/loss"],
         "checkpoint.best_metric",
-        "never taken: eval.interval is 0",
+        "never measured: eval.interval is 0",
         "set eval.interval",
     ),
     (["--checkpoint.dir=/x/{job_id}"], "checkpoint.dir", "{job_id} is not expanded here", "run.dir"),
@@ -176,7 +176,7 @@ BROKEN = [
     (
         ["--distributed.pp=4", "--train.batch_size=3"],
         "train.batch_size",
-        "3 makes 3 microbatches a rank; 1f1b with pp 4 needs at least 4",
+        "3 makes 3 microbatches per rank; 1f1b with pp 4 needs at least 4",
         "batch_size 4 would fit",
     ),
     (
@@ -511,12 +511,12 @@ def test_learning_rate_change_unreadable_not_compared() -> None:
     [
         (
             {"warmup_steps": 100},
-            "the learning rate then goes from 0.0001 to 0.000587; "
-            "it stays with --scheduler.decay_steps=900 as well",
+            "the learning rate then changes from 0.0001 to 0.000587; "
+            "add --scheduler.decay_steps=900 to keep it",
         ),
         ({"warmup_steps": 100, "decay_steps": 900}, ""),
         ({"name": "constant"}, ""),
-        ({"name": "wsd"}, "from 0.0001 to 0.001, because its decay comes last"),
+        ({"name": "wsd"}, "from 0.0001 to 0.001, because the decay is at the end of the run"),
     ],
 )
 def test_schedule_continued_run_change_is_said(scheduler: dict[str, Any], expected: str) -> None:

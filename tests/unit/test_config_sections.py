@@ -272,7 +272,7 @@ def test_run_config_folder_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     with pytest.raises(
-        ConfigError, match=r"\{array_task_id\} is asked for, but SLURM_ARRAY_TASK_ID is not set"
+        ConfigError, match=r"\{array_task_id\} cannot be expanded: SLURM_ARRAY_TASK_ID is not set"
     ):
         _ = run.folder
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")

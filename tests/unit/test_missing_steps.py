@@ -249,7 +249,7 @@ def test_ckpt_rollback_0_tells_what_follows(run: Path, ckpt: Ckpt) -> None:
     assert ckpt("rollback", run, "--undo").status == 0
     said = ckpt("rollback", run, "0")
     assert said.status == 0
-    assert "begins again at step 0 when it is started again" in said.out
+    assert "will start again at step 0" in said.out
     assert "--undo" in said.out
 
 

@@ -26,7 +26,7 @@ from kempnerforge.goodput.accounting import account, interruptions, saving
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.interval import daly, expected_overhead
 from kempnerforge.goodput.plot import downsample, duration, linear_axis, log_axis, number, time_axis
-from kempnerforge.goodput.timeline_segments import Segment, rasterize, stretches
+from kempnerforge.goodput.timeline_segments import Segment, find_segments, rasterize
 from kempnerforge.telemetry.curves import Curve, Curves, read_curves
 from kempnerforge.telemetry.jsonl import effective_rows, read_rows
 
@@ -140,7 +140,7 @@ def test_account_parts_sum_in_every_history(events: list[dict[str, Any]], runnin
     assert body["wall_s"] <= body["span_s"] + 1e-6
     for one in body["attempts"]:
         assert sum(one["parts_s"].values()) == pytest.approx(one["wall_s"], abs=1e-6)
-    found = stretches(body["attempts"])
+    found = find_segments(body["attempts"])
     assert all(0 <= one.began <= one.ended <= body["span_s"] + 1e-6 for one in found)
     assert all(later.began >= one.ended - 1e-6 for one, later in itertools.pairwise(found))
 
@@ -170,7 +170,7 @@ def test_account_refused_starts_and_pauses_not_counted() -> None:
     assert after["wall_s"] == pytest.approx(before["wall_s"] + 20.0)
     assert [one["attempt"] for one in after["attempts"]] == [1, 2, 3, 5]
     assert after["refused_starts"] == 1
-    assert remarks(after) == ["1 start refused by the config or the guard, not counted"]
+    assert remarks(after) == ["not counted: 1 start refused by the config or the crash-loop guard"]
 
 
 def test_saving_attempts_killed_in_set_up_are_no_failures() -> None:
@@ -185,9 +185,9 @@ def test_saving_attempts_killed_in_set_up_are_no_failures() -> None:
     assert interruptions(history, resumed_at=40)[0] == 1
 
 
-def test_stretches_known_run_matches() -> None:
+def test_find_segments_known_run_matches() -> None:
     body = account(derive(TWICE_KILLED, []), now=0.0, running=False)
-    found = stretches(body["attempts"])
+    found = find_segments(body["attempts"])
     assert [(one.attempt, one.kind, one.began, one.ended) for one in found] == [
         (1, "setup", 0, 8),
         (1, "load", 8, 10),
@@ -202,7 +202,7 @@ def test_stretches_known_run_matches() -> None:
     ]
 
 
-def test_paint_many_stretches_fit_columns() -> None:
+def test_rasterize_many_segments_fit_columns() -> None:
     found = [Segment(1, "setup", 0, 2), Segment(1, "training", 2, 6.4), Segment(1, "lost", 6.4, 10)]
     assert rasterize(found, wall_s=10, columns=5) == [(0, 1, "setup"), (1, 3, "training"), (3, 5, "lost")]
     many = [Segment(n, "training" if n % 2 else "idle", n / 10, n / 10 + 0.1) for n in range(100_000)]
@@ -396,8 +396,8 @@ def curves(loss: list[float], *, first: int = 1) -> Curves:
 @pytest.mark.parametrize(
     ("events", "loss", "said"),
     [
-        ([], [], ["No attempt has come far enough", "No row of it has been logged yet"]),
-        (TWICE_KILLED[:1], [], ["lost", "none yet", "No row of it"]),
+        ([], [], ["No attempt has recorded enough", "No values have been logged yet"]),
+        (TWICE_KILLED[:1], [], ["lost", "none yet", "No values"]),
         (attempt(1, 0.0, at=0, to=5), [3.0], ["Training loss from 3 at step 1", "There was no failure yet"]),
         (attempt(1, 0.0, at=0, to=5), [math.nan] * 3, ["3 steps had a training loss that is not finite."]),
         (
@@ -406,7 +406,7 @@ def curves(loss: list[float], *, first: int = 1) -> Curves:
             ["1 step had a training loss that is not finite."],
         ),
         (attempt(1, 0.0, at=0, to=5), [0.0] * 4, ["lowest 0 near step 1"]),
-        (TWICE_KILLED, [9.0, 0.1], ["on a logarithmic scale", "Expected to first order"]),
+        (TWICE_KILLED, [9.0, 0.1], ["loss, logarithmic scale", "First-order estimate"]),
     ],
 )
 def test_page_odd_run_says_what_is_missing(
@@ -441,7 +441,7 @@ def test_page_million_rows_small_and_shows_spike() -> None:
     checked, text = made(derive(attempt(1, 0.0, at=0, to=1_000_000), []), found)
     assert len(text) < 300_000
     assert "highest 50" in checked.words
-    assert "band around it" in checked.words
+    assert "the band their range" in checked.words
 
 
 def test_page_thousands_of_attempts_small() -> None:
@@ -454,7 +454,7 @@ def test_page_thousands_of_attempts_small() -> None:
         found.repeated["train/loss"][place + 1] = Curve(steps, array("d", [2.0] * 7))
     checked, text = made(derive(events, []), found)
     assert len(text) < 1_000_000
-    assert "1,800 older attempts left out" in checked.words
+    assert "1,800 older attempts omitted" in checked.words
     assert 'data-attempts="2000"' in text
 
 

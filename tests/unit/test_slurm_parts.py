@@ -11,7 +11,7 @@ from kempnerforge import hostlist
 from kempnerforge.cli.slurm import lost_in_a_row, nodes_of
 from kempnerforge.goodput.history import derive
 from kempnerforge.slurm import script
-from kempnerforge.slurm.attempt_info import attempt_note
+from kempnerforge.slurm.attempt_info import describe_attempt
 from kempnerforge.slurm.job import (
     SlurmJob,
     clean_environment,
@@ -59,16 +59,16 @@ RUNNING = {"job_state": "RUNNING"}
         (RUNNING | {"status": 75, "reason": "stopped by SIGINT at step 3"}, False, 75),
         (RUNNING | {"status": 75, "reason": "stopped by stop.request at step 3"}, False, 75),
         (RUNNING | {"status": 75, "reason": "stopped by stop.request (SIGUSR1)"}, True, 75),
-        ({"job_state": "CANCELLED", "status": 75, "asked": "SIGTERM"}, False, 75),
-        ({"job_state": "COMPLETING", "status": 75, "asked": "SIGTERM"}, False, 75),
+        ({"job_state": "CANCELLED", "status": 75, "stop_requested_by": "SIGTERM"}, False, 75),
+        ({"job_state": "COMPLETING", "status": 75, "stop_requested_by": "SIGTERM"}, False, 75),
         ({"job_state": "", "status": None}, False, 1),
         (RUNNING | {"status": 0}, False, 0),
-        (RUNNING | {"status": 0, "asked": "SIGUSR1"}, False, 0),
-        (RUNNING | {"status": 2, "asked": "SIGUSR1"}, False, 2),
+        (RUNNING | {"status": 0, "stop_requested_by": "SIGUSR1"}, False, 0),
+        (RUNNING | {"status": 2, "stop_requested_by": "SIGUSR1"}, False, 2),
         (RUNNING | {"status": 76, "lost_nodes": ["n1"]}, False, 76),
         (RUNNING | {"status": None}, False, 1),
         (RUNNING | {"status": 1, "reason": "RuntimeError"}, False, 1),
-        (RUNNING | {"status": None, "asked": "preempted"}, True, 1),
+        (RUNNING | {"status": None, "stop_requested_by": "preempted"}, True, 1),
         (RUNNING | {"status": None, "lost_nodes": ["n2"]}, True, 1),
         (RUNNING | {"status": 1, "lost_nodes": ["n2"]}, True, 1),
         (RUNNING | {"status": 1, "faulty_nodes": ["n2"]}, True, 1),
@@ -110,7 +110,7 @@ NODES = "n1 mixed\nn2 idle\nn3 allocated+\nn4 drained\nn5 down*\nn6 idle*\nn1 mi
 def test_slurm_exclusion_leaves_enough_nodes(
     out: set[str], requested: tuple[str, ...], needed: int, enough: bool
 ) -> None:
-    assert leaves_enough(NODES, out, asked_for=requested, needed=needed) is enough
+    assert leaves_enough(NODES, out, required=requested, needed=needed) is enough
 
 
 def event(attempt: int, name: str, **values: Any) -> dict[str, Any]:
@@ -262,10 +262,10 @@ def test_slurm_grace_unknown_not_guessed() -> None:
 def test_slurm_note_hides_secrets() -> None:
     names = ["WANDB_API_KEY", "HF_TOKEN", "PGPASS", "MY_PAT", "DATABASE_URL", "HTTPS_PROXY", "SLURM_JWT", "X"]
     environ = {**dict.fromkeys(names, "s3cr3t"), "HOME": "/home/x"}
-    text = attempt_note(environ, command=["train.py"], config_toml="[run]\n", revision="abc\n")
+    text = describe_attempt(environ, command=["train.py"], config_toml="[run]\n", revision="abc\n")
     assert "s3cr3t" not in text
     assert "HOME='/home/x'" in text
-    assert "DATABASE_URL=(not noted)" in text
+    assert "DATABASE_URL=(not recorded)" in text
 
 
 @pytest.mark.parametrize("folder", ["runs/50%", "runs/%j", "runs/%%x", "runs/plain"])

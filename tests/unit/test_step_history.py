@@ -42,7 +42,7 @@ def put_off(saved: int | None, last: int | None = 22) -> Event:
 COMMIT = event("commit", step=20, reason="interval")
 DELETED = event("deleted", steps=[10, 20], rules=["the last 2"], after_commit=40)
 LATER = event("commit", step=40, reason="interval")
-KILLED = "no end was written"
+KILLED = "no end was recorded"
 
 TABLE: list[tuple[str, RunFacts, str, str]] = [
     (

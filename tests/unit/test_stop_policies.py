@@ -152,7 +152,7 @@ def test_slurm_end_that_is_past_is_ignored_and_named(monkeypatch: pytest.MonkeyP
     stale = {"SLURM_JOB_END_TIME": "1000"}
     end = slurm_deadline.JobEnd(SlurmJob("7", 0, ()), stale)
     assert end.at is None
-    assert "SLURM_JOB_END_TIME is past" in end.problem
+    assert "SLURM_JOB_END_TIME is in the past" in end.problem
     coming = str(int(time.time()) + 1000)
     assert slurm_deadline.JobEnd(SlurmJob("7", 0, ()), {"SLURM_JOB_END_TIME": coming}).at == float(coming)
 

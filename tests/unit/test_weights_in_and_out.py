@@ -261,7 +261,7 @@ def test_export_tokenizer_of_run_included(ckpt: Ckpt, tmp_path: Path) -> None:
     step = save(tmp_path, make_model(vocab_size=400), extra=f'[data]\ntext = "x"\ntokenizer = "{file}"\n')
     done = ckpt("export", step, "--out", tmp_path / "hf")
     assert done.status == 0
-    assert "cannot be checked: the step records none" in done.err
+    assert "is the tokenizer of the run: the step records none" in done.err
     assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == file.read_bytes()
     loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -274,12 +274,12 @@ def test_export_tokenizer_of_run_included(ckpt: Ckpt, tmp_path: Path) -> None:
     file.unlink()
     done = ckpt("export", step, "--out", tmp_path / "without")
     assert done.status == 0
-    assert "tokenizer.json is not there, so none is exported; give --tokenizer FILE" in done.err
+    assert "tokenizer.json does not exist, so none is exported; give --tokenizer FILE" in done.err
     assert not (tmp_path / "without" / "tokenizer.json").exists()
     small = save(tmp_path / "small", make_model(vocab_size=3))
     done = ckpt("export", small, "--out", tmp_path / "no", "--tokenizer", tmp_path / "hf")
     assert done.status == 2
-    assert "not its own" in done.err
+    assert "not the model's tokenizer" in done.err
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_export_rebuilt_tokenizer_is_refused(ckpt: Ckpt, tmp_path: Path, trained
     assert not (tmp_path / "hf").exists()
     done = ckpt("export", step, "--out", tmp_path / "hf", "--tokenizer", file)
     assert done.status == 0
-    assert "taken as asked" in done.err
+    assert "used as requested" in done.err
     assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == file.read_bytes()
 
 
