@@ -31,11 +31,13 @@ def check(config: CheckpointConfig, state: TrainState) -> None:
 
 def folders(config: CheckpointConfig, run_dir: Path, context: RunContext | None) -> tuple[Path, Path]:
     """Return the folder of the run and that of its checkpoints; ``{run_id}`` stays until the id is known."""
-    run_dir, folder = Path(run_dir), Path(config.dir).expanduser() if config.dir else None
+    folder = Path(config.dir).expanduser() if config.dir else None
     if context is None:  # a loop of a user's own may change its working folder
         run_dir = paths.local_path(run_dir)
         folder = paths.local_path(folder) if folder is not None else None
-    elif folder is not None:  # without a context, the id is known when the record begins
-        name = Path(os.path.abspath(run_dir)).name
-        folder = Path(fill_dir(str(folder), run_name=name, run_id=context.run_id))
+    else:
+        run_dir = Path(run_dir)
+        if folder is not None:  # without a context, the id is known when the record begins
+            name = Path(os.path.abspath(run_dir)).name
+            folder = Path(fill_dir(str(folder), run_name=name, run_id=context.run_id))
     return run_dir, folder if folder is not None else run_dir / "checkpoints"
