@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.step_maker import arrays, flip_byte, resign, write_step
 
-from kempnerforge.checkpoint.format import checksums, manifest, safetensors_header
+from kempnerforge.checkpoint.format import checksums, manifest, safetensors_file
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry
 from kempnerforge.checkpoint.tools import diff, verify
@@ -220,7 +220,7 @@ def test_shard_header_any_bytes_no_other_error(
         content[data.draw(st.integers(0, 700))] = data.draw(st.sampled_from(b'0123456789[]{}",:-e. \x00\xff'))
     path.write_bytes(content)
     with contextlib.suppress(ValueError):
-        safetensors_header.read(path)
+        safetensors_file.read_header(path)
 
 
 # Neither sound nor damaged

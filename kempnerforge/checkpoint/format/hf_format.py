@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kempnerforge.checkpoint.format import safetensors_header
+from kempnerforge.checkpoint.format import safetensors_file
 from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, StepNotFoundError
 
@@ -180,7 +180,7 @@ def _by_index(folder: Path, index: Mapping[str, Any]) -> dict[str, Stored]:
 
 def _in_file(path: Path) -> dict[str, Stored]:
     try:
-        entries = safetensors_header.read(path, sharded=False)
+        entries = safetensors_file.read_header(path, sharded=False)
     except FileNotFoundError:
         raise MismatchError(f"{path} is missing, and {INDEX} names it") from None
     except ValueError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from kempnerforge.checkpoint import cuda
-from kempnerforge.checkpoint.format import paths, safetensors_header
+from kempnerforge.checkpoint.format import paths, safetensors_file
 from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, FileRecord, VerifiedFile
 from kempnerforge.checkpoint.format.tensor_index import Chunk
 from kempnerforge.errors import DamagedCheckpointError
@@ -85,7 +85,7 @@ def _check_header(file: VerifiedFile, wanted: Sequence[TensorSlice]) -> None:
     """Digests cannot tell two shards that changed places in the manifest too; what they say they hold can."""
     name = file.path.name
     try:
-        header, data_begin = safetensors_header.parse(file.read, file.record.size_bytes)
+        header, data_begin = safetensors_file.parse_header(file.read, file.record.size_bytes)
         offsets = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
         for part in wanted:
             told, chunk = header[part.name], part.chunk

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kempnerforge.checkpoint.format import json_values, manifest, paths, safetensors_header
+from kempnerforge.checkpoint.format import json_values, manifest, paths, safetensors_file
 from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, VerifiedFile
 from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.format.step_info import StepView
@@ -184,7 +184,7 @@ def _chunks_by_file(entries: dict[str, TensorEntry]) -> dict[str, dict[str, list
 
 def _header_problems(path: Path, expected: dict[str, list[tuple[str, Chunk]]]) -> Iterator[str]:
     try:
-        header = safetensors_header.read(path)
+        header = safetensors_file.read_header(path)
     except ValueError as error:
         yield f"{path.name}: {error}"
         return
