@@ -20,7 +20,7 @@ from kempnerforge.errors import ConfigError
 
 pytest_plugins = ["support.run_fixtures"]
 
-LOAD_TENSORS = patch_target("kempnerforge.checkpoint.load.candidates:load_tensors")
+LOAD_TENSORS = patch_target("kempnerforge.checkpoint.load.load_step:load_tensors")
 
 
 @pytest.fixture(scope="module")

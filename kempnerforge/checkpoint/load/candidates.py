@@ -8,37 +8,31 @@ is renamed. A *mismatch* means that the config cannot fit: the run stops and say
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import tomli
-import torch
 
-from kempnerforge.checkpoint.format import manifest, paths
-from kempnerforge.checkpoint.format.dtypes import DTYPES
+from kempnerforge.checkpoint.format import latest_link, manifest, paths
 from kempnerforge.checkpoint.format.json_values import MALFORMED, decode_objects
 from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.format.paths import FolderListing
-from kempnerforge.checkpoint.load.compatibility import check_parts
-from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
-from kempnerforge.checkpoint.load.load_targets import LoadTargets, find_targets
-from kempnerforge.checkpoint.results import RunContext
+from kempnerforge.checkpoint.load import load_path
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import known_steps
 from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.resumable_steps import check_counters, require_training_state
 from kempnerforge.checkpoint.run.resume_report import Rejected
-from kempnerforge.checkpoint.state.train_state import TrainState, rng_name
-from kempnerforge.distributed.consensus import ControlGroup, mark_collective
 from kempnerforge.errors import (
     CheckpointError,
     DamagedCheckpointError,
-    MismatchError,
     NoSoundCheckpointError,
     NoTrainingStateError,
+    StepNotFoundError,
     UnreachableCheckpointError,
 )
 
@@ -59,17 +53,6 @@ class Candidate:
     step: int
     manifest: Manifest
     config_toml: str = ""
-
-
-@dataclass
-class LoadResult:
-    """What one rank took from a step; nothing but tensors is applied before all ranks agree."""
-
-    reader: SafetensorsReader
-    targets: LoadTargets
-    rng: torch.Tensor | None = None
-    data_changes: list[str] = field(default_factory=list)
-    load_s: float = 0.0
 
 
 def with_retries(work: Callable[[], T], *, what: str) -> T:
@@ -208,99 +191,28 @@ def _step_over(cleanup: StartCleanup, step: int, reason: str) -> Rejected:
     return Rejected(step, "suspect", why, moved_to)
 
 
-def load(
-    found: Candidate,
-    state: TrainState,
-    *,
-    same_layout: bool,
-    rank: int,
-    num_ranks: int = 1,
-    parts: Sequence[str],
-    excluded: Collection[str] = (),
-    context: RunContext,
-) -> LoadResult:
-    """Read what this rank needs, after checking that it fits.
+def find_warm_start(path: Path) -> Candidate:
+    """The checkpoint at ``path``: a step's folder, a folder of steps, or a run's folder (newest step).
 
-    ``parts`` of model, optimizer, extra, data, rng; ``excluded``: names of extras. The tensors of the model
-    are filled in place where they can be; nothing else of ``state`` changes. Not collective. Raises
-    DamagedCheckpointError, UnreachableCheckpointError, MismatchError.
+    Rank 0 only. Nothing of another run is ever renamed: damage is an error here. Raises StepNotFoundError,
+    DamagedCheckpointError, UnreachableCheckpointError.
     """
-
-    def read() -> LoadResult:
-        started = time.perf_counter()
-        with contextlib.closing(SafetensorsReader(found.path, known_manifest=found.manifest)) as reader:
-            _ = reader.objects  # decoded here, so that an error is raised before the ranks agree
-            check_parts(parts, reader)
-            targets = find_targets(
-                state, reader, parts=parts, excluded=excluded, rank=rank, num_ranks=num_ranks
-            )
-            loaded = LoadResult(reader, targets)
-            if "data" in parts:
-                loaded.data_changes = _data_changes(reader, state, context)
-            wanted, name = dict(targets.tensors), rng_name(rank)
-            if "rng" in parts and same_layout and name in reader.index:
-                entry = reader.index[name]
-                loaded.rng = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
-                wanted[name] = loaded.rng
-            load_tensors(wanted, reader)
-            targets.check_tied()
-        loaded.load_s = time.perf_counter() - started
-        return loaded
-
-    return with_retries(read, what=str(found.path))
-
-
-def _data_changes(reader: SafetensorsReader, state: TrainState, context: RunContext) -> list[str]:
+    path = with_retries(lambda: latest_link.resolve(path), what=str(path.parent))
     try:
-        stored = reader.objects["data"]["fingerprint"]
-    except (KeyError, TypeError):
-        raise MismatchError(f"{reader.path} was saved without a position in the data") from None
-    changes = context.explain_data(stored, state.fingerprint)
-    if changes and not context.allow_changed_data:
-        raise MismatchError(
-            f"{reader.path} was trained on other data:\n  "
-            + "\n  ".join(changes)
-            + "\nTo go on with the data of this config, add --data.allow_changed=true"
-        )
-    return changes
+        steps = load_path.candidates(path)
+    except StepNotFoundError as error:
+        raise StepNotFoundError(f"checkpoint.load_path: {error}") from None
+    for found in steps:
+        step = None if found == path else paths.step_number(found.name)
+        with contextlib.suppress(NoTrainingStateError):  # named by its own path, it can be loaded
+            return with_retries(functools.partial(inspect, found, step=step), what=str(found))
+    raise StepNotFoundError(
+        f"checkpoint.load_path: {path} has steps of weights alone; name one of them, such as {steps[0]}"
+    )
 
 
-def load_together(work: Callable[[], LoadResult], control: ControlGroup) -> LoadResult | str:
-    """Run ``work`` on every rank and agree on the outcome.
-
-    Collective: all ranks, on the control group. Returns what this rank loaded, or, on all ranks, the reason
-    why the step is damaged; raises the same error on all ranks for the other outcomes.
-    """
-    loaded: LoadResult | None = None
-    failure: tuple[str, str] | None = None
-    cause: BaseException | None = None
-    try:
-        loaded = work()
-    except CheckpointError as error:
-        failure, cause = (type(error).__name__, str(error)), error.__cause__
-    except Exception as error:  # noqa: BLE001 - the other ranks wait in the gather below
-        failure, cause = ("Exception", f"{type(error).__name__}: {error}"), error
-    worst = most_severe(control.gather(failure))
-    if worst is None:
-        assert loaded is not None
-        return loaded
-    kind, message = worst
-    if kind == "DamagedCheckpointError":
-        return message
-    types = {"MismatchError": MismatchError, "UnreachableCheckpointError": UnreachableCheckpointError}
-    raise mark_collective(types.get(kind, CheckpointError)(message)) from cause
-
-
-def most_severe(outcomes: Sequence[tuple[str, str] | None]) -> tuple[str, str] | None:
-    """What all ranks act on: a fault before unreachable before mismatch before damaged; None if all loaded.
-
-    Damage comes last because it renames: that must not happen while a rank could not even read.
-    """
-    order = ("Exception", "UnreachableCheckpointError", "MismatchError", "DamagedCheckpointError")
-    found = [
-        (order.index(one[0]) if one[0] in order else 0, rank, one) for rank, one in enumerate(outcomes) if one
-    ]
-    if not found:
-        return None
-    _, rank, (kind, message) = min(found)
-    return kind, f"{message} (rank {rank})" if len(outcomes) > 1 else message
+def damaged_warm_start(found: Candidate, reason: str) -> DamagedCheckpointError:
+    """The error for a warm start whose source turned out damaged on some rank."""
+    return DamagedCheckpointError(
+        f"checkpoint.load_path: {reason}. It was left as it is; choose another step of that run."
+    )

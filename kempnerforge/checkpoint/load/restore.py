@@ -12,8 +12,9 @@ import torch
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.load import candidates, model_compatibility, warm_start
-from kempnerforge.checkpoint.load.candidates import Candidate, LoadResult
+from kempnerforge.checkpoint.load import candidates, compatibility, load_step
+from kempnerforge.checkpoint.load.candidates import Candidate
+from kempnerforge.checkpoint.load.load_step import LoadResult
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
@@ -72,7 +73,7 @@ class Restorer:
                 result = self._begin(state)
                 result.rejected = rejected
                 break
-            model_compatibility.refuse_other_model(found, self._context.config_toml)
+            compatibility.refuse_other_model(found, self._context.config_toml)
             outcome = self._load(found, state, ALL_PARTS)
             if isinstance(outcome, LoadResult):
                 result = self._apply(found, outcome, state, ALL_PARTS, "resume")
@@ -143,8 +144,8 @@ class Restorer:
             ) from error
 
     def _load(self, found: Candidate, state: TrainState, parts: Sequence[str]) -> LoadResult | str:
-        return candidates.load_together(
-            lambda: candidates.load(
+        return load_step.load_together(
+            lambda: load_step.load(
                 found,
                 state,
                 # Loops without the harness recorded no layout in early versions.
@@ -163,10 +164,10 @@ class Restorer:
         if self._config.load_path is None:
             return Receipt(self._context.attempt)
         wanted = Path(self._config.load_path).expanduser()
-        found = self._control.run_on_rank0(lambda: warm_start.find(wanted))
+        found = self._control.run_on_rank0(lambda: candidates.find_warm_start(wanted))
         parts = tuple(part for part in ALL_PARTS if part not in self._config.exclude_from_loading)
         if "model" in parts:
-            model_compatibility.refuse_other_shapes(found, self._context.config_toml)
+            compatibility.refuse_other_shapes(found, self._context.config_toml)
         with contextlib.ExitStack() as reading:
             # That run's retention must not delete what is being read.
             self._control.run_on_rank0(
@@ -176,7 +177,7 @@ class Restorer:
             )
             outcome = self._load(found, state, parts)
         if isinstance(outcome, str):
-            raise mark_collective(warm_start.damaged(found, outcome))
+            raise mark_collective(candidates.damaged_warm_start(found, outcome))
         return self._apply(found, outcome, state, parts, "warm start")
 
     def _apply(

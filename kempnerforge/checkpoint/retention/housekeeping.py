@@ -23,10 +23,9 @@ from pathlib import Path
 
 from kempnerforge.checkpoint.format import late_metrics, manifest, paths
 from kempnerforge.checkpoint.format.latest_link import LatestLink
-from kempnerforge.checkpoint.retention.disk_space import Room
+from kempnerforge.checkpoint.retention.disk_space import DiskSpaceGuard, Room
 from kempnerforge.checkpoint.retention.policy import KeepPolicy
 from kempnerforge.checkpoint.retention.pruner import Retention
-from kempnerforge.checkpoint.retention.room import DiskSpaceGuard
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import lineage
 from kempnerforge.checkpoint.run.owner import Owner
