@@ -265,7 +265,9 @@ def test_resume_passes_over_foreign_steps(mixed: Path) -> None:
         (12, "another run's", ""),
         (10, "another run's", ""),
     ]
-    assert "step 12 was left as it is: it is of run bbbb" in "".join(Receipt(1, rejected=rejected).lines())
+    assert "step 12 was left as it is: it belongs to run bbbb" in "".join(
+        Receipt(1, rejected=rejected).lines()
+    )
     shutil.rmtree(mixed / "step_00000008")
     shutil.rmtree(mixed / "step_00000004")
     assert candidates.select(mixed, [], owner=Owner(A)) is None, "foreign steps do not make a run unsound"

@@ -37,9 +37,7 @@ def start(run: Path) -> int | None:
     folder = record.checkpoint_folder(run)
     owner = claim.take(folder, record.run_id, run)
     lineage.set_aside_late(folder, lineage.cuts(run), run_id=record.run_id, at_start=True)
-    found = resuming.select(
-        folder, [], owner=owner, in_the_way=lambda listing: known_steps.in_the_way(listing, run)
-    )
+    found = resuming.select(folder, [], owner=owner, run_dir=run)
     if found is None:
         known_steps.require_known(folder, run, owner)
     return found.step if found is not None else None

@@ -1,4 +1,4 @@
-"""Reads a step into a state on every rank, and agrees on the outcome."""
+"""Read a step into a state on every rank, and agree on the outcome."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kempnerforge.errors import CheckpointError, MismatchError, UnreachableCheck
 
 @dataclass
 class LoadResult:
-    """What one rank took from a step; nothing but tensors is applied before all ranks agree."""
+    """What one rank read from a step. Only tensors are filled in before all ranks agree."""
 
     reader: SafetensorsReader
     targets: LoadTargets
@@ -32,7 +32,7 @@ class LoadResult:
 
 
 def load(
-    found: Candidate,
+    candidate: Candidate,
     state: TrainState,
     *,
     same_layout: bool,
@@ -42,17 +42,20 @@ def load(
     excluded: Collection[str] = (),
     context: RunContext,
 ) -> LoadResult:
-    """Read what this rank needs, after checking that it fits.
+    """Read what this rank needs, after checking that the step fits.
 
-    ``parts`` of model, optimizer, extra, data, rng; ``excluded``: names of extras. The tensors of the model
-    are filled in place where they can be; nothing else of ``state`` changes. Not collective. Raises
-    DamagedCheckpointError, UnreachableCheckpointError, MismatchError.
+    Fills the tensors of the model in place where possible; changes nothing else in ``state``. Not
+    collective. ``parts``: a subset of model, optimizer, extra, data, rng. ``excluded``: names of extras.
+
+    Raises DamagedCheckpointError, UnreachableCheckpointError, MismatchError.
     """
 
     def read() -> LoadResult:
         started = time.perf_counter()
-        with contextlib.closing(SafetensorsReader(found.path, known_manifest=found.manifest)) as reader:
-            _ = reader.objects  # decoded here, so that an error is raised before the ranks agree
+        with contextlib.closing(
+            SafetensorsReader(candidate.path, known_manifest=candidate.manifest)
+        ) as reader:
+            _ = reader.objects  # decode now, so that errors are raised before the ranks agree
             check_parts(parts, reader)
             targets = find_targets(
                 state, reader, parts=parts, excluded=excluded, rank=rank, num_ranks=num_ranks
@@ -70,14 +73,16 @@ def load(
         loaded.load_s = time.perf_counter() - started
         return loaded
 
-    return with_retries(read, what=str(found.path))
+    return with_retries(read, what=str(candidate.path))
 
 
 def load_together(work: Callable[[], LoadResult], control: ControlGroup) -> LoadResult | str:
     """Run ``work`` on every rank and agree on the outcome.
 
-    Collective: all ranks, on the control group. Returns what this rank loaded, or, on all ranks, the reason
-    why the step is damaged; raises the same error on all ranks for the other outcomes.
+    Collective: all ranks, on the control group.
+
+    Returns this rank's result, or, on all ranks, why the step is damaged. Raises the same error on all ranks
+    for any other failure.
     """
     loaded: LoadResult | None = None
     failure: tuple[str, str] | None = None
@@ -100,15 +105,18 @@ def load_together(work: Callable[[], LoadResult], control: ControlGroup) -> Load
 
 
 def most_severe(outcomes: Sequence[tuple[str, str] | None]) -> tuple[str, str] | None:
-    """What all ranks act on: a fault before unreachable before mismatch before damaged; None if all loaded.
+    """Return the failure that all ranks act on; None if every rank loaded the step.
 
-    Damage comes last because it renames: that must not happen while a rank could not even read.
+    The order is: unexpected error, unreachable, mismatch, damaged. Damage is last because it renames the
+    step, which must not happen while another rank could not even read it.
     """
     order = ("Exception", "UnreachableCheckpointError", "MismatchError", "DamagedCheckpointError")
-    found = [
-        (order.index(one[0]) if one[0] in order else 0, rank, one) for rank, one in enumerate(outcomes) if one
+    failures = [
+        (order.index(outcome[0]) if outcome[0] in order else 0, rank, outcome)
+        for rank, outcome in enumerate(outcomes)
+        if outcome
     ]
-    if not found:
+    if not failures:
         return None
-    _, rank, (kind, message) = min(found)
+    _, rank, (kind, message) = min(failures)
     return kind, f"{message} (rank {rank})" if len(outcomes) > 1 else message

@@ -7,6 +7,7 @@ and ``run.json`` lie elsewhere and tell these apart.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from kempnerforge.checkpoint.run.metadata import Parent, Rollback
 from kempnerforge.checkpoint.run.owner import Owner
 from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, StepsMissingError
-from kempnerforge.goodput.event_log import read_events
+from kempnerforge.goodput.event_log import Event, read_events
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,9 @@ class KnownStep:
     """That committed it or resumed from it; 0 for the step that a fork began with."""
 
 
-def commits(run_dir: Path) -> list[KnownStep]:
-    """The commits that the ledger has. Raises OSError."""
-    return [
-        KnownStep(event["step"], event["attempt"])
-        for event in read_events(run_dir)
-        if event["event"] == "commit"
-    ]
+def commits(events: Sequence[Event]) -> list[KnownStep]:
+    """Return the commits among the events of a ledger."""
+    return [KnownStep(event["step"], event["attempt"]) for event in events if event["event"] == "commit"]
 
 
 def newest_known(run_dir: Path) -> KnownStep | None:
@@ -44,7 +41,7 @@ def newest_known(run_dir: Path) -> KnownStep | None:
     Raises OSError and RunFolderError.
     """
     record = metadata.read(run_dir)
-    found = commits(run_dir)
+    found = commits(read_events(run_dir))
     found += [
         KnownStep(row["step"], row["attempt"])
         for row in read_receipts(run_dir)
@@ -98,13 +95,13 @@ def set_aside(listing: FolderListing) -> list[Path]:
     return [*listing.quarantined, *listing.rolled_back, *listing.late, *listing.suspect]
 
 
-def in_the_way(listing: FolderListing, run_dir: Path) -> list[Path]:
+def in_the_way(listing: FolderListing, run_dir: Path | None) -> list[Path]:
     """Of the folders that were set aside, those that keep the run from beginning at step 0.
 
     All of them, but those that were given up when the run went back to step 0. Raises OSError and
     RunFolderError.
     """
-    record = metadata.read(run_dir)
+    record = metadata.read(run_dir) if run_dir is not None else None
     found = [one for one in record.rollbacks if one.step == 0] if record is not None else []
     if record is None or not found:
         return set_aside(listing)

@@ -25,7 +25,8 @@ from kempnerforge.checkpoint.run import metadata
 from kempnerforge.checkpoint.run.metadata import Restored
 from kempnerforge.checkpoint.run.resume_report import last_logged_step, read_receipts
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
-from kempnerforge.goodput.history import last_step_done, read_history
+from kempnerforge.goodput.event_log import Event
+from kempnerforge.goodput.history import derive, last_step_done
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def last_attempt(run_dir: Path) -> int:
     return max([counted, *(cut.attempt for cut in cuts(run_dir))])
 
 
-def last_done_step(run_dir: Path) -> int:
+def last_done_step(run_dir: Path, events: Sequence[Event]) -> int:
     """Return the last step that an earlier attempt is known to have done, as far as it counts.
 
     After an attempt of a user's own loop the ledger knows it; after one of the harness ``metrics.jsonl``
@@ -83,7 +84,7 @@ def last_done_step(run_dir: Path) -> int:
     """
     record = metadata.read(run_dir)
     found = [(one.attempt, one.step) for one in record.rollbacks] if record is not None else []
-    history = read_history(run_dir)
+    history = derive(events, ())
     newest = next((one for one in reversed(history) if one.resume is not None), None)
     if newest is not None and newest.is_own_loop:
         return last_step_done(history, found)
