@@ -205,7 +205,7 @@ def test_verify_shard_link_out_of_folder_is_damage(tmp_path: Path) -> None:
     body = json.loads((path / "manifest.json").read_text())
     body["files"][SHARD]["size_bytes"] = (path / SHARD).lstat().st_size
     resign(path, files=body["files"])
-    assert problems(path) == [f"{SHARD} is no regular file"]
+    assert problems(path) == [f"{SHARD} is not a regular file"]
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,8 +1,11 @@
-"""A shard file: safetensors, laid out so that its data can be written directly and read by anyone.
+"""Shard files: safetensors files whose data can be written with direct I/O and read by any tool.
 
-The data begins at a multiple of 4096 (the header is padded with spaces, which safetensors allows), tensors
-follow each other in descending element size without gaps, and the header carries DCP's sharding entry, by
-which stock ``HuggingFaceStorageReader`` knows where each chunk lies in its tensor.
+- The data begins at a multiple of 4096. The header is padded with spaces, which safetensors allows.
+- Tensors follow each other in descending element size, without gaps.
+- The header has DCP's sharding entry, from which stock ``HuggingFaceStorageReader`` knows the offsets of each
+  chunk in its tensor.
+
+Headers are read without trusting a byte of them.
 """
 
 from __future__ import annotations
@@ -20,35 +23,35 @@ from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES, Chunk
 
 DATA_ALIGNMENT = 4096
 MAX_HEADER_BYTES = 100_000_000
-"""What safetensors itself accepts."""
+"""The largest header that safetensors itself accepts."""
 
 HeaderEntry = tuple[str, Chunk]
-"""dtype, and the chunk as the index would have it."""
+"""The dtype, and the chunk as the index would list it."""
 
 
 @dataclass(frozen=True)
 class ShardItem:
-    """One chunk that goes into a shard file."""
+    """One chunk of a shard file."""
 
     name: str
     dtype: str
     """Safetensors name, such as ``BF16``."""
     offsets: tuple[int, ...]
-    """Where the chunk lies in the whole tensor."""
+    """Offsets of the chunk in the whole tensor."""
     sizes: tuple[int, ...]
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the chunk."""
+        """Size of the chunk."""
         return math.prod(self.sizes) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where everything goes in one shard file."""
+    """The layout of one shard file."""
 
     header: bytes
-    """The first bytes of the file, length prefix and padding included."""
+    """The first bytes of the file, including length prefix and padding."""
     order: tuple[int, ...]
     """Positions of the given items, in the order of their bytes."""
     begins: tuple[int, ...]
@@ -57,16 +60,16 @@ class ShardLayout:
 
 
 def plan_image(items: Sequence[ShardItem]) -> ShardLayout:
-    """Lay out ``items``, whose names must differ, as one file."""
-    order = sorted(range(len(items)), key=lambda place: (-ITEM_BYTES[items[place].dtype], items[place].name))
+    """Lay out ``items`` as one file. Their names must differ."""
+    order = sorted(range(len(items)), key=lambda at: (-ITEM_BYTES[items[at].dtype], items[at].name))
     header: dict[str, object] = {}
     data_begins, cursor = [0] * len(items), 0
-    for place in order:
-        item = items[place]
+    for position in order:
+        item = items[position]
         end = cursor + item.size_bytes
         assert item.name not in header, f"{item.name} twice in one file"
         header[item.name] = {"dtype": item.dtype, "shape": item.sizes, "data_offsets": [cursor, end]}
-        data_begins[place], cursor = cursor, end
+        data_begins[position], cursor = cursor, end
     sharding = {item.name: {"saved_offsets": item.offsets} for item in items}
     header["__metadata__"] = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
     raw = json.dumps(header, separators=(",", ":")).encode()
@@ -81,15 +84,15 @@ def plan_image(items: Sequence[ShardItem]) -> ShardLayout:
 
 
 def split_by_name(names: Sequence[str]) -> list[list[int]]:
-    """Positions of ``names`` split into files so that no name occurs twice in one."""
+    """Split positions of ``names`` into files such that no name occurs twice in one file."""
     files: list[list[int]] = []
     seen: dict[str, int] = {}
-    for place, name in enumerate(names):
+    for position, name in enumerate(names):
         number = seen.get(name, 0)
         seen[name] = number + 1
         if number == len(files):
             files.append([])
-        files[number].append(place)
+        files[number].append(position)
     return files
 
 
@@ -107,12 +110,16 @@ def read_header(path: Path, *, sharded: bool = True) -> dict[str, HeaderEntry]:
 def decode_header(
     name: str, read_bytes: Callable[[int, int], bytes], size_bytes: int, *, sharded: bool = True
 ) -> dict[str, HeaderEntry]:
-    """Name -> dtype and chunk of everything in the shard ``name``, which has ``size_bytes``.
+    """Return name -> dtype and chunk of everything in the shard ``name``.
 
-    Raises ValueError, saying what is wrong, for a file that is not laid out as format 1 says: tensors one
-    after the other without gaps up to the end of the file, each listed in DCP's sharding entry. Without
-    ``sharded`` it is a safetensors file of anyone's, in which every tensor is whole. What ``read_bytes``
-    (from, up to) raises comes as it is.
+    Args:
+        name: the name of the file.
+        read_bytes: returns bytes begin to end of the file. What it raises passes through.
+        size_bytes: the size of the file.
+        sharded: False for a safetensors file of any origin, in which every tensor is whole.
+
+    Raises ValueError for a file that does not have the layout of format 1: tensors without gaps up to the
+    end of the file, each listed in DCP's sharding entry.
     """
     header, data_begin = parse_header(read_bytes, size_bytes)
     try:
@@ -123,13 +130,13 @@ def decode_header(
             offsets = {tensor: {"saved_offsets": [0] * len(body["shape"])} for tensor, body in header.items()}
         found = {tensor: _entry(name, tensor, body, offsets, data_begin) for tensor, body in header.items()}
     except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"its header lacks something or has it in another form ({error!r})") from None
+        raise ValueError(f"its header lacks an entry or has one of the wrong type ({error!r})") from None
     if extra := offsets.keys() - found.keys():
         raise ValueError(f"its sharding entry names {sorted(extra)[0]}, which it does not hold")
     end = data_begin
     for name, (_, chunk) in sorted(found.items(), key=lambda item: (item[1][1].begin, item[1][1].end)):
         if chunk.begin != end:
-            raise ValueError(f"{name} begins at byte {chunk.begin}, and what is before it ends at {end}")
+            raise ValueError(f"{name} begins at byte {chunk.begin}, but the tensor before it ends at {end}")
         end = chunk.end
     if end != size_bytes:
         raise ValueError(f"its tensors end at byte {end} of {size_bytes}")
@@ -137,7 +144,7 @@ def decode_header(
 
 
 def parse_header(read_bytes: Callable[[int, int], bytes], size_bytes: int) -> tuple[Any, int]:
-    """The JSON of a header, unchecked but for names that occur twice, and where the data begins.
+    """Return the JSON of a header, and the offset of the data. Checks only that no name occurs twice.
 
     Raises ValueError, and what ``read_bytes`` raises.
     """
@@ -155,13 +162,13 @@ def parse_header(read_bytes: Callable[[int, int], bytes], size_bytes: int) -> tu
 
 def _entry(file: str, name: str, body: dict[str, Any], offsets: dict[str, Any], begin: int) -> HeaderEntry:
     dtype, sizes = body["dtype"], tuple(int(size) for size in body["shape"])
-    first, last = (int(place) for place in body["data_offsets"])
-    place = tuple(int(offset) for offset in offsets[name]["saved_offsets"])
-    if dtype not in ITEM_BYTES or min((*sizes, *place, 0)) < 0:
-        raise ValueError(f"{name} has dtype {dtype!r}, shape {sizes}, offsets {place}")
+    first, last = (int(offset) for offset in body["data_offsets"])
+    starts = tuple(int(offset) for offset in offsets[name]["saved_offsets"])
+    if dtype not in ITEM_BYTES or min((*sizes, *starts, 0)) < 0:
+        raise ValueError(f"{name} has dtype {dtype!r}, shape {sizes}, offsets {starts}")
     if last - first != math.prod(sizes) * ITEM_BYTES[dtype]:
         raise ValueError(f"{name} is {dtype} of shape {sizes} in {last - first} bytes")
-    return dtype, Chunk(file, begin + first, begin + last, place, sizes)
+    return dtype, Chunk(file, begin + first, begin + last, starts, sizes)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

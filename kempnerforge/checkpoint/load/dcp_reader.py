@@ -140,7 +140,7 @@ class SafetensorsReader(StorageReader):
 
     @property
     def joined(self) -> dict[str, Path]:
-        """Lists, by name, that are stored as several entries, but that DCP without a target reads as one leaf.
+        """Lists, by name, stored as several entries, that DCP reads as one leaf if it has no target.
 
         They contain no tensors and no dicts, except empty dicts, which have no entry.
         """
@@ -162,7 +162,7 @@ class SafetensorsReader(StorageReader):
         return whole[name]
 
     def make_tensor(self, name: str, tag: Mapping[str, Any]) -> torch.Tensor:
-        """Make a tensor to fill for one inside a leaf, on the type of device that it was saved from if possible.
+        """Make a tensor to fill for one inside a leaf, on the device type it was saved on if present.
 
         Raises DamagedCheckpointError if the index lacks it.
         """
