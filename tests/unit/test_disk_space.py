@@ -105,7 +105,7 @@ def test_make_room_prunes_only_when_needed(small_disk: Path) -> None:
     assert steps[8].exists()
     warning = room.warning(12)
     assert warning.startswith("NO CHECKPOINT of step 12: a save needs 6.3 MB")
-    assert "Training goes on" in warning
+    assert "Training continues" in warning
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,14 @@ def test_require_one_save_too_large_refused() -> None:
 
 def test_require_one_save_too_few_files_refused() -> None:
     verdict = replace(FITS, free_bytes=None, free_files=3, limited_by="user quota", fits=False)
-    with pytest.raises(NoSpaceError, match="has room and 3 files left"):
+    with pytest.raises(NoSpaceError, match="has space and 3 files left"):
         require_one_save(verdict, prunable_bytes=0)
     assert require_one_save(verdict, prunable_bytes=1)
 
 
 def test_require_one_save_unknown_quota_reported() -> None:
     reported = require_one_save(replace(FITS, unread="no command quota here"), prunable_bytes=0)
-    assert reported == "quota not known, so only the file system is watched (no command quota here)"
+    assert reported == "quota unknown, so only the file system is checked (no command quota here)"
 
 
 # Quotas

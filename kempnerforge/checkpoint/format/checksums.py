@@ -1,7 +1,7 @@
 """Write and read files with a digest for every 16 MiB block.
 
-A block is the unit of trust. To read 1 KB, a reader reads the whole block, and gets no bytes of it before its
-digest is verified.
+A block is the unit of trust. To read 1 KB, a reader reads the whole block, and gets no bytes of it
+before its digest is verified.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class VerifiedFile:
         path: the file.
         record: its entry in the manifest.
         keep: keep every block that was read in memory, for random access.
-        buffer: ``BLOCK_BYTES`` of memory that files read one after another may share. Reading into fresh
-            pages takes twice as long.
+        buffer: ``BLOCK_BYTES`` of memory that files read one after another may share. Reading into
+            fresh pages takes twice as long.
     """
 
     def __init__(
@@ -180,8 +180,8 @@ class VerifiedFile:
     def read_into(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
         """Fill every (offset in the file, memory) with verified bytes; together, in the order of the file.
 
-        Where pieces tile a block, it is read straight into them and digested there: a copy less. Nothing in
-        them is to be used when this raises.
+        Where pieces tile a block, it is read straight into them and digested there: a copy less.
+        Nothing in them is to be used when this raises.
         """
         for number, parts in self._by_block(sorted(pieces, key=lambda piece: piece[0])).items():
             if self._read_straight(number, parts):

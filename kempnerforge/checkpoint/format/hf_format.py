@@ -143,7 +143,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def find_tensors(folder: Path) -> dict[str, Stored]:
     """Return name -> location of every tensor of a model in one file, or in the files of its index.
 
-    Reads headers, but no weights. Raises StepNotFoundError, MismatchError, DamagedCheckpointError, OSError.
+    Reads headers, but no weights. Raises StepNotFoundError, MismatchError, DamagedCheckpointError,
+    OSError.
     """
     if (folder / INDEX).exists():
         return _by_index(folder, read_json(folder / INDEX))

@@ -67,8 +67,9 @@ class Foreign:
 def encode(value: Any, *, name: str, foreign: Callable[[Any, str], Any] | None = None, depth: int = 0) -> Any:
     """Return ``value`` as tagged JSON.
 
-    ``foreign`` is called with every other kind of value and its name. It returns JSON, or None if it cannot
-    store the value. Raises TypeError, which names the leaf, for a value that cannot be stored.
+    ``foreign`` is called with every other kind of value and its name. It returns JSON, or None if
+    it cannot store the value. Raises TypeError, which names the leaf, for a value that cannot be
+    stored.
     """
 
     def inner(item: Any, key: Any) -> Any:

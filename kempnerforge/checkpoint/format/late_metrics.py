@@ -1,7 +1,8 @@
 """Metrics of a step that were measured after its commit: ``metrics.jsonl`` in the checkpoint folder.
 
-A step is committed before it is validated, and its own folder never changes after the commit. A row also has
-the run id and the attempt of the step, because after a rollback another step may get the same number.
+A step is committed before it is validated, and its own folder never changes after the commit. A row
+also has the run id and the attempt of the step, because after a rollback another step may get the
+same number.
 """
 
 from __future__ import annotations

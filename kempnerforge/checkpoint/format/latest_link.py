@@ -31,8 +31,8 @@ class LatestLink:
 def resolve(path: Path) -> Path:
     """Resolve ``path``: if its name is ``latest``, return the newest committed step beside it.
 
-    The link may be missing, point at an older step after a crash, or be a copy of a step. Any other path, and
-    one without steps beside it, is returned unchanged. Raises OSError.
+    The link may be missing, point at an older step after a crash, or be a copy of a step. Any other
+    path, and one without steps beside it, is returned unchanged. Raises OSError.
     """
     steps = paths.committed_steps(path.parent) if path.name == paths.LATEST else []
     return path.with_name(paths.step_name(steps[0])) if steps else path
@@ -41,7 +41,8 @@ def resolve(path: Path) -> Path:
 def point(folder: Path, step: int) -> str:
     """Point ``latest`` in ``folder`` at ``step``. Return a warning, or an empty string. Never raises OSError.
 
-    Anything of that name that is not a link, such as a folder made by ``cp -rL``, is left unchanged.
+    Anything of that name that is not a link, such as a folder made by ``cp -rL``, is left
+    unchanged.
     """
     link = folder / paths.LATEST
     try:

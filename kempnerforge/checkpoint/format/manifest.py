@@ -44,8 +44,8 @@ class Provenance:
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of exactly this step, such as ``eval/loss``. Retention finds the best steps by them."""
     tokenizer: dict[str, str] = field(default_factory=dict)
-    """``digest`` of the tokenizer that made the tokens, and its absolute ``path`` if the run read it from a
-    file. Empty if unknown."""
+    """``digest`` of the tokenizer that made the tokens, and its absolute ``path`` if the run read
+    it from a file. Empty if unknown."""
 
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
@@ -189,8 +189,8 @@ def _read_bytes(step_folder: Path) -> bytes:
 def load(step_folder: Path, *, step: int | None = None) -> Manifest:
     """Read the manifest of ``step_folder`` and check file names and sizes, without reading shards.
 
-    With ``step``, it must be that step of a run. Raises DamagedCheckpointError (also for a missing file),
-    MismatchError, OSError, and with ``step`` NoTrainingStateError.
+    With ``step``, it must be that step of a run. Raises DamagedCheckpointError (also for a missing
+    file), MismatchError, OSError, and with ``step`` NoTrainingStateError.
     """
     where, folder = step_folder.name, str(step_folder)
     manifest = read(step_folder)

@@ -2,8 +2,8 @@
 
 - The data begins at a multiple of 4096. The header is padded with spaces, which safetensors allows.
 - Tensors follow each other in descending element size, without gaps.
-- The header has DCP's sharding entry, from which stock ``HuggingFaceStorageReader`` knows the offsets of each
-  chunk in its tensor.
+- The header has DCP's sharding entry, from which stock ``HuggingFaceStorageReader`` knows the
+  offsets of each chunk in its tensor.
 
 Headers are read without trusting a byte of them.
 """
@@ -118,8 +118,8 @@ def decode_header(
         size_bytes: the size of the file.
         sharded: False for a safetensors file of any origin, in which every tensor is whole.
 
-    Raises ValueError for a file that does not have the layout of format 1: tensors without gaps up to the
-    end of the file, each listed in DCP's sharding entry.
+    Raises ValueError for a file that does not have the layout of format 1: tensors without gaps up
+    to the end of the file, each listed in DCP's sharding entry.
     """
     header, data_begin = parse_header(read_bytes, size_bytes)
     try:

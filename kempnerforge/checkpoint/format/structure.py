@@ -1,14 +1,14 @@
 """Paths of the leaves of a nested state dict, from which a load without a target rebuilds it.
 
-A leaf's name is its path joined by dots: ``{"model": {"w": t}}`` has ``model.w``. Lists, and dots in keys,
-make names ambiguous, and empty dicts have no leaf. Therefore ``train_state.json`` of a nested state dict
-has::
+A leaf's name is its path joined by dots: ``{"model": {"w": t}}`` has ``model.w``. Lists, and dots
+in keys, make names ambiguous, and empty dicts have no leaf. Therefore ``train_state.json`` of a
+nested state dict has::
 
     "__paths__": {"tree": {"model": {}, "list": [[0, {}]], "empty": null}, "other": {"a.b": ["a.b"]}}
 
-``tree`` has only the containers: an object is a dict, an array of pairs (position, container) is a list, and
-null is an empty dict. A leaf lies in the container with the longest name that is a prefix of its own.
-``other`` has the paths of leaves for which that is wrong. Needs no torch.
+``tree`` has only the containers: an object is a dict, an array of pairs (position, container) is a
+list, and null is an empty dict. A leaf lies in the container with the longest name that is a prefix
+of its own. ``other`` has the paths of leaves for which that is wrong. Needs no torch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Structure:
     empty: Mapping[str, Path] = field(default_factory=dict)
     """Empty dicts, by name."""
     bare_lists: tuple[Path, ...] = ()
-    """Lists that contain empty dicts and no other dicts, filled in by ``decode``. State dicts saved by DCP's
-    own planner have none: it leaves empty dicts out."""
+    """Lists that contain empty dicts and no other dicts, filled in by ``decode``. State dicts saved
+    by DCP's own planner have none: it leaves empty dicts out."""
 
     def path(self, name: str) -> Path:
         """Return the path of a leaf."""

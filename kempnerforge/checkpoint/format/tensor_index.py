@@ -1,6 +1,7 @@
 """``index.bin``: which bytes of which file hold which chunk of which tensor.
 
-It is sorted by name and seekable, so that a rank reads only the entries that it needs. Little-endian:
+It is sorted by name and seekable, so that a rank reads only the entries that it needs.
+Little-endian:
 
 =========  ==========================================================================================
 header     8 bytes ``KFINDEX1``, then u64: number of names, offset of the name table, offset of the files
@@ -118,8 +119,9 @@ class _Record:
 class Index(Mapping[str, TensorEntry]):
     """The index of a committed step, read record by record from the verified ``file``.
 
-    ``file`` should keep its blocks, because names are found by bisection. Raises DamagedCheckpointError for a
-    file that is not an index, and for a tensor whose chunks do not cover it exactly once.
+    ``file`` should keep its blocks, because names are found by bisection. Raises
+    DamagedCheckpointError for a file that is not an index, and for a tensor whose chunks do not
+    cover it exactly once.
     """
 
     def __init__(self, file: VerifiedFile) -> None:
@@ -191,8 +193,8 @@ class Index(Mapping[str, TensorEntry]):
     def part(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Chunk]:
         """Return the chunks that overlap the box at ``offsets``, ``sizes``. They cover it exactly once.
 
-        Only these chunks are unpacked and checked: with thousands of ranks a tensor has thousands of others.
-        The box must have as many dimensions as the tensor. Raises KeyError.
+        Only these chunks are unpacked and checked: with thousands of ranks a tensor has thousands
+        of others. The box must have as many dimensions as the tensor. Raises KeyError.
         """
         record = self._record(name)
         if 0 in sizes:
@@ -286,7 +288,8 @@ def cover_problem(
 ) -> str | None:
     """Return why the chunks of ``entry`` do not cover it exactly once; None if they do.
 
-    With a ``box`` (offsets, sizes) of the tensor, they have to cover the box, and all must overlap it.
+    With a ``box`` (offsets, sizes) of the tensor, they have to cover the box, and all must overlap
+    it.
     """
     item_bytes = ITEM_BYTES.get(entry.dtype)
     if item_bytes is None:

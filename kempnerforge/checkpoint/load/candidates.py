@@ -3,7 +3,8 @@
 Three faults are told apart:
 
 - A *damaged* step is renamed, and all ranks try the next older one together.
-- An *unreachable* step may be intact. Reads are retried; then the run stops, and nothing is renamed.
+- An *unreachable* step may be intact. Reads are retried; then the run stops, and nothing is
+  renamed.
 - A *mismatch* means that the config does not fit the step. The run stops and names the differences.
 """
 
@@ -99,14 +100,15 @@ def select(
     Args:
         folder: the folder of checkpoints.
         rejected: steps rejected so far; this call appends to it.
-        suspects: steps that two attempts blame, with reasons. They are set aside if an older sound step
-            exists; otherwise the newest of them is tried again.
+        suspects: steps that two attempts blame, with reasons. They are set aside if an older sound
+            step exists; otherwise the newest of them is tried again.
         cleanup: renames steps, and knows which ones it could not rename. Those are skipped.
         owner: the run that the folder belongs to.
-        run_dir: the run's folder. A rollback to step 0 recorded there excuses the steps that it set aside.
+        run_dir: the run's folder. A rollback to step 0 recorded there excuses the steps that it set
+            aside.
 
-    Raises NoSoundCheckpointError if checkpoints exist, quarantined ones included, but none is usable: a run
-    must never restart at step 0 unnoticed. Raises UnreachableCheckpointError.
+    Raises NoSoundCheckpointError if checkpoints exist, quarantined ones included, but none is
+    usable: a run must never restart at step 0 unnoticed. Raises UnreachableCheckpointError.
     """
     cleanup, suspects = cleanup or StartCleanup(folder), suspects or {}
     listing = with_retries(lambda: paths.list_folder(folder), what=str(folder))
@@ -173,8 +175,9 @@ def _belongs_to(run_id: str) -> str:
 def inspect(path: Path, *, step: int | None = None, owner: Owner = ANYONE) -> Candidate:
     """Check the manifest, file names and sizes, and the digests of all small files.
 
-    With ``step``, also check that it is this step of a run and that a run can resume from it. Raises
-    DamagedCheckpointError, MismatchError for another format version, NoTrainingStateError, OSError.
+    With ``step``, also check that it is this step of a run and that a run can resume from it.
+    Raises DamagedCheckpointError, MismatchError for another format version, NoTrainingStateError,
+    OSError.
     """
     step_manifest = manifest.load(path, step=step)
     if not owner.owns(step_manifest.provenance):
@@ -214,9 +217,9 @@ def _set_suspect_aside(cleanup: StartCleanup, step: int, reason: str) -> Rejecte
 def find_warm_start(path: Path) -> Candidate:
     """Return the checkpoint that ``checkpoint.load_path`` names.
 
-    ``path`` is a step's folder, a folder of steps, or a run's folder (its newest step). Damage is an error
-    here, because nothing of another run is ever renamed. Raises StepNotFoundError, DamagedCheckpointError,
-    UnreachableCheckpointError.
+    ``path`` is a step's folder, a folder of steps, or a run's folder (its newest step). Damage is
+    an error here, because nothing of another run is ever renamed. Raises StepNotFoundError,
+    DamagedCheckpointError, UnreachableCheckpointError.
     """
     path = with_retries(lambda: latest_link.resolve(path), what=str(path.parent))
     try:

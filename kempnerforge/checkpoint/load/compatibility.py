@@ -98,8 +98,8 @@ def check_fits(
 def check_data(reader: SafetensorsReader, state: TrainState, context: RunContext) -> list[str]:
     """Return how the data differs from the data that the step was trained on, in words.
 
-    Raises MismatchError for a step without a position in the data, and for changed data that the config does
-    not allow.
+    Raises MismatchError for a step without a position in the data, and for changed data that the
+    config does not allow.
     """
     try:
         stored = reader.objects["data"]["fingerprint"]

@@ -40,9 +40,9 @@ from kempnerforge.errors import DamagedCheckpointError, MismatchError
 class SafetensorsReader(StorageReader):
     """Reads format 1: ``dcp.load(state, storage_reader=SafetensorsReader(step_folder))``.
 
-    Every block is digested before it is used. Unlike stock DCP, tensors are not cast: another dtype is a
-    MismatchError. Nothing in the folder is unpickled. Raises DamagedCheckpointError, MismatchError, and
-    OSError.
+    Every block is digested before it is used. Unlike stock DCP, tensors are not cast: another dtype
+    is a MismatchError. Nothing in the folder is unpickled. Raises DamagedCheckpointError,
+    MismatchError, and OSError.
     """
 
     def __init__(
@@ -271,9 +271,9 @@ def _no_looking_for_garbage() -> Iterator[None]:
 def load_tensors(tensors: Mapping[str, torch.Tensor], reader: SafetensorsReader) -> None:
     """Fill ``tensors`` (by checkpoint name, DTensors included) in place, on each rank its own part.
 
-    Not collective. Reads only the index entries and blocks that it needs. After an error the tensors may hold
-    anything. Raises what ``SafetensorsReader`` raises, MismatchError for another shape, and KeyError for a
-    name that the checkpoint lacks.
+    Not collective. Reads only the index entries and blocks that it needs. After an error the
+    tensors may hold anything. Raises what ``SafetensorsReader`` raises, MismatchError for another
+    shape, and KeyError for a name that the checkpoint lacks.
     """
     parts: list[TensorSlice] = []
     boxes, shadows = Boxes(), Shadows()
@@ -313,9 +313,9 @@ def _check_targets(plan: LoadPlan, planner: LoadPlanner) -> None:
 class _LazyMetadata(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
     """A mapping that DCP's planners use like a dict. A rank reads only the index entries that it looks up.
 
-    Tensors inside other leaves are found by name, but not listed. ``keys`` leaves out empty dicts: a planner
-    that finds a name there which its target lacks assumes a checkpoint of torch 2.3. ``items`` has them,
-    because planners without a target build one from it.
+    Tensors inside other leaves are found by name, but not listed. ``keys`` leaves out empty dicts:
+    a planner that finds a name there which its target lacks assumes a checkpoint of torch 2.3.
+    ``items`` has them, because planners without a target build one from it.
     """
 
     def __init__(self, reader: SafetensorsReader) -> None:

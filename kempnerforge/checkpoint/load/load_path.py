@@ -43,8 +43,9 @@ def missing_parts(
 ) -> list[str]:
     """Return the parts that a step lacks, if one of ``parts`` is among them; otherwise an empty list.
 
-    Random number generators alone may be missing: they are derived then. ``objects``: names of the entries
-    that are not tensors. ``has_tensors``: whether there are tensors whose names have the given prefix.
+    Random number generators alone may be missing: they are derived then. ``objects``: names of the
+    entries that are not tensors. ``has_tensors``: whether there are tensors whose names have the
+    given prefix.
     """
     absent = [
         part

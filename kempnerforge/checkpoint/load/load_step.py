@@ -45,7 +45,8 @@ def load(
     """Read what this rank needs, after checking that the step fits.
 
     Fills the tensors of the model in place where possible; changes nothing else in ``state``. Not
-    collective. ``parts``: a subset of model, optimizer, extra, data, rng. ``excluded``: names of extras.
+    collective. ``parts``: a subset of model, optimizer, extra, data, rng. ``excluded``: names of
+    extras.
 
     Raises DamagedCheckpointError, UnreachableCheckpointError, MismatchError.
     """
@@ -81,8 +82,8 @@ def load_together(work: Callable[[], LoadResult], control: ControlGroup) -> Load
 
     Collective: all ranks, on the control group.
 
-    Returns this rank's result, or, on all ranks, why the step is damaged. Raises the same error on all ranks
-    for any other failure.
+    Returns this rank's result, or, on all ranks, why the step is damaged. Raises the same error on
+    all ranks for any other failure.
     """
     loaded: LoadResult | None = None
     failure: tuple[str, str] | None = None
@@ -107,8 +108,8 @@ def load_together(work: Callable[[], LoadResult], control: ControlGroup) -> Load
 def most_severe(outcomes: Sequence[tuple[str, str] | None]) -> tuple[str, str] | None:
     """Return the failure that all ranks act on; None if every rank loaded the step.
 
-    The order is: unexpected error, unreachable, mismatch, damaged. Damage is last because it renames the
-    step, which must not happen while another rank could not even read it.
+    The order is: unexpected error, unreachable, mismatch, damaged. Damage is last because it
+    renames the step, which must not happen while another rank could not even read it.
     """
     order = ("Exception", "UnreachableCheckpointError", "MismatchError", "DamagedCheckpointError")
     failures = [

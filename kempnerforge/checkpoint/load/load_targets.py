@@ -61,8 +61,8 @@ def find_targets(
 ) -> LoadTargets:
     """Return what this rank reads, after checking that it fits. ``parts``: of model, optimizer, extra.
 
-    Not collective. Changes nothing. Rank 0 also checks for entries that no rank has. Raises MismatchError
-    and DamagedCheckpointError.
+    Not collective. Changes nothing. Rank 0 also checks for entries that no rank has. Raises
+    MismatchError and DamagedCheckpointError.
     """
     found = LoadTargets()
     if "model" in parts:

@@ -42,8 +42,8 @@ ALL_PARTS = ("model", "optimizer", "scheduler", "data", "rng")
 class Restorer:
     """Fills a state from the newest sound step of a run, or from ``load_path``. Methods are collective.
 
-    Methods with "First rank only" in their docstring are the exception: the first rank calls them, and all
-    ranks get what they return or raise.
+    Methods with "First rank only" in their docstring are the exception: the first rank calls them,
+    and all ranks get what they return or raise.
     """
 
     def __init__(

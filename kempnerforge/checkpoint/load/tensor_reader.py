@@ -84,7 +84,8 @@ def read_parts(step_folder: Path, files: Mapping[str, FileRecord], parts: Iterab
 def _check_header(file: VerifiedFile, wanted: Sequence[TensorSlice]) -> None:
     """Check that a shard holds what the index says.
 
-    Digests cannot detect two shards that are swapped in the manifest as well, but their headers can.
+    Digests cannot detect two shards that are swapped in the manifest as well, but their headers
+    can.
     """
     name = file.path.name
     try:
