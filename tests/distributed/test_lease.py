@@ -408,7 +408,7 @@ def test_fence_late_commit_of_old_holder_fails(tmp_path: Path, process: Processe
     assert clock.now >= 29.9
     mine = checkpoints / paths.temporary_name("step_00000008", held.attempt)
     mine.mkdir()
-    fenced = StartCleanup(checkpoints, attempt=held.attempt).fence()
+    fenced = StartCleanup(checkpoints, attempt=held.attempt).revoke_inflight()
     zombie.signal(signal.SIGCONT)
     late = zombie.ask("rename", **{"from": str(temporary), "to": str(checkpoints / "step_00000004")})
     assert late["error"] == "FileNotFoundError"

@@ -190,7 +190,7 @@ def test_claim_after_lost_run_file_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path, "a", A, folder)
     claim.take(folder, A, run)
     metadata.write(run, RunRecord(B, B, 1.0))
-    assert f"Put the run.json of {A} back" in refused(folder, B, run)
+    assert f"Restore the run.json of {A}" in refused(folder, B, run)
 
 
 # Folders from before owner files

@@ -87,7 +87,7 @@ def test_known_step_of_fork_is_its_first(tmp_path: Path) -> None:
     """With another ``checkpoint.dir`` than the fork was made with."""
     record = RunRecord("abc", "abc", 1.0, checkpoint_dir=str(tmp_path / "x"), parent=Parent("old", 8, "/old"))
     metadata.write(tmp_path, record)
-    with pytest.raises(StepsMissingError, match="begins at step 8 of the run that it was forked from"):
+    with pytest.raises(StepsMissingError, match="starts at step 8 of the run that it was forked from"):
         claim.take(tmp_path / "x", "abc", tmp_path)
 
 

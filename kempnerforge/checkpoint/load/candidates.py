@@ -136,7 +136,9 @@ def select(
         if step in suspects:
             newer_suspects.append(candidate)
             continue
-        rejected += [_set_suspect_aside(cleanup, it.step, suspects[it.step]) for it in newer_suspects]
+        rejected += [
+            _set_suspect_aside(cleanup, suspect.step, suspects[suspect.step]) for suspect in newer_suspects
+        ]
         return candidate
     if newer_suspects:
         return newer_suspects[0]

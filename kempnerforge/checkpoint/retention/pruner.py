@@ -100,7 +100,7 @@ class Retention:
         for doomed, path in to_give_back.items():
             self._give_back(doomed, path, warnings)
         facts = self.survey()
-        sound = [it.step for it in facts if not it.problem and not it.foreign]
+        sound = [info.step for info in facts if not info.problem and not info.foreign]
         for verdict in reversed(decide(facts, self.policy)):
             if stop():
                 break
