@@ -248,7 +248,7 @@ def test_own_loop_failed_and_skipped_saves_are_recorded(
     assert "no disk" in state_of(tmp_path, 1)[1]
     assert state_of(tmp_path, 2) == (
         "skipped",
-        "attempt 1 left its save out for lack of space: no room for step 2",
+        "attempt 1 skipped its save for lack of space: no room for step 2",
     )
     assert state_of(tmp_path, 3)[0] == "kept"
 

@@ -235,7 +235,7 @@ def test_rollback_leaves_foreign_steps(run: Path) -> None:
     done = rollback.roll_back(run, 8, note=quiet, progress=quiet)
     assert list(done.renamed) == ["step_00000012"]
     assert foreign.is_dir()
-    with pytest.raises(StepNotFoundError, match=r"step 10 in .* is of another run, other"):
+    with pytest.raises(StepNotFoundError, match=r"step 10 in .* belongs to another run, other"):
         rollback.roll_back(run, 10, note=quiet, progress=quiet)
     assert start(run) == 8
 
