@@ -15,17 +15,17 @@ from support.tmpfs import mounted_tmpfs
 from kempnerforge.checkpoint.retention import quota
 from kempnerforge.checkpoint.retention.disk_space import (
     Action,
-    Verdict,
+    SpaceCheck,
     check,
-    decide,
     make_room,
+    next_action,
     require_one_save,
 )
 from kempnerforge.checkpoint.retention.quota import Mount, Quota, Quotas
 from kempnerforge.errors import NoSpaceError
 
 MB = 1 << 20
-FITS = Verdict(Path("x"), 10 * MB, 8, 100 * MB, 1000, "file system", fits=True)
+FITS = SpaceCheck(Path("x"), 10 * MB, 8, 100 * MB, 1000, "file system", fits=True)
 TOO_LARGE = replace(FITS, free_bytes=4 * MB, fits=False)
 
 
@@ -91,7 +91,7 @@ def test_make_room_prunes_only_when_needed(small_disk: Path) -> None:
         pruned.append(4)
         return [4]
 
-    def look(size_bytes: int) -> Verdict:
+    def look(size_bytes: int) -> SpaceCheck:
         return check(small_disk, size_bytes, reserve_bytes=0)
 
     assert make_room(lambda: look(MB), prune).fits
@@ -117,8 +117,8 @@ def test_make_room_prunes_only_when_needed(small_disk: Path) -> None:
         (TOO_LARGE, True, Action.skip),
     ],
 )
-def test_space_decide_table_matches(verdict: Verdict, has_pruned: bool, action: Action) -> None:
-    assert decide(verdict, has_pruned=has_pruned) is action
+def test_space_decide_table_matches(verdict: SpaceCheck, has_pruned: bool, action: Action) -> None:
+    assert next_action(verdict, has_pruned=has_pruned) is action
 
 
 # Before training

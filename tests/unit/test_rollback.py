@@ -284,7 +284,11 @@ BAD_FORKS: dict[str, tuple[ConfigIssue, type[KempnerForgeError], str]] = {
     ),
     "a missing file": (lambda step, _: (step / paths.INDEX).unlink(), DamagedCheckpointError, "index"),
     "a taken name": (lambda _, new: new.mkdir(), RunFolderError, "exists; a fork creates a new"),
-    "a file in the way": (lambda _, new: new.parent.joinpath("in").touch(), RunFolderError, "cannot be created"),
+    "a file in the way": (
+        lambda _, new: new.parent.joinpath("in").touch(),
+        RunFolderError,
+        "cannot be created",
+    ),
     "another fork": (lambda _, new: (new.parent / ".new.fork").mkdir(), RunFolderError, "another fork"),
 }
 

@@ -178,10 +178,10 @@ class VerifiedFile:
             begin += part.nbytes
 
     def read_into(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
-        """Fill every (offset in the file, memory) with verified bytes; together, in the order of the file.
+        """Fill each piece (offset in the file, memory) with verified bytes, in the order of the file.
 
-        Where pieces tile a block, it is read straight into them and digested there: a copy less.
-        Nothing in them is to be used when this raises.
+        If pieces tile a block, it is read straight into them and digested there, which saves a copy.
+        If this raises, do not use their content.
         """
         for number, parts in self._by_block(sorted(pieces, key=lambda piece: piece[0])).items():
             if self._read_straight(number, parts):

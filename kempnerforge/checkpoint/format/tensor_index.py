@@ -262,8 +262,8 @@ def _rows_in_box(
     import numpy as np  # imported late: reading a small index does not need it
 
     ndim = len(offsets)
-    place = [("offsets", "<u8", (ndim,)), ("sizes", "<u8", (ndim,))]
-    table = np.frombuffer(packed, np.dtype([("file", "<u4"), ("begin", "<u8"), ("end", "<u8"), *place]))
+    box = [("offsets", "<u8", (ndim,)), ("sizes", "<u8", (ndim,))]
+    table = np.frombuffer(packed, np.dtype([("file", "<u4"), ("begin", "<u8"), ("end", "<u8"), *box]))
     begins = np.array(offsets, "<u8")
     ends = begins + np.array(sizes, "<u8")
     meet = (table["offsets"] < ends) & (table["offsets"] + table["sizes"] > begins)
@@ -296,8 +296,8 @@ def cover_problem(
         return f"dtype {entry.dtype!r} is unknown"
     covered = 0
     for chunk in entry.chunks:
-        place = zip(chunk.offsets, chunk.sizes, entry.shape, strict=True)
-        inside = all(offset + size <= full for offset, size, full in place)
+        dimensions = zip(chunk.offsets, chunk.sizes, entry.shape, strict=True)
+        inside = all(offset + size <= full for offset, size, full in dimensions)
         volume = math.prod(chunk.sizes)
         if not inside or chunk.end - chunk.begin != volume * item_bytes:
             return f"the chunk at {chunk.offsets} does not fit {entry.shape}"
@@ -322,8 +322,8 @@ def _overlap(chunks: tuple[Chunk, ...]) -> bool:
     return False
 
 
-def _boxes_meet(one: Chunk, other: Chunk) -> bool:
+def _boxes_meet(first: Chunk, second: Chunk) -> bool:
     return all(
         a < b + sb and b < a + sa
-        for a, sa, b, sb in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+        for a, sa, b, sb in zip(first.offsets, first.sizes, second.offsets, second.sizes, strict=True)
     )

@@ -103,8 +103,8 @@ def _add_model(found: LoadTargets, state: TrainState, reader: SafetensorsReader)
         first = full
         if memory and tensor.numel():
             local = local_part(tensor)
-            place = (memory, local.storage_offset(), local.shape, local.stride(), local.dtype)
-            first = first_of.setdefault(place, full)
+            view = (memory, local.storage_offset(), local.shape, local.stride(), local.dtype)
+            first = first_of.setdefault(view, full)
         if first != full:
             found.tied.append((first, full))
             tensor = torch.empty_like(tensor)
@@ -122,14 +122,16 @@ def _add_optimizers(found: LoadTargets, state: TrainState, reader: SafetensorsRe
     if several is None:
         tables = {prefix: objects.get("optimizer") for prefix in state.optimizers}
     if tables.keys() != state.optimizers.keys():
-        there, here = (sorted(one.split(".")[1] for one in two) for two in (tables, state.optimizers))
+        there, here = (
+            sorted(prefix.split(".")[1] for prefix in group) for group in (tables, state.optimizers)
+        )
         raise MismatchError(f"{reader.path} has the optimizers {there}, this program {here}")
-    for prefix, one in state.optimizers.items():
-        known = one.known_names(names)
+    for prefix, optimizer in state.optimizers.items():
+        known = optimizer.known_names(names)
         stored = StoredOptimizer.read(
             tables[prefix], objects, prefix=prefix, names=known, where=reader.path.name
         )
-        targets = one.targets(names, reader, stored)
+        targets = optimizer.targets(names, reader, stored)
         found.optimizers.append(targets)
         found.tensors |= targets.tensors
         found.problems += targets.problems
@@ -155,8 +157,8 @@ def _other_surplus(
 ) -> list[str]:
     """Describe the entries of optimizers and extras in the checkpoint that the program lacks."""
     names, extra = state.model.names(), []
-    for prefix, one in state.optimizers.items() if "optimizer" in parts else ():
-        known = one.known_names(names)
+    for prefix, optimizer in state.optimizers.items() if "optimizer" in parts else ():
+        known = optimizer.known_names(names)
         for rest in reader.index.under(prefix):
             if prefix + rest in found.tensors:
                 continue

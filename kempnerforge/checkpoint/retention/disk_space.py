@@ -36,7 +36,7 @@ _SMALL_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SpaceCheck:
     """Result of checking whether one save fits."""
 
     folder: Path
@@ -72,7 +72,7 @@ class Action(Enum):
 class Room:
     """Result of ``make_room``."""
 
-    verdict: Verdict
+    verdict: SpaceCheck
     pruned: list[int] = field(default_factory=list)
     """Steps that were deleted."""
 
@@ -96,7 +96,7 @@ def check(
     needed_files: int = 0,
     reserve_bytes: int = RESERVE_BYTES,
     quotas: Quotas | None = None,
-) -> Verdict:
+) -> SpaceCheck:
     """Check whether ``needed_bytes`` fit in ``folder``, which may not exist yet. ``quotas``: as last read.
 
     This is one system call. The caller reads quotas, which may take seconds. Raises OSError.
@@ -121,7 +121,7 @@ def check(
     free_bytes, free_files = bytes_left.get(by_bytes), files_left.get(by_files)
     bytes_fit = free_bytes is None or needed_bytes + reserve_bytes <= free_bytes
     files_fit = free_files is None or needed_files + RESERVE_FILES <= free_files
-    return Verdict(
+    return SpaceCheck(
         folder=folder,
         needed_bytes=needed_bytes,
         needed_files=needed_files,
@@ -133,27 +133,27 @@ def check(
     )
 
 
-def decide(verdict: Verdict, *, has_pruned: bool) -> Action:
+def next_action(verdict: SpaceCheck, *, has_pruned: bool) -> Action:
     """Return what to do about a save that is due. Pure function: it states the order."""
     if verdict.fits:
         return Action.save
     return Action.skip if has_pruned else Action.prune
 
 
-def make_room(look: Callable[[], Verdict], prune: Callable[[], Sequence[int]]) -> Room:
+def make_room(look: Callable[[], SpaceCheck], prune: Callable[[], Sequence[int]]) -> Room:
     """Check the disk, delete what retention allows if needed, and check again.
 
     ``prune`` returns the steps that it deleted. It keeps the newest sound one. Raises what the two
     raise.
     """
     verdict = look()
-    if decide(verdict, has_pruned=False) is not Action.prune:
+    if next_action(verdict, has_pruned=False) is not Action.prune:
         return Room(verdict)
     pruned = list(prune())
     return Room(look() if pruned else verdict, pruned)
 
 
-def require_one_save(verdict: Verdict, *, prunable_bytes: int) -> str:
+def require_one_save(verdict: SpaceCheck, *, prunable_bytes: int) -> str:
     """Raise NoSpaceError before training if no save would fit beside the newest checkpoint.
 
     ``prunable_bytes``: the size of the checkpoints that retention would delete. Returns a warning
@@ -225,14 +225,14 @@ class DiskSpaceGuard:
         """Delete what retention allows until one save fits, or until ``stop``. Raises OSError."""
         return make_room(self._look, lambda: self._retention.apply(stop=stop).deleted)
 
-    def _look(self) -> Verdict:
+    def _look(self) -> SpaceCheck:
         verdict = self._check()
         if not verdict.fits and self._quotas.known:
             self._quotas = read_quotas(self._folder)  # the last reading is old
             verdict = self._check()
         return verdict
 
-    def _check(self) -> Verdict:
+    def _check(self) -> SpaceCheck:
         return check(self._folder, self._needed_bytes, needed_files=self._needed_files, quotas=self._quotas)
 
     def _size_of(self, step: int) -> int:

@@ -111,7 +111,7 @@ class Housekeeping:
     def measured(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics of a step whose save has started, once it is committed. Never blocks."""
         with self._changed:
-            self._measured = {known: values for known, values in self._measured.items() if known >= step}
+            self._measured = {number: values for number, values in self._measured.items() if number >= step}
             self._measured.setdefault(step, {}).update(metrics)
             if step in self._trusted:
                 self._begin()

@@ -119,11 +119,11 @@ def _targets(
     entries: Mapping[str, TensorEntry], tensors: Sequence[MappedTensor], files: Sequence[PlannedFile]
 ) -> dict[str, list[tuple[Chunk, _Target]]]:
     """Return file of the step -> its chunks and their destinations, in the order of their bytes."""
-    places = {name: (file.name, begin) for file in files for name, begin in file.begins.items()}
+    locations = {name: (file.name, begin) for file in files for name, begin in file.begins.items()}
     found: dict[str, list[tuple[Chunk, _Target]]] = {}
     for tensor in tensors:
         entry = entries[paths.MODEL_PREFIX + tensor.name]
-        target = _Target(tensor, entry.dtype, *places[tensor.hf_name])
+        target = _Target(tensor, entry.dtype, *locations[tensor.hf_name])
         for chunk in entry.chunks:
             found.setdefault(chunk.file, []).append((chunk, target))
     return {
@@ -177,9 +177,9 @@ def _write(part: memoryview, at: int, chunk: Chunk, target: _Target, dtype: str,
             f"{target.tensor.name} holds {error}, which {dtype} cannot represent; use another --dtype"
         ) from None
     fd = outputs.open(target.file)
-    for place, begin, end in _runs(chunk, target.tensor, first, first + part.nbytes // item):
+    for element, begin, end in _runs(chunk, target.tensor, first, first + part.nbytes // item):
         run = data[(begin - first) * out_item : (end - first) * out_item]
-        outputs.write_at(fd, run, target.begin + place * out_item)
+        outputs.write_at(fd, run, target.begin + element * out_item)
 
 
 def _runs(chunk: Chunk, tensor: MappedTensor, first: int, last: int) -> Iterator[tuple[int, int, int]]:
