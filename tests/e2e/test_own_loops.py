@@ -119,7 +119,7 @@ def test_own_loop_killed_and_resumed_is_known_to_commands(tmp_path: Path) -> Non
     assert state_of(run, 60)[0] == "kept"
     assert state_of(run, 10) == (
         "deleted",
-        "attempt 1 deleted it after step 30 was committed: no rule kept it any more "
+        "attempt 1 deleted it after step 30 was committed: no rule kept it "
         "(kept: the last 2; the newest)",
     )
     assert state_of(run, 41)[0] == "not due"
