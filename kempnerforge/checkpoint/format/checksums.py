@@ -180,8 +180,8 @@ class VerifiedFile:
     def read_into(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
         """Fill each piece (offset in the file, memory) with verified bytes, in the order of the file.
 
-        If pieces tile a block, it is read straight into them and digested there, which saves a copy.
-        If this raises, do not use their content.
+        If pieces tile a block, it is read straight into them and digested there, which saves a
+        copy. If this raises, do not use their content.
         """
         for number, parts in self._by_block(sorted(pieces, key=lambda piece: piece[0])).items():
             if self._read_straight(number, parts):
