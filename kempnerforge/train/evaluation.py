@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.load import candidates
+from kempnerforge.checkpoint.load import candidates, load_step
 from kempnerforge.checkpoint.load.candidates import Candidate
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.retention import read_locks
@@ -180,8 +180,8 @@ def _load(step_folder: Path, state: TrainState, world: DistributedContext) -> tu
             )
 
         found = world.control.run_on_rank0(take)
-        outcome = candidates.load_together(
-            lambda: candidates.load(
+        outcome = load_step.load_together(
+            lambda: load_step.load(
                 found,
                 state,
                 same_layout=False,

@@ -16,7 +16,7 @@ from support.patch_target import patch_target
 from support.run_files import Counting, digest_of, tensor_digests
 from support.runs import Launcher, Run, copy_run, make_run
 
-from kempnerforge.checkpoint.format import paths, safetensors_header
+from kempnerforge.checkpoint.format import paths, safetensors_file
 from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader
 
@@ -154,7 +154,9 @@ def assert_writing_is_shared(step_folder: Path, ranks: int, name: str) -> None:
     shards = sorted(step_folder.glob("*.safetensors"))
     assert len(shards) == ranks
     # Reading a header fails unless what it lists fills the file without gaps.
-    written = [sum(c.end - c.begin for _, c in safetensors_header.read(shard).values()) for shard in shards]
+    written = [
+        sum(c.end - c.begin for _, c in safetensors_file.read_header(shard).values()) for shard in shards
+    ]
     index = SafetensorsReader(step_folder).index.values()
     assert sum(written) == sum(math.prod(entry.shape) * ITEM_BYTES[entry.dtype] for entry in index)
     if "pp" not in name:  # stages hold different layers

@@ -102,7 +102,7 @@ def resume_on_one(folder: str, excluded: list[str]) -> list[str]:
 
 def test_extra_per_rank_on_fewer_ranks_is_named(tmp_path: Path) -> None:
     run_ranks(per_rank_round_trip, 2, str(tmp_path), "disabled")
-    with pytest.raises(RanksFailed, match=r"MismatchError: extra\.loader has a state of its own.*of 2 ranks"):
+    with pytest.raises(RanksFailed, match=r"MismatchError: extra\.loader has a separate state.*of 2 ranks"):
         run_ranks(resume_on_one, 1, str(tmp_path), [])
     assert run_ranks(resume_on_one, 1, str(tmp_path), ["extra.loader"]) == [["extra.loader"]]
 

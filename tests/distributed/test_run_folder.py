@@ -58,7 +58,7 @@ def test_run_folder_broken_run_file_reported_and_kept(tmp_path: Path, content: s
 
 def test_run_folder_checkpoints_without_run_file_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(RunFolderError, match="it is not known whose"):
+    with pytest.raises(RunFolderError, match="so their run is unknown"):
         open_run(tmp_path, ALONE, first_global_batch_size=1)
 
 

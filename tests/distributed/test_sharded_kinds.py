@@ -123,7 +123,7 @@ def refuse_on_all_ranks(folder: str) -> None:
     bad: list[tuple[dict[str, Any], str]] = [
         ({"w": partial}, "w is a partial DTensor"),
         ({"w": torch.empty(2, device="meta") if rank else torch.ones(2)}, "rank 1: w is on the meta device"),
-        ({"a": (whole, 1)}, r"a\.0 is a DTensor inside of another leaf"),
+        ({"a": (whole, 1)}, r"a\.0 is a DTensor inside another leaf"),
     ]
     with AsyncCheckpointer("async_with_pinned_mem") as checkpointer:
         for state, message in bad:

@@ -114,7 +114,7 @@ def test_suspect_step_not_finite_twice_comes_back_by_unblock(
     assert receipt["step"] == 4, ended.output
     assert [(one["step"], one["outcome"]) for one in receipt["rejected"]] == [(8, "suspect")]
     assert (run.checkpoints / "suspect.step_00000008.1" / "manifest.json").exists()
-    assert "6 steps after it are done again: step 8 was committed and is set aside" in ended.output
+    assert "6 steps after it are repeated: step 8 was committed and is set aside" in ended.output
     assert "not committed" not in ended.output
     said = unblock(run)
     assert "suspect.step_00000008.1 -> step_00000008" in said

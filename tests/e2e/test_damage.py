@@ -208,7 +208,7 @@ def test_resume_other_model_mismatch_names_keys(launcher: Launcher, run: Run) ->
     names = run.names()
     ended = launcher.run(run, "--model.dim=48", "--model.n_heads=3", ranks=2)
     assert ended.statuses == [2, 2], ended.output
-    assert "cannot fit this config" in ended.outputs[0]
+    assert "does not fit this config" in ended.outputs[0]
     for line in ("model.dim was 32, is 48", "model.n_heads was 2, is 3", "--run.name=NEW"):
         assert line in ended.outputs[0]
     assert "layers.0" not in ended.outputs[0]

@@ -20,7 +20,7 @@ from kempnerforge.errors import ConfigError
 
 pytest_plugins = ["support.run_fixtures"]
 
-LOAD_TENSORS = patch_target("kempnerforge.checkpoint.load.candidates:load_tensors")
+LOAD_TENSORS = patch_target("kempnerforge.checkpoint.load.load_step:load_tensors")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_eval_damaged_step_fails_and_renames_nothing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.dim=64"], "cannot fit this config (21 tensors differ)"),
+        (["--model.dim=64"], "does not fit this config (21 tensors differ)"),
         (["--mdel.dim=64"], "--mdel.dim: is not a known key; did you mean model.dim?"),
         (["--train.global_batch_size=3"], "train.global_batch_size: 3 does not divide"),
         (["--data.val_fraction=0"], "data.val_fraction"),

@@ -118,8 +118,7 @@ def test_own_loop_killed_and_resumed_is_known_to_commands(tmp_path: Path) -> Non
     assert state_of(run, 60)[0] == "kept"
     assert state_of(run, 10) == (
         "deleted",
-        "attempt 1 deleted it after step 30 was committed: no rule kept it any more "
-        "(kept: the last 2; the newest)",
+        "attempt 1 deleted it after step 30 was committed: no rule kept it (kept: the last 2; the newest)",
     )
     assert state_of(run, 41)[0] == "not due"
     assert state_of(run, 41)[1].endswith("the one before at step 40, the next one at step 50")
@@ -247,7 +246,7 @@ def test_own_loop_failed_and_skipped_saves_are_recorded(
     assert "no disk" in state_of(tmp_path, 1)[1]
     assert state_of(tmp_path, 2) == (
         "skipped",
-        "attempt 1 left its save out for lack of space: no room for step 2",
+        "attempt 1 skipped its save for lack of space: no room for step 2",
     )
     assert state_of(tmp_path, 3)[0] == "kept"
 

@@ -94,7 +94,7 @@ def test_rollback_and_fork_commands_report_result(ckpt: Ckpt, run: Path, tmp_pat
         (["rollback", "RUN/metrics.jsonl", "4"], 2, "is not a folder"),
         (["rollback", "RUN", "four"], 2, "four"),
         (["fork", "RUN", "RUN/new"], 2, "is not the folder of one step"),
-        (["fork", "RUN/checkpoints/step_00000004", "RUN"], 2, "exists; a fork makes a new"),
+        (["fork", "RUN/checkpoints/step_00000004", "RUN"], 2, "exists; a fork creates a new"),
     ],
 )
 def test_rollback_and_fork_bad_arguments_exit_2(

@@ -107,7 +107,7 @@ def test_deletion_that_never_ends_delays_no_save_and_no_stop(
     attempt.signal(signal.SIGTERM)
     step = assert_stopped(run, attempt, "SIGTERM")
     assert [name for name in run.unfinished() if name.endswith(".deleting")], "it was under way all the time"
-    assert "was cut off; the next start finishes it" in attempt.output()
+    assert "was interrupted; the next start finishes it" in attempt.output()
     launcher.finish(run, f"--train.max_steps={step + 2}", ranks=2)
     assert run.receipts()[-1]["step"] == step
     assert run.committed() == [step + 2]

@@ -44,7 +44,7 @@ def test_export_killed_leaves_nothing_under_final_name(tmp_path: Path) -> None:
     assert not (tmp_path / "hf").exists()
     again = process("ckpt", "export", step, "--out", tmp_path / "hf")
     assert again.returncode == 2
-    assert "another export is making it, or was killed" in again.stderr
+    assert "another export is creating it, or was killed" in again.stderr
     shutil.rmtree(hidden.parent)
     assert process("ckpt", "export", step, "--out", tmp_path / "hf").returncode == 0
 

@@ -75,7 +75,7 @@ def test_export_and_import_carry_weights_to_another_run(
     refused = launcher.run(second, ranks=2)
     assert refused.statuses == [2, 2], refused.output
     setting = '--checkpoint.exclude_from_loading=\'["optimizer","scheduler","data","rng"]\''
-    assert "has no optimizer, scheduler, data, rng. A new run can begin" in refused.outputs[0]
+    assert "has no optimizer, scheduler, data, rng. To start a new run" in refused.outputs[0]
     assert setting in refused.outputs[0]
     assert "Traceback" not in refused.output
 

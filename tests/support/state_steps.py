@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from support.step_maker import write_step
 
-from kempnerforge.checkpoint.load import candidates
-from kempnerforge.checkpoint.load.candidates import LoadResult
+from kempnerforge.checkpoint.load import candidates, load_step
+from kempnerforge.checkpoint.load.load_step import LoadResult
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
@@ -29,7 +29,7 @@ def save(folder: Path, state: TrainState, **capture: int) -> Path:
 
 def load(path: Path, state: TrainState, *, parts: tuple[str, ...] = PARTS, **options: Any) -> LoadResult:
     """Load a step as a resume does."""
-    loaded = candidates.load(
+    loaded = load_step.load(
         candidates.inspect(path),
         state,
         same_layout=True,

@@ -18,7 +18,7 @@ from kempnerforge import fsio
 from kempnerforge.checkpoint.format import json_values
 from kempnerforge.checkpoint.format.checksums import FileRecord
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image, split_by_name
-from kempnerforge.checkpoint.load import candidates
+from kempnerforge.checkpoint.load import candidates, load_step
 from kempnerforge.checkpoint.run import resume_report
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.save.commit import ExpectedFiles, FileReport, PlannedFile, PlannedItem
@@ -114,7 +114,7 @@ def test_resume_worst_outcome_damage_ranks_last(
     outcomes: list[tuple[str, str] | None], agreed: tuple[str, str] | None
 ) -> None:
     """Damage renames a step only when nothing else went wrong on any rank."""
-    assert candidates.most_severe(outcomes) == agreed
+    assert load_step.most_severe(outcomes) == agreed
 
 
 def test_resume_read_errors_retried_then_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,17 +15,17 @@ from support.tmpfs import mounted_tmpfs
 from kempnerforge.checkpoint.retention import quota
 from kempnerforge.checkpoint.retention.disk_space import (
     Action,
-    Verdict,
+    SpaceCheck,
     check,
-    decide,
     make_room,
+    next_action,
     require_one_save,
 )
 from kempnerforge.checkpoint.retention.quota import Mount, Quota, Quotas
 from kempnerforge.errors import NoSpaceError
 
 MB = 1 << 20
-FITS = Verdict(Path("x"), 10 * MB, 8, 100 * MB, 1000, "file system", fits=True)
+FITS = SpaceCheck(Path("x"), 10 * MB, 8, 100 * MB, 1000, "file system", fits=True)
 TOO_LARGE = replace(FITS, free_bytes=4 * MB, fits=False)
 
 
@@ -91,7 +91,7 @@ def test_make_room_prunes_only_when_needed(small_disk: Path) -> None:
         pruned.append(4)
         return [4]
 
-    def look(size_bytes: int) -> Verdict:
+    def look(size_bytes: int) -> SpaceCheck:
         return check(small_disk, size_bytes, reserve_bytes=0)
 
     assert make_room(lambda: look(MB), prune).fits
@@ -105,7 +105,7 @@ def test_make_room_prunes_only_when_needed(small_disk: Path) -> None:
     assert steps[8].exists()
     warning = room.warning(12)
     assert warning.startswith("NO CHECKPOINT of step 12: a save needs 6.3 MB")
-    assert "Training goes on" in warning
+    assert "Training continues" in warning
 
 
 @pytest.mark.parametrize(
@@ -117,8 +117,8 @@ def test_make_room_prunes_only_when_needed(small_disk: Path) -> None:
         (TOO_LARGE, True, Action.skip),
     ],
 )
-def test_space_decide_table_matches(verdict: Verdict, has_pruned: bool, action: Action) -> None:
-    assert decide(verdict, has_pruned=has_pruned) is action
+def test_space_decide_table_matches(verdict: SpaceCheck, has_pruned: bool, action: Action) -> None:
+    assert next_action(verdict, has_pruned=has_pruned) is action
 
 
 # Before training
@@ -144,14 +144,14 @@ def test_require_one_save_too_large_refused() -> None:
 
 def test_require_one_save_too_few_files_refused() -> None:
     verdict = replace(FITS, free_bytes=None, free_files=3, limited_by="user quota", fits=False)
-    with pytest.raises(NoSpaceError, match="has room and 3 files left"):
+    with pytest.raises(NoSpaceError, match="has space and 3 files left"):
         require_one_save(verdict, prunable_bytes=0)
     assert require_one_save(verdict, prunable_bytes=1)
 
 
 def test_require_one_save_unknown_quota_reported() -> None:
     reported = require_one_save(replace(FITS, unread="no command quota here"), prunable_bytes=0)
-    assert reported == "quota not known, so only the file system is watched (no command quota here)"
+    assert reported == "quota unknown, so only the file system is checked (no command quota here)"
 
 
 # Quotas

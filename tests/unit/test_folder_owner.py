@@ -196,7 +196,7 @@ def test_claim_after_lost_run_file_says_so(tmp_path: Path) -> None:
     run = make_run(tmp_path, "a", A, folder)
     claim.take(folder, A, run)
     metadata.write(run, RunRecord(B, B, 1.0))
-    assert f"Put the run.json of {A} back" in refused(folder, B, run)
+    assert f"Restore the run.json of {A}" in refused(folder, B, run)
 
 
 # Folders from before owner files
@@ -271,7 +271,9 @@ def test_resume_passes_over_foreign_steps(mixed: Path) -> None:
         (12, "another run's", ""),
         (10, "another run's", ""),
     ]
-    assert "step 12 was left as it is: it is of run bbbb" in "".join(Receipt(1, rejected=rejected).lines())
+    assert "step 12 was left as it is: it belongs to run bbbb" in "".join(
+        Receipt(1, rejected=rejected).lines()
+    )
     shutil.rmtree(mixed / "step_00000008")
     shutil.rmtree(mixed / "step_00000004")
     assert candidates.select(mixed, [], owner=Owner(A)) is None, "foreign steps do not make a run unsound"

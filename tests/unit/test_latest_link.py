@@ -14,7 +14,7 @@ from support.rollback_fixtures import quiet
 
 from kempnerforge.checkpoint.format import latest_link, paths
 from kempnerforge.checkpoint.format.latest_link import LatestLink
-from kempnerforge.checkpoint.load import warm_start
+from kempnerforge.checkpoint.load import candidates
 from kempnerforge.checkpoint.tools import rollback
 from kempnerforge.checkpoint.tools.fork import fork
 
@@ -100,7 +100,7 @@ def test_commands_take_newest_step_for_latest(run: Path, ckpt: Ckpt, tmp_path: P
     assert ckpt("inspect", link, "--json").json["step"] == 40
     assert ckpt("verify", link).status == 0
     assert ckpt("fork", link, tmp_path / "forked", "--json").json["step"] == 40
-    assert warm_start.find(link).step == 40
+    assert candidates.find_warm_start(link).step == 40
 
 
 def test_latest_without_steps_beside_is_an_ordinary_name(tmp_path: Path) -> None:

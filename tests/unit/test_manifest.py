@@ -79,7 +79,7 @@ def test_manifest_file_outside_folder_refused(tmp_path: Path, name: str) -> None
     path = write_step(tmp_path)
     files = json.loads((path / paths.MANIFEST).read_text())["files"]
     resign(path, files={**files, name: {"size_bytes": 0, "xxh3_128": []}})
-    with pytest.raises(DamagedCheckpointError, match="no file of this folder"):
+    with pytest.raises(DamagedCheckpointError, match="not a file of this folder"):
         manifest.load(path)
 
 

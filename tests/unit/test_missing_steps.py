@@ -37,9 +37,7 @@ def start(run: Path) -> int | None:
     folder = record.checkpoint_folder(run)
     owner = claim.take(folder, record.run_id, run)
     lineage.set_aside_late(folder, lineage.cuts(run), run_id=record.run_id, at_start=True)
-    found = resuming.select(
-        folder, [], owner=owner, in_the_way=lambda listing: known_steps.in_the_way(listing, run)
-    )
+    found = resuming.select(folder, [], owner=owner, run_dir=run)
     if found is None:
         known_steps.require_known(folder, run, owner)
     return found.step if found is not None else None
@@ -89,7 +87,7 @@ def test_known_step_of_fork_is_its_first(tmp_path: Path) -> None:
     """With another ``checkpoint.dir`` than the fork was made with."""
     record = RunRecord("abc", "abc", 1.0, checkpoint_dir=str(tmp_path / "x"), parent=Parent("old", 8, "/old"))
     metadata.write(tmp_path, record)
-    with pytest.raises(StepsMissingError, match="begins at step 8 of the run that it was forked from"):
+    with pytest.raises(StepsMissingError, match="starts at step 8 of the run that it was forked from"):
         claim.take(tmp_path / "x", "abc", tmp_path)
 
 
@@ -237,7 +235,7 @@ def test_rollback_leaves_foreign_steps(run: Path) -> None:
     done = rollback.roll_back(run, 8, note=quiet, progress=quiet)
     assert list(done.renamed) == ["step_00000012"]
     assert foreign.is_dir()
-    with pytest.raises(StepNotFoundError, match=r"step 10 in .* is of another run, other"):
+    with pytest.raises(StepNotFoundError, match=r"step 10 in .* belongs to another run, other"):
         rollback.roll_back(run, 10, note=quiet, progress=quiet)
     assert start(run) == 8
 

@@ -15,9 +15,9 @@ from support.step_maker import flip_byte, resign, write_step
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.retention import pins, pruner, read_locks
+from kempnerforge.checkpoint.retention.disk_space import DiskSpaceGuard
 from kempnerforge.checkpoint.retention.policy import KeepPolicy
 from kempnerforge.checkpoint.retention.pruner import Pruned, Retention
-from kempnerforge.checkpoint.retention.room import DiskSpaceGuard
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import RunFolderError
 

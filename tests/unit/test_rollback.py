@@ -204,7 +204,7 @@ def test_rollback_to_missing_or_damaged_step_refused(run: Path) -> None:
 
 def test_rollback_not_a_run_folder_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(RunFolderError, match="is no run's folder"):
+        with pytest.raises(RunFolderError, match="is not a run's folder"):
             rollback.roll_back(folder, 4, note=quiet, progress=quiet)
 
 
@@ -287,7 +287,7 @@ def flip(path: Path) -> None:
 
 ConfigIssue = Callable[[Path, Path], object]
 BAD_FORKS: dict[str, tuple[ConfigIssue, type[KempnerForgeError], str]] = {
-    "no such step": (lambda step, _: shutil.rmtree(step), StepNotFoundError, "is no committed checkpoint"),
+    "no such step": (lambda step, _: shutil.rmtree(step), StepNotFoundError, "is not a committed checkpoint"),
     "not committed": (lambda step, _: (step / paths.MANIFEST).unlink(), StepNotFoundError, "manifest"),
     "a damaged shard": (
         lambda step, _: flip(next(step.glob("*.safetensors"))),
@@ -300,8 +300,12 @@ BAD_FORKS: dict[str, tuple[ConfigIssue, type[KempnerForgeError], str]] = {
         "step_00000008 is damaged",
     ),
     "a missing file": (lambda step, _: (step / paths.INDEX).unlink(), DamagedCheckpointError, "index"),
-    "a taken name": (lambda _, new: new.mkdir(), RunFolderError, "exists; a fork makes a new"),
-    "a file in the way": (lambda _, new: new.parent.joinpath("in").touch(), RunFolderError, "cannot be made"),
+    "a taken name": (lambda _, new: new.mkdir(), RunFolderError, "exists; a fork creates a new"),
+    "a file in the way": (
+        lambda _, new: new.parent.joinpath("in").touch(),
+        RunFolderError,
+        "cannot be created",
+    ),
     "another fork": (lambda _, new: (new.parent / ".new.fork").mkdir(), RunFolderError, "another fork"),
 }
 
@@ -392,7 +396,7 @@ def test_unblock_newer_timeline_leaves_suspect_aside(run: Path) -> None:
     done = unblock(run, note=quiet)
     assert done.renamed == {}
     assert set(done.left) == {"suspect.step_00000012.1", "suspect.step_00000008.1"}
-    assert set(done.left.values()) == {"the run went on from step 4 since and committed step 6"}
+    assert set(done.left.values()) == {"the run has since resumed from step 4 and committed step 6"}
     assert paths.committed_steps(run / "checkpoints") == [6, 4]
 
 

@@ -138,7 +138,7 @@ def test_choose_unrenamable_damaged_step_is_passed_over(folder: Path) -> None:
         assert found.step == 2
         assert "rename or delete" in cleanup.warnings[0]
         receipt = Receipt(2, source="resume", step=2, path="p", rejected=rejected, warnings=cleanup.warnings)
-        assert any("step 4 was damaged and passed over" in line for line in receipt.lines())
+        assert any("step 4 was damaged and skipped" in line for line in receipt.lines())
         assert any("warning: step 4" in line for line in receipt.lines())
         assert "step 4 cannot be saved" in cleanup.in_the_way(4)
         assert cleanup.in_the_way(6) == ""

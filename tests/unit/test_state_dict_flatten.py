@@ -125,7 +125,7 @@ def test_unite_tensor_here_and_value_there_raises() -> None:
 
 def test_check_name_shortens_what_it_shows() -> None:
     with pytest.raises(
-        ValueError, match=r"^'n{59}\.\.\.' \(100000 characters\): the name has 100000 of"
+        ValueError, match=r"^'n{59}\.\.\.' \(100000 characters\): the name has 100000 bytes"
     ) as raised:
         check_name("n" * 100_000)
     assert len(str(raised.value)) < 200

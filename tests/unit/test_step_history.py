@@ -55,7 +55,7 @@ TABLE: list[tuple[str, RunFacts, str, str]] = [
         "deleted for space",
         facts(attempt(1, 0, 50, COMMIT, {**DELETED, "after_commit": None})),
         "deleted",
-        "to make room",
+        "to make space",
     ),
     ("committed and gone", facts(attempt(1, 0, 50, COMMIT)), "gone", "ckpt prune"),
     ("done again", facts(attempt(1, 0, 50, COMMIT, DELETED), attempt(2, 10, 30)), "deleted", "attempt 1"),
@@ -78,11 +78,11 @@ TABLE: list[tuple[str, RunFacts, str, str]] = [
         "put off, live",
         facts(attempt(1, 0, 20, put_off(None, None)), is_live=True),
         "put off",
-        "the next step that can be",
+        "the next possible step",
     ),
     ("put off, then lost", facts(attempt(1, 0, 20, put_off(20, 20))), "lost", KILLED),
     ("lost", facts(attempt(1, 0, 25)), "lost", rf"before its save \(interval\) was committed: {KILLED}"),
-    ("not settled", facts(attempt(1, 0, 25), is_live=True), "being written", "not settled"),
+    ("not finished yet", facts(attempt(1, 0, 25), is_live=True), "being written", "not finished yet"),
     ("in flight", facts(attempt(1, 0, 20), in_flight={20: 1}), "lost", f"while it was writing it: {KILLED}"),
     ("writing", facts(attempt(1, 0, 20), in_flight={20: 1}, is_live=True), "being written", "is writing it"),
     ("beyond", facts(attempt(1, 0, 15, end="stopped")), "beyond", "the last step is 15.$"),
@@ -104,7 +104,7 @@ TABLE: list[tuple[str, RunFacts, str, str]] = [
             ("quarantined", "damaged"),
             ("rolled back", "rollback"),
             ("late", "taken over"),
-            ("suspect", "ended for a cause that may lie in it"),
+            ("suspect", "it may be the cause"),
         ]
     ),
 ]
@@ -138,14 +138,14 @@ def test_stretched_interval_is_named() -> None:
 SCHEDULES: list[tuple[dict[str, Any], str]] = [
     ({"interval": 10}, "checkpoint.interval is 10; the one before at step 10, the next one at step 20"),
     ({"interval": 100}, "checkpoint.interval is 100; the next one at step 100"),
-    ({"interval": 0}, "the config asks for no saves but the last step's"),
+    ({"interval": 0}, "the config requests no saves except after the last step"),
     (
         {"interval": 0, "save_first": True, "at_steps": [30]},
         "the one before at step 0, the next one at step 30",
     ),
     ({"interval": 0, "dyn_ckpt_window": {"stop": 40}}, "the one before at step 8, the next one at step 16"),
-    ({"interval": "auto"}, 'checkpoint.interval is "auto", which goes by the clock'),
-    ({"interval": 0, "interval_minutes": 5.0}, "checkpoint.interval_minutes is 5, by the clock"),
+    ({"interval": "auto"}, 'checkpoint.interval is "auto", which depends on time'),
+    ({"interval": 0, "interval_minutes": 5.0}, "checkpoint.interval_minutes is 5, which depends on time"),
 ]
 
 

@@ -440,10 +440,10 @@ def test_extra_per_rank_with_other_ranks_is_named(tmp_path: Path) -> None:
         return linear(extra={"loader": Counter({"at": 3})}, **options)
 
     path = save(tmp_path, state(per_rank=["loader"]), rank=0, num_ranks=2)
-    match = r"extra\.loader has a state of its own on every rank, of 1 ranks in .*, and there are 2 here"
+    match = r"extra\.loader has a separate state on each rank, of 1 ranks in .*, but there are 2 here"
     with pytest.raises(MismatchError, match=match):
         load(path, state(per_rank=["loader"]), num_ranks=2)
-    with pytest.raises(MismatchError, match="saved once for each rank, and is for all ranks here"):
+    with pytest.raises(MismatchError, match="saved once for each rank, but is for all ranks here"):
         load(path, state())
     load(path, state(per_rank=["loader"]), num_ranks=1)
     load(path, state(per_rank=["loader"]), num_ranks=2, excluded={"loader"})
@@ -457,7 +457,7 @@ def test_extra_per_rank_with_other_ranks_is_named(tmp_path: Path) -> None:
         ({"extra": {"ema": Counter()}, "per_rank": "ema"}, TypeError, r"\('ema',\)"),
         ({"per_rank": ["ema"]}, ValueError, "'ema', which is not in extra="),
         ({"extra": [1]}, TypeError, "a dict from names to objects, not a list"),
-        ({"extra": {"ema": Counter}}, TypeError, r"extra\['ema'\] is the class Counter: give an object"),
+        ({"extra": {"ema": Counter}}, TypeError, r"extra\['ema'\] is the class Counter: pass an instance"),
         ({"hyperparameters": "config"}, ValueError, "hyperparameters='config'"),
         ({"cursor": 3}, TypeError, "cursor= takes a dataclass or a mapping, not int"),
     ],

@@ -47,9 +47,7 @@ class Sam(optim.Optimizer):
 def test_optimizer_around_another_is_refused_alone(tmp_path: Path) -> None:
     model = net()
     sam = Sam(model.parameters(), optim.AdamW)
-    with pytest.raises(
-        TypeError, match=r"Sam\.base_optimizer is an optimizer with a state of its own, AdamW"
-    ):
+    with pytest.raises(TypeError, match=r"Sam\.base_optimizer is an optimizer with its own state, AdamW"):
         TrainState(model=model, optimizer=sam)
     state = TrainState(model=model, optimizer={"sam": sam, "base": sam.base_optimizer})
     step(model, sam)
@@ -154,7 +152,7 @@ def test_optimizer_state_that_is_no_table_is_named() -> None:
     model = net()
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[model.weight] = torch.ones(3)  # type: ignore[assignment]
-    with pytest.raises(TypeError, match=r"optimizer\.state\.weight is a Tensor: .* must be a table"):
+    with pytest.raises(TypeError, match=r"optimizer\.state\.weight is a Tensor: .* must be a dict"):
         TrainState(model=model, optimizer=optimizer)
 
 
@@ -164,7 +162,7 @@ def test_hyperparameters_that_lead_nowhere_are_refused() -> None:
     with pytest.raises(ValueError, match="'lrr', which no group"):
         TrainState(model=model, optimizer=optimizer, hyperparameters=("lrr",))
     scheduler = optim.lr_scheduler.StepLR(optimizer, 1)
-    with pytest.raises(ValueError, match=r"keeps lr, which extra\['s'\], a scheduler, goes on from"):
+    with pytest.raises(ValueError, match=r"keeps lr, but the scheduler extra\['s'\] continues from it"):
         TrainState(model=model, optimizer=optimizer, hyperparameters=("lr",), extra={"s": scheduler})
 
 
@@ -266,7 +264,7 @@ def test_model_that_leaves_a_frozen_base_out_is_restored(tmp_path: Path) -> None
 
 def test_model_that_leaves_a_trained_parameter_out_refused() -> None:
     model = Adapter(frozen=False)
-    with pytest.raises(ValueError, match=r"base\.weight is trained by optimizer=, and state_dict\(\)"):
+    with pytest.raises(ValueError, match=r"base\.weight is trained by optimizer=, but state_dict\(\)"):
         TrainState(model=model, optimizer=optim.SGD(model.parameters(), lr=0.1))
     trained = [one for one in Adapter().parameters() if one.requires_grad]
     assert len(trained) == 2
@@ -349,7 +347,7 @@ def test_model_that_exports_another_dtype_is_refused() -> None:
     model.register_state_dict_post_hook(
         lambda _module, state, *_: state.update({name: value.half() for name, value in state.items()})
     )
-    with pytest.raises(ValueError, match=r"weight is torch\.float32, and state_dict\(\) of model= gives"):
+    with pytest.raises(ValueError, match=r"weight is torch\.float32, but state_dict\(\) of model= returns"):
         TrainState(model=model, optimizer=optim.SGD(model.parameters(), lr=0.1))
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.step_maker import arrays, flip_byte, resign, write_step
 
-from kempnerforge.checkpoint.format import checksums, manifest, safetensors_header
+from kempnerforge.checkpoint.format import checksums, manifest, safetensors_file
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry
 from kempnerforge.checkpoint.tools import diff, verify
@@ -161,13 +161,13 @@ SIGNED: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: (path / "train_state.json").write_text("{"), "train_state.json cannot be parsed"),
     (
         lambda path: (path / "train_state.json").write_text('{"step": 6}'),
-        "is of step 6, the manifest of step 5",
+        "it holds step 6, but the manifest says step 5",
     ),
     (lambda path: (path / "train_state.json").write_text('{"a": {"__x__": 1}}'), "unknown tag '__x__'"),
     (lambda path: (path / "config.toml").write_text("= 3"), "config.toml cannot be parsed"),
     (lambda path: (path / "config.toml").write_bytes(b"\xff"), "config.toml cannot be parsed"),
     (lambda path: (path / "index.bin").write_bytes(b"KFINDEX1" + bytes(24)), "index.bin"),
-    (lambda path: flip_byte(path / "index.bin", -8), "which is no shard of the manifest"),
+    (lambda path: flip_byte(path / "index.bin", -8), "which is not a shard in the manifest"),
 ]
 
 
@@ -205,7 +205,7 @@ def test_verify_shard_link_out_of_folder_is_damage(tmp_path: Path) -> None:
     body = json.loads((path / "manifest.json").read_text())
     body["files"][SHARD]["size_bytes"] = (path / SHARD).lstat().st_size
     resign(path, files=body["files"])
-    assert problems(path) == [f"{SHARD} is no regular file"]
+    assert problems(path) == [f"{SHARD} is not a regular file"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -220,7 +220,7 @@ def test_shard_header_any_bytes_no_other_error(
         content[data.draw(st.integers(0, 700))] = data.draw(st.sampled_from(b'0123456789[]{}",:-e. \x00\xff'))
     path.write_bytes(content)
     with contextlib.suppress(ValueError):
-        safetensors_header.read(path)
+        safetensors_file.read_header(path)
 
 
 # Neither sound nor damaged
@@ -238,7 +238,7 @@ def test_verify_storage_error_step_may_be_sound(tmp_path: Path, monkeypatch: pyt
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(checksums.fsio, "read_range", fail)
-    with pytest.raises(UnreachableCheckpointError, match=r"Input/output error. It may be sound"):
+    with pytest.raises(UnreachableCheckpointError, match=r"Input/output error. It may be intact"):
         verify.verify(write_step(tmp_path, 5))
 
 
@@ -298,7 +298,7 @@ def test_compare_index_of_other_files_refused(tmp_path: Path) -> None:
     data = (b.path / "index.bin").read_bytes().replace(SHARD.encode(), b"../../" + b"a" * (len(SHARD) - 6))
     (b.path / "index.bin").write_bytes(data)
     resign(b.path)
-    with pytest.raises(DamagedCheckpointError, match="which the manifest lacks"):
+    with pytest.raises(DamagedCheckpointError, match="which is not in the manifest"):
         compare_tensors(a, StepView.open(b.path))
 
 

@@ -208,12 +208,12 @@ def test_export_import_existing_folder_refused(ckpt: Ckpt, import_hf: Any, tmp_p
     done = ckpt("export", step, "--out", tmp_path / "hf")
     assert (done.status, done.err) == (
         2,
-        f"{tmp_path}/hf exists; an export makes a new folder. Give another name\n",
+        f"{tmp_path}/hf exists; an export creates a new folder. Give another name\n",
     )
     assert ckpt("export", step, "--out", tmp_path / "new").status == 0
     status, _, err = import_hf(tmp_path / "new", "--out", step)
     assert status == 2
-    assert "exists; an import makes a new checkpoint's folder" in err
+    assert "exists; an import creates a new checkpoint's folder" in err
 
 
 def test_export_step_read_locked_meanwhile(
@@ -344,7 +344,7 @@ def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
 EMBEDDING = "model.embed_tokens.weight"
 BIAS = "model.layers.0.self_attn.q_proj.bias"
 BAD: dict[str, tuple[Any, int, str]] = {
-    "a bias": (lambda f: rewrite(f, **{BIAS: torch.zeros(48)}), 2, f"{BIAS} is no weight of a Llama"),
+    "a bias": (lambda f: rewrite(f, **{BIAS: torch.zeros(48)}), 2, f"{BIAS} is not a weight of a Llama"),
     "a missing weight": (lambda f: rewrite(f, **{EMBEDDING: None}), 2, f"{EMBEDDING} is missing"),
     "another shape": (lambda f: rewrite(f, **{"model.norm.weight": torch.zeros(9)}), 2, "has shape (9,)"),
     "integers": (
@@ -445,7 +445,7 @@ def test_cast_matches_torch(source: str, target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("out", "text"), [("step/hf", "is inside of"), ("step_00000100", "would be taken for a step")]
+    ("out", "text"), [("step/hf", "is inside"), ("step_00000100", "would look like a step")]
 )
 def test_export_into_or_beside_steps_refused(ckpt: Ckpt, tmp_path: Path, out: str, text: str) -> None:
     """verify would complain of the one, retention would delete the other."""

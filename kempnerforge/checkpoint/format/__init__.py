@@ -1,1 +1,1 @@
-"""A checkpoint on disk: names, the manifest, the tensor index, shard files and checksums."""
+"""The format of a checkpoint on disk: names, manifest, tensor index, shard files, checksums."""

@@ -1,7 +1,7 @@
-"""Files with a digest for every 16 MiB block, written and read.
+"""Write and read files with a digest for every 16 MiB block.
 
-A block is the unit of trust: a reader that needs 1 KB reads the block that holds it, and gets nothing, or an
-error, before the block's digest was right.
+A block is the unit of trust. To read 1 KB, a reader reads the whole block, and gets no bytes of it
+before its digest is verified.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from kempnerforge.errors import DamagedCheckpointError
 BLOCK_BYTES = 16 << 20
 _GROUP_BYTES = 1 << 20
 _GROUP_BUFFERS = 1024
-"""What one system call may scatter to."""
+"""The most buffers that one system call may scatter to."""
 
 
 class FileRecord(NamedTuple):
-    """What the manifest says of one file."""
+    """The manifest's entry for one file."""
 
     size_bytes: int
     xxh3_128: tuple[str, ...]
@@ -32,7 +32,7 @@ class FileRecord(NamedTuple):
 
 
 def record_of(data: bytes) -> FileRecord:
-    """The record of a file that holds ``data``."""
+    """Return the record of a file with the content ``data``."""
     digester = BlockDigester()
     digester.update(memoryview(data))
     return digester.finish()
@@ -60,7 +60,7 @@ class BlockDigester:
             data = data[room:]
 
     def finish(self) -> FileRecord:
-        """The record of all bytes so far."""
+        """Return the record of all bytes so far."""
         digests = list(self._digests)
         if self._size_bytes % BLOCK_BYTES:
             digests.append(self._block.hexdigest())
@@ -80,21 +80,26 @@ class DigestingFile:
         fsio.write_all(self._fd, data)
 
     def finish(self) -> FileRecord:
-        """fsync; the file's bytes are durable on return (its name is when its folder was synced)."""
+        """Call fsync and return the record. The bytes are durable; the name is once the folder is synced."""
         os.fsync(self._fd)
         return self._digester.finish()
 
     def close(self) -> None:
-        """Close without a promise."""
+        """Close the file. Does not sync it."""
         os.close(self._fd)
 
 
 class VerifiedFile:
-    """A file of a checkpoint that gives out only bytes whose block has the digest of the manifest.
+    """A file of a checkpoint that returns only bytes of blocks whose digest matches the manifest.
 
-    Raises DamagedCheckpointError when a block is wrong on a second read too, and OSError as it comes. With
-    ``keep`` every block that was read stays in memory: for a file that is read here and there. ``buffer``, of
-    ``BLOCK_BYTES``, may be shared by files that are read one after the other: fresh pages cost as much again.
+    Raises DamagedCheckpointError if a block is wrong on a second read too, and OSError.
+
+    Args:
+        path: the file.
+        record: its entry in the manifest.
+        keep: keep every block that was read in memory, for random access.
+        buffer: ``BLOCK_BYTES`` of memory that files read one after another may share. Reading into
+            fresh pages takes twice as long.
     """
 
     def __init__(
@@ -104,13 +109,13 @@ class VerifiedFile:
         self.record = record
         self._kept: dict[int, memoryview] | None = {} if keep else None
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        # Also when nobody closes it: readers are handed around, and descriptors are few.
+        # Close it even if no caller does: readers are passed around, and descriptors are limited.
         self._close = weakref.finalize(self, os.close, self._fd)
         self._buffer = buffer
         self._loaded: tuple[int, memoryview] | None = None
 
     def close(self) -> None:
-        """Release the file. Does nothing the second time."""
+        """Close the file. A second call does nothing."""
         self._close()
 
     def __enter__(self) -> VerifiedFile:
@@ -120,7 +125,7 @@ class VerifiedFile:
         self.close()
 
     def block(self, number: int) -> memoryview:
-        """Verified bytes of one block; valid until the next call."""
+        """Return the verified bytes of one block, valid until the next call."""
         if self._loaded is not None and self._loaded[0] == number:
             return self._loaded[1]
         if self._kept is not None:
@@ -145,7 +150,7 @@ class VerifiedFile:
         begin = number * BLOCK_BYTES
         want = min(BLOCK_BYTES, self.record.size_bytes - begin)
         if drop_cache:
-            # A bit that flipped in memory must not condemn a sound file: ask the device again.
+            # A bit flipped in memory must not condemn an intact file: read from the device again.
             os.posix_fadvise(self._fd, begin, want, os.POSIX_FADV_DONTNEED)
         if self._buffer is None:
             self._buffer = memoryview(bytearray(min(BLOCK_BYTES, self.record.size_bytes)))
@@ -153,18 +158,18 @@ class VerifiedFile:
         return self._buffer[:got]
 
     def view(self, begin: int, end: int) -> memoryview:
-        """Verified bytes ``begin`` to ``end``, without a copy where one block has them."""
+        """Return verified bytes ``begin`` to ``end``, without a copy if they lie in one block."""
         number, offset = divmod(begin, BLOCK_BYTES)
         if 0 <= begin < end <= self.record.size_bytes and offset + end - begin <= BLOCK_BYTES:
             return self.block(number)[offset : offset + end - begin]
         return memoryview(self.read(begin, end))
 
     def read(self, begin: int, end: int) -> bytes:
-        """Verified bytes ``begin`` to ``end``."""
+        """Return verified bytes ``begin`` to ``end``."""
         return b"".join(bytes(part) for part in self.parts(begin, end))
 
     def parts(self, begin: int, end: int) -> Iterator[memoryview]:
-        """Verified bytes ``begin`` to ``end`` in pieces, each valid until the next."""
+        """Yield verified bytes ``begin`` to ``end`` in pieces, each valid until the next."""
         self._check_range(begin, end)
         while begin < end:
             number, offset = divmod(begin, BLOCK_BYTES)
@@ -173,10 +178,10 @@ class VerifiedFile:
             begin += part.nbytes
 
     def read_into(self, pieces: Iterable[tuple[int, memoryview]]) -> None:
-        """Fill every (offset in the file, memory) with verified bytes; together, in the order of the file.
+        """Fill each piece (offset in the file, memory) with verified bytes, in the order of the file.
 
-        Where pieces tile a block, it is read straight into them and digested there: a copy less. Nothing in
-        them is to be used when this raises.
+        If pieces tile a block, it is read straight into them and digested there, which saves a
+        copy. If this raises, do not use their content.
         """
         for number, parts in self._by_block(sorted(pieces, key=lambda piece: piece[0])).items():
             if self._read_straight(number, parts):
@@ -197,7 +202,10 @@ class VerifiedFile:
         return found
 
     def _read_straight(self, number: int, parts: Sequence[tuple[int, memoryview]]) -> bool:
-        """Read a block into the pieces that tile it; False when they do not, or when its digest is wrong."""
+        """Read a block into the pieces that tile it.
+
+        Return False if they do not, or if its digest is wrong.
+        """
         offset = number * BLOCK_BYTES
         end = min(offset + BLOCK_BYTES, self.record.size_bytes)
         if self._loaded is not None and self._loaded[0] == number:
@@ -226,7 +234,7 @@ class VerifiedFile:
 
 
 def _groups(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    """``buffers``, cut up and put together into groups that are still in the cache when they are digested."""
+    """Yield ``buffers`` split and combined into groups that are still in the cache when they are digested."""
     group: list[memoryview] = []
     room = _GROUP_BYTES
     for buffer in buffers:

@@ -1,4 +1,4 @@
-"""Between torch's dtypes and safetensors' names for them."""
+"""Convert between torch dtypes and their names in safetensors."""
 
 from __future__ import annotations
 

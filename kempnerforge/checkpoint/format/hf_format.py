@@ -1,4 +1,4 @@
-"""A folder of weights as Hugging Face writes it: safetensors files of whole tensors, and an index of them."""
+"""The layout of a Hugging Face model folder: safetensors files of whole tensors, and their index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kempnerforge.checkpoint.format import safetensors_header
+from kempnerforge.checkpoint.format import safetensors_file
 from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, StepNotFoundError
 
@@ -18,7 +18,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
-"""Size of a file that is not exceeded, but by a single tensor: the field's usual ``max_shard_size``."""
+"""Maximum size of a file, unless a single tensor is larger: the usual ``max_shard_size``."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 _ALIGNMENT = 8
@@ -26,26 +26,29 @@ MAX_SHOWN = 8
 
 
 class MappedTensor(Protocol):
-    """A weight under two names, and the order of its rows; ``kempnerforge.model.hf.HfTensor`` is one."""
+    """A weight with its two names and the order of its rows, such as ``kempnerforge.model.hf.HfTensor``."""
 
     @property
     def name(self) -> str:
-        """Ours, without the prefix that checkpoints give to weights."""
+        """The name here, without the prefix of weights in checkpoints."""
         ...
 
     @property
     def hf_name(self) -> str:
-        """Theirs."""
+        """The name in Hugging Face models."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The same on both sides."""
+        """The shape, which is the same in both."""
         ...
 
     @property
     def row_order(self) -> tuple[int, ...]:
-        """Within every len(row_order) rows, their row i is our row row_order[i]; empty: the same rows."""
+        """In each group of len(row_order) rows, their row i is our row row_order[i].
+
+        Empty: the same order.
+        """
         ...
 
 
@@ -62,68 +65,68 @@ class Stored:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file to write: its first bytes, and where each tensor begins."""
+    """A file to write: its header, and the offset of each tensor."""
 
     name: str
     header: bytes
     begins: dict[str, int]
-    """Their name -> first byte in the file."""
+    """Name in the Hugging Face model -> offset in the file."""
     size_bytes: int
 
 
 def plan_files(tensors: Sequence[MappedTensor], dtype: str, max_shard_bytes: int) -> list[PlannedFile]:
-    """Share ``tensors`` out, in their order, over files of at most ``max_shard_bytes`` of weights."""
+    """Distribute ``tensors``, in order, over files of at most ``max_shard_bytes`` of weights."""
     sizes = [math.prod(tensor.shape) * ITEM_BYTES[dtype] for tensor in tensors]
     groups = group_by_size(sizes, max_shard_bytes)
     count = len(groups)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     return [
-        _plan_file(name, [tensors[place] for place in group], dtype)
+        _plan_file(name, [tensors[position] for position in group], dtype)
         for name, group in zip(names if count > 1 else [ONE_FILE], groups, strict=True)
     ]
 
 
 def group_by_size(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Positions of ``sizes`` in consecutive groups whose sums are at most ``most``; a larger one is alone."""
+    """Group positions of ``sizes`` into consecutive groups of at most ``most``. A larger size is alone."""
     groups: list[list[int]] = []
     room = -1
-    for place, size in enumerate(sizes):
+    for position, size in enumerate(sizes):
         if size > room or not groups:
             groups.append([])
             room = most
-        groups[-1].append(place)
+        groups[-1].append(position)
         room -= size
     return groups
 
 
 def _plan_file(name: str, tensors: Sequence[MappedTensor], dtype: str) -> PlannedFile:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    places, cursor = {}, 0
+    offsets, cursor = {}, 0
     for tensor in tensors:
         end = cursor + math.prod(tensor.shape) * ITEM_BYTES[dtype]
         header[tensor.hf_name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [cursor, end]}
-        places[tensor.hf_name], cursor = cursor, end
+        offsets[tensor.hf_name], cursor = cursor, end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % _ALIGNMENT)
     prefix = len(raw).to_bytes(8, "little") + raw
-    begins = {tensor: len(prefix) + place for tensor, place in places.items()}
+    begins = {tensor: len(prefix) + offset for tensor, offset in offsets.items()}
     return PlannedFile(name, prefix, begins, len(prefix) + cursor)
 
 
 def index_json(files: Sequence[PlannedFile]) -> bytes:
-    """The bytes of ``model.safetensors.index.json``."""
+    """Return the bytes of ``model.safetensors.index.json``."""
     total = sum(file.size_bytes - len(file.header) for file in files)
     where = {tensor: file.name for file in files for tensor in file.begins}
     return json_bytes({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
 
 
 def json_bytes(body: Any) -> bytes:
-    """A JSON file as Hugging Face's tools write it."""
+    """Return a JSON file as Hugging Face's tools write it."""
     return (json.dumps(body, indent=2) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises StepNotFoundError when there is no such file, MismatchError for anything else."""
+    """Read a JSON object. Raise StepNotFoundError for a missing file, MismatchError for anything else."""
     try:
         body = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -138,9 +141,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_tensors(folder: Path) -> dict[str, Stored]:
-    """Name -> place of every tensor of a model that is stored in one file or, by its index, in several.
+    """Return name -> location of every tensor of a model in one file, or in the files of its index.
 
-    Reads headers, no weights. Raises StepNotFoundError, MismatchError, DamagedCheckpointError, OSError.
+    Reads headers, but no weights. Raises StepNotFoundError, MismatchError, DamagedCheckpointError,
+    OSError.
     """
     if (folder / INDEX).exists():
         return _by_index(folder, read_json(folder / INDEX))
@@ -150,7 +154,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     hint = ""
     if pickled:
         hint = (
-            f". {pickled[0]} is a pickle, which is never loaded here: save the model as safetensors with "
+            f". {pickled[0]} is a pickle, which is never loaded: save the model as safetensors with "
             "transformers' save_pretrained"
         )
     raise StepNotFoundError(f"{folder} has neither {ONE_FILE} nor {INDEX}{hint}")
@@ -163,14 +167,14 @@ def _by_index(folder: Path, index: Mapping[str, Any]) -> dict[str, Stored]:
     for name in where.values():
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
             raise MismatchError(
-                f"{folder / INDEX} names {name!r}, which is no safetensors file of this folder"
+                f"{folder / INDEX} names {name!r}, which is not a safetensors file of this folder"
             )
     found: dict[str, Stored] = {}
     for name in sorted(set(where.values())):
-        for tensor, place in _in_file(folder / name).items():
+        for tensor, stored in _in_file(folder / name).items():
             if where.get(tensor) != name:
                 raise MismatchError(f"{folder / name} holds {tensor}, which {INDEX} does not place there")
-            found[tensor] = place
+            found[tensor] = stored
     if missing := sorted(where.keys() - found.keys()):
         raise MismatchError(
             f"{folder / where[missing[0]]} does not hold {missing[0]}, which {INDEX} places there"
@@ -180,15 +184,15 @@ def _by_index(folder: Path, index: Mapping[str, Any]) -> dict[str, Stored]:
 
 def _in_file(path: Path) -> dict[str, Stored]:
     try:
-        entries = safetensors_header.read(path, sharded=False)
+        entries = safetensors_file.read_header(path, sharded=False)
     except FileNotFoundError:
-        raise MismatchError(f"{path} is missing, and {INDEX} names it") from None
+        raise MismatchError(f"{path} is missing, but {INDEX} names it") from None
     except ValueError as error:
         raise DamagedCheckpointError(f"{path} is damaged: {error}") from None
     return {name: Stored(path, dtype, box.sizes, box.begin) for name, (dtype, box) in entries.items()}
 
 
 def listed(problems: Sequence[str]) -> str:
-    """The first few problems, a line each, and how many more there are."""
+    """Return the first few problems, one per line, and the number of the others."""
     more = [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
     return "".join(f"\n  {problem}" for problem in [*problems[:MAX_SHOWN], *more])

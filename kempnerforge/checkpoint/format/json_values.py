@@ -1,4 +1,4 @@
-"""Non-tensor leaves as JSON: plain values as they are, the others tagged. Nothing is ever unpickled.
+"""Encode non-tensor leaves as JSON: plain values as they are, others with a tag. Nothing is unpickled.
 
 =====================  ==========================================================
 value                  JSON
@@ -12,14 +12,14 @@ deque                  ``{"__deque__": [maxlen, [...]]}``
 str of surrogate pairs ``{"__text__": base64}``: JSON would join them
 bytes, bytearray       ``{"__bytes__": base64}``, ``{"__bytearray__": base64}``
 BytesIO                ``{"__bytesio__": [base64, position]}``
-dict                   an object; ``{"__dict__": [[key, value], ...]}`` when a key is no
+dict                   an object; ``{"__dict__": [[key, value], ...]}`` if a key is not a
                        string or begins with ``__``
 OrderedDict, Counter   ``{"__ordereddict__": [[key, value], ...]}``, ``{"__counter__": ...}``
 state dict of a module ``{"__statedict__": [[[key, value], ...], metadata]}``
 defaultdict            ``{"__defaultdict__": [factory, [[key, value], ...]]}``
 =====================  ==========================================================
 
-``tensor_leaves`` has the tags of torch and numpy. This module knows their names and does not import torch.
+``tensor_leaves`` handles the tags of torch and numpy. This module knows their names, but not torch.
 """
 
 from __future__ import annotations
@@ -39,17 +39,19 @@ from kempnerforge.checkpoint.format.structure import PATHS
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _TEXT = ("utf-8", "surrogatepass")
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
-"""What reading JSON raises that no version wrote: such a step is damaged."""
+"""Errors from decoding JSON that no version wrote. Such a step is damaged."""
 MAX_DEPTH = 200
-"""Containers within containers."""
+"""Limit on nested containers."""
 FOREIGN_TAGS = ("__tensor__", "__ndarray__", "__numpy__", "__size__", "__dtype__", "__device__")
 """Tags that ``tensor_leaves`` reads and writes."""
-_FACTORIES: dict[str, type] = {one.__name__: one for one in (int, float, bool, str, list, dict, set, tuple)}
+_FACTORIES: dict[str, type] = {
+    kind.__name__: kind for kind in (int, float, bool, str, list, dict, set, tuple)
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
-    """The JSON of a leaf of torch or numpy."""
+    """The JSON of a value of torch or numpy."""
 
     tag: str
     content: Any
@@ -63,19 +65,20 @@ class Foreign:
 
 
 def encode(value: Any, *, name: str, foreign: Callable[[Any, str], Any] | None = None, depth: int = 0) -> Any:
-    """``value`` as tagged JSON.
+    """Return ``value`` as tagged JSON.
 
-    ``foreign`` gets every other kind of value and its name, and returns JSON, or None if it cannot store it.
-    Raises TypeError, naming the leaf, for what cannot be stored.
+    ``foreign`` is called with every other kind of value and its name. It returns JSON, or None if
+    it cannot store the value. Raises TypeError, which names the leaf, for a value that cannot be
+    stored.
     """
 
     def inner(item: Any, key: Any) -> Any:
-        if _is_json(item):  # a loader may have a million numbers: no name is made for them
+        if _is_json(item):  # a loader may have a million numbers: build no names for them
             return item
         return encode(item, name=f"{name}.{key}", foreign=foreign, depth=depth + 1)
 
     def items(values: Any) -> list[Any]:
-        return [inner(item, place) for place, item in enumerate(values)]
+        return [inner(item, position) for position, item in enumerate(values)]
 
     def pairs(mapping: Any) -> list[Any]:
         return [[inner(key, "key"), inner(item, key)] for key, item in mapping.items()]
@@ -105,7 +108,8 @@ def encode(value: Any, *, name: str, foreign: Callable[[Any, str], Any] | None =
     if kind is deque:
         return {"__deque__": [value.maxlen, items(value)]}
     if kind is OrderedDict and vars(value):
-        # ``state_dict`` of a module has the versions of its submodules so: without them it is taken for old.
+        # ``state_dict`` of a module stores the versions of its submodules here. Without them, it loads as an
+        # old one.
         if list(vars(value)) != ["_metadata"]:
             raise TypeError(f"{name} is an OrderedDict with attributes of its own, which are not stored")
         return {"__statedict__": [pairs(value), inner(value._metadata, "_metadata")]}
@@ -125,7 +129,7 @@ def encode(value: Any, *, name: str, foreign: Callable[[Any, str], Any] | None =
 
 
 def decode(value: Any, foreign: Callable[[str, Any], Any] = Foreign) -> Any:
-    """The inverse of ``encode``; ``foreign`` gets tags of torch and numpy. Raises ValueError for others."""
+    """Invert ``encode``. ``foreign`` decodes tags of torch and numpy. Raise ValueError for unknown tags."""
     if isinstance(value, list):
         return [decode(item, foreign) for item in value]
     if not isinstance(value, dict):
@@ -142,7 +146,7 @@ def decode(value: Any, foreign: Callable[[str, Any], Any] = Foreign) -> Any:
 
 
 def parse_objects(data: bytes) -> dict[str, Any]:
-    """All of ``train_state.json``: encoded leaves by name, and ``structure.PATHS``. Raises ValueError."""
+    """Parse ``train_state.json``: encoded leaves by name, and ``structure.PATHS``. Raises ValueError."""
     body = json.loads(data)
     if not isinstance(body, dict):
         raise ValueError("it is not a JSON object")
@@ -150,21 +154,21 @@ def parse_objects(data: bytes) -> dict[str, Any]:
 
 
 def decode_objects(data: bytes) -> dict[str, Any]:
-    """The non-tensor leaves in the bytes of ``train_state.json``, by name. Raises ValueError."""
+    """Return the non-tensor leaves in the bytes of ``train_state.json``, by name. Raises ValueError."""
     body = parse_objects(data)
     body.pop(PATHS, None)
-    if b'"__' not in data:  # nothing is tagged: the JSON is what was stored
+    if b'"__' not in data:  # no tags: the JSON is the value
         return body
     return {name: decode(value) for name, value in body.items()}
 
 
 def has_new_tags(data: bytes) -> bool:
-    """Whether ``train_state.json`` has tags that the first version of format 1 cannot read."""
+    """Return whether ``train_state.json`` has tags that the first version of format 1 cannot read."""
     return b'"__' in data and any(f'"{tag}"'.encode() in data for tag in _NEW_TAGS)
 
 
 def _is_json(value: Any) -> bool:
-    """Whether JSON holds a value as it is."""
+    """Return whether JSON can hold a value without a tag."""
     kind = type(value)
     if kind is int:
         return value.bit_length() <= 10_000  # Python refuses to print larger ones

@@ -1,7 +1,8 @@
-"""Metrics of a step that were taken after its commit: ``metrics.jsonl`` in the checkpoint folder.
+"""Metrics of a step that were measured after its commit: ``metrics.jsonl`` in the checkpoint folder.
 
-A step is committed before it is validated, and its own folder is never changed after the commit. A row names
-the step by run id and attempt as well: a rollback makes room for another step of the same number.
+A step is committed before it is validated, and its own folder never changes after the commit. A row
+also has the run id and the attempt of the step, because after a rollback another step may get the
+same number.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def append(folder: Path, origin: Provenance, metrics: Mapping[str, float]) -> No
 
 
 def read(folder: Path) -> dict[Key, dict[str, float]]:
-    """Return the recorded metrics by step; the last value counts. Lines that are not rows are left out.
+    """Return the recorded metrics by step. The last value counts. Lines that are not rows are ignored.
 
     Raises OSError.
     """
@@ -48,7 +49,7 @@ def read(folder: Path) -> dict[Key, dict[str, float]]:
 
 
 def of_step(step_folder: Path, origin: Provenance) -> dict[str, float]:
-    """Return all metrics of a step, those in its manifest included. Raises OSError."""
+    """Return all metrics of a step, including those in its manifest. Raises OSError."""
     if origin.step is None:
         return dict(origin.metrics)
     late = read(step_folder.parent).get((origin.step, origin.run_id, origin.attempt), {})

@@ -1,4 +1,7 @@
-"""The link ``latest``, a convenience for people: nothing is decided by it, and nothing fails without it."""
+"""The symbolic link ``latest``, a convenience for users.
+
+Nothing depends on it, and nothing fails without it.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from kempnerforge.checkpoint.format import paths
 
 
 class LatestLink:
-    """``latest`` in one folder of checkpoints. A problem with it is reported once."""
+    """``latest`` in one checkpoint folder. A problem with it is reported once."""
 
     def __init__(self, folder: Path) -> None:
         self._link = folder / paths.LATEST
         self._has_warned = False
 
     def point_at(self, step: int) -> list[str]:
-        """Point it at ``step``. Returns a warning if that failed for the first time. Never raises OSError."""
+        """Point the link at ``step``. Return a warning on the first failure. Never raises OSError."""
         warning = point(self._link.parent, step)
         if not warning or self._has_warned:
             return []
@@ -26,40 +29,41 @@ class LatestLink:
 
 
 def resolve(path: Path) -> Path:
-    """What ``path`` means: where it is called ``latest``, the newest committed step beside it.
+    """Resolve ``path``: if its name is ``latest``, return the newest committed step beside it.
 
-    The link may be missing, point at an older step after a crash, or be the copy of a step. Any other path,
-    and one without steps beside it, is returned as it is. Raises OSError.
+    The link may be missing, point at an older step after a crash, or be a copy of a step. Any other
+    path, and one without steps beside it, is returned unchanged. Raises OSError.
     """
     steps = paths.committed_steps(path.parent) if path.name == paths.LATEST else []
     return path.with_name(paths.step_name(steps[0])) if steps else path
 
 
 def point(folder: Path, step: int) -> str:
-    """Point ``latest`` in ``folder`` at ``step``. Returns a warning, or nothing. Never raises OSError.
+    """Point ``latest`` in ``folder`` at ``step``. Return a warning, or an empty string. Never raises OSError.
 
-    What has that name and is not a link, such as a folder that ``cp -rL`` made of one, is left as it is.
+    Anything of that name that is not a link, such as a folder made by ``cp -rL``, is left
+    unchanged.
     """
     link = folder / paths.LATEST
     try:
         if os.path.lexists(link) and not link.is_symlink():
             return (
                 f"{link} is not a symbolic link, so it is left as it is and does not follow the newest step. "
-                "Nothing is decided by it; rename or delete it to have the link again"
+                "Nothing depends on it; to restore the link, rename or delete it"
             )
         fsio.point_symlink(link, paths.step_name(step))
     except OSError as error:
         why = error.strerror or str(error)
-        return f"{link} could not be pointed at step {step} ({why}). Nothing else depends on this link"
+        return f"{link} could not be pointed at step {step} ({why}). Nothing depends on this link"
     return ""
 
 
 def remove(folder: Path) -> str:
-    """Remove ``latest`` if it is a link. Returns a warning, or nothing. Never raises OSError."""
+    """Remove ``latest`` if it is a link. Return a warning, or an empty string. Never raises OSError."""
     link = folder / paths.LATEST
     try:
         if link.is_symlink():
             link.unlink(missing_ok=True)
     except OSError as error:
-        return f"{link} could not be removed ({error.strerror or error}). Nothing else depends on this link"
+        return f"{link} could not be removed ({error.strerror or error}). Nothing depends on this link"
     return ""

@@ -1,4 +1,4 @@
-"""``manifest.json``: written last, it makes a folder a checkpoint and vouches for every other file in it."""
+"""``manifest.json``: written last, it commits a checkpoint and holds the digests of all other files."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ from kempnerforge.errors import DamagedCheckpointError, MismatchError, NoTrainin
 
 FORMAT = 1
 FORMATS = {0: 1, 1: 1.1}
-"""By minor version, as the manifest says it. 1.1 has more tags in ``train_state.json``, and ``__paths__``."""
+"""Minor version -> value in the manifest. 1.1 adds tags in ``train_state.json``, and ``__paths__``."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a checkpoint says of the run that made it, beside its tensors."""
+    """What a checkpoint records of the run that wrote it."""
 
     step: int | None = None
     run_id: str = ""
     attempt: int = 0
     parent_step: int | None = None
-    """The committed step that this timeline went on from; None for a fresh start."""
+    """The committed step that the attempt resumed from; None for a fresh start."""
     reason: str = "asked"
-    """What the step was saved for: ``interval``, ``last``, ``stop``, ``asked``."""
+    """Why the step was saved: ``interval``, ``last``, ``stop``, ``asked``."""
     layout: dict[str, int] = field(default_factory=dict)
-    """Degrees of every kind of parallelism, and ``num_ranks``."""
+    """The degree of each kind of parallelism, and ``num_ranks``."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions and hardware that bitwise equality depends on."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Metrics taken at this very step, such as ``eval/loss``; retention finds the best by them."""
+    """Metrics of exactly this step, such as ``eval/loss``. Retention finds the best steps by them."""
     tokenizer: dict[str, str] = field(default_factory=dict)
-    """``digest`` of the tokenizer that made the tokens, and its absolute ``path`` where the run read text by
-    a file; empty where it is not known."""
+    """``digest`` of the tokenizer that made the tokens, and its absolute ``path`` if the run read
+    it from a file. Empty if unknown."""
 
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _MAX_BYTES = 1 << 28
-"""Far above any manifest: that of a checkpoint of 10 TB has 30 MB."""
+"""Larger than any manifest: that of a 10 TB checkpoint has 30 MB."""
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
-"""Made once: a run has thousands of steps."""
+"""Created once, because a run has thousands of steps."""
 _OPTIONAL = ("metrics", "tokenizer")
 """Fields that manifests of earlier versions lack."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A parsed manifest whose own digest was right."""
+    """A parsed manifest with a correct digest."""
 
     provenance: Provenance
     time: float
@@ -68,17 +68,20 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files that the manifest names."""
+        """Size of all files that the manifest lists."""
         return sum(record.size_bytes for record in self.files.values())
 
 
 def needs_minor(train_state: bytes) -> bool:
-    """Whether the first version of format 1 could not read this ``train_state.json``."""
+    """Return whether this ``train_state.json`` needs format 1.1."""
     return json_values.has_new_tags(train_state) or f'"{structure.PATHS}"'.encode() in train_state
 
 
 def encode(provenance: Provenance, files: dict[str, FileRecord], *, minor: int = 0) -> bytes:
-    """The bytes of ``manifest.json``. A metric that is not finite is left out: JSON has no word for it."""
+    """Return the bytes of ``manifest.json``.
+
+    Metrics that are not finite are left out: JSON has no such values.
+    """
     body: dict[str, Any] = {
         "format": FORMATS[minor],
         **asdict(provenance),
@@ -92,9 +95,9 @@ def encode(provenance: Provenance, files: dict[str, FileRecord], *, minor: int =
 
 
 def decode(data: bytes, *, where: str) -> Manifest:
-    """Parse and check a manifest. ``where`` names the step in errors.
+    """Parse and check a manifest. ``where`` is the step's name in errors.
 
-    Raises DamagedCheckpointError, or MismatchError for a format of another version.
+    Raises DamagedCheckpointError, or MismatchError for another format version.
     """
     try:
         body = json.loads(data)
@@ -133,7 +136,7 @@ def _other_format(where: str, found: Any) -> str:
 
 
 def _check_types(provenance: Provenance) -> None:
-    """Raise TypeError for what somebody wrote who can make a digest, and no run of ours did."""
+    """Raise TypeError for fields of the wrong type. A correct digest does not prove who wrote the file."""
     if not isinstance(provenance.run_id, str) or not isinstance(provenance.reason, str):
         raise TypeError("run_id and reason are text")
     if not isinstance(provenance.layout, dict) or not isinstance(provenance.versions, dict):
@@ -148,22 +151,22 @@ def _check_types(provenance: Provenance) -> None:
 
 def _finite(value: Any) -> float:
     if not math.isfinite(value):
-        raise ValueError(f"{value} is no time")
+        raise ValueError(f"{value} is not a time")
     return float(value)
 
 
 def read(step_folder: Path) -> Manifest:
-    """What the manifest of ``step_folder`` says, compared with nothing but its own digest.
+    """Read the manifest of ``step_folder``. Verify only its own digest.
 
-    Raises DamagedCheckpointError, MismatchError; OSError other than a missing file as it comes.
+    Raises DamagedCheckpointError (also for a missing file), MismatchError, OSError.
     """
     return decode(_read_bytes(step_folder), where=step_folder.name)
 
 
 def _read_bytes(step_folder: Path) -> bytes:
-    """Three calls of the file system: every one is a round trip on a network."""
+    """Read with three system calls, because each is a round trip on a network file system."""
     try:
-        # A pipe would hang, a link would lead out of the folder.
+        # Opening a pipe would hang. A link may lead out of the folder.
         fd = os.open(
             f"{step_folder}/{paths.MANIFEST}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         )
@@ -172,11 +175,11 @@ def _read_bytes(step_folder: Path) -> bytes:
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link, a socket
             raise
-        raise _damaged(step_folder.name, f"{paths.MANIFEST} is no manifest ({error.strerror})") from None
+        raise _damaged(step_folder.name, f"{paths.MANIFEST} is not a manifest ({error.strerror})") from None
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_BYTES:
-            raise _damaged(step_folder.name, f"{paths.MANIFEST} is no manifest ({found.st_size} bytes)")
+            raise _damaged(step_folder.name, f"{paths.MANIFEST} is not a manifest ({found.st_size} bytes)")
         data = bytearray(found.st_size)
         return bytes(data[: fsio.read_range(fd, memoryview(data), 0)])
     finally:
@@ -184,20 +187,20 @@ def _read_bytes(step_folder: Path) -> bytes:
 
 
 def load(step_folder: Path, *, step: int | None = None) -> Manifest:
-    """Read the manifest of ``step_folder`` and check it against names and sizes, without reading shards.
+    """Read the manifest of ``step_folder`` and check file names and sizes, without reading shards.
 
-    With ``step`` it has to be that step of a run. Raises DamagedCheckpointError, MismatchError (of a run's
-    step also NoTrainingStateError); OSError other than a missing file as it comes.
+    With ``step``, it must be that step of a run. Raises DamagedCheckpointError (also for a missing
+    file), MismatchError, OSError, and with ``step`` NoTrainingStateError.
     """
     where, folder = step_folder.name, str(step_folder)
     manifest = read(step_folder)
     if step is not None and manifest.provenance.step is None:
-        raise NoTrainingStateError(f"{where} holds no training state: its manifest is of no step of a run")
+        raise NoTrainingStateError(f"{where} holds no training state: its manifest names no step of a run")
     if step is not None and manifest.provenance.step != step:
         raise _damaged(where, f"its manifest is of step {manifest.provenance.step}")
     for name, record in manifest.files.items():
         if not _is_file_name(name):
-            raise _damaged(where, f"the manifest names {name!r}, which is no file of this folder")
+            raise _damaged(where, f"the manifest names {name!r}, which is not a file of this folder")
         if len(record.xxh3_128) != -(-record.size_bytes // BLOCK_BYTES):
             raise _damaged(where, f"the manifest has too few digests for {name}")
         try:
@@ -205,7 +208,7 @@ def load(step_folder: Path, *, step: int | None = None) -> Manifest:
         except FileNotFoundError:
             raise _damaged(where, f"{name} is missing") from None
         if not stat.S_ISREG(found.st_mode):
-            raise _damaged(where, f"{name} is no regular file")
+            raise _damaged(where, f"{name} is not a regular file")
         if found.st_size != record.size_bytes:
             raise _damaged(where, f"{name} has {found.st_size} of {record.size_bytes} bytes")
     for name in (paths.INDEX, paths.TRAIN_STATE):
@@ -216,12 +219,12 @@ def load(step_folder: Path, *, step: int | None = None) -> Manifest:
 
 @functools.lru_cache(maxsize=10_000)
 def _is_file_name(name: str) -> bool:
-    """Steps of a run have the same names."""
+    """Return whether ``name`` is valid. Cached, because the steps of a run have the same names."""
     return _FILE_NAME.fullmatch(name) is not None
 
 
 def read_verified(step_folder: Path, manifest: Manifest, name: str) -> bytes:
-    """All bytes of one of the step's files, digests checked. Raises DamagedCheckpointError."""
+    """Return all bytes of one of the step's files, verified. Raises DamagedCheckpointError."""
     record = manifest.files.get(name)
     if record is None:
         raise _damaged(step_folder.name, f"the manifest does not list {name}")
@@ -232,7 +235,7 @@ def read_verified(step_folder: Path, manifest: Manifest, name: str) -> bytes:
 
 
 def _read_small(path: str, record: FileRecord) -> bytes | None:
-    """The bytes of a file of one block if they are right; None leaves it to who reads with more care."""
+    """Return the bytes of a file of one block if they are correct; None if the slow path has to read it."""
     if len(record.xxh3_128) != 1:
         return None
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""Names inside a checkpoint folder, and what is found there."""
+"""Names inside a checkpoint folder, and listings of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIG = "config.toml"
 LATEST = "latest"
 SHARD_SUFFIX = ".safetensors"
 MODEL_PREFIX = "model."
-"""What the names of a model's tensors begin with in a checkpoint."""
+"""The prefix of a model's tensor names in a checkpoint."""
 
 _MORE_LISTINGS = 4
 
@@ -25,87 +25,90 @@ _SET_ASIDE = re.compile(r"(quarantined|rolledback|late|suspect)\.step_(\d{8,})\.
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """``path`` as an absolute path. Raises ValueError for a URL: it would name a local folder ``s3:``."""
+    """Return ``path`` as an absolute path.
+
+    Raise ValueError for a URL, which would name a local folder ``s3:``.
+    """
     if "://" in os.fspath(path):
         raise ValueError(f"{path}: checkpoints are on a mounted file system; give a path, not a URL")
     return Path(os.path.abspath(path))
 
 
 def step_name(step: int) -> str:
-    """Folder name of a committed step."""
+    """Return the folder name of a committed step."""
     return f"step_{step:08d}"
 
 
 def step_number(name: str) -> int | None:
-    """The step whose committed folder has this very name; None for any other name."""
+    """Return the step whose committed folder has exactly this name; None for any other name."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match and name == step_name(int(match[1])) else None
 
 
 def is_set_aside(name: str) -> bool:
-    """Whether ``name`` is that of a step that was set aside: damaged, rolled back or late."""
+    """Return whether ``name`` is that of a step that was set aside, for whatever reason."""
     return _SET_ASIDE.fullmatch(name) is not None
 
 
 def temporary_name(final_name: str, attempt: int) -> str:
-    """Hidden name of a checkpoint in flight; it carries the attempt so that a sweep can tell whose it is."""
+    """Return the hidden name of a checkpoint in flight. The attempt in it shows who writes it."""
     return f".{final_name}.{attempt}.tmp"
 
 
 def quarantine_name(step: int, number: int) -> str:
-    """Name that a damaged step is set aside under."""
+    """Return the name of a step that was set aside as damaged."""
     return f"quarantined.{step_name(step)}.{number}"
 
 
 def rolled_back_name(step: int, number: int) -> str:
-    """Name that a sound step is set aside under when the run goes back to an older one."""
+    """Return the name of a step that was set aside by a rollback to an older one."""
     return f"rolledback.{step_name(step)}.{number}"
 
 
 def late_name(step: int, number: int) -> str:
-    """Name that a step is set aside under when an attempt that was taken over committed it all the same."""
+    """Return the name of a step that an attempt committed after it had been replaced."""
     return f"late.{step_name(step)}.{number}"
 
 
 def suspect_name(step: int, number: int) -> str:
-    """Name that a step is set aside under when two attempts ended right after it for a cause in the state."""
+    """Return the name of a step after which two attempts failed for a cause that may be in the state."""
     return f"suspect.{step_name(step)}.{number}"
 
 
 def fenced_name(temporary: str, attempt: int) -> str:
-    """Hidden name that ``attempt`` gives a checkpoint in flight of an older attempt, before it deletes it."""
+    """Return the hidden name that ``attempt`` gives an older attempt's checkpoint in flight to delete it."""
     return f"{temporary}.{attempt}.deleting"
 
 
 def shard_name(number: int, count: int) -> str:
-    """Name of the ``number``-th of ``count`` shard files."""
+    """Return the name of the ``number``-th of ``count`` shard files."""
     return f"shard_{number:05d}_of_{count:05d}{SHARD_SUFFIX}"
 
 
 @dataclass
 class FolderListing:
-    """What a checkpoint folder holds, by our names; anything else in it is not ours and is left alone."""
+    """The content of a checkpoint folder, by name. Files with other names are not listed."""
 
     steps: list[int] = field(default_factory=list)
-    """Steps under their final name, newest first. Not checked yet."""
+    """Steps with their final name, newest first. Not checked yet."""
     temporary: list[tuple[Path, int]] = field(default_factory=list)
-    """Folders in flight, with the attempt that made them."""
+    """Checkpoints in flight, with the attempt that writes each."""
     deleting: list[Path] = field(default_factory=list)
-    """Folders whose deletion was cut short."""
+    """Folders whose deletion was interrupted."""
     quarantined: list[Path] = field(default_factory=list)
     """Steps that were set aside as damaged."""
     rolled_back: list[Path] = field(default_factory=list)
     """Steps that a rollback set aside."""
     late: list[Path] = field(default_factory=list)
-    """Steps that were set aside because their attempt had been taken over before it committed them."""
+    """Steps set aside because their attempt had been replaced before it committed them."""
     suspect: list[Path] = field(default_factory=list)
-    """Steps that were set aside because two attempts ended right after them for a cause in the state."""
+    """Steps set aside because two attempts failed right after them, for a cause that may be in the state."""
 
 
 def list_folder(folder: Path) -> FolderListing:
-    """List ``folder``; one that does not exist is empty. Symbolic links are never ours.
+    """List ``folder``. A missing folder is empty. Symbolic links are ignored.
 
-    A step that goes away meanwhile made way for a newer one, which may be missing too: then it lists again.
+    If a step disappears during the scan, list again: a newer one may have been missed.
     """
     found, is_whole = _list_once(folder)
     for _ in range(_MORE_LISTINGS):
@@ -116,12 +119,12 @@ def list_folder(folder: Path) -> FolderListing:
 
 
 def _list_once(folder: Path) -> tuple[FolderListing, bool]:
-    """A listing, and whether all steps in it were still there when they were looked at."""
+    """Return a listing, and whether no step disappeared during the scan."""
     found, is_whole = FolderListing(), True
     if not folder.is_dir():
         return found, True
-    # scandir tells kinds without asking for each: on a network file system every question is a round trip.
-    # Steps are looked at when the listing is whole, so that one that is missing from it is noticed.
+    # scandir returns the type of each entry without a call per entry, which is a round trip on a network
+    # file system. Steps are examined after the whole listing, so that one that disappeared is noticed.
     with os.scandir(folder) as entries:
         listed = list(entries)
     for entry in listed:
@@ -145,21 +148,21 @@ def _list_once(folder: Path) -> tuple[FolderListing, bool]:
 
 
 def set_aside_steps(folder: Path) -> list[int]:
-    """Steps that were committed and set aside as damaged or suspect."""
+    """Return the committed steps that were set aside as damaged or suspect."""
     listing = list_folder(folder)
     names = [path.name.split(".")[1] for path in (*listing.quarantined, *listing.suspect)]
     return [step for name in names if (step := step_number(name)) is not None]
 
 
 def committed_steps(folder: Path) -> list[int]:
-    """Steps that are committed: under their final name, with a manifest. Newest first."""
+    """Return the committed steps, newest first. They have their final name and a manifest."""
     return [step for step in list_folder(folder).steps if (folder / step_name(step) / MANIFEST).is_file()]
 
 
 def _is_ours(step_folder: str) -> bool:
-    """Whether a folder with a step's name holds anything that a checkpoint has.
+    """Return whether a folder with a step's name contains any file of a checkpoint.
 
-    A folder of ours that lost its manifest is damaged and must be told; a foreign one is not ours to judge.
+    A checkpoint that lost its manifest must be reported as damaged. Other folders are ignored.
     """
     if os.path.lexists(f"{step_folder}/{MANIFEST}"):
         return True

@@ -1,4 +1,4 @@
-"""What a step holds, read without torch: for looking at it, not for loading it."""
+"""Read what a step contains, without torch: for inspection, not for loading."""
 
 from __future__ import annotations
 
@@ -20,41 +20,47 @@ if TYPE_CHECKING:
     from kempnerforge.checkpoint.format.tensor_index import TensorEntry
 
 KINDS = ("model", "optimizer", "rng")
-"""First part of a tensor's name; tensors of any other name, headers and small files are ``other``."""
+"""First parts of tensor names. Other tensors, headers and small files count as ``other``."""
 
 
 def kind_of(tensor_name: str) -> str:
-    """Which of ``KINDS`` a tensor is, or ``other``."""
+    """Return which of ``KINDS`` a tensor is, or ``other``."""
     first = tensor_name.partition(".")[0]
     return first if first in KINDS else "other"
 
 
 @dataclass(frozen=True)
 class StepView:
-    """A step whose manifest, names and sizes are right. The digests of small files are checked when read."""
+    """A step whose manifest, file names and sizes are correct.
+
+    Digests of small files are verified on access.
+    """
 
     path: Path
     manifest: Manifest
 
     @classmethod
     def open(cls, path: Path, *, step: int | None = None) -> StepView:
-        """Look at the step in ``path``. Raises DamagedCheckpointError, MismatchError, OSError."""
+        """Open the step in ``path``. Raises DamagedCheckpointError, MismatchError, OSError."""
         return cls(path, manifest.load(path, step=step))
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all its files, the manifest's own included."""
+        """Size of all its files, including the manifest."""
         return self.manifest.size_bytes + (self.path / paths.MANIFEST).stat().st_size
 
     def tensors(self) -> dict[str, TensorEntry]:
-        """All tensors by name, sorted. Raises DamagedCheckpointError, OSError."""
-        from kempnerforge.checkpoint.format.tensor_index import Index  # listing steps needs none of it
+        """Return all tensors by name, sorted. Raises DamagedCheckpointError, OSError."""
+        from kempnerforge.checkpoint.format.tensor_index import Index  # listing steps does not need it
 
         with VerifiedFile(self.path / paths.INDEX, self.manifest.files[paths.INDEX], keep=True) as file:
             return dict(Index(file))
 
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes of model, optimizer, rng, and all else. Raises DamagedCheckpointError, OSError."""
+        """Return the bytes of model, optimizer, rng, and everything else.
+
+        Raises DamagedCheckpointError, OSError.
+        """
         sums: dict[str, int] = dict.fromkeys((*KINDS, "other"), 0)
         for name, entry in self.tensors().items():
             sums[kind_of(name)] += tensor_bytes(entry)
@@ -62,7 +68,10 @@ class StepView:
         return sums
 
     def train_state(self) -> dict[str, Any]:
-        """What is no tensor, tagged JSON as it is stored. Raises DamagedCheckpointError, OSError."""
+        """Return the entries that are not tensors, as stored: tagged JSON.
+
+        Raises DamagedCheckpointError, OSError.
+        """
         try:
             body = json.loads(manifest.read_verified(self.path, self.manifest, paths.TRAIN_STATE))
         except (ValueError, RecursionError) as error:
@@ -70,13 +79,16 @@ class StepView:
         if not isinstance(body, dict):
             raise self._damaged(f"{paths.TRAIN_STATE} is not a JSON object")
         try:
-            structure.decode(body.pop(structure.PATHS, None))  # not a leaf: where the leaves stood
+            structure.decode(body.pop(structure.PATHS, None))  # the paths of the leaves, not a leaf
         except MALFORMED as error:
             raise self._damaged(f"{paths.TRAIN_STATE}: {error}") from None
         return body
 
     def config(self) -> dict[str, Any]:
-        """The run's config as tables; empty when none is stored. Raises DamagedCheckpointError, OSError."""
+        """Return the run's config as tables; empty if none is stored.
+
+        Raises DamagedCheckpointError, OSError.
+        """
         if paths.CONFIG not in self.manifest.files:
             return {}
         try:
@@ -85,7 +97,7 @@ class StepView:
             raise self._damaged(f"{paths.CONFIG} cannot be parsed ({error})") from None
 
     def shards(self) -> Iterator[str]:
-        """Names of its tensor files."""
+        """Return the names of its tensor files."""
         return (name for name in self.manifest.files if name.endswith(paths.SHARD_SUFFIX))
 
     def _damaged(self, what: str) -> DamagedCheckpointError:
@@ -93,5 +105,5 @@ class StepView:
 
 
 def tensor_bytes(entry: TensorEntry) -> int:
-    """Bytes that the chunks of a tensor take."""
+    """Return the size of all chunks of a tensor."""
     return sum(chunk.end - chunk.begin for chunk in entry.chunks)

@@ -1,13 +1,14 @@
-"""Paths of the leaves of a nested state dict, so that a load without a target can rebuild it.
+"""Paths of the leaves of a nested state dict, from which a load without a target rebuilds it.
 
-A leaf's name is its path with dots between: ``{"model": {"w": t}}`` has ``model.w``. Dots in keys and lists
-make that ambiguous, and empty dicts have no leaf. ``train_state.json`` of a nested state dict therefore has::
+A leaf's name is its path joined by dots: ``{"model": {"w": t}}`` has ``model.w``. Lists, and dots
+in keys, make names ambiguous, and empty dicts have no leaf. Therefore ``train_state.json`` of a
+nested state dict has::
 
     "__paths__": {"tree": {"model": {}, "list": [[0, {}]], "empty": null}, "other": {"a.b": ["a.b"]}}
 
-``tree`` has the containers alone: an object is a dict, an array of pairs (position, container) is a list,
-null is an empty dict. A leaf lies in the container of the longest name that its own begins with; ``other``
-has the paths of those that do not. No torch here.
+``tree`` has only the containers: an object is a dict, an array of pairs (position, container) is a
+list, and null is an empty dict. A leaf lies in the container with the longest name that is a prefix
+of its own. ``other`` has the paths of leaves for which that is wrong. Needs no torch.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PATHS = "__paths__"
-"""The entry of ``train_state.json``."""
+"""The key in ``train_state.json``."""
 RESERVED = ("__metadata__", PATHS)
-"""Names that no leaf can have: safetensors has a use for the first."""
+"""Names that no leaf can have. Safetensors uses the first."""
 
 Key = str | int
 Path = tuple[Key, ...]
-"""Text is a key of a dict, a number the position in a list."""
+"""A string is a key of a dict, a number a position in a list."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,15 @@ class Structure:
     """Paths of a state dict's leaves."""
 
     paths: Mapping[str, Path] = field(default_factory=dict)
-    """By the name of the leaf; one that is missing lies at the top."""
+    """By name of the leaf. A missing one is at the top level."""
     empty: Mapping[str, Path] = field(default_factory=dict)
-    """Dicts without content, by name."""
+    """Empty dicts, by name."""
     bare_lists: tuple[Path, ...] = ()
-    """Lists with empty dicts and no other dicts in them; filled by ``decode``. What DCP's own planner saved
-    has none: it leaves empty dicts out."""
+    """Lists that contain empty dicts and no other dicts, filled in by ``decode``. State dicts saved
+    by DCP's own planner have none: it leaves empty dicts out."""
 
     def path(self, name: str) -> Path:
-        """The path of a leaf."""
+        """Return the path of a leaf."""
         return self.paths.get(name) or self.empty.get(name) or (name,)
 
 
@@ -47,12 +48,12 @@ FLAT = Structure()
 
 
 def name_of(path: Path) -> str:
-    """The name of a leaf."""
+    """Return the name of a leaf."""
     return ".".join(map(str, path))
 
 
 def encode(structure: Structure) -> dict[str, Any] | None:
-    """``structure`` as JSON; None when every leaf lies at the top."""
+    """Return ``structure`` as JSON; None if every leaf is at the top level."""
     tree: dict[Key, Any] = {}
     made: dict[Path, dict[Key, Any]] = {(): tree}
     kinds: dict[Path, bool] = {}
@@ -87,7 +88,7 @@ def _tree_json(node: dict[Key, Any] | None, path: Path, kinds: dict[Path, bool])
 
 
 def decode(body: Any) -> Structure:
-    """The inverse of ``encode``; paths are found when they are asked for. Raises ValueError, TypeError."""
+    """Invert ``encode``. Paths are found on access. Raises ValueError, TypeError."""
     if body is None:
         return FLAT
     if not isinstance(body, dict) or not isinstance(body.get("tree"), dict):
@@ -156,7 +157,7 @@ class _Rule:
 
 
 class _Lookup(Mapping[str, Path]):
-    """Paths by name. It knows the containers, not the leaves, and iterates over exceptions alone."""
+    """Paths by name. Knows the containers, not the leaves, so iteration yields only ``other``."""
 
     def __init__(self, rule: _Rule, other: dict[str, Path]) -> None:
         self._rule = rule
@@ -173,7 +174,7 @@ class _Lookup(Mapping[str, Path]):
 
 
 def merge(by_rank: Iterable[tuple[Any, Iterable[str]]]) -> dict[str, Any] | None:
-    """One structure of every rank's (JSON, names of its leaves). Of two paths of a name the first counts."""
+    """Merge (JSON, names of leaves) of all ranks. The first path of a name counts."""
     paths: dict[str, Path] = {}
     empty: dict[str, Path] = {}
     for body, names in by_rank:
@@ -182,7 +183,7 @@ def merge(by_rank: Iterable[tuple[Any, Iterable[str]]]) -> dict[str, Any] | None
             paths.setdefault(name, structure.path(name))
         for name, path in structure.empty.items():
             empty.setdefault(name, path)
-    # What is empty on one rank and not on another is not empty.
+    # A dict that is empty on one rank only is not empty.
     filled = {path[:depth] for path in paths.values() for depth in range(1, len(path))}
     empty = {name: path for name, path in empty.items() if path not in filled and name not in paths}
     return encode(Structure(paths, empty))

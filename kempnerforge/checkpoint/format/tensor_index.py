@@ -1,10 +1,11 @@
-"""``index.bin``: which bytes of which file hold which part of which tensor.
+"""``index.bin``: which bytes of which file hold which chunk of which tensor.
 
-Sorted by name and seekable, so that a rank reads the entries it needs however many there are. Little-endian:
+It is sorted by name and seekable, so that a rank reads only the entries that it needs.
+Little-endian:
 
 =========  ==========================================================================================
 header     8 bytes ``KFINDEX1``, then u64: number of names, offset of the name table, offset of the files
-records    one a name, in the order of the names: u16 length and UTF-8 name, 8 bytes dtype (the
+records    one per name, in the order of the names: u16 length and UTF-8 name, 8 bytes dtype (the
            safetensors name, zero-padded), u8 ndim, u64 shape[ndim], u32 number of chunks, and for every
            chunk u32 file, u64 begin, u64 end (bytes in that file), u64 offsets[ndim], u64 sizes[ndim]
 name table u64 offset of every record, and one more for the end of the last
@@ -28,7 +29,7 @@ from kempnerforge.errors import DamagedCheckpointError
 MAGIC = b"KFINDEX1"
 _LONGEST_NAME = 2 + 0xFFFF
 _FEW = 16
-"""Chunks of a tensor up to which plain Python is faster than starting numpy."""
+"""Up to this number of chunks, plain Python is faster than importing numpy."""
 _HEADER = struct.Struct("<8sQQQ")
 
 ITEM_BYTES = {
@@ -40,7 +41,7 @@ ITEM_BYTES = {
 """Bytes of one element by safetensors dtype name."""
 
 SHORT_NAMES = {"F8_E4M3FNUZ": "F8E4FNUZ", "F8_E5M2FNUZ": "F8E5FNUZ"}
-"""What stands in the index for dtypes whose names are too long for it. Since format 1.1."""
+"""Names in the index of dtypes whose own names are too long for it. Since format 1.1."""
 _LONG_NAMES = {short: name for name, short in SHORT_NAMES.items()}
 
 
@@ -66,7 +67,7 @@ class TensorEntry:
 
 
 def encode(entries: Mapping[str, TensorEntry]) -> bytes:
-    """The bytes of ``index.bin``."""
+    """Return the bytes of ``index.bin``."""
     names = sorted(entries, key=str.encode)
     files = sorted({chunk.file for entry in entries.values() for chunk in entry.chunks})
     number_of = {name: number for number, name in enumerate(files)}
@@ -97,7 +98,7 @@ def _encode_record(name: str, entry: TensorEntry, number_of: dict[str, int]) -> 
 
 
 class _Record:
-    """One name's record, its chunks still packed."""
+    """The record of one name. Its chunks are still packed."""
 
     __slots__ = ("chunk", "count", "dtype", "packed", "shape")
 
@@ -116,10 +117,11 @@ class _Record:
 
 
 class Index(Mapping[str, TensorEntry]):
-    """The index of a committed step, read record by record through ``file``, whose digests are checked.
+    """The index of a committed step, read record by record from the verified ``file``.
 
-    ``file`` should keep its blocks: names are found by bisection. Raises DamagedCheckpointError for anything
-    that is not an index, and for a tensor whose chunks do not cover it exactly.
+    ``file`` should keep its blocks, because names are found by bisection. Raises
+    DamagedCheckpointError for a file that is not an index, and for a tensor whose chunks do not
+    cover it exactly once.
     """
 
     def __init__(self, file: VerifiedFile) -> None:
@@ -143,7 +145,7 @@ class Index(Mapping[str, TensorEntry]):
         return DamagedCheckpointError(f"{path.parent.name} is damaged: {path.name}: {what}")
 
     def close(self) -> None:
-        """Release the file; entries that were looked up stay known."""
+        """Close the file. Entries that were looked up stay available."""
         self._file.close()
 
     def __len__(self) -> int:
@@ -151,7 +153,7 @@ class Index(Mapping[str, TensorEntry]):
 
     def __iter__(self) -> Iterator[str]:
         names = [self._name(position) for position in range(len(self))]
-        if any(one >= other for one, other in itertools.pairwise(names)):
+        if any(name >= following for name, following in itertools.pairwise(names)):
             raise self._damaged("its names are not sorted")
         return iter([self._decode(name) for name in names])
 
@@ -159,13 +161,13 @@ class Index(Mapping[str, TensorEntry]):
         return isinstance(name, str) and self._find(name) is not None
 
     def has_prefix(self, prefix: str) -> bool:
-        """Whether there is a name that begins with ``prefix``."""
+        """Return whether any name begins with ``prefix``."""
         wanted = prefix.encode()
         position = self._bisect(wanted)
         return position < len(self) and self._name(position).startswith(wanted)
 
     def under(self, prefix: str) -> list[str]:
-        """What follows ``prefix`` in all names that begin with it, in their order."""
+        """Return the rest of every name that begins with ``prefix``, in order."""
         wanted, found = prefix.encode(), []
         position = self._bisect(wanted)
         while position < len(self) and (name := self._name(position)).startswith(wanted):
@@ -174,7 +176,7 @@ class Index(Mapping[str, TensorEntry]):
         return found
 
     def head(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Safetensors dtype and shape. Raises KeyError."""
+        """Return safetensors dtype and shape. Raises KeyError."""
         record = self._record(name)
         return record.dtype, record.shape
 
@@ -189,10 +191,10 @@ class Index(Mapping[str, TensorEntry]):
         return self._entries[name]
 
     def part(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Chunk]:
-        """The chunks that have something of the box at ``offsets``, ``sizes``; they cover it exactly once.
+        """Return the chunks that overlap the box at ``offsets``, ``sizes``. They cover it exactly once.
 
-        Only they are unpacked and checked: with thousands of ranks a tensor has thousands of others. The box
-        must have the tensor's number of dimensions. Raises KeyError.
+        Only these chunks are unpacked and checked: with thousands of ranks a tensor has thousands
+        of others. The box must have as many dimensions as the tensor. Raises KeyError.
         """
         record = self._record(name)
         if 0 in sizes:
@@ -210,7 +212,7 @@ class Index(Mapping[str, TensorEntry]):
         try:
             return tuple(Chunk(files[row[0]], row[1], row[2], row[3:middle], row[middle:]) for row in rows)
         except IndexError:
-            raise self._damaged(f"{name}: it lies in a file without a name") from None
+            raise self._damaged(f"{name}: a chunk names a file that is not in the table") from None
 
     def _record(self, name: str) -> _Record:
         if name not in self._records:
@@ -225,7 +227,7 @@ class Index(Mapping[str, TensorEntry]):
         return self._records[name]
 
     def _find(self, name: str) -> int | None:
-        """Position of ``name``. Names are mostly asked for in their order."""
+        """Return the position of ``name``. Names are mostly looked up in order."""
         wanted = name.encode()
         position = self._likely
         if position >= len(self) or self._name(position) != wanted:
@@ -256,12 +258,12 @@ class Index(Mapping[str, TensorEntry]):
 def _rows_in_box(
     packed: memoryview, offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> list[tuple[int, ...]]:
-    """The rows of many packed chunks that share something with a box."""
-    import numpy as np  # only here: looking at a small index should not wait for it
+    """Return the rows of many packed chunks that overlap a box."""
+    import numpy as np  # imported late: reading a small index does not need it
 
     ndim = len(offsets)
-    place = [("offsets", "<u8", (ndim,)), ("sizes", "<u8", (ndim,))]
-    table = np.frombuffer(packed, np.dtype([("file", "<u4"), ("begin", "<u8"), ("end", "<u8"), *place]))
+    box = [("offsets", "<u8", (ndim,)), ("sizes", "<u8", (ndim,))]
+    table = np.frombuffer(packed, np.dtype([("file", "<u4"), ("begin", "<u8"), ("end", "<u8"), *box]))
     begins = np.array(offsets, "<u8")
     ends = begins + np.array(sizes, "<u8")
     meet = (table["offsets"] < ends) & (table["offsets"] + table["sizes"] > begins)
@@ -272,7 +274,7 @@ def _rows_in_box(
 def shared_box(
     chunk: Chunk, offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Offsets, in the tensor, and sizes of what ``chunk`` shares with a box; None when that is nothing."""
+    """Return offsets in the tensor and sizes of the overlap of ``chunk`` and a box; None if there is none."""
     if chunk.offsets == offsets and chunk.sizes == sizes:
         return offsets, sizes
     starts = tuple(map(max, chunk.offsets, offsets))
@@ -284,17 +286,18 @@ def shared_box(
 def cover_problem(
     entry: TensorEntry, box: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 ) -> str | None:
-    """What keeps the chunks of ``entry`` from covering it exactly once; None when they do.
+    """Return why the chunks of ``entry`` do not cover it exactly once; None if they do.
 
-    With a ``box`` (offsets, sizes) of the tensor, from covering that; they must all meet it.
+    With a ``box`` (offsets, sizes) of the tensor, they have to cover the box, and all must overlap
+    it.
     """
     item_bytes = ITEM_BYTES.get(entry.dtype)
     if item_bytes is None:
         return f"dtype {entry.dtype!r} is unknown"
     covered = 0
     for chunk in entry.chunks:
-        place = zip(chunk.offsets, chunk.sizes, entry.shape, strict=True)
-        inside = all(offset + size <= full for offset, size, full in place)
+        dimensions = zip(chunk.offsets, chunk.sizes, entry.shape, strict=True)
+        inside = all(offset + size <= full for offset, size, full in dimensions)
         volume = math.prod(chunk.sizes)
         if not inside or chunk.end - chunk.begin != volume * item_bytes:
             return f"the chunk at {chunk.offsets} does not fit {entry.shape}"
@@ -309,7 +312,7 @@ def cover_problem(
 
 
 def _overlap(chunks: tuple[Chunk, ...]) -> bool:
-    """Whether two boxes share an element, by a sweep along dimension 0."""
+    """Return whether two boxes share an element. Sweeps along dimension 0."""
     active: list[Chunk] = []
     for chunk in sorted((c for c in chunks if math.prod(c.sizes)), key=lambda c: c.offsets[:1]):
         active = [a for a in active if not chunk.offsets or a.offsets[0] + a.sizes[0] > chunk.offsets[0]]
@@ -319,8 +322,8 @@ def _overlap(chunks: tuple[Chunk, ...]) -> bool:
     return False
 
 
-def _boxes_meet(one: Chunk, other: Chunk) -> bool:
+def _boxes_meet(first: Chunk, second: Chunk) -> bool:
     return all(
         a < b + sb and b < a + sa
-        for a, sa, b, sb in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+        for a, sa, b, sb in zip(first.offsets, first.sizes, second.offsets, second.sizes, strict=True)
     )

@@ -1,1 +1,1 @@
-"""Loading: which step to resume from, whether it fits, and reading it into a state."""
+"""Loading: choose a step, check that it fits, and read it into a state."""

@@ -1,59 +1,55 @@
-"""Resuming: rank 0 chooses a step, all ranks load it, and all agree on how that went.
+"""Choose the step to resume from, inspect it, and quarantine damaged ones. First rank only.
 
-Three things can go wrong, and they are not the same. A *damaged* step is set aside and all ranks go to the
-next older one together. An *unreachable* one may be sound: reads are repeated, then the run stops and nothing
-is renamed. A *mismatch* means that the config cannot fit: the run stops and says what differs.
+Three faults are told apart:
+
+- A *damaged* step is renamed, and all ranks try the next older one together.
+- An *unreachable* step may be intact. Reads are retried; then the run stops, and nothing is
+  renamed.
+- A *mismatch* means that the config does not fit the step. The run stops and names the differences.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import tomli
-import torch
 
-from kempnerforge.checkpoint.format import manifest, paths
-from kempnerforge.checkpoint.format.dtypes import DTYPES
+from kempnerforge.checkpoint.format import latest_link, manifest, paths
 from kempnerforge.checkpoint.format.json_values import MALFORMED, decode_objects
 from kempnerforge.checkpoint.format.manifest import Manifest
-from kempnerforge.checkpoint.format.paths import FolderListing
-from kempnerforge.checkpoint.load.compatibility import check_parts
-from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
-from kempnerforge.checkpoint.load.load_targets import LoadTargets, find_targets
-from kempnerforge.checkpoint.results import RunContext
+from kempnerforge.checkpoint.load import load_path
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import known_steps
 from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.resumable_steps import check_counters, require_training_state
 from kempnerforge.checkpoint.run.resume_report import Rejected
-from kempnerforge.checkpoint.state.train_state import TrainState, rng_name
-from kempnerforge.distributed.consensus import ControlGroup, mark_collective
 from kempnerforge.errors import (
     CheckpointError,
     DamagedCheckpointError,
-    MismatchError,
     NoSoundCheckpointError,
     NoTrainingStateError,
+    StepNotFoundError,
     UnreachableCheckpointError,
 )
 
 T = TypeVar("T")
 
 FOREIGN = "another run's"
-"""The outcome in a receipt of a step that is of another run."""
+"""The outcome in a receipt for a step of another run."""
 
 RETRY_DELAYS_S = (0.5, 1.0, 2.0)
-"""Pauses before a read that the storage did not answer is tried again."""
+"""Pauses between attempts to read storage that does not answer."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A step whose manifest, names, sizes and small files are right."""
+    """A step whose manifest, file names, file sizes and small files are correct."""
 
     path: Path
     step: int
@@ -61,21 +57,10 @@ class Candidate:
     config_toml: str = ""
 
 
-@dataclass
-class LoadResult:
-    """What one rank took from a step; nothing but tensors is applied before all ranks agree."""
-
-    reader: SafetensorsReader
-    targets: LoadTargets
-    rng: torch.Tensor | None = None
-    data_changes: list[str] = field(default_factory=list)
-    load_s: float = 0.0
-
-
 def with_retries(work: Callable[[], T], *, what: str) -> T:
-    """Run ``work``, again after a pause while the storage fails to answer.
+    """Run ``work``, and repeat it after pauses while it raises OSError.
 
-    Raises UnreachableCheckpointError when it still does not; errors about content pass through.
+    Raises UnreachableCheckpointError after the last attempt. Other errors pass through.
     """
     for delay_s in (*RETRY_DELAYS_S, None):
         try:
@@ -88,13 +73,13 @@ def with_retries(work: Callable[[], T], *, what: str) -> T:
 
 
 class _ForeignStepError(CheckpointError):
-    """A step of another run."""
+    """The step belongs to another run."""
 
 
 def _unreachable(what: str, error: str) -> UnreachableCheckpointError:
     return UnreachableCheckpointError(
-        f"{what} cannot be read: {error}. It may be sound: nothing was renamed. "
-        "Check the file system, then start the same command again."
+        f"{what} cannot be read: {error}. It may be intact: nothing was renamed. "
+        "Check the file system, then run the same command again."
     )
 
 
@@ -105,20 +90,29 @@ def select(
     cleanup: StartCleanup | None = None,
     *,
     owner: Owner = ANYONE,
-    in_the_way: Callable[[FolderListing], list[Path]] = known_steps.set_aside,
+    run_dir: Path | None = None,
 ) -> Candidate | None:
-    """The newest step that looks sound; damaged ones on the way are set aside into ``rejected``.
+    """Return the newest step that looks sound; None if there is no checkpoint at all.
 
-    Rank 0 only. Reads manifests and small files, no shards. Raises NoSoundCheckpointError when there are
-    checkpoints, quarantined ones included, and none is left, so that a run never quietly begins again.
-    ``in_the_way`` says which of those that were set aside count for that. Steps that ``owner`` does not own
-    are passed over and left as they are.
-    ``suspects``, with reasons, are set aside when an older sound step exists; else the newest is tried again.
-    ``cleanup`` sets steps aside, and knows which ones it could not rename: these are passed over.
+    Reads manifests and small files, but no shards. Damaged steps are quarantined and appended to
+    ``rejected``. Steps that ``owner`` does not own are left as they are.
+
+    Args:
+        folder: the folder of checkpoints.
+        rejected: steps rejected so far; this call appends to it.
+        suspects: steps that two attempts blame, with reasons. They are set aside if an older sound
+            step exists; otherwise the newest of them is tried again.
+        cleanup: renames steps, and knows which ones it could not rename. Those are skipped.
+        owner: the run that the folder belongs to.
+        run_dir: the run's folder. A rollback to step 0 recorded there excuses the steps that it set
+            aside.
+
+    Raises NoSoundCheckpointError if checkpoints exist, quarantined ones included, but none is
+    usable: a run must never restart at step 0 unnoticed. Raises UnreachableCheckpointError.
     """
-    cleanup = cleanup or StartCleanup(folder)
+    cleanup, suspects = cleanup or StartCleanup(folder), suspects or {}
     listing = with_retries(lambda: paths.list_folder(folder), what=str(folder))
-    passed: list[Candidate] = []
+    newer_suspects: list[Candidate] = []
     for step in listing.steps:
         if step in cleanup.passed_over:
             continue
@@ -126,191 +120,139 @@ def select(
         if step in cleanup.unreadable:
             raise _unreachable(str(path), cleanup.unreadable[step])
         try:
-            found = _inspect_twice(path, step, owner)
+            candidate = _inspect_twice(path, step, owner)
         except DamagedCheckpointError as error:
-            if run_id := with_retries(lambda path=path: owner.foreign_run(path), what=str(path)):
-                _pass_over(rejected, Rejected(step, FOREIGN, f"it is of run {run_id}"))
-                continue
-            rejected.append(quarantine(cleanup, step, str(error)))
+            if run_id := with_retries(functools.partial(owner.foreign_run, path), what=str(path)):
+                _reject_once(rejected, Rejected(step, FOREIGN, _belongs_to(run_id)))
+            else:
+                rejected.append(quarantine(cleanup, step, str(error)))
             continue
         except _ForeignStepError as error:
-            _pass_over(rejected, Rejected(step, FOREIGN, str(error)))
+            _reject_once(rejected, Rejected(step, FOREIGN, str(error)))
             continue
         except NoTrainingStateError as error:
             rejected.append(Rejected(step, "no training state", str(error)))
             continue
-        if step in (suspects or {}):
-            passed.append(found)
+        if step in suspects:
+            newer_suspects.append(candidate)
             continue
-        for one in passed:
-            rejected.append(_step_over(cleanup, one.step, (suspects or {})[one.step]))
-        return found
-    if passed:
-        return passed[0]
-    set_aside, own = in_the_way(listing), [one for one in rejected if one.outcome != FOREIGN]
-    if own or set_aside or cleanup.passed_over:
-        names = [one.moved_to for one in own if one.moved_to] or [path.name for path in set_aside]
-        names += [paths.step_name(step) for step in cleanup.passed_over]
-        reasons = "".join(f"\n  {one.reason}" for one in own)
-        raise NoSoundCheckpointError(
-            f"no sound checkpoint is left in {folder}; set aside: {', '.join(names) or 'none'}.{reasons}\n"
-            "To begin again at step 0 on purpose: kempnerforge ckpt rollback RUN 0, or give the run another "
-            "name (--run.name=NEW)."
-        )
+        rejected += [
+            _set_suspect_aside(cleanup, suspect.step, suspects[suspect.step]) for suspect in newer_suspects
+        ]
+        return candidate
+    if newer_suspects:
+        return newer_suspects[0]
+    set_aside = known_steps.in_the_way(listing, run_dir)
+    _require_no_checkpoints(folder, rejected, set_aside, cleanup)
     return None
 
 
 def _inspect_twice(path: Path, step: int, owner: Owner) -> Candidate:
-    """``inspect``; damage counts only if a second look finds it too.
+    """Inspect a step; damage counts only if a second look finds it too.
 
-    A network file system may not show a file for a moment, and a quarantine throws the step off the timeline.
+    A network file system may miss a file for a moment, and a quarantine takes the step off the timeline.
     """
+    look = functools.partial(inspect, path, step=step, owner=owner)
     try:
-        return with_retries(lambda: inspect(path, step=step, owner=owner), what=str(path))
+        return with_retries(look, what=str(path))
     except DamagedCheckpointError:
         time.sleep(RETRY_DELAYS_S[0])
-        return with_retries(lambda: inspect(path, step=step, owner=owner), what=str(path))
+        return with_retries(look, what=str(path))
 
 
-def _pass_over(rejected: list[Rejected], one: Rejected) -> None:
-    if one not in rejected:  # an older step is chosen again after damage
-        rejected.append(one)
+def _require_no_checkpoints(
+    folder: Path, rejected: list[Rejected], set_aside: list[Path], cleanup: StartCleanup
+) -> None:
+    """Raise NoSoundCheckpointError if ``folder`` has, or had, checkpoints of this run."""
+    own = [rejection for rejection in rejected if rejection.outcome != FOREIGN]
+    if not (own or set_aside or cleanup.passed_over):
+        return
+    names = [rejection.moved_to for rejection in own if rejection.moved_to]
+    names = names or [path.name for path in set_aside]
+    names += [paths.step_name(step) for step in cleanup.passed_over]
+    reasons = "".join(f"\n  {rejection.reason}" for rejection in own)
+    raise NoSoundCheckpointError(
+        f"no sound checkpoint is left in {folder}; set aside: {', '.join(names) or 'none'}.{reasons}\n"
+        "To restart at step 0: kempnerforge ckpt rollback RUN 0, or give the run another name "
+        "(--run.name=NEW)."
+    )
+
+
+def _reject_once(rejected: list[Rejected], rejection: Rejected) -> None:
+    if rejection not in rejected:  # the list is searched again after damage
+        rejected.append(rejection)
+
+
+def _belongs_to(run_id: str) -> str:
+    return f"it belongs to run {run_id}"
 
 
 def inspect(path: Path, *, step: int | None = None, owner: Owner = ANYONE) -> Candidate:
-    """Check manifest, names, sizes and the digests of all small files.
+    """Check the manifest, file names and sizes, and the digests of all small files.
 
-    With ``step`` it has to be that step of a run, to go on from. Raises DamagedCheckpointError, MismatchError
-    for another format, NoTrainingStateError, OSError.
+    With ``step``, also check that it is this step of a run and that a run can resume from it.
+    Raises DamagedCheckpointError, MismatchError for another format version, NoTrainingStateError,
+    OSError.
     """
-    found = manifest.load(path, step=step)
-    if not owner.owns(found.provenance):
-        raise _ForeignStepError(f"it is of run {found.provenance.run_id}")
+    step_manifest = manifest.load(path, step=step)
+    if not owner.owns(step_manifest.provenance):
+        raise _ForeignStepError(_belongs_to(step_manifest.provenance.run_id))
     small = {
-        name: manifest.read_verified(path, found, name)
-        for name in found.files
+        name: manifest.read_verified(path, step_manifest, name)
+        for name in step_manifest.files
         if not name.endswith(paths.SHARD_SUFFIX) and name != paths.INDEX
     }
     try:
         config_toml = small.get(paths.CONFIG, b"").decode()
         tomli.loads(config_toml)
         objects = decode_objects(small[paths.TRAIN_STATE])
-        check_counters(objects, step=found.provenance.step)
+        check_counters(objects, step=step_manifest.provenance.step)
     except MALFORMED as error:
         raise DamagedCheckpointError(
-            f"{path.name} is damaged: its small files make no sense ({error})"
+            f"{path.name} is damaged: its small files cannot be decoded ({error})"
         ) from None
     if step is not None:
         require_training_state(path, objects)
-    return Candidate(path, found.provenance.step or 0, found, config_toml)
+    return Candidate(path, step_manifest.provenance.step or 0, step_manifest, config_toml)
 
 
 def quarantine(cleanup: StartCleanup, step: int, reason: str) -> Rejected:
-    """Set a damaged step aside under another name. It is never deleted. Rank 0 only."""
+    """Rename a damaged step so that no resume chooses it. Never deletes it."""
     moved_to = cleanup.set_aside(step, "damaged", paths.quarantine_name)
     return Rejected(step, "damaged", reason, moved_to)
 
 
-def _step_over(cleanup: StartCleanup, step: int, reason: str) -> Rejected:
-    """Set aside a sound step that two attempts blame. It is never deleted. Rank 0 only."""
+def _set_suspect_aside(cleanup: StartCleanup, step: int, reason: str) -> Rejected:
+    """Rename a sound step that two attempts blame. Never deletes it."""
     moved_to = cleanup.set_aside(step, "suspect", paths.suspect_name)
-    why = f"attempts went on from it and ended for a cause that may lie in it: {reason}"
+    why = f"attempts resumed from it and failed, and it may be the cause: {reason}"
     return Rejected(step, "suspect", why, moved_to)
 
 
-def load(
-    found: Candidate,
-    state: TrainState,
-    *,
-    same_layout: bool,
-    rank: int,
-    num_ranks: int = 1,
-    parts: Sequence[str],
-    excluded: Collection[str] = (),
-    context: RunContext,
-) -> LoadResult:
-    """Read what this rank needs, after checking that it fits.
+def find_warm_start(path: Path) -> Candidate:
+    """Return the checkpoint that ``checkpoint.load_path`` names.
 
-    ``parts`` of model, optimizer, extra, data, rng; ``excluded``: names of extras. The tensors of the model
-    are filled in place where they can be; nothing else of ``state`` changes. Not collective. Raises
-    DamagedCheckpointError, UnreachableCheckpointError, MismatchError.
+    ``path`` is a step's folder, a folder of steps, or a run's folder (its newest step). Damage is
+    an error here, because nothing of another run is ever renamed. Raises StepNotFoundError,
+    DamagedCheckpointError, UnreachableCheckpointError.
     """
-
-    def read() -> LoadResult:
-        started = time.perf_counter()
-        with contextlib.closing(SafetensorsReader(found.path, known_manifest=found.manifest)) as reader:
-            _ = reader.objects  # decoded here, so that an error is raised before the ranks agree
-            check_parts(parts, reader)
-            targets = find_targets(
-                state, reader, parts=parts, excluded=excluded, rank=rank, num_ranks=num_ranks
-            )
-            loaded = LoadResult(reader, targets)
-            if "data" in parts:
-                loaded.data_changes = _data_changes(reader, state, context)
-            wanted, name = dict(targets.tensors), rng_name(rank)
-            if "rng" in parts and same_layout and name in reader.index:
-                entry = reader.index[name]
-                loaded.rng = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
-                wanted[name] = loaded.rng
-            load_tensors(wanted, reader)
-            targets.check_tied()
-        loaded.load_s = time.perf_counter() - started
-        return loaded
-
-    return with_retries(read, what=str(found.path))
-
-
-def _data_changes(reader: SafetensorsReader, state: TrainState, context: RunContext) -> list[str]:
+    path = with_retries(lambda: latest_link.resolve(path), what=str(path.parent))
     try:
-        stored = reader.objects["data"]["fingerprint"]
-    except (KeyError, TypeError):
-        raise MismatchError(f"{reader.path} was saved without a position in the data") from None
-    changes = context.explain_data(stored, state.fingerprint)
-    if changes and not context.allow_changed_data:
-        raise MismatchError(
-            f"{reader.path} was trained on other data:\n  "
-            + "\n  ".join(changes)
-            + "\nTo go on with the data of this config, add --data.allow_changed=true"
-        )
-    return changes
+        step_folders = load_path.candidates(path)
+    except StepNotFoundError as error:
+        raise StepNotFoundError(f"checkpoint.load_path: {error}") from None
+    for step_folder in step_folders:
+        step = None if step_folder == path else paths.step_number(step_folder.name)
+        with contextlib.suppress(NoTrainingStateError):  # it can be loaded only by its own path
+            return with_retries(functools.partial(inspect, step_folder, step=step), what=str(step_folder))
+    raise StepNotFoundError(
+        f"checkpoint.load_path: the steps in {path} hold only weights; name one of them, such as "
+        f"{step_folders[0]}"
+    )
 
 
-def load_together(work: Callable[[], LoadResult], control: ControlGroup) -> LoadResult | str:
-    """Run ``work`` on every rank and agree on the outcome.
-
-    Collective: all ranks, on the control group. Returns what this rank loaded, or, on all ranks, the reason
-    why the step is damaged; raises the same error on all ranks for the other outcomes.
-    """
-    loaded: LoadResult | None = None
-    failure: tuple[str, str] | None = None
-    cause: BaseException | None = None
-    try:
-        loaded = work()
-    except CheckpointError as error:
-        failure, cause = (type(error).__name__, str(error)), error.__cause__
-    except Exception as error:  # noqa: BLE001 - the other ranks wait in the gather below
-        failure, cause = ("Exception", f"{type(error).__name__}: {error}"), error
-    worst = most_severe(control.gather(failure))
-    if worst is None:
-        assert loaded is not None
-        return loaded
-    kind, message = worst
-    if kind == "DamagedCheckpointError":
-        return message
-    types = {"MismatchError": MismatchError, "UnreachableCheckpointError": UnreachableCheckpointError}
-    raise mark_collective(types.get(kind, CheckpointError)(message)) from cause
-
-
-def most_severe(outcomes: Sequence[tuple[str, str] | None]) -> tuple[str, str] | None:
-    """What all ranks act on: a fault before unreachable before mismatch before damaged; None if all loaded.
-
-    Damage comes last because it renames: that must not happen while a rank could not even read.
-    """
-    order = ("Exception", "UnreachableCheckpointError", "MismatchError", "DamagedCheckpointError")
-    found = [
-        (order.index(one[0]) if one[0] in order else 0, rank, one) for rank, one in enumerate(outcomes) if one
-    ]
-    if not found:
-        return None
-    _, rank, (kind, message) = min(found)
-    return kind, f"{message} (rank {rank})" if len(outcomes) > 1 else message
+def damaged_warm_start(reason: str) -> DamagedCheckpointError:
+    """Return the error for a ``load_path`` that some rank found damaged."""
+    return DamagedCheckpointError(
+        f"checkpoint.load_path: {reason}. Nothing was renamed. Choose another step of that run."
+    )

@@ -1,4 +1,4 @@
-"""The reading half of the DCP plug-ins: only verified bytes reach a tensor."""
+"""The reading half of the DCP plug-ins. Only verified bytes reach a tensor."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from kempnerforge.torch_compat import set_element
 class SafetensorsReader(StorageReader):
     """Reads format 1: ``dcp.load(state, storage_reader=SafetensorsReader(step_folder))``.
 
-    Every block that is read is digested first. Unlike stock DCP it does not cast: a tensor of another dtype
-    is a MismatchError. Nothing in the folder is unpickled. Raises DamagedCheckpointError, MismatchError, and
-    OSError as it comes.
+    Every block is digested before it is used. Unlike stock DCP, tensors are not cast: another dtype
+    is a MismatchError. Nothing in the folder is unpickled. Raises DamagedCheckpointError,
+    MismatchError, and OSError.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SafetensorsReader(StorageReader):
         self._known_manifest = known_manifest
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Start another load, of another path when one is given."""
+        """Start another load, from another path if one is given."""
         if checkpoint_id is not None:
             self.path = paths.local_path(checkpoint_id)
             self._known_manifest: manifest.Manifest | None = None
@@ -77,7 +77,7 @@ class SafetensorsReader(StorageReader):
 
     @property
     def index(self) -> Index:
-        """The step's index: a mapping from tensor names to entries."""
+        """The step's index: tensor name -> entry."""
         if self._open_index is None:
             record = self.manifest.files[paths.INDEX]
             self._open_index = Index(VerifiedFile(self.path / paths.INDEX, record, keep=True))
@@ -85,7 +85,7 @@ class SafetensorsReader(StorageReader):
 
     @property
     def raw_objects(self) -> dict[str, Any]:
-        """The step's non-tensor leaves, by name, as JSON (``leaves`` has the tags)."""
+        """The step's non-tensor leaves, by name, as tagged JSON (see ``json_values``)."""
         if self._raw_objects is None:
             data = manifest.read_verified(self.path, self.manifest, paths.TRAIN_STATE)
             try:
@@ -100,7 +100,7 @@ class SafetensorsReader(StorageReader):
     def objects(self) -> dict[str, Any]:
         """The step's non-tensor leaves, by name.
 
-        Leaves of torch and numpy within them are ``leaves.Foreign``; ``leaf`` gives those themselves.
+        Values of torch and numpy in them are ``json_values.Foreign``; ``leaf`` returns the values.
         """
         if self._objects is None:
             raw = self.raw_objects
@@ -112,13 +112,13 @@ class SafetensorsReader(StorageReader):
 
     @property
     def structure(self) -> Structure:
-        """The paths of the leaves in the state dict that was saved."""
+        """Paths of the leaves in the saved state dict."""
         _ = self.raw_objects
         return self._structure
 
     @property
     def inside(self) -> frozenset[str]:
-        """Names of the tensors that are parts of a non-tensor leaf, such as a tuple."""
+        """Names of the tensors inside non-tensor leaves, such as tuples."""
         if self._inside is None:
             try:
                 self._inside = frozenset[str]().union(*map(tensor_names, self.raw_objects.values()))
@@ -127,7 +127,7 @@ class SafetensorsReader(StorageReader):
         return self._inside
 
     def leaf(self, name: str) -> Any:
-        """A non-tensor leaf with the tensors and arrays in it. Raises KeyError, and what a load raises."""
+        """Return a non-tensor leaf with its tensors and arrays. Raise KeyError, and what a load raises."""
         encoded = self.raw_objects[name]
         unpacker = Unpacker(self.make_tensor)
         try:
@@ -140,9 +140,9 @@ class SafetensorsReader(StorageReader):
 
     @property
     def joined(self) -> dict[str, Path]:
-        """Lists, by name, whose parts are entries, and which DCP takes for one leaf when it has no target.
+        """Lists, by name, stored as several entries, that DCP reads as one leaf if it has no target.
 
-        They have no tensors and no dicts in them but empty ones, which have no entry.
+        They contain no tensors and no dicts, except empty dicts, which have no entry.
         """
         if self._joined is None:
             lists = {structure.name_of(path): path for path in self.structure.bare_lists}
@@ -162,9 +162,9 @@ class SafetensorsReader(StorageReader):
         return whole[name]
 
     def make_tensor(self, name: str, tag: Mapping[str, Any]) -> torch.Tensor:
-        """A tensor to fill for one inside of a leaf: on the type of device that it was saved from, if there.
+        """Make a tensor to fill for one inside a leaf, on the device type it was saved on if present.
 
-        Raises DamagedCheckpointError when the index does not have it.
+        Raises DamagedCheckpointError if the index lacks it.
         """
         try:
             dtype, shape = self.index.head(name)
@@ -179,13 +179,13 @@ class SafetensorsReader(StorageReader):
         return DamagedCheckpointError(f"{self.path.name} is damaged: {paths.TRAIN_STATE}: {error}")
 
     def close(self) -> None:
-        """Release the index file; ``objects`` and ``manifest`` stay readable."""
+        """Close the index file. ``objects`` and ``manifest`` stay usable."""
         if self._open_index is not None:
             self._open_index.close()
             self._open_index = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """DCP's metadata, whose entries are looked up in the index when they are asked for."""
+        """Return DCP's metadata. Its entries are read from the index on access."""
         return Metadata(
             state_dict_metadata=_LazyMetadata(self),  # type: ignore[arg-type]
             planner_data=_LazyPaths(self),
@@ -194,18 +194,18 @@ class SafetensorsReader(StorageReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Part of DCP's protocol; nothing to set up."""
+        """Do nothing. Part of DCP's protocol."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Part of DCP's protocol; the plan is fine as it is."""
+        """Return the plan unchanged. Part of DCP's protocol."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Part of DCP's protocol; the plans are fine as they are."""
+        """Return the plans unchanged. Part of DCP's protocol."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read every item, file by file and in the order of its bytes."""
+        """Read every item, file by file, in the order of the bytes."""
         parts, targets, shadows = [], [], Shadows()
         _check_targets(plan, planner)
         for item in plan.items:
@@ -225,8 +225,8 @@ class SafetensorsReader(StorageReader):
         return future
 
     def _pickled_in_memory(self, name: str) -> io.BytesIO:
-        # DCP's planner insists on unpickling; these bytes were pickled here, from checked JSON. Earlier
-        # protocols change the byte order of numpy arrays.
+        # DCP's planner unpickles these bytes, which are pickled here from verified JSON. Earlier protocols
+        # change the byte order of numpy arrays.
         buffer = io.BytesIO()
         value: Any = {}
         if name in self.raw_objects:
@@ -245,19 +245,19 @@ class SafetensorsReader(StorageReader):
         return TensorSlice(name, entry.dtype, chunk, tuple(item.storage_offsets), target)
 
     def check_dtype(self, name: str, stored: str, target: torch.Tensor) -> None:
-        """Raise MismatchError when the tensor would be cast."""
+        """Raise MismatchError if the tensor would have to be cast."""
         if target.dtype != DTYPES.get(stored):
             raise MismatchError(f"{name} is {DTYPES[stored]} in {self.path.name} and {target.dtype} here")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether there is a checkpoint of this format."""
+        """Return whether ``checkpoint_id`` holds a checkpoint of this format."""
         return (FilePath(checkpoint_id) / paths.MANIFEST).is_file()
 
 
 @contextlib.contextmanager
 def _no_looking_for_garbage() -> Iterator[None]:
-    """Pause garbage collection: among thousands of planned items it took as long as the load."""
+    """Pause garbage collection: with thousands of planned items it took as long as the load itself."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -269,11 +269,11 @@ def _no_looking_for_garbage() -> Iterator[None]:
 
 @_no_looking_for_garbage()
 def load_tensors(tensors: Mapping[str, torch.Tensor], reader: SafetensorsReader) -> None:
-    """Fill ``tensors`` (by checkpoint name, DTensors included) in place, each rank its own part.
+    """Fill ``tensors`` (by checkpoint name, DTensors included) in place, on each rank its own part.
 
-    Not collective. Only the index entries and the blocks that are needed are read. When it raises, the
-    tensors may hold anything. Raises what ``SafetensorsReader`` raises, MismatchError for another shape,
-    KeyError for a name that is not there.
+    Not collective. Reads only the index entries and blocks that it needs. After an error the
+    tensors may hold anything. Raises what ``SafetensorsReader`` raises, MismatchError for another
+    shape, and KeyError for a name that the checkpoint lacks.
     """
     parts: list[TensorSlice] = []
     boxes, shadows = Boxes(), Shadows()
@@ -301,7 +301,7 @@ def load_tensors(tensors: Mapping[str, torch.Tensor], reader: SafetensorsReader)
 
 
 def _check_targets(plan: LoadPlan, planner: LoadPlanner) -> None:
-    """Check whole targets before a planner narrows them: narrowing a wrapper subclass makes a copy."""
+    """Check whole targets before a planner narrows them: narrowing a wrapper subclass copies it."""
     state_dict, boxes = getattr(planner, "state_dict", {}), Boxes()
     for name in {item.dest_index.fqn for item in plan.items if item.type != LoadItemType.BYTE_IO}:
         if isinstance(whole := state_dict.get(name), torch.Tensor):
@@ -311,11 +311,11 @@ def _check_targets(plan: LoadPlan, planner: LoadPlanner) -> None:
 
 
 class _LazyMetadata(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
-    """What DCP's planners take for a dict, backed by the index: a rank reads the entries it asks for.
+    """A mapping that DCP's planners use like a dict. A rank reads only the index entries that it looks up.
 
-    Tensors inside of other leaves are found by name and are not listed. Nor are empty dicts in ``keys``: a
-    planner that finds a name there which its target lacks supposes a checkpoint of torch 2.3. ``items``, from
-    which planners without a target build one, has them.
+    Tensors inside other leaves are found by name, but not listed. ``keys`` leaves out empty dicts:
+    a planner that finds a name there which its target lacks assumes a checkpoint of torch 2.3.
+    ``items`` has them, because planners without a target build one from it.
     """
 
     def __init__(self, reader: SafetensorsReader) -> None:
@@ -330,7 +330,7 @@ class _LazyMetadata(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
         yield from objects
 
     def items(self) -> Any:
-        """All entries and empty dicts, those in lists as they are; ``joined`` lists replace their parts."""
+        """Return all entries and empty dicts. A ``joined`` list replaces its parts."""
         found, joined = self._reader.structure, self._reader.joined
         whole = [(name, BytesStorageMetadata()) for name in joined]
         depths = {len(path) for path in joined.values()}

@@ -1,4 +1,4 @@
-"""What ``checkpoint.load_path`` may name, found without torch, and what a step has for a warm start."""
+"""Find what ``checkpoint.load_path`` names, and what the step has for a warm start. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ STORED_AS = {
     "data": ("data",),
     "rng": ("rng",),
 }
-"""Part of a state -> the first names of what a step has of it."""
+"""Part of a state -> names, or first parts of tensor names, under which a step stores it."""
 
 
 def candidates(path: Path) -> list[Path]:
-    """The steps that ``path`` means: itself, or those of a run or a folder, newest first.
+    """Return the steps that ``path`` names: itself, or those of a run or a folder, newest first.
 
     Raises StepNotFoundError.
     """
@@ -41,10 +41,11 @@ def candidates(path: Path) -> list[Path]:
 def missing_parts(
     parts: Sequence[str], objects: Collection[str], has_tensors: Callable[[str], bool]
 ) -> list[str]:
-    """The parts that a step has nothing of, if one of ``parts`` is among them that cannot do without.
+    """Return the parts that a step lacks, if one of ``parts`` is among them; otherwise an empty list.
 
-    Random number generators may be missing: they are derived then. ``objects``: names of what is no tensor;
-    ``has_tensors``: whether there are tensors whose names begin so.
+    Random number generators alone may be missing: they are derived then. ``objects``: names of the
+    entries that are not tensors. ``has_tensors``: whether there are tensors whose names have the
+    given prefix.
     """
     absent = [
         part
@@ -55,11 +56,11 @@ def missing_parts(
 
 
 def only_weights(path: Path, absent: Sequence[str]) -> MismatchError:
-    """The error for a step that has nothing of the parts ``absent``."""
+    """Return the error for a step that lacks the parts ``absent``."""
     given = json.dumps(list(absent), separators=(",", ":"))
     return MismatchError(
-        f"{path} has no {', '.join(absent)}. A new run can begin from what it has, with it as "
-        f"checkpoint.load_path and --checkpoint.exclude_from_loading='{given}'"
+        f"{path} has no {', '.join(absent)}. To start a new run from what it has: "
+        f"--checkpoint.load_path={path} --checkpoint.exclude_from_loading='{given}'"
     )
 
 
@@ -77,5 +78,5 @@ def _what_it_is(path: Path) -> str:
     if not path.is_dir():
         return f"is a file; {ALLOWED}"
     if (path / hf_format.CONFIG).is_file() and any(path.glob("*.safetensors*")):
-        return f"is a Hugging Face model. Import it, then name DIR: kempnerforge import hf {path} --out DIR"
+        return f"is a Hugging Face model. Import it, then use DIR: kempnerforge import hf {path} --out DIR"
     return f"holds no committed checkpoint; {ALLOWED}"

@@ -1,4 +1,4 @@
-"""What a load reads for a ``TrainState``, and how it is applied once all ranks have read it."""
+"""Find what a load reads for a ``TrainState``, and apply it once all ranks have read it."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from kempnerforge.errors import MismatchError
 
 @dataclass
 class LoadTargets:
-    """Tensors to fill, by name, and what to call when they are filled."""
+    """Tensors to fill, by name, and what to call afterwards."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    """Names that the checkpoint lacks or has in excess."""
+    """Names that only the checkpoint or only the program has."""
     model: ModelTargets = field(default_factory=ModelTargets)
     optimizers: list[OptimizerTargets] = field(default_factory=list)
     extras: ExtraTargets = field(default_factory=ExtraTargets)
     model_values: dict[str, Any] = field(default_factory=dict)
-    """Entries of the model of any form."""
+    """Entries of the model that are not plain tensors."""
     tied: list[tuple[str, str]] = field(default_factory=list)
-    """Names of tensors that are one here: the second is read beside it, to be compared."""
+    """Pairs of names that share one tensor here. The second is read separately and compared."""
 
     def check_tied(self) -> None:
-        """Raise MismatchError when tensors that are one here are two in the checkpoint. They are filled."""
+        """Raise MismatchError if tied tensors have different values in the checkpoint. Call after reading."""
         for first, second in self.tied:
             if not torch.equal(local_part(self.tensors[first]), local_part(self.tensors[second])):
                 raise MismatchError(
-                    f"{first} and {second} are one tensor here, and have different values in the checkpoint: "
+                    f"{first} and {second} are one tensor here, but have different values in the checkpoint: "
                     "it was saved without this tie"
                 )
 
     def apply(self) -> None:
-        """Apply what was read, the extras last. Raises what their ``load_state_dict`` raises."""
+        """Apply what was read, extras last. Raise what their ``load_state_dict`` raises."""
         self.model.apply(self.model_values)
-        for one in self.optimizers:
-            one.apply()
+        for optimizer in self.optimizers:
+            optimizer.apply()
         self.extras.apply()
 
 
@@ -59,16 +59,16 @@ def find_targets(
     rank: int,
     num_ranks: int,
 ) -> LoadTargets:
-    """What this rank reads, after a check that it fits. ``parts`` of model, optimizer, extra.
+    """Return what this rank reads, after checking that it fits. ``parts``: of model, optimizer, extra.
 
-    Not collective. Changes nothing. Rank 0 also looks for entries that no rank has. Raises MismatchError and
-    DamagedCheckpointError.
+    Not collective. Changes nothing. Rank 0 also checks for entries that no rank has. Raises
+    MismatchError and DamagedCheckpointError.
     """
     found = LoadTargets()
     if "model" in parts:
         _add_model(found, state, reader)
         surplus = _model_surplus(found, state, reader) if rank == 0 else []
-        # First: where the model differs, so do the optimizer's groups, which say less about it.
+        # Check the model first: if it differs, so do the optimizer's groups, whose errors say less.
         check_fits(found.tensors, reader, [*found.problems, *surplus])
     if "optimizer" in parts:
         _add_optimizers(found, state, reader)
@@ -103,8 +103,8 @@ def _add_model(found: LoadTargets, state: TrainState, reader: SafetensorsReader)
         first = full
         if memory and tensor.numel():
             local = local_part(tensor)
-            place = (memory, local.storage_offset(), local.shape, local.stride(), local.dtype)
-            first = first_of.setdefault(place, full)
+            view = (memory, local.storage_offset(), local.shape, local.stride(), local.dtype)
+            first = first_of.setdefault(view, full)
         if first != full:
             found.tied.append((first, full))
             tensor = torch.empty_like(tensor)
@@ -122,14 +122,16 @@ def _add_optimizers(found: LoadTargets, state: TrainState, reader: SafetensorsRe
     if several is None:
         tables = {prefix: objects.get("optimizer") for prefix in state.optimizers}
     if tables.keys() != state.optimizers.keys():
-        there, here = (sorted(one.split(".")[1] for one in two) for two in (tables, state.optimizers))
+        there, here = (
+            sorted(prefix.split(".")[1] for prefix in group) for group in (tables, state.optimizers)
+        )
         raise MismatchError(f"{reader.path} has the optimizers {there}, this program {here}")
-    for prefix, one in state.optimizers.items():
-        known = one.known_names(names)
+    for prefix, optimizer in state.optimizers.items():
+        known = optimizer.known_names(names)
         stored = StoredOptimizer.read(
             tables[prefix], objects, prefix=prefix, names=known, where=reader.path.name
         )
-        targets = one.targets(names, reader, stored)
+        targets = optimizer.targets(names, reader, stored)
         found.optimizers.append(targets)
         found.tensors |= targets.tensors
         found.problems += targets.problems
@@ -140,7 +142,7 @@ def _add_optimizers(found: LoadTargets, state: TrainState, reader: SafetensorsRe
 
 
 def _model_surplus(found: LoadTargets, state: TrainState, reader: SafetensorsReader) -> list[str]:
-    """Return the model's entries in the checkpoint that no rank has."""
+    """Describe the model's entries in the checkpoint that no rank has."""
     others = {name for group in (state.groups or {}).values() for name in group}
     known = {MODEL + name for name in others} | found.tensors.keys()
     extra = [MODEL + rest for rest in reader.index.under(MODEL) if MODEL + rest not in known]
@@ -153,10 +155,10 @@ def _model_surplus(found: LoadTargets, state: TrainState, reader: SafetensorsRea
 def _other_surplus(
     found: LoadTargets, state: TrainState, reader: SafetensorsReader, parts: Collection[str]
 ) -> list[str]:
-    """Return the entries of optimizers and extras in the checkpoint that the program lacks."""
+    """Describe the entries of optimizers and extras in the checkpoint that the program lacks."""
     names, extra = state.model.names(), []
-    for prefix, one in state.optimizers.items() if "optimizer" in parts else ():
-        known = one.known_names(names)
+    for prefix, optimizer in state.optimizers.items() if "optimizer" in parts else ():
+        known = optimizer.known_names(names)
         for rest in reader.index.under(prefix):
             if prefix + rest in found.tensors:
                 continue

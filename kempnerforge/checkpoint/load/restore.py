@@ -1,8 +1,9 @@
-"""Restores a state from a folder of checkpoints, and writes the receipt."""
+"""Restore a state from a folder of checkpoints, in order, and write the resume receipt."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,14 +13,16 @@ import torch
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.load import candidates, model_compatibility, warm_start
-from kempnerforge.checkpoint.load.candidates import Candidate, LoadResult
+from kempnerforge.checkpoint.load import candidates, compatibility, load_step
+from kempnerforge.checkpoint.load.candidates import Candidate
+from kempnerforge.checkpoint.load.load_step import LoadResult
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import known_steps, lineage, resume_report
+from kempnerforge.checkpoint.run.lineage import ResumePoint
 from kempnerforge.checkpoint.run.owner import ANYONE, Owner
-from kempnerforge.checkpoint.run.resume_report import Receipt
+from kempnerforge.checkpoint.run.resume_report import Receipt, Rejected
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.extra_state import PREFIX as EXTRA
 from kempnerforge.checkpoint.state.train_state import TrainState
@@ -29,13 +32,19 @@ from kempnerforge.config.toml_text import flatten
 from kempnerforge.distributed.consensus import ControlGroup, mark_collective
 from kempnerforge.errors import MismatchError, RunFolderError
 from kempnerforge.goodput import crash_loop_guard
-from kempnerforge.goodput.history import read_history
+from kempnerforge.goodput.event_log import Event, read_events
+from kempnerforge.goodput.faults import read_faults
+from kempnerforge.goodput.history import derive
 
 ALL_PARTS = ("model", "optimizer", "scheduler", "data", "rng")
 
 
 class Restorer:
-    """Fills a state from the newest sound step of a run, or from ``load_path``. Collective."""
+    """Fills a state from the newest sound step of a run, or from ``load_path``. Methods are collective.
+
+    Methods with "First rank only" in their docstring are the exception: the first rank calls them,
+    and all ranks get what they return or raise.
+    """
 
     def __init__(
         self,
@@ -56,41 +65,39 @@ class Restorer:
         self._check_lease = check_lease
         self._owner = owner
         self.cleanup = StartCleanup(folder, attempt=context.attempt, owner=owner)
-        """On the first rank: what could not be tidied up, and the steps that are passed over for it."""
+        """On the first rank: what could not be cleaned up, and the steps that are skipped for that reason."""
+        self._ledger: list[Event] | None = None
+        """On the first rank, once it has been read."""
         self._excluded_extras = frozenset(
             name.removeprefix(EXTRA) for name in config.exclude_from_loading if name.startswith(EXTRA)
         )
 
-    @torch.inference_mode(False)  # what is made here outlives the mode that this is called in
+    @torch.inference_mode(False)  # the tensors made here outlive the caller's inference mode
     def restore(self, state: TrainState) -> Receipt:
-        """What ``CheckpointManager.resume`` promises; the receipt is written."""
+        """Restore ``state`` as ``CheckpointManager.resume`` documents, and write the receipt."""
         self._control.run_on_rank0(self._prepare_folder)
-        rejected: list[resume_report.Rejected] = []
+        rejected: list[Rejected] = []
         while True:
-            found, rejected = self._control.run_on_rank0(lambda known=rejected: self._choose(list(known)))
-            if found is None:
-                result = self._begin(state)
-                result.rejected = rejected
+            candidate, rejected = self._control.run_on_rank0(functools.partial(self._choose, rejected))
+            if candidate is None:
+                receipt = self._begin(state)
                 break
-            model_compatibility.refuse_other_model(found, self._context.config_toml)
-            outcome = self._load(found, state, ALL_PARTS)
+            compatibility.refuse_other_model(candidate, self._context.config_toml)
+            outcome = self._load(candidate, state, ALL_PARTS)
             if isinstance(outcome, LoadResult):
-                result = self._apply(found, outcome, state, ALL_PARTS, "resume")
-                result.rejected = rejected
+                receipt = self._apply(candidate, outcome, state, ALL_PARTS, "resume")
                 break
             rejected = self._control.run_on_rank0(
-                lambda step=found.step, why=outcome, known=rejected: self._quarantine(step, why, known)
+                functools.partial(self._quarantine, candidate.step, outcome, rejected)
             )
-        self._control.run_on_rank0(lambda: self._write(result))
-        return result
+        receipt.rejected = rejected
+        self._control.run_on_rank0(lambda: self._write(receipt))
+        return receipt
 
-    def _quarantine(
-        self, step: int, why: str, rejected: list[resume_report.Rejected]
-    ) -> list[resume_report.Rejected]:
-        candidates.with_retries(self._check_lease, what=f"the lease in {self._run_dir}")
-        return [*rejected, candidates.quarantine(self.cleanup, step, why)]
+    # -- choose ------------------------------------------------------------------------------------------
 
     def _prepare_folder(self) -> None:
+        """Create the folder, remove leftovers, and set aside steps off the timeline. First rank only."""
         candidates.with_retries(self._check_lease, what=f"the lease in {self._run_dir}")
         try:
             fsio.make_folder(self._folder)
@@ -106,50 +113,39 @@ class Restorer:
                 break
             time.sleep(delay_s)
 
-    def _set_aside_late(self, cuts: Sequence[lineage.ResumePoint]) -> None:
+    def _set_aside_late(self, cuts: Sequence[ResumePoint]) -> None:
         self.cleanup.set_aside_late(cuts, run_id=self._context.run_id, commits=self._commits)
 
-    def _choose(
-        self, rejected: list[resume_report.Rejected]
-    ) -> tuple[Candidate | None, list[resume_report.Rejected]]:
-        found = candidates.select(
+    def _choose(self, rejected: Sequence[Rejected]) -> tuple[Candidate | None, list[Rejected]]:
+        """Return the step to resume from, and all steps rejected so far. First rank only."""
+        rejected = list(rejected)
+        candidate = candidates.select(
             self._folder,
             rejected,
             self._suspects(),
             self.cleanup,
             owner=self._owner,
-            in_the_way=lambda listing: known_steps.in_the_way(listing, self._run_dir),
+            run_dir=self._run_dir,
         )
-        if found is None:
+        if candidate is None:
             known_steps.require_known(self._folder, self._run_dir, self._owner)
-        return found, rejected
+        return candidate, rejected
 
-    def _suspects(self) -> dict[int, str]:
-        try:
-            rollbacks = lineage.rollbacks(self._run_dir)
-            return crash_loop_guard.suspects(read_history(self._run_dir, rollbacks=rollbacks))
-        except OSError as error:
-            self.cleanup.warn(f"which steps are suspect is not known: {error}")
-            return {}
+    def _quarantine(self, step: int, why: str, rejected: Sequence[Rejected]) -> list[Rejected]:
+        """Quarantine a step that some rank found damaged. First rank only."""
+        candidates.with_retries(self._check_lease, what=f"the lease in {self._run_dir}")
+        return [*rejected, candidates.quarantine(self.cleanup, step, why)]
 
-    def _write(self, result: Receipt) -> None:
-        result.warnings = list(self.cleanup.warnings)
-        try:
-            result.write(self._run_dir)
-        except OSError as error:
-            raise RunFolderError(
-                f"{self._run_dir / resume_report.RECEIPTS} cannot be written: {error}. It records which "
-                "steps count. Fix this, then run the same command again"
-            ) from error
+    # -- read --------------------------------------------------------------------------------------------
 
-    def _load(self, found: Candidate, state: TrainState, parts: Sequence[str]) -> LoadResult | str:
-        return candidates.load_together(
-            lambda: candidates.load(
-                found,
+    def _load(self, candidate: Candidate, state: TrainState, parts: Sequence[str]) -> LoadResult | str:
+        # Early versions recorded no layout for loops without the harness.
+        saved_layout = candidate.manifest.provenance.layout or self._context.layout
+        return load_step.load_together(
+            lambda: load_step.load(
+                candidate,
                 state,
-                # Loops without the harness recorded no layout in early versions.
-                same_layout=(found.manifest.provenance.layout or self._context.layout)
-                == self._context.layout,
+                same_layout=saved_layout == self._context.layout,
                 rank=self._control.rank,
                 num_ranks=self._control.num_ranks,
                 parts=(*parts, "extra"),
@@ -160,119 +156,162 @@ class Restorer:
         )
 
     def _begin(self, state: TrainState) -> Receipt:
+        """Begin at step 0, or from ``load_path`` if it is set."""
         if self._config.load_path is None:
             return Receipt(self._context.attempt)
         wanted = Path(self._config.load_path).expanduser()
-        found = self._control.run_on_rank0(lambda: warm_start.find(wanted))
+        candidate = self._control.run_on_rank0(lambda: candidates.find_warm_start(wanted))
         parts = tuple(part for part in ALL_PARTS if part not in self._config.exclude_from_loading)
         if "model" in parts:
-            model_compatibility.refuse_other_shapes(found, self._context.config_toml)
+            compatibility.refuse_other_shapes(candidate, self._context.config_toml)
         with contextlib.ExitStack() as reading:
-            # That run's retention must not delete what is being read.
+            # The other run's retention must not delete the step meanwhile.
             self._control.run_on_rank0(
                 lambda: reading.enter_context(
-                    read_locks.lock_for_reading(found.path, what="checkpoint.load_path")
+                    read_locks.lock_for_reading(candidate.path, what="checkpoint.load_path")
                 )
             )
-            outcome = self._load(found, state, parts)
+            outcome = self._load(candidate, state, parts)
         if isinstance(outcome, str):
-            raise mark_collective(warm_start.damaged(found, outcome))
-        return self._apply(found, outcome, state, parts, "warm start")
+            raise mark_collective(candidates.damaged_warm_start(outcome))
+        return self._apply(candidate, outcome, state, parts, "warm start")
+
+    # -- apply -------------------------------------------------------------------------------------------
 
     def _apply(
-        self, found: Candidate, loaded: LoadResult, state: TrainState, parts: Sequence[str], source: str
+        self, candidate: Candidate, loaded: LoadResult, state: TrainState, parts: Sequence[str], source: str
     ) -> Receipt:
-        self._hand_over(loaded, found)
-        objects = loaded.reader.objects
-        state.load_objects(objects, scheduler="scheduler" in parts, data="data" in parts)
-        result = Receipt(self._context.attempt, source=source, step=state.step, path=str(found.path))
-        captured_on = rng_state.captured_on(loaded.rng) if loaded.rng is not None else None
-        if "rng" not in parts:
-            result.rng = "left as the program has them"
-        elif loaded.rng is not None and captured_on == state.device.type:
-            rng_state.restore(loaded.rng, state.device)
-            result.rng = "restored"
-        else:
-            rng_state.derive(state.seed, state.step, self._control.rank, state.device)
-            if captured_on is not None:
-                result.rng += f": captured on {captured_on}, now on {state.device.type}"
+        """Apply what was read to ``state``. Return the receipt, which lists every difference."""
+        self._hand_over(loaded, candidate)
+        state.load_objects(loaded.reader.objects, scheduler="scheduler" in parts, data="data" in parts)
+        receipt = Receipt(self._context.attempt, source=source, step=state.step, path=str(candidate.path))
+        self._restore_generators(loaded, state, parts, receipt)
         is_exact = state.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
-        result.nondeterministic = not is_exact
-        provenance = found.manifest.provenance
+        receipt.nondeterministic = not is_exact
         if state.cursor:
-            result.cursor = "restored" if "data" in parts else "start"
+            receipt.cursor = "restored" if "data" in parts else "start"
         extras = loaded.targets.extras
-        result.extras = sorted(extras.loads.keys() - extras.empty)
-        result.empty_extras = sorted(extras.empty)
-        result.not_loaded = [part for part in ALL_PARTS if part not in parts]
-        result.not_loaded += [EXTRA + name for name in loaded.targets.extras.excluded]
-        if saved_by_run := bool(provenance.layout):  # imported weights have no layout that could differ
-            result.layout_changes = resume_report.changes(provenance.layout, self._context.layout)
-            result.version_changes = resume_report.changes(provenance.versions, self._context.versions)
-        result.data_changes = loaded.data_changes
-        result.size_bytes = found.manifest.size_bytes
-        result.load_s = loaded.load_s
+        receipt.extras = sorted(extras.loads.keys() - extras.empty)
+        receipt.empty_extras = sorted(extras.empty)
+        receipt.not_loaded = [part for part in ALL_PARTS if part not in parts]
+        receipt.not_loaded += [EXTRA + name for name in extras.excluded]
+        provenance = candidate.manifest.provenance
+        if provenance.layout:  # imported weights have none
+            receipt.layout_changes = resume_report.changes(provenance.layout, self._context.layout)
+            receipt.version_changes = resume_report.changes(provenance.versions, self._context.versions)
+        receipt.data_changes = loaded.data_changes
+        receipt.size_bytes = candidate.manifest.size_bytes
+        receipt.load_s = loaded.load_s
         if source == "resume":
-            result.lost_steps, result.lost_committed = self._control.run_on_rank0(
+            receipt.lost_steps, receipt.lost_committed = self._control.run_on_rank0(
                 lambda: self._lost(state.step)
             )
-        if found.config_toml and self._context.config_toml:
-            before, now = tomli.loads(found.config_toml), tomli.loads(self._context.config_toml)
-            if "model" not in now:  # a loop without the harness has no other sections
-                before = {section: table for section, table in before.items() if section in now}
-            if not saved_by_run:
-                now = {section: table for section, table in now.items() if section in before}
-            result.config_changes = resume_report.changes(flatten(before), flatten(now))
-            change = learning_rate_change(before, now, state.step) if source == "resume" else None
-            if change is not None:
-                result.learning_rate = [change.before, change.now]
-                result.keeps_schedule = change.to_keep
-        if "data" in parts and not result.data_changes:
-            self._prove_next_batch(found, loaded, state, result)
-        return result
+        self._compare_configs(candidate, state, receipt)
+        if "data" in parts and not receipt.data_changes:
+            self._prove_next_batch(candidate, loaded, state, receipt)
+        return receipt
 
-    def _lost(self, step: int) -> tuple[int, int]:
-        """How many steps were done after ``step``, and the newest of them that is committed and set aside."""
-        try:
-            done = lineage.last_done_step(self._run_dir)
-            aside = [found for found in paths.set_aside_steps(self._folder) if step < found <= done]
-        except OSError as error:
-            self.cleanup.warn(f"how many steps are done again is not known: {error}")
-            return 0, 0
-        return max(0, done - step), max(aside, default=0)
-
-    def _commits(self) -> list[tuple[int, int]]:
-        """Step and attempt of the commits in the ledger, as far as it can be read."""
-        try:
-            return [(one.step, one.attempt) for one in known_steps.commits(self._run_dir)]
-        except OSError as error:
-            self.cleanup.warn(f"which attempt committed which step is known from the steps alone: {error}")
-            return []
-
-    def _hand_over(self, loaded: LoadResult, found: Candidate) -> None:
-        """Hand what was read to the program's objects. Their error on one rank is raised on all."""
+    def _hand_over(self, loaded: LoadResult, candidate: Candidate) -> None:
+        """Call ``load_state_dict`` of the program's objects. Raise an error of one rank on all ranks."""
         failure: MismatchError | None = None
         try:
             loaded.targets.apply()
         except Exception as error:  # noqa: BLE001 - the user's load_state_dict; all ranks must learn of it
             failure = MismatchError(
-                f"{found.path} was read, and then refused by the program: {type(error).__name__}: {error}"
+                f"{candidate.path} was read, but the program refused it: {type(error).__name__}: {error}"
             )
             failure.__cause__ = error
         self._control.raise_on_any_error(failure)
 
-    def _prove_next_batch(
-        self, found: Candidate, loaded: LoadResult, state: TrainState, result: Receipt
+    def _restore_generators(
+        self, loaded: LoadResult, state: TrainState, parts: Sequence[str], receipt: Receipt
     ) -> None:
-        """Compare the batch that comes next with the one that came next when the step was saved."""
+        """Restore this rank's random number generators, or derive them from (seed, step, rank)."""
+        captured_on = rng_state.captured_on(loaded.rng) if loaded.rng is not None else None
+        if "rng" not in parts:
+            receipt.rng = "left as the program has them"
+        elif loaded.rng is not None and captured_on == state.device.type:
+            rng_state.restore(loaded.rng, state.device)
+            receipt.rng = "restored"
+        else:
+            rng_state.derive(state.seed, state.step, self._control.rank, state.device)
+            if captured_on is not None:
+                receipt.rng += f": captured on {captured_on}, now on {state.device.type}"
+
+    def _compare_configs(self, candidate: Candidate, state: TrainState, receipt: Receipt) -> None:
+        """Record how the config differs from the one that the step was saved with."""
+        if not (candidate.config_toml and self._context.config_toml):
+            return
+        before, now = tomli.loads(candidate.config_toml), tomli.loads(self._context.config_toml)
+        if "model" not in now:  # a loop without the harness has only [checkpoint]
+            before = {section: table for section, table in before.items() if section in now}
+        if not candidate.manifest.provenance.layout:  # imported weights have only some sections
+            now = {section: table for section, table in now.items() if section in before}
+        receipt.config_changes = resume_report.changes(flatten(before), flatten(now))
+        change = learning_rate_change(before, now, state.step) if receipt.source == "resume" else None
+        if change is not None:
+            receipt.learning_rate = [change.before, change.now]
+            receipt.keeps_schedule = change.to_keep
+
+    def _prove_next_batch(
+        self, candidate: Candidate, loaded: LoadResult, state: TrainState, receipt: Receipt
+    ) -> None:
+        """Compare the next batch with the batch that was next when the step was saved."""
         stored, now = loaded.reader.objects["data"].get("next_digest"), state.next_digest()
-        if stored is None or now is None or "train.global_batch_size" in result.config_changes:
+        if stored is None or now is None or "train.global_batch_size" in receipt.config_changes:
             return
         if stored != now:
             raise mark_collective(
                 MismatchError(
-                    f"{found.path}: the batch after step {state.step} had digest {stored}, here it would "
-                    f"have {now}: the data would not go on where they were"
+                    f"{candidate.path}: the batch after step {state.step} had digest {stored}, but here it "
+                    f"has {now}: the data would not continue where it stopped"
                 )
             )
-        result.next_batch = "proved"
+        receipt.next_batch = "proved"
+
+    def _write(self, receipt: Receipt) -> None:
+        """Append the receipt. First rank only."""
+        receipt.warnings = list(self.cleanup.warnings)
+        try:
+            receipt.write(self._run_dir)
+        except OSError as error:
+            raise RunFolderError(
+                f"{self._run_dir / resume_report.RECEIPTS} cannot be written: {error}. It records which "
+                "steps count. Fix this, then run the same command again"
+            ) from error
+
+    # -- the run's records, on the first rank ------------------------------------------------------------
+
+    def _events(self) -> list[Event]:
+        """Return the ledger, which is read once for a restore. Raise OSError."""
+        if self._ledger is None:
+            self._ledger = read_events(self._run_dir)
+        return self._ledger
+
+    def _suspects(self) -> dict[int, str]:
+        """Return the steps that two attempts blame, with reasons."""
+        try:
+            rollbacks = lineage.rollbacks(self._run_dir)
+            history = derive(self._events(), read_faults(self._run_dir), rollbacks=rollbacks)
+            return crash_loop_guard.suspects(history)
+        except OSError as error:
+            self.cleanup.warn(f"suspect steps are unknown: {error}")
+            return {}
+
+    def _lost(self, step: int) -> tuple[int, int]:
+        """Return how many steps after ``step`` were done, and the newest of them that is set aside."""
+        try:
+            done = lineage.last_done_step(self._run_dir, self._events())
+            aside = [number for number in paths.set_aside_steps(self._folder) if step < number <= done]
+        except OSError as error:
+            self.cleanup.warn(f"the number of repeated steps is unknown: {error}")
+            return 0, 0
+        return max(0, done - step), max(aside, default=0)
+
+    def _commits(self) -> list[tuple[int, int]]:
+        """Return step and attempt of the commits in the ledger, as far as it can be read."""
+        try:
+            return [(commit.step, commit.attempt) for commit in known_steps.commits(self._events())]
+        except OSError as error:
+            self.cleanup.warn(f"the attempt of each commit is known only from the steps: {error}")
+            return []

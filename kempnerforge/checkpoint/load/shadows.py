@@ -1,4 +1,4 @@
-"""Load targets whose elements share memory, such as expanded tensors."""
+"""Load into tensors whose elements share memory, such as expanded tensors."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from kempnerforge.errors import MismatchError
 
 
 class Shadows:
-    """Separate tensors to fill instead of targets whose elements share memory.
+    """Separate tensors that are filled in place of targets whose elements share memory.
 
-    Values for the same place in memory must be equal: ``copy`` checks that.
+    ``copy`` checks that all values for one memory location are equal.
     """
 
     def __init__(self) -> None:
         self._made: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
     def of(self, name: str, target: torch.Tensor) -> torch.Tensor:
-        """Return the tensor to fill: ``target``, or a new one in its place."""
+        """Return the tensor to fill: ``target``, or a new tensor that ``copy`` copies to it."""
         if target.is_contiguous() or not may_overlap(target):
             return target
         shadow = torch.empty(target.shape, dtype=target.dtype, device=target.device)
@@ -27,7 +27,7 @@ class Shadows:
     def copy(self) -> None:
         """Copy the filled tensors to their targets.
 
-        Raises MismatchError, naming the leaf, if a target cannot hold the values.
+        Raises MismatchError, which names the leaf, if a target cannot hold the values.
         """
         for name, target, shadow in self._made:
             first, source = target, shadow
@@ -38,13 +38,13 @@ class Shadows:
             if not torch.equal(_bits(target), _bits(shadow)):
                 raise MismatchError(
                     f"{name}: elements of the tensor to fill share memory (shape {tuple(target.shape)}, "
-                    f"strides {target.stride()}), and the checkpoint has different values for them: give a "
+                    f"strides {target.stride()}), but the checkpoint has different values for them: use a "
                     "tensor without shared elements"
                 )
 
 
 def may_overlap(tensor: torch.Tensor) -> bool:
-    """Whether two elements may share memory. False is certain, True may be too cautious."""
+    """Return whether two elements may share memory. False is certain; True may be a false alarm."""
     if tensor.numel() == 0:
         return False
     reach = 0

@@ -1,4 +1,4 @@
-"""Reading boxes of tensors out of the shards of a step, file by file, only verified bytes."""
+"""Read boxes of tensors from the shards of a step, file by file. Only verified bytes are used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from kempnerforge.checkpoint import cuda
-from kempnerforge.checkpoint.format import paths, safetensors_header
+from kempnerforge.checkpoint.format import paths, safetensors_file
 from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, FileRecord, VerifiedFile
 from kempnerforge.checkpoint.format.tensor_index import Chunk
 from kempnerforge.errors import DamagedCheckpointError
@@ -20,48 +20,48 @@ from kempnerforge.errors import DamagedCheckpointError
 
 @dataclass(frozen=True, slots=True)
 class TensorSlice:
-    """A box of a tensor, out of one chunk."""
+    """A box of a tensor, read from one chunk."""
 
     name: str
     dtype: str
-    """Safetensors name, as the index has it."""
+    """Safetensors name, as in the index."""
     chunk: Chunk
     starts: tuple[int, ...]
     """Where the box begins in the chunk."""
     target: torch.Tensor
-    """Of the box's shape, of that dtype, on any device."""
+    """A tensor with the shape of the box and this dtype, on any device."""
 
     @property
     def whole_rows(self) -> bool:
-        """Whether the box has all that its rows along dimension 0 have in the chunk."""
+        """Whether the box spans whole rows of the chunk, along dimension 0."""
         return self.target.shape[1:] == self.chunk.sizes[1:]
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row of the chunk."""
+        """Size of one row of the chunk."""
         return math.prod(self.chunk.sizes[1:]) * self.target.element_size()
 
     @property
     def begin(self) -> int:
-        """Where the rows that the box touches begin in the file."""
+        """Offset in the file of the first row that the box touches."""
         return self.chunk.begin + (self.starts[0] * self.row_bytes if self.starts else 0)
 
     @property
     def is_straight(self) -> bool:
-        """Whether the target's memory is what lies in the file."""
+        """Whether bytes can be read from the file straight into the target."""
         return self.target.device.type == "cpu" and self.is_same_bytes
 
     @property
     def is_same_bytes(self) -> bool:
-        """Whether the target is contiguous and its bytes are those in the file, on whatever device."""
+        """Whether the target is contiguous and its bytes equal those in the file, on any device."""
         target = self.target
         return self.whole_rows and target.is_contiguous() and not (target.is_conj() or target.is_neg())
 
 
 def read_parts(step_folder: Path, files: Mapping[str, FileRecord], parts: Iterable[TensorSlice]) -> None:
-    """Fill the targets, file by file and in the order of the bytes.
+    """Fill the targets, file by file, in the order of the bytes.
 
-    When it raises, the targets may hold anything. Raises DamagedCheckpointError, and OSError as it comes.
+    After an error the targets may hold anything. Raises DamagedCheckpointError and OSError.
     """
     per_file: dict[str, list[TensorSlice]] = {}
     for part in parts:
@@ -82,17 +82,21 @@ def read_parts(step_folder: Path, files: Mapping[str, FileRecord], parts: Iterab
 
 
 def _check_header(file: VerifiedFile, wanted: Sequence[TensorSlice]) -> None:
-    """Digests cannot tell two shards that changed places in the manifest too; what they say they hold can."""
+    """Check that a shard holds what the index says.
+
+    Digests cannot detect two shards that are swapped in the manifest as well, but their headers
+    can.
+    """
     name = file.path.name
     try:
-        header, data_begin = safetensors_header.parse(file.read, file.record.size_bytes)
+        header, data_begin = safetensors_file.parse_header(file.read, file.record.size_bytes)
         offsets = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
         for part in wanted:
-            told, chunk = header[part.name], part.chunk
+            stored, chunk = header[part.name], part.chunk
             same = (
-                told["dtype"] == part.dtype
-                and tuple(told["shape"]) == chunk.sizes
-                and told["data_offsets"] == [chunk.begin - data_begin, chunk.end - data_begin]
+                stored["dtype"] == part.dtype
+                and tuple(stored["shape"]) == chunk.sizes
+                and stored["data_offsets"] == [chunk.begin - data_begin, chunk.end - data_begin]
                 and tuple(offsets[part.name]["saved_offsets"]) == chunk.offsets
             )
             if not same:
@@ -108,13 +112,13 @@ def _check_header(file: VerifiedFile, wanted: Sequence[TensorSlice]) -> None:
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous host tensor. Through numpy it takes five times as long."""
+    """Return the memory of a contiguous host tensor. Going through numpy takes five times as long."""
     memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
     return memoryview(memory).cast("B")
 
 
 def _fill(file: VerifiedFile, part: TensorSlice) -> None:
-    """Fill a target whose memory is not what lies in the file: on another device, or of part of the rows."""
+    """Fill a target that cannot be read straight from the file: on another device, or a part of the rows."""
     target = part.target if part.target.ndim else part.target.unsqueeze(0)
     rows = target.shape[0]
     begin, row_bytes = part.begin, part.row_bytes

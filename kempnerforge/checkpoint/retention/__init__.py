@@ -1,1 +1,1 @@
-"""Which checkpoints to keep, deleting the others, and space for the next save."""
+"""Retention: which checkpoints to keep, deletion of the others, and space for the next save."""

@@ -1,46 +1,59 @@
-"""Whether a save fits, and what to do when it does not.
+"""Check whether a save fits on the disk, and decide what to do if it does not.
 
-The bytes of a save are known before it begins, so a full disk is met before the first byte and not in the
-middle of a shard. The order is fixed: a save that fits goes ahead; else what retention allows is deleted and
-the disk is looked at again; else this save is left out, loudly, and training goes on. Somebody else may fill
-the disk between the look and the write: then the save fails, leaves nothing behind and is counted as failed.
+The size of a save is known before it starts, so a full disk is detected before the first byte is
+written:
+
+1. A save that fits is written.
+2. Otherwise, delete what retention allows, and check again.
+3. Otherwise, skip this save with a warning, and continue training.
+
+Another process may fill the disk after the check. Then the save fails, leaves nothing behind, and
+is counted as failed.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from kempnerforge.checkpoint.retention.quota import Quotas
-from kempnerforge.errors import NoSpaceError
+from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.retention.policy import KeepPolicy
+from kempnerforge.checkpoint.retention.pruner import Retention
+from kempnerforge.checkpoint.retention.quota import Quotas, read_quotas
+from kempnerforge.checkpoint.run.owner import Owner
+from kempnerforge.config.schema import CheckpointConfig
+from kempnerforge.errors import CheckpointError, NoSpaceError
 
 RESERVE_BYTES = 64 << 20
-"""Left free for what a run writes beside its checkpoints: metrics, logs, wandb; at most 2% of the disk."""
+"""Reserved for what a run writes besides checkpoints: metrics, logs, wandb. At most 2% of the disk."""
 RESERVE_FILES = 64
+_SMALL_FILES = 4
+"""Besides the shards: index, train state, config, manifest."""
+_SMALL_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether one save fits in a folder."""
+class SpaceCheck:
+    """Result of checking whether one save fits."""
 
     folder: Path
     needed_bytes: int
     needed_files: int
     free_bytes: int | None
-    """The least that any known limit leaves, before the reserve; None when no limit is known."""
+    """The least that any known limit leaves, including the reserve; None if no limit is known."""
     free_files: int | None
     limited_by: str
-    """Which limit that is of ``free_bytes``, or of ``free_files`` when those are what is missing."""
+    """The limit on ``free_bytes``, or on ``free_files`` if files are what is missing."""
     fits: bool
     unread: str = ""
-    """Which limits could not be asked for."""
+    """Which limits could not be read."""
 
     def __str__(self) -> str:
         what = f"{_size(self.needed_bytes)} in {self.needed_files} files"
-        have = "room" if self.free_bytes is None else _size(self.free_bytes)
+        have = "space" if self.free_bytes is None else _size(self.free_bytes)
         files = "" if self.free_files is None else f" and {self.free_files} files"
         return f"a save needs {what}; {self.folder} has {have}{files} left ({self.limited_by})"
 
@@ -50,29 +63,29 @@ class Action(Enum):
 
     save = "save"
     prune = "prune"
-    """Delete what retention allows, then look again."""
+    """Delete what retention allows, then check again."""
     skip = "skip"
-    """Leave this save out; the next one that is due is looked at anew."""
+    """Skip this save. The next one that is due is checked again."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """How ``make_room`` ended."""
+    """Result of ``make_room``."""
 
-    verdict: Verdict
+    verdict: SpaceCheck
     pruned: list[int] = field(default_factory=list)
-    """Steps that were deleted on the way."""
+    """Steps that were deleted."""
 
     @property
     def fits(self) -> bool:
-        """Whether the save may begin."""
+        """Whether the save fits."""
         return self.verdict.fits
 
     def warning(self, step: int) -> str:
-        """What to say of a save that is left out."""
+        """Return the warning for a save that is skipped."""
         return (
-            f"NO CHECKPOINT of step {step}: {self.verdict}, and retention allows nothing more to be deleted. "
-            "Training goes on; free some space, or set fewer checkpoints to be kept"
+            f"NO CHECKPOINT of step {step}: {self.verdict}, and retention allows no more deletions. "
+            "Training continues. Free some space, or keep fewer checkpoints"
         )
 
 
@@ -83,10 +96,10 @@ def check(
     needed_files: int = 0,
     reserve_bytes: int = RESERVE_BYTES,
     quotas: Quotas | None = None,
-) -> Verdict:
-    """Look whether ``needed_bytes`` fit in ``folder``, or where it will be made. ``quotas`` as last read.
+) -> SpaceCheck:
+    """Check whether ``needed_bytes`` fit in ``folder``, which may not exist yet. ``quotas``: as last read.
 
-    A look costs one system call; reading quotas may take seconds and is the caller's. Raises OSError.
+    This is one system call. The caller reads quotas, which may take seconds. Raises OSError.
     """
     quotas = quotas or Quotas()
     stat = os.statvfs(_existing(folder))
@@ -108,7 +121,7 @@ def check(
     free_bytes, free_files = bytes_left.get(by_bytes), files_left.get(by_files)
     bytes_fit = free_bytes is None or needed_bytes + reserve_bytes <= free_bytes
     files_fit = free_files is None or needed_files + RESERVE_FILES <= free_files
-    return Verdict(
+    return SpaceCheck(
         folder=folder,
         needed_bytes=needed_bytes,
         needed_files=needed_files,
@@ -120,43 +133,118 @@ def check(
     )
 
 
-def decide(verdict: Verdict, *, has_pruned: bool) -> Action:
-    """What comes next for a save that is due. Pure: this is the stated order."""
+def next_action(verdict: SpaceCheck, *, has_pruned: bool) -> Action:
+    """Return what to do about a save that is due. Pure function: it states the order."""
     if verdict.fits:
         return Action.save
     return Action.skip if has_pruned else Action.prune
 
 
-def make_room(look: Callable[[], Verdict], prune: Callable[[], Sequence[int]]) -> Room:
-    """Follow ``decide`` to its end: look, delete what retention allows if that is needed, look again.
+def make_room(look: Callable[[], SpaceCheck], prune: Callable[[], Sequence[int]]) -> Room:
+    """Check the disk, delete what retention allows if needed, and check again.
 
-    ``prune`` deletes and returns the steps that went; it keeps the newest sound one. Raises what they raise.
+    ``prune`` returns the steps that it deleted. It keeps the newest sound one. Raises what the two
+    raise.
     """
     verdict = look()
-    if decide(verdict, has_pruned=False) is not Action.prune:
+    if next_action(verdict, has_pruned=False) is not Action.prune:
         return Room(verdict)
     pruned = list(prune())
     return Room(look() if pruned else verdict, pruned)
 
 
-def require_one_save(verdict: Verdict, *, prunable_bytes: int) -> str:
-    """Before training: refuse a run none of whose saves would fit beside its newest checkpoint.
+def require_one_save(verdict: SpaceCheck, *, prunable_bytes: int) -> str:
+    """Raise NoSpaceError before training if no save would fit beside the newest checkpoint.
 
-    ``prunable_bytes`` is the size of the checkpoints that retention would delete to make room. Returns a
-    warning when a save fits only after that, or when limits are unknown; empty when all is well. Raises
-    NoSpaceError.
+    ``prunable_bytes``: the size of the checkpoints that retention would delete. Returns a warning
+    if a save fits only after their deletion, or if limits are unknown; otherwise an empty string.
     """
     if not verdict.fits:
         free_bytes = verdict.free_bytes
         too_large = free_bytes is not None and verdict.needed_bytes > free_bytes + prunable_bytes
         if not prunable_bytes or too_large:
             raise NoSpaceError(
-                f"not one checkpoint would fit: {verdict}. Free some space, set checkpoint.dir to a file "
-                "system with more of it, or train without checkpoints (--checkpoint.interval=0 "
+                f"not one checkpoint would fit: {verdict}. Free some space, set checkpoint.dir to a larger "
+                "file system, or train without checkpoints (--checkpoint.interval=0 "
                 "--checkpoint.save_last=false)"
             )
         return f"{verdict}: older checkpoints will be deleted before the next save"
-    return f"quota not known, so only the file system is watched ({verdict.unread})" if verdict.unread else ""
+    return f"quota unknown, so only the file system is checked ({verdict.unread})" if verdict.unread else ""
+
+
+class DiskSpaceGuard:
+    """Knows what a save needs, and deletes early what retention would delete after it. First rank only."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self._folder = folder
+        # The save that needs the space becomes the newest of the last N.
+        before = config.model_copy(update={"keep_last_n": max(1, config.keep_last_n - 1)})
+        self._retention = Retention(folder, KeepPolicy.from_config(before))
+        self._quotas = Quotas()
+        self._needed_bytes = 0
+        self._needed_files = 0
+
+    @property
+    def passed_over(self) -> Collection[int]:
+        """See ``Retention.passed_over``."""
+        return self._retention.passed_over
+
+    @passed_over.setter
+    def passed_over(self, steps: Collection[int]) -> None:
+        self._retention.passed_over = steps
+
+    def before_training(self, needed_bytes: int, num_shards: int) -> str:
+        """Store what a save needs, and check whether one fits at all. Return a warning, or an empty string.
+
+        Raises NoSpaceError, OSError.
+        """
+        self._needed_bytes = needed_bytes + _SMALL_BYTES
+        self._needed_files = num_shards + _SMALL_FILES
+        self._quotas = read_quotas(self._folder)
+        prunable = [verdict.step for verdict in self._retention.verdicts() if not verdict.keep]
+        verdict = self._look()
+        warning = require_one_save(verdict, prunable_bytes=sum(map(self._size_of, prunable)))
+        # On most machines quotas cannot be read. That is not worth a warning at every start.
+        return "" if verdict.fits else warning
+
+    def move(self, folder: Path, owner: Owner) -> None:
+        """Use ``folder``, which belongs to ``owner``."""
+        self._folder = self._retention.folder = folder
+        self._retention.owner = owner
+
+    def refresh(self) -> None:
+        """Read quotas again, which may take seconds. Called on a background thread after each commit."""
+        if self._quotas.known:
+            self._quotas = read_quotas(self._folder)
+
+    def fits(self) -> bool:
+        """Return whether a save fits now. Raises OSError."""
+        return self._look().fits
+
+    def make(self, *, stop: Callable[[], bool] = lambda: False) -> Room:
+        """Delete what retention allows until one save fits, or until ``stop``. Raises OSError."""
+        return make_room(self._look, lambda: self._retention.apply(stop=stop).deleted)
+
+    def _look(self) -> SpaceCheck:
+        verdict = self._check()
+        if not verdict.fits and self._quotas.known:
+            self._quotas = read_quotas(self._folder)  # the last reading is old
+            verdict = self._check()
+        return verdict
+
+    def _check(self) -> SpaceCheck:
+        return check(self._folder, self._needed_bytes, needed_files=self._needed_files, quotas=self._quotas)
+
+    def _size_of(self, step: int) -> int:
+        """Return the bytes that deleting a step frees, without files that a fork links to."""
+        path = self._folder / paths.step_name(step)
+        try:
+            files = manifest.load(path).files
+            return sum(
+                record.size_bytes for name, record in files.items() if (path / name).stat().st_nlink == 1
+            )
+        except (CheckpointError, OSError):
+            return 0
 
 
 def _existing(folder: Path) -> Path:

@@ -1,13 +1,14 @@
-"""Work in the checkpoint folder that nothing waits for, on one thread of the first rank.
+"""Background work in the checkpoint folder, on one thread of the first rank.
 
-After a commit: set aside steps that an older attempt committed late, point ``latest`` at the new step, apply
-retention, record metrics that were taken after the commit, make room for the next save. Each of these may
-take minutes on a slow file system, so a commit is known to all ranks before any of it begins, and neither a
-save nor a stop waits for it. Of several commits only the newest matters.
+After a commit, the thread sets aside steps that an older attempt committed late, points ``latest``
+at the new step, applies retention, records metrics measured after the commit, and makes space for
+the next save. Each of these may take minutes on a slow file system. So all ranks learn of a commit
+before any of it starts, and neither a save nor a stop waits for it. Of several commits only the
+newest matters.
 
-What a stop cuts off is finished later: a step loses its name before its bytes, and the next start deletes
-what has lost its name. The thread is a daemon and lives only while there is work, so it never holds up the
-end of the process.
+Work that a stop interrupts is finished later: a step is renamed before its bytes are deleted, and
+the next start deletes what was renamed. The thread is a daemon and lives only while there is work,
+so it never delays the exit of the process.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from pathlib import Path
 
 from kempnerforge.checkpoint.format import late_metrics, manifest, paths
 from kempnerforge.checkpoint.format.latest_link import LatestLink
-from kempnerforge.checkpoint.retention.disk_space import Room
+from kempnerforge.checkpoint.retention.disk_space import DiskSpaceGuard, Room
 from kempnerforge.checkpoint.retention.policy import KeepPolicy
 from kempnerforge.checkpoint.retention.pruner import Retention
-from kempnerforge.checkpoint.retention.room import DiskSpaceGuard
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run import lineage
 from kempnerforge.checkpoint.run.owner import Owner
@@ -35,22 +35,23 @@ from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import KempnerForgeError
 
 STOP_WAIT_S = 0.5
-"""A stop gives work under way so long to end: on a fast disk nothing is left for the next start."""
+"""How long a stop waits for work in progress. On a fast disk, that leaves nothing for the next start."""
 FINISH_WAIT_S = 60.0
-"""The end of a finished run waits for the work so long."""
+"""How long the end of a finished run waits for the work."""
 FULL_FOR_S = 60.0
-"""How long "there is no room" is believed. Older news are not: somebody may have made room."""
+"""How long a failed check for space is valid. Later, someone may have freed space."""
 _LOOK_EVERY_S = 0.1
 
-_LOOKED = "the folder of checkpoints could not be looked through"
+_LOOKED = "the checkpoint folder could not be examined"
 
 _all: weakref.WeakSet[Housekeeping] = weakref.WeakSet()
 
 
 class Housekeeping:
-    """Does the work after commits in ``folder``. Methods are called on the first rank only, by any thread.
+    """Does the work after commits in ``folder``. First rank only; thread-safe.
 
-    Refers to no manager: a thread that works here must not keep one alive that its program has dropped.
+    It holds no reference to a manager: the thread must not keep one alive that the program has
+    dropped.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, run_dir: Path) -> None:
@@ -62,7 +63,7 @@ class Housekeeping:
         self._run_dir = run_dir
         self._run_id = ""
         self._trusted: set[int] = set()
-        """Steps that existed at the resume or that this attempt committed."""
+        """Steps that existed at the resume, or that this attempt committed."""
         self._changed = threading.Condition()
         self._disk = threading.Lock()
         """Held while something is deleted or set aside."""
@@ -73,14 +74,14 @@ class Housekeeping:
         self._is_running = self._is_over = False
         self._more_saves = True
         self._full: tuple[Room, float] | None = None
-        """What the last look for room found, and when; None if a save fitted."""
+        """Result and time of the last check for space; None if a save fitted."""
         self._look = False
         self._events: deque[SaveEvent] = deque(maxlen=MAX_EVENTS)
         self._warnings: deque[str] = deque(maxlen=MAX_EVENTS)
         _all.add(self)
 
     def move(self, folder: Path, owner: Owner) -> None:
-        """Work in ``folder``, which is ``owner``'s. Before the first commit."""
+        """Use ``folder``, which belongs to ``owner``. Call before the first commit."""
         self._folder = self._retention.folder = folder
         self._run_id = owner.run_id
         self._retention.owner = owner
@@ -89,18 +90,18 @@ class Housekeeping:
         self.room.move(folder, owner)
 
     def started(self, cleanup: StartCleanup, steps: list[int]) -> None:
-        """The attempt has resumed. ``steps`` belong to its timeline: they are never set aside as late.
+        """Begin after a resume. ``steps`` belong to this timeline, so they are never set aside as late.
 
-        ``cleanup`` knows the steps that the start had to pass over.
+        ``cleanup`` knows the steps that the start had to skip.
         """
         self._cleanup = cleanup
         self._trusted.update(set(steps) - cleanup.passed_over.keys())
         self._retention.passed_over = self.room.passed_over = cleanup.passed_over
 
     def committed(self, step: int, *, more_saves: bool = True) -> None:
-        """``step`` has been committed: begin what follows. Never blocks.
+        """Start the work that follows the commit of ``step``. Never blocks.
 
-        Without ``more_saves``, no room is made for another save.
+        ``more_saves``: whether to make space for another save.
         """
         with self._changed:
             self._trusted.add(step)
@@ -108,17 +109,17 @@ class Housekeeping:
             self._begin()
 
     def measured(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record metrics of a step whose save has begun, as soon as it is committed. Never blocks."""
+        """Record metrics of a step whose save has started, once it is committed. Never blocks."""
         with self._changed:
-            self._measured = {known: values for known, values in self._measured.items() if known >= step}
+            self._measured = {number: values for number, values in self._measured.items() if number >= step}
             self._measured.setdefault(step, {}).update(metrics)
             if step in self._trusted:
                 self._begin()
 
     def no_room(self, step: int) -> str:
-        """Return why a save of ``step`` does not fit, if that is known; empty otherwise. Never blocks.
+        """Return why a save of ``step`` does not fit, if known; otherwise an empty string. Never blocks.
 
-        Room is looked for again in the background, for the save after this one.
+        The space is then checked again in the background, for the save after this one.
         """
         with self._changed:
             if self._full is None or time.monotonic() - self._full[1] > FULL_FOR_S:
@@ -130,8 +131,8 @@ class Housekeeping:
     def before_write(self, step: int, *, must_save: bool) -> str:
         """Return why a save of ``step`` does not fit; empty if it does, or with ``must_save``.
 
-        Runs on the background thread of the save. Blocks: only where there is no room, until retention has
-        deleted what it may.
+        Runs on the background thread of the save. Blocks only if there is no space, until retention
+        has deleted what it may.
         """
         try:
             if step not in self._trusted and (self._folder / paths.step_name(step)).exists():
@@ -144,11 +145,11 @@ class Housekeeping:
             with self._disk:
                 room = self._make_room()
         except (OSError, KempnerForgeError):
-            return ""  # the save itself fails with this error and reports it
+            return ""  # the save fails with the same error and reports it
         return "" if room.fits or must_save else room.warning(step)
 
     def events(self) -> list[SaveEvent]:
-        """Return the deletions since the last call, as events of the ledger."""
+        """Return the deletions since the last call, as ledger events."""
         return [self._events.popleft() for _ in range(len(self._events))]
 
     def warnings(self) -> list[str]:
@@ -156,7 +157,7 @@ class Housekeeping:
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
 
     def wait(self, timeout_s: float, *, give_up: Callable[[], bool] = lambda: False) -> bool:
-        """Wait for all work, ``timeout_s`` at most, or until ``give_up``. Returns whether all is done."""
+        """Wait for all work, at most ``timeout_s`` or until ``give_up``. Return whether all is done."""
         until = time.monotonic() + timeout_s
         with self._changed:
             while self._is_running and not give_up() and (left_s := until - time.monotonic()) > 0:
@@ -164,22 +165,22 @@ class Housekeeping:
             return not self._is_running
 
     def finish(self, *, give_up: Callable[[], bool]) -> None:
-        """Wait at the end of a finished run: nothing that no rule keeps is to be left."""
+        """Wait at the end of a finished run until all steps that no rule keeps are deleted."""
         if not self.wait(FINISH_WAIT_S, give_up=give_up) and not give_up():
             self._warn(
                 f"older checkpoints are still being deleted {FINISH_WAIT_S:.0f} s after the last commit; the "
-                "next start goes on with it"
+                "next start continues"
             )
 
     def close(self) -> None:
-        """Begin nothing more, and wait for what is under way no longer than ``STOP_WAIT_S``."""
+        """Start no more work, and wait at most ``STOP_WAIT_S`` for work in progress."""
         with self._changed:
             first, self._is_over = not self._is_over, True
         if not self.wait(STOP_WAIT_S) and first:
             step = self._doing if self._doing is not None else self._newest
             self._warn(
                 f"the work after the commit of step {step} (deleting older checkpoints, {paths.LATEST}) was "
-                "cut off; the next start finishes it"
+                "interrupted; the next start finishes it"
             )
 
     def _begin(self) -> None:
@@ -222,7 +223,7 @@ class Housekeeping:
             self._try(self._make_room, _LOOKED)
 
     def _try(self, work: Callable[[], object], problem: str) -> None:
-        """Do one piece of work, unless the end has come. A failure is a warning: the commit stands."""
+        """Do one piece of work, unless closed. A failure is a warning: the commit is valid."""
         if self._is_over:
             return
         try:
@@ -272,8 +273,8 @@ class Housekeeping:
 
 @atexit.register
 def _end_all() -> None:
-    """Bound the work of programs that end without ``close``, and tell what they were not told."""
-    for one in list(_all):
-        one.close()
-        for text in one.warnings():
+    """Close what programs did not close, and print the remaining warnings."""
+    for housekeeping in list(_all):
+        housekeeping.close()
+        for text in housekeeping.warnings():
             print(f"kempnerforge: {text}", file=sys.stderr)

@@ -1,12 +1,16 @@
-"""Steps that a user wants kept: ``pins/step_00001000`` in the checkpoint folder, one file a step.
+"""Pins: files ``pins/step_00001000`` in the checkpoint folder, one for each step that a user wants to keep.
 
-A pin is made beside a run that writes and prunes, by somebody who may write to its folder; nobody else can
-make a run keep what its owner pays for. It lies outside of the step's folder, which is never changed after
-its commit.
+A pin can be created while a run writes and prunes. It requires write access to the checkpoint
+folder, so that nobody else can make a run keep data that its owner pays for. It lies outside the
+step's folder, which never changes after the commit.
 
-A pin and a deletion may meet. The pin is made first and then the step is looked for; the deletion takes the
-step's name away first and then looks for a pin (``retention``). So at least one of the two sees the other:
-either the pin reports that the step is gone, or the deletion gives the step back.
+Protocol for a pin and a deletion of one step at the same time:
+
+- ``pin`` first creates the file, and then checks that the step exists.
+- The deletion (``pruner``) first renames the step, and then checks for a pin.
+
+So at least one of the two sees the other: either ``pin`` reports that the step was deleted, or the
+deletion restores the step's name.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from kempnerforge.errors import CheckpointError, RunFolderError, StepNotFoundErr
 
 FOLDER = "pins"
 Origin = tuple[str, int]
-"""Run id and attempt of a step: a rollback makes room for another one of its number."""
+"""Run id and attempt of a step. After a rollback another step may have the same number."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +43,24 @@ class Pin:
     note: str = ""
     run_id: str = ""
     attempt: int = 0
-    """Of the step that was pinned; unknown for pins of early versions."""
+    """Attempt of the pinned step. Pins of early versions have neither this nor the run id."""
 
     def is_of(self, origin: Origin | None) -> bool:
-        """Whether it is that step's, and not that of an earlier step of the same number."""
+        """Return whether it pins this step, rather than an earlier one of the same number."""
         mine = (self.run_id, self.attempt)
         return origin is None or mine == ("", 0) or mine == origin
 
     def describe(self) -> str:
-        """The pin in words."""
+        """Return the pin in words."""
         by = f"pinned by {self.user}" if self.user else "pinned"
         return f"{by}: {self.note}" if self.note else by
 
 
 def pin(folder: Path, step: int, *, note: str = "") -> bool:
-    """Keep ``step`` of the checkpoint folder ``folder`` until ``unpin``. False: it was pinned already.
+    """Keep ``step`` in the checkpoint folder until ``unpin``. Return False if it was pinned already.
 
-    Durable on return, and the step is there then. Raises StepNotFoundError when there is no such committed
-    step, RunFolderError when the folder cannot be written.
+    On return the pin is durable and the step exists. Raises StepNotFoundError if there is no such
+    committed step, RunFolderError if the folder cannot be written.
     """
     _require_committed(folder, step)
     path = folder / FOLDER / paths.step_name(step)
@@ -88,7 +92,7 @@ def pin(folder: Path, step: int, *, note: str = "") -> bool:
 
 
 def unpin(folder: Path, step: int) -> bool:
-    """Leave ``step`` to retention again. False: it was not pinned. Raises RunFolderError."""
+    """Let retention delete ``step`` again. Return False if it was not pinned. Raises RunFolderError."""
     path = folder / FOLDER / paths.step_name(step)
     try:
         path.unlink()
@@ -101,7 +105,10 @@ def unpin(folder: Path, step: int) -> bool:
 
 
 def read(folder: Path) -> dict[int, Pin]:
-    """The pins in ``folder``, by step, those of steps that are gone included. Any content makes a pin."""
+    """Return the pins in ``folder`` by step, including those of missing steps.
+
+    A file with any content counts.
+    """
     found = {}
     try:
         names = [path.name for path in (folder / FOLDER).iterdir()]
@@ -124,7 +131,7 @@ def _decode(data: bytes) -> Pin:
 
 
 def _origin(step_folder: Path) -> Origin | None:
-    """Run id and attempt of a step; None where its manifest cannot tell."""
+    """Return run id and attempt of a step; None if its manifest cannot be read."""
     try:
         found = manifest.read(step_folder).provenance
     except (CheckpointError, OSError):

@@ -1,8 +1,8 @@
-"""What to keep: small rules, each a pure function of what is on disk.
+"""Decide which steps to keep, by small rules that are pure functions of what is on disk.
 
-A decision looks at committed steps, the metrics in their manifests, pins and readers, and at nothing that a
-restart would lose. Only sound steps are counted (manifest, names and sizes are right); what looks damaged,
-or cannot be read, is not retention's to judge and stays.
+A decision depends on committed steps, the metrics in their manifests, pins and readers, but on
+nothing that a restart would lose. The rules count only sound steps: those with correct manifest,
+file names and sizes. Steps that look damaged or cannot be read are kept.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:  # the command line pays for pydantic only where it reads a config
+if TYPE_CHECKING:  # the command line imports pydantic only where it reads a config
     from kempnerforge.config.schema import CheckpointConfig
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a decision looks at, of one committed step."""
+    """What a decision depends on, for one committed step."""
 
     step: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     problem: str = ""
-    """Why it does not look sound; empty when it does."""
+    """Why it does not look sound; empty if it does."""
     foreign: str = ""
-    """The id of the other run that it is of; empty for a step of the folder's own run."""
+    """The id of the other run that it belongs to; empty for a step of the folder's own run."""
     pin: str = ""
-    """Who pinned it; empty when nobody did."""
+    """Who pinned it; empty if it is not pinned."""
     readers: tuple[str, ...] = ()
-    """Who reads it now."""
+    """Its readers."""
     origin: tuple[str, int] | None = None
-    """Run id and attempt by its manifest; None when that cannot tell."""
+    """Run id and attempt in its manifest; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class KeepReason:
     """Why a step is kept."""
 
     rule: str
-    """``newest``, ``last``, ``every``, ``milestone``, ``best``, ``pinned``, ``read``, ``foreign`` (another
-    run's) or ``problem``."""
+    """``newest``, ``last``, ``every``, ``milestone``, ``best``, ``pinned``, ``read``, ``foreign``
+    (another run's) or ``problem``."""
     text: str
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a step: it goes when there is no reason to keep it."""
+    """The decision on a step, which is deleted if there is no reason to keep it."""
 
     step: int
     reasons: tuple[KeepReason, ...]
 
     @property
     def keep(self) -> bool:
-        """Whether the step stays."""
+        """Whether to keep the step."""
         return bool(self.reasons)
 
 
@@ -61,51 +61,56 @@ class Rule(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the reasons that it gives."""
+        """Name of its reasons."""
         ...
 
     def describe(self) -> str:
-        """What it keeps, in words."""
+        """Return what it keeps, in words."""
         ...
 
     def keeps(self, sound: Sequence[StepInfo]) -> dict[int, str]:
-        """Step -> why it is kept. ``sound`` has all sound steps, newest first."""
+        """Return step -> why it is kept. ``sound``: all sound steps, newest first."""
         ...
 
 
 @dataclass(frozen=True)
 class LastN:
-    """The newest ones."""
+    """Keep the newest steps."""
 
     count: int
     name: str = "last"
 
     def describe(self) -> str:
-        """Such as ``the last 3``."""
+        """Return, for example, ``the last 3``."""
         return f"the last {self.count}"
 
     def keeps(self, sound: Sequence[StepInfo]) -> dict[int, str]:
-        """The first ``count``."""
+        """Keep the first ``count``."""
         return {facts.step: f"among the last {self.count}" for facts in sound[: self.count]}
 
 
 @dataclass(frozen=True)
 class EveryNSteps:
-    """For ever one step of every ``interval``: the first one at or after each multiple.
+    """Keep one of every ``interval`` steps for good: the first one at or after each multiple.
 
-    Not only multiples, because saves can be put off, fail, or go by the clock.
+    Exact multiples are not enough, because saves can be deferred, fail, or follow the clock.
     """
 
     interval: int
     name: str = "every"
 
     def describe(self) -> str:
-        """Such as ``one of every 1000 steps``."""
+        """Return, for example, ``one of every 1000 steps``."""
         return f"one of every {self.interval} steps"
 
     def keeps(self, sound: Sequence[StepInfo]) -> dict[int, str]:
-        """The lowest step of each window from a multiple to the next; before the first, step 0 alone."""
-        lowest = {facts.step // self.interval: facts.step for facts in sound}  # older ones come later and win
+        """Keep the lowest step between each multiple and the next.
+
+        Before the first multiple, keep only step 0.
+        """
+        lowest = {
+            facts.step // self.interval: facts.step for facts in sound
+        }  # older steps are later in the list and win
         return {
             step: f"the first from {number * self.interval} on, of every {self.interval}"
             for number, step in lowest.items()
@@ -115,17 +120,17 @@ class EveryNSteps:
 
 @dataclass(frozen=True)
 class Milestones:
-    """For ever the first step at or after each of ``steps``, and before the next of them."""
+    """Keep the first step at or after each of ``steps``, and before the next of them, for good."""
 
     steps: tuple[int, ...]
     name: str = "milestone"
 
     def describe(self) -> str:
-        """Such as ``milestones 10, 100``."""
+        """Return, for example, ``milestones 10, 100``."""
         return f"milestones {', '.join(map(str, sorted(self.steps)))}"
 
     def keeps(self, sound: Sequence[StepInfo]) -> dict[int, str]:
-        """The lowest step from each milestone to the next."""
+        """Keep the lowest step between each milestone and the next."""
         kept = {}
         marks = sorted(self.steps)
         for mark, following in zip(marks, [*marks[1:], None], strict=True):
@@ -137,7 +142,10 @@ class Milestones:
 
 @dataclass(frozen=True)
 class BestN:
-    """The ``count`` best values of a metric among the steps that have it; of equal ones the later step."""
+    """Keep the ``count`` steps with the best values of a metric.
+
+    Of equal values, the later step is better.
+    """
 
     count: int
     metric: str
@@ -146,11 +154,11 @@ class BestN:
     name: str = "best"
 
     def describe(self) -> str:
-        """Such as ``the best 2 by eval/loss (min)``."""
+        """Return, for example, ``the best 2 by eval/loss (min)``."""
         return f"the best {self.count} by {self.metric} ({self.mode})"
 
     def keeps(self, sound: Sequence[StepInfo]) -> dict[int, str]:
-        """The best ones, with their values."""
+        """Keep the best steps that have the metric."""
         sign = 1 if self.mode == "min" else -1
         having = [facts for facts in sound if self.metric in facts.metrics]
         ranked = sorted(having, key=lambda facts: (sign * facts.metrics[self.metric], -facts.step))
@@ -162,13 +170,13 @@ class BestN:
 
 @dataclass(frozen=True)
 class KeepPolicy:
-    """Everything that the config asks to keep. A step that any rule keeps stays."""
+    """All rules of a config. A step is kept if any rule keeps it."""
 
     rules: tuple[Rule, ...] = ()
 
     @classmethod
     def from_config(cls, config: CheckpointConfig) -> KeepPolicy:
-        """The rules that ``config`` sets."""
+        """Return the rules that ``config`` sets."""
         rules: list[Rule] = [LastN(config.keep_last_n)]
         if config.keep_every_n_steps is not None:
             rules.append(EveryNSteps(config.keep_every_n_steps))
@@ -180,10 +188,10 @@ class KeepPolicy:
 
 
 def decide(steps: Iterable[StepInfo], policy: KeepPolicy) -> list[Verdict]:
-    """What becomes of each step, newest first. Pure.
+    """Decide on each step, newest first. Pure function.
 
-    The newest sound step is kept whatever the policy; so are steps that are pinned, being read, not sound, or
-    another run's. The rules see none but the run's own sound steps.
+    Whatever the policy, it keeps the newest sound step, and steps that are pinned, being read, not
+    sound, or another run's. The rules see only the run's own sound steps.
     """
     ordered = sorted(steps, key=lambda facts: facts.step, reverse=True)
     sound = [facts for facts in ordered if not facts.problem and not facts.foreign]

@@ -1,4 +1,4 @@
-"""Applying what ``keep`` decides: steps that nothing keeps lose their name first, then their bytes."""
+"""Delete the steps that ``policy`` does not keep: first remove the name, then the bytes."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from kempnerforge.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Pruned:
-    """What an application of the policy did."""
+    """The result of applying the policy."""
 
     deleted: tuple[int, ...] = ()
-    """Steps that are gone, oldest first."""
+    """Deleted steps, oldest first."""
     warnings: tuple[str, ...] = ()
     """What could not be deleted, and why."""
 
 
 class Retention:
-    """Applies a policy to a checkpoint folder, again and again.
+    """Applies a policy to a checkpoint folder, repeatedly.
 
-    All that it remembers is which steps it has found sound: a committed step does not change. The newest
-    sound one is looked at every time all the same.
+    It caches only which steps are sound, because a committed step does not change. The newest sound
+    step is checked again each time.
     """
 
     def __init__(self, folder: Path, policy: KeepPolicy, owner: Owner = ANYONE) -> None:
         self.folder = folder
         self.policy = policy
         self.owner = owner
-        """Whose folder it is. Steps of other runs count for nothing and are never deleted."""
+        """The owner of the folder. Steps of other runs are not counted and never deleted."""
         self.passed_over: Collection[int] = ()
-        """Steps that this attempt neither loads nor counts: another one is the newest sound step."""
+        """Steps that this attempt neither loads nor counts, so that an older one is the newest sound step."""
         self._sound: dict[int, tuple[tuple[int, ...], StepInfo]] = {}
         self._unfinished: list[Path] = []
         self._to_give_back: dict[Path, Path] = {}
@@ -48,10 +48,10 @@ class Retention:
     def survey(
         self, steps: Sequence[int] | None = None, *, seen: Callable[[int, Manifest], object] = lambda *_: None
     ) -> list[StepInfo]:
-        """What is on disk now. Steps that vanish meanwhile are left out. Raises OSError.
+        """Return what is on disk, without steps that disappear meanwhile. Raises OSError.
 
-        ``steps``, newest first, are those of a listing that was just made. ``seen`` is told the manifest of
-        every step that is looked at anew and found sound.
+        ``steps``: newest first, from a listing made just now. ``seen`` is called with every step
+        that is checked and found sound, and its manifest.
         """
         pinned, read = pins.read(self.folder), read_locks.readers(self.folder)
         late = late_metrics.read(self.folder)
@@ -59,7 +59,7 @@ class Retention:
         any_sound = False
         for step in paths.list_folder(self.folder).steps if steps is None else steps:
             if step in self.passed_over:
-                found.append(StepInfo(step, problem="passed over by the run, which could not rename it"))
+                found.append(StepInfo(step, problem="skipped by the run, which could not rename it"))
                 continue
             try:
                 facts = self._look(step, seen, anew=not any_sound)
@@ -78,14 +78,15 @@ class Retention:
         return found
 
     def verdicts(self) -> list[Verdict]:
-        """What ``apply`` would do now, newest step first. Changes nothing. Raises OSError."""
+        """Return what ``apply`` would do, newest step first. Changes nothing. Raises OSError."""
         return decide(self.survey(), self.policy)
 
     def apply(self, *, stop: Callable[[], bool] = lambda: False) -> Pruned:
-        """Delete what nothing keeps, oldest first; begin with no further step once ``stop`` returns True.
+        """Delete the steps that no rule keeps, oldest first, until ``stop`` returns True.
 
-        Safe beside other processes that save, read, pin or prune in the folder. What cannot be deleted is a
-        warning: the next call tries again. Raises OSError when the folder cannot be listed.
+        Other processes may save, read, pin or prune in the folder at the same time. A failed
+        deletion is a warning, and the next call tries again. Raises OSError if the folder cannot be
+        listed.
         """
         read_locks.remove_stale(self.folder)
         unfinished, self._unfinished = self._unfinished, []
@@ -99,7 +100,7 @@ class Retention:
         for doomed, path in to_give_back.items():
             self._give_back(doomed, path, warnings)
         facts = self.survey()
-        sound = [one.step for one in facts if not one.problem and not one.foreign]
+        sound = [info.step for info in facts if not info.problem and not info.foreign]
         for verdict in reversed(decide(facts, self.policy)):
             if stop():
                 break
@@ -111,11 +112,14 @@ class Retention:
         return Pruned(tuple(deleted), tuple(warnings))
 
     def _is_committed(self, step: int) -> bool:
-        """Whether the step that the decision rests on is still there: a rollback may set it aside."""
+        """Return whether the step that the decision depends on still exists. A rollback may set it aside."""
         return (self.folder / paths.step_name(step) / paths.MANIFEST).is_file()
 
     def _look(self, step: int, seen: Callable[[int, Manifest], object], *, anew: bool) -> StepInfo:
-        """What the manifest of a sound step says. Raises DamagedCheckpointError, MismatchError, OSError."""
+        """Return what the manifest of a sound step says.
+
+        Raises DamagedCheckpointError, MismatchError, OSError.
+        """
         path = self.folder / paths.step_name(step)
         known = self._sound.get(step)
         if known is not None and not anew and known[0] == _identity(path):
@@ -129,9 +133,9 @@ class Retention:
         return facts
 
     def _invalidate(self, step: int, warnings: list[str]) -> Path | None:
-        """Take the step's name away, durably; None when it stays after all, or somebody else was first.
+        """Rename the step durably so that it is no longer committed. Return its new path.
 
-        Returns the name that it is deleted under.
+        Returns None if it is kept after all, or if another process was faster.
         """
         path = self.folder / paths.step_name(step)
         try:
@@ -147,7 +151,7 @@ class Retention:
             if os.path.lexists(path) or not os.path.lexists(doomed):
                 warnings.append(f"step {step} could not be deleted: {error}")
                 return None
-            # It was done all the same, as network file systems have it.
+            # The rename succeeded in spite of the error, as can happen on network file systems.
         if self._is_claimed(step):
             self._give_back(doomed, path, warnings)
             return None
@@ -155,13 +159,13 @@ class Retention:
         try:
             fsio.fsync_folder(self.folder)
         except OSError as error:
-            warnings.append(f"{doomed} could not be deleted: {error}; it is tried again after the next save")
+            warnings.append(f"{doomed} could not be deleted: {error}; this is retried after the next save")
             self._unfinished.append(doomed)
             return None
         return doomed
 
     def _give_back(self, doomed: Path, path: Path, warnings: list[str]) -> None:
-        """Give a step its name again. Where that fails the next call does it, or the next start."""
+        """Restore the name of a step. If that fails, the next call or the next start tries again."""
         try:
             os.rename(doomed, path)
         except OSError as error:
@@ -169,19 +173,19 @@ class Retention:
             self._to_give_back[doomed] = path
 
     def _is_claimed(self, step: int) -> bool:
-        """Whether somebody pinned or held the step while it still had its name, and so relies on it."""
+        """Return whether someone pinned or locked the step while it still had its name."""
         try:
             pin, known = pins.read(self.folder).get(step), self._sound.get(step)
             is_pinned = pin is not None and pin.is_of(known[1].origin if known is not None else None)
             return is_pinned or step in read_locks.readers(self.folder)
-        except OSError:  # not known: it stays for now
+        except OSError:  # unknown, so keep it for now
             return True
 
     def _delete_tree(self, doomed: Path, warnings: list[str]) -> None:
         try:
             fsio.delete_tree(doomed)
         except OSError as error:
-            warnings.append(f"{doomed} could not be deleted: {error}; it is tried again after the next save")
+            warnings.append(f"{doomed} could not be deleted: {error}; this is retried after the next save")
             self._unfinished.append(doomed)
 
 

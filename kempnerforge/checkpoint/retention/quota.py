@@ -1,8 +1,9 @@
-"""What quotas leave of a file system, asked of the tools of clusters: ``quota``, and ``lfs`` for Lustre.
+"""Read what quotas leave of a file system, with the tools ``quota`` and, for Lustre, ``lfs``.
 
-``statvfs`` does not know of user and group quotas. (Project and directory quotas of XFS, ext4 and many
-network file systems it does know: they make the file system look smaller.) A tool that is missing, fails or
-does not answer means that nothing is known, which is reported and never taken for "no limit" or "no room".
+``statvfs`` does not know user and group quotas. It does know project and directory quotas of XFS,
+ext4 and many network file systems, which make the file system look smaller. If a tool is missing,
+fails or does not answer, the quota is unknown. That is reported, and never treated as "no limit" or
+"no space".
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TIMEOUT_S = 5.0
-"""A server of quotas that is down must not hold a run up."""
+"""A quota server that is down must not delay a run."""
 
 _UNIT_BYTES = 1024
 _NUMBER = re.compile(r"\[?(\d+)\]?\*?")
 _FIELDS = 8
-"""Used, soft limit, hard limit and grace time, of space and then of files."""
+"""Used, soft limit, hard limit and grace time, for space and then for files."""
 
 
 @dataclass(frozen=True)
 class Quota:
-    """What one limit leaves; None where there is no limit."""
+    """What one quota leaves; None for no limit."""
 
     whose: str
     free_bytes: int | None
@@ -37,11 +38,11 @@ class Quota:
 
 @dataclass(frozen=True)
 class Quotas:
-    """What is known of the quotas on one file system."""
+    """The quotas on one file system, as far as they are known."""
 
     known: tuple[Quota, ...] = ()
     unread: str = ""
-    """Why nothing, or not all, is known; empty when all was read."""
+    """Why some quotas are unknown; empty if all were read."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,19 @@ class Mount:
 
 
 def read_quotas(folder: Path) -> Quotas:
-    """Quotas that count for a new file in ``folder``, which exists. Blocks for seconds at most.
+    """Return the quotas that apply to a new file in the existing ``folder``. Blocks for seconds at most.
 
-    Raises OSError when the folder cannot be looked at.
+    Raises OSError if ``folder`` cannot be examined.
     """
     mount = find_mount(folder)
     looked = folder.stat()
-    # New files belong to the folder's group where its setgid bit is set. Quotas of other groups do not count.
+    # New files belong to the folder's group if its setgid bit is set. Quotas of other groups do not apply.
     gid = looked.st_gid if looked.st_mode & stat.S_ISGID else os.getegid()
     if mount.fs_type == "lustre":
         ask, where = ["lfs", "quota", "-q"], [mount.point]
     else:
-        # -v: also where nothing is used yet. -p: a grace time in every line, so that columns are fixed.
+        # -v: print a quota even if nothing is used. -p: print a grace time on every line, so that the number
+        # of columns is fixed.
         ask, where = ["quota", "-w", "-p", "-v", f"--filesystem={mount.point}"], []
     commands = {
         "user": [*ask, "-u", str(os.geteuid()), *where],
@@ -82,23 +84,23 @@ def read_quotas(folder: Path) -> Quotas:
 
 
 def parse(output: str) -> list[list[str]]:
-    """The groups of eight fields that follow a file system's name, wherever lines are broken."""
+    """Return the groups of eight fields after each file system's name, wherever lines are broken."""
     words = output.split()
     found = []
-    place = 0
-    while place + _FIELDS <= len(words):
-        fields = words[place : place + _FIELDS]
+    position = 0
+    while position + _FIELDS <= len(words):
+        fields = words[position : position + _FIELDS]
         numbers = [*fields[0:3], *fields[4:7]]
         if all(_NUMBER.fullmatch(word) for word in numbers):
             found.append(fields)
-            place += _FIELDS
+            position += _FIELDS
         else:
-            place += 1
+            position += 1
     return found
 
 
 def find_mount(folder: Path) -> Mount:
-    """The mount that ``folder`` is on, from ``/proc/self/mountinfo``; without it, the root of everything."""
+    """Return the mount that ``folder`` is on, from ``/proc/self/mountinfo``; without that file, ``/``."""
     try:
         listing = Path("/proc/self/mountinfo").read_text()
     except OSError:
@@ -107,14 +109,14 @@ def find_mount(folder: Path) -> Mount:
 
 
 def innermost(mountinfo: str, path: str) -> Mount:
-    """Of the mounts in a ``mountinfo`` listing, the one that ``path``, without links, is on."""
+    """Return the mount in a ``mountinfo`` listing that ``path``, which has no links, is on."""
     best = Mount("/", "", "")
     for line in mountinfo.splitlines():
-        # The fields after the separator are counted from there: those before it vary in number.
+        # The number of fields before the separator varies.
         before, _, after = line.partition(" - ")
         point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4])
         is_inside = path == point or path.startswith(point.rstrip("/") + "/")
-        # Of two mounts on one point the later one is seen.
+        # Of two mounts on one point, the later one is visible.
         if is_inside and len(point) >= len(best.point):
             fs_type, source = after.split()[:2]
             best = Mount(point, fs_type, source)
@@ -122,7 +124,7 @@ def innermost(mountinfo: str, path: str) -> Mount:
 
 
 def _ask(command: Sequence[str]) -> tuple[str, str]:
-    """What the command prints, and why that is not all."""
+    """Return the output of a command, and why it is not complete."""
     if shutil.which(command[0]) is None:
         return "", f"no command {command[0]} here"
     asked = " ".join(command)
@@ -130,11 +132,11 @@ def _ask(command: Sequence[str]) -> tuple[str, str]:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        # Its status says whether a quota is exceeded, not whether it was read.
+        # The exit status says whether a quota is exceeded, not whether it was read.
         output, errors = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        # Waited for no longer than this: a process that waits for a dead server cannot be killed.
+        # Wait no longer: a process that waits for a dead server cannot be killed.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=1.0)
         return "", f"{asked}: no answer after {TIMEOUT_S:g} s"
@@ -146,7 +148,7 @@ def _ask(command: Sequence[str]) -> tuple[str, str]:
 def _left(whose: str, fields: Sequence[str]) -> Quota:
     used, soft, hard = (_number(word) for word in fields[0:3])
     used_files, soft_files, hard_files = (_number(word) for word in fields[4:7])
-    # A soft limit may be exceeded for a while, so it counts only where there is no hard one.
+    # A soft limit may be exceeded for a while, so it counts only without a hard limit.
     limit, limit_files = hard or soft, hard_files or soft_files
     return Quota(
         whose,

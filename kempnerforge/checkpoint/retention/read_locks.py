@@ -1,19 +1,23 @@
-"""Steps that somebody is reading, which retention must not delete meanwhile.
+"""Read locks: they keep retention from deleting a step while a process reads it.
 
-A hold is a small file in ``holds/`` of the checkpoint folder, ``step_00001000.<random>.json``, that says
-which process reads the step and what for. The protocol:
+A read lock is a small file ``step_00001000.<random>.json`` in ``holds/`` of the checkpoint folder.
+It names the process that reads the step, and why. The protocol:
 
-1. The reader creates the file, then looks whether the step is still there. Retention takes a step's name away
-   before it looks for holds a second time, and gives it back when it finds one. So at least one of the two
-   sees the other, and a reader that got past this point reads undisturbed.
-2. A thread of the reader touches the file every ``RENEW_EVERY_S``; at the end the reader removes it.
-3. A hold that nobody has touched for ``LIFETIME_S`` is stale, and so is one whose process has ended, where
-   that can be known: on the same kernel. Stale holds keep nothing, and retention removes them. So a reader
-   that was killed delays a deletion by ten minutes at most.
+1. The reader creates the file, and then checks that the step still exists. Retention renames a step
+   before it checks for locks a second time, and restores the name if it finds one. So at least one
+   of the two sees the other, and a reader that passed the check reads undisturbed.
+2. A thread of the reader touches the file every ``RENEW_EVERY_S``. At the end the reader removes
+   the file.
+3. A lock that was not touched for ``LIFETIME_S`` is stale. So is one whose process has ended, if
+   that can be known: on the same kernel. Stale locks protect nothing, and retention removes them.
+   So a killed reader delays a deletion by ten minutes at most.
 
-Ages are judged by the files' times and the observer's clock; clocks that differ by less than nine minutes do
-no harm. A reader that may not write to the folder goes on without a hold: that the step was deleted it learns
-when a file is missing. So may, for seconds, any reader on a network file system that shows a new file late.
+The age of a lock is the difference of the file's time and the observer's clock. Clocks that differ
+by less than nine minutes do no harm.
+
+A reader that may not write to the folder reads without a lock. If the step is deleted meanwhile, it
+finds a file missing. On a network file system that shows a new file late, this can happen to any
+reader for a few seconds.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ LIFETIME_S = 600.0
 RENEW_EVERY_S = 60.0
 
 _CREATE_TRIES = 100
-"""A file system that keeps refusing the folder as missing must not hold up a reader."""
+"""A file system that keeps reporting the folder as missing must not block a reader."""
 _NAME = re.compile(r"(step_\d+)\.[0-9a-f]+\.json")
 
 
@@ -50,16 +54,16 @@ class ReadLock:
     path: Path
     step: int
     reader: str
-    """What reads the step, and where."""
+    """The reader: purpose, process and host."""
     stale: bool
 
 
 @contextlib.contextmanager
 def lock_for_reading(step_folder: Path, *, what: str) -> Iterator[bool]:
-    """Keep retention from deleting ``step_folder`` while the block runs. ``what`` says what is being done.
+    """Keep retention from deleting ``step_folder`` while the block runs. ``what``: the purpose, for messages.
 
-    Gives True when the step is held; False when it could not be, because the folder is not writable or
-    does not hold steps of a run, so that nothing prunes it. Raises StepNotFoundError when it is gone.
+    Yields True if the step is locked. Yields False if the folder is not writable, or if it is not a
+    step of a run, which nothing prunes. Raises StepNotFoundError if the step does not exist.
     """
     step_folder = step_folder.resolve()
     path = None if paths.step_number(step_folder.name) is None else _create(step_folder, what)
@@ -76,14 +80,14 @@ def lock_for_reading(step_folder: Path, *, what: str) -> Iterator[bool]:
         if renewal.is_alive():
             renewal.join()
         if path is not None:
-            with contextlib.suppress(OSError):  # what stays is stale as soon as this process has ended
+            with contextlib.suppress(OSError):  # a leftover is stale as soon as this process has ended
                 path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # others hold steps
+            with contextlib.suppress(OSError):  # it has locks of other readers
                 path.parent.rmdir()
 
 
 def read(folder: Path, *, now: float | None = None) -> list[ReadLock]:
-    """The holds in the checkpoint folder ``folder``, stale ones included."""
+    """Return the read locks in the checkpoint folder ``folder``, including stale ones."""
     now = time.time() if now is None else now
     observer = ProcessIdentity.of_this_process(0)
     found = []
@@ -105,20 +109,20 @@ def read(folder: Path, *, now: float | None = None) -> list[ReadLock]:
 
 
 def readers(folder: Path, *, now: float | None = None) -> dict[int, list[str]]:
-    """Step -> who reads it now."""
+    """Return step -> its readers."""
     found: dict[int, list[str]] = {}
-    for one in read(folder, now=now):
-        if not one.stale:
-            found.setdefault(one.step, []).append(one.reader)
+    for lock in read(folder, now=now):
+        if not lock.stale:
+            found.setdefault(lock.step, []).append(lock.reader)
     return found
 
 
 def remove_stale(folder: Path, *, now: float | None = None) -> None:
-    """Remove the holds that keep nothing any more."""
-    for one in read(folder, now=now):
-        if one.stale:
-            with contextlib.suppress(OSError):  # somebody else's file; it keeps nothing
-                one.path.unlink()
+    """Remove stale read locks."""
+    for lock in read(folder, now=now):
+        if lock.stale:
+            with contextlib.suppress(OSError):  # another user's file, which protects nothing
+                lock.path.unlink()
 
 
 def _create(step_folder: Path, what: str) -> Path | None:
@@ -132,10 +136,10 @@ def _create(step_folder: Path, what: str) -> Path | None:
             fsio.write_new_file(path, data)
             return path
         except FileNotFoundError:
-            # Another reader removed the empty folder in between; without a parent there is no step either.
+            # Another reader removed the empty folder meanwhile. Without its parent the step does not exist.
             if not step_folder.parent.is_dir():
                 raise StepNotFoundError(f"{step_folder} does not exist") from None
-        except OSError:  # not ours to write, read-only, or full: reading needs no room
+        except OSError:  # no permission, read-only, or full: reading needs no space
             return None
     return None
 
@@ -143,13 +147,13 @@ def _create(step_folder: Path, what: str) -> Path | None:
 def _renew(path: Path, ended: threading.Event) -> None:
     while not ended.wait(RENEW_EVERY_S):
         with contextlib.suppress(OSError):
-            # Makes it anew when it is gone: this process slept for so long that it was taken for dead.
+            # Create it again if it was removed: this process was suspended for so long that it looked dead.
             os.close(fsio.open_file(path, os.O_WRONLY))
             os.utime(path)
 
 
 def _decode(data: bytes) -> tuple[str, ProcessIdentity | None]:
-    """What reads, and the process; an unreadable hold is one that is being written."""
+    """Return the reader and its process. A lock that cannot be parsed is still being written."""
     try:
         body: dict[str, Any] = json.loads(data)
         holder = ProcessIdentity(**body["reader"])

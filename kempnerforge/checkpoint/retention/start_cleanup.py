@@ -1,10 +1,10 @@
-"""What a start does to a folder of checkpoints besides loading a step. None of it may end the start.
+"""Clean up a checkpoint folder at a start. No failure of it ends the start.
 
-Leftovers of killed attempts are renamed and deleted; steps that are damaged, late or suspect get another
-name. Each of these may fail for reasons that say nothing about the run: a file that is open elsewhere, a
-folder that belongs to somebody else, a lower layer of a container's file system. Then a warning goes to the
-console and the resume receipt. What could not be deleted stays. A step that could not be renamed is passed
-over in memory: by this start, by retention, and by saves, until a later start can rename it.
+Leftovers of killed attempts are renamed and deleted. Steps that are damaged, late or suspect are
+renamed. Each of these can fail for reasons unrelated to the run: a file that is open elsewhere, a
+folder of another user, a lower layer of a container's file system. Such a failure is a warning on
+the console and in the resume receipt. What cannot be deleted is left. A step that cannot be renamed
+is skipped by this start, by retention, and by saves, until a later start can rename it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from kempnerforge.checkpoint.run.owner import ANYONE, OWNER_FILE, Owner
 from kempnerforge.errors import CheckpointError
 
 NewName = Callable[[int, int], str]
-"""One of ``layout``'s functions: (step, number) -> the name that a step is set aside under."""
+"""A function of ``paths``: (step, number) -> the new name of a step that is set aside."""
 
 
 @dataclass(frozen=True)
 class PassedOver:
-    """A step that should have another name and could not get it."""
+    """A step that should be renamed, but could not be."""
 
     kind: str
     """``damaged``, ``late``, ``rolled back`` or ``suspect``."""
@@ -39,20 +39,20 @@ class PassedOver:
 
 @dataclass(frozen=True)
 class LateSteps:
-    """What became of steps that are off the timeline."""
+    """What happened to steps off the timeline."""
 
     moved: list[Path]
     warnings: list[str]
-    """About those that could not be renamed."""
+    """One for each step that could not be renamed."""
 
 
 class StartCleanup:
-    """Tidies one folder of checkpoints for one attempt. First rank only.
+    """Cleans up one checkpoint folder for one attempt. First rank only.
 
     Args:
-        folder: the folder of checkpoints.
-        attempt: the number of this attempt: leftovers of older ones are removed.
-        owner: whose folder it is. What is another run's is left as it is.
+        folder: the checkpoint folder.
+        attempt: the number of this attempt. Leftovers of older ones are removed.
+        owner: the owner of the folder. Steps of other runs are left as they are.
     """
 
     def __init__(self, folder: Path, *, attempt: int = 0, owner: Owner = ANYONE) -> None:
@@ -60,14 +60,14 @@ class StartCleanup:
         self.attempt = attempt
         self.owner = owner
         self.warnings: list[str] = []
-        """What could not be done, in words."""
+        """What could not be done."""
         self.passed_over: dict[int, PassedOver] = {}
-        """Steps under a committed step's name that nothing may load, count or keep others for."""
+        """Steps with the name of a committed step that must not be loaded or counted."""
         self.unreadable: dict[int, str] = {}
-        """Steps of which it could not be read whether they are late."""
+        """Steps whose manifest could not be read, so that they may be late."""
 
     def remove_leftovers(self) -> None:
-        """Fence and delete what older attempts have in flight; finish deletions that were cut off."""
+        """Revoke and delete older attempts' checkpoints in flight. Finish interrupted deletions."""
         fenced = self.revoke_inflight()
         listing = self._listing()
         for path in listing.deleting:
@@ -75,13 +75,17 @@ class StartCleanup:
                 self._try(lambda path=path: fsio.delete_tree(path), f"{path.name} could not be deleted")
         for name in (paths.LATEST, OWNER_FILE):
             replaced = self.folder / name
-            self._try(lambda path=replaced: fsio.remove_leftovers(path), f"a leftover of {name} stays")
+            self._try(
+                lambda path=replaced: fsio.remove_leftovers(path),
+                f"a leftover of {name} could not be removed",
+            )
 
     def revoke_inflight(self) -> list[Path]:
         """Rename the checkpoints in flight of all older attempts, so that none of them can be committed.
 
-        A process that has lost its lease renames its hidden folder to commit it; that fails from here on.
-        Call it after a takeover, before steps are listed. Returns the new paths, which are to be deleted.
+        To commit, a process renames its hidden folder. After this call that fails for a process
+        that has lost its lease. Call this after a takeover, before listing steps. Returns the new
+        paths, to delete.
         """
         temporary = self._listing().temporary
         fenced = [
@@ -102,16 +106,16 @@ class StartCleanup:
     def _listing(self) -> paths.FolderListing:
         try:
             return paths.list_folder(self.folder)
-        except OSError as error:  # the resume lists it again, with retries, and reports it
-            self.warn(f"{self.folder} could not be looked through for leftovers: {error}")
+        except OSError as error:  # the resume lists the folder again, with retries, and reports the error
+            self.warn(f"{self.folder} could not be searched for leftovers: {error}")
             return paths.FolderListing()
 
     def _fence(self, path: Path) -> Path | None:
-        """Rename a folder in flight of an older attempt, so that it cannot be committed any more.
+        """Rename an older attempt's checkpoint in flight, so that it can no longer be committed.
 
-        Returns its new path, or None. Where it cannot be renamed it is deleted under its name, the manifest
-        first, without which it would be a damaged step. If that fails too, what is left is the check at each
-        commit and start, which sets a step aside that an older attempt has committed late.
+        Returns its new path, or None. If it cannot be renamed, it is deleted, manifest first: if it
+        is committed after all, it is only a damaged step. If that fails too, the checks at each
+        commit and start still set aside a step that an older attempt has committed late.
         """
         target = path.with_name(paths.fenced_name(path.name, self.attempt))
         try:
@@ -132,14 +136,14 @@ class StartCleanup:
         except OSError as error:
             self.warn(
                 f"{path.name} of an older attempt could not be renamed ({_why(renaming)}) or deleted "
-                f"({_why(error)}). If that attempt commits it after all, the step is set aside then"
+                f"({_why(error)}). If that attempt still commits it, the step is set aside then"
             )
         return None
 
     def _give_back(self, doomed: Path) -> bool:
-        """Whether a step that is being deleted got its name back, because it is pinned and still whole.
+        """Restore the name of a step that is being deleted if it is pinned and intact. Return whether it was.
 
-        A deletion takes the name away before it looks for pins, and may be killed, or fail, in between.
+        A deletion renames the step before it checks for pins, and may be killed or fail in between.
         """
         step = paths.step_number(doomed.name.removeprefix(".").split(".")[0])
         if step is None or ".tmp" in doomed.name:
@@ -163,11 +167,11 @@ class StartCleanup:
         trusted: Collection[int] | None = None,
         commits: Callable[[], Iterable[tuple[int, int]]] = tuple,
     ) -> LateSteps:
-        """Set aside the steps that are off the timeline. What cannot be renamed is passed over.
+        """Set aside the steps off the timeline. Steps that cannot be renamed are skipped from now on.
 
-        ``trusted``: steps that are known to be on it; None at a start, where none is known. ``commits``: step
-        and attempt of the commits in the ledger. Raises OSError when the folder cannot be listed, and, after
-        a start, when a manifest cannot be read.
+        ``trusted``: steps known to be on the timeline; None at a start, when none are known.
+        ``commits``: returns step and attempt of the commits in the ledger. Raises OSError if the
+        folder cannot be listed, and, except at a start, if a manifest cannot be read.
         """
         at_start, before = trusted is None, len(self.warnings)
         self.unreadable.clear()
@@ -190,7 +194,7 @@ class StartCleanup:
         return LateSteps(moved, self.warnings[before:])
 
     def set_aside(self, step: int, kind: str, name: NewName) -> str:
-        """Rename a step. Returns its new name; empty when it is passed over instead."""
+        """Rename a step. Return its new name, or an empty string if it could not be renamed."""
         try:
             return lineage.set_aside(self.folder, step, name).name
         except OSError as error:
@@ -198,15 +202,15 @@ class StartCleanup:
             return ""
 
     def pass_over(self, step: int, kind: str, name: NewName, error: OSError) -> None:
-        """From now on nothing loads the step or counts on it, though it has a committed step's name."""
+        """Skip a step from now on, although it has the name of a committed step."""
         self.passed_over[step] = PassedOver(kind, name, str(error))
         self.warn(
-            f"step {step} is {kind} and could not be renamed ({_why(error)}): it is passed over. To keep it "
-            f"from coming up at each start, rename or delete {self.folder / paths.step_name(step)}"
+            f"step {step} is {kind} and could not be renamed ({_why(error)}), so it is skipped. To avoid "
+            f"this warning at each start, rename or delete {self.folder / paths.step_name(step)}"
         )
 
     def in_the_way(self, step: int) -> str:
-        """Why ``step`` cannot be saved: a step of that number is passed over and cannot be renamed yet."""
+        """Return why ``step`` cannot be saved: a skipped step has its name and still cannot be renamed."""
         known = self.passed_over.get(step)
         if known is None:
             return ""
@@ -223,14 +227,14 @@ class StartCleanup:
         return ""
 
     def warn(self, text: str) -> None:
-        """Remember what could not be done."""
+        """Add a warning."""
         self.warnings.append(text)
 
     def _try(self, work: Callable[[], object], what: str) -> None:
         try:
             work()
         except OSError as error:
-            self.warn(f"{what}: {error}; it is tried again at the next start")
+            self.warn(f"{what}: {error}; the next start tries again")
 
 
 def _why(error: OSError) -> str:

@@ -1,1 +1,1 @@
-"""The run that checkpoints belong to: its lease, owner, records and lineage."""
+"""The run that owns checkpoints: its lease, owner file, records and lineage."""

@@ -1,4 +1,4 @@
-"""The start of an attempt: whose run this is, which attempt, and whether all ranks see the same folder."""
+"""Start an attempt: identify the run, take its lease, count the attempt, and check the shared folder."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from kempnerforge.errors import (
 from kempnerforge.process_identity import process_state, restart_count
 
 _NONCE_WAIT_S = 10.0
-"""Network file systems may show another node's new file late."""
+"""How long to wait for a new file of another node. Network file systems may show it late."""
 
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """What differs between callers of ``open_run``: the words in its messages, and what it adopts."""
+    """What differs between callers of ``open_run``: terms in messages, and whether to adopt checkpoints."""
 
     folder_name: str = "run.dir"
-    """What its user calls the run's folder."""
+    """The user's term for the run's folder."""
     other_folder: str = "--run.dir=SHARED/PATH"
-    """How its user gives another one."""
+    """How the user gives another one."""
     rename_hint: str = "give this run another name (--run.name=NEW)"
-    """How its user gives the run a name of its own."""
+    """How the user gives the run another name."""
     adopt: bool = False
     """Whether to adopt checkpoints that have no ``run.json``, instead of refusing them."""
     checkpoints: Hints = Hints()  # noqa: RUF009 - frozen
-    """How its user gives the run a checkpoint folder of its own."""
+    """How the user gives the run another checkpoint folder."""
 
 
 def open_run(
@@ -61,19 +61,28 @@ def open_run(
     note: Callable[[str], None] = lambda _text: None,
     options: OpenOptions | None = None,
 ) -> tuple[RunRecord, Lease | None]:
-    """Begin a new attempt of the run in ``folder``, which is made at the first start.
+    """Start a new attempt of the run in ``folder``, which the first start creates.
 
-    The first rank takes the run's lease and gets it returned; the others get None. ``checkpoint_dir``: where
-    the config moves the checkpoints to; filled in and absolute, it is recorded for commands on the folder.
-    ``run_name`` fills its ``{run_name}``; empty for the name of ``folder``. The checkpoint folder is made the
-    run's own before anything in it is read (``claim``).
+    The first rank takes the run's lease and returns it. The other ranks return None. The checkpoint
+    folder is claimed for the run before anything in it is used (see ``claim``).
 
     Collective: all ranks.
-    Blocks: while it watches another process's lease (``note`` gets a line).
+    Blocks: while it watches another process's lease.
     Durable: on return.
 
-    Raises RunFolderError on all ranks, LeaseHeldError when another process writes the run, FolderOwnedError
-    when the checkpoint folder is another run's, StepsMissingError when the run's steps are not there.
+    Args:
+        folder: the run's folder.
+        control: the control group.
+        first_global_batch_size: recorded at the first start.
+        checkpoint_dir: ``checkpoint.dir``. The absolute path is recorded, for commands on the
+            folder.
+        run_name: replaces ``{run_name}`` in ``checkpoint_dir``; empty for the name of ``folder``.
+        note: called with messages.
+        options: what differs between callers.
+
+    Raises RunFolderError on all ranks, LeaseHeldError if another process writes the run,
+    FolderOwnedError if the checkpoint folder is another run's, StepsMissingError if the run's steps
+    are missing.
     """
     options = options or OpenOptions()
     wanted = _Wanted(checkpoint_dir or "", run_name or Path(os.path.abspath(folder)).name)
@@ -113,7 +122,8 @@ def start_facts(hosts: Sequence[str], layout_of_run: Mapping[str, int]) -> dict[
 def attempt_started(environ: Mapping[str, str] = os.environ) -> float:
     """Return when this process started, or the torchrun that started it, as Unix time.
 
-    A batch shell writes a stop request as soon as it has started torchrun, seconds before the workers run.
+    A batch script may write a stop request as soon as it has started torchrun, seconds before the
+    workers run.
     """
     pids = [os.getpid(), *([os.getppid()] if "TORCHELASTIC_RUN_ID" in environ else [])]
     since_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -140,10 +150,10 @@ def _begin_attempt(
             fork = ""
             if steps:
                 newest = folder / "checkpoints" / paths.step_name(max(steps))
-                fork = f", go on in a run of its own (kempnerforge ckpt fork {newest} NEW_RUN)"
+                fork = f", start a new run from them (kempnerforge ckpt fork {newest} NEW_RUN)"
             raise RunFolderError(
-                f"{folder} has checkpoints but no {RUN_FILE}: it is not known whose they are. Put "
-                f"{RUN_FILE} back{fork}, or give the run another name (--run.name=NEW)"
+                f"{folder} has checkpoints but no {RUN_FILE}, so their run is unknown. Restore "
+                f"{RUN_FILE}{fork}, or give the run another name (--run.name=NEW)"
             )
         after_attempt = max(lineage.last_attempt(folder), known.last_attempt)
         lease = acquire(
@@ -157,7 +167,7 @@ def _begin_attempt(
             note(f"took the run over from {lease.took_over}")
         try:
             _remove_leftovers(folder, note)
-            # Read again: whoever held the lease may have written it in the meantime.
+            # Read it again: the former holder of the lease may have written it meanwhile.
             record = metadata.read(folder) or known.new_record()
             record = replace(
                 record,
@@ -177,22 +187,22 @@ def _begin_attempt(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """Where a config wants the checkpoints, before it is filled in."""
+    """Where the config puts the checkpoints, with placeholders."""
 
     checkpoint_dir: str
     run_name: str
 
     def moved_to(self, run_id: str) -> str:
-        """The absolute path; empty for ``checkpoints/`` in the run's folder."""
+        """Return the absolute path; empty for ``checkpoints/`` in the run's folder."""
         filled = fill_dir(self.checkpoint_dir, run_name=self.run_name, run_id=run_id)
         return os.path.abspath(os.path.expanduser(filled)) if filled else ""
 
 
 def _take_checkpoints(folder: Path, record: RunRecord, wanted: _Wanted, options: OpenOptions) -> RunRecord:
-    """Make the checkpoint folder this run's own, and write ``run.json``. Returns what stands there now.
+    """Claim the checkpoint folder, and write ``run.json``. Return the new record.
 
-    The order matters: an owner file never names an id that ``run.json`` does not have, and ``run.json`` names
-    no folder that is not the run's.
+    The order matters: an owner file must never have an id that is not in ``run.json``, and
+    ``run.json`` must never name a folder that is not the run's.
     """
     moved_to = wanted.moved_to(record.run_id)
     checkpoints = Path(moved_to) if moved_to else folder / "checkpoints"
@@ -212,7 +222,7 @@ def _take_checkpoints(folder: Path, record: RunRecord, wanted: _Wanted, options:
 
 
 def _record_refusal(folder: Path, record: RunRecord, error: KempnerForgeError) -> None:
-    """Write why this attempt ended. A first start that was refused leaves no ``run.json``."""
+    """Record why this attempt ended. A refused first start leaves no ``run.json``."""
     if metadata.read(folder) is None:
         return
     last_exit = {
@@ -227,13 +237,13 @@ def _record_refusal(folder: Path, record: RunRecord, error: KempnerForgeError) -
 
 @dataclass(frozen=True)
 class _Identity:
-    """Identity of a run without ``run.json``, from its checkpoints."""
+    """The identity of a run without ``run.json``, by its checkpoints."""
 
     run_id: str = ""
     last_attempt: int = 0
 
     def new_record(self) -> RunRecord:
-        """Return a new record, with the id of the checkpoints if they all agree on one."""
+        """Return a new record, with the id in the checkpoints if all have the same."""
         record = metadata.new()
         return replace(record, run_id=self.run_id, wandb_id=self.run_id) if self.run_id else record
 
@@ -245,7 +255,7 @@ def _identity_of(folder: Path, wanted: _Wanted) -> _Identity:
     checkpoints = Path(moved_to) if moved_to else folder / "checkpoints"
     owned_by = owner.read(checkpoints)
     if moved_to and owned_by is None and not read_receipts(folder):
-        return _Identity()  # this run has never started, so steps elsewhere are another run's
+        return _Identity()  # this run never started, so the steps there are another run's
     if moved_to and owned_by is not None and not claim.is_same(owned_by.run_dir, folder):
         return _Identity()
     found = []
@@ -263,7 +273,7 @@ def _identity_of(folder: Path, wanted: _Wanted) -> _Identity:
 
 
 def _remove_leftovers(folder: Path, note: Callable[[str], None]) -> None:
-    """What earlier attempts were killed in the middle of. No error of it ends a start."""
+    """Remove leftovers of killed attempts. An error does not end the start."""
     try:
         fsio.remove_leftovers(folder / RUN_FILE)
         fsio.remove_all(list(folder.glob(_nonce_name("*"))))

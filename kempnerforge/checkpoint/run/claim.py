@@ -1,12 +1,12 @@
-"""Taking a checkpoint folder for a run: looked at before anything in it is read or changed.
+"""Claim a checkpoint folder for a run, before anything in it is used or changed.
 
-    folder                                              what comes of it
-    of another run, by ``owner.json``                   refused, nothing is read
-    of a copy of this run, whose original is there      refused
-    without owner, steps that are all of this run       adopted
-    without owner, steps of another run                 refused
-    without any step, of a run that has committed one   refused (``known_steps``)
-    empty or missing                                    made
+    folder                                              result
+    owned by another run, by ``owner.json``             refused, nothing is read
+    owned by this run, but run_dir is a copy            refused if the original still exists
+    no owner, all steps are this run's                  adopted
+    no owner, steps of another run                      refused
+    no steps, but the run has committed some            refused (``known_steps``)
+    empty or missing                                    created
 
 A refusal changes nothing in the folder.
 """
@@ -28,14 +28,14 @@ from kempnerforge.errors import CheckpointError, FolderOwnedError, KempnerForgeE
 
 @dataclass(frozen=True)
 class Hints:
-    """How a user gives a run another checkpoint folder, in the words of its caller."""
+    """How a user gives a run another checkpoint folder, in the words of the caller."""
 
     rename: str = "give this run another name (--run.name=NEW)"
     placeholder: str = "--checkpoint.dir='{parent}/{{run_name}}'"
 
 
 def claimant(record: RunRecord, run_dir: Path, run_name: str) -> Owner:
-    """The run of ``record``, as the owner of a folder. ``run_name``: empty where it is not known."""
+    """Return the run of ``record`` as the owner of a folder. ``run_name``: empty if unknown."""
     parent = record.parent
     return Owner(
         record.run_id,
@@ -47,10 +47,10 @@ def claimant(record: RunRecord, run_dir: Path, run_name: str) -> Owner:
 
 
 def take(folder: Path, run_id: str, run_dir: Path) -> Owner:
-    """Take ``folder`` for the run ``run_id`` in ``run_dir``. Returns its owner as it is now.
+    """Claim ``folder`` for the run ``run_id`` in ``run_dir``. Return its owner.
 
-    The first rank only. A caller without a run id owns nothing: it may use a folder of which no run is known.
-    Durable on return. Raises FolderOwnedError, StepsMissingError, RunFolderError, OSError.
+    First rank only. A caller without a run id owns nothing, and may only use a folder without an
+    owner. Durable on return. Raises FolderOwnedError, StepsMissingError, RunFolderError, OSError.
     """
     record = metadata.read(run_dir) if run_id else None
     if record is None or record.run_id != run_id:
@@ -62,9 +62,10 @@ def take(folder: Path, run_id: str, run_dir: Path) -> Owner:
 def look(
     folder: Path, mine: Owner, run_dir: Path, *, was_in: Path | None = None, hints: Hints | None = None
 ) -> Owner | None:
-    """Refuse a ``folder`` that ``mine`` may not take; return its owner, None where it has none yet.
+    """Refuse a ``folder`` that ``mine`` may not claim. Return its owner; None if it has none yet.
 
-    ``was_in``: where the run's checkpoints were at its last start. Changes nothing. Raises as ``take``.
+    ``was_in``: where the run's checkpoints were at its last start. Changes nothing. Raises what
+    ``take`` raises.
     """
     hints = hints or Hints()
     found = owner.read(folder)
@@ -77,9 +78,10 @@ def look(
 
 
 def settle(folder: Path, mine: Owner, found: Owner | None, hints: Hints | None = None) -> Owner:
-    """Make ``mine`` the owner of a folder that ``look`` has looked at. Raises as ``take``.
+    """Make ``mine`` the owner of a folder that ``look`` has checked. Raises what ``take`` raises.
 
-    ``mine.run_id`` is in ``run.json``, durably: an owner file with an id that no run has would refuse all.
+    ``mine.run_id`` must be in ``run.json``, durably: an owner file with the id of no run would
+    refuse every run.
     """
     hints = hints or Hints()
     if not mine.run_id:
@@ -91,7 +93,7 @@ def settle(folder: Path, mine: Owner, found: Owner | None, hints: Hints | None =
             return mine
         found = owner.read(folder)
         if found is None:
-            raise FileNotFoundError(f"{folder / OWNER_FILE} went away while it was made")
+            raise FileNotFoundError(f"{folder / OWNER_FILE} disappeared while it was created")
         _require_same_run(folder, found, mine, hints)
     merged = _merged(found, mine)
     if merged != found:
@@ -100,23 +102,23 @@ def settle(folder: Path, mine: Owner, found: Owner | None, hints: Hints | None =
 
 
 def require_own(folder: Path, record: RunRecord, run_dir: Path) -> Owner:
-    """The owner of a run's checkpoint folder, for commands. Changes nothing.
+    """Return the owner of a run's checkpoint folder, for commands. Changes nothing.
 
-    Raises FolderOwnedError when it is another run's, RunFolderError, OSError.
+    Raises FolderOwnedError if it belongs to another run, RunFolderError, OSError.
     """
     mine, found = claimant(record, run_dir, ""), owner.read(folder)
     if found is None:
         return mine
     if found.run_id != record.run_id:
         raise FolderOwnedError(
-            f"{folder} holds the checkpoints of {found.describe()}, and not of {mine.describe()}. Give the "
+            f"{folder} holds the checkpoints of {found.describe()}, not of {mine.describe()}. Give the "
             "folder of that run"
         )
     return _merged(found, mine)
 
 
 def _merged(found: Owner | None, mine: Owner) -> Owner:
-    """What is to stand in the file: where the run is now, and the parent that either knows."""
+    """Return what to write to the file: the run's present folder, and the parent that either knows."""
     if found is None:
         return mine
     merged = replace(mine, run_name=mine.run_name or found.run_name)
@@ -136,7 +138,7 @@ def _require_same_run(folder: Path, found: Owner, mine: Owner, hints: Hints) -> 
     if mine.run_dir and found.run_dir and is_same(found.run_dir, mine.run_dir):
         raise FolderOwnedError(
             f"{folder} holds the checkpoints of {found.describe()}. {RUN_FILE} there names another run, "
-            f"{mine.run_id}: it was lost or replaced since. Put the {RUN_FILE} of {found.run_id} back. Or: "
+            f"{mine.run_id}: it was lost or replaced. Restore the {RUN_FILE} of {found.run_id}. Or: "
             f"{_ways_on(folder, hints)}"
         )
     raise _refusal(folder, found.describe(), mine, hints)
@@ -145,20 +147,20 @@ def _require_same_run(folder: Path, found: Owner, mine: Owner, hints: Hints) -> 
 def _refusal(folder: Path, whose: str, mine: Owner, hints: Hints) -> FolderOwnedError:
     return FolderOwnedError(
         f"{folder} holds the checkpoints of another run: {whose}. This is {mine.describe()}. Nothing was "
-        f"changed there. {_ways_on(folder, hints)}"
+        f"changed. {_ways_on(folder, hints)}"
     )
 
 
 def _ways_on(folder: Path, hints: Hints) -> str:
     placeholder = hints.placeholder.format(parent=folder.absolute().parent)
     return (
-        f"To go on: {hints.rename}, or a checkpoint folder of its own ({placeholder}). To go on from one of "
-        f"the steps there, in a run of its own: kempnerforge ckpt fork {folder / paths.LATEST} NEW_RUN"
+        f"To continue: {hints.rename}, or its own checkpoint folder ({placeholder}). To start a new run "
+        f"from one of the steps there: kempnerforge ckpt fork {folder / paths.LATEST} NEW_RUN"
     )
 
 
 def _require_adoptable(folder: Path, mine: Owner, hints: Hints) -> None:
-    """Refuse a folder from before owner files that has a step of another run."""
+    """Refuse a folder without an owner file that has a step of another run."""
     if not mine.run_id:
         return
     foreign: dict[str, list[Path]] = {}
@@ -168,7 +170,7 @@ def _require_adoptable(folder: Path, mine: Owner, hints: Hints) -> None:
     for path in (*steps, *known_steps.set_aside(listing)):
         try:
             found = manifest.read(path).provenance
-        except CheckpointError:  # damaged, or of another format: the resume reports it
+        except CheckpointError:  # damaged, or of another format version: the resume reports it
             continue
         if mine.owns(found):
             own += 1
@@ -178,16 +180,16 @@ def _require_adoptable(folder: Path, mine: Owner, hints: Hints) -> None:
         return
     runs = [f"{_name_of(folders[0], run_id)} ({_names(folders)})" for run_id, folders in foreign.items()]
     if own or len(runs) > 1:
-        whose = f"{' and '.join(runs)}{', beside steps of this one' if own else ''}. Its owner is not known"
+        whose = f"{' and '.join(runs)}{', beside steps of this one' if own else ''}. Its owner is unknown"
         raise FolderOwnedError(
             f"{folder} holds checkpoints of several runs: {whose}. This is {mine.describe()}. Nothing was "
-            f"changed there. Move the steps that are not of one run elsewhere. Or: {_ways_on(folder, hints)}"
+            f"changed. Move the steps of all but one run elsewhere. Or: {_ways_on(folder, hints)}"
         )
     raise _refusal(folder, runs[0], mine, hints)
 
 
 def _name_of(path: Path, run_id: str) -> str:
-    """The run of a step, with the name that the config in the step has."""
+    """Describe the run of a step, with the name in the step's config."""
     try:
         name = StepView.open(path).config().get("run", {}).get("name", "")
     except (CheckpointError, OSError, AttributeError):
@@ -201,7 +203,7 @@ def _names(folders: list[Path]) -> str:
 
 
 def _is_copy(folder: Path, found: Owner, mine: Owner) -> bool:
-    """Whether ``mine`` is a copy of a run's folder whose original has its checkpoints in ``folder``."""
+    """Return whether ``mine`` is a copy of a run whose original folder has its checkpoints here."""
     if not found.run_dir or not mine.run_dir or is_same(found.run_dir, mine.run_dir):
         return False
     try:
@@ -214,9 +216,9 @@ def _is_copy(folder: Path, found: Owner, mine: Owner) -> bool:
     return is_same(record.checkpoint_folder(run_dir), folder)
 
 
-def is_same(one: str | Path, other: str | Path) -> bool:
-    """Whether two paths are of one folder."""
+def is_same(first: str | Path, second: str | Path) -> bool:
+    """Return whether two paths lead to the same folder."""
     try:
-        return os.path.samefile(one, other)
-    except OSError:  # one of them is not there any more
-        return os.path.realpath(one) == os.path.realpath(other)
+        return os.path.samefile(first, second)
+    except OSError:  # one of them no longer exists
+        return os.path.realpath(first) == os.path.realpath(second)

@@ -1,21 +1,27 @@
-"""One writer: who may write a run's folder, and how another process takes over when it is gone.
+"""The lease: only one process at a time may write a run's folder. Another one takes over when it is dead.
 
-The lease of attempt 7 is the file ``lease.7.json`` in the run's folder; the highest number holds the run.
-Taking the lease, free or taken over, is one ``open(O_CREAT | O_EXCL)`` of the next number. POSIX, and NFS
-from version 3 on, make that succeed for exactly one process. So of several that judge a lease stale one wins,
-and there is no moment without a holder.
+The lease of attempt 7 is the file ``lease.7.json`` in the run's folder. The highest number is the
+lease.
 
-No lease file is ever replaced or renamed: a process that slept through its own replacement could wake up and
-put its old lease over the new one. Here it cannot, because a holder writes only to the descriptor that it got
-when it created the file, and its successor unlinks that file. Giving the lease back does not unlink it: the
-file then says that it was released and stays, so that its number is not taken a second time.
+**At most one process takes a lease.** To take it, free or stale, a process creates the file of the
+next number with ``open(O_CREAT | O_EXCL)``. On POSIX file systems, and on NFS from version 3 on,
+that succeeds for exactly one process. So of several processes that consider a lease stale, one
+wins, and at no moment is the run without a holder.
 
-A process that found number 7 stale and then slept could create number 8 after others created 8 and 9 and
-unlinked 8. So a new holder looks once more, and a number that is not the highest is no lease.
+**A replaced holder cannot overwrite a newer lease.** No lease file is ever replaced or renamed: a
+process that was suspended while it was replaced could wake up and put its old lease over the new
+one. Instead, a holder writes only to the descriptor from its own creation of the file, and its
+successor unlinks that file. Releasing a lease does not unlink it. The file then says "released" and
+remains, so that its number is not used twice.
 
-The holder's thread moves a counter in its file. Other hosts judge a lease by that counter alone, each on its
-own monotonic clock, because clocks of two hosts do not agree. The counter is written in place: no new file is
-needed, so a full disk or quota does not make a live run look dead.
+**A late claim is not a lease.** A process may find number 7 stale, be suspended, and create number
+8 after others have created 8 and 9 and unlinked 8. So a new holder lists the leases once more: a
+number that is not the highest is not a lease.
+
+**A live holder is not taken for dead.** The holder's thread increments a counter in its file. Other
+hosts judge the lease only by that counter, each on its own monotonic clock, because the clocks of
+two hosts differ. The counter is written in place. That needs no new file, so a full disk or quota
+does not make a live run look dead.
 """
 
 from __future__ import annotations
@@ -36,10 +42,11 @@ from kempnerforge.process_identity import ProcessIdentity
 
 RENEW_EVERY_S = 3.0
 STALE_AFTER_S = 30.0
-"""Ten renewals: an overloaded file system may delay some. A fence makes even a wrong takeover harmless."""
+"""Ten renewals, because an overloaded file system may delay some. Even a wrong takeover is
+harmless: the new holder revokes checkpoints in flight."""
 _LOOK_EVERY_S = 0.5
 _MOST_LOOKS = 180
-"""At a lease that is listed and missing: NFS caches a listing for 60 s."""
+"""Reads of a lease that is listed but missing. NFS caches a listing for 60 s."""
 _RELEASE_TRIES = 2
 
 _LEASE = re.compile(r"lease\.(\d+)\.json")
@@ -51,7 +58,10 @@ class _Seen(NamedTuple):
 
 
 class Lease:
-    """A lease that is held. A thread renews it until ``release``; a process that dies leaves it behind."""
+    """A lease that this process holds.
+
+    A thread renews it until ``release``. A process that dies leaves it.
+    """
 
     def __init__(
         self, path: Path, fd: int, owner: ProcessIdentity, *, renew_every_s: float, took_over: str
@@ -59,11 +69,11 @@ class Lease:
         self.path = path
         self.owner = owner
         self.took_over = took_over
-        """Whose lease this one ended, and why that was allowed; empty when it was free."""
+        """Whose lease this one replaced, and why that was allowed; empty if it was free."""
         self.lost = ""
-        """Why this is no longer the lease, as soon as that is known. A loop that sees it stops."""
+        """Why this is no longer the lease, once that is known. The loop then stops."""
         self.failing = ""
-        """Why renewing fails at present. The lease is held all the same until another process takes over."""
+        """Why renewing fails now. The lease is still held until another process takes over."""
         self._fd = fd
         self._counter = 0
         self._renew_every_s = renew_every_s
@@ -73,23 +83,25 @@ class Lease:
 
     @property
     def attempt(self) -> int:
-        """The number of this attempt: no other attempt of the run has it."""
+        """The number of this attempt, unique in the run."""
         return self.owner.attempt
 
     def check(self) -> None:
-        """Return when this is still the lease. Stands before every commit. Any thread.
+        """Raise LeaseLostError if this is no longer the lease. Thread-safe.
 
-        Raises LeaseLostError when another attempt has taken over, or the file is gone; OSError as it comes.
+        Called before every commit. The lease is lost if another attempt has taken over, or if its
+        file is missing. Also raises OSError.
         """
         run_dir = self.path.parent
         unread, is_own = None, True
         try:
-            # By name, not by the descriptor: on NFS that asks the server, and a successor has unlinked it.
+            # Read by name, not through the descriptor: on NFS that queries the server, where a successor has
+            # unlinked the file.
             is_own = self._is_own_file()
-        except OSError as error:  # the folder may still tell of a successor
+        except OSError as error:  # the listing may still show a successor
             unread = error
         if not is_own:
-            self.lost = f"{self.path} was removed, which the next holder of {run_dir} does, or moved"
+            self.lost = f"{self.path} was removed, as the next holder of {run_dir} does, or moved"
         elif (newest := max(_leases(run_dir), default=0)) > self.attempt:
             self.lost = f"attempt {newest} has taken {run_dir} over"
         elif unread is not None:
@@ -101,7 +113,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Give the lease back, so that the next start need not wait. Does nothing the second time."""
+        """Release the lease, so that the next start does not have to wait. A second call does nothing."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -111,7 +123,7 @@ class Lease:
                 try:
                     self._write(released=True)
                     break
-                except OSError as error:  # then the next start watches the lease for a while
+                except OSError as error:  # the next start then watches the lease for a while
                     self.failing = str(error)
         finally:
             os.close(self._fd)
@@ -130,7 +142,7 @@ class Lease:
             except OSError as error:
                 failed = error
             try:
-                # After a failed write too: on NFS it fails for ever once a successor has unlinked the file.
+                # Also after a failed write: on NFS, all writes fail once a successor has unlinked the file.
                 self.check()
             except LeaseLostError:
                 return
@@ -141,7 +153,7 @@ class Lease:
     def _write(self, *, released: bool) -> None:
         self._counter += 1
         os.pwrite(self._fd, process_identity.encode(self.owner, counter=self._counter, released=released), 0)
-        # Not for durability: it is what makes NFS send the bytes to the server.
+        # Not for durability, but so that NFS sends the bytes to the server.
         os.fdatasync(self._fd)
 
 
@@ -155,15 +167,22 @@ def acquire(
     rename_hint: str = "give this run another name (--run.name=NEW)",
     rank_pids: Sequence[int] = (),
 ) -> Lease:
-    """Take the lease of the run in ``run_dir``, which must exist. Its attempt is above ``after_attempt``.
+    """Take the lease of the run in ``run_dir``, which must exist. First rank only.
 
-    Returns at once when the lease is free, its process has ended on this host, or it belongs to an earlier
-    start of this SLURM job. Otherwise watches its counter, and tells ``note`` so. Of a run's processes only
-    one calls this: rank 0. ``rename_hint`` says in errors how to give the run another folder.
-    ``rank_pids``: the processes of all ranks on this host; the error of a refused start names them.
+    Returns at once if the lease is free, if its process has ended on this host, or if it belongs to
+    an earlier start of this SLURM job. Otherwise watches its counter.
 
-    Raises LeaseHeldError when the counter moves within ``stale_after_s``, RunFolderError when the folder
-    cannot be written.
+    Args:
+        run_dir: the run's folder.
+        after_attempt: the new attempt's number is higher than this.
+        stale_after_s: how long the counter must not move before the lease is taken over.
+        renew_every_s: interval between renewals.
+        note: called with messages, such as that another process's lease is being watched.
+        rename_hint: how to give the run another folder, for errors.
+        rank_pids: the processes of all ranks on this host, which the error of a refused start
+            names.
+
+    Raises LeaseHeldError if the counter moves, RunFolderError if the folder cannot be written.
     """
     me = replace(ProcessIdentity.of_this_process(0), rank_pids=rank_pids)
     watch = _Watch()
@@ -192,7 +211,7 @@ def acquire(
 
 
 class _Watch:
-    """For how long a lease has been seen not to move, on this process's own clock."""
+    """Measures how long a lease has not moved, on this process's own clock."""
 
     def __init__(self) -> None:
         self.still_s = 0.0
@@ -200,29 +219,29 @@ class _Watch:
         self._looked = 0.0
 
     def is_new(self, newest: _Seen) -> bool:
-        """Begin to watch ``newest`` unless it is watched already."""
+        """Start to watch ``newest``. Return False if it is watched already."""
         if self._seen is not None and self._seen.attempt == newest.attempt:
             return False
         self._seen, self._looked, self.still_s = newest, time.monotonic(), 0.0
         return True
 
     def moved(self, newest: _Seen) -> bool:
-        """Look again; adds to ``still_s`` when nothing has changed."""
+        """Return whether the lease has moved. If not, add to ``still_s``."""
         now = time.monotonic()
-        # A look that took long proves nothing: storage that hangs for both lets a live holder look dead.
+        # A slow read proves nothing: storage that hangs for both processes makes a live holder look dead.
         self.still_s += min(now - self._looked, 2 * _LOOK_EVERY_S)
         self._looked = now
         return self._seen != newest
 
 
 def live_holder(run_dir: Path) -> str:
-    """Who may hold the lease, as far as one look can tell; empty when it is free. Changes nothing."""
+    """Return who may hold the lease, judged by one read; empty if it is free. Changes nothing."""
     newest = _read_newest(run_dir)
     return _name(newest) if newest and _why_free(newest, ProcessIdentity.of_this_process(0)) is None else ""
 
 
 def _why_free(newest: _Seen | None, me: ProcessIdentity) -> str | None:
-    """Why the lease may be taken at once; empty when nobody has it, None when it may not be taken at once."""
+    """Return why the lease may be taken at once; empty if nobody holds it, None if it may not."""
     found = process_identity.decode(newest.data) if newest else None
     if newest is None or (found and found[1]):
         return ""
@@ -238,7 +257,7 @@ def _why_free(newest: _Seen | None, me: ProcessIdentity) -> str | None:
 def _claim(
     run_dir: Path, owner: ProcessIdentity, note: Callable[[str], None]
 ) -> tuple[Path, int, ProcessIdentity] | None:
-    """Create the lease file of ``owner.attempt``; None when another process was faster."""
+    """Create the lease file of ``owner.attempt``. Return None if another process was faster."""
     path = run_dir / f"lease.{owner.attempt}.json"
     try:
         fd = fsio.open_file(path, os.O_RDWR | os.O_EXCL)
@@ -264,7 +283,10 @@ def _claim(
 
 
 def _remove_older(files: list[Path], note: Callable[[str], None]) -> None:
-    """Remove the leases of older attempts. One that stays does no harm: its holder looks for newer ones."""
+    """Remove the leases of older attempts.
+
+    A leftover does no harm, because its holder checks for newer ones.
+    """
     try:
         fsio.remove_all(files)
     except OSError as error:
@@ -280,9 +302,9 @@ def _leases(run_dir: Path) -> dict[int, Path]:
 
 
 def _read_newest(run_dir: Path) -> _Seen | None:
-    """The highest lease; None when there is none.
+    """Return the lease with the highest number; None if there is none.
 
-    Raises OSError, also when a lease that is listed stays missing: nobody knows then who holds it.
+    Raises OSError, also if a listed lease remains missing: its holder is then unknown.
     """
     failed = OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(run_dir))
     for _ in range(_MOST_LOOKS):
@@ -295,7 +317,7 @@ def _read_newest(run_dir: Path) -> _Seen | None:
             if error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise
             failed = error
-        # It was unlinked meanwhile, so it has a successor, which a cached listing may show late.
+        # It was unlinked meanwhile, so it has a successor. A cached listing may show it late.
         time.sleep(_LOOK_EVERY_S)
     raise failed
 

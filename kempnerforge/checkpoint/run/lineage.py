@@ -1,13 +1,16 @@
-"""Which committed steps belong to a run's present timeline, and what becomes of the others.
+"""Decide which committed steps belong to a run's current timeline, and set the others aside.
 
-A run that goes on from step 40, after a kill or a rollback, leaves behind what older attempts did beyond it:
-their rows in ``metrics.jsonl`` no longer count, and neither do their checkpoints. The same rule serves both:
+A run that resumes from step 40, after a kill or a rollback, leaves behind what older attempts did
+after it: their rows in ``metrics.jsonl`` no longer count, and neither do their checkpoints. One
+rule decides both:
 
-    a step of an attempt counts if no later attempt went on from, or back to, a step below it.
+    A step of an attempt counts if no later attempt resumed from, or rolled back to, a step below
+    it.
 
-It is judged from what is on disk: ``receipts.jsonl``, the rollbacks in ``run.json`` and the attempt in each
-manifest. So it does not matter when a step appeared. A checkpoint that an attempt without the lease commits
-late is found now or at the next start, and so is what a rollback that was killed had still to set aside.
+The rule depends only on what is on disk: ``receipts.jsonl``, the rollbacks in ``run.json`` and the
+attempt in each manifest. So it does not matter when a step appeared. A checkpoint that an attempt
+without the lease commits late is found now or at the next start, and so are steps that a killed
+rollback did not set aside.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +28,25 @@ from kempnerforge.checkpoint.run import metadata
 from kempnerforge.checkpoint.run.metadata import Restored
 from kempnerforge.checkpoint.run.resume_report import last_logged_step, read_receipts
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
-from kempnerforge.goodput.history import last_step_done, read_history
+from kempnerforge.goodput.event_log import Event
+from kempnerforge.goodput.history import derive, last_step_done
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where ``attempt`` began: what older attempts did above ``step`` does not count any more."""
+    """Where ``attempt`` began. What older attempts did above ``step`` no longer counts."""
 
     attempt: int
     step: int
     is_rollback: bool = False
 
     def leaves_behind(self, step: int, attempt: int) -> bool:
-        """Whether this cut takes ``step`` of ``attempt`` off the timeline."""
+        """Return whether this takes ``step`` of ``attempt`` off the timeline."""
         return attempt < self.attempt and step > self.step
 
 
 def cuts(run_dir: Path) -> list[ResumePoint]:
-    """Where each attempt of the run began, as far as it got that far. Raises OSError and RunFolderError."""
+    """Return where each attempt began, for attempts that got that far. Raises OSError and RunFolderError."""
     record = metadata.read(run_dir)
     rollbacks = record.rollbacks if record is not None else ()
     restored = record.restored if record is not None else ()
@@ -53,47 +57,48 @@ def cuts(run_dir: Path) -> list[ResumePoint]:
 
 
 def _began(receipt: Mapping[str, Any], restored: Sequence[Restored]) -> int:
-    """The step above which an attempt leaves older ones behind: not below a suspect step that came back."""
-    raised = [one.step for one in restored if one.since <= receipt["attempt"] <= one.attempt]
+    """Return the step above which an attempt leaves older ones behind: at least a restored suspect step."""
+    raised = [back.step for back in restored if back.since <= receipt["attempt"] <= back.attempt]
     return max([receipt["step"], *raised])
 
 
 def rollbacks(run_dir: Path) -> list[int]:
-    """The attempt numbers of the run's rollbacks. Raises OSError and RunFolderError."""
+    """Return the attempt numbers of the run's rollbacks. Raises OSError and RunFolderError."""
     record = metadata.read(run_dir)
     return [rollback.attempt for rollback in record.rollbacks] if record is not None else []
 
 
 def last_attempt(run_dir: Path) -> int:
-    """The highest attempt number in ``run.json`` and ``receipts.jsonl``; 0 for a run that was never started.
+    """Return the highest attempt number in ``run.json`` and ``receipts.jsonl``; 0 for a run never started.
 
-    A new attempt's number is above it even where ``run.json`` was made anew: with a number that older
-    receipts have, its checkpoints would be off the timeline. Raises OSError and RunFolderError.
+    A new attempt's number must be higher, even if ``run.json`` was created again: with a number
+    that older receipts have, its checkpoints would be off the timeline. Raises OSError and
+    RunFolderError.
     """
     record = metadata.read(run_dir)
     counted = record.attempt if record is not None else 0
     return max([counted, *(cut.attempt for cut in cuts(run_dir))])
 
 
-def last_done_step(run_dir: Path) -> int:
-    """Return the last step that an earlier attempt is known to have done, as far as it counts.
+def last_done_step(run_dir: Path, events: Sequence[Event]) -> int:
+    """Return the last step that an earlier attempt is known to have done, if it still counts.
 
-    After an attempt of a user's own loop the ledger knows it; after one of the harness ``metrics.jsonl``
-    does, row by row. Raises OSError and RunFolderError.
+    For a user's own loop, the events of the ledger say so. For the harness, ``metrics.jsonl`` does,
+    row by row. Raises OSError and RunFolderError.
     """
     record = metadata.read(run_dir)
-    found = [(one.attempt, one.step) for one in record.rollbacks] if record is not None else []
-    history = read_history(run_dir)
-    newest = next((one for one in reversed(history) if one.resume is not None), None)
+    rollbacks = record.rollbacks if record is not None else ()
+    history = derive(events, ())
+    newest = next((attempt for attempt in reversed(history) if attempt.resume is not None), None)
     if newest is not None and newest.is_own_loop:
-        return last_step_done(history, found)
+        return last_step_done(history, [(rollback.attempt, rollback.step) for rollback in rollbacks])
     return last_logged_step(run_dir)
 
 
 def late_arrivals(committed: dict[int, int], found: Sequence[ResumePoint]) -> dict[int, ResumePoint]:
-    """Of committed steps, given with the attempt that made each: those left behind, with what left them.
+    """Return which committed steps are left behind, and by what. Pure function.
 
-    Pure. A rollback is named before a resume.
+    ``committed``: step -> attempt that committed it. A rollback is named in preference to a resume.
     """
     left = {}
     for step, attempt in committed.items():
@@ -110,19 +115,24 @@ def ancestors(
     found: Sequence[ResumePoint],
     commits: Iterable[tuple[int, int]],
 ) -> set[int]:
-    """The steps that ``newest`` comes from. Pure.
+    """Return the steps that ``newest`` descends from. Pure function.
 
-    An attempt goes on from one step, so all that it committed up to ``newest`` is of one line, and before it
-    comes the line of the attempt that committed that step. ``committed`` has the attempt of each step in the
-    folder, ``parents`` what the manifests name. Where a step was deleted since, receipts (``found``) and the
-    ledger (``commits``) tell the same.
+    An attempt resumes from one step, so everything that it committed up to ``newest`` is one line.
+    The line of the attempt that committed that step precedes it, and so on.
+
+    Args:
+        newest: a step in ``committed``.
+        committed: step -> attempt, for the steps in the folder.
+        parents: step -> the parent step in its manifest.
+        found: resume points from receipts, for steps that were deleted since.
+        commits: step and attempt of the commits in the ledger, for the same reason.
     """
     starts = [(cut.attempt, cut.step) for cut in found if not cut.is_rollback]
-    told = {attempt for attempt, _ in starts}
+    with_receipt = {attempt for attempt, _ in starts}
     starts += [
         (committed[step], parent)
         for step, parent in parents.items()
-        if parent is not None and committed[step] not in told
+        if parent is not None and committed[step] not in with_receipt
     ]
     began: dict[int, int] = {}
     for attempt, step in starts:
@@ -134,7 +144,7 @@ def ancestors(
     step, attempt = newest, committed[newest]
     while True:
         first = began.get(attempt, 0)
-        line |= {one for one, by in committed.items() if by == attempt and first <= one <= step}
+        line |= {number for number, by in committed.items() if by == attempt and first <= number <= step}
         older = [by for by in makers.get(first, ()) if by < attempt]
         if not older:
             return line
@@ -153,51 +163,44 @@ def set_aside_late(
     failed: Callable[[int, Callable[[int, int], str], OSError], None] | None = None,
     unread: Callable[[int, OSError], None] | None = None,
 ) -> list[Path]:
-    """Give the steps in ``folder`` that are off the timeline a name that no resume chooses. Never deletes.
+    """Rename steps that are off the timeline, so that no resume chooses them. Never deletes.
 
-    Rank 0 only. Reads the manifests of all steps but the ``trusted`` ones; a damaged one is left for the
-    resume to judge, and so is one of another run's id, whose attempts are counted differently. ``parent``,
-    run id and step, is what a fork began with: only a rollback leaves that behind.
+    First rank only. Reads the manifests of all steps except the ``trusted`` ones. Damaged steps are
+    left to the resume. So are steps with another run's id, whose attempts are numbered differently.
 
-    A step that the newest living one comes from stays, whatever began below it in the meantime, with another
-    ``checkpoint.dir`` perhaps (``ancestors``; ``commits`` gives step and attempt of the commits in the
-    ledger). ``at_start``, before a resume, no resume leaves anything behind when no step would be left.
+    An ancestor of the newest step on the timeline is kept, even if an attempt began below it
+    meanwhile, with another ``checkpoint.dir`` for example (see ``ancestors``). ``at_start``, before
+    a resume: if no step would be left, no resume leaves steps behind.
 
-    Returns the new paths. Durable on return. Raises OSError, unless ``failed`` takes what cannot be renamed
-    (step, naming function, error) and ``unread`` the steps whose manifest cannot be read.
+    Args:
+        folder: the checkpoint folder.
+        found: where each attempt began.
+        run_id: the run.
+        parent: run id and step that a fork began with. Only a rollback leaves it behind.
+        trusted: steps known to be on the timeline.
+        commits: returns step and attempt of the commits in the ledger.
+        at_start: whether this is before a resume.
+        failed: called for steps that cannot be renamed, with step, naming function, and error.
+        unread: called for steps whose manifest cannot be read.
+
+    Returns the new paths. Durable on return. Raises OSError, except errors that ``failed`` and
+    ``unread`` receive.
     """
     if not found:
         return []
     lowest = min(cut.step for cut in found)
-    steps = paths.list_folder(folder).steps
-    committed: dict[int, int] = {}
-    parents: dict[int, int | None] = {}
-    stays = False
-    for step in steps:
-        if step <= lowest or step in trusted:
-            stays = True
-            continue
-        try:
-            provenance = manifest.read(folder / paths.step_name(step)).provenance
-        except (DamagedCheckpointError, MismatchError):
-            continue
-        except OSError as error:
-            if unread is None:
-                raise
-            unread(step, error)
-            continue
-        if provenance.run_id == run_id:
-            committed[step], parents[step] = provenance.attempt, provenance.parent_step
-        elif parent == (provenance.run_id, provenance.step):
-            committed[step] = 0
-        stays |= not provenance.run_id
+    settled, others = [], []
+    for step in paths.list_folder(folder).steps:
+        (settled if step <= lowest or step in trusted else others).append(step)
+    members = _read_members(folder, others, run_id, parent, unread)
+    committed = members.committed
     late = late_arrivals(committed, found)
     late = {step: cut for step, cut in late.items() if committed[step] > 0 or cut.is_rollback}
     living = committed.keys() - late.keys()
     if late and living and any(not cut.is_rollback for cut in late.values()):
-        kept = ancestors(max(living), committed, parents, found, commits())
+        kept = ancestors(max(living), committed, members.parents, found, commits())
         late = {step: cut for step, cut in late.items() if step not in kept}
-    if at_start and not stays and len(late) == len(committed):
+    if at_start and not settled and not members.unnamed and len(late) == len(committed):
         late = {step: cut for step, cut in late.items() if cut.is_rollback}
     moved = []
     for step, cut in late.items():
@@ -211,11 +214,50 @@ def set_aside_late(
     return moved
 
 
-def set_aside(folder: Path, step: int, name: Callable[[int, int], str]) -> Path:
-    """Rename a step to the first free ``name(step, number)``. Durable on return. Returns the new path.
+@dataclass
+class _Members:
+    """Steps in a checkpoint folder that may be off the timeline."""
 
-    Raises OSError when the step still has its name. A rename that cannot be synced stands all the same: a
-    crash that undoes it brings back a step that the next start judges again.
+    committed: dict[int, int] = field(default_factory=dict)
+    """This run's steps -> attempt; 0 for the step that a fork began with."""
+    parents: dict[int, int | None] = field(default_factory=dict)
+    """Step -> the parent step in its manifest."""
+    unnamed: bool = False
+    """Whether there are steps of early versions, whose manifests name no run."""
+
+
+def _read_members(
+    folder: Path,
+    steps: Iterable[int],
+    run_id: str,
+    parent: tuple[str, int | None],
+    unread: Callable[[int, OSError], None] | None,
+) -> _Members:
+    members = _Members()
+    for step in steps:
+        try:
+            provenance = manifest.read(folder / paths.step_name(step)).provenance
+        except (DamagedCheckpointError, MismatchError):
+            continue
+        except OSError as error:
+            if unread is None:
+                raise
+            unread(step, error)
+            continue
+        if provenance.run_id == run_id:
+            members.committed[step] = provenance.attempt
+            members.parents[step] = provenance.parent_step
+        elif parent == (provenance.run_id, provenance.step):
+            members.committed[step] = 0
+        members.unnamed |= not provenance.run_id
+    return members
+
+
+def set_aside(folder: Path, step: int, name: Callable[[int, int], str]) -> Path:
+    """Rename a step to the first free ``name(step, number)``. Durable on return. Return the new path.
+
+    Raises OSError if the step still has its name. A rename that cannot be synced is no error: if a
+    crash undoes it, the next start sets the step aside again.
     """
     path, target = folder / paths.step_name(step), free_name(folder, step, name)
     try:
@@ -223,14 +265,14 @@ def set_aside(folder: Path, step: int, name: Callable[[int, int], str]) -> Path:
     except OSError:
         if os.path.lexists(path) or not os.path.lexists(target):
             raise
-        # It was done all the same, as network file systems have it.
+        # The rename succeeded in spite of the error, as can happen on network file systems.
     with contextlib.suppress(OSError):
         fsio.fsync_folder(folder)
     return target
 
 
 def free_name(folder: Path, step: int, name: Callable[[int, int], str]) -> Path:
-    """The first path ``name(step, number)`` in ``folder`` that nothing has."""
+    """Return the first unused path ``name(step, number)`` in ``folder``."""
     number = 1
     while (folder / name(step, number)).exists():
         number += 1

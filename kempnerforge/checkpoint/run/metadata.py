@@ -1,4 +1,4 @@
-"""``run.json``: what all attempts of a run share. Only the process that holds the run's lease writes it."""
+"""``run.json``: what all attempts of a run share. Only the holder of the run's lease writes it."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ class Parent:
     run_id: str
     step: int
     path: str
-    """Where it was at the time."""
+    """Its path at that time."""
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """A return to an older step. It is an attempt of its own, which trains nothing."""
+    """A return to an older step. It counts as an attempt that trains nothing."""
 
     attempt: int
     step: int
     """Steps above it, of this and older attempts, no longer count."""
     time: float
     wandb_id: str
-    """The run in wandb until then."""
+    """The wandb run before the rollback."""
     wandb_first_attempt: int
     set_aside: list[str]
-    """Names that the later steps got, in the checkpoint folder."""
+    """New names of the later steps, in the checkpoint folder."""
     cleared: list[str] = field(default_factory=list)
-    """Of a return to step 0: what had been set aside before, which is given up too."""
+    """For a return to step 0: names of steps set aside earlier, which are given up too."""
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A suspect step that ``unblock`` gave its name back."""
+    """A suspect step whose name ``unblock`` restored."""
 
     step: int
     since: int
     """The first attempt that began below it."""
     attempt: int
-    """The number that ``unblock`` took. Where attempts from ``since`` to it began no longer counts
-    against the step, nor against the rows up to it."""
+    """The attempt number of ``unblock``. The resume points of attempts from ``since`` to this one
+    no longer take the step, or rows up to it, off the timeline."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """``run.json``, and how the last attempt ended."""
+    """The content of ``run.json``."""
 
     run_id: str
     wandb_id: str
@@ -64,33 +64,33 @@ class RunRecord:
     attempt: int = 0
     """Number of the last attempt; the first is 1."""
     global_batch_size: int = 0
-    """Sequences per optimizer step, fixed at the first start for configs that leave it open."""
+    """Sequences per optimizer step, fixed at the first start if the config does not set it."""
     last_exit: dict[str, Any] | None = None
-    """Status, reason, step and time of the last attempt that ended by itself."""
+    """Status, reason, step and time of the last attempt that recorded its end."""
     checkpoint_dir: str = ""
-    """Where the checkpoints are when ``checkpoint.dir`` moves them; empty for ``checkpoints/`` in here."""
+    """The checkpoint folder if ``checkpoint.dir`` is set; empty for ``checkpoints/`` in the run's folder."""
     wandb_first_attempt: int = 0
-    """The first attempt that logs to ``wandb_id``; rows of older ones went to another run in wandb."""
+    """The first attempt that logs to ``wandb_id``. Older ones logged to another wandb run."""
     parent: Parent | None = None
     rollbacks: tuple[Rollback, ...] = ()
-    """Those that stand, oldest first. The next start completes what a command that was killed left."""
+    """Rollbacks in effect, oldest first. The next start completes one that was killed."""
     restored: tuple[Restored, ...] = ()
 
     def checkpoint_folder(self, run_dir: Path) -> Path:
-        """Where this run's checkpoints are."""
+        """Return the folder of this run's checkpoints."""
         return Path(self.checkpoint_dir) if self.checkpoint_dir else run_dir / "checkpoints"
 
 
 def new(**known: Any) -> RunRecord:
-    """A record of a run that begins now, under an id of its own."""
+    """Return the record of a new run, with a new id."""
     identity = secrets.token_hex(6)
     return RunRecord(identity, identity, time.time(), **known)
 
 
 def read(run_dir: Path) -> RunRecord | None:
-    """The record of the run in ``run_dir``; None when there is none.
+    """Return the record of the run in ``run_dir``; None if there is none.
 
-    Raises RunFolderError for one that cannot be parsed, OSError as it comes.
+    Raises RunFolderError for a file that cannot be parsed, and OSError.
     """
     path = run_dir / RUN_FILE
     try:
@@ -101,7 +101,7 @@ def read(run_dir: Path) -> RunRecord | None:
             **body,
             parent=Parent(**parent) if parent is not None else None,
             rollbacks=tuple(Rollback(**rollback) for rollback in rollbacks),
-            restored=tuple(Restored(**one) for one in restored),
+            restored=tuple(Restored(**step) for step in restored),
         )
     except FileNotFoundError:
         return None
@@ -117,5 +117,5 @@ def write(run_dir: Path, record: RunRecord) -> None:
 
 
 def encode(record: RunRecord) -> bytes:
-    """The bytes of ``run.json``."""
+    """Return the bytes of ``run.json``."""
     return (json.dumps(asdict(record), indent=1) + "\n").encode()

@@ -1,7 +1,7 @@
-"""The record of a run whose loop is the user's own: lease, ``run.json``, ledger and log lines.
+"""Keep the record of a run with the user's own loop: lease, ``run.json``, ledger and log lines.
 
-The harness keeps such a record itself. A ``CheckpointManager`` that is given no context keeps one by this
-module, so that ``kempnerforge report`` and ``kempnerforge ckpt`` know such a run as well.
+The harness keeps this record itself. A ``CheckpointManager`` without a context keeps it with this
+module, so that ``kempnerforge report`` and ``kempnerforge ckpt`` work for such a run too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kempnerforge.goodput.faults import record_fault
 from kempnerforge.slurm.job import node_name
 
 log = logging.getLogger("kempnerforge.checkpoint.manager")
-"""Named after the manager, which users know. Only the first rank logs; the program sets the handlers."""
+"""Named after the manager, which users know. Only the first rank logs. The program sets the handlers."""
 
 OPTIONS = OpenOptions(
     folder_name="run_dir",
@@ -46,9 +46,9 @@ OPTIONS = OpenOptions(
 )
 
 _attempts: dict[str, _Attempt] = {}
-"""By the real path of the run's folder: the attempts that this process has open."""
+"""Open attempts of this process, by the real path of the run's folder."""
 _processes_begun: set[int] = set()
-"""Processes that have begun an attempt. The time before the first attempt counts as its set-up."""
+"""Ids of processes that have started an attempt. The time before the first one counts as its setup."""
 
 
 class _Attempt:
@@ -66,7 +66,8 @@ class _Attempt:
 
     def end(self, *, status: int, reason: str, error: BaseException | None = None) -> None:
         """Write how the attempt ended and release the lease."""
-        if self.is_over or self.pid != os.getpid():  # a forked child has a copy, and the parent the lease
+        is_copy = self.pid != os.getpid()  # in a forked child; the parent holds the lease
+        if self.is_over or is_copy:
             return
         self.is_over = True
         _attempts.pop(self._key, None)
@@ -77,7 +78,7 @@ class _Attempt:
         log.log(level, "attempt %d: %s", self.lease.attempt, reason)
 
     def drop(self) -> None:
-        """End an attempt that was neither finished nor closed."""
+        """End an attempt that was not finished and not closed."""
         self.end(status=EXIT_STOPPED, reason=f"ended{self.where} without finish()")
 
     @property
@@ -88,7 +89,7 @@ class _Attempt:
 
 @atexit.register
 def _end_all() -> None:
-    """End open attempts when the interpreter exits. Python has joined the saves by then."""
+    """End open attempts when the interpreter exits. Python has joined the save threads by then."""
     error = None if hasattr(sys, "ps1") else getattr(sys, "last_value", None)
     for attempt in list(_attempts.values()):
         if error is not None:
@@ -100,7 +101,8 @@ def _end_all() -> None:
 class OwnRun:
     """Keeps the record of one attempt. Only the first rank holds the lease and writes the ledger.
 
-    ``began_at``: the step that a loop without a resume begins at. ``join`` waits for a pending save.
+    ``began_at``: the step at which a loop without a resume starts. ``join`` waits for a pending
+    save.
     """
 
     def __init__(
@@ -126,28 +128,28 @@ class OwnRun:
         self.lease: Lease | None = None
         """On the first rank, from ``open`` on."""
         self.checkpoints = run_dir / "checkpoints"
-        """From ``open`` on: where the checkpoints are, placeholders in ``checkpoint.dir`` filled in."""
+        """From ``open`` on: the checkpoint folder, without placeholders."""
         self.news = ""
-        """The last change in the pace of saves that ``CheckpointManager.news`` has not returned yet."""
+        """The last change of the save interval that ``CheckpointManager.news`` has not returned yet."""
 
     @property
     def is_open(self) -> bool:
-        """Whether ``open`` has been called: the same on all ranks."""
+        """Whether ``open`` was called. The same on all ranks."""
         return self._number > 0
 
     def open(self, device: torch.device | None) -> RunContext:
-        """Begin an attempt: take the lease, count the attempt in ``run.json``, begin its part of the ledger.
+        """Start an attempt: take the lease, count the attempt in ``run.json``, start its part of the ledger.
 
-        Checkpoints of a version that wrote no ``run.json`` are adopted. An attempt that another manager of
-        this process has left open in the folder ends.
+        Checkpoints of a version that wrote no ``run.json`` are adopted. Ends an attempt that
+        another manager of this process has left open in the folder.
 
         Collective: all ranks. Blocks: while it watches another process's lease. Durable: on return.
-        Raises RunFolderError on all ranks, LeaseHeldError when another process writes the run,
-        FolderOwnedError when the checkpoint folder is another run's, StepsMissingError when this run has
-        committed steps and none is there.
+        Raises RunFolderError on all ranks, LeaseHeldError if another process writes the run,
+        FolderOwnedError if the checkpoint folder is another run's, StepsMissingError if this run
+        has committed steps but none is there.
         """
         key = os.path.realpath(self._run_dir)
-        older = _attempts.get(key)  # never on other ranks than the first
+        older = _attempts.get(key)  # always None except on the first rank
         if older is not None and older.pid == os.getpid():
             older.join()
             older.lease.lost = "another CheckpointManager of this process has taken the run over"
@@ -187,9 +189,9 @@ class OwnRun:
         )
 
     def resumed(self, receipt: Receipt, *, step: int, skipped: int) -> None:
-        """Log and record how the attempt begins, behind ``step``.
+        """Log and record that the attempt starts after ``step``.
 
-        ``skipped``: steps skipped so far because something was not finite.
+        ``skipped``: steps skipped so far because of values that were not finite.
         """
         for line in receipt.lines():
             self._info(line)
@@ -211,8 +213,8 @@ class OwnRun:
     def stepped(self, step: int, *, skipped: int, waited_s: float, excluded_s: float) -> None:
         """Record that ``step`` is done.
 
-        ``waited_s`` and ``excluded_s``: seconds that the loop has waited for saves, and has excluded from its
-        steps, since it began. The rest of the time since the last call counts as steps.
+        ``waited_s`` and ``excluded_s``: total seconds that the loop has waited for saves, and
+        excluded from its steps. The rest of the time since the last call counts as the step.
         """
         if not self._has_resumed:
             self._begin_loop(min(self._began_at, step), skipped, "not resumed")
@@ -264,17 +266,17 @@ class OwnRun:
                 self._info(f"deleted {word} {', '.join(map(str, values['steps']))}: no rule keeps more")
 
     def paced(self, news: str) -> None:
-        """Log a change in the pace of saves; nothing if ``news`` is empty."""
+        """Log a change of the save interval. Do nothing if ``news`` is empty."""
         if news:
             self.news = news
             self._info(news)
 
     def finished(self, step: int) -> None:
-        """Remember that the loop has finished; ``end`` records it."""
+        """Store that the loop has finished, for ``end`` to record."""
         self._finished_at = step
 
     def end(self, error: BaseException | None) -> None:
-        """Record how the attempt ended, with ``error`` if one ended it, and release the lease."""
+        """Record how the attempt ended, with ``error`` if there was one, and release the lease."""
         if self._control.rank != 0 and error is not None and self.is_open:
             agreed = isinstance(error, KempnerForgeError) and error.agreed
             if not agreed:
@@ -289,8 +291,8 @@ class OwnRun:
             self._attempt.end(status=_status_of(error), reason=_words(error), error=error)
 
     def _record_fault(self, error: BaseException) -> None:
-        """Record an error of this rank: the first rank may see a lost connection and nothing else."""
-        with contextlib.suppress(OSError):  # the error itself is raised in any case
+        """Record an error of this rank. The first rank may see only a lost connection."""
+        with contextlib.suppress(OSError):  # the error itself is raised anyway
             record_fault(
                 self._run_dir,
                 error,

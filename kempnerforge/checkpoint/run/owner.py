@@ -1,11 +1,12 @@
-"""``owner.json``: which run a checkpoint folder belongs to, and which of the steps in it are that run's.
+"""``owner.json``: which run a checkpoint folder belongs to, and which steps in it are that run's.
 
-The file is made by exclusive creation: it is written and synced under a name of its own and then linked to
-``owner.json``, which fails where that name exists. So of several runs that start at the same instant exactly
-one owns the folder, and a crash leaves the whole file or none. Where a file system knows no hard links it is
-opened with O_EXCL instead; a crash may then leave it cut off, and a start says so.
+The file is created exclusively: it is written and synced under a temporary name, and then
+hard-linked to ``owner.json``, which fails if that name exists. So of several runs that start at the
+same instant, exactly one owns the folder, and a crash leaves the whole file or none. On file
+systems without hard links it is opened with O_EXCL instead. Then a crash may leave it truncated,
+which the next start reports.
 
-Needs no torch. Nobody changes the file but the run that it names, while that holds its lease.
+Needs no torch. Only the run that the file names changes it, while it holds its lease.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ _FORMAT = 1
 _MAX_BYTES = 1 << 16
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _READ_FOR_S = 5.0
-"""Without hard links another process may be writing the file just now."""
+"""Without hard links, another process may just be writing the file."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A run, as ``owner.json`` names it. Without ``run_id`` nothing is known, and every step counts."""
+    """A run, as ``owner.json`` names it. Without ``run_id`` the run is unknown, and it owns every step."""
 
     run_id: str = ""
     run_name: str = ""
@@ -44,16 +45,19 @@ class Owner:
     """The absolute path of the run's folder when it last started."""
     parent_run_id: str = ""
     parent_step: int | None = None
-    """Of a fork: its first step, which keeps the manifest of the run ``parent_run_id``."""
+    """The first step of a fork, which keeps the manifest of the run ``parent_run_id``."""
 
     def owns(self, provenance: Provenance) -> bool:
-        """Whether a step is this run's. Steps of early versions name no run: they are the folder's."""
+        """Return whether a step is this run's.
+
+        Steps of early versions name no run, and belong to the owner.
+        """
         if not self.run_id or provenance.run_id in ("", self.run_id):
             return True
         return self.is_parent(provenance.run_id, provenance.step)
 
     def is_parent(self, run_id: str, step: int | None) -> bool:
-        """Whether that is the step that this run was forked from."""
+        """Return whether this is the step that the run was forked from."""
         return bool(run_id) and (run_id, step) == (self.parent_run_id, self.parent_step)
 
     def foreign_run(self, folder: Path) -> str:
@@ -78,19 +82,19 @@ class Owner:
             return True
 
     def describe(self) -> str:
-        """The run in words."""
+        """Return the run in words."""
         name = f"run {self.run_name} ({self.run_id})" if self.run_name else f"run {self.run_id or 'unknown'}"
         return f"{name}, in {self.run_dir}" if self.run_dir else name
 
 
 ANYONE = Owner()
-"""Of a folder of which no run is known."""
+"""The owner of a folder whose run is unknown."""
 
 
 def read(folder: Path) -> Owner | None:
-    """The owner of ``folder``; None when it has none, or does not exist.
+    """Return the owner of ``folder``; None if it has none, or does not exist.
 
-    Raises RunFolderError for a file that cannot be parsed, OSError as it comes.
+    Raises RunFolderError for a file that cannot be parsed, and OSError.
     """
     deadline = time.monotonic() + _READ_FOR_S
     while True:
@@ -102,15 +106,15 @@ def read(folder: Path) -> Owner | None:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if time.monotonic() > deadline:
                 raise RunFolderError(
-                    f"{folder / OWNER_FILE} cannot be read ({error}): it is not known whose checkpoints "
-                    "these are. If all of them are of one run, delete this file: that run's next start makes "
-                    "it anew"
+                    f"{folder / OWNER_FILE} cannot be read ({error}), so it is unknown which run these "
+                    "checkpoints belong to. If all belong to one run, delete this file: the next start of "
+                    "that run creates it again"
                 ) from None
         time.sleep(0.1)
 
 
 def of_folder(folder: Path, run_dir: Path | None = None) -> Owner:
-    """The owner of ``folder``, or of one from before owner files the run in ``run_dir``, or ``ANYONE``.
+    """Return the owner of ``folder``. Without an owner file: the run in ``run_dir``, or ``ANYONE``.
 
     Raises RunFolderError and OSError.
     """
@@ -128,7 +132,7 @@ def of_folder(folder: Path, run_dir: Path | None = None) -> Owner:
 
 
 def create(folder: Path, owner: Owner) -> bool:
-    """Make ``owner`` the owner of ``folder``. False when another process was faster, for whatever run.
+    """Make ``owner`` the owner of ``folder``. Return False if another process was faster, for any run.
 
     Durable on return. Raises OSError.
     """
@@ -138,7 +142,7 @@ def create(folder: Path, owner: Owner) -> bool:
         fsio.write_new_file(temporary, encode(owner))
         try:
             os.link(temporary, path)
-        except FileNotFoundError:  # the owner that was faster has removed leftovers
+        except FileNotFoundError:  # a faster process has removed leftovers
             return False
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -153,12 +157,12 @@ def create(folder: Path, owner: Owner) -> bool:
 
 
 def replace_file(folder: Path, owner: Owner) -> None:
-    """Write anew what the file says of its own run. Only while that run's lease is held. Durable."""
+    """Update what the file says about its run. Call only while that run's lease is held. Durable."""
     fsio.atomic_write(folder / OWNER_FILE, encode(owner))
 
 
 def encode(owner: Owner) -> bytes:
-    """The bytes of ``owner.json``."""
+    """Return the bytes of ``owner.json``."""
     is_fork = owner.parent_step is not None
     body = {
         "format": _FORMAT,
@@ -172,7 +176,7 @@ def encode(owner: Owner) -> bytes:
 
 
 def newest_step(folder: Path, owner: Owner) -> int | None:
-    """The newest committed step in ``folder`` that is not another run's; None without one. Raises OSError."""
+    """Return the newest committed step that is not another run's; None without one. Raises OSError."""
     for step in paths.committed_steps(folder):
         if not owner.run_id or owner.may_own(folder / paths.step_name(step)):
             return step
@@ -195,7 +199,7 @@ def _decode(data: bytes) -> Owner:
 
 
 def _read_bytes(path: Path) -> bytes | None:
-    """The file's bytes; None when it is missing. A link or a pipe is not followed or waited for."""
+    """Return the file's bytes; None if it is missing. Never follows a link or waits for a pipe."""
     try:
         return fsio.read_mark(path, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):

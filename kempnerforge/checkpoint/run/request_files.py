@@ -1,7 +1,8 @@
-"""Files in the run's folder by which people and scripts ask a run for something. No torch.
+"""Request files in the run's folder, with which users and scripts ask a run for something. Needs no torch.
 
-One thread of the first rank looks for them once per second: a look is a round trip on a shared file system,
-which may take seconds, and all ranks would wait for a main thread that looks. The loop reads flags.
+One thread of the first rank checks for them once per second. Each check is a round trip on a shared
+file system that may take seconds, and all ranks would wait for the main thread. The loop reads only
+flags.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ def _print_warning(text: str) -> None:
 
 
 class RequestFile:
-    """One file that may appear. ``RequestFiles.look`` reads and removes it, on another thread.
+    """One request file. ``RequestFiles.look`` reads and removes it, on another thread.
 
-    Nothing about it is an error: a run does not end for its sake. Only a regular file asks for anything: a
-    folder or a link of that name is reported once and ignored. So is a request that was answered and cannot
-    be removed, until it changes.
+    Failures are warnings, never errors. Only a regular file is a request: a folder or a link of
+    that name is reported once and ignored. So is an answered request that cannot be removed, until
+    it changes.
     """
 
     def __init__(self, path: Path, *, warn: Callable[[str], None] = _print_warning) -> None:
@@ -40,19 +41,19 @@ class RequestFile:
         self._warn = warn
         self._warned: set[str] = set()
         self.is_there = False
-        """Whether there is a request that ``take`` has not answered."""
+        """Whether there is an unanswered request."""
         self.text = ""
-        """The first line of the file that was seen last, fit to print."""
+        """The printable first line of the last file seen."""
         self._seen: _Identity | None = None
         self._answered: _Identity | None = None
         self._take_any = False
         self._lock = threading.Lock()
 
     def take(self, *, unseen: bool = False) -> str:
-        """The request is answered: the file is removed soon. Returns its text. Never blocks.
+        """Answer the request, so that the file is removed soon. Return its text. Never blocks.
 
-        A file that is made or touched afterwards is a new request. ``unseen``: remove, too, a file that has
-        not been seen yet.
+        A file that is created or touched afterwards is a new request. ``unseen``: also remove a
+        file that has not been seen yet.
         """
         with self._lock:
             self.is_there, self._answered = False, self._seen
@@ -61,18 +62,18 @@ class RequestFile:
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is left to remove, as far as is known."""
+        """Whether no file is known that has to be removed."""
         return self._answered is None and not self._take_any
 
     def look(self) -> None:
-        """Look for the file, read it, remove it if it has been answered. Never raises."""
+        """Check for the file, read it, and remove it if it was answered. Never raises."""
         found, text = self._find(), ""
         if found is not None:
             text = self.text if found == self._seen else _first_line(self.path)
         with self._lock:
             answered = found is not None and (found == self._answered or self._take_any)
             if not answered:
-                # A file that could not be removed is answered for good: it does not ask twice.
+                # A file that could not be removed stays answered: it is not a second request.
                 self.is_there = found is not None and (self.is_there or found != self._seen)
                 self._answered = None
             self._seen, self.text, self._take_any = found, text, False
@@ -102,7 +103,7 @@ class RequestFile:
 
 
 class RequestFiles:
-    """Watches for files in ``run_dir`` on a daemon thread, until it is closed or forgotten."""
+    """Watches files in ``run_dir`` on a daemon thread, until it is closed or garbage-collected."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -111,7 +112,7 @@ class RequestFiles:
         self._is_closed = False
 
     def watch(self, name: str, *, look_now: bool = False) -> RequestFile:
-        """Look for ``name`` from now on; with ``look_now``, on the calling thread before this returns."""
+        """Watch ``name`` from now on. ``look_now``: first check for it on the calling thread."""
         file = RequestFile(self._run_dir / name)
         if look_now:
             file.look()
@@ -122,13 +123,13 @@ class RequestFiles:
         return file
 
     def look(self) -> bool:
-        """Look at all files once. Returns whether to go on."""
+        """Check all files once. Return whether to continue."""
         for file in list(self._files):
             file.look()
         return not self._is_closed
 
     def close(self, timeout_s: float = LOOK_EVERY_S) -> None:
-        """Look no more, after what has been answered is removed; wait for that for ``timeout_s`` at most."""
+        """Stop watching. First wait at most ``timeout_s`` until answered files are removed."""
         until = time.monotonic() + timeout_s
         while not all(file.is_settled for file in self._files) and time.monotonic() < until:
             self._wake.set()
@@ -139,13 +140,13 @@ class RequestFiles:
 
 def _look_again(watched: weakref.ref[RequestFiles], wake: threading.Event) -> None:
     while (files := watched()) is not None and files.look():
-        del files  # a manager that nobody refers to any more is not kept alive
+        del files  # do not keep a dropped manager alive
         wake.wait(LOOK_EVERY_S)
         wake.clear()
 
 
 def _first_line(path: Path) -> str:
-    """The first line of a file that is not a link or a pipe, made fit to print; empty without one."""
+    """Return the printable first line of a file that is not a link or a pipe; empty without one."""
     try:
         lines = fsio.read_mark(path, _MAX_TEXT_BYTES).decode(errors="replace").strip().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Which steps a run can go on from: those with a whole training state, not with weights alone."""
+"""Check whether a run can resume from a step: it must hold a complete training state, not only weights."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ COUNTERS = ("step", "tokens", "skipped_steps", "skipped_in_a_row")
 
 
 def check_counters(objects: Mapping[str, Any], *, step: int | None) -> None:
-    """Raise ValueError unless the counters of a ``TrainState`` are whole numbers, and of the manifest's step.
+    """Raise ValueError unless the counters of a ``TrainState`` are integers and match the manifest's step.
 
-    A checkpoint that is no ``TrainState``'s has none of them, and is not judged here.
+    A checkpoint that is not of a ``TrainState`` has no counters, and passes.
     """
     if step is not None and objects.get("step", step) != step:
-        raise ValueError(f"it is of step {objects['step']}, the manifest of step {step}")
+        raise ValueError(f"it holds step {objects['step']}, but the manifest says step {step}")
     if "step" in objects and not all(type(objects.get(name)) is int for name in COUNTERS):
-        raise ValueError(f"{', '.join(COUNTERS)} are not all whole numbers")
+        raise ValueError(f"{', '.join(COUNTERS)} are not all integers")
 
 
 def require_training_state(step_folder: Path, objects: Mapping[str, Any]) -> None:
-    """Raise NoTrainingStateError unless a run can go on from a step with these ``objects``."""
+    """Raise NoTrainingStateError unless a run can resume from a step with these ``objects``."""
     if "step" not in objects:
         raise NoTrainingStateError(
-            f"{step_folder.name} holds no training state (weights alone?): {paths.TRAIN_STATE} has no step"
+            f"{step_folder.name} holds no training state (only weights?): {paths.TRAIN_STATE} has no step"
         )
 
 
 def load_resumable(step_folder: Path, *, step: int, owner: Owner = ANYONE) -> Manifest:
-    """``manifest.load`` for a step that a run can go on from.
+    """Call ``manifest.load``, and check that a run can resume from the step.
 
-    Retention must not count any other as the newest: it would delete those that the run needs. Of a step that
-    ``owner`` does not own nothing but the manifest is read. Raises what ``manifest.load`` raises.
+    Retention must not count any other step as the newest: it would delete those that the run needs.
+    For a step that ``owner`` does not own, only the manifest is read. Raises what ``manifest.load``
+    raises.
     """
     found = manifest.load(step_folder, step=step)
     if not owner.owns(found.provenance):
@@ -47,7 +48,7 @@ def load_resumable(step_folder: Path, *, step: int, owner: Owner = ANYONE) -> Ma
         objects = decode_objects(manifest.read_verified(step_folder, found, paths.TRAIN_STATE))
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedCheckpointError(
-            f"{step_folder.name} is damaged: {paths.TRAIN_STATE} makes no sense ({error})"
+            f"{step_folder.name} is damaged: {paths.TRAIN_STATE} cannot be decoded ({error})"
         ) from None
     require_training_state(step_folder, objects)
     return found

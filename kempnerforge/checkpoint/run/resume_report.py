@@ -1,4 +1,4 @@
-"""The resume receipt: what was chosen, what was rejected and why, what was lost, what changed."""
+"""The resume receipt: which step was chosen, which were rejected and why, what was lost, what changed."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _OF_STOPS = (
     *("train.shutdown_timeout_s", "train.max_minutes", "train.deadline_margin_s"),
     *("train.hang_multiple", "train.hang_floor_s", "distributed.timeout_s"),
 )
-"""Keys that say when a run ends or is reported, and nothing of what it computes."""
+"""Keys that control when a run ends or what is reported, but not what it computes."""
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A step that was looked at and not used."""
+    """A step that was examined but not used."""
 
     step: int
     outcome: str
-    """``damaged``, ``suspect``, ``no training state`` (weights alone, say) or ``another run's``: the other
-    outcomes end the run."""
+    """``damaged``, ``suspect``, ``no training state`` (such as only weights) or ``another run's``.
+    Other outcomes end the run."""
     reason: str
     moved_to: str = ""
-    """Its name now; empty for one that was left where it is."""
+    """Its new name; empty if it was not renamed."""
 
     def fate(self) -> str:
-        """What became of it, in words."""
+        """Return what happened to it, in words."""
         if self.moved_to:
             return f"was {self.outcome}, set aside as {self.moved_to}"
         is_passed_over = self.outcome in ("damaged", "suspect")
-        return f"was {self.outcome} and passed over" if is_passed_over else "was left as it is"
+        return f"was {self.outcome} and skipped" if is_passed_over else "was left as it is"
 
 
 @dataclass
@@ -53,47 +53,47 @@ class Receipt:
     source: str = "fresh start"
     """``fresh start``, ``resume`` or ``warm start``."""
     step: int = 0
-    """Step that this attempt goes on from."""
+    """The step that this attempt starts from."""
     path: str = ""
     rejected: list[Rejected] = field(default_factory=list)
     lost_steps: int = 0
-    """Steps that an earlier attempt had logged beyond ``step``; they are done again."""
+    """Number of steps that an earlier attempt had logged after ``step``. They are repeated."""
     lost_committed: int = 0
-    """The newest of these that had been committed, in a step that is set aside; 0 if none had."""
+    """The newest of these that was committed and is set aside; 0 if there is none."""
     config_changes: dict[str, list[Any]] = field(default_factory=dict)
     """Dotted key -> [value in the checkpoint, value now]."""
     layout_changes: dict[str, list[Any]] = field(default_factory=dict)
     version_changes: dict[str, list[Any]] = field(default_factory=dict)
     data_changes: list[str] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
-    """Where the config changes that of the next step: [by the checkpoint's config, by this one]."""
+    """If the config changes that of the next step: [by the checkpoint's config, by this config]."""
     keeps_schedule: str = ""
-    """What to set to keep the checkpoint's schedule; empty where no key alone does."""
+    """What to set to keep the checkpoint's schedule; empty if no single key does."""
     rng: str = "derived from (seed, step, rank)"
-    """``restored`` on the same layout and type of device."""
+    """``restored`` with the same layout and type of device."""
     nondeterministic: bool = False
     """Whether this attempt runs on a GPU without deterministic algorithms."""
     cursor: str = ""
-    """``restored`` when the data goes on where it was, ``start`` when not; empty if no position is told."""
+    """``restored`` if the data continues where it stopped, ``start`` if not; empty without a position."""
     extras: list[str] = field(default_factory=list)
     """Names of the extras whose state was restored."""
     empty_extras: list[str] = field(default_factory=list)
-    """Names of the extras whose ``state_dict()`` had nothing in it."""
+    """Names of the extras whose ``state_dict()`` was empty."""
     next_batch: str = "not compared"
-    """``proved`` when the next batch has the digest that was stored with the step."""
+    """``proved`` if the next batch has the digest stored with the step."""
     not_loaded: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """What the start could not tidy up, and the steps that it passed over for that."""
+    """What the start could not clean up, and the steps that it skipped for that reason."""
     space_warning: str = ""
-    """What there is to say about the disk before training."""
+    """A warning about disk space before training."""
     load_s: float = 0.0
     size_bytes: int = 0
     time: float = field(default_factory=time.time)
 
     def bitwise(self) -> bool:
-        """Whether nothing was found that keeps this attempt from repeating an uninterrupted run bit for bit.
+        """Return whether no known difference keeps this attempt from matching an uninterrupted run bitwise.
 
-        ``train.max_steps`` counts as a difference: most schedules depend on it.
+        ``train.max_steps`` counts as a difference, because most schedules depend on it.
         """
         harmless = ("checkpoint.", "metrics.", "run.", "eval.", "data.cache_dir", *_OF_STOPS)
         changed = [key for key in self.config_changes if not key.startswith(harmless)]
@@ -105,8 +105,8 @@ class Receipt:
         )
 
     def lines(self) -> list[str]:
-        """The receipt for people."""
-        warnings = [f"  warning: {one}" for one in self.warnings]
+        """Return the receipt as text."""
+        warnings = [f"  warning: {warning}" for warning in self.warnings]
         if self.source == "fresh start":
             return ["fresh start at step 0", *self._passed_over(), *warnings]
         verb = "resumed" if self.source == "resume" else "warm start"
@@ -119,7 +119,7 @@ class Receipt:
                 if self.lost_committed
                 else "no checkpoint on this timeline has them"
             )
-            result.append(f"  {self.lost_steps} steps after it are done again: {why}")
+            result.append(f"  {self.lost_steps} steps after it are repeated: {why}")
         for title in ("config", "layout", "version"):
             for key, (before, now) in getattr(self, f"{title}_changes").items():
                 result.append(f"  {title}: {key} was {before!r}, is {now!r}")
@@ -138,11 +138,13 @@ class Receipt:
         if self.nondeterministic:
             result.append("  algorithms: not deterministic (train.deterministic)")
         if self.source == "resume" and not self.bitwise():
-            result.append("  for these changes, what follows may differ from an uninterrupted run")
+            result.append("  because of these changes, results may differ from an uninterrupted run")
         return result
 
     def _passed_over(self) -> list[str]:
-        return [f"  step {one.step} {one.fate()}: {one.reason}" for one in self.rejected]
+        return [
+            f"  step {rejection.step} {rejection.fate()}: {rejection.reason}" for rejection in self.rejected
+        ]
 
     def write(self, run_dir: Path) -> None:
         """Append to ``receipts.jsonl``, durably."""
@@ -151,15 +153,15 @@ class Receipt:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Keys whose values differ, with both values; None where a key is missing."""
+    """Return the keys whose values differ, with both values; None for a missing key."""
     keys = sorted({*before, *now})
     return {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}
 
 
 def read_receipts(run_dir: Path) -> list[dict[str, Any]]:
-    """All receipts of a run, oldest first. Raises OSError.
+    """Return all receipts of a run, oldest first. Raises OSError.
 
-    Lines that a crash tore are left out, and so are rows that are no receipts: others write to the file too.
+    Incomplete lines from a crash are ignored, and so are rows that are not receipts.
     """
     try:
         lines = fsio.read_file(run_dir / RECEIPTS).splitlines()
@@ -173,11 +175,10 @@ def _is_receipt(row: Mapping[str, Any]) -> bool:
 
 
 def last_logged_step(run_dir: Path) -> int:
-    """Step of the last whole training row in ``metrics.jsonl`` that counts; 0 when there is none.
+    """Return the step of the last complete training row in ``metrics.jsonl`` that counts; 0 if there is none.
 
-    What a rollback took back was given up on purpose: it is not lost, and counts no further than the step
-    that the run went back to. Reads the end of the file only: it grows for weeks. Raises OSError and
-    RunFolderError.
+    Steps given up by a rollback are not lost, so they count only up to the step of the rollback.
+    Reads only the end of the file, which grows for weeks. Raises OSError and RunFolderError.
     """
     try:
         with os.fdopen(fsio.open_to_read(run_dir / METRICS), "rb") as file:
@@ -190,13 +191,13 @@ def last_logged_step(run_dir: Path) -> int:
     for line in reversed(lines):
         row = _row(line)
         if row is not None and "train/loss" in row and _is_receipt({"attempt": 0, **row}):
-            later = [one.step for one in rollbacks if one.attempt > row.get("attempt", 0)]
+            later = [rollback.step for rollback in rollbacks if rollback.attempt > row.get("attempt", 0)]
             return min([row["step"], *later])
     return 0
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """One line of JSON; None for one that a crash tore, or that was read from its middle."""
+    """Parse one line of JSON. Return None for an incomplete one."""
     try:
         row = json.loads(line)
     except ValueError:

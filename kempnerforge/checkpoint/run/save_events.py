@@ -1,4 +1,4 @@
-"""Events of the ledger about saves and deletions. docs/reference/run-folder.md describes them."""
+"""Ledger events about saves and deletions. docs/reference/run-folder.md describes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from kempnerforge.checkpoint.results import SaveReport
 
 MAX_EVENTS = 1000
-"""Events kept for a caller that does not fetch them; older ones are dropped."""
+"""Limit on events kept for a caller that does not fetch them. Older ones are dropped."""
 _COMMIT = ("step", "reason", "blocking_s", "write_s", "commit_s", "total_s", "size_bytes")
 
 
@@ -34,23 +34,23 @@ def event_of(report: SaveReport) -> SaveEvent:
 
 @dataclass
 class PutOff:
-    """A save that waits for an earlier one."""
+    """A save that is deferred because an earlier one is still being written."""
 
     reason: str
     """Why it is due."""
     writing: int
     """The step that is being written."""
     first: int
-    """The step at which it was put off first."""
+    """The step at which it was deferred first."""
     last: int
-    """The step at which it was put off last."""
+    """The step at which it was deferred last."""
 
     def begins(self) -> SaveEvent:
-        """Return the event for its beginning, which a crash may leave as the only one."""
+        """Return the event for its start. After a crash it may be the only one."""
         return SaveEvent("put_off", self._values(to_step=None, saved_step=None))
 
     def ends(self, saved_step: int | None) -> SaveEvent:
-        """Return the event for its end. ``saved_step``: the step that is saved instead, if there is one."""
+        """Return the event for its end. ``saved_step``: the step that is saved instead, if any."""
         return SaveEvent("put_off", self._values(to_step=self.last, saved_step=saved_step))
 
     def _values(self, *, to_step: int | None, saved_step: int | None) -> dict[str, Any]:
@@ -66,6 +66,6 @@ class PutOff:
 def deleted(steps: Sequence[int], rules: Sequence[str], *, after_commit: int | None) -> SaveEvent:
     """Return the event for ``steps`` that retention deleted because none of ``rules`` kept them.
 
-    ``after_commit``: the step that was committed just before; None when they made room for a save.
+    ``after_commit``: the step that was committed just before; None if they were deleted for space.
     """
     return SaveEvent("deleted", {"steps": list(steps), "rules": list(rules), "after_commit": after_commit})

@@ -1,4 +1,4 @@
-"""What a checkpoint records of the software and hardware that wrote it."""
+"""Describe the software and hardware that write a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kempnerforge import __version__
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What bitwise equality depends on beside config and layout."""
+    """Return what bitwise equality depends on besides config and layout."""
     found = {
         "kempnerforge": __version__,
         "torch": torch.__version__,

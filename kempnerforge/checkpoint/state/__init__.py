@@ -1,1 +1,1 @@
-"""Training state as a flat tree of tensors and JSON values, and back."""
+"""Convert training state to flat tensors and JSON values, and back."""

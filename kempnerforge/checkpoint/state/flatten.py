@@ -1,4 +1,4 @@
-"""Splits a state dict into tensors, other leaves and their paths."""
+"""Split a state dict into tensors, other leaves, and their paths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kempnerforge.torch_compat import LocalShardsWrapper, ShardedTensor
 
 @dataclass(frozen=True)
 class TreePayload(Payload):
-    """A state dict as a save takes it."""
+    """A flattened state dict, ready to be saved."""
 
     structure: Structure = FLAT
 
@@ -28,14 +28,14 @@ class TreePayload(Payload):
 def payload_of(state_dict: Mapping[Any, Any]) -> TreePayload:
     """Return a state dict's tensors, its other leaves as JSON, and their paths.
 
-    Names are DCP's: keys joined by dots; keys that are not text become text. Unlike DCP, empty dicts stay.
-    Raises TypeError, naming the leaf, for what a checkpoint cannot hold, and ValueError for two leaves of one
-    name and for names that it cannot hold.
+    Names are those of DCP: keys as strings, joined by dots. Unlike in DCP, empty dicts are kept.
+    Raises TypeError, which names the leaf, for values that a checkpoint cannot hold, and ValueError
+    for duplicate and invalid names.
     """
     if all(isinstance(value, torch.Tensor) for value in state_dict.values()) and all(
         type(key) is str for key in state_dict
     ):
-        return TreePayload(state_dict)  # flat: a closer look would take as long as a small save
+        return TreePayload(state_dict)  # flat: walking it would take as long as a small save
     found = _Flattener()
     for key, value in state_dict.items():
         found.visit((str(key),), value.state_dict() if isinstance(value, Stateful) else value)
@@ -43,7 +43,7 @@ def payload_of(state_dict: Mapping[Any, Any]) -> TreePayload:
 
 
 class _Flattener:
-    """Walks through dicts and lists as DCP does: a list of no dicts and no tensors is one leaf."""
+    """Walks dicts and lists as DCP does: a list without dicts and tensors is one leaf."""
 
     def __init__(self) -> None:
         self._paths: dict[str, Path] = {}
@@ -52,7 +52,7 @@ class _Flattener:
         self._others: dict[str, Any] = {}
 
     def visit(self, path: Path, value: Any) -> None:
-        """Collect the leaves of ``value``, which is at ``path``."""
+        """Collect the leaves of ``value`` at ``path``."""
         if isinstance(value, torch.Tensor):
             self._tensors[self._name(path, self._paths)] = value
         elif isinstance(value, Mapping):
@@ -88,7 +88,7 @@ class _Flattener:
         for name, tensor in packer.tensors.items():
             if isinstance(tensor, (DTensor, ShardedTensor, LocalShardsWrapper)):
                 raise TypeError(
-                    f"{name} is a {type(tensor).__name__} inside of another leaf: put it into a dict or list"
+                    f"{name} is a {type(tensor).__name__} inside another leaf: put it into a dict or list"
                 )
             check_storable(name, tensor)
             if name in self._tensors:
@@ -99,9 +99,9 @@ class _Flattener:
 
 
 def _is_leaf(values: list[Any], depth: int) -> bool:
-    """Whether a list has no dict and no tensor in it, also in lists within it."""
+    """Return whether a list contains no dict and no tensor, also in nested lists."""
     if depth > MAX_DEPTH:
-        return True  # packing it says what is wrong
+        return True  # packing it raises the error
     for value in values:
         if isinstance(value, (Mapping, torch.Tensor)):
             return False

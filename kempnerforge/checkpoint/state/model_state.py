@@ -1,4 +1,4 @@
-"""A model's entries under the names that they have without wrappers, and how they come back."""
+"""Save and load a model's entries under their names without wrappers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from torch.nn.parameter import is_lazy
 class ModelState:
     """The parts of a model that this rank holds: all of it, or its stages of a pipeline.
 
-    Raises TypeError for what is not a module or is wrapped in FSDP1, whose parameters are slices of others,
-    and ValueError for parts that have a name in common and for lazy parameters that have no shape yet.
+    Raises TypeError for anything that is not a module, or is wrapped in FSDP1, whose parameters are
+    slices of others. Raises ValueError for parts with a common name, and for lazy parameters
+    without a shape.
     """
 
     def __init__(self, model: nn.Module | Sequence[nn.Module]) -> None:
@@ -38,9 +39,9 @@ class ModelState:
         self.entries()
 
     def entries(self, *, copy_buffers: bool = False) -> dict[str, Any]:
-        """What ``state_dict`` gives, by name, all parts together. Tensors are references if they can be.
+        """Return ``state_dict`` of all parts together, by name. Tensors are references where possible.
 
-        With ``copy_buffers`` those that a forward may change, which parameters are not, are copies.
+        ``copy_buffers``: copy the tensors that a forward may change, which excludes parameters.
         """
         found: dict[str, Any] = {}
         for part in self.parts:
@@ -49,15 +50,13 @@ class ModelState:
             for raw, value in part.state_dict().items():
                 name = strip(raw)
                 if name in found:
-                    raise ValueError(
-                        f"two parts of the model have {name}: give their modules different names"
-                    )
+                    raise ValueError(f"two parts of the model have {name}: give their modules distinct names")
                 is_tensor = copy_buffers and isinstance(value, torch.Tensor)
                 found[name] = value.clone() if is_tensor and (raw in changing or _is_extra(raw)) else value
         return found
 
     def names(self) -> dict[torch.Tensor, str]:
-        """Parameter -> name. A tied parameter has the first of its names."""
+        """Return parameter -> name. A tied parameter has the first of its names."""
         found: dict[torch.Tensor, str] = {}
         for part in self.parts:
             strip = _stripper(part)
@@ -66,7 +65,7 @@ class ModelState:
         return found
 
     def replicated(self) -> set[str]:
-        """Names in a checkpoint of the tensors that ``DistributedDataParallel`` keeps equal on all ranks."""
+        """Return the names of the tensors that ``DistributedDataParallel`` keeps equal on all ranks."""
         found: set[str] = set()
         for part in self.parts:
             strip = _stripper(part)
@@ -81,7 +80,7 @@ class ModelState:
     def check_stored(self, trained: Iterable[torch.Tensor]) -> None:
         """Raise ValueError for a trained parameter that ``state_dict`` leaves out: a resume would lose it.
 
-        A module that hands out entries under names of its own is taken to have it in one of them.
+        If a module renames its entries, one of them is assumed to contain the parameter.
         """
         names, entries = self.names(), self.entries()
         storages = {memory_of(value) for value in entries.values() if isinstance(value, torch.Tensor)} - {0}
@@ -94,17 +93,17 @@ class ModelState:
             entry = entries.get(name)
             if isinstance(entry, torch.Tensor) and entry.dtype != parameter.dtype:
                 raise ValueError(
-                    f"{name} is {parameter.dtype}, and state_dict() of model= gives it as {entry.dtype}: a "
+                    f"{name} is {parameter.dtype}, but state_dict() of model= returns it as {entry.dtype}: a "
                     "resume would round it"
                 )
             if entry is None and memory_of(parameter) not in storages:
                 raise ValueError(
-                    f"{name} is trained by optimizer=, and state_dict() of model= leaves it out: a resume "
+                    f"{name} is trained by optimizer=, but state_dict() of model= leaves it out: a resume "
                     "would lose it"
                 )
 
     def targets(self) -> ModelTargets:
-        """Where a load puts what it reads."""
+        """Return what a load has to read, and where to put it."""
         found = ModelTargets()
         for part in self.parts:
             strip, entries = _stripper(part), {}
@@ -118,11 +117,11 @@ class ModelState:
                     found.of_any_form[name] = value
                     through_load = True
                     continue
-                # A rank that holds nothing of a sharded tensor goes by its name: all ranks must decide alike.
+                # A rank that holds nothing of a sharded tensor decides by name: all ranks must agree.
                 storage = memory_of(value)
                 is_own = storage in storages if storage else raw in own
                 if value.numel() and not is_own:
-                    # A copy that a hook made: filling it would not fill the parameter.
+                    # A copy made by a hook: filling it would not fill the parameter.
                     value = torch.empty_like(value)
                     through_load = True
                 found.tensors[name] = value
@@ -133,34 +132,34 @@ class ModelState:
 
 @dataclass
 class ModelTargets:
-    """Tensors to fill and, for modules that hand out anything but their own tensors, what to call then."""
+    """Tensors to fill, and modules whose ``load_state_dict`` has to be called afterwards."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     of_any_form: dict[str, Any] = field(default_factory=dict)
-    """What is not a tensor, or may change its shape (``get_extra_state``): name -> value of now."""
+    """Values that are not tensors, or may change shape (``get_extra_state``): name -> current value."""
     through_load: list[tuple[nn.Module, dict[str, str]]] = field(default_factory=list)
-    """Modules that must be loaded through ``load_state_dict``, with name -> their own name for it."""
+    """Modules that must be loaded through ``load_state_dict``, with name -> the module's own name."""
 
     def apply(self, others: Mapping[str, Any]) -> None:
-        """Hand over what was read. ``others``: the values of the entries of any form. Raises RuntimeError."""
+        """Apply what was read. ``others``: the values of ``of_any_form``. Raises RuntimeError."""
         values = {**self.tensors, **others}
         for part, raw_names in self.through_load:
             state = OrderedDict((raw, values[name]) for name, raw in raw_names.items())
             own = part.state_dict()
-            # Modules take a state without versions for one of an old version, and convert it.
+            # Without versions, modules would convert the state as one of an old version.
             state._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
-            # What the module does not hand out itself, a frozen base say, cannot be in the checkpoint.
+            # Entries that state_dict() leaves out, such as a frozen base, are not in the checkpoint.
             is_own = not _is_of_torch(type(part).load_state_dict)
-            told = part.load_state_dict(state) if is_own else part.load_state_dict(state, strict=False)
-            missing = [name for name in getattr(told, "missing_keys", ()) if name in own]
-            if wrong := [*missing, *getattr(told, "unexpected_keys", ())]:
+            result = part.load_state_dict(state) if is_own else part.load_state_dict(state, strict=False)
+            missing = [name for name in getattr(result, "missing_keys", ()) if name in own]
+            if wrong := [*missing, *getattr(result, "unexpected_keys", ())]:
                 raise RuntimeError(
                     f"load_state_dict of {type(part).__name__} did not take {', '.join(wrong)}"
                 )
 
 
 def _own_tensors(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by the module's own names, tied ones under each."""
+    """Return parameters and buffers by the module's own names, tied ones under each name."""
     return {
         **dict(part.named_parameters(remove_duplicate=False)),
         **dict(part.named_buffers(remove_duplicate=False)),
@@ -168,7 +167,7 @@ def _own_tensors(part: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _inside(name: str) -> str:
-    """What the names in the same module begin with."""
+    """Return the prefix of all names in the same module."""
     module = name.rpartition(".")[0]
     return f"{module}." if module else ""
 
@@ -178,7 +177,7 @@ def _is_extra(name: str) -> bool:
 
 
 def _load_has_effects(part: nn.Module) -> bool:
-    """Whether loading it does more than filling tensors: hooks, or methods of a user's own."""
+    """Return whether loading does more than fill tensors, because of hooks or overridden methods."""
     for module in part.modules():
         hooks = (*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values())
         if any(not _is_of_torch(getattr(hook, "hook", hook)) for hook in hooks):
@@ -189,13 +188,13 @@ def _load_has_effects(part: nn.Module) -> bool:
 
 
 def _is_of_torch(function: Any) -> bool:
-    """Whether it is torch's: torch's own hooks take names apart, and fill nothing."""
+    """Return whether a function belongs to torch, whose own hooks only change names."""
     function = getattr(function, "func", function)
     return str(getattr(function, "__module__", "")).partition(".")[0] == "torch"
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """Address of the storage of a tensor, or of this rank's part of it; 0 if it has no memory of its own."""
+    """Return the address of a tensor's storage on this rank; 0 if it has no memory of its own."""
     if isinstance(tensor, DTensor):
         tensor = tensor.to_local()
     try:
@@ -206,17 +205,20 @@ def memory_of(tensor: torch.Tensor) -> int:
 
 def _refuse_fsdp1(part: nn.Module) -> None:
     fsdp1 = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    if fsdp1 is not None and any(isinstance(one, fsdp1.FullyShardedDataParallel) for one in part.modules()):
+    if fsdp1 is not None and any(
+        isinstance(module, fsdp1.FullyShardedDataParallel) for module in part.modules()
+    ):
         raise TypeError(
             "model= is wrapped in FullyShardedDataParallel (FSDP1), whose parameters are slices of others. "
-            "Use fully_shard (FSDP2), or hand it over as extra= (docs/guide/recipes.md)"
+            "Use fully_shard (FSDP2), or pass it as extra= (docs/guide/recipes.md)"
         )
 
 
 def _stripper(part: nn.Module) -> Callable[[str], str]:
-    """Takes the prefixes that wrappers add out of the names of a module's parameters and entries.
+    """Return a function that removes the prefixes of wrappers from names of parameters and entries.
 
-    The module is searched for wrappers at the first name that may have such a prefix: a search takes a while.
+    The module is searched for wrappers at the first name that may have such a prefix, because that
+    is slow.
     """
     wrappers: dict[str, str] | None = None
 
@@ -237,19 +239,19 @@ def _stripper(part: nn.Module) -> Callable[[str], str]:
 
 
 def _find_wrappers(part: nn.Module) -> dict[str, str]:
-    """Where wrappers are in a module -> the attribute that holds what they wrap."""
+    """Return path of each wrapper in a module -> its attribute that holds the wrapped module."""
     found: dict[str, str] = {}
     for prefix, module in part.named_modules(remove_duplicate=False):
         if (attribute := _wrapped_in(module)) is not None:
             found[prefix] = attribute
-            # Wrappers for activation checkpointing leave their own prefix out of names.
+            # Wrappers for activation checkpointing remove their own prefix from names.
             found[prefix.replace("_checkpoint_wrapped_module.", "")] = attribute
     return found
 
 
 def _wrapped_in(module: nn.Module) -> str | None:
-    """The attribute that holds the wrapped module; None for a module that wraps none."""
+    """Return the attribute that holds the wrapped module; None for a module that is not a wrapper."""
     if isinstance(module, (DataParallel, DistributedDataParallel)):
         return "module"
-    # By its name: importing torch.compile's machinery takes a second.
+    # Compare the name: importing the class takes a second.
     return "_orig_mod" if type(module).__name__ == "OptimizedModule" else None

@@ -1,18 +1,19 @@
-"""An optimizer's state and groups under the names of parameters, and how they come back.
+"""Save and load an optimizer's state and groups under the names of parameters.
 
-State is whatever is in ``optimizer.state`` and ``optimizer.param_groups``. A load makes what the checkpoint
-has and the optimizer has not made yet, without a step: asking torch for it would make the optimizer take one.
+State is everything in ``optimizer.state`` and ``optimizer.param_groups``. A load creates the state
+that the checkpoint has and the optimizer has not created yet. It takes no optimizer step for that,
+as torch would.
 
 =====================================  =======================================================================
-in the checkpoint                      what
+in the checkpoint                      content
 =====================================  =======================================================================
-``optimizer.state.<parameter>.<key>``  a tensor; any other value is an entry of ``train_state.json``
+``optimizer.state.<parameter>.<key>``  a tensor; other values are entries of ``train_state.json``
 ``optimizer.global.<key>``             state that belongs to no parameter
 ``"optimizer"`` in the JSON            ``class``; ``groups``: all keys of each group, ``params`` by name;
-                                       ``on_host``: keys of tensors on the CPU beside parameters on another
-                                       device; ``empty``: parameters whose state has no key yet; ``same``:
-                                       tensors that are one with another; ``parameters``: tensors that are
-                                       ``nn.Parameter`` or require gradients
+                                       ``on_host``: keys of tensors on the CPU although the parameter is on
+                                       another device; ``empty``: parameters whose state has no keys yet;
+                                       ``same``: tensors that are shared with another key; ``parameters``:
+                                       tensors that are ``nn.Parameter`` or require gradients
 ``optimizers.<name>.state...``         the same for each of a dict of optimizers, under ``"optimizers"``
 =====================================  =======================================================================
 """
@@ -45,9 +46,10 @@ class OptimizerState:
     """One optimizer, under ``prefix`` (``optimizer.``, or ``optimizers.<name>.``).
 
     Args:
-        groups: names of the whole model's parameters by the ``name`` of their group, where a rank has only
-            some of them.
-        kept: keys of groups that a load leaves as the program has them; None loads all, as torch does.
+        groups: names of the whole model's parameters by the ``name`` of their group, if a rank has
+            only some of them.
+        kept: keys of groups that a load keeps as the program has them. None loads all, as torch
+            does.
     """
 
     def __init__(
@@ -68,14 +70,14 @@ class OptimizerState:
         self._groups = groups
         self._kept = kept
         self._known: dict[str, tuple[Callable[[], Any], list[bool]]] = {}
-        """State that was looked at: name -> object, whether it is a parameter and requires gradients."""
+        """Checked state: name -> object, and whether it is a parameter and requires gradients."""
 
     # -- save --------------------------------------------------------------------------------------------
 
     def pack(self, names: Names, packer: Packer, objects: dict[str, Any]) -> dict[str, Any]:
-        """Put the state into ``packer`` and ``objects``; returns what describes the groups, as JSON.
+        """Add the state to ``packer`` and ``objects``. Return a description of the groups, as JSON.
 
-        Raises TypeError and ValueError, naming it, for what a load could not bring back.
+        Raises TypeError and ValueError, which name it, for anything that a load could not restore.
         """
         on_host: set[str] = set()
         empty: list[str] = []
@@ -90,13 +92,13 @@ class OptimizerState:
             base = f"{self.prefix}state.{parameter}."
             if not isinstance(state, Mapping):
                 raise TypeError(
-                    f"{base[:-1]} is a {type(state).__name__}: state of a parameter must be a table"
+                    f"{base[:-1]} is a {type(state).__name__}: state of a parameter must be a dict"
                 )
             if not state:
                 empty.append(parameter)
             for key, value in state.items():
                 if type(key) is not str or not key:
-                    raise TypeError(f"{base}{key!r}: a key of optimizer state must be text")
+                    raise TypeError(f"{base}{key!r}: a key of optimizer state must be a string")
                 if isinstance(value, torch.Tensor):
                     if (first := shared.setdefault(id(value), base + key)) != base + key:
                         same[base + key] = first
@@ -145,11 +147,12 @@ class OptimizerState:
         if isinstance(parameter, torch.Tensor) and parameter in names:
             return names[parameter]
         for number, group in enumerate(self.optimizer.param_groups):
-            for place, one in enumerate(group["params"]):
-                if one is parameter:
+            for position, member in enumerate(group["params"]):
+                if member is parameter:
                     raise ValueError(
-                        f"parameter {place} of group {number} of {type(self.optimizer).__name__}, of shape "
-                        f"{tuple(one.shape)}, is not in model=. Give all modules that it trains as model="
+                        f"parameter {position} of group {number} of {type(self.optimizer).__name__}, of "
+                        f"shape {tuple(member.shape)}, is not in model=. Pass all modules that it trains as "
+                        "model="
                     )
         raise ValueError(
             f"{type(self.optimizer).__name__} has state of a {type(parameter).__name__} that is in none of "
@@ -159,18 +162,21 @@ class OptimizerState:
     # -- load --------------------------------------------------------------------------------------------
 
     def known_names(self, names: Names) -> set[str]:
-        """Names of all parameters, those of other ranks included."""
+        """Return the names of all parameters, including those of other ranks."""
         others = {name for group in (self._groups or {}).values() for name in group}
         return others | {
-            names[one] for group in self.optimizer.param_groups for one in group["params"] if one in names
+            names[member]
+            for group in self.optimizer.param_groups
+            for member in group["params"]
+            if member in names
         }
 
     def targets(self, names: Names, reader: StoredStep, stored: StoredOptimizer) -> OptimizerTargets:
-        """What has to be read, and where it goes. Raises MismatchError if the program has other groups."""
+        """Return what to read, and where to put it. Raises MismatchError if the program has other groups."""
         if stored.kind not in (None, kind_of(self.optimizer)):
             raise MismatchError(
                 f"{self.prefix.rstrip('.')} is {kind_of(self.optimizer)} here and {stored.kind} in the "
-                "checkpoint. A new run can begin from its weights, with it as checkpoint.load_path and "
+                "checkpoint. To start a new run from its weights, set checkpoint.load_path to it, and "
                 'checkpoint.exclude_from_loading = ["optimizer"]'
             )
         self._check_groups(stored, names)
@@ -225,7 +231,7 @@ class OptimizerState:
             extra = (there if len(there) > len(here) else here)[min(len(here), len(there))]
             raise MismatchError(
                 f"{what} has {len(there)} groups in the checkpoint, {len(here)} here: only the {more} has a "
-                f"group of {_some(extra)}, and the {less} lacks it. Make the same groups (add_param_group) "
+                f"group of {_some(extra)}, which the {less} lacks. Create the same groups (add_param_group) "
                 "before resume"
             )
         for number, (mine, theirs) in enumerate(zip(here, there, strict=True)):
@@ -241,14 +247,14 @@ class OptimizerState:
 
 @dataclass
 class OptimizerTargets:
-    """What a load reads for one optimizer, and where it goes."""
+    """What a load reads for one optimizer, and where to put it."""
 
     owner: OptimizerState
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     state: dict[Any, Any] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    """Tensors that the program has and the checkpoint lacks, where state is not the checkpoint's alone."""
+    """Tensors that the program has but the checkpoint lacks, if ``kept`` is set."""
 
     def apply(self) -> None:
         """Set the optimizer's state and groups, once the tensors are filled."""
@@ -263,37 +269,39 @@ class OptimizerTargets:
                     and isinstance(value, torch.Tensor)
                     and (here.shape, here.dtype) == (value.shape, value.dtype)
                 ):
-                    here.detach().copy_(value)  # whoever holds it, a captured graph say, sees the value
+                    here.detach().copy_(
+                        value
+                    )  # update it in place for other holders, such as a captured graph
                 else:
                     group[key] = value
 
 
 @dataclass(frozen=True)
 class StoredOptimizer:
-    """What ``train_state.json`` has of one optimizer."""
+    """What ``train_state.json`` says about one optimizer."""
 
     kind: str | None
-    """Name of its class; None by early versions."""
+    """Name of its class; None in early versions."""
     groups: list[dict[str, Any]]
     on_host: frozenset[str] | None
     empty: frozenset[str]
-    """Parameters whose state has no key yet."""
+    """Parameters whose state has no keys yet."""
     values: dict[str, dict[str, Any]]
-    """Parameter -> key -> value that is not a tensor, as JSON."""
+    """Parameter -> key -> value as JSON, for values that are not tensors."""
     of_all: dict[str, Any]
     """State that belongs to no parameter, as JSON."""
     inner_tensors: frozenset[str]
-    """Names of the tensors within such values."""
+    """Names of the tensors inside such values."""
     same: dict[str, str]
-    """Names of tensors that are one with another one -> name of that one."""
+    """Name of a shared tensor -> name that it is stored under."""
     parameters: dict[str, list[bool]]
-    """Names of tensors that were ``nn.Parameter``, or required gradients -> whether they were, and did."""
+    """Tensor name -> whether it was an ``nn.Parameter``, and whether it required gradients."""
 
     @classmethod
     def read(
         cls, table: Any, objects: Mapping[str, Any], *, prefix: str, names: Collection[str], where: str
     ) -> StoredOptimizer:
-        """From the JSON. ``names``: all parameters that the program has. Raises DamagedCheckpointError."""
+        """Parse the JSON. ``names``: all parameters of the program. Raises DamagedCheckpointError."""
         values: dict[str, dict[str, Any]] = {}
         of_all: dict[str, Any] = {}
         inner: set[str] = set()
@@ -322,13 +330,13 @@ class StoredOptimizer:
         return cls(kind, groups, on_host, empty, values, of_all, frozenset(inner), same, parameters)
 
     def tensor_keys(self, base: str, reader: StoredStep) -> list[str]:
-        """Keys of a parameter's state, whose names begin with ``base``, that are tensors."""
+        """Return the keys of a parameter's state, with the prefix ``base``, that are tensors."""
         found = [key for key in reader.index.under(base) if base + key not in self.inner_tensors]
         return found + [name.removeprefix(base) for name in self.same if name.startswith(base)]
 
 
 def split_name(rest: str, names: Collection[str]) -> tuple[str, str]:
-    """``<parameter>.<key>`` in its two, by the longest parameter that is known; unknown: at the last dot."""
+    """Split ``<parameter>.<key>`` after the longest known parameter, or, without one, at the last dot."""
     end = len(rest)
     while (end := rest.rfind(".", 0, end)) > 0:
         if rest[:end] in names:
@@ -338,7 +346,7 @@ def split_name(rest: str, names: Collection[str]) -> tuple[str, str]:
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    """Name of an optimizer's class; of a wrapper that shares the state of another, that of the other."""
+    """Return the name of an optimizer's class. For a wrapper that shares another's state, the other's."""
     for value in vars(optimizer).values():
         if isinstance(value, torch.optim.Optimizer) and value.state is optimizer.state:
             return kind_of(value)
@@ -346,19 +354,19 @@ def kind_of(optimizer: torch.optim.Optimizer) -> str:
 
 
 def check_whole(optimizer: torch.optim.Optimizer, given: Collection[torch.optim.Optimizer]) -> None:
-    """Raise TypeError when state of an optimizer is neither in its ``state`` nor in its ``param_groups``.
+    """Raise TypeError if an optimizer has state outside its ``state`` and ``param_groups``.
 
-    ``given``: all optimizers that are handed over.
+    ``given``: all optimizers that the user passes.
     """
     kind = type(optimizer).__name__
     for attribute, value in vars(optimizer).items():
         values = value if isinstance(value, (list, tuple)) else (value,)
         for inner in values if not isinstance(value, dict) else value.values():
             is_other = isinstance(inner, torch.optim.Optimizer) and inner.state is not optimizer.state
-            if is_other and not any(inner is one for one in given):
+            if is_other and not any(inner is passed for passed in given):
                 raise TypeError(
-                    f"{kind}.{attribute} is an optimizer with a state of its own, {type(inner).__name__}: "
-                    "hand over both, as a dict of optimizers"
+                    f"{kind}.{attribute} is an optimizer with its own state, {type(inner).__name__}: "
+                    "pass both, as a dict of optimizers"
                 )
     is_own = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
     if is_own or optimizer._optimizer_state_dict_post_hooks:
@@ -366,15 +374,15 @@ def check_whole(optimizer: torch.optim.Optimizer, given: Collection[torch.optim.
         if more:
             raise TypeError(
                 f"state_dict() of {kind} has {', '.join(sorted(map(repr, more)))} beside state and "
-                "param_groups: hand it over as extra=, with optimizer={} (docs/guide/optimizers.md)"
+                "param_groups: pass it as extra=, with optimizer={} (docs/guide/optimizers.md)"
             )
 
 
 def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create what the first step of torch's Adam and AdamW would create: zeros.
+    """Create the state that the first step of torch's Adam and AdamW would create: zeros.
 
-    Then a run's first save has the buffers that all others have. Nothing happens where state exists already,
-    nor for any other optimizer, which makes its state in its first step.
+    Then a run's first save has the same buffers as all others. Does nothing if state exists
+    already, or for any other optimizer, which creates its state in its first step.
     """
     if optimizer.state or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return
@@ -383,7 +391,7 @@ def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
         for param in group["params"]:
             zeros = {"exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if group["amsgrad"] else set())
             optimizer.state[param] = {
-                # Fused and captured kernels count on the device; the others read the count on the host.
+                # Fused and captured kernels count on the device; the others read the count on the CPU.
                 "step": torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu"),
                 **{
                     name: torch.zeros_like(param, memory_format=torch.preserve_format)
@@ -393,31 +401,31 @@ def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _check_layout(name: str, value: torch.Tensor, parameter: torch.Tensor, key: str) -> None:
-    """Raise TypeError for state of a sharded parameter that cannot be laid out like the parameter."""
+    """Raise TypeError for state of a sharded parameter that does not have the parameter's layout."""
     if isinstance(value, DTensor):
         if not isinstance(parameter, DTensor) or value.shape != parameter.shape or _is_count(value, key):
             raise TypeError(
-                f"{name} is a DTensor of shape {tuple(value.shape)}, its parameter has "
-                f"{tuple(parameter.shape)}: only state of the parameter's shape can be laid out again "
+                f"{name} is a DTensor of shape {tuple(value.shape)}, but its parameter has "
+                f"{tuple(parameter.shape)}: only state of the parameter's shape can be resharded "
                 "(docs/guide/optimizers.md)"
             )
         if value.placements != parameter.placements or value.device_mesh != parameter.device_mesh:
             raise TypeError(
-                f"{name} is placed as {value.placements}, its parameter as {parameter.placements}: only "
-                "state that is placed like its parameter can be laid out again (docs/guide/optimizers.md)"
+                f"{name} is placed as {value.placements}, but its parameter as {parameter.placements}: "
+                "only state that is placed like its parameter can be resharded (docs/guide/optimizers.md)"
             )
     elif isinstance(parameter, DTensor) and (
         value.ndim or (parameter.ndim == 0 and not _is_count(value, key))
     ):
         raise TypeError(
-            f"{name} is a plain tensor of shape {tuple(value.shape)} beside a parameter that is a DTensor: "
-            "ranks may hold different values of it. Use an optimizer whose state is made of DTensors "
+            f"{name} is a plain tensor of shape {tuple(value.shape)}, but its parameter is a DTensor: "
+            "ranks may hold different values of it. Use an optimizer whose state consists of DTensors "
             "(docs/guide/optimizers.md)"
         )
 
 
 def _is_count(value: torch.Tensor, key: str) -> bool:
-    """A counter of steps is a plain tensor also beside parameters without dimensions."""
+    """Return whether this is a step counter, which is a plain tensor even for a 0-dim parameter."""
     return value.ndim == 0 and key == "step"
 
 
@@ -428,16 +436,16 @@ def _make(
     group: Mapping[str, Any],
     on_host: frozenset[str] | None,
 ) -> torch.Tensor:
-    """State as the optimizer would have made it: like its parameter where it has its shape, else plain.
+    """Create a state tensor as the optimizer would: like its parameter if it has its shape, else plain.
 
-    ``head``: safetensors dtype and shape, by the index.
+    ``head``: safetensors dtype and shape, from the index.
     """
     dtype, shape = DTYPES[head[0]], head[1]
     is_count = key == "step" and not shape
     if on_host is not None:
         host = key in on_host
     else:
-        # Saved beside parameters on the CPU, or by an old version: as load_state_dict of torch does.
+        # Saved with parameters on the CPU, or by an old version: do as torch's load_state_dict.
         host = is_count and not (group.get("capturable") or group.get("fused"))
     if shape == tuple(parameter.shape) and not is_count and not host:
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
@@ -445,7 +453,7 @@ def _make(
 
 
 def _reused(here: Any, taken: set[int]) -> torch.Tensor | None:
-    """The state that the optimizer has already, unless something else, a parameter say, is in its memory."""
+    """Return the optimizer's existing tensor, unless its memory is shared, with a parameter for example."""
     if not isinstance(here, torch.Tensor) or (memory := memory_of(here)) in taken:
         return None
     taken |= {memory} - {0}
@@ -453,7 +461,7 @@ def _reused(here: Any, taken: set[int]) -> torch.Tensor | None:
 
 
 def _as_it_was(value: torch.Tensor, here: Any, flags: list[bool] | None) -> torch.Tensor:
-    """The tensor, as the object that the optimizer has already where that is filled."""
+    """Return the tensor with its saved flags: the existing object if that was filled."""
     is_parameter, needs_grad = flags or (False, False)
     is_filled = isinstance(here, torch.Tensor) and memory_of(here) == memory_of(value) != 0
     if is_filled and (isinstance(here, nn.Parameter), here.requires_grad) == (is_parameter, needs_grad):
@@ -464,14 +472,15 @@ def _as_it_was(value: torch.Tensor, here: Any, flags: list[bool] | None) -> torc
 
 
 def _pack(value: Any, name: str, packer: Packer) -> Any:
-    """A value that is no tensor of a parameter, as JSON.
+    """Return a value that is not a tensor of a parameter as JSON.
 
-    Raises TypeError for a DTensor in it: there is no parameter whose layout it could follow.
+    Raises TypeError for a DTensor in it, because there is no parameter whose layout it could
+    follow.
     """
     encoded = packer.pack(value, name=name)
     for name in tensor_names(encoded):
         if isinstance(packer.tensors[name], DTensor):
-            raise TypeError(f"{name} is a DTensor that belongs to no parameter: it cannot be laid out again")
+            raise TypeError(f"{name} is a DTensor that belongs to no parameter, so it cannot be resharded")
     return encoded
 
 

@@ -1,11 +1,12 @@
-"""Which parts of a tensor a rank holds, and which tensors and names a checkpoint can hold.
+"""Find the parts of a tensor that a rank holds, and check which tensors and names a checkpoint can hold.
 
-Planning, staging and loading all ask here, so that they agree on every kind of tensor: plain ones, DTensors,
-also of ``LocalShardsWrapper``, and ShardedTensors.
+Planning, staging and loading all use this module, so that they agree on every kind of tensor: plain
+tensors, DTensors (also of ``LocalShardsWrapper``), and ShardedTensors.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from kempnerforge.torch_compat import (
 )
 
 MAX_NAME_BYTES = 0xFFFF
-"""A record of the index has two bytes for the length of a name."""
+"""An index record has two bytes for the length of a name."""
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _OF_SHARDS = (ShardedTensor, LocalShardsWrapper)
 
@@ -37,20 +38,23 @@ class Piece(NamedTuple):
     """A part of a tensor that this rank holds."""
 
     offsets: Sizes
-    """Where it lies in the whole tensor."""
+    """Its offsets in the whole tensor."""
     sizes: Sizes
     tensor: torch.Tensor
-    """Plain, detached, sharing memory with the tensor that it is of."""
+    """Plain and detached. Shares memory with the original tensor."""
 
 
 class Boxes:
-    """Parts of DTensors that this rank holds, computed once for all DTensors of the same layout."""
+    """The part of each DTensor that this rank holds, computed once per layout."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Box] = {}
 
     def of(self, name: str, tensor: DTensor) -> Box:
-        """Sizes and offsets of this rank's part. Raises TypeError, naming the leaf, if it is not a box."""
+        """Return sizes and offsets of this rank's part.
+
+        Raises TypeError, which names the leaf, if it is not a box.
+        """
         key = (tensor.shape, tensor.device_mesh, tensor.placements)
         if key not in self._known:
             sizes, offsets = compute_local_shape_and_global_offset(*key)
@@ -61,7 +65,7 @@ class Boxes:
 
 
 def _check_box(name: str, tensor: DTensor, box: Box) -> None:
-    """Raise TypeError when this rank's rows do not lie next to each other in the whole tensor."""
+    """Raise TypeError unless this rank's rows are contiguous in the whole tensor."""
     coordinate = tensor.device_mesh.get_coordinate() or ()
     for dim, (size, offset) in enumerate(zip(*box, strict=True)):
         rows = torch.arange(tensor.shape[dim], device="cpu")
@@ -72,8 +76,8 @@ def _check_box(name: str, tensor: DTensor, box: Box) -> None:
                 rows = parts[coordinate[mesh_dim]]
         if not torch.equal(rows, torch.arange(offset, offset + size, device="cpu")):
             raise TypeError(
-                f"{name} is placed as {tensor.placements}, by which a rank's rows do not lie next to each "
-                "other: redistribute it to Shard() first"
+                f"{name} is placed as {tensor.placements}, with which a rank's rows are not "
+                "contiguous: redistribute it to Shard() first"
             )
 
 
@@ -82,13 +86,13 @@ def _factor(placement: Shard | StridedShard) -> dict[str, Any]:
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError, naming the leaf, for a name that a checkpoint cannot hold."""
+    """Raise ValueError, which names the leaf, for a name that a checkpoint cannot hold."""
     try:
         length = len(name.encode())
     except UnicodeEncodeError:
         raise ValueError(f"{_short(name)}: a name must not have lone surrogates") from None
     if length > MAX_NAME_BYTES:
-        raise ValueError(f"{_short(name)}: the name has {length} of at most {MAX_NAME_BYTES} bytes")
+        raise ValueError(f"{_short(name)}: the name has {length} bytes, of at most {MAX_NAME_BYTES}")
     if name in RESERVED:
         raise ValueError(f"{name} is reserved: give the leaf another name")
     if "\0" in name:
@@ -101,25 +105,25 @@ def _short(name: str) -> str:
 
 
 def check_storable(name: str, tensor: torch.Tensor) -> None:
-    """Raise TypeError, naming the leaf, for a tensor that a checkpoint cannot hold exactly.
+    """Raise TypeError, which names the leaf, for a tensor that a checkpoint cannot hold exactly.
 
-    Those are meta, sparse, quantized and nested tensors, partial DTensors, wrapper subclasses without memory
-    of their own, and dtypes that safetensors does not know.
+    These are meta, sparse, quantized and nested tensors, partial DTensors, wrapper subclasses
+    without their own memory, and dtypes that safetensors does not support.
     """
     if problem := _problem(tensor):
         raise TypeError(f"{name} {problem}")
     if (dtype := dtype_of(tensor)) not in DTYPE_NAMES:
-        raise TypeError(f"{name} has dtype {dtype}, which safetensors does not know: convert it first")
+        raise TypeError(f"{name} has dtype {dtype}, which safetensors does not support: convert it first")
 
 
 def check_target(name: str, tensor: torch.Tensor) -> None:
-    """Raise TypeError, naming the leaf, for a tensor that a load cannot fill."""
+    """Raise TypeError, which names the leaf, for a tensor that a load cannot fill."""
     if problem := _problem(tensor):
         raise TypeError(f"{name} {problem}: it cannot be filled from a checkpoint")
 
 
 def _problem(tensor: torch.Tensor) -> str:
-    """What keeps a tensor from being stored and filled by its memory; empty when nothing does."""
+    """Return why a tensor cannot be stored and filled through its memory; empty if it can."""
     if type(tensor) not in _PLAIN:
         if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
             return "is not initialized yet"
@@ -152,7 +156,7 @@ def _shards(tensor: ShardedTensor | LocalShardsWrapper) -> list[torch.Tensor]:
 
 
 def dtype_of(tensor: torch.Tensor) -> torch.dtype:
-    """Dtype of a tensor's elements. ``LocalShardsWrapper`` itself always has the default one."""
+    """Return the dtype of a tensor's elements. ``LocalShardsWrapper`` itself always has the default dtype."""
     if type(tensor) in _PLAIN:
         return tensor.dtype
     local = _local(tensor) if isinstance(tensor, DTensor) else tensor
@@ -165,17 +169,17 @@ def _has_no_memory(tensor: torch.Tensor) -> bool:
     own, default = (getattr(kind, "__torch_dispatch__", None) for kind in (type(tensor), torch.Tensor))
     try:
         return own is not default and tensor.data_ptr() == 0
-    except RuntimeError:  # torch knows that there is none
+    except RuntimeError:  # raised by torch if there is none
         return True
 
 
 def _local(tensor: DTensor) -> torch.Tensor:
-    with torch.no_grad():  # else every ``to_local`` makes a node of a graph
+    with torch.no_grad():  # otherwise ``to_local`` adds a node to the autograd graph
         return tensor.to_local()
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a plain tensor or a DTensor, sharing memory."""
+    """Return this rank's part of a plain tensor or a DTensor, sharing memory."""
     return plain(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
 
@@ -183,18 +187,18 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return a plain tensor without gradient that shares memory with ``tensor``."""
     if type(tensor) in _PLAIN:
         return tensor.detach()
-    if type(tensor) is LocalShardsWrapper:  # its ``detach`` changes it
+    if type(tensor) is LocalShardsWrapper:  # its ``detach`` modifies it
         return tensor
-    if isinstance(tensor, AsyncCollectiveTensor):  # what a redistribution left, perhaps under way
+    if isinstance(tensor, AsyncCollectiveTensor):  # from a redistribution that may be in progress
         return plain(tensor.wait())
     with torch._C.DisableTorchFunctionSubclass(), torch.no_grad():
         return tensor.detach().as_subclass(torch.Tensor)
 
 
 def local_pieces(name: str, tensor: torch.Tensor, boxes: Boxes | None = None) -> list[Piece]:
-    """What this rank holds of a tensor that ``check_storable`` or ``check_target`` has passed.
+    """Return this rank's pieces of a tensor that passed ``check_storable`` or ``check_target``.
 
-    Raises TypeError, naming the leaf, for a DTensor whose local rows do not lie next to each other.
+    Raises TypeError, which names the leaf, for a DTensor whose local rows are not contiguous.
     """
     if isinstance(tensor, DTensor):
         if tensor.device_mesh.get_coordinate() is None:
@@ -219,13 +223,13 @@ def local_pieces(name: str, tensor: torch.Tensor, boxes: Boxes | None = None) ->
 
 
 def _add(offsets: Sequence[int], inner: Sizes) -> Sizes:
-    return tuple(one + other for one, other in zip(offsets, inner, strict=True))
+    return tuple(map(operator.add, offsets, inner))
 
 
 def piece_at(name: str, tensor: torch.Tensor, offsets: Sizes) -> torch.Tensor:
-    """This rank's piece at ``offsets``. Cheap for plain tensors and DTensors, which have one.
+    """Return this rank's piece at ``offsets``. Fast for plain tensors and DTensors, which have one piece.
 
-    Raises ValueError when there is none.
+    Raises ValueError if there is none.
     """
     if type(tensor) in _PLAIN:
         return tensor.detach()
@@ -234,9 +238,9 @@ def piece_at(name: str, tensor: torch.Tensor, offsets: Sizes) -> torch.Tensor:
     for piece in local_pieces(name, tensor):
         if piece.offsets == offsets:
             return piece.tensor
-    raise ValueError(f"{name} has no part at {offsets} on this rank any more")
+    raise ValueError(f"{name} no longer has a part at {offsets} on this rank")
 
 
 def global_shape(tensor: torch.Tensor) -> Sizes:
-    """Shape of the whole tensor."""
+    """Return the shape of the whole tensor."""
     return tuple(tensor.metadata().size) if isinstance(tensor, ShardedTensor) else tuple(tensor.shape)

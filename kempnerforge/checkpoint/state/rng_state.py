@@ -1,4 +1,4 @@
-"""The random number generators of one rank as one uint8 tensor.
+"""Store the random number generators of one rank as one uint8 tensor.
 
 Little-endian, format ``KFRNG001``:
 
@@ -7,10 +7,10 @@ bytes   what
 ======  =========================================================================================
 8       ``KFRNG001``
 2500    Python: 625 u32 of the Mersenne Twister (624 words and the position)
-12      Python: u32 whether a Gaussian is kept, f64 that Gaussian
+12      Python: u32 whether a Gaussian is cached, f64 that Gaussian
 2500    NumPy's global generator: 624 u32 and u32 position
-12      NumPy: u32 whether a Gaussian is kept, f64 that Gaussian
-4 + n   u32 n, then torch's CPU generator as ``torch.get_rng_state`` gives it
+12      NumPy: u32 whether a Gaussian is cached, f64 that Gaussian
+4 + n   u32 n, then torch's CPU generator, from ``torch.get_rng_state``
 4 + m   u32 m, then the CUDA generator of this rank's device; m is 0 without CUDA
 ======  =========================================================================================
 """
@@ -32,16 +32,16 @@ _FIXED = struct.Struct("<8s625IId625IId")
 
 
 def capture(device: torch.device) -> torch.Tensor:
-    """All generators of this rank, uint8 [n]. Consumes no random numbers.
+    """Return the state of all generators of this rank, uint8 [n]. Consumes no random numbers.
 
-    Raises TypeError when NumPy's global generator was replaced by one of another kind.
+    Raises TypeError if NumPy's global generator was replaced by one of another kind.
     """
     _, words, gauss = random.getstate()
     twister = np.random.get_state(legacy=False)
     if twister["bit_generator"] != "MT19937":
         raise TypeError(
-            f"NumPy's global generator is {twister['bit_generator']}, and only its own MT19937 is stored: "
-            "use a Generator of your own, and hand over its state as extra="
+            f"NumPy's global generator is {twister['bit_generator']}, but only its own MT19937 is stored: "
+            "create a separate Generator, and pass its state as extra="
         )
     raw = _FIXED.pack(
         MAGIC,
@@ -60,14 +60,14 @@ def capture(device: torch.device) -> torch.Tensor:
 
 
 def captured_on(state: torch.Tensor) -> str:
-    """The type of device that ``capture``'s tensor is of: ``cpu`` or ``cuda``. Raises as ``restore`` does."""
+    """Return the device type of a captured state: ``cpu`` or ``cuda``. Raises what ``restore`` raises."""
     return "cuda" if _unpack(state)[2] else "cpu"
 
 
 def restore(state: torch.Tensor, device: torch.device) -> None:
-    """Set all generators of this rank from ``capture``'s tensor, which must be of this type of device.
+    """Set all generators of this rank to a captured state, which must have this type of device.
 
-    Raises MismatchError for a tensor of another format.
+    Raises MismatchError for a state of another format.
     """
     values, cpu, cuda = _unpack(state)
     python, numpy_state = values[1:628], values[628:]
@@ -80,18 +80,18 @@ def restore(state: torch.Tensor, device: torch.device) -> None:
 
 
 def derive(seed: int, step: int, rank: int, device: torch.device) -> None:
-    """Set all generators of this rank from (seed, step, rank): a fresh start, or another number of ranks."""
+    """Set all generators of this rank from (seed, step, rank), for example with another number of ranks."""
     key = xxhash.xxh3_64_intdigest(f"rng:{seed}:{step}:{rank}".encode())
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":
-        with torch.cuda.device(device):  # it seeds the current one
+        with torch.cuda.device(device):  # manual_seed seeds the current device
             torch.cuda.manual_seed(key)
 
 
 def _unpack(state: torch.Tensor) -> tuple[tuple[Any, ...], bytes, bytes]:
-    """What has a fixed size, torch's CPU generator, and the CUDA generator, which may be empty."""
+    """Return the part of fixed size, torch's CPU generator, and the CUDA generator, which may be empty."""
     raw = state.cpu().numpy().tobytes()
     if not raw.startswith(MAGIC):
         raise MismatchError(f"RNG state has format {raw[:8]!r}; this version reads {MAGIC!r}")

@@ -1,4 +1,4 @@
-"""What restoring a state needs to know of a stored step, whoever reads it."""
+"""The interface of a stored step that restoring a state needs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StoredStep(Protocol):
 
     @property
     def index(self) -> Index:
-        """The step's index: a mapping from tensor names to entries."""
+        """The step's index: tensor name -> entry."""
         ...
 
     @property
@@ -30,5 +30,5 @@ class StoredStep(Protocol):
         ...
 
     def make_tensor(self, name: str, tag: Mapping[str, Any]) -> torch.Tensor:
-        """Return an empty tensor of the stored shape and dtype, for one inside of a leaf."""
+        """Return an empty tensor with the stored shape and dtype, for one inside a leaf."""
         ...

@@ -1,13 +1,13 @@
-"""Leaves of torch and numpy inside of values that are stored as JSON.
+"""Encode values of torch and numpy inside values that are stored as JSON.
 
 =========================  =================================================================================
 value                      JSON
 =========================  =================================================================================
 tensor                     ``{"__tensor__": {"name": ...}}``: the tensor is stored under this name; with
-                           ``device`` unless it is the CPU, and, where they hold, ``sharded`` (a DTensor),
+                           ``device`` unless it is the CPU, and, if they apply, ``sharded`` (a DTensor),
                            ``parameter``, ``requires_grad``
-numpy array                ``{"__ndarray__": {"dtype": "<f4", "shape": [...], "data": base64}}``, or, of more
-                           than 4 KiB, ``"tensor": name`` in place of ``data``
+numpy array                ``{"__ndarray__": {"dtype": "<f4", "shape": [...], "data": base64}}``, or, above
+                           4 KiB, ``"tensor": name`` instead of ``data``
 numpy scalar               ``{"__numpy__": ["<f4", base64]}``
 torch.Size, dtype, device  ``{"__size__": [...]}``, ``{"__dtype__": "bfloat16"}``, ``{"__device__": "cpu"}``
 =========================  =================================================================================
@@ -31,17 +31,20 @@ from kempnerforge.errors import MismatchError
 _INLINE_BYTES = 4096
 """Numpy arrays up to this size are stored in the JSON."""
 SMALL_BYTES = 1 << 20
-"""CPU tensors up to this size are copied when they are packed, because their owner may change them."""
+"""CPU tensors up to this size are copied when packed, because their owner may change them."""
 
 
 class Packer:
-    """Turns values into JSON and collects the tensors in them, by name."""
+    """Converts values to JSON, and collects the tensors in them by name."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
 
     def pack(self, value: Any, *, name: str) -> Any:
-        """``value`` as JSON. Raises TypeError, naming the leaf, and ValueError for two of one name."""
+        """Return ``value`` as JSON.
+
+        Raises TypeError, which names the leaf, and ValueError for duplicate names.
+        """
         return json_values.encode(value, name=name, foreign=self._foreign)
 
     def _foreign(self, value: Any, name: str) -> Any:
@@ -74,7 +77,7 @@ class Packer:
             tag["sharded"] = True
         elif type(value) not in (torch.Tensor, nn.Parameter):
             raise TypeError(
-                f"{name} is a {type(value).__name__} within a value: use a plain tensor or a DTensor"
+                f"{name} is a {type(value).__name__} inside a value: use a plain tensor or a DTensor"
             )
         elif value.device.type == "cpu" and value.nbytes <= SMALL_BYTES:
             value = value.detach().clone()
@@ -89,22 +92,22 @@ class Packer:
         return {**tag, "data": base64.b64encode(value.tobytes()).decode()}
 
     def add(self, name: str, value: torch.Tensor) -> None:
-        """Add a tensor under its name. Raises ValueError if there is one already."""
+        """Add a tensor by name. Raises ValueError if the name is taken."""
         if name in self.tensors:
             raise ValueError(f"two leaves are called {name}")
         self.tensors[name] = value
 
 
 class Unpacker:
-    """Turns JSON back into values. The tensors in them are made by ``make``, to be filled afterwards.
+    """Converts JSON back to values. ``make`` creates the tensors in them, which are filled afterwards.
 
-    ``make`` gets a tensor's name in the checkpoint and the content of its tag.
+    ``make`` is called with a tensor's name in the checkpoint, and the content of its tag.
     """
 
     def __init__(self, make: Callable[[str, dict[str, Any]], torch.Tensor]) -> None:
         self._make = make
         self.tensors: dict[str, torch.Tensor] = {}
-        """What has to be filled, by name."""
+        """Tensors to fill, by name."""
 
     def unpack(self, encoded: Any) -> Any:
         """Return the value that ``Packer.pack`` has encoded."""
@@ -127,7 +130,7 @@ class Unpacker:
             return torch.device(content)
         if tag == "__numpy__":
             raw, kind = base64.b64decode(content[1]), np.dtype(content[0])
-            # Empty text has items without bytes, which frombuffer refuses.
+            # frombuffer refuses items of size 0, such as empty text.
             return np.frombuffer(raw, dtype=kind)[0] if kind.itemsize else np.zeros(1, kind)[0]
         dtype, shape = np.dtype(content["dtype"]), tuple(content["shape"])
         if "tensor" in content:
@@ -142,7 +145,7 @@ class Unpacker:
 
 
 def tensor_tags(encoded: Any) -> dict[str, dict[str, Any]]:
-    """Return the tensors within ``encoded``: name -> content of the tag."""
+    """Return the tensors inside ``encoded``: name -> content of the tag."""
     found: dict[str, dict[str, Any]] = {}
 
     def note(tag: str, content: Any) -> None:
@@ -156,5 +159,5 @@ def tensor_tags(encoded: Any) -> dict[str, dict[str, Any]]:
 
 
 def tensor_names(encoded: Any) -> set[str]:
-    """Return the names of the tensors within ``encoded``."""
+    """Return the names of the tensors inside ``encoded``."""
     return set(tensor_tags(encoded))

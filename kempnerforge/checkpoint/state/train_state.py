@@ -1,4 +1,4 @@
-"""Everything that a resume needs: model, optimizers, extras, counters, position in the data, generators."""
+"""The state that a resume restores: model, optimizers, extras, counters, data position, generators."""
 
 from __future__ import annotations
 
@@ -23,38 +23,42 @@ Optimizers = torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer] | Seque
 
 
 def rng_name(rank: int) -> str:
-    """Name of one rank's generators in a checkpoint."""
+    """Return the name of one rank's generators in a checkpoint."""
     return f"rng.rank_{rank:05d}"
 
 
 class TrainState:
-    """Model, optimizers, extras, counters and position in the data: what a save writes and a resume restores.
+    """The state that a save writes and a resume restores.
 
-    A resume restores everything exactly. What cannot be restored is refused by name, here or at the first
-    save. Raises TypeError and ValueError.
+    A resume restores everything exactly. What cannot be restored raises an error that names it,
+    here or at the first save. Raises TypeError and ValueError.
 
     Args:
-        model: a module, or its parts, as a pipeline's rank holds them. Names of parts must differ; prefixes
-            of ``torch.compile`` and ``DistributedDataParallel`` are left out of names.
-        optimizer: one ``torch.optim.Optimizer``, or several: a dict name -> optimizer, or a list, whose names
-            are its positions. All that is in ``state`` and ``param_groups`` is stored. State that appears
-            later needs no step before a resume: a load makes what the checkpoint has.
-        extra: name -> any object with ``state_dict()`` and ``load_state_dict()``: a scheduler, a loader, an
-            averaged model, a scaler.
-        per_rank: names of extras that have a state of their own on every rank.
-        hyperparameters: ``"checkpoint"`` restores all keys of ``param_groups``, as ``load_state_dict`` of
-            torch does. A collection of keys leaves those as the program has them, and restores the others.
-        device: of this rank; that of the first parameter unless given.
-        seed: for random numbers that a resume cannot restore because the layout is another.
-        fingerprint: what the data is; a checkpoint of other data is refused.
-        scheduler: description of the schedule, for the record; its position is ``step``.
-        cursor: position in the data, a dataclass or mapping of JSON values; ``advance`` replaces it.
-        batch_digest: digest of the batch at a cursor: compared at a resume.
-        groups: names of the whole model's parameters by the ``name`` of their group, where a rank has only
-            some of them.
+        model: a module, or a sequence of modules (such as the stages of a pipeline rank) with
+            distinct names. Prefixes of ``torch.compile`` and ``DistributedDataParallel`` are
+            removed from names.
+        optimizer: one ``torch.optim.Optimizer``, or a dict name -> optimizer, or a list, whose
+            names are the positions. Everything in ``state`` and ``param_groups`` is stored. A
+            resume creates the state that the checkpoint has, so the optimizer needs no dummy step
+            before.
+        extra: name -> any object with ``state_dict()`` and ``load_state_dict()``: a scheduler, a
+            loader, an averaged model, a gradient scaler.
+        per_rank: names of extras that have a separate state on each rank.
+        hyperparameters: ``"checkpoint"`` restores all keys of ``param_groups``, as torch's
+            ``load_state_dict`` does. A collection of keys keeps these as the program has them, and
+            restores the others.
+        device: the device of this rank. Default: that of the first parameter.
+        seed: for random numbers that a resume cannot restore because the layout differs.
+        fingerprint: identifies the data. A checkpoint of other data is refused.
+        scheduler: description of the schedule, which is only recorded. Its position is ``step``.
+        cursor: position in the data, a dataclass or mapping of JSON values. ``advance`` replaces
+            it.
+        batch_digest: returns the digest of the batch at a cursor, which a resume compares.
+        groups: names of the whole model's parameters by the ``name`` of their group, if a rank has
+            only some of them.
     """
 
-    @torch.inference_mode(False)  # state that is made here outlives the mode that this is called in
+    @torch.inference_mode(False)  # state made here outlives the caller's inference mode
     def __init__(
         self,
         *,
@@ -73,7 +77,7 @@ class TrainState:
     ) -> None:
         if isinstance(hyperparameters, str) and hyperparameters != "checkpoint":
             raise ValueError(
-                f'hyperparameters={hyperparameters!r}: give "checkpoint", or a collection of keys of '
+                f'hyperparameters={hyperparameters!r}: use "checkpoint", or a collection of keys of '
                 "param_groups"
             )
         self.model = ModelState(model)
@@ -82,34 +86,36 @@ class TrainState:
         self.groups = groups
         self.several_optimizers = not isinstance(optimizer, torch.optim.Optimizer)
         self.optimizers = {
-            prefix: OptimizerState(one, prefix=prefix, groups=groups, kept=kept)
-            for prefix, one in _by_prefix(optimizer).items()
+            prefix: OptimizerState(given, prefix=prefix, groups=groups, kept=kept)
+            for prefix, given in _by_prefix(optimizer).items()
         }
-        """By the prefix of their names."""
-        given = [one.optimizer for one in self.optimizers.values()]
-        for one in given:
-            check_whole(one, given)
-            init_optimizer_state(one)
-        _check_kept(kept, given, self.extras.objects)
-        self.model.check_stored(p for one in given for group in one.param_groups for p in group["params"])
+        """By the prefix of their names in a checkpoint."""
+        all_given = [wrapped.optimizer for wrapped in self.optimizers.values()]
+        for given in all_given:
+            check_whole(given, all_given)
+            init_optimizer_state(given)
+        _check_kept(kept, all_given, self.extras.objects)
+        self.model.check_stored(
+            p for given in all_given for group in given.param_groups for p in group["params"]
+        )
         self.device = device or _first_device(self.model.parts)
         self.seed = seed
         self.fingerprint = dict(fingerprint or {})
         self.scheduler = dict(scheduler or {})
         self._batch_digest = batch_digest
         self.step = 0
-        """Optimizer steps done, skipped ones included."""
+        """Optimizer steps done, including skipped ones."""
         self.tokens = 0
-        """Tokens trained on, all ranks."""
+        """Tokens trained on, over all ranks."""
         self.skipped_steps = 0
-        """Steps whose update was skipped because something was not finite."""
+        """Steps whose update was skipped because of values that were not finite."""
         self.skipped_in_a_row = 0
         self.cursor = _cursor_json(cursor)
-        """Position in the data, as JSON; empty where there is none."""
-        self._pack_optimizers(Packer(), {})  # what it refuses is refused here, not hours later
+        """Position in the data, as JSON; empty without one."""
+        self._pack_optimizers(Packer(), {})  # raise its errors here, not at the first save
 
     def advance(self, *, tokens: int = 0, cursor: Any = None, skipped: bool = False) -> None:
-        """Count one step: its tokens (all ranks) and the cursor behind its batch, if there is one."""
+        """Count one step: its tokens (over all ranks), and the cursor after its batch if there is one."""
         self.step += 1
         self.tokens += tokens
         if cursor is not None:
@@ -118,16 +124,17 @@ class TrainState:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def next_digest(self) -> str | None:
-        """Return the digest of the next batch, which proves that a resume continues with the right data."""
+        """Return the digest of the next batch, which proves that a resume continues with the correct data."""
         return self._batch_digest(self.cursor) if self._batch_digest is not None else None
 
     # -- save --------------------------------------------------------------------------------------------
 
     def capture(self, *, rank: int = 0, num_ranks: int = 1, overlapping: bool = False) -> Payload:
-        """What this rank saves now. Tensors are references, values are copied.
+        """Return what this rank saves. Tensors are references, other values are copies.
 
-        With ``overlapping`` buffers are copied, too: a forward that goes on beside the save may change them.
-        Consumes no random numbers. Raises TypeError and ValueError, naming it, for what cannot be restored.
+        ``overlapping``: also copy buffers, which a forward during the save may change. Consumes no
+        random numbers. Raises TypeError and ValueError, which name it, for anything that cannot be
+        restored.
         """
         generators = rng_state.capture(self.device)
         packer, objects = Packer(), self._counters()
@@ -144,7 +151,7 @@ class TrainState:
             same |= self._digests(tables, packer, objects)
         plain = frozenset(n for n, t in packer.tensors.items() if not isinstance(t, DTensor))
         same |= self.extras.pack(packer, objects, rank=rank, num_ranks=num_ranks)
-        # A loader may start an iterator in state_dict(). A save must not change which numbers are drawn next.
+        # A loader may start an iterator in state_dict(). A save must not change the next random numbers.
         if self.extras.objects and not torch.equal(rng_state.capture(self.device), generators):
             rng_state.restore(generators, self.device)
         packer.add(rng_name(rank), generators)
@@ -154,7 +161,7 @@ class TrainState:
         return Payload(packer.tensors, objects, same, from_lowest_rank=lowest)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Model and optimizer tensors by checkpoint name, by reference."""
+        """Return the model and optimizer tensors by checkpoint name, as references."""
         entries = self.model.entries()
         packer = Packer()
         packer.tensors.update({MODEL + n: t for n, t in entries.items() if isinstance(t, torch.Tensor)})
@@ -162,9 +169,9 @@ class TrainState:
         return packer.tensors
 
     def _pack_optimizers(self, packer: Packer, objects: dict[str, Any]) -> dict[str, Any]:
-        """Put all optimizers into ``packer`` and ``objects``. Returns prefix -> what describes its groups."""
+        """Add all optimizers to ``packer`` and ``objects``. Return prefix -> description of its groups."""
         names = self.model.names()
-        tables = {prefix: one.pack(names, packer, objects) for prefix, one in self.optimizers.items()}
+        tables = {prefix: opt.pack(names, packer, objects) for prefix, opt in self.optimizers.items()}
         if self.several_optimizers:
             objects["optimizers"] = {prefix.split(".")[1]: table for prefix, table in tables.items()}
         else:
@@ -174,12 +181,13 @@ class TrainState:
     def _digests(
         self, tables: Mapping[str, Any], packer: Packer, objects: Mapping[str, Any]
     ) -> dict[str, str]:
-        """Digests of what must be the same on all ranks, because one rank's is stored.
+        """Return digests of what must be the same on all ranks, because only one rank stores it.
 
-        Groups of optimizers and, where every rank has all parameters, state that is not tensors.
+        This is the groups of optimizers, and, if every rank has all parameters, state that is not
+        tensors.
         """
         tensors = packer.tensors
-        found = {f"{prefix}groups": digest_of(one["groups"], tensors) for prefix, one in tables.items()}
+        found = {f"{prefix}groups": digest_of(table["groups"], tensors) for prefix, table in tables.items()}
         for prefix in tables if self.groups is None else ():
             others = {name: value for name, value in objects.items() if name.startswith(prefix)}
             if others:
@@ -208,9 +216,10 @@ class TrainState:
     # -- load --------------------------------------------------------------------------------------------
 
     def load_objects(self, objects: Mapping[str, Any], *, scheduler: bool = True, data: bool = True) -> None:
-        """Take counters from a checkpoint.
+        """Load counters from a checkpoint.
 
-        ``scheduler``: take the step counter, which the learning rate follows. ``data``: take the cursor.
+        ``scheduler``: load the step counter, which determines the learning rate. ``data``: load the
+        cursor.
         """
         if scheduler:
             self.step = objects["step"]
@@ -227,7 +236,7 @@ def _by_prefix(optimizer: Optimizers) -> dict[str, torch.optim.Optimizer]:
     if isinstance(optimizer, Mapping):
         named: dict[Any, Any] = dict(optimizer)
     elif isinstance(optimizer, (list, tuple)):
-        named = {str(place): one for place, one in enumerate(optimizer)}
+        named = {str(position): given for position, given in enumerate(optimizer)}
     else:
         raise TypeError(
             "optimizer= takes torch.optim.Optimizer, or a dict or list of them, not "
@@ -235,21 +244,21 @@ def _by_prefix(optimizer: Optimizers) -> dict[str, torch.optim.Optimizer]:
         )
     for name in named:
         if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"optimizer={{{name!r}: ...}}: a name is text without dots")
-    return {f"{OPTIMIZERS}{name}.": one for name, one in named.items()}
+            raise ValueError(f"optimizer={{{name!r}: ...}}: a name is a string without dots")
+    return {f"{OPTIMIZERS}{name}.": given for name, given in named.items()}
 
 
 def _check_kept(
     kept: Collection[str] | None, optimizers: Sequence[torch.optim.Optimizer], extras: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError for hyperparameters that nothing has, or that a scheduler sets."""
-    known = {key for one in optimizers for group in one.param_groups for key in group}
+    """Raise ValueError for hyperparameters that no group has, or that a scheduler sets."""
+    known = {key for given in optimizers for group in given.param_groups for key in group}
     if unknown := sorted(set(kept or ()) - known):
         raise ValueError(f"hyperparameters= names {unknown[0]!r}, which no group of optimizer= has")
-    for name, one in extras.items():
-        if "lr" in (kept or ()) and isinstance(one, torch.optim.lr_scheduler.LRScheduler):
+    for name, extra in extras.items():
+        if "lr" in (kept or ()) and isinstance(extra, torch.optim.lr_scheduler.LRScheduler):
             raise ValueError(
-                f"hyperparameters= keeps lr, which extra[{name!r}], a scheduler, goes on from: leave lr out"
+                f"hyperparameters= keeps lr, but the scheduler extra[{name!r}] continues from it: remove lr"
             )
 
 

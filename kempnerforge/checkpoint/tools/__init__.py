@@ -1,1 +1,1 @@
-"""What the command line does with checkpoints: verify, diff, roll back, fork, export, import."""
+"""Operations on checkpoints for the command line: verify, diff, roll back, fork, export, import."""

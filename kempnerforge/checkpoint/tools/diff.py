@@ -1,4 +1,4 @@
-"""What differs between two steps, tensor by tensor, however each was sharded. Needs no torch."""
+"""Compare two steps tensor by tensor, however each was sharded. Needs no torch."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class TensorDifferences:
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     shape_or_dtype: dict[str, tuple[str, str]]
-    """Name -> what it is in A and in B, such as ``F32 [4, 8]``."""
+    """Name -> dtype and shape in A and in B, such as ``F32 [4, 8]``."""
     content: tuple[str, ...] | None
-    """Those of equal shape and dtype whose bytes differ; None when bytes were not compared."""
+    """Tensors of equal shape and dtype whose bytes differ; None if bytes were not compared."""
     equal: int
-    """How many are in both and do not differ in anything that was compared."""
+    """Number of tensors without any difference in what was compared."""
 
     @property
     def any(self) -> bool:
-        """Whether a difference was found."""
+        """Whether there is any difference."""
         return bool(self.only_a or self.only_b or self.shape_or_dtype or self.content)
 
 
@@ -47,10 +47,10 @@ def compare_tensors(
     content: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TensorDifferences:
-    """Compare all tensors of two steps. ``progress`` is told of the bytes read so far and of all.
+    """Compare all tensors of two steps. ``progress`` is called with the bytes read so far, and the total.
 
-    Bytes are read once, as they are: digests of files are not checked, so that it can be seen which tensors a
-    damaged file touches. Raises DamagedCheckpointError for an index that is wrong, OSError.
+    Bytes are read once, and digests are not checked, so that the result shows which tensors a
+    damaged file affects. Raises DamagedCheckpointError for an invalid index, OSError.
     """
     in_a, in_b = a.tensors(), b.tensors()
     both = sorted(in_a.keys() & in_b.keys())
@@ -73,12 +73,12 @@ def compare_tensors(
 
 
 def describe(entry: TensorEntry) -> str:
-    """Dtype and shape, such as ``F32 [4, 8]``."""
+    """Return dtype and shape, such as ``F32 [4, 8]``."""
     return f"{entry.dtype} {list(entry.shape)}"
 
 
 def changes(before: Any, now: Any, path: str = "") -> dict[str, list[Any]]:
-    """Dotted key -> both values, where two trees of tables differ; None where a key is missing."""
+    """Return dotted key -> both values, where two nested tables differ; None for a missing key."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         found: dict[str, list[Any]] = {}
         for key in sorted({*before, *now}):
@@ -88,7 +88,9 @@ def changes(before: Any, now: Any, path: str = "") -> dict[str, list[Any]]:
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         pairs = enumerate(zip(before, now, strict=True))
         return {
-            key: values for place, pair in pairs for key, values in changes(*pair, f"{path}[{place}]").items()
+            key: values
+            for position, pair in pairs
+            for key, values in changes(*pair, f"{path}[{position}]").items()
         }
     return {} if before == now else {path: [before, now]}
 
@@ -117,16 +119,16 @@ def _differing(
 
 
 def content_of(entry: TensorEntry, read: Callable[[str, int, int], memoryview]) -> Iterator[memoryview]:
-    """The bytes of a tensor in row-major order, in pieces that are valid until the next.
+    """Yield the bytes of a tensor in row-major order, in pieces that are valid until the next.
 
-    The same for the same tensor, whatever boxes it is stored in. ``read(file, begin, end)`` gives bytes of a
-    file. Needs memory for one piece, or for one row of the first dimension where the chunks split others and
-    that is more.
+    They do not depend on the chunks that the tensor is stored in. ``read(file, begin, end)``
+    returns bytes of a file. Needs memory for one piece, or, if the chunks split other dimensions
+    than the first, for one row of the first dimension if that is larger.
     """
     if math.prod(entry.shape) == 0:
         return
     if all(chunk.sizes[1:] == entry.shape[1:] for chunk in entry.chunks):
-        # Split along the first dimension at most: the chunks follow each other.
+        # Split only along the first dimension: the chunks follow each other.
         for chunk in sorted(entry.chunks, key=lambda chunk: chunk.offsets):
             for begin in range(chunk.begin, chunk.end, PIECE_BYTES):
                 yield read(chunk.file, begin, min(begin + PIECE_BYTES, chunk.end))
@@ -140,8 +142,8 @@ def content_of(entry: TensorEntry, read: Callable[[str, int, int], memoryview]) 
 def _assemble(
     entry: TensorEntry, first: int, last: int, read: Callable[[str, int, int], memoryview]
 ) -> memoryview:
-    """Rows ``first`` to ``last`` of a tensor, put together from the boxes that touch them."""
-    import numpy as np  # takes longer to import than most commands take
+    """Return rows ``first`` to ``last`` of a tensor, assembled from the chunks that overlap them."""
+    import numpy as np  # importing it takes longer than most commands
 
     item_bytes = ITEM_BYTES[entry.dtype]
     rows = np.empty((last - first, *entry.shape[1:], item_bytes), dtype=np.uint8)
@@ -164,7 +166,7 @@ def _other_dimensions(chunk: Chunk) -> tuple[slice, ...]:
 
 
 class _Files:
-    """Files of a step, of which the last used stay open."""
+    """Files of a step. The most recently used ones are kept open."""
 
     def __init__(self, view: StepView) -> None:
         self._view = view
@@ -172,20 +174,20 @@ class _Files:
         self._buffer = memoryview(bytearray(PIECE_BYTES))
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all files."""
         for fd in self._open.values():
             os.close(fd)
 
     def read(self, name: str, begin: int, end: int) -> memoryview:
-        """Bytes ``begin`` to ``end`` of the file ``name``, valid until the next call.
+        """Return bytes ``begin`` to ``end`` of the file ``name``, valid until the next call.
 
-        Raises DamagedCheckpointError when they are not in a file of the step.
+        Raises DamagedCheckpointError if the step has no such bytes.
         """
         path = self._view.path
         record = self._view.manifest.files.get(name)
         if record is None or end > record.size_bytes:
             raise DamagedCheckpointError(
-                f"{path.name} is damaged: its index names byte {end} of {name}, which the manifest lacks"
+                f"{path.name} is damaged: its index uses byte {end} of {name}, which is not in the manifest"
             )
         fd = self._open.pop(name, None)
         if fd is None:

@@ -1,4 +1,4 @@
-"""Between fp32, bf16 and fp16 without torch, rounded to nearest even as torch rounds."""
+"""Cast between fp32, bf16 and fp16 without torch, rounding to nearest even as torch does."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 FLOATS: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
-    # NumPy has no bf16: these are its bits, the upper half of an fp32.
+    # NumPy has no bf16. These are its bits, the upper half of an fp32.
     "BF16": np.dtype("<u2"),
 }
-"""Safetensors names of the dtypes that weights come in, and how NumPy holds them."""
+"""Safetensors name of a dtype of weights -> the NumPy dtype that stores its bits."""
 
 
 def cast(data: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Values of dtype ``source`` as ``target``: bytes in, bytes out, both uint8 [n] and contiguous.
+    """Cast values of dtype ``source`` to ``target``. Input and output are bytes: contiguous uint8 [n].
 
-    ``data`` itself where there is nothing to do. Raises OverflowError for a finite value that ``target``
-    cannot hold; infinities and NaN stay what they are.
+    Returns ``data`` itself if the dtypes are equal. Infinities and NaN are kept. Raises
+    OverflowError for a finite value that ``target`` cannot hold.
     """
     if source == target:
         return data
@@ -29,7 +29,7 @@ def cast(data: np.ndarray, source: str, target: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         found = values.astype(FLOATS["F16"]) if target == "F16" else _to_bf16(values)
     exponent = 0x7C00 if target == "F16" else 0x7F80
-    # The exponent of infinities and NaN; most weights have none, and one look at all of them is enough.
+    # Infinities and NaN have this exponent. Most weights have none, so one pass over all is enough.
     odd = (found.view(np.uint16) & exponent) == exponent
     if odd.any() and np.isfinite(values[odd]).any():
         largest = float(np.abs(values[odd][np.isfinite(values[odd])]).max())

@@ -1,4 +1,4 @@
-"""A new run that begins at a checkpoint of another one, which is left as it is."""
+"""Create a new run from a checkpoint of another run, which is not changed."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from kempnerforge.checkpoint.tools import staged_dir
 from kempnerforge.errors import NoTrainingStateError, RunFolderError, StepNotFoundError
 
 Progress = Callable[[int, int], None]
-"""Told bytes done and bytes in all."""
+"""Called with the bytes done so far, and the total."""
 
 CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
-"""Another file system, files of another owner, too many links, or no hard links here: copy instead."""
+"""Errors after which files are copied instead: another file system or owner, too many links, no
+hard links."""
 
 
 @dataclass(frozen=True)
 class Forked:
-    """What a fork made."""
+    """Result of a fork."""
 
     run_dir: Path
     run_id: str
@@ -40,17 +41,17 @@ class Forked:
     parent: Parent
     size_bytes: int
     linked_files: int
-    """Files that share their bytes with the parent's; the others were copied."""
+    """Number of files that share their bytes with the parent's. The others were copied."""
     copied_files: int
 
 
 def fork(step_folder: Path, run_dir: Path, *, link: bool, progress: Progress) -> Forked:
-    """Make ``run_dir`` the folder of a new run whose only checkpoint is ``step_folder``.
+    """Create ``run_dir`` as the folder of a new run whose only checkpoint is ``step_folder``.
 
-    Every byte is checked against its digest on the way; with ``link`` files are hard-linked where that is
-    possible. The folder is made under a hidden name beside ``run_dir`` and gets its own by a rename, so it is
-    complete and durable when it is there. Nothing of the parent is changed; a step that a rollback set aside
-    is as good as any. While it is read, retention does not delete it.
+    Every byte is verified. With ``link``, files are hard-linked where possible. The folder is
+    created under a hidden name beside ``run_dir``, and appears by a rename, complete and durable.
+    The parent is not changed, and a step that a rollback set aside can be forked too. Retention
+    does not delete the step meanwhile.
 
     Raises StepNotFoundError, DamagedCheckpointError, NoSpaceError, RunFolderError.
     """
@@ -77,7 +78,7 @@ def fork(step_folder: Path, run_dir: Path, *, link: bool, progress: Progress) ->
 def _read_parent(step_folder: Path) -> tuple[Manifest, int]:
     if not (step_folder / paths.MANIFEST).is_file():
         raise StepNotFoundError(
-            f"{step_folder} is no committed checkpoint: it has no {paths.MANIFEST}. Give a step's folder, "
+            f"{step_folder} is not a committed checkpoint: it has no {paths.MANIFEST}. Give a step's folder, "
             "such as RUN/checkpoints/step_00001000"
         )
     try:
@@ -91,7 +92,7 @@ def _read_parent(step_folder: Path) -> tuple[Manifest, int]:
         require_training_state(step_folder, objects)
     except NoTrainingStateError as error:
         raise NoTrainingStateError(
-            f"{error}. A run cannot go on from it, but begin from it: checkpoint.load_path = '{step_folder}'"
+            f"{error}. To start a new run from its weights: checkpoint.load_path = '{step_folder}'"
         ) from None
     return found, found.provenance.step
 
@@ -117,10 +118,10 @@ def _fill(
 
     for name, record in found.files.items():
         linked += _take_file(step_folder / name, target / name, record, link=link, advance=advance)
-    # Its own digest was right; it comes last, as in a commit.
+    # Its own digest is verified. Write it last, as in a commit.
     fsio.write_new_file(target / paths.MANIFEST, (step_folder / paths.MANIFEST).read_bytes())
     fsio.fsync_folder(target)
-    latest_link.point(target.parent, step)  # a convenience: the new run makes it at its first start
+    latest_link.point(target.parent, step)  # for convenience: the new run creates it at its first start
     parent = Parent(found.provenance.run_id, step, str(step_folder))
     record = metadata.new(parent=parent, global_batch_size=_global_batch_size(step_folder, found))
     metadata.write(building, record)
@@ -133,7 +134,7 @@ def _fill(
 def _take_file(
     source: Path, target: Path, record: FileRecord, *, link: bool, advance: Callable[[int], None]
 ) -> bool:
-    """Link or copy one file, checking its digests. True for a link. Durable but for the name."""
+    """Link or copy one file, verifying it. Return True for a link. Durable, except the name."""
     with VerifiedFile(source, record) as file:
         if link and _link(source, target):
             for part in file.parts(0, record.size_bytes):
@@ -151,7 +152,7 @@ def _take_file(
 
 
 def _can_link(step_folder: Path, found: Manifest, building: Path) -> bool:
-    """Whether files of the step can be linked there, by trying it with one."""
+    """Return whether files of the step can be linked there, by trying one."""
     probe = building / ".link"
     is_linked = _link(step_folder / next(iter(found.files)), probe)
     probe.unlink(missing_ok=True)
@@ -169,7 +170,7 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _global_batch_size(step_folder: Path, found: Manifest) -> int:
-    """Sequences per step that the parent trained with, for configs that leave it open; 0 when not known."""
+    """Return the parent's global batch size, for configs that do not set it; 0 if unknown."""
     if paths.CONFIG not in found.files:
         return 0
     try:

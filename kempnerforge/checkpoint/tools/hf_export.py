@@ -1,8 +1,9 @@
-"""The weights of a step as a Hugging Face folder, whatever layout they were saved under.
+"""Export the weights of a step as a Hugging Face model folder, whatever layout they were saved with.
 
-The step's files are read once each, in the order of their bytes, block by verified block; every piece of a
-block goes straight to its places in the new files. So memory is a few blocks, whatever the size of the model
-and of its tensors, and no block is read twice however many ranks share a tensor. Needs no torch.
+Each file of the step is read once, in the order of its bytes, in verified blocks. Each piece of a
+block is written directly to its offsets in the new files. So memory is a few blocks, whatever the
+size of the model and its tensors, and no block is read twice, however many ranks share a tensor.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kempnerforge.checkpoint.tools.float_cast import FLOATS, cast
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, RunFolderError
 
 Progress = Callable[[int, int], None]
-"""Told bytes done and bytes in all."""
+"""Called with the bytes done so far, and the total."""
 
 PIECE_BYTES = 4 << 20
 _MAX_OPEN_FILES = 64
@@ -35,26 +36,26 @@ _MAX_OPEN_FILES = 64
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made."""
+    """Result of an export."""
 
     path: Path
     dtype: str
     """Safetensors name."""
     num_parameters: int
     size_bytes: int
-    """Of all files."""
+    """Size of all files."""
     files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Target:
-    """Where a tensor goes."""
+    """The destination of a tensor."""
 
     tensor: MappedTensor
     source_dtype: str
     file: str
     begin: int
-    """Byte of its first element."""
+    """Offset of its first element."""
 
 
 def export(
@@ -67,11 +68,12 @@ def export(
     max_shard_bytes: int = hf_format.SHARD_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> Exported:
-    """Write the weights of a step, cast to ``dtype`` (safetensors name), and ``small_files``, as ``out``.
+    """Write the weights of a step, cast to ``dtype`` (safetensors name), and ``small_files``, to ``out``.
 
-    ``tensors`` has to name every weight of the step. Who calls holds the step against retention. The folder
-    appears by a rename, complete and durable. Raises RunFolderError when it exists or cannot be written,
-    MismatchError, DamagedCheckpointError, NoSpaceError; OSError when the step cannot be read.
+    ``tensors`` must name every weight of the step. The caller holds a read lock on the step. The
+    folder appears by a rename, complete and durable. Raises RunFolderError if it exists or cannot
+    be written, MismatchError, DamagedCheckpointError, NoSpaceError; OSError if the step cannot be
+    read.
     """
     entries = view.tensors()
     _check_fits(view, entries, tensors)
@@ -104,7 +106,7 @@ def _check_fits(view: StepView, entries: Mapping[str, TensorEntry], tensors: Seq
         if entry is None:
             problems.append(f"{name} is not in the checkpoint")
         elif entry.shape != tensor.shape:
-            problems.append(f"{name} has shape {entry.shape}, by the config {tensor.shape}")
+            problems.append(f"{name} has shape {entry.shape}, but {tensor.shape} by the config")
         elif entry.dtype not in FLOATS:
             problems.append(f"{name} is {entry.dtype}; {', '.join(FLOATS)} can be exported")
     extra = [name for name in entries if name.startswith(paths.MODEL_PREFIX) and name not in wanted]
@@ -116,12 +118,12 @@ def _check_fits(view: StepView, entries: Mapping[str, TensorEntry], tensors: Seq
 def _targets(
     entries: Mapping[str, TensorEntry], tensors: Sequence[MappedTensor], files: Sequence[PlannedFile]
 ) -> dict[str, list[tuple[Chunk, _Target]]]:
-    """File of the step -> its chunks and where they go, in the order of their bytes."""
-    places = {name: (file.name, begin) for file in files for name, begin in file.begins.items()}
+    """Return file of the step -> its chunks and their destinations, in the order of their bytes."""
+    locations = {name: (file.name, begin) for file in files for name, begin in file.begins.items()}
     found: dict[str, list[tuple[Chunk, _Target]]] = {}
     for tensor in tensors:
         entry = entries[paths.MODEL_PREFIX + tensor.name]
-        target = _Target(tensor, entry.dtype, *places[tensor.hf_name])
+        target = _Target(tensor, entry.dtype, *locations[tensor.hf_name])
         for chunk in entry.chunks:
             found.setdefault(chunk.file, []).append((chunk, target))
     return {
@@ -158,32 +160,32 @@ def _copy(
 
 
 def _pieces(source: VerifiedFile, chunk: Chunk) -> Iterator[memoryview]:
-    """The verified bytes of a chunk, small enough to be cast in the processor's cache."""
+    """Yield the verified bytes of a chunk, in pieces small enough to be cast in the CPU cache."""
     for part in source.parts(chunk.begin, chunk.end):
         for begin in range(0, part.nbytes, PIECE_BYTES):
             yield part[begin : begin + PIECE_BYTES]
 
 
 def _write(part: memoryview, at: int, chunk: Chunk, target: _Target, dtype: str, outputs: _Outputs) -> None:
-    """Cast ``part``, which begins at byte ``at`` of the chunk's file, and write its runs to their places."""
+    """Cast ``part``, which begins at byte ``at`` of the chunk's file, and write its runs to their offsets."""
     item, out_item = ITEM_BYTES[target.source_dtype], ITEM_BYTES[dtype]
     first = (at - chunk.begin) // item
     try:
         data = cast(np.frombuffer(part, dtype=np.uint8), target.source_dtype, dtype).data
     except OverflowError as error:
         raise MismatchError(
-            f"{target.tensor.name} holds {error}, which {dtype} cannot; export it with another --dtype"
+            f"{target.tensor.name} holds {error}, which {dtype} cannot represent; use another --dtype"
         ) from None
     fd = outputs.open(target.file)
-    for place, begin, end in _runs(chunk, target.tensor, first, first + part.nbytes // item):
+    for element, begin, end in _runs(chunk, target.tensor, first, first + part.nbytes // item):
         run = data[(begin - first) * out_item : (end - first) * out_item]
-        outputs.write_at(fd, run, target.begin + place * out_item)
+        outputs.write_at(fd, run, target.begin + element * out_item)
 
 
 def _runs(chunk: Chunk, tensor: MappedTensor, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-    """Elements ``first`` to ``last`` of a chunk, in the order of its box, cut where they part in the new one.
+    """Split elements ``first`` to ``last`` of a chunk into runs that are contiguous in the new tensor too.
 
-    Yields (element of the new tensor, first, last), each contiguous in both.
+    Yields (element of the new tensor, first, last).
     """
     width, box_width = math.prod(tensor.shape[1:]), math.prod(chunk.sizes[1:])
     order = tensor.row_order
@@ -228,14 +230,14 @@ def _not_written(path: Path, error: OSError) -> RunFolderError:
 
 
 class _Outputs:
-    """Files that are written here and there, of which the last used stay open."""
+    """Files written at any offset. The most recently used ones are kept open."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def open(self, name: str) -> int:
-        """A descriptor of the file ``name``, valid until the next call."""
+        """Return a descriptor of the file ``name``, valid until the next call."""
         fd = self._open.pop(name, None)
         if fd is None:
             fd = os.open(self._folder / name, os.O_WRONLY | os.O_CLOEXEC)
@@ -254,6 +256,6 @@ class _Outputs:
             raise _not_written(self._folder, error) from error
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all files."""
         for fd in self._open.values():
             os.close(fd)

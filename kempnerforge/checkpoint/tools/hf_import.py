@@ -1,7 +1,7 @@
-"""A Hugging Face folder as a committed checkpoint that holds weights only. Needs no torch.
+"""Import a Hugging Face model folder as a committed checkpoint with only weights. Needs no torch.
 
-Weights become fp32, the type that training keeps them in, and are written in the order of the new files, a
-few megabytes at a time: memory does not depend on the size of the model or of its tensors.
+Weights are cast to fp32, the dtype that training uses, and written in the order of the new files, a
+few megabytes at a time. So memory does not depend on the size of the model or its tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kempnerforge.checkpoint.tools.float_cast import FLOATS, cast
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 
 Progress = Callable[[int, int], None]
-"""Told bytes done and bytes in all."""
+"""Called with the bytes done so far, and the total."""
 
 DTYPE = "F32"
 PIECE_BYTES = 4 << 20
@@ -43,14 +43,14 @@ PIECE_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import made."""
+    """Result of an import."""
 
     path: Path
     num_parameters: int
     size_bytes: int
-    """Of all files."""
+    """Size of all files."""
     num_files: int
-    """That hold weights."""
+    """Number of files with weights."""
 
 
 def import_weights(
@@ -62,12 +62,12 @@ def import_weights(
     config_toml: str,
     progress: Progress = lambda done, total: None,
 ) -> Imported:
-    """Make ``out`` a checkpoint of format 1, at step 0, of the weights in the Hugging Face folder ``source``.
+    """Write the weights in the Hugging Face folder ``source`` to ``out``, a checkpoint at step 0.
 
-    ``redundant``: names that ``source`` may have beside ``tensors`` -> the name whose bytes they repeat, or
-    an empty string when they need not be looked at. The checkpoint appears by a rename, complete and durable.
-    Raises MismatchError, StepNotFoundError, DamagedCheckpointError, RunFolderError when ``out`` exists or
-    cannot be made, NoSpaceError; OSError as it comes.
+    ``redundant``: names that ``source`` may have besides ``tensors`` -> the name with the same
+    bytes, or an empty string if they are ignored. The checkpoint appears by a rename, complete and
+    durable. Raises MismatchError, StepNotFoundError, DamagedCheckpointError, RunFolderError if
+    ``out`` exists or cannot be created, NoSpaceError, OSError.
     """
     stored = hf_format.find_tensors(source)
     _check_fits(source, stored, tensors, redundant)
@@ -105,31 +105,32 @@ def _check_fits(
         if found is None:
             problems.append(f"{tensor.hf_name} is missing")
         elif found.shape != tensor.shape:
-            problems.append(f"{tensor.hf_name} has shape {found.shape}, by config.json {tensor.shape}")
+            problems.append(f"{tensor.hf_name} has shape {found.shape}, but {tensor.shape} by config.json")
         elif found.dtype not in FLOATS:
             problems.append(f"{tensor.hf_name} is {found.dtype}; {', '.join(FLOATS)} can be imported")
     known = {tensor.hf_name for tensor in tensors}
     for name in sorted(stored.keys() - known):
         if name not in redundant:
-            problems.append(f"{name} is no weight of a Llama")
+            problems.append(f"{name} is not a weight of a Llama")
         elif (twin := redundant[name]) and not problems and not _same_bytes(stored[name], stored[twin]):
-            problems.append(f"{name} differs from {twin}, and config.json ties them (tie_word_embeddings)")
+            problems.append(f"{name} differs from {twin}, but config.json ties them (tie_word_embeddings)")
     if problems:
         raise MismatchError(f"{source} cannot be imported:{hf_format.listed(problems)}")
 
 
 def _plan(tensors: Sequence[MappedTensor]) -> list[PlannedFile]:
-    """Files of at most 5 GB: many of them can be read by many ranks at once."""
+    """Plan files of at most 5 GB, because many files can be read by many ranks at once."""
     tensors = sorted(tensors, key=lambda tensor: tensor.name)
     items = [
         PlannedItem(
-            ShardItem(paths.MODEL_PREFIX + one.name, DTYPE, (0,) * len(one.shape), one.shape), one.shape
+            ShardItem(paths.MODEL_PREFIX + tensor.name, DTYPE, (0,) * len(tensor.shape), tensor.shape),
+            tensor.shape,
         )
-        for one in tensors
+        for tensor in tensors
     ]
-    groups = hf_format.group_by_size([one.item.size_bytes for one in items], hf_format.SHARD_BYTES)
+    groups = hf_format.group_by_size([planned.item.size_bytes for planned in items], hf_format.SHARD_BYTES)
     return [
-        PlannedFile(paths.shard_name(number, len(groups)), tuple(items[place] for place in group))
+        PlannedFile(paths.shard_name(number, len(groups)), tuple(items[position] for position in group))
         for number, group in enumerate(groups)
     ]
 
@@ -145,8 +146,8 @@ def _write_file(
     new = DigestingFile(building / file.name)
     try:
         new.write(memoryview(image.header))
-        for place in image.order:
-            tensor = of_ours[file.items[place].item.name]
+        for position in image.order:
+            tensor = of_ours[file.items[position].item.name]
             _write_tensor(new, tensor, stored[tensor.hf_name], advance)
         record = new.finish()
     finally:
@@ -157,7 +158,7 @@ def _write_file(
 def _write_tensor(
     new: DigestingFile, tensor: MappedTensor, source: Stored, advance: Callable[[int], None]
 ) -> None:
-    """Some rows at a time, always whole groups of those that change places among each other."""
+    """Write some rows at a time, always whole groups of rows that are permuted among each other."""
     order = np.argsort(tensor.row_order)
     group = max(1, len(order))
     group_bytes = group * math.prod(source.shape[1:]) * ITEM_BYTES[source.dtype]
@@ -175,15 +176,15 @@ def _write_tensor(
         os.close(fd)
 
 
-def _same_bytes(one: Stored, other: Stored) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def _same_bytes(first: Stored, second: Stored) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    with open(one.path, "rb") as file, open(other.path, "rb") as twin:
-        size_bytes = _size_bytes(one)
+    with open(first.path, "rb") as file, open(second.path, "rb") as twin:
+        size_bytes = _size_bytes(first)
         for at in range(0, size_bytes, PIECE_BYTES):
             end = min(at + PIECE_BYTES, size_bytes)
-            data = _read(file.fileno(), one, one.begin + at, one.begin + end)
-            if not np.array_equal(data, _read(twin.fileno(), other, other.begin + at, other.begin + end)):
+            data = _read(file.fileno(), first, first.begin + at, first.begin + end)
+            if not np.array_equal(data, _read(twin.fileno(), second, second.begin + at, second.begin + end)):
                 return False
     return True
 

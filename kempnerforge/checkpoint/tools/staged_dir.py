@@ -1,4 +1,4 @@
-"""A folder that is under its name only when it is complete: made beside it, hidden, then renamed."""
+"""Create a folder that appears only when it is complete: fill a hidden one beside it, then rename it."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from kempnerforge.errors import NoSpaceError, RunFolderError
 
 @contextlib.contextmanager
 def begin(final: Path, *, what: str, purpose: str) -> Iterator[Path]:
-    """A hidden folder beside ``final`` to fill and then to ``fsio.publish``; what is left of it is deleted.
+    """Yield a hidden folder beside ``final``, to fill and then ``fsio.publish``. Delete it if it is left.
 
-    ``what`` is a word for the work, such as ``fork``; ``purpose`` says what it makes. A kill leaves the
-    hidden folder, and the next try says so. Raises RunFolderError when ``final`` exists, cannot be made, lies
-    inside of a committed step, or would be taken for a step of a run.
+    ``what``: a word for the operation, such as ``fork``. ``purpose``: what it creates. After a kill
+    the hidden folder remains, and the next attempt reports it. Raises RunFolderError if ``final``
+    exists, cannot be created, lies inside a committed step, or would look like a step of a run.
     """
     building = final.with_name(f".{final.name}.{what}")
     article = "an" if what[0] in "aeiou" else "a"
     if final.exists() or final.is_symlink():
-        raise RunFolderError(f"{final} exists; {article} {what} makes {purpose}. Give another name")
+        raise RunFolderError(f"{final} exists; {article} {what} creates {purpose}. Give another name")
     for parent in final.absolute().parents:
         if (parent / paths.MANIFEST).is_file():
-            raise RunFolderError(f"{final} is inside of {parent}, a committed step, which never changes")
+            raise RunFolderError(f"{final} is inside {parent}, a committed step, which must not change")
     if paths.step_number(final.name) is not None and paths.committed_steps(final.parent):
         raise RunFolderError(
-            f"{final} would be taken for a step of the run whose checkpoints are in {final.parent}. Give "
+            f"{final} would look like a step of the run whose checkpoints are in {final.parent}. Give "
             "another name"
         )
     try:
         fsio.make_folder(final.parent)
         _make(building, what)
     except OSError as error:
-        raise RunFolderError(f"{final} cannot be made: {error}") from error
+        raise RunFolderError(f"{final} cannot be created: {error}") from error
     try:
         yield building
     finally:
@@ -50,12 +50,12 @@ def _make(building: Path, what: str) -> None:
         fsio.new_folder(building)
     except FileExistsError:
         raise RunFolderError(
-            f"{building} exists: another {what} is making it, or was killed. If none is running, delete it"
+            f"{building} exists: another {what} is creating it, or was killed. If none is running, delete it"
         ) from None
 
 
 def require_room(building: Path, size_bytes: int, num_files: int, *, what: str, hint: str = "") -> None:
-    """Raise NoSpaceError when that much does not fit where ``building`` is."""
+    """Raise NoSpaceError if that much does not fit where ``building`` is."""
     verdict = disk_space.check(building, size_bytes, needed_files=num_files, quotas=read_quotas(building))
     if not verdict.fits:
         raise NoSpaceError(f"the {what} would not fit: {verdict}. Free some space{hint}")

@@ -1,4 +1,4 @@
-"""Explains what happened to a step of a run, from folders, receipts, ledger and config."""
+"""Explain what happened to a step of a run, from folders, receipts, ledger and config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kempnerforge.goodput.event_log import Event, read_events
 from kempnerforge.goodput.faults import read_faults
 from kempnerforge.goodput.history import AttemptHistory, derive
 
-if TYPE_CHECKING:  # the command line pays for pydantic only where it reads a config
+if TYPE_CHECKING:  # the command line imports pydantic only where it reads a config
     from kempnerforge.config.schema import CheckpointConfig
 
 STATES = (
@@ -29,7 +29,7 @@ _SAVE_EVENTS = ("commit", "failed", "skipped", "put_off", "deleted")
 
 @dataclass(frozen=True)
 class SetAside:
-    """A folder that holds a step under another name."""
+    """A renamed step."""
 
     what: str
     """``quarantined``, ``rolled back``, ``late`` or ``suspect``."""
@@ -45,9 +45,9 @@ class RunFacts:
     history: Sequence[AttemptHistory] = ()
     set_aside: Mapping[int, Sequence[SetAside]] = field(default_factory=dict)
     in_flight: Mapping[int, int] = field(default_factory=dict)
-    """Step -> the attempt that writes it, or began to."""
+    """Step -> the attempt that is writing it, or was."""
     is_live: bool = False
-    """Whether the newest attempt runs."""
+    """Whether the newest attempt is running."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Absence:
     """One of ``STATES``."""
     text: str
     events: tuple[Event, ...] = ()
-    """Events of the ledger about the step, oldest first."""
+    """Ledger events about the step, oldest first."""
 
 
 def read_facts(run_dir: Path, folder: Path) -> RunFacts:
@@ -96,7 +96,8 @@ def read_facts(run_dir: Path, folder: Path) -> RunFacts:
 def explain_absence(step: int, facts: RunFacts, config: CheckpointConfig | None) -> Absence:
     """Return why ``step`` is not among a run's committed steps.
 
-    ``config`` is the newest known one, which an older attempt may not have had; None when none is known.
+    ``config``: the newest known one, which may differ from that of an older attempt; None if
+    unknown.
     """
     about = _events_about(step, facts.events)
     if step in facts.set_aside:
@@ -113,7 +114,7 @@ def explain_absence(step: int, facts: RunFacts, config: CheckpointConfig | None)
 
 
 def _events_about(step: int, events: Sequence[Event]) -> tuple[Event, ...]:
-    """Return the ledger's events about ``step``; of a save put off, the end if that is known."""
+    """Return the ledger's events about ``step``. Of a deferred save, return the end if it is known."""
     found = [event for event in events if _is_about(event, step)]
     ended = {
         (event["attempt"], event["from_step"])
@@ -138,14 +139,14 @@ def _is_about(event: Event, step: int) -> bool:
     return step in event["steps"] if event["event"] == "deleted" else event["step"] == step
 
 
-def _aside_in_words(one: SetAside) -> str:
+def _aside_in_words(aside: SetAside) -> str:
     why = {
         "quarantined": "it was found damaged at a resume",
         "rolled back": "a rollback went back to an older step",
         "late": "its attempt committed it after the run was taken over or resumed from an older step",
-        "suspect": "two attempts went on from it and ended for a cause that may lie in it",
-    }[one.what]
-    return f"{why}, and it was set aside as {one.name}{f': {one.reason}' if one.reason else ''}"
+        "suspect": "two attempts resumed from it and failed, and it may be the cause",
+    }[aside.what]
+    return f"{why}, and it was set aside as {aside.name}{f': {aside.reason}' if aside.reason else ''}"
 
 
 def _by_event(step: int, event: Event, facts: RunFacts) -> tuple[str, str]:
@@ -154,22 +155,22 @@ def _by_event(step: int, event: Event, facts: RunFacts) -> tuple[str, str]:
         occasion = (
             f"after step {event['after_commit']} was committed"
             if event["after_commit"] is not None
-            else "to make room for a save"
+            else "to make space for a save"
         )
         rules = "; ".join(event["rules"])
         return "deleted", (
-            f"attempt {attempt} deleted it {occasion}: no rule kept it any more (kept: {rules}; the newest)"
+            f"attempt {attempt} deleted it {occasion}: no rule kept it (kept: {rules}; the newest)"
         )
     if kind == "commit":
         return "gone", (
-            f"attempt {attempt} committed it, and no record says what became of it: it was deleted just "
+            f"attempt {attempt} committed it, but no record says what happened to it: it was deleted just "
             "before a crash, by `kempnerforge ckpt prune`, or by another program"
         )
     if kind == "failed":
         return "failed", f"its save by attempt {attempt} failed: {event['error']}"
     if kind == "skipped":
-        return "skipped", f"attempt {attempt} left its save out for lack of space: {event['why']}"
-    writing = f"its save was put off, because step {event['writing']} was still being written"
+        return "skipped", f"attempt {attempt} skipped its save for lack of space: {event['why']}"
+    writing = f"its save was deferred, because step {event['writing']} was still being written"
     if event["saved_step"] == step:
         return "lost", f"attempt {attempt} ended before its save was committed: {_end_of(facts, attempt)}"
     if event["saved_step"] is not None:
@@ -177,19 +178,19 @@ def _by_event(step: int, event: Event, facts: RunFacts) -> tuple[str, str]:
     if event["to_step"] is not None:
         return "put off", f"{writing}; then there was no space for a save"
     if facts.is_live and attempt == facts.history[-1].number:
-        return "put off", f"{writing}; the next step that can be is saved instead"
+        return "put off", f"{writing}; the next possible step is saved instead"
     return "put off", f"{writing}; attempt {attempt} ended before another step was saved instead"
 
 
 def _without_event(step: int, facts: RunFacts, config: CheckpointConfig | None) -> tuple[str, str]:
-    trained = [one for one in facts.history if one.began_at is not None]
+    trained = [past for past in facts.history if past.began_at is not None]
     if not trained:
         return "unknown", "no attempt of this run has recorded its steps in the ledger"
     newest = trained[-1]
-    reached = max(_reached(one) for one in trained)
-    passed = [one for one in trained if (one.began_at or 0) < step <= _reached(one)]
+    reached = max(map(_reached, trained))
+    passed = [past for past in trained if (past.began_at or 0) < step <= _reached(past)]
     if step == 0:
-        passed = [one for one in trained if one.began_at == 0]
+        passed = [past for past in trained if past.began_at == 0]
     if step > reached:
         if facts.is_live:
             return (
@@ -197,67 +198,67 @@ def _without_event(step: int, facts: RunFacts, config: CheckpointConfig | None) 
                 f"it is not done yet: attempt {newest.number} is at about step {_reached(newest)}",
             )
         note = " It may have done a few more before it ended." if newest.kind in ("lost", "fault") else ""
-        return "beyond", f"no attempt is known to have got as far: the last step is {reached}.{note}"
+        return "beyond", f"no attempt is known to have reached it: the last step is {reached}.{note}"
     if not passed:
-        begins = ", ".join(str(one.began_at) for one in trained)
+        begins = ", ".join(str(past.began_at) for past in trained)
         return "not done", f"no attempt of this run did this step: they began at {begins}"
-    one = passed[-1]
+    last = passed[-1]
     if config is None:
         return (
             "unknown",
-            f"attempt {one.number} did it, and no committed step has the config by which saves were due",
+            f"attempt {last.number} did it, but no committed step has its config, so the schedule is unknown",
         )
     if (reason := due_by_steps(config, step)) is None:
         return "not due", f"no save was due: {schedule_in_words(config, step)}"
-    if any(event["step"] > step for event in one.commits) or one.kind == "finished":
+    if any(event["step"] > step for event in last.commits) or last.kind == "finished":
         if config.max_overhead_pct is not None or config.interval == "auto":
-            return "not due", "no save was due: what saves cost stretched the interval (max_overhead_pct)"
+            return "not due", "no save was due: the cost of saves increased the interval (max_overhead_pct)"
         return "unknown", (
-            f"a save was due ({reason}) by the newest config, and attempt {one.number} recorded none; its "
-            "own config may have been another one, or its version recorded less"
+            f"a save was due ({reason}) by the newest config, but attempt {last.number} recorded none; its "
+            "own config may have been different, or its version recorded less"
         )
-    if facts.is_live and one is newest:
-        return "being written", f"its save ({reason}) is not settled yet"
+    if facts.is_live and last is newest:
+        return "being written", f"its save ({reason}) is not finished yet"
     return "lost", (
-        f"attempt {one.number} ended before its save ({reason}) was committed: {_end_of(facts, one.number)}"
+        f"attempt {last.number} ended before its save ({reason}) was committed: {_end_of(facts, last.number)}"
     )
 
 
-def _reached(one: AttemptHistory) -> int:
-    return max([one.last_step, *(event["step"] for event in one.commits)])
+def _reached(attempt: AttemptHistory) -> int:
+    return max([attempt.last_step, *(event["step"] for event in attempt.commits)])
 
 
 def _end_of(facts: RunFacts, attempt: int) -> str:
-    found = next((one for one in facts.history if one.number == attempt), None)
-    return found.reason if found is not None else "nothing is known of its end"
+    found = next((past for past in facts.history if past.number == attempt), None)
+    return found.reason if found is not None else "its end is unknown"
 
 
 def due_by_steps(config: CheckpointConfig, step: int) -> str | None:
-    """Return why ``config`` makes a save due after ``step``, whatever the clock says; None if it does not."""
+    """Return why ``config`` makes a save due after ``step``, regardless of time; None if it does not."""
     from kempnerforge.checkpoint.schedule.save_policy import SavePolicy
 
     return SavePolicy.from_config(config).due(step, auto_s=math.inf)
 
 
 def schedule_in_words(config: CheckpointConfig, step: int) -> str:
-    """Return when saves are due around ``step``, for a step after which none is."""
+    """Return when saves are due around ``step``, for a step after which no save is due."""
     parts: list[str] = []
     before, after = _neighbours(config, step)
     if isinstance(config.interval, int) and config.interval:
         parts.append(f"checkpoint.interval is {config.interval}")
     if config.interval == "auto":
-        parts.append('checkpoint.interval is "auto", which goes by the clock')
+        parts.append('checkpoint.interval is "auto", which depends on time')
     if config.interval_minutes is not None:
-        parts.append(f"checkpoint.interval_minutes is {config.interval_minutes:g}, by the clock")
+        parts.append(f"checkpoint.interval_minutes is {config.interval_minutes:g}, which depends on time")
     around = [f"the one before at step {before}"] if before is not None else []
     around += [f"the next one at step {after}"] if after is not None else []
     if around:
         parts.append(", ".join(around))
-    return "; ".join(parts) or "the config asks for no saves but the last step's"
+    return "; ".join(parts) or "the config requests no saves except after the last step"
 
 
 def _neighbours(config: CheckpointConfig, step: int) -> tuple[int | None, int | None]:
-    """Return the nearest steps below and above ``step`` after which a save is due by steps."""
+    """Return the nearest steps below and above ``step`` after which the config makes a save due."""
     marks = set(config.at_steps) | ({0} if config.save_first else set())
     if window := config.dyn_ckpt_window:
         powers = (1 << power for power in range(window.stop.bit_length()))

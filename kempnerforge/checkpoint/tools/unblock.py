@@ -1,4 +1,4 @@
-"""Let a blocked run go on: earlier faults no longer count, and suspect steps are chosen again."""
+"""Unblock a run: reset the failure counter, and restore suspect steps."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ from kempnerforge.goodput.event_log import Ledger
 
 @dataclass(frozen=True)
 class Unblocked:
-    """What ``unblock`` did."""
+    """Result of ``unblock``."""
 
     attempt: int
-    """Faults of attempts up to this one no longer count."""
+    """The last attempt whose failures no longer count."""
     renamed: dict[str, str] = field(default_factory=dict)
-    """Old name -> new name of the steps that are chosen again."""
+    """Old name -> new name of the restored steps."""
     left: dict[str, str] = field(default_factory=dict)
-    """Name -> why a suspect step cannot be used by this run any more."""
+    """Name -> why a suspect step was not restored."""
 
 
 def unblock(run_dir: Path, *, note: Callable[[str], None]) -> Unblocked:
-    """Declare the cause of a run's faults fixed, and give suspect steps their names back.
+    """Declare the cause of a run's failures fixed, and restore the names of suspect steps.
 
-    A suspect step stays set aside if the run has committed a step since that does not come from it.
-    ``run.json`` is written before the first rename, and the ledger after the last: after a kill, repeat the
-    command.
-    ``note`` is told when the lease has to be watched.
+    A suspect step remains set aside if the run has since committed a step that does not descend
+    from it. ``run.json`` is written before the first rename, and the ledger after the last: after a
+    kill, run the command again. ``note`` is called if another process's lease has to be watched.
 
     Durable: on return. Raises RunFolderError, LeaseHeldError.
     """
     try:
         if writer := lease.live_holder(run_dir):
-            raise LeaseHeldError(f"{run_dir} is being written by {writer}; it is not blocked")
+            raise LeaseHeldError(f"{run_dir} is being written by {writer}, so it is not blocked")
         record = metadata.read(run_dir)
         folder = record.checkpoint_folder(run_dir) if record is not None else run_dir / "checkpoints"
         suspects = paths.list_folder(folder).suspect
@@ -68,7 +67,7 @@ def _restore(run_dir: Path, folder: Path, suspects: Sequence[Path], attempt: int
         assert step is not None
         why, since = _why_not(path, step, record.run_id, cuts, committed)
         if not why and paths.step_name(step) in done.renamed.values():
-            why = f"{paths.step_name(step)} was another one of that number"
+            why = f"another step was restored as {paths.step_name(step)}"
         if why:
             done.left[path.name] = why
             continue
@@ -86,19 +85,19 @@ def _restore(run_dir: Path, folder: Path, suspects: Sequence[Path], attempt: int
 def _why_not(
     path: Path, step: int, run_id: str, cuts: Sequence[ResumePoint], committed: Sequence[int]
 ) -> tuple[str, int]:
-    """Why the step cannot come back, and the first attempt that went on from below it; 0 if none did."""
+    """Return why the step cannot be restored, and the first attempt that began below it; 0 if none did."""
     try:
         provenance = manifest.read(path).provenance
     except (DamagedCheckpointError, MismatchError) as error:
         return str(error), 0
     if provenance.run_id != run_id:
-        return f"it is of another run, {provenance.run_id}", 0
+        return f"it belongs to another run, {provenance.run_id}", 0
     below = [cut for cut in cuts if cut.leaves_behind(step, provenance.attempt)]
     if not below:
         return (f"step {step} was committed again", 0) if step in committed else ("", 0)
     lowest = min(below, key=lambda cut: cut.step)
     if rollback := next((cut for cut in below if cut.is_rollback), None):
-        return f"the run was rolled back to step {rollback.step} since", 0
-    if newer := [one for one in committed if one > lowest.step]:
-        return f"the run went on from step {lowest.step} since and committed step {max(newer)}", 0
+        return f"the run was since rolled back to step {rollback.step}", 0
+    if newer := [number for number in committed if number > lowest.step]:
+        return f"the run has since resumed from step {lowest.step} and committed step {max(newer)}", 0
     return "", min(cut.attempt for cut in below)

@@ -1,6 +1,6 @@
-"""Checking a step byte by byte: every digest, and that its parts agree with each other.
+"""Verify every byte of a step, and that its files agree with each other.
 
-Needs no torch, changes nothing, and never stops at the first fault.
+Needs no torch, changes nothing, and does not stop at the first fault.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kempnerforge.checkpoint.format import json_values, manifest, paths, safetensors_header
+from kempnerforge.checkpoint.format import json_values, manifest, paths, safetensors_file
 from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, VerifiedFile
 from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.format.step_info import StepView
@@ -27,43 +27,43 @@ from kempnerforge.errors import (
 
 MAX_THREADS = 8
 _UNIT_BLOCKS = 8
-"""Blocks that a thread checks in one go."""
+"""Number of blocks in one task of a thread."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What came of checking one step."""
+    """Result of verifying one step."""
 
     path: Path
     problems: tuple[str, ...]
-    """Everything that is wrong with it."""
+    """All faults."""
     foreign: tuple[str, ...]
-    """Files in its folder that the manifest does not know; they do no harm."""
+    """Files in its folder that are not in the manifest. They do no harm."""
     size_bytes: int
-    """Bytes that were digested."""
+    """Number of verified bytes."""
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no faults."""
         return not self.problems
 
 
 def verify(
     path: Path, *, threads: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Verified:
-    """Check every byte of the step in ``path``, which is held against retention meanwhile.
+    """Verify every byte of the step in ``path``. Retention does not delete it meanwhile.
 
-    ``progress`` is told of the bytes done so far and of all. Raises StepNotFoundError when the step is or
-    goes away, UnreachableCheckpointError when it cannot be read: that says nothing about it; MismatchError
-    for another format.
+    ``progress`` is called with the bytes done so far, and the total. Raises StepNotFoundError if
+    the step does not exist or disappears, UnreachableCheckpointError if it cannot be read (it may
+    be intact), MismatchError for another format version.
     """
     with read_locks.lock_for_reading(path, what="verify"):
         try:
             return _verify(path, threads or _default_threads(), progress)
         except OSError as error:
             if not path.is_dir():
-                raise StepNotFoundError(f"{path} went away while it was read") from None
-            raise UnreachableCheckpointError(f"{path} cannot be read: {error}. It may be sound") from error
+                raise StepNotFoundError(f"{path} disappeared while it was read") from None
+            raise UnreachableCheckpointError(f"{path} cannot be read: {error}. It may be intact") from error
 
 
 def _verify(path: Path, threads: int, progress: Callable[[int, int], None]) -> Verified:
@@ -71,12 +71,12 @@ def _verify(path: Path, threads: int, progress: Callable[[int, int], None]) -> V
         found = _manifest_of(path)
     except DamagedCheckpointError as error:
         if not path.is_dir():
-            raise StepNotFoundError(f"{path} went away while it was read") from None
+            raise StepNotFoundError(f"{path} disappeared while it was read") from None
         return Verified(path, (_without_name(error, path),), (), 0)
     known = {paths.MANIFEST, *found.files}
     unknown = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
     problems = [
-        f"{name} is not in the manifest, and tools that read all shards would read it"
+        f"{name} is not in the manifest, but tools that read all shards would read it"
         for name in unknown
         if name.endswith(paths.SHARD_SUFFIX)
     ]
@@ -88,7 +88,7 @@ def _verify(path: Path, threads: int, progress: Callable[[int, int], None]) -> V
 
 
 def _manifest_of(path: Path) -> Manifest:
-    """A step's manifest; a state dict that was saved without a run may have the name of a step too."""
+    """Return a step's manifest. A state dict saved without a run may also have the name of a step."""
     try:
         return manifest.load(path, step=paths.step_number(path.name))
     except NoTrainingStateError:
@@ -98,7 +98,7 @@ def _manifest_of(path: Path) -> Manifest:
 def _wrong_blocks(
     path: Path, found: Manifest, threads: int, progress: Callable[[int, int], None]
 ) -> dict[str, list[str]]:
-    """File -> what is wrong with which of its bytes, digested by several threads."""
+    """Return file -> faults in its bytes. Uses several threads."""
     units = [
         (name, first, min(first + _UNIT_BLOCKS, len(record.xxh3_128)))
         for name, record in sorted(found.files.items())
@@ -127,13 +127,13 @@ def _wrong_blocks(
             if problems:
                 wrong.setdefault(name, []).extend(problems)
     finally:
-        # An interrupt must not wait for terabytes that are still queued.
+        # An interrupt must not wait for terabytes in the queue.
         executor.shutdown(cancel_futures=True)
     return wrong
 
 
 def _disagreements(view: StepView, wrong: set[str]) -> Iterator[str]:
-    """What does not fit together in a step, leaving out files of which bytes are known to be wrong."""
+    """Yield the contradictions between files of a step, ignoring files with ``wrong`` bytes."""
     if paths.TRAIN_STATE not in wrong:
         yield from _train_state_problems(view)
     if paths.CONFIG not in wrong:
@@ -148,7 +148,7 @@ def _disagreements(view: StepView, wrong: set[str]) -> Iterator[str]:
     shards = set(view.shards())
     expected = _chunks_by_file(entries)
     for name in sorted(expected.keys() - shards):
-        yield f"{paths.INDEX} names {name}, which is no shard of the manifest"
+        yield f"{paths.INDEX} names {name}, which is not a shard in the manifest"
     for name in sorted(shards - wrong):
         yield from _header_problems(view.path / name, expected.get(name, {}))
 
@@ -174,7 +174,7 @@ def _problems_of(view: StepView, read: Callable[[], object]) -> Iterator[str]:
 
 
 def _chunks_by_file(entries: dict[str, TensorEntry]) -> dict[str, dict[str, list[tuple[str, Chunk]]]]:
-    """File -> tensor -> dtype and chunks that the index places there."""
+    """Return file -> tensor -> dtype and chunks that the index places there."""
     found: dict[str, dict[str, list[tuple[str, Chunk]]]] = {}
     for name, entry in entries.items():
         for chunk in entry.chunks:
@@ -184,7 +184,7 @@ def _chunks_by_file(entries: dict[str, TensorEntry]) -> dict[str, dict[str, list
 
 def _header_problems(path: Path, expected: dict[str, list[tuple[str, Chunk]]]) -> Iterator[str]:
     try:
-        header = safetensors_header.read(path)
+        header = safetensors_file.read_header(path)
     except ValueError as error:
         yield f"{path.name}: {error}"
         return
@@ -199,7 +199,7 @@ def _header_problems(path: Path, expected: dict[str, list[tuple[str, Chunk]]]) -
 
 
 def _without_name(error: DamagedCheckpointError, path: Path) -> str:
-    """The error without the name of the step, which the report gives once."""
+    """Return the error without the step's name, which the report has once."""
     return str(error).removeprefix(f"{path.name} is damaged: ")
 
 

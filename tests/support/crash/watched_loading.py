@@ -20,7 +20,7 @@ from support.crash.mutations import Changes, Files, Special
 from support.crash.save_driver import Plan, make_manager
 
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.load import candidates
+from kempnerforge.checkpoint.load import candidates, load_step
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.tools import verify
@@ -131,7 +131,7 @@ class Loader:
             try:
                 found = candidates.inspect(self.path, step=self.step)
                 context = RunContext(allow_changed_data=True)
-                loaded = candidates.load(
+                loaded = load_step.load(
                     found, self.state, same_layout=True, rank=0, parts=PARTS, context=context
                 )
                 reader = SafetensorsReader(self.path, known_manifest=found.manifest)
