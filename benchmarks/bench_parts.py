@@ -31,7 +31,7 @@ from bench.savers import Ours
 from bench.workload import Steps, model_config, sharded_llama, state_bytes
 
 from kempnerforge.checkpoint.results import Payload
-from kempnerforge.checkpoint.save.agreed_plan import SavePlanCache
+from kempnerforge.checkpoint.save.plan import SavePlanCache
 from kempnerforge.checkpoint.save.staging import overlapping
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.state.train_state import TrainState

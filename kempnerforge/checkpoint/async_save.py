@@ -24,7 +24,6 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.save import pipeline
-from kempnerforge.checkpoint.save.agreed_plan import SavePlanCache
 from kempnerforge.checkpoint.save.commit import CheckpointPayload
 from kempnerforge.checkpoint.save.host_buffers import HostBuffers
 from kempnerforge.checkpoint.save.pipeline import (
@@ -35,6 +34,7 @@ from kempnerforge.checkpoint.save.pipeline import (
     SaveResult,
     result_key,
 )
+from kempnerforge.checkpoint.save.plan import SavePlanCache
 from kempnerforge.checkpoint.save.staging import BlockingCopy, FailedCopy, Staging, overlapping
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.state.flatten import payload_of

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.results import Payload
-from kempnerforge.checkpoint.save import agreed_plan
+from kempnerforge.checkpoint.save import plan
 from kempnerforge.checkpoint.save.host_buffers import HostBuffers
 from kempnerforge.checkpoint.save.pipeline import RetryPolicy
 from kempnerforge.checkpoint.save.writer_client import Writer
@@ -142,7 +142,7 @@ def buffers_fail(folder: str, failing: int) -> list[str]:
             state = {"w": torch.ones(3), f"own{dist.get_rank()}": torch.ones(2)}
             path = f"{folder}/{mode}"
             if dist.get_rank() == failing:
-                patch.setattr(agreed_plan, "HostBuffers", Failing)
+                patch.setattr(plan, "HostBuffers", Failing)
             messages.append(outcome(partial(checkpointer.save, state, path)))
             messages.append(str(checkpointer.host_bytes))
             patch.undo()

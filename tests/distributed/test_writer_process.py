@@ -17,8 +17,7 @@ from support.polling import wait_until
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.save import direct_io, shared_memory, writer_client
-from kempnerforge.checkpoint.save.direct_io import write_image
-from kempnerforge.checkpoint.save.lanes import WriterThreads
+from kempnerforge.checkpoint.save.direct_io import WriterThreads, write_image
 from kempnerforge.checkpoint.save.shared_memory import HUGE_BYTES, map_filled, map_new
 from kempnerforge.checkpoint.save.writer_process import SharedProgress
 from kempnerforge.config.schema import AsyncCheckpointMode

@@ -12,13 +12,13 @@ import fcntl
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, FileRecord
-from kempnerforge.checkpoint.save.lanes import WriterThreads
 
 ALIGNMENT = 4096
 """Arenas are padded to a multiple of it, which direct writes need."""
@@ -26,6 +26,10 @@ ALIGNMENT = 4096
 _SYNC_BLOCKS = 4
 _SLOW_BLOCK_S = 1.0
 """A block that takes so long may find no idle core: the file's others do not wait for one."""
+
+
+_AT_ONCE = 2
+"""Threads of one priority: one digests a block while the other writes it."""
 
 
 def padded(size_bytes: int) -> int:
@@ -118,3 +122,27 @@ def _is_direct(fd: int) -> bool:
 
 def _clear_direct(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+
+
+class WriterThreads:
+    """Threads that work when they can, and threads that work only when a core would else be idle.
+
+    Ranks wait for each other in every step: what a writer takes from one of them all lose. A thread's policy
+    cannot be raised again without privileges, so there are threads for either.
+    """
+
+    def __init__(self) -> None:
+        self._prompt = ThreadPoolExecutor(_AT_ONCE)
+        self._idle = ThreadPoolExecutor(_AT_ONCE, initializer=_yield_to_all)
+
+    def pick(self, *, prompt: bool) -> Executor:
+        """Where to work; ``prompt``: somebody waits for it."""
+        return self._prompt if prompt else self._idle
+
+
+def _yield_to_all() -> None:
+    """The calling thread only: ``SCHED_IDLE``, or the lowest of the ordinary ones where it is forbidden."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except OSError:
+        os.nice(19)

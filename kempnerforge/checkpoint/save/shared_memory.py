@@ -1,8 +1,11 @@
-"""Memory that the trainer and its writer share: a memfd, mapped so that huge pages fit, and made of them.
+"""Map memory that the trainer and its writer process share, in huge pages where the system allows it.
 
-A direct write pins every page of its block, and so does registering memory with CUDA: with pages of 4 KiB
-that takes more processor time than digesting the bytes. ``MADV_COLLAPSE`` (Linux 6.1) makes huge pages once,
-whatever ``shmem_enabled`` says; where it is refused, or memory is too fragmented, small pages do the same.
+The memory is a memfd. A direct write pins every page of its block, and so does registering memory with CUDA.
+With 4 KiB pages that takes more processor time than computing the digests. ``MADV_COLLAPSE`` (Linux 6.1)
+makes huge pages once, whatever ``shmem_enabled`` says. If the kernel refuses it, or memory is too fragmented,
+small pages work the same way.
+
+A module of its own, without torch: the writer process imports it, and ``host_buffers`` needs torch.
 """
 
 from __future__ import annotations

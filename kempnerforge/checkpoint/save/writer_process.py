@@ -24,8 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.checkpoint.save.direct_io import write_image
-from kempnerforge.checkpoint.save.lanes import WriterThreads
+from kempnerforge.checkpoint.save.direct_io import WriterThreads, write_image
 from kempnerforge.checkpoint.save.shared_memory import map_filled
 
 PULSE_BYTES = 24
