@@ -27,8 +27,8 @@ from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.request_files import RequestFile, RequestFiles
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.run.save_events import SaveEvent
-from kempnerforge.checkpoint.save.pipeline import RetryPolicy
-from kempnerforge.checkpoint.save_coordinator import Saver, Snapshot
+from kempnerforge.checkpoint.save.pipeline import RetryPolicy, SaveRequest
+from kempnerforge.checkpoint.save_coordinator import SaveCoordinator, StepVotes
 from kempnerforge.checkpoint.schedule.auto_interval import SaveIntervalController
 from kempnerforge.checkpoint.schedule.save_policy import SavePolicy
 from kempnerforge.checkpoint.state.train_state import TrainState
@@ -91,7 +91,7 @@ class CheckpointManager:
         self._metrics_step = -1
         self._requests = requests
         self._request: RequestFile | None = None
-        self._saver = Saver(
+        self._saves = SaveCoordinator(
             self._checkpointer, self.folder, self._control, max_failed_saves=config.max_failed_saves
         )
         self._warnings: list[str] = []
@@ -100,9 +100,9 @@ class CheckpointManager:
             # Without a reference to this object, which a program may drop.
             join = partial(_end_writes, self._checkpointer, self._housekeeping)
             self._own = OwnRun(self.run_dir, config, self._control, began_at=state.step, join=join)
-            self._saver.on_outcome = self._record
+            self._saves.on_report = self._record
         self._pacer = SaveIntervalController(
-            config, self._saver.clock, rank=self._control.rank, ranks=self._control.num_ranks
+            config, self._saves.clock, rank=self._control.rank, ranks=self._control.num_ranks
         )
 
     def __enter__(self) -> CheckpointManager:
@@ -137,7 +137,7 @@ class CheckpointManager:
         """
         self._begin_record()
         self._control.run_on_rank0(self._take_folder)
-        self._saver.settle(state.step)  # of a loop that resumes again: what it has begun to save counts
+        self._saves.wait_for_result(state.step)  # when a loop resumes again
         restorer = Restorer(
             self.config,
             folder=self.folder,
@@ -151,13 +151,13 @@ class CheckpointManager:
         self._has_resumed = True
         self._control.run_on_rank0(lambda: self._housekeeping.started(restorer.cleanup, self._steps()))
         if result.source == "resume":
-            self._saver.committed_step = result.step
+            self._saves.committed_step = result.step
         if self._policy.plans_saves or self.config.save_last:
             result.space_warning = self._prepare_saves(state)
         if result.source == "resume" and self._control.rank == 0:
             self._housekeeping.committed(result.step)  # the last attempt may have been killed before this
         self._pacer.remember(self.run_dir, resumed_at=state.step)
-        self._saver.clock.restart(state.step)
+        self._saves.clock.restart(state.step)
         if self._own is not None:
             self._own.resumed(result, step=state.step, skipped=state.skipped_steps)
         return result
@@ -170,7 +170,7 @@ class CheckpointManager:
         if self._own is not None and not self._own.is_open:
             self.context = self._own.open(self.state.device)
             self._lease = self._own.lease
-            self.folder = self._saver.folder = self._own.checkpoints
+            self.folder = self._saves.folder = self._own.checkpoints
 
     def _take_folder(self) -> None:
         """Make the checkpoint folder this run's, or refuse it. First rank only.
@@ -200,45 +200,61 @@ class CheckpointManager:
 
     # -- save --------------------------------------------------------------------------------------------
 
-    def vote(self, *, requested: bool = False) -> tuple[int, ...]:
-        """Return this rank's part in the agreement after a step: request, clock, settled save, lease, pace.
+    def collect_votes(self, *, requested: bool = False) -> StepVotes:
+        """Return this rank's votes after a step. Reduce them to the maxima of all ranks for ``apply_votes``.
 
         ``requested``: this rank was asked to save, by a signal for example. The first rank also looks for the
         file ``checkpoint.request`` in the run's folder. Only the first rank's clock counts.
         """
-        first = self._control.rank == 0
-        wish = requested or (first and self._request_file().is_there)
-        since_ms = int(1000 * self._saver.clock.since_save_s) if first else 0
+        is_first = self._control.rank == 0
+        requested = requested or (is_first and self._request_file().is_there)
         lost = self._lease is not None and bool(self._lease.lost)
-        return int(wish), since_ms, self._saver.settled(), int(lost), *self._pacer.votes()
+        bound_ms, auto_ms = self._pacer.votes()
+        return StepVotes(
+            requested=int(requested),
+            since_save_ms=int(1000 * self._saves.clock.since_save_s) if is_first else 0,
+            known_saves=self._saves.known_saves,
+            lease_lost=int(lost),
+            bound_ms=bound_ms,
+            auto_ms=auto_ms,
+        )
 
-    def decide(self, step: int, agreed: Sequence[int]) -> str | None:
-        """Return why to save now, or None, from the maxima of all ranks' votes.
+    vote = collect_votes
+    """Deprecated: the former name of ``collect_votes``."""
 
-        All ranks take in the outcome of an earlier save. A save that is due while an earlier one is being
-        written is put off to the next step and counted. Raises on all ranks: SaveFailedError after
+    def apply_votes(self, step: int, agreed: Sequence[int]) -> str | None:
+        """Return why to save now, or None. ``agreed``: the maximum of each of all ranks' votes.
+
+        All ranks report an earlier save that has ended. A save that is due while an earlier one is being
+        written is deferred to the next step and counted. Raises on all ranks: SaveFailedError after
         ``max_failed_saves`` failures in a row, LeaseLostError when another attempt has taken the run over.
         """
         self._begin_record()
-        requested, since_ms, settled, lost, *pace = agreed
-        self._saver.clock.step_end(step)
-        if lost:
+        votes = StepVotes(*agreed)
+        self._saves.clock.step_end(step)
+        if votes.lease_lost:
             why = self._control.run_on_rank0(lambda: self._lease.lost if self._lease else "", brief=True)
             raise mark_collective(LeaseLostError(why))
         if self._own is not None:
-            meter = self._saver.clock.meter
+            meter = self._saves.clock.meter
             skipped, waited_s = self.state.skipped_steps, meter.waited_s
             self._own.stepped(step, skipped=skipped, waited_s=waited_s, excluded_s=meter.excluded_s)
-        self._saver.learn(settled, step=step)
-        since_s, bound_s, auto_s = (milliseconds / 1000 for milliseconds in (since_ms, *pace))
+        self._saves.take_result(votes.known_saves, step=step)
         due = self._policy.due(
-            step, seconds_since_last_save=since_s, requested=bool(requested), bound_s=bound_s, auto_s=auto_s
+            step,
+            seconds_since_last_save=votes.since_save_ms / 1000,
+            requested=bool(votes.requested),
+            bound_s=votes.bound_ms / 1000,
+            auto_s=votes.auto_ms / 1000,
         )
-        reason = self._saver.choose(due, step)
+        reason = self._saves.select(due, step)
         if self._own is not None:
             self._own.record(self.events())
             self._take_warnings()
         return reason
+
+    decide = apply_votes
+    """Deprecated: the former name of ``apply_votes``."""
 
     def _request_file(self) -> RequestFile:
         """The file ``checkpoint.request``, which a thread looks for. First rank only."""
@@ -256,7 +272,7 @@ class CheckpointManager:
         if step != self._metrics_step:
             self._metrics, self._metrics_step = {}, step
         self._metrics.update(metrics)
-        if self._control.rank == 0 and step == self._saver.newest_step:
+        if self._control.rank == 0 and step == self._saves.newest_step:
             self._housekeeping.measured(step, metrics)
 
     def save(self, state: TrainState, *, wait: bool = False, reason: str = "asked") -> SaveReport:
@@ -279,14 +295,15 @@ class CheckpointManager:
             self._has_resumed = True
         if reason == "asked" and self._control.rank == 0:
             self._request_file().take()
-        if reason == "asked" and self._own is not None and state.step == self._saver.committed_step:
+        if reason == "asked" and self._own is not None and state.step == self._saves.committed_step:
             self._own.warn(f"step {state.step} is committed already, and is not written again")
         skipped = ""
         if not wait:
             skipped = self._control.run_on_rank0(lambda: self._housekeeping.no_room(state.step), brief=True)
         if skipped:
-            return self._saver.skip(state.step, reason, skipped)
-        return self._saver.save(self._snapshot(state, reason, wait), reason=reason, wait=wait)
+            return self._saves.skip(state.step, reason, skipped)
+        request = self._save_request(state, reason, wait)
+        return self._saves.save(state.step, lambda: self._capture(state), request, wait=wait)
 
     def _require_no_steps(self, step: int) -> None:
         """Raise MismatchError when a program that did not resume would save beside steps of another one."""
@@ -305,7 +322,7 @@ class CheckpointManager:
         Collective: all ranks, in the same order, on the control group.
         Blocks, Mutation, Durable: as ``save``.
         """
-        reason = self.decide(state.step, self._control.agree(self.vote()))
+        reason = self.apply_votes(state.step, self._control.agree(self.collect_votes()))
         if reason is not None:
             self.save(state, reason=reason)
         return self.poll()
@@ -316,26 +333,24 @@ class CheckpointManager:
             rank=self._control.rank, num_ranks=self._control.num_ranks, overlapping=overlapping
         )
 
-    def _snapshot(self, state: TrainState, reason: str, wait: bool) -> Snapshot:
-        step, chores = state.step, self._housekeeping
-        return Snapshot(
-            step=state.step,
-            capture=lambda: self._capture(state),
+    def _save_request(self, state: TrainState, reason: str, wait: bool) -> SaveRequest:
+        step, housekeeping = state.step, self._housekeeping
+        return SaveRequest(
             provenance=Provenance(
-                step=state.step,
+                step=step,
                 run_id=self.context.run_id,
                 attempt=self.context.attempt,
-                parent_step=self._saver.committed_step,
+                parent_step=self._saves.committed_step,
                 reason=reason,
                 layout=self.context.layout,
                 versions=self.context.versions,
                 tokenizer=self.context.tokenizer,
-                metrics=self._metrics if self._metrics_step == state.step else {},
+                metrics=self._metrics if self._metrics_step == step else {},
             ),
             config_toml=self.context.config_toml,
-            before_write=lambda: chores.before_write(step, must_save=wait),
+            before_write=lambda: housekeeping.before_write(step, must_save=wait),
             before_commit=self._check_lease,
-            after_commit=lambda: chores.committed(step, more_saves=not wait),
+            after_commit=lambda: housekeeping.committed(step, more_saves=not wait),
         )
 
     def _check_lease(self) -> None:
@@ -358,7 +373,7 @@ class CheckpointManager:
 
     def events(self) -> list[SaveEvent]:
         """Events for the ledger since the last call: saves put off and, on the first rank, deletions."""
-        return self._saver.events() + self._housekeeping.events()
+        return self._saves.events() + self._housekeeping.events()
 
     def warnings(self) -> list[str]:
         """What went wrong after commits since the last call, on the first rank: the link, the retention."""
@@ -375,17 +390,13 @@ class CheckpointManager:
     def _record(self, report: SaveReport) -> None:
         """Log and record the outcome of a save."""
         if self._own is not None:
-            self._own.record(self._saver.events())
+            self._own.record(self._saves.events())
             self._own.saved(report, self.folder / paths.step_name(report.step))
             self._own.record(self.events())
 
     def _record_pending(self) -> None:
         """Record the outcome of a pending save without asking the other ranks."""
-        if (
-            self._own is not None
-            and self._own.is_open
-            and (report := self._saver.outcome_alone()) is not None
-        ):
+        if self._own is not None and self._own.is_open and (report := self._saves.local_report()) is not None:
             self._record(report)
 
     @property
@@ -403,31 +414,34 @@ class CheckpointManager:
 
         Not collective. Blocks: until the copy is done; on CUDA the device waits, not the host.
         """
-        self._saver.wait_for_staging()
+        self._saves.wait_for_staging()
 
     def poll(self) -> list[SaveReport]:
         """Outcomes that all ranks have learned since the last call. Never blocks.
 
         What went wrong after commits is in ``warnings`` of the next report, or comes from ``warnings()``.
         """
-        reports = self._pacer.paced(self._saver.reports())
+        reports = self._pacer.paced(self._saves.reports())
         self._take_warnings()
         if reports and self._warnings:
             reports[-1] = replace(reports[-1], warnings=(*reports[-1].warnings, *self.warnings()))
         if self._own is not None:
-            self._own.paced(self._pacer.news())
+            self._own.paced(self._pacer.status_message())
         return reports
 
-    def news(self) -> str:
-        """Changes in the pace of saves since the last call, as text, on the first rank."""
+    def status_message(self) -> str:
+        """Return how the interval between saves has changed since the last call, on the first rank."""
         if self._own is None:
-            return self._pacer.news()
-        news, self._own.news = self._own.news, ""
-        return news
+            return self._pacer.status_message()
+        message, self._own.news = self._own.news, ""
+        return message
+
+    news = status_message
+    """Deprecated: the former name of ``status_message``."""
 
     def exclude_time(self, seconds: float) -> None:
         """Exclude seconds of other work between steps, such as validation, from the cost of saves."""
-        self._saver.clock.meter.exclude_time(seconds)
+        self._saves.clock.meter.exclude_time(seconds)
 
     leave_out = exclude_time
     """Deprecated: the former name of ``exclude_time``."""
@@ -439,7 +453,7 @@ class CheckpointManager:
         older steps are deleted, for 60 s at most or until ``give_up`` returns True. Durable: on return.
         Raises SaveFailedError on all ranks.
         """
-        self._saver.settle(state.step)
+        self._saves.wait_for_result(state.step)
         if self.config.save_last and state.step > 0:
             self.save(state, wait=True, reason="last")
         self._housekeeping.finish(give_up=give_up)
@@ -451,11 +465,11 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Wait for a pending save, without raising. Not collective; may be called after an error."""
-        self._saver.wait()
+        self._saves.wait()
 
     def end_housekeeping(self) -> None:
         """Leave what follows commits to the next start, but for what ends at once. Not collective."""
-        self._saver.wait()
+        self._saves.wait()
         self._housekeeping.close()
         self._take_warnings()
 
@@ -467,7 +481,7 @@ class CheckpointManager:
     def _close(self, error: BaseException | None) -> None:
         """``error``: what ended the loop."""
         self.end_housekeeping()
-        self._saver.close()
+        self._saves.close()
         if self._requests is not None:
             self._requests.close()
         if self._own is not None:

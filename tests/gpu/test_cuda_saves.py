@@ -164,7 +164,7 @@ def test_cuda_copy_that_fails_half_way_is_waited_for(device: torch.device) -> No
     torch.cuda._sleep(A_SECOND // 2)
     copy = StreamCopy([good, bad], device)
     copy.start()
-    copy.settle()
+    copy.wait_until_idle()
     assert StreamCopy._streams[device].query()
     assert good[0].sum() == 1 << 20
     with pytest.raises(RuntimeError):

@@ -43,7 +43,7 @@ class Staging(Protocol):
         """Block until every byte is in the arena. Any thread. Raises what the copy raised."""
         ...
 
-    def settle(self) -> None:
+    def wait_until_idle(self) -> None:
         """Return when nothing writes into the arena any more, also after an error. Any thread.
 
         Before that the arena may be neither filled again nor released. Waits for ``start`` or ``fail``.
@@ -133,7 +133,7 @@ class BlockingCopy:
         self._ended.wait()
         self.copied()
 
-    def settle(self) -> None:
+    def wait_until_idle(self) -> None:
         """Wait for the end. Whoever copies has waited for the device."""
         self._ended.wait()
 
@@ -172,7 +172,7 @@ class FailedCopy:
         """Raise the reason."""
         raise self._error
 
-    def settle(self) -> None:
+    def wait_until_idle(self) -> None:
         """Nothing was copied."""
 
 
@@ -261,7 +261,7 @@ class StreamCopy:
             self._events[-1][1].synchronize()
         self._pairs = ()  # until now the sources had to stay: the side stream was reading them
 
-    def settle(self) -> None:
+    def wait_until_idle(self) -> None:
         """Wait for all that was queued. Of a copy that failed the last part has no event."""
         self._queued.wait()
         if self._stream is not None:

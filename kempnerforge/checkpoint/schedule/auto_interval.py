@@ -198,7 +198,7 @@ class SaveIntervalController:
             times.append(self._every * step_s)
         return min(times, default=None)
 
-    def news(self) -> str:
+    def status_message(self) -> str:
         """What there is to tell since the last call; empty when nothing has changed by much."""
         news, self._news = self._news, ""
         return news
