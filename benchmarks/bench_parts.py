@@ -105,7 +105,7 @@ class Write(Nothing):
 
     def begin(self, path: Path) -> None:
         """Start it."""
-        self._writer.set_priority(self._prompt)
+        self._writer.set_priority(urgent=self._prompt)
         self._thread = threading.Thread(target=self._write, args=[path])
         self._thread.start()
 

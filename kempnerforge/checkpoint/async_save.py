@@ -254,7 +254,7 @@ class AsyncCheckpointer:
             started=started,
         )
         self._history.failed = None
-        self._writer.set_priority(self.blocks)
+        self._writer.set_priority(urgent=self.blocks)
         save = RankSave(job, self._writer, self._board)
         try:
             self.last_save = handle = SaveHandle(save, self._history)

@@ -229,7 +229,7 @@ def fail_beside_slow_writer(folder: str) -> str:
     state = {f"own{rank}": torch.full((2,), float(rank))}
     write = Writer.write
 
-    def slow(self: Writer, arena_fd: int, path: Path, *args: Any, **kwargs: Any) -> Any:
+    def slow(self: Writer, buffer_fd: int, path: Path, *args: Any, **kwargs: Any) -> Any:
         if rank == 1:
             raise OSError(5, "Input/output error")
         if rank == 2:
@@ -238,7 +238,7 @@ def fail_beside_slow_writer(folder: str) -> str:
             deadline = time.monotonic() + 1
             while time.monotonic() < deadline and not list(Path(folder).glob(".c*")):
                 time.sleep(0.01)
-        return write(self, arena_fd, path, *args, **kwargs)
+        return write(self, buffer_fd, path, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Writer, "write", slow)

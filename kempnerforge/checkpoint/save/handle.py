@@ -126,7 +126,7 @@ class SaveHandle:
     def join(self) -> None:
         """Wait for this rank's part of the save, without raising. The buffers are free on return."""
         if self._save is not None:
-            self._save.writer.set_priority(True)
+            self._save.writer.set_priority(urgent=True)
             if self._save.thread is not None:
                 self._save.thread.join()
             self._save.job.staging.wait_until_idle()  # also where there was no thread
