@@ -78,8 +78,8 @@ class Copy:
     """The copy alone."""
 
     def __init__(self, plan: SavePlanCache, tensors: dict[str, torch.Tensor]) -> None:
-        assert plan.arenas is not None
-        self._pairs = plan.arenas.pairs(tensors)
+        assert plan.buffers is not None
+        self._pairs = plan.buffers.pairs(tensors)
 
     def begin(self, path: Path) -> None:
         """Start it."""
@@ -99,8 +99,8 @@ class Write(Nothing):
     """Digests and writes alone."""
 
     def __init__(self, plan: SavePlanCache, *, prompt: bool) -> None:
-        assert plan.arenas is not None
-        self._arenas, self._prompt = plan.arenas.arenas, prompt
+        assert plan.buffers is not None
+        self._buffers, self._prompt = plan.buffers.buffers, prompt
         self._writer = Writer(stall_timeout_s=120)
 
     def begin(self, path: Path) -> None:
@@ -110,9 +110,9 @@ class Write(Nothing):
         self._thread.start()
 
     def _write(self, path: Path) -> None:
-        for arena in self._arenas:
-            file = path.with_name(f"{path.name}-{arena.file.name}")
-            self._writer.write(arena.fd, file, arena.image.size_bytes)
+        for buffer in self._buffers:
+            file = path.with_name(f"{path.name}-{buffer.file.name}")
+            self._writer.write(buffer.fd, file, buffer.image.size_bytes)
 
     def wait(self) -> None:
         """Wait for it, without hurrying it."""

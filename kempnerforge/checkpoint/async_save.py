@@ -1,4 +1,4 @@
-"""``AsyncCheckpointer``: stages, writes and commits a state dict as its mode says."""
+"""``AsyncCheckpointer``: stages, writes and commits a state dict, blocking or in the background."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.distributed.store_channel import LocalBoard, StoreBoard, StoreChannel
 
 StateDict = Mapping[Any, Any] | Callable[[], Payload]
-"""A state dict, whose keys become text, or a function that makes the payload of a save."""
+"""A state dict, whose keys become text, or a function that returns the payload of a save."""
 
 
 class AsyncCheckpointer:
@@ -76,7 +76,7 @@ class AsyncCheckpointer:
         self._writer = Writer(stall_timeout_s=stall_timeout_s)
         self._process_group: dist.ProcessGroup | None = None
         self._control: ControlGroup | None = None
-        self._board: StoreChannel = LocalBoard()
+        self._channel: StoreChannel = LocalBoard()
         self._plan = SavePlanCache(max_host_memory_gb)
         self._history = SaveHistory()
         self._number = 0
@@ -105,11 +105,11 @@ class AsyncCheckpointer:
         """Write ``state_dict`` as the folder ``checkpoint_id``, which must not exist.
 
         Collective: all ranks of ``process_group`` (None: all ranks), which may be a subset.
-        Blocks: for the save before this one; then until the commit (``disabled``) or the copy (others).
+        Blocks: for the save before this one; then until the commit (``disabled``) or the copy (other modes).
         Mutation: tensors may be changed on return.
         Durable: on return with ``disabled``; else after ``wait``.
 
-        Non-tensor leaves become tagged JSON; where several ranks have one, the lowest rank's is stored.
+        Non-tensor leaves become tagged JSON. If several ranks have one, the lowest rank's value is stored.
         Raises TypeError or ValueError on all ranks, naming the leaf, for what a checkpoint cannot hold,
         before anything is written. Raises SaveFailedError on all ranks, with rank and cause. In the
         asynchronous modes ``wait`` or the next ``save`` raises it, once. ``request`` is passed to
@@ -143,9 +143,9 @@ class AsyncCheckpointer:
         return self._pending.result() if self._pending is not None else None
 
     def wait_for_staging(self) -> None:
-        """Call before ``optimizer.step()``; returns when the tensors of the pending save may be modified.
+        """Call before ``optimizer.step()``. Return when the tensors of the pending save may be modified.
 
-        Not collective. Blocks: until the copy is done; on CUDA the device waits, not the host.
+        Not collective. Blocks: until the copy is done. On CUDA the device waits, not the host.
         """
         if self._pending is not None:
             self._pending.wait_until_staged()
@@ -163,16 +163,16 @@ class AsyncCheckpointer:
     @property
     def host_bytes(self) -> int:
         """Host memory that this rank's buffers take."""
-        return self._plan.arenas.size_bytes if self._plan.arenas is not None else 0
+        return self._plan.buffers.size_bytes if self._plan.buffers is not None else 0
 
     @property
     def save_bytes(self) -> int:
-        """Bytes that a save of all ranks writes, known after ``prepare``; on the first rank only."""
+        """Bytes that a save of all ranks writes, once ``prepare`` or a save has run. First rank only."""
         return self._plan.expected.size_bytes if self._plan.expected is not None else 0
 
     @property
     def num_files(self) -> int:
-        """Shard files of a save of all ranks; on the first rank only."""
+        """Shard files of a save of all ranks. First rank only."""
         return len(self._plan.expected.files) if self._plan.expected is not None else 0
 
     @property
@@ -185,7 +185,7 @@ class AsyncCheckpointer:
 
     @property
     def writer_pid(self) -> int | None:
-        """The writer process, while there is one."""
+        """Id of the writer process, while there is one."""
         return self._writer.pid
 
     @torch.inference_mode(False)  # buffers outlive the mode that this is called in
@@ -194,13 +194,13 @@ class AsyncCheckpointer:
         state_dict: StateDict,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Plan and make the buffers now, so that the first save costs what the others do.
+        """Plan the saves and make the buffers now, so that the first save takes no longer than later ones.
 
         Collective: all ranks of ``process_group``. Blocks: for a pending save, which writes from the buffers.
         Raises what ``begin_save`` raises, on all ranks.
         """
         self.wait()
-        self._plan_save(self._join(process_group), state_dict)
+        self._plan_save(self._join_group(process_group), state_dict)
 
     @torch.inference_mode(False)
     def begin_save(
@@ -218,19 +218,19 @@ class AsyncCheckpointer:
         Mutation: tensors stay unmodified until ``wait_until_staged`` returns.
         Durable: not on return; ``result`` of the handle waits for it.
 
-        ``state_dict`` may be a function that returns the payload; its error on one rank is raised on all.
-        ``fields`` are fields of ``SaveRequest``; they replace those of ``request``. Raises TypeError,
+        ``state_dict`` may be a function that returns the payload. Its error on one rank is raised on all.
+        ``fields`` are fields of ``SaveRequest`` and replace those of ``request``. Raises TypeError,
         ValueError and SaveFailedError on all ranks, before anything is staged. A later failure on one rank,
         such as that the folder exists, fails the save on all ranks.
         """
         request = replace(request or SaveRequest(), **fields)
         self.wait()
         started = time.perf_counter()
-        control = self._join(process_group)
+        control = self._join_group(process_group)
         final = paths.local_path(checkpoint_id)
         self.last_save = None
         payload = self._plan_save(control, state_dict)
-        buffers = self._plan.arenas
+        buffers = self._plan.buffers
         assert buffers is not None
         objects = self._plan.objects(payload)
         self._number += 1
@@ -255,12 +255,12 @@ class AsyncCheckpointer:
         )
         self._history.failed = None
         self._writer.set_priority(urgent=self.blocks)
-        save = RankSave(job, self._writer, self._board)
+        save = RankSave(job, self._writer, self._channel)
         try:
             self.last_save = handle = SaveHandle(save, self._history)
             save.start()
             job.staging.start()
-        except BaseException as error:  # Ctrl-C: the thread must not wait for a copy that does not come
+        except BaseException as error:  # Ctrl-C: else the thread would wait for a copy that never starts
             job.staging.fail(error)
             raise
         return handle
@@ -275,13 +275,13 @@ class AsyncCheckpointer:
         try:
             payload = _payload(state_dict)
             self._plan.update(payload)
-        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
-            error = found
+        except Exception as cause:  # noqa: BLE001 - raised on all ranks below
+            error = cause
         self._plan.agree(control, error, same=payload.same_on_all_ranks)
         return payload
 
     def _timeout_s(self) -> float:
-        """After how many seconds the save that begins is given up. The same on all ranks."""
+        """Return the seconds after which the next save fails. The same on all ranks."""
         if self._retry.save_timeout_s is not None:
             return self._retry.save_timeout_s
         return pipeline.automatic_timeout_s(self._plan.largest_bytes, self._history.rates)
@@ -299,8 +299,8 @@ class AsyncCheckpointer:
         self._writer.close()
         self._plan.release()
 
-    def _join(self, process_group: dist.ProcessGroup | None) -> ControlGroup:
-        """Return the group that agrees on saves; the first call makes it and its board. Collective."""
+    def _join_group(self, process_group: dist.ProcessGroup | None) -> ControlGroup:
+        """Return the group that agrees on saves. The first call makes it and its channel. Collective."""
         if self._control is not None and process_group is not self._process_group:
             raise ValueError("process_group must be the same at every save: use another AsyncCheckpointer")
         if self._control is None:
@@ -313,12 +313,12 @@ class AsyncCheckpointer:
             control = ControlGroup(group)
             if group is not None:
                 prefix = control.run_on_rank0(lambda: secrets.token_hex(8), brief=True)
-                self._board = StoreBoard(_get_default_store(), prefix)
+                self._channel = StoreBoard(_get_default_store(), prefix)
             self._control = control
         return self._control
 
     def _stage(self, buffers: HostBuffers, tensors: Mapping[str, torch.Tensor]) -> Staging:
-        """Return the copy of this save. It must not raise: the other ranks have agreed and go on."""
+        """Return the copy of this save. Must not raise: the other ranks have agreed and continue."""
         try:
             pairs = buffers.pairs(tensors)
             overlaps = self.mode is AsyncCheckpointMode.async_pinned
@@ -334,15 +334,18 @@ def _payload(state: StateDict) -> Payload:
 
 
 def _gloo_group(of: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """A new group of the ranks of ``of``, which alone call this, with its time-out; of all without it."""
-    made = dist.new_group(
+    """Return a new gloo group of the ranks of ``of`` with its time-out; of all ranks if that is None.
+
+    Only the ranks of the group call this.
+    """
+    group = dist.new_group(
         dist.get_process_group_ranks(of) if of is not None else None,
         timeout=timeouts.timeout_of(of),
         backend="gloo",
         use_local_synchronization=of is not None,
     )
-    assert isinstance(made, dist.ProcessGroup)
-    return made
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _known_mode(mode: AsyncCheckpointMode | str) -> AsyncCheckpointMode:

@@ -102,7 +102,7 @@ class CheckpointManager:
             join = partial(_end_writes, self._checkpointer, self._housekeeping)
             self._own = OwnRun(self.run_dir, config, self._control, began_at=state.step, join=join)
             self._saves.on_report = self._record
-        self._pacer = SaveIntervalController(
+        self._intervals = SaveIntervalController(
             config, self._saves.clock, rank=self._control.rank, ranks=self._control.num_ranks
         )
 
@@ -158,7 +158,7 @@ class CheckpointManager:
         if result.source == "resume" and self._control.rank == 0:
             # The last attempt may have been killed before it did this.
             self._housekeeping.committed(result.step)
-        self._pacer.remember(self.run_dir, resumed_at=state.step)
+        self._intervals.load_history(self.run_dir, resumed_at=state.step)
         self._saves.clock.restart(state.step)
         if self._own is not None:
             self._own.resumed(result, step=state.step, skipped=state.skipped_steps)
@@ -211,7 +211,7 @@ class CheckpointManager:
         is_first = self._control.rank == 0
         requested = requested or (is_first and self._request_file().is_there)
         lost = self._lease is not None and bool(self._lease.lost)
-        bound_ms, auto_ms = self._pacer.votes()
+        bound_ms, auto_ms = self._intervals.votes()
         return StepVotes(
             requested=int(requested),
             since_save_ms=int(1000 * self._saves.clock.since_save_s) if is_first else 0,
@@ -423,18 +423,18 @@ class CheckpointManager:
 
         What failed after commits is in ``warnings`` of the last report, or returned by ``warnings()``.
         """
-        reports = self._pacer.paced(self._saves.reports())
+        reports = self._intervals.with_interval(self._saves.reports())
         self._take_warnings()
         if reports and self._warnings:
             reports[-1] = replace(reports[-1], warnings=(*reports[-1].warnings, *self.warnings()))
         if self._own is not None:
-            self._own.paced(self._pacer.status_message())
+            self._own.paced(self._intervals.status_message())
         return reports
 
     def status_message(self) -> str:
         """Return a message if the interval between saves has changed since the last call. First rank."""
         if self._own is None:
-            return self._pacer.status_message()
+            return self._intervals.status_message()
         message, self._own.news = self._own.news, ""
         return message
 

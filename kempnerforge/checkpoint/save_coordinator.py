@@ -55,19 +55,19 @@ class SaveCoordinator:
         """The report of the pending save, as far as it is known."""
         self._num_begun = 0
         self._failed_in_a_row = 0
-        self._put_off: PutOff | None = None
-        self._deferred = 0
+        self._deferral: PutOff | None = None
+        self._num_deferred = 0
         self._reports: list[SaveReport] = []
         self._events: deque[SaveEvent] = deque(maxlen=MAX_EVENTS)
         self.on_report: Callable[[SaveReport], None] = lambda _report: None
-        """Called with each report when all ranks know the outcome, on the calling thread."""
+        """Called on the calling thread with each report, when all ranks know the outcome."""
         self.clock = StepTimer()
         self.committed_step: int | None = None
-        """The newest step that this attempt knows to be committed."""
+        """The newest step that is known to be committed."""
 
     @property
     def newest_step(self) -> int | None:
-        """The newest step that is committed or being saved, as this attempt knows."""
+        """The newest step that is being saved or known to be committed."""
         return self._pending.step if self._pending is not None else self.committed_step
 
     @property
@@ -96,21 +96,21 @@ class SaveCoordinator:
         return waited_s
 
     def select(self, due: str | None, step: int) -> str | None:
-        """Return why to save after ``step``: ``due`` or a save put off. None while one is being written."""
-        reason = due or (self._put_off.reason if self._put_off is not None else None)
+        """Return why to save after ``step``: ``due`` or a deferred save. None while a save is pending."""
+        reason = due or (self._deferral.reason if self._deferral is not None else None)
         if reason is not None and self._pending is not None:
-            self._deferred += 1
-            if self._put_off is None:
-                self._put_off = PutOff(reason, self._pending.step, step, step)
-                self._events.append(self._put_off.begins())
-            self._put_off.reason, self._put_off.last = reason, step
+            self._num_deferred += 1
+            if self._deferral is None:
+                self._deferral = PutOff(reason, self._pending.step, step, step)
+                self._events.append(self._deferral.begins())
+            self._deferral.reason, self._deferral.last = reason, step
             return None
         return reason
 
-    def _end_putting_off(self, saved_step: int | None) -> None:
-        if self._put_off is not None:
-            self._events.append(self._put_off.ends(saved_step))
-            self._put_off = None
+    def _end_deferral(self, saved_step: int | None) -> None:
+        if self._deferral is not None:
+            self._events.append(self._deferral.ends(saved_step))
+            self._deferral = None
 
     def save(
         self, step: int, capture: Callable[[], Payload], request: SaveRequest, *, wait: bool
@@ -126,8 +126,8 @@ class SaveCoordinator:
             return SaveReport(step, reason, blocking_s=0.0)
         self._num_begun += 1
         self.clock.save_begins()
-        deferred, self._deferred = self._deferred, 0
-        self._end_putting_off(step)
+        deferred, self._num_deferred = self._num_deferred, 0
+        self._end_deferral(step)
         # Set before the save begins: after an interrupt (Ctrl-C) that the loop catches, the next call
         # reports it.
         self._pending = SaveReport(step, reason, blocking_s=0.0, deferred=deferred, pending=True)
@@ -159,8 +159,8 @@ class SaveCoordinator:
         return blocking_s
 
     def skip(self, step: int, reason: str, why: str) -> SaveReport:
-        """Leave a save out before it begins, and report that."""
-        self._end_putting_off(None)
+        """Skip a save before it begins, and report that."""
+        self._end_deferral(None)
         self.clock.skipped()
         report = SaveReport(step, reason, blocking_s=0.0, skipped=why)
         self._add(report)
@@ -171,7 +171,7 @@ class SaveCoordinator:
         self.on_report(report)
 
     def events(self) -> list[SaveEvent]:
-        """Return the events of saves put off since the last call."""
+        """Return the events of deferred saves since the last call."""
         events = list(self._events)
         self._events.clear()
         return events
@@ -188,23 +188,23 @@ class SaveCoordinator:
         return replace(_with_result(self._pending, result), tax_is_lower_bound=True)
 
     def wait_for_staging(self) -> None:
-        """Return when tensors may be modified. The time counts as blocking."""
+        """Return when tensors may be modified. The wait counts as blocking time."""
         if self._pending is not None:
             started = time.perf_counter()
             self._checkpointer.wait_for_staging()
             self._add_blocking_time(started)
 
     def reports(self) -> list[SaveReport]:
-        """Outcomes since the last call."""
+        """Return the reports since the last call."""
         reports, self._reports = self._reports, []
         return reports
 
     def wait(self) -> None:
-        """Wait for a pending save, without raising."""
+        """Wait for a pending save without raising."""
         self._checkpointer.join()
 
     def close(self) -> None:
-        """Finish a pending save without raising; end the writer."""
+        """Finish a pending save without raising, and end the writer."""
         self._checkpointer.close()
 
     def _result(self) -> SaveResult:

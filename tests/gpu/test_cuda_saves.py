@@ -67,9 +67,9 @@ def loaded(path: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def buffers(checkpointer: AsyncCheckpointer) -> list[torch.Tensor]:
-    arenas = checkpointer._plan.arenas
-    assert arenas is not None
-    return [arena._bytes for arena in arenas.arenas]
+    buffers = checkpointer._plan.buffers
+    assert buffers is not None
+    return [buffer._bytes for buffer in buffers.buffers]
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

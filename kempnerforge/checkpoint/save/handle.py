@@ -73,7 +73,7 @@ class SaveHandle:
         self.started = job.started
         self._number = job.number
         self._timeout_s = job.timeout_s
-        self._board = save.board
+        self._channel = save.channel
         self._save: RankSave | None = save
         self._history = history
         self._result: SaveResult | None = None
@@ -95,7 +95,7 @@ class SaveHandle:
     def peek(self) -> SaveResult | None:
         """Return the outcome; None while it is unknown to this rank. Never blocks."""
         if self._result is None:
-            message = self._board.read(result_key(self._number))
+            message = self._channel.read(result_key(self._number))
             self._result = SaveResult(**message) if message is not None else None
         return self._result
 

@@ -60,7 +60,7 @@ class SaveResult:
     """The outcome of a save, the same on all ranks."""
 
     error: str = ""
-    """Why it failed, with the rank and the cause; empty when it is committed."""
+    """Why the save failed, with the rank and the cause; empty if it was committed."""
     write_s: float = 0.0
     """The slowest rank's seconds of writing, digesting and syncing, during and after the copy."""
     commit_s: float = 0.0
@@ -70,32 +70,32 @@ class SaveResult:
     size_bytes: int = 0
     """Bytes of the whole checkpoint."""
     warnings: list[str] = field(default_factory=list)
-    """What went wrong and did not fail the save."""
+    """Problems that did not fail the save."""
     skipped: str = ""
-    """Why it was left out for lack of space; empty when it was not."""
+    """Why the save was skipped for lack of space; empty if it was not."""
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """When a save gives up."""
+    """How often a write is tried, and when a save fails."""
 
     write_tries: int = 3
     first_pause_s: float = 1.0
-    """Before the second try of a write; it doubles."""
+    """Seconds before the second try of a write. The pause doubles with each try."""
     save_timeout_s: float | None = None
-    """A save that has not ended after this many seconds fails; None: as ``automatic_timeout_s`` says."""
+    """A save that has not ended after this many seconds fails. None: use ``automatic_timeout_s``."""
 
 
 FIRST_RATE = 20e6
-"""Bytes per second that the first save is expected to be written with."""
+"""Bytes per second assumed for the first save."""
 SHORTEST_TIMEOUT_S = 600.0
 TIMES_EXPECTED = 10.0
 
 
 def automatic_timeout_s(size_bytes: int, rates: Sequence[float]) -> float:
-    """Return after how many seconds a save is given up.
+    """Return the seconds after which a save fails.
 
-    ``size_bytes``: what the rank that writes most writes. ``rates``: bytes per second of that rank in earlier
+    ``size_bytes``: bytes of the rank that writes most. ``rates``: bytes per second of that rank in earlier
     saves, from the call to the commit. The slowest counts.
     """
     expected_s = size_bytes / min(rates, default=FIRST_RATE)
@@ -176,13 +176,13 @@ class FailedSave:
         """Return what must be remembered of ``job``."""
         return cls(job.number, job.num_ranks, job.final.name, job.temporary)
 
-    def remove(self, board: StoreChannel) -> None:
+    def remove(self, channel: StoreChannel) -> None:
         """Wait until no rank writes its files, then delete them. First rank only, on the background thread.
 
         Raises SaveFailedError when a rank has not stopped in time.
         """
         keys = _report_keys(self.number, self.num_ranks)
-        reports = collect(board, keys, timeout_s=STOP_TIMEOUT_S)
+        reports = collect(channel, keys, timeout_s=STOP_TIMEOUT_S)
         missing = [rank for rank, report in enumerate(reports.values()) if report is None]
         if missing:
             raise SaveFailedError(
@@ -194,10 +194,10 @@ class FailedSave:
 class RankSave:
     """One rank's part of one save. Everything but ``start`` runs on its background thread."""
 
-    def __init__(self, job: SaveJob, writer: Writer, board: StoreChannel) -> None:
+    def __init__(self, job: SaveJob, writer: Writer, channel: StoreChannel) -> None:
         self.job = job
         self.writer = writer
-        self.board = board
+        self.channel = channel
         self.thread: threading.Thread | None = None
         self._checked_at = 0.0
 
@@ -239,27 +239,27 @@ class RankSave:
         job, key = self.job, _folder_key(self.job.number)
         if job.rank != 0:
             stop_key = _failure_key(job.number)
-            message = collect(self.board, [key], timeout_s=job.timeout_s, stop_key=stop_key)[key]
+            message = collect(self.channel, [key], timeout_s=job.timeout_s, stop_key=stop_key)[key]
             if message is None:
                 self._require_needed()
                 raise SaveFailedError(f"the first rank has made no folder after {job.timeout_s:.0f} s")
             return message["skipped"]
         if job.failed_before is not None:
-            job.failed_before.remove(self.board)
+            job.failed_before.remove(self.channel)
         skipped = job.request.before_write()
         if not skipped:
             try:
                 make_temporary(job.final, job.temporary)
             except OSError as error:
                 raise SaveFailedError(f"{type(error).__name__}: {error}") from error
-        self.board.post(key, {"skipped": skipped})
+        self.channel.post(key, {"skipped": skipped})
         return skipped
 
     def _require_needed(self) -> None:
         """Raise SaveFailedError when the save has taken too long or has failed on another rank."""
         if time.perf_counter() - self.job.started > self.job.timeout_s:
             raise SaveFailedError(f"not written after {self.job.timeout_s:.0f} s (checkpoint.save_timeout_s)")
-        if self.board.read(_failure_key(self.job.number)) is not None:
+        if self.channel.read(_failure_key(self.job.number)) is not None:
             raise SaveCancelledError("stopped writing because another rank failed")
 
     def _check(self) -> None:
@@ -274,10 +274,10 @@ class RankSave:
         files: dict[str, Any] = {}
         write_s = 0.0
         self._checked_at = time.monotonic()
-        for number, arena in enumerate(self.job.buffers.arenas):
+        for number, buffer in enumerate(self.job.buffers.buffers):
             written = self._write_with_retries(number)
             record = written.record
-            files[arena.file.name] = [record.size_bytes, record.xxh3_128, arena.header_digest]
+            files[buffer.file.name] = [record.size_bytes, record.xxh3_128, buffer.header_digest]
             write_s += written.write_s
         return {"files": files, "write_s": write_s, "objects": dict(self.job.contributed)}
 
@@ -290,11 +290,11 @@ class RankSave:
 
     def _write_file(self, number: int) -> Written:
         self._check()
-        arena = self.job.buffers.arenas[number]
+        buffer = self.job.buffers.buffers[number]
         return self.writer.write(
-            arena.fd,
-            self.job.temporary / arena.file.name,
-            arena.image.size_bytes,
+            buffer.fd,
+            self.job.temporary / buffer.file.name,
+            buffer.image.size_bytes,
             staged=lambda: self._staged_bytes(number),
             check=self._check,
         )
@@ -308,45 +308,45 @@ class RankSave:
             raise SaveFailedError(
                 f"copying to host memory failed: {type(error).__name__}: {error}"
             ) from error
-        if size_bytes == job.buffers.arenas[number].image.size_bytes:
+        if size_bytes == job.buffers.buffers[number].image.size_bytes:
             job.progress.doing = "write"
         return size_bytes
 
     def _report(self, message: dict[str, Any]) -> None:
         """Post what this rank has done. The first rank then ends the save."""
-        job, board = self.job, self.board
-        board.post(_report_keys(job.number, job.num_ranks)[job.rank], message)
+        job, channel = self.job, self.channel
+        channel.post(_report_keys(job.number, job.num_ranks)[job.rank], message)
         if "error" in message:
-            board.post(_failure_key(job.number), {"rank": job.rank})
+            channel.post(_failure_key(job.number), {"rank": job.rank})
         if job.rank == 0:
             job.progress.doing = "commit"
             self._end_save()
             # All ranks have ended the previous save: this one has begun since.
-            board.forget(_failure_key(job.number - 1))
-            board.forget(_folder_key(job.number - 1))
-        board.forget(_report_keys(job.number - 1, job.num_ranks)[job.rank])
+            channel.forget(_failure_key(job.number - 1))
+            channel.forget(_folder_key(job.number - 1))
+        channel.forget(_report_keys(job.number - 1, job.num_ranks)[job.rank])
         job.progress.doing = "done"
 
     def _end_save(self) -> None:
         """Collect the reports of all ranks, commit, and post the outcome. First rank only."""
-        job, board = self.job, self.board
+        job, channel = self.job, self.channel
         keys, failure = _report_keys(job.number, job.num_ranks), _failure_key(job.number)
         left_s = max(0.0, job.timeout_s - (time.perf_counter() - job.started))
-        reports = collect(board, keys, timeout_s=left_s, stop_key=failure)
+        reports = collect(channel, keys, timeout_s=left_s, stop_key=failure)
         try:
             result = _commit(job, [reports[key] for key in keys])
         except Exception as error:  # noqa: BLE001 - the outcome is posted for all ranks
             result = SaveResult(error=f"rank 0: {type(error).__name__}: {error}")
         if result.error:
-            board.post(failure, {"rank": 0})  # ranks that still write for it stop
+            channel.post(failure, {"rank": 0})  # ranks that still write for it stop
         job.progress.result = result
-        board.post(result_key(job.number), asdict(result))
+        channel.post(result_key(job.number), asdict(result))
         if result.error:
             shutil.rmtree(job.temporary, ignore_errors=True)
         elif not result.skipped:
             job.request.after_commit()  # only now: nothing may delay the outcome of a commit
         # Every rank has read the outcome before last: it has begun a save since.
-        board.forget(result_key(job.number - 2))
+        channel.forget(result_key(job.number - 2))
 
 
 def _commit(job: SaveJob, reports: Sequence[Mapping[str, Any] | None]) -> SaveResult:

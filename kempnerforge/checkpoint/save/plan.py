@@ -41,7 +41,7 @@ from kempnerforge.distributed.consensus import ControlGroup, mark_collective
 from kempnerforge.errors import HostMemoryError, KempnerForgeError, SaveFailedError
 
 log = logging.getLogger("kempnerforge.checkpoint.async_save")
-"""Named after what users know."""
+"""The logger of ``AsyncCheckpointer``, the name that users know."""
 
 _DIGEST_BITS = (1 << 62) - 1
 _HINTS = {
@@ -49,9 +49,9 @@ _HINTS = {
     "model.": ": keep it equal, or hand it over as extra= and name it in per_rank=",
     "optimizer": ": where a rank has a part of the model, give groups=, the same on all ranks",
 }
-"""By the beginning of a name: what to do when it differs between ranks."""
+"""What to do about a value that differs between ranks, by the prefix of its name."""
 _SHOWN = 5
-"""Names in an error."""
+"""Names that an error lists at most."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class SavePlan:
 
     @property
     def expected(self) -> ExpectedFiles:
-        """All of it, for the check at the commit."""
+        """The files of all ranks, for the check at the commit."""
         return ExpectedFiles(tuple(file for of_rank in self.files for file in of_rank))
 
 
 def held_chunks(tensors: Mapping[str, torch.Tensor]) -> list[PlannedItem]:
-    """The chunks of ``tensors`` that this rank holds, sorted by name.
+    """Return the chunks of ``tensors`` that this rank holds, sorted by name.
 
-    Chunks without elements are left out, unless the whole tensor has none. Raises TypeError and ValueError,
+    Leave out chunks without elements, unless the whole tensor has none. Raises TypeError and ValueError,
     naming the tensor, for a kind of tensor, a dtype or a name that a checkpoint cannot hold.
     """
     boxes, held = Boxes(), []
@@ -88,41 +88,42 @@ def held_chunks(tensors: Mapping[str, torch.Tensor]) -> list[PlannedItem]:
 def planned_item(
     name: str, dtype: str, offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]
 ) -> PlannedItem | None:
-    """A chunk as it is planned; None for one without elements of a tensor that has some."""
+    """Return the chunk to plan; None for an empty chunk of a tensor that has elements."""
     if 0 in sizes and 0 not in shape:
         return None
     return PlannedItem(ShardItem(name, dtype, tuple(offsets), tuple(sizes)), tuple(shape))
 
 
 Signature = tuple[tuple[Any, ...], ...]
-"""What the chunks that a rank holds follow from, cheap to make and to compare."""
+"""All properties that determine the chunks a rank holds. Cheap to make and to compare."""
 
 
 def signature_of(tensors: Mapping[str, torch.Tensor]) -> Signature | None:
-    """Equal signatures, equal ``held_chunks``; None when there is a tensor of another kind.
+    """Return the signature of ``tensors``; None if a tensor is of another kind.
 
-    Planning takes longer than staging a small tensor: too much for every save.
+    Equal signatures mean equal ``held_chunks``. Planning takes longer than staging a small tensor, too long
+    for every save.
     """
-    found: list[tuple[Any, ...]] = []
+    signature: list[tuple[Any, ...]] = []
     for name, tensor in tensors.items():
         if type(tensor) in (torch.Tensor, torch.nn.Parameter):
             if tensor.is_nested:  # it has no shape
                 return None
-            found.append((name, tensor.dtype, tensor.shape, tensor.layout, tensor.is_meta))
+            signature.append((name, tensor.dtype, tensor.shape, tensor.layout, tensor.is_meta))
         elif isinstance(tensor, DTensor) and type(tensor._local_tensor) in (torch.Tensor, torch.nn.Parameter):
-            found.append((name, tensor.dtype, tensor.shape, tensor.placements, tensor.device_mesh))
+            signature.append((name, tensor.dtype, tensor.shape, tensor.placements, tensor.device_mesh))
         else:
             return None
-    return tuple(found)
+    return tuple(signature)
 
 
 def digest_of(held: object) -> str:
-    """Digest of what a rank holds: names, dtypes, shapes, offsets, other leaves."""
+    """Return a digest of all that a rank holds: names, dtypes, shapes, offsets, other leaves."""
     return xxhash.xxh3_128_hexdigest(repr(held).encode())
 
 
 def make_plan(held_by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
-    """Share out the chunks of all ranks, each to one of its holders, bytes as even as they can be.
+    """Assign each chunk to one of the ranks that hold it, so that ranks write about equal numbers of bytes.
 
     Raises ValueError when the chunks of a tensor do not cover it exactly, or disagree on its shape.
     """
@@ -141,7 +142,7 @@ def make_plan(held_by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
     check_cover(chunks.values())
     mine: list[list[PlannedItem]] = [[] for _ in held_by_rank]
     load = [0] * len(held_by_rank)
-    # The large ones first, those with one holder before all: they have no choice.
+    # Chunks with one holder first, because they have no choice; then the larger ones.
     for key in sorted(chunks, key=lambda key: (len(holders[key]) > 1, -chunks[key].item.size_bytes, key)):
         rank = min(holders[key], key=lambda rank: (load[rank], rank))
         load[rank] += chunks[key].item.size_bytes
@@ -168,14 +169,14 @@ def check_cover(chunks: Iterable[PlannedItem]) -> None:
 
 
 def name_files(by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
-    """Files for what each rank writes, numbered over all ranks; a name occurs once in a file."""
+    """Plan the files of each rank, numbered over all ranks. A name occurs once in a file."""
     splits = [split_by_name([chunk.item.name for chunk in chunks]) for chunks in by_rank]
     count, number = sum(map(len, splits)), 0
     files: list[tuple[PlannedFile, ...]] = []
     for chunks, split in zip(by_rank, splits, strict=True):
         of_rank = []
         for positions in split:
-            items = tuple(chunks[place] for place in positions)
+            items = tuple(chunks[position] for position in positions)
             of_rank.append(PlannedFile(paths.shard_name(number, count), items))
             number += 1
         files.append(tuple(of_rank))
@@ -183,9 +184,10 @@ def name_files(by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
 
 
 class SavePlanCache:
-    """The plan of one state dict. A repeated save compares signatures and takes one small reduction.
+    """The plan of one state dict and its host buffers, agreed on by all ranks.
 
-    ``max_host_memory_gb``: a bound on the buffers of each machine; None for what there is.
+    A repeated save compares signatures and takes one small reduction. ``max_host_memory_gb`` limits the
+    buffers of each machine. None: to the memory that is free.
     """
 
     def __init__(self, max_host_memory_gb: float | None = None) -> None:
@@ -193,16 +195,16 @@ class SavePlanCache:
         self.device: torch.device | None = None
         """The CUDA device that this rank's tensors are on; None if they are in host memory."""
         self._made_for: torch.device | None = None
-        self.arenas: HostBuffers | None = None
+        self.buffers: HostBuffers | None = None
         self.expected: ExpectedFiles | None = None
-        """What all ranks write; on the first rank only, which commits."""
+        """What all ranks write. On the first rank only, which commits."""
         self.largest_bytes = 0
-        """Host buffers of the rank that writes most: no rank gives a save up sooner than that one may."""
+        """Size of the host buffers of the rank that writes most. The time-out of all ranks depends on it."""
         self.contributed: frozenset[str] = frozenset()
-        """Non-tensor leaves that only this rank has: the first rank gets their values from it."""
+        """Non-tensor leaves whose values this rank sends to the first rank: no lower rank has them."""
         self._structure: dict[str, Any] | None = None
         """The paths of the leaves of all ranks in a nested state dict, as JSON."""
-        self._seen: tuple[Signature | None, tuple[str, ...], Structure] | None = None
+        self._last_update: tuple[Signature | None, tuple[str, ...], Structure] | None = None
         self._held = Held([])
         self._held_digest = ""
         self._agreed_digest = ""
@@ -214,13 +216,13 @@ class SavePlanCache:
         """
         self.device = cuda.device_of(payload.tensors)
         leaf_paths = payload.structure if isinstance(payload, TreePayload) else FLAT
-        seen = (signature_of(payload.tensors), (*payload.objects, *payload.from_lowest_rank), leaf_paths)
-        if seen[0] is not None and seen == self._seen:
+        update = (signature_of(payload.tensors), (*payload.objects, *payload.from_lowest_rank), leaf_paths)
+        if update[0] is not None and update == self._last_update:
             return
-        self._seen = None
+        self._last_update = None
         self._held = _held(payload, leaf_paths)
         self._held_digest = digest_of(self._held)
-        self._seen = seen
+        self._last_update = update
 
     def agree(
         self,
@@ -231,13 +233,13 @@ class SavePlanCache:
     ) -> None:
         """Keep the plan, or make a new one and new buffers if any rank needs it.
 
-        Collective: all ranks. ``error``: why this rank could not prepare its part; it is raised on all ranks
-        as TypeError, ValueError or SaveFailedError, with rank and cause. ``same``: digests, by name, of what
-        must be equal on all ranks; a difference is a ValueError on all ranks that names it.
+        Collective: all ranks. ``error``: why this rank could not prepare its part. It is raised on all ranks
+        as TypeError, ValueError or SaveFailedError, with rank and cause. ``same``: digests, by name, of
+        values that must be equal on all ranks. A difference raises ValueError on all ranks, naming the value.
         """
         number = xxhash.xxh3_64_intdigest(repr(sorted((same or {}).items())).encode()) & _DIGEST_BITS
         changed = self._held_digest != self._agreed_digest or self.device != self._made_for
-        changed = self.arenas is None or changed
+        changed = self.buffers is None or changed
         failed, changed, highest, lowest = control.agree([error is not None, changed, number, -number])
         if failed:
             raise_on_all(control, error)
@@ -264,45 +266,45 @@ class SavePlanCache:
         claim = None
         try:
             claim = host_memory.claim(needed_bytes(files))
-        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
-            error = _no_buffers(found)
-        # All have looked before the first one takes any: what is free is free of these buffers.
+        except Exception as cause:  # noqa: BLE001 - raised on all ranks below
+            error = _no_buffers(cause)
+        # All ranks have measured before the first one allocates, so no buffer is counted as used memory.
         claims = control.gather(claim)
         if None in claims:
             raise_on_all(control, error)
-        fault = host_memory.fault([one for one in claims if one is not None], self._max_host_memory_gb)
+        fault = host_memory.fault([each for each in claims if each is not None], self._max_host_memory_gb)
         if fault is not None:
             raise HostMemoryError(fault)
         try:
-            self.arenas = HostBuffers(files, self.device)
-        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
-            error = _no_buffers(found)
-        unpinned = self.arenas.pin_error if self.arenas is not None else ""
-        size_bytes = self.arenas.size_bytes if self.arenas is not None else 0
+            self.buffers = HostBuffers(files, self.device)
+        except Exception as cause:  # noqa: BLE001 - raised on all ranks below
+            error = _no_buffers(cause)
+        unpinned = self.buffers.pin_error if self.buffers is not None else ""
+        size_bytes = self.buffers.size_bytes if self.buffers is not None else 0
         failed, some_unpinned, largest = control.agree([error is not None, bool(unpinned), size_bytes])
         if failed:
             self.release()
             raise_on_all(control, error)
         self._made_for, self.largest_bytes = self.device, largest
         if some_unpinned:
-            told = [(rank, why) for rank, why in enumerate(control.gather(unpinned)) if why]
+            failures = [(rank, why) for rank, why in enumerate(control.gather(unpinned)) if why]
             if control.rank == 0:
                 log.warning(
                     "host buffers are not pinned on %d of %d ranks: copies from the device take several "
                     "times as long, and training waits for them. Rank %d: %s",
-                    *(len(told), control.num_ranks, *told[0]),
+                    *(len(failures), control.num_ranks, *failures[0]),
                 )
 
     def objects(self, payload: Payload) -> dict[str, Any]:
-        """What this rank stores beside tensors: its other leaves, and the paths of all leaves."""
+        """Return what this rank stores beside tensors: its other leaves, and the paths of all leaves."""
         leaf_paths = {} if self._structure is None else {structure.PATHS: self._structure}
         return {**payload.objects, **leaf_paths}
 
     def release(self) -> None:
-        """Release the buffers; the next agreement makes new ones."""
-        if self.arenas is not None:
-            self.arenas.close()
-            self.arenas = None
+        """Release the buffers. The next agreement makes new ones."""
+        if self.buffers is not None:
+            self.buffers.close()
+            self.buffers = None
 
 
 def _no_buffers(error: Exception) -> SaveFailedError:
@@ -330,24 +332,26 @@ def _plan_of_all(everything: Sequence[Held]) -> tuple[SavePlan, Union]:
 
 
 def raise_on_all(control: ControlGroup, error: Exception | None) -> None:
-    """Raise the error of the lowest rank that has one on every rank, with that rank and the cause.
+    """Raise, on every rank, the error of the lowest rank that has one, with that rank and the cause.
 
-    Collective: all ranks. TypeError and ValueError keep their type; any other becomes SaveFailedError.
+    Collective: all ranks. TypeError and ValueError keep their type. Others become SaveFailedError.
     """
     kind: type[Exception] = SaveFailedError
     if isinstance(error, Exception) and type(error) in (TypeError, ValueError):
         kind = type(error)
-    clear = isinstance(error, (KempnerForgeError, kind))
-    text = "" if error is None else str(error) if clear and str(error) else f"{type(error).__name__}: {error}"
-    told = control.gather((kind, text))
-    rank, (kind, text) = next((rank, one) for rank, one in enumerate(told) if one[1])
+    text = ""
+    if error is not None:
+        is_clear = isinstance(error, (KempnerForgeError, kind)) and str(error)
+        text = str(error) if is_clear else f"{type(error).__name__}: {error}"
+    failures = control.gather((kind, text))
+    rank, (kind, text) = next((rank, failure) for rank, failure in enumerate(failures) if failure[1])
     raise mark_collective(kind(f"rank {rank}: {text}")) from error
 
 
 def _difference(by_rank: Sequence[Mapping[str, str]]) -> ValueError | None:
-    """Return the error for values that differ between ranks; it names each value and two ranks.
+    """Return the error for values that differ between ranks. It names each value and two ranks.
 
-    Of a model ranks may have different parts, and so different entries.
+    Ranks may have different parts of a model, and so different names.
     """
     problems = []
     for name in sorted(set().union(*by_rank)):
@@ -356,11 +360,11 @@ def _difference(by_rank: Sequence[Mapping[str, str]]) -> ValueError | None:
         if other is None:
             continue
         if name.startswith("model."):
-            known = [(rank, digest) for rank, digest in enumerate(digests) if digest is not None]
-            others = [rank for rank, digest in known if digest != known[0][1]]
+            present = [(rank, digest) for rank, digest in enumerate(digests) if digest is not None]
+            others = [rank for rank, digest in present if digest != present[0][1]]
             if others:
                 hint = _HINTS["model."]
-                problems.append(f"{name} differs between ranks {known[0][0]} and {others[0]}{hint}")
+                problems.append(f"{name} differs between ranks {present[0][0]} and {others[0]}{hint}")
             continue
         if None in (digests[0], digests[other]):
             there, absent = (other, 0) if digests[0] is None else (0, other)
