@@ -138,7 +138,7 @@ class CheckpointManager:
         """
         self._begin_record()
         self._control.run_on_rank0(self._take_folder)
-        self._saves.wait_for_result(state.step)  # a loop may resume again
+        self._saves.wait_for_result(state.step)  # a loop may call resume again
         restorer = Restorer(
             self.config,
             folder=self.folder,
@@ -191,12 +191,12 @@ class CheckpointManager:
             self._checkpointer.prepare(lambda: self._capture(state), self._control.group)
         except HostMemoryError as error:  # before training: the config must change
             raise ConfigError([error.fault]) from None
-        return self._control.run_on_rank0(self._look_for_room)
+        return self._control.run_on_rank0(self._check_disk_space)
 
-    def _look_for_room(self) -> str:
-        room, saver = self._housekeeping.room, self._checkpointer
+    def _check_disk_space(self) -> str:
+        room, checkpointer = self._housekeeping.room, self._checkpointer
         try:
-            return room.before_training(saver.save_bytes, saver.num_files)
+            return room.before_training(checkpointer.save_bytes, checkpointer.num_files)
         except OSError as error:
             return f"cannot check whether a save fits on the disk: {error}"
 
@@ -360,7 +360,7 @@ class CheckpointManager:
             self._lease.check()
 
     def holds_lease(self) -> bool:
-        """Return whether this process still holds the lease, as far as it can tell."""
+        """Return False if another process is known to have taken over the run, else True."""
         try:
             self._check_lease()
         except LeaseLostError:
@@ -451,9 +451,11 @@ class CheckpointManager:
     def finish(self, state: TrainState, *, give_up: Callable[[], bool] = lambda: False) -> None:
         """Wait for a pending save. With ``save_last``, commit the last step unless it is committed.
 
-        Collective: all ranks, on the control group. Blocks: until the commit. The first rank also
-        waits until older steps are deleted, for 60 s at most or until ``give_up`` returns True. Durable: on
-        return. Raises SaveFailedError on all ranks.
+        Collective: all ranks, on the control group.
+        Blocks: until the commit; the first rank also until older steps are deleted, for 60 s at most or until
+        ``give_up`` returns True.
+        Durable: on return.
+        Raises SaveFailedError on all ranks.
         """
         self._saves.wait_for_result(state.step)
         if self.config.save_last and state.step > 0:

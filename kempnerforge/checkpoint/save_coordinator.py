@@ -115,9 +115,9 @@ class SaveCoordinator:
     def save(
         self, step: int, capture: Callable[[], Payload], request: SaveRequest, *, wait: bool
     ) -> SaveReport:
-        """Begin to save. With ``wait``, return after the commit and raise if it fails. Collective.
+        """Begin to save. With ``wait``, return after the commit, and raise if it fails. Collective.
 
-        ``capture`` returns what this rank writes; its error on one rank is raised on all.
+        ``capture`` returns what this rank writes. Its error on one rank is raised on all.
         """
         started = time.perf_counter()
         reason = request.provenance.reason
@@ -128,29 +128,29 @@ class SaveCoordinator:
         self.clock.save_begins()
         deferred, self._num_deferred = self._num_deferred, 0
         self._end_deferral(step)
-        # Set before the save begins: after an interrupt (Ctrl-C) that the loop catches, the next call
-        # reports it.
+        # Set before the save begins: if the loop catches an interrupt (Ctrl-C), the next call reports the
+        # save.
         self._pending = SaveReport(step, reason, blocking_s=0.0, deferred=deferred, pending=True)
         try:
             folder = self.folder / paths.step_name(step)
             self._checkpointer.begin_save(capture, folder, self._control.group, request)
         except SaveFailedError as error:
             self._add_blocking_time(started, counted_s)
-            return self._end(SaveResult(error=str(error)), step, must_hold=wait)
+            return self._end(SaveResult(error=str(error)), step, must_commit=wait)
         except Exception:  # refused on all ranks
             self._pending = None
             raise
         if wait or self._checkpointer.blocks:
             result = self._result()
             self._add_blocking_time(started, counted_s)
-            return self._end(result, step, must_hold=wait)
+            return self._end(result, step, must_commit=wait)
         blocking_s = self._add_blocking_time(started, counted_s)
         return SaveReport(step, reason, blocking_s=blocking_s, pending=True)
 
     def _add_blocking_time(self, started: float, counted_s: float = 0.0) -> float:
-        """Charge the time since ``started`` to the pending save, and return it.
+        """Add the time since ``started`` to the pending save, and return it.
 
-        ``counted_s``: the part of it that the meter has charged to an earlier save.
+        ``counted_s``: the part of it that the meter has added to an earlier save.
         """
         blocking_s = time.perf_counter() - started
         if self._pending is not None:
@@ -177,9 +177,9 @@ class SaveCoordinator:
         return events
 
     def local_report(self) -> SaveReport | None:
-        """Wait for the pending save and return its report as this rank knows it, or None.
+        """Wait for this rank's part of the pending save. Return its report if this rank knows the outcome.
 
-        Not collective: for a loop that ends without asking the other ranks.
+        Not collective: for a loop that ends without an agreement of all ranks.
         """
         self._checkpointer.join()
         result = self._checkpointer.poll()
@@ -224,17 +224,20 @@ class SaveCoordinator:
         return result
 
     def _end(
-        self, result: SaveResult, step: int, *, must_hold: bool = False, at_boundary: bool = False
+        self, result: SaveResult, step: int, *, must_commit: bool = False, at_boundary: bool = False
     ) -> SaveReport:
-        """Report the pending save. Raise SaveFailedError after too many failures, or if it ``must_hold``."""
+        """Report the pending save and forget it.
+
+        Raises SaveFailedError after too many failures in a row; with ``must_commit``, after one.
+        """
         pending, self._pending = self._pending, None
         assert pending is not None
-        tax = self.clock.meter.save_ended(durable_s=result.total_s, at_boundary=at_boundary)
+        cost = self.clock.meter.save_ended(durable_s=result.total_s, at_boundary=at_boundary)
         report = replace(
             _with_result(pending, result),
             lag_steps=step - pending.step,
-            tax_s=tax.tax_s,
-            tax_is_lower_bound=tax.is_lower_bound,
+            tax_s=cost.tax_s,
+            tax_is_lower_bound=cost.is_lower_bound,
             overhead_pct=self.clock.overhead_pct,
         )
         self._add(report)
@@ -246,7 +249,7 @@ class SaveCoordinator:
             self.committed_step = pending.step
             return report
         self._failed_in_a_row += 1
-        if must_hold or self._failed_in_a_row >= self._max_failed_saves:
+        if must_commit or self._failed_in_a_row >= self._max_failed_saves:
             count = self._failed_in_a_row
             times = "1 save" if count == 1 else f"{count} saves in a row"
             raise SaveFailedError(

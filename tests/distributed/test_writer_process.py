@@ -110,7 +110,7 @@ class Noted(WriterThreads):
         return super().pick(urgent=urgent)
 
 
-def test_lane_has_requested_priority() -> None:
+def test_writer_threads_have_requested_priority() -> None:
     threads = WriterThreads()
     policies = [threads.pick(urgent=one).submit(os.sched_getscheduler, 0).result() for one in (True, False)]
     assert policies == [os.SCHED_OTHER, os.SCHED_IDLE]
