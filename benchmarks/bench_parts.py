@@ -31,7 +31,7 @@ from bench.savers import Ours
 from bench.workload import Steps, model_config, sharded_llama, state_bytes
 
 from kempnerforge.checkpoint.results import Payload
-from kempnerforge.checkpoint.save.agreed_plan import SavePlanCache
+from kempnerforge.checkpoint.save.plan import SavePlanCache
 from kempnerforge.checkpoint.save.staging import overlapping
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.state.train_state import TrainState
@@ -78,8 +78,8 @@ class Copy:
     """Only the copy."""
 
     def __init__(self, plan: SavePlanCache, tensors: dict[str, torch.Tensor]) -> None:
-        assert plan.arenas is not None
-        self._pairs = plan.arenas.pairs(tensors)
+        assert plan.buffers is not None
+        self._pairs = plan.buffers.pairs(tensors)
 
     def begin(self, path: Path) -> None:
         """Start the copy."""
@@ -99,20 +99,20 @@ class Write(Nothing):
     """Only digesting and writing."""
 
     def __init__(self, plan: SavePlanCache, *, prompt: bool) -> None:
-        assert plan.arenas is not None
-        self._arenas, self._prompt = plan.arenas.arenas, prompt
+        assert plan.buffers is not None
+        self._buffers, self._prompt = plan.buffers.buffers, prompt
         self._writer = Writer(stall_timeout_s=120)
 
     def begin(self, path: Path) -> None:
         """Start it."""
-        self._writer.set_priority(self._prompt)
+        self._writer.set_priority(urgent=self._prompt)
         self._thread = threading.Thread(target=self._write, args=[path])
         self._thread.start()
 
     def _write(self, path: Path) -> None:
-        for arena in self._arenas:
-            file = path.with_name(f"{path.name}-{arena.file.name}")
-            self._writer.write(arena.fd, file, arena.image.size_bytes)
+        for buffer in self._buffers:
+            file = path.with_name(f"{path.name}-{buffer.file.name}")
+            self._writer.write(buffer.fd, file, buffer.image.size_bytes)
 
     def wait(self) -> None:
         """Wait for the write without raising its priority."""

@@ -1,18 +1,13 @@
-"""``AsyncCheckpointer``: stages, writes and commits a state dict as its mode says."""
+"""``AsyncCheckpointer``: stages, writes and commits a state dict, blocking or in the background."""
 
 from __future__ import annotations
 
-import atexit
 import os
 import secrets
 import shutil
-import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -20,20 +15,18 @@ import torch
 import torch.distributed as dist
 
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.save import pipeline
-from kempnerforge.checkpoint.save.agreed_plan import SavePlanCache
-from kempnerforge.checkpoint.save.commit import CheckpointPayload
+from kempnerforge.checkpoint.save.handle import SaveHandle, SaveHistory
 from kempnerforge.checkpoint.save.host_buffers import HostBuffers
 from kempnerforge.checkpoint.save.pipeline import (
-    FailedSave,
-    RankProgress,
+    RankSave,
     RetryPolicy,
     SaveJob,
+    SaveRequest,
     SaveResult,
-    result_key,
 )
+from kempnerforge.checkpoint.save.plan import SavePlanCache
 from kempnerforge.checkpoint.save.staging import BlockingCopy, FailedCopy, Staging, overlapping
 from kempnerforge.checkpoint.save.writer_client import Writer
 from kempnerforge.checkpoint.state.flatten import payload_of
@@ -41,52 +34,22 @@ from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.distributed.store_channel import LocalBoard, StoreBoard, StoreChannel
-from kempnerforge.errors import SaveFailedError
 from kempnerforge.torch_compat import get_default_store
 
 StateDict = Mapping[Any, Any] | Callable[[], Payload]
-"""A state dict, whose keys become text, or a function that makes the payload of a save."""
-
-
-@dataclass
-class _Pending:
-    number: int
-    name: str
-    job: SaveJob
-    thread: threading.Thread | None = None
-    result: SaveResult | None = None
-
-
-RATES = 8
-
-_unreported: dict[RankProgress, Path] = {}
-"""Saves whose outcome has not been reported yet, with their paths. Keeps no buffers alive."""
-
-
-@atexit.register
-def _report_failures() -> None:
-    """Report failed saves when the interpreter exits. Python has joined their threads by then."""
-    for part in list(_unreported):
-        _report_failure(part)
-
-
-def _report_failure(part: RankProgress) -> None:
-    """Print to standard error that a save failed, unless it was reported. First rank only."""
-    final = _unreported.pop(part, None)
-    if final is not None and part.result is not None and part.result.error:
-        print(f"kempnerforge: {final} was not saved: {part.result.error}", file=sys.stderr)
+"""A state dict, whose keys become text, or a function that returns the payload of a save."""
 
 
 class AsyncCheckpointer:
     """Saves any DCP-compatible state dict as a committed checkpoint of format 1.
 
-    ``save`` returns after the commit (``disabled``) or after the copy to host buffers (others). To overlap
-    the copy with computing as well, use ``async_pinned`` with ``begin_save`` and ``wait_for_staging``: it
-    copies on a side stream, or, without CUDA, on a thread.
+    ``save`` returns after the commit (``disabled``) or after the copy to host buffers (other modes). To
+    overlap the copy with compute as well, use ``async_pinned`` with ``begin_save`` and ``wait_for_staging``.
+    That mode copies on a side stream, or, without CUDA, on a thread.
 
-    The first save makes the host buffers, one image of each of this rank's files, pinned if the tensors are
-    on a CUDA device, of which there may be one in a process. All other saves reuse them; a writer process
-    writes from them. A save first waits for the one before it.
+    The first save makes the host buffers: one image of each file that this rank writes. They are pinned if
+    the tensors are on a CUDA device. The tensors of one process must be on one device. Later saves reuse the
+    buffers. A writer process writes from them. A save first waits for the one before it.
 
     As a context manager, it finishes a pending save at the end, raises SaveFailedError if that failed, and
     closes. If an exception ends the ``with``, or the interpreter exits without ``close``, it finishes the
@@ -96,7 +59,8 @@ class AsyncCheckpointer:
         mode: the member or its value, such as ``"async"``. Raises ValueError for anything else.
         patience: how often a write is tried, and how long ranks wait for each other.
         stall_timeout_s: replace the writer, and repeat its write, after this many seconds without progress.
-        max_host_memory_gb: refuse host buffers that take more on a machine; None: than is free there.
+        max_host_memory_gb: refuse host buffers that take more than this on a machine. None: more than is
+            free there.
     """
 
     def __init__(
@@ -108,20 +72,16 @@ class AsyncCheckpointer:
         max_host_memory_gb: float | None = None,
     ) -> None:
         self.mode = _known_mode(mode)
-        self._patience = patience or RetryPolicy()
+        self._retry = patience or RetryPolicy()
         self._writer = Writer(stall_timeout_s=stall_timeout_s)
         self._process_group: dist.ProcessGroup | None = None
         self._control: ControlGroup | None = None
-        self._board: StoreChannel = LocalBoard()
+        self._channel: StoreChannel = LocalBoard()
         self._plan = SavePlanCache(max_host_memory_gb)
-        self._rates: deque[float] = deque(maxlen=RATES)
-        """Bytes per second of the largest rank's part in the last saves, from the call to the commit."""
+        self._history = SaveHistory()
         self._number = 0
-        self._pending: _Pending | None = None
-        self.last_result: SaveResult | None = None
-        """The outcome of the last save once ``wait`` has returned or raised it."""
-        self._failed: FailedSave | None = None
-        """On the first rank: the previous save, if it failed and other ranks may still write its files."""
+        self.last_save: SaveHandle | None = None
+        """The newest save; None before the first one, and while ``begin_save`` plans one."""
 
     def __enter__(self) -> AsyncCheckpointer:
         return self
@@ -140,56 +100,60 @@ class AsyncCheckpointer:
         state_dict: StateDict,
         checkpoint_id: str | os.PathLike[str],
         process_group: dist.ProcessGroup | None = None,
-        **contents: Any,
+        **request: Any,
     ) -> None:
         """Write ``state_dict`` as the folder ``checkpoint_id``, which must not exist.
 
         Collective: all ranks of ``process_group`` (None: all ranks), which may be a subset.
-        Blocks: for the save before this one; then until the commit (``disabled``) or the copy (others).
+        Blocks: for the save before this one; then until the commit (``disabled``) or the copy (other modes).
         Mutation: tensors may be changed on return.
         Durable: on return with ``disabled``; else after ``wait``.
 
-        Non-tensor leaves become tagged JSON; where several ranks have one, the lowest rank's is stored.
+        Non-tensor leaves become tagged JSON. If several ranks have one, the lowest rank's value is stored.
         Raises TypeError or ValueError on all ranks, naming the leaf, for what a checkpoint cannot hold,
-        before anything is written. Raises SaveFailedError on all ranks, with rank and cause; in the
-        asynchronous modes ``wait`` or the next ``save`` raises it, once. ``contents`` is passed to
+        before anything is written. Raises SaveFailedError on all ranks, with rank and cause. In the
+        asynchronous modes ``wait`` or the next ``save`` raises it, once. ``request`` is passed to
         ``begin_save``.
         """
-        self.begin_save(state_dict, checkpoint_id, process_group, **contents)
-        self.wait_for_staging()
+        self.begin_save(state_dict, checkpoint_id, process_group, **request).wait_until_staged()
         if self.blocks:
             self.wait()
 
     @property
+    def _pending(self) -> SaveHandle | None:
+        """The newest save, unless its outcome has been returned or raised."""
+        handle = self.last_save  # read once: another thread may ask for ``in_flight``
+        return handle if handle is not None and not handle.is_read else None
+
+    @property
     def is_pending(self) -> bool:
         """Whether the outcome of a save is still unknown to this rank. Never blocks."""
-        return self._pending is not None and self.poll() is None
+        pending = self._pending
+        return pending is not None and not pending.done()
+
+    def poll(self) -> SaveResult | None:
+        """Return the outcome of the pending save; None while it is unknown. Never blocks."""
+        return self._pending.peek() if self._pending is not None else None
 
     def wait(self) -> SaveResult | None:
-        """Wait until the pending save is committed, and return its outcome; None if none is pending.
+        """Wait until the pending save has ended, and return its outcome; None if none is pending.
 
         Not collective. Raises SaveFailedError, once, if it failed.
         """
-        pending = self._pending
-        if pending is None:
-            return None
-        self.join()
-        deadline, pause_s = time.monotonic() + pending.job.timeout_s + 60, 0.001
-        while (result := self.poll()) is None:
-            if time.monotonic() > deadline:
-                raise SaveFailedError(f"{pending.name}: the first rank has not reported the outcome")
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 0.05)
-        self.last_result = result
-        self._pending = None
-        _unreported.pop(pending.job.part, None)
-        if result.error:
-            if pending.job.rank == 0:
-                self._failed = FailedSave.of(pending.job)
-            raise SaveFailedError(f"{pending.name} was not saved: {result.error}")
-        if result.total_s and self._plan.largest_bytes:  # a save of no tensors tells nothing of the storage
-            self._rates.append(self._plan.largest_bytes / result.total_s)
-        return result
+        return self._pending.result() if self._pending is not None else None
+
+    def wait_for_staging(self) -> None:
+        """Call before ``optimizer.step()``. Return when the tensors of the pending save may be modified.
+
+        Not collective. Blocks: until the copy is done. On CUDA the device waits, not the host.
+        """
+        if self._pending is not None:
+            self._pending.wait_until_staged()
+
+    def join(self) -> None:
+        """Wait for this rank's part of a pending save, without raising. Not collective."""
+        if self._pending is not None:
+            self._pending.join()
 
     @property
     def blocks(self) -> bool:
@@ -199,16 +163,16 @@ class AsyncCheckpointer:
     @property
     def host_bytes(self) -> int:
         """Host memory that this rank's buffers take."""
-        return self._plan.arenas.size_bytes if self._plan.arenas is not None else 0
+        return self._plan.buffers.size_bytes if self._plan.buffers is not None else 0
 
     @property
     def save_bytes(self) -> int:
-        """Bytes that a save of all ranks writes, known after ``prepare``; on the first rank only."""
+        """Bytes that a save of all ranks writes, once ``prepare`` or a save has run. First rank only."""
         return self._plan.expected.size_bytes if self._plan.expected is not None else 0
 
     @property
     def num_files(self) -> int:
-        """Shard files of a save of all ranks; on the first rank only."""
+        """Shard files of a save of all ranks. First rank only."""
         return len(self._plan.expected.files) if self._plan.expected is not None else 0
 
     @property
@@ -217,11 +181,11 @@ class AsyncCheckpointer:
         pending = self._pending
         if pending is None:
             return None
-        return pending.name, pending.job.part.doing, time.perf_counter() - pending.job.started
+        return pending.name, pending.progress.doing, time.perf_counter() - pending.started
 
     @property
     def writer_pid(self) -> int | None:
-        """The writer process, while there is one."""
+        """Id of the writer process, while there is one."""
         return self._writer.pid
 
     @torch.inference_mode(False)  # buffers outlive the mode that this is called in
@@ -230,22 +194,13 @@ class AsyncCheckpointer:
         state_dict: StateDict,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Plan and make the buffers now, so that the first save costs what the others do.
+        """Plan the saves and make the buffers now, so that the first save takes no longer than later ones.
 
         Collective: all ranks of ``process_group``. Blocks: for a pending save, which writes from the buffers.
         Raises what ``begin_save`` raises, on all ranks.
         """
         self.wait()
-        control = self._join(process_group)
-        same: Mapping[str, str] = {}
-        error = None
-        try:
-            payload = _payload(state_dict)
-            same = payload.same_on_all_ranks
-            self._plan.update(payload)
-        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
-            error = found
-        self._agree(control, error, same)
+        self._plan_save(self._join_group(process_group), state_dict)
 
     @torch.inference_mode(False)
     def begin_save(
@@ -253,37 +208,30 @@ class AsyncCheckpointer:
         state_dict: StateDict,
         checkpoint_id: str | os.PathLike[str],
         process_group: dist.ProcessGroup | None = None,
-        *,
-        provenance: Provenance | None = None,
-        config_toml: str = "",
-        before_write: Callable[[], str] = str,
-        before_commit: Callable[[], None] = lambda: None,
-        after_commit: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Begin to save. Call ``wait_for_staging`` before the next change of a tensor.
+        request: SaveRequest | None = None,
+        **fields: Any,
+    ) -> SaveHandle:
+        """Begin to save. Call ``wait_until_staged`` of the handle before the next change of a tensor.
 
         Collective: all ranks of ``process_group``, which must be the same at every save.
         Blocks: for the save before this one; for the copy, unless the mode is ``async_pinned``.
-        Mutation: tensors stay unmodified until ``wait_for_staging`` returns.
-        Durable: not on return; see ``poll`` and ``wait``.
+        Mutation: tensors stay unmodified until ``wait_until_staged`` returns.
+        Durable: not on return; ``result`` of the handle waits for it.
 
-        ``state_dict`` may be a function that returns the payload; its error on one rank is raised on all.
-        ``before_write`` (returns why the save is left out, or nothing), ``before_commit`` (raises to forbid
-        the commit) and ``after_commit`` (called when all ranks can know the outcome; may not raise) run on
-        the first rank's background thread. Raises TypeError, ValueError and SaveFailedError on all ranks,
-        before anything is staged. A later failure on one rank, such as that the folder exists, fails the save
-        on all ranks.
+        ``state_dict`` may be a function that returns the payload. Its error on one rank is raised on all.
+        ``fields`` are fields of ``SaveRequest`` and replace those of ``request``. Raises TypeError,
+        ValueError and SaveFailedError on all ranks, before anything is staged. A later failure on one rank,
+        such as that the folder exists, fails the save on all ranks.
         """
+        request = replace(request or SaveRequest(), **fields)
         self.wait()
         started = time.perf_counter()
-        control = self._join(process_group)
-        provenance = provenance or Provenance()
+        control = self._join_group(process_group)
         final = paths.local_path(checkpoint_id)
-        temporary = final.with_name(paths.temporary_name(final.name, provenance.attempt))
-        self.last_result = None
+        self.last_save = None
         payload = self._plan_save(control, state_dict)
-        arenas = self._plan.arenas
-        assert arenas is not None
+        buffers = self._plan.buffers
+        assert buffers is not None
         objects = self._plan.objects(payload)
         self._number += 1
         job = SaveJob(
@@ -291,31 +239,31 @@ class AsyncCheckpointer:
             rank=control.rank,
             num_ranks=control.num_ranks,
             final=final,
-            temporary=temporary,
-            contents=CheckpointPayload(provenance, objects, config_toml),
-            staging=self._stage(arenas, payload.tensors),
-            arenas=arenas,
+            temporary=final.with_name(paths.temporary_name(final.name, request.provenance.attempt)),
+            request=request,
+            objects=objects,
+            staging=self._stage(buffers, payload.tensors),
+            buffers=buffers,
+            largest_bytes=self._plan.largest_bytes,
             expected=self._plan.expected,
             contributed={name: objects[name] for name in self._plan.contributed},
-            before_write=before_write,
-            before_commit=before_commit,
-            after_commit=after_commit,
-            patience=self._patience,
+            retry=self._retry,
             device=self._plan.device,
             timeout_s=self._timeout_s(),
-            failed_before=self._failed,
+            failed_before=self._history.failed,
             started=started,
         )
-        self._failed = None
-        self._writer.set_priority(self.blocks)
+        self._history.failed = None
+        self._writer.set_priority(urgent=self.blocks)
+        save = RankSave(job, self._writer, self._channel)
         try:
-            self._pending = _Pending(job.number, final.name, job)
-            _unreported[job.part] = final
-            self._pending.thread = pipeline.start(job, self._writer, self._board)
+            self.last_save = handle = SaveHandle(save, self._history)
+            save.start()
             job.staging.start()
-        except BaseException as error:  # Ctrl-C: the thread must not wait for a copy that does not come
+        except BaseException as error:  # Ctrl-C: else the thread would wait for a copy that never starts
             job.staging.fail(error)
             raise
+        return handle
 
     def _plan_save(self, control: ControlGroup, state_dict: StateDict) -> Payload:
         """Plan the save and return what this rank saves.
@@ -327,60 +275,32 @@ class AsyncCheckpointer:
         try:
             payload = _payload(state_dict)
             self._plan.update(payload)
-        except Exception as found:  # noqa: BLE001 - told to all ranks in the agreement below
-            error = found
-        self._agree(control, error, payload.same_on_all_ranks)
+        except Exception as cause:  # noqa: BLE001 - raised on all ranks below
+            error = cause
+        self._plan.agree(control, error, same=payload.same_on_all_ranks)
         return payload
 
     def _timeout_s(self) -> float:
-        """After how many seconds the save that begins is given up. The same on all ranks."""
-        if self._patience.save_timeout_s is not None:
-            return self._patience.save_timeout_s
-        return pipeline.automatic_timeout_s(self._plan.largest_bytes, self._rates)
-
-    def wait_for_staging(self) -> None:
-        """Call before ``optimizer.step()``; returns when the tensors of the pending save may be modified.
-
-        Not collective. Blocks: until the copy is done; on CUDA the device waits, not the host.
-        """
-        if self._pending is not None:
-            self._pending.job.staging.before_mutation()
-
-    def poll(self) -> SaveResult | None:
-        """The outcome of the pending save; None while it is unknown. Never blocks."""
-        pending = self._pending
-        if pending is None:
-            return None
-        if pending.result is None:
-            message = self._board.read(result_key(pending.number))
-            pending.result = SaveResult(**message) if message is not None else None
-        return pending.result
-
-    def join(self) -> None:
-        """Wait for this rank's part of a pending save, without raising. Not collective."""
-        if self._pending is not None:
-            self._writer.set_priority(True)
-            if self._pending.thread is not None:
-                self._pending.thread.join()
-            self._pending.job.staging.settle()  # also where there was no thread: the buffers are free now
+        """Return the seconds after which the next save fails. The same on all ranks."""
+        if self._retry.save_timeout_s is not None:
+            return self._retry.save_timeout_s
+        return pipeline.automatic_timeout_s(self._plan.largest_bytes, self._history.rates)
 
     def close(self) -> None:
         """Finish a pending save without raising, end the writer, release the buffers. Not collective.
 
         A failure that ``wait`` has not raised is printed to standard error.
         """
-        self.join()
         if self._pending is not None:
-            _report_failure(self._pending.job.part)
-        self._pending = None
-        if self._failed is not None:
-            shutil.rmtree(self._failed.temporary, ignore_errors=True)
-            self._failed = None
+            self._pending.close()
+        if self._history.failed is not None:
+            shutil.rmtree(self._history.failed.temporary, ignore_errors=True)
+            self._history.failed = None
         self._writer.close()
         self._plan.release()
 
-    def _join(self, process_group: dist.ProcessGroup | None) -> ControlGroup:
-        """Return the group that agrees on saves; the first call makes it and its board. Collective."""
+    def _join_group(self, process_group: dist.ProcessGroup | None) -> ControlGroup:
+        """Return the group that agrees on saves. The first call makes it and its channel. Collective."""
         if self._control is not None and process_group is not self._process_group:
             raise ValueError("process_group must be the same at every save: use another AsyncCheckpointer")
         if self._control is None:
@@ -393,20 +313,17 @@ class AsyncCheckpointer:
             control = ControlGroup(group)
             if group is not None:
                 prefix = control.run_on_rank0(lambda: secrets.token_hex(8), brief=True)
-                self._board = StoreBoard(get_default_store(), prefix)
+                self._channel = StoreBoard(get_default_store(), prefix)
             self._control = control
         return self._control
 
-    def _agree(self, control: ControlGroup, error: Exception | None, same: Mapping[str, str]) -> None:
-        self._plan.agree(control, error, same=same)
-
-    def _stage(self, arenas: HostBuffers, tensors: Mapping[str, torch.Tensor]) -> Staging:
-        """Return the copy of this save. It must not raise: the other ranks have agreed and go on."""
+    def _stage(self, buffers: HostBuffers, tensors: Mapping[str, torch.Tensor]) -> Staging:
+        """Return the copy of this save. Must not raise: the other ranks have agreed and continue."""
         try:
-            pairs = arenas.pairs(tensors)
+            pairs = buffers.pairs(tensors)
             overlaps = self.mode is AsyncCheckpointMode.async_pinned
             return overlapping(pairs, tensors) if overlaps else BlockingCopy(pairs)
-        except Exception as error:  # noqa: BLE001 - raised by ``finish``
+        except Exception as error:  # noqa: BLE001 - raised by the copy
             return FailedCopy(error)
 
 
@@ -417,15 +334,18 @@ def _payload(state: StateDict) -> Payload:
 
 
 def _gloo_group(of: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """A new group of the ranks of ``of``, which alone call this, with its time-out; of all without it."""
-    made = dist.new_group(
+    """Return a new gloo group of the ranks of ``of`` with its time-out; of all ranks if that is None.
+
+    Only the ranks of the group call this.
+    """
+    group = dist.new_group(
         dist.get_process_group_ranks(of) if of is not None else None,
         timeout=timeouts.timeout_of(of),
         backend="gloo",
         use_local_synchronization=of is not None,
     )
-    assert isinstance(made, dist.ProcessGroup)
-    return made
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _known_mode(mode: AsyncCheckpointMode | str) -> AsyncCheckpointMode:

@@ -1,4 +1,4 @@
-"""``CheckpointManager``: saving, retention and resume for a training loop."""
+"""``CheckpointManager``: saves, prunes and resumes the checkpoints of a training loop."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.request_files import RequestFile, RequestFiles
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.run.save_events import SaveEvent
-from kempnerforge.checkpoint.save.pipeline import RetryPolicy
-from kempnerforge.checkpoint.save_coordinator import Saver, Snapshot
+from kempnerforge.checkpoint.save.pipeline import RetryPolicy, SaveRequest
+from kempnerforge.checkpoint.save_coordinator import SaveCoordinator, StepVotes
 from kempnerforge.checkpoint.schedule.auto_interval import SaveIntervalController
 from kempnerforge.checkpoint.schedule.save_policy import SavePolicy
 from kempnerforge.checkpoint.state.train_state import TrainState
@@ -37,23 +37,24 @@ from kempnerforge.distributed.consensus import ControlGroup, mark_collective
 from kempnerforge.errors import ConfigError, HostMemoryError, LeaseLostError, MismatchError
 
 REQUEST = "checkpoint.request"
-"""A file of this name in the run's folder asks for a save; it is removed when the save begins."""
+"""Create a file of this name in the run's folder to request a save. It is removed when the save begins."""
 
 
 class CheckpointManager:
     """Saves, prunes and resumes the checkpoints of one run.
 
-    They are in ``config.dir``, by default ``run_dir/checkpoints``; receipts are written to ``run_dir``.
-    ``control_group`` is a gloo group that nothing else uses; None is for one process. ``lease``, on the first
-    rank, proves before every commit that no other process writes the run; ``requests`` looks for files there.
+    Checkpoints are written to ``config.dir``, by default ``run_dir/checkpoints``, and receipts to
+    ``run_dir``. ``control_group`` is a gloo group that nothing else uses. Use None for one process.
+    ``lease`` proves, on the first rank and before every commit, that no other process writes the run.
+    ``requests`` watches for request files in ``run_dir``.
 
-    Without ``context`` and ``lease`` the manager keeps the record of the run itself (lease, ``run.json``,
-    ledger), from the first collective call on, and its first rank logs to ``kempnerforge.checkpoint.manager``
-    at INFO and WARNING. It raises LeaseHeldError when another live process writes the run. With a
-    ``context`` the caller keeps the record.
+    Without ``context`` and ``lease`` the manager keeps the record of the run itself: lease, ``run.json`` and
+    ledger. It begins the record at the first collective call. Its first rank then logs to
+    ``kempnerforge.checkpoint.manager`` at INFO and WARNING. It raises LeaseHeldError when another live
+    process writes the run. With a ``context`` the caller keeps the record.
 
     As a context manager, it finishes a pending save at the end, raises SaveFailedError if that failed, and
-    closes. If an exception ends the ``with``, the save is finished too, and a failure is printed to standard
+    closes. If an exception ends the ``with``, it finishes the save too, and prints a failure to standard
     error.
     """
 
@@ -74,7 +75,7 @@ class CheckpointManager:
         self.context = context or RunContext()
         self.run_dir, self.folder = manager_arguments.folders(config, run_dir, context)
         self._owner: Owner | None = None
-        """On the first rank, as soon as the folder has been taken: whose it is."""
+        """The owner of the checkpoint folder. On the first rank, once ``_take_folder`` has run."""
         self._has_resumed = False
         self._control = ControlGroup(control_group)
         timeout_s = None if config.save_timeout_s == "auto" else config.save_timeout_s
@@ -85,24 +86,24 @@ class CheckpointManager:
         )
         self._lease = lease
         self._housekeeping = Housekeeping(self.folder, config, run_dir=self.run_dir)
-        """Used on the first rank only."""
+        """On the first rank only."""
         self._policy = SavePolicy.from_config(config)
         self._metrics: dict[str, float] = {}
         self._metrics_step = -1
         self._requests = requests
         self._request: RequestFile | None = None
-        self._saver = Saver(
+        self._saves = SaveCoordinator(
             self._checkpointer, self.folder, self._control, max_failed_saves=config.max_failed_saves
         )
         self._warnings: list[str] = []
         self._own: OwnRun | None = None
         if context is None and lease is None:
-            # Without a reference to this object, which a program may drop.
+            # No reference to this manager: a program that drops it must free it.
             join = partial(_end_writes, self._checkpointer, self._housekeeping)
             self._own = OwnRun(self.run_dir, config, self._control, began_at=state.step, join=join)
-            self._saver.on_outcome = self._record
-        self._pacer = SaveIntervalController(
-            config, self._saver.clock, rank=self._control.rank, ranks=self._control.num_ranks
+            self._saves.on_report = self._record
+        self._intervals = SaveIntervalController(
+            config, self._saves.clock, rank=self._control.rank, ranks=self._control.num_ranks
         )
 
     def __enter__(self) -> CheckpointManager:
@@ -124,20 +125,20 @@ class CheckpointManager:
     # -- resume ------------------------------------------------------------------------------------------
 
     def resume(self, state: TrainState) -> Receipt:
-        """Load the newest sound step of this run, or without one ``load_path``, or begin at step 0.
+        """Load the newest sound step of this run. Without one, load ``load_path`` or begin at step 0.
 
         Collective: all ranks, on the control group.
         Blocks: for a pending save; until all ranks have loaded the same step.
         Mutation: fills ``state`` and this process's random number generators.
         Durable: the receipt is, on return.
 
-        Raises NoSoundCheckpointError, UnreachableCheckpointError, MismatchError, StepNotFoundError,
-        FolderOwnedError (the folder is another run's), StepsMissingError (this run has committed steps and
-        none is there): the same on all ranks.
+        Raises the same error on all ranks: NoSoundCheckpointError, UnreachableCheckpointError, MismatchError,
+        StepNotFoundError, FolderOwnedError (another run owns the folder) or StepsMissingError (this run has
+        committed steps, and the folder has none).
         """
         self._begin_record()
         self._control.run_on_rank0(self._take_folder)
-        self._saver.settle(state.step)  # of a loop that resumes again: what it has begun to save counts
+        self._saves.wait_for_result(state.step)  # a loop may call resume again
         restorer = Restorer(
             self.config,
             folder=self.folder,
@@ -151,13 +152,14 @@ class CheckpointManager:
         self._has_resumed = True
         self._control.run_on_rank0(lambda: self._housekeeping.started(restorer.cleanup, self._steps()))
         if result.source == "resume":
-            self._saver.committed_step = result.step
+            self._saves.committed_step = result.step
         if self._policy.plans_saves or self.config.save_last:
             result.space_warning = self._prepare_saves(state)
         if result.source == "resume" and self._control.rank == 0:
-            self._housekeeping.committed(result.step)  # the last attempt may have been killed before this
-        self._pacer.remember(self.run_dir, resumed_at=state.step)
-        self._saver.clock.restart(state.step)
+            # The last attempt may have been killed before it did this.
+            self._housekeeping.committed(result.step)
+        self._intervals.load_history(self.run_dir, resumed_at=state.step)
+        self._saves.clock.restart(state.step)
         if self._own is not None:
             self._own.resumed(result, step=state.step, skipped=state.skipped_steps)
         return result
@@ -166,14 +168,14 @@ class CheckpointManager:
         return with_retries(lambda: paths.list_folder(self.folder), what=str(self.folder)).steps
 
     def _begin_record(self) -> None:
-        """Begin the record of the attempt if this manager keeps it, once. Collective."""
+        """Begin the record of the attempt, once, if this manager keeps it. Collective."""
         if self._own is not None and not self._own.is_open:
             self.context = self._own.open(self.state.device)
             self._lease = self._own.lease
-            self.folder = self._saver.folder = self._own.checkpoints
+            self.folder = self._saves.folder = self._own.checkpoints
 
     def _take_folder(self) -> None:
-        """Make the checkpoint folder this run's, or refuse it. First rank only.
+        """Take the checkpoint folder for this run, or refuse it. First rank only.
 
         Raises FolderOwnedError, StepsMissingError, RunFolderError, UnreachableCheckpointError.
         """
@@ -184,79 +186,95 @@ class CheckpointManager:
             self._housekeeping.move(self.folder, self._owner)
 
     def _prepare_saves(self, state: TrainState) -> str:
-        """Plan the saves, check memory, make the host buffers, check disk. Returns a warning, or nothing."""
+        """Plan the saves, check memory, make the host buffers, check disk space. Return a warning or ''."""
         try:
             self._checkpointer.prepare(lambda: self._capture(state), self._control.group)
-        except HostMemoryError as error:  # before training it is the config's
+        except HostMemoryError as error:  # before training: the config must change
             raise ConfigError([error.fault]) from None
-        return self._control.run_on_rank0(self._look_for_room)
+        return self._control.run_on_rank0(self._check_disk_space)
 
-    def _look_for_room(self) -> str:
-        room, saver = self._housekeeping.room, self._checkpointer
+    def _check_disk_space(self) -> str:
+        room, checkpointer = self._housekeeping.room, self._checkpointer
         try:
-            return room.before_training(saver.save_bytes, saver.num_files)
+            return room.before_training(checkpointer.save_bytes, checkpointer.num_files)
         except OSError as error:
-            return f"it is not known whether a save fits: {error}"
+            return f"cannot check whether a save fits on the disk: {error}"
 
     # -- save --------------------------------------------------------------------------------------------
 
-    def vote(self, *, requested: bool = False) -> tuple[int, ...]:
-        """Return this rank's part in the agreement after a step: request, clock, settled save, lease, pace.
+    def collect_votes(self, *, requested: bool = False) -> StepVotes:
+        """Return this rank's votes after a step. Reduce them with MAX over all ranks for ``apply_votes``.
 
-        ``requested``: this rank was asked to save, by a signal for example. The first rank also looks for the
-        file ``checkpoint.request`` in the run's folder. Only the first rank's clock counts.
+        ``requested``: this rank was asked to save, for example by a signal. The first rank also checks for
+        the file ``checkpoint.request`` in the run's folder. Only the first rank's clock counts.
         """
-        first = self._control.rank == 0
-        wish = requested or (first and self._request_file().is_there)
-        since_ms = int(1000 * self._saver.clock.since_save_s) if first else 0
+        is_first = self._control.rank == 0
+        requested = requested or (is_first and self._request_file().is_there)
         lost = self._lease is not None and bool(self._lease.lost)
-        return int(wish), since_ms, self._saver.settled(), int(lost), *self._pacer.votes()
+        bound_ms, auto_ms = self._intervals.votes()
+        return StepVotes(
+            requested=int(requested),
+            since_save_ms=int(1000 * self._saves.clock.since_save_s) if is_first else 0,
+            known_saves=self._saves.known_saves,
+            lease_lost=int(lost),
+            bound_ms=bound_ms,
+            auto_ms=auto_ms,
+        )
 
-    def decide(self, step: int, agreed: Sequence[int]) -> str | None:
-        """Return why to save now, or None, from the maxima of all ranks' votes.
+    vote = collect_votes
+    """Deprecated: the former name of ``collect_votes``."""
 
-        All ranks take in the outcome of an earlier save. A save that is due while an earlier one is being
-        written is put off to the next step and counted. Raises on all ranks: SaveFailedError after
-        ``max_failed_saves`` failures in a row, LeaseLostError when another attempt has taken the run over.
+    def apply_votes(self, step: int, agreed: Sequence[int]) -> str | None:
+        """Return the reason to save now, or None. ``agreed``: each vote's maximum over all ranks.
+
+        All ranks report an earlier save that has ended. A save that is due while an earlier one is being
+        written is deferred to the next step and counted. Raises on all ranks: SaveFailedError after
+        ``max_failed_saves`` failures in a row; LeaseLostError when another attempt has taken over the run.
         """
         self._begin_record()
-        requested, since_ms, settled, lost, *pace = agreed
-        self._saver.clock.step_end(step)
-        if lost:
+        votes = StepVotes(*agreed)
+        self._saves.clock.step_end(step)
+        if votes.lease_lost:
             why = self._control.run_on_rank0(lambda: self._lease.lost if self._lease else "", brief=True)
             raise mark_collective(LeaseLostError(why))
         if self._own is not None:
-            meter = self._saver.clock.meter
+            meter = self._saves.clock.meter
             skipped, waited_s = self.state.skipped_steps, meter.waited_s
             self._own.stepped(step, skipped=skipped, waited_s=waited_s, excluded_s=meter.excluded_s)
-        self._saver.learn(settled, step=step)
-        since_s, bound_s, auto_s = (milliseconds / 1000 for milliseconds in (since_ms, *pace))
+        self._saves.take_result(votes.known_saves, step=step)
         due = self._policy.due(
-            step, seconds_since_last_save=since_s, requested=bool(requested), bound_s=bound_s, auto_s=auto_s
+            step,
+            seconds_since_last_save=votes.since_save_ms / 1000,
+            requested=bool(votes.requested),
+            bound_s=votes.bound_ms / 1000,
+            auto_s=votes.auto_ms / 1000,
         )
-        reason = self._saver.choose(due, step)
+        reason = self._saves.select(due, step)
         if self._own is not None:
             self._own.record(self.events())
             self._take_warnings()
         return reason
 
+    decide = apply_votes
+    """Deprecated: the former name of ``apply_votes``."""
+
     def _request_file(self) -> RequestFile:
-        """The file ``checkpoint.request``, which a thread looks for. First rank only."""
+        """Return the watched file ``checkpoint.request``. A thread checks for it. First rank only."""
         if self._request is None:
             self._requests = self._requests or RequestFiles(self.run_dir)
             self._request = self._requests.watch(REQUEST)
         return self._request
 
     def record_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Store metrics of ``step``; a save of this step puts them into its manifest.
+        """Store metrics of ``step``. A save of this step writes them to its manifest.
 
-        Metrics of a step whose save has begun are recorded beside it, in ``metrics.jsonl`` of the checkpoint
-        folder: retention knows both.
+        If the save has begun already, append them to ``metrics.jsonl`` of the checkpoint folder. Retention
+        reads both.
         """
         if step != self._metrics_step:
             self._metrics, self._metrics_step = {}, step
         self._metrics.update(metrics)
-        if self._control.rank == 0 and step == self._saver.newest_step:
+        if self._control.rank == 0 and step == self._saves.newest_step:
             self._housekeeping.measured(step, metrics)
 
     def save(self, state: TrainState, *, wait: bool = False, reason: str = "asked") -> SaveReport:
@@ -267,10 +285,10 @@ class CheckpointManager:
         Mutation: tensors stay unmodified until ``wait_for_staging`` returns.
         Durable: on return with ``wait`` or in the blocking mode, unless the report has an error.
 
-        A failed save leaves nothing behind and is reported; SaveFailedError is raised on all ranks after
-        ``max_failed_saves`` in a row, or at once with ``wait``. A step that is committed already is not
-        written again. After the commit ``latest`` is pointed to the step and older steps are deleted, in the
-        background: only ``finish`` waits for that.
+        A failed save leaves nothing behind and is reported. SaveFailedError is raised on all ranks after
+        ``max_failed_saves`` failures in a row, or at once with ``wait``. A step that is committed already is
+        not written again. After the commit a background thread points ``latest`` to the step and deletes
+        older steps. Only ``finish`` waits for that.
         """
         self._begin_record()
         if not self._has_resumed:
@@ -279,33 +297,34 @@ class CheckpointManager:
             self._has_resumed = True
         if reason == "asked" and self._control.rank == 0:
             self._request_file().take()
-        if reason == "asked" and self._own is not None and state.step == self._saver.committed_step:
-            self._own.warn(f"step {state.step} is committed already, and is not written again")
+        if reason == "asked" and self._own is not None and state.step == self._saves.committed_step:
+            self._own.warn(f"step {state.step} is committed already and is not written again")
         skipped = ""
         if not wait:
             skipped = self._control.run_on_rank0(lambda: self._housekeeping.no_room(state.step), brief=True)
         if skipped:
-            return self._saver.skip(state.step, reason, skipped)
-        return self._saver.save(self._snapshot(state, reason, wait), reason=reason, wait=wait)
+            return self._saves.skip(state.step, reason, skipped)
+        request = self._save_request(state, reason, wait)
+        return self._saves.save(state.step, lambda: self._capture(state), request, wait=wait)
 
     def _require_no_steps(self, step: int) -> None:
-        """Raise MismatchError when a program that did not resume would save beside steps of another one."""
+        """Raise MismatchError if the folder has steps and this program has not called ``resume``."""
         newest = with_retries(
             lambda: owner.newest_step(self.folder, self._owner or ANYONE), what=str(self.folder)
         )
         if newest is not None:
             raise MismatchError(
-                f"{self.folder} has steps up to {newest}, and this program is at step {step} without "
-                "having called resume(): call it before training, or give another run_dir"
+                f"{self.folder} has steps up to {newest}, and this program is at step {step} and has not "
+                "called resume(): call it before training, or pass another run_dir"
             )
 
     def after_step(self, state: TrainState) -> list[SaveReport]:
-        """Call after every step: agree with all ranks, save if that is due, return the outcomes of saves.
+        """Call after every step: agree with all ranks, save if a save is due, return reports of saves.
 
         Collective: all ranks, in the same order, on the control group.
         Blocks, Mutation, Durable: as ``save``.
         """
-        reason = self.decide(state.step, self._control.agree(self.vote()))
+        reason = self.apply_votes(state.step, self._control.agree(self.collect_votes()))
         if reason is not None:
             self.save(state, reason=reason)
         return self.poll()
@@ -316,26 +335,24 @@ class CheckpointManager:
             rank=self._control.rank, num_ranks=self._control.num_ranks, overlapping=overlapping
         )
 
-    def _snapshot(self, state: TrainState, reason: str, wait: bool) -> Snapshot:
-        step, chores = state.step, self._housekeeping
-        return Snapshot(
-            step=state.step,
-            capture=lambda: self._capture(state),
+    def _save_request(self, state: TrainState, reason: str, wait: bool) -> SaveRequest:
+        step, housekeeping = state.step, self._housekeeping
+        return SaveRequest(
             provenance=Provenance(
-                step=state.step,
+                step=step,
                 run_id=self.context.run_id,
                 attempt=self.context.attempt,
-                parent_step=self._saver.committed_step,
+                parent_step=self._saves.committed_step,
                 reason=reason,
                 layout=self.context.layout,
                 versions=self.context.versions,
                 tokenizer=self.context.tokenizer,
-                metrics=self._metrics if self._metrics_step == state.step else {},
+                metrics=self._metrics if self._metrics_step == step else {},
             ),
             config_toml=self.context.config_toml,
-            before_write=lambda: chores.before_write(step, must_save=wait),
+            before_write=lambda: housekeeping.before_write(step, must_save=wait),
             before_commit=self._check_lease,
-            after_commit=lambda: chores.committed(step, more_saves=not wait),
+            after_commit=lambda: housekeeping.committed(step, more_saves=not wait),
         )
 
     def _check_lease(self) -> None:
@@ -343,7 +360,7 @@ class CheckpointManager:
             self._lease.check()
 
     def holds_lease(self) -> bool:
-        """Whether no other process is known to have taken the run over."""
+        """Return False if another process is known to have taken over the run, else True."""
         try:
             self._check_lease()
         except LeaseLostError:
@@ -353,18 +370,18 @@ class CheckpointManager:
         return True
 
     def lease_warning(self) -> str:
-        """Why the lease cannot be renewed at present; empty if it can, and on other ranks."""
+        """Return why the lease cannot be renewed at present; empty if it can, and on other ranks."""
         return self._lease.failing if self._lease is not None else ""
 
     def events(self) -> list[SaveEvent]:
-        """Events for the ledger since the last call: saves put off and, on the first rank, deletions."""
-        return self._saver.events() + self._housekeeping.events()
+        """Return ledger events since the last call: deferred saves and, on the first rank, deletions."""
+        return self._saves.events() + self._housekeeping.events()
 
     def warnings(self) -> list[str]:
-        """What went wrong after commits since the last call, on the first rank: the link, the retention."""
+        """Return what failed after commits since the last call, on the first rank: link, retention."""
         self._take_warnings()
-        found, self._warnings = self._warnings, []
-        return found
+        warnings, self._warnings = self._warnings, []
+        return warnings
 
     def _take_warnings(self) -> None:
         for text in self._housekeeping.warnings():
@@ -373,73 +390,74 @@ class CheckpointManager:
                 self._own.warn(text)
 
     def _record(self, report: SaveReport) -> None:
-        """Log and record the outcome of a save."""
+        """Log and record the report of a save."""
         if self._own is not None:
-            self._own.record(self._saver.events())
+            self._own.record(self._saves.events())
             self._own.saved(report, self.folder / paths.step_name(report.step))
             self._own.record(self.events())
 
     def _record_pending(self) -> None:
-        """Record the outcome of a pending save without asking the other ranks."""
-        if (
-            self._own is not None
-            and self._own.is_open
-            and (report := self._saver.outcome_alone()) is not None
-        ):
+        """Record the outcome of a pending save without agreement of the other ranks."""
+        if self._own is not None and self._own.is_open and (report := self._saves.local_report()) is not None:
             self._record(report)
 
     @property
     def in_flight(self) -> tuple[str, str, float] | None:
-        """Name, this rank's part and age in seconds of the pending save. Any thread."""
+        """Name of the pending save, what this rank does for it, and its age in seconds. Any thread."""
         return self._checkpointer.in_flight
 
     def kill_writer(self) -> None:
-        """Kill the writer process, because this process is about to end. Any thread."""
+        """Kill the writer process. For a process that is about to end. Any thread."""
         if (pid := self._checkpointer.writer_pid) is not None:
             os.kill(pid, signal.SIGKILL)
 
     def wait_for_staging(self) -> None:
-        """Call before ``optimizer.step()``; returns when tensors may be modified.
+        """Call before ``optimizer.step()``. Return when tensors may be modified.
 
-        Not collective. Blocks: until the copy is done; on CUDA the device waits, not the host.
+        Not collective. Blocks: until the copy is done. On CUDA the device waits, not the host.
         """
-        self._saver.wait_for_staging()
+        self._saves.wait_for_staging()
 
     def poll(self) -> list[SaveReport]:
-        """Outcomes that all ranks have learned since the last call. Never blocks.
+        """Return reports of saves whose outcome all ranks know, since the last call. Never blocks.
 
-        What went wrong after commits is in ``warnings`` of the next report, or comes from ``warnings()``.
+        What failed after commits is in ``warnings`` of the last report, or returned by ``warnings()``.
         """
-        reports = self._pacer.paced(self._saver.reports())
+        reports = self._intervals.with_interval(self._saves.reports())
         self._take_warnings()
         if reports and self._warnings:
             reports[-1] = replace(reports[-1], warnings=(*reports[-1].warnings, *self.warnings()))
         if self._own is not None:
-            self._own.paced(self._pacer.news())
+            self._own.paced(self._intervals.status_message())
         return reports
 
-    def news(self) -> str:
-        """Changes in the pace of saves since the last call, as text, on the first rank."""
+    def status_message(self) -> str:
+        """Return a message if the interval between saves has changed since the last call. First rank."""
         if self._own is None:
-            return self._pacer.news()
-        news, self._own.news = self._own.news, ""
-        return news
+            return self._intervals.status_message()
+        message, self._own.news = self._own.news, ""
+        return message
+
+    news = status_message
+    """Deprecated: the former name of ``status_message``."""
 
     def exclude_time(self, seconds: float) -> None:
         """Exclude seconds of other work between steps, such as validation, from the cost of saves."""
-        self._saver.clock.meter.exclude_time(seconds)
+        self._saves.clock.meter.exclude_time(seconds)
 
     leave_out = exclude_time
     """Deprecated: the former name of ``exclude_time``."""
 
     def finish(self, state: TrainState, *, give_up: Callable[[], bool] = lambda: False) -> None:
-        """Wait for a pending save; with ``save_last``, commit the last step unless it is committed.
+        """Wait for a pending save. With ``save_last``, commit the last step unless it is committed.
 
-        Collective: all ranks, on the control group. Blocks: until the commit; the first rank, also until
-        older steps are deleted, for 60 s at most or until ``give_up`` returns True. Durable: on return.
+        Collective: all ranks, on the control group.
+        Blocks: until the commit; the first rank also until older steps are deleted, for 60 s at most or until
+        ``give_up`` returns True.
+        Durable: on return.
         Raises SaveFailedError on all ranks.
         """
-        self._saver.settle(state.step)
+        self._saves.wait_for_result(state.step)
         if self.config.save_last and state.step > 0:
             self.save(state, wait=True, reason="last")
         self._housekeeping.finish(give_up=give_up)
@@ -450,12 +468,12 @@ class CheckpointManager:
             self._own.finished(state.step)
 
     def wait(self) -> None:
-        """Wait for a pending save, without raising. Not collective; may be called after an error."""
-        self._saver.wait()
+        """Wait for a pending save without raising. Not collective. May be called after an error."""
+        self._saves.wait()
 
     def end_housekeeping(self) -> None:
-        """Leave what follows commits to the next start, but for what ends at once. Not collective."""
-        self._saver.wait()
+        """Stop the work that follows commits. The next start does what is left. Not collective."""
+        self._saves.wait()
         self._housekeeping.close()
         self._take_warnings()
 
@@ -465,9 +483,9 @@ class CheckpointManager:
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
-        """``error``: what ended the loop."""
+        """Close. ``error``: what ended the loop, if anything did."""
         self.end_housekeeping()
-        self._saver.close()
+        self._saves.close()
         if self._requests is not None:
             self._requests.close()
         if self._own is not None:

@@ -1,4 +1,4 @@
-"""What a save is given, and its report."""
+"""The input of a save (``RunContext``, ``Payload``) and its ``SaveReport``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _any_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a checkpoint records of its run, and a resume compares with."""
+    """Facts of the run that a checkpoint records and a resume compares."""
 
     run_id: str = ""
     attempt: int = 0
@@ -24,11 +24,11 @@ class RunContext:
     versions: dict[str, str] = field(default_factory=dict)
     config_toml: str = ""
     tokenizer: dict[str, str] = field(default_factory=dict)
-    """As ``Provenance.tokenizer``."""
+    """See ``Provenance.tokenizer``."""
     allow_changed_data: bool = False
-    """Whether a resume accepts a checkpoint of other data."""
+    """Whether a resume accepts a checkpoint that was trained on other data."""
     explain_data: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = _any_difference
-    """Takes the stored and the present data fingerprint; returns what differs, a line each."""
+    """Takes the stored and the current data fingerprint. Returns one line for each difference."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Payload:
     tensors: Mapping[str, torch.Tensor]
     """By name in the checkpoint."""
     objects: Mapping[str, Any] = field(default_factory=dict)
-    """Non-tensor leaves by name, encoded by ``leaves``. Where several ranks have one, the lowest rank's is
-    stored."""
+    """Non-tensor leaves by name, encoded by ``json_values``. Where several ranks have one, the lowest rank's
+    is stored."""
     same_on_all_ranks: Mapping[str, str] = field(default_factory=dict)
-    """Name -> digest of what must not differ between ranks."""
+    """Name -> digest of each value that must be equal on all ranks."""
     from_lowest_rank: frozenset[str] = frozenset()
-    """Tensors that are taken from the lowest rank that has them: nothing guarantees that they are equal on
-    all ranks, and a mixture of them would be a state that never was."""
+    """Names of tensors to take from the lowest rank that has them. Ranks may have different values, and a
+    mixture of them would be a state that never existed."""
 
 
 @dataclass(frozen=True)
 class SaveReport:
-    """The outcome of a save, the same on all ranks except for the timings."""
+    """The outcome of a save. The same on all ranks except for the timings."""
 
     step: int
     reason: str
@@ -60,28 +60,28 @@ class SaveReport:
     """From the call to the commit."""
     size_bytes: int = 0
     lag_steps: int = 0
-    """Steps done before all ranks knew of the commit."""
+    """Steps that were done between the save and the one at which all ranks knew its outcome."""
     deferred: int = 0
-    """Steps by which it was put off while an earlier save was being written."""
+    """Steps by which the save was deferred because an earlier one was being written."""
     tax_s: float = 0.0
-    """How much longer the loop took because of it, as far as is known now; see ``tax``."""
+    """How much longer the loop took because of the save, as known at present. See ``overhead``."""
     tax_is_lower_bound: bool = False
-    """Only blocking time could be counted, because no quiet steps are known."""
+    """Whether only blocking time was counted, because no baseline was available."""
     overhead_pct: float = 0.0
-    """The tax of all saves of this attempt, in percent of its time in the loop."""
+    """The cost of all saves of this attempt, in percent of its time in the loop."""
     interval_s: float | None = None
-    """Seconds between saves as they are paced now, on the first rank; None where nothing paces them."""
+    """Present seconds between saves, on the first rank; None if no interval is controlled."""
     pending: bool = False
-    """Whether it has only begun."""
+    """Whether the save has begun and not ended."""
     skipped: str = ""
-    """Why it was left out for lack of space; empty when it was not."""
+    """Why the save was skipped for lack of space; empty if it was not."""
     error: str = ""
-    """Why it failed; empty when it is committed."""
+    """Why the save failed; empty if it was committed."""
     warnings: tuple[str, ...] = ()
-    """What went wrong after the commit: the link, the retention."""
+    """What failed after the commit: the link, the retention."""
 
     def row(self) -> dict[str, Any]:
-        """The report as metrics, without ``step``: a row carries the step at which it is written."""
+        """Return the report as metrics, without ``step``: a row has the step at which it is written."""
         if self.skipped:
             return {"checkpoint/skipped_no_space": 1, "checkpoint/error": self.skipped}
         if self.error:

@@ -125,8 +125,8 @@ def _save_if_agreed(run: Run) -> StepDecision:
         run.progress.begin("save", run.state.step)
         run.ckpt.save(run.state, wait=agreed.stop is not None, reason=agreed.save)
     _report_saves(run)
-    if news := run.ckpt.news():
-        run.reports.note(news)
+    if message := run.ckpt.status_message():
+        run.reports.note(message)
     if news := stopping.step_begins():
         run.reports.note(news)
     return agreed

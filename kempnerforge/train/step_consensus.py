@@ -35,9 +35,9 @@ class Control:
         """
         signals = self.stopping.signals
         requested, signals.save_requested = signals.save_requested, False
-        votes = self._ckpt.vote(requested=requested)
+        votes = self._ckpt.collect_votes(requested=requested)
         stop, *agreed = self._group.agree([self._stop_vote(), *votes])
-        due = self._ckpt.decide(step, agreed)
+        due = self._ckpt.apply_votes(step, agreed)
         reason = self.stopping.reason(stop, self._group)
         if reason is not None:
             return StepDecision(save=f"stop: {reason}", stop=reason)

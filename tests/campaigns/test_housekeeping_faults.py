@@ -19,7 +19,7 @@ from support.crash.errno_training import LOOPS, MODES, LoopOutcome, holds_of, ru
 
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
 from kempnerforge.checkpoint.run.owner import Owner
-from kempnerforge.checkpoint.save_coordinator import Saver
+from kempnerforge.checkpoint.save_coordinator import SaveCoordinator
 
 pytest_plugins = ["support.crash.fixtures"]
 
@@ -158,8 +158,10 @@ def test_loop_waits_for_no_operation_that_is_held(
 def test_loop_file_work_of_main_thread_noticed(
     prepared_of: PreparedOf, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait = Saver.wait_for_staging
-    monkeypatch.setattr(Saver, "wait_for_staging", lambda saver: (os.listdir(saver.folder), wait(saver)))
+    wait = SaveCoordinator.wait_for_staging
+    monkeypatch.setattr(
+        SaveCoordinator, "wait_for_staging", lambda saves: (os.listdir(saves.folder), wait(saves))
+    )
     found = run_loop(prepared_of("start"), "own", "async", scratch / "loop")
     assert ["listdir", "run/checkpoints"] in found.main
 
@@ -167,14 +169,14 @@ def test_loop_file_work_of_main_thread_noticed(
 def test_loop_wait_for_file_of_other_thread_noticed(
     prepared_of: PreparedOf, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait = Saver.wait_for_staging
+    wait = SaveCoordinator.wait_for_staging
 
-    def look_on_thread(saver: Saver) -> None:
-        thread = threading.Thread(target=lambda: os.listdir(saver.folder))
+    def look_on_thread(saves: SaveCoordinator) -> None:
+        thread = threading.Thread(target=lambda: os.listdir(saves.folder))
         thread.start()
         thread.join()
-        wait(saver)
+        wait(saves)
 
-    monkeypatch.setattr(Saver, "wait_for_staging", look_on_thread)
+    monkeypatch.setattr(SaveCoordinator, "wait_for_staging", look_on_thread)
     monkeypatch.setattr(errno_shim, "HELD_AT_MOST_S", 0.05)
     assert run_loop(prepared_of("start"), "own", "async", scratch / "loop", hold_all=True).gave_up

@@ -27,7 +27,7 @@ from kempnerforge.checkpoint.load.dcp_reader import load_tensors
 from kempnerforge.checkpoint.save.pipeline import RetryPolicy
 from kempnerforge.checkpoint.save.staging import BlockingCopy
 from kempnerforge.checkpoint.save.writer_client import Writer
-from kempnerforge.checkpoint.save_coordinator import Saver
+from kempnerforge.checkpoint.save_coordinator import SaveCoordinator
 from kempnerforge.checkpoint.tools.verify import verify
 from kempnerforge.errors import SaveFailedError
 
@@ -150,7 +150,7 @@ def test_manager_goes_on_after_a_caught_interrupt(tmp_path: Path, interrupted: s
     target = {
         "copy": (BlockingCopy, "start"),
         "plan": (AsyncCheckpointer, "_plan_save"),
-        "wait": (Saver, "_settle"),
+        "wait": (SaveCoordinator, "_end"),
     }[interrupted]
     manager, state = training(tmp_path, save_last=True, async_mode="disabled")
     with manager as ckpt:

@@ -12,9 +12,9 @@ MB = 1 << 20
 SAVE = """
 import sys, torch
 from kempnerforge import AsyncCheckpointer
-from kempnerforge.checkpoint import memory
+from kempnerforge.checkpoint.save import host_memory
 from kempnerforge.errors import HostMemoryError
-limits = memory.claim(0).limits
+limits = host_memory.claim(0).limits
 print(any("kempnerforge-test" in limit.name for limit in limits))
 state = {"w": torch.zeros(int(sys.argv[2]) << 20, dtype=torch.uint8)}
 state["w"].fill_(1)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.results import Payload
-from kempnerforge.checkpoint.save import agreed_plan
+from kempnerforge.checkpoint.save import plan
 from kempnerforge.checkpoint.save.host_buffers import HostBuffers
 from kempnerforge.checkpoint.save.pipeline import RetryPolicy
 from kempnerforge.checkpoint.save.writer_client import Writer
@@ -142,7 +142,7 @@ def buffers_fail(folder: str, failing: int) -> list[str]:
             state = {"w": torch.ones(3), f"own{dist.get_rank()}": torch.ones(2)}
             path = f"{folder}/{mode}"
             if dist.get_rank() == failing:
-                patch.setattr(agreed_plan, "HostBuffers", Failing)
+                patch.setattr(plan, "HostBuffers", Failing)
             messages.append(outcome(partial(checkpointer.save, state, path)))
             messages.append(str(checkpointer.host_bytes))
             patch.undo()
@@ -229,7 +229,7 @@ def fail_beside_slow_writer(folder: str) -> str:
     state = {f"own{rank}": torch.full((2,), float(rank))}
     write = Writer.write
 
-    def slow(self: Writer, arena_fd: int, path: Path, *args: Any, **kwargs: Any) -> Any:
+    def slow(self: Writer, buffer_fd: int, path: Path, *args: Any, **kwargs: Any) -> Any:
         if rank == 1:
             raise OSError(5, "Input/output error")
         if rank == 2:
@@ -238,7 +238,7 @@ def fail_beside_slow_writer(folder: str) -> str:
             deadline = time.monotonic() + 1
             while time.monotonic() < deadline and not list(Path(folder).glob(".c*")):
                 time.sleep(0.01)
-        return write(self, arena_fd, path, *args, **kwargs)
+        return write(self, buffer_fd, path, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Writer, "write", slow)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
-from kempnerforge.checkpoint.save import agreed_plan
+from kempnerforge.checkpoint.save import plan
 from kempnerforge.config.schema import AsyncCheckpointMode
 
 pytestmark = pytest.mark.smoke
@@ -26,13 +26,13 @@ Tensors = dict[str, torch.Tensor]
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tensors DCP was asked about, each time."""
     asked: list[int] = []
-    held_chunks = agreed_plan.held_chunks
+    held_chunks = plan.held_chunks
 
     def counted(tensors: Tensors) -> object:
         asked.append(len(tensors))
         return held_chunks(tensors)
 
-    monkeypatch.setattr(agreed_plan, "held_chunks", counted)
+    monkeypatch.setattr(plan, "held_chunks", counted)
     return asked
 
 

@@ -176,7 +176,7 @@ def test_loop_that_did_not_resume_saves_beside_no_steps(tmp_path: Path) -> None:
         if resumes:
             ckpt.finish(state)
         else:
-            with pytest.raises(Exception, match=r"has steps up to 4, .* without having called resume\(\)"):
+            with pytest.raises(Exception, match=r"has steps up to 4, .* has not called resume\(\)"):
                 ckpt.finish(state)
         ckpt.close()
     assert paths.committed_steps(tmp_path / "checkpoints") == [4]
@@ -210,7 +210,7 @@ def test_save_of_a_committed_step_is_told(tmp_path: Path, caplog: pytest.LogCapt
         ckpt.save(state, wait=True)
         assert "is not written again" not in caplog.text
         ckpt.save(state, wait=True)
-    assert "step 1 is committed already, and is not written again" in caplog.text
+    assert "step 1 is committed already and is not written again" in caplog.text
 
 
 def sharded_per_rank(folder: str) -> None:
@@ -244,7 +244,7 @@ def test_manager_arguments_are_checked(tmp_path: Path, monkeypatch: pytest.Monke
     ):
         with pytest.raises(ValueError, match=match):
             manager_of(folder, state, **config)
-    with pytest.raises(TypeError, match="config is a dict: give a CheckpointConfig"):
+    with pytest.raises(TypeError, match="config is a dict: pass a CheckpointConfig"):
         CheckpointManager({"interval": 1}, state=state, run_dir=tmp_path)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 

@@ -17,8 +17,7 @@ from support.polling import wait_until
 
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.save import direct_io, shared_memory, writer_client
-from kempnerforge.checkpoint.save.direct_io import write_image
-from kempnerforge.checkpoint.save.lanes import WriterThreads
+from kempnerforge.checkpoint.save.direct_io import WriterThreads, write_image
 from kempnerforge.checkpoint.save.shared_memory import HUGE_BYTES, map_filled, map_new
 from kempnerforge.checkpoint.save.writer_process import SharedProgress
 from kempnerforge.config.schema import AsyncCheckpointMode
@@ -94,26 +93,26 @@ def test_shared_memory_not_mappable_is_error(tmp_path: Path) -> None:
     assert Path("/proc/self/maps").read_text().count("\n") <= before + 1
 
 
-def write(path: Path, fd: int, lanes: WriterThreads, blocks: int, **options: object) -> None:
+def write(path: Path, fd: int, threads: WriterThreads, blocks: int, **options: object) -> None:
     size_bytes = (blocks - 1) * direct_io.BLOCK_BYTES + 5
     os.ftruncate(fd, direct_io.padded(size_bytes))
-    write_image(map_new(fd, direct_io.padded(size_bytes)), path, size_bytes, lanes, **options)  # type: ignore[arg-type]
+    write_image(map_new(fd, direct_io.padded(size_bytes)), path, size_bytes, threads, **options)  # type: ignore[arg-type]
     assert path.stat().st_size == size_bytes
 
 
 class Noted(WriterThreads):
     def __init__(self) -> None:
         super().__init__()
-        self.prompt: list[bool] = []
+        self.urgent: list[bool] = []
 
-    def pick(self, *, prompt: bool) -> Executor:
-        self.prompt.append(prompt)
-        return super().pick(prompt=prompt)
+    def pick(self, *, urgent: bool) -> Executor:
+        self.urgent.append(urgent)
+        return super().pick(urgent=urgent)
 
 
-def test_lane_has_requested_priority() -> None:
-    lanes = WriterThreads()
-    policies = [lanes.pick(prompt=one).submit(os.sched_getscheduler, 0).result() for one in (True, False)]
+def test_writer_threads_have_requested_priority() -> None:
+    threads = WriterThreads()
+    policies = [threads.pick(urgent=one).submit(os.sched_getscheduler, 0).result() for one in (True, False)]
     assert policies == [os.SCHED_OTHER, os.SCHED_IDLE]
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
@@ -128,9 +127,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 @pytest.mark.usefixtures("clock")
 def test_write_image_asks_before_each_block(tmp_path: Path, fd: int) -> None:
     """It is asked before each block whether somebody waits."""
-    lanes, answers = Noted(), iter([False, True, False])
-    write(tmp_path / "f", fd, lanes, 3, prompt=lambda: next(answers))
-    assert lanes.prompt == [False, True, False]
+    threads, answers = Noted(), iter([False, True, False])
+    write(tmp_path / "f", fd, threads, 3, is_urgent=lambda: next(answers))
+    assert threads.urgent == [False, True, False]
 
 
 @pytest.mark.usefixtures("clock")
@@ -174,9 +173,9 @@ def test_write_image_slow_block_makes_rest_prompt(
         return pwrite(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", slow_second)
-    lanes = Noted()
-    write(tmp_path / "f", fd, lanes, 4, prompt=lambda: False)
-    assert lanes.prompt == [False, False, True, True]
+    threads = Noted()
+    write(tmp_path / "f", fd, threads, 4, is_urgent=lambda: False)
+    assert threads.urgent == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -202,21 +201,21 @@ def test_writer_loop_waits_hurries(
 
 
 def test_writer_wait_for_pending_save_hurries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pulses: list[SharedProgress] = []
+    shared: list[SharedProgress] = []
 
     def noted(fd: int) -> SharedProgress:
-        pulses.append(SharedProgress(fd))
-        return pulses[-1]
+        shared.append(SharedProgress(fd))
+        return shared[-1]
 
     monkeypatch.setattr(writer_client, "SharedProgress", noted)
     checkpointer = AsyncCheckpointer(AsyncCheckpointMode.async_)
     checkpointer.save({"w": torch.ones(1000)}, tmp_path / "c")
-    wait_until(lambda: pulses, "a writer")
-    (pulse,) = pulses
-    assert not pulse.prompt
+    wait_until(lambda: shared, "a writer")
+    (progress,) = shared
+    assert not progress.urgent
     checkpointer.wait()
-    assert pulse.prompt
+    assert progress.urgent
     checkpointer.save({"w": torch.ones(1000)}, tmp_path / "d")
-    assert not pulse.prompt
+    assert not progress.urgent
     checkpointer.close()
-    assert len(pulses) == 1
+    assert len(shared) == 1

@@ -86,9 +86,9 @@ def test_save_that_a_signal_cuts_off_is_named(tmp_path: Path, mode: str, number:
     """Nothing runs in a process that a signal ends: its writer says what was lost. Nothing is committed."""
     body = (
         "import os, threading\n"
-        "from kempnerforge.checkpoint import background\n"
+        "from kempnerforge.checkpoint.save import pipeline\n"
         f"end = lambda *_, **__: os.kill(os.getpid(), {int(number)}) or time.sleep(60)\n"
-        "background.commit = end\n"
+        "pipeline.commit = end\n"
     )
     done = run_script(body + SAVE, mode, tmp_path / "c")
     assert done.returncode == -number

@@ -67,9 +67,9 @@ def loaded(path: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def buffers(checkpointer: AsyncCheckpointer) -> list[torch.Tensor]:
-    arenas = checkpointer._plan.arenas
-    assert arenas is not None
-    return [arena._bytes for arena in arenas.arenas]
+    buffers = checkpointer._plan.buffers
+    assert buffers is not None
+    return [buffer._bytes for buffer in buffers.buffers]
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -164,7 +164,7 @@ def test_cuda_copy_that_fails_half_way_is_waited_for(device: torch.device) -> No
     torch.cuda._sleep(A_SECOND // 2)
     copy = StreamCopy([good, bad], device)
     copy.start()
-    copy.settle()
+    copy.wait_until_idle()
     assert StreamCopy._streams[device].query()
     assert good[0].sum() == 1 << 20
     with pytest.raises(RuntimeError):

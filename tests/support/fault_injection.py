@@ -283,10 +283,10 @@ def failing_shards(name: str, *, rank: int | None, error: str = "ENOSPC") -> Non
     number = getattr(errno, error)
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def replacement(self: Any, arena_fd: int, path: Path, size_bytes: int, **more: Any) -> Any:
+        def replacement(self: Any, buffer_fd: int, path: Path, size_bytes: int, **more: Any) -> Any:
             if name in str(path):
                 raise OSError(number, os.strerror(number))
-            return original(self, arena_fd, path, size_bytes, **more)
+            return original(self, buffer_fd, path, size_bytes, **more)
 
         return replacement
 

@@ -24,8 +24,8 @@ from kempnerforge.checkpoint.schedule.auto_interval import (
     Measured,
     SaveIntervalController,
     SaveIntervals,
-    spacing,
-    steady,
+    apply_hysteresis,
+    save_intervals,
 )
 from kempnerforge.checkpoint.schedule.overhead import StepTimer
 from kempnerforge.checkpoint.schedule.save_policy import SavePolicy
@@ -81,7 +81,7 @@ TABLE: list[tuple[str, Measured, bool, float | None, SaveIntervals]] = [
 def test_spacing_table_matches(
     what: str, measured: Measured, auto: bool, percent: float | None, expected: SaveIntervals
 ) -> None:
-    found = spacing(measured, auto=auto, max_overhead_pct=percent)
+    found = save_intervals(measured, auto=auto, max_overhead_pct=percent)
     assert (found.bound_s, found.auto_s) == pytest.approx((expected.bound_s, expected.auto_s)), what
     assert found.why == expected.why
 
@@ -93,7 +93,9 @@ def test_spacing_table_matches(
     percent=st.floats(0.01, 100),
 )
 def test_spacing_auto_within_bounds(cost_s: float, mtti_s: float, durable_s: float, percent: float) -> None:
-    found = spacing(known(cost_s, mtti_s=mtti_s, durable_s=durable_s), auto=True, max_overhead_pct=percent)
+    found = save_intervals(
+        known(cost_s, mtti_s=mtti_s, durable_s=durable_s), auto=True, max_overhead_pct=percent
+    )
     assert max(found.bound_s, min(SHORTEST_S, mtti_s / 10)) <= found.auto_s <= LONGEST_S
     if found.auto_s < LONGEST_S:
         assert found.auto_s >= durable_s
@@ -115,7 +117,7 @@ def test_spacing_auto_within_bounds(cost_s: float, mtti_s: float, durable_s: flo
 def test_spacing_steady_rises_at_once_falls_on_large_drop(
     current: float, wanted: float, expected: float
 ) -> None:
-    assert steady(current, wanted) == expected
+    assert apply_hysteresis(current, wanted) == expected
 
 
 def policy(**settings: Any) -> SavePolicy:
@@ -244,8 +246,8 @@ def test_pacer_auto_interval_votes_and_news() -> None:
     assert bound_ms == pytest.approx(12_000, rel=0.01)
     assert auto_ms == pytest.approx(1000 * daly(0.12, 24 * HOUR), rel=0.01)
     news = "checkpoint interval: 144 s (auto: a save costs 0.12 s, one failure in 24.0 h expected)"
-    assert pacer.news() == news
-    assert pacer.news() == ""
+    assert pacer.status_message() == news
+    assert pacer.status_message() == ""
     clock.meter.save_begins()
     assert pacer.votes() == (bound_ms, 1 << 62), "what is being written is waited for"
     clock.meter.step_end(1, 2.12)
@@ -253,15 +255,16 @@ def test_pacer_auto_interval_votes_and_news() -> None:
     for _ in range(8):
         run_save(clock, 0.121)
     assert pacer.votes()[1] >= auto_ms
-    assert pacer.news() == "", "no change worth a word"
+    assert pacer.status_message() == "", "no change worth a word"
     for _ in range(8):
         run_save(clock, 30.0)
     assert pacer.votes() == (pytest.approx(3_000_000), pytest.approx(3_000_000))
-    assert pacer.news() == "checkpoint interval: 50 min (auto: a save costs 30 s, at most 1% of the time)"
+    message = "checkpoint interval: 50 min (auto: a save costs 30 s, at most 1% of the time)"
+    assert pacer.status_message() == message
     for _ in range(8):
         run_save(clock, 0.1, durable_s=4000.0)
     assert pacer.votes()[1] == pytest.approx(4_000_000)
-    assert pacer.news() == "checkpoint interval: 67 min (auto: a save takes 67 min to be durable)"
+    assert pacer.status_message() == "checkpoint interval: 67 min (auto: a save takes 67 min to be durable)"
     clock.skipped()
     assert pacer.votes()[1] > 1e15, "a full disk is not looked at after every step"
 
@@ -271,22 +274,22 @@ def test_pacer_step_interval_stretched_then_relaxed() -> None:
     run_steps(clock, 10)
     run_save(clock, 0.5)
     assert pacer.votes()[0] == pytest.approx(10_000)
-    assert pacer.news() == "", "20 s of steps are longer than the bound"
+    assert pacer.status_message() == "", "20 s of steps are longer than the bound"
     for _ in range(8):
         run_save(clock, 2.0)
         run_steps(clock, 1)
     assert pacer.votes()[0] == pytest.approx(40_000)
     news = "checkpoint interval: stretched to 40 s (a save costs 2 s, checkpoint.max_overhead_pct is 5)"
-    assert pacer.news() == news
+    assert pacer.status_message() == news
     for overhead_s in (1.9, 2.1, 1.8, 1.7, 2.2):
         run_save(clock, overhead_s)
         pacer.votes()
-        assert pacer.news() == "", "noise is no news"
+        assert pacer.status_message() == "", "noise is no news"
     for _ in range(8):
         run_save(clock, 0.25)
         run_steps(clock, 1)
     assert pacer.votes()[0] == pytest.approx(5_000)
-    assert pacer.news() == "checkpoint interval: as configured, 20 s (a save costs 0.25 s)"
+    assert pacer.status_message() == "checkpoint interval: as configured, 20 s (a save costs 0.25 s)"
 
 
 def test_pacer_other_rank_or_nothing_paced_is_silent() -> None:
@@ -294,7 +297,7 @@ def test_pacer_other_rank_or_nothing_paced_is_silent() -> None:
         run_steps(clock, 10)
         run_save(clock, 5.0)
         assert pacer.votes() == (0, 0)
-        assert pacer.news() == ""
+        assert pacer.status_message() == ""
 
 
 def test_pacer_earlier_attempts_give_cost_and_failures(tmp_path: Path) -> None:
@@ -302,13 +305,13 @@ def test_pacer_earlier_attempts_give_cost_and_failures(tmp_path: Path) -> None:
     text = "".join(json.dumps(event) + "\n" for event in attempts(*rows))
     (tmp_path / "ledger.jsonl").write_text(text)
     pacer, _ = make_pacer(interval="auto", max_overhead_pct=50.0, expected_mtti_hours=1.0)
-    pacer.remember(tmp_path, resumed_at=90)
+    pacer.load_history(tmp_path, resumed_at=90)
     # Attempts 2 and 3 had this layout: (2 + 3) / 2. Three failures in 1200 s, one in 3600 s before.
     assert pacer.votes()[1] == pytest.approx(1000 * daly(2.5, (3600 + 1200) / 4), rel=1e-3)
     news = "checkpoint interval: 76 s (auto: a save costs 2.5 s, one failure in 20 min expected)"
-    assert pacer.news() == news
+    assert pacer.status_message() == news
     fresh, _ = make_pacer(interval="auto")
-    fresh.remember(tmp_path / "gone", resumed_at=0)
+    fresh.load_history(tmp_path / "gone", resumed_at=0)
     assert math.isclose(fresh.votes()[1], 1 << 62), "no record is no reason not to train"
 
 
@@ -335,7 +338,7 @@ class Training:
         config = CheckpointConfig.model_validate(self.settings)
         clock, policy = StepTimer(), SavePolicy.from_config(config)
         pacer = SaveIntervalController(config, clock, rank=0, ranks=2)
-        pacer._learn(derive(self.events(), []), 0, ())
+        pacer._use_history(derive(self.events(), []), 0, ())
         clock.restart(0)
         step, ends = 0, self.time.now + seconds
         while self.time.now < ends:

@@ -10,7 +10,7 @@ import pytest
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.save import writer_process
-from kempnerforge.checkpoint.save.writer_process import PULSE_BYTES, SharedProgress
+from kempnerforge.checkpoint.save.writer_process import PROGRESS_BYTES, SharedProgress
 from kempnerforge.goodput.event_log import Ledger
 
 
@@ -39,17 +39,17 @@ def test_append_to_a_pipe_does_not_wait(tmp_path: Path) -> None:
 
 def test_writer_of_a_dead_trainer_ends_before_next_block() -> None:
     """Also where everything is staged, and it would not look at the trainer any more."""
-    fd = os.memfd_create("pulse")
-    os.ftruncate(fd, PULSE_BYTES)
-    pulse = SharedProgress(fd)
+    fd = os.memfd_create("progress")
+    os.ftruncate(fd, PROGRESS_BYTES)
+    progress = SharedProgress(fd)
     os.close(fd)
-    pulse.staged = 100
+    progress.staged = 100
     ours, theirs = socket.socketpair()
     with theirs:
-        writer_process._follow(pulse, 50, theirs)
+        writer_process._wait_until_staged(progress, 50, theirs)
         ours.close()
         with pytest.raises(ConnectionAbortedError):
-            writer_process._follow(pulse, 100, theirs)
+            writer_process._wait_until_staged(progress, 100, theirs)
 
 
 def test_private_file_is_for_the_user_alone(tmp_path: Path) -> None:

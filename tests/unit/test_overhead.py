@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kempnerforge.checkpoint.schedule.overhead import (
     BASELINE_INTERVALS,
-    QUIET_WINDOW,
+    BASELINE_WINDOW,
     SAVES_WINDOW,
     WARM_UP_INTERVALS,
     OverheadMeter,
@@ -61,7 +61,7 @@ def test_overhead_is_extra_time_of_steps_beside_save(
     for _ in range(5):
         meter.step_end(1, STEP_S)
     assert meter.sum_s == pytest.approx(overhead_s), "quiet steps cost nothing"
-    assert meter.known == [found]
+    assert meter.measured == [found]
 
 
 def test_overhead_blocking_save_charged_at_interval_end() -> None:
@@ -92,7 +92,7 @@ def test_overhead_without_quiet_steps_is_lower_bound() -> None:
         assert found.tax_s == pytest.approx(0.5)
         assert found.is_lower_bound
     assert meter.sum_s == pytest.approx(15.0)
-    assert meter.known == []
+    assert meter.measured == []
     assert not meter.tried, "nothing could have been measured"
     assert save(OverheadMeter(), call_s=0.5).is_lower_bound
 
@@ -123,7 +123,7 @@ def test_overhead_failed_save_counted_not_predictive() -> None:
     meter = warm()
     assert save(meter, STEP_S + 3.0, durable_s=0.0).tax_s == pytest.approx(3.0)
     assert meter.sum_s == pytest.approx(3.0)
-    assert meter.known == []
+    assert meter.measured == []
     assert meter.tried
 
 
@@ -140,7 +140,7 @@ def test_overhead_two_saves_in_interval_charged_once() -> None:
 
 def test_overhead_quiet_step_is_median_of_newest() -> None:
     meter = warm((STEP_S,) * 100)
-    for _ in range(QUIET_WINDOW // 2 + 1):
+    for _ in range(BASELINE_WINDOW // 2 + 1):
         meter.step_end(1, 3 * STEP_S)
     assert meter.baseline_step_s == 3 * STEP_S
     meter.step_end(4, 4 * STEP_S)
@@ -166,7 +166,7 @@ def test_overhead_cost_is_mean_of_newest_saves() -> None:
     for extra_s in (100.0,) + (1.0,) * SAVES_WINDOW:
         save(meter, STEP_S + extra_s)
         meter.step_end(1, STEP_S)
-    assert cost_s(meter.known) == pytest.approx(1.0)
+    assert cost_s(meter.measured) == pytest.approx(1.0)
     assert meter.sum_s == pytest.approx(100.0 + SAVES_WINDOW)
 
 

@@ -1,4 +1,4 @@
-"""From shard files in a hidden folder to a committed checkpoint."""
+"""Turn shard files in a hidden folder into a committed checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kempnerforge.errors import CheckpointError, SaveFailedError
 
 @dataclass(frozen=True)
 class PlannedItem:
-    """A chunk that a rank has to write, with the shape of its whole tensor."""
+    """A chunk that a rank writes, with the shape of its whole tensor."""
 
     item: ShardItem
     global_shape: tuple[int, ...]
@@ -29,38 +29,38 @@ class PlannedItem:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A shard file that a rank has to write."""
+    """A shard file that a rank writes."""
 
     name: str
     items: tuple[PlannedItem, ...]
 
     @property
     def shard_items(self) -> list[ShardItem]:
-        """What goes into the file."""
-        return [one.item for one in self.items]
+        """The chunks of the file."""
+        return [planned.item for planned in self.items]
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """What a rank says of a file that it has written and synced."""
+    """A rank's report of a file that it has written and synced."""
 
     record: FileRecord
     header_digest: str
-    """xxh3-128 of the header, which lists every chunk and its place: what the rank believes it wrote."""
+    """xxh3-128 of the header that the rank wrote, which lists every chunk and its offset."""
 
 
 @dataclass(frozen=True)
 class CheckpointPayload:
-    """What goes into a checkpoint beside its tensors."""
+    """What a checkpoint contains beside its tensors."""
 
     provenance: manifest.Provenance = field(default_factory=manifest.Provenance)
     objects: Mapping[str, Any] = field(default_factory=dict)
-    """Non-tensor leaves by name, as JSON already."""
+    """Non-tensor leaves by name, as JSON."""
     config_toml: str = ""
 
 
 class ExpectedFiles:
-    """What all ranks together have to write: made once a plan, used at every commit."""
+    """The files that all ranks together must write. Made once per plan, used at every commit."""
 
     def __init__(self, files: tuple[PlannedFile, ...]) -> None:
         self.files = files
@@ -72,21 +72,21 @@ class ExpectedFiles:
             self._sizes[file.name] = (image.size_bytes, xxhash.xxh3_128_hexdigest(image.header))
             for planned, begin in zip(file.items, image.begins, strict=True):
                 item = planned.item
-                place = Chunk(file.name, begin, begin + item.size_bytes, item.offsets, item.sizes)
-                chunks.setdefault(item.name, []).append(place)
+                chunk = Chunk(file.name, begin, begin + item.size_bytes, item.offsets, item.sizes)
+                chunks.setdefault(item.name, []).append(chunk)
                 heads[item.name] = (item.dtype, planned.global_shape)
         entries = {name: TensorEntry(*head, tuple(chunks[name])) for name, head in heads.items()}
         self.index = tensor_index.encode(entries)
         self.has_new_dtypes = any(dtype in tensor_index.SHORT_NAMES for dtype, _ in heads.values())
-        """Whether the first version of format 1 could not read the index."""
+        """Whether the index has dtypes that the first version of format 1 cannot read."""
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all shards and the index: nearly all that a save writes."""
+        """Bytes of all shards and the index, which is nearly all that a save writes."""
         return len(self.index) + sum(size for size, _ in self._sizes.values())
 
     def check(self, reports: Mapping[str, FileReport]) -> None:
-        """Check that every planned file was reported, with every chunk, in full. Raises SaveFailedError.
+        """Raise SaveFailedError unless every planned file was reported in full, with every chunk.
 
         DCP itself can report success for a write that failed (pytorch issue 191391).
         """
@@ -103,9 +103,9 @@ class ExpectedFiles:
 
 
 def make_temporary(final: Path, temporary: Path) -> None:
-    """Make the hidden folder that becomes ``final``, in place of what a failed or killed save left there.
+    """Make the hidden folder that becomes ``final``. Delete what a failed or killed save left there.
 
-    Raises SaveFailedError when ``final`` exists, and OSError.
+    Raises SaveFailedError if ``final`` exists, and OSError.
     """
     if final.exists():
         raise SaveFailedError(f"{final} exists; a committed checkpoint is never replaced{_whose(final)}")
@@ -115,7 +115,7 @@ def make_temporary(final: Path, temporary: Path) -> None:
 
 
 def _whose(final: Path) -> str:
-    """Whose step it is, as far as its manifest tells: it may be another run's."""
+    """Return which run's step it is, if its manifest says so. It may be another run's."""
     try:
         run_id = manifest.read(final).provenance.run_id
     except (CheckpointError, OSError):
@@ -132,9 +132,9 @@ def commit(
     contents: CheckpointPayload,
     before_publish: Callable[[], None] = lambda: None,
 ) -> int:
-    """Check the writes, add the JSON files, the index and last the manifest, and publish.
+    """Check the files, add the JSON files, the index and last the manifest, and rename the folder.
 
-    ``before_publish`` may raise to forbid the rename, the last thing that is not undone. Durable on return.
+    ``before_publish`` may raise to forbid the rename, which cannot be undone. Durable on return.
     Returns the bytes of the whole checkpoint. Raises SaveFailedError and OSError.
     """
     expected.check(reports)

@@ -1,4 +1,4 @@
-"""The writing half of the DCP plug-ins: for loops that save with stock ``dcp.save``."""
+"""``SafetensorsWriter``: the storage writer for loops that save with stock ``dcp.save``."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from kempnerforge.errors import SaveFailedError
 
 
 @dataclasses.dataclass(frozen=True)
-class _Seat:
-    """A rank's place among those that save, in its plan: also in one from a planner's cache."""
+class _RankId:
+    """A rank's number, stored in its plan. A plan from a planner's cache has it too."""
 
     rank: int
     num_ranks: int
@@ -45,11 +45,11 @@ class _Seat:
 
 @dataclasses.dataclass(frozen=True)
 class _Written:
-    """What a rank reports to the coordinator that it has written."""
+    """A rank's report to the coordinator."""
 
     rank: int
     files: tuple[tuple[PlannedFile, FileReport], ...]
-    """Under the names that they have until the commit."""
+    """With the names that the files have until the commit."""
     objects: Mapping[str, Any]
     """Non-tensor leaves as JSON."""
 
@@ -57,11 +57,11 @@ class _Written:
 class SafetensorsWriter(StorageWriter):
     """``dcp.save(state_dict, storage_writer=SafetensorsWriter(path))`` writes and commits format 1.
 
-    For loops that stay with stock DCP: it blocks and writes through the page cache; ``AsyncCheckpointer``
-    does not. DCP's planner leaves out empty dicts; ``AsyncCheckpointer`` keeps them.
+    Use it in loops that keep stock DCP. Unlike ``AsyncCheckpointer`` it blocks and writes through the page
+    cache. DCP's planner omits empty dicts, which ``AsyncCheckpointer`` keeps.
 
-    The commit checks DCP's metadata against the ranks' reports, not against plans: a planner that caches
-    plans does not pass them on.
+    The commit checks DCP's metadata against the ranks' reports. It cannot use the plans, because a planner
+    that caches plans does not pass them on.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class SafetensorsWriter(StorageWriter):
         self.reset(checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Start a new checkpoint, under another path when one is given."""
+        """Start a new checkpoint, at another path if one is given."""
         if checkpoint_id is not None:
             self.final = paths.local_path(checkpoint_id)
             attempt = self._contents.provenance.attempt
@@ -81,7 +81,7 @@ class SafetensorsWriter(StorageWriter):
         """Part of DCP's protocol; nothing to set up."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Refuse names and dtypes that a checkpoint cannot hold; leave out empty chunks of larger tensors.
+        """Refuse names and dtypes that a checkpoint cannot hold. Omit empty chunks of larger tensors.
 
         Raises ValueError and TypeError, naming the leaf.
         """
@@ -93,18 +93,18 @@ class SafetensorsWriter(StorageWriter):
         return dataclasses.replace(plan, items=kept)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Make the hidden folder and give every rank its number. Coordinator only.
+        """Make the hidden folder and store each rank's number in its plan. Coordinator only.
 
-        A plan that a caching planner takes from its cache has one already.
+        A plan from the cache of a caching planner has a number already.
         """
         make_temporary(self.final, self.temporary)
         return [
-            dataclasses.replace(plan, storage_data=_Seat(rank, len(plans))) if plan.usable else plan
+            dataclasses.replace(plan, storage_data=_RankId(rank, len(plans))) if plan.usable else plan
             for rank, plan in enumerate(plans)
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's files; every byte is durable when it returns.
+        """Write this rank's files. Every byte is durable on return.
 
         Raises TypeError and ValueError, naming the leaf, for what a checkpoint cannot hold.
         """
@@ -115,7 +115,8 @@ class SafetensorsWriter(StorageWriter):
         try:
             written = self._write(plan, planner)
         except BaseException:
-            # DCP does not inform the coordinator's writer. Others may still write: the next save removes it.
+            # DCP does not inform the coordinator's writer, and other ranks may still write. So with several
+            # ranks, leave the folder: the next save removes it.
             if plan.storage_data.num_ranks == 1:
                 shutil.rmtree(self.temporary, ignore_errors=True)
             raise
@@ -135,11 +136,11 @@ class SafetensorsWriter(StorageWriter):
             check_name(name)
             chunks.append(_whole(name, tensor))
         files = []
-        for number, places in enumerate(split_by_name([planned.item.name for planned, _ in chunks])):
-            items = tuple(chunks[place][0] for place in places)
+        for number, positions in enumerate(split_by_name([planned.item.name for planned, _ in chunks])):
+            items = tuple(chunks[position][0] for position in positions)
             name = f"rank_{plan.storage_data.rank:05d}_{number:05d}{paths.SHARD_SUFFIX}"
             file = PlannedFile(name, items)
-            files.append((file, self._write_file(file, [chunks[place][1] for place in places])))
+            files.append((file, self._write_file(file, [chunks[position][1] for position in positions])))
         return _Written(plan.storage_data.rank, tuple(files), objects)
 
     def _write_file(self, planned: PlannedFile, tensors: Sequence[torch.Tensor]) -> FileReport:
@@ -147,18 +148,18 @@ class SafetensorsWriter(StorageWriter):
         file = DigestingFile(self.temporary / planned.name)
         try:
             file.write(memoryview(image.header))
-            for place in image.order:
-                file.write(tensor_bytes(tensors[place]))
+            for position in image.order:
+                file.write(tensor_bytes(tensors[position]))
             record = file.finish()
         finally:
             file.close()
         return FileReport(record, xxhash.xxh3_128_hexdigest(image.header))
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Check, add index and manifest, publish. Coordinator only. Durable on return."""
-        told: list[_Written] = [one.storage_data for of_rank in results for one in of_rank]
-        by_rank = sorted(told, key=lambda one: one.rank)
-        written = [file for one in by_rank for file in one.files]
+        """Check the files, add index and manifest, commit. Coordinator only. Durable on return."""
+        rank_reports: list[_Written] = [result.storage_data for of_rank in results for result in of_rank]
+        rank_reports.sort(key=lambda written: written.rank)
+        written = [file for of_rank in rank_reports for file in of_rank.files]
         files, reports = [], {}
         for number, (file, report) in enumerate(written):
             final = dataclasses.replace(file, name=paths.shard_name(number, len(written)))
@@ -168,8 +169,8 @@ class SafetensorsWriter(StorageWriter):
         _check_complete(metadata, files)
         check_cover(item for file in files for item in file.items)
         objects: dict[str, Any] = {}
-        for one in reversed(by_rank):  # the lowest rank's value counts
-            objects |= one.objects
+        for of_rank in reversed(rank_reports):  # the lowest rank's value counts
+            objects |= of_rank.objects
         nested = _paths(metadata, objects)
         commit(
             self.temporary,
@@ -183,18 +184,18 @@ class SafetensorsWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether ``checkpoint_id`` is a path of this file system."""
+        """Return whether ``checkpoint_id`` is a path, not a URL."""
         return "://" not in str(checkpoint_id)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in C order, without a copy if it is a contiguous one on the CPU."""
+    """Return the bytes of a tensor in C order, without a copy if it is contiguous and on the CPU."""
     host = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return host.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _chunk_of(item: WriteItem) -> PlannedItem | None:
-    """A planned chunk of a tensor; None for one without elements of a tensor that has some."""
+    """Return the planned chunk; None for an empty chunk of a tensor that has elements."""
     data, name = item.tensor_data, item.index.fqn
     assert data is not None
     if data.properties.layout is not torch.strided:
@@ -208,7 +209,7 @@ def _chunk_of(item: WriteItem) -> PlannedItem | None:
 
 
 def _resolve(item: WriteItem, planner: SavePlanner) -> tuple[PlannedItem, torch.Tensor]:
-    """A chunk and its values. A cached plan may state a dtype that the tensor no longer has."""
+    """Return a chunk and its values. A cached plan may have a dtype that the tensor no longer has."""
     name, data = item.index.fqn, item.tensor_data
     assert data is not None
     whole = getattr(planner, "state_dict", {}).get(name)
@@ -225,7 +226,7 @@ def _resolve(item: WriteItem, planner: SavePlanner) -> tuple[PlannedItem, torch.
 
 
 def _whole(name: str, tensor: torch.Tensor) -> tuple[PlannedItem, torch.Tensor]:
-    """A tensor inside of another leaf."""
+    """Return the chunk and values of a tensor inside another leaf."""
     check_storable(name, tensor)
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         raise TypeError(f"{name} is a {type(tensor).__name__} inside of another leaf: put it into a dict")
@@ -235,19 +236,19 @@ def _whole(name: str, tensor: torch.Tensor) -> tuple[PlannedItem, torch.Tensor]:
 
 
 def _pack(item: WriteItem, planner: SavePlanner, packer: Packer) -> Any:
-    """A non-tensor leaf as JSON."""
+    """Return a non-tensor leaf as JSON."""
     name = item.index.fqn
-    look_up = getattr(planner, "lookup_object", None)
-    if look_up is None:
+    lookup_object = getattr(planner, "lookup_object", None)
+    if lookup_object is None:
         raise TypeError(
             f"{name} is not a tensor, and {type(planner).__name__} has no lookup_object to get its value from"
         )
-    return packer.pack(look_up(item.index), name=name)
+    return packer.pack(lookup_object(item.index), name=name)
 
 
 def _check_complete(metadata: Metadata, files: Sequence[PlannedFile]) -> None:
-    """Raise SaveFailedError when a chunk of DCP's metadata is in no file."""
-    written = {(one.item.name, one.item.offsets, one.item.sizes) for file in files for one in file.items}
+    """Raise SaveFailedError if a chunk of DCP's metadata is in no file."""
+    written = {(item.name, item.offsets, item.sizes) for file in files for item in file.shard_items}
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
@@ -258,7 +259,7 @@ def _check_complete(metadata: Metadata, files: Sequence[PlannedFile]) -> None:
 
 
 def _paths(metadata: Metadata, objects: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entry with the paths of leaves, if the state dict was nested."""
+    """Return the entry with the paths of the leaves, if the state dict is nested."""
     planned = metadata.planner_data
     if not isinstance(planned, Mapping):
         return {}

@@ -1,8 +1,8 @@
-"""Write an arena, the image of a file, to disk: large direct writes, digested on the way.
+"""Write a host buffer, the image of a file, to disk in large direct writes, and compute its digests.
 
-CPU time is what slows a training step beside a save, and the page cache costs one copy of every byte; so
-blocks go to the device from the arena itself (``O_DIRECT``) where the file system can do that, and the digest
-of the next block is computed while one is being written. No torch here: the writer process runs this.
+CPU time of the writer slows the training steps during a save, and the page cache costs one copy of every
+byte. So blocks are written from the buffer itself (``O_DIRECT``) where the file system supports that, and a
+block is digested while it is being written. No torch: the writer process imports this module.
 """
 
 from __future__ import annotations
@@ -12,24 +12,28 @@ import fcntl
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, FileRecord
-from kempnerforge.checkpoint.save.lanes import WriterThreads
 
 ALIGNMENT = 4096
-"""Arenas are padded to a multiple of it, which direct writes need."""
+"""Host buffers are padded to a multiple of it, as direct writes require."""
 
 _SYNC_BLOCKS = 4
 _SLOW_BLOCK_S = 1.0
-"""A block that takes so long may find no idle core: the file's others do not wait for one."""
+"""After a block that takes longer, perhaps for lack of an idle core, the rest of the file is urgent."""
+
+
+_AT_ONCE = 2
+"""Threads of one priority: one digests a block while the other writes it."""
 
 
 def padded(size_bytes: int) -> int:
-    """``size_bytes`` up to the next multiple of the alignment."""
+    """Return ``size_bytes`` rounded up to a multiple of the alignment."""
     return -(-size_bytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -37,77 +41,80 @@ def write_image(
     image: memoryview,
     path: Path,
     size_bytes: int,
-    lanes: WriterThreads,
+    threads: WriterThreads,
     *,
-    beat: Callable[[], None] = lambda: None,
-    until: Callable[[int], None] = lambda end: None,
-    prompt: Callable[[], bool] = lambda: True,
+    heartbeat: Callable[[], None] = lambda: None,
+    wait_until_staged: Callable[[int], None] = lambda end: None,
+    is_urgent: Callable[[], bool] = lambda: True,
 ) -> FileRecord:
     """Write the first ``size_bytes`` of ``image`` as the new file ``path`` and fsync it.
 
-    ``image`` is page-aligned and at least ``padded(size_bytes)`` long. ``beat`` is called after every system
-    call that may take long: a slow disk is not a hang. ``until`` returns when the image's first so many bytes
-    are there. ``prompt`` tells, before each block, whether somebody waits for the file.
-    Durable on return, but for the folder's entry. An unfinished file of an earlier try is replaced.
+    ``image`` is page-aligned and at least ``padded(size_bytes)`` long. ``heartbeat`` is called after every
+    system call that may take long, so that a slow disk is not taken for a hang. ``wait_until_staged(end)``
+    returns when the first ``end`` bytes of the image are final. ``is_urgent`` is called before each block and
+    returns whether the trainer waits for the file.
+    Durable on return, except for the folder's entry. Replaces an unfinished file of an earlier try.
     """
     path.unlink(missing_ok=True)
-    beat()
-    fd, direct = _open(path, beat)
-    beat()
+    heartbeat()
+    fd, direct = _open(path, heartbeat)
+    heartbeat()
     try:
         digests = []
         slow = False
         for begin in range(0, size_bytes, BLOCK_BYTES):
             end = min(begin + BLOCK_BYTES, size_bytes)
-            until(end)
+            wait_until_staged(end)
             started = time.monotonic()
-            lane = lanes.pick(prompt=slow or prompt())
-            digest = lane.submit(xxhash.xxh3_128_hexdigest, image[begin:end])
-            lane.submit(_write_at, fd, image[begin : padded(end) if direct else end], begin, beat).result()
+            pool = threads.pick(urgent=slow or is_urgent())
+            digest = pool.submit(xxhash.xxh3_128_hexdigest, image[begin:end])
+            pool.submit(
+                _write_at, fd, image[begin : padded(end) if direct else end], begin, heartbeat
+            ).result()
             digests.append(digest.result())
             slow = slow or time.monotonic() - started > _SLOW_BLOCK_S
             direct = direct and _is_direct(fd)
             if not direct and len(digests) % _SYNC_BLOCKS == 0:
-                # One fsync over gigabytes of dirty pages looks like a hang, and stalls others.
+                # One fsync over gigabytes of dirty pages would look like a hang, and stalls other processes.
                 os.fdatasync(fd)
-                beat()
+                heartbeat()
         os.ftruncate(fd, size_bytes)
-        beat()
+        heartbeat()
         os.fsync(fd)
     finally:
         os.close(fd)
     return FileRecord(size_bytes, tuple(digests))
 
 
-def _open(path: Path, beat: Callable[[], None]) -> tuple[int, bool]:
+def _open(path: Path, heartbeat: Callable[[], None]) -> tuple[int, bool]:
     flags = os.O_WRONLY | os.O_EXCL
     try:
         return fsio.open_file(path, flags | os.O_DIRECT), True
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    # tmpfs and some network file systems: the file may exist already, made by the open that was refused.
-    beat()
+    # tmpfs and some network file systems. The open that was refused may have created the file.
+    heartbeat()
     path.unlink(missing_ok=True)
-    beat()
+    heartbeat()
     return fsio.open_file(path, flags), False
 
 
-def _write_at(fd: int, data: memoryview, offset: int, beat: Callable[[], None]) -> None:
+def _write_at(fd: int, data: memoryview, offset: int, heartbeat: Callable[[], None]) -> None:
     while data.nbytes:
         try:
             written = os.pwrite(fd, data, offset)
         except OSError as error:
             if error.errno != errno.EINVAL or not _is_direct(fd):
                 raise
-            # A file system that opens a file for direct writes and then refuses them, or wants them larger.
+            # The file system opened the file for direct writes and refuses them, or requires larger ones.
             _clear_direct(fd)
             continue
-        beat()
+        heartbeat()
         if written == 0:
             raise OSError(errno.EIO, "pwrite() wrote nothing")
         if written < data.nbytes and written % ALIGNMENT:
-            # What is left is no longer aligned: the rest of this block goes through the page cache.
+            # The rest of this block is no longer aligned: write it through the page cache.
             _clear_direct(fd)
         data, offset = data[written:], offset + written
 
@@ -118,3 +125,27 @@ def _is_direct(fd: int) -> bool:
 
 def _clear_direct(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+
+
+class WriterThreads:
+    """Threads of ordinary priority, and threads that run only when a core would otherwise be idle.
+
+    Ranks wait for each other in every step, so CPU time that a writer takes from one rank delays all. A
+    thread cannot raise its own scheduling policy again without privileges, so there are threads of each.
+    """
+
+    def __init__(self) -> None:
+        self._urgent = ThreadPoolExecutor(_AT_ONCE)
+        self._idle = ThreadPoolExecutor(_AT_ONCE, initializer=_use_idle_time_only)
+
+    def pick(self, *, urgent: bool) -> Executor:
+        """Return the threads to work on. ``urgent``: the trainer waits for the result."""
+        return self._urgent if urgent else self._idle
+
+
+def _use_idle_time_only() -> None:
+    """Set the calling thread to ``SCHED_IDLE``, or, where that is forbidden, to the lowest niceness."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except OSError:
+        os.nice(19)

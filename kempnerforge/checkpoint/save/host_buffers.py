@@ -1,8 +1,8 @@
-"""Host buffers that are the images of shard files: allocated once, reused by every save.
+"""Host buffers, each the image of a shard file: allocated once, reused by every save.
 
-An arena is anonymous shared memory, so that the writer process writes from it without a copy; on CUDA it is
-registered once as pinned memory. Fresh pages cost ten times a copy into resident ones, which is why a save
-after the first allocates nothing; huge ones cost the writer a tenth of the kernel's time.
+A buffer is anonymous shared memory, so that the writer process writes from it without a copy. On CUDA it is
+registered once as pinned memory. A copy into new pages takes ten times as long as one into resident pages,
+so a save after the first allocates nothing. With huge pages a write takes a tenth of the time in the kernel.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from kempnerforge.checkpoint.save.shared_memory import map_new
 from kempnerforge.checkpoint.state.pieces import Sizes, piece_at
 
 allocations = 0
-"""Arenas made by this process so far: a test asserts that it stands still."""
+"""Buffers that this process has made. A test asserts that later saves make none."""
 
 
 class HostBuffer:
     """The image of one shard file in shared memory, pinned for ``device`` if there is one.
 
-    Raises OSError and MemoryError for memory that there is not. Memory that cannot be pinned stays pageable.
+    Raises OSError and MemoryError when there is not enough memory. Memory that cannot be pinned stays
+    pageable.
     """
 
     def __init__(self, file: PlannedFile, device: torch.device | None) -> None:
@@ -45,34 +46,34 @@ class HostBuffer:
         self.header_digest = xxhash.xxh3_128_hexdigest(self.image.header)
         self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self.pin_error = cuda.pin(self._bytes, device) if device is not None else ""
-        """Why it could not be pinned; empty if it is, or need not be."""
+        """Why it could not be pinned; empty if it is pinned, or there is no device."""
         if device is not None and not self.pin_error:
-            # Not at exit: a process that ends gives everything back.
+            # Not at exit: the system frees the memory of a process that ends.
             closing.detach()
             self._close = weakref.finalize(self, _unpin_and_close, self._bytes, device, self.fd)
             self._close.atexit = False
 
     def views(self) -> list[tuple[str, Sizes, torch.Tensor]]:
-        """Name, offsets and place of each chunk: a tensor of its dtype and shape in the arena's memory.
+        """Return name, offsets and view of each chunk, in the order of their bytes.
 
-        In the order of their bytes.
+        A view is a tensor of the chunk's dtype and shape in the memory of the buffer.
         """
-        found = []
-        for place in self.image.order:
-            item, begin = self.file.items[place].item, self.image.begins[place]
+        views = []
+        for index in self.image.order:
+            item, begin = self.file.items[index].item, self.image.begins[index]
             raw = self._bytes[begin : begin + item.size_bytes]
-            found.append((item.name, item.offsets, raw.view(DTYPES[item.dtype]).view(item.sizes)))
-        return found
+            views.append((item.name, item.offsets, raw.view(DTYPES[item.dtype]).view(item.sizes)))
+        return views
 
     def staged_bytes(self, copied: int) -> int:
-        """How much of the file is there when the first ``copied`` of its views are filled."""
+        """Return how many bytes of the file are final when the first ``copied`` views are filled."""
         if copied >= len(self.image.order):
             return self.image.size_bytes
-        # The next one's first byte: what is before it is there.
+        # All bytes before the next view are final.
         return self.image.begins[self.image.order[max(0, copied)]]
 
     def close(self) -> None:
-        """Release the memory; no view may be used any more, by the device neither."""
+        """Release the memory. Neither this process nor the device may use a view afterwards."""
         self._close()
 
 
@@ -82,35 +83,35 @@ def _unpin_and_close(memory: torch.Tensor, device: torch.device, fd: int) -> Non
 
 
 class HostBuffers:
-    """All arenas of one rank, and where each tensor goes."""
+    """All buffers of one rank, and the view that each tensor is copied to."""
 
     def __init__(self, files: Sequence[PlannedFile], device: torch.device | None) -> None:
-        self.arenas: list[HostBuffer] = []
+        self.buffers: list[HostBuffer] = []
         self._targets: list[list[tuple[str, Sizes, torch.Tensor]]] = []
         try:
             for file in files:
-                self.arenas.append(HostBuffer(file, device))
-                self._targets.append(self.arenas[-1].views())
+                self.buffers.append(HostBuffer(file, device))
+                self._targets.append(self.buffers[-1].views())
         except BaseException:
             self.close()
             raise
 
     @property
     def pin_error(self) -> str:
-        """Why an arena could not be pinned; empty if all are, or need not be."""
-        return next((arena.pin_error for arena in self.arenas if arena.pin_error), "")
+        """Why a buffer could not be pinned; empty if all are pinned, or there is no device."""
+        return next((buffer.pin_error for buffer in self.buffers if buffer.pin_error), "")
 
     @property
     def size_bytes(self) -> int:
-        """Host memory that the arenas take."""
-        return sum(padded(arena.image.size_bytes) for arena in self.arenas)
+        """Host memory that the buffers take."""
+        return sum(padded(buffer.image.size_bytes) for buffer in self.buffers)
 
     def pairs(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(place in an arena, this rank's part of a tensor) for everything that this rank writes.
+        """Return (view in a buffer, this rank's part of a tensor) for all that this rank writes.
 
         Raises ValueError when a tensor has changed since the plan was made.
         """
-        with torch.no_grad():  # else every ``to_local`` makes a node of a graph
+        with torch.no_grad():  # else every ``to_local`` adds a node to the autograd graph
             return [
                 (target, piece_at(name, tensors[name], offsets))
                 for views in self._targets
@@ -118,16 +119,16 @@ class HostBuffers:
             ]
 
     def staged_bytes(self, number: int, copied: int) -> int:
-        """How much of an arena's file is there when the first ``copied`` of all ``pairs`` are."""
-        return self.arenas[number].staged_bytes(copied - sum(map(len, self._targets[:number])))
+        """Return how many bytes of a buffer are final when the first ``copied`` of all pairs are copied."""
+        return self.buffers[number].staged_bytes(copied - sum(map(len, self._targets[:number])))
 
     def close(self) -> None:
-        """Release all arenas."""
+        """Release all buffers."""
         self._targets = []
-        for arena in self.arenas:
-            arena.close()
+        for buffer in self.buffers:
+            buffer.close()
 
 
 def needed_bytes(files: Sequence[PlannedFile]) -> int:
-    """Return the host memory that an ``HostBuffers`` of ``files`` takes."""
+    """Return the host memory that ``HostBuffers`` for ``files`` takes."""
     return sum(padded(plan_image(file.shard_items).size_bytes) for file in files)

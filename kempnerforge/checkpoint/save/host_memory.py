@@ -1,7 +1,7 @@
-"""Whether there is memory for the host buffers that saving needs: on the machine, and in every cgroup.
+"""Check that there is memory for the host buffers of saves, on the machine and in every cgroup.
 
-A container or a SLURM job has a limit of its own, set on its control group or on one above it. It may be far
-below what the machine has free; beyond it the kernel kills a process instead of refusing memory.
+A container or a SLURM job has its own limit, set on its control group or on one above it. It may be far
+below the free memory of the machine. Above it the kernel kills a process instead of refusing memory.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from kempnerforge.errors import ConfigIssue
 from kempnerforge.process_identity import boot_id
 
 _SHARE = 0.9
-"""Of what is free: the data loader and the page cache live there too."""
+"""Share of free memory to use: the data loader and the page cache need some too."""
 _KEY = "checkpoint.max_host_memory_gb"
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Something that limits the memory of a process: its machine, or a cgroup that it is in."""
+    """A limit on the memory of a process: its machine, or a cgroup that it is in."""
 
     key: str
     """Equal for two ranks if and only if they share it."""
     name: str
     free_bytes: int
-    """What it could still give, page cache that can be dropped included."""
+    """Memory that can still be allocated, including page cache that can be dropped."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What one rank is about to take, and from what."""
+    """How much memory one rank is about to allocate, and the limits that apply to it."""
 
     needed_bytes: int
     host: str
@@ -43,9 +43,9 @@ class Claim:
 
 
 def claim(needed_bytes: int, *, proc: Path = Path("/proc")) -> Claim:
-    """Return this rank's claim on ``needed_bytes`` that it has not taken yet."""
+    """Return this rank's claim on ``needed_bytes``, which are not allocated yet."""
     host = socket.gethostname()
-    # Not the host's name: containers have names of their own, and two machines may have the same.
+    # Not the host name: containers have their own, and two machines may have the same.
     machine = boot_id() or host
     limits = [Limit(machine, f"on {host}", _available_bytes(proc))]
     limits += [
@@ -56,17 +56,17 @@ def claim(needed_bytes: int, *, proc: Path = Path("/proc")) -> Claim:
 
 
 def fault(claims: Sequence[Claim], limit_gb: float | None) -> ConfigIssue | None:
-    """Return what is wrong with the claims of all ranks together; None when they fit. Pure.
+    """Return the problem with the claims of all ranks together; None if they fit.
 
-    With ``limit_gb``, a bound for each machine, only that bound counts.
+    With ``limit_gb``, a limit for each machine, only that limit counts.
     """
     needed: dict[str, int] = defaultdict(int)
     free: dict[str, Limit] = {}
-    for one in claims:
-        for limit in one.limits[:1] if limit_gb is not None else one.limits:
-            needed[limit.key] += one.needed_bytes
-            known = free.setdefault(limit.key, limit)
-            if limit.free_bytes < known.free_bytes:
+    for rank_claim in claims:
+        for limit in rank_claim.limits[:1] if limit_gb is not None else rank_claim.limits:
+            needed[limit.key] += rank_claim.needed_bytes
+            lowest = free.setdefault(limit.key, limit)
+            if limit.free_bytes < lowest.free_bytes:
                 free[limit.key] = limit
     if not free:
         return None
@@ -88,13 +88,13 @@ def fault(claims: Sequence[Claim], limit_gb: float | None) -> ConfigIssue | None
         _KEY,
         f"the host buffers of the ranks {free[worst].name} take {needed[worst] / 1e9:.2f} GB, and about "
         f"{may_take / 1e9:.2f} GB are free there",
-        "use more nodes, fewer ranks a node, ask for more memory (sbatch --mem), or set a limit to try all "
-        "the same",
+        "use more nodes, fewer ranks per node, or request more memory (sbatch --mem); or set a limit to try "
+        "anyway",
     )
 
 
 def _available_bytes(proc: Path) -> int:
-    """Memory that the machine could give now, without swapping. Raises OSError."""
+    """Return the memory that can be allocated now without swapping. Raises OSError."""
     for line in (proc / "meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -102,9 +102,9 @@ def _available_bytes(proc: Path) -> int:
 
 
 def _cgroup_limits(proc: Path) -> Iterator[tuple[str, str, int]]:
-    """Path, identity and free bytes of each cgroup of this process that has a limit, ancestors included.
+    """Yield path, identity and free bytes of each cgroup of this process that has a limit, with ancestors.
 
-    What cannot be read limits nothing that is known here: that is no reason to refuse a run.
+    Skip limits that cannot be read: they are no reason to refuse a run.
     """
     for version, mount, folder in _own_cgroups(proc):
         own = folder
@@ -115,13 +115,13 @@ def _cgroup_limits(proc: Path) -> Iterator[tuple[str, str, int]]:
             except (OSError, ValueError, KeyError):
                 free_bytes, state = None, None
             if free_bytes is not None and state is not None:
-                # Not the path: each container may see its own cgroup as the root. Its inode number is unique.
+                # Not the path: each container may see its own cgroup as the root. The inode number is unique.
                 yield str(folder), f"{state.st_dev}:{state.st_ino}", free_bytes
             folder = folder.parent
 
 
 def _own_cgroups(proc: Path) -> Iterator[tuple[int, Path, Path]]:
-    """Version, mount point and folder of each hierarchy that accounts for this process's memory."""
+    """Yield version, mount point and folder of each hierarchy that accounts for this process's memory."""
     try:
         memberships = (proc / "self/cgroup").read_text().splitlines()
         mounts = (proc / "self/mountinfo").read_text().splitlines()
@@ -143,38 +143,38 @@ def _own_cgroups(proc: Path) -> Iterator[tuple[int, Path, Path]]:
 
 
 def _below(root: str, path: str) -> str:
-    """Return ``path`` relative to the mount's ``root``; empty where it is not below it: in a container."""
+    """Return ``path`` relative to the mount's ``root``; empty if it is not below it, as in a container."""
     inner = os.path.relpath(path, root)
     return "" if inner == "." or inner.startswith("..") else inner
 
 
 def _unescaped(field: str) -> str:
-    """Return a field of ``mountinfo``, in which a space is ``\\040``."""
+    """Return a field of ``mountinfo`` without its escapes, such as ``\\040`` for a space."""
     return field.encode("latin-1", "replace").decode("unicode_escape") if "\\" in field else field
 
 
 def _free_v2(folder: Path) -> int | None:
-    """Return what a cgroup of version 2 has left; None without a limit, which the root never has."""
+    """Return the free bytes of a cgroup of version 2; None without a limit. The root never has one."""
     limits = [_number(folder / name) for name in ("memory.max", "memory.high") if (folder / name).exists()]
-    known = [limit for limit in limits if limit is not None]
-    if not known:
+    finite = [limit for limit in limits if limit is not None]
+    if not finite:
         return None
-    return _left(min(known), folder / "memory.current", folder / "memory.stat", prefix="")
+    return _free_bytes(min(finite), folder / "memory.current", folder / "memory.stat", prefix="")
 
 
 def _free_v1(folder: Path, *, is_own: bool) -> int | None:
-    """Return what a cgroup of version 1 has left; None without a limit, or if only its own tasks count."""
+    """Return the free bytes of a cgroup of version 1; None if no limit applies."""
     if not is_own and (folder / "memory.use_hierarchy").read_text().strip() == "0":
         return None
     limit = _number(folder / "memory.limit_in_bytes")
-    if limit is None or limit >= 1 << 60:  # no limit is the largest number of pages
+    if limit is None or limit >= 1 << 60:  # "no limit" is stored as the largest number of pages
         return None
-    return _left(limit, folder / "memory.usage_in_bytes", folder / "memory.stat", prefix="total_")
+    return _free_bytes(limit, folder / "memory.usage_in_bytes", folder / "memory.stat", prefix="total_")
 
 
-def _left(limit: int, usage: Path, stat: Path, *, prefix: str) -> int:
+def _free_bytes(limit: int, usage: Path, stat: Path, *, prefix: str) -> int:
     counts = dict(line.split() for line in stat.read_text().splitlines())
-    # Both lists: the kernel drops either before it kills. Shared memory and tmpfs are on neither.
+    # The kernel drops pages of both lists before it kills. Shared memory and tmpfs are on neither.
     cache = sum(int(counts[f"{prefix}{name}_file"]) for name in ("active", "inactive"))
     return max(0, limit - max(0, int(usage.read_text()) - cache))
 

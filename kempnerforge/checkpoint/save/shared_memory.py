@@ -1,8 +1,11 @@
-"""Memory that the trainer and its writer share: a memfd, mapped so that huge pages fit, and made of them.
+"""Map memory that the trainer and its writer process share, in huge pages where the system allows it.
 
-A direct write pins every page of its block, and so does registering memory with CUDA: with pages of 4 KiB
-that takes more processor time than digesting the bytes. ``MADV_COLLAPSE`` (Linux 6.1) makes huge pages once,
-whatever ``shmem_enabled`` says; where it is refused, or memory is too fragmented, small pages do the same.
+The memory is a memfd. A direct write pins every page of its block, and so does registering memory with CUDA.
+With 4 KiB pages that takes more processor time than computing the digests. ``MADV_COLLAPSE`` (Linux 6.1)
+makes huge pages once, whatever ``shmem_enabled`` says. If the kernel refuses it, or memory is too fragmented,
+small pages work the same way.
+
+A module of its own, without torch: the writer process imports it, and ``host_buffers`` needs torch.
 """
 
 from __future__ import annotations
@@ -27,17 +30,17 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def map_new(fd: int, size_bytes: int) -> memoryview:
-    """The first ``size_bytes`` of ``fd``, still empty, to be filled: of huge pages, where there are any.
+    """Map the first ``size_bytes`` of ``fd`` for writing, in huge pages if possible.
 
-    Unmapped when the last buffer made of it is gone. All pages are there on return: raises OSError when the
-    system has none to give, instead of a SIGBUS at the first copy.
+    The memory is unmapped when the last object that uses it is gone. All pages are allocated on return:
+    raises OSError if there is no memory, where a later copy would get a SIGBUS.
     """
     memory = _map_aligned(fd, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
     address, whole = ctypes.addressof(memory), size_bytes // HUGE_BYTES * HUGE_BYTES
     if whole:
         _libc.madvise(address, whole, _MADV_HUGEPAGE)
         for begin in range(0, whole, HUGE_BYTES):
-            os.posix_fallocate(fd, begin, 1)  # what has no page at all is not collapsed
+            os.posix_fallocate(fd, begin, 1)  # MADV_COLLAPSE skips a range without any page
         _libc.madvise(address, whole, _MADV_COLLAPSE)
     if size_bytes:
         os.posix_fallocate(fd, 0, size_bytes)
@@ -45,12 +48,12 @@ def map_new(fd: int, size_bytes: int) -> memoryview:
 
 
 def map_filled(fd: int, size_bytes: int) -> memoryview:
-    """The first ``size_bytes`` of ``fd`` as another process fills them, to be read. Raises OSError."""
+    """Map the first ``size_bytes`` of ``fd``, which another process fills, for reading. Raises OSError."""
     return memoryview(_map_aligned(fd, size_bytes, mmap.PROT_READ)).cast("B").toreadonly()
 
 
 def _map_aligned(fd: int, size_bytes: int, protection: int) -> ctypes.Array[ctypes.c_ubyte]:
-    """From an address that a huge page can begin at, which the kernel would not choose."""
+    """Map at an address that a huge page can begin at. The kernel would choose another."""
     reserved_bytes = size_bytes + HUGE_BYTES
     reserved = _map(None, reserved_bytes, _NO_ACCESS, _ANONYMOUS, -1)
     begin = -(-reserved // HUGE_BYTES) * HUGE_BYTES
@@ -66,8 +69,8 @@ def _map_aligned(fd: int, size_bytes: int, protection: int) -> ctypes.Array[ctyp
 
 
 def _map(address: int | None, size_bytes: int, protection: int, flags: int, fd: int) -> int:
-    found = _libc.mmap(address, size_bytes, protection, flags, fd, 0)
-    if found == _FAILED:
+    mapped = _libc.mmap(address, size_bytes, protection, flags, fd, 0)
+    if mapped == _FAILED:
         number = ctypes.get_errno()
         raise OSError(number, f"mmap() of {size_bytes} bytes: {os.strerror(number)}")
-    return found
+    return mapped

@@ -1,4 +1,4 @@
-"""Copying a step's tensors into the arenas, as the mode says, so that the snapshot is of exactly one step."""
+"""Copy the tensors of exactly one step into the host buffers, in the way of each ``async_mode``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kempnerforge.errors import SaveFailedError
 from kempnerforge.torch_compat import ShardedTensor
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""(target in an arena, source on any device)."""
+"""(target in a host buffer, source on any device)."""
 
 
 GROUP_BYTES = 64 << 20
@@ -21,65 +21,65 @@ GROUP_BYTES = 64 << 20
 
 
 class Staging(Protocol):
-    """One copy, of pairs in their order. The writer follows it: it need not wait for the last byte."""
+    """One copy of pairs, in their order. The writer writes what is copied while the copy goes on."""
 
     def start(self) -> None:
-        """Begin. ``finish`` raises what failed; an interrupt (Ctrl-C) is raised here too."""
+        """Begin. ``finish`` raises an error of the copy. An interrupt (Ctrl-C) is raised here too."""
         ...
 
     def fail(self, error: BaseException) -> None:
-        """End a copy that was not started, so that nobody waits for it; ``finish`` raises ``error``."""
+        """End a copy that was not started, so that nothing waits for it. ``finish`` raises ``error``."""
         ...
 
     def copied(self) -> int:
-        """Number of pairs that are completely copied. Any thread. Raises what the copy raised."""
+        """Return how many pairs are completely copied. Any thread. Raises what the copy raised."""
         ...
 
     def before_mutation(self) -> None:
-        """Return when the sources may be modified by what the caller does next."""
+        """Return when the caller may modify the sources."""
         ...
 
     def finish(self) -> None:
-        """Block until every byte is in the arena. Any thread. Raises what the copy raised."""
+        """Block until every byte is copied. Any thread. Raises what the copy raised."""
         ...
 
-    def settle(self) -> None:
-        """Return when nothing writes into the arena any more, also after an error. Any thread.
+    def wait_until_idle(self) -> None:
+        """Return when nothing writes to the host buffers any more, also after an error. Any thread.
 
-        Before that the arena may be neither filled again nor released. Waits for ``start`` or ``fail``.
-        Raises nothing.
+        Until then the buffers may be neither reused nor released. Waits for ``start`` or ``fail``. Raises
+        nothing.
         """
         ...
 
 
 class Versions:
-    """Notices tensors that are modified in place while they are copied: the snapshot would be of two steps.
+    """Detects tensors that are modified in place while they are copied. The snapshot would mix two steps.
 
-    By the count that autograd keeps for each tensor. Writes through ``.data``, and kernels that do not count,
-    fused optimizers say, are not noticed.
+    Uses the version counter that autograd keeps for each tensor. It misses writes through ``.data`` and
+    kernels that do not increment the counter, such as fused optimizers.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._known: list[tuple[str, torch.Tensor, int]] = []
+        self._before: list[tuple[str, torch.Tensor, int]] = []
         for name, tensor in tensors.items():
             sharded = isinstance(tensor, ShardedTensor)
             for part in [shard.tensor for shard in tensor.local_shards()] if sharded else [tensor]:
                 if not part.is_inference():
-                    self._known.append((name, part, part._version))
+                    self._before.append((name, part, part._version))
 
     def check(self) -> None:
-        """Raise SaveFailedError, naming it, when a tensor was modified since. Then nothing is remembered."""
-        known, self._known = self._known, []
-        for name, tensor, version in known:
+        """Raise SaveFailedError, naming the tensor, if one was modified. Later calls do nothing."""
+        before, self._before = self._before, []
+        for name, tensor, version in before:
             if tensor._version != version:
                 raise SaveFailedError(
-                    f"{name} was modified while it was being copied: call wait_for_staging() before whatever "
-                    "modifies it"
+                    f"{name} was modified while it was being copied: call wait_for_staging() before the code "
+                    "that modifies it"
                 )
 
 
 class BlockingCopy:
-    """Copies on the calling thread, on the current stream: ``start`` returns when it is done."""
+    """Copies on the calling thread and the current stream. ``start`` returns when the copy is done."""
 
     def __init__(self, pairs: Pairs, versions: Versions | None = None) -> None:
         self._versions = versions or Versions({})
@@ -104,11 +104,11 @@ class BlockingCopy:
         except BaseException as error:
             self._error = error
             for device in {source.device for _, source in self._pairs if source.is_cuda}:
-                cuda.finish_stream(None, device)  # copies that are queued would write into released buffers
-            if not isinstance(error, Exception):  # an interrupt ends the program, not the save alone
+                cuda.finish_stream(None, device)  # queued copies would write to released buffers
+            if not isinstance(error, Exception):  # an interrupt must end the program, not only the save
                 raise
         finally:
-            self._pairs = ()  # the sources are not kept alive until the next save
+            self._pairs = ()  # do not keep the sources alive until the next save
             self._ended.set()
 
     def fail(self, error: BaseException) -> None:
@@ -119,13 +119,13 @@ class BlockingCopy:
             self._ended.set()
 
     def copied(self) -> int:
-        """Pairs that are copied."""
+        """Return how many pairs are copied."""
         if self._error is not None:
             raise self._error
         return self._copied
 
     def before_mutation(self) -> None:
-        """Everything is copied already."""
+        """Wait for the end: the copy reads the sources until then."""
         self._ended.wait()
 
     def finish(self) -> None:
@@ -133,13 +133,13 @@ class BlockingCopy:
         self._ended.wait()
         self.copied()
 
-    def settle(self) -> None:
-        """Wait for the end. Whoever copies has waited for the device."""
+    def wait_until_idle(self) -> None:
+        """Wait for the end. The copying thread has waited for the device."""
         self._ended.wait()
 
 
 class ThreadCopy(BlockingCopy):
-    """Copies on a thread beside the next forward and backward, where there is no CUDA."""
+    """Copies on a thread during the next forward and backward, where there is no CUDA."""
 
     def start(self) -> None:
         """Start the thread."""
@@ -156,32 +156,32 @@ class FailedCopy:
         self._error = error
 
     def start(self) -> None:
-        """There is nothing to copy."""
+        """Do nothing: there is nothing to copy."""
 
     def fail(self, error: BaseException) -> None:
-        """It has failed already."""
+        """Do nothing: the copy has failed already."""
 
     def copied(self) -> int:
         """Raise the reason."""
         raise self._error
 
     def before_mutation(self) -> None:
-        """Nothing reads the sources."""
+        """Return at once: nothing reads the sources."""
 
     def finish(self) -> None:
         """Raise the reason."""
         raise self._error
 
-    def settle(self) -> None:
-        """Nothing was copied."""
+    def wait_until_idle(self) -> None:
+        """Return at once: nothing was copied."""
 
 
 class StreamCopy:
-    """CUDA to pinned memory on a side stream, beside the next forward and backward.
+    """Copies from CUDA to pinned memory on a side stream, during the next forward and backward.
 
-    The side stream first waits for the compute stream, so that it never reads what a queued optimizer kernel
-    has still to write; and the compute stream waits for the copies before the next optimizer step, on the
-    device, so that the host waits for nothing.
+    The side stream first waits for the compute stream, so that it never reads a tensor that a queued
+    optimizer kernel has yet to write. The compute stream waits for the copies before the next optimizer
+    step. Both waits are on the device: the host does not wait.
     """
 
     _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
@@ -229,7 +229,7 @@ class StreamCopy:
                 self._events.append((copied, event))
 
     def copied(self) -> int:
-        """Pairs whose copies the device has done."""
+        """Return how many pairs the device has copied."""
         if not self._queued.is_set():
             return 0
         if self._error is not None:
@@ -239,13 +239,13 @@ class StreamCopy:
         return self._events[self._passed - 1][0] if self._passed else 0
 
     def before_mutation(self) -> None:
-        """Queue the wait on the compute stream."""
+        """Queue the wait for the copies on the compute stream."""
         self._check_versions()
         if self._events:
             torch.cuda.current_stream(self._device).wait_event(self._events[-1][1])
 
     def _check_versions(self) -> None:
-        """What was queued before the first call of either kind may have modified a source."""
+        """Check at the first ``before_mutation`` or ``finish``: code before it may have modified a source."""
         try:
             self._versions.check()
         except SaveFailedError as error:
@@ -259,10 +259,10 @@ class StreamCopy:
             raise self._error
         if self._events:
             self._events[-1][1].synchronize()
-        self._pairs = ()  # until now the sources had to stay: the side stream was reading them
+        self._pairs = ()  # the side stream no longer reads the sources
 
-    def settle(self) -> None:
-        """Wait for all that was queued. Of a copy that failed the last part has no event."""
+    def wait_until_idle(self) -> None:
+        """Wait for all queued copies. The last part of a copy that failed has no event."""
         self._queued.wait()
         if self._stream is not None:
             cuda.finish_stream(self._stream, self._device)
@@ -270,19 +270,19 @@ class StreamCopy:
 
 
 def overlapping(pairs: Pairs, tensors: Mapping[str, torch.Tensor]) -> Staging:
-    """Return a copy that overlaps with the next forward and backward. ``tensors``: the sources, by name."""
+    """Return a copy that overlaps the next forward and backward. ``tensors``: the sources, by name."""
     devices = {source.device for _, source in pairs if source.is_cuda}
-    assert len(devices) <= 1  # ``cuda.device_of`` has refused others: a side stream belongs to one
+    assert len(devices) <= 1  # ``cuda.device_of`` has refused more: a side stream belongs to one device
     versions = Versions(tensors)
     return StreamCopy(pairs, devices.pop(), versions) if devices else ThreadCopy(pairs, versions)
 
 
 def _groups(pairs: Pairs) -> Iterator[Pairs]:
-    """``pairs`` in runs on one device: one by one on the host, ``GROUP_BYTES`` together on a GPU."""
+    """Split ``pairs`` into groups on one device: single pairs on the host, ``GROUP_BYTES`` on a GPU."""
     begin, size_bytes = 0, 0
-    for place, (target, source) in enumerate(pairs):
+    for index, (target, source) in enumerate(pairs):
         size_bytes += target.nbytes
-        is_last = place == len(pairs) - 1 or pairs[place + 1][1].device != source.device
+        is_last = index == len(pairs) - 1 or pairs[index + 1][1].device != source.device
         if is_last or not source.is_cuda or size_bytes >= GROUP_BYTES:
-            yield pairs[begin : place + 1]
-            begin, size_bytes = place + 1, 0
+            yield pairs[begin : index + 1]
+            begin, size_bytes = index + 1, 0

@@ -1,4 +1,4 @@
-"""The union of what all ranks hold: which rank saves which tensors and other leaves."""
+"""Decide which rank saves which tensors and other leaves, from what each rank holds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from kempnerforge.checkpoint.save.commit import PlannedItem
 
 @dataclass(frozen=True)
 class Held:
-    """What one rank has to save."""
+    """What one rank could save."""
 
     items: list[PlannedItem]
     """Its parts of tensors, sorted by name."""
     objects: tuple[str, ...] = ()
     """Names of its non-tensor leaves."""
     inside: Mapping[str, str] | None = None
-    """Tensors that are parts of a non-tensor leaf, such as a tuple: name -> name of the leaf."""
+    """Tensors inside a non-tensor leaf, such as a tuple: name -> name of the leaf."""
     structure: Mapping[str, Any] | None = None
     """The paths of its leaves in a nested state dict, as JSON."""
     from_lowest_rank: tuple[str, ...] = ()
-    """Names of tensors that the lowest rank that has them saves."""
+    """Names of tensors to save from the lowest rank that has them."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Union:
     items: list[list[PlannedItem]]
     """By rank."""
     contributed: list[frozenset[str]]
-    """By rank, names of the non-tensor leaves that it sends to the first rank: no lower rank has them."""
+    """By rank: names of non-tensor leaves to send to the first rank, because no lower rank has them."""
     structure: dict[str, Any] | None
 
 
 def unite(held_by_rank: Sequence[Held]) -> Union:
     """Decide which rank saves each leaf: the lowest rank that has it.
 
-    Raises ValueError when a leaf is a tensor on one rank and something else on another.
+    Raises ValueError if a leaf is a tensor on one rank and something else on another.
     """
     owner: dict[str, int] = {}
     for rank, held in enumerate(held_by_rank):
@@ -66,7 +66,7 @@ def unite(held_by_rank: Sequence[Held]) -> Union:
 
 
 def _kept(rank: int, held: Held, owner: Mapping[str, int], names: Sequence[set[str]]) -> list[PlannedItem]:
-    """Leave out whole tensors inside of leaves whose value another rank saves, with its own tensors."""
+    """Leave out whole tensors inside leaves that another rank saves together with its own tensors."""
     inside = held.inside or {}
 
     def is_saved(planned: PlannedItem) -> bool:

@@ -1,4 +1,4 @@
-"""The trainer's side of the writer process: start it, give it work, notice when it dies or hangs."""
+"""The trainer's side of the writer process: start it, send requests, replace it when it dies or hangs."""
 
 from __future__ import annotations
 
@@ -15,75 +15,75 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kempnerforge.checkpoint.format.checksums import FileRecord
-from kempnerforge.checkpoint.save.writer_process import POLL_INTERVAL_S, PULSE_BYTES, SharedProgress
+from kempnerforge.checkpoint.save.writer_process import POLL_INTERVAL_S, PROGRESS_BYTES, SharedProgress
 from kempnerforge.errors import SaveFailedError
 
 _POLL_S = 0.2
 
 
 class WriterFailedError(Exception):
-    """A write failed in the writer process, or the writer itself died or hung. Worth another try."""
+    """A write failed in the writer process, or the process died or hung. The write can be tried again."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What the writer says of one file."""
+    """The writer's reply for one file."""
 
     record: FileRecord
     write_s: float
 
 
 class Writer:
-    """One writer process, started when first needed and replaced when it dies or hangs."""
+    """One writer process. Started when first needed, replaced when it dies or hangs."""
 
     def __init__(self, *, stall_timeout_s: float) -> None:
         self._stall_timeout_s = stall_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
-        self._pulse: SharedProgress | None = None
-        self._prompt = True
-        self._telling = threading.Lock()
+        self._progress: SharedProgress | None = None
+        self._urgent = True
+        self._lock = threading.Lock()
 
-    def set_priority(self, waits: bool) -> None:
-        """Whether somebody waits for what is or will be written; else it takes idle time only. Any thread."""
-        with self._telling:
-            self._prompt = waits
-            pulse = self._pulse  # ``_kill`` may forget it meanwhile
-            if pulse is not None:
-                pulse.prompt = waits
+    def set_priority(self, *, urgent: bool) -> None:
+        """Set whether the trainer waits for this write and the next ones; else use idle time. Any thread."""
+        with self._lock:
+            self._urgent = urgent
+            progress = self._progress  # ``_kill`` may reset it meanwhile
+            if progress is not None:
+                progress.urgent = urgent
 
     @property
     def pid(self) -> int | None:
-        """The process, while there is one."""
+        """Id of the process, while there is one."""
         return self._process.pid if self._process is not None else None
 
     def write(
         self,
-        arena_fd: int,
+        buffer_fd: int,
         path: Path,
         size_bytes: int,
         *,
         staged: Callable[[], int] | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> Written:
-        """Write the arena's first ``size_bytes`` as ``path``. Blocks until it is durable.
+        """Write the first ``size_bytes`` of the buffer ``buffer_fd`` as ``path``. Return when it is durable.
 
-        ``staged`` tells how many of them are there as they will stay: the writer follows; None is all.
-        ``check`` is called now and then. What either raises, SaveFailedError, ends the write: the writer
-        process is killed, so that the arena is free again. Raises WriterFailedError; the writer is replaced
-        by a new one for the next call if it was at fault.
+        ``staged`` returns how many of them are final; the writer waits for the rest. None: all are.
+        ``check`` is called regularly. A SaveFailedError of either ends the write and kills the writer
+        process, so that the buffer is free again. Raises WriterFailedError when the write failed. A writer
+        process that caused the failure is replaced at the next call.
         """
-        connection, pulse = self._start()
+        connection, progress = self._start()
         staged = staged or (lambda: size_bytes)
-        pulse.staged = staged()
-        with self._telling:
-            pulse.prompt = self._prompt
+        progress.staged = staged()
+        with self._lock:
+            progress.urgent = self._urgent
         request = json.dumps({"path": str(path), "size_bytes": size_bytes}).encode()
         try:
-            socket.send_fds(connection, [request], [arena_fd])
-            answer = json.loads(self._receive(connection, pulse, size_bytes, staged, check))
+            socket.send_fds(connection, [request], [buffer_fd])
+            answer = json.loads(self._receive(connection, progress, size_bytes, staged, check))
         except SaveFailedError:
-            self._kill()  # it waits for bytes that will not come, or writes what nobody will commit
+            self._kill()  # else it would wait for bytes that are never staged
             raise
         except (OSError, ValueError) as error:
             status = self._kill()
@@ -97,23 +97,24 @@ class Writer:
     def _receive(
         self,
         connection: socket.socket,
-        pulse: SharedProgress,
+        progress: SharedProgress,
         size_bytes: int,
         staged: Callable[[], int],
         check: Callable[[], None],
     ) -> bytes:
         received = b""
-        seen, moved_at = pulse.beats, time.monotonic()
+        seen, moved_at = progress.heartbeats, time.monotonic()
         while not received.endswith(b"\n"):
-            if pulse.staged < size_bytes:
-                pulse.staged = staged()
-            connection.settimeout(_POLL_S if pulse.staged >= size_bytes else POLL_INTERVAL_S[pulse.prompt])
+            if progress.staged < size_bytes:
+                progress.staged = staged()
+            is_staged = progress.staged >= size_bytes
+            connection.settimeout(_POLL_S if is_staged else POLL_INTERVAL_S[progress.urgent])
             try:
                 data = connection.recv(1 << 20)
             except TimeoutError:
                 check()
-                if pulse.beats != seen:
-                    seen, moved_at = pulse.beats, time.monotonic()
+                if progress.heartbeats != seen:
+                    seen, moved_at = progress.heartbeats, time.monotonic()
                 elif time.monotonic() - moved_at > self._stall_timeout_s:
                     pid, stalled_s = self.pid, self._stall_timeout_s
                     self._kill()
@@ -129,9 +130,9 @@ class Writer:
     def _start(self) -> tuple[socket.socket, SharedProgress]:
         if self._process is not None and self._process.poll() is not None:
             self._kill()
-        if self._connection is None or self._pulse is None:
-            pulse_fd = os.memfd_create("kempnerforge-pulse")
-            os.ftruncate(pulse_fd, PULSE_BYTES)
+        if self._connection is None or self._progress is None:
+            progress_fd = os.memfd_create("kempnerforge-progress")
+            os.ftruncate(progress_fd, PROGRESS_BYTES)
             ours, theirs = socket.socketpair()
             with theirs:
                 self._process = subprocess.Popen(
@@ -140,21 +141,21 @@ class Writer:
                         "-m",
                         "kempnerforge.checkpoint.save.writer_process",
                         str(theirs.fileno()),
-                        str(pulse_fd),
+                        str(progress_fd),
                     ],
-                    pass_fds=[theirs.fileno(), pulse_fd],
+                    pass_fds=[theirs.fileno(), progress_fd],
                     stdin=subprocess.DEVNULL,
                 )
-            self._connection, self._pulse = ours, SharedProgress(pulse_fd)
-            os.close(pulse_fd)
-        return self._connection, self._pulse
+            self._connection, self._progress = ours, SharedProgress(progress_fd)
+            os.close(progress_fd)
+        return self._connection, self._progress
 
     def _kill(self) -> int | None:
-        """End the process at once. A process that hangs in the kernel is left behind: it owns no name."""
+        """Kill the process. Return its exit status; None if it hangs in the kernel, and is abandoned."""
         process, self._process = self._process, None
         if self._connection is not None:
             self._connection.close()
-        self._connection = self._pulse = None
+        self._connection = self._progress = None
         if process is None:
             return None
         process.kill()
@@ -163,7 +164,7 @@ class Writer:
         return None
 
     def close(self) -> None:
-        """End the process; it is idle when no ``write`` is under way."""
+        """End the process. Call it only when no ``write`` is in progress."""
         self._kill()
 
 
@@ -174,13 +175,13 @@ def with_backoff(
     first_pause_s: float,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Written:
-    """Run ``work`` up to ``tries`` times with doubling pauses. Raises the last WriterFailedError."""
+    """Run ``work`` up to ``tries`` times with pauses that double. Raise the last WriterFailedError."""
     pause_s = first_pause_s
-    for left in range(tries - 1, -1, -1):
+    for tries_left in range(tries - 1, -1, -1):
         try:
             return work()
         except WriterFailedError:
-            if left == 0:
+            if tries_left == 0:
                 raise
             sleep(pause_s)
             pause_s *= 2

@@ -1,12 +1,12 @@
-"""The writer process: takes arenas over a socket, writes them, reports. No torch, about 20 MB.
+"""The writer process: receives host buffers over a socket, writes them, replies. No torch, about 20 MB.
 
-A process, not a thread: a write that hangs in the kernel cannot be interrupted, but a process can be left
-behind and replaced; and nothing here competes for the trainer's interpreter lock.
+A separate process: a write that hangs in the kernel cannot be interrupted, but the process can be abandoned
+and replaced. It also does not compete for the trainer's interpreter lock.
 
-One JSON message a request, with the arena's file descriptor beside it: ``{"path", "size_bytes"}``. One JSON
-line a reply: ``{"size_bytes", "xxh3_128", "write_s"}`` or ``{"error"}``. It ends when the socket closes, so
-it never outlives its trainer. Started as
-``python -m kempnerforge.checkpoint.save.writer_process SOCKET_FD PULSE_FD``.
+A request is one JSON message, ``{"path", "size_bytes"}``, sent with the file descriptor of the buffer. A
+reply is one line of JSON, ``{"size_bytes", "xxh3_128", "write_s"}`` or ``{"error"}``. The process ends when
+the socket closes, so it never outlives its trainer. Start it as
+``python -m kempnerforge.checkpoint.save.writer_process SOCKET_FD PROGRESS_FD``.
 """
 
 from __future__ import annotations
@@ -24,40 +24,39 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.checkpoint.save.direct_io import write_image
-from kempnerforge.checkpoint.save.lanes import WriterThreads
+from kempnerforge.checkpoint.save.direct_io import WriterThreads, write_image
 from kempnerforge.checkpoint.save.shared_memory import map_filled
 
-PULSE_BYTES = 24
+PROGRESS_BYTES = 24
 POLL_INTERVAL_S = {True: 0.002, False: 0.01}
-"""Between two looks at how far the trainer's copy is, by whether somebody waits: a look takes time."""
+"""Seconds between two checks of the trainer's copy, by whether the save is urgent. A check takes time."""
 REQUEST_BYTES = 1 << 16
 
 
 class SharedProgress:
-    """Numbers in shared memory: ``beats`` moves while the writer works, the others are the trainer's.
+    """Counters in shared memory. The writer increments ``heartbeats``; the trainer sets the others.
 
-    Through ctypes, whose loads and stores of aligned 64-bit numbers are never torn.
+    Uses ctypes, whose loads and stores of aligned 64-bit numbers are never torn.
     """
 
     def __init__(self, fd: int) -> None:
-        memory = mmap.mmap(fd, PULSE_BYTES)
-        self._beats, self._staged, self._prompt = (
-            ctypes.c_uint64.from_buffer(memory, offset) for offset in range(0, PULSE_BYTES, 8)
+        memory = mmap.mmap(fd, PROGRESS_BYTES)
+        self._heartbeats, self._staged, self._urgent = (
+            ctypes.c_uint64.from_buffer(memory, offset) for offset in range(0, PROGRESS_BYTES, 8)
         )
 
-    def beat(self) -> None:
-        """Move on."""
-        self._beats.value += 1
+    def heartbeat(self) -> None:
+        """Count one more sign of life."""
+        self._heartbeats.value += 1
 
     @property
-    def beats(self) -> int:
-        """The count."""
-        return self._beats.value
+    def heartbeats(self) -> int:
+        """How often ``heartbeat`` was called."""
+        return self._heartbeats.value
 
     @property
     def staged(self) -> int:
-        """How many bytes of the arena that is being written are there."""
+        """How many bytes at the beginning of the buffer that is being written are final."""
         return self._staged.value
 
     @staged.setter
@@ -65,37 +64,37 @@ class SharedProgress:
         self._staged.value = size_bytes
 
     @property
-    def prompt(self) -> bool:
-        """Whether somebody waits for what is being written."""
-        return bool(self._prompt.value)
+    def urgent(self) -> bool:
+        """Whether the trainer waits for the file that is being written."""
+        return bool(self._urgent.value)
 
-    @prompt.setter
-    def prompt(self, waits: bool) -> None:
-        self._prompt.value = waits
+    @urgent.setter
+    def urgent(self, urgent: bool) -> None:
+        self._urgent.value = urgent
 
 
-class Arenas:
-    """Mappings of arenas that have been sent before: mapping a gigabyte anew costs its page faults."""
+class MappedBuffers:
+    """Mappings of buffers that were sent before. Mapping a gigabyte again would cost its page faults."""
 
     def __init__(self) -> None:
         self._by_inode: dict[int, memoryview] = {}
 
     def view(self, fd: int) -> memoryview:
-        """The arena behind ``fd``, which is closed."""
+        """Return the memory of ``fd``, and close ``fd``."""
         try:
             status = os.fstat(fd)
-            known = self._by_inode.get(status.st_ino)
-            if known is None or len(known) != status.st_size:
-                known = map_filled(fd, status.st_size)
-                self._by_inode[status.st_ino] = known
+            memory = self._by_inode.get(status.st_ino)
+            if memory is None or len(memory) != status.st_size:
+                memory = map_filled(fd, status.st_size)
+                self._by_inode[status.st_ino] = memory
         finally:
             os.close(fd)
-        return known
+        return memory
 
 
-def serve(connection: socket.socket, pulse: SharedProgress) -> None:
-    """Answer requests until the other side is gone."""
-    arenas, lanes = Arenas(), WriterThreads()
+def serve(connection: socket.socket, progress: SharedProgress) -> None:
+    """Answer requests until the trainer closes the socket."""
+    buffers, threads = MappedBuffers(), WriterThreads()
     path: Path | None = None
     with contextlib.suppress(ConnectionError):  # the trainer was killed
         while True:
@@ -104,19 +103,19 @@ def serve(connection: socket.socket, pulse: SharedProgress) -> None:
                 break
             request = json.loads(data)
             path = Path(request["path"])
-            answer = _answer(request, arenas.view(fds[0]), lanes, pulse, connection)
+            answer = _answer(request, buffers.view(fds[0]), threads, progress, connection)
             connection.sendall(json.dumps(answer).encode() + b"\n")
     if path is not None:
         _report_loss(path)
 
 
 def _report_loss(path: Path) -> None:
-    """Say on standard error that the trainer ended before it committed its last save; the first rank says it.
+    """Report on standard error that the trainer ended before it committed its last save. First rank only.
 
-    A trainer that ends by itself finishes its saves and then ends this process with SIGKILL.
+    A trainer that ends normally finishes its saves and then ends this process with SIGKILL.
     """
     if path.name.startswith("shard_00000_of_") and path.parent.exists():
-        with contextlib.suppress(OSError):  # nobody listens any more
+        with contextlib.suppress(OSError):  # standard error may be closed
             print(
                 f"kempnerforge: {path.parent} is not committed: the process that saved it was ended",
                 file=sys.stderr,
@@ -127,8 +126,8 @@ def _report_loss(path: Path) -> None:
 def _answer(
     request: dict[str, Any],
     image: memoryview,
-    lanes: WriterThreads,
-    pulse: SharedProgress,
+    threads: WriterThreads,
+    progress: SharedProgress,
     connection: socket.socket,
 ) -> dict[str, Any]:
     started = time.perf_counter()
@@ -138,10 +137,10 @@ def _answer(
             image,
             path,
             size_bytes,
-            lanes,
-            beat=pulse.beat,
-            until=lambda end: _follow(pulse, end, connection),
-            prompt=lambda: pulse.prompt,
+            threads,
+            heartbeat=progress.heartbeat,
+            wait_until_staged=lambda end: _wait_until_staged(progress, end, connection),
+            is_urgent=lambda: progress.urgent,
         )
     except OSError as error:
         return {"error": f"{type(error).__name__}: {error}"}
@@ -152,20 +151,20 @@ def _answer(
     }
 
 
-def _follow(pulse: SharedProgress, end: int, connection: socket.socket) -> None:
-    """Return when the arena has its first ``end`` bytes. Raises ConnectionError when the trainer is gone."""
-    if select.select([connection], [], [], 0)[0]:  # a write of what nobody will commit only takes time
+def _wait_until_staged(progress: SharedProgress, end: int, connection: socket.socket) -> None:
+    """Return when the first ``end`` bytes are final. Raises ConnectionError when the trainer is gone."""
+    if select.select([connection], [], [], 0)[0]:  # nobody would commit what is written
         raise ConnectionAbortedError("the trainer is gone")
-    while pulse.staged < end:
-        pulse.beat()
-        closed, _, _ = select.select([connection], [], [], POLL_INTERVAL_S[pulse.prompt])
-        if closed:  # nothing is sent before an answer
+    while progress.staged < end:
+        progress.heartbeat()
+        closed, _, _ = select.select([connection], [], [], POLL_INTERVAL_S[progress.urgent])
+        if closed:  # the trainer sends nothing before the reply
             raise ConnectionAbortedError("the trainer is gone")
 
 
 def main() -> None:
-    """Entry point."""
-    # The trainer decides when to stop; signals for the whole process group are meant for it.
+    """Serve the trainer that started this process."""
+    # The trainer decides when to stop: signals to the process group are for the trainer.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     os.nice(5)

@@ -1,15 +1,15 @@
-"""What checkpoints cost the loop: how much longer it takes because of them, not how long a call takes.
+"""Measure what saves cost the training loop: how much longer it takes, not how long a call takes.
 
-A loop goes from step boundary to step boundary, each where all ranks agree. The intervals from the boundary
-at which a save begins to the one at which all know its outcome are *beside* it: they hold the time of the
-call, the wait before the optimizer, and steps that share processors and memory with the writing. The others
-are *quiet*.
+The loop has step boundaries, at which all ranks agree. Time between two boundaries is an interval. The
+intervals from the boundary at which a save begins to the one at which all ranks know its outcome are *during*
+the save. They contain the call, the wait before the optimizer step, and steps that share processors and
+memory with the writer. The other intervals are *baseline* intervals.
 
-    tax of a save = the time of the intervals beside it - their steps x the median of recent quiet steps
+    cost of a save = time of the intervals during it - their steps x median of recent baseline steps
 
-Before quiet steps are known, and in the first intervals, where much is done once (compiling, first
-allocations), the time that the loop stood still stands in for it: a lower bound. The tax of one save may
-come out negative, by noise; it is summed as it is.
+Until there is a baseline, only the time that the loop was blocked counts, which is a lower bound. The first
+intervals are no baseline, because much is done once in them (compilation, first allocations). Noise can make
+the cost of one save negative. It is added as it is.
 """
 
 from __future__ import annotations
@@ -20,95 +20,96 @@ from collections import deque
 from dataclasses import dataclass
 
 WARM_UP_INTERVALS = 3
-"""Intervals after the start that are no measure of a quiet step."""
+"""Intervals after the start that are left out of the baseline."""
 BASELINE_INTERVALS = 5
-"""Quiet intervals from which on their median is one."""
-QUIET_WINDOW = 33
-"""Quiet intervals that the median is over, the newest."""
+"""Baseline intervals that a median needs."""
+BASELINE_WINDOW = 33
+"""Newest baseline intervals, whose median is used."""
 SAVES_WINDOW = 8
-"""Saves that ``cost_s`` is the mean of, the newest."""
+"""Newest saves, whose mean ``cost_s`` is."""
 SPIKE = 4.0
-"""How many times the median a save may count for in the mean."""
+"""A save counts in the mean as at most this many times the median."""
 
 
 @dataclass
 class SaveCost:
-    """What one save has cost the loop by now."""
+    """The cost of one save so far."""
 
     ended_s: float = 0.0
-    """In the intervals that have ended."""
-    standing_s: float = 0.0
-    """The loop stood still for it for so long since the last boundary."""
+    """Seconds of cost in the intervals that have ended."""
+    blocked_now_s: float = 0.0
+    """Seconds that the save has blocked the loop since the last boundary."""
     blocked_s: float = 0.0
-    """The loop stood still for it for so long in all."""
+    """Seconds that the save has blocked the loop in all."""
     durable_s: float = 0.0
-    """From the call to the commit."""
+    """Seconds from the call to the commit; 0 for a save that failed."""
     is_lower_bound: bool = False
-    """Quiet steps were not known in one of the intervals: only standing still was counted there."""
+    """Whether only blocking time was counted in an interval, for lack of a baseline."""
 
     @property
     def tax_s(self) -> float:
-        """Seconds; less than nothing by noise."""
-        return self.ended_s + self.standing_s
+        """The cost in seconds. Noise can make it negative."""
+        return self.ended_s + self.blocked_now_s
 
 
 class OverheadMeter:
-    """Sums up the tax of saves, one after the other. Pure: has no clock, is told every duration."""
+    """Sums up the cost of saves, one after the other. Has no clock: its methods take durations."""
 
     def __init__(self) -> None:
-        self._quiet: deque[float] = deque(maxlen=QUIET_WINDOW)
+        self._baseline: deque[float] = deque(maxlen=BASELINE_WINDOW)
         self._saves: deque[SaveCost] = deque(maxlen=SAVES_WINDOW)
         self._intervals = 0
         self._ended_s = 0.0
-        self._left_out_s = 0.0
+        self._excluded_now_s = 0.0
         self._save: SaveCost | None = None
         self.is_pending = self._during_save = False
-        """``is_pending``: a save's outcome is not known to all yet."""
+        """``is_pending``: whether the outcome of a save is still unknown to some rank."""
         self.tried = False
-        """Whether a save began since quiet steps are known."""
+        """Whether a save has begun since there is a baseline."""
         self.waited_s = self.excluded_s = 0.0
-        """How long the loop has stood still for saves, and what was left out, in all."""
+        """Seconds that saves have blocked the loop, and seconds that were excluded, in all."""
 
     def save_begins(self) -> None:
-        """In the interval that goes on."""
-        self._fold_standing()
+        """Record that a save begins in the present interval."""
+        self._close_account()
         self._save = SaveCost()
         self.is_pending = self._during_save = True
         self.tried |= self.baseline_step_s is not None
 
     def add_blocking_time(self, seconds: float) -> None:
-        """The loop waited for the newest save, in the interval that goes on."""
+        """Add seconds that the loop waited for the newest save, in the present interval."""
         self.waited_s += seconds
         if self._save is not None:
             self._during_save = True
-            self._save.standing_s += seconds
+            self._save.blocked_now_s += seconds
             self._save.blocked_s += seconds
 
     def exclude_time(self, seconds: float) -> None:
-        """So much of the interval that goes on was no step: a validation, say."""
+        """Exclude seconds of the present interval that were not spent in steps, such as a validation."""
         self.excluded_s += seconds
-        self._left_out_s += seconds
+        self._excluded_now_s += seconds
 
     def step_end(self, steps: int, seconds: float) -> None:
-        """An interval of ``steps`` steps has ended that took ``seconds``."""
+        """End the present interval, which had ``steps`` steps and took ``seconds``."""
         self._intervals += steps > 0
-        seconds -= self._left_out_s
+        seconds -= self._excluded_now_s
         if self._during_save and self._save is not None:
             step_s = self.baseline_step_s
-            standing_s, self._save.standing_s = self._save.standing_s, 0.0
+            blocked_now_s, self._save.blocked_now_s = self._save.blocked_now_s, 0.0
             self._save.is_lower_bound |= step_s is None
-            cost_s = standing_s if step_s is None else seconds - steps * step_s
+            cost_s = blocked_now_s if step_s is None else seconds - steps * step_s
             self._save.ended_s += cost_s
             self._ended_s += cost_s
         elif steps > 0 and self._intervals > WARM_UP_INTERVALS:
-            self._quiet.append(seconds / steps)
-        self._left_out_s = 0.0
+            self._baseline.append(seconds / steps)
+        self._excluded_now_s = 0.0
         self._during_save = self.is_pending
 
     def save_ended(self, *, durable_s: float, at_boundary: bool) -> SaveCost:
-        """All know the outcome of the pending save. ``durable_s`` is 0 for one that failed.
+        """Record that all ranks know the outcome of the pending save. ``durable_s``: 0 if it failed.
 
-        A save that ends inside an interval goes on to be charged with it: the returned object changes.
+        A save that ends inside an interval is charged with the whole interval, so the returned object still
+        changes.
         """
         assert self._save is not None
         self.is_pending = False
@@ -123,33 +124,33 @@ class OverheadMeter:
 
     @property
     def baseline_step_s(self) -> float | None:
-        """Median of recent quiet steps; None while too few are known."""
-        return statistics.median(self._quiet) if len(self._quiet) >= BASELINE_INTERVALS else None
+        """Median seconds of recent baseline steps; None while there are too few."""
+        return statistics.median(self._baseline) if len(self._baseline) >= BASELINE_INTERVALS else None
 
     @property
-    def known(self) -> list[SaveCost]:
-        """The newest committed saves whose tax is more than a lower bound, oldest first."""
+    def measured(self) -> list[SaveCost]:
+        """The newest committed saves whose cost is not only a lower bound, oldest first."""
         return [save for save in self._saves if not save.is_lower_bound]
 
     @property
     def sum_s(self) -> float:
-        """The tax of all saves so far, in seconds."""
-        return self._ended_s + (self._save.standing_s if self._save is not None else 0.0)
+        """The cost of all saves so far, in seconds."""
+        return self._ended_s + (self._save.blocked_now_s if self._save is not None else 0.0)
 
-    def _fold_standing(self) -> None:
-        """A second save begins in one interval, which can be charged to one of them only: the second."""
-        if self._save is not None and self._save.standing_s:
-            self._ended_s += self._save.standing_s
-            self._left_out_s += self._save.standing_s
-            self._save.ended_s += self._save.standing_s
-            self._save.standing_s = 0.0
+    def _close_account(self) -> None:
+        """Close the account of a save when another begins in the same interval and is charged with it."""
+        if self._save is not None and self._save.blocked_now_s:
+            self._ended_s += self._save.blocked_now_s
+            self._excluded_now_s += self._save.blocked_now_s
+            self._save.ended_s += self._save.blocked_now_s
+            self._save.blocked_now_s = 0.0
 
 
 def cost_s(saves: list[SaveCost]) -> float | None:
-    """What a save costs the loop: the tax, at least the time of standing still; None without any.
+    """Return the mean cost of ``saves``, at least their mean blocking time; None without saves.
 
-    A mean, because a bound on the share of all time is about means. No save counts for more than ``SPIKE``
-    times the median: a file system that fails over for an hour says nothing of what the next save costs.
+    A mean, because the limit on the share of time is about means. No save counts for more than ``SPIKE``
+    times the median: a file system that was down for an hour does not predict the cost of the next save.
     """
     if not saves:
         return None
@@ -164,35 +165,35 @@ def _clipped_mean(values: list[float]) -> float:
 
 
 class StepTimer:
-    """A ``OverheadMeter`` and this process's clock; the first rank's is the one that counts."""
+    """An ``OverheadMeter`` with this process's clock. Decisions use the first rank's."""
 
     def __init__(self) -> None:
         self.restart(None)
 
     def restart(self, step: int | None) -> None:
-        """The loop begins now, behind ``step``."""
+        """Record that the loop begins now, after ``step``."""
         self.meter = OverheadMeter()
         self._step = step
         self._started = self._boundary = self._saved = self._saved_before = time.perf_counter()
         self._skipped: float | None = None
 
     def step_end(self, step: int) -> None:
-        """The loop is behind ``step``, and all ranks have agreed on what follows."""
+        """Record that ``step`` has ended and all ranks have agreed on what follows."""
         now = time.perf_counter()
         self.meter.step_end(step - (step if self._step is None else self._step), now - self._boundary)
         self._step, self._boundary = step, now
 
     def save_begins(self) -> None:
-        """Now."""
+        """Record that a save begins now."""
         self._saved_before, self._saved = self._saved, time.perf_counter()
         self.meter.save_begins()
 
     def skipped(self) -> None:
-        """A save was left out."""
+        """Record that a save was skipped."""
         self._skipped = time.perf_counter()
 
     def save_was_skipped(self) -> None:
-        """The save that began was left out after all: the one before is still the last."""
+        """Record that the save that began was skipped: the one before is still the last."""
         self._saved = self._saved_before
         self.skipped()
 
@@ -208,10 +209,10 @@ class StepTimer:
 
     @property
     def since_skip_s(self) -> float:
-        """Seconds since a save was left out; infinite when none was."""
+        """Seconds since a save was skipped; infinite if none was."""
         return float("inf") if self._skipped is None else time.perf_counter() - self._skipped
 
     @property
     def overhead_pct(self) -> float:
-        """The tax of all saves in percent of the time since the loop began; never below 0."""
+        """The cost of all saves in percent of the time since the loop began, at least 0."""
         return 100 * max(0.0, self.meter.sum_s) / max(self.elapsed_s, 1e-9)

@@ -1,4 +1,4 @@
-"""When to save: small policies, each a pure function of the step and, for one of them, of the clock."""
+"""Decide when to save: small policies, each a pure function of a ``Moment``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from kempnerforge.config.schema import CheckpointConfig
 
 @dataclass(frozen=True)
 class Moment:
-    """All that a policy may look at."""
+    """All input of a policy."""
 
     step: int
     """Optimizer steps done."""
     seconds_since_last_save: float = 0.0
-    """By one clock for all ranks: rank 0's. Since the start of the attempt, if it has saved nothing yet."""
+    """By the clock of rank 0. Since the start of the attempt, if it has not saved yet."""
     bound_s: float = 0.0
-    """Seconds that must lie between the last save and one that an interval makes due."""
+    """Least seconds between the last save and one that an interval makes due."""
     auto_s: float = math.inf
-    """Seconds between saves as ``pace`` works them out."""
+    """Seconds between saves under "auto". See ``auto_interval``."""
     requested: bool = False
-    """Whether a user asked for a save: by a file, or by a signal."""
+    """Whether a user requested a save by a file or a signal."""
 
 
 class Policy(Protocol):
@@ -30,33 +30,33 @@ class Policy(Protocol):
 
     @property
     def reason(self) -> str:
-        """What the manifest of such a save says."""
+        """The reason that the manifest of the save records."""
         ...
 
     def due(self, moment: Moment) -> bool:
-        """Whether to save after ``moment.step``."""
+        """Return whether to save after ``moment.step``."""
         ...
 
 
 @dataclass(frozen=True)
 class OnRequest:
-    """A user asked for it."""
+    """A user requested the save."""
 
     reason: str = "asked"
 
     def due(self, moment: Moment) -> bool:
-        """True while the request stands."""
+        """Return True while there is a request."""
         return moment.requested
 
 
 @dataclass(frozen=True)
 class FirstStep:
-    """The weights that training starts from."""
+    """The initial weights."""
 
     reason: str = "first"
 
     def due(self, moment: Moment) -> bool:
-        """True before the first step."""
+        """Return True before the first step."""
         return moment.step == 0
 
 
@@ -68,7 +68,7 @@ class ListedSteps:
     reason: str = "listed"
 
     def due(self, moment: Moment) -> bool:
-        """True at a listed step."""
+        """Return True at a listed step."""
         return moment.step in self.steps
 
 
@@ -81,56 +81,56 @@ class PowersOfTwo:
     reason: str = "dynamics"
 
     def due(self, moment: Moment) -> bool:
-        """True at a power of two in the window."""
+        """Return True at a power of two in the window."""
         step = moment.step
         return self.start <= step <= self.stop and step & (step - 1) == 0
 
 
 @dataclass(frozen=True)
 class EverySteps:
-    """Multiples of ``interval``; under a bound, those that are late enough."""
+    """Multiples of ``interval``, but no earlier than ``bound_s`` after the last save."""
 
     interval: int
     reason: str = "interval"
 
     def due(self, moment: Moment) -> bool:
-        """True at a multiple; step 0 is ``FirstStep``'s."""
+        """Return True at a multiple, except for step 0, which is for ``FirstStep``."""
         late_enough = moment.seconds_since_last_save >= moment.bound_s
         return moment.step > 0 and moment.step % self.interval == 0 and late_enough
 
 
 @dataclass(frozen=True)
 class EveryMinutes:
-    """A bound on the work that can be lost, in time."""
+    """A limit on the work that can be lost, in minutes."""
 
     minutes: float
     reason: str = "minutes"
 
     def due(self, moment: Moment) -> bool:
-        """True once the last save is ``minutes`` ago; a step must have been done since the start."""
+        """Return True when the last save is ``minutes`` ago and a step has been done."""
         return moment.step > 0 and moment.seconds_since_last_save >= max(60 * self.minutes, moment.bound_s)
 
 
 @dataclass(frozen=True)
 class Auto:
-    """A spacing that is worked out while training: see ``pace``."""
+    """An interval that is computed during training. See ``auto_interval``."""
 
     reason: str = "auto"
 
     def due(self, moment: Moment) -> bool:
-        """True once the last save is as long ago as ``pace`` wants; a step must have been done."""
+        """Return True when the last save is ``auto_s`` seconds ago and a step has been done."""
         return moment.step > 0 and moment.seconds_since_last_save >= moment.auto_s
 
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """All reasons to save, the more particular first: the first one that holds is the reason given."""
+    """All policies of a config, the more specific ones first. The first one that is due gives the reason."""
 
     policies: tuple[Policy, ...]
 
     @classmethod
     def from_config(cls, config: CheckpointConfig) -> SavePolicy:
-        """What ``config`` asks for. The last step is no policy's: whoever ends the loop knows it."""
+        """Return the policies of ``config``. None is for the last step, which the end of the loop saves."""
         policies: list[Policy] = [OnRequest()]
         if config.save_first:
             policies.append(FirstStep())
@@ -148,7 +148,7 @@ class SavePolicy:
 
     @property
     def plans_saves(self) -> bool:
-        """Whether any save is planned; one may always be asked for."""
+        """Whether any save is planned. A user can request one in any case."""
         return any(not isinstance(policy, OnRequest) for policy in self.policies)
 
     def due(
@@ -160,11 +160,11 @@ class SavePolicy:
         bound_s: float = 0.0,
         auto_s: float = math.inf,
     ) -> str | None:
-        """Why to save after ``step``: ``asked``, ``first``, ``listed``, ``dynamics``, ``auto``, ``interval``
-        or ``minutes``; None when no save is due.
+        """Return why to save after ``step``: ``asked``, ``first``, ``listed``, ``dynamics``, ``auto``,
+        ``interval`` or ``minutes``. None if no save is due.
 
-        Pure: the same arguments give the same answer on every rank. A save that is put off stays the caller's
-        to remember.
+        A pure function: the same arguments give the same answer on every rank. The caller remembers a save
+        that it defers.
         """
         moment = Moment(step, seconds_since_last_save, bound_s, auto_s, requested)
         return next((policy.reason for policy in self.policies if policy.due(moment)), None)

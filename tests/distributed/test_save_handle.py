@@ -1,0 +1,97 @@
+"""What ``begin_save`` returns: the handle of one save, and the request that it is begun with."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kempnerforge import AsyncCheckpointer, AsyncCheckpointMode, CheckpointManager
+from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.format.manifest import Provenance
+from kempnerforge.checkpoint.save.pipeline import RetryPolicy, SaveRequest
+from kempnerforge.checkpoint.save.writer_client import Writer
+from kempnerforge.errors import SaveFailedError
+
+pytestmark = pytest.mark.smoke
+
+STATE = {"w": torch.arange(1000.0)}
+MODES = [mode.value for mode in AsyncCheckpointMode]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_save_handle_is_done_after_the_commit(tmp_path: Path, mode: str) -> None:
+    may_commit = threading.Event()
+    with AsyncCheckpointer(mode) as checkpointer:
+        handle = checkpointer.begin_save(STATE, tmp_path / "c", before_commit=may_commit.wait)
+        handle.wait_until_staged()
+        assert not handle.done()
+        assert checkpointer.is_pending
+        assert not (tmp_path / "c").exists()
+        may_commit.set()
+        assert handle.result().size_bytes > 4000
+        assert handle.done()
+        assert not checkpointer.is_pending
+        assert (tmp_path / "c" / paths.MANIFEST).exists()
+        assert checkpointer.wait() is None, "the outcome has been read"
+        checkpointer.save(STATE, tmp_path / "d")
+        assert handle.result() == handle.result(), "also after the next save"
+
+
+def test_save_handle_failure_is_raised_by_result_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with AsyncCheckpointer("async", patience=RetryPolicy(write_tries=1)) as checkpointer:
+        with monkeypatch.context() as patch:
+            patch.setattr(Writer, "write", fail)
+            handle = checkpointer.begin_save(STATE, tmp_path / "c")
+            for _ in range(2):
+                with pytest.raises(SaveFailedError, match=r"c was not saved: rank 0: .*No space left"):
+                    handle.result()
+        assert checkpointer.begin_save(STATE, tmp_path / "d").result().error == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert capsys.readouterr().err == ""
+
+
+def test_save_handle_keeps_no_buffers_after_its_result(tmp_path: Path) -> None:
+    def buffers() -> int:
+        gc.collect()
+        return Path("/proc/self/maps").read_text().count("memfd:kempnerforge-shard")
+
+    before = buffers()
+    with AsyncCheckpointer("async") as checkpointer:
+        handle = checkpointer.begin_save(STATE, tmp_path / "c")
+        assert buffers() > before
+        handle.result()
+    assert buffers() == before
+    assert handle.done()
+
+
+def test_save_request_and_its_fields_reach_the_manifest(tmp_path: Path) -> None:
+    request = SaveRequest(provenance=Provenance(run_id="r", attempt=2), config_toml="a = 1\n")
+    with AsyncCheckpointer() as checkpointer:
+        checkpointer.begin_save(STATE, tmp_path / "c", request=request).result()
+        checkpointer.begin_save(STATE, tmp_path / "d", request=request, config_toml="a = 2\n").result()
+        with pytest.raises(TypeError, match="before_commits"):
+            checkpointer.begin_save(STATE, tmp_path / "e", before_commits=lambda: None)
+    for name, config_toml in (("c", "a = 1\n"), ("d", "a = 2\n")):
+        assert manifest.read(tmp_path / name).provenance.run_id == "r"
+        assert (tmp_path / name / paths.CONFIG).read_text() == config_toml
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("name", "former"),
+    [("collect_votes", "vote"), ("apply_votes", "decide"), ("status_message", "news")],
+)
+def test_manager_former_method_names_still_work(name: str, former: str) -> None:
+    assert getattr(CheckpointManager, former) is getattr(CheckpointManager, name)
