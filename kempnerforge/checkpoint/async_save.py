@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.save import pipeline
 from kempnerforge.checkpoint.save.handle import SaveHandle, SaveHistory
@@ -224,10 +225,13 @@ class AsyncCheckpointer:
         such as that the folder exists, fails the save on all ranks.
         """
         request = replace(request or SaveRequest(), **fields)
+        if request.provenance is None:
+            request = replace(request, provenance=Provenance())
         self.wait()
         started = time.perf_counter()
         control = self._join_group(process_group)
         final = paths.local_path(checkpoint_id)
+        temporary = final.with_name(paths.temporary_name(final.name, request.provenance.attempt))
         self.last_save = None
         payload = self._plan_save(control, state_dict)
         buffers = self._plan.buffers
@@ -239,7 +243,7 @@ class AsyncCheckpointer:
             rank=control.rank,
             num_ranks=control.num_ranks,
             final=final,
-            temporary=final.with_name(paths.temporary_name(final.name, request.provenance.attempt)),
+            temporary=temporary,
             request=request,
             objects=objects,
             staging=self._stage(buffers, payload.tensors),

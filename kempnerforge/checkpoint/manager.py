@@ -6,7 +6,6 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -99,7 +98,7 @@ class CheckpointManager:
         self._own: OwnRun | None = None
         if context is None and lease is None:
             # No reference to this manager: a program that drops it must free it.
-            join = partial(_end_writes, self._checkpointer, self._housekeeping)
+            join = (self._checkpointer.join, self._housekeeping.close)
             self._own = OwnRun(self.run_dir, config, self._control, began_at=state.step, join=join)
             self._saves.on_report = self._record
         self._intervals = SaveIntervalController(
@@ -139,6 +138,8 @@ class CheckpointManager:
         self._begin_record()
         self._control.run_on_rank0(self._take_folder)
         self._saves.wait_for_result(state.step)  # a loop may call resume again
+        if self._own is not None:
+            self._own.flush()  # the restore reads the ledger
         restorer = Restorer(
             self.config,
             folder=self.folder,
@@ -493,8 +494,3 @@ class CheckpointManager:
             self._own.end(error)
         if self._lease is not None:
             self._lease.release()
-
-
-def _end_writes(checkpointer: AsyncCheckpointer, housekeeping: Housekeeping) -> None:
-    checkpointer.join()
-    housekeeping.close()

@@ -95,3 +95,28 @@ def test_save_request_and_its_fields_reach_the_manifest(tmp_path: Path) -> None:
 )
 def test_manager_former_method_names_still_work(name: str, former: str) -> None:
     assert getattr(CheckpointManager, former) is getattr(CheckpointManager, name)
+
+
+def test_save_handle_of_closed_checkpointer_has_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Writer, "write", fail)
+    checkpointer = AsyncCheckpointer("async", patience=RetryPolicy(write_tries=1))
+    handle = checkpointer.begin_save(STATE, tmp_path / "c")
+    checkpointer.close()
+    assert "c was not saved: rank 0" in capsys.readouterr().err
+    with pytest.raises(SaveFailedError, match="c was not saved"):
+        handle.result()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(handle), "peek", lambda _: None)  # as where the first rank posted nothing
+        with pytest.raises(SaveFailedError, match="closed before the outcome was known"):
+            handle.result()
+
+
+def test_save_without_provenance_has_the_default(tmp_path: Path) -> None:
+    with AsyncCheckpointer("disabled") as checkpointer:
+        checkpointer.save(STATE, tmp_path / "c", provenance=None)
+    assert manifest.load(tmp_path / "c").provenance.attempt == Provenance().attempt

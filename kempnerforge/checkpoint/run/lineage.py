@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,15 @@ from typing import Any
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format import manifest, paths
+from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.run import metadata
 from kempnerforge.checkpoint.run.metadata import Restored
 from kempnerforge.checkpoint.run.resume_report import last_logged_step, read_receipts
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
 from kempnerforge.goodput.event_log import Event
 from kempnerforge.goodput.history import derive, last_step_done
+
+_SECOND_LOOK_AFTER_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,7 @@ def _read_members(
     members = _Members()
     for step in steps:
         try:
-            provenance = manifest.read(folder / paths.step_name(step)).provenance
+            provenance = _read_twice(folder / paths.step_name(step)).provenance
         except (DamagedCheckpointError, MismatchError):
             continue
         except OSError as error:
@@ -251,6 +255,18 @@ def _read_members(
             members.committed[step] = 0
         members.unnamed |= not provenance.run_id
     return members
+
+
+def _read_twice(step_folder: Path) -> Manifest:
+    """Read a manifest; damage counts only if a second look finds it too.
+
+    A network file system may miss a file for a moment, and a late step must be recognized as one.
+    """
+    try:
+        return manifest.read(step_folder)
+    except DamagedCheckpointError:
+        time.sleep(_SECOND_LOOK_AFTER_S)
+        return manifest.read(step_folder)
 
 
 def set_aside(folder: Path, step: int, name: Callable[[int, int], str]) -> Path:

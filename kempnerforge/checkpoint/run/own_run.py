@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -51,13 +51,16 @@ _processes_begun: set[int] = set()
 """Ids of processes that have started an attempt. The time before the first one counts as its setup."""
 
 
+Join = Sequence[Callable[[], None]]
+
+
 class _Attempt:
     """The lease and the ledger of an open attempt, on the first rank. ``end`` releases them, once."""
 
-    def __init__(self, key: str, lease: Lease, ledger: AttemptLog, join: Callable[[], None]) -> None:
+    def __init__(self, key: str, lease: Lease, ledger: AttemptLog, join: Join) -> None:
         self._key = key
         self.join = join
-        """Waits for a pending save."""
+        """Functions that wait for a pending save and what follows it."""
         self.lease = lease
         self.ledger = ledger
         self.step: int | None = None
@@ -101,8 +104,8 @@ def _end_all() -> None:
 class OwnRun:
     """Keeps the record of one attempt. Only the first rank holds the lease and writes the ledger.
 
-    ``began_at``: the step at which a loop without a resume starts. ``join`` waits for a pending
-    save.
+    ``began_at``: the step at which a loop without a resume starts. ``join``:
+    functions that wait for a pending save and what follows it. They must not refer to the manager.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class OwnRun:
         control: ControlGroup,
         *,
         began_at: int,
-        join: Callable[[], None],
+        join: Join,
     ) -> None:
         self._join = join
         self._run_dir = run_dir
@@ -151,7 +154,8 @@ class OwnRun:
         key = os.path.realpath(self._run_dir)
         older = _attempts.get(key)  # always None except on the first rank
         if older is not None and older.pid == os.getpid():
-            older.join()
+            for wait in older.join:
+                wait()
             older.lease.lost = "another CheckpointManager of this process has taken the run over"
             older.end(status=EXIT_STOPPED, reason=older.lease.lost)
         started = time.time() if os.getpid() in _processes_begun else attempt_started()
@@ -187,6 +191,11 @@ class OwnRun:
             versions=versions(device or torch.device("cpu")),
             config_toml=config_toml,
         )
+
+    def flush(self) -> None:
+        """Wait until the ledger is written. Do not call this in the loop."""
+        if self._attempt is not None:
+            self._attempt.ledger.flush()
 
     def resumed(self, receipt: Receipt, *, step: int, skipped: int) -> None:
         """Log and record that the attempt starts after ``step``.

@@ -63,6 +63,7 @@ class SaveHistory:
 class SaveHandle:
     """One save, on this rank. Returned by ``AsyncCheckpointer.begin_save``; no method is collective.
 
+    Call its methods on one thread, which need not be the one that saves: they take no lock.
     Holds the save's buffers until ``result`` has returned or raised.
     """
 
@@ -109,6 +110,8 @@ class SaveHandle:
         Raises SaveFailedError if it failed, with the rank and the cause.
         """
         self.join()
+        if self._save is None and not self.done():
+            raise SaveFailedError(f"{self.name}: the checkpointer was closed before the outcome was known")
         deadline, pause_s = time.monotonic() + self._timeout_s + OUTCOME_MARGIN_S, 0.001
         while (result := self.peek()) is None:
             if time.monotonic() > deadline:
