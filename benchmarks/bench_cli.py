@@ -68,7 +68,7 @@ def main() -> None:
             "ckpt ls": [*kempnerforge, "ckpt", "ls", str(folder / "run")],
         }
         listed = subprocess.run(processes["ckpt ls"], check=True, capture_output=True, text=True).stdout
-        if listed.count("looks sound") != arguments.steps:
+        if listed.count("ok (unverified)") != arguments.steps:
             sys.exit(f"ckpt ls did not find {arguments.steps} sound steps:\n{listed}")
         found = pairs.alternate(
             {name: partial(measure, process) for name, process in processes.items()}, arguments.pairs
