@@ -47,9 +47,10 @@ class AsyncCheckpointer:
     overlap the copy with compute as well, use ``async_pinned`` with ``begin_save`` and ``wait_for_staging``.
     That mode copies on a side stream, or, without CUDA, on a thread.
 
-    The first save makes the host buffers: one image of each file that this rank writes. They are pinned if
-    the tensors are on a CUDA device. The tensors of one process must be on one device. Later saves reuse the
-    buffers. A writer process writes from them. A save first waits for the one before it.
+    The first save allocates the host buffers, one for the bytes of each file that this rank writes. They
+    are pinned if the tensors are on a CUDA device. The tensors of one process must be on one device. Later
+    saves reuse the buffers. A separate process writes the files from them. A save first waits for the one
+    before it.
 
     As a context manager, it finishes a pending save at the end, raises SaveFailedError if that failed, and
     closes. If an exception ends the ``with``, or the interpreter exits without ``close``, it finishes the
@@ -59,7 +60,7 @@ class AsyncCheckpointer:
         mode: the member or its value, such as ``"async"``. Raises ValueError for anything else.
         patience: how often a write is tried, and how long ranks wait for each other.
         stall_timeout_s: replace the writer, and repeat its write, after this many seconds without progress.
-        max_host_memory_gb: refuse host buffers that take more than this on a machine. None: more than is
+        max_host_memory_gb: the most memory that host buffers may take on one machine. None: as much as is
             free there.
     """
 
@@ -188,7 +189,7 @@ class AsyncCheckpointer:
         """Id of the writer process, while there is one."""
         return self._writer.pid
 
-    @torch.inference_mode(False)  # buffers outlive the mode that this is called in
+    @torch.inference_mode(False)  # the buffers outlive an inference mode of the caller
     def prepare(
         self,
         state_dict: StateDict,
@@ -211,7 +212,7 @@ class AsyncCheckpointer:
         request: SaveRequest | None = None,
         **fields: Any,
     ) -> SaveHandle:
-        """Begin to save. Call ``wait_until_staged`` of the handle before the next change of a tensor.
+        """Begin a save. Call ``wait_until_staged`` of the handle before any tensor is modified.
 
         Collective: all ranks of ``process_group``, which must be the same at every save.
         Blocks: for the save before this one; for the copy, unless the mode is ``async_pinned``.
@@ -300,7 +301,7 @@ class AsyncCheckpointer:
         self._plan.release()
 
     def _join_group(self, process_group: dist.ProcessGroup | None) -> ControlGroup:
-        """Return the group that agrees on saves. The first call makes it and its channel. Collective."""
+        """Return the group that agrees on saves. The first call creates it and its channel. Collective."""
         if self._control is not None and process_group is not self._process_group:
             raise ValueError("process_group must be the same at every save: use another AsyncCheckpointer")
         if self._control is None:
@@ -309,7 +310,7 @@ class AsyncCheckpointer:
             if group is None and dist.is_initialized():
                 group = _gloo_group(None)
             elif group is not None and torch.device("cpu") not in group._device_types:
-                group = _gloo_group(group)  # NCCL reduces nothing on the host
+                group = _gloo_group(group)  # NCCL cannot reduce host tensors
             control = ControlGroup(group)
             if group is not None:
                 prefix = control.run_on_rank0(lambda: secrets.token_hex(8), brief=True)
@@ -334,7 +335,7 @@ def _payload(state: StateDict) -> Payload:
 
 
 def _gloo_group(of: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """Return a new gloo group of the ranks of ``of`` with its time-out; of all ranks if that is None.
+    """Return a new gloo group with the ranks and the time-out of ``of``. None: all ranks.
 
     Only the ranks of the group call this.
     """

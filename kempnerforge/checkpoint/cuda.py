@@ -1,6 +1,7 @@
-"""The use of CUDA by saves, except for the copies: the device, the threads, and pinned memory.
+"""CUDA functions for saves and loads: devices, threads and pinned memory. ``save.staging`` copies.
 
-Without a tensor on a CUDA device nothing here initializes CUDA: a context takes about 0.5 GB of a device.
+Without a tensor on a CUDA device nothing here initializes CUDA, whose context takes about 0.5 GB of device
+memory.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def pin(memory: torch.Tensor, device: torch.device) -> str:
         if int(status) == 0:
             return ""
         with contextlib.suppress(RuntimeError):
-            # The runtime keeps the error of the failed call, and the check of the next kernel launch, by
-            # whatever code, would raise it. This launch clears it.
+            # CUDA keeps the error of the failed call, and the next kernel launch of any code would raise it.
+            # This launch clears it.
             torch.zeros(1, device=device)
     size_gb, why = memory.numel() / 1e9, cudart.cudaGetErrorString(status)
     return f"cudaHostRegister of {size_gb:.2f} GB failed with status {int(status)}: {why}"

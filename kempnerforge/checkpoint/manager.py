@@ -1,4 +1,4 @@
-"""``CheckpointManager``: saves, prunes and resumes the checkpoints of a training loop."""
+"""``CheckpointManager``: saves and prunes the checkpoints of a training loop, and resumes from them."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ REQUEST = "checkpoint.request"
 
 
 class CheckpointManager:
-    """Saves, prunes and resumes the checkpoints of one run.
+    """Saves and prunes the checkpoints of one run, and resumes from them.
 
-    Checkpoints are written to ``config.dir``, by default ``run_dir/checkpoints``, and receipts to
-    ``run_dir``. ``control_group`` is a gloo group that nothing else uses. Use None for one process.
-    ``lease`` proves, on the first rank and before every commit, that no other process writes the run.
-    ``requests`` watches for request files in ``run_dir``.
+    Checkpoints are written to ``config.dir``, by default ``run_dir/checkpoints``. Receipts, which record
+    what each resume restored, are written to ``run_dir``. ``control_group`` is a gloo group that nothing
+    else uses. Use None for one process. The first rank checks ``lease`` before every commit: no other
+    process may write to the run. ``requests`` watches for request files in ``run_dir``.
 
-    Without ``context`` and ``lease`` the manager keeps the record of the run itself: lease, ``run.json`` and
-    ledger. It begins the record at the first collective call. Its first rank then logs to
-    ``kempnerforge.checkpoint.manager`` at INFO and WARNING. It raises LeaseHeldError when another live
-    process writes the run. With a ``context`` the caller keeps the record.
+    Without ``context`` and ``lease`` the manager itself keeps the record of the run: the lease, ``run.json``
+    and the ledger. The first collective call begins the record. It raises LeaseHeldError if another live
+    process writes to the run. The first rank then logs to ``kempnerforge.checkpoint.manager`` at INFO and
+    WARNING. If either is given, the caller keeps the record.
 
     As a context manager, it finishes a pending save at the end, raises SaveFailedError if that failed, and
     closes. If an exception ends the ``with``, it finishes the save too, and prints a failure to standard
@@ -75,7 +75,7 @@ class CheckpointManager:
         self.context = context or RunContext()
         self.run_dir, self.folder = manager_arguments.folders(config, run_dir, context)
         self._owner: Owner | None = None
-        """The owner of the checkpoint folder. On the first rank, once ``_take_folder`` has run."""
+        """The owner of the checkpoint folder. ``_take_folder`` sets it on the first rank."""
         self._has_resumed = False
         self._control = ControlGroup(control_group)
         timeout_s = None if config.save_timeout_s == "auto" else config.save_timeout_s
@@ -86,7 +86,7 @@ class CheckpointManager:
         )
         self._lease = lease
         self._housekeeping = Housekeeping(self.folder, config, run_dir=self.run_dir)
-        """On the first rank only."""
+        """Has work on the first rank only."""
         self._policy = SavePolicy.from_config(config)
         self._metrics: dict[str, float] = {}
         self._metrics_step = -1
@@ -98,7 +98,7 @@ class CheckpointManager:
         self._warnings: list[str] = []
         self._own: OwnRun | None = None
         if context is None and lease is None:
-            # No reference to this manager: a program that drops it must free it.
+            # ``join`` has no reference to this manager, so that a manager that the program drops is freed.
             join = partial(_end_writes, self._checkpointer, self._housekeeping)
             self._own = OwnRun(self.run_dir, config, self._control, began_at=state.step, join=join)
             self._saves.on_report = self._record
@@ -189,7 +189,7 @@ class CheckpointManager:
         """Plan the saves, check memory, make the host buffers, check disk space. Return a warning or ''."""
         try:
             self._checkpointer.prepare(lambda: self._capture(state), self._control.group)
-        except HostMemoryError as error:  # before training: the config must change
+        except HostMemoryError as error:  # training has not begun: the user must change the config
             raise ConfigError([error.fault]) from None
         return self._control.run_on_rank0(self._check_disk_space)
 
@@ -370,7 +370,7 @@ class CheckpointManager:
         return True
 
     def lease_warning(self) -> str:
-        """Return why the lease cannot be renewed at present; empty if it can, and on other ranks."""
+        """Return why the lease cannot be renewed at present. Empty if it can be, and on all other ranks."""
         return self._lease.failing if self._lease is not None else ""
 
     def events(self) -> list[SaveEvent]:
@@ -378,7 +378,7 @@ class CheckpointManager:
         return self._saves.events() + self._housekeeping.events()
 
     def warnings(self) -> list[str]:
-        """Return what failed after commits since the last call, on the first rank: link, retention."""
+        """Return failures after commits since the last call: the ``latest`` link, retention. First rank."""
         self._take_warnings()
         warnings, self._warnings = self._warnings, []
         return warnings
@@ -421,7 +421,8 @@ class CheckpointManager:
     def poll(self) -> list[SaveReport]:
         """Return reports of saves whose outcome all ranks know, since the last call. Never blocks.
 
-        What failed after commits is in ``warnings`` of the last report, or returned by ``warnings()``.
+        Failures after commits are in ``warnings`` of the last report. If there is no report, ``warnings()``
+        returns them.
         """
         reports = self._intervals.with_interval(self._saves.reports())
         self._take_warnings()
@@ -432,7 +433,7 @@ class CheckpointManager:
         return reports
 
     def status_message(self) -> str:
-        """Return a message if the interval between saves has changed since the last call. First rank."""
+        """Return a message if the save interval has changed since the last call. First rank only."""
         if self._own is None:
             return self._intervals.status_message()
         message, self._own.news = self._own.news, ""
@@ -442,7 +443,7 @@ class CheckpointManager:
     """Deprecated: the former name of ``status_message``."""
 
     def exclude_time(self, seconds: float) -> None:
-        """Exclude seconds of other work between steps, such as validation, from the cost of saves."""
+        """Exclude ``seconds`` of work between steps, such as validation, from the measured cost of saves."""
         self._saves.clock.meter.exclude_time(seconds)
 
     leave_out = exclude_time
@@ -472,7 +473,7 @@ class CheckpointManager:
         self._saves.wait()
 
     def end_housekeeping(self) -> None:
-        """Stop the work that follows commits. The next start does what is left. Not collective."""
+        """Stop the work that follows commits. The next start of the run does the rest. Not collective."""
         self._saves.wait()
         self._housekeeping.close()
         self._take_warnings()
@@ -483,7 +484,7 @@ class CheckpointManager:
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
-        """Close. ``error``: what ended the loop, if anything did."""
+        """Close. ``error``: the exception that ended the loop, if any."""
         self.end_housekeeping()
         self._saves.close()
         if self._requests is not None:

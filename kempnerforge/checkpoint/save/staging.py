@@ -1,4 +1,4 @@
-"""Copy the tensors of exactly one step into the host buffers, in the way of each ``async_mode``."""
+"""Copy the tensors of one step into the host buffers: blocking, on a thread, or on a CUDA stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUP_BYTES = 64 << 20
 
 
 class Staging(Protocol):
-    """One copy of pairs, in their order. The writer writes what is copied while the copy goes on."""
+    """A copy of pairs, in their order. The writer writes the copied part while the rest is being copied."""
 
     def start(self) -> None:
         """Begin. ``finish`` raises an error of the copy. An interrupt (Ctrl-C) is raised here too."""
@@ -53,7 +53,7 @@ class Staging(Protocol):
 
 
 class Versions:
-    """Detects tensors that are modified in place while they are copied. The snapshot would mix two steps.
+    """Detects tensors that are modified in place during the copy, which would then mix two steps.
 
     Uses the version counter that autograd keeps for each tensor. It misses writes through ``.data`` and
     kernels that do not increment the counter, such as fused optimizers.
@@ -262,7 +262,7 @@ class StreamCopy:
         self._pairs = ()  # the side stream no longer reads the sources
 
     def wait_until_idle(self) -> None:
-        """Wait for all queued copies. The last part of a copy that failed has no event."""
+        """Wait for all queued copies. A copy that failed may have queued some without an event."""
         self._queued.wait()
         if self._stream is not None:
             cuda.finish_stream(self._stream, self._device)
