@@ -44,7 +44,7 @@ class Shadows:
 
 
 def may_overlap(tensor: torch.Tensor) -> bool:
-    """Return whether two elements may share memory. False is certain; True may be a false alarm."""
+    """Return whether two elements may share memory. If this is False, they do not."""
     if tensor.numel() == 0:
         return False
     reach = 0
