@@ -63,8 +63,8 @@ def _describe(candidate: Candidate, changes: ModelChanges) -> str:
 def check_parts(parts: Sequence[str], reader: SafetensorsReader) -> None:
     """Raise MismatchError if the step lacks a requested part, because it holds only weights.
 
-    The random number generators may be missing. They are then seeded anew, as after a change of
-    layout.
+    The random number generators may be missing. They are then derived from (seed, step, rank), as
+    after a change of layout.
     """
     if absent := missing_parts(parts, reader.raw_objects, reader.index.has_prefix):
         raise only_weights(reader.path, absent)

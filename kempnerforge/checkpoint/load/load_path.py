@@ -43,9 +43,9 @@ def missing_parts(
 ) -> list[str]:
     """Return the parts that a step lacks, if one of ``parts`` is among them; otherwise an empty list.
 
-    If only the random number generators are missing, the list is empty: they are then seeded anew.
-    ``objects``: names of the entries that are not tensors. ``has_tensors``: returns whether there
-    are tensors whose names begin with the given prefix.
+    If only the random number generators are missing, the list is empty: they are then derived from
+    (seed, step, rank). ``objects``: names of the entries that are not tensors. ``has_tensors``:
+    returns whether there are tensors whose names begin with the given prefix.
     """
     absent = [
         part

@@ -1,8 +1,8 @@
 """Decide which steps to keep, by small rules that are pure functions of what is on disk.
 
-A decision depends on committed steps, the metrics in their manifests, pins and readers, but on
-nothing that a restart would lose. The rules count only sound steps: those with correct manifest,
-file names and sizes. Steps that look damaged or cannot be read are kept.
+A decision depends on the committed steps, their metrics, pins and readers, but on nothing that a
+restart would lose. The rules count only sound steps: those with correct manifest, file names and
+sizes. Steps that look damaged or cannot be read are kept.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class LastN:
 class EveryNSteps:
     """Keep one of every ``interval`` steps for good: the first one at or after each multiple.
 
-    Exact multiples are not enough, because saves can be deferred, fail, or follow the clock.
+    Exact multiples are not enough, because saves can be deferred, fail, or be due by time.
     """
 
     interval: int
@@ -120,7 +120,7 @@ class EveryNSteps:
 
 @dataclass(frozen=True)
 class Milestones:
-    """Keep the first step at or after each of ``steps``, and before the next of them, for good."""
+    """Keep for good, for each milestone in ``steps``, the first step from it to before the next one."""
 
     steps: tuple[int, ...]
     name: str = "milestone"
