@@ -51,7 +51,7 @@ def refuse_other_shapes(candidate: Candidate, config_toml: str) -> None:
 def _compare_models(candidate: Candidate, config_toml: str) -> ModelChanges:
     stored = tomli.loads(candidate.config_toml).get("model")
     now = tomli.loads(config_toml).get("model")
-    # A loop without the harness has no [model].
+    # The config of a user's own loop has no [model].
     return model_changes(stored, now) if stored is not None and now is not None else ModelChanges()
 
 

@@ -139,7 +139,7 @@ class Restorer:
     # -- read --------------------------------------------------------------------------------------------
 
     def _load(self, candidate: Candidate, state: TrainState, parts: Sequence[str]) -> LoadResult | str:
-        # Early versions recorded no layout for loops without the harness.
+        # Early versions recorded no layout for users' own loops.
         saved_layout = candidate.manifest.provenance.layout or self._context.layout
         return load_step.load_together(
             lambda: load_step.load(
@@ -243,7 +243,7 @@ class Restorer:
         if not (candidate.config_toml and self._context.config_toml):
             return
         before, now = tomli.loads(candidate.config_toml), tomli.loads(self._context.config_toml)
-        if "model" not in now:  # a loop without the harness has only [checkpoint]
+        if "model" not in now:  # a user's own loop has only [checkpoint]
             before = {section: table for section, table in before.items() if section in now}
         if not candidate.manifest.provenance.layout:  # imported weights have only some sections
             now = {section: table for section, table in now.items() if section in before}

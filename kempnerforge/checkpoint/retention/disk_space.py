@@ -43,7 +43,7 @@ class SpaceCheck:
     needed_bytes: int
     needed_files: int
     free_bytes: int | None
-    """The smallest number that a known limit leaves, without subtracting the reserve. None if unlimited."""
+    """The least that any known limit leaves, without subtracting the reserve; None if no limit is known."""
     free_files: int | None
     limited_by: str
     """The limit on ``free_bytes``, or on ``free_files`` if only files are lacking."""

@@ -120,7 +120,7 @@ class EveryNSteps:
 
 @dataclass(frozen=True)
 class Milestones:
-    """Keep for good, for each milestone in ``steps``, the first step from it to before the next one."""
+    """Keep for good the first step at or after each milestone in ``steps`` and before the next one."""
 
     steps: tuple[int, ...]
     name: str = "milestone"

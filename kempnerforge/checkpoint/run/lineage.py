@@ -83,7 +83,7 @@ def last_attempt(run_dir: Path) -> int:
 def last_done_step(run_dir: Path, events: Sequence[Event]) -> int:
     """Return the last step that an earlier attempt is known to have done, if it still counts.
 
-    For a user's own loop, this is read from the ledger. For ``kempnerforge train``, it is read from
+    For a user's own loop, this is read from the ledger. For ``scripts/train.py``, it is read from
     ``metrics.jsonl``, which has a row for each logged step. Raises OSError and RunFolderError.
     """
     record = metadata.read(run_dir)

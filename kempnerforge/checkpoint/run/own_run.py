@@ -1,7 +1,8 @@
 """Keep the record of a run with the user's own loop: lease, ``run.json``, ledger and log lines.
 
-``kempnerforge train`` keeps this record itself. A ``CheckpointManager`` without a context uses this
-module, so that ``kempnerforge report`` and ``kempnerforge ckpt`` work for such a run too.
+``scripts/train.py`` keeps this record itself. In a user's own loop, a ``CheckpointManager`` without
+a context keeps it with this module, so that ``kempnerforge report`` and ``kempnerforge ckpt`` work
+for such a run too.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class Receipt:
     path: str = ""
     rejected: list[Rejected] = field(default_factory=list)
     lost_steps: int = 0
-    """Number of steps that an earlier attempt had done after ``step``. They are repeated."""
+    """Number of steps that an earlier attempt is known to have done after ``step``. They are repeated."""
     lost_committed: int = 0
     """The newest of these that was committed and is set aside; 0 if there is none."""
     config_changes: dict[str, list[Any]] = field(default_factory=dict)
