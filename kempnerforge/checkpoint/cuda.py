@@ -1,7 +1,7 @@
 """CUDA functions for saves and loads: devices, threads and pinned memory. ``save.staging`` copies.
 
-Without a tensor on a CUDA device nothing here initializes CUDA, whose context takes about 0.5 GB of device
-memory.
+Without a tensor on a CUDA device nothing here initializes CUDA, whose context takes about 0.5 GB of
+device memory.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ log = logging.getLogger("kempnerforge.checkpoint.cuda")
 def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device | None:
     """Return the CUDA device of ``tensors``; None if all are in host memory.
 
-    Raises ValueError for several devices, naming a tensor on each: copies are ordered by the streams of one
-    device.
+    Raises ValueError for several devices, naming a tensor on each: copies are ordered by the
+    streams of one device.
     """
     name_by_device: dict[torch.device, str] = {}
     for name, tensor in tensors.items():
@@ -45,8 +45,8 @@ def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device | None:
 def use(device: torch.device | None) -> None:
     """Set the current device of this thread. Call it first in every thread that uses an event or a stream.
 
-    A new thread begins with device 0, whatever the main thread has set, and the first ``query`` of an event
-    there would create a context on device 0. None does nothing.
+    A new thread begins with device 0, whatever the main thread has set, and the first ``query`` of
+    an event there would create a context on device 0. None does nothing.
     """
     if device is not None:
         torch.cuda.set_device(device)
@@ -55,8 +55,8 @@ def use(device: torch.device | None) -> None:
 def finish_stream(stream: torch.cuda.Stream | None, device: torch.device) -> None:
     """Wait until the device has done all work queued on ``stream`` (None: the current one). Any thread.
 
-    Raises nothing. An error of the device is raised where its result is used. Callers need only know that
-    the device no longer writes to the buffers, and after an error it does not.
+    Raises nothing. An error of the device is raised where its result is used. Callers need only
+    know that the device no longer writes to the buffers, and after an error it does not.
     """
     with contextlib.suppress(RuntimeError), torch.cuda.device(device):
         (stream or torch.cuda.current_stream(device)).synchronize()

@@ -43,19 +43,20 @@ REQUEST = "checkpoint.request"
 class CheckpointManager:
     """Saves and prunes the checkpoints of one run, and resumes from them.
 
-    Checkpoints are written to ``config.dir``, by default ``run_dir/checkpoints``. Receipts, which record
-    what each resume restored, are written to ``run_dir``. ``control_group`` is a gloo group that nothing
-    else uses. Use None for one process. The first rank checks ``lease`` before every commit: no other
-    process may write to the run. ``requests`` watches for request files in ``run_dir``.
+    Checkpoints are written to ``config.dir``, by default ``run_dir/checkpoints``. Receipts, which
+    record what each resume restored, are written to ``run_dir``. ``control_group`` is a gloo group
+    that nothing else uses, or None for one process. The first rank checks ``lease`` before every
+    commit: no other process may write to the run. ``requests`` watches request files in ``run_dir``.
 
-    Without ``context`` and ``lease`` the manager itself keeps the record of the run: the lease, ``run.json``
-    and the ledger. The first collective call begins the record. It raises LeaseHeldError if another live
-    process writes to the run. The first rank then logs to ``kempnerforge.checkpoint.manager`` at INFO and
-    WARNING. If either is given, the caller keeps the record.
+    Without ``context`` and ``lease`` the manager itself keeps the record of the run: the lease,
+    ``run.json`` and the ledger. The first collective call begins it, and raises LeaseHeldError if
+    another live process writes to the run. The first rank then logs to
+    ``kempnerforge.checkpoint.manager``. If ``context`` or ``lease`` is given, the caller keeps the
+    record.
 
-    As a context manager, it finishes a pending save at the end, raises SaveFailedError if that failed, and
-    closes. If an exception ends the ``with``, it finishes the save too, and prints a failure to standard
-    error.
+    As a context manager, it finishes a pending save at the end, raises SaveFailedError if that
+    failed, and closes. If an exception ends the ``with``, it finishes the save too, and prints a
+    failure to standard error.
     """
 
     def __init__(
@@ -132,9 +133,9 @@ class CheckpointManager:
         Mutation: fills ``state`` and this process's random number generators.
         Durable: the receipt is, on return.
 
-        Raises the same error on all ranks: NoSoundCheckpointError, UnreachableCheckpointError, MismatchError,
-        StepNotFoundError, FolderOwnedError (another run owns the folder) or StepsMissingError (this run has
-        committed steps, and the folder has none).
+        Raises the same error on all ranks: NoSoundCheckpointError, UnreachableCheckpointError,
+        MismatchError, StepNotFoundError, FolderOwnedError (another run owns the folder) or
+        StepsMissingError (this run has committed steps, and the folder has none).
         """
         self._begin_record()
         self._control.run_on_rank0(self._take_folder)
@@ -205,8 +206,8 @@ class CheckpointManager:
     def collect_votes(self, *, requested: bool = False) -> StepVotes:
         """Return this rank's votes after a step. Reduce them with MAX over all ranks for ``apply_votes``.
 
-        ``requested``: this rank was asked to save, for example by a signal. The first rank also checks for
-        the file ``checkpoint.request`` in the run's folder. Only the first rank's clock counts.
+        ``requested``: this rank was asked to save, for example by a signal. The first rank also
+        checks for the file ``checkpoint.request``. Only the first rank's clock counts.
         """
         is_first = self._control.rank == 0
         requested = requested or (is_first and self._request_file().is_there)
@@ -227,9 +228,9 @@ class CheckpointManager:
     def apply_votes(self, step: int, agreed: Sequence[int]) -> str | None:
         """Return the reason to save now, or None. ``agreed``: each vote's maximum over all ranks.
 
-        All ranks report an earlier save that has ended. A save that is due while an earlier one is being
-        written is deferred to the next step and counted. Raises on all ranks: SaveFailedError after
-        ``max_failed_saves`` failures in a row; LeaseLostError when another attempt has taken over the run.
+        All ranks report an earlier save that has ended. A save that is due while an earlier one is
+        pending is deferred and counted. Raises on all ranks SaveFailedError after
+        ``max_failed_saves`` failures in a row, LeaseLostError if another attempt has taken the run.
         """
         self._begin_record()
         votes = StepVotes(*agreed)
@@ -268,8 +269,7 @@ class CheckpointManager:
     def record_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Store metrics of ``step``. A save of this step writes them to its manifest.
 
-        If the save has begun already, append them to ``metrics.jsonl`` of the checkpoint folder. Retention
-        reads both.
+        If the save has begun already, append them to ``metrics.jsonl``. Retention reads both.
         """
         if step != self._metrics_step:
             self._metrics, self._metrics_step = {}, step
@@ -281,14 +281,14 @@ class CheckpointManager:
         """Write ``state`` as ``step_{step:08d}`` and commit it.
 
         Collective: all ranks, in the same order, on the control group.
-        Blocks: as ``async_mode`` says; with ``wait``, for an earlier save and until this one commits.
+        Blocks: as ``async_mode`` says; with ``wait``, until an earlier save and this one have ended.
         Mutation: tensors stay unmodified until ``wait_for_staging`` returns.
         Durable: on return with ``wait`` or in the blocking mode, unless the report has an error.
 
-        A failed save leaves nothing behind and is reported. SaveFailedError is raised on all ranks after
-        ``max_failed_saves`` failures in a row, or at once with ``wait``. A step that is committed already is
-        not written again. After the commit a background thread points ``latest`` to the step and deletes
-        older steps. Only ``finish`` waits for that.
+        A failed save leaves nothing behind and is reported. SaveFailedError is raised on all ranks
+        after ``max_failed_saves`` failures in a row, or at once with ``wait``. A step that is
+        committed already is not written again. After the commit a background thread points
+        ``latest`` to the step and deletes older steps. Only ``finish`` waits for that.
         """
         self._begin_record()
         if not self._has_resumed:
@@ -421,8 +421,7 @@ class CheckpointManager:
     def poll(self) -> list[SaveReport]:
         """Return reports of saves whose outcome all ranks know, since the last call. Never blocks.
 
-        Failures after commits are in ``warnings`` of the last report. If there is no report, ``warnings()``
-        returns them.
+        The last report has the ``warnings``. If there is no report, call ``warnings()``.
         """
         reports = self._intervals.with_interval(self._saves.reports())
         self._take_warnings()
@@ -453,8 +452,8 @@ class CheckpointManager:
         """Wait for a pending save. With ``save_last``, commit the last step unless it is committed.
 
         Collective: all ranks, on the control group.
-        Blocks: until the commit; the first rank also until older steps are deleted, for 60 s at most or until
-        ``give_up`` returns True.
+        Blocks: until the commit; the first rank also until older steps are deleted, for 60 s at
+        most or until ``give_up`` returns True.
         Durable: on return.
         Raises SaveFailedError on all ranks.
         """

@@ -79,8 +79,8 @@ class SaveCoordinator:
     def take_result(self, known_saves: int, *, step: int) -> None:
         """Report the pending save if ``known_saves`` includes it. Collective.
 
-        ``known_saves``: the agreed maximum over all ranks. Raises SaveFailedError on all ranks after too
-        many failures in a row.
+        ``known_saves``: the agreed maximum over all ranks. Raises SaveFailedError on all ranks
+        after too many failures in a row.
         """
         if self._pending is not None and known_saves >= self._num_begun:
             self._end(self._result(), step, at_boundary=True)
@@ -211,8 +211,8 @@ class SaveCoordinator:
     def _result(self) -> SaveResult:
         """Wait for the outcome of the pending save. Collective: all ranks return together.
 
-        The rank that hosts the store, usually the first, may end its process right after this, so all ranks
-        must have read the outcome by then.
+        The rank that hosts the store, usually the first, may end its process right after this, so
+        all ranks must have read the outcome by then.
         """
         save = self._checkpointer.last_save
         result = SaveResult(error="it was interrupted before it began")

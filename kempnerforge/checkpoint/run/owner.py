@@ -63,8 +63,9 @@ class Owner:
     def foreign_run(self, folder: Path) -> str:
         """Return the id of the other run that the manifest in ``folder`` names; empty if it names none.
 
-        A missing or damaged manifest names no run: such a step belongs to the folder's owner. Raises OSError
-        when the manifest cannot be read: change nothing then, because the step may be another run's.
+        A missing or damaged manifest names no run: such a step belongs to the folder's owner.
+        Raises OSError when the manifest cannot be read: change nothing then, because the step may
+        be another run's.
         """
         for _ in range(2):  # a network file system may temporarily not show the file
             try:

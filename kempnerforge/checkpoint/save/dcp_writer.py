@@ -57,11 +57,11 @@ class _Written:
 class SafetensorsWriter(StorageWriter):
     """``dcp.save(state_dict, storage_writer=SafetensorsWriter(path))`` writes and commits format 1.
 
-    Use it in loops that keep stock DCP. Unlike ``AsyncCheckpointer`` it blocks and writes through the page
-    cache. DCP's planner omits empty dicts, which ``AsyncCheckpointer`` keeps.
+    Use it in loops that keep stock DCP. Unlike ``AsyncCheckpointer`` it blocks and writes through
+    the page cache. DCP's planner omits empty dicts, which ``AsyncCheckpointer`` keeps.
 
-    The commit checks DCP's metadata against the ranks' reports. It cannot use the plans, because a planner
-    that caches plans does not pass them on.
+    The commit checks DCP's metadata against the ranks' reports. It cannot use the plans, because a
+    planner that caches plans does not pass them on.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """Write a host buffer to a file in large direct writes, and compute the digests of its blocks.
 
-The CPU time of the writer slows training during a save, and the page cache would copy every byte once more.
-So blocks are written from the buffer itself (``O_DIRECT``) where the file system supports that, and a block
-is digested while it is being written. The writer process imports this module, so it does not use torch.
+The CPU time of the writer slows training during a save, and the page cache would copy every byte
+once more. So blocks are written from the buffer itself (``O_DIRECT``) where the file system
+supports that, and a block is digested while it is being written. The writer process imports this
+module, so it does not use torch.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ def write_image(
 ) -> FileRecord:
     """Write the first ``size_bytes`` of ``image`` as the new file ``path`` and fsync it.
 
-    ``image`` is page-aligned and at least ``padded(size_bytes)`` long. ``heartbeat`` is called after every
-    system call that may take long, so that a slow disk is not taken for a hang. ``wait_until_staged(end)``
-    returns when the first ``end`` bytes of the image are final. ``is_urgent`` is called before each block and
-    returns whether the trainer waits for the file.
+    ``image`` is page-aligned and at least ``padded(size_bytes)`` long. ``heartbeat`` is called
+    after every system call that may take long, so that a slow disk is not taken for a hang.
+    ``wait_until_staged(end)`` returns when the first ``end`` bytes of the image are final.
+    ``is_urgent`` is called before each block and returns whether the trainer waits for the file.
     Durable on return, except for the folder's entry. Replaces an unfinished file of an earlier try.
     """
     path.unlink(missing_ok=True)
@@ -130,8 +131,9 @@ def _clear_direct(fd: int) -> None:
 class WriterThreads:
     """Threads of ordinary priority, and threads that run only when a core would otherwise be idle.
 
-    Ranks wait for each other in every step, so CPU time that a writer takes from one rank delays all ranks.
-    A thread cannot raise its own priority again without privileges, so there are threads of both kinds.
+    Ranks wait for each other in every step, so CPU time that a writer takes from one rank delays
+    all ranks. A thread cannot raise its own priority again without privileges, so there are threads
+    of both kinds.
     """
 
     def __init__(self) -> None:

@@ -95,8 +95,8 @@ TIMES_EXPECTED = 10.0
 def automatic_timeout_s(size_bytes: int, rates: Sequence[float]) -> float:
     """Return the seconds after which a save fails.
 
-    ``size_bytes``: bytes of the rank that writes most. ``rates``: bytes per second of that rank in earlier
-    saves, from the call to the commit. The slowest counts.
+    ``size_bytes``: bytes of the rank that writes most. ``rates``: bytes per second of that rank in
+    earlier saves, from the call to the commit. The slowest counts.
     """
     expected_s = size_bytes / min(rates, default=FIRST_RATE)
     return max(SHORTEST_TIMEOUT_S, TIMES_EXPECTED * expected_s)
@@ -204,8 +204,8 @@ class RankSave:
     def start(self) -> None:
         """Start the thread. If that fails, report the failure to the other ranks.
 
-        The thread is not a daemon: Python joins it at exit, so that a save at the end of a script is not
-        lost. It ends within the time that ``job.retry`` and the writer's time-out allow.
+        The thread is not a daemon: Python joins it at exit, so that a save at the end of a script
+        is not lost. It ends within the time that ``job.retry`` and the writer's time-out allow.
         """
         thread = threading.Thread(target=self._run, name=f"checkpoint-save-{self.job.number}", daemon=False)
         try:
@@ -234,8 +234,8 @@ class RankSave:
     def _make_folder(self) -> str:
         """Make the folder of the save on the first rank; wait for it on others. Return why it is skipped.
 
-        The ranks do not wait for these file operations when they agree on the save, because this runs on the
-        background thread.
+        The ranks do not wait for these file operations when they agree on the save, because this
+        runs on the background thread.
         """
         job, key = self.job, _folder_key(self.job.number)
         if job.rank != 0:

@@ -1,8 +1,8 @@
 """Plan which rank writes which chunk into which file, and cache the plan and its host buffers.
 
-``make_plan`` does not use DCP's planner, which takes seconds at hundreds of ranks and gathers pickled
-metadata at every save. ``SavePlanCache`` plans once. Later saves compare digests, and plan again only if the
-shapes, dtypes or layout of a rank's tensors have changed.
+``make_plan`` does not use DCP's planner, which takes seconds at hundreds of ranks and gathers
+pickled metadata at every save. ``SavePlanCache`` plans once. Later saves compare digests, and plan
+again only if the shapes, dtypes or layout of a rank's tensors have changed.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ class SavePlan:
 def held_chunks(tensors: Mapping[str, torch.Tensor]) -> list[PlannedItem]:
     """Return the chunks of ``tensors`` that this rank holds, sorted by name.
 
-    Leave out chunks without elements, unless the whole tensor has none. Raises TypeError and ValueError,
-    naming the tensor, for a kind of tensor, a dtype or a name that a checkpoint cannot hold.
+    Leave out chunks without elements, unless the whole tensor has none. Raises TypeError and
+    ValueError, naming the tensor, for a kind of tensor, a dtype or a name that a checkpoint cannot
+    hold.
     """
     boxes, held = Boxes(), []
     for name, tensor in tensors.items():
@@ -101,8 +102,8 @@ Signature = tuple[tuple[Any, ...], ...]
 def signature_of(tensors: Mapping[str, torch.Tensor]) -> Signature | None:
     """Return the signature of ``tensors``; None if one is nested, or neither plain nor a plain DTensor.
 
-    Equal signatures mean equal ``held_chunks``. Computing ``held_chunks`` takes longer than staging a small
-    tensor, which is too long for every save.
+    Equal signatures mean equal ``held_chunks``. Computing ``held_chunks`` takes longer than staging
+    a small tensor, which is too long for every save.
     """
     signature: list[tuple[Any, ...]] = []
     for name, tensor in tensors.items():
@@ -186,8 +187,8 @@ def name_files(by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
 class SavePlanCache:
     """The plan of one state dict and its host buffers, agreed on by all ranks.
 
-    A repeated save compares signatures and takes one small reduction. ``max_host_memory_gb``: the most
-    memory that the buffers may take on one machine. None: as much as is free there.
+    A repeated save compares signatures and takes one small reduction. ``max_host_memory_gb``: the
+    most memory that the buffers may take on one machine. None: as much as is free there.
     """
 
     def __init__(self, max_host_memory_gb: float | None = None) -> None:
@@ -233,9 +234,10 @@ class SavePlanCache:
     ) -> None:
         """Keep the plan, or make a new one and new buffers if any rank needs it.
 
-        Collective: all ranks. ``error``: why this rank could not prepare its part. It is raised on all ranks
-        as TypeError, ValueError or SaveFailedError, with rank and cause. ``same``: digests, by name, of
-        values that must be equal on all ranks. A difference raises ValueError on all ranks, naming the value.
+        Collective: all ranks. ``error``: why this rank could not prepare its part. It is raised on
+        all ranks as TypeError, ValueError or SaveFailedError, with rank and cause. ``same``:
+        digests, by name, of values that must be equal on all ranks. A difference raises ValueError
+        on all ranks, naming the value.
         """
         number = xxhash.xxh3_64_intdigest(repr(sorted((same or {}).items())).encode()) & _DIGEST_BITS
         changed = self._held_digest != self._agreed_digest or self.device != self._made_for

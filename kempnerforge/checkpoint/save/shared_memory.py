@@ -1,9 +1,9 @@
 """Map memory that the trainer and its writer process share, in huge pages where the system allows it.
 
-The memory is a memfd. A direct write pins every page of its block, and so does registering memory with CUDA.
-With 4 KiB pages that takes more processor time than computing the digests. ``MADV_COLLAPSE`` (Linux 6.1)
-makes huge pages once, whatever ``shmem_enabled`` says. If the kernel refuses it, or memory is too fragmented,
-small pages work the same way.
+The memory is a memfd. A direct write pins every page of its block, and so does registering memory
+with CUDA. With 4 KiB pages that takes more processor time than computing the digests.
+``MADV_COLLAPSE`` (Linux 6.1) makes huge pages once, whatever ``shmem_enabled`` says. If the kernel
+refuses it, or memory is too fragmented, small pages work the same way.
 
 This is not part of ``host_buffers``, which needs torch: the writer process imports this module.
 """
@@ -32,8 +32,8 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def map_new(fd: int, size_bytes: int) -> memoryview:
     """Map the first ``size_bytes`` of ``fd`` for writing, in huge pages if possible.
 
-    The memory is unmapped when the last object that uses it is gone. All pages are allocated on return. If
-    there is too little memory, raises OSError here, instead of a SIGBUS in a later copy.
+    The memory is unmapped when the last object that uses it is gone. All pages are allocated on
+    return. If there is too little memory, raises OSError here, instead of a SIGBUS in a later copy.
     """
     memory = _map_aligned(fd, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
     address, whole = ctypes.addressof(memory), size_bytes // HUGE_BYTES * HUGE_BYTES

@@ -46,8 +46,8 @@ class Staging(Protocol):
     def wait_until_idle(self) -> None:
         """Return when nothing writes to the host buffers any more, also after an error. Any thread.
 
-        Until then the buffers may be neither reused nor released. Waits for ``start`` or ``fail``. Raises
-        nothing.
+        Until then the buffers may be neither reused nor released. Waits for ``start`` or ``fail``.
+        Raises nothing.
         """
         ...
 
@@ -55,8 +55,8 @@ class Staging(Protocol):
 class Versions:
     """Detects tensors that are modified in place during the copy, which would then mix two steps.
 
-    Uses the version counter that autograd keeps for each tensor. It misses writes through ``.data`` and
-    kernels that do not increment the counter, such as fused optimizers.
+    Uses the version counter that autograd keeps for each tensor. It misses writes through ``.data``
+    and kernels that do not increment the counter, such as fused optimizers.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -179,9 +179,9 @@ class FailedCopy:
 class StreamCopy:
     """Copies from CUDA to pinned memory on a side stream, during the next forward and backward.
 
-    The side stream first waits for the compute stream, so that it never reads a tensor that a queued
-    optimizer kernel has yet to write. The compute stream waits for the copies before the next optimizer
-    step. Both waits are on the device: the host does not wait.
+    The side stream first waits for the compute stream, so that it never reads a tensor that a
+    queued optimizer kernel has yet to write. The compute stream waits for the copies before the
+    next optimizer step. Both waits are on the device: the host does not wait.
     """
 
     _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}

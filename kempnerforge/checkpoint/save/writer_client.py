@@ -68,10 +68,11 @@ class Writer:
     ) -> Written:
         """Write the first ``size_bytes`` of the buffer ``buffer_fd`` as ``path``. Return when it is durable.
 
-        ``staged`` returns how many of these bytes are final; the writer waits for the rest. None: all are
-        final. ``check`` is called regularly. If either function raises SaveFailedError, the write ends and
-        the writer process is killed, so that the buffer is free again. Raises WriterFailedError when the
-        write failed. A writer process that caused the failure is replaced at the next call.
+        ``staged`` returns how many of these bytes are final; the writer waits for the rest. None:
+        all are final. ``check`` is called regularly. If either function raises SaveFailedError, the
+        write ends and the writer process is killed, so that the buffer is free again. Raises
+        WriterFailedError when the write failed. A writer process that caused the failure is
+        replaced at the next call.
         """
         connection, progress = self._start()
         staged = staged or (lambda: size_bytes)

@@ -1,8 +1,8 @@
 """Control the time between saves under ``interval``, ``interval_minutes`` and ``interval = "auto"``.
 
-``save_intervals`` is a pure function of measurements. ``SaveIntervalController`` calls it on the first rank
-and applies hysteresis. The result reaches all ranks in the one agreement of each step. See
-docs/guide/interval.md.
+``save_intervals`` is a pure function of measurements. ``SaveIntervalController`` calls it on the
+first rank and applies hysteresis. The result reaches all ranks in the one agreement of each step.
+See docs/guide/interval.md.
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ class SaveIntervals:
 def save_intervals(measured: Measured, *, auto: bool, max_overhead_pct: float | None) -> SaveIntervals:
     """Return the intervals that follow from the measurements. A pure function.
 
-    A save that costs C seconds takes P percent of the time if saves are 100 C / P seconds apart. "auto" uses
-    the longest of three: Daly's interval for C and the mean time to an interruption; 100 C / P; and the time
-    that a save takes to be durable. The first save of an attempt waits for a baseline and is due as soon as
-    there is one, so that it is measured: an earlier attempt may have measured a stall that is over.
+    A save that costs C seconds takes P percent of the time if saves are 100 C / P seconds apart.
+    "auto" uses the longest of three: Daly's interval for C and the mean time to an interruption;
+    100 C / P; and the time that a save takes to be durable. The first save of an attempt waits for
+    a baseline and is due as soon as there is one, so that it is measured: an earlier attempt may
+    have measured a stall that is over.
     """
     if max_overhead_pct is None:
         return SaveIntervals()

@@ -1,15 +1,16 @@
 """Measure what saves cost the training loop: by how much they lengthen it, not how long a call takes.
 
-The loop has step boundaries, at which all ranks agree. Time between two boundaries is an interval. The
-intervals from the boundary at which a save begins to the one at which all ranks know its outcome are *during*
-the save. They contain the call, the wait before the optimizer step, and steps that share processors and
-memory with the writer. The other intervals are *baseline* intervals.
+The loop has step boundaries, at which all ranks agree. Time between two boundaries is an interval.
+The intervals from the boundary at which a save begins to the one at which all ranks know its
+outcome are *during* the save. They contain the call, the wait before the optimizer step, and steps
+that share processors and memory with the writer. The other intervals are *baseline* intervals.
 
     cost of a save = time of the intervals during it - their steps x median of recent baseline steps
 
-Until there is a baseline, only the time that the loop was blocked counts, which is a lower bound. The first
-intervals are not part of the baseline, because they contain one-time work (compilation, first allocations).
-Noise can make the cost of a save negative. Negative costs are summed up unchanged.
+Until there is a baseline, only the time that the loop was blocked counts, which is a lower bound.
+The first intervals are not part of the baseline, because they contain one-time work (compilation,
+first allocations). Noise can make the cost of a save negative. Negative costs are summed up
+unchanged.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ class OverheadMeter:
     def save_ended(self, *, durable_s: float, at_boundary: bool) -> SaveCost:
         """Record that all ranks know the outcome of the pending save. ``durable_s``: 0 if it failed.
 
-        If the save ends inside an interval, the whole interval counts as its cost, so the returned object
-        still changes.
+        If the save ends inside an interval, the whole interval counts as its cost, so the returned
+        object still changes.
         """
         assert self._save is not None
         self.is_pending = False
@@ -149,9 +150,9 @@ class OverheadMeter:
 def cost_s(saves: list[SaveCost]) -> float | None:
     """Return the mean cost of ``saves``, at least their mean blocking time; None without saves.
 
-    The mean is used because ``max_overhead_pct`` limits the share of the total time. No save counts for more
-    than ``SPIKE`` times the median: a file system that was down for an hour does not predict the cost of the
-    next save.
+    The mean is used because ``max_overhead_pct`` limits the share of the total time. No save counts
+    for more than ``SPIKE`` times the median: a file system that was down for an hour does not
+    predict the cost of the next save.
     """
     if not saves:
         return None

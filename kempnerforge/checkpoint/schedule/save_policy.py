@@ -163,8 +163,8 @@ class SavePolicy:
         """Return why to save after ``step``: ``asked``, ``first``, ``listed``, ``dynamics``, ``auto``,
         ``interval`` or ``minutes``. None if no save is due.
 
-        A pure function: the same arguments give the same answer on every rank. The caller remembers a save
-        that it defers.
+        A pure function: the same arguments give the same answer on every rank. The caller remembers
+        a save that it defers.
         """
         moment = Moment(step, seconds_since_last_save, bound_s, auto_s, requested)
         return next((policy.reason for policy in self.policies if policy.due(moment)), None)
