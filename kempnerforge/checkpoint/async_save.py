@@ -107,9 +107,9 @@ class AsyncCheckpointer:
         """Write ``state_dict`` as the folder ``checkpoint_id``, which must not exist.
 
         Collective: all ranks of ``process_group`` (None: all ranks), which may be a subset.
-        Blocks: for the save before this one, then for the commit (``disabled``) or the copy (else).
+        Blocks: for the save before this one, then for the commit (``disabled``) or the copy.
         Mutation: tensors may be changed on return.
-        Durable: on return with ``disabled``; else after ``wait``.
+        Durable: on return with ``disabled``; in other modes after ``wait``.
 
         Non-tensor leaves become tagged JSON. If several ranks have one, the lowest rank's value is
         stored. Raises TypeError or ValueError on all ranks, naming the leaf, for what a checkpoint
@@ -217,7 +217,7 @@ class AsyncCheckpointer:
 
         Collective: all ranks of ``process_group``, which must be the same at every save.
         Blocks: for the save before this one; for the copy, unless the mode is ``async_pinned``.
-        Mutation: tensors stay unmodified until ``wait_until_staged`` returns.
+        Mutation: do not modify tensors before ``wait_until_staged`` returns.
         Durable: not on return; ``result`` of the handle waits for it.
 
         ``state_dict`` may be a function that returns the payload. Its error on one rank is raised
@@ -320,7 +320,7 @@ class AsyncCheckpointer:
         return self._control
 
     def _stage(self, buffers: HostBuffers, tensors: Mapping[str, torch.Tensor]) -> Staging:
-        """Return the copy of this save. Must not raise: the other ranks have agreed and continue."""
+        """Return the copy of this save. Must not raise, because the other ranks continue with the save."""
         try:
             pairs = buffers.pairs(tensors)
             overlaps = self.mode is AsyncCheckpointMode.async_pinned

@@ -46,7 +46,8 @@ class CheckpointManager:
     Checkpoints are written to ``config.dir``, by default ``run_dir/checkpoints``. Receipts, which
     record what each resume restored, are written to ``run_dir``. ``control_group`` is a gloo group
     that nothing else uses, or None for one process. The first rank checks ``lease`` before every
-    commit: no other process may write to the run. ``requests`` watches request files in ``run_dir``.
+    commit: no other process may write to the run. ``requests`` watches request files in
+    ``run_dir``.
 
     Without ``context`` and ``lease`` the manager itself keeps the record of the run: the lease,
     ``run.json`` and the ledger. The first collective call begins it, and raises LeaseHeldError if
@@ -131,7 +132,7 @@ class CheckpointManager:
         Collective: all ranks, on the control group.
         Blocks: for a pending save; until all ranks have loaded the same step.
         Mutation: fills ``state`` and this process's random number generators.
-        Durable: the receipt is, on return.
+        Durable: the receipt, on return.
 
         Raises the same error on all ranks: NoSoundCheckpointError, UnreachableCheckpointError,
         MismatchError, StepNotFoundError, FolderOwnedError (another run owns the folder) or
@@ -230,7 +231,7 @@ class CheckpointManager:
 
         All ranks report an earlier save that has ended. A save that is due while an earlier one is
         pending is deferred and counted. Raises on all ranks SaveFailedError after
-        ``max_failed_saves`` failures in a row, LeaseLostError if another attempt has taken the run.
+        ``max_failed_saves`` failures in a row, LeaseLostError if another attempt took over the run.
         """
         self._begin_record()
         votes = StepVotes(*agreed)
@@ -281,8 +282,8 @@ class CheckpointManager:
         """Write ``state`` as ``step_{step:08d}`` and commit it.
 
         Collective: all ranks, in the same order, on the control group.
-        Blocks: as ``async_mode`` says; with ``wait``, until an earlier save and this one have ended.
-        Mutation: tensors stay unmodified until ``wait_for_staging`` returns.
+        Blocks: see ``async_mode``; with ``wait``, until an earlier save and this one have ended.
+        Mutation: do not modify tensors before ``wait_for_staging`` returns.
         Durable: on return with ``wait`` or in the blocking mode, unless the report has an error.
 
         A failed save leaves nothing behind and is reported. SaveFailedError is raised on all ranks

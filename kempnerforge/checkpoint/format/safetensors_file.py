@@ -2,7 +2,7 @@
 
 - The data begins at a multiple of 4096. The header is padded with spaces, which safetensors allows.
 - Tensors follow each other in descending element size, without gaps.
-- The header has DCP's sharding entry, from which stock ``HuggingFaceStorageReader`` knows the
+- The header has DCP's sharding entry, from which stock ``HuggingFaceStorageReader`` reads the
   offsets of each chunk in its tensor.
 
 Headers are validated as they are read: no value in them is trusted.

@@ -145,7 +145,7 @@ class Index(Mapping[str, TensorEntry]):
         return DamagedCheckpointError(f"{path.parent.name} is damaged: {path.name}: {what}")
 
     def close(self) -> None:
-        """Close the file. Entries that were looked up stay available."""
+        """Close the file. Entries that were looked up remain available."""
         self._file.close()
 
     def __len__(self) -> int:

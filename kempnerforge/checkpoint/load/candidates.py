@@ -1,6 +1,6 @@
 """Choose the step to resume from, inspect it, and quarantine damaged ones. First rank only.
 
-Three faults are told apart:
+Three kinds of faults are distinguished:
 
 - A *damaged* step is renamed, and all ranks try the next older one together.
 - An *unreachable* step may be intact. Reads are retried; then the run stops, and nothing is

@@ -97,7 +97,7 @@ def check_fits(
 
 
 def check_data(reader: SafetensorsReader, state: TrainState, context: RunContext) -> list[str]:
-    """Return how the data differs from the data that the step was trained on, in words.
+    """Return a line for each difference from the data that the step was trained on.
 
     Raises MismatchError for a step without a position in the data, and for changed data unless the
     config allows it.

@@ -127,7 +127,7 @@ class SafetensorsReader(StorageReader):
         return self._inside
 
     def leaf(self, name: str) -> Any:
-        """Return a non-tensor leaf with its tensors and arrays. Raise KeyError, and what a load raises."""
+        """Return a non-tensor leaf with its tensors and arrays. Raises KeyError, and the errors of a load."""
         encoded = self.raw_objects[name]
         unpacker = Unpacker(self.make_tensor)
         try:
@@ -179,7 +179,7 @@ class SafetensorsReader(StorageReader):
         return DamagedCheckpointError(f"{self.path.name} is damaged: {paths.TRAIN_STATE}: {error}")
 
     def close(self) -> None:
-        """Close the index file. ``objects`` and ``manifest`` stay usable."""
+        """Close the index file. ``objects`` and ``manifest`` can still be used."""
         if self._open_index is not None:
             self._open_index.close()
             self._open_index = None

@@ -83,7 +83,7 @@ def read_parts(step_folder: Path, files: Mapping[str, FileRecord], parts: Iterab
 
 
 def _check_header(file: VerifiedFile, wanted: Sequence[TensorSlice]) -> None:
-    """Check that a shard holds what the index says.
+    """Check that the header of a shard agrees with the index.
 
     If two shards are swapped both on disk and in the manifest, their digests are correct, but their
     headers differ from the index.

@@ -7,7 +7,7 @@ a commit before any of this work starts, and neither a save nor a stop waits for
 commits, the work is done only for the newest.
 
 Work that a stop interrupts is finished later: a step is renamed before its bytes are deleted, and
-the next start deletes what was renamed. The thread is a daemon and lives only while there is work,
+the next start deletes what was renamed. The thread is a daemon and runs only while there is work,
 so it never delays the exit of the process.
 """
 

@@ -65,7 +65,7 @@ class Rule(Protocol):
         ...
 
     def describe(self) -> str:
-        """Return what it keeps, in words."""
+        """Return a description of what it keeps."""
         ...
 
     def keeps(self, sound: Sequence[StepInfo]) -> dict[int, str]:
@@ -188,7 +188,7 @@ class KeepPolicy:
 
 
 def decide(steps: Iterable[StepInfo], policy: KeepPolicy) -> list[Verdict]:
-    """Decide on each step, newest first. Pure function.
+    """Decide on each step, newest first. A pure function.
 
     Whatever the policy, it keeps the newest sound step, and steps that are pinned, being read, not
     sound, or another run's. The rules see only the run's own sound steps.

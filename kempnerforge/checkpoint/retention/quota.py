@@ -132,7 +132,7 @@ def _ask(command: Sequence[str]) -> tuple[str, str]:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        # The exit status says whether a quota is exceeded, not whether it was read.
+        # The exit status shows whether a quota is exceeded, not whether it was read.
         output, errors = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()

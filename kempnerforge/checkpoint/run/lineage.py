@@ -116,7 +116,7 @@ def ancestors(
     found: Sequence[ResumePoint],
     commits: Iterable[tuple[int, int]],
 ) -> set[int]:
-    """Return the steps that ``newest`` descends from. Pure function.
+    """Return the steps that ``newest`` descends from, including itself. A pure function.
 
     An attempt resumes from one step, so all steps that it committed up to ``newest`` are ancestors.
     So are those of the attempt that committed the step it resumed from, up to that step, and so on.

@@ -1,4 +1,4 @@
-"""``run.json``: what all attempts of a run share. Only the holder of the run's lease writes it."""
+"""``run.json``: the facts that all attempts of a run share. Only the holder of its lease writes it."""
 
 from __future__ import annotations
 

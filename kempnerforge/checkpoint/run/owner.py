@@ -83,7 +83,7 @@ class Owner:
             return True
 
     def describe(self) -> str:
-        """Return the run in words."""
+        """Return a description of the run."""
         name = f"run {self.run_name} ({self.run_id})" if self.run_name else f"run {self.run_id or 'unknown'}"
         return f"{name}, in {self.run_dir}" if self.run_dir else name
 

@@ -38,7 +38,7 @@ class Rejected:
     """Its new name; empty if it was not renamed."""
 
     def fate(self) -> str:
-        """Return what happened to it, in words."""
+        """Return a description of what happened to it."""
         if self.moved_to:
             return f"was {self.outcome}, set aside as {self.moved_to}"
         is_passed_over = self.outcome in ("damaged", "suspect")
@@ -93,8 +93,8 @@ class Receipt:
     def bitwise(self) -> bool:
         """Return whether this attempt should match an uninterrupted run bit for bit.
 
-        This is so if no difference is known that may change results. ``train.max_steps`` counts as
-        a difference, because most schedules depend on it.
+        This is true unless a known difference may change results. ``train.max_steps`` counts as a
+        difference, because most schedules depend on it.
         """
         harmless = ("checkpoint.", "metrics.", "run.", "eval.", "data.cache_dir", *_OF_STOPS)
         changed = [key for key in self.config_changes if not key.startswith(harmless)]

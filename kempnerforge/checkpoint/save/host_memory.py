@@ -40,7 +40,7 @@ class Claim:
     needed_bytes: int
     host: str
     limits: tuple[Limit, ...]
-    """The machine comes first."""
+    """The first one is that of the machine."""
 
 
 def claim(needed_bytes: int, *, proc: Path = Path("/proc")) -> Claim:

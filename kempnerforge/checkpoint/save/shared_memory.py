@@ -2,7 +2,7 @@
 
 The memory is a memfd. A direct write pins every page of its block, and so does registering memory
 with CUDA. With 4 KiB pages that takes more processor time than computing the digests.
-``MADV_COLLAPSE`` (Linux 6.1) makes huge pages once, whatever ``shmem_enabled`` says. If the kernel
+``MADV_COLLAPSE`` (Linux 6.1) makes huge pages once, regardless of ``shmem_enabled``. If the kernel
 refuses it, or memory is too fragmented, small pages work the same way.
 
 This is not part of ``host_buffers``, which needs torch: the writer process imports this module.

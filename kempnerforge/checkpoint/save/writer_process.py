@@ -6,8 +6,8 @@ It does not import torch and takes about 20 MB.
 
 A request is one JSON message, ``{"path", "size_bytes"}``, sent with the file descriptor of the
 buffer. A reply is one line of JSON, ``{"size_bytes", "xxh3_128", "write_s"}`` or ``{"error"}``. The
-process ends when the socket closes, so it never outlives its trainer. Start it as ``python -m
-kempnerforge.checkpoint.save.writer_process SOCKET_FD PROGRESS_FD``.
+process ends when the socket closes, so it never outlives its trainer. Start it as
+``python -m kempnerforge.checkpoint.save.writer_process SOCKET_FD PROGRESS_FD``.
 """
 
 from __future__ import annotations

@@ -160,8 +160,10 @@ class SavePolicy:
         bound_s: float = 0.0,
         auto_s: float = math.inf,
     ) -> str | None:
-        """Return why to save after ``step``: ``asked``, ``first``, ``listed``, ``dynamics``, ``auto``,
-        ``interval`` or ``minutes``. None if no save is due.
+        """Return the reason to save after ``step``; None if no save is due.
+
+        The reasons are ``asked``, ``first``, ``listed``, ``dynamics``, ``auto``, ``interval`` and
+        ``minutes``.
 
         A pure function: the same arguments give the same answer on every rank. The caller remembers
         a save that it defers.

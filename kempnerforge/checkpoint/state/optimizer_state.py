@@ -279,7 +279,7 @@ class OptimizerTargets:
 
 @dataclass(frozen=True)
 class StoredOptimizer:
-    """What ``train_state.json`` says about one optimizer."""
+    """The entries of ``train_state.json`` for one optimizer."""
 
     kind: str | None
     """Name of its class; None in early versions."""

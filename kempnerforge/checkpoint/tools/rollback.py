@@ -46,7 +46,7 @@ def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Re
     ``note`` is called with messages, such as that another process's lease is being watched.
 
     ``step`` 0 is the beginning of the run. If it was not committed, all steps are set aside, and
-    the next start begins anew. Use it also for a run whose steps are lost for good.
+    the next start begins at step 0. Use it also for a run whose steps are lost for good.
 
     Raises StepNotFoundError, DamagedCheckpointError, UnreachableCheckpointError, MismatchError,
     LeaseHeldError, RunFolderError.
