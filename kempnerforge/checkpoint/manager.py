@@ -46,14 +46,12 @@ class CheckpointManager:
     Checkpoints are written to ``config.dir``, by default ``run_dir/checkpoints``. Receipts, which
     record what each resume restored, are written to ``run_dir``. ``control_group`` is a gloo group
     that nothing else uses, or None for one process. The first rank checks ``lease`` before every
-    commit: no other process may write to the run. ``requests`` watches request files in
-    ``run_dir``.
+    commit. ``requests`` watches for request files in ``run_dir``.
 
     Without ``context`` and ``lease`` the manager itself keeps the record of the run: the lease,
     ``run.json`` and the ledger. The first collective call begins it, and raises LeaseHeldError if
-    another live process writes to the run. The first rank then logs to
-    ``kempnerforge.checkpoint.manager``. If ``context`` or ``lease`` is given, the caller keeps the
-    record.
+    another live process writes to the run. The first rank then logs to the logger
+    ``kempnerforge.checkpoint.manager`` at INFO and WARNING. Otherwise the caller keeps the record.
 
     As a context manager, it finishes a pending save at the end, raises SaveFailedError if that
     failed, and closes. If an exception ends the ``with``, it finishes the save too, and prints a
@@ -270,7 +268,8 @@ class CheckpointManager:
     def record_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Store metrics of ``step``. A save of this step writes them to its manifest.
 
-        If the save has begun already, append them to ``metrics.jsonl``. Retention reads both.
+        If the save has begun already, append them to ``metrics.jsonl`` in the checkpoint folder.
+        Retention reads both.
         """
         if step != self._metrics_step:
             self._metrics, self._metrics_step = {}, step
@@ -422,7 +421,7 @@ class CheckpointManager:
     def poll(self) -> list[SaveReport]:
         """Return reports of saves whose outcome all ranks know, since the last call. Never blocks.
 
-        The last report has the ``warnings``. If there is no report, call ``warnings()``.
+        The last report has the warnings. If there are warnings but no report, call ``warnings()``.
         """
         reports = self._intervals.with_interval(self._saves.reports())
         self._take_warnings()
