@@ -378,7 +378,7 @@ class CheckpointManager:
         return self._saves.events() + self._housekeeping.events()
 
     def warnings(self) -> list[str]:
-        """Return failures after commits since the last call: the ``latest`` link, retention. First rank."""
+        """Return what has failed after commits since the last call, such as retention. First rank only."""
         self._take_warnings()
         warnings, self._warnings = self._warnings, []
         return warnings

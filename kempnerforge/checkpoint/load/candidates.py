@@ -150,8 +150,8 @@ def select(
 def _inspect_twice(path: Path, step: int, owner: Owner) -> Candidate:
     """Inspect a step. Report damage only if a second inspection finds it too.
 
-    A network file system may not show a file for a moment, and a quarantined step is lost to the
-    run.
+    A network file system may not show a file for a moment, and the run cannot use a quarantined
+    step again.
     """
     look = functools.partial(inspect, path, step=step, owner=owner)
     try:

@@ -132,7 +132,7 @@ def commit(
     contents: CheckpointPayload,
     before_publish: Callable[[], None] = lambda: None,
 ) -> int:
-    """Check the shards, write the index, the JSON files and last the manifest, and rename the folder.
+    """Check the shards, write the other files, with the manifest last, and rename the folder.
 
     ``before_publish`` may raise to forbid the rename, which cannot be undone. Durable on return.
     Returns the bytes of the whole checkpoint. Raises SaveFailedError and OSError.

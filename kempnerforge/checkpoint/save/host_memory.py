@@ -1,8 +1,8 @@
 """Check that there is memory for the host buffers of saves, on the machine and in every cgroup.
 
 A container or a SLURM job has its own memory limit, set on its cgroup or on a parent of it. The
-limit may be far below the free memory of the machine. When it is exceeded, the kernel does not
-refuse the memory, it kills a process.
+limit may be far below the free memory of the machine. When it is exceeded, the kernel kills a
+process instead of refusing the memory.
 """
 
 from __future__ import annotations

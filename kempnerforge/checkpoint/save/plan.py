@@ -1,8 +1,8 @@
 """Plan which rank writes which chunk into which file, and cache the plan and its host buffers.
 
 ``make_plan`` does not use DCP's planner, which takes seconds at hundreds of ranks and gathers
-pickled metadata at every save. ``SavePlanCache`` plans once. Later saves compare digests, and plan
-again only if the shapes, dtypes or layout of a rank's tensors have changed.
+pickled metadata at every save. ``SavePlanCache`` plans once. Later saves compare a digest of what
+each rank holds, and plan again only if one has changed.
 """
 
 from __future__ import annotations
@@ -100,10 +100,11 @@ Signature = tuple[tuple[Any, ...], ...]
 
 
 def signature_of(tensors: Mapping[str, torch.Tensor]) -> Signature | None:
-    """Return the signature of ``tensors``; None if one is nested, or neither plain nor a plain DTensor.
+    """Return the signature of ``tensors``; None if there is one of another kind than the following.
 
-    Equal signatures mean equal ``held_chunks``. Computing ``held_chunks`` takes longer than staging
-    a small tensor, which is too long for every save.
+    Plain tensors that are not nested, and DTensors of plain tensors, have a signature. Equal
+    signatures mean equal ``held_chunks``. Computing ``held_chunks`` takes longer than staging a
+    small tensor, which is too long for every save.
     """
     signature: list[tuple[Any, ...]] = []
     for name, tensor in tensors.items():
