@@ -70,7 +70,7 @@ class SaveReport:
     overhead_pct: float = 0.0
     """The cost of all saves of this attempt, in percent of its time in the loop."""
     interval_s: float | None = None
-    """Current seconds between saves, on the first rank. None unless the overhead is limited or "auto" is set."""
+    """Current seconds between saves, on the first rank. None unless "auto" or ``max_overhead_pct`` is set."""
     pending: bool = False
     """Whether the save has begun and not ended."""
     skipped: str = ""
