@@ -100,11 +100,10 @@ Signature = tuple[tuple[Any, ...], ...]
 
 
 def signature_of(tensors: Mapping[str, torch.Tensor]) -> Signature | None:
-    """Return the signature of ``tensors``; None if there is one of another kind than the following.
+    """Return the signature of ``tensors``; None if one is neither a plain tensor nor a DTensor of one.
 
-    Plain tensors that are not nested, and DTensors of plain tensors, have a signature. Equal
-    signatures mean equal ``held_chunks``. Computing ``held_chunks`` takes longer than staging a
-    small tensor, which is too long for every save.
+    It is also None if a tensor is nested. Equal signatures mean equal ``held_chunks``. Computing
+    ``held_chunks`` takes longer than staging a small tensor, which is too long for every save.
     """
     signature: list[tuple[Any, ...]] = []
     for name, tensor in tensors.items():
