@@ -1,1 +1,1 @@
-"""Saving and resuming: staging, storage, commit, resume. Knows nothing of models, data or the loop."""
+"""Saving and resuming. Imports nothing from the model, the data or the training loop."""

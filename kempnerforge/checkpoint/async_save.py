@@ -44,24 +44,26 @@ StateDict = Mapping[Any, Any] | Callable[[], Payload]
 class AsyncCheckpointer:
     """Saves any DCP-compatible state dict as a committed checkpoint of format 1.
 
-    ``save`` returns after the commit (``disabled``) or after the copy to host buffers (other modes). To
-    overlap the copy with compute as well, use ``async_pinned`` with ``begin_save`` and ``wait_for_staging``.
-    That mode copies on a side stream, or, without CUDA, on a thread.
+    ``save`` returns after the commit (``disabled``) or after the copy to host buffers (other
+    modes). To overlap the copy with compute as well, use ``async_pinned`` with ``begin_save`` and
+    ``wait_for_staging``. That mode copies on a side stream, or, without CUDA, on a thread.
 
-    The first save makes the host buffers: one image of each file that this rank writes. They are pinned if
-    the tensors are on a CUDA device. The tensors of one process must be on one device. Later saves reuse the
-    buffers. A writer process writes from them. A save first waits for the one before it.
+    The first save allocates the host buffers, one for the bytes of each file that this rank writes.
+    They are pinned if the tensors are on a CUDA device. The tensors of one process must be on one
+    device. Later saves reuse the buffers. A separate process writes the files from them. A save
+    first waits for the one before it.
 
-    As a context manager, it finishes a pending save at the end, raises SaveFailedError if that failed, and
-    closes. If an exception ends the ``with``, or the interpreter exits without ``close``, it finishes the
-    save too, and prints a failure to standard error.
+    As a context manager, it finishes a pending save at the end, raises SaveFailedError if that
+    failed, and closes. If an exception ends the ``with``, or the interpreter exits without
+    ``close``, it finishes the save too, and prints a failure to standard error.
 
     Args:
         mode: the member or its value, such as ``"async"``. Raises ValueError for anything else.
         patience: how often a write is tried, and how long ranks wait for each other.
-        stall_timeout_s: replace the writer, and repeat its write, after this many seconds without progress.
-        max_host_memory_gb: refuse host buffers that take more than this on a machine. None: more than is
-            free there.
+        stall_timeout_s: replace the writer, and repeat its write, after this many seconds without
+            progress.
+        max_host_memory_gb: the most memory that host buffers may take on one machine. None: as much
+            as is free there.
     """
 
     def __init__(
@@ -106,15 +108,15 @@ class AsyncCheckpointer:
         """Write ``state_dict`` as the folder ``checkpoint_id``, which must not exist.
 
         Collective: all ranks of ``process_group`` (None: all ranks), which may be a subset.
-        Blocks: for the save before this one; then until the commit (``disabled``) or the copy (other modes).
+        Blocks: for the save before this one, then for the commit (``disabled``) or the copy.
         Mutation: tensors may be changed on return.
-        Durable: on return with ``disabled``; else after ``wait``.
+        Durable: on return with ``disabled``; in other modes after ``wait``.
 
-        Non-tensor leaves become tagged JSON. If several ranks have one, the lowest rank's value is stored.
-        Raises TypeError or ValueError on all ranks, naming the leaf, for what a checkpoint cannot hold,
-        before anything is written. Raises SaveFailedError on all ranks, with rank and cause. In the
-        asynchronous modes ``wait`` or the next ``save`` raises it, once. ``request`` is passed to
-        ``begin_save``.
+        Non-tensor leaves become tagged JSON. If several ranks have one, the lowest rank's value is
+        stored. Raises TypeError or ValueError on all ranks, naming the leaf, for what a checkpoint
+        cannot hold, before anything is written. Raises SaveFailedError on all ranks, with rank and
+        cause. In the asynchronous modes ``wait`` or the next ``save`` raises it, once. ``request``
+        is passed to ``begin_save``.
         """
         self.begin_save(state_dict, checkpoint_id, process_group, **request).wait_until_staged()
         if self.blocks:
@@ -189,7 +191,7 @@ class AsyncCheckpointer:
         """Id of the writer process, while there is one."""
         return self._writer.pid
 
-    @torch.inference_mode(False)  # buffers outlive the mode that this is called in
+    @torch.inference_mode(False)  # the buffers outlive an inference mode of the caller
     def prepare(
         self,
         state_dict: StateDict,
@@ -197,8 +199,8 @@ class AsyncCheckpointer:
     ) -> None:
         """Plan the saves and make the buffers now, so that the first save takes no longer than later ones.
 
-        Collective: all ranks of ``process_group``. Blocks: for a pending save, which writes from the buffers.
-        Raises what ``begin_save`` raises, on all ranks.
+        Collective: all ranks of ``process_group``. Blocks: for a pending save, which writes from
+        the buffers. Raises what ``begin_save`` raises, on all ranks.
         """
         self.wait()
         self._plan_save(self._join_group(process_group), state_dict)
@@ -212,17 +214,17 @@ class AsyncCheckpointer:
         request: SaveRequest | None = None,
         **fields: Any,
     ) -> SaveHandle:
-        """Begin to save. Call ``wait_until_staged`` of the handle before the next change of a tensor.
+        """Begin a save. Call ``wait_until_staged`` of the handle before any tensor is modified.
 
         Collective: all ranks of ``process_group``, which must be the same at every save.
         Blocks: for the save before this one; for the copy, unless the mode is ``async_pinned``.
-        Mutation: tensors stay unmodified until ``wait_until_staged`` returns.
+        Mutation: do not modify tensors before ``wait_until_staged`` returns.
         Durable: not on return; ``result`` of the handle waits for it.
 
-        ``state_dict`` may be a function that returns the payload. Its error on one rank is raised on all.
-        ``fields`` are fields of ``SaveRequest`` and replace those of ``request``. Raises TypeError,
-        ValueError and SaveFailedError on all ranks, before anything is staged. A later failure on one rank,
-        such as that the folder exists, fails the save on all ranks.
+        ``state_dict`` may be a function that returns the payload. Its error on one rank is raised
+        on all. ``fields`` are fields of ``SaveRequest`` and replace those of ``request``. Raises
+        TypeError, ValueError and SaveFailedError on all ranks, before anything is staged. A later
+        failure on one rank, such as that the folder exists, fails the save on all ranks.
         """
         request = replace(request or SaveRequest(), **fields)
         if request.provenance is None:
@@ -304,7 +306,7 @@ class AsyncCheckpointer:
         self._plan.release()
 
     def _join_group(self, process_group: dist.ProcessGroup | None) -> ControlGroup:
-        """Return the group that agrees on saves. The first call makes it and its channel. Collective."""
+        """Return the group that agrees on saves. The first call creates it and its channel. Collective."""
         if self._control is not None and process_group is not self._process_group:
             raise ValueError("process_group must be the same at every save: use another AsyncCheckpointer")
         if self._control is None:
@@ -313,7 +315,7 @@ class AsyncCheckpointer:
             if group is None and dist.is_initialized():
                 group = _gloo_group(None)
             elif group is not None and torch.device("cpu") not in group._device_types:
-                group = _gloo_group(group)  # NCCL reduces nothing on the host
+                group = _gloo_group(group)  # NCCL cannot reduce host tensors
             control = ControlGroup(group)
             if group is not None:
                 prefix = control.run_on_rank0(lambda: secrets.token_hex(8), brief=True)
@@ -322,7 +324,7 @@ class AsyncCheckpointer:
         return self._control
 
     def _stage(self, buffers: HostBuffers, tensors: Mapping[str, torch.Tensor]) -> Staging:
-        """Return the copy of this save. Must not raise: the other ranks have agreed and continue."""
+        """Return the copy of this save. Must not raise, because the other ranks continue with the save."""
         try:
             pairs = buffers.pairs(tensors)
             overlaps = self.mode is AsyncCheckpointMode.async_pinned
@@ -338,7 +340,7 @@ def _payload(state: StateDict) -> Payload:
 
 
 def _gloo_group(of: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """Return a new gloo group of the ranks of ``of`` with its time-out; of all ranks if that is None.
+    """Return a new gloo group with the ranks and the time-out of ``of``. None: all ranks.
 
     Only the ranks of the group call this.
     """

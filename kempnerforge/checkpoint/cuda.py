@@ -1,6 +1,7 @@
-"""The use of CUDA by saves, except for the copies: the device, the threads, and pinned memory.
+"""CUDA functions for saves and loads: devices, threads and pinned memory. ``save.staging`` copies.
 
-Without a tensor on a CUDA device nothing here initializes CUDA: a context takes about 0.5 GB of a device.
+Without a tensor on a CUDA device nothing here initializes CUDA, whose context takes about 0.5 GB of
+device memory.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ log = logging.getLogger("kempnerforge.checkpoint.cuda")
 def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device | None:
     """Return the CUDA device of ``tensors``; None if all are in host memory.
 
-    Raises ValueError for several devices, naming a tensor on each: copies are ordered by the streams of one
-    device.
+    Raises ValueError for several devices, naming a tensor on each: copies are ordered by the
+    streams of one device.
     """
     name_by_device: dict[torch.device, str] = {}
     for name, tensor in tensors.items():
@@ -44,8 +45,8 @@ def device_of(tensors: Mapping[str, torch.Tensor]) -> torch.device | None:
 def use(device: torch.device | None) -> None:
     """Set the current device of this thread. Call it first in every thread that uses an event or a stream.
 
-    A new thread begins with device 0, whatever the main thread has set, and the first ``query`` of an event
-    there would create a context on device 0. None does nothing.
+    A new thread begins with device 0, whatever the main thread has set, and the first ``query`` of
+    an event there would create a context on device 0. None does nothing.
     """
     if device is not None:
         torch.cuda.set_device(device)
@@ -54,8 +55,8 @@ def use(device: torch.device | None) -> None:
 def finish_stream(stream: torch.cuda.Stream | None, device: torch.device) -> None:
     """Wait until the device has done all work queued on ``stream`` (None: the current one). Any thread.
 
-    Raises nothing. An error of the device is raised where its result is used. Callers need only know that
-    the device no longer writes to the buffers, and after an error it does not.
+    Raises nothing. An error of the device is raised where its result is used. Callers need only
+    know that the device no longer writes to the buffers, and after an error it does not.
     """
     with contextlib.suppress(RuntimeError), torch.cuda.device(device):
         (stream or torch.cuda.current_stream(device)).synchronize()
@@ -69,8 +70,8 @@ def pin(memory: torch.Tensor, device: torch.device) -> str:
         if int(status) == 0:
             return ""
         with contextlib.suppress(RuntimeError):
-            # The runtime keeps the error of the failed call, and the check of the next kernel launch, by
-            # whatever code, would raise it. This launch clears it.
+            # CUDA keeps the error of the failed call, and the next kernel launch of any code would raise it.
+            # This launch clears it.
             torch.zeros(1, device=device)
     size_gb, why = memory.numel() / 1e9, cudart.cudaGetErrorString(status)
     return f"cudaHostRegister of {size_gb:.2f} GB failed with status {int(status)}: {why}"

@@ -1,4 +1,4 @@
-"""``CheckpointManager``: saves, prunes and resumes the checkpoints of a training loop."""
+"""``CheckpointManager``: saves and prunes the checkpoints of a training loop, and resumes from them."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ REQUEST = "checkpoint.request"
 
 
 class CheckpointManager:
-    """Saves, prunes and resumes the checkpoints of one run.
+    """Saves and prunes the checkpoints of one run, and resumes from them.
 
-    Checkpoints are written to ``config.dir``, by default ``run_dir/checkpoints``, and receipts to
-    ``run_dir``. ``control_group`` is a gloo group that nothing else uses. Use None for one process.
-    ``lease`` proves, on the first rank and before every commit, that no other process writes the run.
-    ``requests`` watches for request files in ``run_dir``.
+    Checkpoints are written to ``config.dir``, by default ``run_dir/checkpoints``. Receipts, which
+    record what each resume restored, are written to ``run_dir``. ``control_group`` is a gloo group
+    that nothing else uses, or None for one process. The first rank checks ``lease`` before every
+    commit. ``requests`` watches for request files in ``run_dir``.
 
-    Without ``context`` and ``lease`` the manager keeps the record of the run itself: lease, ``run.json`` and
-    ledger. It begins the record at the first collective call. Its first rank then logs to
-    ``kempnerforge.checkpoint.manager`` at INFO and WARNING. It raises LeaseHeldError when another live
-    process writes the run. With a ``context`` the caller keeps the record.
+    Without ``context`` and ``lease`` the manager itself keeps the record of the run: the lease,
+    ``run.json`` and the ledger. The first collective call begins it, and raises LeaseHeldError if
+    another live process writes to the run. The first rank then logs to the logger
+    ``kempnerforge.checkpoint.manager`` at INFO and WARNING. Otherwise the caller keeps the record.
 
-    As a context manager, it finishes a pending save at the end, raises SaveFailedError if that failed, and
-    closes. If an exception ends the ``with``, it finishes the save too, and prints a failure to standard
-    error.
+    As a context manager, it finishes a pending save at the end, raises SaveFailedError if that
+    failed, and closes. If an exception ends the ``with``, it finishes the save too, and prints a
+    failure to standard error.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class CheckpointManager:
         self.context = context or RunContext()
         self.run_dir, self.folder = manager_arguments.folders(config, run_dir, context)
         self._owner: Owner | None = None
-        """The owner of the checkpoint folder. On the first rank, once ``_take_folder`` has run."""
+        """The owner of the checkpoint folder. ``_take_folder`` sets it on the first rank."""
         self._has_resumed = False
         self._control = ControlGroup(control_group)
         timeout_s = None if config.save_timeout_s == "auto" else config.save_timeout_s
@@ -85,7 +85,7 @@ class CheckpointManager:
         )
         self._lease = lease
         self._housekeeping = Housekeeping(self.folder, config, run_dir=self.run_dir)
-        """On the first rank only."""
+        """Has work on the first rank only."""
         self._policy = SavePolicy.from_config(config)
         self._metrics: dict[str, float] = {}
         self._metrics_step = -1
@@ -97,7 +97,7 @@ class CheckpointManager:
         self._warnings: list[str] = []
         self._own: OwnRun | None = None
         if context is None and lease is None:
-            # No reference to this manager: a program that drops it must free it.
+            # No reference to this manager, so that a manager that the program drops is freed.
             join = (self._checkpointer.join, self._housekeeping.close)
             self._own = OwnRun(self.run_dir, config, self._control, began_at=state.step, join=join)
             self._saves.on_report = self._record
@@ -129,11 +129,11 @@ class CheckpointManager:
         Collective: all ranks, on the control group.
         Blocks: for a pending save; until all ranks have loaded the same step.
         Mutation: fills ``state`` and this process's random number generators.
-        Durable: the receipt is, on return.
+        Durable: the receipt, on return.
 
-        Raises the same error on all ranks: NoSoundCheckpointError, UnreachableCheckpointError, MismatchError,
-        StepNotFoundError, FolderOwnedError (another run owns the folder) or StepsMissingError (this run has
-        committed steps, and the folder has none).
+        Raises the same error on all ranks: NoSoundCheckpointError, UnreachableCheckpointError,
+        MismatchError, StepNotFoundError, FolderOwnedError (another run owns the folder) or
+        StepsMissingError (this run has committed steps, and the folder has none).
         """
         self._begin_record()
         self._control.run_on_rank0(self._take_folder)
@@ -190,7 +190,7 @@ class CheckpointManager:
         """Plan the saves, check memory, make the host buffers, check disk space. Return a warning or ''."""
         try:
             self._checkpointer.prepare(lambda: self._capture(state), self._control.group)
-        except HostMemoryError as error:  # before training: the config must change
+        except HostMemoryError as error:  # training has not begun: the user must change the config
             raise ConfigError([error.fault]) from None
         return self._control.run_on_rank0(self._check_disk_space)
 
@@ -206,8 +206,8 @@ class CheckpointManager:
     def collect_votes(self, *, requested: bool = False) -> StepVotes:
         """Return this rank's votes after a step. Reduce them with MAX over all ranks for ``apply_votes``.
 
-        ``requested``: this rank was asked to save, for example by a signal. The first rank also checks for
-        the file ``checkpoint.request`` in the run's folder. Only the first rank's clock counts.
+        ``requested``: this rank was asked to save, for example by a signal. The first rank also
+        checks for the file ``checkpoint.request``. Only the first rank's clock counts.
         """
         is_first = self._control.rank == 0
         requested = requested or (is_first and self._request_file().is_there)
@@ -228,9 +228,9 @@ class CheckpointManager:
     def apply_votes(self, step: int, agreed: Sequence[int]) -> str | None:
         """Return the reason to save now, or None. ``agreed``: each vote's maximum over all ranks.
 
-        All ranks report an earlier save that has ended. A save that is due while an earlier one is being
-        written is deferred to the next step and counted. Raises on all ranks: SaveFailedError after
-        ``max_failed_saves`` failures in a row; LeaseLostError when another attempt has taken over the run.
+        All ranks report an earlier save that has ended. A save that is due while an earlier one is
+        pending is deferred and counted. Raises on all ranks SaveFailedError after
+        ``max_failed_saves`` failures in a row, LeaseLostError if another attempt took over the run.
         """
         self._begin_record()
         votes = StepVotes(*agreed)
@@ -269,8 +269,8 @@ class CheckpointManager:
     def record_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Store metrics of ``step``. A save of this step writes them to its manifest.
 
-        If the save has begun already, append them to ``metrics.jsonl`` of the checkpoint folder. Retention
-        reads both.
+        If the save has begun already, append them to ``metrics.jsonl`` in the checkpoint folder.
+        Retention reads both.
         """
         if step != self._metrics_step:
             self._metrics, self._metrics_step = {}, step
@@ -282,14 +282,14 @@ class CheckpointManager:
         """Write ``state`` as ``step_{step:08d}`` and commit it.
 
         Collective: all ranks, in the same order, on the control group.
-        Blocks: as ``async_mode`` says; with ``wait``, for an earlier save and until this one commits.
-        Mutation: tensors stay unmodified until ``wait_for_staging`` returns.
+        Blocks: see ``async_mode``; with ``wait``, until an earlier save and this one have ended.
+        Mutation: do not modify tensors before ``wait_for_staging`` returns.
         Durable: on return with ``wait`` or in the blocking mode, unless the report has an error.
 
-        A failed save leaves nothing behind and is reported. SaveFailedError is raised on all ranks after
-        ``max_failed_saves`` failures in a row, or at once with ``wait``. A step that is committed already is
-        not written again. After the commit a background thread points ``latest`` to the step and deletes
-        older steps. Only ``finish`` waits for that.
+        A failed save leaves nothing behind and is reported. SaveFailedError is raised on all ranks
+        after ``max_failed_saves`` failures in a row, or at once with ``wait``. A step that is
+        committed already is not written again. After the commit a background thread points
+        ``latest`` to the step and deletes older steps. Only ``finish`` waits for that.
         """
         self._begin_record()
         if not self._has_resumed:
@@ -371,7 +371,7 @@ class CheckpointManager:
         return True
 
     def lease_warning(self) -> str:
-        """Return why the lease cannot be renewed at present; empty if it can, and on other ranks."""
+        """Return why the lease cannot be renewed at present. Empty if it can be, and on all other ranks."""
         return self._lease.failing if self._lease is not None else ""
 
     def events(self) -> list[SaveEvent]:
@@ -379,7 +379,7 @@ class CheckpointManager:
         return self._saves.events() + self._housekeeping.events()
 
     def warnings(self) -> list[str]:
-        """Return what failed after commits since the last call, on the first rank: link, retention."""
+        """Return what has failed after commits since the last call, such as retention. First rank only."""
         self._take_warnings()
         warnings, self._warnings = self._warnings, []
         return warnings
@@ -422,7 +422,7 @@ class CheckpointManager:
     def poll(self) -> list[SaveReport]:
         """Return reports of saves whose outcome all ranks know, since the last call. Never blocks.
 
-        What failed after commits is in ``warnings`` of the last report, or returned by ``warnings()``.
+        The last report has the warnings. If there are warnings but no report, call ``warnings()``.
         """
         reports = self._intervals.with_interval(self._saves.reports())
         self._take_warnings()
@@ -433,7 +433,7 @@ class CheckpointManager:
         return reports
 
     def status_message(self) -> str:
-        """Return a message if the interval between saves has changed since the last call. First rank."""
+        """Return a message if the save interval has changed since the last call. First rank only."""
         if self._own is None:
             return self._intervals.status_message()
         message, self._own.news = self._own.news, ""
@@ -443,7 +443,7 @@ class CheckpointManager:
     """Deprecated: the former name of ``status_message``."""
 
     def exclude_time(self, seconds: float) -> None:
-        """Exclude seconds of other work between steps, such as validation, from the cost of saves."""
+        """Exclude ``seconds`` of work between steps, such as validation, from the measured cost of saves."""
         self._saves.clock.meter.exclude_time(seconds)
 
     leave_out = exclude_time
@@ -453,8 +453,8 @@ class CheckpointManager:
         """Wait for a pending save. With ``save_last``, commit the last step unless it is committed.
 
         Collective: all ranks, on the control group.
-        Blocks: until the commit; the first rank also until older steps are deleted, for 60 s at most or until
-        ``give_up`` returns True.
+        Blocks: until the commit; the first rank also until older steps are deleted, for 60 s at
+        most or until ``give_up`` returns True.
         Durable: on return.
         Raises SaveFailedError on all ranks.
         """
@@ -473,7 +473,7 @@ class CheckpointManager:
         self._saves.wait()
 
     def end_housekeeping(self) -> None:
-        """Stop the work that follows commits. The next start does what is left. Not collective."""
+        """Stop the work that follows commits. The next start of the run does the rest. Not collective."""
         self._saves.wait()
         self._housekeeping.close()
         self._take_warnings()
@@ -484,7 +484,7 @@ class CheckpointManager:
         self._close(None)
 
     def _close(self, error: BaseException | None) -> None:
-        """Close. ``error``: what ended the loop, if anything did."""
+        """Close. ``error``: the exception that ended the loop, if any."""
         self.end_housekeeping()
         self._saves.close()
         if self._requests is not None:

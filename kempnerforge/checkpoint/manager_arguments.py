@@ -33,7 +33,7 @@ def folders(config: CheckpointConfig, run_dir: str | Path, context: RunContext |
     """Return the run's folder and its checkpoint folder, in which ``{run_id}`` may not be filled in yet."""
     folder = Path(config.dir).expanduser() if config.dir else None
     if context is None:  # a user's loop may change its working directory
-        run_dir = paths.local_path(run_dir)  # the text, because a ``Path`` does not keep the ``//`` of a URL
+        run_dir = paths.local_path(run_dir)  # check the text: a ``Path`` does not keep the ``//`` of a URL
         folder = paths.local_path(folder) if folder is not None else None
     elif folder is not None:  # without a context, the id is filled in when the record begins
         name = Path(os.path.abspath(run_dir)).name

@@ -38,8 +38,8 @@ class Payload:
     tensors: Mapping[str, torch.Tensor]
     """By name in the checkpoint."""
     objects: Mapping[str, Any] = field(default_factory=dict)
-    """Non-tensor leaves by name, encoded by ``json_values``. Where several ranks have one, the lowest rank's
-    is stored."""
+    """Non-tensor leaves by name, encoded by ``json_values``. If several ranks have a leaf, the value of the
+    lowest rank is stored."""
     same_on_all_ranks: Mapping[str, str] = field(default_factory=dict)
     """Name -> digest of each value that must be equal on all ranks."""
     from_lowest_rank: frozenset[str] = frozenset()
@@ -60,17 +60,17 @@ class SaveReport:
     """From the call to the commit."""
     size_bytes: int = 0
     lag_steps: int = 0
-    """Steps that were done between the save and the one at which all ranks knew its outcome."""
+    """Steps from the one that was saved to the one at which all ranks knew the outcome."""
     deferred: int = 0
     """Steps by which the save was deferred because an earlier one was being written."""
     tax_s: float = 0.0
-    """How much longer the loop took because of the save, as known at present. See ``overhead``."""
+    """Seconds by which the save has lengthened the loop, as far as known. See ``schedule/overhead.py``."""
     tax_is_lower_bound: bool = False
     """Whether only blocking time was counted, because no baseline was available."""
     overhead_pct: float = 0.0
     """The cost of all saves of this attempt, in percent of its time in the loop."""
     interval_s: float | None = None
-    """Present seconds between saves, on the first rank; None if no interval is controlled."""
+    """Current seconds between saves, on the first rank. None unless "auto" or ``max_overhead_pct`` is set."""
     pending: bool = False
     """Whether the save has begun and not ended."""
     skipped: str = ""
@@ -78,10 +78,10 @@ class SaveReport:
     error: str = ""
     """Why the save failed; empty if it was committed."""
     warnings: tuple[str, ...] = ()
-    """What failed after the commit: the link, the retention."""
+    """What failed after the commit: the ``latest`` link or retention."""
 
     def row(self) -> dict[str, Any]:
-        """Return the report as metrics, without ``step``: a row has the step at which it is written."""
+        """Return the report as metrics. The caller adds ``step``, the step at which the row is written."""
         if self.skipped:
             return {"checkpoint/skipped_no_space": 1, "checkpoint/error": self.skipped}
         if self.error:

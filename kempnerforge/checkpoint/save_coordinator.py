@@ -1,4 +1,4 @@
-"""The saves of a training loop: one at a time, others deferred, failures counted, costs measured."""
+"""``SaveCoordinator``: runs one save at a time, defers others, counts failures and measures costs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kempnerforge.errors import SaveFailedError
 
 
 class StepVotes(NamedTuple):
-    """One rank's part in the agreement after a step. Ranks agree on the maximum of each number."""
+    """One rank's votes after a step. Ranks agree on the maximum of each number."""
 
     requested: int
     """1 if this rank was asked to save."""
@@ -29,9 +29,9 @@ class StepVotes(NamedTuple):
     known_saves: int
     """Saves of this attempt whose outcome this rank knows."""
     lease_lost: int
-    """1 if another attempt has taken the run over."""
+    """1 if another attempt has taken over the run."""
     bound_ms: int
-    """Milliseconds that must lie between the last save and one that an interval makes due."""
+    """An interval makes no save due earlier than this many milliseconds after the last save."""
     auto_ms: int
     """Milliseconds between saves under ``interval = "auto"``."""
 
@@ -72,14 +72,15 @@ class SaveCoordinator:
 
     @property
     def known_saves(self) -> int:
-        """How many saves have an outcome that this rank knows. The first rank knows first."""
+        """How many saves have an outcome that this rank knows. The first rank learns it before the others."""
         is_open = self._pending is not None and self._checkpointer.poll() is None
         return self._num_begun - is_open
 
     def take_result(self, known_saves: int, *, step: int) -> None:
-        """Report the pending save, if ``known_saves``, which all ranks agreed on, includes it.
+        """Report the pending save if ``known_saves`` includes it. Collective.
 
-        Raises SaveFailedError on all ranks after too many failures in a row.
+        ``known_saves``: the agreed maximum over all ranks. Raises SaveFailedError on all ranks
+        after too many failures in a row.
         """
         if self._pending is not None and known_saves >= self._num_begun:
             self._end(self._result(), step, at_boundary=True)
@@ -96,7 +97,7 @@ class SaveCoordinator:
         return waited_s
 
     def select(self, due: str | None, step: int) -> str | None:
-        """Return why to save after ``step``: ``due`` or a deferred save. None while a save is pending."""
+        """Return the reason to save after ``step``, or None. Defer the save while another is pending."""
         reason = due or (self._deferral.reason if self._deferral is not None else None)
         if reason is not None and self._pending is not None:
             self._num_deferred += 1
@@ -115,7 +116,7 @@ class SaveCoordinator:
     def save(
         self, step: int, capture: Callable[[], Payload], request: SaveRequest, *, wait: bool
     ) -> SaveReport:
-        """Begin to save. With ``wait``, return after the commit, and raise if it fails. Collective.
+        """Begin a save. With ``wait``, return after the commit, and raise if the save fails. Collective.
 
         ``capture`` returns what this rank writes. Its error on one rank is raised on all.
         """
@@ -128,8 +129,8 @@ class SaveCoordinator:
         self.clock.save_begins()
         deferred, self._num_deferred = self._num_deferred, 0
         self._end_deferral(step)
-        # Set before the save begins: if the loop catches an interrupt (Ctrl-C), the next call reports the
-        # save.
+        # Set before the save begins: if the loop catches an interrupt (Ctrl-C), the next call still reports
+        # the save.
         self._pending = SaveReport(step, reason, blocking_s=0.0, deferred=deferred, pending=True)
         try:
             folder = self.folder / paths.step_name(step)
@@ -179,7 +180,7 @@ class SaveCoordinator:
     def local_report(self) -> SaveReport | None:
         """Wait for this rank's part of the pending save. Return its report if this rank knows the outcome.
 
-        Not collective: for a loop that ends without an agreement of all ranks.
+        Not collective, for a loop that ends without an agreement of all ranks.
         """
         self._checkpointer.join()
         result = self._checkpointer.poll()
@@ -210,8 +211,8 @@ class SaveCoordinator:
     def _result(self) -> SaveResult:
         """Wait for the outcome of the pending save. Collective: all ranks return together.
 
-        The rank that hosts the store, usually the first, may end its process right after this, so all ranks
-        must have read the outcome by then.
+        The rank that hosts the store, usually the first, may end its process right after this, so
+        all ranks must have read the outcome by then.
         """
         save = self._checkpointer.last_save
         result = SaveResult(error="it was interrupted before it began")

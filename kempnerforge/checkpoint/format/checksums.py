@@ -1,7 +1,7 @@
 """Write and read files with a digest for every 16 MiB block.
 
-A block is the unit of trust. To read 1 KB, a reader reads the whole block, and gets no bytes of it
-before its digest is verified.
+A reader gets no bytes of a block before the digest of the whole block is verified. So to return
+1 KB, the whole block is read.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class DigestingFile:
         fsio.write_all(self._fd, data)
 
     def finish(self) -> FileRecord:
-        """Call fsync and return the record. The bytes are durable; the name is once the folder is synced."""
+        """Call fsync and return the record. The file's name is durable only once its folder is synced."""
         os.fsync(self._fd)
         return self._digester.finish()
 
@@ -97,9 +97,9 @@ class VerifiedFile:
     Args:
         path: the file.
         record: its entry in the manifest.
-        keep: keep every block that was read in memory, for random access.
-        buffer: ``BLOCK_BYTES`` of memory that files read one after another may share. Reading into
-            fresh pages takes twice as long.
+        keep: keep in memory every block that was read, for random access.
+        buffer: ``BLOCK_BYTES`` of memory. Files that are read one after another may share it,
+            because reading into fresh pages takes twice as long.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class VerifiedFile:
         begin = number * BLOCK_BYTES
         want = min(BLOCK_BYTES, self.record.size_bytes - begin)
         if drop_cache:
-            # A bit flipped in memory must not condemn an intact file: read from the device again.
+            # A bit may have flipped in the page cache while the file is intact: read from the device again.
             os.posix_fadvise(self._fd, begin, want, os.POSIX_FADV_DONTNEED)
         if self._buffer is None:
             self._buffer = memoryview(bytearray(min(BLOCK_BYTES, self.record.size_bytes)))

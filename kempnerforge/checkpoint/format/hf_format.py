@@ -30,7 +30,7 @@ class MappedTensor(Protocol):
 
     @property
     def name(self) -> str:
-        """The name here, without the prefix of weights in checkpoints."""
+        """The name in this package, without the prefix ``model.`` of checkpoints."""
         ...
 
     @property
@@ -45,9 +45,9 @@ class MappedTensor(Protocol):
 
     @property
     def row_order(self) -> tuple[int, ...]:
-        """In each group of len(row_order) rows, their row i is our row row_order[i].
+        """Row i of the Hugging Face tensor is row row_order[i] here, in each group of len(row_order) rows.
 
-        Empty: the same order.
+        Empty if the order is the same.
         """
         ...
 
@@ -87,7 +87,10 @@ def plan_files(tensors: Sequence[MappedTensor], dtype: str, max_shard_bytes: int
 
 
 def group_by_size(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Group positions of ``sizes`` into consecutive groups of at most ``most``. A larger size is alone."""
+    """Group positions of ``sizes`` into consecutive groups of at most ``most``.
+
+    A size larger than that forms its own group.
+    """
     groups: list[list[int]] = []
     room = -1
     for position, size in enumerate(sizes):

@@ -19,7 +19,8 @@ state dict of a module ``{"__statedict__": [[[key, value], ...], metadata]}``
 defaultdict            ``{"__defaultdict__": [factory, [[key, value], ...]]}``
 =====================  ==========================================================
 
-``tensor_leaves`` handles the tags of torch and numpy. This module knows their names, but not torch.
+``tensor_leaves`` handles the tags of torch and numpy. This module only lists them and needs no
+torch.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from kempnerforge.checkpoint.format.structure import PATHS
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _TEXT = ("utf-8", "surrogatepass")
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
-"""Errors from decoding JSON that no version wrote. Such a step is damaged."""
+"""Errors from decoding JSON that no version of this format has. They mean that the step is damaged."""
 MAX_DEPTH = 200
 """Limit on nested containers."""
 FOREIGN_TAGS = ("__tensor__", "__ndarray__", "__numpy__", "__size__", "__dtype__", "__device__")

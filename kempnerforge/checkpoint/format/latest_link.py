@@ -29,10 +29,10 @@ class LatestLink:
 
 
 def resolve(path: Path) -> Path:
-    """Resolve ``path``: if its name is ``latest``, return the newest committed step beside it.
+    """Resolve ``path``: if its name is ``latest``, return the newest committed step in its folder.
 
     The link may be missing, point at an older step after a crash, or be a copy of a step. Any other
-    path, and one without steps beside it, is returned unchanged. Raises OSError.
+    path is returned unchanged, and so is ``latest`` in a folder without steps. Raises OSError.
     """
     steps = paths.committed_steps(path.parent) if path.name == paths.LATEST else []
     return path.with_name(paths.step_name(steps[0])) if steps else path

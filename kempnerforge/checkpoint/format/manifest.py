@@ -1,4 +1,4 @@
-"""``manifest.json``: written last, it commits a checkpoint and holds the digests of all other files."""
+"""``manifest.json``: the last file of a checkpoint to be written, with the digests of all other files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
     """Versions and hardware that bitwise equality depends on."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Metrics of exactly this step, such as ``eval/loss``. Retention finds the best steps by them."""
+    """Metrics of exactly this step, such as ``eval/loss``. Retention ranks steps by them."""
     tokenizer: dict[str, str] = field(default_factory=dict)
     """``digest`` of the tokenizer that made the tokens, and its absolute ``path`` if the run read
     it from a file. Empty if unknown."""
@@ -50,7 +50,7 @@ class Provenance:
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _MAX_BYTES = 1 << 28
-"""Larger than any manifest: that of a 10 TB checkpoint has 30 MB."""
+"""More than any manifest takes: that of a 10 TB checkpoint takes 30 MB."""
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 """Created once, because a run has thousands of steps."""
 _OPTIONAL = ("metrics", "tokenizer")
@@ -164,7 +164,7 @@ def read(step_folder: Path) -> Manifest:
 
 
 def _read_bytes(step_folder: Path) -> bytes:
-    """Read with three system calls, because each is a round trip on a network file system."""
+    """Read the manifest with few system calls, because each is a round trip on a network file system."""
     try:
         # Opening a pipe would hang. A link may lead out of the folder.
         fd = os.open(
@@ -235,7 +235,7 @@ def read_verified(step_folder: Path, manifest: Manifest, name: str) -> bytes:
 
 
 def _read_small(path: str, record: FileRecord) -> bytes | None:
-    """Return the bytes of a file of one block if they are correct; None if the slow path has to read it."""
+    """Return the verified bytes of a file of one block; None if ``VerifiedFile`` has to read the file."""
     if len(record.xxh3_128) != 1:
         return None
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

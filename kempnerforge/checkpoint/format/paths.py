@@ -1,4 +1,4 @@
-"""Names inside a checkpoint folder, and listings of it."""
+"""Names of files and folders in a checkpoint folder, and listings of it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def late_name(step: int, number: int) -> str:
 
 
 def suspect_name(step: int, number: int) -> str:
-    """Return the name of a step after which two attempts failed for a cause that may be in the state."""
+    """Return the name of a step that was set aside as suspect: see ``FolderListing.suspect``."""
     return f"suspect.{step_name(step)}.{number}"
 
 
@@ -102,7 +102,7 @@ class FolderListing:
     late: list[Path] = field(default_factory=list)
     """Steps set aside because their attempt had been replaced before it committed them."""
     suspect: list[Path] = field(default_factory=list)
-    """Steps set aside because two attempts failed right after them, for a cause that may be in the state."""
+    """Steps set aside because two attempts resumed from them and failed. The state may be the cause."""
 
 
 def list_folder(folder: Path) -> FolderListing:

@@ -2,10 +2,10 @@
 
 - The data begins at a multiple of 4096. The header is padded with spaces, which safetensors allows.
 - Tensors follow each other in descending element size, without gaps.
-- The header has DCP's sharding entry, from which stock ``HuggingFaceStorageReader`` knows the
+- The header has DCP's sharding entry, from which stock ``HuggingFaceStorageReader`` reads the
   offsets of each chunk in its tensor.
 
-Headers are read without trusting a byte of them.
+Headers are validated as they are read: no value in them is trusted.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def decode_header(
 
 
 def parse_header(read_bytes: Callable[[int, int], bytes], size_bytes: int) -> tuple[Any, int]:
-    """Return the JSON of a header, and the offset of the data. Checks only that no name occurs twice.
+    """Return the JSON of a header, and the offset of the data. Check only that no name occurs twice.
 
     Raises ValueError, and what ``read_bytes`` raises.
     """

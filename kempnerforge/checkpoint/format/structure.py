@@ -1,4 +1,4 @@
-"""Paths of the leaves of a nested state dict, from which a load without a target rebuilds it.
+"""Paths of the leaves of a nested state dict. A load without a target rebuilds the dict from them.
 
 A leaf's name is its path joined by dots: ``{"model": {"w": t}}`` has ``model.w``. Lists, and dots
 in keys, make names ambiguous, and empty dicts have no leaf. Therefore ``train_state.json`` of a
@@ -7,8 +7,8 @@ nested state dict has::
     "__paths__": {"tree": {"model": {}, "list": [[0, {}]], "empty": null}, "other": {"a.b": ["a.b"]}}
 
 ``tree`` has only the containers: an object is a dict, an array of pairs (position, container) is a
-list, and null is an empty dict. A leaf lies in the container with the longest name that is a prefix
-of its own. ``other`` has the paths of leaves for which that is wrong. Needs no torch.
+list, and null is an empty dict. A leaf belongs to the container with the longest name that is a
+prefix of its own. ``other`` has the paths of leaves for which that is wrong. Needs no torch.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Structure:
     """Paths of a state dict's leaves."""
 
     paths: Mapping[str, Path] = field(default_factory=dict)
-    """By name of the leaf. A missing one is at the top level."""
+    """By name of the leaf. A leaf without an entry is at the top level."""
     empty: Mapping[str, Path] = field(default_factory=dict)
     """Empty dicts, by name."""
     bare_lists: tuple[Path, ...] = ()
-    """Lists that contain empty dicts and no other dicts, filled in by ``decode``. State dicts saved
-    by DCP's own planner have none: it leaves empty dicts out."""
+    """Lists that contain empty dicts and no other dicts. ``decode`` fills this in. It is empty for
+    state dicts saved by DCP's own planner, which leaves out empty dicts."""
 
     def path(self, name: str) -> Path:
         """Return the path of a leaf."""
@@ -157,7 +157,7 @@ class _Rule:
 
 
 class _Lookup(Mapping[str, Path]):
-    """Paths by name. Knows the containers, not the leaves, so iteration yields only ``other``."""
+    """Paths by name. The leaves are not listed in it, so iteration yields only ``other``."""
 
     def __init__(self, rule: _Rule, other: dict[str, Path]) -> None:
         self._rule = rule
@@ -174,7 +174,7 @@ class _Lookup(Mapping[str, Path]):
 
 
 def merge(by_rank: Iterable[tuple[Any, Iterable[str]]]) -> dict[str, Any] | None:
-    """Merge (JSON, names of leaves) of all ranks. The first path of a name counts."""
+    """Merge (JSON, names of leaves) of all ranks. If ranks differ, the first path of a name is used."""
     paths: dict[str, Path] = {}
     empty: dict[str, Path] = {}
     for body, names in by_rank:

@@ -41,13 +41,13 @@ ITEM_BYTES = {
 """Bytes of one element by safetensors dtype name."""
 
 SHORT_NAMES = {"F8_E4M3FNUZ": "F8E4FNUZ", "F8_E5M2FNUZ": "F8E5FNUZ"}
-"""Names in the index of dtypes whose own names are too long for it. Since format 1.1."""
+"""Safetensors name -> name in the index, for dtypes whose names exceed 8 bytes. Since format 1.1."""
 _LONG_NAMES = {short: name for name, short in SHORT_NAMES.items()}
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, contiguous in one file."""
+    """A box (rectangular part) of a tensor, stored contiguously in one file."""
 
     file: str
     begin: int
@@ -145,7 +145,7 @@ class Index(Mapping[str, TensorEntry]):
         return DamagedCheckpointError(f"{path.parent.name} is damaged: {path.name}: {what}")
 
     def close(self) -> None:
-        """Close the file. Entries that were looked up stay available."""
+        """Close the file. Entries that were looked up remain available."""
         self._file.close()
 
     def __len__(self) -> int:
@@ -193,8 +193,9 @@ class Index(Mapping[str, TensorEntry]):
     def part(self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Chunk]:
         """Return the chunks that overlap the box at ``offsets``, ``sizes``. They cover it exactly once.
 
-        Only these chunks are unpacked and checked: with thousands of ranks a tensor has thousands
-        of others. The box must have as many dimensions as the tensor. Raises KeyError.
+        Only these chunks are unpacked and checked, because a tensor that was saved by thousands of
+        ranks has thousands of chunks. The box must have as many dimensions as the tensor. Raises
+        KeyError.
         """
         record = self._record(name)
         if 0 in sizes:
@@ -227,7 +228,7 @@ class Index(Mapping[str, TensorEntry]):
         return self._records[name]
 
     def _find(self, name: str) -> int | None:
-        """Return the position of ``name``. Names are mostly looked up in order."""
+        """Return the position of ``name``. Try the next one first: names are mostly looked up in order."""
         wanted = name.encode()
         position = self._likely
         if position >= len(self) or self._name(position) != wanted:

@@ -1,6 +1,6 @@
 """Choose the step to resume from, inspect it, and quarantine damaged ones. First rank only.
 
-Three faults are told apart:
+Three kinds of faults are distinguished:
 
 - A *damaged* step is renamed, and all ranks try the next older one together.
 - An *unreachable* step may be intact. Reads are retried; then the run stops, and nothing is
@@ -100,12 +100,12 @@ def select(
     Args:
         folder: the folder of checkpoints.
         rejected: steps rejected so far; this call appends to it.
-        suspects: steps that two attempts blame, with reasons. They are set aside if an older sound
-            step exists; otherwise the newest of them is tried again.
-        cleanup: renames steps, and knows which ones it could not rename. Those are skipped.
+        suspects: steps from which two attempts resumed and failed, with reasons. They are set aside
+            if an older sound step exists; otherwise the newest of them is tried again.
+        cleanup: renames steps. Steps that it could not rename are skipped.
         owner: the run that the folder belongs to.
-        run_dir: the run's folder. A rollback to step 0 recorded there excuses the steps that it set
-            aside.
+        run_dir: the run's folder. If a rollback to step 0 is recorded there, the steps that it set
+            aside do not count as checkpoints.
 
     Raises NoSoundCheckpointError if checkpoints exist, quarantined ones included, but none is
     usable: a run must never restart at step 0 unnoticed. Raises UnreachableCheckpointError.
@@ -148,9 +148,10 @@ def select(
 
 
 def _inspect_twice(path: Path, step: int, owner: Owner) -> Candidate:
-    """Inspect a step; damage counts only if a second look finds it too.
+    """Inspect a step. Report damage only if a second inspection finds it too.
 
-    A network file system may miss a file for a moment, and a quarantine takes the step off the timeline.
+    A network file system may not show a file for a moment, and the run cannot use a quarantined
+    step again.
     """
     look = functools.partial(inspect, path, step=step, owner=owner)
     try:
@@ -179,7 +180,7 @@ def _require_no_checkpoints(
 
 
 def _reject_once(rejected: list[Rejected], rejection: Rejected) -> None:
-    if rejection not in rejected:  # the list is searched again after damage
+    if rejection not in rejected:  # ``select`` searches again after a step was found damaged
         rejected.append(rejection)
 
 
@@ -223,7 +224,7 @@ def quarantine(cleanup: StartCleanup, step: int, reason: str) -> Rejected:
 
 
 def _set_suspect_aside(cleanup: StartCleanup, step: int, reason: str) -> Rejected:
-    """Rename a sound step that two attempts blame. Never deletes it."""
+    """Rename a sound step from which two attempts resumed and failed. Never deletes it."""
     moved_to = cleanup.set_aside(step, "suspect", paths.suspect_name)
     why = f"attempts resumed from it and failed, and it may be the cause: {reason}"
     return Rejected(step, "suspect", why, moved_to)
@@ -232,9 +233,9 @@ def _set_suspect_aside(cleanup: StartCleanup, step: int, reason: str) -> Rejecte
 def find_warm_start(path: Path) -> Candidate:
     """Return the checkpoint that ``checkpoint.load_path`` names.
 
-    ``path`` is a step's folder, a folder of steps, or a run's folder (its newest step). Damage is
-    an error here, because nothing of another run is ever renamed. Raises StepNotFoundError,
-    DamagedCheckpointError, UnreachableCheckpointError.
+    ``path`` is a step's folder, or a folder of steps or a run's folder, of which the newest step is
+    used. A damaged step is an error here: it is not renamed, because it belongs to another run.
+    Raises StepNotFoundError, DamagedCheckpointError, UnreachableCheckpointError.
     """
     path = with_retries(lambda: latest_link.resolve(path), what=str(path.parent))
     try:

@@ -1,6 +1,6 @@
 """Check whether a step fits the config and the state of this run.
 
-No rank reads more of the index than it needs.
+Each rank reads only the index entries that it needs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def refuse_other_shapes(candidate: Candidate, config_toml: str) -> None:
 def _compare_models(candidate: Candidate, config_toml: str) -> ModelChanges:
     stored = tomli.loads(candidate.config_toml).get("model")
     now = tomli.loads(config_toml).get("model")
-    # A loop without the harness has no [model].
+    # The config of a user's own loop has no [model].
     return model_changes(stored, now) if stored is not None and now is not None else ModelChanges()
 
 
@@ -63,7 +63,8 @@ def _describe(candidate: Candidate, changes: ModelChanges) -> str:
 def check_parts(parts: Sequence[str], reader: SafetensorsReader) -> None:
     """Raise MismatchError if the step lacks a requested part, because it holds only weights.
 
-    Random number generators may be missing: they are derived then, as for another layout.
+    The random number generators may be missing. They are then derived from (seed, step, rank), as
+    after a change of layout.
     """
     if absent := missing_parts(parts, reader.raw_objects, reader.index.has_prefix):
         raise only_weights(reader.path, absent)
@@ -96,10 +97,10 @@ def check_fits(
 
 
 def check_data(reader: SafetensorsReader, state: TrainState, context: RunContext) -> list[str]:
-    """Return how the data differs from the data that the step was trained on, in words.
+    """Return a line for each difference from the data that the step was trained on.
 
-    Raises MismatchError for a step without a position in the data, and for changed data that the
-    config does not allow.
+    Raises MismatchError for a step without a position in the data, and for changed data unless the
+    config allows it.
     """
     try:
         stored = reader.objects["data"]["fingerprint"]

@@ -1,4 +1,4 @@
-"""The reading half of the DCP plug-ins. Only verified bytes reach a tensor."""
+"""``SafetensorsReader``: the storage reader for DCP. Only verified bytes reach a tensor."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class SafetensorsReader(StorageReader):
         return self._inside
 
     def leaf(self, name: str) -> Any:
-        """Return a non-tensor leaf with its tensors and arrays. Raise KeyError, and what a load raises."""
+        """Return a non-tensor leaf with its tensors and arrays. Raises KeyError, and the errors of a load."""
         encoded = self.raw_objects[name]
         unpacker = Unpacker(self.make_tensor)
         try:
@@ -140,7 +140,7 @@ class SafetensorsReader(StorageReader):
 
     @property
     def joined(self) -> dict[str, Path]:
-        """Lists, by name, stored as several entries, that DCP reads as one leaf if it has no target.
+        """Lists, by name, that are stored as several entries but that DCP without a target reads as one leaf.
 
         They contain no tensors and no dicts, except empty dicts, which have no entry.
         """
@@ -162,7 +162,7 @@ class SafetensorsReader(StorageReader):
         return whole[name]
 
     def make_tensor(self, name: str, tag: Mapping[str, Any]) -> torch.Tensor:
-        """Make a tensor to fill for one inside a leaf, on the device type it was saved on if present.
+        """Create an empty tensor for one inside a leaf, on the device type it was saved from if available.
 
         Raises DamagedCheckpointError if the index lacks it.
         """
@@ -179,7 +179,7 @@ class SafetensorsReader(StorageReader):
         return DamagedCheckpointError(f"{self.path.name} is damaged: {paths.TRAIN_STATE}: {error}")
 
     def close(self) -> None:
-        """Close the index file. ``objects`` and ``manifest`` stay usable."""
+        """Close the index file. ``objects`` and ``manifest`` can still be used."""
         if self._open_index is not None:
             self._open_index.close()
             self._open_index = None
@@ -257,7 +257,7 @@ class SafetensorsReader(StorageReader):
 
 @contextlib.contextmanager
 def _no_looking_for_garbage() -> Iterator[None]:
-    """Pause garbage collection: with thousands of planned items it took as long as the load itself."""
+    """Pause garbage collection, which takes as long as the load itself with thousands of planned items."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -272,8 +272,8 @@ def load_tensors(tensors: Mapping[str, torch.Tensor], reader: SafetensorsReader)
     """Fill ``tensors`` (by checkpoint name, DTensors included) in place, on each rank its own part.
 
     Not collective. Reads only the index entries and blocks that it needs. After an error the
-    tensors may hold anything. Raises what ``SafetensorsReader`` raises, MismatchError for another
-    shape, and KeyError for a name that the checkpoint lacks.
+    content of the tensors is undefined. Raises what ``SafetensorsReader`` raises, MismatchError for
+    another shape, and KeyError for a name that the checkpoint lacks.
     """
     parts: list[TensorSlice] = []
     boxes, shadows = Boxes(), Shadows()
@@ -313,9 +313,9 @@ def _check_targets(plan: LoadPlan, planner: LoadPlanner) -> None:
 class _LazyMetadata(Mapping[str, TensorStorageMetadata | BytesStorageMetadata]):
     """A mapping that DCP's planners use like a dict. A rank reads only the index entries that it looks up.
 
-    Tensors inside other leaves are found by name, but not listed. ``keys`` leaves out empty dicts:
-    a planner that finds a name there which its target lacks assumes a checkpoint of torch 2.3.
-    ``items`` has them, because planners without a target build one from it.
+    Tensors inside other leaves are found by name, but not listed. ``keys`` leaves out empty dicts,
+    because a planner that finds a name there that its target lacks assumes a checkpoint of torch
+    2.3. ``items`` has them, because planners without a target build one from it.
     """
 
     def __init__(self, reader: SafetensorsReader) -> None:

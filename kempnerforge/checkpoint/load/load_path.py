@@ -1,4 +1,4 @@
-"""Find what ``checkpoint.load_path`` names, and what the step has for a warm start. Needs no torch."""
+"""Find the step that ``checkpoint.load_path`` names, and which parts it has. Needs no torch."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def missing_parts(
 ) -> list[str]:
     """Return the parts that a step lacks, if one of ``parts`` is among them; otherwise an empty list.
 
-    Random number generators alone may be missing: they are derived then. ``objects``: names of the
-    entries that are not tensors. ``has_tensors``: whether there are tensors whose names have the
-    given prefix.
+    If only the random number generators are missing, the list is empty: they are then derived from
+    (seed, step, rank). ``objects``: names of the entries that are not tensors. ``has_tensors``:
+    returns whether there are tensors whose names begin with the given prefix.
     """
     absent = [
         part

@@ -108,8 +108,8 @@ def load_together(work: Callable[[], LoadResult], control: ControlGroup) -> Load
 def most_severe(outcomes: Sequence[tuple[str, str] | None]) -> tuple[str, str] | None:
     """Return the failure that all ranks act on; None if every rank loaded the step.
 
-    The order is: unexpected error, unreachable, mismatch, damaged. Damage is last because it
-    renames the step, which must not happen while another rank could not even read it.
+    The order is: unexpected error, unreachable, mismatch, damaged. Damage is last because a damaged
+    step is renamed, which must not happen while another rank could not even read it.
     """
     order = ("Exception", "UnreachableCheckpointError", "MismatchError", "DamagedCheckpointError")
     failures = [

@@ -20,7 +20,7 @@ from kempnerforge.errors import MismatchError
 
 @dataclass
 class LoadTargets:
-    """Tensors to fill, by name, and what to call afterwards."""
+    """Tensors to fill, by name, and the state to apply afterwards."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -68,7 +68,7 @@ def find_targets(
     if "model" in parts:
         _add_model(found, state, reader)
         surplus = _model_surplus(found, state, reader) if rank == 0 else []
-        # Check the model first: if it differs, so do the optimizer's groups, whose errors say less.
+        # Check the model first: if it differs, so do the optimizer's groups, whose errors are less clear.
         check_fits(found.tensors, reader, [*found.problems, *surplus])
     if "optimizer" in parts:
         _add_optimizers(found, state, reader)

@@ -40,10 +40,10 @@ ALL_PARTS = ("model", "optimizer", "scheduler", "data", "rng")
 
 
 class Restorer:
-    """Fills a state from the newest sound step of a run, or from ``load_path``. Methods are collective.
+    """Fills a state from the newest sound step of a run, or from ``load_path``.
 
-    Methods with "First rank only" in their docstring are the exception: the first rank calls them,
-    and all ranks get what they return or raise.
+    Methods are collective, unless their docstring says "First rank only". Those are called on the
+    first rank, and all ranks get what they return or raise.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Restorer:
         self.cleanup = StartCleanup(folder, attempt=context.attempt, owner=owner)
         """On the first rank: what could not be cleaned up, and the steps that are skipped for that reason."""
         self._ledger: list[Event] | None = None
-        """On the first rank, once it has been read."""
+        """The events of the ledger, on the first rank, once they have been read."""
         self._excluded_extras = frozenset(
             name.removeprefix(EXTRA) for name in config.exclude_from_loading if name.startswith(EXTRA)
         )
 
-    @torch.inference_mode(False)  # the tensors made here outlive the caller's inference mode
+    @torch.inference_mode(False)  # the tensors made here outlive an inference mode of the caller
     def restore(self, state: TrainState) -> Receipt:
         """Restore ``state`` as ``CheckpointManager.resume`` documents, and write the receipt."""
         self._control.run_on_rank0(self._prepare_folder)
@@ -97,7 +97,7 @@ class Restorer:
     # -- choose ------------------------------------------------------------------------------------------
 
     def _prepare_folder(self) -> None:
-        """Create the folder, remove leftovers, and set aside steps off the timeline. First rank only."""
+        """Create the folder, remove leftovers, set aside steps off the timeline. First rank only."""
         candidates.with_retries(self._check_lease, what=f"the lease in {self._run_dir}")
         try:
             fsio.make_folder(self._folder)
@@ -139,7 +139,7 @@ class Restorer:
     # -- read --------------------------------------------------------------------------------------------
 
     def _load(self, candidate: Candidate, state: TrainState, parts: Sequence[str]) -> LoadResult | str:
-        # Early versions recorded no layout for loops without the harness.
+        # Early versions recorded no layout for users' own loops.
         saved_layout = candidate.manifest.provenance.layout or self._context.layout
         return load_step.load_together(
             lambda: load_step.load(
@@ -212,7 +212,7 @@ class Restorer:
         return receipt
 
     def _hand_over(self, loaded: LoadResult, candidate: Candidate) -> None:
-        """Call ``load_state_dict`` of the program's objects. Raise an error of one rank on all ranks."""
+        """Call ``load_state_dict`` of the program's objects. An error on one rank is raised on all ranks."""
         failure: MismatchError | None = None
         try:
             loaded.targets.apply()
@@ -243,7 +243,7 @@ class Restorer:
         if not (candidate.config_toml and self._context.config_toml):
             return
         before, now = tomli.loads(candidate.config_toml), tomli.loads(self._context.config_toml)
-        if "model" not in now:  # a loop without the harness has only [checkpoint]
+        if "model" not in now:  # a user's own loop has only [checkpoint]
             before = {section: table for section, table in before.items() if section in now}
         if not candidate.manifest.provenance.layout:  # imported weights have only some sections
             now = {section: table for section, table in now.items() if section in before}
@@ -283,13 +283,13 @@ class Restorer:
     # -- the run's records, on the first rank ------------------------------------------------------------
 
     def _events(self) -> list[Event]:
-        """Return the ledger, which is read once for a restore. Raise OSError."""
+        """Return the events of the ledger. Only the first call reads it. Raises OSError."""
         if self._ledger is None:
             self._ledger = read_events(self._run_dir)
         return self._ledger
 
     def _suspects(self) -> dict[int, str]:
-        """Return the steps that two attempts blame, with reasons."""
+        """Return the steps from which two attempts resumed and failed, with reasons."""
         try:
             rollbacks = lineage.rollbacks(self._run_dir)
             history = derive(self._events(), read_faults(self._run_dir), rollbacks=rollbacks)
@@ -299,7 +299,7 @@ class Restorer:
             return {}
 
     def _lost(self, step: int) -> tuple[int, int]:
-        """Return how many steps after ``step`` were done, and the newest of them that is set aside."""
+        """Return how many steps after ``step`` had been done, and the newest of them that is set aside."""
         try:
             done = lineage.last_done_step(self._run_dir, self._events())
             aside = [number for number in paths.set_aside_steps(self._folder) if step < number <= done]

@@ -44,7 +44,7 @@ class Shadows:
 
 
 def may_overlap(tensor: torch.Tensor) -> bool:
-    """Return whether two elements may share memory. False is certain; True may be a false alarm."""
+    """Return False if no two elements share memory, and True if some may."""
     if tensor.numel() == 0:
         return False
     reach = 0

@@ -1,4 +1,4 @@
-"""Read boxes of tensors from the shards of a step, file by file. Only verified bytes are used."""
+"""Read boxes (rectangular parts) of tensors from a step's shards. Only verified bytes are used."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class TensorSlice:
 def read_parts(step_folder: Path, files: Mapping[str, FileRecord], parts: Iterable[TensorSlice]) -> None:
     """Fill the targets, file by file, in the order of the bytes.
 
-    After an error the targets may hold anything. Raises DamagedCheckpointError and OSError.
+    After an error the content of the targets is undefined. Raises DamagedCheckpointError and
+    OSError.
     """
     per_file: dict[str, list[TensorSlice]] = {}
     for part in parts:
@@ -82,10 +83,10 @@ def read_parts(step_folder: Path, files: Mapping[str, FileRecord], parts: Iterab
 
 
 def _check_header(file: VerifiedFile, wanted: Sequence[TensorSlice]) -> None:
-    """Check that a shard holds what the index says.
+    """Check that the header of a shard agrees with the index.
 
-    Digests cannot detect two shards that are swapped in the manifest as well, but their headers
-    can.
+    If two shards are swapped both on disk and in the manifest, their digests are correct, but their
+    headers differ from the index.
     """
     name = file.path.name
     try:

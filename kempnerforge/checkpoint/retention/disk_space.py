@@ -43,13 +43,13 @@ class SpaceCheck:
     needed_bytes: int
     needed_files: int
     free_bytes: int | None
-    """The least that any known limit leaves, including the reserve; None if no limit is known."""
+    """The least that any known limit leaves, without subtracting the reserve; None if no limit is known."""
     free_files: int | None
     limited_by: str
-    """The limit on ``free_bytes``, or on ``free_files`` if files are what is missing."""
+    """The limit on ``free_bytes``, or on ``free_files`` if only files are lacking."""
     fits: bool
     unread: str = ""
-    """Which limits could not be read."""
+    """Why some quotas are unknown; empty if all were read."""
 
     def __str__(self) -> str:
         what = f"{_size(self.needed_bytes)} in {self.needed_files} files"
@@ -99,7 +99,7 @@ def check(
 ) -> SpaceCheck:
     """Check whether ``needed_bytes`` fit in ``folder``, which may not exist yet. ``quotas``: as last read.
 
-    This is one system call. The caller reads quotas, which may take seconds. Raises OSError.
+    Makes one system call. The caller reads the quotas, which may take seconds. Raises OSError.
     """
     quotas = quotas or Quotas()
     stat = os.statvfs(_existing(folder))
@@ -134,7 +134,7 @@ def check(
 
 
 def next_action(verdict: SpaceCheck, *, has_pruned: bool) -> Action:
-    """Return what to do about a save that is due. Pure function: it states the order."""
+    """Return what to do about a save that is due: save it if it fits, else prune once, else skip it."""
     if verdict.fits:
         return Action.save
     return Action.skip if has_pruned else Action.prune
@@ -143,8 +143,8 @@ def next_action(verdict: SpaceCheck, *, has_pruned: bool) -> Action:
 def make_room(look: Callable[[], SpaceCheck], prune: Callable[[], Sequence[int]]) -> Room:
     """Check the disk, delete what retention allows if needed, and check again.
 
-    ``prune`` returns the steps that it deleted. It keeps the newest sound one. Raises what the two
-    raise.
+    ``prune`` deletes steps, but not the newest sound one, and returns the deleted ones. Raises what
+    ``look`` and ``prune`` raise.
     """
     verdict = look()
     if next_action(verdict, has_pruned=False) is not Action.prune:
@@ -154,7 +154,7 @@ def make_room(look: Callable[[], SpaceCheck], prune: Callable[[], Sequence[int]]
 
 
 def require_one_save(verdict: SpaceCheck, *, prunable_bytes: int) -> str:
-    """Raise NoSpaceError before training if no save would fit beside the newest checkpoint.
+    """Raise NoSpaceError before training if no save would fit in addition to the newest checkpoint.
 
     ``prunable_bytes``: the size of the checkpoints that retention would delete. Returns a warning
     if a save fits only after their deletion, or if limits are unknown; otherwise an empty string.
@@ -173,11 +173,11 @@ def require_one_save(verdict: SpaceCheck, *, prunable_bytes: int) -> str:
 
 
 class DiskSpaceGuard:
-    """Knows what a save needs, and deletes early what retention would delete after it. First rank only."""
+    """Makes space for a save: deletes before it what retention would delete after it. First rank only."""
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self._folder = folder
-        # The save that needs the space becomes the newest of the last N.
+        # The save that needs the space will itself be one of the last N.
         before = config.model_copy(update={"keep_last_n": max(1, config.keep_last_n - 1)})
         self._retention = Retention(folder, KeepPolicy.from_config(before))
         self._quotas = Quotas()
@@ -204,7 +204,7 @@ class DiskSpaceGuard:
         prunable = [verdict.step for verdict in self._retention.verdicts() if not verdict.keep]
         verdict = self._look()
         warning = require_one_save(verdict, prunable_bytes=sum(map(self._size_of, prunable)))
-        # On most machines quotas cannot be read. That is not worth a warning at every start.
+        # On most machines quotas cannot be read, so do not warn of that at every start.
         return "" if verdict.fits else warning
 
     def move(self, folder: Path, owner: Owner) -> None:

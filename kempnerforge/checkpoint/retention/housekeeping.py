@@ -1,13 +1,13 @@
 """Background work in the checkpoint folder, on one thread of the first rank.
 
-After a commit, the thread sets aside steps that an older attempt committed late, points ``latest``
-at the new step, applies retention, records metrics measured after the commit, and makes space for
-the next save. Each of these may take minutes on a slow file system. So all ranks learn of a commit
-before any of it starts, and neither a save nor a stop waits for it. Of several commits only the
-newest matters.
+After a commit, the thread sets aside (renames) steps that an older attempt committed late, points
+``latest`` at the new step, applies retention, records metrics measured after the commit, and makes
+space for the next save. Each of these may take minutes on a slow file system. So all ranks learn of
+a commit before any of this work starts, and neither a save nor a stop waits for it. After several
+commits, the work is done only for the newest.
 
 Work that a stop interrupts is finished later: a step is renamed before its bytes are deleted, and
-the next start deletes what was renamed. The thread is a daemon and lives only while there is work,
+the next start deletes what was renamed. The thread is a daemon and runs only while there is work,
 so it never delays the exit of the process.
 """
 
@@ -35,7 +35,7 @@ from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import KempnerForgeError
 
 STOP_WAIT_S = 0.5
-"""How long a stop waits for work in progress. On a fast disk, that leaves nothing for the next start."""
+"""How long a stop waits for work in progress. On a fast disk, this is enough to finish it."""
 FINISH_WAIT_S = 60.0
 """How long the end of a finished run waits for the work."""
 FULL_FOR_S = 60.0
@@ -50,8 +50,8 @@ _all: weakref.WeakSet[Housekeeping] = weakref.WeakSet()
 class Housekeeping:
     """Does the work after commits in ``folder``. First rank only; thread-safe.
 
-    It holds no reference to a manager: the thread must not keep one alive that the program has
-    dropped.
+    It holds no reference to the manager, so that its thread does not keep alive a manager that the
+    program has dropped.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, run_dir: Path) -> None:
@@ -68,7 +68,7 @@ class Housekeeping:
         self._disk = threading.Lock()
         """Held while something is deleted or set aside."""
         self._newest: int | None = None
-        """The newest step whose commit has not been followed up."""
+        """The newest step for whose commit the work has not started yet."""
         self._doing: int | None = None
         self._measured: dict[int, dict[str, float]] = {}
         self._is_running = self._is_over = False
@@ -90,9 +90,9 @@ class Housekeeping:
         self.room.move(folder, owner)
 
     def started(self, cleanup: StartCleanup, steps: list[int]) -> None:
-        """Begin after a resume. ``steps`` belong to this timeline, so they are never set aside as late.
+        """Begin after a resume. ``steps`` are on the run's timeline, so they are never set aside as late.
 
-        ``cleanup`` knows the steps that the start had to skip.
+        ``cleanup.passed_over`` are the steps that the start had to skip.
         """
         self._cleanup = cleanup
         self._trusted.update(set(steps) - cleanup.passed_over.keys())
@@ -153,7 +153,7 @@ class Housekeeping:
         return [self._events.popleft() for _ in range(len(self._events))]
 
     def warnings(self) -> list[str]:
-        """Return what went wrong since the last call."""
+        """Return the failures since the last call."""
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
 
     def wait(self, timeout_s: float, *, give_up: Callable[[], bool] = lambda: False) -> bool:
@@ -229,7 +229,7 @@ class Housekeeping:
         try:
             with self._disk:
                 work()
-        except Exception as error:  # noqa: BLE001 - nothing of this may end the run
+        except Exception as error:  # noqa: BLE001 - no failure here may end the run
             self._warn(f"{problem}: {error}")
 
     def _set_aside_late(self) -> None:

@@ -51,7 +51,7 @@ class Pin:
         return origin is None or mine == ("", 0) or mine == origin
 
     def describe(self) -> str:
-        """Return the pin in words."""
+        """Return a description of the pin."""
         by = f"pinned by {self.user}" if self.user else "pinned"
         return f"{by}: {self.note}" if self.note else by
 
@@ -107,7 +107,7 @@ def unpin(folder: Path, step: int) -> bool:
 def read(folder: Path) -> dict[int, Pin]:
     """Return the pins in ``folder`` by step, including those of missing steps.
 
-    A file with any content counts.
+    A file is a pin whatever its content.
     """
     found = {}
     try:

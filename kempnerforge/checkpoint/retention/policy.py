@@ -1,8 +1,8 @@
 """Decide which steps to keep, by small rules that are pure functions of what is on disk.
 
-A decision depends on committed steps, the metrics in their manifests, pins and readers, but on
-nothing that a restart would lose. The rules count only sound steps: those with correct manifest,
-file names and sizes. Steps that look damaged or cannot be read are kept.
+A decision depends on the committed steps, their metrics, pins and readers, but on nothing that a
+restart would lose. The rules count only sound steps: those with correct manifest, file names and
+sizes. Steps that look damaged or cannot be read are kept.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Rule(Protocol):
         ...
 
     def describe(self) -> str:
-        """Return what it keeps, in words."""
+        """Return a description of what it keeps."""
         ...
 
     def keeps(self, sound: Sequence[StepInfo]) -> dict[int, str]:
@@ -93,7 +93,7 @@ class LastN:
 class EveryNSteps:
     """Keep one of every ``interval`` steps for good: the first one at or after each multiple.
 
-    Exact multiples are not enough, because saves can be deferred, fail, or follow the clock.
+    Exact multiples are not enough, because saves can be deferred, fail, or be due by time.
     """
 
     interval: int
@@ -120,7 +120,7 @@ class EveryNSteps:
 
 @dataclass(frozen=True)
 class Milestones:
-    """Keep the first step at or after each of ``steps``, and before the next of them, for good."""
+    """Keep for good the first step at or after each milestone in ``steps`` and before the next one."""
 
     steps: tuple[int, ...]
     name: str = "milestone"
@@ -188,7 +188,7 @@ class KeepPolicy:
 
 
 def decide(steps: Iterable[StepInfo], policy: KeepPolicy) -> list[Verdict]:
-    """Decide on each step, newest first. Pure function.
+    """Decide on each step, newest first. A pure function.
 
     Whatever the policy, it keeps the newest sound step, and steps that are pinned, being read, not
     sound, or another run's. The rules see only the run's own sound steps.

@@ -1,4 +1,4 @@
-"""Delete the steps that ``policy`` does not keep: first remove the name, then the bytes."""
+"""Delete the steps that ``policy`` does not keep. Each is renamed first, and then its files are deleted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Retention:
         self.owner = owner
         """The owner of the folder. Steps of other runs are not counted and never deleted."""
         self.passed_over: Collection[int] = ()
-        """Steps that this attempt neither loads nor counts, so that an older one is the newest sound step."""
+        """Steps that this attempt skips: it neither loads them nor counts them as sound."""
         self._sound: dict[int, tuple[tuple[int, ...], StepInfo]] = {}
         self._unfinished: list[Path] = []
         self._to_give_back: dict[Path, Path] = {}
@@ -48,7 +48,9 @@ class Retention:
     def survey(
         self, steps: Sequence[int] | None = None, *, seen: Callable[[int, Manifest], object] = lambda *_: None
     ) -> list[StepInfo]:
-        """Return what is on disk, without steps that disappear meanwhile. Raises OSError.
+        """Return what a decision depends on, for each step on disk. Raises OSError.
+
+        Steps that disappear meanwhile are left out.
 
         ``steps``: newest first, from a listing made just now. ``seen`` is called with every step
         that is checked and found sound, and its manifest.

@@ -1,9 +1,9 @@
-"""Read what quotas leave of a file system, with the tools ``quota`` and, for Lustre, ``lfs``.
+"""Read how much quotas leave of a file system, with the tools ``quota`` and, for Lustre, ``lfs``.
 
-``statvfs`` does not know user and group quotas. It does know project and directory quotas of XFS,
-ext4 and many network file systems, which make the file system look smaller. If a tool is missing,
-fails or does not answer, the quota is unknown. That is reported, and never treated as "no limit" or
-"no space".
+``statvfs`` does not show user and group quotas. It does show project and directory quotas of XFS,
+ext4 and many network file systems, where they make the file system look smaller. If a tool is
+missing, fails or does not answer, the quota is unknown. That is reported, and never treated as "no
+limit" or "no space".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TIMEOUT_S = 5.0
-"""A quota server that is down must not delay a run."""
+"""Time-out for each command, because a quota server that is down must not delay a run."""
 
 _UNIT_BYTES = 1024
 _NUMBER = re.compile(r"\[?(\d+)\]?\*?")
@@ -109,7 +109,7 @@ def find_mount(folder: Path) -> Mount:
 
 
 def innermost(mountinfo: str, path: str) -> Mount:
-    """Return the mount in a ``mountinfo`` listing that ``path``, which has no links, is on."""
+    """Return the mount in a ``mountinfo`` listing that ``path``, with links resolved, is on."""
     best = Mount("/", "", "")
     for line in mountinfo.splitlines():
         # The number of fields before the separator varies.
@@ -132,7 +132,7 @@ def _ask(command: Sequence[str]) -> tuple[str, str]:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        # The exit status says whether a quota is exceeded, not whether it was read.
+        # The exit status shows whether a quota is exceeded, not whether it was read.
         output, errors = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()

@@ -82,7 +82,7 @@ def lock_for_reading(step_folder: Path, *, what: str) -> Iterator[bool]:
         if path is not None:
             with contextlib.suppress(OSError):  # a leftover is stale as soon as this process has ended
                 path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it has locks of other readers
+            with contextlib.suppress(OSError):  # the folder has locks of other readers
                 path.parent.rmdir()
 
 
@@ -109,7 +109,7 @@ def read(folder: Path, *, now: float | None = None) -> list[ReadLock]:
 
 
 def readers(folder: Path, *, now: float | None = None) -> dict[int, list[str]]:
-    """Return step -> its readers."""
+    """Return step -> its readers, for all locks that are not stale."""
     found: dict[int, list[str]] = {}
     for lock in read(folder, now=now):
         if not lock.stale:

@@ -1,10 +1,10 @@
-"""Clean up a checkpoint folder at a start. No failure of it ends the start.
+"""Clean up a checkpoint folder at a start. A failure to clean up never ends the start.
 
 Leftovers of killed attempts are renamed and deleted. Steps that are damaged, late or suspect are
 renamed. Each of these can fail for reasons unrelated to the run: a file that is open elsewhere, a
 folder of another user, a lower layer of a container's file system. Such a failure is a warning on
-the console and in the resume receipt. What cannot be deleted is left. A step that cannot be renamed
-is skipped by this start, by retention, and by saves, until a later start can rename it.
+the console and in the resume receipt. A leftover that cannot be deleted is left. A step that cannot
+be renamed is skipped by this start, by retention, and by saves, until a later start can rename it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PassedOver:
 
 @dataclass(frozen=True)
 class LateSteps:
-    """What happened to steps off the timeline."""
+    """What happened to the steps that are not on the run's timeline (see ``lineage``)."""
 
     moved: list[Path]
     warnings: list[str]
@@ -64,10 +64,10 @@ class StartCleanup:
         self.passed_over: dict[int, PassedOver] = {}
         """Steps with the name of a committed step that must not be loaded or counted."""
         self.unreadable: dict[int, str] = {}
-        """Steps whose manifest could not be read, so that they may be late."""
+        """Steps whose manifest could not be read. They may be late."""
 
     def remove_leftovers(self) -> None:
-        """Revoke and delete older attempts' checkpoints in flight. Finish interrupted deletions."""
+        """Delete the checkpoints that older attempts did not finish, and complete interrupted deletions."""
         fenced = self.revoke_inflight()
         listing = self._listing()
         for path in listing.deleting:
@@ -81,11 +81,11 @@ class StartCleanup:
             )
 
     def revoke_inflight(self) -> list[Path]:
-        """Rename the checkpoints in flight of all older attempts, so that none of them can be committed.
+        """Rename all older attempts' checkpoints in flight, so that none of them can be committed.
 
-        To commit, a process renames its hidden folder. After this call that fails for a process
-        that has lost its lease. Call this after a takeover, before listing steps. Returns the new
-        paths, to delete.
+        A checkpoint in flight is a hidden folder that is still being written. To commit it, a
+        process renames the folder. After this call that fails for a process that has lost its
+        lease. Call this after a takeover, before listing steps. Returns the new paths, to delete.
         """
         temporary = self._listing().temporary
         fenced = [
@@ -96,7 +96,7 @@ class StartCleanup:
         return [path for path in fenced if path is not None]
 
     def _is_own(self, path: Path) -> bool:
-        """Whether a leftover may be renamed and deleted. Not while its manifest cannot be read."""
+        """Return whether a leftover may be renamed and deleted. False if its manifest cannot be read."""
         try:
             return not self.owner.foreign_run(path)
         except OSError as error:
@@ -113,8 +113,8 @@ class StartCleanup:
     def _fence(self, path: Path) -> Path | None:
         """Rename an older attempt's checkpoint in flight, so that it can no longer be committed.
 
-        Returns its new path, or None. If it cannot be renamed, it is deleted, manifest first: if it
-        is committed after all, it is only a damaged step. If that fails too, the checks at each
+        Returns its new path, or None. If it cannot be renamed, it is deleted, manifest first: a
+        late commit then yields only a damaged step. If the deletion fails too, the checks at each
         commit and start still set aside a step that an older attempt has committed late.
         """
         target = path.with_name(paths.fenced_name(path.name, self.attempt))
@@ -167,7 +167,7 @@ class StartCleanup:
         trusted: Collection[int] | None = None,
         commits: Callable[[], Iterable[tuple[int, int]]] = tuple,
     ) -> LateSteps:
-        """Set aside the steps off the timeline. Steps that cannot be renamed are skipped from now on.
+        """Set aside the steps that are not on the timeline. Those that cannot be renamed are skipped.
 
         ``trusted``: steps known to be on the timeline; None at a start, when none are known.
         ``commits``: returns step and attempt of the commits in the ledger. Raises OSError if the

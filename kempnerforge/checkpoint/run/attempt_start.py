@@ -32,7 +32,7 @@ from kempnerforge.errors import (
 from kempnerforge.process_identity import process_state, restart_count
 
 _NONCE_WAIT_S = 10.0
-"""How long to wait for a new file of another node. Network file systems may show it late."""
+"""How long a rank waits for the first rank's file. Network file systems may show a new file late."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def open_run(
         note: called with messages.
         options: what differs between callers.
 
-    Raises RunFolderError on all ranks, LeaseHeldError if another process writes the run,
+    Raises on all ranks RunFolderError, LeaseHeldError if another process writes to the run,
     FolderOwnedError if the checkpoint folder is another run's, StepsMissingError if the run's steps
     are missing.
     """
@@ -293,6 +293,7 @@ def _nonce_name(nonce: str) -> str:
 
 
 def _missing_nonce(folder: Path, nonce: str, options: OpenOptions) -> RunFolderError | None:
+    """Return an error if this rank does not see the file that the first rank has written to ``folder``."""
     deadline = time.monotonic() + _NONCE_WAIT_S
     while True:
         with contextlib.suppress(OSError):

@@ -118,7 +118,7 @@ def require_own(folder: Path, record: RunRecord, run_dir: Path) -> Owner:
 
 
 def _merged(found: Owner | None, mine: Owner) -> Owner:
-    """Return what to write to the file: the run's present folder, and the parent that either knows."""
+    """Return what to write to the file: the run's current folder, and the parent of ``mine`` or ``found``."""
     if found is None:
         return mine
     merged = replace(mine, run_name=mine.run_name or found.run_name)

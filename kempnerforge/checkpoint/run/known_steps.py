@@ -1,4 +1,4 @@
-"""Find out from a run's records whether it has committed steps, and which it gave up by going back to step 0.
+"""Find in a run's records whether it has committed steps, and which it gave up by a rollback to step 0.
 
 A checkpoint folder without steps has two possible causes: the run has committed nothing yet, or
 this is not the folder that it used before (not mounted, purged, or another one).
@@ -64,9 +64,9 @@ def newest_known(run_dir: Path) -> KnownStep | None:
 def require_known(folder: Path, run_dir: Path, mine: Owner, *, was_in: Path | None = None) -> None:
     """Raise StepsMissingError if ``folder`` has no step although the run has committed some. Changes nothing.
 
-    A folder with steps that were set aside passes: the resume reports them. Steps that the run gave
-    up by going back to step 0 do not count. ``was_in``: where the run's checkpoints were at its
-    last start. Also raises OSError and RunFolderError.
+    Does not raise for a folder with steps that were set aside: the resume reports them. Steps that
+    the run gave up by a rollback to step 0 do not count. ``was_in``: where the run's checkpoints
+    were at its last start. Also raises OSError and RunFolderError.
     """
     listing = paths.list_folder(folder)
     if in_the_way(listing, run_dir):
@@ -98,8 +98,8 @@ def set_aside(listing: FolderListing) -> list[Path]:
 def in_the_way(listing: FolderListing, run_dir: Path | None) -> list[Path]:
     """Return the set-aside folders that keep the run from starting at step 0.
 
-    These are all except those that the run gave up by going back to step 0. Without ``run_dir``,
-    all. Raises OSError and RunFolderError.
+    These are all except those that the run gave up by a rollback to step 0. Without ``run_dir``,
+    these are all of them. Raises OSError and RunFolderError.
     """
     record = metadata.read(run_dir) if run_dir is not None else None
     found = [rollback for rollback in record.rollbacks if rollback.step == 0] if record is not None else []

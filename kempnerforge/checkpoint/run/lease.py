@@ -46,7 +46,7 @@ STALE_AFTER_S = 30.0
 harmless: the new holder revokes checkpoints in flight."""
 _LOOK_EVERY_S = 0.5
 _MOST_LOOKS = 180
-"""Reads of a lease that is listed but missing. NFS caches a listing for 60 s."""
+"""How often to read a lease that is listed but missing. NFS caches a listing for 60 s."""
 _RELEASE_TRIES = 2
 
 _LEASE = re.compile(r"lease\.(\d+)\.json")
@@ -60,7 +60,7 @@ class _Seen(NamedTuple):
 class Lease:
     """A lease that this process holds.
 
-    A thread renews it until ``release``. A process that dies leaves it.
+    A thread renews it until ``release``. If the process dies, the file remains and becomes stale.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ def acquire(
 
 
 class _Watch:
-    """Measures how long a lease has not moved, on this process's own clock."""
+    """Measures how long the counter of a lease has not moved, on this process's own clock."""
 
     def __init__(self) -> None:
         self.still_s = 0.0

@@ -1,8 +1,8 @@
-"""Decide which committed steps belong to a run's current timeline, and set the others aside.
+"""Decide which committed steps are on a run's timeline, and set the others aside.
 
-A run that resumes from step 40, after a kill or a rollback, leaves behind what older attempts did
-after it: their rows in ``metrics.jsonl`` no longer count, and neither do their checkpoints. One
-rule decides both:
+The timeline of a run consists of the steps that led to its present state. A run that resumes from
+step 40, after a kill or a rollback, leaves behind the later steps of older attempts: their rows in
+``metrics.jsonl`` no longer count, and neither do their checkpoints. One rule decides both:
 
     A step of an attempt counts if no later attempt resumed from, or rolled back to, a step below
     it.
@@ -38,7 +38,7 @@ _SECOND_LOOK_AFTER_S = 0.5
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where ``attempt`` began. What older attempts did above ``step`` no longer counts."""
+    """Where ``attempt`` began. Steps above ``step`` of older attempts no longer count."""
 
     attempt: int
     step: int
@@ -61,7 +61,7 @@ def cuts(run_dir: Path) -> list[ResumePoint]:
 
 
 def _began(receipt: Mapping[str, Any], restored: Sequence[Restored]) -> int:
-    """Return the step above which an attempt leaves older ones behind: at least a restored suspect step."""
+    """Return the step above which older attempts' steps no longer count: at least a restored step."""
     raised = [back.step for back in restored if back.since <= receipt["attempt"] <= back.attempt]
     return max([receipt["step"], *raised])
 
@@ -87,8 +87,8 @@ def last_attempt(run_dir: Path) -> int:
 def last_done_step(run_dir: Path, events: Sequence[Event]) -> int:
     """Return the last step that an earlier attempt is known to have done, if it still counts.
 
-    For a user's own loop, the events of the ledger say so. For the harness, ``metrics.jsonl`` does,
-    row by row. Raises OSError and RunFolderError.
+    For a user's own loop, this is read from the ledger. For ``scripts/train.py``, it is read from
+    ``metrics.jsonl``, which has a row for each logged step. Raises OSError and RunFolderError.
     """
     record = metadata.read(run_dir)
     rollbacks = record.rollbacks if record is not None else ()
@@ -100,9 +100,10 @@ def last_done_step(run_dir: Path, events: Sequence[Event]) -> int:
 
 
 def late_arrivals(committed: dict[int, int], found: Sequence[ResumePoint]) -> dict[int, ResumePoint]:
-    """Return which committed steps are left behind, and by what. Pure function.
+    """Return the committed steps that are off the timeline -> the resume point that excludes them.
 
-    ``committed``: step -> attempt that committed it. A rollback is named in preference to a resume.
+    A pure function. ``committed``: step -> attempt that committed it. If both a rollback and a
+    resume exclude a step, the rollback is returned.
     """
     left = {}
     for step, attempt in committed.items():
@@ -119,10 +120,10 @@ def ancestors(
     found: Sequence[ResumePoint],
     commits: Iterable[tuple[int, int]],
 ) -> set[int]:
-    """Return the steps that ``newest`` descends from. Pure function.
+    """Return the steps that ``newest`` descends from, including itself. A pure function.
 
-    An attempt resumes from one step, so everything that it committed up to ``newest`` is one line.
-    The line of the attempt that committed that step precedes it, and so on.
+    An attempt resumes from one step, so all steps that it committed up to ``newest`` are ancestors.
+    So are those of the attempt that committed the step it resumed from, up to that step, and so on.
 
     Args:
         newest: a step in ``committed``.
@@ -173,8 +174,8 @@ def set_aside_late(
     left to the resume. So are steps with another run's id, whose attempts are numbered differently.
 
     An ancestor of the newest step on the timeline is kept, even if an attempt began below it
-    meanwhile, with another ``checkpoint.dir`` for example (see ``ancestors``). ``at_start``, before
-    a resume: if no step would be left, no resume leaves steps behind.
+    meanwhile, with another ``checkpoint.dir`` for example (see ``ancestors``). With ``at_start``,
+    if no step would be left, only rollbacks set steps aside.
 
     Args:
         folder: the checkpoint folder.

@@ -1,4 +1,4 @@
-"""``run.json``: what all attempts of a run share. Only the holder of the run's lease writes it."""
+"""``run.json``: the facts that all attempts of a run share. Only the holder of its lease writes it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class Rollback:
-    """A return to an older step. It counts as an attempt that trains nothing."""
+    """A rollback to an older step. It counts as an attempt that trains nothing."""
 
     attempt: int
     step: int
@@ -39,7 +39,7 @@ class Rollback:
     set_aside: list[str]
     """New names of the later steps, in the checkpoint folder."""
     cleared: list[str] = field(default_factory=list)
-    """For a return to step 0: names of steps set aside earlier, which are given up too."""
+    """For a rollback to step 0: names of steps set aside earlier, which are given up too."""
 
 
 @dataclass(frozen=True)

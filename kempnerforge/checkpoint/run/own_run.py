@@ -1,7 +1,8 @@
 """Keep the record of a run with the user's own loop: lease, ``run.json``, ledger and log lines.
 
-The harness keeps this record itself. A ``CheckpointManager`` without a context keeps it with this
-module, so that ``kempnerforge report`` and ``kempnerforge ckpt`` work for such a run too.
+``scripts/train.py`` keeps this record itself. In a user's own loop, a ``CheckpointManager`` without
+a context keeps it with this module, so that ``kempnerforge report`` and ``kempnerforge ckpt`` work
+for such a run too.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ class OwnRun:
         another manager of this process has left open in the folder.
 
         Collective: all ranks. Blocks: while it watches another process's lease. Durable: on return.
-        Raises RunFolderError on all ranks, LeaseHeldError if another process writes the run,
+        Raises on all ranks RunFolderError, LeaseHeldError if another process writes to the run,
         FolderOwnedError if the checkpoint folder is another run's, StepsMissingError if this run
         has committed steps but none is there.
         """
@@ -223,7 +224,7 @@ class OwnRun:
         """Record that ``step`` is done.
 
         ``waited_s`` and ``excluded_s``: total seconds that the loop has waited for saves, and
-        excluded from its steps. The rest of the time since the last call counts as the step.
+        excluded from its steps. The rest of the time since the last call counts as step time.
         """
         if not self._has_resumed:
             self._begin_loop(min(self._began_at, step), skipped, "not resumed")

@@ -32,12 +32,12 @@ _FORMAT = 1
 _MAX_BYTES = 1 << 16
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _READ_FOR_S = 5.0
-"""Without hard links, another process may just be writing the file."""
+"""How long to retry a file that cannot be parsed. Without hard links it may just be being written."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A run, as ``owner.json`` names it. Without ``run_id`` the run is unknown, and it owns every step."""
+    """The run that ``owner.json`` names. Without ``run_id`` the run is unknown and owns every step."""
 
     run_id: str = ""
     run_name: str = ""
@@ -45,7 +45,7 @@ class Owner:
     """The absolute path of the run's folder when it last started."""
     parent_run_id: str = ""
     parent_step: int | None = None
-    """The first step of a fork, which keeps the manifest of the run ``parent_run_id``."""
+    """The step that a fork begins with. Its manifest still names the run ``parent_run_id``."""
 
     def owns(self, provenance: Provenance) -> bool:
         """Return whether a step is this run's.
@@ -63,10 +63,11 @@ class Owner:
     def foreign_run(self, folder: Path) -> str:
         """Return the id of the other run that the manifest in ``folder`` names; empty if it names none.
 
-        A missing or damaged manifest names no run: such a step belongs to the folder's owner. Raises OSError
-        when the manifest cannot be read: change nothing then, because the step may be another run's.
+        A missing or damaged manifest names no run: such a step belongs to the folder's owner.
+        Raises OSError when the manifest cannot be read: change nothing then, because the step may
+        be another run's.
         """
-        for _ in range(2):  # a network file system may not show the file for a moment
+        for _ in range(2):  # a network file system may temporarily not show the file
             try:
                 found = manifest.read(folder).provenance
             except (DamagedCheckpointError, MismatchError):
@@ -82,7 +83,7 @@ class Owner:
             return True
 
     def describe(self) -> str:
-        """Return the run in words."""
+        """Return a description of the run."""
         name = f"run {self.run_name} ({self.run_id})" if self.run_name else f"run {self.run_id or 'unknown'}"
         return f"{name}, in {self.run_dir}" if self.run_dir else name
 
@@ -132,7 +133,7 @@ def of_folder(folder: Path, run_dir: Path | None = None) -> Owner:
 
 
 def create(folder: Path, owner: Owner) -> bool:
-    """Make ``owner`` the owner of ``folder``. Return False if another process was faster, for any run.
+    """Make ``owner`` the owner of ``folder``. Return False if another process has created the file first.
 
     Durable on return. Raises OSError.
     """
@@ -157,7 +158,7 @@ def create(folder: Path, owner: Owner) -> bool:
 
 
 def replace_file(folder: Path, owner: Owner) -> None:
-    """Update what the file says about its run. Call only while that run's lease is held. Durable."""
+    """Replace the file of the same run. Call only while that run's lease is held. Durable on return."""
     fsio.atomic_write(folder / OWNER_FILE, encode(owner))
 
 

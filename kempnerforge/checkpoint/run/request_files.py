@@ -1,8 +1,7 @@
-"""Request files in the run's folder, with which users and scripts ask a run for something. Needs no torch.
+"""Request files in the run's folder, by which users and scripts send requests to a run. Needs no torch.
 
-One thread of the first rank checks for them once per second. Each check is a round trip on a shared
-file system that may take seconds, and all ranks would wait for the main thread. The loop reads only
-flags.
+One thread of the first rank checks for them once per second. The training loop reads only flags: a
+check is a round trip on a shared file system, which may take seconds, and all ranks would wait.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class RequestFile:
 
     @property
     def is_settled(self) -> bool:
-        """Whether no file is known that has to be removed."""
+        """Whether no known file remains to be removed."""
         return self._answered is None and not self._take_any
 
     def look(self) -> None:

@@ -37,9 +37,9 @@ def require_training_state(step_folder: Path, objects: Mapping[str, Any]) -> Non
 def load_resumable(step_folder: Path, *, step: int, owner: Owner = ANYONE) -> Manifest:
     """Call ``manifest.load``, and check that a run can resume from the step.
 
-    Retention must not count any other step as the newest: it would delete those that the run needs.
-    For a step that ``owner`` does not own, only the manifest is read. Raises what ``manifest.load``
-    raises.
+    Retention must not count another kind of step as the newest, because it would then delete steps
+    that the run needs. For a step that ``owner`` does not own, only the manifest is read. Raises
+    what ``manifest.load`` raises, and NoTrainingStateError.
     """
     found = manifest.load(step_folder, step=step)
     if not owner.owns(found.provenance):

@@ -38,7 +38,7 @@ class Rejected:
     """Its new name; empty if it was not renamed."""
 
     def fate(self) -> str:
-        """Return what happened to it, in words."""
+        """Return a description of what happened to it."""
         if self.moved_to:
             return f"was {self.outcome}, set aside as {self.moved_to}"
         is_passed_over = self.outcome in ("damaged", "suspect")
@@ -57,7 +57,7 @@ class Receipt:
     path: str = ""
     rejected: list[Rejected] = field(default_factory=list)
     lost_steps: int = 0
-    """Number of steps that an earlier attempt had logged after ``step``. They are repeated."""
+    """Number of steps that an earlier attempt is known to have done after ``step``. They are repeated."""
     lost_committed: int = 0
     """The newest of these that was committed and is set aside; 0 if there is none."""
     config_changes: dict[str, list[Any]] = field(default_factory=dict)
@@ -91,9 +91,10 @@ class Receipt:
     time: float = field(default_factory=time.time)
 
     def bitwise(self) -> bool:
-        """Return whether no known difference keeps this attempt from matching an uninterrupted run bitwise.
+        """Return whether this attempt should match an uninterrupted run bit for bit.
 
-        ``train.max_steps`` counts as a difference, because most schedules depend on it.
+        This is true unless a known difference may change results. ``train.max_steps`` counts as a
+        difference, because most schedules depend on it.
         """
         harmless = ("checkpoint.", "metrics.", "run.", "eval.", "data.cache_dir", *_OF_STOPS)
         changed = [key for key in self.config_changes if not key.startswith(harmless)]
@@ -177,8 +178,9 @@ def _is_receipt(row: Mapping[str, Any]) -> bool:
 def last_logged_step(run_dir: Path) -> int:
     """Return the step of the last complete training row in ``metrics.jsonl`` that counts; 0 if there is none.
 
-    Steps given up by a rollback are not lost, so they count only up to the step of the rollback.
-    Reads only the end of the file, which grows for weeks. Raises OSError and RunFolderError.
+    After a rollback, rows of older attempts count only up to the step of the rollback, because the
+    later steps were given up on purpose. Reads only the end of the file, which may be large. Raises
+    OSError and RunFolderError.
     """
     try:
         with os.fdopen(fsio.open_to_read(run_dir / METRICS), "rb") as file:

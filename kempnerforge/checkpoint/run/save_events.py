@@ -41,16 +41,16 @@ class PutOff:
     writing: int
     """The step that is being written."""
     first: int
-    """The step at which it was deferred first."""
+    """The first step at which it was deferred."""
     last: int
-    """The step at which it was deferred last."""
+    """The last step at which it was deferred."""
 
     def begins(self) -> SaveEvent:
-        """Return the event for its start. After a crash it may be the only one."""
+        """Return the event for the beginning of the deferral. After a crash it may be the only one."""
         return SaveEvent("put_off", self._values(to_step=None, saved_step=None))
 
     def ends(self, saved_step: int | None) -> SaveEvent:
-        """Return the event for its end. ``saved_step``: the step that is saved instead, if any."""
+        """Return the event for the end of the deferral. ``saved_step``: the step saved instead, if any."""
         return SaveEvent("put_off", self._values(to_step=self.last, saved_step=saved_step))
 
     def _values(self, *, to_step: int | None, saved_step: int | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from kempnerforge import __version__
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Return what bitwise equality depends on besides config and layout."""
+    """Return the versions and hardware that bitwise equality depends on."""
     found = {
         "kempnerforge": __version__,
         "torch": torch.__version__,

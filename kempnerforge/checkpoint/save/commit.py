@@ -51,7 +51,7 @@ class FileReport:
 
 @dataclass(frozen=True)
 class CheckpointPayload:
-    """What a checkpoint contains beside its tensors."""
+    """What a checkpoint contains besides its tensors."""
 
     provenance: manifest.Provenance = field(default_factory=manifest.Provenance)
     objects: Mapping[str, Any] = field(default_factory=dict)
@@ -115,7 +115,7 @@ def make_temporary(final: Path, temporary: Path) -> None:
 
 
 def _whose(final: Path) -> str:
-    """Return which run's step it is, if its manifest says so. It may be another run's."""
+    """Return a note on which run the step belongs to; empty if its manifest does not say."""
     try:
         run_id = manifest.read(final).provenance.run_id
     except (CheckpointError, OSError):
@@ -132,7 +132,7 @@ def commit(
     contents: CheckpointPayload,
     before_publish: Callable[[], None] = lambda: None,
 ) -> int:
-    """Check the files, add the JSON files, the index and last the manifest, and rename the folder.
+    """Check the shards, write the other files, with the manifest last, and rename the folder.
 
     ``before_publish`` may raise to forbid the rename, which cannot be undone. Durable on return.
     Returns the bytes of the whole checkpoint. Raises SaveFailedError and OSError.

@@ -49,7 +49,7 @@ class _Written:
 
     rank: int
     files: tuple[tuple[PlannedFile, FileReport], ...]
-    """With the names that the files have until the commit."""
+    """Under the names that the files have until the commit."""
     objects: Mapping[str, Any]
     """Non-tensor leaves as JSON."""
 
@@ -57,11 +57,11 @@ class _Written:
 class SafetensorsWriter(StorageWriter):
     """``dcp.save(state_dict, storage_writer=SafetensorsWriter(path))`` writes and commits format 1.
 
-    Use it in loops that keep stock DCP. Unlike ``AsyncCheckpointer`` it blocks and writes through the page
-    cache. DCP's planner omits empty dicts, which ``AsyncCheckpointer`` keeps.
+    Use it in loops that keep stock DCP. Unlike ``AsyncCheckpointer`` it blocks and writes through
+    the page cache. DCP's planner omits empty dicts, which ``AsyncCheckpointer`` keeps.
 
-    The commit checks DCP's metadata against the ranks' reports. It cannot use the plans, because a planner
-    that caches plans does not pass them on.
+    The commit checks DCP's metadata against the ranks' reports. It cannot use the plans, because a
+    planner that caches plans does not pass them on.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SafetensorsWriter(StorageWriter):
             self.temporary = self.final.with_name(paths.temporary_name(self.final.name, attempt))
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Part of DCP's protocol; nothing to set up."""
+        """Do nothing. Part of DCP's protocol."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuse names and dtypes that a checkpoint cannot hold. Omit empty chunks of larger tensors.
@@ -115,8 +115,8 @@ class SafetensorsWriter(StorageWriter):
         try:
             written = self._write(plan, planner)
         except BaseException:
-            # DCP does not inform the coordinator's writer, and other ranks may still write. So with several
-            # ranks, leave the folder: the next save removes it.
+            # DCP does not tell the coordinator's writer of the failure, and other ranks may still write. So
+            # with several ranks, leave the folder: the next save removes it.
             if plan.storage_data.num_ranks == 1:
                 shutil.rmtree(self.temporary, ignore_errors=True)
             raise

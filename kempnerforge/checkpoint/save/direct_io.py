@@ -1,8 +1,9 @@
-"""Write a host buffer, the image of a file, to disk in large direct writes, and compute its digests.
+"""Write a host buffer to a file in large direct writes, and compute the digests of its blocks.
 
-CPU time of the writer slows the training steps during a save, and the page cache costs one copy of every
-byte. So blocks are written from the buffer itself (``O_DIRECT``) where the file system supports that, and a
-block is digested while it is being written. No torch: the writer process imports this module.
+The CPU time of the writer slows training during a save, and the page cache would copy every byte
+once more. So blocks are written from the buffer itself (``O_DIRECT``) where the file system
+supports that, and a block is digested while it is being written. The writer process imports this
+module, so it does not use torch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ALIGNMENT = 4096
 
 _SYNC_BLOCKS = 4
 _SLOW_BLOCK_S = 1.0
-"""After a block that takes longer, perhaps for lack of an idle core, the rest of the file is urgent."""
+"""If a block takes longer, perhaps for lack of an idle core, the rest of the file is written as urgent."""
 
 
 _AT_ONCE = 2
@@ -49,10 +50,10 @@ def write_image(
 ) -> FileRecord:
     """Write the first ``size_bytes`` of ``image`` as the new file ``path`` and fsync it.
 
-    ``image`` is page-aligned and at least ``padded(size_bytes)`` long. ``heartbeat`` is called after every
-    system call that may take long, so that a slow disk is not taken for a hang. ``wait_until_staged(end)``
-    returns when the first ``end`` bytes of the image are final. ``is_urgent`` is called before each block and
-    returns whether the trainer waits for the file.
+    ``image`` is page-aligned and at least ``padded(size_bytes)`` long. ``heartbeat`` is called
+    after every system call that may take long, so that a slow disk is not taken for a hang.
+    ``wait_until_staged(end)`` returns when the first ``end`` bytes of the image are final.
+    ``is_urgent`` is called before each block and returns whether the trainer waits for the file.
     Durable on return, except for the folder's entry. Replaces an unfinished file of an earlier try.
     """
     path.unlink(missing_ok=True)
@@ -75,7 +76,7 @@ def write_image(
             slow = slow or time.monotonic() - started > _SLOW_BLOCK_S
             direct = direct and _is_direct(fd)
             if not direct and len(digests) % _SYNC_BLOCKS == 0:
-                # One fsync over gigabytes of dirty pages would look like a hang, and stalls other processes.
+                # One fsync over gigabytes of dirty pages would look like a hang, and stall other processes.
                 os.fdatasync(fd)
                 heartbeat()
         os.ftruncate(fd, size_bytes)
@@ -93,7 +94,7 @@ def _open(path: Path, heartbeat: Callable[[], None]) -> tuple[int, bool]:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    # tmpfs and some network file systems. The open that was refused may have created the file.
+    # tmpfs and some network file systems refuse O_DIRECT, and may have created the file nevertheless.
     heartbeat()
     path.unlink(missing_ok=True)
     heartbeat()
@@ -130,8 +131,9 @@ def _clear_direct(fd: int) -> None:
 class WriterThreads:
     """Threads of ordinary priority, and threads that run only when a core would otherwise be idle.
 
-    Ranks wait for each other in every step, so CPU time that a writer takes from one rank delays all. A
-    thread cannot raise its own scheduling policy again without privileges, so there are threads of each.
+    Ranks wait for each other in every step, so CPU time that a writer takes from one rank delays
+    all ranks. A thread cannot raise its own priority again without privileges, so there are threads
+    of both kinds.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""``SaveHandle``: a save that has begun, as its caller sees it."""
+"""``SaveHandle``: the caller's handle on a save that has begun."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from kempnerforge.checkpoint.save.pipeline import (
 from kempnerforge.errors import SaveFailedError
 
 RATES = 8
-"""Saves whose rates are remembered, the newest."""
+"""Number of recent saves whose rates are remembered."""
 OUTCOME_MARGIN_S = 60.0
 """Seconds after the time-out of a save within which the first rank posts its outcome."""
 
 _unreported: dict[RankProgress, Path] = {}
-"""Saves whose outcome has not been reported yet, with their paths. Keeps no buffers alive."""
+"""Saves whose outcome has not been reported yet, with their paths. Holds no reference to host buffers."""
 
 
 @atexit.register
@@ -44,7 +44,7 @@ def _report_failure(progress: RankProgress) -> None:
 
 @dataclass
 class SaveHistory:
-    """What a save uses of the earlier saves of its checkpointer."""
+    """What a checkpointer remembers of its earlier saves."""
 
     rates: deque[float] = field(default_factory=lambda: deque(maxlen=RATES))
     """Bytes per second of the largest rank in the last saves, from the call to the commit."""
@@ -52,11 +52,11 @@ class SaveHistory:
     """On the first rank: the previous save, if it failed and other ranks may still write its files."""
 
     def add(self, job: SaveJob, result: SaveResult) -> None:
-        """Remember what came of ``job``."""
+        """Remember the outcome of ``job``."""
         if result.error:
             if job.rank == 0:
                 self.failed = FailedSave.of(job)
-        elif result.total_s and job.largest_bytes:  # without tensors the rate says nothing of the storage
+        elif result.total_s and job.largest_bytes:  # without tensors the rate does not measure the storage
             self.rates.append(job.largest_bytes / result.total_s)
 
 
@@ -132,7 +132,7 @@ class SaveHandle:
             self._save.writer.set_priority(urgent=True)
             if self._save.thread is not None:
                 self._save.thread.join()
-            self._save.job.staging.wait_until_idle()  # also where there was no thread
+            self._save.job.staging.wait_until_idle()  # needed if there was no thread
 
     def close(self) -> None:
         """Wait as ``join`` does. Print a failure that ``result`` has not raised to standard error."""

@@ -1,8 +1,9 @@
-"""Host buffers, each the image of a shard file: allocated once, reused by every save.
+"""Host buffers, one for each shard file: allocated once, reused by every save.
 
-A buffer is anonymous shared memory, so that the writer process writes from it without a copy. On CUDA it is
-registered once as pinned memory. A copy into new pages takes ten times as long as one into resident pages,
-so a save after the first allocates nothing. With huge pages a write takes a tenth of the time in the kernel.
+A buffer holds the image of its file: all bytes as they will be on disk. It is anonymous shared
+memory, so that the writer process writes from it without a copy. On CUDA it is registered once as
+pinned memory. A copy into new pages takes ten times as long as one into resident pages, so saves
+after the first allocate nothing. With huge pages a write takes a tenth of the kernel time.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ allocations = 0
 class HostBuffer:
     """The image of one shard file in shared memory, pinned for ``device`` if there is one.
 
-    Raises OSError and MemoryError when there is not enough memory. Memory that cannot be pinned stays
-    pageable.
+    Raises OSError and MemoryError when there is not enough memory. If the memory cannot be pinned,
+    it is used unpinned.
     """
 
     def __init__(self, file: PlannedFile, device: torch.device | None) -> None:

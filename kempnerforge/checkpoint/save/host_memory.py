@@ -1,7 +1,8 @@
 """Check that there is memory for the host buffers of saves, on the machine and in every cgroup.
 
-A container or a SLURM job has its own limit, set on its control group or on one above it. It may be far
-below the free memory of the machine. Above it the kernel kills a process instead of refusing memory.
+A container or a SLURM job has its own memory limit, set on its cgroup or on a parent of it. The
+limit may be far below the free memory of the machine. When it is exceeded, the kernel kills a
+process instead of refusing the memory.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Limit:
     """A limit on the memory of a process: its machine, or a cgroup that it is in."""
 
     key: str
-    """Equal for two ranks if and only if they share it."""
+    """Equal for two ranks if and only if they share the limit."""
     name: str
     free_bytes: int
     """Memory that can still be allocated, including page cache that can be dropped."""
@@ -39,7 +40,7 @@ class Claim:
     needed_bytes: int
     host: str
     limits: tuple[Limit, ...]
-    """The machine comes first."""
+    """The first one is that of the machine."""
 
 
 def claim(needed_bytes: int, *, proc: Path = Path("/proc")) -> Claim:
@@ -102,9 +103,9 @@ def _available_bytes(proc: Path) -> int:
 
 
 def _cgroup_limits(proc: Path) -> Iterator[tuple[str, str, int]]:
-    """Yield path, identity and free bytes of each cgroup of this process that has a limit, with ancestors.
+    """Yield path, identity and free bytes of each cgroup of this process, or parent of one, with a limit.
 
-    Skip limits that cannot be read: they are no reason to refuse a run.
+    Skip limits that cannot be read, because they must not stop a run.
     """
     for version, mount, folder in _own_cgroups(proc):
         own = folder
@@ -174,7 +175,8 @@ def _free_v1(folder: Path, *, is_own: bool) -> int | None:
 
 def _free_bytes(limit: int, usage: Path, stat: Path, *, prefix: str) -> int:
     counts = dict(line.split() for line in stat.read_text().splitlines())
-    # The kernel drops pages of both lists before it kills. Shared memory and tmpfs are on neither.
+    # The kernel drops the file pages on both lists before it kills a process. Shared memory and tmpfs are on
+    # neither list.
     cache = sum(int(counts[f"{prefix}{name}_file"]) for name in ("active", "inactive"))
     return max(0, limit - max(0, int(usage.read_text()) - cache))
 

@@ -32,7 +32,7 @@ from kempnerforge.distributed.store_channel import StoreChannel, collect
 from kempnerforge.errors import SaveFailedError
 
 CHECK_EVERY_S = 1.0
-"""Seconds between two checks, by a rank that writes, whether the save has failed on another rank."""
+"""How often, in seconds, a rank that writes checks whether the save has failed on another rank."""
 STOP_TIMEOUT_S = 120.0
 """Seconds within which a rank stops writing for a save that has failed on another rank."""
 
@@ -43,7 +43,7 @@ class SaveCancelledError(SaveFailedError):
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What a save records beside its tensors, and what it calls on the first rank's background thread."""
+    """What a save records besides its tensors, and what it calls on the first rank's background thread."""
 
     provenance: Provenance = field(default_factory=Provenance)
     config_toml: str = ""
@@ -52,7 +52,7 @@ class SaveRequest:
     before_commit: Callable[[], None] = lambda: None
     """Called before the rename. Raises to forbid the commit."""
     after_commit: Callable[[], None] = lambda: None
-    """Called when all ranks can know of the commit. Must neither raise nor block."""
+    """Called when the outcome has been posted for all ranks. Must neither raise nor block."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ TIMES_EXPECTED = 10.0
 def automatic_timeout_s(size_bytes: int, rates: Sequence[float]) -> float:
     """Return the seconds after which a save fails.
 
-    ``size_bytes``: bytes of the rank that writes most. ``rates``: bytes per second of that rank in earlier
-    saves, from the call to the commit. The slowest counts.
+    ``size_bytes``: bytes of the rank that writes most. ``rates``: bytes per second of that rank in
+    earlier saves, from the call to the commit. The slowest counts.
     """
     expected_s = size_bytes / min(rates, default=FIRST_RATE)
     return max(SHORTEST_TIMEOUT_S, TIMES_EXPECTED * expected_s)
@@ -129,7 +129,7 @@ class SaveJob:
     largest_bytes: int
     """Size of the host buffers of the rank that writes most."""
     expected: ExpectedFiles | None
-    """What all ranks write. On the first rank only, which commits."""
+    """The files that all ranks write. Set only on the first rank, which commits."""
     contributed: Mapping[str, Any]
     """Non-tensor leaves, as JSON, that the first rank lacks."""
     retry: RetryPolicy
@@ -149,7 +149,7 @@ def result_key(number: int) -> str:
 
 
 def _failure_key(number: int) -> str:
-    """Key of the message that makes all ranks stop writing: one has failed, or the save has."""
+    """Key of the message that makes all ranks stop writing, because a rank or the save has failed."""
     return f"{number}/failed"
 
 
@@ -204,8 +204,8 @@ class RankSave:
     def start(self) -> None:
         """Start the thread. If that fails, report the failure to the other ranks.
 
-        The thread is not a daemon: Python joins it at exit, so that a save at the end of a script is not
-        lost. It ends within the time that ``job.retry`` and the writer's time-out allow.
+        The thread is not a daemon: Python joins it at exit, so that a save at the end of a script
+        is not lost. It ends within the time that ``job.retry`` and the writer's time-out allow.
         """
         thread = threading.Thread(target=self._run, name=f"checkpoint-save-{self.job.number}", daemon=False)
         try:
@@ -228,13 +228,14 @@ class RankSave:
         try:
             self._report(message)
         finally:
-            # Only now: a device that hangs must not keep the failure from the other ranks.
+            # After the report, because a device that hangs must not hide the failure from the other ranks.
             self.job.staging.wait_until_idle()
 
     def _make_folder(self) -> str:
         """Make the folder of the save on the first rank; wait for it on others. Return why it is skipped.
 
-        Not where the ranks agree on the save: these are file operations, and every rank would wait for them.
+        The ranks do not wait for these file operations when they agree on the save, because this
+        runs on the background thread.
         """
         job, key = self.job, _folder_key(self.job.number)
         if job.rank != 0:
@@ -344,8 +345,8 @@ class RankSave:
         if result.error:
             shutil.rmtree(job.temporary, ignore_errors=True)
         elif not result.skipped:
-            job.request.after_commit()  # only now: nothing may delay the outcome of a commit
-        # Every rank has read the outcome before last: it has begun a save since.
+            job.request.after_commit()  # after posting: nothing may delay the outcome of a commit
+        # Every rank has read the outcome of the save before the last one, because it has begun another since.
         channel.forget(result_key(job.number - 2))
 
 

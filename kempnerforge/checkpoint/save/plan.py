@@ -1,8 +1,8 @@
 """Plan which rank writes which chunk into which file, and cache the plan and its host buffers.
 
-``make_plan`` is our own arithmetic: DCP's planner takes seconds at hundreds of ranks and gathers pickled
-metadata at every save. ``SavePlanCache`` plans once. Later saves compare digests and plan again only if a
-rank's tensors have changed.
+``make_plan`` does not use DCP's planner, which takes seconds at hundreds of ranks and gathers
+pickled metadata at every save. ``SavePlanCache`` plans once. Later saves compare a digest of what
+each rank holds, and plan again only if one has changed.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ class SavePlan:
 def held_chunks(tensors: Mapping[str, torch.Tensor]) -> list[PlannedItem]:
     """Return the chunks of ``tensors`` that this rank holds, sorted by name.
 
-    Leave out chunks without elements, unless the whole tensor has none. Raises TypeError and ValueError,
-    naming the tensor, for a kind of tensor, a dtype or a name that a checkpoint cannot hold.
+    Leave out chunks without elements, unless the whole tensor has none. Raises TypeError and
+    ValueError, naming the tensor, for a kind of tensor, a dtype or a name that a checkpoint cannot
+    hold.
     """
     boxes, held = Boxes(), []
     for name, tensor in tensors.items():
@@ -99,10 +100,10 @@ Signature = tuple[tuple[Any, ...], ...]
 
 
 def signature_of(tensors: Mapping[str, torch.Tensor]) -> Signature | None:
-    """Return the signature of ``tensors``; None if a tensor is of another kind.
+    """Return the signature of ``tensors``; None if one is neither a plain tensor nor a DTensor of one.
 
-    Equal signatures mean equal ``held_chunks``. Planning takes longer than staging a small tensor, too long
-    for every save.
+    It is also None if a tensor is nested. Equal signatures mean equal ``held_chunks``. Computing
+    ``held_chunks`` takes longer than staging a small tensor, which is too long for every save.
     """
     signature: list[tuple[Any, ...]] = []
     for name, tensor in tensors.items():
@@ -142,7 +143,7 @@ def make_plan(held_by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
     check_cover(chunks.values())
     mine: list[list[PlannedItem]] = [[] for _ in held_by_rank]
     load = [0] * len(held_by_rank)
-    # Chunks with one holder first, because they have no choice; then the larger ones.
+    # Assign the chunks with one holder first, then the others, from the largest to the smallest.
     for key in sorted(chunks, key=lambda key: (len(holders[key]) > 1, -chunks[key].item.size_bytes, key)):
         rank = min(holders[key], key=lambda rank: (load[rank], rank))
         load[rank] += chunks[key].item.size_bytes
@@ -186,8 +187,8 @@ def name_files(by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
 class SavePlanCache:
     """The plan of one state dict and its host buffers, agreed on by all ranks.
 
-    A repeated save compares signatures and takes one small reduction. ``max_host_memory_gb`` limits the
-    buffers of each machine. None: to the memory that is free.
+    A repeated save compares signatures and takes one small reduction. ``max_host_memory_gb``: the
+    most memory that the buffers may take on one machine. None: as much as is free there.
     """
 
     def __init__(self, max_host_memory_gb: float | None = None) -> None:
@@ -197,7 +198,7 @@ class SavePlanCache:
         self._made_for: torch.device | None = None
         self.buffers: HostBuffers | None = None
         self.expected: ExpectedFiles | None = None
-        """What all ranks write. On the first rank only, which commits."""
+        """The files that all ranks write. Set only on the first rank, which commits."""
         self.largest_bytes = 0
         """Size of the host buffers of the rank that writes most. The time-out of all ranks depends on it."""
         self.contributed: frozenset[str] = frozenset()
@@ -233,9 +234,10 @@ class SavePlanCache:
     ) -> None:
         """Keep the plan, or make a new one and new buffers if any rank needs it.
 
-        Collective: all ranks. ``error``: why this rank could not prepare its part. It is raised on all ranks
-        as TypeError, ValueError or SaveFailedError, with rank and cause. ``same``: digests, by name, of
-        values that must be equal on all ranks. A difference raises ValueError on all ranks, naming the value.
+        Collective: all ranks. ``error``: why this rank could not prepare its part. It is raised on
+        all ranks as TypeError, ValueError or SaveFailedError, with rank and cause. ``same``:
+        digests, by name, of values that must be equal on all ranks. A difference raises ValueError
+        on all ranks, naming the value.
         """
         number = xxhash.xxh3_64_intdigest(repr(sorted((same or {}).items())).encode()) & _DIGEST_BITS
         changed = self._held_digest != self._agreed_digest or self.device != self._made_for
@@ -268,7 +270,7 @@ class SavePlanCache:
             claim = host_memory.claim(needed_bytes(files))
         except Exception as cause:  # noqa: BLE001 - raised on all ranks below
             error = _no_buffers(cause)
-        # All ranks have measured before the first one allocates, so no buffer is counted as used memory.
+        # All ranks measure the free memory before any rank allocates, so no buffer is counted as used.
         claims = control.gather(claim)
         if None in claims:
             raise_on_all(control, error)
@@ -296,7 +298,7 @@ class SavePlanCache:
                 )
 
     def objects(self, payload: Payload) -> dict[str, Any]:
-        """Return what this rank stores beside tensors: its other leaves, and the paths of all leaves."""
+        """Return what this rank stores besides tensors: its other leaves, and the paths of all leaves."""
         leaf_paths = {} if self._structure is None else {structure.PATHS: self._structure}
         return {**payload.objects, **leaf_paths}
 

@@ -1,11 +1,11 @@
 """Map memory that the trainer and its writer process share, in huge pages where the system allows it.
 
-The memory is a memfd. A direct write pins every page of its block, and so does registering memory with CUDA.
-With 4 KiB pages that takes more processor time than computing the digests. ``MADV_COLLAPSE`` (Linux 6.1)
-makes huge pages once, whatever ``shmem_enabled`` says. If the kernel refuses it, or memory is too fragmented,
-small pages work the same way.
+The memory is a memfd. A direct write pins every page of its block, and so does registering memory
+with CUDA. With 4 KiB pages that takes more processor time than computing the digests.
+``MADV_COLLAPSE`` (Linux 6.1) makes huge pages once, regardless of ``shmem_enabled``. If the kernel
+refuses it, or memory is too fragmented, small pages work the same way.
 
-A module of its own, without torch: the writer process imports it, and ``host_buffers`` needs torch.
+This is not part of ``host_buffers``, which needs torch: the writer process imports this module.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def map_new(fd: int, size_bytes: int) -> memoryview:
     """Map the first ``size_bytes`` of ``fd`` for writing, in huge pages if possible.
 
-    The memory is unmapped when the last object that uses it is gone. All pages are allocated on return:
-    raises OSError if there is no memory, where a later copy would get a SIGBUS.
+    The memory is unmapped when the last object that uses it is gone. All pages are allocated on
+    return. If there is too little memory, raises OSError here, instead of a SIGBUS in a later copy.
     """
     memory = _map_aligned(fd, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
     address, whole = ctypes.addressof(memory), size_bytes // HUGE_BYTES * HUGE_BYTES
@@ -53,7 +53,7 @@ def map_filled(fd: int, size_bytes: int) -> memoryview:
 
 
 def _map_aligned(fd: int, size_bytes: int, protection: int) -> ctypes.Array[ctypes.c_ubyte]:
-    """Map at an address that a huge page can begin at. The kernel would choose another."""
+    """Map at an address at which a huge page can begin. By itself the kernel would choose another one."""
     reserved_bytes = size_bytes + HUGE_BYTES
     reserved = _map(None, reserved_bytes, _NO_ACCESS, _ANONYMOUS, -1)
     begin = -(-reserved // HUGE_BYTES) * HUGE_BYTES

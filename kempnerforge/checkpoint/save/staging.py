@@ -1,4 +1,4 @@
-"""Copy the tensors of exactly one step into the host buffers, in the way of each ``async_mode``."""
+"""Copy the tensors of one step into the host buffers: blocking, on a thread, or on a CUDA stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUP_BYTES = 64 << 20
 
 
 class Staging(Protocol):
-    """One copy of pairs, in their order. The writer writes what is copied while the copy goes on."""
+    """A copy of pairs, in their order. The writer writes the copied part while the rest is being copied."""
 
     def start(self) -> None:
         """Begin. ``finish`` raises an error of the copy. An interrupt (Ctrl-C) is raised here too."""
@@ -46,17 +46,17 @@ class Staging(Protocol):
     def wait_until_idle(self) -> None:
         """Return when nothing writes to the host buffers any more, also after an error. Any thread.
 
-        Until then the buffers may be neither reused nor released. Waits for ``start`` or ``fail``. Raises
-        nothing.
+        Until then the buffers may be neither reused nor released. Waits for ``start`` or ``fail``.
+        Raises nothing.
         """
         ...
 
 
 class Versions:
-    """Detects tensors that are modified in place while they are copied. The snapshot would mix two steps.
+    """Detects tensors that are modified in place during the copy, which would then mix two steps.
 
-    Uses the version counter that autograd keeps for each tensor. It misses writes through ``.data`` and
-    kernels that do not increment the counter, such as fused optimizers.
+    Uses the version counter that autograd keeps for each tensor. It misses writes through ``.data``
+    and kernels that do not increment the counter, such as fused optimizers.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -179,9 +179,9 @@ class FailedCopy:
 class StreamCopy:
     """Copies from CUDA to pinned memory on a side stream, during the next forward and backward.
 
-    The side stream first waits for the compute stream, so that it never reads a tensor that a queued
-    optimizer kernel has yet to write. The compute stream waits for the copies before the next optimizer
-    step. Both waits are on the device: the host does not wait.
+    The side stream first waits for the compute stream, so that it never reads a tensor that a
+    queued optimizer kernel has yet to write. The compute stream waits for the copies before the
+    next optimizer step. Both waits are on the device: the host does not wait.
     """
 
     _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
@@ -262,7 +262,7 @@ class StreamCopy:
         self._pairs = ()  # the side stream no longer reads the sources
 
     def wait_until_idle(self) -> None:
-        """Wait for all queued copies. The last part of a copy that failed has no event."""
+        """Wait for all queued copies. A copy that failed may have queued some without an event."""
         self._queued.wait()
         if self._stream is not None:
             cuda.finish_stream(self._stream, self._device)

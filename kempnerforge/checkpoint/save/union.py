@@ -66,7 +66,7 @@ def unite(held_by_rank: Sequence[Held]) -> Union:
 
 
 def _kept(rank: int, held: Held, owner: Mapping[str, int], names: Sequence[set[str]]) -> list[PlannedItem]:
-    """Leave out whole tensors inside leaves that another rank saves together with its own tensors."""
+    """Leave out each whole tensor inside a leaf that another rank saves, if that rank has the tensor too."""
     inside = held.inside or {}
 
     def is_saved(planned: PlannedItem) -> bool:

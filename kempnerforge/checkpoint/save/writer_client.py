@@ -45,7 +45,7 @@ class Writer:
         self._lock = threading.Lock()
 
     def set_priority(self, *, urgent: bool) -> None:
-        """Set whether the trainer waits for this write and the next ones; else use idle time. Any thread."""
+        """Set whether the trainer waits for writes. If not, they use idle CPU time only. Any thread."""
         with self._lock:
             self._urgent = urgent
             progress = self._progress  # ``_kill`` may reset it meanwhile
@@ -68,10 +68,11 @@ class Writer:
     ) -> Written:
         """Write the first ``size_bytes`` of the buffer ``buffer_fd`` as ``path``. Return when it is durable.
 
-        ``staged`` returns how many of them are final; the writer waits for the rest. None: all are.
-        ``check`` is called regularly. A SaveFailedError of either ends the write and kills the writer
-        process, so that the buffer is free again. Raises WriterFailedError when the write failed. A writer
-        process that caused the failure is replaced at the next call.
+        ``staged`` returns how many of these bytes are final; the writer waits for the rest. None:
+        all are final. ``check`` is called regularly. If either function raises SaveFailedError, the
+        write ends and the writer process is killed, so that the buffer is free again. Raises
+        WriterFailedError when the write failed. A writer process that caused the failure is
+        replaced at the next call.
         """
         connection, progress = self._start()
         staged = staged or (lambda: size_bytes)
@@ -151,7 +152,7 @@ class Writer:
         return self._connection, self._progress
 
     def _kill(self) -> int | None:
-        """Kill the process. Return its exit status; None if it hangs in the kernel, and is abandoned."""
+        """Kill the process. Return its exit status; None if it hangs in the kernel and is abandoned."""
         process, self._process = self._process, None
         if self._connection is not None:
             self._connection.close()

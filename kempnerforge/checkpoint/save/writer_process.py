@@ -1,11 +1,12 @@
-"""The writer process: receives host buffers over a socket, writes them, replies. No torch, about 20 MB.
+"""The writer process: receives host buffers over a socket, writes them to files, and replies.
 
-A separate process: a write that hangs in the kernel cannot be interrupted, but the process can be abandoned
-and replaced. It also does not compete for the trainer's interpreter lock.
+It is a separate process because a write that hangs in the kernel cannot be interrupted, but the
+process can be abandoned and replaced. It also does not compete for the trainer's interpreter lock.
+It does not import torch and takes about 20 MB.
 
-A request is one JSON message, ``{"path", "size_bytes"}``, sent with the file descriptor of the buffer. A
-reply is one line of JSON, ``{"size_bytes", "xxh3_128", "write_s"}`` or ``{"error"}``. The process ends when
-the socket closes, so it never outlives its trainer. Start it as
+A request is one JSON message, ``{"path", "size_bytes"}``, sent with the file descriptor of the
+buffer. A reply is one line of JSON, ``{"size_bytes", "xxh3_128", "write_s"}`` or ``{"error"}``. The
+process ends when the socket closes, so it never outlives its trainer. Start it as
 ``python -m kempnerforge.checkpoint.save.writer_process SOCKET_FD PROGRESS_FD``.
 """
 
@@ -29,14 +30,14 @@ from kempnerforge.checkpoint.save.shared_memory import map_filled
 
 PROGRESS_BYTES = 24
 POLL_INTERVAL_S = {True: 0.002, False: 0.01}
-"""Seconds between two checks of the trainer's copy, by whether the save is urgent. A check takes time."""
+"""Seconds between two checks of the copy's progress, by whether the save is urgent. Checks take CPU time."""
 REQUEST_BYTES = 1 << 16
 
 
 class SharedProgress:
     """Counters in shared memory. The writer increments ``heartbeats``; the trainer sets the others.
 
-    Uses ctypes, whose loads and stores of aligned 64-bit numbers are never torn.
+    Uses ctypes, whose loads and stores of aligned 64-bit numbers are atomic.
     """
 
     def __init__(self, fd: int) -> None:
@@ -46,7 +47,7 @@ class SharedProgress:
         )
 
     def heartbeat(self) -> None:
-        """Count one more sign of life."""
+        """Show that the writer makes progress: increment ``heartbeats``."""
         self._heartbeats.value += 1
 
     @property
@@ -74,7 +75,7 @@ class SharedProgress:
 
 
 class MappedBuffers:
-    """Mappings of buffers that were sent before. Mapping a gigabyte again would cost its page faults."""
+    """Keeps the mappings of buffers that were sent before, because a new mapping causes page faults."""
 
     def __init__(self) -> None:
         self._by_inode: dict[int, memoryview] = {}

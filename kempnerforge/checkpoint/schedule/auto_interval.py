@@ -1,8 +1,8 @@
 """Control the time between saves under ``interval``, ``interval_minutes`` and ``interval = "auto"``.
 
-``save_intervals`` is a pure function of measurements. ``SaveIntervalController`` calls it on the first rank
-and applies hysteresis. The result reaches all ranks in the one agreement of each step. See
-docs/guide/interval.md.
+``save_intervals`` is a pure function of measurements. ``SaveIntervalController`` calls it on the
+first rank and applies hysteresis. The result reaches all ranks in the one agreement of each step.
+See docs/guide/interval.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ limit is a tenth of the time between them. No interval is stretched to more than
 RETRY_S = 60.0
 """Seconds until the next save if one was tried and its cost is still unknown."""
 HYSTERESIS = 1.25
-"""Factor by which an interval must fall to be lowered, and change to be reported."""
+"""An interval is lowered only if it falls by this factor, and reported only if it changes by it."""
 NEVER = math.inf
 _LARGEST_MS = 1 << 62
 
@@ -46,10 +46,11 @@ class Measured:
     has_baseline: bool = False
     """Whether there is a baseline, which the measurement of a save needs."""
     tried: bool = False
-    """Whether a save has begun since there is a baseline."""
+    """Whether a save has begun since the baseline exists."""
     writing: bool = False
     """Whether a save is pending."""
     mtti_s: float = math.inf
+    """Expected mean time to an interruption."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class SaveIntervals:
     """Seconds between the last save and the next."""
 
     bound_s: float = 0.0
-    """For a save that ``interval`` or ``interval_minutes`` makes due: the least."""
+    """The least, for a save that ``interval`` or ``interval_minutes`` makes due."""
     auto_s: float = NEVER
-    """For a save that "auto" makes due."""
+    """The time at which "auto" makes a save due."""
     why: str = ""
     """What determines ``auto_s``: ``failures``, ``overhead`` or ``writing``; empty without measurements."""
 
@@ -67,10 +68,11 @@ class SaveIntervals:
 def save_intervals(measured: Measured, *, auto: bool, max_overhead_pct: float | None) -> SaveIntervals:
     """Return the intervals that follow from the measurements. A pure function.
 
-    A save that costs C seconds takes P percent of the time if saves are 100 C / P seconds apart. "auto" uses
-    the longest of three: Daly's interval for C and the mean time to an interruption; 100 C / P; and the time
-    that a save takes to be durable. The first save of an attempt waits for a baseline and is due as soon as
-    there is one, so that it is measured: an earlier attempt may have measured a stall that is over.
+    A save that costs C seconds takes P percent of the time if saves are 100 C / P seconds apart.
+    "auto" uses the longest of three: Daly's interval for C and the mean time to an interruption;
+    100 C / P; and the time that a save takes to be durable. The first save of an attempt waits for
+    a baseline and is due as soon as there is one, so that it is measured: an earlier attempt may
+    have measured a stall that is over.
     """
     if max_overhead_pct is None:
         return SaveIntervals()
@@ -93,7 +95,7 @@ def save_intervals(measured: Measured, *, auto: bool, max_overhead_pct: float | 
 
 
 def apply_hysteresis(current: float, wanted: float) -> float:
-    """Return ``wanted`` if it is longer, or shorter by ``HYSTERESIS``; else ``current``."""
+    """Return ``wanted`` if it is longer, or shorter by the factor ``HYSTERESIS``; else ``current``."""
     return wanted if wanted > current or wanted < current / HYSTERESIS else current
 
 
@@ -145,7 +147,7 @@ class SaveIntervalController:
         ]
 
     def _update(self) -> SaveIntervals:
-        """Return the intervals that follow from the present measurements."""
+        """Return the intervals that follow from the current measurements."""
         meter = self._clock.meter
         saves = meter.measured or self._earlier
         exposure_s = self._exposure_s + self._clock.elapsed_s
@@ -172,7 +174,7 @@ class SaveIntervalController:
         if not self._is_active:
             return 0, 0
         intervals = self._update()
-        # A pending save may change the interval. After a skipped save, do not check a full disk every step.
+        # A pending save may change the interval. After a skipped save, do not check a full disk at each step.
         waits = self._clock.meter.is_pending or self._clock.since_skip_s < RETRY_S
         auto_s = NEVER if waits else intervals.auto_s
         return _milliseconds(intervals.bound_s), _milliseconds(auto_s)
@@ -186,7 +188,7 @@ class SaveIntervalController:
         return [replace(report, interval_s=interval_s) for report in reports]
 
     def _interval_s(self, step_s: float | None) -> float | None:
-        """Return the present seconds between saves, with baseline steps of ``step_s``; None if unknown."""
+        """Return the current seconds between saves, with baseline steps of ``step_s``; None if unknown."""
         if self._auto and not self._current.why:
             return None
         natural_s = self._natural_s(step_s)

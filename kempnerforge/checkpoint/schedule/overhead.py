@@ -1,15 +1,16 @@
-"""Measure what saves cost the training loop: how much longer it takes, not how long a call takes.
+"""Measure what saves cost the training loop: by how much they lengthen it, not how long a call takes.
 
-The loop has step boundaries, at which all ranks agree. Time between two boundaries is an interval. The
-intervals from the boundary at which a save begins to the one at which all ranks know its outcome are *during*
-the save. They contain the call, the wait before the optimizer step, and steps that share processors and
-memory with the writer. The other intervals are *baseline* intervals.
+The loop has step boundaries, at which all ranks agree. Time between two boundaries is an interval.
+The intervals from the boundary at which a save begins to the one at which all ranks know its
+outcome are *during* the save. They contain the call, the wait before the optimizer step, and steps
+that share processors and memory with the writer. The other intervals are *baseline* intervals.
 
     cost of a save = time of the intervals during it - their steps x median of recent baseline steps
 
-Until there is a baseline, only the time that the loop was blocked counts, which is a lower bound. The first
-intervals are no baseline, because much is done once in them (compilation, first allocations). Noise can make
-the cost of one save negative. It is added as it is.
+Until there is a baseline, only the time that the loop was blocked counts, which is a lower bound.
+The first intervals are not part of the baseline, because they contain one-time work (compilation,
+first allocations). Noise can make the cost of a save negative. Negative costs are summed up
+unchanged.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from collections import deque
 from dataclasses import dataclass
 
 WARM_UP_INTERVALS = 3
-"""Intervals after the start that are left out of the baseline."""
+"""Number of intervals after the start that are left out of the baseline."""
 BASELINE_INTERVALS = 5
-"""Baseline intervals that a median needs."""
+"""Least number of baseline intervals for a median."""
 BASELINE_WINDOW = 33
-"""Newest baseline intervals, whose median is used."""
+"""Number of newest baseline intervals whose median is used."""
 SAVES_WINDOW = 8
-"""Newest saves, whose mean ``cost_s`` is."""
+"""Number of newest saves that ``cost_s`` averages."""
 SPIKE = 4.0
-"""A save counts in the mean as at most this many times the median."""
+"""In the mean, a save counts for at most this many times the median."""
 
 
 @dataclass
@@ -53,7 +54,7 @@ class SaveCost:
 
 
 class OverheadMeter:
-    """Sums up the cost of saves, one after the other. Has no clock: its methods take durations."""
+    """Sums up the cost of saves, one after the other. Reads no clock: its methods take durations."""
 
     def __init__(self) -> None:
         self._baseline: deque[float] = deque(maxlen=BASELINE_WINDOW)
@@ -65,19 +66,19 @@ class OverheadMeter:
         self.is_pending = self._during_save = False
         """``is_pending``: whether the outcome of a save is still unknown to some rank."""
         self.tried = False
-        """Whether a save has begun since there is a baseline."""
+        """Whether a save has begun since the baseline exists."""
         self.waited_s = self.excluded_s = 0.0
         """Seconds that saves have blocked the loop, and seconds that were excluded, in all."""
 
     def save_begins(self) -> None:
-        """Record that a save begins in the present interval."""
+        """Record that a save begins in the current interval."""
         self._close_account()
         self._save = SaveCost()
         self.is_pending = self._during_save = True
         self.tried |= self.baseline_step_s is not None
 
     def add_blocking_time(self, seconds: float) -> None:
-        """Add seconds that the loop waited for the newest save, in the present interval."""
+        """Add seconds that the loop waited for the newest save, in the current interval."""
         self.waited_s += seconds
         if self._save is not None:
             self._during_save = True
@@ -85,12 +86,12 @@ class OverheadMeter:
             self._save.blocked_s += seconds
 
     def exclude_time(self, seconds: float) -> None:
-        """Exclude seconds of the present interval that were not spent in steps, such as a validation."""
+        """Exclude seconds of the current interval that were not spent in steps, such as a validation."""
         self.excluded_s += seconds
         self._excluded_now_s += seconds
 
     def step_end(self, steps: int, seconds: float) -> None:
-        """End the present interval, which had ``steps`` steps and took ``seconds``."""
+        """End the current interval, which had ``steps`` steps and took ``seconds``."""
         self._intervals += steps > 0
         seconds -= self._excluded_now_s
         if self._during_save and self._save is not None:
@@ -108,8 +109,8 @@ class OverheadMeter:
     def save_ended(self, *, durable_s: float, at_boundary: bool) -> SaveCost:
         """Record that all ranks know the outcome of the pending save. ``durable_s``: 0 if it failed.
 
-        A save that ends inside an interval is charged with the whole interval, so the returned object still
-        changes.
+        If the save ends inside an interval, the whole interval counts as its cost, so the returned
+        object still changes.
         """
         assert self._save is not None
         self.is_pending = False
@@ -138,7 +139,7 @@ class OverheadMeter:
         return self._ended_s + (self._save.blocked_now_s if self._save is not None else 0.0)
 
     def _close_account(self) -> None:
-        """Close the account of a save when another begins in the same interval and is charged with it."""
+        """If another save begins in the same interval, count only blocking time for the first one."""
         if self._save is not None and self._save.blocked_now_s:
             self._ended_s += self._save.blocked_now_s
             self._excluded_now_s += self._save.blocked_now_s
@@ -149,8 +150,9 @@ class OverheadMeter:
 def cost_s(saves: list[SaveCost]) -> float | None:
     """Return the mean cost of ``saves``, at least their mean blocking time; None without saves.
 
-    A mean, because the limit on the share of time is about means. No save counts for more than ``SPIKE``
-    times the median: a file system that was down for an hour does not predict the cost of the next save.
+    The mean is used because ``max_overhead_pct`` limits the share of the total time. No save counts
+    for more than ``SPIKE`` times the median: a file system that was down for an hour does not
+    predict the cost of the next save.
     """
     if not saves:
         return None
@@ -165,7 +167,7 @@ def _clipped_mean(values: list[float]) -> float:
 
 
 class StepTimer:
-    """An ``OverheadMeter`` with this process's clock. Decisions use the first rank's."""
+    """An ``OverheadMeter`` with this process's clock. Decisions use the first rank's clock."""
 
     def __init__(self) -> None:
         self.restart(None)
@@ -193,7 +195,7 @@ class StepTimer:
         self._skipped = time.perf_counter()
 
     def save_was_skipped(self) -> None:
-        """Record that the save that began was skipped: the one before is still the last."""
+        """Record that the save that began was skipped. The one before it counts as the last save again."""
         self._saved = self._saved_before
         self.skipped()
 

@@ -18,7 +18,7 @@ class Moment:
     seconds_since_last_save: float = 0.0
     """By the clock of rank 0. Since the start of the attempt, if it has not saved yet."""
     bound_s: float = 0.0
-    """Least seconds between the last save and one that an interval makes due."""
+    """An interval makes no save due earlier than this many seconds after the last save."""
     auto_s: float = math.inf
     """Seconds between saves under "auto". See ``auto_interval``."""
     requested: bool = False
@@ -130,7 +130,7 @@ class SavePolicy:
 
     @classmethod
     def from_config(cls, config: CheckpointConfig) -> SavePolicy:
-        """Return the policies of ``config``. None is for the last step, which the end of the loop saves."""
+        """Return the policies of ``config``, except for the last step, which the end of the loop saves."""
         policies: list[Policy] = [OnRequest()]
         if config.save_first:
             policies.append(FirstStep())
@@ -160,11 +160,13 @@ class SavePolicy:
         bound_s: float = 0.0,
         auto_s: float = math.inf,
     ) -> str | None:
-        """Return why to save after ``step``: ``asked``, ``first``, ``listed``, ``dynamics``, ``auto``,
-        ``interval`` or ``minutes``. None if no save is due.
+        """Return the reason to save after ``step``; None if no save is due.
 
-        A pure function: the same arguments give the same answer on every rank. The caller remembers a save
-        that it defers.
+        The reasons are ``asked``, ``first``, ``listed``, ``dynamics``, ``auto``, ``interval`` and
+        ``minutes``.
+
+        A pure function: the same arguments give the same answer on every rank. The caller remembers
+        a save that it defers.
         """
         moment = Moment(step, seconds_since_last_save, bound_s, auto_s, requested)
         return next((policy.reason for policy in self.policies if policy.due(moment)), None)

@@ -36,9 +36,9 @@ _ENTRY = re.compile(r"extra\.([A-Za-z0-9_-]+)(?:\.rank_(\d{5}))?")
 class Extras:
     """Objects with ``state_dict()`` and ``load_state_dict()``, by name.
 
-    Raises TypeError and ValueError, which name it, for an object without these methods, for a name
-    with characters other than letters, digits, ``_`` and ``-``, and for a name in ``per_rank`` that
-    is not an extra.
+    Raises TypeError or ValueError, which names the extra, for an object without these methods, for
+    a name with characters other than letters, digits, ``_`` and ``-``, and for a name in
+    ``per_rank`` that is not an extra.
     """
 
     def __init__(self, extra: Mapping[str, Any] | None, per_rank: Collection[str]) -> None:
@@ -93,7 +93,7 @@ class Extras:
         """Return what a load has to read, and where to put it.
 
         Raises MismatchError for an extra that only the checkpoint or only the program has, and for
-        one with another number of ranks, unless it is in ``excluded``.
+        one that was saved for another number of ranks, unless it is in ``excluded``.
         """
         found = ExtraTargets()
         stored = stored_extras(reader.raw_objects)
@@ -173,7 +173,7 @@ def digest_of(encoded: Any, tensors: Mapping[str, torch.Tensor]) -> str:
 def like_present(
     present: Callable[[], Any], entry: str, encoded: Any, reader: StoredStep, device: torch.device
 ) -> Unpacker:
-    """Return an unpacker that makes tensors like those that the program holds in the same places.
+    """Return an unpacker that creates tensors like those that the program has in the same places.
 
     ``present`` returns the current value. It is called only if the checkpoint has tensors.
     """

@@ -1,4 +1,4 @@
-"""Save and load a model's entries under their names without wrappers."""
+"""Save and load the ``state_dict`` entries of a model, under names without wrapper prefixes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class ModelState:
     def entries(self, *, copy_buffers: bool = False) -> dict[str, Any]:
         """Return ``state_dict`` of all parts together, by name. Tensors are references where possible.
 
-        ``copy_buffers``: copy the tensors that a forward may change, which excludes parameters.
+        ``copy_buffers``: copy the tensors that a forward may change: buffers and extra state, but
+        not parameters.
         """
         found: dict[str, Any] = {}
         for part in self.parts:
@@ -117,7 +118,8 @@ class ModelState:
                     found.of_any_form[name] = value
                     through_load = True
                     continue
-                # A rank that holds nothing of a sharded tensor decides by name: all ranks must agree.
+                # A rank without a part of a sharded tensor has no storage to compare. It decides by name, so
+                # that all ranks agree.
                 storage = memory_of(value)
                 is_own = storage in storages if storage else raw in own
                 if value.numel() and not is_own:
@@ -146,7 +148,7 @@ class ModelTargets:
         for part, raw_names in self.through_load:
             state = OrderedDict((raw, values[name]) for name, raw in raw_names.items())
             own = part.state_dict()
-            # Without versions, modules would convert the state as one of an old version.
+            # Without the versions in the metadata, modules would convert the state as if it were old.
             state._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
             # Entries that state_dict() leaves out, such as a frozen base, are not in the checkpoint.
             is_own = not _is_of_torch(type(part).load_state_dict)
@@ -159,7 +161,7 @@ class ModelTargets:
 
 
 def _own_tensors(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers by the module's own names, tied ones under each name."""
+    """Return parameters and buffers by the module's own names. Tied ones are listed under each name."""
     return {
         **dict(part.named_parameters(remove_duplicate=False)),
         **dict(part.named_buffers(remove_duplicate=False)),
@@ -167,7 +169,7 @@ def _own_tensors(part: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _inside(name: str) -> str:
-    """Return the prefix of all names in the same module."""
+    """Return the prefix that all names of the same module have."""
     module = name.rpartition(".")[0]
     return f"{module}." if module else ""
 
@@ -217,8 +219,7 @@ def _refuse_fsdp1(part: nn.Module) -> None:
 def _stripper(part: nn.Module) -> Callable[[str], str]:
     """Return a function that removes the prefixes of wrappers from names of parameters and entries.
 
-    The module is searched for wrappers at the first name that may have such a prefix, because that
-    is slow.
+    The search for wrappers is slow, so it is only done once a name may have such a prefix.
     """
     wrappers: dict[str, str] | None = None
 
@@ -239,7 +240,7 @@ def _stripper(part: nn.Module) -> Callable[[str], str]:
 
 
 def _find_wrappers(part: nn.Module) -> dict[str, str]:
-    """Return path of each wrapper in a module -> its attribute that holds the wrapped module."""
+    """Return, for each wrapper in a module: its path -> the attribute that holds the wrapped module."""
     found: dict[str, str] = {}
     for prefix, module in part.named_modules(remove_duplicate=False):
         if (attribute := _wrapped_in(module)) is not None:

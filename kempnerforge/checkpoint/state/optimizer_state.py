@@ -1,8 +1,8 @@
 """Save and load an optimizer's state and groups under the names of parameters.
 
 State is everything in ``optimizer.state`` and ``optimizer.param_groups``. A load creates the state
-that the checkpoint has and the optimizer has not created yet. It takes no optimizer step for that,
-as torch would.
+that the checkpoint has and the optimizer has not created yet. Unlike torch's
+``set_optimizer_state_dict``, it takes no optimizer step to do so.
 
 =====================================  =======================================================================
 in the checkpoint                      content
@@ -46,10 +46,10 @@ class OptimizerState:
     """One optimizer, under ``prefix`` (``optimizer.``, or ``optimizers.<name>.``).
 
     Args:
-        groups: names of the whole model's parameters by the ``name`` of their group, if a rank has
-            only some of them.
-        kept: keys of groups that a load keeps as the program has them. None loads all, as torch
-            does.
+        groups: only if a rank has a part of the model: the ``name`` of each group -> the names of
+            its parameters in the whole model.
+        kept: keys of groups that a load leaves as the program has them. None: load all keys, as
+            torch does.
     """
 
     def __init__(
@@ -70,14 +70,15 @@ class OptimizerState:
         self._groups = groups
         self._kept = kept
         self._known: dict[str, tuple[Callable[[], Any], list[bool]]] = {}
-        """Checked state: name -> object, and whether it is a parameter and requires gradients."""
+        """Checked state: name -> weak reference, and whether it is a parameter and requires gradients."""
 
     # -- save --------------------------------------------------------------------------------------------
 
     def pack(self, names: Names, packer: Packer, objects: dict[str, Any]) -> dict[str, Any]:
         """Add the state to ``packer`` and ``objects``. Return a description of the groups, as JSON.
 
-        Raises TypeError and ValueError, which name it, for anything that a load could not restore.
+        Raises TypeError or ValueError, which names the value, for a value that a load could not
+        restore.
         """
         on_host: set[str] = set()
         empty: list[str] = []
@@ -278,7 +279,7 @@ class OptimizerTargets:
 
 @dataclass(frozen=True)
 class StoredOptimizer:
-    """What ``train_state.json`` says about one optimizer."""
+    """The entries of ``train_state.json`` for one optimizer."""
 
     kind: str | None
     """Name of its class; None in early versions."""
@@ -346,7 +347,7 @@ def split_name(rest: str, names: Collection[str]) -> tuple[str, str]:
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> str:
-    """Return the name of an optimizer's class. For a wrapper that shares another's state, the other's."""
+    """Return an optimizer's class name. For a wrapper, return that of the optimizer whose state it shares."""
     for value in vars(optimizer).values():
         if isinstance(value, torch.optim.Optimizer) and value.state is optimizer.state:
             return kind_of(value)
@@ -381,8 +382,8 @@ def check_whole(optimizer: torch.optim.Optimizer, given: Collection[torch.optim.
 def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Create the state that the first step of torch's Adam and AdamW would create: zeros.
 
-    Then a run's first save has the same buffers as all others. Does nothing if state exists
-    already, or for any other optimizer, which creates its state in its first step.
+    This way the first save of a run needs the same host buffers as later ones. Does nothing if
+    state exists already, or for other optimizers, which create their state in the first step.
     """
     if optimizer.state or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return
@@ -436,7 +437,7 @@ def _make(
     group: Mapping[str, Any],
     on_host: frozenset[str] | None,
 ) -> torch.Tensor:
-    """Create a state tensor as the optimizer would: like its parameter if it has its shape, else plain.
+    """Create a state tensor as the optimizer would: like the parameter if the shapes are equal, else plain.
 
     ``head``: safetensors dtype and shape, from the index.
     """

@@ -1,7 +1,7 @@
 """Find the parts of a tensor that a rank holds, and check which tensors and names a checkpoint can hold.
 
-Planning, staging and loading all use this module, so that they agree on every kind of tensor: plain
-tensors, DTensors (also of ``LocalShardsWrapper``), and ShardedTensors.
+Planning, staging and loading all use this module, so that they treat every kind of tensor in the
+same way: plain tensors, DTensors (also with a ``LocalShardsWrapper`` inside), and ShardedTensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kempnerforge.torch_compat import (
 )
 
 MAX_NAME_BYTES = 0xFFFF
-"""An index record has two bytes for the length of a name."""
+"""A record of ``index.bin`` has two bytes for the length of a name."""
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _OF_SHARDS = (ShardedTensor, LocalShardsWrapper)
 

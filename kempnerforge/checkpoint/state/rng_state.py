@@ -80,7 +80,7 @@ def restore(state: torch.Tensor, device: torch.device) -> None:
 
 
 def derive(seed: int, step: int, rank: int, device: torch.device) -> None:
-    """Set all generators of this rank from (seed, step, rank), for example with another number of ranks."""
+    """Seed all generators of this rank from (seed, step, rank), for example after a change of layout."""
     key = xxhash.xxh3_64_intdigest(f"rng:{seed}:{step}:{rank}".encode())
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)

@@ -1,4 +1,4 @@
-"""The interface of a stored step that restoring a state needs."""
+"""The interface of a stored step, as far as code that restores a state needs it."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ class StoredStep(Protocol):
         ...
 
     def make_tensor(self, name: str, tag: Mapping[str, Any]) -> torch.Tensor:
-        """Return an empty tensor with the stored shape and dtype, for one inside a leaf."""
+        """Return an empty tensor to fill, with the stored shape and dtype. ``name`` is inside a leaf."""
         ...

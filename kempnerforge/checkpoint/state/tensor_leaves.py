@@ -1,4 +1,4 @@
-"""Encode values of torch and numpy inside values that are stored as JSON.
+"""Encode torch and numpy values that are inside values stored as JSON.
 
 =========================  =================================================================================
 value                      JSON

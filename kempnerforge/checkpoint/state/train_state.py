@@ -1,4 +1,4 @@
-"""The state that a resume restores: model, optimizers, extras, counters, data position, generators."""
+"""``TrainState``: model, optimizers, extras, counters, data position and random number generators."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def rng_name(rank: int) -> str:
 class TrainState:
     """The state that a save writes and a resume restores.
 
-    A resume restores everything exactly. What cannot be restored raises an error that names it,
-    here or at the first save. Raises TypeError and ValueError.
+    A resume restores everything exactly. For a value that cannot be restored, the constructor or
+    the first save raises TypeError or ValueError, which names the value.
 
     Args:
         model: a module, or a sequence of modules (such as the stages of a pipeline rank) with
@@ -39,8 +39,7 @@ class TrainState:
             removed from names.
         optimizer: one ``torch.optim.Optimizer``, or a dict name -> optimizer, or a list, whose
             names are the positions. Everything in ``state`` and ``param_groups`` is stored. A
-            resume creates the state that the checkpoint has, so the optimizer needs no dummy step
-            before.
+            resume creates the state that the checkpoint has, so no dummy step is needed before.
         extra: name -> any object with ``state_dict()`` and ``load_state_dict()``: a scheduler, a
             loader, an averaged model, a gradient scaler.
         per_rank: names of extras that have a separate state on each rank.
@@ -50,15 +49,16 @@ class TrainState:
         device: the device of this rank. Default: that of the first parameter.
         seed: for random numbers that a resume cannot restore because the layout differs.
         fingerprint: identifies the data. A checkpoint of other data is refused.
-        scheduler: description of the schedule, which is only recorded. Its position is ``step``.
+        scheduler: description of the learning rate schedule. It is only recorded: the position in
+            the schedule is ``step``.
         cursor: position in the data, a dataclass or mapping of JSON values. ``advance`` replaces
             it.
         batch_digest: returns the digest of the batch at a cursor, which a resume compares.
-        groups: names of the whole model's parameters by the ``name`` of their group, if a rank has
-            only some of them.
+        groups: only if a rank has a part of the model: the ``name`` of each group -> the names of
+            its parameters in the whole model.
     """
 
-    @torch.inference_mode(False)  # state made here outlives the caller's inference mode
+    @torch.inference_mode(False)  # state made here outlives an inference mode of the caller
     def __init__(
         self,
         *,
@@ -115,7 +115,7 @@ class TrainState:
         self._pack_optimizers(Packer(), {})  # raise its errors here, not at the first save
 
     def advance(self, *, tokens: int = 0, cursor: Any = None, skipped: bool = False) -> None:
-        """Count one step: its tokens (over all ranks), and the cursor after its batch if there is one."""
+        """Count one step. ``tokens``: those of all ranks. ``cursor``: the data position after its batch."""
         self.step += 1
         self.tokens += tokens
         if cursor is not None:
@@ -133,8 +133,8 @@ class TrainState:
         """Return what this rank saves. Tensors are references, other values are copies.
 
         ``overlapping``: also copy buffers, which a forward during the save may change. Consumes no
-        random numbers. Raises TypeError and ValueError, which name it, for anything that cannot be
-        restored.
+        random numbers. Raises TypeError or ValueError, which names the value, for a value that
+        cannot be restored.
         """
         generators = rng_state.capture(self.device)
         packer, objects = Packer(), self._counters()
@@ -151,7 +151,7 @@ class TrainState:
             same |= self._digests(tables, packer, objects)
         plain = frozenset(n for n, t in packer.tensors.items() if not isinstance(t, DTensor))
         same |= self.extras.pack(packer, objects, rank=rank, num_ranks=num_ranks)
-        # A loader may start an iterator in state_dict(). A save must not change the next random numbers.
+        # state_dict() of a loader may draw random numbers. A save must not change the next ones.
         if self.extras.objects and not torch.equal(rng_state.capture(self.device), generators):
             rng_state.restore(generators, self.device)
         packer.add(rng_name(rank), generators)
@@ -183,8 +183,8 @@ class TrainState:
     ) -> dict[str, str]:
         """Return digests of what must be the same on all ranks, because only one rank stores it.
 
-        This is the groups of optimizers, and, if every rank has all parameters, state that is not
-        tensors.
+        These are the groups of the optimizers and, if every rank has all parameters, the state that
+        is not tensors.
         """
         tensors = packer.tensors
         found = {f"{prefix}groups": digest_of(table["groups"], tensors) for prefix, table in tables.items()}

@@ -49,9 +49,9 @@ def fork(step_folder: Path, run_dir: Path, *, link: bool, progress: Progress) ->
     """Create ``run_dir`` as the folder of a new run whose only checkpoint is ``step_folder``.
 
     Every byte is verified. With ``link``, files are hard-linked where possible. The folder is
-    created under a hidden name beside ``run_dir``, and appears by a rename, complete and durable.
-    The parent is not changed, and a step that a rollback set aside can be forked too. Retention
-    does not delete the step meanwhile.
+    created under a hidden name beside ``run_dir`` and then renamed, so it is complete and durable
+    when it appears. The parent is not changed. A step that a rollback set aside can be forked too.
+    Retention does not delete the step meanwhile.
 
     Raises StepNotFoundError, DamagedCheckpointError, NoSpaceError, RunFolderError.
     """
@@ -118,7 +118,7 @@ def _fill(
 
     for name, record in found.files.items():
         linked += _take_file(step_folder / name, target / name, record, link=link, advance=advance)
-    # Its own digest is verified. Write it last, as in a commit.
+    # The manifest's own digest has been verified. Write it last, as in a commit.
     fsio.write_new_file(target / paths.MANIFEST, (step_folder / paths.MANIFEST).read_bytes())
     fsio.fsync_folder(target)
     latest_link.point(target.parent, step)  # for convenience: the new run creates it at its first start
@@ -152,7 +152,7 @@ def _take_file(
 
 
 def _can_link(step_folder: Path, found: Manifest, building: Path) -> bool:
-    """Return whether files of the step can be linked there, by trying one."""
+    """Return whether files of the step can be hard-linked into ``building``. Try one."""
     probe = building / ".link"
     is_linked = _link(step_folder / next(iter(found.files)), probe)
     probe.unlink(missing_ok=True)

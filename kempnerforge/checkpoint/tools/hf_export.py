@@ -1,9 +1,9 @@
 """Export the weights of a step as a Hugging Face model folder, whatever layout they were saved with.
 
 Each file of the step is read once, in the order of its bytes, in verified blocks. Each piece of a
-block is written directly to its offsets in the new files. So memory is a few blocks, whatever the
-size of the model and its tensors, and no block is read twice, however many ranks share a tensor.
-Needs no torch.
+block is written directly to its offsets in the new files. So an export needs memory for a few
+blocks only, whatever the size of the model and its tensors, and reads no block twice, however many
+ranks share a tensor. Needs no torch.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def export(
 ) -> Exported:
     """Write the weights of a step, cast to ``dtype`` (safetensors name), and ``small_files``, to ``out``.
 
-    ``tensors`` must name every weight of the step. The caller holds a read lock on the step. The
-    folder appears by a rename, complete and durable. Raises RunFolderError if it exists or cannot
-    be written, MismatchError, DamagedCheckpointError, NoSpaceError; OSError if the step cannot be
+    ``tensors`` must name every weight of the step. The caller holds a read lock on the step.
+    ``out`` is complete and durable when it appears. Raises RunFolderError if it exists or cannot be
+    written, MismatchError, DamagedCheckpointError, NoSpaceError; OSError if the step cannot be
     read.
     """
     entries = view.tensors()

@@ -64,10 +64,10 @@ def import_weights(
 ) -> Imported:
     """Write the weights in the Hugging Face folder ``source`` to ``out``, a checkpoint at step 0.
 
-    ``redundant``: names that ``source`` may have besides ``tensors`` -> the name with the same
-    bytes, or an empty string if they are ignored. The checkpoint appears by a rename, complete and
-    durable. Raises MismatchError, StepNotFoundError, DamagedCheckpointError, RunFolderError if
-    ``out`` exists or cannot be created, NoSpaceError, OSError.
+    ``redundant``: names that ``source`` may have besides ``tensors`` -> the name of the tensor with
+    the same bytes, or an empty string to ignore the tensor. The checkpoint is complete and durable
+    when it appears. Raises MismatchError, StepNotFoundError, DamagedCheckpointError, RunFolderError
+    if ``out`` exists or cannot be created, NoSpaceError, OSError.
     """
     stored = hf_format.find_tensors(source)
     _check_fits(source, stored, tensors, redundant)
@@ -119,7 +119,7 @@ def _check_fits(
 
 
 def _plan(tensors: Sequence[MappedTensor]) -> list[PlannedFile]:
-    """Plan files of at most 5 GB, because many files can be read by many ranks at once."""
+    """Plan files of at most 5 GB, because several ranks can read several files at once."""
     tensors = sorted(tensors, key=lambda tensor: tensor.name)
     items = [
         PlannedItem(
@@ -158,7 +158,7 @@ def _write_file(
 def _write_tensor(
     new: DigestingFile, tensor: MappedTensor, source: Stored, advance: Callable[[int], None]
 ) -> None:
-    """Write some rows at a time, always whole groups of rows that are permuted among each other."""
+    """Write some rows at a time, in whole groups: ``row_order`` permutes the rows within a group."""
     order = np.argsort(tensor.row_order)
     group = max(1, len(order))
     group_bytes = group * math.prod(source.shape[1:]) * ITEM_BYTES[source.dtype]

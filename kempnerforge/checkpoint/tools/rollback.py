@@ -1,4 +1,4 @@
-"""Roll back a run to an older step, and undo that. Later steps are renamed, and none is deleted."""
+"""Roll back a run to an older step, or undo a rollback. Later steps are renamed, and none is deleted."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Re
     Without later steps, nothing changes. Steps of other runs in the folder are left as they are.
     ``note`` is called with messages, such as that another process's lease is being watched.
 
-    ``step`` 0 is the beginning. If it was not committed, all steps are set aside, and the next
-    start is a fresh one. Use it also for a run whose steps are lost for good.
+    ``step`` 0 is the beginning of the run. If it was not committed, all steps are set aside, and
+    the next start begins at step 0. Use it also for a run whose steps are lost for good.
 
     Raises StepNotFoundError, DamagedCheckpointError, UnreachableCheckpointError, MismatchError,
     LeaseHeldError, RunFolderError.
@@ -108,7 +108,7 @@ def _set_aside(folder: Path, targets: dict[int, Path], note: Note) -> dict[str, 
 
 
 def undo(run_dir: Path, *, note: Note) -> Renamed:
-    """Undo the last rollback. Possible until an attempt has resumed from the older step.
+    """Undo the last rollback. This is possible until an attempt has resumed from the older step.
 
     Raises StepNotFoundError if there is no rollback, RunFolderError if it is too late,
     LeaseHeldError.
@@ -155,7 +155,7 @@ def _point_latest(folder: Path, step: int | None, note: Note) -> None:
 
 
 def _sync(folder: Path) -> None:
-    if folder.is_dir():  # it may be missing with the steps
+    if folder.is_dir():  # for a run whose steps are lost, the folder may be missing too
         fsio.fsync_folder(folder)
 
 

@@ -16,7 +16,7 @@ from kempnerforge.errors import NoSpaceError, RunFolderError
 
 @contextlib.contextmanager
 def begin(final: Path, *, what: str, purpose: str) -> Iterator[Path]:
-    """Yield a hidden folder beside ``final``, to fill and then ``fsio.publish``. Delete it if it is left.
+    """Yield a hidden folder beside ``final``, to fill and then ``fsio.publish``. Delete it if not published.
 
     ``what``: a word for the operation, such as ``fork``. ``purpose``: what it creates. After a kill
     the hidden folder remains, and the next attempt reports it. Raises RunFolderError if ``final``

@@ -45,7 +45,7 @@ class RunFacts:
     history: Sequence[AttemptHistory] = ()
     set_aside: Mapping[int, Sequence[SetAside]] = field(default_factory=dict)
     in_flight: Mapping[int, int] = field(default_factory=dict)
-    """Step -> the attempt that is writing it, or was."""
+    """Step -> the attempt that is writing it, or was writing it when it ended."""
     is_live: bool = False
     """Whether the newest attempt is running."""
 
@@ -114,7 +114,7 @@ def explain_absence(step: int, facts: RunFacts, config: CheckpointConfig | None)
 
 
 def _events_about(step: int, events: Sequence[Event]) -> tuple[Event, ...]:
-    """Return the ledger's events about ``step``. Of a deferred save, return the end if it is known."""
+    """Return the ledger's events about ``step``. For a deferred save, prefer the event for its end."""
     found = [event for event in events if _is_about(event, step)]
     ended = {
         (event["attempt"], event["from_step"])

@@ -31,8 +31,9 @@ def unblock(run_dir: Path, *, note: Callable[[str], None]) -> Unblocked:
     """Declare the cause of a run's failures fixed, and restore the names of suspect steps.
 
     A suspect step remains set aside if the run has since committed a step that does not descend
-    from it. ``run.json`` is written before the first rename, and the ledger after the last: after a
-    kill, run the command again. ``note`` is called if another process's lease has to be watched.
+    from it. ``run.json`` is written before the first rename, and the ledger after the last. So
+    after a kill, the command can be run again. ``note`` is called if another process's lease has to
+    be watched.
 
     Durable: on return. Raises RunFolderError, LeaseHeldError.
     """

@@ -199,7 +199,7 @@ def _header_problems(path: Path, expected: dict[str, list[tuple[str, Chunk]]]) -
 
 
 def _without_name(error: DamagedCheckpointError, path: Path) -> str:
-    """Return the error without the step's name, which the report has once."""
+    """Return the error without the step's name, which the report has already."""
     return str(error).removeprefix(f"{path.name} is damaged: ")
 
 
