@@ -129,7 +129,7 @@ class _Read:
 def _read(
     run_dir: Path, record: RunRecord, *, project: str | None, entity: str | None, uncommitted: bool
 ) -> _Read:
-    # Read before the rows: a commit in the meantime then only makes the limit too low.
+    # Read before the rows, so that a commit in the meantime can only make the limit too low.
     folder = record.checkpoint_folder(run_dir)
     committed = paths.committed_steps(folder) if folder.is_dir() else []
     limit = math.inf if uncommitted else last_lasting_step(record, committed)

@@ -1,4 +1,4 @@
-"""Rules of ``[checkpoint]``: the saves and retention that it asks for must be possible. See ``rules``."""
+"""Rules of ``[checkpoint]``: the requested saves and retention must be possible. See ``rules``."""
 
 from __future__ import annotations
 
@@ -160,8 +160,8 @@ def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> lis
 def why_best_has_no_choice(checkpoint: CheckpointConfig, eval: EvalConfig, train: TrainConfig) -> str:
     """Explain why ``keep_best_n`` has nothing to choose from; empty if it has.
 
-    That is so when no step before the last is both saved and validated. It is a warning, not an error:
-    with ``save_last`` the last step is both. Saves by time can happen at any step.
+    This is the case when no step before the last is both saved and validated. It is a warning, not an
+    error, because with ``save_last`` the last step is both. Saves by time can happen at any step.
     """
     by_time = checkpoint.interval_minutes is not None or checkpoint.interval == "auto"
     metric, every = checkpoint.best_metric or "", _every(checkpoint)

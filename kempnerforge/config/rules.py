@@ -1,4 +1,4 @@
-"""Rules that span several keys: pure functions from sections to issues.
+"""Rules that span several keys. Each is a pure function from sections to issues.
 
 The parameters of a rule name its inputs: sections, ``world_size`` (number of processes; None if unknown)
 and ``environ`` (None if the check does not run inside the job). A rule runs if all its sections are

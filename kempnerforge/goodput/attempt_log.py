@@ -95,7 +95,7 @@ class AttemptLog:
     ) -> None:
         """Record the end of the attempt durably. ``kind`` is one of ``history.KINDS``.
 
-        Block for ``END_WAIT_S`` at most. Warn if events are not written by then; they are lost.
+        Block for ``END_WAIT_S`` at most. Events that are not written by then are lost, with a warning.
         """
         name = type(error).__name__ if error is not None else None
         self.write(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 RANK_S_PER_FAILURE = 50_000 * 3600.0
-"""Rank-seconds per failure: 419 failures in 54 days on 16,384 GPUs are 50,676 h each (The Llama 3 Herd of
-Models)."""
+"""Rank-seconds per failure. The Llama 3 Herd of Models reports 419 failures in 54 days on 16,384 GPUs, which
+is one in 50,676 GPU-hours."""
 LONGEST_PRIOR_S = 24 * 3600.0
-"""Upper bound for small jobs, which end by preemption, node failures and mistakes rather than GPU faults."""
+"""Upper bound of the prior. Small jobs end by preemption, node failures and mistakes, not by GPU faults."""
 
 
 def young(stall_s: float, mtti_s: float) -> float:
-    """Return the seconds between saves by Young (1974): sqrt(2 S M)."""
+    """Return the seconds between saves by Young's formula (1974): sqrt(2 S M), for stall S and MTTI M."""
     return math.sqrt(2 * stall_s * mtti_s)
 
 

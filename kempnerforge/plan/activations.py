@@ -1,8 +1,8 @@
 """Estimate the memory that a forward pass keeps for the backward pass.
 
 The method follows Korthikanti et al. 2022 ("Reducing activation recomputation in large transformer models",
-arXiv:2205.05198, section 4): sum up what autograd saves. The terms differ from theirs, because this decoder
-has SwiGLU, grouped-query heads, fused attention (no T x T matrix) and no dropout. The table lists elements
+arXiv:2205.05198, section 4): sum up what autograd saves. The terms differ from the paper's, because this
+decoder has SwiGLU, grouped-query heads, fused attention (no T x T matrix) and no dropout. The table lists elements
 per token and layer. D is the model width, Q and K are the total widths of query and key heads, F is the
 feed-forward width, and t is the number of tensor-parallel ranks (with sequence parallelism):
 

@@ -11,7 +11,7 @@ from kempnerforge.slurm.job import SlurmError, parse_facts, query
 from kempnerforge.slurm.script import option_value
 
 BEFORE_KILL_S = 5
-"""A run that does not stop ends itself this long before SLURM kills it, so that its stacks are written."""
+"""A run that does not stop in time ends itself this long before SLURM kills it, after writing its stacks."""
 
 
 @dataclass(frozen=True)

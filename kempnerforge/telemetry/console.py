@@ -30,7 +30,7 @@ _ETA_WINDOW_STEPS = 50
 
 
 class ConsoleSink:
-    """Prints rows as text, and decides which rows are worth a line.
+    """Prints rows as text, and selects the rows that get a line.
 
     A closed pipe, or a full disk behind stdout, never stops the run.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Dense bf16 peaks in FLOP/s, without structured sparsity: half of the sparse figure if the datasheet has no
-# other. The first pattern that matches the name is used, so variants precede the plain name.
+# Dense bf16 peaks in FLOP/s, without structured sparsity: half of the sparse figure if the datasheet gives
+# only that one. The first pattern that matches the name is used, so variants precede the plain name.
 _PEAK_BF16 = tuple(
     (re.compile(pattern), peak)
     for pattern, peak in (

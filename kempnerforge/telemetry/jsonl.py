@@ -9,7 +9,7 @@ loss therefore shows that loss. A missing key means that a value was not measure
 Rows are written on a thread (``write_behind``), so that training does not wait for a slow file system. On a
 fast one, a row is written when ``write`` returns. Each line is a single ``write`` to an ``O_APPEND``
 descriptor, so that a kill leaves at most one torn line, the last one. The next writer ends that line before
-its first row. No prefix of a JSON object is a JSON object: a torn line cannot be mistaken for a row.
+its first row. A torn line cannot be mistaken for a row, because no prefix of a JSON object is a JSON object.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ class RowsRead(NamedTuple):
     """The result of ``read_rows``."""
 
     rows: list[dict[str, Any]]
-    """In the order of the file."""
+    """Rows in the order of the file."""
     torn: int
-    """Number of lines that are not rows: at most one per killed writer, and lines of others."""
+    """Number of lines that are not rows: at most one per killed writer, and lines that others wrote."""
 
     def next_step(self, first_attempt: int = 0) -> int:
         """Return 1 + the newest step logged by ``first_attempt`` or a later attempt; 0 without rows."""
@@ -152,7 +152,7 @@ def last_step_that_counts(attempt: int, resumes: Mapping[int, int]) -> float:
 
 
 def by_step(rows: Iterable[Row]) -> dict[int, dict[str, Any]]:
-    """Merge rows into one per step, ordered by step; later values win. wandb cannot go back to a step."""
+    """Merge rows into one per step, ordered by step, as wandb requires. Later values win."""
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
         merged.setdefault(row["step"], {}).update(row)

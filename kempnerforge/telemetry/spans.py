@@ -1,4 +1,4 @@
-"""Time the parts of a step, by the clock of the host or of the device.
+"""Time the parts of a step, with the clock of the host or of the device.
 
 CUDA work is queued, and the host's clock would time only the queueing. On CUDA a span therefore records two
 events on the current stream. ``collect`` resolves them after the step's own synchronization (the copy of the

@@ -1,8 +1,9 @@
 """Read the wandb files of offline attempts: one folder per attempt, ``wandb/offline-run-*``.
 
-A kill loses what the client has not written yet: the newest step, which it keeps open, and the rows of the
-last half second. wandb accepts no step below its newest one. If an attempt skipped all steps that earlier
-attempts logged, the lost steps would be missing. Therefore it reads here which steps are on disk.
+A kill loses what the wandb client has not written yet: the newest step, which it keeps open, and the rows
+of the last half second. wandb accepts no step below its newest one. If an attempt skipped all steps that
+earlier attempts logged, the lost steps would be missing. Therefore an attempt uses this module to find out
+which steps are on disk.
 
 The ``.wandb`` file of a fragment is a log in LevelDB's format after a header of 7 bytes. Its records are
 wandb's protocol buffers. A partial record at the end of a log is ignored, as by ``wandb sync``.

@@ -4,8 +4,8 @@ Without an API key the client would fail or prompt for one, so ``online`` become
 does not answer, the attempt is logged offline too: compute nodes often have the key but no internet access.
 
 wandb has one row per step. Online, it ignores a step below its newest one. Offline, every attempt writes its
-own fragment, and ``wandb sync`` appends the fragments in order of time and renumbers steps that are not above
-the newest one. Therefore this sink skips the steps that an attempt repeats after it resumed from a
+own fragment (a folder with its rows). ``wandb sync`` appends the fragments in order of time and renumbers
+steps that are not above the newest one. Therefore this sink skips the steps that an attempt repeats after it resumed from a
 checkpoint, and logs this once. (Fragments are appended because they are written with ``resume``. Without it,
 the upload of the second fragment would overwrite the first.) A kill loses rows that the client has not
 written or sent. The next attempt logs them again from ``metrics.jsonl`` (``catch_up``).
@@ -150,7 +150,7 @@ class WandbSink:
 
     def _start(self, identity: dict[str, Any]) -> Any:
         try:
-            # Imported here: it takes about a second, which runs without wandb do not need.
+            # Imported here, because it takes about a second and most runs do not use wandb.
             import wandb
 
             settings = wandb.setup(wandb.Settings(silent=True)).settings
@@ -191,7 +191,7 @@ class WandbSink:
                 init_timeout=_INIT_TIMEOUT_S,
                 finish_timeout=_FINISH_TIMEOUT_S,
                 finish_timeout_raises=True,
-                # With the default, a kill loses the rows of the last 15 s.
+                # With the default, a kill would lose the rows of the last 15 s.
                 x_transaction_log_flush_interval=0.5,
             ),
         )

@@ -1,7 +1,7 @@
 """Upload the rows of a run to one wandb run afterwards. Implements ``kempnerforge wandb sync``.
 
-wandb accepts no step below the newest one of a run. Therefore each step is logged once, complete and in
-order. A repeated or interrupted upload continues after the newest step on the server.
+wandb accepts no step below the newest one of a run. Therefore each step is logged once, in order, and with
+all its values. A repeated or interrupted upload continues after the newest step on the server.
 
 The client reports success even if the server has rejected the rows permanently (seen with wandb 0.31 and
 status 404). Therefore the upload ends with a query for the server's newest step.
