@@ -2,9 +2,9 @@
 
     python benchmarks/bench_cli.py
 
-The commands alternate. ``ckpt ls`` lists a run with ``--steps`` committed, valid steps of ``--shards``
-shards each (``benchmarks/bench/many_steps.py``), with files in the page cache. The benchmark measures
-for every process:
+The commands alternate. ``ckpt ls`` lists a run with ``--steps`` committed, valid steps of
+``--shards`` shards each (``benchmarks/bench/many_steps.py``), with files in the page cache. The
+benchmark measures for every process:
 
   wall_s  from its start to its end
   cpu_s   its processor time, of user and kernel: less noisy on a busy machine

@@ -4,8 +4,8 @@
 
 Four arms alternate in saving an FSDP2-sharded Llama with AdamW's state, without other work: ours
 blocking (``disabled``) against ``dcp.save(sync_files=True)``, and ours asynchronous (``async``)
-against ``dcp.async_save`` with its defaults. Our arms compute digests of every byte, the stock arms do
-not. The benchmark also measures the raw limit: all ranks write the same bytes at once, in direct
+against ``dcp.async_save`` with its defaults. Our arms compute digests of every byte, the stock arms
+do not. The benchmark also measures the raw limit: all ranks write the same bytes at once, in direct
 writes of 16 MiB from resident memory, followed by an fsync.
 
   durable_s    from the call until the checkpoint is committed

@@ -5,8 +5,8 @@
 Do not use torchrun: the benchmark starts the jobs itself, one after the other. First, each arm runs
 once without kills. This gives its ideal time, its cost of a save, and the losses that every killed
 run must repeat. Then, for each seed, each arm runs from its first step to its last while all its
-processes are killed at once, again and again. The kills are a Poisson process in the time that the job
-is up. ``--delay-s`` after each kill, the same command runs again.
+processes are killed at once, again and again. The kills are a Poisson process in the time that the
+job is up. ``--delay-s`` after each kill, the same command runs again.
 
   ours        scripts/train.py, async_with_pinned_mem, saves every ``--interval``
   reference   benchmarks/bench/reference_loop.py: FSDP2 and stock ``dcp.save``, which blocks the loop, every
@@ -14,8 +14,8 @@ is up. ``--delay-s`` after each kill, the same command runs again.
 
 ``daly`` is Daly's interval for the measured cost of a save of the arm. For the reference, this is
 about the best fixed interval. ``effective`` is ideal time / wall time. The parts, which
-``bench/goodput_arithmetic.py`` defines, sum to the wall time. Exit status 1: ours lost a committed step, or a loss
-differs in any bit from the undisturbed run.
+``bench/goodput_arithmetic.py`` defines, sum to the wall time. Exit status 1: ours lost a committed
+step, or a loss differs in any bit from the undisturbed run.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from bench.command import parse
 from bench.kills import BenchError, run_to_end
 
 STEADY = 0.1
-"""Maximum relative difference of step times between a campaign and the undisturbed run. Beyond it, the ideal
-time of the undisturbed run is not meaningful."""
+"""Maximum relative difference of step times between a campaign and the undisturbed run. Beyond it,
+the ideal time of the undisturbed run is not meaningful."""
 PROJECTED_SCALES = (1.0, 40.0)
 """Factors for the bytes per rank, relative to those saved in this benchmark."""
 PROJECTED_MTTI_H = (1.0, 3.0, 24.0)

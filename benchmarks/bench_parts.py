@@ -9,8 +9,8 @@ The steps are those of ``bench_save.py``. One of these parts begins during the f
   prompt    the same at the normal priority, as when the loop waits for it
   save      a whole save
 
-The steps are compared with as many steps without a save. The table by step shows the time of each step
-relative to one without a save. Its medians over all rounds are less noisy than one round.
+The steps are compared with as many steps without a save. The table by step shows the time of each
+step relative to one without a save. Its medians over all rounds are less noisy than one round.
 """
 
 from __future__ import annotations

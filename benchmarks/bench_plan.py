@@ -9,10 +9,10 @@ save, without moving tensors:
   first      unpack the parts of all ranks, distribute, check, plan the files, encode the index
   repeated   a save of the same tree: compare, read and check all ranks' reports, write index and manifest
 
-The work of DCP is to create its plan, unpack all ranks' plans, make and check the global plan, pack it
-for all ranks, unpack their results, and write ``.metadata`` (``FileSystemWriter.finish``). With its
-plan cache (``enable_plan_caching``) plans are not sent again. Ours reads the reports from a real
-store (c10d's) and commits a real folder, whose shard files are empty files of the right size.
+The work of DCP is to create its plan, unpack all ranks' plans, make and check the global plan, pack
+it for all ranks, unpack their results, and write ``.metadata`` (``FileSystemWriter.finish``). With
+its plan cache (``enable_plan_caching``) plans are not sent again. Ours reads the reports from a
+real store (c10d's) and commits a real folder, whose shard files are empty files of the right size.
 ``before reading`` is the work of a rank before it reads tensors. Ours finds its parts in the index.
 DCP unpickles ``.metadata`` and finds its chunks.
 """

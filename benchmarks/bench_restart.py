@@ -2,9 +2,9 @@
 
     python benchmarks/bench_restart.py
 
-``scripts/train.py`` is compared with ``benchmarks/bench/bare_loop.py``, which uses ``dcp.load``. Both
-have the same model and as many bytes of state, each from its own checkpoint, with files in the page
-cache. The parts are
+``scripts/train.py`` is compared with ``benchmarks/bench/bare_loop.py``, which uses ``dcp.load``.
+Both have the same model and as many bytes of state, each from its own checkpoint, with files in the
+page cache. The parts are
 
   start_s       torchrun, the interpreter, imports
   set_up_s      process groups, the run's folder, data, model and optimizer

@@ -2,8 +2,8 @@
 
     KempnerForgeError                 exit status 1 unless a subclass sets another one
     ├── ConfigError                   2  invalid config or command line; lists all issues
-    ├── DataError                     2  data are corrupt, empty, missing, of another vocabulary
-    ├── RunFolderError                2  the run's folder is unusable (node-local, not writable, of another run)
+    ├── DataError                     2  corrupt, empty or missing data, or data of another vocabulary
+    ├── RunFolderError                2  unusable run folder (node-local, not writable, of another run)
     │   ├── LeaseHeldError            2  another process is writing this run
     │   └── FolderOwnedError          2  the checkpoint folder belongs to another run
     ├── NoProgressError              76  several attempts failed without progress; raised before training

@@ -97,7 +97,8 @@ def new_folder(folder: Path) -> None:
 def open_file(path: Path, flags: int) -> int:
     """Open ``path`` and return its descriptor. A new file gets the group permissions of its folder.
 
-    ``flags`` are those of ``os.open``. O_CREAT and O_CLOEXEC are added. With O_EXCL the file must not exist.
+    ``flags`` are those of ``os.open``. O_CREAT and O_CLOEXEC are added. With O_EXCL the file must
+    not exist.
 
     Raises OSError, also for a symbolic link or anything else that is not a regular file. Otherwise,
     other users of a shared folder could choose which file is written, or block the open.
@@ -242,7 +243,8 @@ def remove_all(paths: Sequence[Path]) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append a whole line durably, in one write, so that a crash can tear at most the last line.
 
-    If an earlier crash has torn the last line, end it first, so that it never merges with the new one.
+    If an earlier crash has torn the last line, end it first, so that it never merges with the new
+    one.
     """
     fd = open_file(path, os.O_RDWR | os.O_APPEND)
     try:
@@ -259,8 +261,9 @@ def append_line(path: Path, line: str) -> None:
 def publish(temporary: Path, final: Path) -> None:
     """Give a finished folder its final name and make it durable. This is the commit.
 
-    Raises FileExistsError if the name is taken: a committed folder is never replaced. After any other
-    OSError the folder is renamed back, if the file system permits it: readers must not find a failed commit.
+    Raises FileExistsError if the name is taken: a committed folder is never replaced. After any
+    other OSError the folder is renamed back, if the file system permits it: readers must not find a
+    failed commit.
     """
     if final.exists() or final.is_symlink():
         raise FileExistsError(errno.EEXIST, "a committed folder is never replaced", str(final))
@@ -269,7 +272,8 @@ def publish(temporary: Path, final: Path) -> None:
         os.rename(temporary, final)
         fsync_folder(final.parent)
     except OSError:
-        # Compare inodes: another process may have taken the name, and a rename can fail after it was done.
+        # Compare inodes: another process may have taken the name, and a rename can fail after it
+        # was done.
         with contextlib.suppress(OSError):
             if os.path.samestat(folder, final.lstat()):
                 os.rename(final, temporary)

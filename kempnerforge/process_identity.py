@@ -1,7 +1,8 @@
 """Identify the process that holds a lease, uniquely among all processes that ever ran.
 
-A process id alone is not enough: it is reused, and it is meaningless on another host, after a reboot or in
-another container. Boot id, pid namespace, pid and start time together identify one process of one kernel.
+A process id alone is not enough: it is reused, and it is meaningless on another host, after a
+reboot or in another container. Boot id, pid namespace, pid and start time together identify one
+process of one kernel.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def process_state(pid: int) -> ProcessState | None:
 def encode(holder: ProcessIdentity, *, counter: int, released: bool) -> bytes:
     """Return the bytes of a lease file: JSON whose length does not depend on ``counter`` or ``released``.
 
-    The counter is a string of digits, so that a reader that sees a partial write still finds valid JSON.
+    The counter is a string of digits, so that a reader that sees a partial write still finds valid
+    JSON.
     """
     body = json.dumps(asdict(holder))
     state = "true " if released else "false"

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 
 PROMPT_S = 0.02
-"""How long a caller waits for its work. On a fast disk the work is done on return, so that a kill loses at
-most the write in progress."""
+"""How long a caller waits for its work. On a fast disk the work is done on return, so that a kill
+loses at most the write in progress."""
 IDLE_S = 5.0
 """The thread ends after this time without work."""
 MOST = 10_000

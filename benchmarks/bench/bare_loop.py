@@ -95,8 +95,8 @@ def main() -> None:
         Path(spec["out"]).write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-    # In one of fifty starts gloo's threads aborted the interpreter at exit. Nothing is measured after
-    # this point.
+    # In one of fifty starts gloo's threads aborted the interpreter at exit. Nothing is measured
+    # after this point.
     os._exit(0)
 
 

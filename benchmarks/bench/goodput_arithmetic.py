@@ -12,8 +12,8 @@ from bench.kills import Attempt
 from kempnerforge.goodput.interval import daly
 
 PARTS = ("steps", "saving", "redo", "restart", "ending", "delay")
-"""``steps``: the time of the steps without kills. ``saving``: what kept steps took beyond that, which
-includes slower steps during a save, and noise. ``redo``: from the last kept step to the kill.
+"""``steps``: the time of the steps without kills. ``saving``: what kept steps took beyond that,
+which includes slower steps during a save, and noise. ``redo``: from the last kept step to the kill.
 ``restart``: from a launch to its first step. ``ending``: from the last step to the end of the last
 process. ``delay``: between attempts."""
 
@@ -90,7 +90,10 @@ def parts_of(attempts: Sequence[Attempt], *, step_s: float) -> dict[str, float]:
 
 
 def kept_to(attempts: Sequence[Attempt], number: int) -> int:
-    """Return the last step of an attempt that no later attempt repeated. The attempt must have done a step."""
+    """Return the last step of an attempt that no later attempt repeated.
+
+    The attempt must have completed a step.
+    """
     later = [attempt.began_at for attempt in attempts[number + 1 :] if attempt.began_at is not None]
     last = attempts[number].last_step
     assert last is not None

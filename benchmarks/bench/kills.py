@@ -1,8 +1,8 @@
 """Run a training job to its end through a given sequence of kills, and measure it from outside.
 
-All times are by the clock of this process. The time of a row in the job's log is the moment at which
-this process can read it. A kill is SIGKILL to all processes of the job at once: launcher, ranks, and
-their children.
+All times are by the clock of this process. The time of a row in the job's log is the moment at
+which this process can read it. A kill is SIGKILL to all processes of the job at once: launcher,
+ranks, and their children.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ class Job:
 def run_to_end(job: Job, gaps: Iterator[float], *, delay_s: float) -> list[Attempt]:
     """Start ``job`` again and again until it ends by itself. Return its attempts.
 
-    The n-th attempt is killed when its age in seconds is the n-th of ``gaps``. Attempts after the last
-    of ``gaps`` are not killed. Each launch follows ``delay_s`` after the end of the attempt before
-    it. Raises BenchError.
+    The n-th attempt is killed when its age in seconds is the n-th of ``gaps``. Attempts after the
+    last of ``gaps`` are not killed. Each launch follows ``delay_s`` after the end of the attempt
+    before it. Raises BenchError.
     """
     attempts: list[Attempt] = []
     rows = RowReader(job.rows)

@@ -1,7 +1,7 @@
 """The line plots of the report page, as HTML and SVG.
 
-The page has no scripts. Values are shown by ``title`` attributes on invisible slabs, which are vertical
-strips of the plot. Every figure also has a summary in words and a table.
+The page has no scripts. Values are shown by ``title`` attributes on invisible slabs, which are
+vertical strips of the plot. Every figure also has a summary in words and a table.
 """
 
 from __future__ import annotations

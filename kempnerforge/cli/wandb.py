@@ -160,8 +160,8 @@ def _read(
 def last_lasting_step(record: RunRecord, committed: Sequence[int]) -> float:
     """Return the newest step that no later attempt will repeat.
 
-    This is the newest committed step, from which the next attempt resumes. A finished run has no limit,
-    because its checkpoints may be deleted.
+    This is the newest committed step, from which the next attempt resumes. A finished run has no
+    limit, because its checkpoints may be deleted.
     """
     last = record.last_exit
     if last is not None and last["attempt"] == record.attempt and last["status"] == EXIT_FINISHED:

@@ -30,7 +30,8 @@ def read_layers(path: Path) -> list[Layer]:
     """Read the file at ``path`` and all files that it extends; return the outermost base first.
 
     Raises:
-        ConfigError: a file is missing, unreadable or not TOML, or the files extend each other in a cycle.
+        ConfigError: a file is missing, unreadable or not TOML, or the files extend each other in a
+            cycle.
     """
     layers: list[Layer] = []
     seen: list[str] = []

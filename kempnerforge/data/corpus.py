@@ -23,8 +23,8 @@ PYTHON_STDLIB = "python-stdlib"
 
 STDLIB_LEFT_OUT_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 STDLIB_LEFT_OUT_FILES = ("_sysconfigdata_*.py", "sitecustomize.py", "usercustomize.py")
-"""Files that depend on how Python was built or installed. Without them, a Python release gives the same
-corpus on every machine."""
+"""Files that depend on how Python was built or installed. Without them, a Python release gives the
+same corpus on every machine."""
 
 BINARY_PROBE_BYTES = 8000
 """A file with a NUL in its first 8,000 bytes is binary, as in git."""

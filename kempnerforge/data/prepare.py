@@ -28,8 +28,8 @@ SHARD_TOKENS = 128 << 20
 """Tokens per shard."""
 
 PIECE_BYTES = 256 << 10
-"""Longer documents are tokenised in pieces, cut at line ends, because the time that a tokenizer takes grows
-faster than linearly with the length of a text."""
+"""Longer documents are tokenised in pieces, cut at line ends, because the time that a tokenizer
+takes grows faster than linearly with the length of a text."""
 
 BATCH_BYTES = 8 << 20
 """Bytes of text per call of the tokenizer, which processes the pieces in parallel."""

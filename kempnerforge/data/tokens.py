@@ -17,8 +17,8 @@ from kempnerforge.data.shard_reader import TokenShard, content_digest, ids_probl
 from kempnerforge.errors import DataError
 
 VERIFY_BYTES = 4 << 30
-"""Data up to this size are read whole and checked whenever they are opened, which takes seconds. Larger data
-are checked on request."""
+"""Data up to this size are read whole and checked whenever they are opened, which takes seconds.
+Larger data are checked on request."""
 
 SAMPLED_BLOCKS = 256
 SAMPLED_BLOCK_TOKENS = 16 << 10

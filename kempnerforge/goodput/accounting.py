@@ -22,8 +22,8 @@ def account(history: Sequence[AttemptHistory], *, now: float, running: bool) -> 
     - Steps are lost if a later attempt started below them.
     - ``running`` says that the last attempt is still running.
     - Refused starts are counted in ``refused_starts`` only.
-    - Time after a run had finished is excluded from ``wall_s``, but included in ``span_s``, the time
-      from the first start to the last event.
+    - Time after a run had finished is excluded from ``wall_s``, but included in ``span_s``, the
+      time from the first start to the last event.
     - If attempts overlap, or a clock was set back, each second is counted once, for the earlier
       attempt, and ``clocks_disagree`` is true.
     """
@@ -169,8 +169,8 @@ def saving(
 ) -> dict[str, Any]:
     """Return checkpoint timings, the failure rate with its 95% bounds, and the resulting best intervals.
 
-    Failures and training time are those of ``interruptions``, which interval = "auto" uses too. ``wall_s`` is
-    the time of all attempts, from which the saving of another interval is computed.
+    Failures and training time are those of ``interruptions``, which interval = "auto" uses too.
+    ``wall_s`` is the time of all attempts, from which the saving of another interval is computed.
     """
     commits = [event for attempt in history for event in attempt.commits]
     failures, trained_s = _failures_so_far(history, rollbacks)
@@ -180,7 +180,8 @@ def saving(
         name: {f"p{percent}": _quantile([event[name] for event in commits], percent) for percent in (50, 99)}
         for name in ("blocking_s", "write_s", "commit_s", "total_s")
     }
-    # The overhead is missing in older ledgers, and for saves before a baseline of step times exists.
+    # The overhead is missing in older ledgers, and for saves before a baseline of step times
+    # exists.
     overheads = [max(event.get("tax_s") or 0.0, event["blocking_s"]) for event in commits]
     stall_s, lag_s = _quantile(overheads, 50), timings["total_s"]["p50"]
     interval_s = _quantile([gap for attempt in history for gap in _gaps(attempt)], 50)
@@ -208,7 +209,8 @@ def saving(
 def _expected(interval_s: float, daly_s: float, *, wall_s: float, costs: dict[str, float]) -> dict[str, Any]:
     """Return the expected overhead of saving at the measured interval and at Daly's.
 
-    A save starts only after the previous one is committed, so the interval cannot be shorter than the lag.
+    A save starts only after the previous one is committed, so the interval cannot be shorter than
+    the lag.
     """
     best_s = max(daly_s, costs["lag_s"])
     measured, best = (expected_overhead(seconds, **costs) for seconds in (interval_s, best_s))
@@ -248,10 +250,10 @@ def interruptions(
 ) -> tuple[int, float]:
     """Return failures during training and seconds of training, over all attempts but the running one.
 
-    An attempt that ended in a fault or was lost is a failure. An attempt that was stopped and lost steps is
-    a failure too, because it had no time to save, unless a rollback (an attempt number in ``rollbacks``)
-    discarded them. An attempt that did not reach training is not counted: a save could not have helped it.
-    ``resumed_at`` is the step from which the running attempt resumed.
+    An attempt that ended in a fault or was lost is a failure. An attempt that was stopped and lost
+    steps is a failure too, because it had no time to save, unless a rollback (an attempt number in
+    ``rollbacks``) discarded them. An attempt that did not reach training is not counted: a save
+    could not have helped it. ``resumed_at`` is the step from which the running attempt resumed.
     """
     trained = [attempt for attempt in history if attempt.resume is not None and not attempt.is_last]
     failures, seconds = 0, 0.0

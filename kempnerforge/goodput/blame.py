@@ -5,8 +5,8 @@ from __future__ import annotations
 CAUSES_IN_STATE = ("NonFiniteError", "DamagedCheckpointError", "MismatchError")
 """Classes of errors that the loaded state may have caused.
 
-All other errors have causes that another checkpoint would not remove: memory (host or CUDA), devices,
-networks, hangs, signals, kills, and the code of the user.
+All other errors have causes that another checkpoint would not remove: memory (host or CUDA),
+devices, networks, hangs, signals, kills, and the code of the user.
 """
 
 

@@ -1,8 +1,8 @@
 """Faults that ranks record, each rank in its own file: ``faults/attempt_00003.rank_00001.txt``.
 
-The first line identifies the writer: attempt, rank, host. An exception is another line of JSON. A process
-that ends by SIGSEGV or SIGABRT cannot write one, so ``faulthandler`` dumps its stacks to the file from C.
-A file with only the first line records no fault and is removed.
+The first line identifies the writer: attempt, rank, host. An exception is another line of JSON. A
+process that ends by SIGSEGV or SIGABRT cannot write one, so ``faulthandler`` dumps its stacks to
+the file from C. A file with only the first line records no fault and is removed.
 """
 
 from __future__ import annotations
@@ -183,8 +183,9 @@ def _read(path: Path) -> FaultRecord | None:
 def is_watchdog_abort(dump: str) -> bool:
     """Return whether a dump of ``faulthandler`` shows an abort on a thread that Python does not know.
 
-    With NCCL this is the watchdog's thread. It aborts the process if a collective failed or timed out,
-    which is how the loss of another rank appears. It writes its message to standard error only. A CUDA
-    error that the watchdog sees before other code raises it cannot be distinguished from such a loss.
+    With NCCL this is the watchdog's thread. It aborts the process if a collective failed or timed
+    out, which is how the loss of another rank appears. It writes its message to standard error
+    only. A CUDA error that the watchdog sees before other code raises it cannot be distinguished
+    from such a loss.
     """
     return dump.startswith("Fatal Python error: Aborted") and "Current thread" not in dump

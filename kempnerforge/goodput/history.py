@@ -79,8 +79,8 @@ def read_history(run_dir: Path, *, rollbacks: Sequence[int] = ()) -> list[Attemp
 def last_step_done(history: Sequence[AttemptHistory], rollbacks: Sequence[tuple[int, int]] = ()) -> int:
     """Return the last step of the newest attempt that trained; 0 if none did.
 
-    ``rollbacks`` has the attempt and the step of each rollback. Steps that a rollback discarded do not
-    count, because they were given up deliberately.
+    ``rollbacks`` has the attempt and the step of each rollback. Steps that a rollback discarded do
+    not count, because they were given up deliberately.
     """
     for attempt in reversed(history):
         if attempt.resume is not None:

@@ -67,8 +67,8 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "partial_rotary_factor": (1,),
 }
-"""Keys that change the computation, and the values for which our decoder computes the same. All of them may
-be missing or null."""
+"""Keys that change the computation, and the values for which our decoder computes the same. All of
+them may be missing or null."""
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 

@@ -1,9 +1,9 @@
 """Microbatches in flight and idle time of pipeline schedules.
 
-The schedules are those of ``torch.distributed.pipelining``. The bubble is that of Narayanan et al. 2021
-("Efficient large-scale language model training on GPU clusters using Megatron-LM", arXiv:2104.04473, section
-2.2), as a fraction of the total time: with p ranks, m microbatches and v stages per rank, it is
-(p - 1) / (v m + p - 1).
+The schedules are those of ``torch.distributed.pipelining``. The bubble is that of Narayanan et al.
+2021 ("Efficient large-scale language model training on GPU clusters using Megatron-LM",
+arXiv:2104.04473, section 2.2), as a fraction of the total time: with p ranks, m microbatches and v
+stages per rank, it is (p - 1) / (v m + p - 1).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def microbatch_size(distributed: DistributedConfig, train: TrainConfig) -> int:
 def in_flight(distributed: DistributedConfig, microbatches: int, pp_rank: int) -> int:
     """Return the maximum number of (stage, microbatch) pairs whose activations a rank keeps at once.
 
-    With 1F1B, this is the number of ranks from this one to the last. With GPipe, it is all microbatches.
-    Interleaved 1F1B keeps one round of microbatches in all but one of the rank's stages, two more for
-    every later rank, and one more.
+    With 1F1B, this is the number of ranks from this one to the last. With GPipe, it is all
+    microbatches. Interleaved 1F1B keeps one round of microbatches in all but one of the rank's
+    stages, two more for every later rank, and one more.
     """
     pp, schedule = distributed.pp, distributed.pp_schedule
     if pp == 1:

@@ -45,8 +45,8 @@ class JobEnd:
         self.problem = (
             "SLURM_JOB_END_TIME is in the past, perhaps from another job, and is ignored" if is_past else ""
         )
-        """Why the end is uncertain, for example because the last ``squeue`` failed. The last known end still
-        applies."""
+        """Why the end is uncertain, for example because the last ``squeue`` failed. The last known
+        end still applies."""
         self._handle = job.handle
         self._environ = dict(environ)
         self._closed = threading.Event()

@@ -48,8 +48,8 @@ def query_grace(sbatch_options: Sequence[str]) -> Grace | None:
 def parse_grace(config: str, partitions: str, partition: str) -> Grace | None:
     """Parse the output of ``scontrol``. Return the shortest times of several partitions.
 
-    ``partition`` has their names, separated by commas; empty means the default one. Return None if one of
-    them is unknown.
+    ``partition`` has their names, separated by commas; empty means the default one. Return None if
+    one of them is unknown.
     """
     kill_wait = re.search(r"^KillWait\s*=\s*(\d+)", config, re.MULTILINE)
     by_name = {facts["PartitionName"]: facts for facts in map(parse_facts, partitions.splitlines()) if facts}

@@ -1,8 +1,9 @@
 """The console sink: a progress line on a terminal, plain lines otherwise.
 
-All output of a run is printed through it. On a terminal the progress line is rewritten in place, and all
-other lines are printed above it. This uses two control codes instead of rich's live display, which hides the
-cursor and captures stdout: a killed run must not leave the terminal in a changed state.
+All output of a run is printed through it. On a terminal the progress line is rewritten in place,
+and all other lines are printed above it. This uses two control codes instead of rich's live
+display, which hides the cursor and captures stdout: a killed run must not leave the terminal in a
+changed state.
 """
 
 from __future__ import annotations

@@ -1,15 +1,17 @@
 """``metrics.jsonl``: append-only, one JSON object per line, readable after a kill at any instant.
 
-A row is ``{"step": 12, "attempt": 2, "time": 1764000000.25, "train/loss": 2.3412345678901234, ...}``.
-Floats are written with ``repr``, so that reading returns the same bits. JSON cannot represent non-finite
-floats: they are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"`` (as in protobuf's JSON
-mapping and in wandb), and ``read_rows`` converts them back to floats. A step that was skipped because of its
-loss therefore shows that loss. A missing key means that a value was not measured.
+A row is ``{"step": 12, "attempt": 2, "time": 1764000000.25, "train/loss": 2.341234567890123, ...}``.
+Floats are written with ``repr``, so that reading returns the same bits. JSON cannot represent
+non-finite floats. They are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"`` (as
+in protobuf's JSON mapping and in wandb), and ``read_rows`` converts them back to floats. A step that
+was skipped because of its loss therefore shows that loss. A missing key means that a value was not
+measured.
 
-Rows are written on a thread (``write_behind``), so that training does not wait for a slow file system. On a
-fast one, a row is written when ``write`` returns. Each line is a single ``write`` to an ``O_APPEND``
-descriptor, so that a kill leaves at most one torn line, the last one. The next writer ends that line before
-its first row. A torn line cannot be mistaken for a row, because no prefix of a JSON object is a JSON object.
+Rows are written on a thread (``write_behind``), so that training does not wait for a slow file
+system. On a fast one, a row is written when ``write`` returns. Each line is a single ``write`` to
+an ``O_APPEND`` descriptor, so that a kill leaves at most one torn line, the last one. The next
+writer ends that line before its first row. A torn line cannot be mistaken for a row, because no
+prefix of a JSON object is a JSON object.
 """
 
 from __future__ import annotations
@@ -134,13 +136,13 @@ def read_rows(path: Path, *, having: str = "") -> RowsRead:
 def effective_rows(rows: Sequence[Row], resumes: Mapping[int, int]) -> list[Row]:
     """Return the rows of the final timeline, in order: those that an uninterrupted run would have logged.
 
-    A row (attempt, step) is dropped if a later attempt resumed below that step, because the step was then
-    repeated or rolled back.
+    A row (attempt, step) is dropped if a later attempt resumed below that step, because the step
+    was then repeated or rolled back.
 
     Args:
         rows: rows with ``attempt`` and ``step``, such as ``read_rows(path).rows``.
-        resumes: attempt -> the step it resumed from; 0 for a fresh start. Attempts that ended before they
-            selected a step are missing.
+        resumes: attempt -> the step it resumed from; 0 for a fresh start. Attempts that ended
+            before they selected a step are missing.
     """
     last = {attempt: last_step_that_counts(attempt, resumes) for attempt in {row["attempt"] for row in rows}}
     return [row for row in rows if row["step"] <= last[row["attempt"]]]

@@ -49,15 +49,15 @@ class Evaluation:
 
 QUERY_STOP_INTERVAL_S = 1.0
 MOST_BATCHES = 64
-"""Maximum number of batches between two checks for a stop, which are ``QUERY_STOP_INTERVAL_S`` apart if
-possible."""
+"""Maximum number of batches between two checks for a stop, which are ``QUERY_STOP_INTERVAL_S``
+apart if possible."""
 
 
 class InterruptibleBatches:
     """Batches of a validation that end early, after the same batch on all ranks, when the run must stop.
 
-    ``query_stop`` is collective. Its argument is the milliseconds since the last call. It returns whether
-    to stop, and the largest argument of any rank.
+    ``query_stop`` is collective. Its argument is the milliseconds since the last call. It returns
+    whether to stop, and the largest argument of any rank.
     """
 
     def __init__(self, batches: Iterable[Batch], query_stop: Callable[[int], tuple[bool, int]]) -> None:
@@ -96,8 +96,8 @@ def validation_loss(
 ) -> float | None:
     """Return the mean loss of the first ``eval.num_batches`` global batches of the validation split.
 
-    The sequences are the same in every layout. No random numbers are used. ``query_stop`` may interrupt
-    the validation (see ``InterruptibleBatches``). The result is then None.
+    The sequences are the same in every layout. No random numbers are used. ``query_stop`` may
+    interrupt the validation (see ``InterruptibleBatches``). The result is then None.
 
     Collective: all ranks.
     """
@@ -126,7 +126,8 @@ def evaluate_step(
     and removes it again. Rank 0 calls ``note`` with messages.
 
     Collective: all ranks. The process groups are joined at the beginning and left at the end.
-    Blocks: until all ranks are done. Raises ConfigError, DataError and CheckpointError on all ranks.
+    Blocks: until all ranks are done. Raises ConfigError, DataError and CheckpointError on all
+    ranks.
     """
     set_determinism(job.train.deterministic)
     world = DistributedContext.start(timeout_s=job.distributed.timeout_s)

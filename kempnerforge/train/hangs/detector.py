@@ -2,10 +2,10 @@
 
 Each rank has a thread that compares the duration of the rank's current activity with the median of
 earlier ones. While nothing is late, the thread uses neither disk nor network, so that it costs as
-little on 4,096 ranks as on one. A late rank writes its stacks into the run's folder and posts its position to
-the c10d store. Ranks wait for each other in every step, so all are late when one hangs. The thread
-of rank 0 reads the posts and reports which rank lags, even while its main thread hangs. The
-detector ends no process and enters no collective.
+little on 4,096 ranks as on one. A late rank writes its stacks into the run's folder and posts its
+position to the c10d store. Ranks wait for each other in every step, so all are late when one hangs.
+The thread of rank 0 reads the posts and reports which rank lags, even while its main thread hangs.
+The detector ends no process and enters no collective.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ class Shutdown:
     """Enforces the end of one process.
 
     Args:
-        stop_signals: the signals of the process, which are installed already. Earlier signals are seen too.
+        stop_signals: the signals of the process, which are installed already. Earlier signals are
+            seen too.
         timeout_s: time from the first stop signal until the process is ended.
         stacks: writes the stacks.
     """
