@@ -1,4 +1,4 @@
-"""Cost of each part of a save for concurrent steps: the profile behind the figures of ``bench_save.py``.
+"""Cost of each part of a save for concurrent steps, which explains the figures of ``bench_save.py``.
 
     torchrun --nproc-per-node 2 benchmarks/bench_parts.py
 

@@ -226,7 +226,7 @@ Cells = list[tuple[float, float, float] | None]
 
 
 def _slab_rows(plotted: Sequence[Series], x: Axis, count: int) -> list[tuple[float, float, Cells]]:
-    """Divide the plot into ``count`` slabs; return first step, end and cells of each that is not empty."""
+    """Divide the plot into ``count`` slabs. Return first step, end and cells of each nonempty slab."""
     width = (x.high - x.low) / count
     columns: list[dict[int, list[Bucket]]] = []
     for line in plotted:

@@ -16,7 +16,7 @@ from kempnerforge.fsio import open_file, write_all
 class ShardWriter:
     """Appends token ids to ``{split}_00000.bin``, ``{split}_00001.bin``, ... of ``shard_tokens`` each.
 
-    Every shard is fsynced when it is complete; its entry in the folder is not yet durable.
+    Every shard is fsynced when it is complete. Its entry in the folder is not durable yet.
     """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:

@@ -134,7 +134,7 @@ def _setup(attempt: AttemptHistory, *, started: float, ended: float) -> dict[str
         return {"unfinished": ended - started}
     measured = attempt.resume.get("setup_s", {})
     phases = {name: seconds for name, seconds in measured.items() if name != "resume"}
-    # The setup ends at the time of the event; the loop follows.
+    # The setup ends at the time of the event, when the loop begins.
     took_s = attempt.resume["time"] - started - attempt.resume.get("load_s", 0.0)
     return {**phases, "resume": took_s - sum(phases.values())}
 

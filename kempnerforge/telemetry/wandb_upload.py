@@ -60,7 +60,7 @@ class Uploaded:
 def upload(content: Content, *, timeout_s: float) -> Uploaded:
     """Upload the new steps of ``content`` to wandb. Ignores ``WANDB_MODE``.
 
-    Blocks until the server has the rows; the upload itself takes ``timeout_s`` at most. Writes only
+    Blocks until the server has the rows. The upload itself takes ``timeout_s`` at most. Writes only
     temporary files. Raises UploadError if there is no key or no network, or if rows are missing on
     the server. An upload can be repeated safely.
     """

@@ -121,8 +121,10 @@ def failure_of(action: Callable[..., object], *args: Any, **kwargs: Any) -> str:
 
 
 def assert_same(found: Any, wanted: Any, where: str = "") -> None:
-    """Check for equal types, dtypes, shapes, placements and bits at every depth. ``where`` is for
-    messages."""
+    """Check for equal types, dtypes, shapes, placements and bits at every depth.
+
+    ``where`` is named in messages.
+    """
     kinds = f"{where}: {type(found)} and {type(wanted)}"
     if isinstance(wanted, torch.Tensor):
         assert isinstance(found, torch.Tensor), kinds

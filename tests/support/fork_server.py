@@ -134,8 +134,8 @@ def end_process(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    # The socket closes when a test process ends. Ctrl-C in the terminal must not end the server
-    # itself.
+    # The server ends when the test process closes its end of the socket. It runs in its own session,
+    # which Ctrl-C in the terminal does not reach.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for name in PRELOAD:
         importlib.import_module(name)
