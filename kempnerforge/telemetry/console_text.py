@@ -36,8 +36,7 @@ def eval_line(row: Row) -> str:
 def commit_line(row: Row) -> str:
     """Return a line for a commit.
 
-    ``checkpoint step 150 committed: 12.4 MB in 0.08 s (write 0.05 s, commit 0.02 s), blocked 0.08
-    s``
+    ``checkpoint step 150 committed: 12.4 MB in 0.08 s (write 0.05 s, commit 0.02 s), blocked 0.08 s``
     """
     step = row.get("checkpoint/step", row["step"])
     parts = [f"{part} {seconds(row[key])}" for part in ("write", "commit") if (key := _timing(part)) in row]

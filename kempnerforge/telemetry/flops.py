@@ -32,8 +32,9 @@ _PEAK_BF16 = tuple(
 def peak_bf16_flops(device_name: str) -> float | None:
     """Return the peak dense bf16 FLOP/s of a device by the name that its driver reports, or None if unknown.
 
-    ``device_name`` is the result of ``torch.cuda.get_device_name()``, such as ``"NVIDIA H100 80GB
-    HBM3"``. The peak of a MIG slice is unknown, because it is a fraction of the named device.
+    ``device_name`` is the result of ``torch.cuda.get_device_name()``, such as
+    ``"NVIDIA H100 80GB HBM3"``. The peak of a MIG slice is unknown, because it is a fraction of the
+    named device.
     """
     if re.search(r"\bMIG\b", device_name):
         return None

@@ -6,8 +6,8 @@ all steps that earlier attempts logged, the lost steps would be missing. Therefo
 this module to find out which steps are on disk.
 
 The ``.wandb`` file of a fragment is a log in LevelDB's format after a header of 7 bytes. Its
-records are wandb's protocol buffers. A partial record at the end of a log is ignored, as by ``wandb
-sync``.
+records are wandb's protocol buffers. A partial record at the end of a log is ignored, as
+``wandb sync`` does.
 """
 
 from __future__ import annotations
