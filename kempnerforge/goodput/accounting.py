@@ -251,9 +251,10 @@ def interruptions(
     """Return failures during training and seconds of training, over all attempts but the running one.
 
     An attempt that ended in a fault or was lost is a failure. An attempt that was stopped and lost
-    steps is a failure too, because it had no time to save, unless a rollback (an attempt number in
-    ``rollbacks``) discarded them. An attempt that did not reach training is not counted: a save
-    could not have helped it. ``resumed_at`` is the step from which the running attempt resumed.
+    steps is a failure too, because it had no time to save. It is not if a rollback (an attempt
+    number in ``rollbacks``) discarded these steps. An attempt that did not reach training is not
+    counted, because a save could not have helped it. ``resumed_at`` is the step from which the
+    running attempt resumed.
     """
     trained = [attempt for attempt in history if attempt.resume is not None and not attempt.is_last]
     failures, seconds = 0, 0.0

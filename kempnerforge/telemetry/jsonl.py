@@ -1,11 +1,11 @@
 """``metrics.jsonl``: append-only, one JSON object per line, readable after a kill at any instant.
 
-A row is ``{"step": 12, "attempt": 2, "time": 1764000000.25, "train/loss": 2.341234567890123, ...}``.
+A row is ``{"step": 12, "attempt": 2, "time": 1764000000.25, "train/loss": 2.341234567890, ...}``.
 Floats are written with ``repr``, so that reading returns the same bits. JSON cannot represent
 non-finite floats. They are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"`` (as
-in protobuf's JSON mapping and in wandb), and ``read_rows`` converts them back to floats. A step that
-was skipped because of its loss therefore shows that loss. A missing key means that a value was not
-measured.
+in protobuf's JSON mapping and in wandb), and ``read_rows`` converts them back to floats. A step
+that was skipped because of its loss therefore shows that loss. A missing key means that a value was
+not measured.
 
 Rows are written on a thread (``write_behind``), so that training does not wait for a slow file
 system. On a fast one, a row is written when ``write`` returns. Each line is a single ``write`` to
