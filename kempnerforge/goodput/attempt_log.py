@@ -74,7 +74,7 @@ class AttemptLog:
         self.flush()
 
     def stepped(self, step: int, skipped: int) -> None:
-        """Record the events that are due after a step. Progress may lag by 2% of the attempt, at most 10 s."""
+        """Record the events due after a step. Progress may lag by 2% of the attempt, at most 10 s."""
         if self._healthy_from is not None:
             began, before = self._healthy_from
             if step - began - (skipped - before) >= crash_loop_guard.HEALTHY_STEPS:

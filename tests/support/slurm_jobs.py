@@ -1,7 +1,7 @@
 """Run jobs on a private SLURM, all at the same time: submit them, act on them, and wait for their ends.
 
-    jobs = [Job("scancel", happens=lambda cluster, job: cluster.run("scancel", job.id)), ...]
-    run_all(cluster, jobs, corpus, folder)
+jobs = [Job("scancel", happens=lambda cluster, job: cluster.run("scancel", job.id)), ...]
+run_all(cluster, jobs, corpus, folder)
 """
 
 from __future__ import annotations

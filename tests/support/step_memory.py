@@ -36,7 +36,7 @@ class FusedNorm(torch.autograd.Function):
 
 
 def fused_norm_forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """Replace ``nn.RMSNorm.forward``."""
+    """Compute the norm in place of ``nn.RMSNorm.forward``."""
     return FusedNorm.apply(x, norm.weight.to(x.dtype))  # type: ignore[return-value]
 
 
