@@ -2,15 +2,15 @@
 
     python benchmarks/bench_cli.py
 
-Processes alternate. ``ckpt ls`` lists a run with ``--steps`` committed, valid steps of ``--shards``
-shards each (``benchmarks/bench/many_steps.py``), with files in the page cache. Measured for every
-process:
+The commands alternate. ``ckpt ls`` lists a run with ``--steps`` committed, valid steps of
+``--shards`` shards each (``benchmarks/bench/many_steps.py``), with files in the page cache. The
+benchmark measures for every process:
 
   wall_s  from its start to its end
   cpu_s   its processor time, of user and kernel: less noisy on a busy machine
 
-The goal is a difference: at most 0.3 s more than ``python -c pass``. It needs neither torch nor a
-GPU. The size "gpu" is that of a long run on many ranks.
+The goal is at most 0.3 s more than ``python -c pass``. The benchmark needs neither torch nor a GPU.
+The size "gpu" is that of a long run on many ranks.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 Four arms alternate in saving an FSDP2-sharded Llama with AdamW's state, without other work: ours
 blocking (``disabled``) against ``dcp.save(sync_files=True)``, and ours asynchronous (``async``)
-against ``dcp.async_save`` with its defaults. Ours digests every byte, stock does not. The raw limit
-is measured, too: all ranks write the same bytes at once, in direct writes of 16 MiB from resident
-memory, and an fsync.
+against ``dcp.async_save`` with its defaults. Our arms compute digests of every byte, the stock arms
+do not. The benchmark also measures the raw limit: all ranks write the same bytes at once, in direct
+writes of 16 MiB from resident memory, followed by an fsync.
 
   durable_s    from the call until the checkpoint is committed
   cpu_s        processor time of all ranks, their threads and writer processes
@@ -47,7 +47,7 @@ def measure(saver: Saver, folder: Path, pair: int) -> pairs.Measured:
     saver.before_update()
     saver.wait()
     durable_s = time.perf_counter() - started
-    dist.barrier()  # with stock, other ranks return before rank 0 has published
+    dist.barrier()  # with stock DCP, other ranks return before rank 0 has published the checkpoint
     cpu_s = machine.cpu_seconds(saver.pid()) - cpu_s
     measured = {"durable_s": durable_s, "cpu_s": summed(cpu_s)}
     command.empty(folder)

@@ -5,17 +5,17 @@
 Do not use torchrun: the benchmark starts the jobs itself, one after the other. First, each arm runs
 once without kills. This gives its ideal time, its cost of a save, and the losses that every killed
 run must repeat. Then, for each seed, each arm runs from its first step to its last while all its
-processes are killed at once, by a Poisson process in the time that the job is up. After each kill,
-the same command runs again after ``--delay-s``.
+processes are killed at once, again and again. The kills are a Poisson process in the time that the
+job is up. ``--delay-s`` after each kill, the same command runs again.
 
   ours        scripts/train.py, async_with_pinned_mem, saves every ``--interval``
   reference   benchmarks/bench/reference_loop.py: FSDP2 and stock ``dcp.save``, which blocks the loop, every
               ``--reference-interval``
 
 ``daly`` is Daly's interval for the measured cost of a save of the arm. For the reference, this is
-about the best fixed interval. ``effective`` is ideal time / wall time. The parts, of
-goodput_arithmetic.py, sum to the wall time. Exit status 1: ours lost a committed step, or a loss
-differs in any bit from the undisturbed run.
+about the best fixed interval. ``effective`` is ideal time / wall time. The parts, which
+``bench/goodput_arithmetic.py`` defines, sum to the wall time. Exit status 1: ours lost a committed
+step, or a loss differs in any bit from the undisturbed run.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from bench.command import parse
 from bench.kills import BenchError, run_to_end
 
 STEADY = 0.1
-"""The largest relative difference of step times between a campaign and the undisturbed run for which
-its ideal time is meaningful."""
+"""Maximum relative difference of step times between a campaign and the undisturbed run. Beyond it,
+the ideal time of the undisturbed run is not meaningful."""
 PROJECTED_SCALES = (1.0, 40.0)
-"""Bytes per rank, relative to those saved here."""
+"""Factors for the bytes per rank, relative to those saved in this benchmark."""
 PROJECTED_MTTI_H = (1.0, 3.0, 24.0)
 PROJECTED_RESTART_S = 300.0
 
@@ -103,7 +103,7 @@ def campaign(arm: Arm, seed: int, folder: Path, given: argparse.Namespace) -> pa
 
 
 def drift(arm: Arm) -> float:
-    """Return the largest relative difference of steps without a save from undisturbed ones."""
+    """Return the largest relative difference of step times, without saves, from the undisturbed run."""
     steps_s = [run["clean_step_s"] for run in arm.campaigns if run["clean_step_s"] is not None]
     return max((abs(step_s / arm.cost.step_s - 1) for step_s in steps_s), default=0.0)
 
@@ -204,7 +204,7 @@ def print_model(arm: Arm, predicted: dict[str, float]) -> None:
 
 
 def print_ledger(arm: Arm) -> None:
-    """Print the figures of ``kempnerforge report`` and those seen from outside."""
+    """Print the figures of ``kempnerforge report`` next to those measured from outside."""
     for run in arm.campaigns:
         recorded = run["ledger"]
         print(

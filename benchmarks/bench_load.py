@@ -5,8 +5,9 @@
 The same FSDP-sharded tensors are saved once in each format, then loaded in place, alternating.
 There are two kinds: ``large``, tensors of 8 MB per rank, and ``small``, 4,096 tensors with the same
 total size. ``warm`` loads read from the page cache, ``cold`` ones from the disk (the files are
-dropped from the cache before each). Seconds are those of the slowest rank. The raw limit is
-measured, too: each rank reads the bytes of one shard file with ``preadv`` into allocated memory.
+dropped from the cache before each). Seconds are those of the slowest rank. The benchmark also
+measures the raw limit: each rank reads the bytes of one shard file with ``preadv`` into allocated
+memory.
 """
 
 from __future__ import annotations

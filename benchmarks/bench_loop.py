@@ -4,7 +4,7 @@
 
 torchrun starts both in turn. They train the same model on the same batches. The bare loop is
 ``benchmarks/bench/bare_loop.py``. Ours selects its batches, agrees with all ranks after every step,
-and writes console, metrics.jsonl and ledger. No save is due. Measured for every start:
+and writes console, metrics.jsonl and ledger. No save is due. The benchmark measures for every start:
 
   step_s      median time from one step's end to the next, without the first steps
   outside_ms  only ours: time outside of forward, backward and update, including waiting for other ranks

@@ -5,8 +5,8 @@
 Both arms save the same FSDP2-sharded Llama with AdamW's state ``--saves`` times, one after the
 other. ``beyond`` is the largest memory of all ranks and their writers while a save was being
 written, minus their memory before the first save, in copies of the state. Proportional set sizes
-are used, so that shared memory counts once. ``growth`` is the increase in the second half of the
-saves.
+are used, so that shared memory is counted once. ``growth`` is the increase in the second half of
+the saves.
 """
 
 from __future__ import annotations

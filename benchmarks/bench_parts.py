@@ -1,16 +1,16 @@
-"""Cost of each part of a save for concurrent steps: the profile behind the figures of ``bench_save.py``.
+"""Cost of each part of a save for concurrent steps, which explains the figures of ``bench_save.py``.
 
     torchrun --nproc-per-node 2 benchmarks/bench_parts.py
 
-The steps are those of ``bench_save.py``. During the first of them begins
+The steps are those of ``bench_save.py``. One of these parts begins during the first step:
 
   copy      only the copy to host memory, as ``async_with_pinned_mem`` makes it
   write     only digesting and writing of an existing image, in idle time
   prompt    the same at the normal priority, as when the loop waits for it
   save      a whole save
 
-They are compared with as many steps without a save. The line by step has medians over all rounds,
-which are less noisy than one round: the time of each step relative to one without a save.
+The steps are compared with as many steps without a save. The table by step shows the time of each
+step relative to one without a save. Its medians over all rounds are less noisy than one round.
 """
 
 from __future__ import annotations

@@ -3,17 +3,17 @@
     python benchmarks/bench_plan.py
 
 One process simulates rank 0 of ``--ranks``. The messages of the other ranks are made beforehand.
-Every rank holds its rows of ``--tensors`` tensors. Measured is the work of rank 0 for a save,
-without moving tensors:
+Every rank holds its rows of ``--tensors`` tensors. The benchmark measures the work of rank 0 for a
+save, without moving tensors:
 
   first      unpack the parts of all ranks, distribute, check, plan the files, encode the index
   repeated   a save of the same tree: compare, read and check all ranks' reports, write index and manifest
 
-For DCP it is: create its plan, unpack all ranks' plans, make and check the global plan, pack it for
-all ranks, unpack their results, and write ``.metadata`` (``FileSystemWriter.finish``). With its
-plan cache (``enable_plan_caching``) plans are not sent again. Ours reads the reports from a real
-store (c10d's) and commits a real folder, whose shard files are empty files of the right size.
-``before reading`` is the work of a rank before it reads tensors: ours finds its parts in the index,
+The work of DCP is to create its plan, unpack all ranks' plans, make and check the global plan, pack
+it for all ranks, unpack their results, and write ``.metadata`` (``FileSystemWriter.finish``). With
+its plan cache (``enable_plan_caching``) plans are not sent again. Ours reads the reports from a
+real store (c10d's) and commits a real folder, whose shard files are empty files of the right size.
+``before reading`` is the work of a rank before it reads tensors. Ours finds its parts in the index.
 DCP unpickles ``.metadata`` and finds its chunks.
 """
 

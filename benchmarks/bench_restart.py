@@ -2,9 +2,9 @@
 
     python benchmarks/bench_restart.py
 
-``scripts/train.py`` is compared with ``benchmarks/bench/bare_loop.py`` and ``dcp.load``: the same
-model and as many bytes of state, each from its own checkpoint, with files in the page cache. The
-parts are
+``scripts/train.py`` is compared with ``benchmarks/bench/bare_loop.py``, which uses ``dcp.load``.
+Both have the same model and as many bytes of state, each from its own checkpoint, with files in the
+page cache. The parts are
 
   start_s       torchrun, the interpreter, imports
   set_up_s      process groups, the run's folder, data, model and optimizer
@@ -89,7 +89,7 @@ def make_task(arguments: argparse.Namespace, folder: Path) -> Task:
         ranks=arguments.ranks,
         batch_size=arguments.batch_size,
         seq_len=arguments.seq_len,
-        steps=SAVED_STEP + 2,  # a wrong moment shows in the loss of the second
+        steps=SAVED_STEP + 2,  # a wrong optimizer moment would change the loss of the second
         mixed_precision="bf16" if on_gpu else "fp32",
     )
     task.write()

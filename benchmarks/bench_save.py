@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 benchmarks/bench_save.py
 
 Both arms save the same FSDP2-sharded Llama with AdamW's state, while the same steps run: some
-matrix products and two all-reduces. Measured in every round, on rank 0:
+matrix products and two all-reduces. Every round measures on rank 0:
 
   tax_s        (time of the steps with saves - time of as many without) / saves, ``--steps`` steps per save
   beside       time of the steps during a write, without blocking / time of as many steps without a save
@@ -36,7 +36,7 @@ SIZES = {
 
 
 def end_phase(seconds: list[float], started: float) -> float:
-    """Append the time since ``started`` to ``seconds``. Return the present time."""
+    """Append the time since ``started`` to ``seconds``. Return the current time."""
     now = time.perf_counter()
     seconds.append(now - started)
     return now

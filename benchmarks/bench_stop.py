@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 benchmarks/bench_stop.py
 
 Each round sends SIGTERM to the last rank while all ranks train (matrix products and an all-reduce
-per step). All ranks agree on the stop after the current step and save, ``async``. Measured by one
-clock, alternating:
+per step). All ranks agree on the stop after the current step and save in mode ``async``. Stops and
+raw writes alternate. One clock measures:
 
   stop_s     from the signal until the checkpoint is committed: the rest of a step, the agreement, the save
   raw write  the same bytes, all ranks at the same time, in 16 MiB direct writes and an fsync
@@ -53,7 +53,7 @@ class Weights(torch.nn.Module):
 
 
 class Loop:
-    """A loop that trains nothing, agrees after every step, and saves at a stop request."""
+    """A loop without real training that agrees after every step and saves at a stop request."""
 
     def __init__(self, folder: Path, size_mb: int, width: int, device: torch.device) -> None:
         group = dist.new_group(backend="gloo")
@@ -71,7 +71,7 @@ class Loop:
         self.step_s: list[float] = []
 
     def until_stopped(self, steps_before: int) -> float:
-        """Train until SIGTERM, which the last rank gets in a step. Return the seconds to the commit."""
+        """Train until the last rank gets SIGTERM in a step. Return the seconds from then to the commit."""
         self._signals.received = 0
         is_last = dist.get_rank() == dist.get_world_size() - 1
         sent, number = 0.0, 0
@@ -113,7 +113,7 @@ def main() -> None:
             return {"s": machine.raw_write_s(path, size_bytes, barrier=dist.barrier)}
 
         arms = {"stop": lambda _pair: {"s": loop.until_stopped(arguments.steps)}, "raw": raw}
-        loop.until_stopped(arguments.steps)  # afterwards the size is known and the writer has started
+        loop.until_stopped(arguments.steps)  # after this, the size is known and the writer has started
         found = pairs.alternate(arms, arguments.pairs)
         facts = machine.facts(folder)
         loop.close()

@@ -2,8 +2,8 @@
 
     KempnerForgeError                 exit status 1 unless a subclass sets another one
     ├── ConfigError                   2  invalid config or command line; lists all issues
-    ├── DataError                     2  corrupt, empty, missing or foreign training data
-    ├── RunFolderError                2  the run's folder cannot be used (node-local, not writable, foreign)
+    ├── DataError                     2  corrupt, empty or missing data, or data of another vocabulary
+    ├── RunFolderError                2  unusable run folder (node-local, not writable, of another run)
     │   ├── LeaseHeldError            2  another process is writing this run
     │   └── FolderOwnedError          2  the checkpoint folder belongs to another run
     ├── NoProgressError              76  several attempts failed without progress; raised before training
@@ -38,7 +38,7 @@ EXIT_BAD_CONFIG = 2
 EXIT_STOPPED = 75
 """Stopped deliberately before the last step (preemption, deadline): safe to requeue."""
 EXIT_NO_PROGRESS = 76
-"""Several attempts in a row failed through their own fault without progress: do not requeue."""
+"""Several attempts in a row failed because of their own errors and made no progress: do not requeue."""
 
 
 class KempnerForgeError(Exception):
@@ -114,7 +114,7 @@ class FolderOwnedError(RunFolderError):
 
 
 class NoProgressError(KempnerForgeError):
-    """Several attempts failed with a recorded fault of their own and committed no new step."""
+    """Several attempts in a row recorded errors of their own and committed no new step."""
 
     exit_status = EXIT_NO_PROGRESS
 
@@ -188,7 +188,7 @@ class NoSpaceError(CheckpointError):
 
 
 class LeaseLostError(CheckpointError):
-    """Another attempt has taken over this run, so this one may not commit any more."""
+    """Another attempt has taken over this run. This one must not commit any more steps."""
 
 
 class SaveFailedError(CheckpointError):

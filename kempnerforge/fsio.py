@@ -1,11 +1,12 @@
 """The file system operations on which durability depends.
 
-POSIX guarantees that ``rename`` is atomic, but not when the bytes of a file or the entries of a folder
-reach the disk. Therefore a name that readers look for is created only by rename, after the fsync of its
-content, and is durable only after the fsync of its parent folder.
+POSIX guarantees that ``rename`` is atomic, but not when the bytes of a file or the entries of a
+folder reach the disk. Therefore a name that readers look for is created only by rename, after the
+fsync of its content, and it is durable only after the fsync of its parent folder.
 
-All files and folders are created here, because new ones take the group permissions of their folder. On a
-shared cluster, another member of the group can then resume a run, whatever the umask of its creator is.
+The functions of this module create all files and folders of a run. They give each new entry the
+group permissions of the folder that contains it. On a shared cluster, another member of the group
+can then resume a run, whatever the umask of its creator is.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ _DELETE_PAUSE_S = 0.05
 _MAX_NAMES = 10_000
 
 _unsynced: set[int] = set()
-"""Devices whose folders cannot be synced, for which a warning was logged."""
+"""Devices for which the warning that folders cannot be synced has been logged."""
 
 
 def fsync_folder(folder: Path) -> None:
     """Make the entries of ``folder`` (creations, renames, unlinks) durable.
 
-    On a file system that cannot sync folders, log a warning, once per file system, and return.
+    On a file system that cannot sync folders, log a warning once and return.
     """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -63,8 +64,8 @@ def _warn_unsynced(folder: Path, device: int, error: OSError) -> None:
 def make_folder(folder: Path) -> None:
     """Create ``folder`` and its missing parents. Their names are durable on return.
 
-    The name of the lowest existing folder is made durable too: its creator may have been killed before the
-    sync.
+    The name of the lowest existing folder is made durable too, because its creator may have been
+    killed before it synced the name.
     """
     missing = []
     while not folder.is_dir():
@@ -73,7 +74,7 @@ def make_folder(folder: Path) -> None:
     try:
         fsync_folder(folder.parent)
     except OSError as error:
-        # The user may have no permission to list it.
+        # The user may have no permission to open the parent folder.
         if error.errno not in (errno.EACCES, errno.EPERM):
             raise
     for path in reversed(missing):
@@ -96,10 +97,11 @@ def new_folder(folder: Path) -> None:
 def open_file(path: Path, flags: int) -> int:
     """Open ``path`` and return its descriptor. A new file gets the group permissions of its folder.
 
-    ``flags`` are those of ``os.open``. O_CREAT and O_CLOEXEC are added. With O_EXCL the file must not exist.
+    ``flags`` are those of ``os.open``. O_CREAT and O_CLOEXEC are added. With O_EXCL the file must
+    not exist.
 
-    Raises OSError, also for a symbolic link or anything else that is not a regular file. Other users of a
-    shared folder must not be able to choose which file is written, or to block the open.
+    Raises OSError, also for a symbolic link or anything else that is not a regular file. Otherwise,
+    other users of a shared folder could choose which file is written, or block the open.
     """
     flags |= os.O_CREAT | os.O_CLOEXEC
     try:
@@ -129,8 +131,8 @@ def _open_existing(path: Path, flags: int, verb: str = "written to") -> int:
 def open_to_read(path: Path) -> int:
     """Open ``path`` for reading and return its descriptor.
 
-    Raises OSError, also for a symbolic link or anything else that is not a regular file. Other users of a
-    shared folder must not be able to choose which file is read, or to block the open.
+    Raises OSError, also for a symbolic link or anything else that is not a regular file. Otherwise,
+    other users of a shared folder could choose which file is read, or block the open.
     """
     return _open_existing(path, os.O_RDONLY | os.O_CLOEXEC, "read")
 
@@ -158,9 +160,9 @@ def read_mark(path: Path, max_bytes: int = -1) -> bytes:
 def _share_with_group(created: int | Path, status: os.stat_result, folder: Path) -> None:
     """Give a new entry of ``folder`` the group permissions of ``folder``. Files do not become executable.
 
-    Only if both have the same group. Otherwise the permissions meant for that group would be given to
-    another one, the user's own. In a setgid folder, the kernel passes on the group and the setgid bit.
-    Errors are ignored: some network file systems do not support modes.
+    Do nothing if their groups differ: the permissions would then be given to the user's own group.
+    In a setgid folder, the kernel passes on the group and the setgid bit. Errors are ignored,
+    because some network file systems do not support modes.
     """
     with contextlib.suppress(OSError):
         parent = os.stat(folder)
@@ -227,7 +229,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def remove_all(paths: Sequence[Path]) -> None:
-    """Remove the files ``paths`` that exist. Raises the first OSError after trying to remove all of them."""
+    """Remove those of ``paths`` that exist. Raises the first OSError after trying to remove all of them."""
     failed: OSError | None = None
     for path in paths:
         try:
@@ -241,7 +243,8 @@ def remove_all(paths: Sequence[Path]) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append a whole line durably, in one write, so that a crash can tear at most the last line.
 
-    If an earlier crash has torn the last line, end it first, so that it never merges with the new one.
+    If an earlier crash has torn the last line, end it first, so that it never merges with the new
+    one.
     """
     fd = open_file(path, os.O_RDWR | os.O_APPEND)
     try:
@@ -258,8 +261,9 @@ def append_line(path: Path, line: str) -> None:
 def publish(temporary: Path, final: Path) -> None:
     """Give a finished folder its final name and make it durable. This is the commit.
 
-    Raises FileExistsError if the name is taken: a committed folder is never replaced. After any other
-    OSError the folder is renamed back, if the file system permits it: readers must not find a failed commit.
+    Raises FileExistsError if the name is taken: a committed folder is never replaced. After any
+    other OSError the folder is renamed back, if the file system permits it: readers must not find a
+    failed commit.
     """
     if final.exists() or final.is_symlink():
         raise FileExistsError(errno.EEXIST, "a committed folder is never replaced", str(final))
@@ -268,7 +272,8 @@ def publish(temporary: Path, final: Path) -> None:
         os.rename(temporary, final)
         fsync_folder(final.parent)
     except OSError:
-        # Compare inodes: another process may have taken the name, and a rename can fail after it was done.
+        # Compare inodes: another process may have taken the name, and a rename can fail after it
+        # was done.
         with contextlib.suppress(OSError):
             if os.path.samestat(folder, final.lstat()):
                 os.rename(final, temporary)
@@ -279,7 +284,8 @@ def publish(temporary: Path, final: Path) -> None:
 def point_symlink(link: Path, target: str) -> None:
     """Point ``link`` at ``target`` atomically, replacing an older link.
 
-    Raises FileExistsError if ``link`` exists and is not a link, or another OSError. Neither changes anything.
+    Raises FileExistsError if ``link`` exists and is not a link. Raises OSError for any other
+    failure. Nothing has changed in either case.
     """
     if os.path.lexists(link) and not link.is_symlink():
         raise FileExistsError(errno.EEXIST, "exists and is not a link; it is not changed", str(link))
@@ -309,9 +315,9 @@ def invalidate_then_delete(folder: Path) -> None:
 def delete_tree(folder: Path) -> None:
     """Delete a folder that readers no longer look for. Another process may be deleting it at the same time.
 
-    Raises OSError after a few tries, when everything that can be deleted is deleted. An entry may remain,
-    such as an open file on NFS. A folder that contains a mount point is not touched: the mounted file system
-    belongs to others.
+    Raises OSError if entries remain after a few tries, such as an open file on NFS. All other
+    entries are deleted by then. A folder that contains a mount point is not changed, because the
+    mounted file system belongs to others.
     """
     failures: list[OSError] = []
     for _ in range(_DELETE_TRIES):
@@ -351,7 +357,7 @@ def _require_no_mounts(folder: Path) -> None:
     """Raise OSError (EBUSY) if a file system is mounted on ``folder`` or below it."""
     try:
         listing = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
-    except OSError:  # without /proc, deletions of a mount point fail with EBUSY
+    except OSError:  # without /proc, the deletion of a mount point fails with EBUSY
         return
     real = os.path.realpath(folder)
     for line in listing.splitlines():
@@ -366,9 +372,9 @@ def deleting_name(name: str) -> str:
 
 
 def free_deleting_path(folder: Path) -> Path:
-    """Return a free hidden path for the deletion of ``folder``: an earlier deletion may be unfinished.
+    """Return an unused hidden path to which ``folder`` can be renamed before it is deleted.
 
-    Raises OSError.
+    The usual name is taken if an earlier deletion is unfinished. Raises OSError.
     """
     stem = folder.name.lstrip(".")
     for number in range(1, _MAX_NAMES):

@@ -1,7 +1,7 @@
 """Escape text from other users before it is printed to a terminal or a log.
 
-In a shared folder, control characters in the name or content of a file could move the cursor, set the
-window title, or hide lines on the terminal of another user.
+In a shared folder, control characters in the name or content of a file could move the cursor, set
+the window title, or hide lines on the terminal of another user.
 """
 
 from __future__ import annotations

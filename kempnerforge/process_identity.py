@@ -1,7 +1,8 @@
 """Identify the process that holds a lease, uniquely among all processes that ever ran.
 
-A process id alone is not enough: it is reused, and it is meaningless on another host, after a reboot or in
-another container. Boot id, pid namespace, pid and start time together identify one process of one kernel.
+A process id alone is not enough: it is reused, and it is meaningless on another host, after a
+reboot or in another container. Boot id, pid namespace, pid and start time together identify one
+process of one kernel.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class ProcessIdentity:
     boot_id: str
     """Boot id of the kernel. It changes with every boot and differs between hosts."""
     pid_namespace: str
-    """Each container on a host has its own pids."""
+    """Id of the pid namespace. Each container on a host has its own pids."""
     pid: int
     start_ticks: int
     """Start time of the process in clock ticks since boot; -1 if unknown."""
@@ -43,7 +44,7 @@ class ProcessIdentity:
 
     @classmethod
     def of_this_process(cls, attempt: int, environ: Mapping[str, str] = os.environ) -> ProcessIdentity:
-        """Return this process as the holder of ``attempt``."""
+        """Return the identity of this process, for the lease of ``attempt``."""
         state = process_state(os.getpid())
         return cls(
             attempt=attempt,
@@ -71,9 +72,11 @@ class ProcessIdentity:
         return f"kill {' '.join(map(str, self.rank_pids or [self.pid]))} (on {self.host})"
 
     def has_ended(self, observer: ProcessIdentity) -> bool:
-        """Return whether this process has certainly ended. Only a process of the same kernel can know.
+        """Return whether this process has certainly ended.
 
-        Also True if its pid now belongs to a process with a different start time.
+        Return False if ``observer`` cannot know, because it runs under another kernel or in another
+        pid namespace, or because the start time is unknown. Return True also if its pid now
+        belongs to a process with a different start time.
         """
         same_kernel = bool(self.boot_id) and self.boot_id == observer.boot_id
         if not same_kernel or self.pid_namespace != observer.pid_namespace or self.start_ticks < 0:
@@ -119,9 +122,10 @@ def process_state(pid: int) -> ProcessState | None:
 
 
 def encode(holder: ProcessIdentity, *, counter: int, released: bool) -> bytes:
-    """Return the bytes of a lease file: JSON whose length does not depend on counter and state.
+    """Return the bytes of a lease file: JSON whose length does not depend on ``counter`` or ``released``.
 
-    The counter is a string of digits, so that a reader that sees a partial write still finds valid JSON.
+    The counter is a string of digits, so that a reader that sees a partial write still finds valid
+    JSON.
     """
     body = json.dumps(asdict(holder))
     state = "true " if released else "false"

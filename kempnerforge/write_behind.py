@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 
 PROMPT_S = 0.02
-"""How long a caller waits for its work. On a fast disk the work is done on return, so that a kill loses at
-most the write in progress."""
+"""How long a caller waits for its work. On a fast disk the work is done on return, so that a kill
+loses at most the write in progress."""
 IDLE_S = 5.0
 """The thread ends after this time without work."""
 MOST = 10_000
@@ -18,8 +18,8 @@ MOST = 10_000
 class WriteBehind:
     """Runs pieces of work one after the other, in order, on a daemon thread.
 
-    A caller does not wait at all while earlier work is queued. Work that is queued when the process ends is
-    lost, so call ``flush`` before.
+    A caller does not wait at all while earlier work is queued. Work that is still queued when the
+    process ends is lost. Call ``flush`` before the end.
 
     Args:
         failed: called on the thread with an exception that a piece of work raised.
@@ -51,7 +51,7 @@ class WriteBehind:
         return True
 
     def flush(self, timeout_s: float | None) -> int:
-        """Wait for all work, at most ``timeout_s`` (None: no limit). Return the count of unfinished work."""
+        """Wait for all work, at most ``timeout_s`` (None: no limit). Return how much is unfinished."""
         with self._changed:
             self._changed.wait_for(lambda: self._done == self._submitted, timeout_s)
             return self._submitted - self._done

@@ -1,10 +1,11 @@
-"""Which tests run, and what every test stands on.
+"""Select the tests to run, and set up the environment of every test.
 
-``python -m pytest`` runs ``tests/unit`` and the tests marked ``smoke``. Naming a path or an expression
-(``-k``, ``-m``) selects among all tests; ``--everything`` runs all of them, ``--rest`` those that the default
-run leaves out. Tests marked ``slow`` run with ``-m slow`` only.
+``python -m pytest`` runs ``tests/unit`` and the tests marked ``smoke``. A path or an expression
+(``-k``, ``-m``) selects among all tests. ``--everything`` runs all tests, and ``--rest`` those that
+the default run omits. Tests marked ``slow`` run only with ``-m slow``.
 
-Every test has one OpenMP thread, private caches and no network for wandb, and leaves no process behind.
+Every test uses one OpenMP thread, private caches and no network for wandb. A test that leaves a
+process running fails.
 """
 
 from __future__ import annotations
@@ -19,26 +20,27 @@ from pathlib import Path
 
 import pytest
 
-# Their asserts show values too.
+# Show values in the failed assertions of these modules too.
 pytest.register_assert_rewrite("support")
 
-# Set at import, before torch is imported by any test module: OpenMP reads its variable once.
+# Set here, before any test module imports torch, because OpenMP reads its variable only once.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 for _name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
     os.environ.pop(_name, None)
-# Under nohup it is ignored, which training respects: tests that send it would wait for nothing.
+# Under nohup, SIGHUP is ignored, and training respects that. Tests that send it would wait in vain.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# Inherited by everything that a test starts, so that orphans are found too. One for each xdist worker.
+# Every process that a test starts inherits this variable, so that orphans are found too. Each xdist
+# worker has its own value.
 _OWNER_VARIABLE = "KEMPNERFORGE_TEST_OWNER"
 os.environ[_OWNER_VARIABLE] = uuid.uuid4().hex
 
 _UNIT = Path(__file__).with_name("unit")
 
 _GRACE_S = 10.0
-# Shared by all tests of one process and ended by Python itself.
+# These processes are shared by all tests of one process, and Python itself ends them.
 _SHARED = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 
 
@@ -50,21 +52,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _is_default_run(config: pytest.Config) -> bool:
-    """Whether nothing was selected: no path, no expression, neither option."""
+    """Return whether nothing was selected: no path, no expression, neither option."""
     named = config.args_source is pytest.Config.ArgsSource.ARGS
     option = config.option
     return not (named or option.everything or option.rest or option.keyword or option.markexpr != "not slow")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    """Say what is left out."""
+    """Return a line that says which tests are omitted."""
     if _is_default_run(config):
         return "tests: tests/unit and the smoke tests; --everything runs all but the slow ones"
     return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is not part of the default run, or what is; begin with the fast tests."""
+    """Deselect the tests outside the default run, or with ``--rest`` those in it. Run fast tests first."""
     items.sort(key=lambda item: not item.path.is_relative_to(_UNIT))
     default = _is_default_run(config)
     if not (default or config.option.rest):
@@ -80,7 +82,7 @@ def _is_in_default_run(item: pytest.Item) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def private_caches() -> Iterator[None]:
-    """Point ``XDG_CACHE_HOME`` at a folder of this session, so that no test touches the user's caches."""
+    """Set ``XDG_CACHE_HOME`` to a folder of these tests, so that they do not change the user's caches."""
     with (
         tempfile.TemporaryDirectory(prefix="kempnerforge-tests-") as folder,
         pytest.MonkeyPatch.context() as patch,
@@ -91,8 +93,8 @@ def private_caches() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_process_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves processes running, and end them."""
-    if request.path.is_relative_to(_UNIT):  # starts none, which its conftest sees to
+    """End the processes that a test leaves running, and fail the test."""
+    if request.path.is_relative_to(_UNIT):  # unit tests start no processes, which their conftest checks
         yield
         return
     before = _own_processes()
@@ -110,7 +112,7 @@ def no_process_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _own_processes() -> set[int]:
-    """Living processes that descend from this one, or that carry its mark in their environment."""
+    """Return living processes that descend from this one, or that have its mark in their environment."""
     if not Path("/proc/self/stat").exists():
         return set()
     own_pid = os.getpid()
@@ -131,8 +133,8 @@ def _all_pids() -> list[int]:
 
 
 def _living_parent(pid: int) -> int | None:
-    """The parent of a process, or None for one that is gone or a zombie."""
-    # The name, in parentheses, may hold spaces and parentheses itself.
+    """Return the parent of a process, or None for one that is gone or a zombie."""
+    # The name, in parentheses, may itself contain spaces and parentheses.
     fields = _read(pid, "stat").rpartition(b")")[2].split()
     return int(fields[1]) if fields and fields[0] not in (b"Z", b"X") else None
 
@@ -144,7 +146,7 @@ def _command_line(pid: int) -> bytes:
 def _read(pid: int, name: str) -> bytes:
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:  # it ended meanwhile, or it belongs to somebody else
+    except OSError:  # the process has ended, or it belongs to another user
         return b""
 
 

@@ -71,7 +71,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 PROBE_SAVES = 8
-"""Number of saves of the undisturbed run, before its end."""
+"""Number of saves of the undisturbed run, without the one at its end."""
 
 CONFIG = """\
 [model]
@@ -116,11 +116,11 @@ def prepare_inputs(folder: Path, given: argparse.Namespace) -> Path:
 
 @dataclass
 class Arm:
-    """One way to train, and the costs that its undisturbed run showed."""
+    """One way to train, and its costs in a run without kills (the undisturbed run)."""
 
     name: str
     interval: str
-    """Steps between saves, ``daly``, or ``auto`` (ours only)."""
+    """Steps between saves, ``daly`` (Daly's interval), or ``auto`` (only ours)."""
     undisturbed: Attempt = field(default_factory=lambda: Attempt(0.0, 0))
     cost: Cost = field(default_factory=lambda: Cost(1.0, 0.0, 0.0, 0.0, 0.0))
     campaigns: list[dict[str, Any]] = field(default_factory=list)
@@ -161,7 +161,7 @@ class Arm:
 
 
 def newest_of_reference(checkpoints: Path) -> int:
-    """Return the newest step with a ``.metadata``; 0 for none."""
+    """Return the newest step that has a ``.metadata`` file; 0 for none."""
     complete = checkpoints.glob(f"step_*/{METADATA}")
     return max((int(path.parent.name.removeprefix("step_")) for path in complete), default=0)
 

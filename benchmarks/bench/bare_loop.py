@@ -83,7 +83,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.detach() / ranks
-        dist.all_reduce(mean)  # logged as in any loop; on CUDA item() is the synchronisation of the step
+        dist.all_reduce(mean)  # for the log, as in any loop; on CUDA item() synchronizes the step
         losses.append(mean.item())
         step_ended.append(time.time())
 
@@ -96,7 +96,7 @@ def main() -> None:
     dist.barrier()
     dist.destroy_process_group()
     # In one of fifty starts gloo's threads aborted the interpreter at exit. Nothing is measured
-    # there.
+    # after this point.
     os._exit(0)
 
 

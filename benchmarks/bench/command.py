@@ -65,13 +65,13 @@ def shared_folder(above: Path | None) -> Iterator[Path]:
     try:
         yield Path(box[0])
         dist.barrier()
-    finally:  # without a barrier: after an error on one rank the others would wait for it forever
+    finally:  # no barrier here: after an error on one rank, the others would wait for it forever
         if dist.get_rank() == 0:
             shutil.rmtree(box[0])
 
 
 def empty(folder: Path) -> None:
-    """Delete the content of ``folder``. Collective: all ranks. Rank 0 deletes."""
+    """Delete the content of ``folder`` on rank 0. Collective: all ranks."""
     dist.barrier()
     if dist.get_rank() == 0:
         for path in folder.iterdir():

@@ -1,7 +1,4 @@
-"""The parts of the time of a killed job, as seen from outside, and a model that predicts them.
-
-Only pure functions.
-"""
+"""The parts of the time of a killed job, as measured from outside the job, and a model that predicts them."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from bench.kills import Attempt
 from kempnerforge.goodput.interval import daly
 
 PARTS = ("steps", "saving", "redo", "restart", "ending", "delay")
-"""``steps``: the time of the steps without kills. ``saving``: what kept steps took beyond that, which
-includes slower steps during a save, and noise. ``redo``: from the last kept step to the kill.
+"""``steps``: the time of the steps without kills. ``saving``: what kept steps took beyond that,
+which includes slower steps during a save, and noise. ``redo``: from the last kept step to the kill.
 ``restart``: from a launch to its first step. ``ending``: from the last step to the end of the last
 process. ``delay``: between attempts."""
 
@@ -40,7 +37,7 @@ class Cost:
 def cost_of(attempt: Attempt, *, blocking_is_lag: bool) -> Cost:
     """Return the costs that an undisturbed run shows, without its last step and the save after it.
 
-    ``blocking_is_lag`` says that a save is durable when the loop continues.
+    ``blocking_is_lag`` says that a save is already durable when the loop continues.
     """
     saves = [save for save in attempt.saves if save["step"] != attempt.last_step]
     clean_s = clean_steps_s(attempt)
@@ -93,7 +90,10 @@ def parts_of(attempts: Sequence[Attempt], *, step_s: float) -> dict[str, float]:
 
 
 def kept_to(attempts: Sequence[Attempt], number: int) -> int:
-    """Return the last step of an attempt that no later attempt repeated. The attempt did some steps."""
+    """Return the last step of an attempt that no later attempt repeated.
+
+    The attempt must have completed a step.
+    """
     later = [attempt.began_at for attempt in attempts[number + 1 :] if attempt.began_at is not None]
     last = attempts[number].last_step
     assert last is not None
@@ -107,7 +107,7 @@ def lost_steps(attempts: Sequence[Attempt]) -> int:
 
 
 def lost_committed_steps(attempts: Sequence[Attempt]) -> int:
-    """Return the number of steps that were lost although they were committed. It must be 0."""
+    """Return the number of steps that were lost although they were committed. The benchmark requires 0."""
     return sum(
         max(0, attempt.newest_before - attempt.began_at)
         for attempt in attempts
@@ -134,10 +134,10 @@ def first_order_ratio(cost: Cost, *, interval_s: float, mtti_s: float, delay_s: 
 
 
 def exponential_ratio(cost: Cost, *, interval_s: float, mtti_s: float, delay_s: float) -> float:
-    """Return the same without the approximation, for exponential gaps between kills (Daly 2006, eq. 20).
+    """Return the exact effective time ratio for exponential gaps between kills (Daly 2006, eq. 20).
 
-    An attempt commits its k-th interval when it lives for restart + k (interval + stall) + lag, so
-    it keeps interval x exp(-(restart + lag) / mtti) / (exp((interval + stall) / mtti) - 1) on
+    An attempt commits its k-th interval if it lives for restart + k (interval + stall) + lag, so it
+    keeps interval x exp(-(restart + lag) / mtti) / (exp((interval + stall) / mtti) - 1) on
     average.
     """
     alive = math.exp(-(cost.restart_s + cost.lag_s) / mtti_s)

@@ -1,8 +1,8 @@
-"""Run a training job to its end through a given sequence of kills, and record what is seen from outside.
+"""Run a training job to its end through a given sequence of kills, and measure it from outside.
 
-All times are of the clock of this process: a row of the job's log counts from the moment at which
-it can be read here. A kill is SIGKILL to all processes of the job at once: launcher, ranks, and
-their children.
+All times are by the clock of this process. The time of a row in the job's log is the moment at
+which this process can read it. A kill is SIGKILL to all processes of the job at once: launcher,
+ranks, and their children.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BenchError(Exception):
 
 @dataclass
 class Attempt:
-    """One start of a job, as seen from outside. Times are this process's monotonic clock, in seconds."""
+    """One start of a job, as measured from outside. Times are seconds of this process's monotonic clock."""
 
     launched: float
     newest_before: int
@@ -43,20 +43,20 @@ class Attempt:
     ended: float = 0.0
     """When the last of its processes had ended."""
     killed_after_s: float | None = None
-    """Seconds from its launch to the kill; None when it ended by itself."""
+    """Seconds from its launch to the kill; None if it ended by itself."""
     steps: list[tuple[float, int, float]] = field(default_factory=list)
-    """The time at which a finished step was seen, its number, its loss."""
+    """(time at which this process read the row, step, loss) of each finished step."""
     saves: list[dict[str, Any]] = field(default_factory=list)
     """``step``, ``seen``, ``blocking_s`` and ``total_s`` of each save that the job reported."""
 
     @property
     def began_at(self) -> int | None:
-        """The step that it resumed from; None when it did no step."""
+        """The step that it resumed from; None if it completed no step."""
         return self.steps[0][1] - 1 if self.steps else None
 
     @property
     def last_step(self) -> int | None:
-        """The last step that was seen."""
+        """The last step that it completed, as far as this process knows."""
         return self.steps[-1][1] if self.steps else None
 
 
@@ -81,9 +81,9 @@ class Job:
 def run_to_end(job: Job, gaps: Iterator[float], *, delay_s: float) -> list[Attempt]:
     """Start ``job`` again and again until it ends by itself. Return its attempts.
 
-    The n-th attempt is killed at the age of the n-th of ``gaps``, in seconds. Attempts after the
-    last of ``gaps`` are not killed. The next launch follows ``delay_s`` after an end. Raises
-    BenchError.
+    The n-th attempt is killed when its age in seconds is the n-th of ``gaps``. Attempts after the
+    last of ``gaps`` are not killed. Each launch follows ``delay_s`` after the end of the attempt
+    before it. Raises BenchError.
     """
     attempts: list[Attempt] = []
     rows = RowReader(job.rows)
@@ -119,7 +119,7 @@ def _run_once(job: Job, rows: RowReader, gap_s: float | None) -> Attempt:
 
 @contextmanager
 def started(job: Job) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Start the launcher of the job, or its ranks. At the end all processes of the job are dead."""
+    """Start the launcher of the job, or its ranks. At the end of the block all its processes are dead."""
     mark = uuid.uuid4().hex
     environment = {**os.environ, MARK: mark}
     processes: list[subprocess.Popen[bytes]] = []

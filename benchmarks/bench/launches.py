@@ -1,4 +1,4 @@
-"""KempnerForge and the bare loop, started by torchrun as a user does: same model, same batches."""
+"""Start KempnerForge and the bare loop by torchrun, as a user does, with the same model and batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Task:
-    """The job that both train, in its own folder."""
+    """The job that both arms train, in its own folder."""
 
     folder: Path
     model: ModelConfig
@@ -41,7 +41,7 @@ class Task:
 
     @property
     def tolerance(self) -> float:
-        """Relative tolerance of losses, because the arms sum in different orders."""
+        """Relative tolerance of losses, which the arms sum in different orders."""
         return 1e-5 if self.mixed_precision == "fp32" else 2e-2
 
     def write(self) -> None:
@@ -165,7 +165,7 @@ class Bare:
     losses: list[float]
     step_ended: list[float]
     ended: dict[str, float]
-    """Part of the start -> when it ended. All times are seconds since the epoch."""
+    """Each part of the start -> when it ended, in seconds since the epoch."""
 
 
 def largest_difference(ours: Sequence[float], bare: Sequence[float]) -> float:
@@ -180,11 +180,11 @@ def compare_starts(
     warmups: int,
     tolerance: float,
 ) -> tuple[dict[str, list[Measured]], list[float], float]:
-    """Start ours and the bare loop by turns.
+    """Start KempnerForge and the bare loop in turn.
 
     Return the measurements, the losses of the last start, and the largest difference of losses
-    between the arms. End the benchmark when it is more than ``tolerance``, because then the bare
-    loop does other work.
+    between the arms. End the benchmark if this is more than ``tolerance``, because then the bare
+    loop does not do the same work.
     """
     losses: dict[str, list[float]] = {}
 

@@ -1,4 +1,4 @@
-"""Facts and limits of the machine. This code shares nothing with the engine that is measured."""
+"""Facts and limits of the machine, measured without code of the engine under test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK_BYTES = 16 << 20
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """Return the facts that figures of this machine depend on."""
+    """Return the facts about this machine on which the figures depend."""
     return {
         "cpu": _cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -73,7 +73,7 @@ def raw_write_s(path: Path, size_bytes: int, *, barrier: Callable[[], object]) -
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, *, width: int, seconds: float = 1.0) -> float:
-    """Return the FLOP/s of square matrix products: the most that a model can reach here."""
+    """Return the FLOP/s of square matrix products, which are an upper bound for a model."""
     a = torch.rand(width, width, device=device).to(dtype)
     torch.mm(a, a)
     finish(device)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 Measured = dict[str, float]
-"""One measurement of one arm: values by name. Names have units."""
+"""One measurement of one arm: values by name. Names contain the unit."""
 
 
 def alternate(
@@ -53,7 +53,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ours compared with a reference, measured in pairs."""
+    """The comparison of ours with a reference, measured in pairs."""
 
     name: str
     ours: Spread

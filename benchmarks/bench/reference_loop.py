@@ -1,11 +1,11 @@
-"""A training loop without KempnerForge: plain FSDP2 that blocks to save with stock ``dcp.save``.
+"""A training loop without KempnerForge: plain FSDP2, with blocking saves by stock ``dcp.save``.
 
 torchrun ... benchmarks/bench/reference_loop.py --config FILE --folder DIR --steps 100 --interval 10
 
 This is the reference arm of ``bench_goodput.py``. Model, initial weights, data order, learning
 rates and batch are those of the TOML file. Parallelism, optimizer step, saving and resuming are
-PyTorch's own, in this file. When it is started again, it resumes from the newest folder with a
-``.metadata``. Rank 0 appends rows to ``rows.jsonl``, with the names of KempnerForge's
+PyTorch's own, in this file. A later start resumes from the newest folder with a ``.metadata``
+file. Rank 0 appends rows to ``rows.jsonl``, with the names of KempnerForge's
 ``metrics.jsonl``.
 """
 

@@ -1,4 +1,4 @@
-"""Arms that save the same state: ours, and stock DCP as in its tutorials."""
+"""Arms that save the same state: ours, and stock DCP, used as in its tutorials."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Saver(Protocol):
     """Saves one state repeatedly."""
 
     def begin(self, path: Path) -> None:
-        """Begin a save. A blocking arm returns when it is durable."""
+        """Begin a save. A blocking arm returns when the save is durable."""
         ...
 
     def before_update(self) -> None:
@@ -85,7 +85,7 @@ class Ours:
 
 
 class StockAsync:
-    """``dcp.async_save`` with its defaults, a thread and new buffers, and its own gloo group."""
+    """``dcp.async_save`` with its defaults (a thread, new buffers for each save) and its own gloo group."""
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self._parts = model, optimizer

@@ -43,7 +43,7 @@ def sharded_llama(config: ModelConfig, device: torch.device) -> tuple[nn.Module,
     materialize(model, device, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     init_optimizer_state(optimizer)
-    for state in optimizer.state.values():  # zeros would all share one page
+    for state in optimizer.state.values():  # untouched zeros would all share one page of memory
         for moment in ("exp_avg", "exp_avg_sq"):
             state[moment].copy_(torch.rand_like(state[moment]))
     return model, optimizer

@@ -36,7 +36,7 @@ def verify(
                 results.append(verify_step(step, threads=threads, progress=progress))
         except StepNotFoundError:
             if run is None:
-                raise  # while a run is training, retention deletes steps
+                raise  # a step of a whole run is skipped instead: retention may have deleted it
             continue
         except CheckpointError as error:
             failed.append((step, error))

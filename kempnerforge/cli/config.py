@@ -49,7 +49,7 @@ def check(
     if not no_files:
         from kempnerforge.train.preflight import (
             check_files_of,
-        )  # numpy and more, which show and schema need not
+        )  # imports NumPy and more, which ``show`` and ``schema`` do not need
 
         check_files_of(loaded, where=file)
     typer.echo(f"{file}: valid")

@@ -67,7 +67,7 @@ def value(content: Any) -> str:
 
 
 def flatten(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys and values of nested tables. Index lists of tables; other lists are values."""
+    """Yield the dotted keys and values of nested tables. Lists are values, unless they contain tables."""
     if isinstance(content, dict) and content:
         for key, below in content.items():
             yield from flatten(below, f"{path}.{key}" if path else str(key))

@@ -1,7 +1,7 @@
 """Grid and labels of the plots on the report page.
 
-Lines are SVG, stretched to the width of the page with strokes of constant width. Labels are HTML next to
-the SVG, so that they have the same size on a phone.
+Lines are SVG, stretched to the width of the page with strokes of constant width. Labels are HTML
+next to the SVG, so that they have the same size on a phone.
 """
 
 from __future__ import annotations

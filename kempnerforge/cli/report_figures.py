@@ -1,7 +1,7 @@
 """The line plots of the report page, as HTML and SVG.
 
-The page has no scripts: values are shown by ``title`` attributes on invisible slabs. Every figure also has
-a summary in words and a table.
+The page has no scripts. Values are shown by ``title`` attributes on invisible slabs, which are
+vertical strips of the plot. Every figure also has a summary in words and a table.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kempnerforge.goodput.plot import (
 from kempnerforge.telemetry.curves import Curves
 
 BUCKETS = 800
-"""As many as a wide screen can resolve."""
+"""Maximum number of buckets of a line: as many as a wide screen can resolve."""
 MAX_DOTS = 60
 SLABS = 60
 ROWS = 12
@@ -172,7 +172,7 @@ def _legend(plotted: Sequence[Series]) -> str:
 
 
 def _repeated(line: Series, x: Axis, y: Axis) -> str:
-    """Draw lost steps wide and pale: a repeated loss is bitwise equal to the final one on top of it.
+    """Draw lost steps wide and pale, so that they show behind a final value that is bitwise equal.
 
     Draw them narrow if they are downsampled, because the path then alternates between extremes.
     """
@@ -226,7 +226,7 @@ Cells = list[tuple[float, float, float] | None]
 
 
 def _slab_rows(plotted: Sequence[Series], x: Axis, count: int) -> list[tuple[float, float, Cells]]:
-    """Divide the plot into ``count`` slabs; return first step, end and cells of each that is not empty."""
+    """Divide the plot into ``count`` slabs. Return first step, end and cells of each nonempty slab."""
     width = (x.high - x.low) / count
     columns: list[dict[int, list[Bucket]]] = []
     for line in plotted:

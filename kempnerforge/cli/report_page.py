@@ -1,7 +1,7 @@
 """The page of ``kempnerforge report --html``: one file without scripts that needs no network.
 
-Text from a run, such as an error message, is arbitrary: all of it is escaped. In addition, a content
-security policy forbids the page to load anything.
+Text from a run, such as an error message, is arbitrary: all of it is escaped. In addition, a
+content security policy forbids the page to load anything.
 """
 
 from __future__ import annotations

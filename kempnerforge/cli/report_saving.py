@@ -17,7 +17,7 @@ POINTS = 100
 
 
 def saving_section(saving: Mapping[str, Any]) -> str:
-    """Return timings, intervals and the cost model. ``found`` is the result of ``accounting.saving``."""
+    """Return timings, intervals and the cost model. ``saving`` is the result of ``accounting.saving``."""
     timings = [
         row(report_text.TIMINGS[name], duration(timing["p50"]), duration(timing["p99"]))
         for name, timing in saving["timings"].items()

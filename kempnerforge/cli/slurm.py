@@ -61,8 +61,8 @@ def after(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
     decision = decide_for(job, run_dir)
     print(f"requeue: {'yes' if decision.requeue else 'no'}: {decision.why}", flush=True)
     if decision.requeue:
-        # Requeueing sends SIGTERM to this script, and nodes can be excluded only after the job is in the
-        # queue again. SLURM does not start the job before this script has ended.
+        # Requeueing sends SIGTERM to this script, and nodes can be excluded only once the job is in
+        # the queue again. SLURM does not start the job before this script has ended.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         slurm_job.requeue(job.handle)
         if decision.exclude:
@@ -71,7 +71,7 @@ def after(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> None:
 
 
 def decide_for(job: SlurmJob, run_dir: Path) -> Decision:
-    """Decide about a job whose training has just ended."""
+    """Decide whether to requeue a job whose training has just ended."""
     began = run_dir / NOTES / f"{job.attempt_name}.began"
     before = int(fsio.read_file(began)) if began.exists() else 0
     # A killed attempt records no end: the last recorded end may be that of an earlier attempt.
@@ -111,8 +111,8 @@ def nodes_of(hosts: Collection[str], node_names: Sequence[str]) -> list[str]:
 def _stop_requested_by(facts: Mapping[str, str], run_dir: Path) -> str:
     """Return what requested the stop.
 
-    The traps of the batch shell write the signal into the stop file. The shell gets no signal at the start
-    of a GraceTime.
+    The traps of the batch shell write the name of the signal into the stop file. At the start of
+    the GraceTime of a preemption the shell gets no signal, but SLURM reports a ``PreemptTime``.
     """
     path = run_dir / stop_request.NAME
     content = fsio.read_mark(path).decode(errors="replace").strip() if path.exists() else ""

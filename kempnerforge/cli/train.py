@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def import_training() -> Callable[[LoadedJob, StopSignals], int]:
     """Import ``train.run.run_job`` and with it torch, which help and config errors do not need.
 
-    Imported objects are never freed. Garbage collection during the import would take a sixth of the time,
-    and later collections over these objects would delay a step now and then.
+    Imported objects are never freed. Garbage collection during the import would take a sixth of the
+    time, and later collections over these objects would occasionally delay a step.
     """
     gc.disable()
     try:

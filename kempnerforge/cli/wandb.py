@@ -129,7 +129,7 @@ class _Read:
 def _read(
     run_dir: Path, record: RunRecord, *, project: str | None, entity: str | None, uncommitted: bool
 ) -> _Read:
-    # Read before the rows: a commit in the meantime then only makes the limit too low.
+    # Read before the rows, so that a commit in the meantime can only make the limit too low.
     folder = record.checkpoint_folder(run_dir)
     committed = paths.committed_steps(folder) if folder.is_dir() else []
     limit = math.inf if uncommitted else last_lasting_step(record, committed)
@@ -160,8 +160,8 @@ def _read(
 def last_lasting_step(record: RunRecord, committed: Sequence[int]) -> float:
     """Return the newest step that no later attempt will repeat.
 
-    This is the newest committed step, from which the next attempt resumes. A finished run has no limit,
-    because its checkpoints may be deleted.
+    This is the newest committed step, from which the next attempt resumes. A finished run has no
+    limit, because its checkpoints may be deleted.
     """
     last = record.last_exit
     if last is not None and last["attempt"] == record.attempt and last["status"] == EXIT_FINISHED:

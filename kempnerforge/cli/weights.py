@@ -24,8 +24,8 @@ from kempnerforge.errors import DataError, MismatchError
 if TYPE_CHECKING:
     from kempnerforge.config.schema import ModelConfig
 
-# Imported inside the commands, as everywhere in ``ckpt``: pydantic takes longer to import than most commands
-# take to run.
+# Imported inside the commands, as everywhere in ``ckpt``: pydantic takes longer to import than most
+# commands take to run.
 
 NOT_THERE = ("optimizer", "scheduler", "data", "rng")
 """Parts that a checkpoint of weights alone does not have."""

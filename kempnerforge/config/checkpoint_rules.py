@@ -1,4 +1,4 @@
-"""Rules of ``[checkpoint]``: the saves and retention that it asks for must be possible. See ``rules``."""
+"""Rules of ``[checkpoint]``: the requested saves and retention must be possible. See ``rules``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def checkpoint_dir_can_be_filled(checkpoint: CheckpointConfig) -> list[ConfigIss
 def paths_are_usable(run: RunConfig, checkpoint: CheckpointConfig) -> list[ConfigIssue]:
     """Refuse URLs and control characters in paths.
 
-    A URL would name a local folder such as ``s3:``. A line break would end a line of a script or a log.
+    A URL would name a local folder such as ``s3:``. A line break would end a line of a script or a
+    log.
     """
     paths = {
         "run.dir": run.dir,
@@ -160,8 +161,9 @@ def best_goes_by_a_metric(checkpoint: CheckpointConfig, eval: EvalConfig) -> lis
 def why_best_has_no_choice(checkpoint: CheckpointConfig, eval: EvalConfig, train: TrainConfig) -> str:
     """Explain why ``keep_best_n`` has nothing to choose from; empty if it has.
 
-    That is so when no step before the last is both saved and validated. It is a warning, not an error:
-    with ``save_last`` the last step is both. Saves by time can happen at any step.
+    This is the case when no step before the last is both saved and validated. It is a warning, not
+    an error, because with ``save_last`` the last step is both. Saves by time can happen at any
+    step.
     """
     by_time = checkpoint.interval_minutes is not None or checkpoint.interval == "auto"
     metric, every = checkpoint.best_metric or "", _every(checkpoint)

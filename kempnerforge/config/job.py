@@ -52,7 +52,8 @@ class JobConfig(Section):
         """Return the parallel layout on ``world_size`` processes.
 
         Raises:
-            ConfigError: the processes do not fit the layout, or the global batch does not divide over it.
+            ConfigError: the processes do not fit the layout, or the global batch does not divide
+                over it.
         """
         geometry, faults = derive_geometry(self.distributed, self.train, world_size)
         if geometry is None:

@@ -36,7 +36,8 @@ def load_job(
         path: the file. The file that it ``extends`` is read first.
         overrides: arguments such as ``--train.seed=1``, or ``--train.seed`` and ``1``.
         world_size: number of processes that the layout must fit. None skips that check.
-        inside_job: whether ``run.dir`` can be expanded now. False for a check before the job starts.
+        inside_job: whether ``run.dir`` can be expanded now. False for a check before the job
+            starts.
 
     Raises:
         ConfigError: lists every issue of the file, the overrides and their combination.

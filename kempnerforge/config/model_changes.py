@@ -24,8 +24,8 @@ class ModelChanges:
 def model_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> ModelChanges:
     """Compare two ``[model]`` tables after filling in defaults.
 
-    ``max_seq_len`` and ``init_std`` are ignored: neither changes what trained weights compute. A table
-    that this version cannot read is not compared.
+    ``max_seq_len`` and ``init_std`` are ignored: neither changes what trained weights compute. A
+    table that this version cannot read is not compared.
     """
     before, after = _parse(stored), _parse(now)
     if before is None or after is None:

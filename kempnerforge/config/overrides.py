@@ -37,7 +37,7 @@ def split_positionals(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def override_layers(tokens: Sequence[str], root: type[Section]) -> tuple[list[Layer], list[ConfigIssue]]:
-    """Return one layer per override, in order, so that the last value of a key wins; and their issues."""
+    """Return one layer per override, in order, and their issues. The last value of a key wins."""
     positionals, overrides = split_positionals(tokens)
     faults = [
         ConfigIssue(token, "is not an override", "write --section.key=value", COMMAND_LINE)
@@ -58,7 +58,7 @@ def override_layers(tokens: Sequence[str], root: type[Section]) -> tuple[list[La
 
 
 def parse_value(text: str, *, as_text: bool) -> Any:
-    """Parse ``text`` as a TOML value; return the text itself if it is not TOML.
+    """Parse ``text`` as a TOML value. Return the text itself if it is not TOML.
 
     With ``as_text`` (the key accepts any string) only a quoted string or a list is parsed as TOML:
     numbers and dates remain text.

@@ -59,8 +59,8 @@ def stages_of(stages: Sequence[Stage], pp_rank: int, pp: int) -> tuple[Stage, ..
 def layer_costs(model: ModelConfig) -> tuple[float, float]:
     """Return the cost of embedding and head in decoder layers: their weights divided by a layer's.
 
-    Weights approximate memory, to which both contribute, and the time of matrix products, to which the
-    head contributes.
+    Weights approximate memory, to which both contribute, and the time of matrix products, to which
+    the head contributes.
     """
     table = model.vocab_size * model.dim
     layer = (model.num_parameters - model.dim - table * (1 if model.tie_embeddings else 2)) / model.n_layers
@@ -70,10 +70,10 @@ def layer_costs(model: ModelConfig) -> tuple[float, float]:
 def split_evenly(embedding: float, head: float, *, n_layers: int, parts: int) -> list[int]:
     """Return the layers of each of ``parts`` consecutive stages, minimizing the cost of the costliest.
 
-    Each stage has at least one layer. A layer costs 1; ``embedding`` is added to the first stage and
-    ``head`` to the last. Among splits with the same maximum, the most even one wins, then the one with
-    fewer layers on the first stages, which keep the most microbatches in flight. Dynamic programming over
-    (stages, layers used).
+    Each stage has at least one layer. A layer costs 1; ``embedding`` is added to the first stage
+    and ``head`` to the last. Among splits with the same maximum, the most even one wins, then the
+    one with fewer layers on the first stages, which keep the most microbatches in flight. Dynamic
+    programming over (stages, layers used).
     """
     assert 1 <= parts <= n_layers
     best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}

@@ -43,7 +43,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _none_as_written(node: Any) -> Any:
-    """Replace null by "none": TOML has no null; a key is unset by omission or with the string "none"."""
+    """Replace null by "none". In TOML, a key is unset by omission or with the string "none"."""
     if isinstance(node, list):
         return [_none_as_written(item) for item in node]
     if not isinstance(node, dict):

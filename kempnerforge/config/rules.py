@@ -1,8 +1,8 @@
-"""Rules that span several keys: pure functions from sections to issues.
+"""Rules that span several keys. Each is a pure function from sections to issues.
 
-The parameters of a rule name its inputs: sections, ``world_size`` (number of processes; None if unknown)
-and ``environ`` (None if the check does not run inside the job). A rule runs if all its sections are
-valid, so that one invalid section hides as few issues as possible.
+The parameters of a rule name its inputs: sections, ``world_size`` (number of processes; None if
+unknown) and ``environ`` (None if the check does not run inside the job). A rule runs if all its
+sections are valid, so that one invalid section hides as few issues as possible.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ def layout_fits(
     if distributed.dp_shard > 0:
         dp = distributed.dp_replicate * distributed.dp_shard
         return batch_faults(train, dp, "data-parallel ranks") or microbatch_faults(distributed, train, dp)
-    # With dp_shard = -1 the number of ranks is known only at the start, but it is a multiple of this one.
+    # With dp_shard = -1 the number of ranks is known only at the start, but it is a multiple of
+    # this one.
     faults = batch_faults(train, distributed.dp_replicate, "(dp_replicate)")
     if train.global_batch_size is None:
         faults += microbatch_faults(distributed, train, dp=1)

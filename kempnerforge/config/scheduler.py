@@ -39,9 +39,9 @@ def lr_at(step: int, config: SchedulerConfig, *, base_lr: float, max_steps: int)
     """Return the learning rate of the update from ``step`` to ``step + 1``.
 
     A linear warmup reaches ``base_lr`` in its last step. The rate then decays to
-    ``min_lr_ratio * base_lr``: over the ``decay_steps`` after the warmup for cosine (arXiv:1608.03983) and
-    linear, and linearly over the last ``decay_steps`` of the run for WSD (arXiv:2404.06395). After the
-    decay it remains at the minimum.
+    ``min_lr_ratio * base_lr``. For cosine (arXiv:1608.03983) and linear, it decays over the
+    ``decay_steps`` after the warmup. For WSD (arXiv:2404.06395), it decays linearly over the last
+    ``decay_steps`` of the run. After the decay it remains at the minimum.
     """
     if step < config.warmup_steps:
         return base_lr * (step + 1) / config.warmup_steps

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """One table of the TOML file. Immutable; rejects unknown keys; does not convert types.
+    """One table of the TOML file. It is immutable, rejects unknown keys and does not convert types.
 
     The docstring under a field is its documentation in ``--help`` and the JSON schema.
     """

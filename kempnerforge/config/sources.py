@@ -27,10 +27,11 @@ class Layer:
 
 
 def read_layers(path: Path) -> list[Layer]:
-    """Read the file at ``path`` and all files that it extends; return the outermost base first.
+    """Read the file at ``path`` and all files that it extends. Return the outermost base first.
 
     Raises:
-        ConfigError: a file is missing, unreadable or not TOML, or the files extend each other in a cycle.
+        ConfigError: a file is missing, unreadable or not TOML, or the files extend each other in a
+            cycle.
     """
     layers: list[Layer] = []
     seen: list[str] = []
@@ -52,7 +53,7 @@ def read_layers(path: Path) -> list[Layer]:
 
 
 def merge_layers(layers: Sequence[Layer]) -> Tree:
-    """Merge layers into one tree; later layers override earlier ones.
+    """Merge layers into one tree. Later layers override earlier ones.
 
     Tables are merged key by key. Lists are replaced as a whole.
     """

@@ -19,8 +19,8 @@ def nearest(word: str, known: list[str]) -> str | None:
 def suggest_key(key: str, root: type[Section]) -> str:
     """Suggest a replacement for the unknown dotted ``key``: ``did you mean ...?`` or the known names.
 
-    Search for a close name in the same table, or in the table that was probably meant, then for the same
-    last part in any table, then for a close one.
+    Search for a close name in the same table, or in the table that was probably meant. Then search
+    all tables for the same last part, and finally for a close last part.
     """
     table, _, last = key.rpartition(".")
     if not table and (section := nearest(last, list(root.model_fields))):

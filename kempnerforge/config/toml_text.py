@@ -25,8 +25,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def render(tree: Mapping[str, Any], comment: Comment | None = None) -> str:
     """Return ``tree`` (section -> key -> value of plain JSON types) as TOML text.
 
-    TOML has no null: keys that are None are omitted, or shown as comments if ``comment`` is given. With
-    ``comment``, each line ends with what it returns for the key.
+    TOML has no null: keys that are None are omitted, or shown as comments if ``comment`` is given.
+    With ``comment``, each line ends with what it returns for the key.
     """
     blocks: list[str] = []
     _render_table(tree, "", comment, blocks)

@@ -19,11 +19,12 @@ import xxhash
 from kempnerforge.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"
-"""Names the sources of the Python standard library: real text that every machine has."""
+"""The entry for the sources of the Python standard library: real text that every machine has."""
 
 STDLIB_LEFT_OUT_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 STDLIB_LEFT_OUT_FILES = ("_sysconfigdata_*.py", "sitecustomize.py", "usercustomize.py")
-"""Files that depend on how Python was built or installed. Without them a release is one corpus everywhere."""
+"""Files that depend on how Python was built or installed. Without them, a Python release gives the
+same corpus on every machine."""
 
 BINARY_PROBE_BYTES = 8000
 """A file with a NUL in its first 8,000 bytes is binary, as in git."""
@@ -107,7 +108,7 @@ def files_of(entry: str) -> list[Path]:
     if entry == PYTHON_STDLIB:
         return _stdlib_files()
     pattern = os.path.expanduser(entry)
-    # A name with [ or * is taken literally when such a file exists.
+    # A name that contains [ or * is taken literally if such a file exists.
     matches = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
     is_pattern = matches != [pattern]
     files: set[Path] = set()

@@ -1,4 +1,4 @@
-"""A record of everything that a run's data order depends on. A resume compares it and names differences."""
+"""Record everything that a run's data order depends on, so that a resume can report differences."""
 
 from __future__ import annotations
 

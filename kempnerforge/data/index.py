@@ -68,7 +68,7 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """Digest of what a training run sees of the data: ids, splits, vocabulary and separator."""
+        """Digest of everything in the data that affects training: ids, splits, vocabulary and separator."""
         content = {
             "vocab_size": self.vocab_size,
             "separator_id": self.separator_id,

@@ -1,8 +1,8 @@
 """Batches for one data-parallel rank, each with the cursor from which a resume continues.
 
 The samples of a step's global batch depend only on the seed and the cursor. A global batch is
-divided into micro-batches of ``batch_size`` in the order of its samples, and data-parallel rank ``m
-% dp_size`` gets micro-batch ``m``. Any number of ranks distributes the same micro-batches.
+divided into micro-batches of ``batch_size`` in the order of its samples, and data-parallel rank
+``m % dp_size`` gets micro-batch ``m``. The micro-batches are the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class BatchShape:
         """Read this rank's part of the global batch ``ids`` [global_batch_size]."""
         own_ids = ids.reshape(-1, self.dp_size, self.batch_size)[:, self.dp_rank]
         rows = samples.read(own_ids.reshape(-1)).reshape(-1, self.batch_size, samples.seq_len + 1)
-        # Copied by numpy: torch would start a thread pool for the prefetching thread.
+        # NumPy makes the copy: torch would start a thread pool for the prefetching thread.
         return Batch(
             inputs_ABT=torch.from_numpy(np.ascontiguousarray(rows[..., :-1])),
             targets_ABT=torch.from_numpy(np.ascontiguousarray(rows[..., 1:])),
@@ -102,7 +102,7 @@ class BatchLoader:
     it, however far the other had read ahead and whatever its layout. No global random state is
     used.
 
-    A background thread reads ``prefetch_batches`` ahead. With 0, ``next`` reads each batch itself.
+    A background thread reads ``prefetch_batches`` batches ahead. With 0, ``next`` reads each batch.
     An exception while reading is raised by the ``next`` for that batch. :meth:`close`, or leaving a
     ``with`` block, ends the thread.
 

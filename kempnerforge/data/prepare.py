@@ -1,6 +1,6 @@
 """Tokenise text into a prepared folder, which is written under a temporary name and then renamed.
 
-See :mod:`kempnerforge.data.index` for its content. No torch.
+See :mod:`kempnerforge.data.index` for its content. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ SHARD_TOKENS = 128 << 20
 """Tokens per shard."""
 
 PIECE_BYTES = 256 << 10
-"""Longer documents are tokenised in pieces cut at line ends: tokenizers take more than linear time."""
+"""Longer documents are tokenised in pieces, cut at line ends, because the time that a tokenizer
+takes grows faster than linearly with the length of a text."""
 
 BATCH_BYTES = 8 << 20
 """Bytes of text per call of the tokenizer, which processes the pieces in parallel."""

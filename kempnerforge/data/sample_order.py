@@ -11,7 +11,7 @@ arbitrary finite domains", CT-RSA 2002). The round function is the finaliser of 
 Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), which also derives
 the round keys from the seed and the epoch.
 
-No torch, no global random state.
+This module uses neither torch nor global random state.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 ORDER_NAME = "feistel8-splitmix64"
-"""Stored in the data fingerprint. It changes whenever the same seed would give another order."""
+"""Name of the algorithm, stored in the data fingerprint. Change it when the same seed gives another order."""
 
 _ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -39,7 +39,7 @@ class TokenShard:
         )
 
     def size_problem(self) -> str | None:
-        """Return the fault of the file's size, or None."""
+        """Return what is wrong with the file's size, or None."""
         try:
             actual_bytes = self.path.stat().st_size
         except OSError as error:
@@ -51,7 +51,7 @@ class TokenShard:
         return None
 
     def content_problem(self, vocab_size: int | None) -> str | None:
-        """Read all ids and return their fault, or None. The size must be right."""
+        """Read all ids and return what is wrong with them, or None. The size must be right."""
         if self.digest is not None:
             matches = content_digest(self) == self.digest
             return None if matches else f"{self.path}: damaged, its digest does not match the index"
@@ -65,7 +65,7 @@ class TokenShard:
 
 
 def ids_problem(lowest: int, highest: int, vocab_size: int | None) -> str | None:
-    """Return the fault of ids between ``lowest`` and ``highest``, or None."""
+    """Return what is wrong with ids between ``lowest`` and ``highest``, or None."""
     if lowest < 0:
         return f"holds the negative token id {lowest}"
     if vocab_size is not None and highest >= vocab_size:

@@ -16,7 +16,7 @@ from kempnerforge.fsio import open_file, write_all
 class ShardWriter:
     """Appends token ids to ``{split}_00000.bin``, ``{split}_00001.bin``, ... of ``shard_tokens`` each.
 
-    Every shard is fsynced when it is complete; its entry in the folder is not yet durable.
+    Every shard is fsynced when it is complete. Its entry in the folder is not durable yet.
     """
 
     def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
@@ -29,11 +29,11 @@ class ShardWriter:
         self._fd = -1
 
     def write(self, ids: np.ndarray) -> None:
-        """Append ``ids``, integers [num_tokens]. A full shard is followed by the next one."""
+        """Append ``ids``, integers [num_tokens]. Begin another shard when one is full."""
         ids = ids.astype(self._dtype, copy=False)
         while ids.size:
-            # Closed only when there is more to write: a document that fills a shard still counts in
-            # it.
+            # A full shard is closed only when there is more to write, so that a document that fills
+            # it is still counted in it.
             if self._fd >= 0 and self._tokens == self._shard_tokens:
                 self._close_shard()
             if self._fd < 0:

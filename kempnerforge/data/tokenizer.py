@@ -1,6 +1,6 @@
 """Tokenizers: plain bytes, or any Hugging Face ``tokenizer.json``.
 
-No torch. ``tokenizers`` is imported only when a ``tokenizer.json`` is loaded.
+This module does not import torch, and imports ``tokenizers`` only to load a ``tokenizer.json``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
 
     @property
     def digest(self) -> str:
-        """Changes whenever the same text could give other ids."""
+        """A digest that changes whenever the same text could give other ids."""
         ...
 
     def encode(self, text: bytes | str) -> np.ndarray:

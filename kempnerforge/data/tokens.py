@@ -1,6 +1,6 @@
 """Memory-mapped training data: a folder of ``kempnerforge data prepare``, or plain ``.npy`` token shards.
 
-No torch. The data are checked when they are opened, before training.
+This module does not import torch. It checks the data when they are opened, before training.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from kempnerforge.data.shard_reader import TokenShard, content_digest, ids_probl
 from kempnerforge.errors import DataError
 
 VERIFY_BYTES = 4 << 30
-"""Data up to this size are read whole and checked whenever they are opened, which takes seconds. Larger data
-are checked on request."""
+"""Data up to this size are read whole and checked whenever they are opened, which takes seconds.
+Larger data are checked on request."""
 
 SAMPLED_BLOCKS = 256
 SAMPLED_BLOCK_TOKENS = 16 << 10
@@ -139,7 +139,7 @@ class TokenDataset:
         return self.index is None and "val" not in self.shards and self._val_fraction > 0
 
     def problems(self, *, contents: bool) -> dict[Path, str]:
-        """Return the fault of each bad shard by path: its size or, with ``contents``, any of its ids."""
+        """Return what is wrong with each bad shard, by path: its size or, with ``contents``, its ids."""
         found: dict[Path, str] = {}
         for shards in self.shards.values():
             for shard in shards:
@@ -211,7 +211,7 @@ def open_dataset(
 def load_shards(
     path: str | Path, *, vocab_size: int | None = None, val_fraction: float = 0.01
 ) -> TokenDataset:
-    """Do as :func:`open_dataset`, but read only the index or the headers. Shards may still be damaged."""
+    """Open data as :func:`open_dataset` does, but check only the index or the headers."""
     folder = Path(path).expanduser()
     if not folder.exists():
         raise DataError(

@@ -10,7 +10,7 @@ from kempnerforge.data.corpus import Document, read_document
 
 @dataclass(frozen=True)
 class DocumentPart:
-    """The bytes ``start`` to ``end`` of a document. ``end`` None is its end."""
+    """The bytes ``start`` to ``end`` of a document. ``end`` None means the end of the document."""
 
     document: Document
     start: int = 0
@@ -40,9 +40,9 @@ def split_documents(documents: Sequence[Document], val_fraction: float) -> dict[
 def line_end_before(content: bytes, start: int, target: int) -> int:
     """Return a position in (start, target] at which to cut ``content``.
 
-    It is after the last line end that no white space follows, where a tokenizer cuts too. Without
-    one it is after the last line end. Without any line end it is ``target``, moved back to the
-    start of a UTF-8 character.
+    The position is after the last line end that no white space follows, where tokenizers cut too.
+    If there is none, it is after the last line end. Without any line end it is ``target``, moved
+    back to the start of a UTF-8 character.
     """
     first_found = -1
     position = content.rfind(b"\n", start, target)

@@ -1,4 +1,4 @@
-"""Decisions that all ranks share: a few collectives on a group that nothing else uses."""
+"""Decisions that all ranks make together, with a few collectives on a separate process group."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class ControlGroup:
         timeout = timeout_of(group)
         timeout_s = timeout.total_seconds() if timeout is not None else _TIMEOUT_S
         if self._heartbeat is None:
-            # The name is unique: other objects may use this group, and an earlier run's heartbeat
-            # this store.
+            # The name is unique, because other objects may use this group, and the heartbeats of an
+            # earlier run may have used this store.
             names: list[Any] = [secrets.token_hex(8)]
             dist.broadcast_object_list(names, group_src=0, group=group)
             store = PrefixStore(f"kempnerforge/heartbeat/{names[0]}", get_default_store())

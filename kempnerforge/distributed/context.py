@@ -1,8 +1,8 @@
 """Ranks, devices and process groups, from torchrun, from SLURM, or for a single process.
 
 There are two groups. The default group carries the tensors of the training (NCCL on CUDA, gloo on
-the CPU). The control group is always gloo and carries what ranks must agree on. Nothing else may
-use it, so that a decision is never queued behind a gradient, nor races with one.
+the CPU). The control group is always gloo and carries the values that ranks must agree on. Nothing
+else may use it, so that a decision is never queued behind a gradient and never races with one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RankInfo:
 def find_rank_info(env: dict[str, str] | os._Environ[str] = os.environ) -> RankInfo:
     """Return this process's rank from the variables of torchrun, else of SLURM (``srun`` tasks).
 
-    Without either, it is a single process.
+    Without either, the run has a single process.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         return RankInfo(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])))
@@ -73,7 +73,7 @@ def collectives_issued() -> int:
 def _sequence_number(group: Any) -> int:
     try:
         return group._get_sequence_number_for_group()
-    except RuntimeError:  # the backend does not count, on no rank
+    except RuntimeError:  # this backend does not count collectives, on any rank
         return 0
 
 

@@ -1,4 +1,4 @@
-"""Long work on one rank: the other ranks wait for as long as it makes progress.
+"""Let all other ranks wait for long work on one rank, for as long as the work makes progress.
 
 A collective fails after the time-out of its group, which is chosen for ranks that wait for each
 other within a step. The work of rank 0 alone may take longer: tokenising a corpus, watching another
@@ -32,7 +32,7 @@ _PAUSE_SHARE = 0.05
 class Heartbeat:
     """The heartbeats of one rank's work, in ``store``, which nothing else uses.
 
-    Pieces of work are numbered. All ranks count them alike.
+    Pieces of work are numbered. All ranks use the same numbers.
     """
 
     def __init__(self, store: Store) -> None:

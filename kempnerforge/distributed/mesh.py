@@ -13,8 +13,9 @@ def build_mesh(device_type: str, *, dp_replicate: int, dp_shard: int, tp: int = 
 
     Dimensions of size 1 are omitted, except ``dp_shard``. The innermost dimension consists of
     neighbouring ranks, so that tensor parallelism, which communicates in every layer, remains
-    within a node. The gathering of shards is next. Only gradients (HSDP) and activations between
-    stages cross nodes. All groups of the mesh have the time-out of the default group.
+    within a node. FSDP gathers weights over the next dimension. Only gradients (HSDP) and
+    activations between stages cross nodes. All groups of the mesh have the time-out of the default
+    group.
 
     Collective: all ranks.
     """

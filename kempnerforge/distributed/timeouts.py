@@ -16,10 +16,10 @@ from kempnerforge.torch_compat import c10d_world, set_group_timeout
 
 
 def timeout_of(group: dist.ProcessGroup | None = None) -> datetime.timedelta | None:
-    """Return how long collectives of ``group`` wait. Without a group, that of the default group.
+    """Return how long collectives of ``group``, or of the default group, wait.
 
-    A group with several backends has the longest of their time-outs. None for a backend without
-    this option.
+    For a group with several backends, this is the longest of their time-outs. It is None for a
+    backend without this option.
     """
     group = group or dist.group.WORLD
     if group is None:

@@ -1,4 +1,4 @@
-"""Account for the time of a run, from the history of its attempts."""
+"""Compute how the time of a run was spent, from the history of its attempts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ PARTS = ("effective", "lost", "data", "eval", "checkpoint", "setup", "load", "re
 
 
 def account(history: Sequence[AttemptHistory], *, now: float, running: bool) -> dict[str, Any]:
-    """Return seconds by part. They sum to ``wall_s``; ``rest`` is the unmeasured time of the attempts.
+    """Return the seconds of each part of the run's time, which sum to ``wall_s``.
 
+    - The part ``rest`` is the time of the attempts that was not measured.
     - ``setup_parts_s`` sum to the part ``setup``.
     - Steps are lost if a later attempt started below them.
-    - ``running`` means that the last attempt is alive.
+    - ``running`` says that the last attempt is still running.
     - Refused starts are counted in ``refused_starts`` only.
-    - Time after a run had finished is excluded from ``wall_s``. ``span_s`` includes it: it is the time from
-      the first start to the last event.
-    - If attempts overlap, or a clock went back, each second is counted once, for the earlier attempt, and
-      ``clocks_disagree`` is true.
+    - Time after a run had finished is excluded from ``wall_s``, but included in ``span_s``, the
+      time from the first start to the last event.
+    - If attempts overlap, or a clock was set back, each second is counted once, for the earlier
+      attempt, and ``clocks_disagree`` is true.
     """
     begun = [attempt for attempt in history if attempt.start is not None and not _is_refused(attempt)]
     parts = dict.fromkeys(PARTS, 0.0)
@@ -112,9 +113,10 @@ def _attempt(attempt: AttemptHistory, *, kept_to: int | None, started: float, en
 
 
 def _within(wall_s: float, parts: dict[str, float]) -> dict[str, float]:
-    """Reduce ``parts`` to a sum of ``wall_s``.
+    """Reduce ``parts`` until their sum is at most ``wall_s``.
 
-    They are longer if a clock went back, or if an earlier attempt has part of the time.
+    The sum is larger if a clock was set back, or if part of the time is counted for an earlier
+    attempt.
     """
     reduced = {name: max(0.0, seconds) for name, seconds in parts.items()}
     excess_s = sum(reduced.values()) - wall_s
@@ -127,12 +129,12 @@ def _within(wall_s: float, parts: dict[str, float]) -> dict[str, float]:
 
 
 def _setup(attempt: AttemptHistory, *, started: float, ended: float) -> dict[str, float]:
-    """Return seconds of the setup without the load, by phase; ``unfinished`` if the setup did not end."""
+    """Return the seconds of each phase of the setup without the load; ``unfinished`` if it did not end."""
     if attempt.resume is None:
         return {"unfinished": ended - started}
     measured = attempt.resume.get("setup_s", {})
     phases = {name: seconds for name, seconds in measured.items() if name != "resume"}
-    # The setup ends at the time of the event; the loop follows.
+    # The setup ends at the time of the event, when the loop begins.
     took_s = attempt.resume["time"] - started - attempt.resume.get("load_s", 0.0)
     return {**phases, "resume": took_s - sum(phases.values())}
 
@@ -167,8 +169,8 @@ def saving(
 ) -> dict[str, Any]:
     """Return checkpoint timings, the failure rate with its 95% bounds, and the resulting best intervals.
 
-    Failures and training time are those of ``interruptions``, which interval = "auto" uses too. ``wall_s`` is
-    the time of all attempts, from which the saving of another interval is computed.
+    Failures and training time are those of ``interruptions``, which interval = "auto" uses too.
+    ``wall_s`` is the time of all attempts, from which the saving of another interval is computed.
     """
     commits = [event for attempt in history for event in attempt.commits]
     failures, trained_s = _failures_so_far(history, rollbacks)
@@ -178,7 +180,8 @@ def saving(
         name: {f"p{percent}": _quantile([event[name] for event in commits], percent) for percent in (50, 99)}
         for name in ("blocking_s", "write_s", "commit_s", "total_s")
     }
-    # The overhead is missing in older ledgers, and for saves before a baseline of step times exists.
+    # The overhead is missing in older ledgers, and for saves before a baseline of step times
+    # exists.
     overheads = [max(event.get("tax_s") or 0.0, event["blocking_s"]) for event in commits]
     stall_s, lag_s = _quantile(overheads, 50), timings["total_s"]["p50"]
     interval_s = _quantile([gap for attempt in history for gap in _gaps(attempt)], 50)
@@ -206,7 +209,8 @@ def saving(
 def _expected(interval_s: float, daly_s: float, *, wall_s: float, costs: dict[str, float]) -> dict[str, Any]:
     """Return the expected overhead of saving at the measured interval and at Daly's.
 
-    A save starts only after the previous one is committed, so the interval cannot be shorter than the lag.
+    A save starts only after the previous one is committed, so the interval cannot be shorter than
+    the lag.
     """
     best_s = max(daly_s, costs["lag_s"])
     measured, best = (expected_overhead(seconds, **costs) for seconds in (interval_s, best_s))
@@ -244,12 +248,13 @@ def _restart_s(history: Sequence[AttemptHistory]) -> float:
 def interruptions(
     history: Sequence[AttemptHistory], *, resumed_at: int, rollbacks: Sequence[int] = ()
 ) -> tuple[int, float]:
-    """Return failures during training and seconds of training, over all attempts but the last, which runs.
+    """Return failures during training and seconds of training, over all attempts but the running one.
 
-    An attempt that ended in a fault or was lost is a failure. An attempt that was stopped and lost steps is
-    a failure too, because it had no time to save, unless a rollback (an attempt number in ``rollbacks``)
-    discarded them. An attempt that did not reach training is not counted: a save could not have helped it.
-    ``resumed_at`` is the step from which the running attempt resumed.
+    An attempt that ended in a fault or was lost is a failure. An attempt that was stopped and lost
+    steps is a failure too, because it had no time to save. It is not if a rollback (an attempt
+    number in ``rollbacks``) discarded these steps. An attempt that did not reach training is not
+    counted, because a save could not have helped it. ``resumed_at`` is the step from which the
+    running attempt resumed.
     """
     trained = [attempt for attempt in history if attempt.resume is not None and not attempt.is_last]
     failures, seconds = 0, 0.0

@@ -27,9 +27,9 @@ _MIN_SPACING_S, _MAX_SPACING_S = 0.05, 10.0
 class AttemptLog:
     """Measures the setup and the loop of one attempt, and writes both to the ledger.
 
-    Nothing is written before ``open``, which only rank 0 calls. Events of the loop are written on a thread
-    (``write_behind``), so that training does not wait for a slow file system. If the ledger cannot be
-    written, the run continues and ``warn`` is called once.
+    Nothing is written before ``open``, which only rank 0 calls. Events of the loop are written on a
+    thread (``write_behind``), so that training does not wait for a slow file system. If the ledger
+    cannot be written, the run continues and ``warn`` is called once.
 
     Args:
         started: start of the attempt in seconds since the epoch.
@@ -74,7 +74,7 @@ class AttemptLog:
         self.flush()
 
     def stepped(self, step: int, skipped: int) -> None:
-        """Record what is due after a step. Progress may lag by 2% of the attempt's duration, at most 10 s."""
+        """Record the events due after a step. Progress may lag by 2% of the attempt, at most 10 s."""
         if self._healthy_from is not None:
             began, before = self._healthy_from
             if step - began - (skipped - before) >= crash_loop_guard.HEALTHY_STEPS:
@@ -95,7 +95,8 @@ class AttemptLog:
     ) -> None:
         """Record the end of the attempt durably. ``kind`` is one of ``history.KINDS``.
 
-        Block for ``END_WAIT_S`` at most. Warn if events are not written by then; they are lost.
+        Block for ``END_WAIT_S`` at most. Events that are not written by then are lost, with a
+        warning.
         """
         name = type(error).__name__ if error is not None else None
         self.write(

@@ -15,15 +15,17 @@ DEATHS_FOR_SUSPICION = 2
 def without_progress(history: Sequence[AttemptHistory], *, newest_committed: int) -> list[AttemptHistory]:
     """Return the attempts that failed through their own fault since the last new commit, oldest first.
 
-    A step is new if it is above all committed steps before it. A run that was rolled back and commits the
-    same steps again makes no progress. Attempts that ended in another way neither count nor reset the row.
+    A step is new if it is above all committed steps before it. A run that was rolled back and
+    commits the same steps again makes no progress. Attempts that ended in another way neither count
+    nor reset the count.
     """
     row: list[AttemptHistory] = []
     highest = 0
     for index, attempt in enumerate(history):
         highest = max(highest, attempt.began_at or 0)
         following = [later.began_at for later in history[index + 1 :] if later.began_at is not None]
-        # The event of a commit may be lost with its node. The next attempt's start, or the disk, shows it.
+        # The event of a commit may be lost with its node. The next start, or the disk, shows the
+        # step.
         seen = following[0] if following else newest_committed
         committed = max([seen, *(event["step"] for event in attempt.commits)])
         if attempt.acknowledged or committed > highest:
@@ -37,8 +39,9 @@ def without_progress(history: Sequence[AttemptHistory], *, newest_committed: int
 def suspects(history: Sequence[AttemptHistory]) -> dict[int, str]:
     """Return steps that may have caused the end of two attempts that started from them, and the reasons.
 
-    ``blame.may_lie_in_state`` judges each end. An attempt that starts below a suspect step clears it, because
-    the step will be computed again. Users' own loops are not considered: most often their own code fails.
+    ``blame.may_lie_in_state`` decides for each end. An attempt that starts below a suspect step
+    clears the suspicion, because the step will be computed again. Users' own loops are not
+    considered, because most of their failures come from their own code.
     """
     deaths: dict[int, list[AttemptHistory]] = {}
     for attempt in history:
@@ -58,7 +61,7 @@ def suspects(history: Sequence[AttemptHistory]) -> dict[int, str]:
 
 
 def refusal(row: Sequence[AttemptHistory], *, limit: int, run_dir: str) -> str:
-    """Return the message of a refused start; empty if the run may start. ``limit`` 0 never refuses."""
+    """Return the message for a refused start; empty if the run may start, as always with ``limit`` 0."""
     if not limit or len(row) < limit:
         return ""
     reasons = "".join(f"\n  attempt {attempt.number}: {attempt.reason}" for attempt in row)

@@ -1,9 +1,9 @@
 """``ledger.jsonl``: the events of a run, one JSON object per line, append-only. Rank 0 writes it.
 
-``docs/reference/run-folder.md`` describes the events. Each line is one write, so that a kill tears at most
-the last line, which the next writer ends. ``start``, ``resume``, ``healthy``, ``end`` and ``unblock`` are
-synced to disk. Other events, such as ``progress`` and ``commit``, survive a kill of the process but not a
-crash of the node. Losing them does no harm.
+``docs/reference/run-folder.md`` describes the events. Each line is one write, so that a kill tears
+at most the last line. The next writer ends that line. ``start``, ``resume``, ``healthy``, ``end``
+and ``unblock`` are synced to disk. Other events, such as ``progress`` and ``commit``, survive a
+kill of the process but not a crash of the node. The loss of such an event does no harm.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Ledger:
 def read_events(run_dir: Path) -> list[Event]:
     """Return all events, oldest first; none without a ledger. Raises OSError.
 
-    Skip torn lines, and rows that are not events: other users may be able to write to the folder.
+    Skip torn lines, and rows that are not events, because other users may be able to write to the
+    folder.
     """
     try:
         lines = fsio.read_file(run_dir / LEDGER).split(b"\n")

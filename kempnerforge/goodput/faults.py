@@ -1,8 +1,8 @@
 """Faults that ranks record, each rank in its own file: ``faults/attempt_00003.rank_00001.txt``.
 
-The first line identifies the writer: attempt, rank, host. An exception is another line of JSON. A process
-that ends by SIGSEGV or SIGABRT cannot write: ``faulthandler`` dumps its stacks to the file from C. A file
-with only the first line means that nothing happened, and is removed.
+The first line identifies the writer: attempt, rank, host. An exception is another line of JSON. A
+process that ends by SIGSEGV or SIGABRT cannot write one, so ``faulthandler`` dumps its stacks to
+the file from C. A file with only the first line records no fault and is removed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OWN_TEXT = re.compile(
     r"|out of memory|no space left",
     re.IGNORECASE,
 )
-"""Texts of NCCL errors that are caused by this rank's GPU, memory or call."""
+"""Texts of NCCL errors whose cause is this rank's own GPU, memory or call."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FaultRecord:
     text: str
     """Type and message of the exception, or the signal."""
     by_peer: bool
-    """Whether it only reports the loss of another rank, and is not itself a cause."""
+    """Whether it is only a consequence of the loss of another rank."""
     path: str
     type_name: str = ""
     """Class of the exception; empty for a signal."""
@@ -59,7 +59,8 @@ class FaultRecord:
 def is_peer_loss(type_name: str, message: str) -> bool:
     """Return whether an exception is a consequence of the loss of another rank.
 
-    Checks for types of torch.distributed, and for texts of gloo, NCCL, its watchdog, and the c10d store.
+    It is recognized by exception types of torch.distributed, and by messages of gloo, NCCL, NCCL's
+    watchdog and the c10d store.
     """
     if _OWN_TEXT.search(message):
         return False
@@ -159,7 +160,7 @@ def _read(path: Path) -> FaultRecord | None:
     except (ValueError, KeyError, TypeError):
         host, watchdog = "", False
     common = {"attempt": int(match[1]), "rank": int(match[2]), "host": host, "path": str(path)}
-    # An exception takes precedence: NCCL's watchdog may abort the process before it has ended.
+    # An exception takes precedence: NCCL's watchdog may abort the process while it is ending.
     for line in rest.splitlines():
         try:
             body = json.loads(line)
@@ -182,8 +183,9 @@ def _read(path: Path) -> FaultRecord | None:
 def is_watchdog_abort(dump: str) -> bool:
     """Return whether a dump of ``faulthandler`` shows an abort on a thread that Python does not know.
 
-    With NCCL this is the watchdog's thread. It aborts the process if a collective failed or timed out, which
-    is how the loss of another rank appears. Its message is written to standard error only. As a drawback, a
-    CUDA error that the watchdog sees before other code raises it cannot be distinguished.
+    With NCCL this is the watchdog's thread. It aborts the process if a collective failed or timed
+    out, which is how the loss of another rank appears. It writes its message to standard error
+    only. A CUDA error that the watchdog sees before other code raises it cannot be distinguished
+    from such a loss.
     """
     return dump.startswith("Fatal Python error: Aborted") and "Current thread" not in dump

@@ -10,7 +10,7 @@ from kempnerforge.goodput.event_log import OWN_LOOP, Event, read_events
 from kempnerforge.goodput.faults import FaultRecord, read_faults
 
 KINDS = ("finished", "stopped", "deadline", "config", "fault", "lost", "blocked")
-"""``lost``: ended without a record, by SIGKILL or with its node, or because another rank did."""
+"""``lost``: ended without a record, by SIGKILL or with its node, or because another rank ended so."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class AttemptHistory:
 
     @property
     def began_at(self) -> int | None:
-        """The step that it resumed from; None if it ended before."""
+        """The step that it resumed from; None if it ended before it resumed."""
         return self.resume["step"] if self.resume else None
 
     @property
@@ -79,8 +79,8 @@ def read_history(run_dir: Path, *, rollbacks: Sequence[int] = ()) -> list[Attemp
 def last_step_done(history: Sequence[AttemptHistory], rollbacks: Sequence[tuple[int, int]] = ()) -> int:
     """Return the last step of the newest attempt that trained; 0 if none did.
 
-    ``rollbacks`` has attempt and step of each rollback. Steps that a rollback discarded do not count: they
-    were given up deliberately.
+    ``rollbacks`` has the attempt and the step of each rollback. Steps that a rollback discarded do
+    not count, because they were given up deliberately.
     """
     for attempt in reversed(history):
         if attempt.resume is not None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 
 RANK_S_PER_FAILURE = 50_000 * 3600.0
-"""Rank-seconds per failure: 419 failures in 54 days on 16,384 GPUs are 50,676 h each (The Llama 3 Herd of
-Models)."""
+"""Rank-seconds per failure. The Llama 3 Herd of Models reports 419 failures in 54 days on 16,384
+GPUs, which is one in 50,676 GPU-hours."""
 LONGEST_PRIOR_S = 24 * 3600.0
-"""Upper bound for small jobs, which end by preemption, node failures and mistakes rather than GPU faults."""
+"""Upper bound of the prior. Small jobs end by preemption, node failures and mistakes, not by GPU faults."""
 
 
 def young(stall_s: float, mtti_s: float) -> float:
-    """Return the seconds between saves by Young (1974): sqrt(2 S M)."""
+    """Return the seconds between saves by Young's formula (1974): sqrt(2 S M), for stall S and MTTI M."""
     return math.sqrt(2 * stall_s * mtti_s)
 
 
@@ -29,9 +29,9 @@ def expected_overhead(
 ) -> float:
     """Return the share of time that saving every ``interval_s`` is expected to cost.
 
-    The cost consists of stalls, lost work and restarts. First-order model:
-    1 - (1 - (restart + lag + interval / 2) / MTTI) / (1 + stall / interval), at most 1. It holds while the
-    interval is much shorter than the MTTI.
+    The cost consists of stalls, lost work and restarts. First-order model: 1 - (1 - (restart + lag
+    + interval / 2) / MTTI) / (1 + stall / interval), at most 1. It holds while the interval is much
+    shorter than the MTTI.
 
     Args:
         interval_s: time between two saves, without the stall.
@@ -52,9 +52,9 @@ def prior_mtti(num_ranks: int) -> float:
 def expected_mtti(failures: int, exposure_s: float, *, prior_s: float) -> float:
     """Return the mean time to interruption in seconds: (prior + exposure) / (1 + failures).
 
-    Failures are Poisson distributed. The prior of their rate is a Gamma distribution with shape 1 and rate
-    ``prior_s``, equivalent to one failure in that time. The result is the inverse of the posterior mean
-    (Gelman et al., Bayesian Data Analysis, 3rd ed., 2.6).
+    Failures are Poisson distributed. The prior of their rate is a Gamma distribution with shape 1
+    and rate ``prior_s``, equivalent to one failure in that time. The result is the inverse of the
+    posterior mean (Gelman et al., Bayesian Data Analysis, 3rd ed., 2.6).
     """
     return (prior_s + exposure_s) / (1 + failures)
 

@@ -52,8 +52,8 @@ class Axis:
 def linear_axis(low: float, high: float, *, ticks: int = 5, margin: float = 0.04, least: float = 0.0) -> Axis:
     """Return a linear axis that contains ``low`` to ``high``, with at most ``ticks`` ticks at round values.
 
-    ``margin`` is the space beyond both ends, as a fraction of the range; an empty range is widened.
-    ``least`` is the minimum distance of ticks; 1 for whole numbers.
+    ``margin`` is the space beyond both ends, as a fraction of the range. An empty range is widened.
+    ``least`` is the minimum distance of ticks, for example 1 for whole numbers.
     """
     space = (high - low) * margin if high > low else abs(high) / 2 or 0.5
     low, high = low - space, high + space

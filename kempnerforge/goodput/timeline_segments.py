@@ -42,9 +42,10 @@ def find_segments(attempts: Sequence[Mapping[str, Any]]) -> list[Segment]:
 
 
 def rasterize(segments: Sequence[Segment], *, wall_s: float, columns: int) -> list[tuple[int, int, str]]:
-    """Draw the run on one line of ``columns`` cells; return runs of (first cell, cell after the last, kind).
+    """Draw the run on one line of ``columns`` cells, as runs of (first cell, cell after the last, kind).
 
-    A cell has the kind that takes most of it, so the drawing is small however many segments there are.
+    A cell has the kind that takes most of it, so the drawing is small however many segments there
+    are.
     """
     width = wall_s / columns
     shares: list[dict[str, float]] = [{} for _ in range(columns)]

@@ -1,10 +1,10 @@
-"""Names, shapes and configuration of Hugging Face's Llama, converted to and from ours. No torch.
+"""Names, shapes and configuration of Hugging Face's Llama, converted to and from ours.
 
 The two differ only in the order of rows in the query and key projections. We rotate the
 neighbouring channels (2i, 2i + 1) of a head together, as Meta's weights do. Hugging Face rotates
 the channels i and i + E / 2 of a head of width E. So its row i is our row 2i, and its row i + E / 2
 is our row 2i + 1 (``permute`` in transformers' ``convert_llama_weights_to_hf.py``). Values do not
-change.
+change. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "partial_rotary_factor": (1,),
 }
-"""Keys that change the computation, and the values for which our decoder computes the same. All of them may
-be missing or null."""
+"""Keys that change the computation, and the values for which our decoder computes the same. All of
+them may be missing or null."""
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -81,7 +81,7 @@ class HfTensor:
     hf_name: str
     shape: tuple[int, ...]
     row_order: tuple[int, ...] = ()
-    """In every len(row_order) rows, their row i is our row row_order[i]. Empty: the same order."""
+    """In each block of len(row_order) rows, their row i is our row row_order[i]. Empty: the same order."""
 
 
 def tensor_map(config: ModelConfig) -> list[HfTensor]:
@@ -164,7 +164,7 @@ def to_hf_config(config: ModelConfig, *, dtype: str, eos_token_id: int | None) -
 def from_hf_config(hf: Mapping[str, Any], *, where: str) -> ModelConfig:
     """Return the model that a ``config.json`` describes. ``where`` is its path, for errors.
 
-    Raises ConfigError with every reason why it is not a Llama that our decoder computes.
+    Raises ConfigError with every reason why our decoder cannot compute the model.
     """
     issues = _architecture_issues(hf)
     given = {key: value for key, value in hf.items() if value is not None}

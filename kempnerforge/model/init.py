@@ -84,8 +84,8 @@ def block_generator(seed: int, name: str, block: int) -> torch.Generator:
     """Return the CPU generator of one block, seeded by an xxh3-64 of its coordinates.
 
     torch's CPU generator (mt19937) uses the low 32 bits of a seed: two of n blocks share a stream
-    with a probability of about n**2 / 2**33, which is 1 in 10**6 for a hundred million weights. It
-    would do no harm.
+    with a probability of about n**2 / 2**33, which is 1 in 10**6 for a hundred million weights. A
+    shared stream would do no harm.
     """
     key = xxhash.xxh3_64_intdigest(f"{seed}\0{name}\0{block}".encode())
     return torch.Generator(device="cpu").manual_seed(key)

@@ -31,10 +31,11 @@ SAVED_OPS = frozenset(
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
     }
 )
-"""Operations whose outputs "selective" keeps: those that cost the most to recompute, which are matrix
-products and fused attention (torchtitan's choice, which also drops every second product), and those that
-tensor parallelism sums over ranks. Norms, rotations and activations are recomputed. So is attention where no
-fused kernel applies, because its products (``bmm``) have T x T elements."""
+"""Operations whose outputs "selective" keeps: matrix products and fused attention, which cost the
+most to recompute, and the outputs that tensor parallelism sums over ranks. (torchtitan makes the
+same choice, but recomputes every second product.) Norms, rotations and activations are recomputed.
+So is attention where no fused kernel applies, because its products (``bmm``) have T x T
+elements."""
 
 
 class RotaryEmbedding(nn.Module):

@@ -64,7 +64,7 @@ def box_of(
 
 
 def _split_order(tensor_dim: int, mesh_shape: Sequence[int], placements: Sequence[Placement]) -> list[int]:
-    """Return the mesh dimensions that split ``tensor_dim``, in the order in which they do."""
+    """Return the mesh dimensions that split ``tensor_dim``, in the order in which they split it."""
     order: list[int] = []
     for mesh_dim in reversed(range(len(placements))):
         placement = placements[mesh_dim]

@@ -20,7 +20,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The stages that one rank holds, and the shapes of what passes through them."""
+    """The stages that one rank holds, and the microbatches that pass through them."""
 
     parts: Sequence[Llama]
     """The stages of this rank, in order. They keep the parameter names of the whole model."""

@@ -1,8 +1,9 @@
 """Tensor parallelism: the matrices of each layer are sharded, and activations between them by position.
 
-Megatron-LM (arXiv:1909.08053) with sequence parallelism (arXiv:2205.05198): a rank has some of the
-heads and of the feed-forward width, and between those modules some of the positions. Ranks
-communicate twice per layer in the forward and in the backward.
+The method is that of Megatron-LM (arXiv:1909.08053) with sequence parallelism (arXiv:2205.05198).
+In the attention and feed-forward modules a rank computes some of the heads and some of the
+feed-forward width. Between these modules it computes some of the positions. Ranks communicate twice
+per layer in the forward and twice in the backward.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def tensor_parallel(model: Llama, mesh: DeviceMesh) -> None:
     ``w3``, the embedding and the output layer), sharded by columns (``wo``, ``w2``), or replicated
     (the norms). Inputs and outputs of blocks and stages are plain tensors: [B, T / ranks, D].
     Logits are DTensors sharded over the vocabulary, for a loss that is computed on the shards
-    (``loss_parallel``). ``rules.tensor_parallel_fits`` rejects sizes that do not divide, except the
-    vocabulary, whose shards may be uneven.
+    (``loss_parallel``). ``rules.tensor_parallel_fits`` rejects sizes that do not divide evenly.
+    Only the vocabulary may have uneven shards.
 
     Not collective for a model on the meta device.
     """

@@ -1,10 +1,11 @@
 """Estimate the memory that a forward pass keeps for the backward pass.
 
-The method follows Korthikanti et al. 2022 ("Reducing activation recomputation in large transformer models",
-arXiv:2205.05198, section 4): sum up what autograd saves. The terms differ from theirs, because this decoder
-has SwiGLU, grouped-query heads, fused attention (no T x T matrix) and no dropout. The table lists elements
-per token and layer. D is the model width, Q and K are the total widths of query and key heads, F is the
-feed-forward width, and t is the number of tensor-parallel ranks (with sequence parallelism):
+The method follows Korthikanti et al. 2022 ("Reducing activation recomputation in large transformer
+models", arXiv:2205.05198, section 4): sum up what autograd saves. The terms differ from the
+paper's, because this decoder has SwiGLU, grouped-query heads, fused attention (no T x T matrix) and
+no dropout. The table lists elements per token and layer. D is the model width, Q and K are the
+total widths of query and key heads, F is the feed-forward width, and t is the number of
+tensor-parallel ranks (with sequence parallelism):
 
 =====================  =======================================================================================
 checkpointing          kept
@@ -17,9 +18,10 @@ selective, compiled    as above with D instead of 2D: the last product is not ne
 full                   D/t
 =====================  =======================================================================================
 
-An element has 2 bytes with "bf16" and 4 with "fp32". Attention adds an fp32 number per head, and each norm
-adds one per token (as CUDA's fused kernel does; on the CPU, norms keep fp32 copies). Tests compare the rows
-with autograd for t = 1. They test compiled layers on the CPU, where the partitioner decides what is kept.
+An element has 2 bytes with "bf16" and 4 with "fp32". Attention adds an fp32 number per head, and
+each norm adds one per token (as CUDA's fused kernel does; on the CPU, norms keep fp32 copies).
+Tests compare the rows with autograd for t = 1. They test compiled layers on the CPU, where the
+partitioner decides what is kept.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The size of a checkpoint, and the host memory in which ranks stage their part of it.
 
-Sizes of tensors are exact: three fp32 copies and a counter per parameter, and the random number generators
-of every rank. Headers, index and manifest follow ``docs/reference/checkpoint-format.md``. Headers are padded
-to pages, so the size of the files may be off by 4 kB per rank.
+Sizes of tensors are exact: three fp32 copies and a counter per parameter, and the random number
+generators of every rank. Headers, index and manifest follow
+``docs/reference/checkpoint-format.md``. Headers are padded to pages, so the size of the files may
+be off by 4 kB per rank.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ FP32 = 4
 COPIES = ("model", "exp_avg", "exp_avg_sq")
 """The weight and AdamW's moments, each with the parameter's shape."""
 RNG_BYTES = 10_112
-"""State of a rank's generators with CUDA; 16 bytes fewer without."""
+"""State of a rank's random number generators with CUDA; 16 bytes fewer without."""
 ALIGNMENT = 4096
 DIGEST_UNIT_BYTES = 16 * 2**20
 OTHER_FILES = 4
@@ -60,8 +61,9 @@ def checkpoint_size(job: JobConfig, geometry: ParallelDims) -> CheckpointSize:
 def staged_bytes(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> int:
     """Return the host memory of the rank that stages the most at ``pp_rank``, without headers.
 
-    Ranks with the same bytes divide the writing, so each stages a part of its tensors. Tensors are not
-    split for this, so the result is at least the size of the rank's largest tensor.
+    Ranks that hold the same bytes divide the writing among them, so each stages only some of its
+    tensors. Tensors are not split for this, so the result is at least the size of the rank's
+    largest tensor.
     """
     stages = stages_of(make_stages(job.model, job.distributed), pp_rank, geometry.pp)
     parameters = [parameter for stage in stages for parameter in stage_parameters(job.model, stage)]

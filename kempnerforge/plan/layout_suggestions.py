@@ -27,7 +27,7 @@ class Nearest:
     """Possible layouts and numbers of processes."""
 
     overrides: tuple[tuple[str, ...], ...]
-    """Sets of arguments, each of which makes the file fit this number of processes."""
+    """Sets of arguments. Each set makes the file fit this number of processes."""
     world_sizes: tuple[int, ...]
     """Numbers of processes that the file fits without changes."""
 

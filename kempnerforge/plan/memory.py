@@ -1,11 +1,12 @@
-"""Device memory of a rank: its permanent state (exact), and the peak of temporary memory (an estimate).
+"""Device memory of a rank: its permanent state (exact) and the peak of temporary memory (estimated).
 
-The permanent state is the weights and AdamW's two moments, in fp32 and sharded. FSDP pads every shard to the
-length of the largest. Temporary memory is computed for every moment of a step that may be the peak
-(``plan.moments``), and the largest sum is used. Tests compare it with the live tensors of real steps.
+The permanent state is the weights and AdamW's two moments, in fp32 and sharded. FSDP pads every
+shard to the length of the largest. Temporary memory is computed for every moment of a step that may
+be the peak (``plan.moments``), and the largest sum is used. Tests compare it with the live tensors
+of real steps.
 
-The sum does not include the CUDA context, NCCL's buffers and fragmentation. ``RESERVED_SHARE`` of a device
-is reserved for them.
+The sum does not include the CUDA context, NCCL's buffers and fragmentation. ``RESERVED_SHARE`` of a
+device is reserved for them.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ class DeviceMemory:
     activations: int
     """Activations of all microbatches in flight, with their logits."""
     buffers: int
-    """Receive buffers of the pipeline: torch has one per microbatch of the step and direction."""
+    """Receive buffers of the pipeline: torch allocates one per microbatch and direction."""
     working: int
     """Temporaries of the loss, of a layer in its backward pass, or of the optimizer."""
     peak: str
-    """The moment of the peak, as ``plan.moments`` names it."""
+    """Name of the moment of the peak, see ``plan.moments``."""
 
     @property
     def total(self) -> int:

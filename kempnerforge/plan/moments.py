@@ -1,24 +1,27 @@
 """The moments of a step at which device memory may peak, and the memory at each of them.
 
-Without a pipeline, a rank gathers one layer at a time. FSDP2 frees all weights after their forward pass,
-including those of the root (embedding, final norm, output layer). Six moments can be the peak:
+Without a pipeline, a rank gathers one layer at a time. FSDP2 frees all weights after their forward
+pass, including those of the root (embedding, final norm, output layer). Six moments can be the
+peak:
 
 - the **loss**: all activations, and fp32 copies of the logits.
-- the **head**: the gradient of the logits, the root's weights, which are gathered again, and the gradient of
-  the output layer.
-- a **layer's backward pass**: the activations of this layer and of those below it, its temporaries, its
-  unsharded weights, those being gathered for the next layer, and its unsharded gradients.
-- the **reduction** of its gradients: they are copied to fp32 buffers, two of which are alive at once.
-- the **end**: the gradients of the root are being reduced, and those of all layers exist.
-- the **update**: all gradients, and temporaries of an optimizer that is not fused.
+- the **head**: the gradient of the logits, the root's weights, which are gathered again, and the
+  gradient of the output layer.
+- a **layer's backward pass**: the activations of this layer and of those below it, its temporaries,
+  its unsharded weights, those being gathered for the next layer, and its unsharded gradients.
+- the **reduction** of its gradients: two fp32 buffers to which gradients are copied exist at once.
+- the **end**: the gradients of the root, which are being reduced, and those of all layers.
+- the **update**: all gradients, and the temporaries of an optimizer that is not fused.
 
-Stages of ``torch.distributed.pipelining`` reduce gradients once, after the last microbatch. Until then all
-their weights remain gathered, and unsharded fp32 gradients accumulate from the first backward pass on. Every
-microbatch keeps its activations between its forward and its backward pass, and on the last stage also its
-logits and their log-probabilities. Therefore the schedule is simulated action by action.
+Stages of ``torch.distributed.pipelining`` reduce gradients once, after the last microbatch. Until
+then all their weights remain gathered, and unsharded fp32 gradients accumulate from the first
+backward pass on. Every microbatch keeps its activations between its forward and its backward pass,
+and on the last stage also its logits and their log-probabilities. Therefore this module simulates
+the schedule action by action.
 
-A pipeline's **validation** needs no gradients. Its schedule has its own receive buffers, in addition to those
-of training, and keeps the outputs of every stage until the last microbatch has passed.
+A pipeline's **validation** needs no gradients. Its schedule has its own receive buffers, in
+addition to those of training, and keeps the outputs of every stage until the last microbatch has
+passed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Microbatches in flight and idle time of pipeline schedules.
 
-The schedules are those of ``torch.distributed.pipelining``. The bubble is that of Narayanan et al. 2021
-("Efficient large-scale language model training on GPU clusters using Megatron-LM", arXiv:2104.04473, section
-2.2), as a fraction of the total time: with p ranks, m microbatches and v stages per rank, it is
-(p - 1) / (v m + p - 1).
+The schedules are those of ``torch.distributed.pipelining``. The bubble is that of Narayanan et al.
+2021 ("Efficient large-scale language model training on GPU clusters using Megatron-LM",
+arXiv:2104.04473, section 2.2), as a fraction of the total time: with p ranks, m microbatches and v
+stages per rank, it is (p - 1) / (v m + p - 1).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def microbatch_size(distributed: DistributedConfig, train: TrainConfig) -> int:
 def in_flight(distributed: DistributedConfig, microbatches: int, pp_rank: int) -> int:
     """Return the maximum number of (stage, microbatch) pairs whose activations a rank keeps at once.
 
-    1F1B starts as many as there are ranks from this one to the end. GPipe starts all of them. Before its
-    first backward pass, interleaved 1F1B runs one round of microbatches through all but one of its stages,
-    and two for every rank after it.
+    With 1F1B, this is the number of ranks from this one to the last. With GPipe, it is all
+    microbatches. Interleaved 1F1B keeps one round of microbatches in all but one of the rank's
+    stages, two more for every later rank, and one more.
     """
     pp, schedule = distributed.pp, distributed.pp_schedule
     if pp == 1:
@@ -46,7 +46,7 @@ def schedule_order(distributed: DistributedConfig, microbatches: int, pp_rank: i
     total = microbatches * stages
     if distributed.pp_schedule == "gpipe":
         return [(True, 0)] * total + [(False, 0)] * total
-    # Forward passes of 1F1B before the first backward pass; interleaved, one fewer than are in flight.
+    # Forward passes before the first pair of 1F1B; if interleaved, one fewer than are in flight.
     ahead = in_flight(distributed, microbatches, pp_rank)
     if stages > 1:
         a_round = microbatches // max(1, microbatches // pp)

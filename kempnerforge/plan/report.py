@@ -17,16 +17,16 @@ from kempnerforge.plan.tensors import local_numel, stage_parameters
 
 @dataclass(frozen=True)
 class PipelineRank:
-    """Contents and memory of the ranks at one position of the pipeline, the only one without a pipeline."""
+    """Contents and memory of the ranks at one position of the pipeline; without a pipeline, of all ranks."""
 
     first_rank: int
     last_rank: int
-    """The ranks are consecutive."""
+    """The ranks from ``first_rank`` to this one are at this position."""
     stages: tuple[Stage, ...]
     parameters: int
     """Exact number of parameters of the rank with the most."""
     in_flight: int
-    """Maximum number of (stage, microbatch) pairs with activations at once."""
+    """Maximum number of (stage, microbatch) pairs whose activations exist at once."""
     memory: DeviceMemory
     staged_bytes: int
     """Host memory of the rank that stages the most for a checkpoint."""

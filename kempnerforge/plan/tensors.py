@@ -45,7 +45,7 @@ def _tp_dim(name: str, shape: tuple[int, ...]) -> int | None:
 def outer_parameters(model: ModelConfig, stage: Stage) -> list[Parameter]:
     """Return the parameters of a stage outside its layers: embedding, final norm, output layer.
 
-    Tables are sharded by row.
+    Embedding and output layer are sharded by row.
     """
     table = (model.vocab_size, model.dim)
     parameters = []

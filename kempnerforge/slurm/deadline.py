@@ -1,4 +1,4 @@
-"""The time at which SLURM ends this job: from the environment, and from ``squeue``, which knows updates."""
+"""The time at which SLURM ends this job, from the environment, updated by queries of ``squeue``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kempnerforge.slurm import job as slurm_job
 from kempnerforge.slurm.job import SlurmError, SlurmJob
 
 QUERY_INTERVAL_S = 60.0
-"""``scontrol update EndTime`` can change the end of a running job."""
+"""Time between queries, because ``scontrol update EndTime`` can change the end of a running job."""
 
 
 def end_in_environment(environ: Mapping[str, str]) -> float | None:
-    """Return ``SLURM_JOB_END_TIME`` in Unix time; None if it is not set (SLURM before 23.02)."""
+    """Return ``SLURM_JOB_END_TIME``, which is Unix time; None if it is not set (SLURM before 23.02)."""
     text = environ.get("SLURM_JOB_END_TIME", "")
     return float(text) if text.isdecimal() else None
 
@@ -45,8 +45,8 @@ class JobEnd:
         self.problem = (
             "SLURM_JOB_END_TIME is in the past, perhaps from another job, and is ignored" if is_past else ""
         )
-        """Why the end is uncertain, for example because the last ``squeue`` failed. The last known end still
-        applies."""
+        """Why the end is uncertain, for example because the last ``squeue`` failed. The last known
+        end still applies."""
         self._handle = job.handle
         self._environ = dict(environ)
         self._closed = threading.Event()

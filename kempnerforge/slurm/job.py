@@ -17,7 +17,7 @@ from kempnerforge.process_identity import restart_count
 _QUERY_TIMEOUT_S = 60.0
 """A busy controller answers late. SLURM's own clients retry within this time."""
 _USABLE = r"(idle|mixed|allocated|completing|reserved|planned)[-+#~%@^!]?"
-"""States of nodes on which jobs can start, now or later. A trailing ``*`` would mark an unresponsive node."""
+"""States of nodes on which jobs can start, now or later. A trailing ``*`` marks an unresponsive node."""
 _NO_VALUE = ("(null)", "None", "N/A", "Unknown")
 
 
@@ -29,7 +29,7 @@ _OF_A_JOB = re.compile(
     "SLURM_(?!CONF$).*|SLURMD_.*|SRUN_.*|PMI.*|TORCHELASTIC_.*|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)"
     "|ROLE_NAME|GROUP_WORLD_SIZE|MASTER_(ADDR|PORT)"
 )
-"""Variables of a job, of a job step, or of a rank."""
+"""Environment variables that belong to a job, a job step, or a rank."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from kempnerforge.slurm.job import SlurmError, parse_facts, query
 from kempnerforge.slurm.script import option_value
 
 BEFORE_KILL_S = 5
-"""A run that does not stop ends itself this long before SLURM kills it, so that its stacks are written."""
+"""A run that does not stop in time ends itself this long before SLURM kills it, after writing its stacks."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def query_grace(sbatch_options: Sequence[str]) -> Grace | None:
 def parse_grace(config: str, partitions: str, partition: str) -> Grace | None:
     """Parse the output of ``scontrol``. Return the shortest times of several partitions.
 
-    ``partition`` has their names, separated by commas; empty means the default one. Return None if one of
-    them is unknown.
+    ``partition`` has their names, separated by commas; empty means the default one. Return None if
+    one of them is unknown.
     """
     kill_wait = re.search(r"^KillWait\s*=\s*(\d+)", config, re.MULTILINE)
     by_name = {facts["PartitionName"]: facts for facts in map(parse_facts, partitions.splitlines()) if facts}

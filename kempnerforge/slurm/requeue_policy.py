@@ -46,19 +46,22 @@ def decide(
     """Decide whether to requeue the job.
 
     Args:
-        job_state: state in ``squeue``. Any state but RUNNING means that SLURM itself is ending the job: it
-            was cancelled, or is already being requeued.
-        status: the exit status that this attempt recorded in the run's folder; None if it recorded none.
+        job_state: state in ``squeue``. Any state but RUNNING means that SLURM itself is ending the
+            job: it was cancelled, or is already being requeued.
+        status: the exit status that this attempt recorded in the run's folder; None if it recorded
+            none.
         reason: the recorded reason.
-        stop_requested_by: how SLURM requested a stop, if the job can detect it; empty without a request.
+        stop_requested_by: how SLURM requested a stop, if the job can detect it; empty without a
+            request.
         lost_nodes: nodes of the job that SLURM considers lost.
         faulty_nodes: nodes of the job in faults that this attempt recorded. The crash-loop guard
             (status 76) limits how often a run without progress is requeued because of them.
-        lost_in_a_row: number of newest attempts that committed nothing and ended without a record, or with
-            a rank that did; None if this one ended differently. SLURM detects a dead node only minutes later,
-            so a single such end is a reason to requeue. The crash-loop guard does not count them, so several
-            are a reason to stop.
-        may_requeue: whether SLURM permits it. After a job with --no-requeue, the next job of a chain resumes.
+        lost_in_a_row: number of newest attempts that committed nothing and ended without a record,
+            or with a rank that did; None if this one ended differently. SLURM detects a dead node
+            only minutes later, so a single such end is a reason to requeue. The crash-loop guard
+            does not count them, so several are a reason to stop.
+        may_requeue: whether SLURM permits it. After a job with --no-requeue, the next job of a
+            chain resumes.
     """
     decision = _decide(
         job_state, status, reason, stop_requested_by, tuple(lost_nodes), tuple(faulty_nodes), lost_in_a_row
@@ -92,7 +95,8 @@ def _decide(
             return Decision(False, end, f"it was stopped by hand ({reason})")
         return Decision(True, end, "the run is not finished", bad)
     if stop_requested_by:
-        # The signal came before the trainer could handle signals, or broke a collective. Commits are kept.
+        # The signal came before the trainer could handle signals, or broke a collective. Commits
+        # are kept.
         return Decision(True, end, f"a stop was requested ({stop_requested_by})", bad)
     if lost_nodes:
         return Decision(True, end, f"it lost {', '.join(lost_nodes)}", bad)

@@ -1,8 +1,9 @@
 """The console sink: a progress line on a terminal, plain lines otherwise.
 
-All output of a run is printed through it. On a terminal the progress line is rewritten in place, and all
-other lines are printed above it. This uses two control codes instead of rich's live display, which hides the
-cursor and captures stdout: a killed run must not leave the terminal in a changed state.
+All output of a run is printed through it. On a terminal the progress line is rewritten in place,
+and all other lines are printed above it. This uses two control codes instead of rich's live
+display, which hides the cursor and captures stdout: a killed run must not leave the terminal in a
+changed state.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ETA_WINDOW_STEPS = 50
 
 
 class ConsoleSink:
-    """Prints rows as text, and decides which rows are worth a line.
+    """Prints rows as text, and selects the rows that get a line.
 
     A closed pipe, or a full disk behind stdout, never stops the run.
 

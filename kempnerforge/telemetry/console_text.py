@@ -1,4 +1,4 @@
-"""Format rows as readable lines. Pure functions: no terminal, no clock."""
+"""Format rows as readable lines. The functions use neither a terminal nor a clock."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kempnerforge.telemetry.sinks import Row
 
 
 def train_fields(row: Row, eta_s: float | None) -> list[str]:
-    """Return the fields of a training line after the step, for the metrics that the row has.
+    """Return the fields that follow the step in a training line, for the metrics that the row has.
 
     Args:
         row: may have ``train/loss``, ``train/grad_norm``, ``train/lr``, ``train/tokens_per_s`` and
@@ -70,7 +70,7 @@ def si_bytes(size_bytes: float) -> str:
 
 
 def seconds(value_s: float) -> str:
-    """Return ``0.08 s`` or ``12.3 s``; from two minutes on, see ``duration``."""
+    """Return ``0.08 s`` or ``12.3 s``; from two minutes on, the result of ``duration``."""
     if value_s >= 120:
         return duration(value_s)
     return f"{value_s:.1f} s" if value_s >= 10 else f"{value_s:.2f} s"

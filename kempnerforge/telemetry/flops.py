@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-# Dense bf16 peaks in FLOP/s, without structured sparsity: half of the sparse figure if the datasheet has no
-# other. The first pattern that matches the name is used, so variants precede the plain name.
+# Dense bf16 peaks in FLOP/s, without structured sparsity: half of the sparse figure if the
+# datasheet gives only that one. The first pattern that matches the name is used, so variants
+# precede the plain name.
 _PEAK_BF16 = tuple(
     (re.compile(pattern), peak)
     for pattern, peak in (
@@ -31,8 +32,9 @@ _PEAK_BF16 = tuple(
 def peak_bf16_flops(device_name: str) -> float | None:
     """Return the peak dense bf16 FLOP/s of a device by the name that its driver reports, or None if unknown.
 
-    ``device_name`` is the result of ``torch.cuda.get_device_name()``, such as ``"NVIDIA H100 80GB HBM3"``.
-    The peak of a MIG slice is unknown, because it is a fraction of the named device.
+    ``device_name`` is the result of ``torch.cuda.get_device_name()``, such as
+    ``"NVIDIA H100 80GB HBM3"``. The peak of a MIG slice is unknown, because it is a fraction of the
+    named device.
     """
     if re.search(r"\bMIG\b", device_name):
         return None
@@ -45,8 +47,8 @@ def peak_bf16_flops(device_name: str) -> float | None:
 def mfu(tokens_per_s: float, flops_per_token: float, num_devices: int, peak: float) -> float:
     """Return the model FLOPs utilization: FLOP/s that the model needs, divided by the peak FLOP/s.
 
-    Defined by Chowdhery et al. 2022 (PaLM), appendix B. Recomputation by activation checkpointing does not
-    count.
+    Defined by Chowdhery et al. 2022 (PaLM), appendix B. Recomputation by activation checkpointing
+    does not count.
 
     Args:
         tokens_per_s: throughput of the whole run.

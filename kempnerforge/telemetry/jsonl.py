@@ -1,15 +1,17 @@
 """``metrics.jsonl``: append-only, one JSON object per line, readable after a kill at any instant.
 
-A row is ``{"step": 12, "attempt": 2, "time": 1764000000.25, "train/loss": 2.3412345678901234, ...}``.
-Floats are written with ``repr``, so that reading returns the same bits. JSON cannot represent non-finite
-floats: they are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"`` (as in protobuf's JSON
-mapping and in wandb), and ``read_rows`` converts them back to floats. A step that was skipped because of its
-loss therefore shows that loss. A missing key means that a value was not measured.
+A row is ``{"step": 12, "attempt": 2, "time": 1764000000.25, "train/loss": 2.341234567890, ...}``.
+Floats are written with ``repr``, so that reading returns the same bits. JSON cannot represent
+non-finite floats. They are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"`` (as
+in protobuf's JSON mapping and in wandb), and ``read_rows`` converts them back to floats. A step
+that was skipped because of its loss therefore shows that loss. A missing key means that a value was
+not measured.
 
-Rows are written on a thread (``write_behind``), so that training does not wait for a slow file system. On a
-fast one, a row is written when ``write`` returns. Each line is a single ``write`` to an ``O_APPEND``
-descriptor, so that a kill leaves at most one torn line, the last one. The next writer ends that line before
-its first row. No prefix of a JSON object is a JSON object: a torn line cannot be mistaken for a row.
+Rows are written on a thread (``write_behind``), so that training does not wait for a slow file
+system. On a fast one, a row is written when ``write`` returns. Each line is a single ``write`` to
+an ``O_APPEND`` descriptor, so that a kill leaves at most one torn line, the last one. The next
+writer ends that line before its first row. A torn line cannot be mistaken for a row, because no
+prefix of a JSON object is a JSON object.
 """
 
 from __future__ import annotations
@@ -97,9 +99,9 @@ class RowsRead(NamedTuple):
     """The result of ``read_rows``."""
 
     rows: list[dict[str, Any]]
-    """In the order of the file."""
+    """Rows in the order of the file."""
     torn: int
-    """Number of lines that are not rows: at most one per killed writer, and lines of others."""
+    """Number of lines that are not rows: at most one per killed writer, and lines that others wrote."""
 
     def next_step(self, first_attempt: int = 0) -> int:
         """Return 1 + the newest step logged by ``first_attempt`` or a later attempt; 0 without rows."""
@@ -134,13 +136,13 @@ def read_rows(path: Path, *, having: str = "") -> RowsRead:
 def effective_rows(rows: Sequence[Row], resumes: Mapping[int, int]) -> list[Row]:
     """Return the rows of the final timeline, in order: those that an uninterrupted run would have logged.
 
-    A row (attempt, step) is dropped if a later attempt resumed below that step, because the step was then
-    repeated or rolled back.
+    A row (attempt, step) is dropped if a later attempt resumed below that step, because the step
+    was then repeated or rolled back.
 
     Args:
         rows: rows with ``attempt`` and ``step``, such as ``read_rows(path).rows``.
-        resumes: attempt -> the step it resumed from; 0 for a fresh start. Attempts that ended before they
-            selected a step are missing.
+        resumes: attempt -> the step it resumed from; 0 for a fresh start. Attempts that ended
+            before they selected a step are missing.
     """
     last = {attempt: last_step_that_counts(attempt, resumes) for attempt in {row["attempt"] for row in rows}}
     return [row for row in rows if row["step"] <= last[row["attempt"]]]
@@ -152,7 +154,7 @@ def last_step_that_counts(attempt: int, resumes: Mapping[int, int]) -> float:
 
 
 def by_step(rows: Iterable[Row]) -> dict[int, dict[str, Any]]:
-    """Merge rows into one per step, ordered by step; later values win. wandb cannot go back to a step."""
+    """Merge rows into one per step, ordered by step, as wandb requires. Later values win."""
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
         merged.setdefault(row["step"], {}).update(row)

@@ -24,7 +24,7 @@ class Sink(Protocol):
 
 
 class SinkSet:
-    """Writes every row to all sinks. Other ranks than 0 have an empty set, so the loop needs no rank test."""
+    """Writes every row to all sinks. Ranks other than 0 have no sinks, so the loop needs no rank test."""
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = tuple(sinks)

@@ -1,8 +1,8 @@
-"""Time the parts of a step, by the clock of the host or of the device.
+"""Time the parts of a step, with the clock of the host or of the device.
 
-CUDA work is queued, and the host's clock would time only the queueing. On CUDA a span therefore records two
-events on the current stream. ``collect`` resolves them after the step's own synchronization (the copy of the
-loss to the host), so that timing adds no synchronization.
+CUDA work is queued, and the host's clock would time only the queueing. On CUDA a span therefore
+records two events on the current stream. ``collect`` resolves them after the step's own
+synchronization (the copy of the loss to the host), so that timing adds no synchronization.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Spans:
 
         Args:
             name: name of the span, such as ``forward_backward``.
-            host: use the host's clock even on CUDA, for work without the device, such as waiting for data,
-                or for a whole step that ends in a synchronization.
+            host: use the host's clock even on CUDA, for work without the device, such as waiting
+                for data, or for a whole step that ends in a synchronization.
         """
         self._on_enter(name)
         if self._device is not None and not host:
@@ -49,7 +49,8 @@ class Spans:
     def collect(self) -> dict[str, float]:
         """Return the seconds since the last ``collect`` as ``time/<name>_s``, and reset all timers.
 
-        On CUDA this waits for the end of the last span, which has been reached if the step has synchronized.
+        On CUDA this waits for the end of the last span, which has been reached if the step has
+        synchronized.
         """
         seconds = self._host_s
         self._host_s = {}

@@ -1,11 +1,13 @@
 """Read the wandb files of offline attempts: one folder per attempt, ``wandb/offline-run-*``.
 
-A kill loses what the client has not written yet: the newest step, which it keeps open, and the rows of the
-last half second. wandb accepts no step below its newest one. If an attempt skipped all steps that earlier
-attempts logged, the lost steps would be missing. Therefore it reads here which steps are on disk.
+A kill loses what the wandb client has not written yet: the newest step, which it keeps open, and
+the rows of the last half second. wandb accepts no step below its newest one. If an attempt skipped
+all steps that earlier attempts logged, the lost steps would be missing. Therefore an attempt uses
+this module to find out which steps are on disk.
 
-The ``.wandb`` file of a fragment is a log in LevelDB's format after a header of 7 bytes. Its records are
-wandb's protocol buffers. A partial record at the end of a log is ignored, as by ``wandb sync``.
+The ``.wandb`` file of a fragment is a log in LevelDB's format after a header of 7 bytes. Its
+records are wandb's protocol buffers. A partial record at the end of a log is ignored, as
+``wandb sync`` does.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ def mark(fragment: Path, attempt: int) -> None:
 def first_missing_step(run_dir: Path, run_id: str, attempt: int, newest_steps: Mapping[int, int]) -> int:
     """Return 1 + the newest step that attempts before ``attempt`` wrote to disk or may have uploaded.
 
-    ``newest_steps`` maps an attempt to the newest step that it logged. It is used for attempts without a
-    fragment: online attempts, and those whose fragment was uploaded and removed.
+    ``newest_steps`` maps an attempt to the newest step that it logged. It is used for attempts
+    without a fragment: online attempts, and those whose fragment was uploaded and removed.
 
-    Raises OSError, ValueError or ImportError if the files differ from those of this version of wandb.
+    Raises OSError, ValueError or ImportError if the files differ from those of this version of
+    wandb.
     """
     newest, known = -1, {attempt}
     for fragment in sorted(Path(run_dir, "wandb").glob(f"offline-run-*-{run_id}"), reverse=True):

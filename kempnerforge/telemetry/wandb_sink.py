@@ -1,14 +1,16 @@
 """Log rows to Weights & Biases: one wandb run for all attempts. Failures of wandb never stop training.
 
-Without an API key the client would fail or prompt for one, so ``online`` becomes ``offline``. If the server
-does not answer, the attempt is logged offline too: compute nodes often have the key but no internet access.
+Without an API key the client would fail or prompt for one, so ``online`` becomes ``offline``. If
+the server does not answer, the attempt is logged offline too: compute nodes often have the key but
+no internet access.
 
-wandb has one row per step. Online, it ignores a step below its newest one. Offline, every attempt writes its
-own fragment, and ``wandb sync`` appends the fragments in order of time and renumbers steps that are not above
-the newest one. Therefore this sink skips the steps that an attempt repeats after it resumed from a
-checkpoint, and logs this once. (Fragments are appended because they are written with ``resume``. Without it,
-the upload of the second fragment would overwrite the first.) A kill loses rows that the client has not
-written or sent. The next attempt logs them again from ``metrics.jsonl`` (``catch_up``).
+wandb has one row per step. Online, it ignores a step below its newest one. Offline, every attempt
+writes its own fragment (a folder with its rows). ``wandb sync`` appends the fragments in order of
+time and renumbers steps that are not above the newest one. Therefore this sink skips the steps that
+an attempt repeats after it resumed from a checkpoint, and logs this once. (Fragments are appended
+because they are written with ``resume``. Without it, the upload of the second fragment would
+overwrite the first.) A kill loses rows that the client has not written or sent. The next attempt
+logs them again from ``metrics.jsonl`` (``catch_up``).
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ class WandbSink:
         attempt: number of this start of the run, from 1.
         place: where this attempt runs: ``hosts``, and in a SLURM job its id and restart count.
         first_new_step: 1 + the newest step that earlier attempts have logged under ``run_id``
-            (``read_rows(...).next_step(...)``). Rows below it are skipped until ``catch_up`` has read which
-            steps are on disk. Online, the server's newest step is used instead.
+            (``read_rows(...).next_step(...)``). Rows below it are skipped until ``catch_up`` has
+            read which steps are on disk. Online, the server's newest step is used instead.
         note: called with a line that says where the rows are logged.
         warn: called once if wandb cannot be used, or fails later.
     """
@@ -108,8 +110,9 @@ class WandbSink:
     def catch_up(self, earlier: Callable[[], Earlier]) -> None:
         """Log the rows of earlier attempts that wandb may not have. Call this before the first ``write``.
 
-        The end of a job also ends wandb's process, which loses the rows that it has not sent or, offline,
-        not written. They must be logged first, because wandb accepts no step below its newest one.
+        The end of a job also ends wandb's process, which loses the rows that it has not sent or,
+        offline, not written. They must be logged first, because wandb accepts no step below its
+        newest one.
         """
         self._guarded(lambda run: self._log_missing(run, earlier()))
 
@@ -150,7 +153,7 @@ class WandbSink:
 
     def _start(self, identity: dict[str, Any]) -> Any:
         try:
-            # Imported here: it takes about a second, which runs without wandb do not need.
+            # Imported here, because it takes about a second and most runs do not use wandb.
             import wandb
 
             settings = wandb.setup(wandb.Settings(silent=True)).settings
@@ -178,7 +181,8 @@ class WandbSink:
         import wandb
 
         if mode != "disabled":
-            # Created here with group permissions, so that other members of the group can resume the run.
+            # Created here with group permissions, so that other members of the group can resume the
+            # run.
             fsio.make_folder(Path(identity["dir"], "wandb"))
         run = wandb.init(
             **identity,
@@ -191,7 +195,7 @@ class WandbSink:
                 init_timeout=_INIT_TIMEOUT_S,
                 finish_timeout=_FINISH_TIMEOUT_S,
                 finish_timeout_raises=True,
-                # With the default, a kill loses the rows of the last 15 s.
+                # With the default, a kill would lose the rows of the last 15 s.
                 x_transaction_log_flush_interval=0.5,
             ),
         )

@@ -1,10 +1,11 @@
 """Upload the rows of a run to one wandb run afterwards. Implements ``kempnerforge wandb sync``.
 
-wandb accepts no step below the newest one of a run. Therefore each step is logged once, complete and in
-order. A repeated or interrupted upload continues after the newest step on the server.
+wandb accepts no step below the newest one of a run. Therefore each step is logged once, in order,
+and with all its values. A repeated or interrupted upload continues after the newest step on the
+server.
 
-The client reports success even if the server has rejected the rows permanently (seen with wandb 0.31 and
-status 404). Therefore the upload ends with a query for the server's newest step.
+The client reports success even if the server has rejected the rows permanently (seen with wandb
+0.31 and status 404). Therefore the upload ends with a query for the server's newest step.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class Uploaded:
 def upload(content: Content, *, timeout_s: float) -> Uploaded:
     """Upload the new steps of ``content`` to wandb. Ignores ``WANDB_MODE``.
 
-    Blocks until the server has the rows; the upload itself takes ``timeout_s`` at most. Writes only temporary
-    files. Raises UploadError if there is no key or no network, or if rows are missing on the server. An
-    upload can be repeated safely.
+    Blocks until the server has the rows. The upload itself takes ``timeout_s`` at most. Writes only
+    temporary files. Raises UploadError if there is no key or no network, or if rows are missing on
+    the server. An upload can be repeated safely.
     """
     # Imported here: wandb takes about a second to import.
     import wandb

@@ -26,14 +26,14 @@ class AttemptRecorder:
     """Writes the ledger on rank 0 and a fault file on every rank. Nothing is written before ``open``."""
 
     def __init__(self) -> None:
-        # Ranks that torchrun has restarted are younger than torchrun.
+        # After a restart by torchrun, the attempt began with this process and not with torchrun.
         is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         started = attempt_started({}) if is_restart else attempt_started()
         self._log = AttemptLog(started, first_part="launch", warn=_warn)
         self._faults: FaultFile | None = None
 
     def end_phase(self, part: str) -> None:
-        """Record that the time since the last call was spent on ``part`` of the set-up."""
+        """Record that the time since the last call was spent on ``part`` of the setup."""
         self._log.end_phase(part)
 
     def open(
@@ -102,7 +102,7 @@ class AttemptRecorder:
         self._log.stepped(step, skipped)
 
     def spent(self, part: str, seconds: float) -> None:
-        """Record time of the loop that was spent on ``part``: step, data or eval."""
+        """Record time that the loop spent on ``part``: step, data or eval."""
         self._log.spent(part, seconds)
 
     def saved(self, report: SaveReport) -> None:
@@ -142,5 +142,5 @@ def _newest_step(checkpoints: Path, folder: Path) -> int | None:
 
 
 def _warn(error: OSError) -> None:
-    """Warn only: a full disk costs part of the record, never the run."""
+    """Log a warning. A full disk may cost part of the record, but must not end the run."""
     print(f"warning: the record of this attempt is not complete: {error}", file=sys.stderr, flush=True)

@@ -32,8 +32,8 @@ def keep_freed_memory() -> None:
     """Make glibc's malloc keep the memory that a step on the CPU frees, for the next step.
 
     By default it returns large blocks to the kernel, which costs thousands of page faults and 2% of
-    a step's time. Does nothing when ``MALLOC_MMAP_THRESHOLD_`` or ``MALLOC_TRIM_THRESHOLD_`` is
-    set, or with another malloc. See mallopt(3).
+    the time of a step. Does nothing when ``MALLOC_MMAP_THRESHOLD_`` or ``MALLOC_TRIM_THRESHOLD_``
+    is set, or with another malloc. See mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():

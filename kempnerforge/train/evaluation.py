@@ -1,4 +1,4 @@
-"""The validation loss, of the model in training and of a checkpoint."""
+"""Compute the validation loss of the model in training, or of a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,28 +35,29 @@ class Evaluation:
 
     step: int
     loss: float
-    """Mean over all tokens, as ``eval/loss`` of training."""
+    """Mean over all tokens, computed as the ``eval/loss`` of training."""
     tokens: int
     """Number of predicted tokens on all ranks."""
     geometry: ParallelDims
     num_ranks: int
     device: str
     data_changes: list[str]
-    """How the data differ from those that the step was trained on."""
+    """Differences between these data and the data that the step was trained on."""
     wall_s: float
     """Time from opening the data to the loss, including the load of the step."""
 
 
 QUERY_STOP_INTERVAL_S = 1.0
 MOST_BATCHES = 64
-"""Most batches between two checks for a stop, which are about ``QUERY_STOP_INTERVAL_S`` apart."""
+"""Maximum number of batches between two checks for a stop, which are ``QUERY_STOP_INTERVAL_S``
+apart if possible."""
 
 
 class InterruptibleBatches:
     """Batches of a validation that end early, after the same batch on all ranks, when the run must stop.
 
-    ``query_stop`` is collective. Its argument is the milliseconds since the last call. It returns whether
-    to stop, and the largest argument of any rank.
+    ``query_stop`` is collective. Its argument is the milliseconds since the last call. It returns
+    whether to stop, and the largest argument of any rank.
     """
 
     def __init__(self, batches: Iterable[Batch], query_stop: Callable[[int], tuple[bool, int]]) -> None:
@@ -80,7 +81,7 @@ class InterruptibleBatches:
 
 
 def batches_between_queries(seconds_per_batch: float) -> int:
-    """Return the number of batches until a validation checks for a stop again."""
+    """Return the number of batches until a validation checks again whether to stop."""
     return max(1, min(MOST_BATCHES, int(QUERY_STOP_INTERVAL_S / max(seconds_per_batch, 1e-6))))
 
 
@@ -95,8 +96,8 @@ def validation_loss(
 ) -> float | None:
     """Return the mean loss of the first ``eval.num_batches`` global batches of the validation split.
 
-    The sequences are the same in every layout. No random numbers are used. ``query_stop`` may interrupt
-    the validation (see ``InterruptibleBatches``). The result is then None.
+    The sequences are the same in every layout. No random numbers are used. ``query_stop`` may
+    interrupt the validation (see ``InterruptibleBatches``). The result is then None.
 
     Collective: all ranks.
     """
@@ -121,11 +122,12 @@ def evaluate_step(
     """Return the validation loss of the checkpoint in ``step_folder`` under the layout of ``job``.
 
     Where bitwise equality is promised, it has the same bits as the ``eval/loss`` that training
-    logged at that step. No lease is taken. The run's folder gets only a read lock, which is removed
-    again. Rank 0 calls ``note`` with messages.
+    logged at that step. The function takes no lease. It adds only a read lock to the run's folder,
+    and removes it again. Rank 0 calls ``note`` with messages.
 
-    Collective: all ranks of this start, whose process groups are joined and left. Blocks: until all
-    ranks are done. Raises ConfigError, DataError and CheckpointError on all ranks.
+    Collective: all ranks. The process groups are joined at the beginning and left at the end.
+    Blocks: until all ranks are done. Raises ConfigError, DataError and CheckpointError on all
+    ranks.
     """
     set_determinism(job.train.deterministic)
     world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
@@ -135,7 +137,7 @@ def evaluate_step(
     geometry = job.geometry(world.num_ranks)
     dataset = open_data(job, world, StopSignals(), note=note)
     model = build_model(job, geometry, rank=world.rank, device=world.device, init_weights=False)
-    # Nothing is updated, and plain SGD has no state.
+    # Plain SGD has no state. No update is made.
     optimizer = torch.optim.SGD([param for part in model.parts for param in part.parameters()])
     seed = job.train.seed
     state = TrainState(
@@ -167,7 +169,8 @@ def evaluate_step(
 def _load(step_folder: Path, state: TrainState, world: DistributedContext) -> tuple[Candidate, list[str]]:
     """Load the model of ``state`` from the step, which rank 0 locks for reading meanwhile.
 
-    Also returns how the data differ. Collective: all ranks.
+    Return the step, and the differences between its data and the current ones. Collective: all
+    ranks.
     """
     context = RunContext(allow_changed_data=True, explain_data=explain_difference)
     with contextlib.ExitStack() as stack:

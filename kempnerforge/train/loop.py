@@ -1,4 +1,4 @@
-"""The training loop. It has no rank tests and no modes: ``setup.build`` handles all layouts."""
+"""The training loop. It is the same on all ranks and in all layouts: ``setup.build`` handles the rest."""
 
 from __future__ import annotations
 
@@ -84,16 +84,16 @@ def train(run: Run) -> str | None:
 
 
 def _validation_is_due(run: Run) -> bool:
-    """Whether to validate the present step: every ``eval.interval`` steps, and the last one."""
+    """Return whether to validate the current step: every ``eval.interval`` steps, and the last one."""
     step, interval = run.state.step, run.job.eval.interval
     return bool(interval) and (step % interval == 0 or step == run.job.train.max_steps)
 
 
 def _lacks_validation(run: Run, receipt: Receipt) -> bool:
-    """Whether an earlier attempt ended before it validated the step that this one resumes from.
+    """Return whether an earlier attempt ended before it validated the step that this one resumes from.
 
-    Only the first resume from that step makes up for it: a validation that never ends must not keep
-    the run from training. Collective: all ranks.
+    Only the first attempt that resumes from the step repeats the validation, so that a validation
+    that never ends cannot keep the run from training. Collective: all ranks.
     """
     if receipt.source != "resume" or not _validation_is_due(run):
         return False
@@ -101,10 +101,10 @@ def _lacks_validation(run: Run, receipt: Receipt) -> bool:
 
 
 def _validate(run: Run) -> str | None:
-    """Validate the present step. Returns why all ranks stop now, if a stop interrupted it.
+    """Validate the current step. Return why all ranks stop now, if a stop interrupted the validation.
 
-    Saves precede validations: a save that is due has begun, and the last step, which no later
-    save would cover, is committed first. Collective: all ranks.
+    A save that is due has begun before the validation. The last step is committed before it,
+    because no later save would contain it. Collective: all ranks.
     """
     if run.state.step == run.job.train.max_steps and run.job.checkpoint.save_last:
         run.progress.begin("save", run.state.step)
@@ -133,7 +133,7 @@ def _save_if_agreed(run: Run) -> StepDecision:
 
 
 def _stop_if_agreed(run: Run) -> str | None:
-    """Commit the present step and stop, if all ranks agree. A committed step is not written again."""
+    """Commit the current step and stop, if all ranks agree. A committed step is not written again."""
     agreed = run.control.agree_to_stop()
     if agreed.save:
         run.ckpt.save(run.state, wait=True, reason=agreed.save)

@@ -66,9 +66,9 @@ class Reports:
             return ReplayCheck()
 
     def lacks_validation(self, receipt: Receipt) -> bool:
-        """Whether no attempt has logged, or tried to log, ``eval/loss`` of the step of ``receipt``.
+        """Return whether no attempt has logged, or tried to log, ``eval/loss`` of the step of ``receipt``.
 
-        The first attempt that resumes from a step tries. Rank 0 only.
+        The first attempt that resumes from a step tries to log it. Rank 0 only.
         """
         assert self._metrics is not None
         try:
@@ -94,7 +94,7 @@ def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord)
     sinks: list[Sink] = [console]
     try:
         sinks.append(JsonlSink(metrics, record.attempt, warn=console.warn))
-    except OSError as error:  # costs rows, never the run, as a full disk does later
+    except OSError as error:  # rows are lost, as with a full disk later, but the run continues
         console.warn(f"{metrics}: cannot write metrics ({error}); the rows of this attempt are lost")
     wandb = None
     if job.metrics.enable_wandb:

@@ -1,7 +1,7 @@
-"""Check the files and folders that a job names, before anything is started or created. No torch.
+"""Check the files and folders that a job names, before anything is started or created.
 
 Folders that a run creates itself (its folder, the checkpoints, the cache of prepared text) need not
-exist, but it must be possible to create them.
+exist, but it must be possible to create them. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WRITABLE = "name a folder that can be created and written"
 
 
 def check_files(job: JobConfig) -> None:
-    """Check all files that ``job`` names, at its start. Raises ConfigError with every fault.
+    """Check all files that ``job`` names, when it starts. Raises ConfigError with every fault.
 
     A file that cannot be read is not reported here, since it is not a fault of the config: the code
     that needs the file retries and reports it. Raises DamagedCheckpointError for a damaged
@@ -47,14 +47,18 @@ def check_files(job: JobConfig) -> None:
 
 
 def check_files_of(loaded: LoadedJob, *, where: str) -> None:
-    """Do as ``check_files``, for the command line: each fault names the source of its value."""
+    """Check files as ``check_files`` does, for the command line. Each fault names the source of its value."""
     faults = [replace(fault, source=loaded.sources.get(fault.key, "")) for fault in file_faults(loaded.job)]
     if faults:
         raise ConfigError(faults, where=f"{where}, with the files that it names (--no-files skips them)")
 
 
 def file_faults(job: JobConfig, *, at_start: bool = False) -> list[ConfigIssue]:
-    """Return the faults of the files that ``job`` names. ``at_start`` selects what ``check_files`` does."""
+    """Return the faults of the files that ``job`` names.
+
+    With ``at_start``, unreadable files are ignored and a damaged checkpoint raises, as in
+    ``check_files``. Otherwise both are faults.
+    """
     faults: list[ConfigIssue] = []
     for key, check in _CHECKS.items():
         try:
@@ -183,14 +187,14 @@ def _step_issues(job: JobConfig, step_folder: Path) -> list[ConfigIssue]:
 
 
 def has_committed_step(job: JobConfig) -> bool:
-    """Whether the run of ``job`` has a step to resume from. False while ``run.dir`` is not known."""
+    """Return whether the run of ``job`` has a step to resume from. False while ``run.dir`` is not known."""
     if job.run.dir is not None and unfilled_placeholders(job.run.dir, os.environ):
         return False
     folder = job.run.folder
     try:
         record = metadata.read(folder)
     except (RunFolderError, OSError):
-        return False  # the start reports it
+        return False  # the start of the run reports it
     if record is None:
         return False
     moved_to = job.checkpoint.dir

@@ -1,4 +1,4 @@
-"""A check of resumes: losses that are computed again are compared with the recorded ones."""
+"""Check a resume: compare losses that are computed again with the recorded ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ReplayCheck:
 
     @classmethod
     def of(cls, metrics: Path, receipt: Receipt) -> ReplayCheck:
-        """Collect the losses to compare: none, unless the same bits are promised and steps were lost."""
+        """Collect the losses to compare: none, unless steps were lost and bitwise equality is promised."""
         if not receipt.bitwise() or receipt.lost_steps == 0 or not metrics.exists():
             return cls()
         last = receipt.step + min(COMPARED_STEPS, receipt.lost_steps)
@@ -36,7 +36,7 @@ class ReplayCheck:
         )
 
     def compare(self, step: int, loss: float) -> str | None:
-        """Return a message after ``step``, or None: at the first difference, or after the last equal loss."""
+        """Return a message at the first difference, or after the last loss if all are equal; else None."""
         if step not in self._recorded:
             return None
         recorded = self._recorded.pop(step)

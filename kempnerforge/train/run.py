@@ -109,7 +109,7 @@ def _print_error(error: KempnerForgeError, world: DistributedContext | None) -> 
 def _record(run: Run, status: int, reason: str) -> None:
     """Write how the attempt ended to ``run.json``, which belongs to this attempt while it holds the lease.
 
-    An error is a warning, because it does not change how the attempt ends.
+    A failure to write it is only a warning, because it does not change how the attempt ends.
     """
     if run.world.rank == 0 and run.ckpt.holds_lease():
         try:

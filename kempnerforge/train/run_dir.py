@@ -1,4 +1,4 @@
-"""The record in a run's folder of how its last attempt ended, and errors of the file system it is on."""
+"""Record in the run's folder how the last attempt ended, and report errors of its file system."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kempnerforge.checkpoint.run import metadata, owner
 from kempnerforge.errors import KempnerForgeError, RunFolderError
 
 _OF_STORAGE = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-"""Errors of calls on an open file, which name no path."""
+"""Errors of calls on an open file. Their exceptions contain no path."""
 
 
 def record_exit(folder: Path, *, status: int, reason: str, step: int) -> None:
@@ -48,9 +48,9 @@ def record_refusal(checkpoints: Path, folder: Path, error: KempnerForgeError) ->
 def storage_error(error: Exception, folders: Sequence[Path]) -> KempnerForgeError | None:
     """Convert an error of the run's file system into one that is reported in one line, or return None.
 
-    Calls that may fail are retried, skipped or reported by their callers. This is for all others: a
-    run on a failing disk ends with a line about the disk. ``folders`` are those with the files of
-    the run.
+    Most callers retry, skip or report a failed call themselves. This function is for all other
+    calls, so that a run on a failing disk ends with a line about the disk. ``folders`` are those
+    with the files of the run.
     """
     if not isinstance(error, OSError):
         return None

@@ -87,7 +87,7 @@ def build(
 ) -> Run:
     """Open the run's folder, the data, the model and the sinks.
 
-    The state is that of step 0, except that weights are not initialized when a step will be loaded.
+    The state is that of step 0. Weights are not initialized if a step will be loaded.
 
     Collective: all ranks. Raises ConfigError, DataError, RunFolderError and StopRequestedError on
     all ranks.
@@ -118,14 +118,17 @@ def build(
         is_mine = lease is not None and not isinstance(error, LeaseLostError)
         if is_mine and isinstance(error, KempnerForgeError):
             record_refusal(record.checkpoint_folder(folder), folder, error)
-        # Then the next start, possibly on another host, need not watch a lease without a holder.
+        # Otherwise the next start, possibly on another host, would have to watch this lease.
         if lease is not None:
             lease.release()
         raise
 
 
 def _check_files(job: JobConfig, signals: StopSignals) -> None:
-    """Check the files of the config. A stop request ends it, and is agreed on once ``run.json`` exists."""
+    """Check the files of the config, or return early at a stop request.
+
+    The ranks agree on the stop later, once ``run.json`` exists.
+    """
     with contextlib.suppress(StopRequestedError):
         signals.interruptible(lambda: check_files(job))
 
@@ -151,7 +154,7 @@ def _assemble(
     recorder.end_phase("model")
     step = model.step(optimizer, geometry, job.train)
     ckpt = CheckpointManager(
-        # The start of the attempt has filled in its placeholders.
+        # The placeholders of the path were filled in when the attempt started.
         job.checkpoint.model_copy(update={"dir": record.checkpoint_dir or None}),
         state=state,
         run_dir=folder,
@@ -224,7 +227,7 @@ def _build_state(
 def open_data(
     job: JobConfig, world: DistributedContext, signals: StopSignals, *, note: Callable[[str], None]
 ) -> TokenDataset:
-    """Prepare and check all tokens on rank 0 while the others wait, then open them on every rank.
+    """Prepare and check all tokens on rank 0 while the other ranks wait, then open them on every rank.
 
     Rank 0 calls ``note`` with messages. Collective: all ranks. Raises DataError on all ranks.
     """
@@ -291,7 +294,7 @@ def _context(
 
 def _tokenizer(job: JobConfig, dataset: TokenDataset) -> dict[str, str]:
     """Return what an export needs to identify the tokenizer of the run."""
-    if dataset.index is None:  # .npy shards do not record it
+    if dataset.index is None:  # .npy shards do not record their tokenizer
         return {}
     path = tokenizer_path(job.data.tokenizer) if job.data.text is not None else None
     digest = {"digest": dataset.index.tokenizer_digest}

@@ -47,7 +47,7 @@ class UpdateResult:
     loss: float
     """Mean loss of the global batch."""
     skipped: bool
-    """Loss or gradients were not finite, so weights and optimizer state did not change."""
+    """Whether loss or gradients were not finite, so that weights and optimizer state did not change."""
 
 
 class TrainStep(Protocol):
@@ -70,7 +70,7 @@ class TrainStep(Protocol):
 
 
 class TrainStepBase:
-    """The common part of every step: the loss and the norm of the whole model, clipping, the optimizer.
+    """The common part of all training steps: loss, gradient norm, clipping and the optimizer.
 
     ``parts`` are this rank's parts of the model. ``group`` has all ranks of the run.
     ``loss_copies`` ranks compute each loss (tensor parallelism). No random numbers are used.
@@ -124,9 +124,9 @@ class TrainStepBase:
         return UpdateResult(grad_norm=grad_norm, loss=loss, skipped=not finite)
 
     def _total(self, loss: Tensor) -> Tensor:
-        """Sum what each rank computed of the loss of the global batch, and keep it for ``update``.
+        """Return the sum of all ranks' parts of the loss of the global batch, and keep it for ``update``.
 
-        The result has the same bits on every rank, also on those that computed nothing.
+        The result has the same bits on every rank, also on those that computed no part.
         """
         dist.all_reduce(loss, group=self._group)
         self._loss = loss / self._loss_copies
@@ -154,9 +154,9 @@ class LocalStep(TrainStepBase):
         """Sum the gradients of all micro-batches. Return the mean loss of the global batch, fp32 [].
 
         The gradients of every micro-batch are reduce-scattered into this rank's shards immediately.
-        Unsharded until the last one, they would take the memory of the whole model as soon as a run
-        resumes with fewer ranks and accumulates. Only the reduction over HSDP's replicas waits for
-        the last micro-batch.
+        Kept unsharded until the last micro-batch, they would need the memory of the whole model as
+        soon as a run resumes on fewer ranks and has to accumulate. Only the reduction over HSDP's
+        replicas waits for the last micro-batch.
 
         Collective: all ranks, in the same order. Blocks: not for the device.
         """

@@ -1,4 +1,4 @@
-"""The one agreement per step: everything that all ranks must decide alike."""
+"""The one agreement of all ranks after each step, about everything that they must decide alike."""
 
 from __future__ import annotations
 

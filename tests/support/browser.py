@@ -1,4 +1,4 @@
-"""A real browser for tests: Chromium without a window, which tells what a page did.
+"""Open pages in a real browser (headless Chromium) and report what they did.
 
 seen = open_page(file, tmp_path)
 assert seen.requests == [] and seen.console == []
@@ -28,39 +28,39 @@ QUIET = (
     *("--disable-default-apps", "--disable-dev-shm-usage", "--enable-logging=stderr"),
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
-"""No sandbox: it works neither for root nor in most containers. Names are not resolved: nothing leaves."""
+"""No sandbox, which works neither for root nor in most containers. No host names are resolved."""
 BROWSER_ITSELF = "not an origin"
-"""What began a request that no page made."""
+"""The initiator of a request that no page made."""
 DARK = "--blink-settings=preferredColorScheme=0"
 
 
 def missing_browser() -> bool:
-    """Whether this host has no Chromium."""
+    """Return whether this host has no Chromium."""
     return shutil.which("chromium") is None
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What came of a page."""
+    """What a page did."""
 
     dom: str
     screenshot: Path
     console: list[str]
-    """What the page, or the browser about it, said on the console."""
+    """Console messages of the page, or of the browser about it."""
     requests: list[str]
-    """URLs that it requested over a network; files are not among them."""
+    """URLs that the page requested over a network, without files."""
 
     def count(self, red: int, green: int, blue: int) -> int:
-        """How many pixels of the screenshot have this very colour."""
+        """Return the number of pixels of the screenshot with exactly this colour."""
         return int((pixels(self.screenshot.read_bytes()) == (red, green, blue)).all(axis=2).sum())
 
     def corner(self) -> int:
-        """How light the first pixel is, 0 to 255."""
+        """Return the brightness of the first pixel, 0 to 255."""
         return int(pixels(self.screenshot.read_bytes())[0, 0].mean())
 
 
 def open_page(file: Path, folder: Path, *flags: str, size: tuple[int, int] = (800, 900)) -> Seen:
-    """Open a file, with a profile and a home of its own in ``folder``, which the caller may look at."""
+    """Open a file in a browser whose profile and home are in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     picture, log = folder / "page.png", folder / "net.json"
     url = file.resolve().as_uri()
@@ -79,7 +79,7 @@ def open_page(file: Path, folder: Path, *flags: str, size: tuple[int, int] = (80
 
 
 def pixels(png: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A PNG of 8-bit red, green and blue, as uint8 [height, width, 3]."""
+    """Decode a PNG of 8-bit red, green and blue as uint8 [height, width, 3]."""
     width, height, depth, kind = struct.unpack(">IIBB", png[16:26])
     assert (depth, kind) == (8, 2)
     place, data = 8, b""
@@ -96,7 +96,7 @@ def pixels(png: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _unfilter(kind: int, line: np.ndarray[Any, Any], above: np.ndarray[Any, Any]) -> Any:
-    """Section 9 of the PNG specification, for pixels of three bytes."""
+    """Undo a row filter (section 9 of the PNG specification) for pixels of three bytes."""
     if kind < 3:
         return (line, np.cumsum(line.reshape(-1, 3), axis=0, dtype=np.uint8).reshape(-1), line + above)[kind]
     made, upper = [0, 0, 0], [0, 0, 0, *above.tolist()]

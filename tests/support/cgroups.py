@@ -1,4 +1,4 @@
-"""A real memory cgroup for a test, of whichever version the machine has."""
+"""A real memory cgroup for a test, in the version (1 or 2) that the machine has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path("/sys/fs/cgroup")
 
 @contextlib.contextmanager
 def memory_cgroup(limit_bytes: int) -> Iterator[Path]:
-    """Make one; put a process into it by writing its pid to ``cgroup.procs``. Skips where that is refused."""
+    """Create a memory cgroup, or skip the test. A pid written to its ``cgroup.procs`` adds a process."""
     v1 = (ROOT / "memory/memory.limit_in_bytes").exists()
     folder = (ROOT / "memory" if v1 else ROOT) / f"kempnerforge-test-{uuid.uuid4().hex[:8]}"
     try:

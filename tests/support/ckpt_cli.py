@@ -1,4 +1,4 @@
-"""What tests of ``kempnerforge ckpt`` share; ``ckpt_fixtures`` has their fixtures."""
+"""Code shared by the tests of ``kempnerforge ckpt``. Their fixtures are in ``ckpt_fixtures``."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def ckpt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run's folder with steps 10 to 40."""
+    """A run's folder with steps 10 to 40. Do not change it."""
     run = tmp_path_factory.mktemp("saved") / "run"
     (run / "checkpoints").mkdir(parents=True)
     checkpointer = AsyncCheckpointer()
@@ -83,6 +83,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def run(saved: Path, tmp_path: Path) -> Path:
-    """The same, to be changed."""
+    """A copy of ``saved`` that a test may change."""
     shutil.copytree(saved, tmp_path / "run", symlinks=True)
     return tmp_path / "run"

@@ -1,4 +1,4 @@
-"""A clock that a test moves."""
+"""A clock that a test controls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 class FakeClock:
-    """Moves by ``advance`` and ``sleep`` alone; a module can have it instead of ``time``."""
+    """A replacement for the module ``time``. Time passes only in ``advance`` and ``sleep``."""
 
     CLOCK_BOOTTIME = time.CLOCK_BOOTTIME
     BOOTED_AT = 1000.0
@@ -18,13 +18,13 @@ class FakeClock:
         self.now = now
 
     def replace_in(self, monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> FakeClock:
-        """Let ``modules`` see this clock as ``time``."""
+        """Replace ``time`` by this clock in ``modules``."""
         for module in modules:
             monkeypatch.setattr(module, "time", self)
         return self
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Let ``seconds`` pass."""
         self.now += seconds
 
     sleep = advance
@@ -35,6 +35,6 @@ class FakeClock:
     monotonic = perf_counter = time
 
     def clock_gettime(self, clock: int) -> float:
-        """Seconds since the machine started."""
+        """Return the seconds since the machine started."""
         assert clock == self.CLOCK_BOOTTIME
         return self.now - self.BOOTED_AT

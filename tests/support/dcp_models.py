@@ -1,4 +1,4 @@
-"""Small models under each kind of parallelism, for tests of whole training states beside stock DCP."""
+"""Small models under each kind of parallelism, to compare whole training states with stock DCP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH = 6
 
 
 class Net(nn.Module):
-    """A head that does not divide by the number of ranks, a buffer, and a frozen parameter."""
+    """A model with a head that the number of ranks does not divide, a buffer, and a frozen parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Net(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The head of a two-layer block."""
+        """Return the output of the head over a two-layer block."""
         assert isinstance(self.steps, torch.Tensor)
         self.steps += 1
         hidden = self.down(torch.relu(self.up(x)))
@@ -41,14 +41,14 @@ class Net(nn.Module):
 
 
 def net(seed: int = 1) -> Net:
-    """A model whose initial weights follow from ``seed``."""
+    """Return a model whose initial weights are determined by ``seed``."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Net()
 
 
 def fsdp2(model: Net) -> nn.Module:
-    """FSDP2 over all ranks, each layer a unit."""
+    """Apply FSDP2 over all ranks, with each layer as a unit."""
     return _fsdp2(model, init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
@@ -60,39 +60,39 @@ def _fsdp2(model: Net, mesh: DeviceMesh) -> nn.Module:
 
 
 def hsdp(model: Net) -> nn.Module:
-    """FSDP2 on a mesh (2, ranks / 2): replicated, then sharded."""
+    """Apply FSDP2 on a mesh (2, ranks / 2): replicated, then sharded."""
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
     return _fsdp2(model, mesh)
 
 
 def fsdp1(model: Net) -> nn.Module:
-    """FSDP1 on a mesh: its state dicts have DTensors."""
+    """Apply FSDP1 on a mesh. Its state dicts contain DTensors."""
     return _fsdp1(model, device_mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
 def fsdp1_without_mesh(model: Net) -> nn.Module:
-    """FSDP1 on a process group: its state dicts have ShardedTensors."""
+    """Apply FSDP1 on a process group. Its state dicts contain ShardedTensors."""
     return _fsdp1(model)
 
 
 def fsdp1_hybrid(model: Net) -> nn.Module:
-    """FSDP1, replicated and sharded."""
+    """Apply FSDP1, replicated and sharded."""
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
     return _fsdp1(model, device_mesh=mesh, sharding_strategy=ShardingStrategy.HYBRID_SHARD)
 
 
 def _fsdp1(model: Net, **options: Any) -> nn.Module:
-    # It looks for an accelerator unless it is told the device.
+    # FSDP1 looks for an accelerator unless a device is given.
     return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"), **options)
 
 
 def ddp(model: Net) -> nn.Module:
-    """DDP: the same tensors on all ranks, names with ``module.``."""
+    """Apply DDP: all ranks have the same tensors, with ``module.`` in their names."""
     return DistributedDataParallel(model)
 
 
 def tensor_parallel(model: Net) -> nn.Module:
-    """Columns, then rows, over all ranks."""
+    """Apply tensor parallelism over all ranks: columns, then rows."""
     return _tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
 
 
@@ -102,13 +102,13 @@ def _tensor_parallel(model: Net, mesh: DeviceMesh) -> Net:
 
 
 def fsdp_and_tp(model: Net) -> nn.Module:
-    """Tensor parallelism inside of FSDP2 on a mesh (2, ranks / 2)."""
+    """Apply tensor parallelism inside FSDP2 on a mesh (2, ranks / 2)."""
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
     return _fsdp2(_tensor_parallel(model, mesh["tp"]), mesh["dp"])
 
 
 def alone(model: Net) -> nn.Module:
-    """No parallelism."""
+    """Apply no parallelism."""
     return model
 
 
@@ -117,12 +117,12 @@ MakeOptimizer = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
 
 
 def adamw(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW: two tensors and a counter for each parameter."""
+    """Return AdamW, which has two tensors and a counter per parameter."""
     return torch.optim.AdamW((one for one in parameters if one.requires_grad), lr=0.05, betas=(0.8, 0.9))
 
 
 def momentum(parameters: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD whose momentum begins with the first step."""
+    """Return SGD with momentum, which does not exist before the first step."""
     return torch.optim.SGD((one for one in parameters if one.requires_grad), lr=0.05, momentum=0.9)
 
 
@@ -149,12 +149,12 @@ class Training:
         return losses
 
     def state(self, options: StateDictOptions | None = None) -> dict[str, Any]:
-        """What is saved, and what a load fills."""
+        """Return the state to save, which is also the target of a load."""
         model, optimizer = get_state_dict(self.model, self.optimizer, options=options)
         return {"model": model, "optimizer": optimizer, "step": self.step}
 
     def restore(self, state: dict[str, Any], options: StateDictOptions | None = None) -> None:
-        """Take over what a load has filled."""
+        """Apply a state that was loaded."""
         set_state_dict(
             self.model,
             self.optimizer,
@@ -181,11 +181,11 @@ WRAPS: dict[str, Wrap] = {
 }
 OPTIMIZERS: dict[str, MakeOptimizer] = {"adamw": adamw, "momentum": momentum}
 ONE_WAY = (STOCK, "async", WRITER)
-"""Our three modes plan alike: one of them is enough where only placements differ."""
+"""Our three modes make the same plan. One of them is enough where only placements differ."""
 
 
 def whole(value: Any) -> Any:
-    """DTensors gathered, so that states of different layouts can be compared."""
+    """Return ``value`` with DTensors gathered, so that states of different layouts can be compared."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
@@ -194,7 +194,7 @@ def whole(value: Any) -> Any:
 
 
 def local(value: Any) -> Any:
-    """ShardedTensors as lists of their offsets and local shards, which can be sent to the test."""
+    """Return ``value`` with ShardedTensors as lists of offsets and local shards, which can be pickled."""
     if isinstance(value, ShardedTensor):
         return [(shard.metadata.shard_offsets, shard.tensor) for shard in value.local_shards()]
     if isinstance(value, dict):
@@ -209,7 +209,7 @@ def resume_on(
     options: StateDictOptions | None = None,
     optimizers: tuple[str, ...] = ("adamw",),
 ) -> None:
-    """Train 2 steps, save, 2 more; a new program that loads does the same 2 steps, bit for bit."""
+    """Train 2 steps, save, train 2 more. A new program that loads must repeat these 2 steps bit for bit."""
     wrap = WRAPS[kind]
     for name in optimizers:
         make = OPTIMIZERS[name]
@@ -229,13 +229,13 @@ def resume_on(
 
 
 def resume_on_all(kinds: list[str], folder: Path, ways: tuple[str, ...]) -> None:
-    """``resume_on`` for each of ``kinds``."""
+    """Call ``resume_on`` for each of ``kinds``."""
     for kind in kinds:
         resume_on(kind, folder, ways)
 
 
 def load_everywhere(kinds: list[str], sources: list[str], folder: Path, ways: tuple[str, ...]) -> list[State]:
-    """Load what was saved under ``sources`` into each of ``kinds``; all must be the same whole state."""
+    """Load each save under ``sources`` into each of ``kinds``. All must give the same whole state."""
     found: list[State] = []
     for way in ways:
         for source in sources:

@@ -1,11 +1,11 @@
-"""Stock DCP and ours side by side: save and load one state with both, and compare bit for bit.
+"""Save and load one state with both stock DCP and our implementation, and compare bit for bit.
 
     for way in WAYS:                                     # stock DCP, our three modes, our StorageWriter
         save_by(way, state, folder / way)
         load_by(way, target := make_target(), folder / way)
         assert_same(target, state)
 
-``save_by`` and ``load_by`` are collective where a process group is up.
+``save_by`` and ``load_by`` are collective if there is a process group.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def save_by(
     group: dist.ProcessGroup | None = None,
     planner: SavePlanner | None = None,
 ) -> None:
-    """Save ``state`` as ``path`` in one of ``WAYS``; durable on return. ``planner``: not for our modes."""
+    """Save ``state`` as ``path`` in one of ``WAYS``, durably. Our modes do not use ``planner``."""
     if way in MODES:
         with AsyncCheckpointer(way) as checkpointer:
             checkpointer.save(state, path, group)
         if group is not None or dist.is_initialized():
             dist.barrier(group)
         return
-    # One thread a rank and no fsync: stock's files are thrown away.
+    # One thread per rank and no fsync, because the files of stock DCP are discarded.
     stock = FileSystemWriter(path, single_file_per_rank=True, sync_files=False)
     writer = SafetensorsWriter(path) if way == WRITER else stock
     with _quiet():
@@ -62,7 +62,7 @@ def save_by(
 
 
 def reader_of(way: str, path: Path) -> StorageReader:
-    """The reader of what ``save_by`` wrote."""
+    """Return a reader of the files that ``save_by`` wrote."""
     return FileSystemReader(path) if way == STOCK else SafetensorsReader(path)
 
 
@@ -73,13 +73,13 @@ def load_by(
     group: dist.ProcessGroup | None = None,
     planner: LoadPlanner | None = None,
 ) -> None:
-    """Load what ``save_by`` wrote into ``target``."""
+    """Load the files that ``save_by`` wrote into ``target``."""
     with _quiet():
         load(target, storage_reader=reader_of(way, path), process_group=group, planner=planner)
 
 
 def load_without_target(way: str, path: Path, keys: set[str] | str | None = None) -> State:
-    """What ``path`` holds, or the part of it that ``keys`` name, with its nesting."""
+    """Return the content of ``path``, or the part that ``keys`` name, with its nesting."""
     with _quiet():
         return _load_state_dict_from_keys(keys, storage_reader=reader_of(way, path))
 
@@ -90,7 +90,7 @@ def compare(
     folder: Path,
     ways: Sequence[str] = WAYS,
 ) -> None:
-    """Save and load in all ``ways``; each must give back what was saved, as stock DCP does."""
+    """Save and load in all ``ways``. Each must return what was saved, as stock DCP does."""
     for way in ways:
         save_by(way, make_state(), folder / way)
         target = make_target()
@@ -99,7 +99,7 @@ def compare(
 
 
 def blank(value: Any) -> Any:
-    """A target to load ``value`` into: the same structure, other values."""
+    """Return a target to load ``value`` into: the same structure with other values."""
     if isinstance(value, torch.Tensor):
         return torch.zeros(value.shape, dtype=value.dtype)
     if isinstance(value, dict):
@@ -108,7 +108,7 @@ def blank(value: Any) -> Any:
 
 
 def failure_of(action: Callable[..., object], *args: Any, **kwargs: Any) -> str:
-    """Kind and text of what a call raises; DCP's exception carries those of the ranks that failed."""
+    """Return type and message of what a call raises. DCP's exception has those of all ranks that failed."""
     try:
         with _quiet():
             action(*args, **kwargs)
@@ -121,7 +121,10 @@ def failure_of(action: Callable[..., object], *args: Any, **kwargs: Any) -> str:
 
 
 def assert_same(found: Any, wanted: Any, where: str = "") -> None:
-    """Same kinds, dtypes, shapes, placements and bits, at every depth; ``where`` stands in the message."""
+    """Check for equal types, dtypes, shapes, placements and bits at every depth.
+
+    ``where`` is named in messages.
+    """
     kinds = f"{where}: {type(found)} and {type(wanted)}"
     if isinstance(wanted, torch.Tensor):
         assert isinstance(found, torch.Tensor), kinds
@@ -171,14 +174,14 @@ def _assert_same_tensor(found: torch.Tensor, wanted: torch.Tensor, where: str) -
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """As bytes, so that NaNs and negative zeros count."""
+    """Return the tensor as bytes, so that NaNs and negative zeros are compared."""
     plain = tensor.detach().resolve_conj().resolve_neg()
     return plain.contiguous().reshape(-1).view(torch.uint8)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without DCP's warnings of no process group and of an existing checkpoint: both are on purpose."""
+    """Suppress DCP's warnings about a missing process group and an existing checkpoint."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is ")
         warnings.filterwarnings("ignore", message="Detected an existing checkpoint")

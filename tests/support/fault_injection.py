@@ -1,8 +1,8 @@
-"""What can happen to a rank while it trains.
+"""Faults that can happen to a rank while it trains.
 
-``fork_server.py`` calls these in the ranks' own processes before training begins: production code has no
-hooks for them.
-A function that takes ``rank`` does nothing on other ranks; None means every rank.
+Production code has no hooks for them. ``fork_server.py`` calls these functions in the ranks'
+processes before training begins. A function with a parameter ``rank`` does nothing on other ranks.
+None means every rank.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _here(rank: int | None) -> bool:
 
 
 def _die() -> None:
-    """``kill -9`` of the whole process group, from inside."""
+    """Kill the whole process group with SIGKILL, from inside."""
     os.killpg(0, signal.SIGKILL)
     signal.pause()
 
@@ -50,7 +50,7 @@ def _wrap(target: str, make: Callable[[Callable[..., Any]], Callable[..., Any]])
 
 
 def _path_of(argument: Any, keywords: dict[str, Any]) -> str:
-    """The path that a file operation is about; deletions below a folder give paths relative to ``dir_fd``."""
+    """Return the path of a file operation. Deletions below a folder have paths relative to ``dir_fd``."""
     if isinstance(argument, int):
         return os.readlink(f"/proc/self/fd/{argument}")
     folder_fd = keywords.get("dir_fd")
@@ -59,12 +59,12 @@ def _path_of(argument: Any, keywords: dict[str, Any]) -> str:
 
 
 def set_umask(mask: int) -> None:
-    """Begin with the file mode mask that a careful user has set."""
+    """Set the file mode mask, as a careful user does."""
     os.umask(mask)
 
 
 def list_at_call(target: str, *, folder: str, into: str) -> None:
-    """Write the names in ``folder`` to the file ``into``, a line each, whenever ``target`` is called."""
+    """Write the names in ``folder`` to the file ``into``, one per line, whenever ``target`` is called."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def replacement(*args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ def list_at_call(target: str, *, folder: str, into: str) -> None:
 
 
 def delete_at_call(target: str, *, folder: str) -> None:
-    """Delete what is in ``folder`` when ``target`` is called, on rank 0."""
+    """Delete the content of ``folder`` when ``target`` is called, on rank 0."""
     if not _here(0):
         return
 
@@ -93,7 +93,7 @@ def delete_at_call(target: str, *, folder: str) -> None:
 
 
 def kill_at_call(target: str, *, call: int = 1, after: bool = False, rank: int | None = 0) -> None:
-    """Die before, or right after, the ``call``-th call of ``module:function``."""
+    """Die before, or directly after, the ``call``-th call of ``module:function``."""
     if not _here(rank):
         return
     calls = 0
@@ -115,7 +115,7 @@ def kill_at_call(target: str, *, call: int = 1, after: bool = False, rank: int |
 
 
 def kill_job_at_call(target: str, *, call: int) -> None:
-    """As ``kill_at_call`` on rank 0, and as at the end of a job: what this process has started dies first."""
+    """Die as in ``kill_at_call`` on rank 0, but first kill its children, as at the end of a job."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         calls = 0
@@ -139,7 +139,7 @@ def kill_job_at_call(target: str, *, call: int) -> None:
 def kill_at_file_operation(number: int, *, below: str, half: bool = False, rank: int = 0) -> None:
     """Die before the ``number``-th operation that changes something below the folder ``below``.
 
-    With ``half``, a write of more than one byte is carried out by half first.
+    With ``half``, first carry out half of a write of more than one byte.
     """
     if not _here(rank):
         return
@@ -164,7 +164,7 @@ def kill_at_file_operation(number: int, *, below: str, half: bool = False, rank:
 
 
 def unreadable(name: str, *, rank: int | None, times: int = 1 << 30) -> None:
-    """The first ``times`` reads of files whose path contains ``name`` fail with EIO."""
+    """Let the first ``times`` reads of files whose path contains ``name`` fail with EIO."""
     if not _here(rank):
         return
     failed = 0
@@ -183,7 +183,7 @@ def unreadable(name: str, *, rank: int | None, times: int = 1 << 30) -> None:
 
 
 def misread(name: str, *, rank: int | None) -> None:
-    """Every read of files whose path contains ``name`` gives a wrong last byte."""
+    """Let every read of files whose path contains ``name`` return a wrong last byte."""
     if not _here(rank):
         return
 
@@ -204,7 +204,7 @@ def misread(name: str, *, rank: int | None) -> None:
 
 
 def failing(operation: str, name: str, *, rank: int | None, error: str = "ENOSPC") -> None:
-    """``os.<operation>`` fails for paths that contain ``name``."""
+    """Let ``os.<operation>`` fail for paths that contain ``name``."""
     if not _here(rank):
         return
     number = getattr(errno, error)
@@ -221,7 +221,7 @@ def failing(operation: str, name: str, *, rank: int | None, error: str = "ENOSPC
 
 
 def poison_loss(*, calls: list[int], rank: int | None) -> None:
-    """The loss of the given micro-batches of training, counted from 1 in this attempt, is not a number."""
+    """Return NaN as the loss of these micro-batches of training, counted from 1 in this attempt."""
     if not _here(rank):
         return
     import torch
@@ -243,7 +243,7 @@ def poison_loss(*, calls: list[int], rank: int | None) -> None:
 
 
 def report_loaded(path: str) -> None:
-    """Write digests of all tensors, whole, as every rank together holds them right after resuming."""
+    """Write digests of all whole tensors, as the ranks together hold them after resuming."""
     from support.run_files import digest_of
     from torch.distributed.tensor import DTensor
 
@@ -263,7 +263,7 @@ def report_loaded(path: str) -> None:
 
 
 def record_samples(path: str) -> None:
-    """Append the ids of all samples that this rank reads to ``path``, a line for each read."""
+    """Append the ids of all samples that this rank reads to ``path``, one line per read."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def replacement(samples: Any, ids: Any) -> Any:
@@ -277,7 +277,7 @@ def record_samples(path: str) -> None:
 
 
 def failing_shards(name: str, *, rank: int | None, error: str = "ENOSPC") -> None:
-    """The writer process cannot write shards whose path contains ``name``; trying again does not help."""
+    """Let the writer process fail, permanently, to write shards whose path contains ``name``."""
     if not _here(rank):
         return
     number = getattr(errno, error)
@@ -294,17 +294,17 @@ def failing_shards(name: str, *, rank: int | None, error: str = "ENOSPC") -> Non
 
 
 def slow_shards(seconds: float, *, rank: int | None) -> None:
-    """Every write of a shard takes so much longer."""
+    """Delay every write of a shard."""
     slow_calls(WRITE_SHARD, seconds=seconds, rank=rank)
 
 
 def slow_staging(seconds: float, *, rank: int | None) -> None:
-    """Every blocking copy to host buffers takes so much longer."""
+    """Delay every blocking copy to host buffers."""
     slow_calls(COPY_TO_HOST, seconds=seconds, rank=rank)
 
 
 def contended_shards(seconds: float, *, rank: int | None) -> None:
-    """Every write of a shard keeps for so long what training needs too, as it may processors and memory."""
+    """Let every write of a shard block something that training needs, as contention for processors does."""
     if not _here(rank):
         return
     needed = threading.Lock()
@@ -329,18 +329,18 @@ def contended_shards(seconds: float, *, rank: int | None) -> None:
 
 
 def slow_to_learn(seconds: float, *, rank: int | None) -> None:
-    """Every look for the outcome of a save takes so much longer."""
+    """Delay every check for the outcome of a save."""
     slow_calls(READ_OUTCOME, seconds=seconds, rank=rank)
 
 
 def slow_disk(folder: str, *, rank: int | None, **how: Any) -> None:
-    """File operations of this process below ``folder`` take longer: see ``SlowShim``."""
+    """Delay file operations of this process below ``folder``. See ``SlowShim``."""
     if _here(rank):
         SlowShim(folder, **how).install()
 
 
 def slow_validation(seconds: float, *, quick: int, log: str) -> None:
-    """Micro-batches of validations take longer, but for the first ``quick``; ``log`` gets a line of each."""
+    """Delay micro-batches of validations, except the first ``quick``. Write a line to ``log`` for each."""
     import torch
 
     done = 0
@@ -362,7 +362,7 @@ def slow_validation(seconds: float, *, quick: int, log: str) -> None:
 
 
 def slow_calls(target: str, *, seconds: float, rank: int | None) -> None:
-    """Every call of ``module:function`` takes so much longer."""
+    """Delay every call of ``module:function``."""
     if not _here(rank):
         return
 
@@ -379,7 +379,7 @@ def slow_calls(target: str, *, seconds: float, rank: int | None) -> None:
 def crash_at_loss(*, how: str, call: int, rank: int | None) -> None:
     """Die by the signal ``how``, or ``raise``, in the ``call``-th micro-batch of training of this attempt.
 
-    ``oom`` raises what CUDA's allocator raises, which a machine without a GPU cannot.
+    ``oom`` raises the error of CUDA's allocator, which cannot occur on a machine without a GPU.
     """
     if not _here(rank):
         return
@@ -405,12 +405,12 @@ def crash_at_loss(*, how: str, call: int, rank: int | None) -> None:
 
 
 def set_value(target: str, value: Any) -> None:
-    """Another value for a constant ``module:name``."""
+    """Set the constant ``module:name`` to another value."""
     _wrap(target, lambda _old: value)
 
 
 def set_environment(values: dict[str, str], *, rank: int | None = None) -> None:
-    """More environment variables."""
+    """Set environment variables."""
     if _here(rank):
         os.environ.update(values)
 
@@ -424,10 +424,10 @@ def stuck_at(
     rank: int | None = None,
     hold_after_s: float = -1,
 ) -> None:
-    """The ``call``-th call of ``module:function`` first sleeps; the file ``marker`` says that it does.
+    """Let the ``call``-th call of ``module:function`` sleep first. The file ``marker`` shows this.
 
-    It wakes when the file ``marker.release`` appears. With ``hold_after_s`` it sleeps that long like others,
-    then in C, keeping the interpreter lock.
+    It wakes up when the file ``marker.release`` appears. With ``hold_after_s`` it sleeps that long
+    in this way, then in C while it holds the interpreter lock.
     """
     if not _here(rank):
         return
@@ -452,7 +452,7 @@ def stuck_at(
 
 
 def freeze_writer(*, call: int, seconds: float, rank: int) -> None:
-    """The writer process is stopped by SIGSTOP for a while when it gets its ``call``-th shard."""
+    """Stop the writer process by SIGSTOP for a while when it gets its ``call``-th shard."""
     if not _here(rank):
         return
     calls = 0
@@ -472,7 +472,7 @@ def freeze_writer(*, call: int, seconds: float, rank: int) -> None:
 
 
 def report_group_timeouts(path: str) -> None:
-    """Write the time-outs, in seconds, of all process groups: after the set-up, and after training."""
+    """Write the time-outs of all process groups in seconds, after the setup and after training."""
     from torch.distributed.distributed_c10d import _world
 
     def look() -> dict[str, float]:

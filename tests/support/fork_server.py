@@ -1,14 +1,15 @@
-"""A process that has imported all of training, and forks attempts of it. Started by ``runs.py``.
+"""A process that has imported all of training and forks attempts. Started by ``runs.py``.
 
-``torchrun`` spends seconds of every start on imports; a fork of this process begins to train at once. It is a
-real process all the same, with its own memory and its own exit status.
+``torchrun`` spends seconds of every start on imports. A fork of this process begins to train
+immediately. It is a real process all the same, with its own memory and exit status.
 
     server ── supervisor of attempt 1 ── rank 0 ┐ one process group,
                                      └── rank 1 ┘ killed as a whole
 
-A request is one JSON object, sent over a socket together with a socket of the attempt's own. There the
-supervisor answers with two lines: the ranks' process ids, and when all have ended, their exit statuses. When
-the other end of the attempt's socket is closed, the supervisor kills the group.
+A request is one JSON object, sent over a socket together with a separate socket for the attempt. On
+that socket the supervisor sends two lines: the process ids of the ranks, and when all have ended,
+their exit statuses. When the other end of the attempt's socket is closed, the supervisor kills the
+group.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# Run as a script, it has its own folder on the path instead of the one that holds ``support``.
+# Python puts the script's folder on the path, instead of the folder that contains ``support``.
 sys.path[0] = str(Path(__file__).parents[1])
 
 PRELOAD = (
@@ -48,7 +49,7 @@ MAX_REQUEST_BYTES = 1 << 18
 def serve(requests: socket.socket) -> dict[str, Any] | None:
     """Fork a supervisor for every request until the other end closes.
 
-    Returns in every rank's process, with what that rank has to run; None in all other processes.
+    Return in every rank's process, with the task of that rank. Return None in all other processes.
     """
     while True:
         data, fds, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 1)
@@ -61,7 +62,7 @@ def serve(requests: socket.socket) -> dict[str, Any] | None:
 
 
 def supervise(attempt: socket.socket, request: dict[str, Any]) -> dict[str, Any] | None:
-    """Fork the ranks, wait for them, tell how they ended. Returns as ``serve`` does."""
+    """Fork the ranks, wait for them, and send how they ended. Returns like ``serve``."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     ready, go = os.pipe()
     pids: list[int] = []
@@ -99,7 +100,7 @@ def _send(attempt: socket.socket, message: dict[str, Any]) -> None:
 
 
 def run_rank(task: dict[str, Any]) -> int:
-    """What one rank of ``torchrun scripts/train.py`` does, after the faults that the test asks for."""
+    """Do what one rank of ``torchrun scripts/train.py`` does, after injecting the requested faults."""
     log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):
@@ -117,7 +118,7 @@ def run_rank(task: dict[str, Any]) -> int:
 
 
 def end_process(task: dict[str, Any]) -> None:
-    """Run the rank and end the process as Python does, but for taking modules apart, which takes 0.5 s."""
+    """Run the rank and end the process as Python does, except that modules are not destroyed (0.5 s)."""
     try:
         status = run_rank(task)
     except SystemExit as ended:
@@ -133,12 +134,13 @@ def end_process(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    # A test process that ends closes its end; Ctrl-C in its terminal is not for us.
+    # The server ends when the test process closes its end of the socket. It runs in its own session,
+    # which Ctrl-C in the terminal does not reach.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for name in PRELOAD:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # or every collection in a fork would copy all pages
+    gc.freeze()  # otherwise every garbage collection in a fork would copy all pages
     mine = serve(socket.socket(fileno=int(sys.argv[1])))
     if mine is not None:
         end_process(mine)

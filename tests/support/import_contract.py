@@ -1,6 +1,6 @@
-"""Finds what breaks the import contract: layers, packages that stay apart, parts without torch, sizes, names.
+"""Find violations of the import contract: layers, separate packages, torch-free parts, sizes, and names.
 
-Everything is read from the syntax tree, so imports inside functions count as well.
+The syntax tree is examined, so that imports inside functions are found too.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ ROOMS = {
         ("manager",),
     )
 }
-"""The same within a package: a module imports only from earlier lines, and from its own sub-package."""
+"""Layers within a package: a module imports only from earlier lines, and from its own sub-package."""
 
-# Not even inside a function.
+# These import torch nowhere, not even inside a function.
 NO_TORCH = (
     *("errors", "fsio", "hostlist", "printable", "process_identity", "write_behind"),
     *("config", "goodput", "slurm", "plan", "model.hf", "train.preflight"),
@@ -58,7 +58,7 @@ TORCH_AFTER_ALL = (
     *("checkpoint.format.dtypes", "checkpoint.run.versions"),
     *("checkpoint.run.attempt_start", "checkpoint.run.own_run"),
 )
-# Not when they are imported; a command or a device may ask for it later.
+# These do not import torch when they are imported. A command or a device may import it later.
 NO_TORCH_AT_IMPORT = ("cli", "telemetry")
 
 MAX_MODULE_LINES = 500
@@ -72,7 +72,7 @@ class Import:
     target: str
     line: int
     at_import: bool
-    """Whether it happens when the module itself is imported."""
+    """Whether the import happens when the module itself is imported."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Module:
 
     @property
     def part(self) -> str:
-        """The package or top-level module it belongs to, such as ``checkpoint``; empty for the root."""
+        """The package or top-level module that it belongs to, such as ``checkpoint``; empty for the root."""
         return part_of(self.name)
 
 
@@ -143,7 +143,7 @@ def absolute(node: ast.ImportFrom, package: str) -> str:
 
 
 def violations(root: Path) -> list[str]:
-    """Everything in the package under ``root`` that breaks the contract."""
+    """Return all violations of the contract in the package under ``root``."""
     modules = load(root)
     found = []
     for module in modules.values():
@@ -171,7 +171,7 @@ def layer_faults(module: Module) -> Iterator[tuple[int, str]]:
             continue
         part = part_of(imported.target)
         if part == module.part or (not module.part and not imported.at_import):
-            continue  # the root hands out names of the package, and imports them when they are asked for
+            continue  # the root exports names of the package, and imports them at their first use
         if part in NEVER.get(module.part, ()):
             yield imported.line, f"{module.part} never imports {part}"
         elif layer_of(part) > own:
@@ -197,12 +197,12 @@ def room_faults(module: Module) -> Iterator[tuple[int, str]]:
 
 
 def room_of(name: str) -> str:
-    """What stands below the package: ``format`` in ``kempnerforge.checkpoint.format.paths``."""
+    """Return the first name below the package: ``format`` for ``kempnerforge.checkpoint.format.paths``."""
     return [*name.split("."), "", "", ""][2]
 
 
 def layer_of(part: str, layers: Sequence[tuple[str, ...]] = LAYERS) -> int:
-    """The layer's number; the root package is below all of them."""
+    """Return the number of the layer. The root package is below all layers."""
     return next((number for number, layer in enumerate(layers) if part in layer), -1)
 
 
@@ -237,7 +237,7 @@ def private_torch_faults(module: Module) -> Iterator[tuple[int, str]]:
 
 
 def is_torch_free(inner: str) -> bool:
-    """Whether a module, named without the package, must not import torch even inside a function."""
+    """Return whether a module, named without the package, must not import torch even inside a function."""
     return inner not in TORCH_AFTER_ALL and any(f"{inner}.".startswith(f"{name}.") for name in NO_TORCH)
 
 
@@ -246,7 +246,7 @@ def is_torch(target: str) -> bool:
 
 
 def chain_to_torch(start: str, modules: dict[str, Module]) -> list[str]:
-    """The modules through which importing ``start`` loads torch; empty if it does not."""
+    """Return the modules through which importing ``start`` loads torch; empty if it does not."""
     seen = {start}
     chains = [[start]]
     while chains:

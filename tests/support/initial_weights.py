@@ -1,4 +1,4 @@
-"""A model and values drawn as its initial weights are."""
+"""A model, and values generated in the way of its initial weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kempnerforge.model.init import normal_
 CONFIG = ModelConfig(
     dim=72, n_layers=2, n_heads=6, n_kv_heads=2, ffn_hidden_dim=100, vocab_size=15001, max_seq_len=8
 )
-"""The embedding has more than one block of elements; no dimension but ``dim`` can be halved often."""
+"""A config whose embedding has several blocks of elements. Only ``dim`` can be halved often."""
 
 
 def digest(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Optimizer state that is made at once, compared with what torch makes at the first step."""
+"""Compare optimizer state created at the beginning with the state that torch creates in the first step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
 
 
 def small_model() -> nn.Module:
-    """The same at every call."""
+    """Return a small model, the same at every call."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(11, 6), nn.RMSNorm(6), nn.Linear(6, 3, bias=False))
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    """A few steps on the same tokens."""
+    """Train a few steps on the same tokens."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         model(torch.randint(11, (5,), generator=generator)).pow(2).sum().backward()
@@ -32,13 +32,13 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) ->
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Weights and all optimizer state, this rank's part."""
+    """Return this rank's part of the weights and of all optimizer state."""
     state = [optimizer.state[param][key] for param in model.parameters() for key in optimizer.state[param]]
     return [t.to_local() if isinstance(t, DTensor) else t for t in (*model.parameters(), *state)]
 
 
 def compare_with_lazy_state(fused: bool, sharded: bool) -> None:
-    """Train with state made at once and with state made at the first step: all bits are the same."""
+    """Train with state created at the beginning and in the first step. All bits must be the same."""
     runs: dict[str, Any] = {}
     for kind in ("eager", "lazy"):
         model = small_model()
@@ -60,7 +60,7 @@ def compare_with_lazy_state(fused: bool, sharded: bool) -> None:
 
 
 def describe(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
-    """What a checkpoint sees of the state tree: keys, types, shapes, devices, layouts."""
+    """Return the state tree as a checkpoint sees it: keys, types, shapes, devices, layouts."""
     return [
         (name, key, value.dtype, value.shape, value.device, getattr(value, "placements", None))
         for name, param in model.named_parameters()

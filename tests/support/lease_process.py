@@ -1,4 +1,4 @@
-"""A process that takes leases, driven by lines of JSON on its standard input. Started by ``test_lease.py``.
+"""A process that takes leases, controlled by JSON lines on its standard input. Started by ``test_lease.py``.
 
 {"do": "acquire", "dir": PATH, ...}   -> {"attempt": 3, "took_over": "...", ...} or {"error": ...}
 {"do": "check"}, {"do": "release"}    -> {} or {"error": "LeaseLostError", "text": "..."}
@@ -39,9 +39,10 @@ def do(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # Looks are cheap here; on a shared file system they are rarer.
+    # Looks are cheap in this test. On a shared file system they are less frequent.
     lease._LOOK_EVERY_S = 0.02
-    # No power fails here, and a sync that waits for what others write makes a live holder look dead.
+    # No power failure happens in a test, and a sync that waits for other writers would make a live
+    # holder look dead.
     os.fsync = os.fdatasync = lambda _fd: None
     for line in sys.stdin:
         try:

@@ -1,4 +1,4 @@
-"""How much memory the tensors of a piece of a program hold at most, each storage counted once."""
+"""Measure the peak memory of the tensors of a piece of code. Each storage is counted once."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveStorages(TorchDispatchMode):
-    """Adds up the bytes of all storages alive after every operation, those of the backward pass included.
+    """Adds up the bytes of all live storages after every operation, including those of the backward pass.
 
-    It sees a storage when an operation takes or returns it and holds on to it weakly. FSDP frees memory by
-    resizing storages, so a size is read again whenever an operation takes the storage. What a kernel
-    allocates and frees itself is not seen, and tensors on the meta device are left out.
+    It notices a storage when an operation takes or returns it, and keeps a weak reference. FSDP
+    frees memory by resizing storages, so the size is read again whenever an operation takes the
+    storage. Memory that a kernel allocates and frees itself is not seen. Tensors on the meta device
+    are ignored.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._known: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._at_most = 0  # alive now, and what has been freed since they were last counted
+        self._at_most = 0  # bytes that are alive, plus bytes freed since the last count
         self.peak = 0
-        """Most bytes alive at once since ``reset``."""
+        """Peak bytes since ``reset``."""
         self.peak_after = ""
-        """The operation after which they were."""
+        """The operation after which the peak was reached."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation, then count: but not where so few bytes were added that it cannot be the peak."""
+        """Run the operation, then count, unless so few bytes were added that it cannot be the peak."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter((args, kwargs, result)):
             if isinstance(leaf, torch.Tensor):
@@ -40,11 +41,11 @@ class LiveStorages(TorchDispatchMode):
         return result
 
     def reset(self) -> None:
-        """Forget the peak, not the storages."""
+        """Forget the peak, but not the storages."""
         self.peak, self.peak_after = 0, ""
 
     def _count(self) -> int:
-        """Bytes of all storages that are alive now."""
+        """Return the bytes of all live storages."""
         self._at_most = 0
         for key, (weak, _) in list(self._known.items()):
             storage = torch.UntypedStorage._new_with_weak_ptr(weak.cdata)
@@ -61,7 +62,7 @@ class LiveStorages(TorchDispatchMode):
         if tensor.device.type == "meta":
             return
         storage = tensor.untyped_storage()
-        # Its address is not used again while there is a weak reference to it.
+        # The address is not reused while there is a weak reference to it.
         known = self._known.get(storage._cdata)
         weak, size = known or (StorageWeakRef(storage), 0)
         if known is None or storage.nbytes() != size:

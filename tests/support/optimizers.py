@@ -1,4 +1,4 @@
-"""Optimizers of all kinds, each with a small model to train and, from a resume, a state that is compared."""
+"""Optimizers of all kinds, with a small model to train and a state to compare after a resume."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Optimizers = torch.optim.Optimizer | dict[str, torch.optim.Optimizer]
 
 
 class Lion(torch.optim.Optimizer):
-    """Lion (arXiv:2302.06675), as users write it: state is made at the first gradient."""
+    """Lion (arXiv:2302.06675), as users write it: state is created at the first gradient."""
 
     def __init__(self, params: Any, lr: float = 1e-2) -> None:
         super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update."""
+        """Make one update."""
         for group in self.param_groups:
             first, second = group["betas"]
             for param in group["params"]:
@@ -35,14 +35,14 @@ class Lion(torch.optim.Optimizer):
 
 
 class Counting(torch.optim.Optimizer):
-    """Keeps numbers, lists, a table of tensors, and state of no parameter: what user optimizers keep."""
+    """An optimizer with state of many kinds: numbers, lists, a table of tensors, and global state."""
 
     def __init__(self, params: Any, lr: float = 1e-2) -> None:
         super().__init__(params, {"lr": lr, "seen": 0})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update, which depends on everything that is kept."""
+        """Make one update that depends on the whole state."""
         everywhere = self.state["everywhere"]
         everywhere["calls"] = everywhere.get("calls", 0) + 1
         for group in self.param_groups:
@@ -92,23 +92,23 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizers]] = {
     "schedulefree_sgd": lambda params: schedulefree.SGDScheduleFree(params, lr=0.1),
     "schedulefree_radam": lambda params: schedulefree.RAdamScheduleFree(params, lr=0.01),
 }
-"""Name -> maker."""
+"""Name -> function that creates the optimizers."""
 PLAIN_ONLY = {
     "rprop": "torch's does not run on DTensors",
     "adafactor": "torch's does not run on DTensors",
     "lbfgs": "its state is flat vectors of all parameters, in lists",
     "counting": "it keeps tensors in a table",
 }
-"""Those that cannot be trained or saved with sharded parameters, and why."""
+"""Optimizers that cannot be trained or saved with sharded parameters -> the reason."""
 
 
 def each(optimizers: Optimizers) -> Iterator[torch.optim.Optimizer]:
-    """The one, or all."""
+    """Yield the one optimizer, or all of them."""
     yield from optimizers.values() if isinstance(optimizers, dict) else (optimizers,)
 
 
 class Net(nn.Module):
-    """Two layers, one that has a gradient from the third step on alone, and one that is frozen."""
+    """Two layers, one that has gradients only from the third step on, and one that is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Net(nn.Module):
 def train_step(
     model: nn.Module, optimizers: Optimizers, step: int, *, before_update: Callable[[], None] = lambda: None
 ) -> float:
-    """One step on a random batch; returns the loss. Uses the global generator, which a resume restores."""
+    """Train one step on a batch from the global generator, which a resume restores. Return the loss."""
     inputs = torch.randn(4, 6)
 
     def closure() -> torch.Tensor:
@@ -147,7 +147,7 @@ def train_step(
 
 
 def make(name: str, model: nn.Module) -> Optimizers:
-    """The optimizer of that name for all parameters that are trained, in the mode for training."""
+    """Return the optimizer of that name for all trainable parameters, in training mode."""
     made = OPTIMIZERS[name]([one for one in model.parameters() if one.requires_grad])
     for one in each(made):
         if hasattr(one, "train"):

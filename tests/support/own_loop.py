@@ -1,9 +1,9 @@
-"""A user's own loop around ``CheckpointManager``, as the README has it: ``python own_loop.py JSON``.
+"""A user's own loop around ``CheckpointManager``, as in the README: ``python own_loop.py JSON``.
 
-The keys of JSON: ``folder``, ``max_steps``, ``checkpoint`` (a table of the config), ``step_s`` (a pause in
-each step), ``raise_at`` and ``hang_at`` (a step before which the loop raises, or prints "hangs" and waits to
-be killed), ``write_s`` (a pause in each write), ``finish`` and ``leave`` (whether the loop calls ``finish``
-and leaves the ``with``).
+The keys of JSON are ``folder``, ``max_steps``, ``checkpoint`` (a table of the config), ``step_s``
+(a pause in each step), ``raise_at`` and ``hang_at`` (a step before which the loop raises, or prints
+"hangs" and waits to be killed), ``write_s`` (a pause in each write), ``finish`` and ``leave``
+(whether the loop calls ``finish`` and leaves the ``with`` block).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ SUPPORT = Path(__file__).parent
 
 
 def command(**settings: Any) -> list[str]:
-    """How to start such a loop."""
+    """Return the command that starts such a loop."""
     return [sys.executable, str(Path(__file__)), json.dumps(settings, default=str)]
 
 
 def run(**settings: Any) -> subprocess.CompletedProcess[str]:
-    """Run such a loop to its end, whatever that is."""
+    """Run such a loop until it ends in any way."""
     return subprocess.run(
         command(**settings), capture_output=True, text=True, timeout=120, check=False, env=environment()
     )

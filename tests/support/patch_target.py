@@ -1,4 +1,4 @@
-"""Names of what a test patches in another process, looked up when the test module is imported."""
+"""Check the names that a test patches in another process when the test module is imported."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def resolve(name: str) -> tuple[Any, str]:
-    """The owner and the attribute that ``module:attribute.path`` names, such as ``os:fsync``.
+    """Return the owner and the attribute that ``module:attribute.path`` names, such as ``os:fsync``.
 
-    Raise ImportError or AttributeError when there is no such thing.
+    Raise ImportError or AttributeError if there is no such attribute.
     """
     module, _, path = name.partition(":")
     owner: Any = importlib.import_module(module)
@@ -21,6 +21,6 @@ def resolve(name: str) -> tuple[Any, str]:
 
 
 def patch_target(name: str) -> str:
-    """``name`` itself, after checking that it can be resolved: a rename in the product fails at import."""
+    """Return ``name`` after checking that it exists, so that a rename in the package fails at import."""
     resolve(name)
     return name

@@ -9,14 +9,15 @@
 
     assert run_ranks(total, 2, [3, 4]) == [7, 7]
 
-Each rank is a fresh process forked from a server that has done the imports (``PRELOAD``), so it joins a
-process group in a tenth of a second and inherits neither threads, process groups nor random state from the
-test process; of the test process it gets the environment, ``monkeypatch.setenv`` included. The default
-process group is up when ``fn`` is called and is destroyed after it. ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``
-and ``MASTER_ADDR`` are set as torchrun sets them. Rendezvous is over a file: no port to collide on.
+Each rank is a fresh process, forked from a server that has done the imports (``PRELOAD``), so it
+joins a process group in a tenth of a second. It inherits neither threads, process groups nor random
+state from the test process, but its environment, including ``monkeypatch.setenv``. ``fn`` runs in
+the default process group, which is destroyed afterwards. ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``
+and ``MASTER_ADDR`` are set as torchrun sets them. Rendezvous uses a file, so no port can be taken.
 
-Arguments and results travel by plain pickle: send tensors (not DTensors), arrays, numbers, paths. What ranks
-print comes out of the test process when they have ended, so pytest shows it beside a failure.
+Arguments and results are pickled: send tensors (not DTensors), arrays, numbers, paths. The output
+of the ranks is printed by the test process after they have ended, so that pytest shows it with a
+failure.
 """
 
 from __future__ import annotations
@@ -41,33 +42,35 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-# torch._dynamo: fully_shard imports it at its first use, which takes longer than the rest of a small test.
+# fully_shard imports torch._dynamo at its first use, which takes longer than the rest of a small
+# test.
 PRELOAD = [
     *("torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "numpy.random"),
     *("kempnerforge.checkpoint.manager", "kempnerforge.parallel.shard", "kempnerforge.train.step"),
 ]
 
 SECOND_FAILURE_GRACE_S = 3.0
-"""How long to listen, after a first failure, for the errors of other ranks: one of them may be the cause."""
+"""How long to wait, after a first failure, for errors of other ranks, since one of them may be the cause."""
 
 
 STACKS_GRACE_S = 10.0
-"""How long ranks that hang may take to print where they are."""
+"""How long ranks that hang may take to print their stacks."""
 
 
 EXIT_GRACE_S = 10.0
-"""How long a rank that has delivered its result may take to leave its process group and exit."""
+"""How long a rank may take, after it has sent its result, to leave its process group and exit."""
 
 
 class RanksFailed(AssertionError):
-    """A rank raised, died or hung. The message holds the tracebacks of those that raised."""
+    """A rank raised, died or hung. The message has the tracebacks of the ranks that raised."""
 
 
 def run_ranks(fn: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[T]:
-    """Call ``fn(*args)`` on ``world_size`` ranks and return their results, by rank.
+    """Call ``fn(*args)`` on ``world_size`` ranks and return their results in the order of ranks.
 
-    Raises RanksFailed when a rank raises, dies, or has not ended after ``timeout_s``; the others are killed
-    first, so no process is left over. On a timeout the output shows where each rank stood.
+    Raises RanksFailed if a rank raises, dies, or has not ended after ``timeout_s``. All other ranks
+    are killed first, so that no process remains. After a timeout, the output shows the stacks of
+    each rank.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -112,7 +115,7 @@ def _print_log(folder: str, rank: int) -> None:
 def _rank_main(
     rank: int, world_size: int, folder: str, timeout_s: float, payload: bytes, pipe: Connection
 ) -> None:
-    """The life of one rank: join, call, report, leave."""
+    """Run one rank: join, call, report, leave."""
     with open(_log(folder, rank), "wb") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
@@ -143,7 +146,7 @@ def _rank_main(
 
 
 def _collect(ranks: list[Any], pipes: list[Connection], folder: str, timeout_s: float) -> list[Any]:
-    """Results of all ranks; RanksFailed as soon as one has failed, or when time is up."""
+    """Return the results of all ranks. Raises RanksFailed when one has failed, or after the time limit."""
     results: dict[int, Any] = {}
     failures: list[str] = []
     open_pipes = {pipe: rank for rank, pipe in enumerate(pipes)}
@@ -179,7 +182,7 @@ def _describe_death(exit_code: int) -> str:
 
 
 def _ask_for_stacks(hanging: list[tuple[Any, Path]]) -> None:
-    """Have ranks print where they are; faulthandler answers from C, so a blocked rank answers too."""
+    """Let ranks print their stacks. faulthandler does it in C, so that it works on a blocked rank."""
     asked = [log.stat().st_size for _, log in hanging]
     for process, _ in hanging:
         os.kill(process.pid, signal.SIGUSR1)

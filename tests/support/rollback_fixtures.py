@@ -1,4 +1,4 @@
-"""A run that has ended, made without training: ``pytest_plugins = ["support.rollback_fixtures"]``."""
+"""A finished run, created without training: ``pytest_plugins = ["support.rollback_fixtures"]``."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CONFIG = "[train]\nglobal_batch_size = 6\n"
 
 
 def quiet(*_: object) -> None:
-    """Take progress and notes, and say nothing."""
+    """Ignore progress and notes."""
 
 
 def save(run: Path, step: int, *, attempt: int = 1, run_id: str = "abc", parent: int | None = None) -> Path:
-    """A real checkpoint whose tensor holds the step."""
+    """Write a real checkpoint whose tensor contains the number of the step."""
     path = run / "checkpoints" / paths.step_name(step)
     provenance = Provenance(step=step, run_id=run_id, attempt=attempt, parent_step=parent, reason="interval")
     checkpointer = AsyncCheckpointer()
@@ -44,7 +44,7 @@ def save(run: Path, step: int, *, attempt: int = 1, run_id: str = "abc", parent:
 
 @pytest.fixture(scope="module")
 def ended_run_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one attempt, which has committed steps 4, 8 and 12 and ended."""
+    """A run of one attempt that committed steps 4, 8 and 12 and ended. Do not change it."""
     run = tmp_path_factory.mktemp("template") / "run"
     for step in (4, 8, 12):
         save(run, step, parent=step - 4)
@@ -58,7 +58,7 @@ def ended_run_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ended_run(ended_run_template: Path, tmp_path: Path) -> Path:
-    """The same, to be changed."""
+    """A copy of ``ended_run_template`` that a test may change."""
     return Path(shutil.copytree(ended_run_template, tmp_path / "run", symlinks=True))
 
 
@@ -70,7 +70,7 @@ def log(run: Path, *, attempt: int, steps: range) -> None:
 
 
 def resume(run: Path) -> int:
-    """What a start of the run does, up to its receipt. Returns the step that it resumes from."""
+    """Do what a start of the run does, up to its receipt. Return the step that it resumes from."""
     held = lease.acquire(run, after_attempt=lineage.last_attempt(run))
     record = metadata.read(run)
     assert record is not None
@@ -86,5 +86,5 @@ def resume(run: Path) -> int:
 
 
 def names(run: Path) -> list[str]:
-    """What is in the folder of checkpoints."""
+    """Return the names in the folder of checkpoints."""
     return sorted(path.name for path in (run / "checkpoints").iterdir())

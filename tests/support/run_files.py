@@ -1,4 +1,4 @@
-"""What a run leaves on disk, read for tests."""
+"""Read the files of a run in tests."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tens
 from kempnerforge.telemetry.jsonl import effective_rows, read_rows
 
 BITWISE_KEYS = ("train/loss", "train/grad_norm", "train/lr", "train/tokens", "data/digest", "eval/loss")
-"""What a run that was stopped and resumed must log with the same bits as one that never was."""
+"""Values that a run that was stopped and resumed must log with the same bits as an uninterrupted one."""
 
 Counting = dict[int, dict[str, Any]]
-"""By step, the values that count."""
+"""Step -> its values on the final timeline."""
 
 
 @dataclass
@@ -31,23 +31,23 @@ class RunFiles:
 
     @property
     def record(self) -> dict[str, Any]:
-        """``run.json``."""
+        """Return ``run.json``."""
         return json.loads((self.folder / "run.json").read_text())
 
     def receipts(self) -> list[dict[str, Any]]:
-        """Resume receipts, oldest first; a line that a kill tore is left out."""
+        """Return the resume receipts, oldest first, without a line that a kill has torn."""
         path = self.folder / "receipts.jsonl"
         return read_rows(path).rows if path.exists() else []
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows of ``metrics.jsonl``."""
+        """Return all rows of ``metrics.jsonl``."""
         path = self.folder / "metrics.jsonl"
         return read_rows(path).rows if path.exists() else []
 
     def counting(self) -> Counting:
-        """The rows that count: of every step, the values of ``BITWISE_KEYS``.
+        """Return the values of ``BITWISE_KEYS`` of every step on the final timeline.
 
-        Fails if two rows that count disagree on a value.
+        Fails if two rows of the final timeline have different values.
         """
         resumes = {receipt["attempt"]: receipt["step"] for receipt in self.receipts()}
         found: Counting = defaultdict(dict)
@@ -60,30 +60,30 @@ class RunFiles:
         return dict(found)
 
     def step_folder(self, step: int) -> Path:
-        """Where a committed step is."""
+        """Return the folder of a committed step."""
         return self.checkpoints / f"step_{step:08d}"
 
     def committed(self) -> list[int]:
-        """Steps under their final name with a manifest, newest first."""
+        """Return the steps that have their final name and a manifest, newest first."""
         return paths.committed_steps(self.checkpoints)
 
     def sound(self) -> list[int]:
-        """Committed steps of which every byte is as the manifest says, newest first."""
+        """Return the committed steps whose every byte agrees with the manifest, newest first."""
         return [step for step in self.committed() if unsound(self.step_folder(step)) is None]
 
     def unfinished(self) -> list[str]:
-        """Hidden folders: checkpoints in flight and half-done deletions."""
+        """Return the hidden folders: checkpoints in flight and unfinished deletions."""
         return sorted(
             path.name for path in self.checkpoints.glob(".*") if path.is_dir() and not path.is_symlink()
         )
 
     def names(self) -> set[str]:
-        """Everything in the checkpoint folder."""
+        """Return all names in the checkpoint folder."""
         return {path.name for path in self.checkpoints.iterdir()}
 
 
 def unsound(step_folder: Path) -> str | None:
-    """What is wrong with a committed step, judged from the manifest alone; None when it is sound."""
+    """Return what is wrong with a committed step according to its manifest alone; None if nothing is."""
     manifest = json.loads((step_folder / "manifest.json").read_text())
     present = {path.name for path in step_folder.iterdir()} - {"manifest.json"}
     if present != set(manifest["files"]):
@@ -98,7 +98,7 @@ def unsound(step_folder: Path) -> str | None:
 
 
 def tensor_digests(step_folder: Path) -> dict[str, str]:
-    """SHA-256 of dtype, shape and bytes of every tensor of a step, by name. Reads them whole."""
+    """Return the SHA-256 of dtype, shape and bytes of every tensor of a step, by name."""
     import torch
 
     reader = SafetensorsReader(step_folder)
@@ -112,7 +112,7 @@ def tensor_digests(step_folder: Path) -> dict[str, str]:
 
 
 def digest_of(tensor: Any) -> str:
-    """SHA-256 of a plain tensor's dtype, shape and bytes."""
+    """Return the SHA-256 of a plain tensor's dtype, shape and bytes."""
     import torch
 
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -121,5 +121,5 @@ def digest_of(tensor: Any) -> str:
 
 
 def digest_of_folder(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder, by name."""
+    """Return the SHA-256 of every file of a folder, by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}

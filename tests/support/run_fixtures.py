@@ -11,7 +11,7 @@ from support.runs import Launcher, write_corpus
 
 @pytest.fixture(scope="session")
 def launcher() -> Iterator[Launcher]:
-    """Starts attempts of training."""
+    """A launcher that starts attempts of training."""
     started = Launcher()
     yield started
     started.close()

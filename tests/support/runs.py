@@ -1,4 +1,4 @@
-"""Start real training attempts from a test, and look at what they leave.
+"""Start real training attempts from a test, and read the files that they leave.
 
     def test_something(launcher, tmp_path):
         run = make_run(tmp_path, **{"train.max_steps": 8})
@@ -6,9 +6,9 @@
         assert ended.statuses == [0, 0], ended.output
         assert run.committed() == [8]
 
-An attempt is what ``torchrun scripts/train.py`` starts: one process a rank, all in one process group of their
-own, forked from a server that has done the imports (``fork_server.py``).
-``pytest_plugins = ["support.run_fixtures"]`` brings the fixtures.
+An attempt is like a start of ``torchrun scripts/train.py``: one process per rank, all in a process
+group of their own, forked from a server that has done the imports (``fork_server.py``). Use the
+fixtures with ``pytest_plugins = ["support.run_fixtures"]``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kempnerforge.goodput.faults import FOLDER as FAULTS_FOLDER
 
 FORK_SERVER = Path(__file__).with_name("fork_server.py")
 Fault = tuple[str, dict[str, Any]]
-"""Name of a function of ``fault_injection.py`` and its arguments; the ranks of an attempt call it first."""
+"""Name of a function of ``fault_injection.py`` and its arguments. The ranks of an attempt call it first."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Ended:
     """How an attempt ended."""
 
     statuses: list[int]
-    """Exit status of every rank; -9 for one that SIGKILL ended."""
+    """Exit status of every rank; -9 for a rank that SIGKILL ended."""
     outputs: list[str]
-    """What every rank printed."""
+    """The output of every rank."""
 
     @property
     def output(self) -> str:
-        """What all ranks printed."""
+        """The output of all ranks."""
         return "".join(f"--- rank {rank} ---\n{text}" for rank, text in enumerate(self.outputs))
 
 
@@ -56,7 +56,7 @@ class Attempt:
     """A running attempt. Its processes are killed when it is closed."""
 
     def __init__(self, connection: socket.socket, logs: Sequence[Path], faults: Path) -> None:
-        """``faults``: where the run's processes write their stacks when a fatal signal ends them."""
+        """``faults`` is the folder where the run's processes write their stacks after a fatal signal."""
         self._connection = connection
         self._faults = faults
         self._answers = connection.makefile("rb")
@@ -73,14 +73,14 @@ class Attempt:
             os.kill(self.pids[rank], number)
 
     def kill(self) -> None:
-        """``kill -9`` of the whole process group; nothing happens when it has ended."""
+        """Send SIGKILL to the whole process group. Do nothing if it has ended."""
         try:
             os.killpg(self.pids[0], signal.SIGKILL)
         except ProcessLookupError:
             return
 
     def wait(self, timeout_s: float = 120.0) -> Ended:
-        """Wait until all ranks have ended. Fails the test, with all output, when they do not."""
+        """Wait until all ranks have ended. Fail the test, with all output, if they do not."""
         if self._ended is None:
             self._connection.settimeout(timeout_s)
             try:
@@ -96,12 +96,12 @@ class Attempt:
         return self._ended
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill the processes that still run."""
         self._answers.close()
         self._connection.close()
 
     def output(self) -> str:
-        """What has been printed so far, by all ranks."""
+        """Return the output of all ranks so far."""
         return self._describe([]).output
 
     def _describe(self, statuses: list[int]) -> Ended:
@@ -114,7 +114,7 @@ class Attempt:
 
 
 class Launcher:
-    """Starts attempts. One for a test session."""
+    """Starts attempts. There is one launcher per test session."""
 
     def __init__(self) -> None:
         self._requests, theirs = socket.socketpair()
@@ -171,18 +171,18 @@ class Launcher:
         command: Sequence[str] = (),
         timeout_s: float = 120.0,
     ) -> Ended:
-        """``start`` and ``wait``."""
+        """Call ``start`` and ``wait``."""
         return self.start(run, *overrides, ranks=ranks, faults=faults, command=command).wait(timeout_s)
 
     def finish(self, run: Run, *overrides: str, ranks: int = 1) -> Ended:
-        """``run``, which must end with status 0 on all ranks."""
+        """Call ``run``, which must end with status 0 on all ranks."""
         ended = self.run(run, *overrides, ranks=ranks)
         assert ended.statuses == [0] * ranks, ended.output
         return ended
 
 
 def _free_port() -> int:
-    """A port outside the range that the system takes ports for connections from, so it stays free."""
+    """Return a port outside the range of outgoing connections, so that it remains free."""
     while True:
         port = random.SystemRandom().randrange(12000, 30000)
         with socket.socket() as probe:
@@ -195,12 +195,12 @@ def _free_port() -> int:
 
 @dataclass
 class Run(RunFiles):
-    """A run of a test: its config, and the folder that it makes."""
+    """A run of a test: its config, and the folder that it creates."""
 
     base: Path = field(default_factory=Path)
     config: Path = field(default_factory=Path)
     starts: int = 0
-    """Attempts that were started from here."""
+    """Number of attempts that were started from here."""
 
 
 TINY: dict[str, Any] = {
@@ -226,7 +226,7 @@ TINY: dict[str, Any] = {
 
 
 def make_run(base: Path, corpus: Path, **settings: Any) -> Run:
-    """Write the config of a new tiny run in ``base``. ``settings`` by dotted key; None leaves a key out."""
+    """Write the config of a new tiny run in ``base``. ``settings`` has dotted keys; None omits a key."""
     base.mkdir(parents=True, exist_ok=True)
     values = {"data.text": [str(corpus / "*.txt")], "run.dir": str(base / "run"), **TINY, **settings}
     config = base / "config.toml"
@@ -242,7 +242,7 @@ def _toml(value: Any) -> str:
 
 
 def copy_run(run: Run, target: Path) -> Run:
-    """A copy of ``run`` in another place, to resume from without touching the original."""
+    """Copy ``run`` to ``target``, to resume from it without changing the original."""
     shutil.copytree(run.base, target, symlinks=True)
     config = target / run.config.name
     config.write_text(run.config.read_text().replace(str(run.base), str(target)))
@@ -251,7 +251,7 @@ def copy_run(run: Run, target: Path) -> Run:
 
 
 def write_corpus(folder: Path, *, seed: int) -> Path:
-    """Eight files of words, the same for the same seed."""
+    """Write eight files of words, the same for the same seed."""
     generator = random.Random(seed)
     folder.mkdir(exist_ok=True)
     words = ["".join(generator.choices("abcdefgh", k=generator.randint(2, 6))) for _ in range(40)]

@@ -1,4 +1,4 @@
-"""``scripts/train.py`` with slow steps in a job's first start, so that there is time to stop it."""
+"""Run ``scripts/train.py`` with slow steps in a job's first start, so that there is time to stop it."""
 
 import os
 import sys
@@ -8,11 +8,11 @@ from kempnerforge.cli.train import main
 
 STEP_S = 0.7
 SLOW_STEPS = 20
-"""Later steps are slower still: a job that is to be stopped must not end before, on a busy machine."""
+"""Later steps are even slower, so that a job does not finish before it is stopped on a busy machine."""
 FAULT_AT = "KEMPNERFORGE_TEST_FAULT_AT"
-"""Call of the first start's optimizer that fails; unset: none."""
+"""Number of the optimizer call that fails in the first start; unset for none."""
 SLOW_DATA = "KEMPNERFORGE_TEST_SLOW_DATA"
-"""The first start prepares its data for so long that only a signal ends it."""
+"""If set, the first start prepares its data for so long that only a signal ends it."""
 FAST = "KEMPNERFORGE_TEST_FAST"
 
 if __name__ == "__main__":

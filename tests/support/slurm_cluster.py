@@ -3,9 +3,9 @@
     with Cluster(folder) as cluster:
         job = cluster.run("sbatch", "--parsable", "--wrap=hostname").strip()
 
-Nothing outside the folder is read or written: it has its own munge key and socket, its own configuration
-and its own state. The nodes share this host's cores but claim many, so that several jobs fit beside each
-other; their GPUs are terminals, which is enough for SLURM to count them.
+Nothing outside the folder is read or written. The cluster has its own munge key and socket,
+configuration and state. The nodes share this host's cores but claim to have many, so that several
+jobs run at the same time. Their GPUs are terminal devices, which is enough for SLURM to count them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sque
 NODES = ("n1", "n2", "n3")
 KILL_WAIT_S = 240
 GRACE_S = 300
-"""Both long: nothing waits for them unless the machine is so busy that a save takes that long."""
+"""Both times are long. Nothing waits for them unless the machine is so busy that a save takes that long."""
 
 CONF = """\
 ClusterName=private
@@ -75,7 +75,7 @@ GRES = "NodeName=n[1-3] Name=gpu File=/dev/tty[1-4]\n"
 
 
 def missing_programs() -> list[str]:
-    """What a private cluster needs and this host lacks."""
+    """Return the programs that a private cluster needs and this host lacks."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
 
@@ -108,7 +108,7 @@ class Cluster:
         self.close()
 
     def run(self, *command: str, check: bool = True, timeout_s: float = 60) -> str:
-        """What a command of SLURM prints."""
+        """Run a command of SLURM and return its output."""
         done = subprocess.run(
             command, env=self.environ, capture_output=True, text=True, timeout=timeout_s, check=False
         )
@@ -116,7 +116,7 @@ class Cluster:
         return done.stdout
 
     def close(self) -> None:
-        """End jobs, daemons and their children. May be called at any time, and twice."""
+        """End jobs, daemons and their children. May be called at any time and repeatedly."""
         if len(self._daemons) > 1:
             self.run("scancel", "--signal=KILL", "--full", "--user", str(os.getuid()), check=False)
             self.run("scancel", "--user", str(os.getuid()), check=False)
@@ -132,7 +132,7 @@ class Cluster:
         self._end_orphans()
 
     def _end_orphans(self) -> None:
-        """Jobs outlive slurmd: ``slurmstepd`` and what it started carry this cluster's configuration."""
+        """End ``slurmstepd`` and its children, which outlive slurmd. They are found by their environment."""
         mark = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()
         for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
             if pid == os.getpid():
@@ -141,7 +141,7 @@ class Cluster:
                 environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 if mark in environ:
                     os.kill(pid, signal.SIGKILL)
-            except OSError:  # it has ended, or belongs to somebody else
+            except OSError:  # the process has ended, or belongs to another user
                 continue
 
     def _start(self) -> None:
@@ -192,7 +192,7 @@ class Cluster:
             )
 
     def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
-        """Return when ``condition`` holds. Raises RuntimeError, with the logs of all daemons."""
+        """Return when ``condition`` holds. At a time-out, raise RuntimeError with the logs of all daemons."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             ended = [daemon.args for daemon in self._daemons if daemon.poll() is not None]

@@ -1,6 +1,6 @@
-"""Runs as jobs of a private SLURM, all at the same time: submitted, then something happens, then they end.
+"""Run jobs on a private SLURM, all at the same time: submit them, act on them, and wait for their ends.
 
-jobs = [Job("scancel", happens=lambda cluster, job: cluster.run("scancel", job.id), requeued=False), ...]
+jobs = [Job("scancel", happens=lambda cluster, job: cluster.run("scancel", job.id)), ...]
 run_all(cluster, jobs, corpus, folder)
 """
 
@@ -25,38 +25,38 @@ TIMEOUT_S = 1000.0
 SCRIPT = Path(__file__).parent / "slow_train.py"
 
 Facts = dict[str, str]
-"""What ``scontrol show job`` says of a job."""
+"""The output of ``scontrol show job``."""
 
 
 def is_training(_cluster: Cluster, job: Job) -> bool:
-    """Whether it has done a few steps."""
+    """Return whether the job has done a few steps."""
     return len(job.run.rows()) > 2
 
 
 @dataclass
 class Job:
-    """A run as one SLURM job, and what happens to it once it trains."""
+    """A run as one SLURM job, and an action on it once it trains."""
 
     name: str
     options: list[str] = field(default_factory=list)
-    """Of sbatch."""
+    """Options of sbatch."""
     happens: Callable[[Cluster, Job], object] = lambda _cluster, _job: None
     requeued: bool = True
     nodes: int = 1
     gpus: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     environ: dict[str, str | None] = field(default_factory=dict)
-    """Of the submission, and so of the job; None takes a variable away."""
+    """Environment variables of the submission, and therefore of the job; None removes a variable."""
     when: Callable[[Cluster, Job], bool] = is_training
-    """Whether it is time for what happens."""
+    """Whether it is time for ``happens``."""
     after: Job | None = None
-    """Goes on with that job's run, and is submitted right behind it."""
+    """The job whose run this one continues. This one is submitted directly after it."""
     then: Callable[[Cluster], object] = lambda _cluster: None
-    """What happens when it is queued again. Not waited for: the other jobs' turns would be missed."""
+    """Called repeatedly while the job is queued again. It must not wait, because other jobs are active."""
 
     id: str = ""
     said: str = ""
-    """What ``submit`` printed."""
+    """The output of ``submit``."""
     run: Run = field(default_factory=Run)
     facts: Facts = field(default_factory=dict)
     has_happened: bool = False
@@ -71,7 +71,7 @@ class Job:
         return int(self.facts["Restarts"])
 
     def submit(self, cluster: Cluster, corpus: Path, folder: Path) -> None:
-        """Queue it, by the command that users type."""
+        """Submit the job with the command that users type."""
         if self.after is not None:
             self.run = self.after.run
         else:
@@ -93,7 +93,7 @@ class Job:
         self.id = done.stdout.split()[1].rstrip(":")
 
     def go_on(self, cluster: Cluster, known: dict[str, Facts]) -> bool:
-        """Do what is due; whether the job has ended."""
+        """Do what is due and return whether the job has ended."""
         self.facts = known[self.id]
         if not self.has_happened and self.when(cluster, self):
             self.has_happened = True
@@ -106,7 +106,7 @@ class Job:
 
 @dataclass
 class Array(Job):
-    """Two tasks, each with a run of its own. What happens, happens to the second one, ``run``."""
+    """Two tasks, each with its own run. ``happens`` acts on the second one, ``run``."""
 
     other: Run = field(default_factory=Run)
     other_facts: Facts = field(default_factory=dict)
@@ -120,7 +120,7 @@ class Array(Job):
         tasks = {
             facts["ArrayTaskId"]: facts for facts in known.values() if facts.get("ArrayJobId") == self.id
         }
-        if set(tasks) != {"0", "1"}:  # they are split off when they start
+        if set(tasks) != {"0", "1"}:  # SLURM separates the tasks when they start
             return False
         self.other_facts, self.facts = tasks["0"], tasks["1"]
         self.other = self._run_of(tasks["0"])
@@ -138,7 +138,7 @@ class Array(Job):
 
 
 def run_all(cluster: Cluster, jobs: Sequence[Job], corpus: Path, folder: Path) -> None:
-    """Submit all jobs, let happen what is to happen, and wait for their ends."""
+    """Submit all jobs, act on them when it is time, and wait for their ends."""
     deadline = time.monotonic() + TIMEOUT_S
     for job in jobs:
         job.submit(cluster, corpus, folder)
@@ -154,12 +154,12 @@ def run_all(cluster: Cluster, jobs: Sequence[Job], corpus: Path, folder: Path) -
 
 
 def near_the_limit(cluster: Cluster, job: Job) -> None:
-    """Bring the end of the job's time near enough for SLURM to announce it at its next look."""
+    """Move the end of the job's time so near that SLURM announces it at its next check."""
     cluster.run("scontrol", "update", f"JobId={job.id}", "EndTime=now+115")
 
 
 def _restore_limit(cluster: Cluster, facts: Facts) -> None:
-    """Moving the end made the limit shorter, for the next start too."""
+    """Restore the limit that moving the end has shortened, also for the next start."""
     is_next = facts["JobState"] == "PENDING" or (facts["JobState"] == "RUNNING" and facts["Restarts"] != "0")
     if is_next and facts["TimeLimit"] != f"00:{MINUTES}:00":
         cluster.run("scontrol", "update", f"JobId={facts['JobId']}", f"TimeLimit={MINUTES}")

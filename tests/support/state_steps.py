@@ -1,4 +1,4 @@
-"""Steps of a ``TrainState``, written and read in this process as a save and a resume do it."""
+"""Write and read steps of a ``TrainState`` in this process, as a save and a resume do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = ("model", "optimizer", "extra", "data", "rng")
 
 
 def save(folder: Path, state: TrainState, **capture: int) -> Path:
-    """Write a step as a save would, without a process."""
+    """Write a step as a save does, without a writer process."""
     payload = state.capture(**capture)
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in payload.tensors.items()}
     objects = json.loads(json.dumps(dict(payload.objects)))
@@ -47,15 +47,15 @@ def load(path: Path, state: TrainState, *, parts: tuple[str, ...] = PARTS, **opt
 
 
 class Counter:
-    """An object of a user's own."""
+    """A user's own object with state."""
 
     def __init__(self, value: Any = None) -> None:
         self.value = value
 
     def state_dict(self) -> Any:
-        """What it holds."""
+        """Return the state."""
         return self.value
 
     def load_state_dict(self, value: Any) -> None:
-        """Take it back."""
+        """Restore the state."""
         self.value = value

@@ -1,4 +1,4 @@
-"""State dicts for round trips: what a load fills, and whether what comes back is the same, types included."""
+"""State dicts for round trips: targets of a load, and comparisons that include types."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Wrapper(torch.Tensor):
-    """As torchao's: a tensor without memory, which makes its values when it is asked."""
+    """Like a tensor of torchao: it has no memory of its own and creates its values on request."""
 
     _made_from: torch.Tensor
 
@@ -27,7 +27,7 @@ class Wrapper(torch.Tensor):
 
 
 def blank(value: Any) -> Any:
-    """A target for ``dcp.load`` of the same structure: tensors of ones, None for other leaves."""
+    """Return a target for ``dcp.load`` with the same structure: tensors of ones, None for other leaves."""
     if isinstance(value, torch.Tensor):
         return torch.ones(value.shape).to(value.dtype)
     if isinstance(value, Mapping):
@@ -38,7 +38,7 @@ def blank(value: Any) -> Any:
 
 
 def nested(value: Any) -> Any:
-    """As DCP builds it: dicts, lists, and keys that are text."""
+    """Return the structure as DCP builds it: dicts, lists, and keys that are text."""
     if isinstance(value, Mapping):
         return {str(key): nested(child) for key, child in value.items()}
     if type(value) is list:
@@ -47,7 +47,7 @@ def nested(value: Any) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal bit by bit, and of the same types."""
+    """Return whether two values are bitwise equal and have the same types."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and _bits(one) == _bits(other)
     if type(one) is not type(other):

@@ -1,4 +1,4 @@
-"""Steps of format 1 made without torch, in any layout, and ways to damage them."""
+"""Create steps of format 1 without torch, in any layout, and damage them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ keep_last_n = {keep_last_n}
 
 
 def arrays(step: int) -> dict[str, np.ndarray]:
-    """A small state that differs from step to step."""
+    """Return a small state that differs between steps."""
     generator = np.random.default_rng(step)
     return {
         "model.w": generator.random((6, 4), dtype=np.float32),
@@ -49,7 +49,7 @@ def write_step(
     objects: Mapping[str, Any] | None = None,
     **provenance: Any,
 ) -> Path:
-    """Write a committed step. ``boxes``: tensor -> its chunks, the first into the first file and so on."""
+    """Write a committed step. ``boxes``: tensor -> its chunks, of which the n-th is in the n-th file."""
     path = folder / paths.step_name(step)
     path.mkdir(parents=True)
     state = arrays(step) if state is None else state
@@ -91,7 +91,7 @@ def write_step(
 
 
 def resign(path: Path, **changes: Any) -> None:
-    """Put the files as they are now, and ``changes``, into the manifest of the step in ``path``."""
+    """Write the current files, and ``changes``, into the manifest of the step in ``path``."""
     body = json.loads((path / paths.MANIFEST).read_text())
     del body["digest"]
     for name in body["files"]:
@@ -104,7 +104,7 @@ def resign(path: Path, **changes: Any) -> None:
 
 
 def flip_byte(path: Path, position: int) -> None:
-    """Change one byte of a file; negative positions count from its end."""
+    """Change one byte of a file. A negative position is counted from the end."""
     data = bytearray(path.read_bytes())
     data[position] ^= 0x10
     path.write_bytes(data)

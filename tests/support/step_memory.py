@@ -1,4 +1,4 @@
-"""The device memory that a step really takes, measured on the CPU, beside what ``plan`` says of it."""
+"""Measure the device memory of a step on the CPU, to compare it with the result of ``plan``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class FusedNorm(torch.autograd.Function):
-    """Keeps what CUDA's fused kernel keeps: its input and a number a row. The CPU's keeps fp32 copies."""
+    """Keeps what CUDA's fused kernel keeps: its input and one number per row. The CPU's keeps fp32 copies."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
@@ -36,12 +36,12 @@ class FusedNorm(torch.autograd.Function):
 
 
 def fused_norm_forward(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """In place of ``nn.RMSNorm.forward``."""
+    """Compute the norm in place of ``nn.RMSNorm.forward``."""
     return FusedNorm.apply(x, norm.weight.to(x.dtype))  # type: ignore[return-value]
 
 
 def block_and_input(model: ModelConfig, train: TrainConfig) -> tuple[TransformerBlock, tuple[Tensor, ...]]:
-    """A decoder layer, and what it takes for 2 sequences of 32 tokens."""
+    """Return a decoder layer, and its inputs for 2 sequences of 32 tokens."""
     dtype = torch.bfloat16 if train.mixed_precision == "bf16" else torch.float32
     block = TransformerBlock(model).to(dtype)
     block.remat = train.activation_checkpointing
@@ -50,7 +50,7 @@ def block_and_input(model: ModelConfig, train: TrainConfig) -> tuple[Transformer
 
 
 def kept_by_autograd(block: TransformerBlock, inputs: tuple[Tensor, ...]) -> int:
-    """Bytes of all different memory that the graph of one forward pass holds, parameters left out."""
+    """Return the bytes of distinct memory that the graph of a forward pass keeps, without parameters."""
     known = {one.untyped_storage().data_ptr() for one in (*block.parameters(), *inputs[1:])}
     found: dict[int, tuple[int, Tensor]] = {}
 
@@ -66,11 +66,11 @@ def kept_by_autograd(block: TransformerBlock, inputs: tuple[Tensor, ...]) -> int
 
 
 def peak_and_plan(tree: dict[str, Any]) -> tuple[int, str, DeviceMemory]:
-    """(most bytes alive in a step and its validation, the operation after which they were, what is planned).
+    """Return (peak bytes of a step and its validation, the operation after which it was reached, the plan).
 
-    Of this rank, in the second step: by then everything that stays is there and has been seen.
+    All are those of this rank in the second step. By then all permanent memory exists and was seen.
     """
-    gc.freeze()  # what there is already is not looked at again
+    gc.freeze()  # objects that already exist are not examined again
     job = JobConfig.model_validate(tree)
     geometry = job.geometry(dist.get_world_size())
     with pytest.MonkeyPatch.context() as patch, LiveStorages() as live:

@@ -1,7 +1,7 @@
-"""``scripts/train.py`` with faults that a test has chosen, for a real launcher.
+"""Run ``scripts/train.py`` with faults that a test has chosen, under a real launcher.
 
-Each rank leaves two files: ``pid.RANK`` when it begins, ``status.RANK`` when it ends by itself. A rank that
-is killed, or ended at once with ``os._exit``, leaves no status.
+Each rank writes the file ``pid.RANK`` when it begins, and ``status.RANK`` when it ends by itself. A
+rank that is killed, or that ends with ``os._exit``, writes no status.
 """
 
 import atexit
@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 FAULTS = "KEMPNERFORGE_TEST_FAULTS"
-"""JSON: names of functions of ``fault_injection.py`` and their arguments."""
+"""JSON with names of functions of ``fault_injection.py`` and their arguments."""
 MARKS = "KEMPNERFORGE_TEST_MARKS"
-"""Folder of the files."""
+"""Folder of these files."""
 
 _status: list[int] = []
 
@@ -23,9 +23,9 @@ def _leave_status(path: Path) -> None:
 
 
 def main() -> int:
-    """Inject the faults, train, and note the status."""
+    """Inject the faults, train, and record the status."""
     marks, rank = Path(os.environ[MARKS]), os.environ["RANK"]
-    atexit.register(_leave_status, marks / f"status.{rank}")  # the first one, so the last one to be called
+    atexit.register(_leave_status, marks / f"status.{rank}")  # registered first, so that it is called last
     (marks / f"pid.{rank}").write_text(str(os.getpid()))
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from support import fault_injection

@@ -1,6 +1,6 @@
-"""Real entries that cannot be renamed or deleted: immutable ones, lower layers of a container, mount points.
+"""Real files that cannot be renamed or deleted: immutable ones, lower layers of a container, mount points.
 
-All need the rights of root; tests that ask for one are skipped where it is not to be had.
+All need the rights of root. Tests that use one are skipped where it is not available.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _MS_BIND, _MNT_DETACH = 0x1000, 2
 
 @contextlib.contextmanager
 def immutable(path: Path) -> Iterator[None]:
-    """``chattr +i``: nobody renames, changes or deletes it, root included."""
-    fd = os.open(path, os.O_RDONLY)  # the folder above may get another name meanwhile
+    """Apply ``chattr +i``: nobody, including root, can rename, change or delete the file."""
+    fd = os.open(path, os.O_RDONLY)  # the folder above may be renamed in the meantime
     try:
         _set_immutable(fd, True)
     except OSError as error:
@@ -45,7 +45,7 @@ def _set_immutable(fd: int, on: bool) -> None:
 
 @contextlib.contextmanager
 def over_lower_layer(lower: Path, base: Path) -> Iterator[Path]:
-    """``lower`` as a container shows it: its folders cannot be renamed (EXDEV). ``base`` is a new folder."""
+    """Mount ``lower`` as in a container: its folders cannot be renamed (EXDEV). ``base`` is a new folder."""
     with mounted_tmpfs(base, "size=64m", lazy=True):
         for name in ("upper", "work", "merged"):
             (base / name).mkdir()
@@ -56,7 +56,7 @@ def over_lower_layer(lower: Path, base: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def bind_mounted(source: Path, target: Path) -> Iterator[None]:
-    """Show ``source`` at ``target``, a folder that exists."""
+    """Show ``source`` at ``target``, an existing folder."""
     with _mounted(bytes(source), target, b"", _MS_BIND, b""):
         yield
 
@@ -66,7 +66,7 @@ def _mounted(source: bytes, target: Path, kind: bytes, flags: int, options: byte
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(source, bytes(target), kind, flags, options):
         pytest.skip(f"nothing can be mounted here: {os.strerror(ctypes.get_errno())}")
-    fd = os.open(target, os.O_PATH)  # the folder above may get another name meanwhile
+    fd = os.open(target, os.O_PATH)  # the folder above may be renamed in the meantime
     try:
         yield
     finally:

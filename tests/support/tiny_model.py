@@ -1,4 +1,4 @@
-"""A tiny model and made-up batches for the tests of sharding and of the step."""
+"""A tiny model and artificial batches for tests of sharding and of the training step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODEL = ModelConfig(
     max_seq_len=16,
     init_std=0.2,
 )
-"""Shards over 4 ranks are uneven, and two ranks hold nothing of the keys' and values' weights."""
+"""Shards over 4 ranks are uneven, and two ranks hold no part of the key and value weights."""
 TP_MODEL = ModelConfig(
     dim=24,
     n_layers=2,
@@ -54,13 +54,13 @@ class FakeBatch:
 
 
 def global_batch(step: int) -> Tensor:
-    """The same token ids on every rank, int64 [GLOBAL_BATCH, SEQ_LEN + 1]."""
+    """Return the same token ids on every rank, int64 [GLOBAL_BATCH, SEQ_LEN + 1]."""
     generator = torch.Generator().manual_seed(1000 + step)
     return torch.randint(MODEL.vocab_size, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
 
 
 def batch_of_rank(step: int, accumulation: int) -> FakeBatch:
-    """This rank's sequences of the global batch, in ``accumulation`` micro-batches."""
+    """Return this rank's sequences of the global batch, in ``accumulation`` micro-batches."""
     mine = global_batch(step).chunk(dist.get_world_size())[dist.get_rank()]
     mine_ABT = mine.view(accumulation, -1, SEQ_LEN + 1)
     return FakeBatch(mine_ABT[..., :-1], mine_ABT[..., 1:], GLOBAL_BATCH * SEQ_LEN)
@@ -78,7 +78,7 @@ def sharded_model(
     config: ModelConfig = MODEL,
     seed: int = 7,
 ) -> Llama:
-    """A model over all ranks, with ``replicate`` copies and ``tp`` ranks to a layer."""
+    """Return a model sharded over all ranks, with ``replicate`` replicas and ``tp`` ranks per layer."""
     shard = dist.get_world_size() // replicate // tp
     mesh = build_mesh("cpu", dp_replicate=replicate, dp_shard=shard, tp=tp)
     with torch.device("meta"):
@@ -106,12 +106,12 @@ def local_step(
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A copy of the whole tensor, on every rank."""
+    """Return a copy of the whole tensor, on every rank."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def losses_of(options: dict[str, Any], config: ModelConfig = MODEL) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of three steps under training ``options``, then (validation loss, 0)."""
+    """Return (loss, gradient norm) of three steps under training ``options``, then (validation loss, 0)."""
     step = local_step(sharded_model(train_config(**options), config=config))
     rows = []
     for i in range(3):

@@ -15,9 +15,10 @@ _MNT_DETACH = 2
 
 @contextmanager
 def mounted_tmpfs(folder: Path, options: str, *, lazy: bool = False) -> Iterator[Path]:
-    """Mount a tmpfs at ``folder``, which is made, with ``options`` such as ``size=8m``.
+    """Create ``folder`` and mount a tmpfs there, with ``options`` such as ``size=8m``.
 
-    Skip the test where none can be mounted. Fail it when a file is still open at the end, unless ``lazy``.
+    Skip the test if none can be mounted. Fail it if a file is still open at the end, unless
+    ``lazy``.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     folder.mkdir()

@@ -10,7 +10,7 @@ TEXT = "def hello(world):\n    return world + 1\n\nprint(hello(2))\n" * 20
 
 
 def make_tokenizer(path: Path, *, eos: str = "</s>", vocab_size: int = 300) -> Tokenizer:
-    """Train and save a small byte-level BPE tokenizer; its file asks for <begin>, cutting and padding too."""
+    """Train and save a small byte-level BPE tokenizer. Its file requests <begin>, truncation and padding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

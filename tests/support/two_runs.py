@@ -1,9 +1,9 @@
-"""Two runs that are given one checkpoint folder: starts them in a seeded order, kills them, and watches.
+"""Give one checkpoint folder to two runs, start and kill them in a seeded order, and watch them.
 
-Each start is a process with a loop of a user's own around ``CheckpointManager``. An audit hook in it records
-every file operation below the checkpoint folder, so that what a run read or changed there is known exactly.
-(Its writer process is not watched: it writes the one folder in flight that it is told. What it might do to
-others shows in their inodes, times and bytes.)
+Each start is a process with a user's own loop around ``CheckpointManager``. An audit hook in it
+records every file operation below the checkpoint folder, so that everything that a run read or
+changed there is known. (Its writer process is not watched, because it writes only the folder in
+flight that it is given. If it changed another folder, inodes, times and bytes would show it.)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kempnerforge.checkpoint.run.owner import OWNER_FILE
 
 REFUSED = 2
 KEEP_ALL = 1000
-"""Steps that retention keeps, of a folder that never has so many."""
+"""Number of steps to keep: more than the folder ever has."""
 RUNS = ("a", "b")
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate")
 _LISTS = ("os.listdir", "os.scandir")
@@ -58,21 +58,21 @@ class Start:
     at: float
     """Unix time at which all starts of one instant begin."""
     broken: str = ""
-    """A way of ``BROKEN`` in which this process disregards whose the folder is."""
+    """A key of ``BROKEN``: the way in which this process disregards who owns the folder."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What a process did below the checkpoint folder."""
+    """An operation of a process below the checkpoint folder."""
 
     kind: str
     """``read``, ``write``, ``list``, or the name of an audit event."""
     path: str
-    """Below the checkpoint folder; ``.`` for itself."""
+    """Path below the checkpoint folder; ``.`` for the folder itself."""
 
 
 def train(start: Start) -> None:
-    """The process: resume, train, save after every step. Exit status 2 when it is refused."""
+    """Run the process: resume, train, save after every step. The exit status is 2 if it is refused."""
     log = os.open(start.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def tell(**what: Any) -> None:
@@ -144,7 +144,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "deletes a step of the owner": ("b", _delete_a_step, "does not own the folder"),
     "has a step of the owner deleted": ("b", _delete_unseen, "are gone"),
 }
-"""What a process may do wrong: which run does it, how, and what the checks say of it."""
+"""What a process may do wrong -> the run that does it, the function, and the message of the checks."""
 
 
 def _audit(event: str, args: tuple[Any, ...], root: str, tell: Any) -> None:
@@ -180,7 +180,7 @@ def _whole(path: Any, folder_fd: int | None) -> str | None:
 
 @dataclass
 class Attempt:
-    """A start that is under way, and what was there when it began."""
+    """A running start, and the state of the folder when it began."""
 
     run: str
     start: Start
@@ -190,7 +190,7 @@ class Attempt:
     """The newest step of a run in the folder when it began."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """What it told so far."""
+        """Return what it has reported so far."""
         try:
             lines = self.start.log.read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
@@ -198,21 +198,21 @@ class Attempt:
         return [json.loads(line) for line in lines]
 
     def operations(self) -> list[Operation]:
-        """What it did below the checkpoint folder."""
+        """Return its operations below the checkpoint folder."""
         return [Operation(row["op"], row["path"]) for row in self.rows() if "op" in row]
 
     def resumed(self) -> int | None:
-        """The step that it resumed from; None when it did not get so far."""
+        """Return the step that it resumed from; None if it has not come so far."""
         return next((row["resumed"] for row in self.rows() if "resumed" in row), None)
 
 
 Seen = dict[str, tuple[int, int, str]]
-"""By path below the checkpoint folder: inode, time of change, digest."""
+"""Path below the checkpoint folder -> inode, time of change, digest."""
 
 
 @dataclass
 class Interleaving:
-    """Two runs and one folder. ``play`` does what the seed says and checks after every act."""
+    """Two runs and one folder. ``play`` does what the seed determines, and checks after every action."""
 
     base: Path
     seed: int
@@ -236,7 +236,7 @@ class Interleaving:
                 self._check_folder()
             for run in RUNS:
                 self._end(run)
-            winner = self._owner() or RUNS[0]  # all may have been killed before they took it
+            winner = self._owner() or RUNS[0]  # all may have been killed before one owned the folder
             self._start(winner, steps=2)
             self._finish(winner)
             loser = next(run for run in RUNS if run != winner)
@@ -251,7 +251,7 @@ class Interleaving:
     def play_broken(self, broken: str) -> None:
         """Start ``a``, plant a foreign step, then start a process that is broken on purpose.
 
-        Raises AssertionError if the checks notice it. ``broken``: one of ``BROKEN``.
+        Raises AssertionError if the checks detect it. ``broken`` is a key of ``BROKEN``.
         """
         self.keep_last_n = KEEP_ALL
         try:
@@ -271,7 +271,7 @@ class Interleaving:
             attempt.process.kill()
             attempt.process.join()
 
-    # -- acts
+    # -- actions
 
     def _act(self, *, first: bool) -> None:
         run = self.rng.choice(RUNS)
@@ -290,7 +290,7 @@ class Interleaving:
             self._end(run)
 
     def _between(self) -> None:
-        """What may happen to a folder while no run uses it."""
+        """Do what may happen to a folder while no run uses it."""
         winner = self._owner()
         assert winner is not None
         what = self.rng.choice(["nothing", "nothing", "from before owner files", "a foreign step"])
@@ -341,7 +341,7 @@ class Interleaving:
             self._end(run)
 
     def _end(self, run: str) -> None:
-        """Kill the run if it is alive, and judge what it did."""
+        """Kill the run if it is alive, and check what it did."""
         attempt = self.live.pop(run, None)
         if attempt is None:
             return
@@ -350,7 +350,7 @@ class Interleaving:
         attempt.process.join()
         self._judge(attempt)
 
-    # -- what must hold
+    # -- checks
 
     def _owner(self) -> str | None:
         found = owner.read(self.shared)
@@ -399,7 +399,8 @@ class Interleaving:
             return
         if (operation.kind, operation.path) in (("read", OWNER_FILE), ("os.mkdir", ".")):
             return
-        # Without an owner file manifests tell whose the folder is, and the config what that run is called.
+        # Without an owner file, manifests show who owns the folder, and the config shows the name
+        # of that run.
         looks = operation.kind == "list" or (
             operation.kind == "read" and (rest in (paths.MANIFEST, paths.CONFIG) or operation.path == ".")
         )
@@ -407,7 +408,7 @@ class Interleaving:
         assert not attempt.had_owner, f"{attempt.run} looked into a folder with an owner: {operation}"
 
     def _check_folder(self) -> None:
-        """All steps are of one run. Those that were seen before are the same files; so are planted ones."""
+        """Check that all steps are of one run, and that neither earlier nor planted steps have changed."""
         for path, seen in self.planted.items():
             assert _file(self.shared / path) == seen, f"{path}, a step of another run, was changed"
         ids = {
@@ -421,7 +422,7 @@ class Interleaving:
             path = self.shared / paths.step_name(step)
             try:
                 run_id, now = manifest.read(path).provenance.run_id, _file(path / paths.MANIFEST)
-            except Exception:  # noqa: BLE001 - its own run may delete it just now
+            except Exception:  # noqa: BLE001 - its own run may be deleting it
                 assert self.live, f"{path} cannot be read, and nobody runs"
                 continue
             if path.name in self.planted:

@@ -12,7 +12,7 @@ from support.wandb_server import FAKE_KEY, WandbServer, as_a_user_without_settin
 
 @pytest.fixture
 def fresh_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No settings of this machine's user; the client's service process ends with the test."""
+    """Hide the settings of this machine's user, and end the client's service process after the test."""
     as_a_user_without_settings(monkeypatch, tmp_path / "home")
     yield
     import wandb

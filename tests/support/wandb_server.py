@@ -1,4 +1,4 @@
-"""Shared by the tests of the wandb sink: a sink, its fragments read back, a small server for the client."""
+"""Shared by tests of the wandb sink: a sink, a reader of its fragments, and a small server for the client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENTITY = {"id": "e", "name": "us"}
 
 
 def as_a_user_without_settings(patch: pytest.MonkeyPatch, home: Path) -> None:
-    """Hide what this machine's user has set up for wandb."""
+    """Hide the wandb settings of this machine's user."""
     home.mkdir()
     patch.setenv("HOME", str(home))
     patch.delenv("WANDB_MODE", raising=False)
@@ -30,7 +30,7 @@ def as_a_user_without_settings(patch: pytest.MonkeyPatch, home: Path) -> None:
 
 
 class Told:
-    """Collects what a sink says."""
+    """Collects the messages of a sink."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -57,7 +57,7 @@ def fragments(folder: Path) -> list[Path]:
 
 
 def records(fragment: Path) -> list[dict[str, Any]]:
-    """All records of a run's transaction log, read by wandb's own tool."""
+    """Return all records of a run's transaction log, read by wandb's own tool."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(fragment)]
     output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
@@ -70,7 +70,7 @@ def history(fragment: Path) -> dict[int, dict[str, Any]]:
 
 
 class WandbServer(ThreadingHTTPServer):
-    """As much of a wandb server as the client needs: runs, their resume status, and their history lines."""
+    """The part of a wandb server that the client needs: runs, resume status, and history lines."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), WandbRequest)
@@ -80,10 +80,10 @@ class WandbServer(ThreadingHTTPServer):
         self.history: list[dict[str, Any]] = []
         self.exit_codes: list[int] = []
         self.refuse_from_step = math.inf
-        """Answers 404 to rows from this step on."""
+        """The server answers 404 to rows from this step on."""
 
     def answer_query(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The data of a GraphQL answer; empty for what only reports."""
+        """Return the data of a GraphQL answer; empty for a query that only reports."""
         if operation == "RunResumeStatus":
             known = variables["name"] in self.run_names
             return {
@@ -113,7 +113,7 @@ class WandbServer(ThreadingHTTPServer):
         return {}
 
     def status(self) -> dict[str, Any]:
-        """What a client is told that resumes this run."""
+        """Return the answer to a client that resumes this run."""
         newest = [json.dumps(self.history[-1])] if self.history else []
         return {
             "id": "b",
@@ -128,11 +128,11 @@ class WandbServer(ThreadingHTTPServer):
             "config": json.dumps(self.configs[-1]),
             "tags": [],
             "notes": None,
-            "wandbConfig": json.dumps({"t": {}}),  # without it the run counts as never started
+            "wandbConfig": json.dumps({"t": {}}),  # without it, the client considers the run as never started
         }
 
     def take_stream(self, body: dict[str, Any]) -> bool:
-        """Store history lines at the offset that the client names. False: it is refused."""
+        """Store history lines at the offset that the client names. Return False if they are refused."""
         stream = body.get("files", {}).get("wandb-history.jsonl")
         if stream:
             lines = [json.loads(line) for line in stream["content"]]
@@ -145,11 +145,11 @@ class WandbServer(ThreadingHTTPServer):
         return True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of clients that have gone."""
+        """Ignore clients that have disconnected."""
 
 
 class WandbRequest(BaseHTTPRequestHandler):
-    """One request of the client; everything that is not known is answered with an empty object."""
+    """One request of the client. Unknown requests are answered with an empty object."""
 
     protocol_version = "HTTP/1.1"
     server: WandbServer

@@ -1,4 +1,4 @@
-"""What tests of weights in and out share: small models, steps that hold them, and the command line."""
+"""Code shared by tests of weight import and export: small models, steps that hold them, the command line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCALING = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    # So short that all three bands of frequencies occur within the test's sequences.
+    # Short enough that all three bands of frequencies occur within the test's sequences.
     "original_max_position_embeddings": 16,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def make_model(**changes: Any) -> Llama:
-    """A whole model whose attention is far from uniform and whose norms differ from one another."""
+    """Return a whole model whose attention is far from uniform and whose norms differ from one another."""
     config = ModelConfig.model_validate(TINY | changes)
     with torch.device("meta"):
         model = Llama(config)
@@ -64,7 +64,7 @@ def config_toml(model: Llama, extra: str = "") -> str:
 def save(
     folder: Path, model: Llama, *, split: int = 1, step: int = 7, extra: str = "", **provenance: Any
 ) -> Path:
-    """A step with ``model``, each weight cut into ``split`` files: some by rows, some by columns."""
+    """Write a step with ``model``, each weight split into ``split`` files: some by rows, some by columns."""
     state = {f"model.{name}": tensor.numpy() for name, tensor in model.state_dict().items()}
     boxes = {
         name: cut(array.shape, split, by_columns=place % 2 == 1)
@@ -74,7 +74,7 @@ def save(
 
 
 def cut(shape: Sequence[int], count: int, *, by_columns: bool) -> list[Box]:
-    """``count`` boxes of uneven sizes that cover ``shape``; none of them begins at a whole head."""
+    """Return ``count`` boxes of uneven sizes that cover ``shape``. None of them begins at a whole head."""
     dim = len(shape) - 1 if by_columns else 0
     bounds = sorted({0, *(shape[dim] * place // count + 1 for place in range(1, count)), shape[dim]})
     found = []
@@ -86,7 +86,7 @@ def cut(shape: Sequence[int], count: int, *, by_columns: bool) -> list[Box]:
 
 
 def weights_of(step: Path) -> dict[str, torch.Tensor]:
-    """The weights of a step, by their names in the model."""
+    """Return the weights of a step, by their names in the model."""
     reader = SafetensorsReader(step)
     found = {
         name: torch.empty(entry.shape) for name, entry in reader.index.items() if name.startswith("model.")
@@ -103,7 +103,7 @@ def assert_equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -
 
 
 def process(*arguments: object, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """``kempnerforge`` in a process of its own, after running ``code``."""
+    """Run ``kempnerforge`` in a separate process, after running ``code``."""
     main = f"{code}\nfrom kempnerforge.cli.app import main\nmain()"
     return subprocess.run(
         [sys.executable, "-c", main, *map(str, arguments)],

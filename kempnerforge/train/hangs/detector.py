@@ -1,11 +1,11 @@
-"""Report a step or a save that takes far too long, while it lasts: the lagging rank, and all stacks.
+"""Report a step or a save that takes far too long, while it is running: the slowest rank, and all stacks.
 
 Each rank has a thread that compares the duration of the rank's current activity with the median of
-earlier ones. While nothing is late it uses neither disk nor network, so that it is as cheap on
-4,096 ranks as on one. A late rank writes its stacks into the run's folder and posts its position to
-the c10d store. Ranks wait for each other in every step, so all are late when one hangs. The thread
-of rank 0, even while its main thread hangs, reads the posts and reports which rank lags. The
-detector ends no process and enters no collective.
+earlier ones. While nothing is late, the thread uses neither disk nor network, so that it costs as
+little on 4,096 ranks as on one. A late rank writes its stacks into the run's folder and posts its
+position to the c10d store. Ranks wait for each other in every step, so all are late when one hangs.
+The thread of rank 0 reads the posts and reports which rank lags, even while its main thread hangs.
+The detector ends no process and enters no collective.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kempnerforge.train.hangs.stack_dump import FOLDER, Stacks, file_name
 _TICK_S = 1.0
 _REARM_EVERY_S = 5.0
 _COLLECT_S = 10.0
-"""How long rank 0 waits for the posts of the others, whose threads check at other times."""
+"""How long rank 0 waits for the posts of the other ranks, whose threads check at other times."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SaveInFlight:
 
 @dataclass(frozen=True)
 class Rules:
-    """The limits from which an activity is late, in seconds."""
+    """The durations beyond which an activity is late, in seconds."""
 
     multiple: float
     floor_s: float
@@ -48,11 +48,11 @@ class Rules:
 
     @classmethod
     def of(cls, config: TrainConfig, timeout_s: float) -> Rules:
-        """Read the limits from ``config``. Half of the process groups' ``timeout_s`` is always late."""
+        """Read the limits from ``config``. The ceiling is half of the process groups' ``timeout_s``."""
         return cls(config.hang_multiple, config.hang_floor_s, timeout_s / 2)
 
     def limit_s(self, progress: Progress, activity: str) -> float:
-        """Return the duration from which ``activity`` is late."""
+        """Return the duration beyond which ``activity`` is late."""
         took_s = progress.took_s(activity)
         return limit_s(took_s, multiple=self.multiple, floor_s=self.floor_s, ceiling_s=self.ceiling_s)
 
@@ -81,14 +81,14 @@ class HangWatch:
         self._tick_s = min(_TICK_S, rules.floor_s / 4)
         self._rearmed_at = float("-inf")
         self._reported: dict[str, float] = {}
-        """What was late at the last check -> its duration when last reported, in seconds."""
+        """Each late activity or save -> its duration when it was last reported, in seconds."""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="hang-watch", daemon=True)
 
     def start(self) -> None:
         """Start the thread. Does nothing when ``train.hang_multiple`` is 0."""
         if self._rules.multiple:
-            # Armed here and not by the thread, which may never get to run.
+            # Start the timer here and not in the thread, which may never get to run.
             self._rearm(time.monotonic())
             self._thread.start()
 
@@ -115,7 +115,7 @@ class HangWatch:
         self._stacks.print_unless_called_again(self._rules.floor_s + 2 * _REARM_EVERY_S)
 
     def _late(self, now: float) -> dict[str, tuple[float, float]]:
-        """Return what is late -> (seconds so far, limit)."""
+        """Return each late activity or save -> (seconds so far, limit)."""
         late = {}
         position, save = self._progress.position, self._save_in_flight()
         lasting_s, limit = now - position.began, self._rules.limit_s(self._progress, position.activity)
@@ -167,12 +167,12 @@ class HangWatch:
 
 
 def describe_lag(posts: Mapping[int, Mapping[str, Any]], num_ranks: int, *, saving: bool = False) -> str:
-    """Return a sentence about which ranks lag and where, from the posts by rank. A pure function.
+    """Return a sentence about which ranks lag and where, from the posts by rank.
 
-    A rank without a post lags: it is gone or frozen, or its interpreter is blocked. Otherwise the
-    ranks that are least advanced lag: by step, part of the step, and the share of its usual
-    collectives that a rank has issued (a rank that others wait for has issued fewer). In a save,
-    ranks that have not written their part lag.
+    A rank without a post lags: it is gone or frozen, or its interpreter is blocked. If all have
+    posted, the least advanced ranks lag. They are compared by step, then by part of the step, then
+    by the share of its usual collectives that a rank has issued, because a rank that others wait
+    for has issued fewer. In a save, ranks that have not written their part lag.
     """
     silent = [rank for rank in range(num_ranks) if rank not in posts]
     if silent:

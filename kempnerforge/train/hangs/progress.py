@@ -25,7 +25,7 @@ class Position:
     began: float = 0.0
     """When the activity began, by this rank's monotonic clock."""
     collectives: int = 0
-    """How many collectives this rank had issued by then."""
+    """How many collectives this rank had issued when the activity began."""
 
     @property
     def order(self) -> tuple[int, int, int]:
@@ -56,7 +56,7 @@ class Progress:
         self._took_s: dict[str, deque[float]] = {name: deque(maxlen=RECENT) for name in ACTIVITIES}
 
     def begin(self, activity: str, step: int) -> None:
-        """Begin one of ``ACTIVITIES``, in or after ``step``, and end the one before."""
+        """Begin one of ``ACTIVITIES``, in or after ``step``, and end the previous one."""
         now, issued, before = time.monotonic(), self.collectives(), self.position
         self._took_s[before.activity].append(now - before.began)
         if activity == "step":
@@ -74,16 +74,19 @@ class Progress:
         self._took_s["save"].append(seconds)
 
     def took_s(self, activity: str) -> list[float]:
-        """Return the last durations of ``activity``. Waiting for an agreement may take as long as a step."""
+        """Return the last durations of ``activity``.
+
+        For "agree", return those of steps: an agreement waits for the steps of other ranks.
+        """
         return list(self._took_s["step" if activity == "agree" else activity])
 
 
 def limit_s(took_s: Sequence[float], *, multiple: float, floor_s: float, ceiling_s: float) -> float:
-    """Return the duration from which something is late: ``multiple`` times its median, in seconds.
+    """Return the duration in seconds beyond which an activity is late: ``multiple`` times its median.
 
-    It is at least ``floor_s`` and at most ``ceiling_s``. Without measurements it is ``ceiling_s``:
-    beyond it the time-out of the process groups would soon end the process without a report of its
-    position.
+    The limit is at least ``floor_s`` and at most ``ceiling_s``. Without measurements it is
+    ``ceiling_s``: soon after that, the time-out of the process groups would end the process without
+    a report of its position.
     """
     if not took_s:
         return max(ceiling_s, floor_s)

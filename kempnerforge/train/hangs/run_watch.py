@@ -1,4 +1,4 @@
-"""Detect hangs of one attempt, from the resume to the end."""
+"""Run the hang detector during one attempt, from the resume to the end."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def watched(run: Run) -> Iterator[None]:
 
 
 def _connect(attempt: int) -> StoreBoard:
-    """Open a separate connection, because the code that hangs may be using that of the training."""
+    """Open a separate connection to the store: the code that hangs may be using the one of the training."""
     store: Any = get_default_store()
     return StoreBoard(store.clone(), f"hangs/{attempt}")

@@ -61,7 +61,10 @@ class Stacks:
         return self._path
 
     def print_unless_called_again(self, within_s: float) -> None:
-        """Print the stacks unless this is called again in time. Otherwise no Python thread can run."""
+        """Print the stacks after ``within_s`` seconds, unless this is called again earlier.
+
+        A thread calls it regularly. If it does not, no Python thread can run.
+        """
         with self._lock:
             if not self._ending:
                 faulthandler.dump_traceback_later(within_s, file=_STDERR)

@@ -16,7 +16,7 @@ RECENT_SAVES = 200
 
 
 def p99(values: Sequence[float]) -> float:
-    """Return the 99th percentile by nearest rank, or 0 without values. It is the largest of up to 100."""
+    """Return the 99th percentile by nearest rank: the maximum of up to 100 values, 0 without values."""
     return sorted(values)[math.ceil(0.99 * len(values)) - 1] if values else 0.0
 
 
@@ -31,8 +31,8 @@ def latest_start(
     """Return the latest start of the final save: ``end`` - (p99 of saves + one more step + margin).
 
     One step is included because the deadline is checked after each step. While an earlier save is
-    being written, the final save waits for it, so the time of a save counts twice. All values are
-    in seconds.
+    being written, the final save waits for it, so the time of a save is included twice. All values
+    are in seconds.
     """
     save_s = p99(saves_s) * (2 if save_is_pending else 1)
     return end - (save_s + p99(steps_s) + margin_s)
@@ -69,7 +69,7 @@ class Deadline:
 
     @property
     def at(self) -> float | None:
-        """The earlier end of the job's limit and ``max_minutes``, Unix time. None without either."""
+        """The earlier of the job's time limit and ``max_minutes``, Unix time. None without either."""
         ends = [self._own_end, self._job.at if self._job is not None else None]
         return min((end for end in ends if end is not None), default=None)
 
@@ -83,7 +83,7 @@ class Deadline:
         self._saves_s.append(seconds)
 
     def step_begins(self) -> None:
-        """Start the timer of a step, which includes data and training."""
+        """Start the timer of a step, which includes loading data and training."""
         self._step_began = time.monotonic()
 
     def step_ends(self) -> None:
@@ -115,7 +115,7 @@ class Deadline:
         )
 
     def status_message(self) -> str:
-        """Return, once, that SLURM cannot be queried, which is not a fault. Otherwise return ""."""
+        """Return the message that SLURM cannot be queried, once. Otherwise return ""."""
         problem = self._job.problem if self._job is not None else ""
         if not problem or self._reported:
             return ""

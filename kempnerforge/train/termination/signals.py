@@ -1,13 +1,13 @@
 """Signals that request a stop or a save. A handler only sets a flag.
 
 Signals may arrive at any time and in quick succession, so a handler that logs, saves or
-communicates with other ranks can crash or deadlock. All ranks together decide what to do at the
-next step.
+communicates with other ranks can crash or deadlock. All ranks decide together, after the current
+step, what to do.
 
 Python runs handlers in the main thread, between two instructions, so none runs while that thread
 waits in a collective. The interpreter's own handler therefore also writes each signal's number to a
-socket, at once and from any thread, and ``watchdog`` reads it there. No torch: signals are handled
-before it is imported.
+socket, at once and from any thread, and ``watchdog`` reads it there. This module does not import
+torch, because signals must be handled before that import.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PREEMPT_WARNING_SIGNAL = signal.SIGUSR1
-"""An early warning (``sbatch --signal=USR1@300``). It requests a stop and does not start the timer."""
+"""An early warning (``sbatch --signal=USR1@300``): a stop request that does not start the shutdown timer."""
 
 REPEAT_SIGNAL_AFTER_S = 5.0
-"""One Ctrl-C reaches a worker twice, from the terminal and from torchrun. SLURM sends CONT and TERM to every
-process, and torchrun forwards TERM. A signal this long after the first one is a new request."""
+"""A signal this long after the first one is a new request. Earlier ones may be copies of the first:
+one Ctrl-C reaches a worker twice, from the terminal and from torchrun, and SLURM sends CONT and
+TERM to every process, while torchrun forwards TERM."""
 
 
 class StopSignals:
-    """Records the first stop signal of this process. Any other one replaces an early warning."""
+    """Records the first stop signal of this process. A later signal replaces an early warning only."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -46,8 +47,8 @@ class StopSignals:
     def install(self) -> None:
         """Install handlers for the stop signals. Main thread only.
 
-        SIGHUP and SIGINT remain ignored when the process was started so: by ``nohup``, or in the
-        background of a script.
+        SIGHUP and SIGINT remain ignored if they were ignored when the process started: under
+        ``nohup``, or in the background of a script.
         """
         self._wakeup.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
@@ -60,7 +61,7 @@ class StopSignals:
     def interruptible(self, work: Callable[[], T]) -> T:
         """Run ``work``, which a stop signal may interrupt because nothing else depends on its effects.
 
-        Raises StopRequestedError, also for an earlier signal. Main thread only.
+        Raises StopRequestedError, also for a signal that arrived earlier. Main thread only.
         """
         self._may_interrupt = True
         try:
@@ -75,7 +76,7 @@ class StopSignals:
             raise StopRequestedError(signal.Signals(self.received).name)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        # A signal that ends the run is a better reason than the early warning of it.
+        # The signal that ends the run is a better reason than the early warning about it.
         if self.received in (0, PREEMPT_WARNING_SIGNAL):
             self.received = number
         self._interrupt()

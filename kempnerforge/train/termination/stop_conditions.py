@@ -20,7 +20,7 @@ from kempnerforge.train.termination.watchdog import Shutdown
 _DEADLINE = 100
 _SIGNAL = 200
 _FILE = 300
-"""The largest of several reasons is used: a stop request may have more detail than a signal."""
+"""Ranks agree on the largest number. The request file has the largest because it may contain a reason."""
 
 
 class StopConditions:
@@ -36,7 +36,10 @@ class StopConditions:
         self.stacks = stacks
 
     def open(self, job: JobConfig, attempt: int, *, is_first: bool) -> None:
-        """Begin to check the request file and the deadline, on rank 0. This attempt owns the run's folder."""
+        """Begin to check the request file and the deadline, on rank 0.
+
+        The attempt must already own the run's folder.
+        """
         folder = job.run.folder
         self.stacks.open(folder, attempt)
         if not is_first:
@@ -62,7 +65,7 @@ class StopConditions:
         self.shutdown.close()
 
     def step_ends(self) -> None:
-        """Stop the timer of a step, see ``step_begins``."""
+        """Stop the timer that ``step_begins`` started."""
         if self.deadline is not None:
             self.deadline.step_ends()
 
@@ -72,7 +75,7 @@ class StopConditions:
             self.deadline.slice_ends()
 
     def step_begins(self) -> str:
-        """Start the timer of a step, which includes data and training.
+        """Start the timer of a step, which includes loading data and training.
 
         Returns the status message of the deadline. Empty on ranks other than 0.
         """
@@ -115,9 +118,9 @@ class StopConditions:
         return "deadline" if agreed == _DEADLINE else signal.Signals(agreed - _SIGNAL).name
 
     def raise_if_stop_requested(self, control: ControlGroup) -> None:
-        """Stop the set-up between two of its parts, when there is nothing to commit yet.
+        """Raise StopRequestedError between two parts of the setup if a stop was requested.
 
-        Collective: all ranks of ``control``. Raises StopRequestedError on all ranks.
+        Nothing has to be committed yet. Collective: all ranks of ``control``. Raises on all ranks.
         """
         reason = self.reason(control.agree([self.vote()])[0], control)
         if reason is not None:

@@ -41,8 +41,8 @@ class StopFile:
     def remove_stale(self, started: float) -> bool:
         """Remove a request from before ``started``, Unix time. Return whether there was one.
 
-        Ages are compared by the clock of the file system, which on a network is that of another
-        host. The time of a new file gives that clock.
+        The age is measured by the clock of the file system. On a network this is the clock of
+        another host, and it is read from the time of a new file.
         """
         try:
             made = self._path.lstat().st_mtime

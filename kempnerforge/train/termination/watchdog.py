@@ -2,10 +2,10 @@
 
 A thread waits on the socket to which the interpreter writes every signal. It thus sees a signal
 while the main thread is blocked in a collective, a CUDA synchronisation or a read, all of which
-release the interpreter lock. For code that does not release it, there is the timer of ``stacks``:
-it is set at the first signal and ends the process from C. (If the lock was already held for good
-*before* the first signal, only the launcher can end the process: torchrun and SLURM kill after 30
-s. The timer of ``hangs`` still prints the stacks.)
+release the interpreter lock. For code that does not release it, the thread also sets the timer of
+``stack_dump`` at the first signal. That timer ends the process from C. (If the lock is already held
+forever *before* the first signal, only the launcher can end the process: torchrun and SLURM kill it
+after 30 s. The timer of the hang detector still prints the stacks.)
 
 Ending a process at once corrupts nothing: a step is committed by one rename, which either happened
 or did not.
@@ -26,7 +26,7 @@ from kempnerforge.train.termination import signals
 from kempnerforge.train.termination.signals import ShutdownTimer, StopSignals
 
 _AGREED = 128
-"""Added to the number of a signal that another rank got."""
+"""Added to the number of a signal that another rank received."""
 _EXIT_TIMEOUT_S = 5.0
 """The longest that ending may take, including writing the stacks and the reason."""
 
@@ -35,7 +35,8 @@ class Shutdown:
     """Enforces the end of one process.
 
     Args:
-        stop_signals: the signals of the process, which are installed already. Earlier signals are seen too.
+        stop_signals: the signals of the process, which are installed already. Earlier signals are
+            seen too.
         timeout_s: time from the first stop signal until the process is ended.
         stacks: writes the stacks.
     """
@@ -52,7 +53,7 @@ class Shutdown:
         self._thread.start()
 
     def agreed(self, number: int) -> None:
-        """Start the timer when all ranks stop because of this signal, which another rank may have got."""
+        """Start the timer when all ranks stop because of this signal, also if another rank received it."""
         os.write(self._waker_fd, bytes([_AGREED + number]))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The crash campaign: every prefix of a recording, and all that a crash there could leave on the disk."""
+"""The crash campaign: check all states that crashes after each prefix of a recording could leave."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ STEPS = (1, 2, 3, 4)
 
 @dataclass(frozen=True)
 class Recording:
-    """Everything that a few saves did, and what was there afterwards."""
+    """All file operations of a few saves, and the files that they left."""
 
     ops: list[Op]
     attempts: list[Op]
-    """With those that the file system refused: what a count of operations counts."""
+    """All operations, including those that the file system refused."""
     commits: list[Commit]
     tree: Tree
     ranks: int
 
 
 Case = tuple[int, int, bool]
-"""Ranks, ``keep_last_n``, whether direct writes are refused."""
+"""Number of ranks, ``keep_last_n``, and whether direct writes are refused."""
 RecordingOf = Callable[[Case], Recording]
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What a campaign tried."""
+    """Counts of what a campaign tried."""
 
     operations: int = 0
     states: int = 0
-    """Crashes: a prefix of the recording and a choice of what is lost."""
+    """Simulated crashes: a prefix of the recording and a choice of the changes that are lost."""
     distinct: int = 0
-    """Trees that came of them; each is recovered and loaded once."""
+    """Different trees that the crashes left. Each is recovered and loaded once."""
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -65,9 +65,11 @@ def record(
     steps: tuple[int, ...] = STEPS,
     wait: bool = False,
 ) -> Recording:
-    """Save a few steps with real processes, in a run folder that is durable already, and record it.
+    """Save a few steps with real processes, in a run folder that is already durable, and record it.
 
-    Unless each save is waited for, it overlaps with what follows the one before: not twice alike."""
+    Unless ``wait`` is set, a save overlaps with the work after it, so that no two recordings are
+    alike.
+    """
     run_dir = base / "run"
     run_dir.mkdir()
     control, log = base / "control", base / "log"
@@ -97,9 +99,10 @@ def explore(
     seed: int,
     start: Tree | None = None,
 ) -> Tally:
-    """Check every crash after every prefix of ``ops``, which begin at ``start``.
+    """Check every crash after every prefix of ``ops``, which begin with the tree ``start``.
 
-    ``allowed`` says what may be resumed after a number of operations. Fails at the first state that is wrong.
+    ``allowed`` returns the steps that may be resumed after a number of operations. Fails at the
+    first wrong state.
     """
     rng = random.Random(seed)
     disk, states, before = Disk(start), 0, oracle.distinct
@@ -117,7 +120,7 @@ def explore(
 
 
 def explore_recording(recording: Recording, scratch: Path, *, samples: int, seed: int) -> Tally:
-    """``explore`` a recording of saves."""
+    """Call ``explore`` for a recording of saves."""
     oracle = Oracle(scratch, ranks=recording.ranks)
     commits = recording.commits
     return explore(
@@ -126,7 +129,7 @@ def explore_recording(recording: Recording, scratch: Path, *, samples: int, seed
 
 
 def sample_trees(recording: Recording, count: int, seed: int) -> list[tuple[Tree, set[int | None]]]:
-    """Trees that random crashes leave, with what may be resumed."""
+    """Return trees that random crashes leave, each with the steps that may be resumed."""
     rng = random.Random(seed)
     found = []
     for done in sorted(rng.sample(range(1, len(recording.ops) + 1), count)):
@@ -157,7 +160,7 @@ def explore_recovery(
 
 
 def train_on(tree: Tree, allowed: set[int | None], scratch: Path) -> None:
-    """Train on, in one process, from ``tree``, which a crash left: one more save, and all is in order."""
+    """Continue training in one process from ``tree``, which a crash left: one more save must succeed."""
     run_dir = scratch / "run"
     write_tree(tree, run_dir)
     learnt = save_all(Plan(str(run_dir), (STEPS[-1] + 1,), attempt=2))

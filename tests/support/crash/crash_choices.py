@@ -1,4 +1,4 @@
-"""Which of the things that a crash may take or leave are tried."""
+"""Choose which of the possible outcomes of a crash are tried."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from support.crash.disk_model import VARIANTS, Choice, Folder, Unit
 def make_choice(
     units: list[Unit], there: frozenset[int], variant: Mapping[int, str], *, lose: bool
 ) -> Choice:
-    """A legal choice: the units ``there``, less those that cannot be there without the others (``lose``), or
-    with those that they need. ``variant`` says what becomes of files, by unit."""
+    """Return a valid choice that keeps the changes ``there``.
+
+    With ``lose``, drop those that depend on missing ones. Otherwise add the changes on which they
+    depend. ``variant`` has what becomes of files, by unit.
+    """
     choice = Choice()
     wanted: dict[Any, set[int]] = {}
     for number, unit in enumerate(units):
@@ -42,9 +45,9 @@ def _closed(folder: Folder, kept: set[int], *, lose: bool) -> set[int]:
 
 
 def choices(units: list[Unit], rng: random.Random, *, samples: int) -> Iterator[Choice]:
-    """All lost, all there, each one lost, each one there, every fate of every file, and ``samples`` others.
+    """Yield choices: all lost, all kept, each one lost, each one kept, every fate of every file, and others.
 
-    With few units the others are all of them.
+    The others are ``samples`` random choices. With few units, they are all remaining ones.
     """
     every = frozenset(range(len(units)))
     files = [number for number in every if not units[number].is_name]

@@ -1,16 +1,18 @@
-"""A model of what a crash may leave on a disk, given everything that was done and synced before it.
+"""A model of the states that a crash may leave on a disk, given all operations and syncs before it.
 
-What POSIX promises, and nothing more:
+The model makes only the promises of POSIX:
 
-- What was written to a file is durable after an ``fsync`` or ``fdatasync`` of that file. Before it, each
-  write and each change of size may have reached the disk whole, in part (by sectors), as zeros, as garbage,
-  or not at all, in any order; the size may be ahead of the bytes.
-- A name (made, renamed, unlinked) is durable after an ``fsync`` of its folder. Before it, each change of the
-  folder may have reached the disk or not, in any order, but for changes of one name or of one file or folder:
-  those keep their order. The change of a rename happens whole or not at all.
-- To sync a file says nothing of its name, to sync a folder nothing of its files, its subfolders or itself.
+- Data written to a file is durable after an ``fsync`` or ``fdatasync`` of that file. Before that,
+  each write and each change of size may have reached the disk completely, in part (by sectors), as
+  zeros, as garbage, or not at all, in any order. The size may change before the bytes.
+- A name (created, renamed, unlinked) is durable after an ``fsync`` of its folder. Before that, each
+  change of the folder may or may not have reached the disk, in any order. Only changes of one name,
+  or of one file or folder, keep their order. A rename happens completely or not at all.
+- The sync of a file does not include its name. The sync of a folder does not include its files, its
+  subfolders or its own name.
 
-The journals of ext4 and xfs and the synchronous metadata of NFS servers allow only some of these states.
+The journals of ext4 and xfs and the synchronous metadata of NFS servers allow only some of these
+states.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from support.crash.file_trees import Tree
 
 SECTOR_BYTES = 512
 VARIANTS = ("lost", "whole", "zeros", "garbage", "short", "sectors", "size_ahead")
-"""What may have become of the writes of a file that was not synced."""
+"""What may have become of the writes to a file that was not synced."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,13 @@ class Op:
     offset: int = 0
     data: bytes = b""
     done: bool = True
-    """False for one that the file system refused, such as to unlink what is not there."""
+    """False for an operation that the file system refused, such as unlinking a missing file."""
 
 
 def read_log(path: Path, *, attempts: bool = False) -> list[Op]:
-    """The recording, with what was refused if ``attempts``.
+    """Read a recording. With ``attempts``, include the operations that were refused.
 
-    Fails when something changed the folder and was not recorded.
+    Fails if an unrecorded operation changed the folder.
     """
     ops = []
     for line in path.read_bytes().splitlines():
@@ -62,7 +64,7 @@ def read_log(path: Path, *, attempts: bool = False) -> list[Op]:
 
 @dataclass(eq=False)
 class File:
-    """A file: the bytes that are durable, and what was written since, in order."""
+    """A file: its durable bytes, and the writes since then in order."""
 
     durable: bytes = b""
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
@@ -79,7 +81,7 @@ class File:
         return bytes(data)
 
     def after_crash(self, variant: str, rng: random.Random) -> bytes:
-        """What is there after a crash."""
+        """Return the content after a crash."""
         whole = self.content(self.pending)
         if variant == "lost" or not self.pending:
             return self.durable
@@ -102,23 +104,23 @@ class File:
 
 @dataclass(eq=False)
 class Link:
-    """A symbolic link; it is made whole."""
+    """A symbolic link, which is created atomically."""
 
     target: str
 
 
 @dataclass(eq=False)
 class Change:
-    """One change of a folder: names and what each stands for after it, None for nothing."""
+    """One change of a folder: each changed name and its new entry, None for a removed one."""
 
     names: dict[str, Union[File, Folder, Link, None]]  # noqa: UP007 - Folder is defined below
     nodes: tuple[Any, ...]
-    """The file, folder or link that it is about."""
+    """The file, folder or link that the change affects."""
 
 
 @dataclass(eq=False)
 class Folder:
-    """A folder: the names that are durable, and the changes since, in order."""
+    """A folder: its durable names, and the changes since then in order."""
 
     durable: dict[str, Any] = field(default_factory=dict)
     pending: list[Change] = field(default_factory=list)
@@ -135,7 +137,7 @@ class Folder:
         self.durable, self.pending = dict(self.now), []
 
     def depends(self, later: int, earlier: int) -> bool:
-        """Whether a pending change can only be there if an earlier one is."""
+        """Return whether a pending change can only be on the disk if an earlier one is."""
         one, other = self.pending[later], self.pending[earlier]
         return bool(one.names.keys() & other.names.keys()) or any(
             mine is theirs for mine in one.nodes for theirs in other.nodes
@@ -157,7 +159,7 @@ def _apply(names: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 class Disk:
-    """A folder and what a crash could leave of it, while operations are applied."""
+    """A folder to which operations are applied, and the states that a crash could leave of it."""
 
     def __init__(self, tree: Tree | None = None) -> None:
         self.root = Folder()
@@ -167,7 +169,7 @@ class Disk:
             parent.now[name] = parent.durable[name] = made
 
     def apply(self, op: Op) -> None:
-        """Do one recorded operation."""
+        """Apply one recorded operation."""
         if op.op in ("write", "pwrite", "truncate", "fsync"):
             self._on_node(op)
             return
@@ -209,11 +211,11 @@ class Disk:
         return self._find(str(Path(path).parent)), Path(path).name
 
     def now(self) -> Tree:
-        """The tree as processes see it."""
+        """Return the tree as processes see it."""
         return _tree(self.root, lambda folder: folder.now, lambda file: file.content(file.pending))
 
     def units(self) -> list[Unit]:
-        """What a crash can take or leave, one by one."""
+        """Return the changes that a crash can keep or lose, one by one."""
         found: list[Unit] = []
         for node in self._reachable():
             if isinstance(node, Folder):
@@ -233,7 +235,7 @@ class Disk:
         return seen
 
     def crash(self, choice: Choice, rng: random.Random) -> Tree:
-        """The tree that a crash leaves when it takes and leaves what ``choice`` says."""
+        """Return the tree that a crash leaves if it keeps and loses the changes of ``choice``."""
 
         def names(folder: Folder) -> dict[str, Any]:
             return folder.after_crash(choice.kept.get(folder, frozenset()))
@@ -243,7 +245,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Unit:
-    """One change of a folder, or all writes of a file, not synced."""
+    """One unsynced change of a folder, or all unsynced writes to a file."""
 
     node: Any
     number: int
@@ -256,7 +258,7 @@ class Unit:
 
 @dataclass
 class Choice:
-    """What a crash leaves: for each folder the changes that are there, for each file what became of it."""
+    """The outcome of a crash: for each folder the changes that are kept, for each file what became of it."""
 
     kept: dict[Any, frozenset[int]] = field(default_factory=dict)
     variants: dict[Any, str] = field(default_factory=dict)

@@ -1,8 +1,9 @@
-"""A start, or a command, on a run's folder that has every kind of leftover, with one file operation failing.
+"""Start a run, or run a command, while one file operation fails, on a folder with every kind of leftover.
 
-``prepare`` makes the folder. A case is a copy of it and a process, forked from this one, in which one
-operation fails; then another process starts the run once more without faults, and ``check`` compares the
-folder with what was promised. ``errno_training`` has the cases of the harness and of the training loop.
+``prepare`` creates the folder. Each case copies it and forks a process in which one operation
+fails. Then another process starts the run once more without faults, and ``check`` compares the
+folder with what is promised. ``errno_training`` has the cases of the harness and of the training
+loop.
 """
 
 from __future__ import annotations
@@ -35,37 +36,37 @@ from kempnerforge.cli import app
 from kempnerforge.errors import EXIT_BAD_CONFIG, EXIT_FAULT, KempnerForgeError
 
 SOUND, DAMAGED, LATE, PINNED, FOREIGN = 8, 10, 12, 2, 7
-"""Of the prepared folder: the newest step to go on from, and what else is there."""
+"""Steps of the prepared folder: the newest one to resume from, and others by their kind."""
 LAST = 11
 """The step at which the start of a case ends."""
 CASE_TIMEOUT_S = 120.0
 _PRELOAD = ("torch._dynamo", "torch.optim", "kempnerforge.cli.ckpt", "kempnerforge.cli.report")
-"""What cases would import, each anew."""
+"""Modules that every case would otherwise import itself."""
 _FOREIGN = ("notes.txt", "mine/data.bin", "step_9.bak/x")
 _FOREIGN_STEPS = (paths.step_name(FOREIGN), paths.temporary_name(paths.step_name(16), 1))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case did, and what the start after it found."""
+    """The result of a case, and of the start after it."""
 
     error: str
-    """What the faulty part ended with, as a user reads it; empty when it went on."""
+    """The error message of the faulty part as a user reads it; empty if it succeeded."""
     is_ours: bool
-    """Whether it was one of ``kempnerforge.errors``."""
+    """Whether the error was one of ``kempnerforge.errors``."""
     status: int
     committed: int
-    """The newest step that the faulty part was told to be committed; 0 without one."""
+    """The newest step that was reported as committed to the faulty part; 0 for none."""
     output: str
     fired: int
     resumed: int
-    """Where the start after it went on."""
+    """The step from which the start after it resumed."""
     after: str
     """The error of that start."""
 
 
 class Stopped(Exception):
-    """A command or a training has ended with an error, in order."""
+    """A command or a training ended with a proper error."""
 
     def __init__(self, error: str, status: int) -> None:
         super().__init__(error)
@@ -75,7 +76,10 @@ class Stopped(Exception):
 def train(
     run: Path, *, steps: int, keep_last_n: int = 2, mode: str = "disabled", told: list[int] | None = None
 ) -> int:
-    """A loop of a user's own. Returns the step it went on from; ``told`` gets the steps it saw committed."""
+    """Run a user's own loop. Return the step that it resumed from.
+
+    The steps that are reported as committed are added to ``told``.
+    """
     import torch
 
     torch.manual_seed(5)
@@ -100,7 +104,7 @@ def train(
 
 
 def prepare_own(run: Path) -> None:
-    """A run of ``train``, with leftovers."""
+    """Create a run of ``train``, with leftovers."""
     for name in _PRELOAD:
         importlib.import_module(name)
     for steps in (6, 4):
@@ -109,10 +113,11 @@ def prepare_own(run: Path) -> None:
 
 
 def add_leftovers(run: Path) -> None:
-    """To a run of two attempts, add all that attempts and people may leave in its folders.
+    """Add everything that attempts and people may leave in the folders of a run of two attempts.
 
-    Steps: 2 (pinned), 4, 6, 8 are sound, 10 is damaged in a shard, 12 was committed by the first attempt
-    after the second had gone on from 6, 7 is of another run, which also has a save in flight.
+    Steps 2 (pinned), 4, 6 and 8 are intact. Step 10 has a damaged shard. Step 12 was committed by
+    the first attempt after the second had resumed from 6. Step 7 is of another run, which also has
+    a save in flight.
     """
     folder = run / "checkpoints"
     shutil.copytree(folder / paths.step_name(DAMAGED), folder / paths.step_name(LATE))
@@ -136,27 +141,27 @@ def add_leftovers(run: Path) -> None:
 
 
 def start(run: Path, told: list[int]) -> None:
-    """What a case does: a start that trains three steps."""
+    """Start the run and train three steps."""
     train(run, steps=LAST - SOUND, told=told)
 
 
 def roll_back(run: Path, _told: list[int]) -> None:
-    """``kempnerforge ckpt rollback RUN 6``."""
+    """Run ``kempnerforge ckpt rollback RUN 6``."""
     command("ckpt", "rollback", run, "6")
 
 
 def undo(run: Path, _told: list[int]) -> None:
-    """The undoing of a rollback that was done before the faults began."""
+    """Undo a rollback that was made before the faults began."""
     command("ckpt", "rollback", run, "--undo")
 
 
 def fork(run: Path, _told: list[int]) -> None:
-    """``kempnerforge ckpt fork``."""
+    """Run ``kempnerforge ckpt fork``."""
     command("ckpt", "fork", run / "checkpoints" / paths.step_name(6), run / "forked")
 
 
 def look(run: Path, _told: list[int]) -> None:
-    """Commands that change nothing, and those that change little."""
+    """Run commands that change nothing or little."""
     folder = run / "checkpoints"
     for words in (
         ("ckpt", "ls", run),
@@ -174,7 +179,7 @@ def look(run: Path, _told: list[int]) -> None:
 
 
 def command(*words: object) -> None:
-    """Run ``kempnerforge``. Raises ``Stopped`` when it fails."""
+    """Run ``kempnerforge``. Raises ``Stopped`` if it fails."""
     sys.argv = ["kempnerforge", *map(str, words)]
     errors: list[str] = []
     end = app._exit
@@ -195,14 +200,14 @@ class Scenario:
     """Something that is done to a run's folder."""
 
     act: Callable[[Path, list[int]], None]
-    """It gets the folder, and a list to which it adds the steps that it is told to be committed."""
+    """The action. It receives the folder, and a list to which it adds the steps reported as committed."""
     prepare: Callable[[Path], None] = prepare_own
     again: Callable[[Path], int] = lambda run: train(run, steps=0)
-    """Starts the run once more. Returns the step it goes on from."""
+    """Starts the run once more and returns the step that it resumes from."""
     trains: bool = False
     """Whether it has committed the step ``LAST`` when it ends without an error."""
     wants: Callable[[Operation], bool] = lambda _: True
-    """Which operations are struck."""
+    """Selects the operations that may fail."""
 
 
 SCENARIOS = {
@@ -215,13 +220,13 @@ SCENARIOS = {
 
 
 def before(scenario: str, run: Path) -> None:
-    """What a scenario needs beside the prepared folder."""
+    """Do what a scenario needs in addition to the prepared folder."""
     if scenario == "undo":
         rollback.roll_back(run, 6, note=lambda _: None, progress=lambda *_: None)
 
 
 def record(prepared: Path, scenario: str, base: Path) -> list[Operation]:
-    """The operations of a scenario without faults."""
+    """Return the operations of a scenario without faults."""
     run = copy_to(base, prepared)
     found = base / "operations.json"
 
@@ -240,7 +245,7 @@ def record(prepared: Path, scenario: str, base: Path) -> list[Operation]:
 
 
 def strike(prepared: Path, scenario: str, base: Path, what: Strike) -> Outcome:
-    """Do one case."""
+    """Run one case."""
     run = copy_to(base, prepared)
     result = base / "result.json"
 
@@ -282,7 +287,7 @@ def strike(prepared: Path, scenario: str, base: Path, what: Strike) -> Outcome:
 
 
 def check(prepared: Path, scenario: str, base: Path, what: Strike, found: Outcome) -> str:
-    """Whether the case and the start after it kept every promise. Returns a word for the statistics."""
+    """Check that the case and the start after it kept every promise. Return a word for the statistics."""
     folder = base / "run" / "checkpoints"
     where = f"{scenario}: {what}\n{found.error}\n{found.output}"
     assert found.is_ours, where
@@ -295,7 +300,7 @@ def check(prepared: Path, scenario: str, base: Path, what: Strike, found: Outcom
     newest = max(found.committed, 6 if is_set_back else SOUND)
     assert found.resumed >= newest, f"{where}\nresumed {found.resumed}, and {newest} was committed"
     assert verify.verify(folder / paths.step_name(found.resumed)).sound, where
-    # Nothing is lost: each step's bytes are there under some name, unless retention let it go.
+    # No step is lost: its bytes exist under some name, unless retention deleted it.
     kept = {_identity(path) for path in folder.iterdir() if path.is_dir()}
     for step in (PINNED, SOUND, DAMAGED, LATE):
         name = paths.step_name(step)
@@ -327,7 +332,7 @@ def _is_set_back(scenario: str, run: Path) -> bool:
 
 
 def run_all(prepared: Path, scenario: str, scratch: Path, strikes: Sequence[Strike]) -> Counter[str]:
-    """Do all cases; raise AssertionError with what all that failed have to say."""
+    """Run all cases. Raise AssertionError with the messages of all that failed."""
     counts: Counter[str] = Counter()
     wrong = []
     for number, what in enumerate(strikes):
@@ -342,7 +347,7 @@ def run_all(prepared: Path, scenario: str, scratch: Path, strikes: Sequence[Stri
 
 
 def sample(strikes: Sequence[Strike], count: int, seed: int) -> list[Strike]:
-    """A seeded choice that has every fault and every operation, as far as ``count`` goes."""
+    """Return a seeded sample of ``count`` cases that has every fault and every operation, if possible."""
     rng = random.Random(seed)
     groups: dict[tuple[str, str], list[Strike]] = {}
     for one in strikes:
@@ -354,7 +359,7 @@ def sample(strikes: Sequence[Strike], count: int, seed: int) -> list[Strike]:
 
 
 def copy_to(base: Path, prepared: Path) -> Path:
-    """Copy a prepared run into ``base``, which is made."""
+    """Copy a prepared run into the new folder ``base``."""
     base.mkdir()
     shutil.copytree(prepared, base / "run", symlinks=True)
     return base / "run"
@@ -369,14 +374,14 @@ def _files(step: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def in_child(work: Callable[[], object], log: Path) -> str:
-    """Run ``work`` in a process of its own; returns what it printed. One that hangs is killed."""
+    """Run ``work`` in a separate process and return its output. Kill the process if it hangs."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            gc.freeze()  # or a collection would copy all pages
+            gc.freeze()  # otherwise a garbage collection would copy all pages
             fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
             os.dup2(fd, 1)
             os.dup2(fd, 2)
@@ -400,5 +405,5 @@ def in_child(work: Callable[[], object], log: Path) -> str:
 
 
 def describe(values: Any) -> str:
-    """Counts in words."""
+    """Return counts as text."""
     return ", ".join(f"{count} {what}" for what, count in sorted(values.items()))

@@ -1,8 +1,10 @@
-"""Makes one file operation of this process fail, below one folder, with any errno. Production code has no
-hooks for this.
+"""Let one file operation of this process fail, below one folder, with any errno.
 
-Unlike ``file_watcher``, which records changes for the disk model, this also sees reads and look-ups, and
-names an operation by what it does to which path, so that the same one is hit in a process of another pid.
+Production code has no hooks for this.
+
+``file_watcher`` records changes for the disk model. This module also sees reads and look-ups. It
+names an operation by its kind and path, so that a process with another pid can find the same
+operation.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 DELAY = "delay"
 DELAY_S = 2.0
 HOLD = "hold"
-"""Another thread's operation in the loop takes until the loop has done all its steps."""
+"""The fault of another thread's operation that lasts until the loop has finished all its steps."""
 HELD_AT_MOST_S = 60.0
 
 _LOOKS = ("stat", "lstat", "fstat", "scandir", "listdir", "readlink", "statvfs")
@@ -43,7 +45,7 @@ _APPLIES = {
     "EROFS": ("create", "mkdir", "symlink", "link", *_GOES, "rename", "utime", "chmod"),
     DELAY: (*_LOOKS, *_READS, *_NEW, *_GOES, *_DATA, "rename"),
 }
-"""Which operations an errno is tried on: those that some file system gives it for."""
+"""The operations on which an errno is tried: those for which some file system returns it."""
 
 _ON_PATHS = (
     "stat",
@@ -71,24 +73,24 @@ class Operation:
 
     op: str
     path: str
-    """Below the root; process ids and random names are stars."""
+    """Path below the root. Process ids and random names are replaced by stars."""
     nth: int
-    """How many of the same were before it."""
+    """Number of equal operations before it."""
 
     def faults(self) -> list[str]:
-        """What may happen to it."""
+        """Return the faults that may happen to it."""
         return [name for name, ops in _APPLIES.items() if self.op in ops]
 
 
 @dataclass(frozen=True)
 class Strike:
-    """What is to happen to which operation."""
+    """A fault for one operation."""
 
     operation: Operation
     fault: str
     """Name of an errno, ``delay`` or ``hold``."""
     always: bool
-    """Whether it happens to all later ones of the same kind and path too."""
+    """Whether it also happens to all later operations of the same kind and path."""
 
     def __str__(self) -> str:
         one = self.operation
@@ -96,7 +98,7 @@ class Strike:
 
 
 class Loop:
-    """The training loop of this process, between its first step and its end: what its main thread does.
+    """Observes the main thread of the training loop in this process, between its first step and its end.
 
     ``begin`` and ``end`` are called on the main thread.
     """
@@ -106,28 +108,28 @@ class Loop:
         """Whether to hold all operations of other threads."""
         self.is_on = False
         self.operations: list[tuple[str, str]] = []
-        """Kind and path of what the main thread did."""
+        """Kind and path of the operations of the main thread."""
         self.elsewhere: set[tuple[str, str]] = set()
-        """The same of other threads."""
+        """Kind and path of the operations of other threads."""
         self.waits: Counter[str] = Counter()
-        """Waits of the main thread that ended by their time limit, by the module that waited."""
+        """Waits of the main thread that ended at their time limit, by the module that waited."""
         self.gave_up = False
-        """Whether an operation was let go although the loop had not ended: the loop has waited for it."""
+        """Whether a held operation timed out before the loop ended: the loop must have waited for it."""
         self.held = 0
-        """Operations that were held."""
+        """Number of operations that were held."""
         self._ended = threading.Event()
 
     def begin(self) -> None:
-        """A step begins."""
+        """Record that a step begins."""
         self.is_on = not self._ended.is_set()
 
     def end(self) -> None:
-        """All steps are done: operations that were held go on."""
+        """Record that all steps are done, and release the operations that were held."""
         self.is_on = False
         self._ended.set()
 
     def meet(self, op: str, name: str) -> None:
-        """An operation begins."""
+        """Record that an operation begins."""
         if not self.is_on:
             return
         if threading.current_thread() is threading.main_thread():
@@ -138,14 +140,14 @@ class Loop:
             self.hold()
 
     def hold(self) -> None:
-        """Wait until the loop has ended, on another thread than the main one."""
+        """Wait until the loop has ended. Do nothing on the main thread."""
         if not self.is_on or threading.current_thread() is threading.main_thread():
             return
         self.held += 1
         self.gave_up |= not self._ended.wait(HELD_AT_MOST_S)
 
     def count_waits(self) -> None:
-        """From now on count waits of the main thread."""
+        """Count waits of the main thread from now on."""
         real = threading.Condition.wait
 
         def wait(condition: threading.Condition, timeout: float | None = None) -> bool:
@@ -166,7 +168,7 @@ def _waiting_module() -> str:
 
 
 class Shim:
-    """Stands between this process and the folder ``root``: records, and strikes once it is armed."""
+    """Records the operations of this process below ``root``, and injects a fault once it is armed."""
 
     def __init__(self, root: str, strike: Strike | None = None) -> None:
         self._root = os.path.realpath(root)
@@ -191,13 +193,13 @@ class Shim:
         io.open = builtins.open = self._open_file
 
     def uninstall(self) -> None:
-        """Put all functions back."""
+        """Restore all functions."""
         for name in ("open", "remove", "symlink", "rename", "replace", "link", *_ON_PATHS, *_ON_DESCRIPTORS):
             setattr(os, name, REAL[name])
         io.open = builtins.open = _REAL_OPEN
 
     def _meet(self, op: str, path: str | None) -> None:
-        """An operation begins. ``path``: absolute; None is elsewhere."""
+        """Record an operation. ``path`` is absolute; None for a path outside the root."""
         if path is None:
             return
         name = _TOKENS.sub("*", os.path.relpath(path, self._root).replace(f".{os.getpid()}", ".*"))
@@ -221,7 +223,7 @@ class Shim:
         raise OSError(number, f"{os.strerror(number)} (made by a test)", path)
 
     def _path(self, first: Any, folder_fd: int | None = None) -> str | None:
-        """The absolute path that an operation is about; None for one that is not below the root."""
+        """Return the absolute path of an operation; None if it is not below the root."""
         try:
             if isinstance(first, int):
                 text = REAL["readlink"](f"/proc/self/fd/{first}")
@@ -270,7 +272,7 @@ class Shim:
         path, reads = self._path(file), mode.strip("bt") == "r"
         if not isinstance(file, int):
             self._meet("open" if reads else "create", path)
-        if reads:  # the object reads by itself, unseen
+        if reads:  # the file object reads by itself, which is not seen
             self._meet("read", path)
         return _REAL_OPEN(file, mode, *args, **options)
 
@@ -280,7 +282,7 @@ METADATA = (*_LOOKS, "open", *_NEW, *_GOES, "rename", "utime")
 
 
 class SlowShim(Shim):
-    """Every operation of the given kinds, on paths below ``root`` that contain ``name``, takes longer."""
+    """Slows down every operation of the given kinds on paths below ``root`` that contain ``name``."""
 
     def __init__(
         self, root: str, *, seconds: float, operations: Sequence[str] = METADATA, name: str = ""
@@ -296,11 +298,11 @@ class SlowShim(Shim):
 
 
 def strikes_of(operations: list[Operation]) -> list[Strike]:
-    """Every fault at every kind of operation on every path.
+    """Return every fault at every kind of operation on every path.
 
-    A change fails once, and in another case from then on; a look fails once by one errno, and for good by
-    another one. Where a recording has an operation several times, later ones get one fault each in turn. One
-    operation of each kind takes long.
+    A change fails once, and in another case from then on. A look-up fails once with one errno, and
+    permanently with another. If a recording has an operation several times, each later one gets one
+    of the faults in turn. One operation of each kind is slow.
     """
     found: list[Strike] = []
     delayed: set[str] = set()

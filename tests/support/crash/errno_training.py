@@ -1,8 +1,8 @@
-"""Faults of file operations in a run of the harness, and what a training loop does while files are slow.
+"""Faults of file operations in a run of the harness, and training loops on slow files.
 
-The loop's main thread may do no file work between steps: on a network file system every look takes a round
-trip, and all ranks wait for the slowest. ``run_loop`` counts what it does, and holds the operations of other
-threads until all steps are done.
+The main thread of the loop must do no file work between steps. On a network file system every
+look-up takes a round trip, and all ranks wait for the slowest. ``run_loop`` counts the file work of
+the main thread, and holds the operations of other threads until all steps are done.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _SETTINGS: dict[str, Any] = {
     "checkpoint.interval": 2,
     "checkpoint.keep_last_n": 2,
 }
-"""As the loop of ``errno_campaign.train``, with validation."""
+"""Settings like those of the loop of ``errno_campaign.train``, with validation."""
 
 
 def train_harness(run: Path, *settings: str) -> None:
-    """``scripts/train.py`` in ``run``. Raises ``Stopped`` when it ends with an error."""
+    """Run ``scripts/train.py`` in ``run``. Raises ``Stopped`` if it ends with an error."""
     from kempnerforge.train import run as running
 
     errors: list[str] = []
@@ -61,7 +61,7 @@ def train_harness(run: Path, *settings: str) -> None:
 
 
 def prepare_harness(run: Path) -> None:
-    """A run of the harness, with leftovers. Its data stay where they are when it is copied."""
+    """Create a run of the harness, with leftovers. A copy of it uses the data of the original."""
     for name in PRELOAD:
         importlib.import_module(name)
     base = run.parent
@@ -93,7 +93,7 @@ def _again(run: Path) -> int:
 
 
 def _is_of_harness(operation: Operation) -> bool:
-    """Whether an operation is on what a loop of a user's own has not, or lies beside the checkpoints."""
+    """Return whether an operation is on a file of the harness only, or outside the checkpoints."""
     return not operation.path.startswith(("run/checkpoints/", f"run/{_CONFIG}"))
 
 
@@ -102,27 +102,27 @@ SCENARIOS["harness"] = Scenario(_start, prepare_harness, again=_again, trains=Tr
 
 @dataclass(frozen=True)
 class LoopOutcome:
-    """What a training loop did between its first step and its end."""
+    """The behaviour of a training loop between its first step and its end."""
 
     main: list[list[str]]
-    """Operations of the main thread: kind and path."""
+    """Kind and path of the operations of the main thread."""
     elsewhere: list[list[str]]
-    """Operations of other threads."""
+    """Kind and path of the operations of other threads."""
     waits: dict[str, int]
-    """Waits of the main thread that ended by their time limit, by module."""
+    """Waits of the main thread that ended at their time limit, by module."""
     gave_up: bool
-    """Whether the loop has waited for an operation that was held."""
+    """Whether the loop waited for an operation that was held."""
     held: int
     output: str
 
 
 def loop_of_own(run: Path, mode: str) -> None:
-    """A loop of a user's own."""
+    """Run a user's own loop."""
     train(run, steps=LOOP_ENDS - SOUND, mode=mode)
 
 
 def loop_of_harness(run: Path, mode: str) -> None:
-    """The loop of the harness."""
+    """Run the loop of the harness."""
     train_harness(run, f"--train.max_steps={LOOP_ENDS}", f"--checkpoint.async_mode={mode}")
 
 
@@ -130,13 +130,13 @@ LOOPS: dict[str, tuple[str, Callable[[Path, str], None]]] = {
     "own": ("start", loop_of_own),
     "harness": ("harness", loop_of_harness),
 }
-"""The scenario whose folder they train in, and the loop itself."""
+"""Loop -> the scenario in whose folder it trains, and the function that runs it."""
 
 
 def run_loop(
     prepared: Path, loop: str, mode: str, base: Path, what: Strike | None = None, *, hold_all: bool = False
 ) -> LoopOutcome:
-    """Train in a copy of ``prepared``. ``hold_all``: hold each operation that begins between its steps."""
+    """Train in a copy of ``prepared``. With ``hold_all``, hold each operation that begins between steps."""
     run = copy_to(base, prepared)
     result = base / "loop.json"
 
@@ -157,14 +157,15 @@ def run_loop(
 
 
 def holds_of(found: LoopOutcome) -> list[Strike]:
-    """Each operation of other threads in a loop, held."""
+    """Return a fault for each operation of other threads in a loop, which holds it."""
     return [Strike(Operation(op, path, 0), HOLD, always=True) for op, path in found.elsewhere]
 
 
 def _watch(shim: Shim) -> None:
-    """Let ``shim`` know when steps begin and end. What looks at files now and then does so all the time.
+    """Tell ``shim`` when steps begin and end. Let periodic checks of files run all the time.
 
-    The end is where the loop waits for the last commit: in a save that waits, or in ``finish``.
+    The end is the point at which the loop waits for the last commit: in a save that waits, or in
+    ``finish``.
     """
     wait, finish, init = CheckpointManager.wait_for_staging, CheckpointManager.finish, Lease.__init__
     save = CheckpointManager.save

@@ -1,4 +1,4 @@
-"""Which faults to try, and what has to come of each."""
+"""Select the faults to try, and check the result of each."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.run.owner import OWNER_FILE
 
 ALWAYS = 1_000_000
-"""As ``count``: from the nth operation on, all fail."""
+"""As ``count``: all operations from the nth on fail."""
 KILLED_STEPS = (1, 2)
-"""What ``kill_and_resume`` saves."""
+"""The steps that ``kill_and_resume`` saves."""
 
 
 def operations_of_a_save(ops: Sequence[Op]) -> dict[str, list[str]]:
-    """By role, the operations of the last save in a recording of attempts, its deletions included."""
+    """Return the operations of the last save in a recording of attempts, with its deletions, by role."""
     first = max(n for n, op in enumerate(ops) if op.op == "mkdir" and op.path.endswith(".tmp"))
     found: dict[str, list[str]] = {}
     for op in ops[first:]:
@@ -33,7 +33,7 @@ def operations_of_a_save(ops: Sequence[Op]) -> dict[str, list[str]]:
 
 
 def every_strike(operations: dict[str, list[str]]) -> list[Strike]:
-    """Every kind of fault at every operation of every process."""
+    """Return every kind of fault at every operation of every process."""
     found = []
     for role, ops in operations.items():
         for nth, op in enumerate(ops):
@@ -48,8 +48,11 @@ def every_strike(operations: dict[str, list[str]]) -> list[Strike]:
 
 
 def check_strikes(by_rank: Sequence[Sequence[Struck]]) -> Counter[str]:
-    """Fail unless every save under a fault was committed, or failed alike on all ranks and left nothing, and
-    the one after it was committed. Counts how they ended."""
+    """Check every save under a fault and the one after it, and count how they ended.
+
+    A save under a fault must be committed, or fail alike on all ranks and leave nothing. The one
+    after it must be committed.
+    """
     counts: Counter[str] = Counter()
     before: set[str] = set()
     for struck, *others in zip(*by_rank, strict=True):
@@ -60,7 +63,8 @@ def check_strikes(by_rank: Sequence[Sequence[Struck]]) -> Counter[str]:
         if struck.hit.error:
             rank = struck.strike.role[-1]
             assert f"rank {rank}: " in struck.hit.error, what
-            # Where the disk keeps failing the name cannot be taken back; what has it is whole.
+            # If the disk keeps failing, the name cannot be taken back. Then the step under it is
+            # complete.
             assert struck.strike.count > 1 or name not in struck.hit.names, f"it failed and is there: {what}"
         else:
             assert name in struck.hit.names, what
@@ -77,8 +81,11 @@ def check_strikes(by_rank: Sequence[Sequence[Struck]]) -> Counter[str]:
 
 
 def every_kill(ops: Sequence[Op]) -> list[Strike]:
-    """A kill before every operation of every process in a recording of what ``kill_and_resume`` strikes, in
-    the middle of every write, and of the rank behind each operation of its writer."""
+    """Return a kill before every operation of every process in a recording of ``kill_and_resume``.
+
+    There are also kills in the middle of every write, and of the rank behind each operation of its
+    writer.
+    """
     seen: Counter[str] = Counter()
     found = []
     for op in ops:
@@ -93,12 +100,12 @@ def every_kill(ops: Sequence[Op]) -> list[Strike]:
 
 
 def sample(strikes: Sequence[Strike], count: int, seed: int) -> list[Strike]:
-    """A seeded choice that has every kind and every role, as far as ``count`` goes."""
+    """Return a seeded sample of ``count`` faults that has every kind and every role, if possible."""
     rng = random.Random(seed)
     groups: dict[tuple[str, str], list[Strike]] = {}
     for strike in strikes:
         groups.setdefault((strike.role, strike.kind), []).append(strike)
-    keys = sorted(groups)  # not as they were recorded: which writer was first is chance
+    keys = sorted(groups)  # sorted, because the order in which writers were recorded is random
     for key in keys:
         rng.shuffle(groups[key])
     order = sorted(keys, key=lambda _: rng.random())
@@ -109,7 +116,10 @@ def sample(strikes: Sequence[Strike], count: int, seed: int) -> list[Strike]:
 
 
 def kill_and_resume(base: Path, strike: Strike, *, ranks: int = 2) -> str:
-    """Save, be killed, start again: the newest commit is resumed and the rest is saved. Says how it ended."""
+    """Save, be killed, and start again. Return how it ended.
+
+    The second start must resume from the newest commit and save the rest.
+    """
     base.mkdir()
     run_dir, log = base / "run", base / "log"
     run_dir.mkdir()
@@ -143,8 +153,8 @@ def _is_killed(plan: Plan, ranks: int) -> bool:
 
 
 def kill_all(base: Path, strikes: Iterable[Strike]) -> Counter[str]:
-    """``kill_and_resume`` for each; counts how they ended."""
-    # The ranks that are left get little time, as when a launcher ends them.
+    """Call ``kill_and_resume`` for each fault and count how they ended."""
+    # The remaining ranks get little time, as when a launcher ends them.
     before, ranks_module.SECOND_FAILURE_GRACE_S = ranks_module.SECOND_FAILURE_GRACE_S, 0.3
     try:
         return Counter(kill_and_resume(base / str(n), strike) for n, strike in enumerate(strikes))

@@ -1,9 +1,10 @@
-"""Puts a watcher between this process and its file system. Production code has no hooks for this.
+"""Puts a watcher between this process and its file system.
 
-``install`` replaces functions of ``os`` in a rank's process, and ``startup/sitecustomize.py`` does
-so in the processes that the rank starts, its writer above all. An audit hook tells of operations that went
-past the replaced functions: such a recording is useless, and reading it fails. Standard library only: the
-writer process has no torch.
+Production code has no hooks for this. ``install`` replaces functions of ``os`` in a rank's process,
+and ``startup/sitecustomize.py`` does so in the processes that the rank starts, such as its writer.
+An audit hook detects operations that bypassed the replaced functions. Reading such a recording
+fails, because it is incomplete. This module uses the standard library only, because the writer
+process has no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil  # noqa: F401 - it looks at os.unlink when it is imported, and must see the real one
+import shutil  # noqa: F401 - it reads os.unlink when it is imported, and must get the real function
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +24,14 @@ VARIABLE = "KEMPNERFORGE_TEST_FILEOPS"
 
 _NOT_WATCHED = ("writev", "pwritev", "sendfile", "copy_file_range", "posix_fallocate", "mkfifo", "mknod")
 _PATHS = [str(Path(__file__).with_name("startup")), str(Path(__file__).parents[2])]
-"""Of ``startup/sitecustomize.py`` and of this package."""
+"""Folders of ``startup/sitecustomize.py`` and of this package."""
 _AUDITED = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate")
 
 _watcher: Watcher | None = None
 
 
 def install(watch: Watch) -> None:
-    """Watch this process from now on, and the Python processes that it starts."""
+    """Watch this process and the Python processes that it starts from now on."""
     global _watcher
     assert _watcher is None, "one watch at a time"
     _watcher = Watcher(watch)
@@ -55,7 +56,7 @@ def uninstall() -> None:
 
 
 def install_from_environment() -> None:
-    """Watch this process if the one that started it is watched."""
+    """Watch this process if its parent is watched."""
     if VARIABLE in os.environ:
         above = Watch(**json.loads(os.environ[VARIABLE]))
         role = above.role.replace("rank", "writer")
@@ -177,7 +178,7 @@ _hooked = False
 
 
 def _hook_once() -> None:
-    """Audit hooks cannot be removed: one for the life of the process, which looks at whoever watches."""
+    """Install the audit hook once. It cannot be removed, so it serves whichever watcher is installed."""
     global _hooked
     if not _hooked:
         _hooked = True
@@ -190,7 +191,8 @@ def _audit(event: str, args: tuple[Any, ...]) -> None:
         return
     if event == "open":
         path, mode, flags = args
-        # Without a mode it is os.open, which is replaced; with one, open() or a relative of it.
+        # Without a mode it is os.open, which is replaced. With one, it is open() or a related
+        # function.
         changes = mode is not None and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         if changes and watcher.relative(path) is not None:
             watcher.log("blind", f"open {path}")

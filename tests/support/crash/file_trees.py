@@ -1,4 +1,4 @@
-"""Folders as dictionaries."""
+"""Folders represented as dictionaries."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 Tree = dict[str, Any]
-"""Path below the root to None for a folder, bytes for a file, str (the target) for a symbolic link."""
+"""Path below the root -> None for a folder, bytes for a file, str (the target) for a symbolic link."""
 
 
 def write_tree(tree: Tree, folder: Path) -> None:
-    """Make ``tree`` in ``folder``, which is new."""
+    """Create ``tree`` in the new folder ``folder``."""
     folder.mkdir(parents=True)
     for path, content in sorted(tree.items()):
         if content is None:
@@ -22,7 +22,7 @@ def write_tree(tree: Tree, folder: Path) -> None:
 
 
 def read_tree(folder: Path) -> Tree:
-    """What is in ``folder``."""
+    """Return the content of ``folder``."""
     found: Tree = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))

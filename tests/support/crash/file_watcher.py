@@ -1,8 +1,8 @@
-"""Watches what this process changes in one folder: every operation is recorded, and can be made to fail.
+"""Records every change that this process makes in one folder, and can let each operation fail.
 
-All watched processes write to one log, each operation under a lock that they share, so that the log has the
-one order in which things happened. ``file_operations.py`` puts a ``Watcher`` between a process and its file
-system.
+All watched processes write to one log. They share a lock for each operation, so that the log has
+the one order in which the operations happened. ``file_operations.py`` puts a ``Watcher`` between a
+process and its file system.
 """
 
 from __future__ import annotations
@@ -34,30 +34,33 @@ _APPLIES = {
     "kill_half": WRITES,
     "late_EIO": ("fsync", "rename"),
 }
-"""What a kind of fault can hit; any operation if it is not listed. ``late_EIO``: it is done, then fails."""
+"""The operations that a kind of fault can hit; any operation for other kinds. ``late_EIO`` fails
+after the operation was done."""
 
 REAL = {name: getattr(os, name) for name in dir(os) if callable(getattr(os, name))}
-"""The functions of ``os`` as they were."""
+"""The original functions of ``os``."""
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What to watch, as whom."""
+    """The folder to watch, and the role of this process."""
 
     root: str
-    """Absolute, without symbolic links."""
+    """Absolute path without symbolic links."""
     log: str
     control: str
-    """File through which a test arms faults; it must exist."""
+    """File through which a test arms faults. It must exist."""
     role: str
-    """``rank0``; the writer that this rank starts is ``writer0``."""
+    """``rank0``, or ``writer0`` for the writer that this rank starts."""
     no_direct: bool = False
-    """Refuse O_DIRECT as some file systems do: after making the file."""
+    """Whether to refuse O_DIRECT after creating the file, as some file systems do."""
 
 
 class Control:
-    """Arms one fault in all watched processes: the ``nth`` operation of ``role`` and those after it, until
-    ``count`` operations were hit."""
+    """Arms one fault in all watched processes.
+
+    It hits the ``nth`` operation of ``role`` and later ones, until ``count`` operations were hit.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -67,18 +70,18 @@ class Control:
         self._serial = _CONTROL.unpack(path.read_bytes())[0]
 
     def arm(self, role: str, nth: int, kind: str, *, count: int = 1, value: float = 0.0) -> None:
-        """Arm a fault; ``value`` is the seconds of a ``delay``. One that was armed before is forgotten."""
+        """Arm a fault and forget the one before. ``value`` is the duration of a ``delay`` in seconds."""
         self._serial += 1
         fields = (self._serial, nth, count, 0, value, kind.encode(), role.encode())
         self._path.write_bytes(_CONTROL.pack(*fields))
 
     def disarm(self) -> None:
-        """No more faults."""
+        """Remove the fault."""
         self.arm("", 0, "")
 
     @property
     def fired(self) -> int:
-        """Operations that the armed fault has hit."""
+        """Number of operations that the armed fault has hit."""
         return _CONTROL.unpack(self._path.read_bytes())[3]
 
 
@@ -99,7 +102,7 @@ class Watcher:
         self._seen = 0
 
     def relative(self, path: Any, dir_fd: int | None = None) -> str | None:
-        """``path`` below the root; None when it is elsewhere."""
+        """Return ``path`` relative to the root; None if it is not below the root."""
         if not isinstance(path, (str, bytes, os.PathLike)):
             return None
         text = os.fsdecode(path)
@@ -111,7 +114,7 @@ class Watcher:
         return os.path.relpath(text, self.watch.root) if text.startswith(self.watch.root + "/") else None
 
     def of_fd(self, fd: Any) -> str | None:
-        """The path behind a descriptor, below the root; None for one that is elsewhere or was unlinked."""
+        """Return the path of a descriptor, relative to the root; None if it is elsewhere or unlinked."""
         with contextlib.suppress(OSError, TypeError):
             text = REAL["readlink"](f"/proc/self/fd/{int(fd)}")
             if not text.endswith(" (deleted)"):
@@ -120,7 +123,7 @@ class Watcher:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """No other process or thread does a watched operation meanwhile."""
+        """Let no other process or thread do a watched operation while the block runs."""
         with self._lock:
             fcntl.flock(self._log_fd, fcntl.LOCK_EX)
             try:
@@ -136,7 +139,7 @@ class Watcher:
         REAL["write"](self._log_fd, json.dumps(entry).encode() + b"\n")
 
     def fault(self, op: str) -> Fault | None:
-        """The fault that hits this operation, counted as fired."""
+        """Return the fault that hits this operation, and count it as fired."""
         with self.turn():
             fields = _CONTROL.unpack(REAL["pread"](self._control_fd, _CONTROL.size, 0))
             serial, nth, count, fired, value, kind, role = fields
@@ -153,7 +156,7 @@ class Watcher:
             return Fault(name, value)
 
     def perform(self, op: str, path: str, work: Callable[[], Any], **details: Any) -> Any:
-        """Do one operation in turn, with the fault that is due, and log it if it succeeds."""
+        """Do one operation under the lock, with the fault that is due. Log it if it succeeds."""
         fault = self.fault(op)
         if fault is not None:
             self._strike(fault, op, path)
@@ -172,7 +175,7 @@ class Watcher:
         return result
 
     def write(self, op: str, fd: int, data: Any, offset: int | None) -> int:
-        """A write, which may be cut short; logged with the bytes that were written and where."""
+        """Write, possibly only a part, and log the written bytes and their position."""
         path = self.of_fd(fd)
         assert path is not None
         fault = self.fault(op)
@@ -198,7 +201,8 @@ class Watcher:
         elif fault.kind == "kill_parent":
             os.kill(os.getppid(), signal.SIGKILL)
         elif fault.kind == "stop":
-            # To this thread: by the process, another would stop first, and this one run on, maybe to a lock.
+            # Sent to this thread, because a signal to the process might stop another thread first,
+            # while this one continues and takes a lock.
             signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         elif fault.kind == "delay":
             time.sleep(fault.value)
@@ -209,7 +213,7 @@ class Watcher:
 
 @contextlib.contextmanager
 def _any_size(fd: int, odd: bool) -> Iterator[None]:
-    """Let a direct descriptor take a write of a size that direct writes refuse."""
+    """Let a direct descriptor take one write of a size that direct writes refuse."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     if odd and flags & os.O_DIRECT:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)

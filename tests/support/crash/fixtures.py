@@ -1,4 +1,4 @@
-"""Fixtures of the campaigns; ``pytest_plugins = ["support.crash.fixtures"]`` brings them."""
+"""Fixtures of the campaigns. Use them with ``pytest_plugins = ["support.crash.fixtures"]``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.crash.crash_campaign import Case, Recording, RecordingOf, record
 
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> RecordingOf:
-    """Recordings of four saves by case, each made once."""
+    """Recordings of four saves by case. Each is made once."""
     made: dict[Case, Recording] = {}
 
     def get(case: Case) -> Recording:
@@ -27,7 +27,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> RecordingOf:
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """A folder in memory: a sync costs nothing there, and thousands of trees are written."""
+    """A folder in memory, where syncs cost nothing, because thousands of trees are written."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None, prefix="crash-") as folder:
         yield Path(folder)

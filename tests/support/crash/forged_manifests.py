@@ -1,6 +1,7 @@
-"""Manifests that vouch for what is not right: every digest was made anew by whoever changed something.
+"""Forged manifests: something is wrong, but all digests are valid because the forger computed them again.
 
-xxh3 keeps no secret, so a digest cannot tell these; what they say must be checked, and never believed.
+xxh3 uses no secret, so digests cannot detect this. Readers must check the content instead of
+trusting it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ ODD_NAMES = [
 def _resigned_manifest(what: str, body: dict[str, Any], *, may_load: bool = False) -> Mutation:
     try:
         data = signed(body)
-    except (ValueError, UnicodeError):  # an integer or a text that JSON cannot have
+    except (ValueError, UnicodeError):  # an integer or a text that JSON cannot represent
         data = b'{"digest": "0"}'
     return Mutation(f"signed manifest, {what}", {paths.MANIFEST: data}, may_load=may_load)
 
@@ -63,7 +64,7 @@ def signed_field(subject: Subject, rng: random.Random) -> Mutation:
         del body[name]
         return _resigned_manifest(f"without {name}", body, may_load=True)
     body[name] = rng.choice(ODD_VALUES)
-    # What it says of the run is only reported; what it says of the files and the step is checked.
+    # Fields about the run are only reported. Fields about files and the step are checked.
     reported = (
         name not in ("files", "step", "format", "block_bytes")
         or body[name] == manifest_of(subject.files)[name]
@@ -111,7 +112,7 @@ def signed_without(subject: Subject, rng: random.Random) -> Mutation:
 
 
 def signed_train_state(subject: Subject, rng: random.Random) -> Mutation:
-    """What is not a tensor, changed by somebody who signs: it may load or not, but never end in a crash."""
+    """Change state that is not a tensor, with valid digests. It may load or not, but must never crash."""
     body = json.loads(subject.files[paths.TRAIN_STATE])
     if rng.random() < 0.4:
         data = rng.choice(JUNK_JSON)(rng)
@@ -139,7 +140,7 @@ def signed_index(subject: Subject, rng: random.Random) -> Mutation:
 
 
 def signed_index_counts(subject: Subject, rng: random.Random) -> Mutation:
-    """Counts, offsets and lengths that cannot be."""
+    """Write impossible counts, offsets or lengths."""
     data = bytearray(subject.files[paths.INDEX])
     value = rng.choice(
         [0, 1, 2**16, 2**31, 2**32 - 1, 2**48, 2**62, 2**63, 2**64 - 1, len(data), 8 * len(data)]
@@ -194,7 +195,7 @@ def signed_shard_header(subject: Subject, rng: random.Random) -> Mutation:
 
 
 def signed_swap(subject: Subject, rng: random.Random) -> Mutation:
-    """Two shards change places, and the manifest says that this is right."""
+    """Swap two shards, with a manifest that agrees."""
     one, other = rng.sample(shards(subject.files), 2)
     body = manifest_of(subject.files)
     body["files"][one], body["files"][other] = body["files"][other], body["files"][one]

@@ -1,4 +1,4 @@
-"""Small training states of which every bit at every step is known without a checkpoint."""
+"""Small training states whose every bit is known at every step without reading a checkpoint."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ class Small(nn.Module):
 
 
 def value_at(step: int, name: str, shape: tuple[int, ...]) -> Tensor:
-    """What a tensor of the checkpoint of ``step`` holds."""
+    """Return the value of a tensor in the checkpoint of ``step``."""
     seed = xxhash.xxh3_64_intdigest(f"{step} {name}".encode()) % 2**31
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def rank_here() -> int:
-    """This process's rank; 0 for one process alone."""
+    """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def ranks_here() -> int:
-    """How many ranks there are."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def make_state() -> TrainState:
-    """A model and its optimizer, sharded over the ranks if there are several."""
+    """Return a model and its optimizer, sharded over the ranks if there are several."""
     model = Small()
     if ranks_here() > 1:
         fully_shard(model)
@@ -58,7 +58,7 @@ def make_state() -> TrainState:
 
 
 def set_step(state: TrainState, step: int) -> None:
-    """Give every tensor the value that it has at ``step``."""
+    """Set every tensor to its value at ``step``."""
     with torch.no_grad():
         for name, tensor in state.tensors().items():
             whole = value_at(step, name, tuple(tensor.shape))
@@ -70,7 +70,7 @@ def set_step(state: TrainState, step: int) -> None:
 
 
 def expected_tensors(step: int, ranks: int) -> dict[str, Tensor]:
-    """All tensors of the checkpoint of ``step``, whole, without having read any."""
+    """Return all whole tensors of the checkpoint of ``step``, without reading any."""
     state = make_state()
     found = {name: value_at(step, name, tuple(tensor.shape)) for name, tensor in state.tensors().items()}
     for rank in range(ranks):

@@ -1,4 +1,4 @@
-"""Many seeded mutations of one checkpoint, and what came of each."""
+"""Apply many seeded mutations to one checkpoint, and count the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REFUSED = ("DamagedCheckpointError", "MismatchError", "NoTrainingStateError")
 
 
 def make_target(base: Path) -> tuple[Loader, Subject]:
-    """A run of two ranks with two steps, the newer of which is going to be mutated."""
+    """Create a run of two ranks with two steps, of which the newer one will be mutated."""
     run_dir, outside = base / "run", base / "outside"
     run_dir.mkdir()
     run_ranks(save_all, 2, Plan(str(run_dir), (3, 4), keep_last_n=2))
@@ -36,10 +36,10 @@ def make_target(base: Path) -> tuple[Loader, Subject]:
 def run_mutations(
     loader: Loader, subject: Subject, count: int, seed: int, patch: pytest.MonkeyPatch
 ) -> Counter[str]:
-    """Apply ``count`` mutations, one after the other. Counts outcomes; fails with all that was not refused.
+    """Apply ``count`` mutations in turn and count the outcomes. Fail if any is wrongly accepted.
 
-    Every mutation is loaded as a resume loads; every tenth instead by a manager that has the step before to
-    fall back on, and every tenth is also looked at by ``verify``.
+    Every mutation is loaded as a resume loads it. Every tenth is instead loaded by a manager that
+    can fall back to the step before, and every tenth is also checked by ``verify``.
     """
     patch.setattr(candidates, "RETRY_DELAYS_S", (0.0,))
     assert (loader.load(), loader.resume(3), loader.verify()) == ("loaded", "loaded", "sound")
@@ -54,7 +54,7 @@ def run_mutations(
                     problems.append(f"{number}, {kind}, {mutation.label}: {problem}")
                 if number % 10 == 1:
                     _verify(loader, mutation, outcome, problems)
-            except Exception as error:  # noqa: BLE001 - any other error is what this looks for
+            except Exception as error:  # noqa: BLE001 - the campaign looks for any other error
                 outcome = "crashed"
                 problems.append(f"{number}, {kind}, {mutation.label}: {type(error).__name__}: {error}")
         counts[outcome] += 1
@@ -76,7 +76,7 @@ def _problem(loader: Loader, mutation: Mutation, outcome: str) -> str:
 
 
 def _says_the_same(loader: Loader, mutation: Mutation) -> bool:
-    """Whether the only change is white space in the manifest."""
+    """Return whether the only change is white space in the manifest."""
     data = mutation.changes.get(paths.MANIFEST)
     if set(mutation.changes) != {paths.MANIFEST} or not isinstance(data, bytes):
         return False

@@ -1,4 +1,4 @@
-"""All kinds of mutations, and how often each is taken."""
+"""All kinds of mutations, and their weights."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ MAKERS: list[tuple[Maker, int]] = [
     (mutations.huge_file, 3),
     (mutations.strangers, 1),
 ]
-"""Ways, and how often each is taken."""
+"""(maker, weight) of each kind."""
 
 
 def draw(subject: Subject, rng: random.Random) -> tuple[str, Mutation]:
-    """A random mutation, and the name of its kind."""
+    """Return a random mutation and the name of its kind."""
     makers, weights = zip(*MAKERS, strict=True)
     maker = rng.choices(makers, weights)[0]
     return maker.__name__, maker(subject, rng)

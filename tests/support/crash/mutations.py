@@ -1,4 +1,4 @@
-"""Ways to damage a committed checkpoint: each a change of some files of its folder."""
+"""Ways to damage a committed checkpoint. Each changes some files of its folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Special:
-    """No usual file: ``link`` (to ``target``), ``folder``, ``fifo``, or ``sparse`` (of ``size_bytes``)."""
+    """A special file: ``link`` (to ``target``), ``folder``, ``fifo``, or ``sparse`` (of ``size_bytes``)."""
 
     kind: str
     target: str = ""
@@ -28,19 +28,19 @@ class Special:
 
 
 Changes = dict[str, bytes | Special | None]
-"""Name -> new content; None for a file that is gone."""
+"""Name -> new content; None for a removed file."""
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """One way in which a checkpoint is not what was committed."""
+    """One way in which a checkpoint differs from what was committed."""
 
     label: str
     changes: Changes
     may_load: bool = False
-    """Whether no digest can tell, because all were made anew: then the tensors must be right all the same."""
+    """Whether digests cannot detect it, because all were computed again. The tensors must still be right."""
     objects_too: bool = True
-    """Whether, if it loads, what is not a tensor must be as it was saved."""
+    """Whether, if it loads, state that is not a tensor must be as it was saved."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Subject:
 
     files: Files
     older: Files
-    """The step before it, of the same run."""
+    """The step before it in the same run."""
     outside: Path
-    """A folder that no load may read; it holds copies of all files."""
+    """A folder with copies of all files, from which no load may read."""
 
 
 Maker = Callable[[Subject, random.Random], Mutation]
@@ -62,37 +62,37 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def signed(body: dict[str, Any]) -> bytes:
-    """A manifest whose own digest is right."""
+    """Return a manifest whose own digest is valid."""
     body = {name: value for name, value in body.items() if name != "digest"}
     return json.dumps({**body, "digest": _digest(body)}).encode()
 
 
 def manifest_of(files: Files) -> dict[str, Any]:
-    """The manifest as JSON."""
+    """Return the manifest as JSON."""
     return json.loads(files[paths.MANIFEST])
 
 
 def resigned(files: Files, name: str, data: bytes) -> Changes:
-    """Another content for one file, and a manifest that vouches for it."""
+    """Return changes that replace one file and make the manifest agree with it."""
     body, record = manifest_of(files), record_of(data)
     body["files"][name] = {"size_bytes": record.size_bytes, "xxh3_128": record.xxh3_128}
     return {name: data, paths.MANIFEST: signed(body)}
 
 
 def shards(files: Files) -> list[str]:
-    """Names of the tensor files."""
+    """Return the names of the tensor files."""
     return sorted(name for name in files if name.endswith(paths.SHARD_SUFFIX))
 
 
 def flip_bits(data: bytes, rng: random.Random, count: int) -> bytes:
-    """``data`` with ``count`` different bits changed."""
+    """Return ``data`` with ``count`` different bits flipped."""
     changed = bytearray(data)
     for bit in rng.sample(range(8 * len(data)), min(count, 8 * len(data))):
         changed[bit // 8] ^= 1 << bit % 8
     return bytes(changed)
 
 
-# -- damage that digests show ------------------------------------------------------------------------------
+# -- damage that digests detect --------------------------------------------------------------------
 
 
 def bit_flips(subject: Subject, rng: random.Random) -> Mutation:
@@ -121,7 +121,7 @@ def truncated(subject: Subject, rng: random.Random) -> Mutation:
 def extended(subject: Subject, rng: random.Random) -> Mutation:
     name = rng.choice(sorted(subject.files))
     size = rng.choice([1, 7, 4096])
-    # White space behind a manifest changes nothing that it says.
+    # White space after a manifest does not change its content.
     more = rng.choice([bytes(size), rng.randbytes(size), subject.files[name]])
     return Mutation(f"{name} made longer", {name: subject.files[name] + more + b"\0"})
 
@@ -168,7 +168,7 @@ def stale(subject: Subject, rng: random.Random) -> Mutation:
 
 
 def stale_but_renumbered(subject: Subject, rng: random.Random) -> Mutation:
-    """The manifest of the step before, with the number of this one, signed anew."""
+    """Replace the manifest by that of the step before, with this step's number and a valid digest."""
     body = {**manifest_of(subject.older), "step": manifest_of(subject.files)["step"]}
     if rng.random() < 0.5:
         body["files"][paths.TRAIN_STATE] = manifest_of(subject.files)["files"][paths.TRAIN_STATE]
@@ -201,14 +201,15 @@ def wrong_json(subject: Subject, rng: random.Random) -> Mutation:
     return Mutation(f"{name} is other JSON", {name: rng.choice(JUNK_JSON)(rng)})
 
 
-# -- things that are no files ------------------------------------------------------------------------------
+# -- entries that are not regular files ------------------------------------------------------------
 
 
 def links(subject: Subject, rng: random.Random) -> Mutation:
     name = rng.choice(sorted(subject.files))
     copy = str(subject.outside / name)
     size = len(subject.files[name])
-    # A link's own size is the length of its target: padded, it is what the manifest says of the file.
+    # The size of a link is the length of its target. Padding makes it the size that the manifest
+    # lists.
     padded = copy.replace("/", "/" + "./" * ((size - len(copy)) // 2), 1)
     padded = padded + "/" * (size - len(padded)) if len(padded) < size else padded
     fitting = [padded.replace("//", "/./", 1)] if len(padded) <= 4000 else []

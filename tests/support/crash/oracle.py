@@ -1,4 +1,4 @@
-"""Decides whether what a crash left is as good as promised."""
+"""Decide whether the state after a crash keeps all promises."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _FINAL = re.compile(rf"{CHECKPOINTS}/step_(\d{{8}})")
 
 @dataclass(frozen=True)
 class Commit:
-    """When one step was committed, as counts of operations."""
+    """When one step was committed, as numbers of operations."""
 
     step: int
     renamed: int
-    """Its final name was given by the operation of this number, counted from 1."""
+    """Number, from 1, of the operation that gave it its final name."""
     durable: int
-    """The first sync of the parent folder after it."""
+    """Number of the first sync of the parent folder after that."""
 
 
 def find_commits(ops: Sequence[Op]) -> list[Commit]:
-    """The commits in a recording, in order."""
+    """Return the commits in a recording, in order."""
     found = []
     for number, op in enumerate(ops, 1):
         match = _FINAL.fullmatch(op.to) if op.op == "rename" else None
@@ -47,9 +47,9 @@ def find_commits(ops: Sequence[Op]) -> list[Commit]:
 
 
 def allowed_after(commits: Sequence[Commit], done: int) -> set[int | None]:
-    """Steps that may be the newest after a crash when ``done`` operations had been done; None: no step.
+    """Return the steps that may be the newest after a crash that follows ``done`` operations; None: no step.
 
-    The newest of which the commit was durable, or a later one whose rename had been done.
+    These are the newest step whose commit was durable, and any later step whose rename was done.
     """
     durable = [one.step for one in commits if one.durable <= done]
     newest = durable[-1] if durable else None
@@ -57,7 +57,7 @@ def allowed_after(commits: Sequence[Commit], done: int) -> set[int | None]:
 
 
 class Oracle:
-    """Judges trees; one that was judged before is not judged again."""
+    """Checks trees. A tree that was checked before is not checked again."""
 
     def __init__(self, scratch: Path, *, ranks: int) -> None:
         self._scratch = scratch
@@ -67,11 +67,11 @@ class Oracle:
 
     @property
     def distinct(self) -> int:
-        """Trees that were judged."""
+        """Number of different trees that were checked."""
         return len(self._known)
 
     def check_tree(self, tree: Tree, allowed: set[int | None]) -> int | None:
-        """Recover ``tree`` and load what resume chooses, which must be one of ``allowed``, bit for bit."""
+        """Recover ``tree`` and load the step that a resume chooses: one of ``allowed``, bit for bit."""
         key = frozenset((path, hash(content)) for path, content in tree.items())
         if key not in self._known:
             folder = self._scratch / "tree"
@@ -85,9 +85,9 @@ class Oracle:
         return found
 
     def recover(self, run_dir: Path) -> int | None:
-        """Do what a resume does and check every bit of every step that is there.
+        """Do what a resume does, and check every bit of every step.
 
-        Returns the step that is chosen; None when there is none.
+        Return the step that is chosen; None if there is none.
         """
         folder = run_dir / CHECKPOINTS
         folder.mkdir(exist_ok=True)
@@ -106,13 +106,13 @@ class Oracle:
         return found.step
 
     def check(self, path: Path, step: int) -> None:
-        """Load all of a step and compare every bit with what was saved."""
+        """Load a whole step and compare every bit with what was saved."""
         expected = self._expected.setdefault(step, expected_tensors(step, self._ranks))
         check_step(path, step, expected)
 
 
 def describe(tree: Tree) -> str:
-    """One line a path."""
+    """Return one line per path."""
     lines = []
     for path, content in sorted(tree.items()):
         kind = (

@@ -1,4 +1,4 @@
-"""What ranks do in a campaign: save small known states with the real manager, while they are watched."""
+"""The program of the ranks in a campaign: save small known states with the real manager."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ HOUSEKEEPING_WAIT_S = 60.0
 
 @dataclass(frozen=True)
 class Plan:
-    """One process group's part in a campaign."""
+    """The program of one process group in a campaign."""
 
     run_dir: str
     steps: tuple[int, ...] = ()
-    """Steps to save, in order; those up to the one that was resumed are left out."""
+    """Steps to save, in order. Those up to the resumed step are skipped."""
     keep_last_n: int = 1
     mode: str = "async"
     attempt: int = 1
     wait: bool = True
-    """Whether to wait for each save; if not, saves overlap with what follows, as in training."""
+    """Whether to wait for each save. If not, saves overlap with the following work, as in training."""
     log: str = ""
-    """Where to record; empty: nothing is watched."""
+    """The file for the recording; empty to watch nothing."""
     control: str = ""
     no_direct: bool = False
     reason: str = "interval"
     operation_s: float = 0.0
-    """What an operation that a fault hits takes, by the clock of the rank whose writer it is."""
+    """Duration of an operation that a fault hits, by the clock of the rank whose writer does it."""
 
 
 def make_manager(plan: Plan, state: TrainState) -> CheckpointManager:
-    """The manager as training makes it, but less patient."""
+    """Return the manager as training creates it, but with shorter time limits."""
     return _make(plan, state)[0]
 
 
@@ -97,7 +97,7 @@ def _make(plan: Plan, state: TrainState) -> tuple[CheckpointManager, AsyncCheckp
 
 
 def begin(plan: Plan) -> tuple[TrainState, CheckpointManager, AsyncCheckpointer]:
-    """Watch this rank and its writer if that is requested, then make what a training run has."""
+    """Watch this rank and its writer if requested, then create what a training run has."""
     if plan.log:
         install(Watch(plan.run_dir, plan.log, plan.control, f"rank{rank_here()}", plan.no_direct))
     state = make_state()
@@ -105,7 +105,7 @@ def begin(plan: Plan) -> tuple[TrainState, CheckpointManager, AsyncCheckpointer]
 
 
 def save_all(plan: Plan) -> dict[str, Any]:
-    """Resume, then save every step of the plan that comes after. Returns what this rank learnt."""
+    """Resume, then save every later step of the plan. Return what this rank knows."""
     state, manager, _ = begin(plan)
     receipt = manager.resume(state)
     reports: list[SaveReport] = []
@@ -137,32 +137,32 @@ class Strike:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank knows of one save."""
+    """The result of one save on one rank."""
 
     step: int
     error: str
     names: tuple[str, ...]
-    """What is in the folder of checkpoints, if this is rank 0."""
+    """Names in the folder of checkpoints, on rank 0."""
     replaced: bool = False
-    """Whether this rank's writer is another process than before."""
+    """Whether this rank's writer process was replaced."""
 
 
 @dataclass(frozen=True)
 class Struck:
-    """A save that a fault was armed for, and the one after it."""
+    """A save for which a fault was armed, and the save after it."""
 
     strike: Strike
     fired: int
-    """Operations that the fault has hit; known by rank 0."""
+    """Number of operations that the fault has hit, on rank 0."""
     hit: Outcome
     after: Outcome
 
 
 class WriterClock:
-    """Stands for ``time`` where a rank watches its writer: what no test waits for goes by at once.
+    """Replaces ``time`` in the code with which a rank watches its writer, so that time limits expire at once.
 
-    Whenever somebody looks, a writer that is stopped has been so for ``STALL_TIMEOUT_S`` longer; and every
-    operation that a fault hit has taken ``operation_s``.
+    At every look, a writer that is stopped has been stopped for ``STALL_TIMEOUT_S`` longer, and
+    every operation that a fault hit has taken ``operation_s``.
     """
 
     def __init__(self, checkpointer: AsyncCheckpointer, control: Control, operation_s: float) -> None:
@@ -173,7 +173,7 @@ class WriterClock:
         self._skipped_s = 0.0
 
     def monotonic(self) -> float:
-        """The time."""
+        """Return the time."""
         fired, before = self._control.fired, self._fired
         self._fired = fired
         self._skipped_s += self.operation_s * max(0, fired - before)
@@ -189,9 +189,9 @@ def _is_stopped(pid: int | None) -> bool:
 
 
 def save_under_faults(plan: Plan, strikes: list[Strike]) -> list[Struck]:
-    """For every strike: one save that it is meant for, then one without. Rank 0 checks every bit after each.
+    """For every strike, make one save with the fault and one without. Rank 0 checks every bit after each.
 
-    The first two saves of all have no fault, so that every save afterwards has an older one to delete.
+    The first two saves have no fault, so that every later save has an older one to delete.
     """
     state, manager, checkpointer = begin(plan)
     control = Control(Path(plan.control))
@@ -232,7 +232,7 @@ def _save(manager: CheckpointManager, state: TrainState, step: int, reason: str)
     except SaveFailedError as failed:
         error = str(failed)
     manager.poll()
-    manager._housekeeping.wait(HOUSEKEEPING_WAIT_S)  # what follows the commit is part of what is struck
+    manager._housekeeping.wait(HOUSEKEEPING_WAIT_S)  # the work after the commit is part of what can be hit
     _barrier()
     names: list[str] = []
     if rank_here() == 0:

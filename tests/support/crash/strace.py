@@ -1,4 +1,4 @@
-"""What strace saw of a folder, in the words of the recording."""
+"""The changes of a folder that strace saw, in the format of a recording."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRACE = [
     "-e",
     f"trace={','.join(_CALLS)}",
 ]
-"""Options: one file a process, successful calls only, descriptors with their paths, no data."""
+"""Options: one output file per process, successful calls only, descriptors with their paths, no data."""
 
 _LINE = re.compile(r"(?P<call>\w+)\((?P<args>.*)\)\s+= (?P<result>.*)")
 _OPS = {
@@ -42,9 +42,9 @@ _OPS = {
 
 
 def changes_seen(traces: Path, root: Path) -> Counter[tuple[str, str]]:
-    """(operation, path below ``root``) of every call that changed something there or synced it, counted.
+    """Return counts of (operation, path below ``root``) of every call that changed or synced something there.
 
-    ``root`` was empty in the beginning. Files that are opened to append are made by the first such call.
+    ``root`` must be empty at the beginning. The first call that opens a file to append creates it.
     """
     found: Counter[tuple[str, str]] = Counter()
     for trace in traces.iterdir():
@@ -75,7 +75,7 @@ def _change(call: str, args: str, root: Path) -> tuple[str, str] | None:
 
 
 def _paths(call: str, args: str) -> list[str]:
-    """The paths that a call works on, absolute; the source of a rename, the name of a link."""
+    """Return the absolute paths that a call works on: the source of a rename, the name of a link."""
     if call in ("symlink", "symlinkat"):
         args = args.split(", ", 1)[1]
     if match := re.match(r'(?:AT_FDCWD|\d+)<([^>]*)>, "([^"]*)"', args):

@@ -1,4 +1,4 @@
-"""Loads mutated checkpoints as a resume does, and tells what came of it."""
+"""Load mutated checkpoints as a resume does, and report the result."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from kempnerforge.errors import (
 
 TIME_LIMIT_S = 20
 CGROUPS = "/sys/fs/cgroup/"
-"""Read by the check of host memory before buffers are made."""
+"""The check of host memory reads files here before buffers are allocated."""
 PARTS = ("model", "optimizer", "scheduler", "data", "rng")
 
 
 @dataclass
 class Opened:
-    """Files that were opened while somebody looked, links followed."""
+    """The files that were opened while ``looking``, with links resolved."""
 
     inside: Path
     outside: list[str] = field(default_factory=list)
     thread: int = 0
-    """Of whoever looks; 0 while nobody does."""
+    """Id of the thread that is looking; 0 for none."""
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
-        """Collect what this thread opens."""
+        """Collect the files that this thread opens."""
         self.outside.clear()
         self.thread = threading.get_ident()
         try:
@@ -74,7 +74,7 @@ class Opened:
 
 @contextlib.contextmanager
 def time_limit() -> Iterator[None]:
-    """Interrupt what hangs, a blocking open included."""
+    """Interrupt a body that hangs, even in a blocking open."""
 
     def interrupt(*_: object) -> None:
         raise TimeoutError(f"not done after {TIME_LIMIT_S} s")
@@ -89,12 +89,12 @@ def time_limit() -> Iterator[None]:
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process has ever had."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class Loader:
-    """One step folder, mutated in place and restored."""
+    """Mutates one step folder, loads it, and restores it."""
 
     def __init__(self, run_dir: Path, step: int, ranks: int) -> None:
         self.run_dir = run_dir
@@ -110,7 +110,7 @@ class Loader:
 
     @contextlib.contextmanager
     def changed(self, changes: Changes) -> Iterator[None]:
-        """The step with ``changes``, for a while."""
+        """Apply ``changes`` to the step while the block runs."""
         for name, content in changes.items():
             (self.path / name).unlink(missing_ok=True)
             _put(self.path / name, content)
@@ -125,7 +125,7 @@ class Loader:
                     (self.path / name).write_bytes(self.files[name])
 
     def load(self) -> str:
-        """``loaded``, ``loaded, other objects``, or the kind of error. Fails when a tensor is wrong."""
+        """Return ``loaded``, ``loaded, other objects``, or the kind of error. Fails if a tensor is wrong."""
         set_step(self.state, 99)
         with time_limit(), self.opened.looking():
             try:
@@ -151,7 +151,7 @@ class Loader:
         return "loaded" if objects == self.objects else "loaded, other objects"
 
     def verify(self) -> str:
-        """What ``kempnerforge ckpt verify`` finds: ``sound``, ``damaged``, or the kind of error."""
+        """Return the result of ``kempnerforge ckpt verify``: ``sound``, ``damaged``, or the kind of error."""
         with time_limit(), self.opened.looking():
             try:
                 return "sound" if verify.verify(self.path, threads=1).sound else "damaged"
@@ -159,7 +159,7 @@ class Loader:
                 return type(error).__name__
 
     def resume(self, older: int) -> str:
-        """What a run that starts makes of it: ``loaded``, ``older``, or the kind of error."""
+        """Return what the start of a run does with it: ``loaded``, ``older``, or the kind of error."""
         state = make_state()
         manager = make_manager(Plan(str(self.run_dir), keep_last_n=2, attempt=2), state)
         with time_limit(), self.opened.looking():
@@ -178,7 +178,7 @@ class Loader:
         if receipt.step == older:
             (rejected,) = receipt.rejected
             assert rejected.step == self.step
-            # Weights alone, and another run's step, are sound: they stay where they are.
+            # Weights alone and another run's step are intact, so they are not moved.
             assert rejected.outcome in ("damaged", "no training state", "another run's")
             assert bool(rejected.moved_to) is (rejected.outcome == "damaged")
             return "older"

@@ -1,4 +1,4 @@
-"""Put this folder on PYTHONPATH and every Python process below watches its file operations from its start."""
+"""With this folder on PYTHONPATH, every Python process watches its file operations from its start."""
 
 from __future__ import annotations
 
