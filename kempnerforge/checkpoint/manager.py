@@ -14,7 +14,7 @@ import torch.distributed as dist
 from kempnerforge.checkpoint import manager_arguments
 from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.format import paths
-from kempnerforge.checkpoint.format.manifest import Provenance
+from kempnerforge.checkpoint.format.manifest import Provenance, current_reason
 from kempnerforge.checkpoint.load.candidates import with_retries
 from kempnerforge.checkpoint.load.restore import Restorer
 from kempnerforge.checkpoint.results import Payload, RunContext, SaveReport
@@ -278,7 +278,7 @@ class CheckpointManager:
         if self._control.rank == 0 and step == self._saves.newest_step:
             self._housekeeping.measured(step, metrics)
 
-    def save(self, state: TrainState, *, wait: bool = False, reason: str = "asked") -> SaveReport:
+    def save(self, state: TrainState, *, wait: bool = False, reason: str = "requested") -> SaveReport:
         """Write ``state`` as ``step_{step:08d}`` and commit it.
 
         Collective: all ranks, in the same order, on the control group.
@@ -296,9 +296,10 @@ class CheckpointManager:
             self._control.run_on_rank0(self._take_folder)
             self._control.run_on_rank0(lambda: self._require_no_steps(state.step))
             self._has_resumed = True
-        if reason == "asked" and self._control.rank == 0:
+        reason = current_reason(reason)
+        if reason == "requested" and self._control.rank == 0:
             self._request_file().take()
-        if reason == "asked" and self._own is not None and state.step == self._saves.committed_step:
+        if reason == "requested" and self._own is not None and state.step == self._saves.committed_step:
             self._own.warn(f"step {state.step} is committed already and is not written again")
         skipped = ""
         if not wait:

@@ -63,9 +63,9 @@ class SaveReport:
     """Steps from the one that was saved to the one at which all ranks knew the outcome."""
     deferred: int = 0
     """Steps by which the save was deferred because an earlier one was being written."""
-    tax_s: float = 0.0
+    overhead_s: float = 0.0
     """Seconds by which the save has lengthened the loop, as far as known. See ``schedule/overhead.py``."""
-    tax_is_lower_bound: bool = False
+    overhead_is_lower_bound: bool = False
     """Whether only blocking time was counted, because no baseline was available."""
     overhead_pct: float = 0.0
     """The cost of all saves of this attempt, in percent of its time in the loop."""
@@ -79,6 +79,16 @@ class SaveReport:
     """Why the save failed; empty if it was committed."""
     warnings: tuple[str, ...] = ()
     """What failed after the commit: the ``latest`` link or retention."""
+
+    @property
+    def tax_s(self) -> float:
+        """Deprecated: the former name of ``overhead_s``."""
+        return self.overhead_s
+
+    @property
+    def tax_is_lower_bound(self) -> bool:
+        """Deprecated: the former name of ``overhead_is_lower_bound``."""
+        return self.overhead_is_lower_bound
 
     def row(self) -> dict[str, Any]:
         """Return the report as metrics. The caller adds ``step``, the step at which the row is written."""
@@ -97,8 +107,10 @@ class SaveReport:
             "checkpoint/write_gb_per_s": self.size_bytes / max(self.write_s, 1e-9) / 1e9,
             "checkpoint/lag_steps": self.lag_steps,
             "checkpoint/deferred": self.deferred,
-            "checkpoint/tax_s": self.tax_s,
-            "checkpoint/tax_is_lower_bound": self.tax_is_lower_bound,
+            "checkpoint/overhead_s": self.overhead_s,
+            "checkpoint/overhead_is_lower_bound": self.overhead_is_lower_bound,
+            "checkpoint/tax_s": self.overhead_s,  # deprecated, as the next one: names before 0.2
+            "checkpoint/tax_is_lower_bound": self.overhead_is_lower_bound,
             "checkpoint/overhead_pct": self.overhead_pct,
             **({} if self.interval_s is None else {"checkpoint/interval_s": self.interval_s}),
         }

@@ -186,7 +186,7 @@ class SaveCoordinator:
         result = self._checkpointer.poll()
         if self._pending is None or result is None:
             return None
-        return replace(_with_result(self._pending, result), tax_is_lower_bound=True)
+        return replace(_with_result(self._pending, result), overhead_is_lower_bound=True)
 
     def wait_for_staging(self) -> None:
         """Return when tensors may be modified. The wait counts as blocking time."""
@@ -237,8 +237,8 @@ class SaveCoordinator:
         report = replace(
             _with_result(pending, result),
             lag_steps=step - pending.step,
-            tax_s=cost.tax_s,
-            tax_is_lower_bound=cost.is_lower_bound,
+            overhead_s=cost.overhead_s,
+            overhead_is_lower_bound=cost.is_lower_bound,
             overhead_pct=self.clock.overhead_pct,
         )
         self._add(report)

@@ -36,7 +36,12 @@ def run_small(name: str, folder: Path, *options: str, launcher: tuple[str, ...] 
 
 def test_bench_save_measures_overhead(tmp_path: Path) -> None:
     found = run_small("bench_save", tmp_path, "--size", "tiny")
-    assert [one["name"] for one in found["comparisons"]] == ["tax_s", "blocking_s", "durable_s", "beside"]
+    assert [one["name"] for one in found["comparisons"]] == [
+        "overhead_s",
+        "blocking_s",
+        "durable_s",
+        "beside",
+    ]
     assert {name: len(rows) for name, rows in found["measured"].items()} == {"ours": 2, "stock": 2}
     for rows in found["measured"].values():
         assert all(row["durable_s"] >= row["blocking_s"] > 0 for row in rows)

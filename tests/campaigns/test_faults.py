@@ -53,7 +53,7 @@ def test_save_sampled_faults_commit_or_fail_cleanly(recorded: RecordingOf, scrat
 
 
 def test_save_fault_at_request_file_costs_no_run(scratch: Path) -> None:
-    (struck,), _ = strike_all(scratch, [Strike("rank0", 0, "EIO")], reason="asked")
+    (struck,), _ = strike_all(scratch, [Strike("rank0", 0, "EIO")], reason="requested")
     assert (struck.fired, struck.after.error) == (1, "")
 
 

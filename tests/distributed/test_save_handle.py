@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from kempnerforge import AsyncCheckpointer, AsyncCheckpointMode, CheckpointManager
+from kempnerforge import (
+    AsyncCheckpointer,
+    AsyncCheckpointMode,
+    CheckpointConfig,
+    CheckpointManager,
+    TrainState,
+)
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.save.pipeline import RetryPolicy, SaveRequest
@@ -91,7 +97,12 @@ def test_save_request_and_its_fields_reach_the_manifest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "former"),
-    [("collect_votes", "vote"), ("apply_votes", "decide"), ("status_message", "news")],
+    [
+        ("collect_votes", "vote"),
+        ("apply_votes", "decide"),
+        ("status_message", "news"),
+        ("exclude_time", "leave_out"),
+    ],
 )
 def test_manager_former_method_names_still_work(name: str, former: str) -> None:
     assert getattr(CheckpointManager, former) is getattr(CheckpointManager, name)
@@ -120,3 +131,18 @@ def test_save_without_provenance_has_the_default(tmp_path: Path) -> None:
     with AsyncCheckpointer("disabled") as checkpointer:
         checkpointer.save(STATE, tmp_path / "c", provenance=None)
     assert manifest.load(tmp_path / "c").provenance.attempt == Provenance().attempt
+
+
+def test_save_former_reason_is_stored_under_its_new_name(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    state = TrainState(model=model, optimizer=torch.optim.SGD(model.parameters()))
+    config = CheckpointConfig(async_mode=AsyncCheckpointMode.disabled)
+    with CheckpointManager(config, state=state, run_dir=tmp_path) as ckpt:
+        ckpt.resume(state)
+        state.advance()
+        report = ckpt.save(state, wait=True, reason="asked")
+        (committed,) = ckpt.poll() or [report]
+    assert manifest.load(tmp_path / "checkpoints/step_00000001").provenance.reason == "requested"
+    row = committed.row()
+    assert row["checkpoint/tax_s"] == row["checkpoint/overhead_s"] == committed.tax_s
+    assert row["checkpoint/tax_is_lower_bound"] is committed.tax_is_lower_bound

@@ -62,13 +62,13 @@ def test_overhead_counts_slowed_steps_not_only_the_call(
     assert ended.statuses == [0], ended.output
     first, last = (row for row in commits(run) if row["checkpoint/lag_steps"])
     for row in (first, last):
-        assert not row["checkpoint/tax_is_lower_bound"]
-        assert row["checkpoint/tax_s"] > row["checkpoint/blocking_s"], "the step behind the call waited"
+        assert not row["checkpoint/overhead_is_lower_bound"]
+        assert row["checkpoint/overhead_s"] > row["checkpoint/blocking_s"], "the step behind the call waited"
     # The percentage is of the time since the loop began: behind the receipt, before the first row.
     (receipt,) = run.receipts()
     longest_s = first["time"] - receipt["time"]
     shortest_s = began(run)[first["checkpoint/step"]] - min(began(run).values())
-    overhead_s = first["checkpoint/tax_s"]
+    overhead_s = first["checkpoint/overhead_s"]
     assert 100 * overhead_s / longest_s <= first["checkpoint/overhead_pct"] <= 100 * overhead_s / shortest_s
     in_ledger = [event["tax_s"] for event in read_events(run.folder) if event["event"] == "commit"]
     assert in_ledger[0] == overhead_s
@@ -93,7 +93,7 @@ def test_auto_interval_spacing_follows_formula(
     done = began(run)
     for place, row in enumerate(auto):
         known = auto[: place + 1][-8:]
-        costs = (("tax_s", "ended_s"), ("blocking_s", "blocked_s"))
+        costs = (("overhead_s", "ended_s"), ("blocking_s", "blocked_s"))
         saves = [overhead.SaveCost(**{to: one[f"checkpoint/{key}"] for key, to in costs}) for one in known]
         cost_s = overhead.cost_s(saves)
         assert cost_s is not None
@@ -143,12 +143,14 @@ def test_interval_expensive_save_stretches_on_all_ranks(
     saved, done = commits(run), began(run)
     regular = [row for row in saved if row["checkpoint/reason"] == "interval"]
     assert regular[0]["checkpoint/step"] == 12
-    assert regular[0]["checkpoint/tax_s"] > regular[0]["checkpoint/blocking_s"], "rank 0 waits for rank 1"
+    assert regular[0]["checkpoint/overhead_s"] > regular[0]["checkpoint/blocking_s"], (
+        "rank 0 waits for rank 1"
+    )
     assert all(row["checkpoint/step"] % 4 == 0 for row in regular)
     assert len(regular) < STEPS / 4 - 2
     for row, later in itertools.pairwise(regular):
         gap_s = done[later["checkpoint/step"]] - done[row["checkpoint/step"]]
-        assert gap_s > row["checkpoint/tax_s"], row
+        assert gap_s > row["checkpoint/overhead_s"], row
     assert saved[-1]["checkpoint/step"] == STEPS
     assert run.counting() == plain.counting()
 
@@ -202,20 +204,20 @@ def test_interval_of_user_loop_is_measured_and_paced(
     ckpt.finish(state)
     ckpt.close()
     assert reports[0].step == 9, "quiet steps come first: a bound needs a measure"
-    assert not any(report.tax_is_lower_bound for report in reports)
+    assert not any(report.overhead_is_lower_bound for report in reports)
     for report in reports:
         if mode == "async":
             beside = slowed & set(range(report.step, report.step + report.lag_steps))
             assert len(beside) == report.lag_steps >= 3
-            assert report.tax_s == pytest.approx(len(beside) * (SLOWED_STEP_S - QUIET_STEP_S))
+            assert report.overhead_s == pytest.approx(len(beside) * (SLOWED_STEP_S - QUIET_STEP_S))
             assert report.blocking_s == 0
         else:
-            assert report.tax_s == pytest.approx(WRITE_S)
-            assert report.tax_s == report.blocking_s
+            assert report.overhead_s == pytest.approx(WRITE_S)
+            assert report.overhead_s == report.blocking_s
         assert report.overhead_pct > 0
     for place, (report, later) in enumerate(itertools.pairwise(reports)):
         assert report.interval_s is not None
-        cost_s = overhead.cost_s([overhead.SaveCost(ended_s=one.tax_s) for one in reports[: place + 1]])
+        cost_s = overhead.cost_s([overhead.SaveCost(ended_s=one.overhead_s) for one in reports[: place + 1]])
         assert cost_s is not None
         assert report.interval_s >= 2 * cost_s - 1e-9, "saves take at most half of the time"
         if not later.deferred:  # it was not due already while the other one was written

@@ -76,7 +76,7 @@ def test_save_requested_by_file_and_by_signal_commits(
     wait_for(lambda: len(run.committed()) == 2, attempt)
     attempt.signal(signal.SIGTERM)
     assert attempt.wait().statuses == [75, 75]
-    requested = [step for step, reason in reasons(run).items() if reason == "asked"]
+    requested = [step for step, reason in reasons(run).items() if reason == "requested"]
     assert len(requested) == 2
     assert reasons(run)[run.committed()[0]] == "stop: SIGTERM"
 

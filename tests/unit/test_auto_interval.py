@@ -131,7 +131,7 @@ def test_save_policy_bound_delays_intervals_only() -> None:
     assert found.due(11, **early) is None, "nor minutes"
     assert found.due(20, **early) == "listed"
     assert found.due(0, **early) == "first"
-    assert found.due(10, requested=True, **early) == "asked"
+    assert found.due(10, requested=True, **early) == "requested"
     assert found.due(30, seconds_since_last_save=90.0, bound_s=90.0) == "interval"
     assert found.due(31, seconds_since_last_save=90.0, bound_s=90.0) == "minutes"
 

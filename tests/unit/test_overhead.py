@@ -55,7 +55,7 @@ def test_overhead_is_extra_time_of_steps_beside_save(
 ) -> None:
     meter = warm()
     found = save(meter, *beside, call_s=call_s)
-    assert found.tax_s == pytest.approx(overhead_s), what
+    assert found.overhead_s == pytest.approx(overhead_s), what
     assert found.blocked_s == call_s
     assert not found.is_lower_bound
     for _ in range(5):
@@ -67,10 +67,10 @@ def test_overhead_is_extra_time_of_steps_beside_save(
 def test_overhead_blocking_save_charged_at_interval_end() -> None:
     meter = warm()
     found = save(meter, call_s=0.7)
-    assert found.tax_s == pytest.approx(0.7)
+    assert found.overhead_s == pytest.approx(0.7)
     assert meter.sum_s == pytest.approx(0.7), "before the step has ended, the call is what is known"
     meter.step_end(1, STEP_S + 1.0)  # the call, and caches that were cold behind it
-    assert found.tax_s == pytest.approx(1.0)
+    assert found.overhead_s == pytest.approx(1.0)
     meter.step_end(1, STEP_S)
     assert meter.sum_s == pytest.approx(1.0), "the next step is quiet"
 
@@ -81,7 +81,7 @@ def test_overhead_wait_before_optimizer_counted_once() -> None:
     meter.add_blocking_time(0.1)
     meter.add_blocking_time(0.4)
     meter.step_end(1, STEP_S + 0.5)
-    assert meter.save_ended(durable_s=1.0, at_boundary=True).tax_s == pytest.approx(0.5)
+    assert meter.save_ended(durable_s=1.0, at_boundary=True).overhead_s == pytest.approx(0.5)
 
 
 def test_overhead_without_quiet_steps_is_lower_bound() -> None:
@@ -89,7 +89,7 @@ def test_overhead_without_quiet_steps_is_lower_bound() -> None:
     meter = OverheadMeter()
     for _ in range(30):
         found = save(meter, 9.0, call_s=0.5)  # back to back: no step is ever quiet
-        assert found.tax_s == pytest.approx(0.5)
+        assert found.overhead_s == pytest.approx(0.5)
         assert found.is_lower_bound
     assert meter.sum_s == pytest.approx(15.0)
     assert meter.measured == []
@@ -100,7 +100,7 @@ def test_overhead_without_quiet_steps_is_lower_bound() -> None:
 def test_overhead_first_steps_not_charged_to_save() -> None:
     meter = OverheadMeter()
     found = save(meter, 60.0, call_s=0.25)  # compiling
-    assert (found.tax_s, found.is_lower_bound) == (0.25, True)
+    assert (found.overhead_s, found.is_lower_bound) == (0.25, True)
     for seconds in (30.0,) * (WARM_UP_INTERVALS - 1) + (STEP_S,) * (BASELINE_INTERVALS - 1):
         meter.step_end(1, seconds)
         assert meter.baseline_step_s is None
@@ -116,12 +116,12 @@ def test_overhead_validation_left_out() -> None:
     meter.save_begins()
     meter.exclude_time(50.0)
     meter.step_end(1, STEP_S + 50.5)
-    assert meter.save_ended(durable_s=1.0, at_boundary=True).tax_s == pytest.approx(0.5)
+    assert meter.save_ended(durable_s=1.0, at_boundary=True).overhead_s == pytest.approx(0.5)
 
 
 def test_overhead_failed_save_counted_not_predictive() -> None:
     meter = warm()
-    assert save(meter, STEP_S + 3.0, durable_s=0.0).tax_s == pytest.approx(3.0)
+    assert save(meter, STEP_S + 3.0, durable_s=0.0).overhead_s == pytest.approx(3.0)
     assert meter.sum_s == pytest.approx(3.0)
     assert meter.measured == []
     assert meter.tried
@@ -133,8 +133,8 @@ def test_overhead_two_saves_in_interval_charged_once() -> None:
     first = save(meter, call_s=0.5)
     second = save(meter, call_s=0.25)
     meter.step_end(1, STEP_S + 1.0)
-    assert first.tax_s == pytest.approx(0.5)
-    assert second.tax_s == pytest.approx(0.5)
+    assert first.overhead_s == pytest.approx(0.5)
+    assert second.overhead_s == pytest.approx(0.5)
     assert meter.sum_s == pytest.approx(1.0)
 
 
@@ -152,7 +152,7 @@ def test_overhead_several_or_no_steps_per_boundary() -> None:
     meter = warm()
     meter.save_begins()
     meter.step_end(3, 3 * STEP_S + 1.5)
-    assert meter.save_ended(durable_s=1.0, at_boundary=True).tax_s == pytest.approx(1.5)
+    assert meter.save_ended(durable_s=1.0, at_boundary=True).overhead_s == pytest.approx(1.5)
     meter.step_end(0, 77.0)  # the agreement before the first step
     assert (meter.baseline_step_s, meter.sum_s) == (STEP_S, pytest.approx(1.5))
 
@@ -190,4 +190,4 @@ def test_overhead_sum_equals_sum_of_saves(events: list[tuple[float, str]]) -> No
             pending = False
     if pending:
         saves.append(meter.save_ended(durable_s=1.0, at_boundary=True))
-    assert meter.sum_s == pytest.approx(sum(one.tax_s for one in saves), abs=1e-9)
+    assert meter.sum_s == pytest.approx(sum(one.overhead_s for one in saves), abs=1e-9)

@@ -38,10 +38,10 @@ TABLE: list[tuple[dict[str, Any], dict[int, str]]] = [
     ({"save_first": True}, {0: "first"}),
     (
         {"dyn_ckpt_window": {"stop": 16}},
-        {1: "dynamics", 2: "dynamics", 4: "dynamics", 8: "dynamics", 16: "dynamics"},
+        {1: "early_window", 2: "early_window", 4: "early_window", 8: "early_window", 16: "early_window"},
     ),
-    ({"dyn_ckpt_window": {"start": 3, "stop": 15}}, {4: "dynamics", 8: "dynamics"}),
-    ({"dyn_ckpt_window": {"start": 32, "stop": 64}}, {32: "dynamics"}),
+    ({"dyn_ckpt_window": {"start": 3, "stop": 15}}, {4: "early_window", 8: "early_window"}),
+    ({"dyn_ckpt_window": {"start": 32, "stop": 64}}, {32: "early_window"}),
     (
         {"interval_minutes": 7.5},
         {15: "minutes", 30: "minutes"},
@@ -54,7 +54,14 @@ TABLE: list[tuple[dict[str, Any], dict[int, str]]] = [
     # The more particular reason is the one that is reported.
     (
         {"interval": 8, "at_steps": [16], "dyn_ckpt_window": {"stop": 8}},
-        {1: "dynamics", 2: "dynamics", 4: "dynamics", 8: "dynamics", 16: "listed", 24: "interval"}
+        {
+            1: "early_window",
+            2: "early_window",
+            4: "early_window",
+            8: "early_window",
+            16: "listed",
+            24: "interval",
+        }
         | {32: "interval", 40: "interval"},
     ),
 ]
@@ -68,9 +75,9 @@ def test_save_policy_table_matches(settings: dict[str, Any], expected: dict[int,
 def test_save_policy_request_due_at_once() -> None:
     found = policy(interval=5)
     assert found.due(3) is None
-    assert found.due(3, requested=True) == "asked"
-    assert found.due(5, requested=True) == "asked"
-    assert found.due(0, requested=True) == "asked"
+    assert found.due(3, requested=True) == "requested"
+    assert found.due(5, requested=True) == "requested"
+    assert found.due(0, requested=True) == "requested"
 
 
 @pytest.mark.parametrize(("seconds", "due"), [(0.0, None), (89.9, None), (90.0, "minutes"), (1e9, "minutes")])
@@ -93,4 +100,4 @@ def test_save_policy_ranks_always_agree(step: int, interval: int, seconds: float
     }
     assert len(answers) == 1
     if requested:
-        assert answers == {"asked"}
+        assert answers == {"requested"}

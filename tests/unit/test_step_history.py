@@ -174,7 +174,7 @@ def test_save_events_tell_every_outcome() -> None:
     common = {"reason": "interval", "blocking_s": 0.1}
     assert event_of(SaveReport(5, **common, error="no disk")).kind == "failed"
     assert event_of(SaveReport(5, **common, skipped="full")).values["why"] == "full"
-    commit = event_of(SaveReport(5, **common, tax_s=1.0, tax_is_lower_bound=True))
+    commit = event_of(SaveReport(5, **common, overhead_s=1.0, overhead_is_lower_bound=True))
     assert (commit.kind, commit.values["step"], commit.values["tax_s"]) == ("commit", 5, None)
     waiting = PutOff("interval", writing=10, first=20, last=22)
     assert waiting.begins().values["to_step"] is None

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ FORMATS = {0: 1, 1: 1.1}
 """Minor version -> value in the manifest. 1.1 adds tags in ``train_state.json``, and ``__paths__``."""
 
 
+_FORMER_REASONS = {"asked": "requested", "dynamics": "early_window"}
+
+
+def current_reason(reason: str) -> str:
+    """Return why a step was saved in today's words. ``asked`` and ``dynamics`` are deprecated."""
+    return _FORMER_REASONS.get(reason, reason)
+
+
 @dataclass(frozen=True)
 class Provenance:
     """What a checkpoint records of the run that wrote it."""
@@ -35,8 +43,8 @@ class Provenance:
     attempt: int = 0
     parent_step: int | None = None
     """The committed step that the attempt resumed from; None for a fresh start."""
-    reason: str = "asked"
-    """Why the step was saved: ``interval``, ``last``, ``stop``, ``asked``."""
+    reason: str = "requested"
+    """Why the step was saved: ``interval``, ``last``, ``stop``, ``requested``."""
     layout: dict[str, int] = field(default_factory=dict)
     """The degree of each kind of parallelism, and ``num_ranks``."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -113,6 +121,7 @@ def decode(data: bytes, *, where: str) -> Manifest:
         metrics = {str(key): float(value) for key, value in body.get("metrics", {}).items()}
         provenance = Provenance(**{**{name: body[name] for name in known}, "metrics": metrics})
         _check_types(provenance)
+        provenance = replace(provenance, reason=current_reason(provenance.reason))
         return Manifest(
             provenance=provenance,
             time=_finite(body["time"]),

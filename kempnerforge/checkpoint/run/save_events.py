@@ -28,8 +28,8 @@ def event_of(report: SaveReport) -> SaveEvent:
         return SaveEvent("skipped", {"step": report.step, "reason": report.reason, "why": report.skipped})
     if report.error:
         return SaveEvent("failed", {"step": report.step, "reason": report.reason, "error": report.error})
-    tax_s = None if report.tax_is_lower_bound else report.tax_s
-    return SaveEvent("commit", {**{name: getattr(report, name) for name in _COMMIT}, "tax_s": tax_s})
+    overhead_s = None if report.overhead_is_lower_bound else report.overhead_s
+    return SaveEvent("commit", {**{name: getattr(report, name) for name in _COMMIT}, "tax_s": overhead_s})
 
 
 @dataclass

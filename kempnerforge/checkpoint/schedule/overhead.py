@@ -48,7 +48,7 @@ class SaveCost:
     """Whether only blocking time was counted in an interval, for lack of a baseline."""
 
     @property
-    def tax_s(self) -> float:
+    def overhead_s(self) -> float:
         """The cost in seconds. Noise can make it negative."""
         return self.ended_s + self.blocked_now_s
 
@@ -157,7 +157,7 @@ def cost_s(saves: list[SaveCost]) -> float | None:
     if not saves:
         return None
     return max(
-        _clipped_mean([save.tax_s for save in saves]), _clipped_mean([save.blocked_s for save in saves])
+        _clipped_mean([save.overhead_s for save in saves]), _clipped_mean([save.blocked_s for save in saves])
     )
 
 

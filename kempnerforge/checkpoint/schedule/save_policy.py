@@ -42,7 +42,7 @@ class Policy(Protocol):
 class OnRequest:
     """A user requested the save."""
 
-    reason: str = "asked"
+    reason: str = "requested"
 
     def due(self, moment: Moment) -> bool:
         """Return True while there is a request."""
@@ -78,7 +78,7 @@ class PowersOfTwo:
 
     start: int
     stop: int
-    reason: str = "dynamics"
+    reason: str = "early_window"
 
     def due(self, moment: Moment) -> bool:
         """Return True at a power of two in the window."""
@@ -162,8 +162,8 @@ class SavePolicy:
     ) -> str | None:
         """Return the reason to save after ``step``; None if no save is due.
 
-        The reasons are ``asked``, ``first``, ``listed``, ``dynamics``, ``auto``, ``interval`` and
-        ``minutes``.
+        The reasons are ``requested``, ``first``, ``listed``, ``early_window``, ``auto``, ``interval``
+        and ``minutes``.
 
         A pure function: the same arguments give the same answer on every rank. The caller remembers
         a save that it defers.
