@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.distributed.store_channel import LocalBoard, StoreBoard, StoreChannel
-from kempnerforge.torch_compat import get_default_store
+from kempnerforge.torch_compat import get_default_store  # pyright: ignore[reportPrivateUsage]
 
 StateDict = Mapping[Any, Any] | Callable[[], Payload]
 """A state dict, whose keys become text, or a function that returns the payload of a save."""
@@ -227,7 +227,7 @@ class AsyncCheckpointer:
         failure on one rank, such as that the folder exists, fails the save on all ranks.
         """
         request = replace(request or SaveRequest(), **fields)
-        if request.provenance is None:
+        if request.provenance is None:  # pyright: ignore[reportUnnecessaryComparison]
             request = replace(request, provenance=Provenance())
         self.wait()
         started = time.perf_counter()
@@ -336,7 +336,7 @@ class AsyncCheckpointer:
 def _payload(state: StateDict) -> Payload:
     if not isinstance(state, Mapping) and not callable(state):
         raise TypeError(f"a state dict is a mapping from names to values, not {type(state).__name__}")
-    return payload_of(state) if isinstance(state, Mapping) else state()
+    return payload_of(cast("Mapping[Any, Any]", state)) if isinstance(state, Mapping) else state()
 
 
 def _gloo_group(of: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -344,7 +344,7 @@ def _gloo_group(of: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
     Only the ranks of the group call this.
     """
-    group = dist.new_group(
+    group = dist.new_group(  # pyright: ignore[reportUnknownMemberType]
         dist.get_process_group_ranks(of) if of is not None else None,
         timeout=timeouts.timeout_of(of),
         backend="gloo",

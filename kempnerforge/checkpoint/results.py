@@ -20,10 +20,10 @@ class RunContext:
 
     run_id: str = ""
     attempt: int = 0
-    layout: dict[str, int] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    layout: dict[str, int] = field(default_factory=dict[str, int])
+    versions: dict[str, str] = field(default_factory=dict[str, str])
     config_toml: str = ""
-    tokenizer: dict[str, str] = field(default_factory=dict)
+    tokenizer: dict[str, str] = field(default_factory=dict[str, str])
     """See ``Provenance.tokenizer``."""
     allow_changed_data: bool = False
     """Whether a resume accepts a checkpoint that was trained on other data."""
@@ -37,10 +37,10 @@ class Payload:
 
     tensors: Mapping[str, torch.Tensor]
     """By name in the checkpoint."""
-    objects: Mapping[str, Any] = field(default_factory=dict)
+    objects: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Non-tensor leaves by name, encoded by ``json_values``. If several ranks have a leaf, the value of the
     lowest rank is stored."""
-    same_on_all_ranks: Mapping[str, str] = field(default_factory=dict)
+    same_on_all_ranks: Mapping[str, str] = field(default_factory=dict[str, str])
     """Name -> digest of each value that must be equal on all ranks."""
     from_lowest_rank: frozenset[str] = frozenset()
     """Names of tensors to take from the lowest rank that has them. Ranks may have different values, and a

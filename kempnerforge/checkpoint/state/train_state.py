@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -274,4 +274,4 @@ def _cursor_json(cursor: object) -> dict[str, Any]:
         return dataclasses.asdict(cursor)
     if cursor is not None and not isinstance(cursor, Mapping):
         raise TypeError(f"cursor= takes a dataclass or a mapping, not {type(cursor).__name__}")
-    return dict(cursor or {})
+    return dict(cast("Mapping[str, Any]", cursor or {}))
