@@ -10,9 +10,10 @@ import os
 import re
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -21,17 +22,29 @@ from kempnerforge.checkpoint.format import json_values, paths, structure
 from kempnerforge.checkpoint.format.checksums import BLOCK_BYTES, FileRecord, VerifiedFile
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, NoTrainingStateError
 
+T = TypeVar("T")
+
 FORMAT = 1
 FORMATS = {0: 1, 1: 1.1}
 """Minor version -> value in the manifest. 1.1 adds tags in ``train_state.json``, and ``__paths__``."""
-
-
 _FORMER_REASONS = {"asked": "requested", "dynamics": "early_window"}
 
 
 def current_reason(reason: str) -> str:
     """Return why a step was saved in today's words. ``asked`` and ``dynamics`` are deprecated."""
     return _FORMER_REASONS.get(reason, reason)
+
+
+def confirm_damage(look: Callable[[], T], *, pause_s: float) -> T:
+    """Run ``look``, and once more after a pause if it raises DamagedCheckpointError.
+
+    A network file system may not show a file for a moment, and steps are renamed for damage.
+    """
+    try:
+        return look()
+    except DamagedCheckpointError:
+        time.sleep(pause_s)
+        return look()
 
 
 @dataclass(frozen=True)

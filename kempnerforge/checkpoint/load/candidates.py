@@ -120,7 +120,10 @@ def select(
         if step in cleanup.unreadable:
             raise _unreachable(str(path), cleanup.unreadable[step])
         try:
-            candidate = _inspect_twice(path, step, owner)
+            look = functools.partial(inspect, path, step=step, owner=owner)
+            candidate = manifest.confirm_damage(
+                functools.partial(with_retries, look, what=str(path)), pause_s=RETRY_DELAYS_S[0]
+            )
         except DamagedCheckpointError as error:
             if run_id := with_retries(functools.partial(owner.foreign_run, path), what=str(path)):
                 _reject_once(rejected, Rejected(step, FOREIGN, _belongs_to(run_id)))
@@ -145,20 +148,6 @@ def select(
     set_aside = known_steps.in_the_way(listing, run_dir)
     _require_no_checkpoints(folder, rejected, set_aside, cleanup)
     return None
-
-
-def _inspect_twice(path: Path, step: int, owner: Owner) -> Candidate:
-    """Inspect a step. Report damage only if a second inspection finds it too.
-
-    A network file system may not show a file for a moment, and the run cannot use a quarantined
-    step again.
-    """
-    look = functools.partial(inspect, path, step=step, owner=owner)
-    try:
-        return with_retries(look, what=str(path))
-    except DamagedCheckpointError:
-        time.sleep(RETRY_DELAYS_S[0])
-        return with_retries(look, what=str(path))
 
 
 def _require_no_checkpoints(

@@ -16,8 +16,8 @@ rollback did not set aside.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,6 @@ from typing import Any
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format import manifest, paths
-from kempnerforge.checkpoint.format.manifest import Manifest
 from kempnerforge.checkpoint.run import metadata
 from kempnerforge.checkpoint.run.metadata import Restored
 from kempnerforge.checkpoint.run.resume_report import last_logged_step, read_receipts
@@ -34,6 +33,7 @@ from kempnerforge.goodput.event_log import Event
 from kempnerforge.goodput.history import derive, last_step_done
 
 _SECOND_LOOK_AFTER_S = 0.5
+"""A late step must be recognized as one although its manifest is missing for a moment."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,8 @@ def _read_members(
     members = _Members()
     for step in steps:
         try:
-            provenance = _read_twice(folder / paths.step_name(step)).provenance
+            read = functools.partial(manifest.read, folder / paths.step_name(step))
+            provenance = manifest.confirm_damage(read, pause_s=_SECOND_LOOK_AFTER_S).provenance
         except (DamagedCheckpointError, MismatchError):
             continue
         except OSError as error:
@@ -256,18 +257,6 @@ def _read_members(
             members.committed[step] = 0
         members.unnamed |= not provenance.run_id
     return members
-
-
-def _read_twice(step_folder: Path) -> Manifest:
-    """Read a manifest; damage counts only if a second look finds it too.
-
-    A network file system may miss a file for a moment, and a late step must be recognized as one.
-    """
-    try:
-        return manifest.read(step_folder)
-    except DamagedCheckpointError:
-        time.sleep(_SECOND_LOOK_AFTER_S)
-        return manifest.read(step_folder)
 
 
 def set_aside(folder: Path, step: int, name: Callable[[int, int], str]) -> Path:

@@ -67,13 +67,12 @@ class Owner:
         Raises OSError when the manifest cannot be read: change nothing then, because the step may
         be another run's.
         """
-        for _ in range(2):  # a network file system may temporarily not show the file
-            try:
-                found = manifest.read(folder).provenance
-            except (DamagedCheckpointError, MismatchError):
-                continue
-            return "" if self.owns(found) else found.run_id
-        return ""
+        try:
+            # No pause: a save in flight has no manifest yet, and each start looks at what is left of some.
+            found = manifest.confirm_damage(lambda: manifest.read(folder), pause_s=0.0).provenance
+        except (DamagedCheckpointError, MismatchError):
+            return ""
+        return "" if self.owns(found) else found.run_id
 
     def may_own(self, folder: Path) -> bool:
         """Return whether the step in ``folder`` may be this run's; True when its manifest cannot be read."""
