@@ -13,7 +13,7 @@ from typing import Any
 import typer.main
 
 from kempnerforge.cli.app import app
-from kempnerforge.config.field_docs import nested_section, walk_keys
+from kempnerforge.config.field_docs import item_section, nested_section, walk_keys
 from kempnerforge.config.job import JobConfig
 
 GENERAL = ("help", "install_completion", "show_completion")
@@ -24,14 +24,16 @@ def config_keys() -> str:
     """Return one table of keys for each section of a configuration file."""
     blocks = []
     for name, field in JobConfig.model_fields.items():
-        section = nested_section(field)
+        section = nested_section(field) or item_section(field)
         assert section is not None
         rows = ["| key | values | default |", "|---|---|---|"]
-        for key in walk_keys(section, f"{name}."):
+        is_list = item_section(field) is not None
+        for key in walk_keys(section, f"{name}[]." if is_list else f"{name}."):
             values = prose(key.allowed).replace("|", "\\|")
             rows.append(f"| `{key.name}`{{ #{key.name} }}<br>{cell(key.doc)} | {values} | `{key.default}` |")
         summary = (section.__doc__ or "").splitlines()[0]
-        blocks.append(f"## [{name}] {{ #{name} }}\n\n{summary}\n\n" + "\n".join(rows))
+        head = f"[[{name}]]" if is_list else f"[{name}]"
+        blocks.append(f"## {head} {{ #{name} }}\n\n{summary}\n\n" + "\n".join(rows))
     return "\n\n".join(blocks)
 
 

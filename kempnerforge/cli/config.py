@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,12 @@ import typer
 
 from kempnerforge.config.checkpoint_rules import why_best_has_no_choice
 from kempnerforge.config.overrides import split_positionals
+from kempnerforge.config.plugin_uses import plugin_identities, plugin_issues
 from kempnerforge.config.reference import json_schema
 from kempnerforge.config.run import PLACEHOLDER
 from kempnerforge.config.schema import JobConfig, LoadedJob, load_job
 from kempnerforge.config.toml_text import render
+from kempnerforge.errors import ConfigError
 
 app = typer.Typer(help="Check, show and document configurations.", no_args_is_help=True)
 
@@ -33,6 +36,14 @@ NoFiles = Annotated[
     ),
 ]
 
+NoPlugins = Annotated[
+    bool,
+    typer.Option(
+        "--no-plugins",
+        help="Do not import the plug-ins that FILE names: they are installed only on the compute nodes.",
+    ),
+]
+
 
 @app.command(context_settings=OVERRIDABLE)
 def check(
@@ -41,11 +52,14 @@ def check(
         int | None, typer.Option(min=1, help="Also check the layout for this number of processes.")
     ] = None,
     no_files: NoFiles = False,
+    no_plugins: NoPlugins = False,
 ) -> None:
-    """Check FILE and the files that it names, and report everything that is invalid."""
+    """Check FILE, the files and the plug-ins that it names, and report everything that is invalid."""
     file, overrides = _file_and_overrides(arguments)
     loaded = load_job(file, overrides, world_size=world_size, inside_job=False)
     job = loaded.job
+    if not no_plugins:
+        _check_plugins(loaded, where=file)
     if not no_files:
         from kempnerforge.train.preflight import (
             check_files_of,
@@ -58,10 +72,15 @@ def check(
 
 
 @app.command(context_settings=OVERRIDABLE)
-def show(arguments: FileAndOverrides) -> None:
-    """Print FILE with defaults and overrides filled in, and the source of each value."""
+def show(arguments: FileAndOverrides, no_plugins: NoPlugins = False) -> None:
+    """Print FILE with defaults and overrides filled in, the source of each value, and its plug-ins."""
     file, overrides = _file_and_overrides(arguments)
-    typer.echo(_annotated(load_job(file, overrides, inside_job=False)), nl=False)
+    loaded = load_job(file, overrides, inside_job=False)
+    typer.echo(_annotated(loaded), nl=False)
+    if not no_plugins:
+        _check_plugins(loaded, where=file)
+        for key, identity in plugin_identities(loaded.job).items():
+            typer.echo(f"# {key}: {identity}")
 
 
 @app.command()
@@ -82,13 +101,22 @@ def _file_and_overrides(arguments: list[str]) -> tuple[str, list[str]]:
     return positionals[0], [*overrides, *positionals[1:]]
 
 
+def _check_plugins(loaded: LoadedJob, *, where: str) -> None:
+    """Raise ConfigError for plug-ins that cannot be imported, or called with their arguments."""
+    faults = [replace(issue, source=loaded.sources.get(issue.key, "")) for issue in plugin_issues(loaded.job)]
+    if faults:
+        raise ConfigError(faults, where=f"{where}, with the plug-ins that it names (--no-plugins skips them)")
+
+
 def _annotated(loaded: LoadedJob) -> str:
     return render(loaded.job.model_dump(mode="json"), comment=lambda key: loaded.sources[key])
 
 
 def _facts(job: JobConfig, world_size: int | None) -> list[str]:
     """Return a summary of a valid configuration, one fact per line."""
-    facts = [f"{job.model.num_parameters:,} parameters"]
+    facts = (
+        [f"{job.model.num_parameters:,} parameters"] if job.model.is_llama else [f"model {job.model.name}"]
+    )
     if world_size is None:
         facts.append("layout: not checked; give --world-size N")
     else:

@@ -32,7 +32,9 @@ class Key:
     @property
     def default(self) -> str:
         """Default as written in TOML, ``none``, or ``required``."""
-        return "required" if self.field.is_required() else value_in_words(self.field.get_default())
+        if self.field.is_required():
+            return "required"
+        return value_in_words(self.field.get_default(call_default_factory=True))
 
     @property
     def doc(self) -> str:
@@ -41,13 +43,18 @@ class Key:
 
 
 def walk_keys(section: type[Section], prefix: str = "") -> Iterator[Key]:
-    """Yield all keys of ``section`` that hold a value, in order, with optional tables and their keys."""
+    """Yield all keys of ``section`` that hold a value, in order, with optional tables and their keys.
+
+    The keys of each table of a list ``x`` are named ``x[].key``.
+    """
     for name, field in section.model_fields.items():
-        nested = nested_section(field)
+        nested, item = nested_section(field), item_section(field)
         if nested is None or is_optional(field):
             yield Key(prefix + name, field)
         if nested is not None:
             yield from walk_keys(nested, f"{prefix}{name}.")
+        if item is not None:
+            yield from walk_keys(item, f"{prefix}{name}[].")
 
 
 def nested_section(field: FieldInfo) -> type[Section] | None:
@@ -56,6 +63,21 @@ def nested_section(field: FieldInfo) -> type[Section] | None:
         if isinstance(option, type) and issubclass(option, Section):
             return option
     return None
+
+
+def item_section(field: FieldInfo) -> type[Section] | None:
+    """Return the section of each item of a list of tables; None if ``field`` is no such list."""
+    for option in _options(field.annotation):
+        if get_origin(option) is list:
+            item = get_args(option)[0]
+            if isinstance(item, type) and issubclass(item, Section):
+                return item
+    return None
+
+
+def is_arguments(field: FieldInfo) -> bool:
+    """Return whether ``field`` is a table whose keys are the arguments of a plug-in."""
+    return any(get_origin(option) is dict for option in _options(field.annotation))
 
 
 def is_optional(field: FieldInfo) -> bool:
@@ -90,6 +112,8 @@ def type_in_words(annotation: Any, metadata: list[Any]) -> str:
         return f"list of {type_in_words(get_args(kind)[0], [])}"
     if get_origin(kind) is tuple:
         return f"[{', '.join(type_in_words(item, []) for item in get_args(kind))}]"
+    if get_origin(kind) is dict:
+        return "table of arguments"
     if isinstance(kind, type) and issubclass(kind, Section):
         return f"table with {', '.join(kind.model_fields)}"
     if bounds.only_value is not None:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from kempnerforge.config.checkpoint import CheckpointConfig
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.evaluation import EvalConfig
-from kempnerforge.config.field_docs import nested_section, value_in_words
+from kempnerforge.config.field_docs import item_section, nested_section, value_in_words
 from kempnerforge.config.metrics import MetricsConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.optimizer import OptimizerConfig
@@ -85,6 +86,22 @@ class JobConfig(Section):
         return flatten(self.model_dump(mode="json"))
 
 
+def _validate_items(name: str, field: FieldInfo, tables: Any) -> tuple[list[Section], list[ConfigIssue]]:
+    """Return the sections of the list of tables ``name``, and the issues of all of them."""
+    section = item_section(field)
+    assert section is not None
+    if not isinstance(tables, list):
+        return [], [ConfigIssue(name, "is not a list of tables", f"write [[{name}]] and its keys below it")]
+    items: list[Section] = []
+    faults: list[ConfigIssue] = []
+    for index, table in enumerate(tables):
+        try:
+            items.append(section.model_validate(table))
+        except ValidationError as error:
+            faults += section_faults(error, f"{name}[{index}]", table, section, JobConfig)
+    return items, faults
+
+
 def validate_tree(
     tree: Mapping[str, Any],
     *,
@@ -103,7 +120,10 @@ def validate_tree(
     sections: dict[str, Any] = {}
     for name, field in JobConfig.model_fields.items():
         section, table = nested_section(field), tree.get(name, {})
-        assert section is not None
+        if section is None:
+            sections[name], item_faults = _validate_items(name, field, tree.get(name, []))
+            faults += item_faults
+            continue
         if not isinstance(table, dict):
             hint = f"write [{name}] and its keys below it"
             faults.append(ConfigIssue(name, f"{value_in_words(table)} is not a table", hint))

@@ -1,15 +1,16 @@
-"""``[model]``: the shape of a Llama-style decoder."""
+"""``[model]``: which model to train, and the shape of KempnerForge's own, a Llama-style decoder."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from kempnerforge.config.section import AtLeastOne, Positive, Section
+from kempnerforge.config.section import Arguments, AtLeastOne, NonEmpty, Positive, Section
 
 FFN_MULTIPLE_OF = 256
+LLAMA = "llama"
 
 
 class RopeScalingConfig(Section):
@@ -31,7 +32,17 @@ class RopeScalingConfig(Section):
 
 
 class ModelConfig(Section):
-    """The shape of the Llama-style decoder."""
+    """The model: KempnerForge's Llama-style decoder, or one of your own.
+
+    All keys but ``name`` and ``args`` are of "llama".
+    """
+
+    name: NonEmpty = LLAMA
+    """"llama", or a model of your own: "package.module:attribute", or a name that an installed package
+    registers. See docs/guide/own-model.md."""
+
+    args: Arguments = Field(default_factory=dict)
+    """Keyword arguments of a model of your own."""
 
     dim: AtLeastOne = 256
     """Width of the residual stream."""
@@ -73,6 +84,29 @@ class ModelConfig(Section):
 
     init_std: Positive = 0.02
     """Standard deviation of the initial weights."""
+
+    @model_serializer(mode="wrap")
+    def _only_what_applies(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        table = handler(self)
+        if self.is_llama:
+            return {key: value for key, value in table.items() if key != "args"}
+        return {"name": table["name"], "args": table["args"]}
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether it is KempnerForge's own model, which the keys of this section describe."""
+        return self.name == LLAMA
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of token ids that the model takes; None if a model of the user's does not say.
+
+        It says so by an argument ``vocab_size``.
+        """
+        if self.is_llama:
+            return self.vocab_size
+        size = self.args.get("vocab_size")
+        return size if isinstance(size, int) else None
 
     @property
     def kv_heads(self) -> int:

@@ -25,18 +25,21 @@ def model_changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> ModelCha
     """Compare two ``[model]`` tables after filling in defaults.
 
     ``max_seq_len`` and ``init_std`` are ignored: neither changes what trained weights compute. A
-    table that this version cannot read is not compared.
+    table that this version cannot read is not compared. Which arguments of a user's model change
+    the shapes of its weights is not known here: a load compares those.
     """
     before, after = _parse(stored), _parse(now)
     if before is None or after is None:
         return ModelChanges()
+    if before.name != after.name:
+        return ModelChanges((f"model.name was {before.name}, is {after.name}",), same_shapes=False)
     was, is_now = _meaning(before), _meaning(after)
     lines = [
-        f"model.{key} was {_shown(was[key])}, is {_shown(is_now[key])}"
-        for key in was
-        if was[key] != is_now[key]
+        f"model.{key} was {_shown(was.get(key))}, is {_shown(is_now.get(key))}"
+        for key in {**was, **is_now}
+        if was.get(key) != is_now.get(key)
     ]
-    return ModelChanges(tuple(lines), _shapes(before) == _shapes(after))
+    return ModelChanges(tuple(lines), not before.is_llama or _shapes(before) == _shapes(after))
 
 
 def _parse(table: Mapping[str, Any]) -> ModelConfig | None:
@@ -49,6 +52,8 @@ def _parse(table: Mapping[str, Any]) -> ModelConfig | None:
 
 
 def _meaning(model: ModelConfig) -> dict[str, Any]:
+    if not model.is_llama:
+        return {f"args.{key}": value for key, value in model.args.items()}
     resolved = {
         "n_kv_heads": model.kv_heads,
         "head_dim": model.resolved_head_dim,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import fill
 from typing import Any
 
-from kempnerforge.config.field_docs import nested_section, walk_keys
+from kempnerforge.config.field_docs import item_section, nested_section, walk_keys
 from kempnerforge.config.job import JobConfig
 
 WIDTH = 100
@@ -15,11 +15,12 @@ def keys_text() -> str:
     """Return every key with its type, default and documentation, grouped by section."""
     blocks = []
     for name, field in JobConfig.model_fields.items():
-        section = nested_section(field)
+        section = nested_section(field) or item_section(field)
         assert section is not None
         summary = (section.__doc__ or "").splitlines()[0]
-        blocks.append(f"[{name}]  {summary}")
-        for key in walk_keys(section, f"{name}."):
+        is_list = item_section(field) is not None
+        blocks.append(f"[[{name}]]  {summary}" if is_list else f"[{name}]  {summary}")
+        for key in walk_keys(section, f"{name}[]." if is_list else f"{name}."):
             default = key.default if key.field.is_required() else f"default {key.default}"
             head = _wrap(f"--{key.name}  ({key.allowed}; {default})", indent=2)
             doc = _wrap(key.doc, indent=6)

@@ -51,11 +51,31 @@ def run_dir_expands(run: RunConfig, environ: Mapping[str, str] | None) -> list[C
     return faults + (unfilled_placeholders(run.dir, environ) if environ is not None else [])
 
 
+def model_keys_apply(model: ModelConfig) -> list[ConfigIssue]:
+    """Require ``name`` and ``args`` alone for a model of the user's, and no ``args`` for "llama"."""
+    if model.is_llama:
+        if not model.args:
+            return []
+        return [
+            ConfigIssue("model.args", "are for a model of your own", 'write the keys of "llama" in [model]')
+        ]
+    return [
+        ConfigIssue(
+            f"model.{key}",
+            f'is a key of "llama", and model.name is "{model.name}"',
+            f"write model.args.{key}",
+        )
+        for key in sorted(model.model_fields_set - {"name", "args"})
+    ]
+
+
 def heads_fit(model: ModelConfig) -> list[ConfigIssue]:
     """Require heads that divide ``dim`` and key/value heads evenly, and an even head width.
 
     Rotary embeddings rotate pairs of elements.
     """
+    if not model.is_llama:
+        return []
     faults = []
     if model.n_heads % model.kv_heads:
         fits = [count for count in range(1, model.n_heads + 1) if model.n_heads % count == 0]
@@ -84,7 +104,7 @@ def rope_scaling_is_ordered(model: ModelConfig) -> list[ConfigIssue]:
 
 def sequence_fits_model(model: ModelConfig, train: TrainConfig) -> list[ConfigIssue]:
     """Require sequences that are no longer than the model supports."""
-    if train.seq_len <= model.max_seq_len:
+    if not model.is_llama or train.seq_len <= model.max_seq_len:
         return []
     problem = f"{train.seq_len} is longer than model.max_seq_len {model.max_seq_len}"
     return [
@@ -105,9 +125,10 @@ def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
 
 def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
     """Require an embedding row for each id of the byte tokenizer. Others are checked when they are read."""
-    if data.text is None or data.tokenizer != "bytes" or model.vocab_size >= BYTE_VOCABULARY:
+    size = model.vocabulary
+    if data.text is None or data.tokenizer != "bytes" or size is None or size >= BYTE_VOCABULARY:
         return []
-    problem = f'{model.vocab_size} is smaller than the "bytes" tokenizer\'s vocabulary'
+    problem = f'{size} is smaller than the "bytes" tokenizer\'s vocabulary'
     return [ConfigIssue("model.vocab_size", problem, f"allowed: at least {BYTE_VOCABULARY}")]
 
 
@@ -170,7 +191,12 @@ def layout_fits(
 def tensor_parallel_fits(
     distributed: DistributedConfig, model: ModelConfig, train: TrainConfig
 ) -> list[ConfigIssue]:
-    """Require whole heads, equal shares of the rest and an embedding row on each tensor-parallel rank."""
+    """Require whole heads, equal shares of the rest and an embedding row on each tensor-parallel rank.
+
+    A model of the user's is checked when it is built.
+    """
+    if not model.is_llama:
+        return []
     tp, rows = distributed.tp, model.vocab_size
     sizes = {
         "model.n_heads": model.n_heads,
@@ -207,15 +233,20 @@ def pipeline_fits(
             )
         return faults
     stages = num_stages(distributed)
+    if micro is not None and train.batch_size % micro:
+        problem = f"{micro} does not divide train.batch_size {train.batch_size}"
+        faults.append(ConfigIssue("distributed.pp_microbatch_size", problem, "choose a divisor"))
+    if not model.is_llama:
+        if distributed.pp_layers is not None:
+            problem = 'is for model.name "llama"; pipeline_stages() divides a model of your own'
+            faults.append(ConfigIssue("distributed.pp_layers", problem, "leave it out"))
+        return faults
     if model.n_layers < stages:
         problem = f"{pp} ranks under {schedule} make {stages} stages, but model.n_layers is {model.n_layers}"
         most = model.n_layers // STAGES_PER_RANK[schedule]
         faults.append(ConfigIssue("distributed.pp", problem, f"allowed: at most {max(1, most)}"))
     elif distributed.pp_layers is not None:
         faults += _pp_layers_fit(distributed.pp_layers, stages, model.n_layers)
-    if micro is not None and train.batch_size % micro:
-        problem = f"{micro} does not divide train.batch_size {train.batch_size}"
-        faults.append(ConfigIssue("distributed.pp_microbatch_size", problem, "choose a divisor"))
     if model.tie_embeddings:
         problem = "the first and the last stage of a pipeline cannot share the embedding"
         faults.append(ConfigIssue("model.tie_embeddings", problem, "set tie_embeddings = false, or pp = 1"))
@@ -233,6 +264,7 @@ def _pp_layers_fit(pp_layers: list[int], stages: int, n_layers: int) -> list[Con
 
 RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     run_dir_expands,
+    model_keys_apply,
     heads_fit,
     rope_scaling_is_ordered,
     sequence_fits_model,

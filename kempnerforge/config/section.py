@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 
 class Section(BaseModel):
@@ -29,3 +29,5 @@ NotNegative = Annotated[float, Field(ge=0)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 FractionUpToOne = Annotated[float, Field(ge=0, le=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+Arguments = dict[str, JsonValue]
+"""Keyword arguments of a plug-in, as written in a table."""

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from pydantic.fields import FieldInfo
 
-from kempnerforge.config.field_docs import nested_section, walk_keys
+from kempnerforge.config.field_docs import is_arguments, nested_section, walk_keys
 from kempnerforge.config.section import Section
 
 
@@ -48,11 +48,16 @@ def table_names(table: str, root: type[Section]) -> list[str] | None:
 
 
 def find_field(key: str, root: type[Section]) -> FieldInfo | None:
-    """Return the field of the dotted ``key``, which may name a table; None if there is no such key."""
+    """Return the field of the dotted ``key``, which may name a table; None if there is no such key.
+
+    A key within a plug-in's arguments gives the field of the arguments.
+    """
     table, _, last = key.rpartition(".")
     section = root
     for part in table.split(".") if table else []:
         field = section.model_fields.get(part)
+        if field is not None and is_arguments(field):
+            return field
         nested = nested_section(field) if field else None
         if nested is None:
             return None

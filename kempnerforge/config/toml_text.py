@@ -36,18 +36,29 @@ def render(tree: Mapping[str, Any], comment: Comment | None = None) -> str:
 def _render_table(tree: Mapping[str, Any], table: str, comment: Comment | None, blocks: list[str]) -> None:
     lines: list[tuple[str, str]] = []
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) or _is_list_of_tables(value):
             continue
         key = f"{table}.{name}" if table else name
         if value is not None:
-            lines.append((f"{name} = {_value(value)}", key))
+            lines.append((f"{_name(name)} = {_value(value)}", key))
         elif comment:
             lines.append((f'# {name} = "none"', key))
     if lines:
-        blocks.append(f"[{table}]\n{_aligned(lines, comment)}")
+        blocks.append(f"[{table}]\n{_aligned(lines, comment)}" if table else _aligned(lines, comment))
     for name, value in tree.items():
+        key = f"{table}.{name}" if table else name
         if isinstance(value, dict):
-            _render_table(value, f"{table}.{name}" if table else name, comment, blocks)
+            _render_table(value, key, comment, blocks)
+        elif _is_list_of_tables(value):
+            for item in value:
+                given = [
+                    (f"{_name(inner)} = {_value(x)}", key) for inner, x in item.items() if x not in (None, {})
+                ]
+                blocks.append(f"[[{key}]]\n{_aligned(given, comment)}")
+
+
+def _is_list_of_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def _aligned(lines: list[tuple[str, str]], comment: Comment | None) -> str:
@@ -59,7 +70,14 @@ def _aligned(lines: list[tuple[str, str]], comment: Comment | None) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return a value on one line. tomli_w would spread lists over several."""
+    """Return a value on one line. tomli_w would spread lists and tables over several."""
     if isinstance(value, list):
         return f"[{', '.join(_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_name(name)} = {_value(item)}" for name, item in value.items()) + "}"
     return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
+
+
+def _name(name: str) -> str:
+    """Return a key as TOML, in quotes where it needs them."""
+    return tomli_w.dumps({name: 0}).removesuffix(" = 0\n")

@@ -7,7 +7,13 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from kempnerforge.config.field_docs import known_values, nested_section, type_in_words, value_in_words
+from kempnerforge.config.field_docs import (
+    item_section,
+    known_values,
+    nested_section,
+    type_in_words,
+    value_in_words,
+)
 from kempnerforge.config.section import Section
 from kempnerforge.config.suggestions import nearest, suggest_key
 from kempnerforge.errors import ConfigIssue
@@ -44,13 +50,21 @@ def section_faults(
 
 
 def _resolve(location: tuple[int | str, ...], section: type[Section]) -> tuple[list[str], FieldInfo | None]:
-    """Return the keys in a pydantic location, without list indices and union members, and the last field."""
+    """Return the keys in a pydantic location, without union members, and the last field.
+
+    The only indices are those of tables in a list, as in ``groups[0]``.
+    """
     parts: list[str] = []
     field: FieldInfo | None = None
     table: type[Section] | None = section
     for part in location:
         if table is None:
-            break
+            item = item_section(field) if field else None
+            if item is None or not isinstance(part, int):
+                break
+            parts[-1] += f"[{part}]"
+            table = item
+            continue
         parts.append(str(part))
         field = table.model_fields.get(str(part))
         table = nested_section(field) if field else None
@@ -60,7 +74,10 @@ def _resolve(location: tuple[int | str, ...], section: type[Section]) -> tuple[l
 def _at(key: str, table: str, value: Any) -> Any:
     """Return the value of ``key`` in the given ``table``; None if it is missing."""
     for part in key.removeprefix(table).split(".")[1:]:
-        value = value.get(part) if isinstance(value, dict) else None
+        name, _, index = part.removesuffix("]").partition("[")
+        value = value.get(name) if isinstance(value, dict) else None
+        if index:
+            value = value[int(index)] if isinstance(value, list) else None
     return value
 
 

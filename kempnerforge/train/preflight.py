@@ -128,12 +128,12 @@ def _tokenizer(job: JobConfig) -> list[ConfigIssue]:
         size = load_tokenizer(job.data.tokenizer).vocab_size
     except DataError as error:
         return [ConfigIssue("data.tokenizer", str(error))]
-    if size <= job.model.vocab_size:
+    ids = job.model.vocabulary
+    if ids is None or size <= ids:
         return []
-    problem = (
-        f'{job.model.vocab_size} is smaller than the vocabulary of data.tokenizer "{job.data.tokenizer}"'
-    )
-    return [ConfigIssue("model.vocab_size", problem, f"allowed: at least {size}")]
+    problem = f'{ids} is smaller than the vocabulary of data.tokenizer "{job.data.tokenizer}"'
+    key = "model.vocab_size" if job.model.is_llama else "model.args.vocab_size"
+    return [ConfigIssue(key, problem, f"allowed: at least {size}")]
 
 
 def _dataset(job: JobConfig) -> list[ConfigIssue]:
@@ -142,7 +142,7 @@ def _dataset(job: JobConfig) -> list[ConfigIssue]:
         return []
     try:
         data = load_shards(
-            job.data.dataset_path, vocab_size=job.model.vocab_size, val_fraction=job.data.val_fraction
+            job.data.dataset_path, vocab_size=job.model.vocabulary, val_fraction=job.data.val_fraction
         )
         for problem in list(data.problems(contents=False).values())[:1]:
             return [ConfigIssue("data.dataset_path", problem, f"see: kempnerforge data inspect {data.path}")]

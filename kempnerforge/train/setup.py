@@ -242,7 +242,7 @@ def open_data(
             path = prepare_cached(
                 job.data.text, tokenizer, job.data.cache_folder, val_fraction=job.data.val_fraction
             )
-        dataset = open_dataset(path, vocab_size=job.model.vocab_size, val_fraction=job.data.val_fraction)
+        dataset = open_dataset(path, vocab_size=job.model.vocabulary, val_fraction=job.data.val_fraction)
         num_samples = dataset.split("train", job.train.seq_len).num_samples
         note(f"data: {num_samples:,} samples of {job.train.seq_len} tokens in {path}")
         if job.eval.interval:
@@ -253,7 +253,7 @@ def open_data(
     error, dataset = None, None
     try:
         dataset = open_dataset(
-            path, vocab_size=job.model.vocab_size, val_fraction=job.data.val_fraction, verify=False
+            path, vocab_size=job.model.vocabulary, val_fraction=job.data.val_fraction, verify=False
         )
     except DataError as raised:
         error = raised

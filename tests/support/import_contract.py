@@ -13,7 +13,16 @@ from pathlib import Path
 PACKAGE = "kempnerforge"
 
 LAYERS = (
-    ("errors", "fsio", "hostlist", "printable", "process_identity", "torch_compat", "write_behind"),
+    (
+        "errors",
+        "fsio",
+        "hostlist",
+        "printable",
+        "process_identity",
+        "torch_compat",
+        "write_behind",
+    ),
+    ("plugins",),
     ("config",),
     ("distributed", "model", "data", "telemetry", "slurm", "goodput", "plan"),
     ("parallel", "checkpoint"),
@@ -43,7 +52,7 @@ ROOMS = {
 
 # These import torch nowhere, not even inside a function.
 NO_TORCH = (
-    *("errors", "fsio", "hostlist", "printable", "process_identity", "write_behind"),
+    *("errors", "fsio", "hostlist", "plugins", "printable", "process_identity", "write_behind"),
     *("config", "goodput", "slurm", "plan", "model.hf", "train.preflight"),
     *(
         "checkpoint.format",

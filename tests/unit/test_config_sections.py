@@ -112,7 +112,12 @@ def test_config_bad_value_is_one_fault_with_allowed(
 UNKNOWN_KEYS = [
     ("train", "batchsize = 8", "train.batchsize", "did you mean train.batch_size?"),
     ("train", "lr = 0.1", "train.lr", "did you mean optimizer.lr?"),
-    ("train", "name = 1", "train.name", "did you mean run.name or optimizer.name or scheduler.name?"),
+    (
+        "train",
+        "name = 1",
+        "train.name",
+        "did you mean run.name or model.name or optimizer.name or scheduler.name?",
+    ),
     ("modle", "dim = 8", "modle", "did you mean [model]?"),
     ("model", "hidden = {}", "model.hidden", "did you mean"),
     ("eval", "zzz = 1", "eval.zzz", "known in [eval]: interval, num_batches"),
