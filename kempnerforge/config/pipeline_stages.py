@@ -42,8 +42,12 @@ def make_stages(model: ModelConfig, distributed: DistributedConfig) -> tuple[Sta
 
     The configuration must satisfy ``rules.pipeline_fits``.
     """
-    count = num_stages(distributed)
-    sizes = distributed.pp_layers or split_evenly(*layer_costs(model), n_layers=model.n_layers, parts=count)
+    return divide_layers(model, num_stages(distributed), distributed.pp_layers)
+
+
+def divide_layers(model: ModelConfig, count: int, sizes: Sequence[int] | None = None) -> tuple[Stage, ...]:
+    """Return ``count`` stages of ``sizes`` layers. None divides them as evenly as ``layer_costs`` allows."""
+    sizes = sizes or split_evenly(*layer_costs(model), n_layers=model.n_layers, parts=count)
     ends = list(accumulate(sizes))
     return tuple(
         Stage(index, end - size, end, index == 0, index == count - 1)

@@ -17,7 +17,6 @@ import xxhash
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.model.layers import RotaryEmbedding
 from kempnerforge.model.sharding import Box, local_box
 
 BLOCK_NUMEL = 2**20
@@ -51,8 +50,8 @@ def init_weights_(model: nn.Module, *, seed: int, init_std: float, n_layers: int
 def reset_buffers_(model: nn.Module) -> None:
     """Recompute non-persistent buffers. Not collective."""
     for module in model.modules():
-        if isinstance(module, RotaryEmbedding):
-            module.reset_buffers()
+        if callable(reset := getattr(module, "reset_buffers", None)):
+            reset()
 
 
 @torch.no_grad()

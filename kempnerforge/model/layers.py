@@ -7,35 +7,14 @@ width, P rotary pairs (E / 2), F feed-forward width.
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 if TYPE_CHECKING:
     from kempnerforge.config.schema import ModelConfig
-
-Remat = Literal["none", "selective", "full"]
-
-_aten = torch.ops.aten
-SAVED_OPS = frozenset(
-    {
-        _aten.mm.default,
-        torch.ops._c10d_functional.reduce_scatter_tensor.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    }
-)
-"""Operations whose outputs "selective" keeps: matrix products and fused attention, which cost the
-most to recompute, and the outputs that tensor parallelism sums over ranks. (torchtitan makes the
-same choice, but recomputes every second product.) Norms, rotations and activations are recomputed.
-So is attention where no fused kernel applies, because its products (``bmm``) have T x T
-elements."""
 
 
 class RotaryEmbedding(nn.Module):
@@ -144,15 +123,12 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """One decoder layer: attention and feed-forward, each with a norm before it and a residual connection.
+    """One decoder layer: attention and feed-forward, each with a norm before it and a residual connection."""
 
-    ``remat`` selects the activations that the backward recomputes. The block implements this itself
-    instead of using a wrapper module, so that parameter names do not change.
-    """
+    uses_random_numbers = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.remat: Remat = "none"
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -160,22 +136,5 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x_BTD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        if self.remat == "none" or not torch.is_grad_enabled():
-            return self._compute(x_BTD, cos_TP, sin_TP)
-        # A block uses no random numbers, so no RNG state has to be preserved. "full" omits
-        # context_fn instead of passing its default, which torch.compile rejects.
-        recompute = partial(checkpoint, self._compute, use_reentrant=False, preserve_rng_state=False)
-        if self.remat == "full":
-            return recompute(x_BTD, cos_TP, sin_TP)
-        return recompute(x_BTD, cos_TP, sin_TP, context_fn=_selective_contexts)
-
-    def _compute(self, x_BTD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TP, sin_TP)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
-
-
-def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_selective_contexts = partial(create_selective_checkpoint_contexts, _policy)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kempnerforge.config.pipeline_stages import divide_layers
+from kempnerforge.model import llama_tensor_parallel
+from kempnerforge.model.init import init_weights_
 from kempnerforge.model.layers import RotaryEmbedding, TransformerBlock
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.parallel import ParallelStyle
+
     from kempnerforge.config.pipeline_stages import Stage
     from kempnerforge.config.schema import ModelConfig
 
@@ -18,10 +26,14 @@ class Llama(nn.Module):
     """A decoder from token ids to logits, or one pipeline stage of it.
 
     Build it under ``torch.device("meta")``, shard it, then allocate and initialize it with
-    ``kempnerforge.parallel.shard.materialize``. With ``tie_embeddings`` there is no ``output``
+    ``kempnerforge.parallel.shard``. With ``tie_embeddings`` there is no ``output``
     module: the shared matrix exists once, as ``tok_embeddings.weight``. ``keep_stage`` reduces it
     to a stage.
     """
+
+    cast_forward_inputs = False
+    """Inputs need no cast under mixed precision: the embedding returns bf16, and the rotary tables must
+    remain fp32."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -66,6 +78,40 @@ class Llama(nn.Module):
             return self.output(x_BTD)
         assert self.tok_embeddings is not None
         return F.linear(x_BTD, self.tok_embeddings.weight)
+
+    def fsdp_units(self) -> list[nn.Module]:
+        """Return the decoder layers, which are sharded one by one."""
+        return list(self.layers.values())
+
+    def tp_plan(self) -> dict[str, ParallelStyle]:
+        """Return how tensor parallelism shards each module."""
+        return llama_tensor_parallel.plan(self)
+
+    def after_tensor_parallel(self, mesh: DeviceMesh) -> None:
+        """Set up what ``tp_plan`` cannot express."""
+        llama_tensor_parallel.finish(self, mesh)
+
+    def pipeline_stages(self, count: int, sizes: Sequence[int] | None = None) -> list[nn.Module]:
+        """Return the model in ``count`` stages, on the meta device.
+
+        ``sizes`` is the number of layers of each. None divides them by ``layer_costs``.
+        """
+        stages = divide_layers(self.config, count, sizes)
+        with torch.device("meta"):
+            parts = [Llama(self.config) for _ in stages]
+        for part, stage in zip(parts, stages, strict=True):
+            part.keep_stage(stage)
+        return [*parts]
+
+    def stage_output_shape(self, batch_size: int, seq_len: int, tp: int) -> tuple[int, ...]:
+        """Return the shape of what this stage returns for ``batch_size`` sequences on ``tp`` ranks."""
+        if self.norm is not None:
+            return batch_size, seq_len, self.config.vocab_size
+        return batch_size, seq_len // tp, self.config.dim
+
+    def init_shards_(self, seed: int) -> None:
+        """Initialize the shards that this rank holds, with the same bits on every layout."""
+        init_weights_(self, seed=seed, init_std=self.config.init_std, n_layers=self.config.n_layers)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return the model FLOPs per training token, forward and backward, without recomputation.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
-from kempnerforge.model.llama import Llama
+from kempnerforge.errors import ConfigError, ConfigIssue
 
 Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -22,7 +23,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 class Pipeline:
     """The stages that one rank holds, and the microbatches that pass through them."""
 
-    parts: Sequence[Llama]
+    parts: Sequence[nn.Module]
     """The stages of this rank, in order. They keep the parameter names of the whole model."""
     stage_numbers: Sequence[int]
     """The numbers of these stages among all stages."""
@@ -33,9 +34,9 @@ class Pipeline:
     """Microbatches per rank and optimizer step."""
     microbatch_size: int
     """Sequences per microbatch."""
-    seq_len: int
-    dtype: torch.dtype
-    """The dtype of the activations between stages."""
+    borders: Sequence[Tensor]
+    """The input of the first stage, then the output of every stage, for one microbatch, on the meta
+    device."""
     device: torch.device
     group: dist.ProcessGroup
     """The ranks of this pipeline, in the order of their first stages."""
@@ -70,7 +71,9 @@ class Pipeline:
         stage: logits are dropped as soon as their loss is known. Dropping the schedule frees its
         buffers.
         """
-        stages = self._stages([_ForwardOnly(part, loss) for part in self.parts])
+        last = self.num_stages - 1
+        numbered = zip(self.parts, self.stage_numbers, strict=True)
+        stages = self._stages([_ForwardOnly(part, loss, is_last=number == last) for part, number in numbered])
         if len(stages) > 1:
             return ScheduleInterleaved1F1B(stages, self.microbatches)
         return ScheduleGPipe(stages[0], self.microbatches)
@@ -83,32 +86,22 @@ class Pipeline:
                 self.num_stages,
                 self.device,
                 # Without these torch would run every stage once to infer the shapes.
-                input_args=self._example(0, number),
-                output_args=self._example(1, number),
+                input_args=self.borders[number],
+                output_args=self.borders[number + 1],
                 group=self.group,
             )
             for module, number in zip(modules, self.stage_numbers, strict=True)
         ]
 
-    def _example(self, side: int, number: int) -> Tensor:
-        """Return the input (``side`` 0) or the output (1) of a stage as a meta tensor."""
-        config, shards = self.parts[0].config, self.parts[0].sequence_shards
-        border = number + side
-        if border == 0:
-            return torch.empty(self.microbatch_size, self.seq_len, dtype=torch.int64, device="meta")
-        shape = (self.microbatch_size, self.seq_len // shards, config.dim)
-        if border == self.num_stages:
-            shape = (self.microbatch_size, self.seq_len, config.vocab_size)
-        return torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
-
 
 class _ForwardOnly(nn.Module):
     """A stage for validation: the last one returns its loss, [1], instead of its logits."""
 
-    def __init__(self, part: Llama, loss: LossFunction) -> None:
+    def __init__(self, part: nn.Module, loss: LossFunction, *, is_last: bool) -> None:
         super().__init__()
         self.part = part
         self.loss = loss
+        self.is_last = is_last
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """Run the stage on tokens, or on the output of the stage before.
@@ -116,7 +109,33 @@ class _ForwardOnly(nn.Module):
         Only the rank with the last stage gets ``targets``.
         """
         out = self.part(x)
-        if self.part.norm is None:
+        if not self.is_last:
             return out
         assert targets is not None
         return self.loss(out, targets)[None]
+
+
+def border_tensors(
+    stages: Sequence[nn.Module], *, batch_size: int, seq_len: int, dtype: torch.dtype, tp: int
+) -> list[Tensor]:
+    """Return what passes the borders of all ``stages``, as meta tensors, for one microbatch.
+
+    ``stages`` are not sharded, and on the meta device. Stages with ``stage_output_shape`` say what
+    they return. Others are run on meta tensors in ``dtype``; with tensor parallelism that says
+    nothing, and raises ConfigError.
+    """
+    tokens = torch.empty(batch_size, seq_len, dtype=torch.int64, device="meta")
+    borders = [tokens]
+    for stage in stages:
+        shape: Any = getattr(stage, "stage_output_shape", None)
+        if callable(shape):
+            sizes: Any = shape(batch_size, seq_len, tp)
+            output = torch.empty(sizes, dtype=dtype, device="meta")
+        elif tp > 1:
+            problem = f"{tp} with a pipeline needs {type(stage).__name__}.stage_output_shape()"
+            raise ConfigError([ConfigIssue("distributed.tp", problem, "set tp = 1, or add the method")])
+        else:
+            with torch.device("meta"), torch.no_grad():
+                output = copy.deepcopy(stage).to(dtype)(borders[-1])
+        borders.append(output.requires_grad_())
+    return borders

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from kempnerforge.distributed.mesh import dp_mesh
-from kempnerforge.model.init import init_weights_, reset_buffers_
-from kempnerforge.model.layers import TransformerBlock
-from kempnerforge.model.llama import Llama
+from kempnerforge.model.build import repeated_blocks
+from kempnerforge.model.init import reset_buffers_
+from kempnerforge.model.recompute import recompute_activations
+from kempnerforge.parallel.initial_weights import fill_buffers
 from kempnerforge.parallel.tensor import tensor_parallel
 
 if TYPE_CHECKING:
     from kempnerforge.config.schema import TrainConfig
 
 
-def parallelize(model: Llama, mesh: DeviceMesh, train: TrainConfig) -> None:
+def parallelize(model: nn.Module, mesh: DeviceMesh, train: TrainConfig) -> None:
     """Set up tensor parallelism, then activation checkpointing, then compilation, then FSDP2, in place.
 
     ``model`` is a whole model or a pipeline stage. ``mesh`` is made by
-    ``distributed.mesh.build_mesh``. Parameter names do not change. Parameters, gradients and
+    ``distributed.mesh.build_mesh``. ``model.build.repeated_blocks`` are sharded, recomputed and
+    compiled one by one. Parameter names do not change. Parameters, gradients and
     optimizer state are fp32. With "bf16", forward and backward use bf16 copies of the weights, and
     gradients are reduced in fp32.
 
@@ -35,16 +39,16 @@ def parallelize(model: Llama, mesh: DeviceMesh, train: TrainConfig) -> None:
     names = mesh.mesh_dim_names or ()
     if "tp" in names:
         tensor_parallel(model, mesh["tp"])
-    blocks = [block for block in model.layers.values() if isinstance(block, TransformerBlock)]
+    blocks = repeated_blocks(model)
     for block in blocks:
-        block.remat = train.activation_checkpointing
+        recompute_activations(block, train.activation_checkpointing)
         if train.compile_model:
             block.compile()
     if train.mixed_precision == "bf16":
-        # Inputs are not cast: the embedding returns bf16 already, and the rotary tables must remain
-        # fp32.
         policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=torch.bfloat16,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=getattr(model, "cast_forward_inputs", True),
         )
     else:
         policy = MixedPrecisionPolicy()
@@ -59,14 +63,29 @@ def parallelize(model: Llama, mesh: DeviceMesh, train: TrainConfig) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def materialize(model: Llama, device: torch.device, *, seed: int | None) -> None:
-    """Allocate and initialize a model that ``parallelize`` has sharded on the meta device.
+def materialize(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    seed: int | None = None,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Allocate a model that ``parallelize`` has sharded on the meta device: each rank its shards only.
 
-    Every rank allocates and initializes its own shard only. With ``seed`` None the weights are left
-    uninitialized, because they are about to be loaded. Not collective.
+    Args:
+        model: KempnerForge's own, or one of the user's.
+        device: where to allocate it.
+        seed: initialize the weights too, of a model that has ``init_shards_``. With None they
+            are left uninitialized.
+        buffers: the values of the buffers by name. With None, modules that have
+            ``reset_buffers()`` recompute theirs.
+
+    Not collective.
     """
     model.to_empty(device=device)
-    if seed is None:
+    if buffers is None:
         reset_buffers_(model)
     else:
-        init_weights_(model, seed=seed, init_std=model.config.init_std, n_layers=model.config.n_layers)
+        fill_buffers(model, buffers)
+    if seed is not None:
+        model.init_shards_(seed)  # type: ignore[operator]

@@ -213,7 +213,7 @@ def _row(
         "data/digest": digest,
         **timings,
     }
-    if run.peak_flops is not None:
+    if run.peak_flops is not None and run.flops_per_token is not None:
         row["train/mfu"] = mfu(tokens_per_s, run.flops_per_token, run.world.num_ranks, run.peak_flops)
     return row
 

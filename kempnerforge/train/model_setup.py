@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from kempnerforge.config.pipeline_stages import make_stages, num_stages, stages_of
+from kempnerforge.config.pipeline_stages import num_stages
 from kempnerforge.config.schema import JobConfig, ParallelDims, TrainConfig
 from kempnerforge.distributed import timeouts
+from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.distributed.mesh import build_mesh
-from kempnerforge.model.llama import Llama
+from kempnerforge.errors import ConfigError, ConfigIssue
+from kempnerforge.model.build import BuiltModel, build_meta
+from kempnerforge.parallel.initial_weights import init_weights_
 from kempnerforge.parallel.shard import materialize, parallelize
 from kempnerforge.train.optimizer import parameter_groups
 from kempnerforge.train.step import LocalStep, TrainStep
@@ -26,12 +30,20 @@ if TYPE_CHECKING:
 class ParallelModel:
     """A rank's parts of the model, sharded and allocated."""
 
-    parts: Sequence[Llama]
+    parts: Sequence[nn.Module]
     """The whole model, or the pipeline stages of this rank."""
     groups: dict[str, list[str]]
     """Names of the **whole** model's parameters by optimizer group, in the model's order."""
     pipeline: Pipeline | None
     device: torch.device
+    num_parameters: int
+    """Number of elements of the whole model's parameters."""
+
+    def flops_per_token(self, seq_len: int) -> float | None:
+        """Return the model FLOPs per training token; None if the model does not tell."""
+        flops: Any = getattr(self.parts[0], "flops_per_token", None)
+        result: Any = flops(seq_len) if callable(flops) else None
+        return result
 
     def step(self, optimizer: torch.optim.Optimizer, geometry: ParallelDims, train: TrainConfig) -> TrainStep:
         """Return the training step of this rank."""
@@ -51,11 +63,20 @@ class ParallelModel:
 
 
 def build_model(
-    job: JobConfig, geometry: ParallelDims, *, rank: int, device: torch.device, init_weights: bool
+    job: JobConfig,
+    geometry: ParallelDims,
+    *,
+    rank: int,
+    device: torch.device,
+    init_weights: bool,
+    control: ControlGroup | None = None,
 ) -> ParallelModel:
-    """Build the parts of the model of ``rank``. Collective: all ranks.
+    """Build the parts of the model of ``rank``.
 
-    Without ``init_weights`` the weights must be loaded before anything reads them.
+    ``control`` is needed for the initial weights of a model of the user's. Without ``init_weights``
+    the weights must be loaded before anything reads them.
+
+    Collective: all ranks. Raises ConfigError on all ranks for a model that does not fit the layout.
     """
     mesh = build_mesh(
         device.type,
@@ -64,32 +85,80 @@ def build_model(
         tp=geometry.tp,
         pp=geometry.pp,
     )
-    with torch.device("meta"):
-        model = Llama(job.model)
-    groups = {name: list(params) for name, params in parameter_groups([model]).items()}
-    parts, pipeline = [model], None
+    whole = build_meta(job.model, seed=job.train.seed)
+    names = [name for name, _ in whole.module.named_parameters()]
+    groups = {name: list(params) for name, params in parameter_groups([whole.module]).items()}
+    parts, pipeline = [whole.module], None
     if geometry.pp > 1:
-        from kempnerforge.parallel.pipeline import Pipeline
-
-        stages = stages_of(make_stages(job.model, job.distributed), geometry.pp_rank(rank), geometry.pp)
-        with torch.device("meta"):
-            parts = [Llama(job.model) for _ in stages]
-        for part, stage in zip(parts, stages, strict=True):
-            part.keep_stage(stage)
-        pipeline = Pipeline(
-            parts=parts,
-            stage_numbers=[stage.index for stage in stages],
-            num_stages=num_stages(job.distributed),
-            schedule=job.distributed.pp_schedule,
-            microbatches=geometry.pp_microbatches,
-            microbatch_size=job.distributed.pp_microbatch_size or 1,
-            seq_len=job.train.seq_len,
-            dtype=torch.bfloat16 if job.train.mixed_precision == "bf16" else torch.float32,
-            device=device,
-            group=mesh.get_group("pp"),
+        parts, pipeline = _pipeline(
+            job, geometry, whole, rank=rank, device=device, group=mesh.get_group("pp")
         )
     for part in parts:
         parallelize(part, mesh, job.train)
-        materialize(part, device, seed=job.train.seed if init_weights else None)
+        materialize(part, device, buffers=whole.buffers)
     timeouts.give_all_groups_the_default_timeout()  # includes the groups of sharding and pipelining
-    return ParallelModel(parts, groups, pipeline, device)
+    if init_weights:
+        seed = job.train.seed
+        init_weights_(parts, job.model, seed=seed, names=names, control=control or ControlGroup(None))
+    return ParallelModel(parts, groups, pipeline, device, whole.num_parameters)
+
+
+def _pipeline(
+    job: JobConfig,
+    geometry: ParallelDims,
+    whole: BuiltModel,
+    *,
+    rank: int,
+    device: torch.device,
+    group: dist.ProcessGroup,
+) -> tuple[list[nn.Module], Pipeline]:
+    """Return the stages of ``rank``, not sharded yet, and the pipeline that they form."""
+    from kempnerforge.parallel.pipeline import Pipeline, border_tensors
+
+    stages = make_stage_modules(job, whole)
+    pp_rank = geometry.pp_rank(rank)
+    own = list(range(pp_rank, len(stages), geometry.pp))  # interleaved as in Megatron
+    microbatch_size = job.distributed.pp_microbatch_size or 1
+    borders = border_tensors(
+        stages,
+        batch_size=microbatch_size,
+        seq_len=job.train.seq_len,
+        dtype=torch.bfloat16 if job.train.mixed_precision == "bf16" else torch.float32,
+        tp=geometry.tp,
+    )
+    parts = [stages[number] for number in own]
+    pipeline = Pipeline(
+        parts=parts,
+        stage_numbers=own,
+        num_stages=len(stages),
+        schedule=job.distributed.pp_schedule,
+        microbatches=geometry.pp_microbatches,
+        microbatch_size=microbatch_size,
+        borders=borders,
+        device=device,
+        group=group,
+    )
+    return parts, pipeline
+
+
+def make_stage_modules(job: JobConfig, whole: BuiltModel) -> list[nn.Module]:
+    """Return all pipeline stages of a model, on the meta device.
+
+    Raises ConfigError if the model has no ``pipeline_stages``, or if its stages do not have the
+    parameters and the names of the whole model.
+    """
+    name, count = job.model.name, num_stages(job.distributed)
+    divide: Any = getattr(whole.module, "pipeline_stages", None)
+    if not callable(divide):
+        problem = f"{job.distributed.pp} needs stages, and {name} has no pipeline_stages()"
+        raise ConfigError([ConfigIssue("distributed.pp", problem, "set pp = 1, or give the model stages")])
+    sizes = job.distributed.pp_layers
+    with torch.device("meta"):
+        stages: Any = divide(count) if sizes is None else divide(count, sizes)
+    shapes = {key: param.shape for key, param in whole.module.named_parameters()}
+    staged = [(key, param.shape) for stage in stages for key, param in stage.named_parameters()]
+    if len(stages) != count or sorted(staged) != sorted(shapes.items()):
+        problem = f"{name}.pipeline_stages({count}) returned {len(stages)} stages whose parameters differ"
+        hint = "each parameter of the model must be in one stage, under the name it has in the model"
+        raise ConfigError([ConfigIssue("model.name", problem, hint)])
+    return list(stages)

@@ -60,7 +60,7 @@ class Run:
     reports: Reports
     recorder: AttemptRecorder
     progress: Progress
-    flops_per_token: float
+    flops_per_token: float | None
     peak_flops: float | None
     has_weights: bool
     """Whether weights were initialized. They are not when the run has a committed step to load."""
@@ -148,7 +148,14 @@ def _assemble(
     dataset = open_data(job, world, stopping.signals, note=reports.note)
     stopping.raise_if_stop_requested(world.control)
     recorder.end_phase("data")
-    model = build_model(job, geometry, rank=world.rank, device=world.device, init_weights=init_weights)
+    model = build_model(
+        job,
+        geometry,
+        rank=world.rank,
+        device=world.device,
+        init_weights=init_weights,
+        control=world.control,
+    )
     optimizer = build_optimizer(model.parts, job.optimizer, world.device)
     state = _build_state(job, world, geometry, model, optimizer, dataset)
     recorder.end_phase("model")
@@ -164,7 +171,7 @@ def _assemble(
         requests=stopping.requests,
     )
     reports.note(
-        f"run {job.run.name}, attempt {record.attempt}: {job.model.num_parameters / 1e6:.1f}M parameters on "
+        f"run {job.run.name}, attempt {record.attempt}: {model.num_parameters / 1e6:.1f}M parameters on "
         f"{world.num_ranks} x {world.device.type}, {geometry.global_batch_size} sequences per step "
         f"({_describe_batches(job, geometry)}), in {folder}"
     )
@@ -184,7 +191,7 @@ def _assemble(
         reports=reports,
         recorder=recorder,
         progress=Progress(collectives_issued),
-        flops_per_token=model.parts[0].flops_per_token(job.train.seq_len),
+        flops_per_token=model.flops_per_token(job.train.seq_len),
         peak_flops=_peak_flops(world.device),
         has_weights=init_weights,
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config.schema import JobConfig, ModelConfig, TrainConfig
 from kempnerforge.model.layers import RotaryEmbedding, TransformerBlock
+from kempnerforge.model.recompute import recompute_activations
 from kempnerforge.plan.memory import DeviceMemory, device_memory
 from kempnerforge.train.model_setup import build_model
 from kempnerforge.train.optimizer import build_optimizer
@@ -44,7 +45,7 @@ def block_and_input(model: ModelConfig, train: TrainConfig) -> tuple[Transformer
     """Return a decoder layer, and its inputs for 2 sequences of 32 tokens."""
     dtype = torch.bfloat16 if train.mixed_precision == "bf16" else torch.float32
     block = TransformerBlock(model).to(dtype)
-    block.remat = train.activation_checkpointing
+    recompute_activations(block, train.activation_checkpointing)
     x = torch.zeros(2, 32, model.dim, dtype=dtype, requires_grad=True)
     return block, (x * 1, *RotaryEmbedding(model)(32))
 
