@@ -193,14 +193,10 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
 
 def _blocks_below(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
-        members = (
-            list(child.children()) if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential) else []
-        )
-        if (
-            len(members) > 1
-            and len({type(member) for member in members}) == 1
-            and any(members[0].parameters())
-        ):
+        is_list = isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+        members = list(child.children()) if is_list else []
+        is_repeated = len(members) > 1 and len({type(member) for member in members}) == 1
+        if is_repeated and next(members[0].parameters(), None) is not None:
             yield from members
         else:
             yield from _blocks_below(child)
