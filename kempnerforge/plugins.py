@@ -62,6 +62,12 @@ class Plugin:
         return self.origin == "built-in"
 
     @property
+    def version(self) -> str:
+        """The name, the version of its package, and the digest of its source; the same in every folder."""
+        package = "" if self.origin.startswith("/") else f"{self.origin}, "
+        return f"{self.name} ({package}source {self.digest or 'unknown'})"
+
+    @property
     def identity(self) -> str:
         """The name, where it comes from, and the digest of its source, for logs and comparisons."""
         return f"{self.name} ({self.origin}{f', source {self.digest}' if self.digest else ''})"

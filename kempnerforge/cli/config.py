@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kempnerforge.cli.plugin_check import check_plugins
 from kempnerforge.config.checkpoint_rules import why_best_has_no_choice
 from kempnerforge.config.overrides import split_positionals
-from kempnerforge.config.plugin_uses import plugin_identities, plugin_issues
+from kempnerforge.config.plugin_uses import plugin_identities
 from kempnerforge.config.reference import json_schema
 from kempnerforge.config.run import PLACEHOLDER
 from kempnerforge.config.schema import JobConfig, LoadedJob, load_job
 from kempnerforge.config.toml_text import render
-from kempnerforge.errors import ConfigError
 
 app = typer.Typer(help="Check, show and document configurations.", no_args_is_help=True)
 
@@ -58,8 +57,7 @@ def check(
     file, overrides = _file_and_overrides(arguments)
     loaded = load_job(file, overrides, world_size=world_size, inside_job=False)
     job = loaded.job
-    if not no_plugins:
-        _check_plugins(loaded, where=file)
+    own_model = [] if no_plugins else check_plugins(loaded, where=file)
     if not no_files:
         from kempnerforge.train.preflight import (
             check_files_of,
@@ -67,7 +65,7 @@ def check(
 
         check_files_of(loaded, where=file)
     typer.echo(f"{file}: valid")
-    for line in _facts(job, world_size):
+    for line in [*own_model, *_facts(job, world_size)]:
         typer.echo(f"  {line}")
 
 
@@ -78,7 +76,7 @@ def show(arguments: FileAndOverrides, no_plugins: NoPlugins = False) -> None:
     loaded = load_job(file, overrides, inside_job=False)
     typer.echo(_annotated(loaded), nl=False)
     if not no_plugins:
-        _check_plugins(loaded, where=file)
+        check_plugins(loaded, where=file)
         for key, identity in plugin_identities(loaded.job).items():
             typer.echo(f"# {key}: {identity}")
 
@@ -101,22 +99,13 @@ def _file_and_overrides(arguments: list[str]) -> tuple[str, list[str]]:
     return positionals[0], [*overrides, *positionals[1:]]
 
 
-def _check_plugins(loaded: LoadedJob, *, where: str) -> None:
-    """Raise ConfigError for plug-ins that cannot be imported, or called with their arguments."""
-    faults = [replace(issue, source=loaded.sources.get(issue.key, "")) for issue in plugin_issues(loaded.job)]
-    if faults:
-        raise ConfigError(faults, where=f"{where}, with the plug-ins that it names (--no-plugins skips them)")
-
-
 def _annotated(loaded: LoadedJob) -> str:
     return render(loaded.job.model_dump(mode="json"), comment=lambda key: loaded.sources[key])
 
 
 def _facts(job: JobConfig, world_size: int | None) -> list[str]:
     """Return a summary of a valid configuration, one fact per line."""
-    facts = (
-        [f"{job.model.num_parameters:,} parameters"] if job.model.is_llama else [f"model {job.model.name}"]
-    )
+    facts = [f"{job.model.num_parameters:,} parameters"] if job.model.is_llama else []
     if world_size is None:
         facts.append("layout: not checked; give --world-size N")
     else:

@@ -55,6 +55,20 @@ def plugin_issues(job: JobConfig) -> list[ConfigIssue]:
     return [issue for use in plugin_uses(job) for issue in use.issues()]
 
 
+def check_plugins(job: JobConfig) -> None:
+    """Import all plug-ins of ``job``. Raises ConfigError with every issue."""
+    if issues := plugin_issues(job):
+        raise ConfigError(issues)
+
+
+def plugin_versions(job: JobConfig) -> dict[str, str]:
+    """Return ``plugin KEY`` of each plug-in -> its version, for the record of a checkpoint.
+
+    Raises ConfigError for one that cannot be imported.
+    """
+    return {f"plugin {use.key}": use.resolve().version for use in plugin_uses(job)}
+
+
 def plugin_identities(job: JobConfig) -> dict[str, str]:
     """Return the config key of each plug-in -> what it was resolved to: name, origin, source digest.
 

@@ -129,7 +129,8 @@ def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
     if data.text is None or data.tokenizer != "bytes" or size is None or size >= BYTE_VOCABULARY:
         return []
     problem = f'{size} is smaller than the "bytes" tokenizer\'s vocabulary'
-    return [ConfigIssue("model.vocab_size", problem, f"allowed: at least {BYTE_VOCABULARY}")]
+    key = "model.vocab_size" if model.is_llama else "model.args.vocab_size"
+    return [ConfigIssue(key, problem, f"allowed: at least {BYTE_VOCABULARY}")]
 
 
 def validation_has_data(data: DataConfig, eval: EvalConfig) -> list[ConfigIssue]:

@@ -19,6 +19,7 @@ from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.versions import versions
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
+from kempnerforge.config.plugin_uses import check_plugins, plugin_versions
 from kempnerforge.config.schema import AsyncCheckpointMode, JobConfig, ParallelDims
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids
@@ -27,7 +28,7 @@ from kempnerforge.data.sample_order import ids_digest
 from kempnerforge.data.tokenizer import load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.context import DistributedContext, collectives_issued
-from kempnerforge.errors import DataError, KempnerForgeError, LeaseLostError, StopRequestedError
+from kempnerforge.errors import ConfigError, DataError, KempnerForgeError, LeaseLostError, StopRequestedError
 from kempnerforge.printable import printable
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.attempt_recorder import AttemptRecorder
@@ -35,6 +36,7 @@ from kempnerforge.train.hangs.progress import Progress
 from kempnerforge.train.metric_loggers import Reports, build_reports
 from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import HYPERPARAMETERS, build_optimizer
+from kempnerforge.train.own_model import check_own_model
 from kempnerforge.train.preflight import check_files
 from kempnerforge.train.run_dir import record_refusal
 from kempnerforge.train.step import TrainStep
@@ -92,6 +94,7 @@ def build(
     Collective: all ranks. Raises ConfigError, DataError, RunFolderError and StopRequestedError on
     all ranks.
     """
+    _check_plugins(job, world)
     world.control.run_on_rank0(lambda: _check_files(job, stopping.signals))
     first_geometry = job.geometry(world.num_ranks) if job.train.global_batch_size is None else None
     first_size = first_geometry.global_batch_size if first_geometry else job.train.global_batch_size
@@ -122,6 +125,18 @@ def build(
         if lease is not None:
             lease.release()
         raise
+
+
+def _check_plugins(job: JobConfig, world: DistributedContext) -> None:
+    """Import the plug-ins on every rank, and check a model of the user's on rank 0. Collective: all ranks."""
+    error: ConfigError | None = None
+    try:
+        check_plugins(job)
+    except ConfigError as raised:
+        error = raised
+    world.control.raise_on_any_error(error)
+    if not job.model.is_llama:
+        world.control.run_on_rank0(lambda: check_own_model(job))
 
 
 def _check_files(job: JobConfig, signals: StopSignals) -> None:
@@ -291,7 +306,7 @@ def _context(
         run_id=record.run_id,
         attempt=record.attempt,
         layout=_layout(geometry, world),
-        versions=versions(world.device),
+        versions=versions(world.device) | plugin_versions(job),
         config_toml=job.to_toml(),
         tokenizer=_tokenizer(job, dataset),
         allow_changed_data=job.data.allow_changed,

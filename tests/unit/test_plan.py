@@ -28,8 +28,9 @@ from kempnerforge.config.schema import (
     TrainConfig,
     load_job,
 )
-from kempnerforge.model.layers import Remat, TransformerBlock
+from kempnerforge.model.layers import TransformerBlock
 from kempnerforge.model.llama import Llama
+from kempnerforge.model.recompute import Recompute
 from kempnerforge.plan import activations, tensors
 from kempnerforge.plan.checkpoint_size import FP32, RNG_BYTES, staged_bytes, staged_on_node
 from kempnerforge.plan.memory import device_memory
@@ -128,7 +129,7 @@ def kept_for_recomputation(block: TransformerBlock, inputs: tuple[Tensor, ...]) 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("n_kv_heads", [8, 2])
 def test_plan_activations_match_autograd(
-    monkeypatch: pytest.MonkeyPatch, checkpointing: Remat, precision: str, n_kv_heads: int
+    monkeypatch: pytest.MonkeyPatch, checkpointing: Recompute, precision: str, n_kv_heads: int
 ) -> None:
     monkeypatch.setattr(nn.RMSNorm, "forward", fused_norm_forward)
     model = ModelConfig(

@@ -1,0 +1,90 @@
+"""Check a model of the user's against the job, before anything is started or queued."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kempnerforge.config.schema import JobConfig
+from kempnerforge.errors import ConfigError, ConfigIssue
+from kempnerforge.model.build import BuiltModel, build_meta, repeated_blocks
+from kempnerforge.train.model_setup import make_stage_modules
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """What a model of the user's is."""
+
+    num_parameters: int
+    num_blocks: int
+    """Number of modules that are sharded, recomputed and compiled one by one."""
+    methods: tuple[str, ...]
+    """The optional methods that it has."""
+
+
+OPTIONAL_METHODS = (
+    *("loss", "fsdp_units", "tp_plan", "after_tensor_parallel", "pipeline_stages", "stage_output_shape"),
+    *("flops_per_token", "init_weights"),
+)
+
+
+def check_own_model(job: JobConfig) -> OwnModel:
+    """Build the model of ``job`` without allocating its parameters, and check it.
+
+    Raises ConfigError if it cannot be built, if the layout needs a plan or stages that it does not
+    have, or if it does not return logits for tokens.
+    """
+    built = build_meta(job.model, seed=job.train.seed)
+    module = built.module
+    issues: list[ConfigIssue] = []
+    if job.distributed.tp > 1 and not _has(module, "tp_plan"):
+        problem = f"{job.distributed.tp} needs a plan, and {job.model.name} has no tp_plan()"
+        issues.append(ConfigIssue("distributed.tp", problem, "set tp = 1, or give the model a plan"))
+    if job.distributed.pp > 1:
+        try:
+            make_stage_modules(job, built)
+        except ConfigError as error:
+            issues += error.faults
+    if issue := _output_issue(job, built):
+        issues.append(issue)
+    if issues:
+        raise ConfigError(issues)
+    methods = tuple(name for name in OPTIONAL_METHODS if _has(module, name))
+    return OwnModel(built.num_parameters, len(repeated_blocks(module)), methods)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return callable(getattr(module, name, None))
+
+
+def _output_issue(job: JobConfig, built: BuiltModel) -> ConfigIssue | None:
+    """Return why the model is not one from tokens to logits, tried on the meta device.
+
+    A model that needs the values of its inputs cannot be tried there. Its first step finds it out.
+    """
+    if _has(built.module, "loss"):
+        return None
+    name, seq_len = job.model.name, job.train.seq_len
+    if type(built.module).forward is nn.Module.forward:
+        return ConfigIssue("model.name", f"{name} has neither forward() nor loss()", "write one of them")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            logits: Any = built.module(torch.zeros(1, seq_len, dtype=torch.int64))
+    except TypeError as error:
+        return ConfigIssue("model.name", f"{name} cannot be called with tokens: {error}")
+    except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+        if "meta" in str(error).lower() or isinstance(error, NotImplementedError):
+            return None
+        problem = f"{name} raised {type(error).__name__} for {seq_len} tokens: {error}"
+        return ConfigIssue("model.name", problem, "see train.seq_len and model.args")
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != (1, seq_len):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        problem = f"{name} returned {shape} for tokens [1, {seq_len}]"
+        return ConfigIssue("model.name", problem, "forward() returns logits [B, T, V]")
+    if job.data.text is not None and job.data.tokenizer == "bytes" and logits.size(2) < 257:
+        problem = f"{name} returned logits of {logits.size(2)} ids"
+        return ConfigIssue("model.name", problem, 'the "bytes" tokenizer has 257')
+    return None
