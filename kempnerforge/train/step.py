@@ -109,7 +109,7 @@ class TrainStepBase:
         if self._loss is None:
             raise RuntimeError("update() without a forward_backward() before it")
         grads = [param.grad for param in self._params if param.grad is not None]
-        norm = global_norm(grads, group=self._group, device=self._device)
+        norm = global_norm(grads, group=self._group, device=self._device, tp=self._loss_copies)
         loss, grad_norm = torch.stack([self._loss.double(), norm]).tolist()
         self._loss = None
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -211,18 +211,20 @@ def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [part for part in parts if part.numel()]
 
 
-def global_norm(tensors: Iterable[Tensor], *, group: dist.ProcessGroup, device: torch.device) -> Tensor:
+def global_norm(
+    tensors: Iterable[Tensor], *, group: dist.ProcessGroup, device: torch.device, tp: int = 1
+) -> Tensor:
     """Return the 2-norm of all ``tensors`` together, with the shards of all ranks.
 
     The result is fp64 [] with the same bits on every rank. ``group`` has the ranks of every stage's
     mesh. One reduction sums the squares of each rank's shards, divided by the number of ranks with
-    the same shard.
+    the same shard. ``tp`` is the number of tensor-parallel ranks.
 
     Collective: all ranks of ``group``.
     """
     by_copies: dict[int, list[Tensor]] = {}
     for tensor in tensors:
-        by_copies.setdefault(_num_copies(tensor, group), []).append(tensor)
+        by_copies.setdefault(_num_copies(tensor, group, tp), []).append(tensor)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for copies, alike in by_copies.items():
         if parts := local_tensors(alike):
@@ -231,8 +233,11 @@ def global_norm(tensors: Iterable[Tensor], *, group: dist.ProcessGroup, device: 
     return total.sqrt()
 
 
-def _num_copies(tensor: Tensor, group: dist.ProcessGroup) -> int:
+def _num_copies(tensor: Tensor, group: dist.ProcessGroup, tp: int) -> int:
     if not isinstance(tensor, DTensor):
         return group.size()
     mesh_dims = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return math.prod(size for size, placement in mesh_dims if isinstance(placement, Replicate))
+    copies = math.prod(size for size, placement in mesh_dims if isinstance(placement, Replicate))
+    # A parameter that the plan of a user's model leaves out is whole on every tensor-parallel rank.
+    is_planned = "tp" in (tensor.device_mesh.mesh_dim_names or ())
+    return copies if is_planned else copies * tp

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.patch_target import patch_target
 from support.run_files import tensor_digests
 from support.runs import Launcher, Run, copy_run, make_run
 
 pytest_plugins = ["support.run_fixtures"]
 
+UPDATE = patch_target("kempnerforge.train.step:TrainStepBase.update")
 MODELS = Path(__file__).parents[1] / "support" / "own_models.py"
 WITHOUT_LLAMA: dict[str, Any] = {
     "model.dim": None,
@@ -86,7 +88,7 @@ def test_own_model_with_dropout_resumes_bitwise(
     whole = own_run(tmp_path / "whole", corpus, "Plain", **settings)
     launcher.finish(whole, ranks=2)
     killed = own_run(tmp_path / "killed", corpus, "Plain", **settings)
-    fault = ("kill_at_call", {"target": "kempnerforge.train.step.LocalStep.update", "call": 5, "rank": 1})
+    fault = ("kill_at_call", {"target": UPDATE, "call": 5, "rank": 1})
     launcher.run(killed, ranks=2, faults=[fault])
     launcher.finish(killed, ranks=2)
     assert killed.receipts()[-1]["source"] == "resume"
