@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,31 +60,26 @@ def evaluate(arguments: Arguments, as_json: AsJson = False) -> None:
     # Imported here: torch takes seconds to import, and help and errors do not need it.
     from kempnerforge.train.evaluation import evaluate_step
 
-    def log(text: str) -> None:
-        typer.echo(text, err=True)
-
     try:
         if notice and rank == 0:
-            log(notice)
-        result = evaluate_step(loaded.job, step_folder, note=log)
+            typer.echo(notice, err=True)
+        result = evaluate_step(loaded.job, step_folder)
     except KempnerForgeError as error:
         if rank == 0 or not error.agreed:
             raise
         raise typer.Exit(error.exit_status) from None
     if rank == 0:
-        _print(step_folder, loaded.job.eval.num_batches, result, log=log, as_json=as_json)
+        _print(step_folder, loaded.job.eval.num_batches, result, as_json=as_json)
 
 
-def _print(
-    step_folder: Path, num_batches: int, result: Evaluation, *, log: Callable[[str], None], as_json: bool
-) -> None:
+def _print(step_folder: Path, num_batches: int, result: Evaluation, *, as_json: bool) -> None:
     if as_json:
         body = {"path": str(step_folder), "eval/loss": encode_value(result.loss), "num_batches": num_batches}
         body |= {key: value for key, value in asdict(result).items() if key != "loss"}
         typer.echo(json.dumps(body, indent=2))
         return
     for change in result.data_changes:
-        log(f"data: {change}")
+        typer.echo(f"data: {change}", err=True)
     dims = result.geometry
     typer.echo(
         f"step {result.step}: eval/loss {result.loss!r} over {result.tokens:,} tokens "

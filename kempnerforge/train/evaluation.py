@@ -116,14 +116,12 @@ def validation_loss(
     return None if interruptible.interrupted else loss
 
 
-def evaluate_step(
-    job: JobConfig, step_folder: Path, *, note: Callable[[str], None] = lambda _text: None
-) -> Evaluation:
+def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     """Return the validation loss of the checkpoint in ``step_folder`` under the layout of ``job``.
 
     Where bitwise equality is promised, it has the same bits as the ``eval/loss`` that training
     logged at that step. The function takes no lease. It adds only a read lock to the run's folder,
-    and removes it again. Rank 0 calls ``note`` with messages.
+    and removes it again.
 
     Collective: all ranks. The process groups are joined at the beginning and left at the end.
     Blocks: until all ranks are done. Raises ConfigError, DataError and CheckpointError on all
@@ -131,11 +129,9 @@ def evaluate_step(
     """
     set_determinism(job.train.deterministic)
     world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
-    if world.rank != 0:
-        note = _ignore
     started = time.perf_counter()
     geometry = job.geometry(world.num_ranks)
-    dataset = open_data(job, world, StopSignals(), note=note)
+    dataset = open_data(job, world, StopSignals())
     model = build_model(job, geometry, rank=world.rank, device=world.device, init_weights=False)
     # Plain SGD has no state. No update is made.
     optimizer = torch.optim.SGD([param for part in model.parts for param in part.parameters()])
@@ -199,7 +195,3 @@ def _load(step_folder: Path, state: TrainState, world: DistributedContext) -> tu
         error.agreed = True
         raise error
     return found, outcome.data_changes
-
-
-def _ignore(_text: str) -> None:
-    """Drop a message, on ranks other than 0."""
