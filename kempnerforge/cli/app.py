@@ -30,6 +30,9 @@ class Groups(LazyGroup):
             "app",
             "Print the validation loss of a checkpoint, with its stored config and under any layout.",
         ),
+        "generate": Member(
+            "generate", "app", "Print a prompt and what a checkpoint continues it with, under any layout."
+        ),
         "import": Member("weights", "import_app", "Import weights from other formats."),
         "plan": Member(
             "plan",

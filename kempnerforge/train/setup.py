@@ -26,7 +26,7 @@ from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids
 from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.sample_order import ids_digest
-from kempnerforge.data.tokenizer import load_tokenizer, tokenizer_path
+from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.context import DistributedContext, collectives_issued
 from kempnerforge.errors import ConfigError, DataError, KempnerForgeError, LeaseLostError, StopRequestedError
@@ -321,12 +321,15 @@ def _context(
 
 
 def _tokenizer(job: JobConfig, dataset: TokenDataset) -> dict[str, str]:
-    """Return what an export needs to identify the tokenizer of the run."""
+    """Return what an export needs to identify the tokenizer of the run, and its end token."""
+    found: dict[str, str] = {}
+    if job.checkpoint.load_path is not None:
+        found["load_path"] = os.path.abspath(Path(job.checkpoint.load_path).expanduser())
     if dataset.index is None:  # .npy shards do not record their tokenizer
-        return {}
-    path = tokenizer_path(job.data.tokenizer) if job.data.text is not None else None
-    digest = {"digest": dataset.index.tokenizer_digest}
-    return digest if path is None else {**digest, "path": os.path.abspath(path)}
+        return found
+    found |= {"digest": dataset.index.tokenizer_digest, "separator_id": str(dataset.index.separator_id)}
+    path = tokenizer_path(job.data.tokenizer) if job.data.text is not None else dataset.path / TOKENIZER
+    return found if path is None or not path.is_file() else {**found, "path": os.path.abspath(path)}
 
 
 def _layout(geometry: ParallelDims, world: DistributedContext) -> dict[str, int]:
