@@ -25,6 +25,9 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""The first bytes of the file that git leaves in place of one that git-lfs has not fetched."""
+
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 """Errors of ``fsync`` on folders of file systems that do not support it."""
 _DELETE_TRIES = 3

@@ -27,7 +27,7 @@ pytest.register_assert_rewrite("support")
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
-for _name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+for _name in ("WANDB_API_KEY", "WANDB_BASE_URL", "KEMPNERFORGE_LOG"):
     os.environ.pop(_name, None)
 # Under nohup, SIGHUP is ignored, and training respects that. Tests that send it would wait in vain.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from kempnerforge.log_setup import THIS_RANK
 from kempnerforge.torch_compat import ShardedTensor
 
 log = logging.getLogger("kempnerforge.checkpoint.cuda")
@@ -84,7 +85,8 @@ def host_buffer(size_bytes: int, device: torch.device | None) -> torch.Tensor:
             with torch.cuda.device(device):
                 return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         except RuntimeError as error:
-            log.warning("a buffer of %.1f MB is not pinned; reading is slower: %s", size_bytes / 1e6, error)
+            text = f"a buffer of {size_bytes / 1e6:.1f} MB is not pinned; reading is slower: {error}"
+            log.warning(text, extra=THIS_RANK)
     return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
 
 
@@ -94,4 +96,5 @@ def unpin(memory: torch.Tensor, device: torch.device) -> None:
         cudart: Any = torch.cuda.cudart()
         status = int(cudart.cudaHostUnregister(memory.data_ptr()))
     if status:
-        log.warning("cudaHostUnregister failed with status %d: the memory stays locked", status)
+        text = f"cudaHostUnregister failed with status {status}: the memory stays locked"
+        log.warning(text, extra=THIS_RANK)

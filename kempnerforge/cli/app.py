@@ -6,13 +6,15 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, NoReturn
 
 import typer
 
-from kempnerforge import __version__
+from kempnerforge import __version__, log_setup
 from kempnerforge.cli.lazy import LazyGroup, Member
 from kempnerforge.errors import EXIT_FAULT, KempnerForgeError
+from kempnerforge.log_setup import LogHandler
 from kempnerforge.printable import PrintableStream, printable
 
 
@@ -27,6 +29,9 @@ class Groups(LazyGroup):
             "evaluate",
             "app",
             "Print the validation loss of a checkpoint, with its stored config and under any layout.",
+        ),
+        "generate": Member(
+            "generate", "app", "Print a prompt and what a checkpoint continues it with, under any layout."
         ),
         "import": Member("weights", "import_app", "Import weights from other formats."),
         "plan": Member(
@@ -90,11 +95,19 @@ def main() -> None:
     # Output contains text from files that other users may have written.
     sys.stdout = PrintableStream(sys.stdout)
     try:
-        app()
+        handler = LogHandler(log_setup.level_from(os.environ), rank=_rank(os.environ))
+        with log_setup.shown_by(handler):
+            app()
     except KempnerForgeError as error:
         _exit(str(error), error.exit_status)
     except OSError as error:
         _exit(f"{error}. Fix this and run the command again", EXIT_FAULT)
+
+
+def _rank(environ: Mapping[str, str]) -> int:
+    """Return the rank of this process under torchrun or srun, for debug lines; else 0."""
+    rank = environ.get("RANK") or environ.get("SLURM_PROCID") or "0"
+    return int(rank) if rank.isdecimal() else 0
 
 
 def _exit(error: str, status: int) -> NoReturn:

@@ -32,10 +32,10 @@ def rollback(
     if run_dir is None:
         raise RunFolderError(f"{run} has steps of an unknown run; give the run's folder")
     if step is None:
-        done = rolling_back.undo(run_dir, note=_log)
+        done = rolling_back.undo(run_dir)
     else:
         with text.progress("verifying") as progress:
-            done = rolling_back.roll_back(run_dir, parse_step(step), note=_log, progress=progress)
+            done = rolling_back.roll_back(run_dir, parse_step(step), progress=progress)
     if as_json:
         text.print_json({"run": str(run_dir), **vars(done)})
         return
@@ -82,7 +82,3 @@ def fork(
         f"{new_run} is a new run that starts at step {done.step} ({text.size(done.size_bytes)}, {how}).\n"
         f"To continue it: run the command of the old run with --run.dir={new_run}"
     )
-
-
-def _log(message: str) -> None:
-    typer.echo(message, err=True)

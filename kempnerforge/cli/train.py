@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from kempnerforge.config.schema import LoadedJob, load_job
 from kempnerforge.errors import EXIT_FINISHED, ConfigError, ConfigIssue
+from kempnerforge.log_setup import level_from
 from kempnerforge.train.termination.signals import StopSignals
 
 USAGE = """\
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         rank, world_size = rank_and_world_size(os.environ)
+        level_from(os.environ)  # before the work of a start, which would be lost
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_status

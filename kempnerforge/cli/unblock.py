@@ -17,7 +17,7 @@ def unblock(run: RunPath) -> None:
     checkpoints = find_run(run)
     if checkpoints.run_dir is None:
         raise RunFolderError(f"{run} has steps of an unknown run; give the run's folder")
-    done = unblocking.unblock(checkpoints.run_dir, note=lambda message: typer.echo(message, err=True))
+    done = unblocking.unblock(checkpoints.run_dir)
     for old, new in done.renamed.items():
         typer.echo(f"{old} -> {new}")
     for name, why in done.left.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +18,9 @@ from kempnerforge.checkpoint.tools import hf_export as exporting
 from kempnerforge.checkpoint.tools import hf_import
 from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_paths import AsJson, StepPath, find_step
-from kempnerforge.errors import DataError, MismatchError
+from kempnerforge.cli.step_tokenizer import find_tokens
+from kempnerforge.data.tokenizer import TOKENIZER
+from kempnerforge.errors import MismatchError
 
 if TYPE_CHECKING:
     from kempnerforge.config.schema import ModelConfig
@@ -29,13 +30,6 @@ if TYPE_CHECKING:
 
 NOT_THERE = ("optimizer", "scheduler", "data", "rng")
 """Parts that a checkpoint of weights alone does not have."""
-TOKENIZER = "tokenizer.json"
-TOKENIZER_FILES = (
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", re.IGNORECASE)
@@ -94,7 +88,9 @@ def export(
     source = find_step(step_dir)
     with read_locks.lock_for_reading(source, what="export"):
         view = StepView.open(source)
-        done = _export_hf(view, out, dtype, max_shard_bytes, tokenizer)
+        done, notes = _export_hf(view, out, dtype, max_shard_bytes, tokenizer)
+    for note in notes:
+        typer.echo(note, err=True)
     if as_json:
         text.print_json({**vars(done), "path": str(done.path), "format": format.value})
         return
@@ -107,29 +103,43 @@ def export(
 
 def _export_hf(
     view: StepView, out: Path, dtype: Dtype | None, max_shard_bytes: int, tokenizer: Path | None
-) -> exporting.Exported:
+) -> tuple[exporting.Exported, list[str]]:
+    """Return the export, and notes on what it lacks."""
     from kempnerforge.model import hf
 
     config = view.config()
     model = _model_of(config, view.path)
     dtype = dtype or _export_dtype(config, view.path)
-    tokens = _tokenizer_files(view, config, model, tokenizer)
-    body = hf.to_hf_config(model, dtype=dtype.torch, eos_token_id=tokens.eos_token_id)
-    generation = {"_from_model_config": True, "eos_token_id": tokens.eos_token_id}
+    notes: list[str] = []
+    tokens = find_tokens(view, config, model, tokenizer, notes.append)
+    if tokens.tokenizer is None:
+        notes.append("the export has no tokenizer")
+    if tokens.eos_token_id is None:
+        notes.append("the export names no end token: transformers generates until max_new_tokens")
+    eos = tokens.eos_token_id if isinstance(tokens.eos_token_id, list) else [tokens.eos_token_id]
+    if "data" in config and (unnamed := tokens.end_tokens.difference(eos)):
+        notes.append(
+            f"documents of the run end with token {unnamed.pop()}, which is not an end token of the "
+            "imported model"
+        )
+    ends = {"bos_token_id": tokens.bos_token_id, "eos_token_id": tokens.eos_token_id}
+    body = hf.to_hf_config(model, dtype=dtype.torch, **ends)
+    generation = tokens.imported.get("generation") or {"_from_model_config": True, **ends}
     with text.progress("exporting") as progress:
-        return exporting.export(
+        done = exporting.export(
             view,
             out,
             hf.tensor_map(model),
             dtype=dtype.safetensors,
             small_files={
                 hf_format.CONFIG: hf_format.json_bytes(body),
-                "generation_config.json": hf_format.json_bytes(generation),
-                **tokens.files,
+                hf_format.GENERATION: hf_format.json_bytes(generation),
+                **(tokens.tokenizer.files() if tokens.tokenizer else {}),
             },
             max_shard_bytes=max_shard_bytes,
             progress=progress,
         )
+    return done, notes
 
 
 @import_app.callback()
@@ -151,7 +161,12 @@ def hf(
     from kempnerforge.model import hf as names
 
     path = folder / hf_format.CONFIG
-    model = names.from_hf_config(hf_format.read_json(path), where=str(path))
+    body = hf_format.read_json(path)
+    model = names.from_hf_config(body, where=str(path))
+    generation = folder / hf_format.GENERATION
+    tokens = names.special_tokens(
+        body, hf_format.read_json(generation) if generation.is_file() else None, where=str(folder)
+    )
     section = render({"model": model.model_dump(mode="json", exclude_none=True)})
     with text.progress("importing") as progress:
         done = hf_import.import_weights(
@@ -159,12 +174,14 @@ def hf(
             out,
             names.tensor_map(model),
             redundant=names.redundant_names(model),
+            special_tokens=tokens,
             config_toml=section,
             progress=progress,
         )
     if as_json:
-        body = {**vars(done), "path": str(done.path), "exclude_from_loading": NOT_THERE, "model": section}
-        text.print_json(body)
+        text.print_json(
+            {**vars(done), "path": str(done.path), "exclude_from_loading": NOT_THERE, "model": section}
+        )
         return
     typer.echo(
         f"{done.path}: {done.num_parameters:,} parameters as fp32, {text.size(done.size_bytes)}\n"
@@ -187,11 +204,16 @@ def _model_of(config: Mapping[str, Any], path: Path) -> ModelConfig:
             f"{path} cannot be exported: it has no config.toml with [model], so its shapes are unknown"
         )
     try:
-        return ModelConfig.model_validate(config["model"])
+        model = ModelConfig.model_validate(config["model"])
     except ValidationError as error:
         first = error.errors()[0]
         what = f"{'.'.join(map(str, ('model', *first['loc'])))}: {first['msg']}"
         raise MismatchError(f"{path}: this version cannot read its config ({what})") from None
+    if not model.is_llama:
+        raise MismatchError(
+            f'{path} cannot be exported: its model is {model.name}, and transformers only has "llama"'
+        )
+    return model
 
 
 def _export_dtype(config: Mapping[str, Any], path: Path) -> Dtype:
@@ -205,60 +227,6 @@ def _export_dtype(config: Mapping[str, Any], path: Path) -> Dtype:
         raise MismatchError(
             f"{path}: checkpoint.export_dtype is {named!r} in its config; give --dtype"
         ) from None
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """The tokenizer files and the end-of-sequence id of an export."""
-
-    eos_token_id: int | None = None
-    files: dict[str, bytes] = field(default_factory=dict)
-
-
-def _tokenizer_files(
-    view: StepView, config: Mapping[str, Any], model: ModelConfig, requested: Path | None
-) -> _Tokens:
-    """Return the requested tokenizer, else the run's. The byte tokenizer has no files."""
-    from kempnerforge.data.tokenizer import BYTES, load_tokenizer
-
-    table, recorded = config.get("data", {}), view.manifest.provenance.tokenizer
-    named = table.get("tokenizer", BYTES) if table.get("text") is not None else None
-    if requested is None and named in (None, BYTES):
-        return _Tokens(load_tokenizer(BYTES).separator_id if named else None)
-    path = (requested or Path(recorded.get("path") or str(named))).expanduser()
-    path = path / TOKENIZER if path.is_dir() else path
-    if requested is None and not path.is_file():
-        typer.echo(
-            f"the run's tokenizer {path} does not exist, so none is exported; give --tokenizer FILE", err=True
-        )
-        return _Tokens()
-    loaded = load_tokenizer(str(path))
-    if loaded.vocab_size > model.vocab_size:
-        raise DataError(
-            f"tokenizer {path} has {loaded.vocab_size} ids, but the model has {model.vocab_size}: it is not "
-            "the model's tokenizer"
-        )
-    _compare_tokenizer(path, loaded.digest, recorded.get("digest"), is_requested=requested is not None)
-    files = {TOKENIZER: path.read_bytes()}
-    for name in TOKENIZER_FILES[1:]:
-        if path.with_name(name).is_file():
-            files[name] = path.with_name(name).read_bytes()
-    return _Tokens(loaded.separator_id, files)
-
-
-def _compare_tokenizer(path: Path, digest: str, recorded: str | None, *, is_requested: bool) -> None:
-    """Compare with the tokenizer of the run. Raises DataError if they differ, unless it was requested."""
-    if recorded is None:
-        typer.echo(f"cannot check that {path} is the tokenizer of the run: the step records none", err=True)
-    elif digest != recorded and is_requested:
-        typer.echo(
-            f"{path} is not the tokenizer that the run was trained with; it is used as requested", err=True
-        )
-    elif digest != recorded:
-        raise DataError(
-            f"{path} is not the tokenizer that the run was trained with: its digest is {digest}, and was "
-            f"{recorded}. Restore the old file, or give --tokenizer FILE, which is used without this check"
-        )
 
 
 def _parse_size(given: str) -> int:

@@ -5,6 +5,7 @@ A prepared folder::
     index.json           written last; the folder appears under its name only when it is complete
     train_00000.bin      raw little-endian uint16 or uint32 token ids
     val_00000.bin        the held-out documents
+    tokenizer.json       the tokenizer and the files that belong to it, unless it is that of bytes
 """
 
 from __future__ import annotations

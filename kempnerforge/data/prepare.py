@@ -19,7 +19,7 @@ import numpy as np
 from kempnerforge.data.corpus import Corpus, read_document, scan_corpus
 from kempnerforge.data.index import FORMAT, INDEX_NAME, Index, SplitEntry, json_digest
 from kempnerforge.data.shard_writer import ShardWriter
-from kempnerforge.data.tokenizer import Tokenizer, token_dtype
+from kempnerforge.data.tokenizer import BYTES, Tokenizer, token_dtype
 from kempnerforge.data.train_val_split import DocumentPart, line_end_before, split_documents
 from kempnerforge.errors import DataError
 from kempnerforge.fsio import fsync_folder, make_folder, new_folder, publish, write_new_file
@@ -115,6 +115,9 @@ class _Preparation:
             new_folder(temporary)
             try:
                 index = self._write_splits(temporary)
+                if self.tokenizer.name != BYTES:
+                    for name, data in self.tokenizer.files().items():
+                        write_new_file(temporary / name, data)
                 write_new_file(temporary / INDEX_NAME, index.to_json())
                 fsync_folder(temporary)
                 published = _publish_first(temporary, folder)

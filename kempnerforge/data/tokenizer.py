@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import xxhash
 
+from kempnerforge.data.text_decoder import ByteDecoder, TextDecoder, WindowDecoder
 from kempnerforge.errors import DataError
+from kempnerforge.fsio import GIT_LFS_POINTER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as TokenizersTokenizer
@@ -32,6 +34,14 @@ EOS_NAMES = (
     "[EOS]",
 )
 """End-of-text tokens of well-known models, tried in this order when no file names one."""
+
+BYTES_EOS = "<|endoftext|>"
+"""The separator of the byte tokenizer in the files that it exports."""
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SIBLINGS = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
+"""Files beside a ``tokenizer.json`` that belong to it."""
 
 
 class Tokenizer(Protocol):
@@ -70,6 +80,14 @@ class Tokenizer(Protocol):
         """Return the ids of every text, as :meth:`encode` does."""
         ...
 
+    def decoder(self, context: Sequence[int] = ()) -> TextDecoder:
+        """Return a decoder of the ids that follow ``context``."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files from which other programs load this tokenizer, by name."""
+        ...
+
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the smallest little-endian type for all ids: uint16 up to 65,536 ids, else uint32."""
@@ -98,6 +116,45 @@ class ByteTokenizer:
         """Return the ids of every text, uint16 [num_bytes] each."""
         return [self.encode(text) for text in texts]
 
+    def decoder(self, context: Sequence[int] = ()) -> TextDecoder:
+        """Return a decoder of bytes. ``context`` changes nothing."""
+        return ByteDecoder()
+
+    def files(self) -> dict[str, bytes]:
+        """Return a ``tokenizer.json`` with the same ids, and its ``tokenizer_config.json``.
+
+        There, the separator is the special token ``BYTES_EOS``, and is put before every text, as it
+        stands before every document in training.
+        """
+        special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": False,
+            "use_regex": False,
+        }
+        separator = {"SpecialToken": {"id": BYTES_EOS, "type_id": 0}}
+        body = {
+            "version": "1.0",
+            "added_tokens": [{"id": self.separator_id, "content": BYTES_EOS, **special, "special": True}],
+            "pre_tokenizer": byte_level,
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [separator, {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [separator, *({"Sequence": {"id": name, "type_id": 0}} for name in "AB")],
+                "special_tokens": {
+                    BYTES_EOS: {"id": BYTES_EOS, "ids": [self.separator_id], "tokens": [BYTES_EOS]}
+                },
+            },
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "vocab": {char: byte for byte, char in _byte_characters()},
+                "merges": [],
+            },
+        }
+        return {TOKENIZER: _json_bytes(body), TOKENIZER_CONFIG: _config_bytes(BYTES_EOS, bos=BYTES_EOS)}
+
 
 class HfTokenizer:
     """A Hugging Face fast tokenizer from its ``tokenizer.json``.
@@ -114,12 +171,14 @@ class HfTokenizer:
     def __init__(self, path: Path) -> None:
         self.path = path
         raw = _read_tokenizer_file(path)
+        self._raw = raw
         self._tokenizer = _parse_tokenizer(path, raw)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise DataError(f"{path}: the tokenizer has an empty vocabulary")
         self.vocab_size: int = max(vocabulary.values()) + 1
-        self.separator_id: int = vocabulary[_find_eos(path, vocabulary)]
+        self._eos = _find_eos(path, vocabulary)
+        self.separator_id: int = vocabulary[self._eos]
         self.name = f"{path.parent.name}/{path.name}" if path.parent.name else path.name
         self.digest: str = xxhash.xxh3_128_hexdigest(raw + b"\0separator %d" % self.separator_id)
         self._dtype = token_dtype(self.vocab_size).newbyteorder("=")
@@ -134,6 +193,25 @@ class HfTokenizer:
         strings = [text.decode("utf-8", errors="replace") for text in texts]
         encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=self._dtype) for encoding in encodings]
+
+    def decoder(self, context: Sequence[int] = ()) -> TextDecoder:
+        """Return a decoder of the ids that follow ``context``, which decides on spaces between words."""
+        return WindowDecoder(self._tokenizer, context)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the file and those that belong to it. Without a ``tokenizer_config.json``, make one.
+
+        Raises :class:`DataError` if one of them cannot be read.
+        """
+        files = {TOKENIZER: self._raw}
+        for name in SIBLINGS:
+            try:
+                files[name] = self.path.with_name(name).read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise DataError(f"{self.path.with_name(name)}: cannot be read: {error.strerror}") from error
+        return {TOKENIZER_CONFIG: _config_bytes(self._eos), **files}
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -150,12 +228,29 @@ def tokenizer_path(spec: str) -> Path | None:
     if spec == BYTES:
         return None
     path = Path(spec).expanduser()
-    return path / "tokenizer.json" if path.is_dir() else path
+    return path / TOKENIZER if path.is_dir() else path
+
+
+def _byte_characters() -> list[tuple[int, str]]:
+    """Return the character that stands for each byte in byte-level tokenizers, as GPT-2 defined them."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [(byte, chr(byte) if byte in shown else chr(256 + hidden.index(byte))) for byte in range(256)]
+
+
+def _config_bytes(eos: str, *, bos: str | None = None) -> bytes:
+    """Return a ``tokenizer_config.json`` that names the special tokens."""
+    names = {"bos_token": bos} if bos else {}
+    return _json_bytes({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, **names})
+
+
+def _json_bytes(body: dict[str, Any]) -> bytes:
+    return (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _read_tokenizer_file(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
             f"tokenizer {path}: no such file. Give the path of a Hugging Face tokenizer.json, "
@@ -163,6 +258,9 @@ def _read_tokenizer_file(path: Path) -> bytes:
         ) from None
     except OSError as error:
         raise DataError(f"tokenizer {path}: cannot be read: {error.strerror}") from error
+    if raw.startswith(GIT_LFS_POINTER):
+        raise DataError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in its folder")
+    return raw
 
 
 def _parse_tokenizer(path: Path, raw: bytes) -> TokenizersTokenizer:
@@ -180,7 +278,7 @@ def _parse_tokenizer(path: Path, raw: bytes) -> TokenizersTokenizer:
 
 def _find_eos(path: Path, vocabulary: dict[str, int]) -> str:
     """Return the end-of-text token that a file beside ``path`` names, else the first well-known one."""
-    for sibling in ("tokenizer_config.json", "special_tokens_map.json"):
+    for sibling in SIBLINGS[:2]:
         named = _named_eos(path.with_name(sibling))
         if named is None:
             continue

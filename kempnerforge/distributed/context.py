@@ -8,6 +8,7 @@ else may use it, so that a decision is never queued behind a gradient and never 
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import socket
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from kempnerforge import hostlist
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import ConfigError, ConfigIssue
 from kempnerforge.torch_compat import c10d_world
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,11 @@ class DistributedContext:
         dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
         control = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(control, dist.ProcessGroup)
+        log.debug(
+            "joined %d ranks at %s:%s with %s, as %s of %s",
+            *(info.num_ranks, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]),
+            *(backend, device, socket.gethostname()),
+        )
         return cls(info, device, ControlGroup(control))
 
     def close(self) -> None:

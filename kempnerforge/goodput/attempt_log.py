@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from kempnerforge.errors import (
 from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.event_log import Ledger
 from kempnerforge.goodput.faults import is_peer_loss
+from kempnerforge.log_setup import THIS_RANK
 from kempnerforge.write_behind import WriteBehind
+
+log = logging.getLogger(__name__)
 
 END_WAIT_S = 5.0
 _SPACING = 0.02
@@ -29,15 +32,14 @@ class AttemptLog:
 
     Nothing is written before ``open``, which only rank 0 calls. Events of the loop are written on a
     thread (``write_behind``), so that training does not wait for a slow file system. If the ledger
-    cannot be written, the run continues and ``warn`` is called once.
+    cannot be written, the run continues and one warning is logged.
 
     Args:
         started: start of the attempt in seconds since the epoch.
         first_part: the phase of the setup that took the time from ``started`` until now.
-        warn: called with the error that made the record incomplete.
     """
 
-    def __init__(self, started: float, *, first_part: str, warn: Callable[[OSError], None]) -> None:
+    def __init__(self, started: float, *, first_part: str) -> None:
         self.started = started
         self._lap = time.perf_counter()
         self._setup_s: dict[str, float] = {first_part: max(0.0, time.time() - started)}
@@ -45,7 +47,6 @@ class AttemptLog:
         self._ledger: Ledger | None = None
         self._healthy_from: tuple[int, int] | None = None
         self._loop_began = self._last_progress = 0.0
-        self._warn = warn
         self._has_warned = False
         self._queue = WriteBehind("ledger", failed=self._failed)
 
@@ -123,10 +124,10 @@ class AttemptLog:
         self.warn(error if isinstance(error, OSError) else OSError(errno.EIO, str(error)))
 
     def warn(self, error: OSError) -> None:
-        """Report that the record is incomplete, once."""
+        """Log that the record is incomplete, once."""
         if not self._has_warned:
             self._has_warned = True
-            self._warn(error)
+            log.warning("the record of this attempt is not complete: %s", error, extra=THIS_RANK)
 
 
 def end_kind(status: int, reason: str, error: BaseException | None) -> str:

@@ -1,5 +1,7 @@
 """Names, shapes and configuration of Hugging Face's Llama, converted to and from ours.
 
+A Mistral without a sliding window is the same computation under the same names, and can be imported.
+
 The two differ only in the order of rows in the query and key projections. We rotate the
 neighbouring channels (2i, 2i + 1) of a head together, as Meta's weights do. Hugging Face rotates
 the channels i and i + E / 2 of a head of width E. So its row i is our row 2i, and its row i + E / 2
@@ -54,15 +56,25 @@ _REQUIRED = (
     "intermediate_size",
     "vocab_size",
 )
-_DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
-"""Defaults of transformers that differ from ours."""
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+}
+"""Defaults of transformers that differ from ours, for keys that are missing."""
 _ROPE_THETA = 10000.0
+_BOS, _EOS = 1, 2
+"""Defaults of transformers, for both architectures."""
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "sliding_window": (),
     "quantization_config": (),
     "rope_interleaved": (False,),
     "partial_rotary_factor": (1,),
@@ -121,7 +133,13 @@ def redundant_names(config: ModelConfig) -> dict[str, str]:
     return {**tables, _OUTPUT[1]: _EMBEDDING[1]} if config.tie_embeddings else tables
 
 
-def to_hf_config(config: ModelConfig, *, dtype: str, eos_token_id: int | None) -> dict[str, Any]:
+def to_hf_config(
+    config: ModelConfig,
+    *,
+    dtype: str,
+    eos_token_id: int | list[int] | None,
+    bos_token_id: int | None = None,
+) -> dict[str, Any]:
     """Return the content of ``config.json`` for ``LlamaForCausalLM``.
 
     ``dtype`` is a torch name such as ``bfloat16``. The older spelling (``rope_theta``,
@@ -153,7 +171,7 @@ def to_hf_config(config: ModelConfig, *, dtype: str, eos_token_id: int | None) -
         "attention_dropout": 0.0,
         # transformers accepts at most 1.0, and uses it only for missing weights.
         "initializer_range": min(config.init_std, 1.0),
-        "bos_token_id": None,
+        "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": None,
         "use_cache": True,
@@ -166,12 +184,13 @@ def from_hf_config(hf: Mapping[str, Any], *, where: str) -> ModelConfig:
 
     Raises ConfigError with every reason why our decoder cannot compute the model.
     """
-    issues = _architecture_issues(hf)
-    given = {key: value for key, value in hf.items() if value is not None}
-    issues += [ConfigIssue(key, "is missing") for key in _REQUIRED if key not in given]
-    rope, rope_issues = _rope(given)
+    # A key that is missing has the default, and null has the meaning of None.
+    values = {**_DEFAULTS.get(str(hf.get("model_type")), {}), **hf}
+    values = {key: value for key, value in values.items() if value is not None}
+    issues = _architecture_issues(values)
+    issues += [ConfigIssue(key, "is missing") for key in _REQUIRED if key not in values]
+    rope, rope_issues = _rope(values)
     issues += rope_issues
-    values = {**_DEFAULTS, **given}
     tree = {ours: values[theirs] for ours, theirs in _KEYS.items() if theirs in values} | rope
     model: ModelConfig | None = None
     try:
@@ -187,18 +206,50 @@ def from_hf_config(hf: Mapping[str, Any], *, where: str) -> ModelConfig:
     return model
 
 
+def special_tokens(
+    hf: Mapping[str, Any], generation: Mapping[str, Any] | None, *, where: str
+) -> dict[str, Any]:
+    """Return the special tokens and generation settings of a model, as exports of it have them.
+
+    ``hf`` is its ``config.json``, and ``generation`` its ``generation_config.json`` if it has one,
+    whose special tokens precede, as in transformers. Raises ConfigError.
+    """
+    settings = {key: value for key, value in (generation or {}).items() if key != "transformers_version"}
+    found = {
+        "eos_token_id": settings.get("eos_token_id", hf.get("eos_token_id", _EOS)),
+        "bos_token_id": settings.get("bos_token_id", hf.get("bos_token_id", _BOS)),
+    }
+    issues = []
+    for key, value in found.items():
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if not all(token is None or (type(token) is int and token >= 0) for token in ids):
+            issues.append(ConfigIssue(key, f"{value!r} is not a token id"))
+    if issues:
+        raise ConfigError(issues, where=where)
+    return {**found, "generation": settings or {"_from_model_config": True, **found}}
+
+
 def _architecture_issues(hf: Mapping[str, Any]) -> list[ConfigIssue]:
     """Return the keys that describe another architecture."""
     issues = []
-    if hf.get("model_type") != "llama":
-        issues.append(
-            ConfigIssue("model_type", f"is {hf.get('model_type')!r}", "only 'llama' can be imported")
-        )
+    known = _ARCHITECTURES.get(str(hf.get("model_type")))
+    if known is None:
+        allowed = f"only {' and '.join(map(repr, _ARCHITECTURES))} can be imported"
+        issues.append(ConfigIssue("model_type", f"is {hf.get('model_type')!r}", allowed))
     architectures = hf.get("architectures")
-    if architectures and "LlamaForCausalLM" not in architectures:
-        issues.append(
-            ConfigIssue("architectures", f"are {architectures!r}", "only LlamaForCausalLM can be imported")
+    if known and architectures and known not in architectures:
+        issues.append(ConfigIssue("architectures", f"are {architectures!r}", f"only {known} can be imported"))
+    window, length = hf.get("sliding_window"), hf.get("max_position_embeddings", 0)
+    # A window that no sequence exceeds is none.
+    if window is not None and not (isinstance(window, int) and isinstance(length, int) and window >= length):
+        can_be = (
+            f"it must be null, or at least max_position_embeddings {length}. With a lower "
+            "max_position_embeddings in config.json, the model can be imported for shorter sequences"
         )
+        issues.append(ConfigIssue("sliding_window", f"is {window!r}", can_be))
+    layer_types = hf.get("layer_types", [])
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        issues.append(ConfigIssue("layer_types", "are not all 'full_attention'", "this cannot be imported"))
     for key, allowed in _ALLOWED.items():
         value = hf.get(key)
         if value is not None and value not in allowed:
@@ -209,11 +260,17 @@ def _architecture_issues(hf: Mapping[str, Any]) -> list[ConfigIssue]:
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:
-    """Read ``rope_theta`` and ``rope_scaling`` in the new spelling (``rope_parameters``) or the old one."""
-    key = "rope_parameters" if "rope_parameters" in hf else "rope_scaling"
+    """Read ``rope_theta`` and ``rope_scaling`` in the new spelling (``rope_parameters``) or the old one.
+
+    With both, a ``rope_scaling`` that is not empty replaces ``rope_parameters``, as in transformers.
+    """
+    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     table = hf.get(key, {})
     if not isinstance(table, Mapping):
         return {}, [ConfigIssue(key, f"{table!r} is not a table")]
+    if nested := [name for name, value in table.items() if isinstance(value, Mapping)]:
+        problem = f"has a table of its own for {nested[0]!r}"
+        return {}, [ConfigIssue(key, problem, "only one table for all layers can be imported")]
     rope = {"rope_theta": table.get("rope_theta", hf.get("rope_theta", _ROPE_THETA))}
     if table.get("partial_rotary_factor", 1) != 1:
         problem = f"is {table['partial_rotary_factor']!r}"
@@ -225,4 +282,7 @@ def _rope(hf: Mapping[str, Any]) -> tuple[dict[str, Any], list[ConfigIssue]]:
         return rope, [
             ConfigIssue(f"{key}.rope_type", f"is {kind!r}", "only 'default' and 'llama3' can be imported")
         ]
-    return {**rope, "rope_scaling": {name: table[name] for name in _LLAMA3 if name in table}}, []
+    original = "original_max_position_embeddings"
+    length = hf.get(original, table.get(original, hf.get("max_position_embeddings")))
+    scaling = {name: table[name] for name in _LLAMA3 if name in table}
+    return {**rope, "rope_scaling": {**scaling, original: length}}, []

@@ -39,12 +39,21 @@ class ConsoleSink:
         max_steps: the last step of the run, for progress and ETA.
         log_interval: steps between plain lines. The progress line on a terminal shows every step.
         file: the output file; standard output by default.
+        has_progress_line: whether to rewrite a progress line on a terminal.
     """
 
-    def __init__(self, max_steps: int, log_interval: int, *, file: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        max_steps: int,
+        log_interval: int,
+        *,
+        file: TextIO | None = None,
+        has_progress_line: bool = True,
+    ) -> None:
         self._console = _PipeSafeConsole(file=file or sys.stdout, highlight=False, emoji=False)
         # Not rich's is_terminal: FORCE_COLOR would put control codes into log files.
-        self._live = self._console.file.isatty() and not self._console.is_dumb_terminal
+        is_terminal = self._console.file.isatty() and not self._console.is_dumb_terminal
+        self._live = has_progress_line and is_terminal
         self._bar_glyphs = "#-" if self._console.options.ascii_only else "━━"
         self._max_steps = max_steps
         self._log_interval = log_interval

@@ -17,16 +17,19 @@ prefix of a JSON object is a JSON object.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kempnerforge import fsio
 from kempnerforge.telemetry.sinks import Row
 from kempnerforge.write_behind import WriteBehind
+
+log = logging.getLogger(__name__)
 
 CLOSE_WAIT_S = 5.0
 """How long the end of a run waits for rows that are not written yet."""
@@ -35,21 +38,19 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JsonlSink:
-    """Appends rows to ``path``. A full disk loses rows and causes one warning, but does not stop the run.
+    """Appends rows to ``path``. A full disk loses rows and is logged once, but does not stop the run.
 
     Args:
         path: the file. Its folder must exist.
         attempt: number of this start of the run, from 1. Written to every row.
-        warn: called once when rows start to be lost, and once when writing works again.
 
     Raises:
         OSError: the file cannot be opened or repaired.
     """
 
-    def __init__(self, path: Path, attempt: int, *, warn: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, attempt: int) -> None:
         self._path = path
         self._attempt = attempt
-        self._warn = warn
         self._lost_rows = 0
         self._fd = fsio.open_file(path, os.O_RDWR | os.O_APPEND)
         self._torn = _ends_torn(self._fd)
@@ -77,13 +78,13 @@ class JsonlSink:
         if written < len(data):
             self._lose_row(f"only {written} of {len(data)} bytes were written")
         elif self._lost_rows:
-            self._warn(f"{self._path}: writing works again; {self._lost_rows} rows are missing")
+            log.warning(f"{self._path}: writing works again; {self._lost_rows} rows are missing")
             self._lost_rows = 0
 
     def close(self) -> None:
         """Write the queued rows, for ``CLOSE_WAIT_S`` at most, and close the file."""
         if left := self.flush(CLOSE_WAIT_S):
-            self._warn(
+            log.warning(
                 f"{self._path}: {left} rows are lost: not written within {CLOSE_WAIT_S:g} s of the end"
             )
         else:
@@ -92,7 +93,7 @@ class JsonlSink:
     def _lose_row(self, why: str) -> None:
         self._lost_rows += 1
         if self._lost_rows == 1:
-            self._warn(f"{self._path}: cannot write metrics ({why}); rows are lost until it works again")
+            log.warning(f"{self._path}: cannot write metrics ({why}); rows are lost until it works again")
 
 
 class RowsRead(NamedTuple):

@@ -15,6 +15,7 @@ logs them again from ``metrics.jsonl`` (``catch_up``).
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 import sys
@@ -26,6 +27,8 @@ from urllib.parse import urlsplit
 from kempnerforge import fsio
 from kempnerforge.telemetry import wandb_fragments
 from kempnerforge.telemetry.sinks import Row
+
+log = logging.getLogger(__name__)
 
 _Mode = Literal["online", "offline", "disabled", "shared", "dryrun", "run"]
 _INIT_TIMEOUT_S = 30.0
@@ -60,8 +63,6 @@ class WandbSink:
         first_new_step: 1 + the newest step that earlier attempts have logged under ``run_id``
             (``read_rows(...).next_step(...)``). Rows below it are skipped until ``catch_up`` has
             read which steps are on disk. Online, the server's newest step is used instead.
-        note: called with a line that says where the rows are logged.
-        warn: called once if wandb cannot be used, or fails later.
     """
 
     def __init__(
@@ -75,14 +76,10 @@ class WandbSink:
         *,
         place: Mapping[str, Any],
         first_new_step: int,
-        note: Callable[[str], None],
-        warn: Callable[[str], None],
     ) -> None:
         self._run_dir = run_dir
         self._attempt = attempt
         self._place = place
-        self._note = note
-        self._warn = warn
         self._has_noted_repeats = False
         self._run = self._start(
             {"dir": str(run_dir), "project": project, "name": name, "id": run_id, "config": dict(config)}
@@ -131,7 +128,7 @@ class WandbSink:
                 self._run_dir, run.id, self._attempt, earlier.newest_steps
             )
         except Exception as error:  # noqa: BLE001 - another version of wandb may raise anything
-            self._note(f"wandb: the files on disk cannot be read; rows may be missing: {first_line(error)}")
+            log.info(f"wandb: the files on disk cannot be read; rows may be missing: {first_line(error)}")
             return self._first_new_step
 
     def close(self) -> None:
@@ -146,7 +143,7 @@ class WandbSink:
     def _note_repeats(self) -> None:
         if not self._has_noted_repeats:
             self._has_noted_repeats = True
-            self._note(
+            log.info(
                 f"wandb: an earlier attempt has logged up to step {self._first_new_step - 1}; "
                 "repeated steps up to there are written to metrics.jsonl only"
             )
@@ -162,7 +159,7 @@ class WandbSink:
             online_run = self._start_online(identity) if has_key(settings) else None
             return online_run or self._init(identity, mode="offline")
         except Exception as error:  # noqa: BLE001 - whatever wandb raises, training continues
-            self._warn(f"wandb could not start, so nothing is logged there: {first_line(error)}")
+            log.warning(f"wandb could not start, so nothing is logged there: {first_line(error)}")
             return None
 
     def _start_online(self, identity: dict[str, Any]) -> Any:
@@ -171,7 +168,9 @@ class WandbSink:
         try:
             return self._init(identity, mode="online")
         except (wandb.Error, TimeoutError) as error:
-            self._warn(f"wandb cannot be used online, so this attempt is logged offline: {first_line(error)}")
+            log.warning(
+                f"wandb cannot be used online, so this attempt is logged offline: {first_line(error)}"
+            )
             # The wandb service still holds the run id of the failed attempt to connect.
             wandb.teardown(1)
             wandb.setup(wandb.Settings(silent=True))
@@ -201,9 +200,9 @@ class WandbSink:
         )
         if run.offline:
             wandb_fragments.mark(Path(run.settings.sync_dir), self._attempt)
-            self._note(f"wandb: offline; to upload: kempnerforge wandb sync {identity['dir']}")
+            log.info(f"wandb: offline; to upload: kempnerforge wandb sync {identity['dir']}")
         elif not run.disabled:
-            self._note(f"wandb: {run.url}")
+            log.info(f"wandb: {run.url}")
         return run
 
     def _guarded(self, call: Callable[[Any], object]) -> None:
@@ -213,7 +212,7 @@ class WandbSink:
             call(self._run)
         except Exception as error:  # noqa: BLE001 - whatever wandb raises, training continues
             self._run = None
-            self._warn(
+            log.warning(
                 f"wandb failed and is disabled: {first_line(error)}. "
                 f"To upload the missing rows: kempnerforge wandb sync {self._run_dir}"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,7 +28,7 @@ class AttemptRecorder:
         # After a restart by torchrun, the attempt began with this process and not with torchrun.
         is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         started = attempt_started({}) if is_restart else attempt_started()
-        self._log = AttemptLog(started, first_part="launch", warn=_warn)
+        self._log = AttemptLog(started, first_part="launch")
         self._faults: FaultFile | None = None
 
     def end_phase(self, part: str) -> None:
@@ -139,8 +138,3 @@ def _newest_step(checkpoints: Path, folder: Path) -> int | None:
         raise UnreachableCheckpointError(
             f"{checkpoints} cannot be read: {error}. Check the file system, then start the same command again"
         ) from error
-
-
-def _warn(error: OSError) -> None:
-    """Log a warning. A full disk may cost part of the record, but must not end the run."""
-    print(f"warning: the record of this attempt is not complete: {error}", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,14 +116,12 @@ def validation_loss(
     return None if interruptible.interrupted else loss
 
 
-def evaluate_step(
-    job: JobConfig, step_folder: Path, *, note: Callable[[str], None] = lambda _text: None
-) -> Evaluation:
+def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     """Return the validation loss of the checkpoint in ``step_folder`` under the layout of ``job``.
 
     Where bitwise equality is promised, it has the same bits as the ``eval/loss`` that training
     logged at that step. The function takes no lease. It adds only a read lock to the run's folder,
-    and removes it again. Rank 0 calls ``note`` with messages.
+    and removes it again.
 
     Collective: all ranks. The process groups are joined at the beginning and left at the end.
     Blocks: until all ranks are done. Raises ConfigError, DataError and CheckpointError on all
@@ -131,11 +129,9 @@ def evaluate_step(
     """
     set_determinism(job.train.deterministic)
     world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
-    if world.rank != 0:
-        note = _ignore
     started = time.perf_counter()
     geometry = job.geometry(world.num_ranks)
-    dataset = open_data(job, world, StopSignals(), note=note)
+    dataset = open_data(job, world, StopSignals())
     model = build_model(job, geometry, rank=world.rank, device=world.device, init_weights=False)
     # Plain SGD has no state. No update is made.
     optimizer = torch.optim.SGD([param for part in model.parts for param in part.parameters()])
@@ -149,7 +145,9 @@ def evaluate_step(
             lambda: fingerprint(dataset, "train", job.train.seq_len, seed)
         ),
     )
-    candidate, data_changes = _load(step_folder, state, world)
+    candidate, data_changes = load_model(
+        step_folder, state, world, parts=("model", "data"), what="kempnerforge eval"
+    )
     step = model.step(optimizer, geometry, job.train)
     loss = validation_loss(step, dataset.split("val", job.train.seq_len), job, geometry, rank=world.rank)
     assert loss is not None
@@ -166,17 +164,19 @@ def evaluate_step(
     )
 
 
-def _load(step_folder: Path, state: TrainState, world: DistributedContext) -> tuple[Candidate, list[str]]:
-    """Load the model of ``state`` from the step, which rank 0 locks for reading meanwhile.
+def load_model(
+    step_folder: Path, state: TrainState, world: DistributedContext, *, parts: Sequence[str], what: str
+) -> tuple[Candidate, list[str]]:
+    """Load ``parts`` of ``state`` from the step, which rank 0 locks for reading meanwhile.
 
-    Return the step, and the differences between its data and the current ones. Collective: all
-    ranks.
+    Return the step, and with "data" in ``parts`` the differences between its data and the current
+    ones. ``what`` describes the reader in the lock. Collective: all ranks.
     """
     context = RunContext(allow_changed_data=True, explain_data=explain_difference)
     with contextlib.ExitStack() as stack:
 
         def take() -> Candidate:
-            stack.enter_context(read_locks.lock_for_reading(step_folder, what="kempnerforge eval"))
+            stack.enter_context(read_locks.lock_for_reading(step_folder, what=what))
             step = paths.step_number(step_folder.name)
             return candidates.with_retries(
                 lambda: candidates.inspect(step_folder, step=step), what=str(step_folder)
@@ -189,7 +189,7 @@ def _load(step_folder: Path, state: TrainState, world: DistributedContext) -> tu
                 state,
                 same_layout=False,
                 rank=world.rank,
-                parts=("model", "data"),
+                parts=parts,
                 context=context,
             ),
             world.control,
@@ -198,8 +198,5 @@ def _load(step_folder: Path, state: TrainState, world: DistributedContext) -> tu
         error = DamagedCheckpointError(f"{outcome}. It was left as it is; choose another step of that run.")
         error.agreed = True
         raise error
+    outcome.targets.apply()
     return found, outcome.data_changes
-
-
-def _ignore(_text: str) -> None:
-    """Drop a message, on ranks other than 0."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from kempnerforge.train.setup import Run
 from kempnerforge.train.step import UpdateResult
 from kempnerforge.train.step_consensus import StepDecision
 
+log = logging.getLogger(__name__)
+
 
 def train(run: Run) -> str | None:
     """Resume, then train until ``max_steps`` or until all ranks agree to stop.
@@ -31,9 +34,9 @@ def train(run: Run) -> str | None:
             RunFolderError(f"{ckpt.folder}: its committed steps disappeared during the start")
         )
     for line in receipt.lines():
-        reports.note(line)
+        log.info(line)
     if receipt.space_warning:
-        reports.warn(receipt.space_warning)
+        log.warning(receipt.space_warning)
     reports.receipt(dataclasses.asdict(receipt))
     run.recorder.resumed(
         step=state.step,
@@ -64,7 +67,7 @@ def train(run: Run) -> str | None:
                 state.advance(tokens=batch.num_tokens, cursor=cursor, skipped=update.skipped)
             ckpt.record_metrics(state.step, {"train/loss": update.loss})
             if message := replay_check.compare(state.step, update.loss):
-                reports.note(message)
+                log.info(message)
             timings = spans.collect()
             run.recorder.stepped(state.step, state.skipped_steps, timings)
             reports.write(_row(run, update, lr, batch.num_tokens, batch.digest, timings))
@@ -112,7 +115,7 @@ def _validate(run: Run) -> str | None:
         _report_saves(run)
     if evaluate(run):
         return None
-    run.reports.note(f"the validation of step {run.state.step} was interrupted, because the run is stopping")
+    log.info(f"the validation of step {run.state.step} was interrupted, because the run is stopping")
     return _stop_if_agreed(run)
 
 
@@ -126,9 +129,9 @@ def _save_if_agreed(run: Run) -> StepDecision:
         run.ckpt.save(run.state, wait=agreed.stop is not None, reason=agreed.save)
     _report_saves(run)
     if message := run.ckpt.status_message():
-        run.reports.note(message)
+        log.info(message)
     if news := stopping.step_begins():
-        run.reports.note(news)
+        log.info(news)
     return agreed
 
 
@@ -145,27 +148,27 @@ def _log_margin(run: Run) -> None:
     """Log how much time was left when the run stopped with its last step committed."""
     if (left_s := run.control.stopping.left_s) is not None:
         run.reports.write({"step": run.state.step, "deadline/margin_s": left_s})
-        run.reports.note(f"deadline: {left_s:.1f} s were left")
+        log.info(f"deadline: {left_s:.1f} s were left")
 
 
 def _report_saves(run: Run) -> None:
     run.recorder.record(run.ckpt.events())
     for report in run.ckpt.poll():
         if report.error:
-            run.reports.warn(f"{report.error}; training continues")
+            log.warning(f"{report.error}; training continues")
         if report.skipped:
-            run.reports.warn(report.skipped)
+            log.warning(report.skipped)
         run.reports.write({"step": run.state.step, **report.row()})
         run.recorder.saved(report)
         if report.total_s:
             run.progress.saved(report.total_s)
             run.control.stopping.saved(report.total_s)
         for warning in report.warnings:
-            run.reports.warn(warning)
+            log.warning(warning)
         if warning := run.ckpt.lease_warning():
-            run.reports.warn(f"the lease of this run cannot be renewed: {warning}")
+            log.warning(f"the lease of this run cannot be renewed: {warning}")
     for warning in run.ckpt.warnings():
-        run.reports.warn(warning)
+        log.warning(warning)
 
 
 def evaluate(run: Run) -> bool:

@@ -1,7 +1,8 @@
-"""All output of a run: its metric sinks and its console."""
+"""The metric sinks of a run."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,21 +19,21 @@ from kempnerforge.telemetry.sinks import Sink, SinkSet
 from kempnerforge.telemetry.wandb_sink import Earlier, WandbSink, attempt_config
 from kempnerforge.train.replay_check import ReplayCheck
 
+log = logging.getLogger(__name__)
+
 
 class Reports:
-    """All output of a run. On ranks other than 0 it has no sinks, so that the loop needs no rank test."""
+    """The metric sinks of a run. Ranks other than 0 have none, so that the loop needs no rank test."""
 
     def __init__(
         self,
         sinks: SinkSet,
         *,
-        console: ConsoleSink | None = None,
         wandb: WandbSink | None = None,
         metrics: Path | None = None,
         earlier: Callable[[], Earlier] = lambda: Earlier({}, {}, {}),
     ) -> None:
         self._sinks = sinks
-        self._console = console
         self._wandb = wandb
         self._metrics = metrics
         self._earlier = earlier
@@ -40,16 +41,6 @@ class Reports:
     def write(self, row: Mapping[str, Any]) -> None:
         """Write a row of metrics to all sinks."""
         self._sinks.write(row)
-
-    def note(self, text: str) -> None:
-        """Print an informational message on the console."""
-        if self._console is not None:
-            self._console.note(text)
-
-    def warn(self, text: str) -> None:
-        """Print a warning on the console."""
-        if self._console is not None:
-            self._console.warn(text)
 
     def receipt(self, receipt: Mapping[str, Any]) -> None:
         """Upload a resume receipt to wandb, and the metrics of earlier attempts that wandb lacks."""
@@ -62,7 +53,7 @@ class Reports:
         try:
             return ReplayCheck.of(self._metrics, receipt) if self._metrics is not None else ReplayCheck()
         except OSError as error:
-            self.warn(f"losses are not compared with those before the resume: {error}")
+            log.warning(f"losses are not compared with those before the resume: {error}")
             return ReplayCheck()
 
     def lacks_validation(self, receipt: Receipt) -> bool:
@@ -75,7 +66,7 @@ class Reports:
             attempts = {row["attempt"]: row["step"] for row in read_receipts(self._metrics.parent)}
             rows = effective_rows(read_rows(self._metrics, having="eval/loss").rows, attempts)
         except OSError as error:
-            self.warn(f"whether step {receipt.step} has been validated is not known: {error}")
+            log.warning(f"whether step {receipt.step} has been validated is not known: {error}")
             return False
         tried = any(step == receipt.step for attempt, step in attempts.items() if attempt < receipt.attempt)
         return not tried and all(row["step"] != receipt.step for row in rows)
@@ -85,17 +76,16 @@ class Reports:
         self._sinks.close()
 
 
-def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord) -> Reports:
-    """Return the output of this rank, with the configured sinks on rank 0."""
-    if rank != 0:
+def build_reports(job: JobConfig, console: ConsoleSink | None, *, folder: Path, record: RunRecord) -> Reports:
+    """Return the configured sinks, the first of which is ``console``; none on ranks without a console."""
+    if console is None:
         return Reports(SinkSet())
-    console = ConsoleSink(job.train.max_steps, job.metrics.log_interval)
     metrics = folder / "metrics.jsonl"
     sinks: list[Sink] = [console]
     try:
-        sinks.append(JsonlSink(metrics, record.attempt, warn=console.warn))
+        sinks.append(JsonlSink(metrics, record.attempt))
     except OSError as error:  # rows are lost, as with a full disk later, but the run continues
-        console.warn(f"{metrics}: cannot write metrics ({error}); the rows of this attempt are lost")
+        log.warning(f"{metrics}: cannot write metrics ({error}); the rows of this attempt are lost")
     wandb = None
     if job.metrics.enable_wandb:
         wandb = WandbSink(
@@ -105,24 +95,19 @@ def build_reports(job: JobConfig, *, rank: int, folder: Path, record: RunRecord)
             record.wandb_id,
             job.model_dump(mode="json"),
             record.attempt,
-            **_known_to_wandb(folder, record, metrics, console.warn),
-            note=console.note,
-            warn=console.warn,
+            **_known_to_wandb(folder, record, metrics),
         )
         sinks.append(wandb)
 
     return Reports(
         SinkSet(sinks),
-        console=console,
         wandb=wandb,
         metrics=metrics,
         earlier=partial(_earlier, folder, record, metrics),
     )
 
 
-def _known_to_wandb(
-    folder: Path, record: RunRecord, metrics: Path, warn: Callable[[str], None]
-) -> dict[str, Any]:
+def _known_to_wandb(folder: Path, record: RunRecord, metrics: Path) -> dict[str, Any]:
     """Return where the attempt runs, and the first step that no earlier attempt has logged.
 
     Unreadable records give a warning and defaults.
@@ -131,7 +116,7 @@ def _known_to_wandb(
         place = places(read_events(folder)).get(record.attempt, {})
         step = read_rows(metrics).next_step(record.wandb_first_attempt)
     except OSError as error:
-        warn(f"what earlier attempts logged to wandb is not known: {error}")
+        log.warning(f"what earlier attempts logged to wandb is not known: {error}")
         return {"place": {}, "first_new_step": 0}
     return {"place": place, "first_new_step": step}
 

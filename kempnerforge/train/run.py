@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
+import os
 from pathlib import Path
 
+from kempnerforge import log_setup
 from kempnerforge.config.schedule_changes import when_continued
 from kempnerforge.config.schema import JobConfig, LoadedJob
 from kempnerforge.distributed.context import DistributedContext, find_rank_info
@@ -18,7 +20,8 @@ from kempnerforge.errors import (
     RunFolderError,
     StopRequestedError,
 )
-from kempnerforge.printable import printable
+from kempnerforge.log_setup import LogHandler
+from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.train.attempt_recorder import AttemptRecorder
 from kempnerforge.train.environment import keep_freed_memory, set_determinism
 from kempnerforge.train.hangs.run_watch import watched
@@ -30,6 +33,8 @@ from kempnerforge.train.termination.signals import StopSignals
 from kempnerforge.train.termination.stop_conditions import StopConditions
 from kempnerforge.train.termination.watchdog import Shutdown
 
+log = logging.getLogger(__name__)
+
 
 def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
     """Train the job of ``loaded``, or resume it. Returns the exit status.
@@ -39,7 +44,19 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
 
     Collective: all ranks.
     """
-    job = loaded.job
+    job, rank = loaded.job, find_rank_info().rank
+    level = log_setup.level_from(os.environ)
+    console = None
+    if rank == 0:
+        # Debug lines go to standard error, which on a terminal would overwrite the progress line.
+        has_line = level > logging.DEBUG
+        console = ConsoleSink(job.train.max_steps, job.metrics.log_interval, has_progress_line=has_line)
+    handler = LogHandler(level, rank=rank, console=console, warning_head="warning: ")
+    with log_setup.shown_by(handler):
+        return _run(job, signals, console, handler)
+
+
+def _run(job: JobConfig, signals: StopSignals, console: ConsoleSink | None, handler: LogHandler) -> int:
     recorder = AttemptRecorder()
     failed: Exception | None = None
     stacks = Stacks(find_rank_info().rank)
@@ -53,12 +70,12 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
     try:
         world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
         recorder.end_phase("process_groups")
-        run = build(job, world, stopping, recorder)
-        shutdown.on_exit = lambda why, run=run: _end_at_once(run, why)
+        run = build(job, world, stopping, recorder, console)
+        shutdown.on_exit = lambda why, run=run: _end_at_once(run, why, handler)
         with watched(run):
             stop = train(run)
         status, reason = EXIT_FINISHED if stop is None else EXIT_STOPPED, _exit_message(run, stop)
-        run.reports.note(reason)
+        log.info(reason)
         return status
     except Exception as error:
         failed = error
@@ -67,7 +84,7 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
         if reported is None:
             reason = f"{type(error).__name__}: {error}"
             raise
-        _print_error(reported, world)
+        _log_error(reported, world)
         status, reason = reported.exit_status, str(reported)
         return status
     finally:
@@ -75,7 +92,7 @@ def run_job(loaded: LoadedJob, signals: StopSignals) -> int:
             run.ckpt.end_housekeeping()
             run.recorder.record(run.ckpt.events())
             for warning in run.ckpt.warnings():
-                run.reports.warn(warning)
+                log.warning(warning)
             _record(run, status, reason)
         recorder.end(status=status, reason=reason, step=run.state.step if run else None, error=failed)
         if run is not None:
@@ -96,14 +113,14 @@ def _folders(job: JobConfig, run: Run | None) -> list[Path]:
     return folders
 
 
-def _print_error(error: KempnerForgeError, world: DistributedContext | None) -> None:
-    """Print an error to standard error. Rank 0 alone prints one that all ranks raise together."""
+def _log_error(error: KempnerForgeError, world: DistributedContext | None) -> None:
+    """Log an error. Rank 0 alone logs one that all ranks raise together."""
     rank = world.rank if world is not None else 0
     if rank == 0:
         head = "" if isinstance(error, StopRequestedError) else "error: "
-        print(printable(f"{head}{error}", lines=True), file=sys.stderr, flush=True)
+        log.error(f"{head}{error}")
     elif not error.agreed:
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        log.error(f"error on rank {rank}: {error}")
 
 
 def _record(run: Run, status: int, reason: str) -> None:
@@ -115,11 +132,12 @@ def _record(run: Run, status: int, reason: str) -> None:
         try:
             record_exit(run.folder, status=status, reason=reason, step=run.state.step)
         except (OSError, RunFolderError) as error:
-            run.reports.warn(f"how this attempt ended is not recorded in {run.folder}: {error}")
+            log.warning(f"how this attempt ended is not recorded in {run.folder}: {error}")
 
 
-def _end_at_once(run: Run, why: str) -> None:
+def _end_at_once(run: Run, why: str, handler: LogHandler) -> None:
     """Record the exit, on a thread, just before the process ends while its main thread is stuck."""
+    handler.write_directly()
     run.ckpt.kill_writer()
     reason = f"{why}: ended at once at step {run.state.step}, which may not be committed"
     _record(run, EXIT_STOPPED, reason)

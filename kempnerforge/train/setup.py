@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids
 from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.sample_order import ids_digest
-from kempnerforge.data.tokenizer import load_tokenizer, tokenizer_path
+from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.context import DistributedContext, collectives_issued
 from kempnerforge.errors import ConfigError, DataError, KempnerForgeError, LeaseLostError, StopRequestedError
-from kempnerforge.printable import printable
+from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.attempt_recorder import AttemptRecorder
 from kempnerforge.train.hangs.progress import Progress
@@ -43,6 +44,8 @@ from kempnerforge.train.step import TrainStep
 from kempnerforge.train.step_consensus import Control
 from kempnerforge.train.termination.signals import StopSignals
 from kempnerforge.train.termination.stop_conditions import StopConditions
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,11 +88,16 @@ class Run:
 
 
 def build(
-    job: JobConfig, world: DistributedContext, stopping: StopConditions, recorder: AttemptRecorder
+    job: JobConfig,
+    world: DistributedContext,
+    stopping: StopConditions,
+    recorder: AttemptRecorder,
+    console: ConsoleSink | None,
 ) -> Run:
     """Open the run's folder, the data, the model and the sinks.
 
-    The state is that of step 0. Weights are not initialized if a step will be loaded.
+    ``console`` shows rows, on rank 0. The state is that of step 0. Weights are not initialized if a
+    step will be loaded.
 
     Collective: all ranks. Raises ConfigError, DataError, RunFolderError and StopRequestedError on
     all ranks.
@@ -106,7 +114,6 @@ def build(
         first_global_batch_size=first_size,
         checkpoint_dir=job.checkpoint.dir,
         run_name=job.run.name,
-        note=lambda text: print(printable(text, lines=True), flush=True),
     )
     if job.train.global_batch_size is None:
         job = job.with_global_batch_size(record.global_batch_size)
@@ -115,7 +122,7 @@ def build(
         recorder.end_phase("folder")
         stopping.open(job, record.attempt, is_first=world.rank == 0)
         stopping.raise_if_stop_requested(world.control)
-        return _assemble(job, world, stopping, record, lease, recorder, init_weights=not has_steps)
+        return _assemble(job, world, stopping, record, lease, recorder, console, init_weights=not has_steps)
     except BaseException as error:
         # When another attempt has taken over the run, run.json belongs to that attempt.
         is_mine = lease is not None and not isinstance(error, LeaseLostError)
@@ -155,12 +162,13 @@ def _assemble(
     record: RunRecord,
     lease: Lease | None,
     recorder: AttemptRecorder,
+    console: ConsoleSink | None,
     *,
     init_weights: bool,
 ) -> Run:
     geometry, folder = job.geometry(world.num_ranks), job.run.folder
-    reports = build_reports(job, rank=world.rank, folder=folder, record=record)
-    dataset = open_data(job, world, stopping.signals, note=reports.note)
+    reports = build_reports(job, console, folder=folder, record=record)
+    dataset = open_data(job, world, stopping.signals)
     stopping.raise_if_stop_requested(world.control)
     recorder.end_phase("data")
     model = build_model(
@@ -185,13 +193,13 @@ def _assemble(
         lease=lease,
         requests=stopping.requests,
     )
-    reports.note(
+    log.info(
         f"run {job.run.name}, attempt {record.attempt}: {model.num_parameters / 1e6:.1f}M parameters on "
         f"{world.num_ranks} x {world.device.type}, {geometry.global_batch_size} sequences per step "
         f"({_describe_batches(job, geometry)}), in {folder}"
     )
     if job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned and world.device.type != "cuda":
-        reports.note("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
+        log.info("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
     return Run(
         job=job,
         world=world,
@@ -246,12 +254,10 @@ def _build_state(
     )
 
 
-def open_data(
-    job: JobConfig, world: DistributedContext, signals: StopSignals, *, note: Callable[[str], None]
-) -> TokenDataset:
+def open_data(job: JobConfig, world: DistributedContext, signals: StopSignals) -> TokenDataset:
     """Prepare and check all tokens on rank 0 while the other ranks wait, then open them on every rank.
 
-    Rank 0 calls ``note`` with messages. Collective: all ranks. Raises DataError on all ranks.
+    Collective: all ranks. Raises DataError on all ranks.
     """
 
     def run_on_rank0() -> Path:
@@ -259,14 +265,14 @@ def open_data(
             path = Path(job.data.dataset_path).expanduser()
         else:
             assert job.data.text is not None
-            note(f"data: scanning {job.data.text}")
+            log.info(f"data: scanning {job.data.text}")
             tokenizer = load_tokenizer(job.data.tokenizer)
             path = prepare_cached(
                 job.data.text, tokenizer, job.data.cache_folder, val_fraction=job.data.val_fraction
             )
         dataset = open_dataset(path, vocab_size=job.model.vocabulary, val_fraction=job.data.val_fraction)
         num_samples = dataset.split("train", job.train.seq_len).num_samples
-        note(f"data: {num_samples:,} samples of {job.train.seq_len} tokens in {path}")
+        log.info(f"data: {num_samples:,} samples of {job.train.seq_len} tokens in {path}")
         if job.eval.interval:
             dataset.split("val", job.train.seq_len)
         return path
@@ -315,12 +321,15 @@ def _context(
 
 
 def _tokenizer(job: JobConfig, dataset: TokenDataset) -> dict[str, str]:
-    """Return what an export needs to identify the tokenizer of the run."""
+    """Return what an export needs to identify the tokenizer of the run, and its end token."""
+    found: dict[str, str] = {}
+    if job.checkpoint.load_path is not None:
+        found["load_path"] = os.path.abspath(Path(job.checkpoint.load_path).expanduser())
     if dataset.index is None:  # .npy shards do not record their tokenizer
-        return {}
-    path = tokenizer_path(job.data.tokenizer) if job.data.text is not None else None
-    digest = {"digest": dataset.index.tokenizer_digest}
-    return digest if path is None else {**digest, "path": os.path.abspath(path)}
+        return found
+    found |= {"digest": dataset.index.tokenizer_digest, "separator_id": str(dataset.index.separator_id)}
+    path = tokenizer_path(job.data.tokenizer) if job.data.text is not None else dataset.path / TOKENIZER
+    return found if path is None or not path.is_file() else {**found, "path": os.path.abspath(path)}
 
 
 def _layout(geometry: ParallelDims, world: DistributedContext) -> dict[str, int]:

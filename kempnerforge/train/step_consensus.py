@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.train.termination.stop_conditions import StopConditions
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,12 @@ class Control:
         stop, *agreed = self._group.agree([self._stop_vote(), *votes])
         due = self._ckpt.apply_votes(step, agreed)
         reason = self.stopping.reason(stop, self._group)
+        decision = StepDecision(save=due, stop=None)
         if reason is not None:
-            return StepDecision(save=f"stop: {reason}", stop=reason)
-        return StepDecision(save=due, stop=None)
+            decision = StepDecision(save=f"stop: {reason}", stop=reason)
+        if decision.save is not None:
+            log.debug("after step %d: %s, agreed votes %s, stop vote %d", step, decision, agreed, stop)
+        return decision
 
     def query_stop(self, milliseconds: int) -> tuple[bool, int]:
         """Return whether to interrupt a validation, and the largest ``milliseconds`` of any rank.

@@ -81,14 +81,14 @@ def test_checkpointer_failed_save_raised_where_with_ends(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_checkpointer_failed_save_and_exception_said_on_stderr(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_checkpointer_failed_save_and_exception_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpointer = AsyncCheckpointer("async", patience=ONCE)
     with pytest.raises(KeyError), checkpointer:  # noqa: PT012
         checkpointer.save(STATE, tmp_path / "c")
         raise KeyError
-    said = capsys.readouterr().err
+    said = caplog.text
     assert said.count("was not saved") == 1
     assert f"kempnerforge: {tmp_path / 'c'} was not saved: rank 0: " in said
     assert list(tmp_path.iterdir()) == []
@@ -96,14 +96,14 @@ def test_checkpointer_failed_save_and_exception_said_on_stderr(
 
 @pytest.mark.usefixtures("full_disk")
 def test_checkpointer_failure_told_by_wait_is_not_said_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpointer = AsyncCheckpointer("async", patience=ONCE)
     checkpointer.save(STATE, tmp_path / "c")
     with pytest.raises(SaveFailedError):
         checkpointer.wait()
     checkpointer.close()
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
 def test_checkpointer_dropped_without_close_frees_buffers(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_prepare_waits_for_the_buffers_of_a_save(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_checkpointer_interrupt_in_copy_is_raised(
-    tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def interrupt(_self: BlockingCopy) -> None:
         raise KeyboardInterrupt
@@ -138,7 +138,7 @@ def test_checkpointer_interrupt_in_copy_is_raised(
         patch.setattr(BlockingCopy, "start", interrupt)
         with pytest.raises(KeyboardInterrupt), AsyncCheckpointer(mode, patience=ONCE) as checkpointer:
             checkpointer.save(STATE, tmp_path / "c")
-    assert f"{tmp_path / 'c'} was not saved: rank 0: " in capsys.readouterr().err
+    assert f"{tmp_path / 'c'} was not saved: rank 0: " in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 

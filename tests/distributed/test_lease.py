@@ -160,12 +160,13 @@ def test_lease_file_names_holder_and_counts(tmp_path: Path) -> None:
     assert (tmp_path / "lease.1.json").stat().st_size == size_bytes
 
 
-def test_lease_of_live_process_is_refused(tmp_path: Path, process: Processes) -> None:
+def test_lease_of_live_process_is_refused(
+    tmp_path: Path, process: Processes, caplog: pytest.LogCaptureFixture
+) -> None:
     other = process()
     assert other.acquire(tmp_path)["attempt"] == 1
-    notes: list[str] = []
     with pytest.raises(LeaseHeldError) as caught:
-        lease.acquire(tmp_path, stale_after_s=NEVER_STALE_S, note=notes.append)
+        lease.acquire(tmp_path, stale_after_s=NEVER_STALE_S)
     assert isinstance(caught.value, RunFolderError)
     assert caught.value.exit_status == 2
     pid = other.popen.pid
@@ -177,7 +178,8 @@ def test_lease_of_live_process_is_refused(tmp_path: Path, process: Processes) ->
         str(tmp_path),
     ):
         assert part in str(caught.value)
-    assert [f"watching it for up to {NEVER_STALE_S:g} s" in note for note in notes] == [True]
+    watching = f"watching it for up to {NEVER_STALE_S:g} s"
+    assert [watching in message for message in caplog.messages] == [True]
     assert other.ask("check") == {}
 
 
@@ -304,7 +306,7 @@ def test_lease_requeued_slurm_job_takes_over_at_once(tmp_path: Path, process: Pr
     first.acquire(tmp_path)
     again = process(SLURM_JOB_ID="77", SLURM_RESTART_COUNT="1")
     taken = again.acquire(tmp_path, stale_after_s=NEVER_STALE_S)
-    assert (taken["attempt"], taken["notes"]) == (2, [])
+    assert (taken["attempt"], taken["logged"]) == (2, "")
     assert "its SLURM job has been restarted" in taken["took_over"]
     assert first.ask("check")["error"] == "LeaseLostError"
 

@@ -51,7 +51,7 @@ def test_save_handle_is_done_after_the_commit(tmp_path: Path, mode: str) -> None
 
 
 def test_save_handle_failure_is_raised_by_result_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -65,7 +65,7 @@ def test_save_handle_failure_is_raised_by_result_only(
                     handle.result()
         assert checkpointer.begin_save(STATE, tmp_path / "d").result().error == ""
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
 def test_save_handle_keeps_no_buffers_after_its_result(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_manager_former_method_names_still_work(name: str, former: str) -> None:
 
 
 def test_save_handle_of_closed_checkpointer_has_an_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -118,7 +118,7 @@ def test_save_handle_of_closed_checkpointer_has_an_answer(
     checkpointer = AsyncCheckpointer("async", patience=RetryPolicy(write_tries=1))
     handle = checkpointer.begin_save(STATE, tmp_path / "c")
     checkpointer.close()
-    assert "c was not saved: rank 0" in capsys.readouterr().err
+    assert "c was not saved: rank 0" in caplog.text
     with pytest.raises(SaveFailedError, match="c was not saved"):
         handle.result()
     with monkeypatch.context() as patch:

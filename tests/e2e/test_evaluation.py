@@ -13,8 +13,9 @@ import pytest
 from support.patch_target import patch_target
 from support.runs import Ended, Launcher, Run, copy_run, make_run, write_corpus
 
+from kempnerforge.cli.evaluate import FORCED
 from kempnerforge.cli.evaluate import evaluate as evaluate_command
-from kempnerforge.cli.evaluate import load_for
+from kempnerforge.cli.step_config import load_for
 from kempnerforge.config.schema import ParallelDims
 from kempnerforge.errors import ConfigError
 
@@ -217,7 +218,7 @@ def test_eval_layout_of_step_kept_where_it_fits(
     stored: dict[str, int], overrides: list[str], ranks: int, layout: tuple[int, int], left_aside: bool
 ) -> None:
     config = {**STORED, "distributed": {"timeout_s": 7.0, **stored}}
-    loaded, note = load_for(config, overrides, where="config.toml", ranks=ranks)
+    loaded, note = load_for(config, overrides, forced=FORCED, where="config.toml", ranks=ranks)
     geometry = loaded.job.geometry(ranks)
     assert (geometry.dp_replicate, geometry.dp_shard) == layout
     assert loaded.job.distributed.timeout_s == 7.0
@@ -228,4 +229,4 @@ def test_eval_layout_of_step_kept_where_it_fits(
 @pytest.mark.smoke
 def test_eval_indivisible_batch_reports_sizes_that_fit() -> None:
     with pytest.raises(ConfigError, match="global_batch_size 3 or 6 would fit"):
-        load_for({**STORED, "distributed": {"dp_shard": 4}}, [], where="config.toml", ranks=3)
+        load_for({**STORED, "distributed": {"dp_shard": 4}}, [], forced=FORCED, where="config.toml", ranks=3)

@@ -22,7 +22,7 @@ def test_jsonl_kills_leave_at_most_one_torn_line_each(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from kempnerforge.telemetry.jsonl import JsonlSink
-sink = JsonlSink(Path(sys.argv[1]), int(sys.argv[2]), warn=print)
+sink = JsonlSink(Path(sys.argv[1]), int(sys.argv[2]))
 print("ready", flush=True)
 step = 0
 while True:

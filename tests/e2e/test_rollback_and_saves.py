@@ -39,7 +39,7 @@ def test_late_step_is_set_aside_and_never_chosen(run: Path) -> None:
 
 @pytest.mark.smoke
 def test_rollback_sets_later_steps_aside_and_run_resumes(run: Path) -> None:
-    done = rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    done = rollback.roll_back(run, 4, progress=quiet)
     assert done.renamed == {
         "step_00000012": "rolledback.step_00000012.1",
         "step_00000008": "rolledback.step_00000008.1",
@@ -59,10 +59,10 @@ def test_rollback_sets_later_steps_aside_and_run_resumes(run: Path) -> None:
 
 @pytest.mark.smoke
 def test_rollback_of_second_timeline_works(run: Path) -> None:
-    rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    rollback.roll_back(run, 4, progress=quiet)
     assert resume(run) == 4
     save(run, 8, attempt=3, parent=4)
-    done = rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    done = rollback.roll_back(run, 4, progress=quiet)
     assert done.renamed == {"step_00000008": "rolledback.step_00000008.2"}
     assert resume(run) == 4
 

@@ -112,13 +112,12 @@ def test_wandb_fragments_newest_step_is_what_is_on_disk(tmp_path: Path) -> None:
 
 
 CHILD_OF_A_TEST = """
-import os, signal, sys, time
+import logging, os, signal, sys, time
 from pathlib import Path
 from kempnerforge.telemetry.wandb_sink import WandbSink
 
-sink = WandbSink(
-    Path(sys.argv[1]), "proj", "a run", "run0001", {}, 1, place={}, first_new_step=0, note=print, warn=print
-)
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+sink = WandbSink(Path(sys.argv[1]), "proj", "a run", "run0001", {}, 1, place={}, first_new_step=0)
 """
 
 

@@ -40,6 +40,8 @@ PRELOAD = (
     "torch.distributed.checkpoint.hf_storage",
     "kempnerforge.cli.train",
     "kempnerforge.cli.evaluate",
+    "kempnerforge.cli.generate",
+    "kempnerforge.train.generation",
     "kempnerforge.train.run",
     "support.fault_injection",
 )

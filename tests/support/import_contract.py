@@ -23,7 +23,7 @@ LAYERS = (
         "write_behind",
     ),
     ("plugins",),
-    ("config",),
+    ("config", "log_setup"),
     ("distributed", "model", "data", "telemetry", "slurm", "goodput", "plan"),
     ("parallel", "checkpoint"),
     ("train",),
@@ -52,7 +52,7 @@ ROOMS = {
 
 # These import torch nowhere, not even inside a function.
 NO_TORCH = (
-    *("errors", "fsio", "hostlist", "plugins", "printable", "process_identity", "write_behind"),
+    *("errors", "fsio", "hostlist", "log_setup", "plugins", "printable", "process_identity", "write_behind"),
     *("config", "goodput", "slurm", "plan", "model.hf", "train.preflight"),
     *(
         "checkpoint.format",

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -25,9 +27,10 @@ def do(request: dict[str, Any]) -> dict[str, Any]:
     global held
     what = request.pop("do")
     if what == "acquire":
-        notes: list[str] = []
-        held = lease.acquire(Path(request.pop("dir")), note=notes.append, **request)
-        return {"attempt": held.attempt, "took_over": held.took_over, "notes": notes}
+        logged = io.StringIO()
+        lease.log.handlers = [logging.StreamHandler(logged)]
+        held = lease.acquire(Path(request.pop("dir")), **request)
+        return {"attempt": held.attempt, "took_over": held.took_over, "logged": logged.getvalue()}
     if what == "rename":
         fsio.publish(Path(request["from"]), Path(request["to"]))
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import math
 import re
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from kempnerforge.telemetry import wandb_sink
 from kempnerforge.telemetry.wandb_sink import WandbSink
 
 FAKE_KEY = "k" * 40
@@ -29,15 +31,23 @@ def as_a_user_without_settings(patch: pytest.MonkeyPatch, home: Path) -> None:
     patch.setenv("WANDB_X_DISABLE_STATS", "true")  # its process outlives a killed client by seconds
 
 
-class Told:
-    """Collects the messages of a sink."""
+class Told(logging.Handler):
+    """Collects what a sink logs, until the next one is made."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.notes: list[str] = []
         self.warnings: list[str] = []
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message, by its level."""
+        kept = self.warnings if record.levelno >= logging.WARNING else self.notes
+        kept.append(record.getMessage())
+
 
 def make_sink(folder: Path, told: Told, *, attempt: int = 1, first_new_step: int = 0) -> WandbSink:
+    wandb_sink.log.handlers = [told]
+    wandb_sink.log.setLevel(logging.INFO)
     return WandbSink(
         folder,
         "proj",
@@ -47,8 +57,6 @@ def make_sink(folder: Path, told: Told, *, attempt: int = 1, first_new_step: int
         attempt,
         place={"hosts": [f"node{attempt}"], "slurm_job_id": "7", "slurm_restart_count": attempt - 1},
         first_new_step=first_new_step,
-        note=told.notes.append,
-        warn=told.warnings.append,
     )
 
 

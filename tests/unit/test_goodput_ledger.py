@@ -223,9 +223,7 @@ def test_interval_known_cases_match() -> None:
     assert rate_bounds(5) == pytest.approx((1.623, 11.668), abs=1e-3)
 
 
-def test_book_unwritable_ledger_warns_and_continues(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_book_unwritable_ledger_warns_and_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tmp_path / "run"
     run.mkdir()
     alone = SimpleNamespace(control=ControlGroup(None), rank=0, device=torch.device("cpu"))
@@ -236,4 +234,4 @@ def test_book_unwritable_ledger_warns_and_continues(
     shutil.rmtree(run)
     book.resumed(step=0, skipped=0, source="fresh start", lost_steps=0, load_s=0.0)
     book.end(status=0, reason="finished", step=1, error=None)
-    assert capsys.readouterr().err.count("record of this attempt is not complete") == 1
+    assert caplog.text.count("record of this attempt is not complete") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from kempnerforge.config.schema import ModelConfig
 from kempnerforge.errors import ConfigError
 from kempnerforge.model.hf import from_hf_config, redundant_names, tensor_map, to_hf_config
+from kempnerforge.model.layers import rotary_frequencies
 from kempnerforge.model.llama import Llama
 
 LLAMA3 = {
@@ -81,25 +84,58 @@ def test_hf_config_defaults_match_transformers() -> None:
     assert found.init_std == known.initializer_range
 
 
-def test_hf_config_rope_both_spellings_read() -> None:
-    want = config(rope_theta=500000.0, rope_scaling=LLAMA3)
-    older = theirs(rope_theta=500000.0, rope_scaling={"rope_type": "llama3", **LLAMA3})
-    newer = {key: value for key, value in older.items() if key not in ("rope_theta", "rope_scaling")}
-    newer["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3}
-    for body in (older, newer):
-        found = from_hf_config(body, where="x")
-        assert (found.rope_theta, found.rope_scaling) == (want.rope_theta, want.rope_scaling)
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+WITH_LENGTH = {**SCALED, "original_max_position_embeddings": 32}
+ROPES: dict[str, tuple[dict[str, Any] | None, ...]] = {
+    "rope_parameters": (
+        None,
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_theta": 7e5, **WITH_LENGTH},
+        SCALED,
+    ),
+    "rope_scaling": (
+        None,
+        {},
+        {"type": "default"},
+        {**WITH_LENGTH, "factor": 4.0},
+        {**SCALED, "rope_theta": 3e5},
+    ),
+}
+
+
+@pytest.mark.parametrize("outside", [{}, {"rope_theta": 1e6}, {"original_max_position_embeddings": 16}])
+def test_hf_config_rope_spellings_read_as_by_transformers(outside: dict[str, Any]) -> None:
+    """The new spelling, the old one, and both, of which transformers takes one as a whole."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    written = theirs(max_position_embeddings=64)
+    base = {
+        key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")
+    } | outside
+    for tables in itertools.product(*ROPES.values()):
+        given = {key: table for key, table in zip(ROPES, tables, strict=True) if table is not None}
+        body = json.dumps(base | given)
+        known = LlamaRotaryEmbedding(LlamaConfig(**json.loads(body))).inv_freq
+        found = rotary_frequencies(from_hf_config(json.loads(body), where="x"))
+        torch.testing.assert_close(found, known.double(), rtol=1e-6, atol=0, msg=body)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen2"}, "model_type: is 'qwen2'; only 'llama' can be imported"),
+        ({"model_type": "qwen2"}, "model_type: is 'qwen2'; only 'llama' and 'mistral' can be imported"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM"),
         ({"attention_bias": True}, "attention_bias: is True; only False"),
         ({"mlp_bias": True}, "mlp_bias: is True"),
         ({"hidden_act": "gelu"}, "hidden_act: is 'gelu'; only 'silu'"),
-        ({"sliding_window": 4096}, "sliding_window: is 4096; this cannot be imported"),
+        ({"sliding_window": 2047}, "sliding_window: is 2047; it must be null, or at least"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types: are not all 'full_attention'"),
+        (
+            {"rope_scaling": {"full_attention": {"rope_type": "llama3"}}},
+            "rope_scaling: has a table of its own",
+        ),
+        ({"model_type": "mistral"}, "architectures: are ['LlamaForCausalLM']; only MistralForCausalLM"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: is {...}"),
         ({"rope_interleaved": True}, "rope_interleaved"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type: is 'linear'"),

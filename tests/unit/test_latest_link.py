@@ -66,23 +66,22 @@ def test_latest_that_points_anywhere_is_replaced(tmp_path: Path, target: str) ->
     assert os.readlink(tmp_path / paths.LATEST) == "step_00000008"
 
 
-def test_rollback_with_copied_latest_is_done(ended_run: Path) -> None:
-    link, notes = copied(ended_run), []
-    done = rollback.roll_back(ended_run, 8, note=notes.append, progress=quiet)
+def test_rollback_with_copied_latest_is_done(ended_run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    link = copied(ended_run)
+    done = rollback.roll_back(ended_run, 8, progress=quiet)
     assert list(done.renamed) == ["step_00000012"]
-    assert ["is not a symbolic link" in note for note in notes] == [True]
-    undone = rollback.undo(ended_run, note=notes.append)
+    assert ["is not a symbolic link" in message for message in caplog.messages] == [True]
+    undone = rollback.undo(ended_run)
     assert undone.newest_step == 12
     assert (link / paths.MANIFEST).is_file()
 
 
 def test_fork_and_rollback_without_links_are_done(
-    ended_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ended_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     without_links(monkeypatch)
-    notes: list[str] = []
-    assert rollback.roll_back(ended_run, 8, note=notes.append, progress=quiet).renamed
-    assert len(notes) == 1
+    assert rollback.roll_back(ended_run, 8, progress=quiet).renamed
+    assert len(caplog.messages) == 1
     step = ended_run / "checkpoints" / "step_00000008"
     forked = fork(step, tmp_path / "forked", link=False, progress=quiet)
     assert paths.committed_steps(forked.run_dir / "checkpoints") == [8]

@@ -138,17 +138,17 @@ def test_start_with_quarantined_steps_names_them(run: Path) -> None:
 
 
 def test_rollback_to_beginning_and_undo(run: Path) -> None:
-    done = rollback.roll_back(run, 0, note=quiet, progress=quiet)
+    done = rollback.roll_back(run, 0, progress=quiet)
     assert sorted(done.renamed) == ["step_00000004", "step_00000008", "step_00000012"]
     assert not (run / "checkpoints" / "latest").is_symlink()
-    assert rollback.undo(run, note=quiet).newest_step == 12
+    assert rollback.undo(run).newest_step == 12
     assert start(run) == 12
-    rollback.roll_back(run, 0, note=quiet, progress=quiet)
+    rollback.roll_back(run, 0, progress=quiet)
     assert start(run) is None
     Receipt(9).write(run)
     assert start(run) is None
     with pytest.raises(RunFolderError, match=r"cannot be undone.*ckpt fork"):
-        rollback.undo(run, note=quiet)
+        rollback.undo(run)
 
 
 @pytest.mark.parametrize("kept", range(3))
@@ -166,7 +166,7 @@ def test_rollback_to_beginning_killed_is_completed(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
         with pytest.raises(KeyboardInterrupt):
-            rollback.roll_back(run, 0, note=quiet, progress=quiet)
+            rollback.roll_back(run, 0, progress=quiet)
     assert start(run) is None
     assert len(paths.list_folder(run / "checkpoints").rolled_back) == 3
 
@@ -174,7 +174,7 @@ def test_rollback_to_beginning_killed_is_completed(
 def test_rollback_to_beginning_of_purged_run(run: Path) -> None:
     """The way on that the refused start names. What comes back later is of the old timeline."""
     (run / "checkpoints").rename(run / "gone")
-    done = rollback.roll_back(run, 0, note=quiet, progress=quiet)
+    done = rollback.roll_back(run, 0, progress=quiet)
     assert done.changed
     assert done.renamed == {}
     assert not (run / "checkpoints").exists()
@@ -183,7 +183,7 @@ def test_rollback_to_beginning_of_purged_run(run: Path) -> None:
     (run / "gone").rename(run / "checkpoints")
     assert start(run) is None
     assert len(paths.list_folder(run / "checkpoints").rolled_back) == 3
-    again = rollback.roll_back(run, 0, note=quiet, progress=quiet)
+    again = rollback.roll_back(run, 0, progress=quiet)
     assert not again.changed
 
 
@@ -192,7 +192,7 @@ def test_rollback_to_beginning_gives_quarantined_up(run: Path) -> None:
         (run / "checkpoints" / paths.step_name(step) / paths.MANIFEST).write_text("{")
     with pytest.raises(NoSoundCheckpointError):
         start(run)
-    rollback.roll_back(run, 0, note=quiet, progress=quiet)
+    rollback.roll_back(run, 0, progress=quiet)
     assert start(run) is None
     # The new timeline's own damage counts again.
     newer = write_step(run / "checkpoints", 4, run_id="abc", attempt=9)
@@ -204,7 +204,7 @@ def test_rollback_to_beginning_gives_quarantined_up(run: Path) -> None:
 
 def test_rollback_to_committed_step_0_goes_on_from_it(run: Path) -> None:
     write_step(run / "checkpoints", 0, run_id="abc")
-    done = rollback.roll_back(run, 0, note=quiet, progress=quiet)
+    done = rollback.roll_back(run, 0, progress=quiet)
     assert (done.newest_step, len(done.renamed)) == (0, 3)
     assert start(run) == 0
     assert resume(run) == 0
@@ -232,11 +232,11 @@ def test_rollback_of_fork_to_beginning(tmp_path: Path) -> None:
 def test_rollback_leaves_foreign_steps(run: Path) -> None:
     start(run)
     foreign = write_step(run / "checkpoints", 10, run_id="other")
-    done = rollback.roll_back(run, 8, note=quiet, progress=quiet)
+    done = rollback.roll_back(run, 8, progress=quiet)
     assert list(done.renamed) == ["step_00000012"]
     assert foreign.is_dir()
     with pytest.raises(StepNotFoundError, match=r"step 10 in .* belongs to another run, other"):
-        rollback.roll_back(run, 10, note=quiet, progress=quiet)
+        rollback.roll_back(run, 10, progress=quiet)
     assert start(run) == 8
 
 
@@ -297,7 +297,7 @@ def test_ckpt_of_run_refused_in_anothers_folder(shared: Path, tmp_path: Path, ck
         assert done.status == 2
         assert f"in {shared}" in done.err
     with pytest.raises(RunFolderError, match="holds the checkpoints of"):
-        rollback.roll_back(victim, 4, note=quiet, progress=quiet)
+        rollback.roll_back(victim, 4, progress=quiet)
 
 
 def test_ckpt_finds_run_of_moved_folder(shared: Path, tmp_path: Path, ckpt: Ckpt) -> None:

@@ -35,7 +35,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.save(tmp_path / "tokens.npy", np.arange(20000, dtype=np.uint16) % 250)
     np.save(tmp_path / "short.npy", np.arange(20, dtype=np.uint16))
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "pickles").mkdir()
+    for folder in ("hf", "pickles"):
+        (tmp_path / folder / "config.json").write_text("{}")
     (tmp_path / "hf" / "model.safetensors").write_text("")
     for name, config in (("old", MODEL), ("wide", MODEL.replace("64", "128"))):
         write_step(tmp_path / name / "checkpoints", 4, config=config, objects=WHOLE)
@@ -78,6 +80,22 @@ TABLE: dict[str, tuple[list[str], str, str]] = {
         ["--checkpoint.load_path=hf"],
         "checkpoint.load_path",
         "kempnerforge import hf hf --out DIR",
+    ),
+    "Hugging Face in one file": (
+        ["--checkpoint.load_path=hf/model.safetensors"],
+        "checkpoint.load_path",
+        "is a file; to start from a Hugging Face model, download it, import it, then use DIR: "
+        "kempnerforge import hf hf --out DIR",
+    ),
+    "Hugging Face by name": (
+        ["--checkpoint.load_path=meta-llama/Llama-3.2-1B"],
+        "checkpoint.load_path",
+        "kempnerforge import hf FOLDER --out DIR",
+    ),
+    "Hugging Face of pickles": (
+        ["--checkpoint.load_path=pickles"],
+        "checkpoint.load_path",
+        "kempnerforge import hf pickles --out DIR",
     ),
     "a damaged step": (["--checkpoint.load_path=old"], "checkpoint.load_path", "step_00000008 is damaged"),
     "another model": (["--checkpoint.load_path=wide"], "checkpoint.load_path", "model.dim was 128, is 64"),

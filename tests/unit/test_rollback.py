@@ -107,19 +107,19 @@ def test_timeline_last_attempt_from_receipts(run: Path) -> None:
 
 
 def test_rollback_new_wandb_id_same_run_id(run: Path) -> None:
-    done = rollback.roll_back(run, 8, note=quiet, progress=quiet)
+    done = rollback.roll_back(run, 8, progress=quiet)
     record = record_of(run)
     assert (record.run_id, record.wandb_id, record.wandb_first_attempt) == ("abc", "abc-rollback2", 2)
     assert done.wandb_id == "abc-rollback2"
     assert record.attempt == 2
-    again = rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    again = rollback.roll_back(run, 4, progress=quiet)
     assert again.wandb_id == "abc-rollback3"
     assert len(record_of(run).rollbacks) == 2
 
 
 def test_rollback_to_newest_step_changes_nothing(run: Path) -> None:
     before = (run / "run.json").read_bytes()
-    assert rollback.roll_back(run, 12, note=quiet, progress=quiet).renamed == {}
+    assert rollback.roll_back(run, 12, progress=quiet).renamed == {}
     assert (run / "run.json").read_bytes() == before
 
 
@@ -140,9 +140,9 @@ def test_rollback_killed_completed_by_next_start(
         patch.setattr(Path, "rename", rename)
         if kept < 2:
             with pytest.raises(KeyboardInterrupt):
-                rollback.roll_back(run, 4, note=quiet, progress=quiet)
+                rollback.roll_back(run, 4, progress=quiet)
         else:
-            rollback.roll_back(run, 4, note=quiet, progress=quiet)
+            rollback.roll_back(run, 4, progress=quiet)
     assert resume(run) == 4
     assert [path.name for path in sorted(paths.list_folder(run / "checkpoints").rolled_back)] == [
         "rolledback.step_00000008.1",
@@ -157,7 +157,7 @@ def test_rollback_record_unwritable_changes_nothing(run: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(metadata, "write", fail)
         with pytest.raises(RunFolderError, match=r"could not be rolled back: .*No space left"):
-            rollback.roll_back(run, 4, note=quiet, progress=quiet)
+            rollback.roll_back(run, 4, progress=quiet)
     assert resume(run) == 12
 
 
@@ -174,14 +174,14 @@ def test_rollback_step_of_unknown_owner_changes_nothing(run: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "read", fail)
         with pytest.raises(RunFolderError, match=r"could not be rolled back: .*Input/output error"):
-            rollback.roll_back(run, 4, note=quiet, progress=quiet)
+            rollback.roll_back(run, 4, progress=quiet)
     assert sorted(path.name for path in step.parent.iterdir()) == before
 
 
 def test_rollback_of_live_run_refused(run: Path) -> None:
     held = lease.acquire(run, renew_every_s=0.05)
     with pytest.raises(LeaseHeldError, match="is being written by attempt 1"):
-        rollback.roll_back(run, 4, note=quiet, progress=quiet)
+        rollback.roll_back(run, 4, progress=quiet)
     held.check()
     held.release()
     assert "step_00000012" in names(run)
@@ -189,13 +189,13 @@ def test_rollback_of_live_run_refused(run: Path) -> None:
 
 def test_rollback_to_missing_or_damaged_step_refused(run: Path) -> None:
     with pytest.raises(StepNotFoundError, match="no committed step 6; its steps: 12, 8, 4"):
-        rollback.roll_back(run, 6, note=quiet, progress=quiet)
+        rollback.roll_back(run, 6, progress=quiet)
     shard = next((run / "checkpoints" / "step_00000004").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
     with pytest.raises(DamagedCheckpointError) as caught:
-        rollback.roll_back(run, 4, note=quiet, progress=quiet)
+        rollback.roll_back(run, 4, progress=quiet)
     for part in ("step_00000004 is damaged", shard.name, "Nothing was changed", "12, 8", "ckpt verify"):
         assert part in str(caught.value)
     assert record_of(run).rollbacks == ()
@@ -205,24 +205,24 @@ def test_rollback_to_missing_or_damaged_step_refused(run: Path) -> None:
 def test_rollback_not_a_run_folder_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(RunFolderError, match="is not a run's folder"):
-            rollback.roll_back(folder, 4, note=quiet, progress=quiet)
+            rollback.roll_back(folder, 4, progress=quiet)
 
 
 def test_rollback_moved_checkpoints_found(run: Path, tmp_path: Path) -> None:
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     metadata.write(run, replace(record_of(run), checkpoint_dir=str(tmp_path / "elsewhere")))
-    done = rollback.roll_back(run, 8, note=quiet, progress=quiet)
+    done = rollback.roll_back(run, 8, progress=quiet)
     assert done.folder == str(tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere" / "rolledback.step_00000012.1").is_dir()
 
 
 def test_rollback_undo_until_attempt_resumes(run: Path) -> None:
     before = {path.name: tensor_bytes(path) for path in (run / "checkpoints").glob("step_*")}
-    rollback.roll_back(run, 8, note=quiet, progress=quiet)
-    rollback.roll_back(run, 4, note=quiet, progress=quiet)
-    assert rollback.undo(run, note=quiet).newest_step == 8
+    rollback.roll_back(run, 8, progress=quiet)
+    rollback.roll_back(run, 4, progress=quiet)
+    assert rollback.undo(run).newest_step == 8
     assert record_of(run).wandb_id == "abc-rollback2"
-    done = rollback.undo(run, note=quiet)
+    done = rollback.undo(run)
     assert (done.newest_step, done.renamed) == (12, {"rolledback.step_00000012.1": "step_00000012"})
     assert {path.name: tensor_bytes(path) for path in (run / "checkpoints").glob("step_*")} == before
     assert os.readlink(run / "checkpoints" / "latest") == "step_00000012"
@@ -230,11 +230,11 @@ def test_rollback_undo_until_attempt_resumes(run: Path) -> None:
     assert (record.wandb_id, record.wandb_first_attempt, record.rollbacks) == ("abc", 0, ())
     assert resume(run) == 12
     with pytest.raises(StepNotFoundError, match="no rollback"):
-        rollback.undo(run, note=quiet)
-    rollback.roll_back(run, 8, note=quiet, progress=quiet)
+        rollback.undo(run)
+    rollback.roll_back(run, 8, progress=quiet)
     resume(run)
     with pytest.raises(RunFolderError, match=r"cannot be undone.*ckpt fork .*rolledback\.step_00000012\.1"):
-        rollback.undo(run, note=quiet)
+        rollback.undo(run)
 
 
 # Fork
@@ -273,7 +273,7 @@ def test_fork_is_own_run_that_resumes_at_step(run: Path, tmp_path: Path, link: b
 
 
 def test_fork_of_rolled_back_step_resumes(run: Path, tmp_path: Path) -> None:
-    rollback.roll_back(run, 4, note=quiet, progress=quiet)
+    rollback.roll_back(run, 4, progress=quiet)
     aside = run / "checkpoints" / "rolledback.step_00000012.1"
     assert forking.fork(aside, tmp_path / "new", link=False, progress=quiet).step == 12
     assert resume(tmp_path / "new") == 12
@@ -378,7 +378,7 @@ def test_unblock_suspect_steps_named_back(run: Path) -> None:
     suspect(run, 8)
     Receipt(3, step=4, source="resume").write(run)
     metadata.write(run, replace(record_of(run), attempt=3))
-    done = unblock(run, note=quiet)
+    done = unblock(run)
     assert sorted(done.renamed.values()) == ["step_00000008", "step_00000012"]
     assert (done.left, done.attempt, record_of(run).attempt) == ({}, 4, 4)
     assert lineage.set_aside_late(run / "checkpoints", lineage.cuts(run), run_id="abc") == []
@@ -393,7 +393,7 @@ def test_unblock_newer_timeline_leaves_suspect_aside(run: Path) -> None:
     Receipt(2, step=4, source="resume").write(run)
     write_step(run / "checkpoints", 6, attempt=2, run_id="abc")
     metadata.write(run, replace(record_of(run), attempt=2))
-    done = unblock(run, note=quiet)
+    done = unblock(run)
     assert done.renamed == {}
     assert set(done.left) == {"suspect.step_00000012.1", "suspect.step_00000008.1"}
     assert set(done.left.values()) == {"the run has since resumed from step 4 and committed step 6"}
@@ -403,9 +403,9 @@ def test_unblock_newer_timeline_leaves_suspect_aside(run: Path) -> None:
 def test_unblock_suspect_without_newer_attempt_named_back(run: Path) -> None:
     """The start that set it aside was killed before it wrote a receipt."""
     suspect(run, 12)
-    assert unblock(run, note=quiet).renamed == {"suspect.step_00000012.1": "step_00000012"}
+    assert unblock(run).renamed == {"suspect.step_00000012.1": "step_00000012"}
     assert record_of(run).restored == ()
     held = lease.acquire(run, after_attempt=9)
     with pytest.raises(LeaseHeldError, match="not blocked"):
-        unblock(run, note=quiet)
+        unblock(run)
     held.release()

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.rollback_fixtures import quiet
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format import paths
@@ -22,6 +21,7 @@ from kempnerforge.checkpoint.tools import rollback
 from kempnerforge.config.schema import CheckpointConfig, JobConfig
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import EXIT_FINISHED, DataError, RunFolderError
+from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.train import run as running
 from kempnerforge.train.metric_loggers import build_reports
 from kempnerforge.train.run_dir import record_refusal, storage_error
@@ -31,40 +31,40 @@ pytest_plugins = ["support.rollback_fixtures"]
 JOB = JobConfig.model_validate({"run": {"name": "one"}, "data": {"text": "x"}})
 
 
-def test_unwritable_metrics_cost_rows_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_metrics_cost_rows_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    reports = build_reports(JOB, rank=0, folder=tmp_path, record=metadata.new())
+    reports = build_reports(JOB, ConsoleSink(10, 1), folder=tmp_path, record=metadata.new())
     reports.write({"step": 1, "train/loss": 2.5})
     reports.close()
-    told = capsys.readouterr()
-    assert "cannot write metrics" in told.out + told.err
-    assert "2.5" in told.out
+    assert "cannot write metrics" in caplog.text
+    assert "2.5" in capsys.readouterr().out
 
 
-def test_unreadable_metrics_compare_no_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_metrics_compare_no_losses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    reports = build_reports(JOB, rank=0, folder=tmp_path, record=metadata.new())
+    reports = build_reports(JOB, ConsoleSink(10, 1), folder=tmp_path, record=metadata.new())
     receipt = Receipt(2, source="resume", step=4, lost_steps=2, rng="restored", next_batch="proved")
     assert receipt.bitwise()
     assert reports.replay_check(receipt).compare(5, 2.5) is None
-    told = capsys.readouterr()
-    assert "losses are not compared" in told.out + told.err
+    assert "losses are not compared" in caplog.text
 
 
 @pytest.mark.parametrize("content", [None, "{"], ids=["missing", "torn"])
-def test_exit_that_cannot_be_recorded_warns(tmp_path: Path, content: str | None) -> None:
+def test_exit_that_cannot_be_recorded_warns(
+    tmp_path: Path, content: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     if content is not None:
         (tmp_path / metadata.RUN_FILE).write_text(content)
-    warnings: list[str] = []
     run: Any = SimpleNamespace(
         world=SimpleNamespace(rank=0),
         ckpt=SimpleNamespace(holds_lease=lambda: True),
         folder=tmp_path,
         state=SimpleNamespace(step=3),
-        reports=SimpleNamespace(warn=warnings.append),
     )
     running._record(run, EXIT_FINISHED, "finished")
-    (warning,) = warnings
+    (warning,) = caplog.messages
     assert "how this attempt ended is not recorded" in warning
 
 
@@ -112,10 +112,10 @@ def test_resume_lists_folder_again_after_error(ended_run: Path, monkeypatch: pyt
 
 
 def test_undo_finds_steps_that_lookups_miss(ended_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rollback.roll_back(ended_run, 4, note=quiet, progress=lambda *_: None)
+    rollback.roll_back(ended_run, 4, progress=lambda *_: None)
     with monkeypatch.context() as patched:  # as a client of NFS that remembers that a name was missing
         patched.setattr(Path, "exists", lambda path: "rolledback" not in path.name)
-        undone = rollback.undo(ended_run, note=quiet)
+        undone = rollback.undo(ended_run)
     assert undone.newest_step == 12
     assert paths.committed_steps(ended_run / "checkpoints") == [12, 8, 4]
 

@@ -15,20 +15,12 @@ import pytest
 from kempnerforge.telemetry.jsonl import JsonlSink, effective_rows, read_rows
 
 
-def fail_on_warning(text: str) -> None:
-    raise AssertionError(text)
-
-
-def jsonl(path: Path, attempt: int = 1) -> JsonlSink:
-    return JsonlSink(path, attempt, warn=fail_on_warning)
-
-
 def test_jsonl_round_trip_bitwise_equal(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     draw = random.Random(7)
     values = [draw.uniform(-1, 1) * 10 ** draw.randint(-300, 300) for _ in range(200)]
     values += [math.inf, -math.inf, 5e-324, -0.0, 0.1 + 0.2]
-    sink = jsonl(path, attempt=3)
+    sink = JsonlSink(path, attempt=3)
     for step, value in enumerate(values):
         sink.write({"train/loss": value, "step": step, "data/digest": "ab12", "time": 1.5})
     sink.close()
@@ -44,7 +36,7 @@ def test_jsonl_round_trip_bitwise_equal(tmp_path: Path) -> None:
 
 def test_jsonl_nan_is_valid_json_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    sink = jsonl(path)
+    sink = JsonlSink(path, attempt=1)
     sink.write({"step": 1, "train/loss": math.nan, "train/grad_norm": -math.inf})
     sink.close()
 
@@ -57,9 +49,11 @@ def test_jsonl_nan_is_valid_json_and_read_back(tmp_path: Path) -> None:
     assert math.isnan(read_rows(path).rows[0]["train/loss"])
 
 
-def test_jsonl_torn_last_line_repaired_by_next_attempt(tmp_path: Path) -> None:
+def test_jsonl_torn_last_line_repaired_by_next_attempt(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    sink = jsonl(path)
+    sink = JsonlSink(path, attempt=1)
     sink.write({"step": 1, "train/loss": 1.0, "time": 1.0})
     assert sink.flush(60) == 0
     whole_bytes = path.stat().st_size
@@ -68,7 +62,7 @@ def test_jsonl_torn_last_line_repaired_by_next_attempt(tmp_path: Path) -> None:
     content = path.read_bytes()
     for size_bytes in range(whole_bytes, len(content) + 1):
         path.write_bytes(content[:size_bytes])
-        sink = jsonl(path, attempt=2)
+        sink = JsonlSink(path, attempt=2)
         sink.write({"step": 2, "time": 1.0})
         sink.write({"step": 3, "time": 1.0})
         sink.close()
@@ -78,12 +72,14 @@ def test_jsonl_torn_last_line_repaired_by_next_attempt(tmp_path: Path) -> None:
         first_attempt = [(1, 1)] if lost_row else [(1, 1), (1, 2)]
         assert [(row["attempt"], row["step"]) for row in read.rows] == [*first_attempt, (2, 2), (2, 3)]
         assert read.torn == (1 if lost_row and size_bytes > whole_bytes else 0)
+    assert caplog.messages == []
 
 
-def test_jsonl_full_disk_loses_rows_with_two_warnings(tmp_path: Path) -> None:
+def test_jsonl_full_disk_loses_rows_with_two_warnings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    warnings: list[str] = []
-    sink = JsonlSink(path, 1, warn=warnings.append)
+    sink = JsonlSink(path, attempt=1)
     sink.write({"step": 1, "time": 1.0})
     assert sink.flush(60) == 0
     # A limit on the file's size stands in for a full disk: short writes first, then errors.
@@ -103,14 +99,14 @@ def test_jsonl_full_disk_loses_rows_with_two_warnings(tmp_path: Path) -> None:
     read = read_rows(path)
     assert [row["step"] for row in read.rows] == [1, 5, 6]
     assert read.torn == 1
-    assert len(warnings) == 2
-    assert "rows are lost" in warnings[0]
-    assert "3 rows are missing" in warnings[1]
+    lost, works_again = caplog.messages
+    assert "rows are lost" in lost
+    assert "3 rows are missing" in works_again
 
 
 def test_jsonl_unsupported_value_refused_no_trace(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    sink = jsonl(path)
+    sink = JsonlSink(path, attempt=1)
     with pytest.raises(TypeError):
         sink.write({"step": 1, "train/loss": object()})
     sink.close()
@@ -130,8 +126,8 @@ def test_jsonl_invalid_lines_counted_as_torn(tmp_path: Path) -> None:
 
 def test_jsonl_two_attempts_do_not_overwrite(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    first = jsonl(path, 1)
-    second = jsonl(path, 2)
+    first = JsonlSink(path, 1)
+    second = JsonlSink(path, 2)
     for step in range(1, 4):
         for sink in (first, second):
             sink.write({"step": step})

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli
 import torch
 from safetensors.torch import load_file, save_file
 from support.ckpt_cli import Ckpt
@@ -21,7 +22,7 @@ from support.weight_cases import VARIANTS, assert_equal, config_toml, make_model
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.tools.float_cast import cast
 from kempnerforge.cli import app, formatting
-from kempnerforge.config.schema import load_job
+from kempnerforge.config.schema import ModelConfig, load_job
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.model.llama import Llama
 
@@ -112,6 +113,33 @@ def test_import_transformers_folder_same_logits(import_hf: Any, tmp_path: Path) 
         tokens = torch.arange(40).view(1, 40)
         with torch.no_grad():
             torch.testing.assert_close(ours(tokens), other.float()(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_import_mistral_same_logits(import_hf: Any, tmp_path: Path) -> None:
+    """With no window, with one as long as any sequence, and with the window of older configs."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 16, "max_position_embeddings": 64, "head_dim": 2}
+    torch.manual_seed(0)
+    for number, window in enumerate((None, 64, 4096)):
+        other = MistralForCausalLM(
+            MistralConfig(**sizes, sliding_window=window, initializer_range=0.3)
+        ).eval()
+        folder, out = tmp_path / f"hf{number}", tmp_path / f"ours{number}"
+        other.save_pretrained(folder)
+        if window == 4096:  # as in configs that leave out what is the default
+            body = json.loads((folder / "config.json").read_text())
+            del body["sliding_window"], body["num_key_value_heads"]
+            (folder / "config.json").write_text(json.dumps(body))
+        status, _, err = import_hf(folder, "--out", out)
+        assert status == 0, err
+        model = ModelConfig.model_validate(tomli.loads((out / "config.toml").read_text())["model"])
+        ours = Llama(model)
+        ours.load_state_dict(weights_of(out))
+        tokens = torch.arange(60).view(1, 60)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(tokens), other(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 # Out
@@ -242,6 +270,14 @@ def test_export_step_without_model_config_refused(ckpt: Ckpt, tmp_path: Path, co
     assert "[model]" in done.err or "model.width" in done.err
 
 
+def test_export_of_model_of_the_users_refused(ckpt: Ckpt, tmp_path: Path) -> None:
+    done = ckpt(
+        "export", write_step(tmp_path, 7, config='[model]\nname = "lab:GPT"\n'), "--out", tmp_path / "hf"
+    )
+    assert done.status == 2
+    assert 'its model is lab:GPT, and transformers only has "llama"' in done.err
+
+
 def test_export_step_of_other_model_refused(ckpt: Ckpt, tmp_path: Path) -> None:
     step = write_step(tmp_path, 7, config=config_toml(make_model()))
     done = ckpt("export", step, "--out", tmp_path / "hf")
@@ -274,7 +310,9 @@ def test_export_tokenizer_of_run_included(ckpt: Ckpt, tmp_path: Path) -> None:
     file.unlink()
     done = ckpt("export", step, "--out", tmp_path / "without")
     assert done.status == 0
-    assert "tokenizer.json does not exist, so none is exported; give --tokenizer FILE" in done.err
+    assert "tokenizer.json does not exist; give --tokenizer FILE" in done.err
+    assert "the export has no tokenizer" in done.err
+    assert "the export names no end token" in done.err
     assert not (tmp_path / "without" / "tokenizer.json").exists()
     small = save(tmp_path / "small", make_model(vocab_size=3))
     done = ckpt("export", small, "--out", tmp_path / "no", "--tokenizer", tmp_path / "hf")
@@ -318,12 +356,6 @@ def test_export_rebuilt_tokenizer_is_refused(ckpt: Ckpt, tmp_path: Path, trained
     assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == file.read_bytes()
 
 
-def test_export_byte_tokenizer_eos_is_separator(ckpt: Ckpt, tmp_path: Path) -> None:
-    step = save(tmp_path, make_model(vocab_size=257), extra='[data]\ntext = "x"\ntokenizer = "bytes"\n')
-    assert ckpt("export", step, "--out", tmp_path / "hf").status == 0
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 256
-
-
 # In
 
 
@@ -341,6 +373,7 @@ def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file({name: one for name, one in tensors.items() if one is not None}, folder / "model.safetensors")
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"
 EMBEDDING = "model.embed_tokens.weight"
 BIAS = "model.layers.0.self_attn.q_proj.bias"
 BAD: dict[str, tuple[Any, int, str]] = {
@@ -365,6 +398,31 @@ BAD: dict[str, tuple[Any, int, str]] = {
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         2,
         "pytorch_model.bin is a pickle",
+    ),
+    "git-lfs pointers": (
+        lambda f: (f / "model.safetensors").write_bytes(LFS_POINTER),
+        2,
+        "model.safetensors is a git-lfs pointer, not the file itself: run git lfs pull in",
+    ),
+    "a git-lfs pointer as config": (
+        lambda f: (f / "config.json").write_bytes(LFS_POINTER),
+        2,
+        "config.json is a git-lfs pointer",
+    ),
+    "weights under the authors' names": (
+        lambda f: (f / "model.safetensors").rename(f / "consolidated.safetensors"),
+        2,
+        "consolidated.safetensors has the names of the model's authors",
+    ),
+    "shards without an index": (
+        lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
+        2,
+        "model.safetensors.index.json, which says what model-00001-of-00002.safetensors holds: download it",
+    ),
+    "an end token that is none": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["a"]}'),
+        2,
+        "eos_token_id: ['a'] is not a token id",
     ),
     "an index that leads out": (
         lambda f: (f / "model.safetensors.index.json").write_text(

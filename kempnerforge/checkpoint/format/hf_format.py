@@ -13,8 +13,10 @@ from typing import Any, Protocol
 from kempnerforge.checkpoint.format import safetensors_file
 from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, StepNotFoundError
+from kempnerforge.fsio import GIT_LFS_POINTER
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9
@@ -131,7 +133,9 @@ def json_bytes(body: Any) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raise StepNotFoundError for a missing file, MismatchError for anything else."""
     try:
-        body = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        _refuse_lfs_pointer(path, raw)
+        body = json.loads(raw)
     except FileNotFoundError:
         raise StepNotFoundError(
             f"{path} does not exist; give a Hugging Face model's folder, with {CONFIG} and .safetensors files"
@@ -153,14 +157,27 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
         return _by_index(folder, read_json(folder / INDEX))
     if (folder / ONE_FILE).exists():
         return _in_file(folder / ONE_FILE)
+    raise StepNotFoundError(f"{folder} has neither {ONE_FILE} nor {INDEX}{_other_weights(folder)}")
+
+
+def _other_weights(folder: Path) -> str:
+    """Return which other weights the folder has, and what to do; empty if there are none."""
+    if next(folder.glob("consolidated*.safetensors"), None) is not None:
+        return (
+            ". consolidated.safetensors has the names of the model's authors, not those of Hugging Face: "
+            f"download {ONE_FILE}, or model-*.safetensors and {INDEX}, of the same model"
+        )
+    if shards := sorted(path.name for path in folder.glob("*.safetensors")):
+        return (
+            f", which says what {shards[0]} holds: download it, or save the model again with save_pretrained"
+        )
     pickled = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
-    hint = ""
     if pickled:
-        hint = (
+        return (
             f". {pickled[0]} is a pickle, which is never loaded: save the model as safetensors with "
             "transformers' save_pretrained"
         )
-    raise StepNotFoundError(f"{folder} has neither {ONE_FILE} nor {INDEX}{hint}")
+    return ""
 
 
 def _by_index(folder: Path, index: Mapping[str, Any]) -> dict[str, Stored]:
@@ -191,8 +208,17 @@ def _in_file(path: Path) -> dict[str, Stored]:
     except FileNotFoundError:
         raise MismatchError(f"{path} is missing, but {INDEX} names it") from None
     except ValueError as error:
+        with open(path, "rb") as file:
+            _refuse_lfs_pointer(path, file.read(len(GIT_LFS_POINTER)))
         raise DamagedCheckpointError(f"{path} is damaged: {error}") from None
     return {name: Stored(path, dtype, box.sizes, box.begin) for name, (dtype, box) in entries.items()}
+
+
+def _refuse_lfs_pointer(path: Path, begin: bytes) -> None:
+    if begin.startswith(GIT_LFS_POINTER):
+        raise MismatchError(
+            f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in {path.parent}"
+        )
 
 
 def listed(problems: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ from kempnerforge.errors import (
     StepNotFoundError,
     UnreachableCheckpointError,
 )
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -112,6 +115,7 @@ def select(
     """
     cleanup, suspects = cleanup or StartCleanup(folder), suspects or {}
     listing = with_retries(lambda: paths.list_folder(folder), what=str(folder))
+    log.debug("steps in %s: %s", folder, listing.steps)
     newer_suspects: list[Candidate] = []
     for step in listing.steps:
         if step in cleanup.passed_over:
@@ -125,17 +129,21 @@ def select(
                 functools.partial(with_retries, look, what=str(path)), pause_s=RETRY_DELAYS_S[0]
             )
         except DamagedCheckpointError as error:
+            log.debug("step %d is damaged: %s", step, error)
             if run_id := with_retries(functools.partial(owner.foreign_run, path), what=str(path)):
                 _reject_once(rejected, Rejected(step, FOREIGN, _belongs_to(run_id)))
             else:
                 rejected.append(quarantine(cleanup, step, str(error)))
             continue
         except _ForeignStepError as error:
+            log.debug("step %d is skipped: %s", step, error)
             _reject_once(rejected, Rejected(step, FOREIGN, str(error)))
             continue
         except NoTrainingStateError as error:
+            log.debug("step %d is skipped: %s", step, error)
             rejected.append(Rejected(step, "no training state", str(error)))
             continue
+        log.debug("step %d has a valid manifest%s", step, ", but is suspect" if step in suspects else "")
         if step in suspects:
             newer_suspects.append(candidate)
             continue

@@ -11,6 +11,7 @@ from kempnerforge.checkpoint.run import metadata
 from kempnerforge.errors import MismatchError, RunFolderError, StepNotFoundError
 
 ALLOWED = "give a step's folder, such as RUN/checkpoints/step_00001000, or a run's folder"
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 STORED_AS = {
     "optimizer": ("optimizer", "optimizers"),
     "scheduler": ("step",),
@@ -73,10 +74,20 @@ def _moved_to(path: Path) -> list[Path]:
 
 
 def _what_it_is(path: Path) -> str:
+    # The name of a model on the Hugging Face Hub is not a path, but is often given as one.
+    hub = "" if path.is_absolute() or len(path.parts) != 2 else f"; {_import_hint('FOLDER')}"
     if not path.exists():
-        return f"does not exist; {ALLOWED}"
+        return f"does not exist; {ALLOWED}{hub}"
     if not path.is_dir():
-        return f"is a file; {ALLOWED}"
-    if (path / hf_format.CONFIG).is_file() and any(path.glob("*.safetensors*")):
+        is_weights = path.suffix in _OTHER_WEIGHTS
+        return f"is a file; {_import_hint(path.parent) if is_weights else ALLOWED}"
+    if (path / hf_format.CONFIG).is_file():
         return f"is a Hugging Face model. Import it, then use DIR: kempnerforge import hf {path} --out DIR"
     return f"holds no committed checkpoint; {ALLOWED}"
+
+
+def _import_hint(folder: Path | str) -> str:
+    return (
+        "to start from a Hugging Face model, download it, import it, then use DIR: "
+        f"kempnerforge import hf {folder} --out DIR"
+    )

@@ -14,7 +14,7 @@ so it never delays the exit of the process.
 from __future__ import annotations
 
 import atexit
-import sys
+import logging
 import threading
 import time
 import weakref
@@ -33,6 +33,8 @@ from kempnerforge.checkpoint.run.owner import Owner
 from kempnerforge.checkpoint.run.save_events import MAX_EVENTS, SaveEvent, deleted
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import KempnerForgeError
+
+log = logging.getLogger(__name__)
 
 STOP_WAIT_S = 0.5
 """How long a stop waits for work in progress. On a fast disk, this is enough to finish it."""
@@ -273,8 +275,8 @@ class Housekeeping:
 
 @atexit.register
 def _end_all() -> None:
-    """Close what programs did not close, and print the remaining warnings."""
+    """Close what programs did not close, and log the remaining warnings."""
     for housekeeping in list(_all):
         housekeeping.close()
         for text in housekeeping.warnings():
-            print(f"kempnerforge: {text}", file=sys.stderr)
+            log.warning(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from kempnerforge.checkpoint.retention.policy import KeepPolicy, StepInfo, Verdi
 from kempnerforge.checkpoint.run.owner import ANYONE, Owner
 from kempnerforge.checkpoint.run.resumable_steps import load_resumable
 from kempnerforge.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Retention:
                 break
             if verdict.keep or not self._is_committed(max(sound)):
                 continue
+            log.debug("no rule keeps step %d, of steps %s", verdict.step, sorted(sound))
             if (doomed := self._invalidate(verdict.step, warnings)) is not None:
                 self._delete_tree(doomed, warnings)
                 deleted.append(verdict.step)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from kempnerforge.errors import (
     StepsMissingError,
 )
 from kempnerforge.process_identity import process_state, restart_count
+
+log = logging.getLogger(__name__)
 
 _NONCE_WAIT_S = 10.0
 """How long a rank waits for the first rank's file. Network file systems may show a new file late."""
@@ -58,7 +61,6 @@ def open_run(
     first_global_batch_size: int,
     checkpoint_dir: str | None = None,
     run_name: str = "",
-    note: Callable[[str], None] = lambda _text: None,
     options: OpenOptions | None = None,
 ) -> tuple[RunRecord, Lease | None]:
     """Start a new attempt of the run in ``folder``, which the first start creates.
@@ -77,7 +79,6 @@ def open_run(
         checkpoint_dir: ``checkpoint.dir``. The absolute path is recorded, for commands on the
             folder.
         run_name: replaces ``{run_name}`` in ``checkpoint_dir``; empty for the name of ``folder``.
-        note: called with messages.
         options: what differs between callers.
 
     Raises on all ranks RunFolderError, LeaseHeldError if another process writes to the run,
@@ -92,16 +93,14 @@ def open_run(
     rank_pids = [pid for host, pid in ranks if host == ranks[0][0]]
 
     def begin() -> tuple[RunRecord, str]:
-        lease, record, nonce = _begin_attempt(
-            folder, first_global_batch_size, wanted, rank_pids, note, options
-        )
+        lease, record, nonce = _begin_attempt(folder, first_global_batch_size, wanted, rank_pids, options)
         leases.append(lease)
         return record, nonce
 
     record, nonce = control.run_on_rank0(begin)
     try:
         control.raise_on_any_error(_missing_nonce(folder, nonce, options))
-        control.run_on_rank0(lambda: _remove_nonce(folder / _nonce_name(nonce), note))
+        control.run_on_rank0(lambda: _remove_nonce(folder / _nonce_name(nonce)))
     except BaseException:
         for lease in leases:
             lease.release()
@@ -139,7 +138,6 @@ def _begin_attempt(
     first_global_batch_size: int,
     wanted: _Wanted,
     rank_pids: Sequence[int],
-    note: Callable[[str], None],
     options: OpenOptions,
 ) -> tuple[Lease, RunRecord, str]:
     try:
@@ -159,14 +157,13 @@ def _begin_attempt(
         lease = acquire(
             folder,
             after_attempt=after_attempt,
-            note=note,
             rename_hint=options.rename_hint,
             rank_pids=rank_pids,
         )
         if lease.took_over:
-            note(f"took the run over from {lease.took_over}")
+            log.info(f"took the run over from {lease.took_over}")
         try:
-            _remove_leftovers(folder, note)
+            _remove_leftovers(folder)
             # Read it again: the former holder of the lease may have written it meanwhile.
             record = metadata.read(folder) or known.new_record()
             record = replace(
@@ -272,20 +269,20 @@ def _identity_of(folder: Path, wanted: _Wanted) -> _Identity:
     return _Identity(names.pop() if len(names) == 1 else "", max(attempts, default=0))
 
 
-def _remove_leftovers(folder: Path, note: Callable[[str], None]) -> None:
+def _remove_leftovers(folder: Path) -> None:
     """Remove leftovers of killed attempts. An error does not end the start."""
     try:
         fsio.remove_leftovers(folder / RUN_FILE)
         fsio.remove_all(list(folder.glob(_nonce_name("*"))))
     except OSError as error:
-        note(f"a leftover of an earlier attempt could not be removed: {error}")
+        log.warning(f"a leftover of an earlier attempt could not be removed: {error}")
 
 
-def _remove_nonce(path: Path, note: Callable[[str], None]) -> None:
+def _remove_nonce(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:  # the next start removes it
-        note(f"{path} could not be removed: {error}")
+        log.warning(f"{path} could not be removed: {error}")
 
 
 def _nonce_name(nonce: str) -> str:

@@ -27,11 +27,12 @@ does not make a live run look dead.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +40,8 @@ from typing import NamedTuple
 from kempnerforge import fsio, process_identity
 from kempnerforge.errors import LeaseHeldError, LeaseLostError, RunFolderError
 from kempnerforge.process_identity import ProcessIdentity
+
+log = logging.getLogger(__name__)
 
 RENEW_EVERY_S = 3.0
 STALE_AFTER_S = 30.0
@@ -117,6 +120,7 @@ class Lease:
         if self._ended.is_set():
             return
         self._ended.set()
+        log.debug("releasing the lease %s", self.path)
         self._thread.join()
         try:
             for _ in range(_RELEASE_TRIES):
@@ -149,6 +153,8 @@ class Lease:
             except OSError as error:
                 failed = failed or error
             self.failing = str(failed or "")
+            if failed is not None:
+                log.debug("the lease could not be renewed: %s", failed)
 
     def _write(self, *, released: bool) -> None:
         self._counter += 1
@@ -163,7 +169,6 @@ def acquire(
     after_attempt: int = 0,
     stale_after_s: float = STALE_AFTER_S,
     renew_every_s: float = RENEW_EVERY_S,
-    note: Callable[[str], None] = lambda _text: None,
     rename_hint: str = "give this run another name (--run.name=NEW)",
     rank_pids: Sequence[int] = (),
 ) -> Lease:
@@ -177,7 +182,6 @@ def acquire(
         after_attempt: the new attempt's number is higher than this.
         stale_after_s: how long the counter must not move before the lease is taken over.
         renew_every_s: interval between renewals.
-        note: called with messages, such as that another process's lease is being watched.
         rename_hint: how to give the run another folder, for errors.
         rank_pids: the processes of all ranks on this host, which the error of a refused start
             names.
@@ -195,7 +199,9 @@ def acquire(
         if free is None:
             assert newest is not None
             if watch.is_new(newest):
-                note(f"{_name(newest)} may still write {run_dir}; watching it for up to {stale_after_s:g} s")
+                log.warning(
+                    f"{_name(newest)} may still write {run_dir}; watching it for up to {stale_after_s:g} s"
+                )
             elif watch.moved(newest):
                 raise _held(run_dir, newest, me, rename_hint)
             elif watch.still_s >= stale_after_s:
@@ -204,8 +210,9 @@ def acquire(
             time.sleep(_LOOK_EVERY_S)
             continue
         attempt = max(after_attempt, newest.attempt if newest else 0) + 1
-        claimed = _claim(run_dir, replace(me, attempt=attempt), note)
+        claimed = _claim(run_dir, replace(me, attempt=attempt))
         if claimed is not None:
+            log.debug("took the lease %s", claimed[0])
             took_over = f"{_name(newest)}: {free}" if newest and free else ""
             return Lease(*claimed, renew_every_s=renew_every_s, took_over=took_over)
 
@@ -254,9 +261,7 @@ def _why_free(newest: _Seen | None, me: ProcessIdentity) -> str | None:
     return None
 
 
-def _claim(
-    run_dir: Path, owner: ProcessIdentity, note: Callable[[str], None]
-) -> tuple[Path, int, ProcessIdentity] | None:
+def _claim(run_dir: Path, owner: ProcessIdentity) -> tuple[Path, int, ProcessIdentity] | None:
     """Create the lease file of ``owner.attempt``. Return None if another process was faster."""
     path = run_dir / f"lease.{owner.attempt}.json"
     try:
@@ -270,7 +275,7 @@ def _claim(
         os.fsync(fd)
         leases = _leases(run_dir)
         if max(leases) == owner.attempt:
-            _remove_older([file for attempt, file in leases.items() if attempt < owner.attempt], note)
+            _remove_older([file for attempt, file in leases.items() if attempt < owner.attempt])
             return path, fd, owner
         error = None
     except OSError as failed:
@@ -282,7 +287,7 @@ def _claim(
     return None
 
 
-def _remove_older(files: list[Path], note: Callable[[str], None]) -> None:
+def _remove_older(files: list[Path]) -> None:
     """Remove the leases of older attempts.
 
     A leftover does no harm, because its holder checks for newer ones.
@@ -290,7 +295,7 @@ def _remove_older(files: list[Path], note: Callable[[str], None]) -> None:
     try:
         fsio.remove_all(files)
     except OSError as error:
-        note(f"the lease of an older attempt could not be removed: {error}")
+        log.warning(f"the lease of an older attempt could not be removed: {error}")
 
 
 def _leases(run_dir: Path) -> dict[int, Path]:

@@ -162,13 +162,12 @@ class OwnRun:
         started = time.time() if os.getpid() in _processes_begun else attempt_started()
         _processes_begun.add(os.getpid())
         hosts = self._control.gather(node_name(os.environ))
-        ledger = AttemptLog(started, first_part="program", warn=_warn_of_record)
+        ledger = AttemptLog(started, first_part="program")
         record, lease = open_run(
             self._run_dir,
             self._control,
             first_global_batch_size=0,
             checkpoint_dir=self._config.dir,
-            note=log.warning,
             options=OPTIONS,
         )
         self._number = record.attempt
@@ -335,7 +334,3 @@ def _words(error: BaseException) -> str:
     if isinstance(error, KempnerForgeError):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _warn_of_record(error: OSError) -> None:
-    log.warning("the record of this attempt is not complete: %s", error)

@@ -6,16 +6,17 @@ check is a round trip on a shared file system, which may take seconds, and all r
 
 from __future__ import annotations
 
+import logging
 import stat
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 from kempnerforge import fsio
 from kempnerforge.printable import printable
+
+log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 _MAX_TEXT_BYTES = 4096
@@ -23,21 +24,16 @@ _MAX_TEXT_BYTES = 4096
 _Identity = tuple[int, int, int]
 
 
-def _print_warning(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 class RequestFile:
     """One request file. ``RequestFiles.look`` reads and removes it, on another thread.
 
-    Failures are warnings, never errors. Only a regular file is a request: a folder or a link of
+    Failures are logged as warnings, never raised. Only a regular file is a request: a folder or a link of
     that name is reported once and ignored. So is an answered request that cannot be removed, until
     it changes.
     """
 
-    def __init__(self, path: Path, *, warn: Callable[[str], None] = _print_warning) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._warn = warn
         self._warned: set[str] = set()
         self.is_there = False
         """Whether there is an unanswered request."""
@@ -98,7 +94,7 @@ class RequestFile:
     def _warn_once(self, text: str) -> None:
         if text not in self._warned:
             self._warned.add(text)
-            self._warn(text)
+            log.warning(text)
 
 
 class RequestFiles:

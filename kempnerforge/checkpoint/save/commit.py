@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from kempnerforge.checkpoint.format.checksums import FileRecord, record_of
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image
 from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry
 from kempnerforge.errors import CheckpointError, SaveFailedError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -158,4 +161,5 @@ def commit(
     fsio.fsync_folder(temporary)
     before_publish()
     fsio.publish(temporary, final)
+    log.debug("committed %s: %d files", final, len(files) + 1)
     return sum(record.size_bytes for record in files.values()) + len(body)

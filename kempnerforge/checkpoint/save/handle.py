@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import sys
+import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -18,6 +18,8 @@ from kempnerforge.checkpoint.save.pipeline import (
     result_key,
 )
 from kempnerforge.errors import SaveFailedError
+
+log = logging.getLogger(__name__)
 
 RATES = 8
 """Number of recent saves whose rates are remembered."""
@@ -36,10 +38,10 @@ def _report_failures() -> None:
 
 
 def _report_failure(progress: RankProgress) -> None:
-    """Print to standard error that a save failed, unless it was reported. First rank only."""
+    """Log that a save failed, unless it was reported. First rank only."""
     final = _unreported.pop(progress, None)
     if final is not None and progress.result is not None and progress.result.error:
-        print(f"kempnerforge: {final} was not saved: {progress.result.error}", file=sys.stderr)
+        log.error("kempnerforge: %s was not saved: %s", final, progress.result.error)
 
 
 @dataclass
@@ -135,7 +137,7 @@ class SaveHandle:
             self._save.job.staging.wait_until_idle()  # needed if there was no thread
 
     def close(self) -> None:
-        """Wait as ``join`` does. Print a failure that ``result`` has not raised to standard error."""
+        """Wait as ``join`` does. Log a failure that ``result`` has not raised."""
         self.join()
         if self._save is not None:
             self._save = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from pathlib import Path
 from kempnerforge.checkpoint.format.checksums import FileRecord
 from kempnerforge.checkpoint.save.writer_process import POLL_INTERVAL_S, PROGRESS_BYTES, SharedProgress
 from kempnerforge.errors import SaveFailedError
+
+log = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 
@@ -147,6 +150,7 @@ class Writer:
                     pass_fds=[theirs.fileno(), progress_fd],
                     stdin=subprocess.DEVNULL,
                 )
+            log.debug("started writer process %d", self._process.pid)
             self._connection, self._progress = ours, SharedProgress(progress_fd)
             os.close(progress_fd)
         return self._connection, self._progress
@@ -159,6 +163,7 @@ class Writer:
         self._connection = self._progress = None
         if process is None:
             return None
+        log.debug("ending writer process %d", process.pid)
         process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=1.0)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -59,15 +60,17 @@ def import_weights(
     tensors: Sequence[MappedTensor],
     *,
     redundant: Mapping[str, str],
+    special_tokens: Mapping[str, Any],
     config_toml: str,
     progress: Progress = lambda done, total: None,
 ) -> Imported:
     """Write the weights in the Hugging Face folder ``source`` to ``out``, a checkpoint at step 0.
 
     ``redundant``: names that ``source`` may have besides ``tensors`` -> the name of the tensor with
-    the same bytes, or an empty string to ignore the tensor. The checkpoint is complete and durable
-    when it appears. Raises MismatchError, StepNotFoundError, DamagedCheckpointError, RunFolderError
-    if ``out`` exists or cannot be created, NoSpaceError, OSError.
+    the same bytes, or an empty string to ignore the tensor. ``special_tokens`` is stored for
+    exports. The checkpoint is complete and durable when it appears. Raises MismatchError,
+    StepNotFoundError, DamagedCheckpointError, RunFolderError if ``out`` exists or cannot be created,
+    NoSpaceError, OSError.
     """
     stored = hf_format.find_tensors(source)
     _check_fits(source, stored, tensors, redundant)
@@ -87,7 +90,7 @@ def import_weights(
         reports = {file.name: _write_file(building, file, of_ours, stored, advance) for file in files}
         contents = CheckpointPayload(
             Provenance(step=0, reason="import"),
-            {"imported_from": {"format": "hf", "path": str(source.resolve())}},
+            {"imported_from": {"format": "hf", "path": str(source.resolve()), **special_tokens}},
             config_toml,
         )
         size_bytes = commit(building, out, expected=expected, reports=reports, contents=contents)

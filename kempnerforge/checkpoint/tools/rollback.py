@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.checkpoint.tools.verify import verify
 from kempnerforge.errors import DamagedCheckpointError, RunFolderError, StepNotFoundError
 
-Note = Callable[[str], None]
+log = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 """Called with the bytes done so far, and the total."""
 
@@ -37,13 +39,12 @@ class Renamed:
     """False if there was nothing to do."""
 
 
-def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Renamed:
+def roll_back(run_dir: Path, step: int, *, progress: Progress) -> Renamed:
     """Set all steps after ``step`` aside, so that the next start resumes from it.
 
     Takes the run's lease and an attempt number. The decision is written to ``run.json`` before the
     first rename: if the process is killed after that, the next start completes the rollback.
     Without later steps, nothing changes. Steps of other runs in the folder are left as they are.
-    ``note`` is called with messages, such as that another process's lease is being watched.
 
     ``step`` 0 is the beginning of the run. If it was not committed, all steps are set aside, and
     the next start begins at step 0. Use it also for a run whose steps are lost for good.
@@ -55,7 +56,7 @@ def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Re
     folder = record.checkpoint_folder(run_dir)
     if step > 0:
         _require_step(folder, step)
-    held = lease.acquire(run_dir, after_attempt=lineage.last_attempt(run_dir), note=note)
+    held = lease.acquire(run_dir, after_attempt=lineage.last_attempt(run_dir))
     try:
         record = _record_of(run_dir)
         folder = record.checkpoint_folder(run_dir)
@@ -79,8 +80,8 @@ def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Re
         record = _cleared(record, [path.name for path in in_the_way])
         metadata.write(run_dir, record)
         # The decision is final now. The next start completes renames that fail here, or skips the steps.
-        renamed = _set_aside(folder, targets, note)
-        _point_latest(folder, None if to_start else step, note)
+        renamed = _set_aside(folder, targets)
+        _point_latest(folder, None if to_start else step)
     except OSError as error:
         raise RunFolderError(f"{run_dir} could not be rolled back: {error}") from error
     finally:
@@ -88,15 +89,15 @@ def roll_back(run_dir: Path, step: int, *, note: Note, progress: Progress) -> Re
     return Renamed(step, renamed, str(folder), record.wandb_id)
 
 
-def _set_aside(folder: Path, targets: dict[int, Path], note: Note) -> dict[str, str]:
-    """Rename the steps. Return old and new names of those renamed. Call ``note`` for each failure."""
+def _set_aside(folder: Path, targets: dict[int, Path]) -> dict[str, str]:
+    """Rename the steps. Return old and new names of those renamed. Log each failure."""
     renamed = {}
     for step, target in targets.items():
         path = folder / paths.step_name(step)
         try:
             path.rename(target)
         except OSError as error:
-            note(
+            log.warning(
                 f"{path} could not be renamed ({error.strerror or error}). It still counts as rolled back: "
                 "the next start renames it, or skips it"
             )
@@ -107,14 +108,14 @@ def _set_aside(folder: Path, targets: dict[int, Path], note: Note) -> dict[str, 
     return renamed
 
 
-def undo(run_dir: Path, *, note: Note) -> Renamed:
+def undo(run_dir: Path) -> Renamed:
     """Undo the last rollback. This is possible until an attempt has resumed from the older step.
 
     Raises StepNotFoundError if there is no rollback, RunFolderError if it is too late,
     LeaseHeldError.
     """
     _record_of(run_dir)
-    held = lease.acquire(run_dir, after_attempt=lineage.last_attempt(run_dir), note=note)
+    held = lease.acquire(run_dir, after_attempt=lineage.last_attempt(run_dir))
     try:
         record = _record_of(run_dir)
         folder = record.checkpoint_folder(run_dir)
@@ -139,7 +140,7 @@ def undo(run_dir: Path, *, note: Note) -> Renamed:
         )
         metadata.write(run_dir, record)
         newest = owner.newest_step(folder, mine)
-        _point_latest(folder, newest, note)
+        _point_latest(folder, newest)
     except OSError as error:
         raise RunFolderError(f"{run_dir}: the rollback could not be undone: {error}") from error
     finally:
@@ -147,11 +148,11 @@ def undo(run_dir: Path, *, note: Note) -> Renamed:
     return Renamed(last.step if newest is None else newest, renamed, str(folder), record.wandb_id)
 
 
-def _point_latest(folder: Path, step: int | None, note: Note) -> None:
+def _point_latest(folder: Path, step: int | None) -> None:
     """Point ``latest`` at ``step``; without one, remove it."""
     warning = latest_link.point(folder, step) if step is not None else latest_link.remove(folder)
     if warning:
-        note(warning)
+        log.warning(warning)
 
 
 def _sync(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,13 +27,12 @@ class Unblocked:
     """Name -> why a suspect step was not restored."""
 
 
-def unblock(run_dir: Path, *, note: Callable[[str], None]) -> Unblocked:
+def unblock(run_dir: Path) -> Unblocked:
     """Declare the cause of a run's failures fixed, and restore the names of suspect steps.
 
     A suspect step remains set aside if the run has since committed a step that does not descend
     from it. ``run.json`` is written before the first rename, and the ledger after the last. So
-    after a kill, the command can be run again. ``note`` is called if another process's lease has to
-    be watched.
+    after a kill, the command can be run again.
 
     Durable: on return. Raises RunFolderError, LeaseHeldError.
     """
@@ -46,7 +45,7 @@ def unblock(run_dir: Path, *, note: Callable[[str], None]) -> Unblocked:
         if record is None or not suspects:
             done = Unblocked(lineage.last_attempt(run_dir))
         else:
-            held = lease.acquire(run_dir, after_attempt=lineage.last_attempt(run_dir), note=note)
+            held = lease.acquire(run_dir, after_attempt=lineage.last_attempt(run_dir))
             try:
                 done = _restore(run_dir, folder, suspects, held.attempt)
             finally:

@@ -10,6 +10,7 @@ The detector ends no process and enters no collective.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,8 @@ from kempnerforge.config.train import TrainConfig
 from kempnerforge.distributed.store_channel import StoreChannel, collect
 from kempnerforge.train.hangs.progress import Position, Progress, limit_s
 from kempnerforge.train.hangs.stack_dump import FOLDER, Stacks, file_name
+
+log = logging.getLogger(__name__)
 
 _TICK_S = 1.0
 _REARM_EVERY_S = 5.0
@@ -71,13 +74,12 @@ class HangWatch:
         connect: Callable[[], StoreChannel],
         stacks: Stacks,
         save_in_flight: Callable[[], SaveInFlight | None],
-        log: Callable[[str], None],
     ) -> None:
         self._progress, self._rules = progress, rules
         self._rank, self._num_ranks, self._attempt = rank, num_ranks, attempt
         self._connect, self._stacks = connect, stacks
         self._board: StoreChannel | None = None
-        self._save_in_flight, self._log = save_in_flight, log
+        self._save_in_flight = save_in_flight
         self._tick_s = min(_TICK_S, rules.floor_s / 4)
         self._rearmed_at = float("-inf")
         self._reported: dict[str, float] = {}
@@ -138,7 +140,7 @@ class HangWatch:
             files = f"{FOLDER}/{file_name(self._attempt, '*')}"
             lagging = describe_lag(posts, self._num_ranks, saving=what.startswith("saving "))
             where = f"Stacks of all ranks: {files} in the run's folder"
-            self._log(f"{what} has lasted {seconds:.1f} s. {lagging}. {where}")
+            log.warning(f"{what} has lasted {seconds:.1f} s. {lagging}. {where}")
 
     def _over(self, what: str) -> None:
         del self._reported[what]
@@ -148,7 +150,7 @@ class HangWatch:
         except RuntimeError:
             return  # the store is gone, so no rank will read the post
         if self._rank == 0:
-            self._log(f"{what} is over")
+            log.warning(f"{what} is over")
 
     def _post(self) -> dict[str, Any]:
         position, save = self._progress.position, self._save_in_flight()

@@ -30,7 +30,6 @@ def watched(run: Run) -> Iterator[None]:
         connect=lambda: _connect(attempt),
         stacks=run.control.stopping.stacks,
         save_in_flight=save_in_flight,
-        log=run.reports.warn,
     )
     watch.start()
     try:

@@ -222,7 +222,7 @@ SCENARIOS = {
 def before(scenario: str, run: Path) -> None:
     """Do what a scenario needs in addition to the prepared folder."""
     if scenario == "undo":
-        rollback.roll_back(run, 6, note=lambda _: None, progress=lambda *_: None)
+        rollback.roll_back(run, 6, progress=lambda *_: None)
 
 
 def record(prepared: Path, scenario: str, base: Path) -> list[Operation]:

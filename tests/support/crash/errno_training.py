@@ -54,8 +54,8 @@ def train_harness(run: Path, *settings: str) -> None:
     from kempnerforge.train import run as running
 
     errors: list[str] = []
-    print_error = running._print_error
-    running._print_error = lambda error, world: (errors.append(str(error)), print_error(error, world))
+    log_error = running._log_error
+    running._log_error = lambda error, world: (errors.append(str(error)), log_error(error, world))
     if status := harness.main([f"--config={run / _CONFIG}", f"--run.dir={run}", *settings]):
         raise Stopped(" ".join(errors), status)
 
