@@ -14,6 +14,7 @@ from kempnerforge.config.field_docs import (
     type_in_words,
     value_in_words,
 )
+from kempnerforge.config.foreign_keys import VALUES
 from kempnerforge.config.section import Section
 from kempnerforge.config.suggestions import nearest, suggest_key
 from kempnerforge.errors import ConfigIssue
@@ -103,6 +104,7 @@ def _hint(value: Any, field: FieldInfo) -> str:
     known = known_values(field)
     words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
     for word in words:
-        if word not in known and (close := nearest(word, known)):
+        close = VALUES[word] if VALUES.get(word) in known else nearest(word, known)
+        if word not in known and close:
             return f'did you mean "{close}"? '
     return ""
