@@ -33,6 +33,7 @@ from kempnerforge.errors import ConfigError, DataError, KempnerForgeError, Lease
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.attempt_recorder import AttemptRecorder
+from kempnerforge.train.cpu_limits import check_cpu
 from kempnerforge.train.hangs.progress import Progress
 from kempnerforge.train.metric_loggers import Reports, build_reports
 from kempnerforge.train.model_setup import ParallelModel, build_model
@@ -104,6 +105,7 @@ def build(
     """
     _check_plugins(job, world)
     world.control.run_on_rank0(lambda: _check_files(job, stopping.signals))
+    check_cpu(job, world)
     first_geometry = job.geometry(world.num_ranks) if job.train.global_batch_size is None else None
     first_size = first_geometry.global_batch_size if first_geometry else job.train.global_batch_size
     assert first_size is not None

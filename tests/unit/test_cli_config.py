@@ -172,7 +172,7 @@ def test_train_help_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "--config: is missing; write --config FILE"),
         (["--config"], "--config: is missing"),
         (["--config", "--train.seed=1"], "--config: is missing"),
-        (["--config", "nowhere/x.toml"], "nowhere/x.toml does not exist"),
+        (["--config", "nowhere/x.toml"], "nowhere/x.toml: does not exist"),
         (["configs/debug.toml"], "--config: is missing"),
         (["--config", "configs/debug.toml", "oops"], "oops: is not an override"),
     ],

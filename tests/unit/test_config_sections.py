@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from kempnerforge.config import foreign_keys
 from kempnerforge.config.schema import (
@@ -250,6 +251,25 @@ def test_config_integer_and_mode_values_converted() -> None:
     )
     assert [mode.value for mode in AsyncCheckpointMode] == ["disabled", "async", "async_with_pinned_mem"]
     assert AsyncCheckpointMode.async_ == "async"
+
+
+def test_config_constructor_names_key_and_nearest() -> None:
+    """In a loop of one's own a section is made without a file. pydantic's own entrance stays pydantic's."""
+    with pytest.raises(ConfigError) as caught:
+        CheckpointConfig(intervall=10)  # type: ignore[call-arg]
+    expected = (
+        "checkpoint.intervall: is not a known key; did you mean checkpoint.interval?  [CheckpointConfig]"
+    )
+    assert str(caught.value) == expected
+    assert caught.value.__cause__ is None
+    with pytest.raises(ConfigError, match=r"checkpoint\.dyn_ckpt_window\.strt: .*dyn_ckpt_window\.start"):
+        CheckpointConfig(dyn_ckpt_window={"strt": 1, "stop": 2})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"trian: .* did you mean \[train\]"):
+        JobConfig(trian={})  # type: ignore[call-arg]
+    with pytest.raises(ValidationError):
+        CheckpointConfig.model_validate({"intervall": 10})
+    with pytest.raises(ValidationError):
+        JobConfig.model_validate({"checkpoint": {"intervall": 10}})
 
 
 def test_config_sections_are_frozen() -> None:
