@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, NoReturn
 import typer
 
 from kempnerforge import __version__, log_setup
+from kempnerforge.cli import completion
 from kempnerforge.cli.lazy import LazyGroup, Member
 from kempnerforge.errors import EXIT_FAULT, KempnerForgeError
 from kempnerforge.log_setup import LogHandler
@@ -83,6 +84,24 @@ def _options(
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
+    install_completion: Annotated[
+        bool,
+        typer.Option(
+            "--install-completion",
+            callback=completion.install,
+            is_eager=True,
+            help="Let the TAB key complete commands and options: in bash, zsh and fish.",
+        ),
+    ] = False,
+    show_completion: Annotated[
+        bool,
+        typer.Option(
+            "--show-completion",
+            callback=completion.show,
+            is_eager=True,
+            help="Print the script that --install-completion installs.",
+        ),
+    ] = False,
 ) -> None:
     pass
 
@@ -94,6 +113,7 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     # Output contains text from files that other users may have written.
     sys.stdout = PrintableStream(sys.stdout)
+    completion.register_shells()
     try:
         handler = LogHandler(log_setup.level_from(os.environ), rank=_rank(os.environ))
         with log_setup.shown_by(handler):
