@@ -67,8 +67,9 @@ class JobConfig(Section):
         Raises:
             ConfigError: that many sequences do not divide over the layout.
         """
-        tree = self.model_dump(mode="json")
-        tree["train"]["global_batch_size"] = sequences
+        # Without the defaults, so that it remains known which keys are set.
+        tree = self.model_dump(mode="json", exclude_unset=True)
+        tree.setdefault("train", {})["global_batch_size"] = sequences
         job, faults = validate_tree(tree)
         if job is None:
             raise ConfigError(faults)

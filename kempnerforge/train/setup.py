@@ -41,6 +41,7 @@ from kempnerforge.train.optimizer import HYPERPARAMETERS, build_optimizer
 from kempnerforge.train.own_model import check_own_model
 from kempnerforge.train.preflight import check_files
 from kempnerforge.train.run_dir import record_refusal
+from kempnerforge.train.run_length import run_length
 from kempnerforge.train.step import TrainStep
 from kempnerforge.train.step_consensus import Control
 from kempnerforge.train.termination.signals import StopSignals
@@ -200,6 +201,8 @@ def _assemble(
         f"{world.num_ranks} x {world.device.type}, {geometry.global_batch_size} sequences per step "
         f"({_describe_batches(job, geometry)}), in {folder}"
     )
+    num_samples = dataset.split("train", job.train.seq_len).num_samples
+    reports.note(f"length: {run_length(job, geometry.global_batch_size, num_samples=num_samples)}")
     if job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned and world.device.type != "cuda":
         log.info("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
     return Run(
