@@ -25,13 +25,14 @@ def check_cpu(job: JobConfig, world: DistributedContext) -> None:
     """
     if world.device.type != "cpu":
         return
-    claims = world.control.gather(_claim(job, world))
-    issues = [memory_issue(claims), _compiler_issue(job)]
+    issues = [_compiler_issue(job)]
+    if job.model.is_llama:  # the size of other models is not known before they are built
+        issues.append(_memory_issue(world.control.gather(_claim(job, world))))
     if found := [issue for issue in issues if issue is not None]:
         raise ConfigError(found)
 
 
-def memory_issue(claims: list[Claim]) -> ConfigIssue | None:
+def _memory_issue(claims: list[Claim]) -> ConfigIssue | None:
     """Return the problem if the states of the ranks of a machine or cgroup do not fit into its memory."""
     excess = largest_excess(claims)
     if excess is None:
