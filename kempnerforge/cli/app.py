@@ -35,6 +35,11 @@ class Groups(LazyGroup):
             "generate", "app", "Print a prompt and what a checkpoint continues it with, under any layout."
         ),
         "import": Member("weights", "import_app", "Import weights from other formats."),
+        "ls": Member(
+            "runs",
+            "ls",
+            "List the runs in DIR: state, steps, last losses, age, newest checkpoint, size of checkpoints.",
+        ),
         "plan": Member(
             "plan",
             "app",
@@ -43,7 +48,7 @@ class Groups(LazyGroup):
         "report": Member(
             "report",
             "app",
-            "Report the effective training time of RUN, lost time, ends of attempts and save intervals.",
+            "Report what RUN is and how it spent its time, or how OTHER differs: config, losses, goodput.",
         ),
         "unblock": Member(
             "unblock",

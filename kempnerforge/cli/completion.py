@@ -78,11 +78,14 @@ def show(wanted: bool) -> None:
 
 
 def register_shells() -> None:
-    """Enable typer's answers to the shells, if a shell asks. Typer enables them only with its own options."""
-    if VARIABLE in os.environ:
-        from typer.completion import completion_init
+    """Enable typer's answers to the shells, if a shell asks.
 
-        completion_init()
+    Typer enables them when it makes a command that has its own options for completion.
+    """
+    if VARIABLE in os.environ:
+        with_completion = typer.Typer()
+        with_completion.command()(register_shells)
+        typer.main.get_command(with_completion)
 
 
 def _shell(option: str) -> str:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from kempnerforge.train.optimizer import HYPERPARAMETERS, build_optimizer
 from kempnerforge.train.own_model import check_own_model
 from kempnerforge.train.preflight import check_files
 from kempnerforge.train.run_dir import record_refusal
+from kempnerforge.train.run_facts import run_facts
 from kempnerforge.train.run_length import run_length
 from kempnerforge.train.step import TrainStep
 from kempnerforge.train.step_consensus import Control
@@ -121,7 +123,9 @@ def build(
     if job.train.global_batch_size is None:
         job = job.with_global_batch_size(record.global_batch_size)
     try:
-        has_steps = recorder.open(job, record, world, _layout(job.geometry(world.num_ranks), world))
+        layout = _layout(job.geometry(world.num_ranks), world)
+        facts = partial(run_facts, job, world.device)
+        has_steps = recorder.open(job, record, world, layout, facts=facts)
         recorder.end_phase("folder")
         stopping.open(job, record.attempt, is_first=world.rank == 0)
         stopping.raise_if_stop_requested(world.control)
