@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from kempnerforge.checkpoint.run import lease, metadata
 from kempnerforge.checkpoint.run.metadata import Rollback
-from kempnerforge.cli import log_end
+from kempnerforge.cli import log_end, run_state
 from kempnerforge.cli.app import app
 from kempnerforge.cli.log_end import lines_from_end
 from kempnerforge.cli.run_state import read_state
@@ -79,7 +79,7 @@ def test_run_state_of_held_lease_is_running(tmp_path: Path, monkeypatch: pytest.
     held = lease.acquire(run)
     try:
         assert read_state(run).state == "running"
-        monkeypatch.setattr("kempnerforge.cli.run_state.LEASE_SILENT_S", -1.0)
+        monkeypatch.setattr(run_state, "LEASE_SILENT_S", -1.0)
         assert read_state(run).state == "stopped", "a lease that nobody renews is not a running run"
     finally:
         held.release()
