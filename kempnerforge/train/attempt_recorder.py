@@ -99,16 +99,11 @@ class AttemptRecorder:
             return []
 
     def resumed(
-        self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float, train_samples: int
+        self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float, **facts: int
     ) -> None:
-        """Record that the state is loaded and the loop begins. ``train_samples`` is the size of the data."""
+        """Record that the state is loaded and the loop begins, with ``facts`` about data and model."""
         self._log.resumed(
-            step=step,
-            skipped=skipped,
-            source=source,
-            lost_steps=lost_steps,
-            load_s=load_s,
-            train_samples=train_samples,
+            step=step, skipped=skipped, source=source, lost_steps=lost_steps, load_s=load_s, **facts
         )
 
     def stepped(self, step: int, skipped: int, timings: dict[str, float]) -> None:

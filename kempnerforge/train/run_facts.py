@@ -1,4 +1,4 @@
-"""What the ledger records of an attempt's start, besides where it runs: config, model, device and code."""
+"""What the ledger records of an attempt's start, besides where it runs: config, device and code."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ _GIT = (
 
 
 def run_facts(job: JobConfig, device: torch.device) -> dict[str, Any]:
-    """Return config, parameters, device, version, and the commit of the code in the current folder."""
+    """Return config, device, version, and the commit of the code in the current folder."""
     return {
         "config": job.flat(),
-        "parameters": job.model.num_parameters if job.model.is_llama else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "version": __version__,
         "git": git_state(Path.cwd()),

@@ -69,6 +69,7 @@ class Run:
     reports: Reports
     recorder: AttemptRecorder
     progress: Progress
+    num_parameters: int
     flops_per_token: float | None
     peak_flops: float | None
     has_weights: bool
@@ -206,7 +207,7 @@ def _assemble(
         f"({_describe_batches(job, geometry)}), in {folder}"
     )
     num_samples = dataset.split("train", job.train.seq_len).num_samples
-    reports.note(f"length: {run_length(job, geometry.global_batch_size, num_samples=num_samples)}")
+    log.info("length: %s", run_length(job, geometry.global_batch_size, num_samples=num_samples))
     if job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned and world.device.type != "cuda":
         log.info("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
     return Run(
@@ -223,6 +224,7 @@ def _assemble(
         reports=reports,
         recorder=recorder,
         progress=Progress(collectives_issued),
+        num_parameters=model.num_parameters,
         flops_per_token=model.flops_per_token(job.train.seq_len),
         peak_flops=_peak_flops(world.device),
         has_weights=init_weights,

@@ -232,6 +232,6 @@ def test_book_unwritable_ledger_warns_and_continues(tmp_path: Path, caplog: pyte
     book.open(job, RunRecord("abc", "abc", 1.0, attempt=1), cast(DistributedContext, alone), {"num_ranks": 1})
     assert [event["event"] for event in read_events(run)] == ["start"]
     shutil.rmtree(run)
-    book.resumed(step=0, skipped=0, source="fresh start", lost_steps=0, load_s=0.0, train_samples=9)
+    book.resumed(step=0, skipped=0, source="fresh start", lost_steps=0, load_s=0.0)
     book.end(status=0, reason="finished", step=1, error=None)
     assert caplog.text.count("record of this attempt is not complete") == 1

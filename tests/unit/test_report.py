@@ -499,7 +499,6 @@ def recorded(config: dict[str, Any], *, commit: str = "a" * 40, dirty: bool = Fa
     settings = {"train.max_steps": 60, "train.seq_len": 10, "optimizer.lr": 0.1, **config}
     return {
         "config": settings,
-        "parameters": 1_234_567,
         "device": "NVIDIA H100",
         "version": "0.1.0",
         "git": {"commit": commit, "dirty": dirty},
@@ -512,7 +511,7 @@ def write_recorded_run(folder: Path, lr: float = 0.2, *, losses: float = 3.0) ->
     first, second = attempt(1, 1000.0, at=0, to=30, commits=(30,)), attempt(2, 1100.0, at=30, to=60)
     first[0] |= recorded({})
     second[0] |= recorded({"optimizer.lr": lr, "train.seed": 7}, commit="b" * 40, dirty=True)
-    first[1]["train_samples"] = second[1]["train_samples"] = 40
+    second[1] |= {"train_samples": 40, "parameters": 1_234_567}
     end = {"event": "end", "attempt": 2, "time": 1145.0, "kind": "finished", "step": 60, "spent_s": {}}
     rows = [
         {
