@@ -73,7 +73,7 @@ class ConfigIssue:
 
 
 class ConfigError(KempnerForgeError):
-    """An invalid configuration. Lists all issues at once."""
+    """An invalid configuration. Lists all issues at once; a single one without ``where`` is one line."""
 
     exit_status = EXIT_BAD_CONFIG
     agreed = True
@@ -83,7 +83,9 @@ class ConfigError(KempnerForgeError):
         self.where = where
         count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
         head = f"{where}: {count} in the configuration" if where else f"{count} in the configuration"
-        super().__init__("\n".join([head, *(f"  {fault}" for fault in self.faults)]))
+        is_line = len(self.faults) == 1 and not where
+        lines = self.faults if is_line else [head, *(f"  {fault}" for fault in self.faults)]
+        super().__init__("\n".join(map(str, lines)))
 
     def __reduce__(self) -> tuple[Callable[..., ConfigError], tuple[Any, ...]]:
         return _rebuild_config_error, (self.faults, self.where)

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, NoReturn
 import typer
 
 from kempnerforge import __version__, log_setup
+from kempnerforge.cli import completion
 from kempnerforge.cli.lazy import LazyGroup, Member
 from kempnerforge.errors import EXIT_FAULT, KempnerForgeError
 from kempnerforge.log_setup import LogHandler
@@ -34,6 +35,11 @@ class Groups(LazyGroup):
             "generate", "app", "Print a prompt and what a checkpoint continues it with, under any layout."
         ),
         "import": Member("weights", "import_app", "Import weights from other formats."),
+        "ls": Member(
+            "runs",
+            "ls",
+            "List the runs in DIR: state, steps, last losses, age, newest checkpoint, size of checkpoints.",
+        ),
         "plan": Member(
             "plan",
             "app",
@@ -42,7 +48,7 @@ class Groups(LazyGroup):
         "report": Member(
             "report",
             "app",
-            "Report the effective training time of RUN, lost time, ends of attempts and save intervals.",
+            "Report what RUN is and how it spent its time, or how OTHER differs: config, losses, goodput.",
         ),
         "unblock": Member(
             "unblock",
@@ -83,6 +89,24 @@ def _options(
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
+    install_completion: Annotated[
+        bool,
+        typer.Option(
+            "--install-completion",
+            callback=completion.install,
+            is_eager=True,
+            help="Let the TAB key complete commands and options: in bash, zsh and fish.",
+        ),
+    ] = False,
+    show_completion: Annotated[
+        bool,
+        typer.Option(
+            "--show-completion",
+            callback=completion.show,
+            is_eager=True,
+            help="Print the script that --install-completion installs.",
+        ),
+    ] = False,
 ) -> None:
     pass
 
@@ -94,6 +118,7 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
     # Output contains text from files that other users may have written.
     sys.stdout = PrintableStream(sys.stdout)
+    completion.register_shells()
     try:
         handler = LogHandler(log_setup.level_from(os.environ), rank=_rank(os.environ))
         with log_setup.shown_by(handler):

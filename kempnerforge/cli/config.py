@@ -105,6 +105,8 @@ def _annotated(loaded: LoadedJob) -> str:
 
 def _facts(job: JobConfig, world_size: int | None) -> list[str]:
     """Return a summary of a valid configuration, one fact per line."""
+    from kempnerforge.train.run_length import run_length
+
     facts = [f"{job.model.num_parameters:,} parameters"] if job.model.is_llama else []
     if world_size is None:
         facts.append("layout: not checked; give --world-size N")
@@ -117,6 +119,7 @@ def _facts(job: JobConfig, world_size: int | None) -> list[str]:
             f" x tp {layout.tp} x pp {layout.pp}",
             f"global batch: {layout.global_batch_size} sequences ({tokens:,} tokens),"
             f" {layout.accumulation_steps} x batch_size {job.train.batch_size} on each data-parallel rank",
+            f"length: {run_length(job, layout.global_batch_size)}",
         ]
     if why := why_best_has_no_choice(job.checkpoint, job.eval, job.train):
         facts.append(f"warning: checkpoint.keep_best_n has nothing to choose from: {why}")

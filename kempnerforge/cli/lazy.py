@@ -11,6 +11,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as make_command
 
+_COMPLETION = ("install_completion", "show_completion")
+
 
 @dataclass(frozen=True)
 class Member:
@@ -31,11 +33,13 @@ class Member:
             member.command()(function)
         command = make_command(member)
         command.name = name
+        # typer adds these to every group, where they do not work: completion is for the whole program.
+        command.params = [param for param in command.params if param.name not in _COMPLETION]
         return command
 
 
 class LazyGroup(TyperGroup):
-    """A group whose help shows the summaries of its members. It imports only the member that is called.
+    """A group whose help and completions show its members. It imports only the member that is called.
 
     pydantic and NumPy take longer to import than most commands take to run.
     """
@@ -54,6 +58,11 @@ class LazyGroup(TyperGroup):
         if ctx.meta.get(__name__):
             return TyperCommand(cmd_name, help=member.summary)
         return member.load(cmd_name)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Return the completions of ``incomplete`` without importing any member."""
+        ctx.meta[__name__] = True
+        return super().shell_complete(ctx, incomplete)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help without importing any member."""

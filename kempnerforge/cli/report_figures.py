@@ -84,11 +84,22 @@ def loss_figure(curves: Curves) -> str:
 
 def throughput_figure(curves: Curves) -> str:
     """Return the figure of tokens per second over steps."""
-    line = series("tokens/s", "effective", curves, "train/tokens_per_s")
+    return metric_figure(curves, "train/tokens_per_s", "Throughput", "tokens/s", name="throughput")
+
+
+def metric_figure(curves: Curves, key: str, title: str, unit: str, *, name: str = "") -> str:
+    """Return the figure of one metric over steps, with zero on its axis. ``name`` is its HTML id."""
+    line = series(unit, "effective", curves, key)
     buckets = [bucket for part in (line.counting, *line.repeated) for bucket in part]
     high = max((bucket.high for bucket in buckets), default=1.0)
     axis = linear_axis(0, high * 1.05 or 1.0, margin=0)
-    return figure("throughput", "Throughput", "tokens/s", [line], axis)
+    return figure(name or key.rpartition("/")[2], title, unit, [line], axis)
+
+
+def mfu_figure(curves: Curves) -> str:
+    """Return the figure of the model FLOPs utilization; nothing where it is not known, as on a CPU."""
+    is_known = curves.counting["train/mfu"].steps or curves.repeated["train/mfu"]
+    return metric_figure(curves, "train/mfu", "MFU", "MFU, 1 = peak") if is_known else ""
 
 
 def figure(name: str, title: str, unit: str, plotted: Sequence[Series], y: Axis) -> str:

@@ -16,16 +16,17 @@ from typing import Any
 from kempnerforge import __version__
 from kempnerforge.cli import report_text
 from kempnerforge.cli.formatting import count
-from kempnerforge.cli.report_figures import loss_figure, throughput_figure
+from kempnerforge.cli.report_figures import loss_figure, metric_figure, mfu_figure, throughput_figure
 from kempnerforge.cli.report_saving import saving_section
 from kempnerforge.cli.report_table import row, table
 from kempnerforge.cli.report_timeline import Commit, end_sign, timeline_figure
+from kempnerforge.cli.run_facts import fact_rows, setting
 from kempnerforge.goodput.plot import duration
 from kempnerforge.telemetry.curves import Curves
 
 MAX_ATTEMPTS = 200
 """Maximum number of rows in the table of attempts. The page says how many older ones are omitted."""
-KEYS = ("train/loss", "eval/loss", "train/tokens_per_s")
+KEYS = ("train/loss", "eval/loss", "train/tokens_per_s", "train/lr", "train/grad_norm", "train/mfu")
 """Metrics that the page reads from ``metrics.jsonl``."""
 
 
@@ -64,9 +65,15 @@ def page(report: Report) -> bytes:
 <p class="words">{escape(report.run_dir)} · created {created}</p></header>
 <main>
 {_cards(body)}
+{_facts(body)}
 {timeline_figure(body["attempts"], report.commits, wall_s=body["span_s"])}
 {loss_figure(report.curves)}
 {throughput_figure(report.curves)}
+<div class="pair">
+{metric_figure(report.curves, "train/lr", "Learning rate", "learning rate")}
+{metric_figure(report.curves, "train/grad_norm", "Gradient norm", "gradient norm")}
+</div>
+{mfu_figure(report.curves)}
 <div class="pair">
 {_parts(body)}
 {saving_section(body["saving"])}
@@ -106,6 +113,21 @@ def _cards(body: Mapping[str, Any]) -> str:
     return f'<dl class="cards">{tiles}</dl>'
 
 
+def _facts(body: Mapping[str, Any]) -> str:
+    """Return what the run is: model, devices, code, progress, and its config, which opens on a click."""
+    facts, attempts = body["run"], body["attempts"]
+    known = fact_rows(facts, step=attempts[-1]["last_step"] if attempts else 0)
+    items = "".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in known)
+    config = ""
+    if facts["config"]:
+        rows = [row(escape(str(key)), escape(setting(content))) for key, content in facts["config"].items()]
+        config = (
+            "<details><summary>Config of the newest attempt</summary>"
+            f"{table(('key', 'value'), rows)}</details>"
+        )
+    return f'<section id="run" class="card"><h2>Run</h2><dl class="facts">{items}</dl>{config}</section>'
+
+
 def _parts(body: Mapping[str, Any]) -> str:
     wall_s = body["wall_s"]
     bars, rows = [], []
@@ -130,6 +152,7 @@ def _parts(body: Mapping[str, Any]) -> str:
 
 
 def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:
+    heads = ("attempt", "started", "duration", "steps", "lost", "end", "reason", "changed")
     rows = []
     for attempt in attempts[-MAX_ATTEMPTS:]:
         began_at, last_step = attempt["began_at"], attempt["last_step"]
@@ -141,14 +164,15 @@ def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:
             steps,
             f"{attempt['lost_steps']:,}",
             end_sign(attempt["kind"]),
-            escape(report_text.clipped(attempt["reason"])),
+            escape(report_text.clipped(report_text.reason_of(attempt))),
+            "<br>".join(escape(report_text.clipped(line)) for line in attempt["changes"]),
         )
-        rows.append(row(*cells))
+        rows.append(row(*cells, heads=heads))
     older = len(attempts) - len(rows)
     note = f"{count(older, 'older attempt')} omitted; kempnerforge report --json has all."
     return (
         '<section id="attempts" class="card"><h2>Attempts</h2>'
         + (f'<p class="words">{note}</p>' if older else "")
-        + table(("attempt", "started", "duration", "steps", "lost", "end", "reason"), rows)
+        + table(heads, rows)
         + "</section>"
     )

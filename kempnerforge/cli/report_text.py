@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from kempnerforge.cli.formatting import count, print_columns
+from kempnerforge.cli.run_facts import fact_rows
 from kempnerforge.goodput.plot import duration
 
 PARTS = {
@@ -47,7 +48,10 @@ MAX_REASON = 600
 def print_report(run_dir: str, body: Mapping[str, Any]) -> None:
     """Print the report as text. ``body`` is the object that ``--json`` prints."""
     wall_s, saving = body["wall_s"], body["saving"]
-    typer.echo(f"{run_dir}: {100 * body['ettr']:.1f}% of {wall_s:.1f} s were effective training")
+    typer.echo(run_dir)
+    steps = body["attempts"][-1]["last_step"] if body["attempts"] else 0
+    print_columns([(f"  {name}", fact) for name, fact in fact_rows(body["run"], step=steps)])
+    typer.echo(f"{100 * body['ettr']:.1f}% of {wall_s:.1f} s were effective training")
     rows = []
     for key, name in PARTS.items():
         rows.append((name, f"{body['parts_s'][key]:.1f} s", percent(body["parts_s"][key], wall_s)))
@@ -57,7 +61,9 @@ def print_report(run_dir: str, body: Mapping[str, Any]) -> None:
             ]
     print_columns(rows, right=(1, 2))
     for attempt in body["attempts"]:
-        typer.echo(f"{attempt_words(attempt)}; {attempt['kind']}: {attempt['reason']}")
+        typer.echo(f"{attempt_words(attempt)}; {attempt['kind']}: {reason_of(attempt)}")
+        for line in attempt["changes"]:
+            typer.echo(f"  changed {line}")
     for line in remarks(body):
         typer.echo(line)
     for name, timing in saving["timings"].items():
@@ -92,6 +98,12 @@ def attempt_words(attempt: Mapping[str, Any]) -> str:
     steps = f"steps {began_at} to {last_step}" if began_at is not None else "no step"
     lost = f", {attempt['lost_steps']} lost" if attempt["lost_steps"] else ""
     return f"attempt {attempt['attempt']}: {attempt['wall_s']:.1f} s, {steps}{lost}"
+
+
+def reason_of(attempt: Mapping[str, Any]) -> str:
+    """Return why an attempt ended, without the kind of its end at the beginning of many reasons."""
+    reason = str(attempt["reason"])
+    return reason.removeprefix(attempt["kind"]).lstrip(" :,") or reason
 
 
 def clipped(reason: str) -> str:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from kempnerforge.cli.formatting import count
-from kempnerforge.cli.report_text import attempt_words, clipped
+from kempnerforge.cli.report_text import attempt_words, clipped, reason_of
 from kempnerforge.goodput.plot import duration, time_axis
 from kempnerforge.goodput.timeline_segments import KINDS, Segment, find_segments, rasterize
 
@@ -91,7 +91,7 @@ def _lines(
             [commit for commit in commits if commit.attempt == attempt["attempt"]],
             origin=attempts[0]["started"],
             wall_s=wall_s,
-            label=f"{attempt_words(attempt)}; {attempt['kind']}: {clipped(attempt['reason'])}",
+            label=f"{attempt_words(attempt)}; {attempt['kind']}: {clipped(reason_of(attempt))}",
             end=end_sign(attempt["kind"]),
             attempts=1,
         )

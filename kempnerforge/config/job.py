@@ -21,7 +21,7 @@ from kempnerforge.config.rules import check_rules
 from kempnerforge.config.run import RunConfig
 from kempnerforge.config.scheduler import SchedulerConfig
 from kempnerforge.config.section import Section
-from kempnerforge.config.suggestions import suggest_key
+from kempnerforge.config.suggestions import unknown_section_issues
 from kempnerforge.config.toml_text import flatten, render
 from kempnerforge.config.train import TrainConfig
 from kempnerforge.config.validation_errors import section_faults
@@ -67,8 +67,9 @@ class JobConfig(Section):
         Raises:
             ConfigError: that many sequences do not divide over the layout.
         """
-        tree = self.model_dump(mode="json")
-        tree["train"]["global_batch_size"] = sequences
+        # Without the defaults, so that it remains known which keys are set.
+        tree = self.model_dump(mode="json", exclude_unset=True)
+        tree.setdefault("train", {})["global_batch_size"] = sequences
         job, faults = validate_tree(tree)
         if job is None:
             raise ConfigError(faults)
@@ -113,9 +114,10 @@ def validate_tree(
     None for ``world_size`` or ``environ`` skips the checks that need it.
     """
     faults = [
-        ConfigIssue(name, "is not a known section", suggest_key(name, JobConfig))
-        for name in tree
+        issue
+        for name, table in tree.items()
         if name not in JobConfig.model_fields
+        for issue in unknown_section_issues(name, table, JobConfig)
     ]
     sections: dict[str, Any] = {}
     for name, field in JobConfig.model_fields.items():

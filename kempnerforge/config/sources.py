@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,35 +79,59 @@ def source_of(key: str, layers: Sequence[Layer]) -> str:
     return DEFAULT
 
 
+_TOML_HINTS = {
+    "Invalid value": "text needs quotes, and true and false are in lower case",
+    "Illegal character '\\n'": "a quotation mark is missing",
+    "Expected \"'": "a quotation mark is missing",
+    "Cannot overwrite a value": "this key is there twice",
+    "Cannot declare": "this table is there twice",
+}
+"""Beginning of a message of tomli -> what to change."""
+
+
 def _read_toml(path: Path, asked_by: str) -> Tree:
     origin = f" (which {asked_by} extends)" if asked_by else ""
+    text = ""
     try:
-        return tomli.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return tomli.loads(text)
     except FileNotFoundError:
-        problem, hint = f"{path}{origin} does not exist", _files_near(path)
+        problem, hint = "does not exist", _files_near(path.parent)
+    except IsADirectoryError:
+        problem, hint = "is a folder", _files_near(path)
     except UnicodeDecodeError as error:
-        problem, hint = f"{path}{origin} is not UTF-8 text: byte {error.start}", "is it a TOML file?"
+        problem, hint = f"is not UTF-8 text: byte {error.start}", "is it a TOML file?"
     except tomli.TOMLDecodeError as error:
-        problem, hint = f"{path}{origin} is not valid TOML: {error}", "text needs quotes; see https://toml.io"
+        problem, hint = _toml_fault(str(error), text)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        problem, hint = f"{path}{origin} cannot be read: {reason}", ""
-    raise _file_fault("extends" if asked_by else "--config", problem, hint, asked_by)
+        problem, hint = f"cannot be read: {error.strerror if isinstance(error, OSError) else error}", ""
+    if asked_by:
+        raise _file_fault("extends", f"{path}{origin} {problem}", hint, asked_by)
+    raise _file_fault(str(path), problem, hint, "")
+
+
+def _toml_fault(message: str, text: str) -> tuple[str, str]:
+    """Return the message with the line that it is about, and a hint."""
+    hint = next((hint for start, hint in _TOML_HINTS.items() if message.startswith(start)), "")
+    if found := re.search(r"\(at line (\d+), column (\d+)\)", message):
+        line = text.splitlines()[int(found[1]) - 1].strip()
+        message = f"{message[: found.start()]}in line {found[1]}, column {found[2]}: {line[:80]}"
+    return f"is not valid TOML: {message}", hint
 
 
 def _file_fault(key: str, problem: str, hint: str, source: str | Path) -> ConfigError:
     return ConfigError([ConfigIssue(key, problem, hint, str(source))], where=str(source))
 
 
-def _files_near(path: Path) -> str:
-    """List the TOML files next to a path that does not exist."""
+def _files_near(folder: Path) -> str:
+    """List the TOML files in a folder."""
     try:
-        names = sorted(file.name for file in path.parent.glob("*.toml"))
+        names = sorted(file.name for file in folder.glob("*.toml"))
     except OSError:
         names = []
     if not names:
-        return f"there are no TOML files in {path.parent}"
-    return f"in {path.parent} there are: {', '.join(names[:12])}"
+        return f"there are no TOML files in {folder}"
+    return f"in {folder} there are: {', '.join(names[:12])}"
 
 
 def _merge(base: Tree, over: Tree) -> Tree:

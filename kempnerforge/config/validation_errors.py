@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,6 +16,7 @@ from kempnerforge.config.field_docs import (
     type_in_words,
     value_in_words,
 )
+from kempnerforge.config.foreign_keys import VALUES
 from kempnerforge.config.section import Section
 from kempnerforge.config.suggestions import nearest, suggest_key
 from kempnerforge.errors import ConfigIssue
@@ -38,15 +41,37 @@ COMPLAINTS = {
 def section_faults(
     error: ValidationError, table: str, value: Any, section: type[Section], root: type[Section]
 ) -> list[ConfigIssue]:
-    """Return one issue per key of ``table`` that ``error`` names. ``value`` is the table as given."""
+    """Return one issue per key of ``table`` that ``error`` names. ``value`` is the table as given.
+
+    ``table`` is empty for the root.
+    """
     grouped: dict[str, list[str]] = {}
     fields: dict[str, FieldInfo | None] = {}
     for item in error.errors(include_url=False, include_context=False, include_input=False):
         parts, field = _resolve(item["loc"], section)
-        key = ".".join([table, *parts])
+        key = ".".join([table, *parts] if table else parts)
         grouped.setdefault(key, []).append(item["type"])
         fields[key] = field
     return [_fault(key, kinds, fields[key], _at(key, table, value), root) for key, kinds in grouped.items()]
+
+
+def constructor_faults(error: ValidationError, section: type[Section], values: Any) -> list[ConfigIssue]:
+    """Return the issues of ``section(**values)``, with the keys that a config has for them."""
+    # Imported here: that module imports this one.
+    from kempnerforge.config.job import JobConfig
+
+    tables = {nested: name for name, nested in _tables(JobConfig)}
+    root = JobConfig if section in tables else section
+    faults = section_faults(error, tables.get(section, ""), values, section, root)
+    return [replace(fault, source=section.__name__) for fault in faults]
+
+
+def _tables(section: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Yield the dotted name and the section of each table in ``section``, also of tables in tables."""
+    for name, field in section.model_fields.items():
+        if nested := nested_section(field):
+            yield prefix + name, nested
+            yield from _tables(nested, f"{prefix}{name}.")
 
 
 def _resolve(location: tuple[int | str, ...], section: type[Section]) -> tuple[list[str], FieldInfo | None]:
@@ -73,7 +98,7 @@ def _resolve(location: tuple[int | str, ...], section: type[Section]) -> tuple[l
 
 def _at(key: str, table: str, value: Any) -> Any:
     """Return the value of ``key`` in the given ``table``; None if it is missing."""
-    for part in key.removeprefix(table).split(".")[1:]:
+    for part in key.removeprefix(f"{table}." if table else "").split("."):
         name, _, index = part.removesuffix("]").partition("[")
         value = value.get(name) if isinstance(value, dict) else None
         if index:
@@ -103,6 +128,7 @@ def _hint(value: Any, field: FieldInfo) -> str:
     known = known_values(field)
     words = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
     for word in words:
-        if word not in known and (close := nearest(word, known)):
+        close = VALUES[word] if VALUES.get(word) in known else nearest(word, known)
+        if word not in known and close:
             return f'did you mean "{close}"? '
     return ""

@@ -64,14 +64,15 @@ class AttemptLog:
         """Record the start of the attempt durably."""
         self.write("start", process_started=self.started, **facts)
 
-    def resumed(self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float) -> None:
+    def resumed(
+        self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float, **facts: Any
+    ) -> None:
         """Record that the state is loaded and the loop starts. ``skipped`` counts non-finite steps."""
         self.end_phase("resume")
         self._healthy_from = (step, skipped)
         self._loop_began = self._last_progress = time.perf_counter()
-        self.write(
-            "resume", step=step, source=source, lost_steps=lost_steps, load_s=load_s, setup_s=self._setup_s
-        )
+        loaded = {"step": step, "source": source, "lost_steps": lost_steps, "load_s": load_s}
+        self.write("resume", **loaded, setup_s=self._setup_s, **facts)
         self.flush()
 
     def stepped(self, step: int, skipped: int) -> None:

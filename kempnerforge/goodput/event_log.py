@@ -117,6 +117,10 @@ def _is_seconds(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_number, value.values()))
 
 
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 _ALL = {"event": _is_text, "attempt": _is_step, "time": _is_number}
 _BY_KIND: dict[str, dict[str, Callable[[Any], bool]]] = {
     "resume": {"step": _is_step},
@@ -129,7 +133,18 @@ _BY_KIND: dict[str, dict[str, Callable[[Any], bool]]] = {
     "end": {"kind": _is_text, "reason": _is_text, "step": _is_step_or_none},
 }
 """Required values of each kind of event. Other kinds have none besides those of all events."""
-_OPTIONAL = {"hosts": _is_list(_is_text), "spent_s": _is_seconds, "setup_s": _is_seconds}
+_OPTIONAL = {
+    "hosts": _is_list(_is_text),
+    "spent_s": _is_seconds,
+    "setup_s": _is_seconds,
+    "config": _is_table,
+    "git": _is_table,
+    "layout": _is_table,
+    "parameters": _is_number,
+    "device": _is_text,
+    "version": _is_text,
+    "train_samples": _is_step,
+}
 
 
 def _is_event(row: dict[str, Any]) -> bool:

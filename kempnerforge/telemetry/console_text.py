@@ -55,7 +55,7 @@ def is_non_finite(row: Row) -> bool:
 
 def si(value: float) -> str:
     """Return a number with a decimal prefix: ``950``, ``41.2k``, ``1.8M``."""
-    for limit, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.1f}{prefix}"
     return f"{value:.0f}"

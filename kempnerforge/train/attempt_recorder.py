@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from kempnerforge.checkpoint.results import SaveReport
 from kempnerforge.checkpoint.run import owner
@@ -36,9 +37,17 @@ class AttemptRecorder:
         self._log.end_phase(part)
 
     def open(
-        self, job: JobConfig, record: RunRecord, world: DistributedContext, ranks: dict[str, int]
+        self,
+        job: JobConfig,
+        record: RunRecord,
+        world: DistributedContext,
+        ranks: dict[str, int],
+        *,
+        facts: Callable[[], dict[str, Any]] = dict,
     ) -> bool:
         """Begin the record of an attempt. Return whether the run has a committed step.
+
+        ``facts`` is called on rank 0 for more to record of the start.
 
         Collective: all ranks. Durable: on return. Raises NoProgressError on all ranks when the last
         attempts of the run made no progress.
@@ -52,7 +61,7 @@ class AttemptRecorder:
             rollbacks = [rollback.attempt for rollback in record.rollbacks]
             history = self._read_history(folder, rollbacks)
             self._log.open(folder, record.attempt)
-            self._log.start(start_facts(hosts, ranks))
+            self._log.start({**start_facts(hosts, ranks), **facts()})
             newest = _newest_step(record.checkpoint_folder(folder), folder)
             row = crash_loop_guard.without_progress(history, newest_committed=newest or 0)
             why = crash_loop_guard.refusal(
@@ -89,9 +98,13 @@ class AttemptRecorder:
             self._log.warn(error)
             return []
 
-    def resumed(self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float) -> None:
-        """Record that the state is loaded and the loop begins."""
-        self._log.resumed(step=step, skipped=skipped, source=source, lost_steps=lost_steps, load_s=load_s)
+    def resumed(
+        self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float, **facts: int
+    ) -> None:
+        """Record that the state is loaded and the loop begins, with ``facts`` about data and model."""
+        self._log.resumed(
+            step=step, skipped=skipped, source=source, lost_steps=lost_steps, load_s=load_s, **facts
+        )
 
     def stepped(self, step: int, skipped: int, timings: dict[str, float]) -> None:
         """Record a finished step. ``timings`` are those of its row."""

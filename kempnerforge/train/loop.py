@@ -44,6 +44,8 @@ def train(run: Run) -> str | None:
         source=receipt.source,
         lost_steps=receipt.lost_steps,
         load_s=receipt.load_s,
+        train_samples=run.train_samples.num_samples,
+        parameters=run.num_parameters,
     )
     replay_check = reports.replay_check(receipt)
     stop = _save_if_agreed(run).stop if state.step == 0 else _stop_if_agreed(run)

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from kempnerforge.errors import ConfigError, DataError, KempnerForgeError, Lease
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.train.attempt_recorder import AttemptRecorder
+from kempnerforge.train.cpu_limits import check_cpu
 from kempnerforge.train.hangs.progress import Progress
 from kempnerforge.train.metric_loggers import Reports, build_reports
 from kempnerforge.train.model_setup import ParallelModel, build_model
@@ -40,6 +42,8 @@ from kempnerforge.train.optimizer import HYPERPARAMETERS, build_optimizer
 from kempnerforge.train.own_model import check_own_model
 from kempnerforge.train.preflight import check_files
 from kempnerforge.train.run_dir import record_refusal
+from kempnerforge.train.run_facts import run_facts
+from kempnerforge.train.run_length import run_length
 from kempnerforge.train.step import TrainStep
 from kempnerforge.train.step_consensus import Control
 from kempnerforge.train.termination.signals import StopSignals
@@ -65,6 +69,7 @@ class Run:
     reports: Reports
     recorder: AttemptRecorder
     progress: Progress
+    num_parameters: int
     flops_per_token: float | None
     peak_flops: float | None
     has_weights: bool
@@ -104,6 +109,7 @@ def build(
     """
     _check_plugins(job, world)
     world.control.run_on_rank0(lambda: _check_files(job, stopping.signals))
+    check_cpu(job, world)
     first_geometry = job.geometry(world.num_ranks) if job.train.global_batch_size is None else None
     first_size = first_geometry.global_batch_size if first_geometry else job.train.global_batch_size
     assert first_size is not None
@@ -118,7 +124,9 @@ def build(
     if job.train.global_batch_size is None:
         job = job.with_global_batch_size(record.global_batch_size)
     try:
-        has_steps = recorder.open(job, record, world, _layout(job.geometry(world.num_ranks), world))
+        layout = _layout(job.geometry(world.num_ranks), world)
+        facts = partial(run_facts, job, world.device)
+        has_steps = recorder.open(job, record, world, layout, facts=facts)
         recorder.end_phase("folder")
         stopping.open(job, record.attempt, is_first=world.rank == 0)
         stopping.raise_if_stop_requested(world.control)
@@ -198,6 +206,8 @@ def _assemble(
         f"{world.num_ranks} x {world.device.type}, {geometry.global_batch_size} sequences per step "
         f"({_describe_batches(job, geometry)}), in {folder}"
     )
+    num_samples = dataset.split("train", job.train.seq_len).num_samples
+    log.info("length: %s", run_length(job, geometry.global_batch_size, num_samples=num_samples))
     if job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned and world.device.type != "cuda":
         log.info("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
     return Run(
@@ -214,6 +224,7 @@ def _assemble(
         reports=reports,
         recorder=recorder,
         progress=Progress(collectives_issued),
+        num_parameters=model.num_parameters,
         flops_per_token=model.flops_per_token(job.train.seq_len),
         peak_flops=_peak_flops(world.device),
         has_weights=init_weights,

@@ -181,3 +181,17 @@ def refuse(launcher: Launcher, run: Run, ranks: int, reported: list[str]) -> Non
         assert run.committed() == []
         last_exit = json.loads((run.folder / "run.json").read_text())["last_exit"]
         assert last_exit is None or last_exit["status"] == 2
+
+
+@pytest.mark.smoke
+def test_train_config_for_gpus_on_cpu_exits_2(
+    launcher: Launcher, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instead of being killed for memory, or a traceback of the compiler."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("CXX", "no-compiler-here")
+    shape = {"model.dim": 65536, "model.n_layers": 1000, "model.n_heads": 64}
+    run = make_run(tmp_path, corpus, **shape, **{"train.compile_model": True, "distributed.dp_shard": 2})
+    reported = ["model: weights, gradients and optimizer state of the ranks on", "torch sees no GPU here"]
+    reported += ["train.compile_model: torch.compile needs a C++ compiler", "no-compiler-here is not found"]
+    refuse(launcher, run, 2, reported)

@@ -49,6 +49,7 @@ def test_config_check_valid_file_prints_summary() -> None:
         "  68,976,648,192 parameters",
         "  256 processes: dp_replicate 4 x dp_shard 64 x tp 1 x pp 1",
         "  global batch: 1024 sequences (4,194,304 tokens), 4 x batch_size 1 on each data-parallel rank",
+        "  length: 480,000 steps, 2.0T tokens",
     ]
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from support.patch_target import patch_target
 from support.runs import Launcher, Run, copy_run, make_run
 
 from kempnerforge.goodput.history import read_history
+from kempnerforge.train.run_facts import git_state
 
 pytest_plugins = ["support.run_fixtures"]
 
@@ -37,11 +39,15 @@ TRAINING, LOST = (0x2A, 0x78, 0xD6), (0xE3, 0x49, 0x48)
 
 
 def report(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return kempnerforge("report", *arguments)
+
+
+def kempnerforge(*arguments: object) -> subprocess.CompletedProcess[str]:
     code = (
         "import sys\nfrom kempnerforge.cli.app import main\n"
         "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules\n"
     )
-    command = [sys.executable, "-c", code, "report", *map(str, arguments)]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -191,3 +197,74 @@ def test_browser_check_detects_page_with_requests(tmp_path: Path) -> None:
     assert seen.count(*TRAINING) == 0
     with pytest.raises(AssertionError):
         assert_alone(seen)
+
+
+@needs_browser
+def test_report_attempts_not_cut_on_a_phone(page: Path, tmp_path: Path) -> None:
+    """Nothing of a section is wider than the screen, so that nothing needs to be scrolled aside.
+
+    The page is measured from outside, in a frame: it may run no script itself.
+    """
+    measure = (
+        "const page = document.querySelector('iframe').contentDocument;"
+        "const wide = [...page.querySelectorAll('#attempts, #attempts .scroll, #run, main')]"
+        ".filter(part => part.scrollWidth > part.clientWidth);"
+        "document.body.dataset.measured = `${page.documentElement.clientWidth} px, ${wide.length} too wide`;"
+    )
+    frame = (
+        f'<iframe width="390" height="900" style="border: 0" srcdoc="{escape(page.read_text())}"></iframe>'
+    )
+    file = tmp_path / "measured.html"
+    file.write_text(f"<!DOCTYPE html><body>{frame}<script>onload = () => {{{measure}}}</script></body>")
+    assert 'data-measured="390 px, 0 too wide"' in open_page(file, tmp_path).dom
+
+
+def test_report_says_what_killed_run_is(killed: Run, body: dict[str, Any], page: Path) -> None:
+    """The start records config, parameters, device and code, and each attempt what it changed."""
+    facts = body["run"]
+    first = next(json.loads(line) for line in (killed.folder / "ledger.jsonl").read_text().splitlines())
+    assert first["event"] == "start"
+    assert first["config"]["train.max_steps"] == SETTINGS["train.max_steps"]
+    assert facts["config"]["train.max_steps"] == body["attempts"][-1]["last_step"]
+    assert facts["parameters"] > 1000
+    assert facts["device"] == "cpu"
+    assert facts["tokens"] == killed.rows()[-1].get("train/tokens", facts["tokens"])
+    assert 0 < facts["epochs"] == facts["tokens"] / facts["config"]["train.seq_len"] / facts["train_samples"]
+    last = facts["max_steps"]
+    changes = [attempt["changes"] for attempt in body["attempts"]]
+    assert changes == [[]] * 5 + [[f"train.max_steps: {SETTINGS['train.max_steps']} -> {last}"]]
+    for words in ('<section id="run"', '<figure id="lr"', '<figure id="grad_norm"', f"{last:,} of {last:,}"):
+        assert words in page.read_text()
+
+
+def test_run_list_of_killed_run(killed: Run) -> None:
+    listed = kempnerforge("ls", killed.base, "--json")
+    assert listed.returncode == 0, listed.stderr
+    [state] = json.loads(listed.stdout)["runs"]
+    newest = max(killed.committed())
+    assert (state["state"], state["step"], state["committed"]) == ("finished", newest, newest)
+    assert state["max_steps"] == newest
+    shown = kempnerforge("ls", killed.base)
+    assert f"finished  {newest:,}/{newest:,}" in shown.stdout
+
+
+def test_git_state_commit_and_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        me = ("-c", "user.name=a", "-c", "user.email=a@b")
+        command = ["git", "-C", str(tmp_path), *me, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert git_state(tmp_path) is None
+    git("init", "-q")
+    assert git_state(tmp_path) is None, "there is no commit yet"
+    (tmp_path / "code.py").write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    (tmp_path / "untracked").touch()
+    (tmp_path / "folder").mkdir()
+    commit = git("rev-parse", "HEAD")
+    assert git_state(tmp_path / "folder") == {"commit": commit, "dirty": False}
+    (tmp_path / "code.py").write_text("2")
+    assert git_state(tmp_path) == {"commit": commit, "dirty": True}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_state(tmp_path) is None, "without git, a start goes on"

@@ -61,6 +61,7 @@ def test_cli_help_imports_no_command() -> None:
         assert not found & {"torch", "numpy", "wandb", "kempnerforge.config", "kempnerforge.checkpoint"}
         assert {name for name in found if name.startswith("kempnerforge.cli.")} <= {
             "kempnerforge.cli.app",
+            "kempnerforge.cli.completion",
             "kempnerforge.cli.lazy",
             "kempnerforge.cli.ckpt",
         }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from kempnerforge.config.schema import load_job
+from kempnerforge.config.reference import json_schema
+from kempnerforge.config.schema import AsyncCheckpointMode, load_job
 from kempnerforge.plan.report import make_plan
 
 pytestmark = pytest.mark.smoke
@@ -24,8 +28,8 @@ GPUS_PER_NODE = 8
 
 
 def stated_world_size(file: Path) -> int:
-    found = re.match(r"# World size: (\d+)", file.read_text())
-    assert found, f"{file} does not begin with its world size"
+    found = re.match(r"#:schema \./schema\.json\n# World size: (\d+)", file.read_text())
+    assert found, f"{file} does not begin with its schema and its world size"
     return int(found[1])
 
 
@@ -57,7 +61,7 @@ def test_llama_config_stated_memory_matches_plan_and_fits(file: Path) -> None:
     state = most.weights + most.gradients + most.optimizer
     planned = [state, most.gathered, most.activations, most.buffers, most.working, most.total]
     assert list(stated.groups()[:6]) == [f"{size / 1e9:.1f}" for size in planned]
-    assert f"H100-{stated[7]}GB" in text.splitlines()[0]
+    assert f"H100-{stated[7]}GB" in text.splitlines()[1]
     assert plan.fits(float(stated[7]))
 
 
@@ -117,3 +121,45 @@ def test_config_promised_other_world_sizes_are_valid(
 ) -> None:
     job = load_job(FOLDER / f"{name}.toml", overrides, world_size=world_size).job
     assert job.geometry(world_size).world_size == world_size
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_config_saves_in_the_background(file: Path) -> None:
+    assert load_job(file).job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned
+
+
+# Editors
+
+
+needs_taplo = pytest.mark.skipif(
+    shutil.which("taplo") is None, reason="no taplo here; the extra `dev` installs it"
+)
+
+
+def taplo(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = ["taplo", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=FOLDER)
+
+
+def test_configs_schema_file_is_current() -> None:
+    """If not: ``kempnerforge config schema > configs/schema.json``."""
+    assert json.loads((FOLDER / "schema.json").read_text()) == json_schema()
+
+
+@needs_taplo
+def test_configs_pass_a_toml_formatter_and_schema() -> None:
+    formatted = taplo("fmt", "--check", *FILES)
+    assert formatted.returncode == 0, formatted.stderr
+    linted = taplo("lint", *FILES)
+    assert linted.returncode == 0, linted.stderr
+
+
+@needs_taplo
+def test_config_schema_line_reports_a_misspelled_key(tmp_path: Path) -> None:
+    """The line works: an editor that follows it marks a key that ``config check`` would refuse."""
+    shutil.copy(FOLDER / "schema.json", tmp_path)
+    file = tmp_path / "quickstart.toml"
+    file.write_text((FOLDER / "quickstart.toml").read_text().replace("max_steps", "max_stepz"))
+    linted = taplo("lint", file)
+    assert linted.returncode != 0
+    assert "'max_stepz' was unexpected" in linted.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from kempnerforge.cli import app
 from kempnerforge.cli.train import main, rank_and_world_size, split_config
 from kempnerforge.config.schema import load_job
 from kempnerforge.errors import ConfigError
+from kempnerforge.train.run_length import run_length
 
 ROOT = Path(__file__).parents[2]
 HELP = Path(__file__).parent / "golden" / "train_help.txt"
@@ -106,6 +108,28 @@ def test_config_check_warns_of_best_without_choice(
     assert ("no step before the last is both saved and validated" in done.out) is warned
 
 
+@pytest.mark.parametrize(
+    ("given", "length"),
+    [
+        ([], "length: 1,000 steps (the default: train.max_steps is not set), 2.0M tokens"),
+        (["--train.max_steps=1000"], "length: 1,000 steps, 2.0M tokens"),
+        (["--train.max_steps=1"], "length: 1 step, 2.0k tokens"),
+    ],
+)
+def test_config_check_says_length_and_default(kempnerforge: Command, given: list[str], length: str) -> None:
+    arguments = ["--train.global_batch_size=8", "--data.text=python-stdlib", "--world-size=1", *given]
+    done = kempnerforge("config", "check", os.devnull, *arguments)
+    assert length in [line.strip() for line in done.out.splitlines()], done
+
+
+def test_run_length_global_batch_size_keeps_default_known() -> None:
+    """A start that fixes the global batch size still says that the number of steps is the default."""
+    job = load_job(None, ["--data.text=x"]).job.with_global_batch_size(16)
+    assert run_length(job, 16, num_samples=32_000).startswith("1,000 steps (the default")
+    job = load_job(None, ["--data.text=x", "--train.max_steps=1000"]).job.with_global_batch_size(16)
+    assert run_length(job, 16, num_samples=32_000) == "1,000 steps, 4.1M tokens, 0.5 epochs"
+
+
 def test_config_check_invalid_file_lists_all_faults(kempnerforge: Command, bad_file: Path) -> None:
     done = kempnerforge("config", "check", str(bad_file), "--lr=3", "--world-size=2", "extra")
     assert_refused(
@@ -172,7 +196,7 @@ def test_train_help_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "--config: is missing; write --config FILE"),
         (["--config"], "--config: is missing"),
         (["--config", "--train.seed=1"], "--config: is missing"),
-        (["--config", "nowhere/x.toml"], "nowhere/x.toml does not exist"),
+        (["--config", "nowhere/x.toml"], "nowhere/x.toml: does not exist"),
         (["configs/debug.toml"], "--config: is missing"),
         (["--config", "configs/debug.toml", "oops"], "oops: is not an override"),
     ],

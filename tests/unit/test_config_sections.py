@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from kempnerforge.config import foreign_keys
 from kempnerforge.config.schema import (
     AsyncCheckpointMode,
     CheckpointConfig,
@@ -18,6 +21,7 @@ from kempnerforge.config.schema import (
     SchedulerConfig,
     load_job,
 )
+from kempnerforge.config.suggestions import find_field
 from kempnerforge.errors import ConfigError, ConfigIssue
 
 
@@ -112,12 +116,14 @@ def test_config_bad_value_is_one_fault_with_allowed(
 UNKNOWN_KEYS = [
     ("train", "batchsize = 8", "train.batchsize", "did you mean train.batch_size?"),
     ("train", "lr = 0.1", "train.lr", "did you mean optimizer.lr?"),
-    (
-        "train",
-        "name = 1",
-        "train.name",
-        "did you mean run.name or model.name or optimizer.name or scheduler.name?",
-    ),
+    ("train", "name = 1", "train.name", "known in [train]: global_batch_size"),
+    ("model", "type = 'llama'", "model.type", "use model.name"),
+    ("model", "kind = 'llama'", "model.kind", "known in [model]: name"),
+    ("train", "iters = 1", "train.iters", "known in [train]: global_batch_size"),
+    ("train", "batch = 1", "train.batch", "did you mean train.global_batch_size or train.batch_size?"),
+    ("train", "stepz = 1", "train.stepz", "did you mean train.max_steps or train.max_skipped_steps?"),
+    ("optim", "lr = 1", "optim", "did you mean [optimizer]?"),
+    ("checkpoint", "type = 1", "checkpoint.type", "known in [checkpoint]: dir"),
     ("modle", "dim = 8", "modle", "did you mean [model]?"),
     ("model", "hidden = {}", "model.hidden", "did you mean"),
     ("eval", "zzz = 1", "eval.zzz", "known in [eval]: interval, num_batches"),
@@ -138,6 +144,62 @@ def test_config_unknown_key_suggests_nearest(
     faults = faults_of(tmp_path, f'[data]\ntext = "x"\n[{table}]\n{line}\n')
     assert hint in faults[key].allowed
     assert "is not a known" in faults[key].problem
+
+
+FOREIGN = """
+[job]
+dump_folder = "out"
+[metrics]
+log_freq = 10
+[lr_scheduler]
+warmup_steps = 200
+[train]
+grad_accum_steps = 4
+[training]
+local_batch_size = 1
+steps = 1000
+gc_freq = 50
+[parallelism]
+data_parallel_shard_degree = -1
+[checkpoint]
+enable = true
+folder = "checkpoint"
+export_dtype = "float32"
+[activation_checkpoint]
+mode = "selective"
+[data]
+text = "x"
+num_workers = 4
+"""
+
+
+def test_config_keys_of_other_programs_say_what_to_write(tmp_path: Path) -> None:
+    """A config with keys of torchtitan and of the public KempnerForge: one line for each key."""
+    faults = faults_of(tmp_path, FOREIGN, "--gradient_accumulation_steps=2")
+    assert {key: fault.allowed for key, fault in faults.items()} == {
+        "job.dump_folder": "use run.dir",
+        "metrics.log_freq": "use metrics.log_interval",
+        "lr_scheduler.warmup_steps": "use scheduler.warmup_steps",
+        "train.grad_accum_steps": foreign_keys.LAST_PARTS["grad_accum_steps"],
+        "--gradient_accumulation_steps": foreign_keys.LAST_PARTS["grad_accum_steps"],
+        "training.local_batch_size": "use train.batch_size",
+        "training.steps": "use train.max_steps",
+        "training.gc_freq": "it may have no counterpart; use [train]",
+        "parallelism.data_parallel_shard_degree": "use distributed.dp_shard",
+        "checkpoint.enable": foreign_keys.KEYS["checkpoint.enable"],
+        "checkpoint.folder": "use checkpoint.dir",
+        "checkpoint.export_dtype": 'did you mean "fp32"? allowed: "bf16" | "fp16" | "fp32"',
+        "activation_checkpoint.mode": "use train.activation_checkpointing",
+        "data.num_workers": foreign_keys.KEYS["data.num_workers"],
+    }
+
+
+def test_config_replacements_of_foreign_keys_exist() -> None:
+    texts = [*foreign_keys.KEYS.values(), *foreign_keys.LAST_PARTS.values(), *foreign_keys.SECTIONS.values()]
+    sections = "|".join(JobConfig.model_fields)
+    named = {key for text in texts for key in re.findall(rf"\b(?:{sections})\.[a-z_]+", text)}
+    assert len(named) > 30
+    assert [key for key in sorted(named) if find_field(key, JobConfig) is None] == ["metrics.jsonl"]
 
 
 def test_config_stray_key_or_scalar_section_is_fault(tmp_path: Path) -> None:
@@ -190,6 +252,25 @@ def test_config_integer_and_mode_values_converted() -> None:
     )
     assert [mode.value for mode in AsyncCheckpointMode] == ["disabled", "async", "async_with_pinned_mem"]
     assert AsyncCheckpointMode.async_ == "async"
+
+
+def test_config_constructor_names_key_and_nearest() -> None:
+    """In a loop of one's own a section is made without a file. pydantic's own entrance stays pydantic's."""
+    with pytest.raises(ConfigError) as caught:
+        CheckpointConfig(intervall=10)  # type: ignore[call-arg]
+    expected = (
+        "checkpoint.intervall: is not a known key; did you mean checkpoint.interval?  [CheckpointConfig]"
+    )
+    assert str(caught.value) == expected
+    assert caught.value.__cause__ is None
+    with pytest.raises(ConfigError, match=r"checkpoint\.dyn_ckpt_window\.strt: .*dyn_ckpt_window\.start"):
+        CheckpointConfig(dyn_ckpt_window={"strt": 1, "stop": 2})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"trian: .* did you mean \[train\]"):
+        JobConfig(trian={})  # type: ignore[call-arg]
+    with pytest.raises(ValidationError):
+        CheckpointConfig.model_validate({"intervall": 10})
+    with pytest.raises(ValidationError):
+        JobConfig.model_validate({"checkpoint": {"intervall": 10}})
 
 
 def test_config_sections_are_frozen() -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 from array import array
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +21,7 @@ from kempnerforge.cli.report import app
 from kempnerforge.cli.report_page import KEYS, Report, page
 from kempnerforge.cli.report_text import MAX_REASON, PARTS, remarks
 from kempnerforge.cli.report_timeline import Commit
+from kempnerforge.cli.run_facts import attempt_changes, run_facts
 from kempnerforge.errors import RunFolderError
 from kempnerforge.goodput import accounting
 from kempnerforge.goodput.accounting import account, interruptions, saving
@@ -377,6 +379,9 @@ class Checked(HTMLParser):
 def made(history: list[AttemptHistory], curves: Curves, *, run_dir: str = "runs/x") -> tuple[Checked, str]:
     body = account(history, now=2000.0, running=False)
     body["saving"] = saving(history, wall_s=body["wall_s"] - body["parts_s"]["idle"])
+    body["run"], changes = run_facts(history, {}), attempt_changes(history, [])
+    for row in body["attempts"]:
+        row["changes"] = changes[row["attempt"]]
     commits = [Commit(one.number, event["time"], event["step"]) for one in history for event in one.commits]
     text = page(Report(run_dir, body, curves, commits, 2000.0)).decode()
     checked = Checked(text)
@@ -438,8 +443,9 @@ def test_page_million_rows_small_and_shows_spike() -> None:
     loss[700_000] = 50.0
     found = curves(loss)
     found.counting["train/tokens_per_s"] = Curve()
+    found.counting["train/lr"] = found.counting["train/grad_norm"] = found.counting["train/loss"]
     checked, text = made(derive(attempt(1, 0.0, at=0, to=1_000_000), []), found)
-    assert len(text) < 300_000
+    assert len(text) < 600_000
     assert "highest 50" in checked.words
     assert "the band their range" in checked.words
 
@@ -483,3 +489,111 @@ def test_report_json_with_page_stays_one_object(tmp_path: Path, capsys: pytest.C
     app([str(run), "--html", str(tmp_path / "page.html"), "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)["lost_steps"] == 5
     assert "Training loss from 2.5 at step 1" in (tmp_path / "page.html").read_text()
+
+
+# What a run is
+
+
+def recorded(config: dict[str, Any], *, commit: str = "a" * 40, dirty: bool = False) -> dict[str, Any]:
+    """What the harness adds to the ``start`` event."""
+    settings = {"train.max_steps": 60, "train.seq_len": 10, "optimizer.lr": 0.1, **config}
+    return {
+        "config": settings,
+        "device": "NVIDIA H100",
+        "version": "0.1.0",
+        "git": {"commit": commit, "dirty": dirty},
+        "layout": {"num_ranks": 2, "dp_shard": 2},
+    }
+
+
+def write_recorded_run(folder: Path, lr: float = 0.2, *, losses: float = 3.0) -> Path:
+    """A run of two attempts, the second of which changes the learning rate and the code."""
+    first, second = attempt(1, 1000.0, at=0, to=30, commits=(30,)), attempt(2, 1100.0, at=30, to=60)
+    first[0] |= recorded({})
+    second[0] |= recorded({"optimizer.lr": lr, "train.seed": 7}, commit="b" * 40, dirty=True)
+    second[1] |= {"train_samples": 40, "parameters": 1_234_567}
+    end = {"event": "end", "attempt": 2, "time": 1145.0, "kind": "finished", "step": 60, "spent_s": {}}
+    rows = [
+        {
+            "step": step,
+            "attempt": 1 if step <= 30 else 2,
+            "time": 1010.0 + step,
+            "train/loss": losses - step / 60,
+            "train/lr": 0.1 / step,
+            "train/grad_norm": 1.5,
+            "train/mfu": 0.4321,
+            "train/tokens": 10 * step,
+            "train/tokens_per_s": 10.0,
+            **({"eval/loss": losses} if step % 30 == 0 else {}),
+        }
+        for step in range(1, 61)
+    ]
+    return write_run(folder, [*first, *second, {**end, "reason": "finished at step 60. Files: here"}], rows)
+
+
+def test_report_says_what_run_is_and_what_changed(tmp_path: Path) -> None:
+    run = write_recorded_run(tmp_path / "run")
+    said = CliRunner().invoke(app, [str(run), "--html", str(tmp_path / "page.html")]).output
+    checked = Checked((tmp_path / "page.html").read_text())
+    for words in (
+        "1.2M parameters",
+        "2 x NVIDIA H100 on a",
+        f"{'b' * 12} with uncommitted changes",
+        "60 of 60",
+        "600, 1.5 epochs",
+        "0.00167",
+        "43.2%",
+    ):
+        assert words in said
+        assert words in checked.words
+    changed = [
+        "optimizer.lr: 0.1 -> 0.2",
+        "train.seed: none -> 7",
+        f"code: {'a' * 12} -> {'b' * 12} with uncommitted changes",
+    ]
+    assert [line.removeprefix("  changed ") for line in said.splitlines() if "  changed " in line] == changed
+    for words in (*changed, "Learning rate from 0.1 at step 1", "Gradient norm from 1.5", "train.max_steps"):
+        assert words in checked.words
+    body = json.loads(CliRunner().invoke(app, [str(run), "--json"]).output)
+    assert [row["changes"] for row in body["attempts"]] == [[], changed]
+    assert body["run"]["mfu"] == 0.4321
+
+
+def test_report_reason_is_said_once(tmp_path: Path) -> None:
+    run = write_recorded_run(tmp_path / "run")
+    said = CliRunner().invoke(app, [str(run), "--html", str(tmp_path / "page.html")]).output
+    assert "; finished: at step 60. Files: here\n" in said
+    page_text = (tmp_path / "page.html").read_text()
+    assert "finished at step" not in page_text
+    assert Checked(page_text).words.count("at step 60. Files: here") == 1
+
+
+def test_report_older_run_takes_changes_from_receipts(tmp_path: Path) -> None:
+    """Older versions did not record the config in the ledger."""
+    run = write_run(tmp_path / "run", TWICE_KILLED, [])
+    receipts = [
+        {"attempt": 1, "step": 0},
+        {"attempt": 3, "step": 40, "config_changes": {"train.seed": [1, 2]}},
+    ]
+    (run / "receipts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in receipts))
+    said = CliRunner().invoke(app, [str(run)]).output
+    assert said.count("  changed ") == 1
+    assert "  changed train.seed: 1 -> 2\n" in said
+    assert "code" not in said, "nothing is said of what nobody recorded"
+
+
+def test_report_two_runs_compares_config_losses_goodput(tmp_path: Path) -> None:
+    first = write_recorded_run(tmp_path / "first")
+    second = write_recorded_run(tmp_path / "second", lr=0.3, losses=2.0)
+    said = CliRunner().invoke(app, [str(first), str(second)]).output
+    assert re.search(r"^  optimizer\.lr +0\.2 +0\.3$", said, re.M)
+    assert "train.seed" not in said, "it is the same in both"
+    assert re.search(r"^ +step 60  2\.0000  1\.0000  -1\.0000$", said, re.M)
+    assert re.search(r"^effective training +\d+\.\d% of .* +\d+\.\d% of", said, re.M)
+    body = json.loads(CliRunner().invoke(app, [str(first), str(second), "--json"]).output)
+    assert body["config"] == {"optimizer.lr": [0.2, 0.3]}
+    assert body["losses"]["eval/loss"] == [[30, 3.0, 2.0], [60, 3.0, 2.0]]
+    assert len(body["losses"]["train/loss"]) == 12
+    assert [one["tokens_per_s"] for one in body["runs"]] == [10.0, 10.0]
+    for wrong in ([str(first)] * 3, [str(first), str(second), "--html", str(tmp_path / "page.html")]):
+        assert CliRunner().invoke(app, wrong).exit_code == 2

@@ -11,7 +11,7 @@ import os
 import socket
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kempnerforge.errors import ConfigIssue
@@ -61,14 +61,7 @@ def fault(claims: Sequence[Claim], limit_gb: float | None) -> ConfigIssue | None
 
     With ``limit_gb``, a limit for each machine, only that limit counts.
     """
-    needed: dict[str, int] = defaultdict(int)
-    free: dict[str, Limit] = {}
-    for rank_claim in claims:
-        for limit in rank_claim.limits[:1] if limit_gb is not None else rank_claim.limits:
-            needed[limit.key] += rank_claim.needed_bytes
-            lowest = free.setdefault(limit.key, limit)
-            if limit.free_bytes < lowest.free_bytes:
-                free[limit.key] = limit
+    needed, free = _by_limit(claims if limit_gb is None else [_of_machine(one) for one in claims])
     if not free:
         return None
     if limit_gb is not None:
@@ -92,6 +85,33 @@ def fault(claims: Sequence[Claim], limit_gb: float | None) -> ConfigIssue | None
         "use more nodes, fewer ranks per node, or request more memory (sbatch --mem); or set a limit to try "
         "anyway",
     )
+
+
+def largest_excess(claims: Sequence[Claim]) -> tuple[Limit, int] | None:
+    """Return the limit that the claims of all ranks exceed most, and what they need; None if they fit."""
+    needed, free = _by_limit(claims)
+    worst = max(free, key=lambda key: needed[key] - free[key].free_bytes, default=None)
+    if worst is None or needed[worst] <= free[worst].free_bytes:
+        return None
+    return free[worst], needed[worst]
+
+
+def _by_limit(claims: Sequence[Claim]) -> tuple[dict[str, int], dict[str, Limit]]:
+    """Return, by the key of each limit, what its ranks need together, and the limit with the least free."""
+    needed: dict[str, int] = defaultdict(int)
+    free: dict[str, Limit] = {}
+    for rank_claim in claims:
+        for limit in rank_claim.limits:
+            needed[limit.key] += rank_claim.needed_bytes
+            lowest = free.setdefault(limit.key, limit)
+            if limit.free_bytes < lowest.free_bytes:
+                free[limit.key] = limit
+    return needed, free
+
+
+def _of_machine(rank_claim: Claim) -> Claim:
+    """Return the claim with the limit of the machine alone."""
+    return replace(rank_claim, limits=rank_claim.limits[:1])
 
 
 def _available_bytes(proc: Path) -> int:
