@@ -19,9 +19,15 @@ from kempnerforge.config.toml_text import render
 from kempnerforge.errors import ConfigError
 
 SOURCE = """
-class Wide:
+import torch
+
+class Wide(torch.nn.Module):
     def __init__(self, width, *, depth=2):
-        self.width = width
+        super().__init__()
+        self.table = torch.nn.Embedding(257, 257)
+
+    def forward(self, tokens):
+        return self.table(tokens)
 
 def anything(**kwargs):
     return kwargs
