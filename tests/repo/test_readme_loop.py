@@ -26,7 +26,8 @@ KILL = """        if state.step == 57:
 
 
 def run_loop(folder: Path, *, killed: bool = False) -> subprocess.CompletedProcess[str]:
-    (code,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)
+    section = README.read_text().partition("## Your own loop")[2]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
     assert code.count(ADVANCE) == 1
     if killed:
         code = code.replace(ADVANCE, ADVANCE + KILL)
