@@ -1,0 +1,113 @@
+"""Losses: equal results and gradients in every layout, with the logits of few tokens at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from support.ranks import run_ranks
+from support.tiny_model import CPU, TP_MODEL, FakeBatch, whole
+from torch import Tensor
+
+from kempnerforge.config.schema import JobConfig
+from kempnerforge.train.model_setup import build_model
+
+VOCABULARY = 257
+"""Uneven over two ranks."""
+SEQ_LEN = 12
+Z = 0.01
+"""Coefficient of the z-loss, large enough to matter in every gradient."""
+CHUNKED = {"loss": "chunked_cross_entropy", "loss_args": {"chunk_tokens": 5}}
+Tree = dict[str, Any]
+Found = tuple[dict[str, float], dict[str, Tensor]]
+
+
+def smoothed(logits_BTV: Tensor, targets_BT: Tensor, *, amount: float) -> Tensor:
+    """A user's loss of logits."""
+    logits_NV = logits_BTV.float().flatten(0, 1)
+    return (
+        F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum") + amount * logits_NV.square().sum()
+    )
+
+
+def smoothed_hidden(hidden_BTD: Tensor, targets_BT: Tensor, weight_VD: Tensor, *, amount: float) -> Tensor:
+    """The same as a loss of hidden states."""
+    return smoothed(F.linear(hidden_BTD, weight_VD), targets_BT, amount=amount)
+
+
+smoothed_hidden.takes_hidden = True  # type: ignore[attr-defined]
+
+
+def one_step(distributed: Tree, train: Tree, tied: bool) -> Found:
+    """Numbers of a step and of a validation, and the whole gradients of this rank's parts."""
+    tree = {
+        "data": {"text": "python-stdlib"},
+        "model": TP_MODEL.model_dump() | {"tie_embeddings": tied, "vocab_size": VOCABULARY},
+        "distributed": distributed,
+        "train": {"seq_len": SEQ_LEN, "mixed_precision": "fp32", "global_batch_size": 8, **train},
+    }
+    job = JobConfig.model_validate(tree)
+    geometry = job.geometry(dist.get_world_size())
+    placed = build_model(job, geometry, rank=dist.get_rank(), device=CPU, init_weights=True)
+    optimizer = torch.optim.SGD([param for part in placed.parts for param in part.parameters()])
+    step = placed.step(optimizer, geometry, job.train)
+    tokens = torch.randint(VOCABULARY, (8, SEQ_LEN + 1), generator=torch.Generator().manual_seed(1))
+    mine = tokens.chunk(geometry.dp)[geometry.dp_rank(dist.get_rank())]
+    mine_ABT = mine.unflatten(0, (geometry.accumulation_steps, -1))
+    batch = FakeBatch(mine_ABT[..., :-1], mine_ABT[..., 1:], tokens[:, 1:].numel())
+    returned = step.forward_backward(batch).item()
+    named = [item for part in placed.parts for item in part.named_parameters()]
+    gradients = {name: whole(param.grad) for name, param in named if param.grad is not None}
+    assert len(gradients) == len(named)
+    result = step.update(lr=0.0)
+    assert result.loss == returned
+    numbers = {"loss": result.loss, "z_loss": result.z_loss, "norm": result.grad_norm}
+    return {**numbers, "eval": step.evaluate([batch])}, gradients
+
+
+def assert_equal(found: list[Found], expected: Found, tp: int) -> None:
+    """Every rank has the same numbers, and they and the gradients are the expected ones to 1e-6.
+
+    With tensor parallelism the products within the layers are summed in another order too.
+    """
+    for numbers, gradients in found:
+        assert numbers == found[0][0]
+        assert numbers == pytest.approx(expected[0], rel=1e-6)
+        for name, gradient in gradients.items():
+            wanted = expected[1][name]
+            assert (gradient - wanted).norm() <= (1e-6 if tp == 1 else 3e-6) * wanted.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("ranks", "distributed", "batch_size", "tied"),
+    [
+        pytest.param(1, {}, 8, False, id="one"),
+        pytest.param(2, {}, 2, True, id="accumulation-tied"),
+        pytest.param(4, {"dp_replicate": 2}, 1, False, id="replicas"),
+        pytest.param(2, {"tp": 2}, 4, False, id="tp", marks=pytest.mark.smoke),
+        pytest.param(4, {"tp": 2}, 4, True, id="tp-tied"),
+        pytest.param(2, {"pp": 2}, 8, False, id="1f1b"),
+        pytest.param(2, {"pp": 2, "pp_schedule": "gpipe", "pp_microbatch_size": 2}, 8, False, id="gpipe"),
+        pytest.param(4, {"pp": 2, "tp": 2}, 8, False, id="pp-tp"),
+    ],
+)
+def test_losses_are_equal_in_every_layout(ranks: int, distributed: Tree, batch_size: int, tied: bool) -> None:
+    for z_loss in (0.0, Z):
+        [expected] = run_ranks(one_step, 1, {}, {"batch_size": 8, "z_loss": z_loss}, tied)
+        assert (expected[0]["z_loss"] > 0.05) == (z_loss > 0)
+        for loss in ({}, CHUNKED):
+            train = {"batch_size": batch_size, "z_loss": z_loss, **loss}
+            found = run_ranks(one_step, ranks, distributed, train, tied)
+            assert_equal(found, expected, distributed.get("tp", 1))
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}], ids=["dp", "tp", "pp"])
+def test_own_losses_are_equal_in_every_layout(layout: Tree) -> None:
+    own = {"loss": f"{__name__}:smoothed", "loss_args": {"amount": 0.1}, "batch_size": 4}
+    [expected] = run_ranks(one_step, 1, {}, own, False)
+    for name in ("smoothed", "smoothed_hidden"):
+        found = run_ranks(one_step, 2, layout, own | {"loss": f"{__name__}:{name}"}, False)
+        assert_equal(found, expected, layout.get("tp", 1))
