@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,9 +12,14 @@ import torch.nn.functional as F
 from support.ranks import run_ranks
 from support.tiny_model import CPU, TP_MODEL, FakeBatch, whole
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from kempnerforge.config.schema import JobConfig
+from kempnerforge.train.losses.chunked_cross_entropy import chunked_cross_entropy
 from kempnerforge.train.model_setup import build_model
+from kempnerforge.train.vocab_shard import IGNORE_INDEX
+from kempnerforge.train.z_loss import z_loss
 
 VOCABULARY = 257
 """Uneven over two ranks."""
@@ -95,13 +101,54 @@ def assert_equal(found: list[Found], expected: Found, tp: int) -> None:
     ],
 )
 def test_losses_are_equal_in_every_layout(ranks: int, distributed: Tree, batch_size: int, tied: bool) -> None:
-    for z_loss in (0.0, Z):
-        [expected] = run_ranks(one_step, 1, {}, {"batch_size": 8, "z_loss": z_loss}, tied)
-        assert (expected[0]["z_loss"] > 0.05) == (z_loss > 0)
+    for coefficient in (0.0, Z):
+        [expected] = run_ranks(one_step, 1, {}, {"batch_size": 8, "z_loss": coefficient}, tied)
+        assert (expected[0]["z_loss"] > 0.05) == (coefficient > 0)
         for loss in ({}, CHUNKED):
-            train = {"batch_size": batch_size, "z_loss": z_loss, **loss}
+            train = {"batch_size": batch_size, "z_loss": coefficient, **loss}
             found = run_ranks(one_step, ranks, distributed, train, tied)
             assert_equal(found, expected, distributed.get("tp", 1))
+
+
+def sharded_loss(recompute: bool, gathered: bool) -> None:
+    """A loss whose weight is sharded over all ranks, against the plain one on every rank."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(2, 12, 8, generator=generator).requires_grad_()
+    weight = torch.randn(VOCABULARY, 8, generator=generator).requires_grad_()
+    targets = torch.randint(VOCABULARY, (2, 12), generator=generator)
+    targets[0, :2] = IGNORE_INDEX
+    logits = F.linear(hidden, weight).flatten(0, 1)
+    z = Z * logits.logsumexp(-1)[2:].square().sum()
+    plain = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+    expected = torch.autograd.grad(plain + z, (hidden, weight), retain_graph=True)
+    placement = Replicate() if gathered else Shard(1)
+    hidden_part = distribute_tensor(hidden.detach(), mesh, [placement]).requires_grad_()
+    weight_part = distribute_tensor(weight.detach(), mesh, [Shard(0)]).requires_grad_()
+    options = {"chunk_tokens": 5, "recompute": recompute, "z_loss": Z}
+    found, found_z = chunked_cross_entropy(hidden_part, targets, weight_part, **options)
+    assert (found.item(), found_z.item()) == pytest.approx((plain.item(), z.item()), rel=1e-6)
+    for gradient, wanted in zip(
+        torch.autograd.grad(found, (hidden_part, weight_part)), expected, strict=True
+    ):
+        assert (whole(gradient) - wanted).norm() <= 1e-6 * wanted.norm()
+    part = distribute_tensor(logits.detach().unflatten(0, (2, 12)), mesh, [Shard(2)]).requires_grad_()
+    found_z = z_loss(part, targets, Z)
+    assert found_z.item() == pytest.approx(z.item(), rel=1e-6)
+    [gradient] = torch.autograd.grad(found_z, part)
+    [wanted] = torch.autograd.grad(z, logits)
+    assert (whole(gradient).flatten(0, 1) - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_losses_of_sharded_vocabulary_equal_torch(ranks: int) -> None:
+    run_ranks(sharded_losses, ranks)
+
+
+def sharded_losses() -> None:
+    for recompute, gathered in itertools.product([False, True], repeat=2):
+        sharded_loss(recompute, gathered)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}], ids=["dp", "tp", "pp"])
