@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support.ranks import run_ranks
+from support.ranks import RanksFailed, run_ranks
 from support.tiny_model import CPU, TP_MODEL, FakeBatch, whole
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -47,11 +48,34 @@ def smoothed_hidden(hidden_BTD: Tensor, targets_BT: Tensor, weight_VD: Tensor, *
 smoothed_hidden.takes_hidden = True  # type: ignore[attr-defined]
 
 
-def one_step(distributed: Tree, train: Tree, tied: bool) -> Found:
+class Small(nn.Module):
+    """A model of a user's that offers its hidden states."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, width)
+        self.output = nn.Linear(width, vocab_size, bias=False)
+
+    def forward(self, tokens_BT: Tensor, head: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        x_BTD = self.tokens(tokens_BT)
+        return self.output(x_BTD) if head is None else head(x_BTD, self.output.weight)
+
+
+class Split(Small):
+    """The same, whose output layer FSDP gathers for itself alone."""
+
+    def fsdp_units(self) -> list[nn.Module]:
+        return [self.output]
+
+
+def one_step(distributed: Tree, train: Tree, tied: bool, own: str = "") -> Found:
     """Numbers of a step and of a validation, and the whole gradients of this rank's parts."""
+    model = TP_MODEL.model_dump() | {"tie_embeddings": tied, "vocab_size": VOCABULARY}
+    if own:
+        model = {"name": f"{__name__}:{own}", "args": {"vocab_size": VOCABULARY, "width": 16}}
     tree = {
         "data": {"text": "python-stdlib"},
-        "model": TP_MODEL.model_dump() | {"tie_embeddings": tied, "vocab_size": VOCABULARY},
+        "model": model,
         "distributed": distributed,
         "train": {"seq_len": SEQ_LEN, "mixed_precision": "fp32", "global_batch_size": 8, **train},
     }
@@ -158,3 +182,11 @@ def test_own_losses_are_equal_in_every_layout(layout: Tree) -> None:
     for name in ("smoothed", "smoothed_hidden"):
         found = run_ranks(one_step, 2, layout, own | {"loss": f"{__name__}:{name}"}, False)
         assert_equal(found, expected, layout.get("tp", 1))
+
+
+def test_chunked_loss_of_own_model_is_equal() -> None:
+    [expected] = run_ranks(one_step, 1, {}, {"batch_size": 8, "z_loss": Z}, False, "Small")
+    train = {"batch_size": 4, "z_loss": Z, **CHUNKED}
+    assert_equal(run_ranks(one_step, 2, {}, train, False, "Small"), expected, 1)
+    with pytest.raises(RanksFailed, match="leave the output layer out of fsdp_units"):
+        run_ranks(one_step, 2, {}, train, False, "Split")
