@@ -188,6 +188,12 @@ def _facts(plan: Plan) -> list[str]:
             f"pipeline     {job.distributed.pp_schedule}, {geometry.pp_microbatches} microbatches,"
             f" bubble {100 * plan.bubble_fraction:.1f} % of the time"
         )
+    if plan.cheaper_loss is not None:
+        other = plan.cheaper_loss
+        facts.append(
+            f"loss         train.loss {other.name} would need {other.device_bytes / 1e9:.1f} GB per device"
+            f" instead of {plan.device_bytes / 1e9:.1f} GB"
+        )
     pinned = "pinned" if job.checkpoint.async_mode.value == "async_with_pinned_mem" else "pageable"
     most = max(group.staged_bytes for group in plan.pipeline)
     facts += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,9 @@ class PluginUse:
             plugin = self.resolve()
         except ConfigError as error:
             return list(error.faults)
-        return argument_issues(plugin, self.args, key=self.args_key, given=self.num_positional)
+        # A loss of hidden states also gets the weight of the output layer.
+        given = self.num_positional + bool(getattr(plugin.target, "takes_hidden", False))
+        return argument_issues(plugin, self.args, key=self.args_key, given=given)
 
 
 def plugin_uses(job: JobConfig) -> Iterator[PluginUse]:
@@ -48,11 +51,46 @@ def plugin_uses(job: JobConfig) -> Iterator[PluginUse]:
 
 def _named(job: JobConfig) -> Iterator[PluginUse]:
     yield PluginUse("model", "model.name", job.model.name, job.model.args, "model.args")
+    yield PluginUse("loss", "train.loss", job.train.loss, job.train.loss_args, "train.loss_args", 2)
 
 
 def plugin_issues(job: JobConfig) -> list[ConfigIssue]:
     """Return the issues of all plug-ins of ``job``. Imports them."""
-    return [issue for use in plugin_uses(job) for issue in use.issues()]
+    issues = [issue for use in plugin_uses(job) for issue in use.issues()]
+    return issues or _loss_issues(job)
+
+
+def _loss_issues(job: JobConfig) -> list[ConfigIssue]:
+    """Return why the loss cannot be computed with this model and z-loss."""
+    uses = {use.kind: use for use in plugin_uses(job)}
+    loss = uses["loss"].resolve() if "loss" in uses else None
+    issues = z_loss_issues(loss, job.train.z_loss) if loss is not None else []
+    takes_hidden = job.train.chunk_tokens is not None or getattr(loss and loss.target, "takes_hidden", False)
+    model = uses["model"].resolve().target if "model" in uses else None
+    # What a function returns is checked when the model is built.
+    if takes_hidden and isinstance(model, type):
+        issues += head_issues(job.train.loss, getattr(model, "forward", None), model.__name__)
+    return issues
+
+
+def head_issues(loss: str, forward: Any, model: str) -> list[ConfigIssue]:
+    """Return why a model does not offer its hidden states to a loss that needs them."""
+    if "head" in inspect.signature(forward).parameters:
+        return []
+    problem = f'"{loss}" needs hidden states, but {model}.forward has no argument head'
+    return [
+        ConfigIssue("train.loss", problem, 'use "cross_entropy", or add the argument: docs/guide/losses.md')
+    ]
+
+
+def z_loss_issues(loss: Plugin, coefficient: float) -> list[ConfigIssue]:
+    """Return why a loss of the user's cannot be combined with a z-loss."""
+    if not coefficient or not getattr(loss.target, "takes_hidden", False):
+        return []
+    if "z_loss" in inspect.signature(loss.target).parameters:
+        return []
+    problem = f"{loss.name} takes hidden states and has no argument z_loss, so there are no logits"
+    return [ConfigIssue("train.z_loss", problem, "set it to 0, or add the argument: docs/guide/losses.md")]
 
 
 def check_plugins(job: JobConfig) -> None:

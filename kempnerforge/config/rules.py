@@ -112,6 +112,32 @@ def sequence_fits_model(model: ModelConfig, train: TrainConfig) -> list[ConfigIs
     ]
 
 
+LOSS_ARGUMENTS: dict[str, dict[str, type]] = {
+    "cross_entropy": {},
+    "chunked_cross_entropy": {"chunk_tokens": int, "recompute": bool},
+}
+"""Arguments of KempnerForge's own losses, which are checked without importing torch."""
+
+
+def loss_arguments_fit(train: TrainConfig) -> list[ConfigIssue]:
+    """Require arguments that KempnerForge's own losses take. The z-loss has a key of its own."""
+    faults = []
+    known = LOSS_ARGUMENTS.get(train.loss)
+    for name, value in train.loss_args.items():
+        key = f"train.loss_args.{name}"
+        if name == "z_loss":
+            faults.append(ConfigIssue(key, "has a key of its own", "set train.z_loss"))
+        elif known is not None and name not in known:
+            takes = ", ".join(known) or "none"
+            faults.append(ConfigIssue(key, f"{train.loss} has no argument {name}", f"it takes: {takes}"))
+        elif known is not None and type(value) is not known[name]:
+            kind = "an integer" if known[name] is int else "true or false"
+            faults.append(ConfigIssue(key, f"{value!r} is not {kind}"))
+        elif known is not None and known[name] is int and int(str(value)) < 1:
+            faults.append(ConfigIssue(key, f"{value} is too small", "allowed: at least 1"))
+    return faults
+
+
 def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
     """Require exactly one of text and prepared tokens."""
     if (data.text is None) != (data.dataset_path is None):
@@ -269,6 +295,7 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     heads_fit,
     rope_scaling_is_ordered,
     sequence_fits_model,
+    loss_arguments_fit,
     data_has_one_source,
     vocabulary_fits,
     validation_has_data,

@@ -6,7 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kempnerforge.config.section import AtLeastOne, NotNegative, Positive, Section
+from kempnerforge.config.section import (
+    Arguments,
+    AtLeastOne,
+    NonEmpty,
+    NotNegative,
+    Positive,
+    Section,
+)
+
+CHUNK_TOKENS = 1024
+"""Tokens of a chunk of ``chunked_cross_entropy``, unless its argument says otherwise."""
 
 
 class TrainConfig(Section):
@@ -25,6 +35,18 @@ class TrainConfig(Section):
 
     max_steps: AtLeastOne = 1000
     """Total number of optimizer steps. Raise it to continue a finished run."""
+
+    loss: NonEmpty = "cross_entropy"
+    """"cross_entropy", "chunked_cross_entropy" (the same loss in less memory, for large vocabularies), or
+    a function of your own: "package.module:attribute", or a name that an installed package registers.
+    See docs/guide/losses.md."""
+
+    loss_args: Arguments = Field(default_factory=dict)
+    """Keyword arguments of the loss."""
+
+    z_loss: NotNegative = 0.0
+    """Coefficient of the z-loss, the square of log(Z) of the softmax, which keeps logits from drifting
+    (PaLM: 1e-4). 0 disables it."""
 
     grad_clip_norm: NotNegative = 1.0
     """Maximum global norm of the gradients. 0 disables clipping."""
@@ -67,3 +89,18 @@ class TrainConfig(Section):
 
     hang_floor_s: Positive = 60.0
     """Minimum duration in seconds before a step or a save is reported as hung."""
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Tokens whose logits exist at once with "chunked_cross_entropy". None with another loss."""
+        if self.loss != "chunked_cross_entropy":
+            return None
+        tokens = self.loss_args.get("chunk_tokens", CHUNK_TOKENS)
+        return tokens if isinstance(tokens, int) else None
+
+    def loss_is_recomputed(self, pp_schedule: str) -> bool:
+        """Return whether "chunked_cross_entropy" computes logits in the backward pass again.
+
+        By default under "gpipe", whose forward passes all precede the first backward pass.
+        """
+        return bool(self.loss_args.get("recompute", pp_schedule == "gpipe"))

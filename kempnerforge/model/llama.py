@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +57,11 @@ class Llama(nn.Module):
         if not stage.has_head:
             self.norm = self.output = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, head: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
         """int64 [B, T] -> logits [B, T, V].
+
+        With ``head``, the result is that of ``head(hidden, weight)`` instead: it gets the input of
+        the output layer, [B, T, D], and its weight, [V, D].
 
         The input of a stage without the embedding and the output of a stage without the output
         layer are [B, T, D]. Under tensor parallelism they have only this rank's T /
@@ -75,9 +78,9 @@ class Llama(nn.Module):
             return x_BTD
         x_BTD = self.norm(x_BTD)
         if self.output is not None:
-            return self.output(x_BTD)
+            return self.output(x_BTD) if head is None else head(x_BTD, self.output.weight)
         assert self.tok_embeddings is not None
-        return F.linear(x_BTD, self.tok_embeddings.weight)
+        return (head or F.linear)(x_BTD, self.tok_embeddings.weight)
 
     def fsdp_units(self) -> list[nn.Module]:
         """Return the decoder layers, which are sharded one by one."""

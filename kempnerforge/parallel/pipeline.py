@@ -17,6 +17,7 @@ from kempnerforge.errors import ConfigError, ConfigIssue
 
 Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+StageLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Pipeline:
     def training_schedule(self, loss: LossFunction) -> Schedule:
         """Return a schedule for the forward and backward of all microbatches.
 
-        ``loss`` gets the logits and targets of one microbatch. Gradients are the plain sum over
-        microbatches. The first ``step`` of the schedule is collective.
+        ``loss`` gets the output of the last stage and the targets of one microbatch. Gradients are
+        the plain sum over microbatches. The first ``step`` of the schedule is collective.
         """
         options: dict[str, Any] = {"n_microbatches": self.microbatches, "loss_fn": loss, "scale_grads": False}
         stages = self._stages(self.parts)
@@ -64,9 +65,10 @@ class Pipeline:
         [stage] = stages
         return (Schedule1F1B if self.schedule == "1f1b" else ScheduleGPipe)(stage, **options)
 
-    def forward_schedule(self, loss: LossFunction) -> Schedule:
+    def forward_schedule(self, loss: StageLoss) -> Schedule:
         """Return a schedule for the forward of as many microbatches, under ``no_grad``.
 
+        ``loss`` gets the last stage, its input and the targets of one microbatch.
         ``step(tokens, targets=...)`` returns the losses, [microbatches], on the rank with the last
         stage: logits are dropped as soon as their loss is known. Dropping the schedule frees its
         buffers.
@@ -97,7 +99,7 @@ class Pipeline:
 class _ForwardOnly(nn.Module):
     """A stage for validation: the last one returns its loss, [1], instead of its logits."""
 
-    def __init__(self, part: nn.Module, loss: LossFunction, *, is_last: bool) -> None:
+    def __init__(self, part: nn.Module, loss: StageLoss, *, is_last: bool) -> None:
         super().__init__()
         self.part = part
         self.loss = loss
@@ -108,11 +110,10 @@ class _ForwardOnly(nn.Module):
 
         Only the rank with the last stage gets ``targets``.
         """
-        out = self.part(x)
         if not self.is_last:
-            return out
+            return self.part(x)
         assert targets is not None
-        return self.loss(out, targets)[None]
+        return self.loss(self.part, x, targets)[None]
 
 
 def border_tensors(

@@ -29,6 +29,8 @@ from __future__ import annotations
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.train import TrainConfig
 
+FP32 = 4
+
 
 def element_bytes(train: TrainConfig) -> int:
     """Return the bytes of one element of an activation."""
@@ -55,8 +57,17 @@ def temporaries(model: ModelConfig, train: TrainConfig, tp: int) -> float:
 
 
 def kept_by_head(model: ModelConfig, train: TrainConfig, tp: int) -> float:
-    """Return the bytes per token that the final norm and the output layer keep, without logits."""
-    return element_bytes(train) * (model.dim / tp + model.dim)
+    """Return the bytes per token that the final norm and the output layer keep, without logits.
+
+    They keep their inputs. ``chunked_cross_entropy`` drops the input of the output layer.
+    """
+    kept = model.dim / tp + (model.dim if train.chunk_tokens is None else 0)
+    return element_bytes(train) * kept
+
+
+def hidden(model: ModelConfig, train: TrainConfig) -> float:
+    """Return the bytes per token of the input of the output layer."""
+    return element_bytes(train) * model.dim
 
 
 def boundary(model: ModelConfig, train: TrainConfig, tp: int) -> float:
@@ -72,6 +83,16 @@ def logits(model: ModelConfig, train: TrainConfig, tp: int) -> float:
 def log_probs(model: ModelConfig, tp: int) -> float:
     """Return the bytes per token of the log-probabilities. They and both gradients of the loss are fp32."""
     return 4 * -(-model.vocab_size // tp)
+
+
+def chunk_working(model: ModelConfig, train: TrainConfig, tp: int) -> float:
+    """Return the bytes per token of a chunk of ``chunked_cross_entropy``.
+
+    These are fp32 logits, which become their gradient in place, and a copy of either in the dtype of
+    the weights, if that is another one.
+    """
+    copies = element_bytes(train) % FP32
+    return (FP32 + copies) * -(-model.vocab_size // tp)
 
 
 def _kept(model: ModelConfig, train: TrainConfig, tp: int, checkpointing: str) -> float:

@@ -16,7 +16,7 @@ peak:
 Stages of ``torch.distributed.pipelining`` reduce gradients once, after the last microbatch. Until
 then all their weights remain gathered, and unsharded fp32 gradients accumulate from the first
 backward pass on. Every microbatch keeps its activations between its forward and its backward pass,
-and on the last stage also its logits and their log-probabilities. Therefore this module simulates
+and on the last stage also what its loss needs. Therefore this module simulates
 the schedule action by action.
 
 A pipeline's **validation** needs no gradients. Its schedule has its own receive buffers, in
@@ -33,6 +33,7 @@ from kempnerforge.config.job import JobConfig
 from kempnerforge.config.parallel_dims import ParallelDims
 from kempnerforge.config.pipeline_stages import Stage
 from kempnerforge.plan import activations
+from kempnerforge.plan.losses import loss_memory
 from kempnerforge.plan.pipeline import microbatch_size, schedule_order
 from kempnerforge.plan.tensors import gathered_numel, layer_parameters, local_numel, outer_parameters
 
@@ -84,8 +85,7 @@ class _Sizes:
         self.boundary = tokens * activations.boundary(model, train, tp)
         self.working = tokens * activations.working_set(model, train, tp)
         self.temporaries = tokens * activations.temporaries(model, train, tp)
-        self.logits = tokens * activations.logits(model, train, tp)
-        self.log_probs = tokens * activations.log_probs(model, tp)
+        self.loss = loss_memory(job, tp, tokens, self.table)
         self.update = 0 if job.optimizer.fused else self.layers * self.local_layer + self.local_outer
 
 
@@ -96,9 +96,12 @@ def local_moments(job: JobConfig, geometry: ParallelDims, stage: Stage) -> Itera
     everything = sizes.layers * sizes.local_layer + sizes.local_outer
     earlier = everything if geometry.accumulation_steps > 1 else 0
     kept = sizes.layers * sizes.kept_layer
-    yield Moment("loss", earlier, 0, kept + sizes.kept_head, _loss_working(sizes))
+    weights = element * outer if sizes.loss.in_forward else 0
+    yield Moment("loss", earlier, weights, kept + sizes.kept_head, sizes.loss.backward)
     root = element * (outer + sizes.table)
-    yield Moment("head", earlier, root + 2 * element * layer, kept + sizes.kept_head, sizes.logits)
+    # The fp32 gradient of the output weight may be the gradient of the parameter.
+    gathered = root + 2 * element * layer - (element * sizes.table if sizes.loss.is_gradient else 0)
+    yield Moment("head", earlier, gathered, kept + sizes.kept_head, sizes.loss.head)
     for done in {0, min(1, sizes.layers - 1), sizes.layers - 1}:
         # Gradients of reduced layers. The newest one is also still in its buffer.
         gradients = earlier or done * sizes.local_layer
@@ -121,21 +124,22 @@ def pipeline_moments(
     alive, heads = 0.0, 0
     for is_forward, number in schedule_order(job.distributed, geometry.pp_microbatches, pp_rank):
         stage = stages[number]
-        waiting = (sizes.logits + sizes.log_probs) * heads
+        waiting = sizes.loss.kept * heads
         if is_forward:
             alive += kept[number]
             heads += stage.has_head
             if stage.has_head:
-                yield Moment("loss", 0, weights + gradients, alive + waiting, _loss_forward(sizes))
+                yield Moment("loss", 0, weights + gradients, alive + waiting, sizes.loss.forward)
             continue
         if stage.has_head:
             heads -= 1
-            others = waiting - sizes.logits - sizes.log_probs
-            yield Moment("loss", 0, weights + gradients, alive + others, _loss_working(sizes) + sizes.logits)
-            # The schedule keeps the logits until the end of the backward pass.
-            waiting = others + sizes.logits
-            whole = weights + gradients + sizes.element * sizes.table
-            yield Moment("head", 0, whole, alive + waiting, sizes.logits)
+            others = waiting - sizes.loss.kept
+            yield Moment("loss", 0, weights + gradients, alive + others, sizes.loss.backward)
+            # The schedule keeps the output until the end of the backward pass.
+            waiting = others + sizes.loss.output
+            whole = weights + gradients
+            whole += 0 if sizes.loss.is_gradient else sizes.element * sizes.table
+            yield Moment("head", 0, whole, alive + others, sizes.loss.head)
         first = FP32 * (sizes.layer + (sizes.outer if stage.has_head else 0))
         whole = weights + (gradients or first) + sizes.element * sizes.layer
         if stage.has_head and sizes.element < FP32:
@@ -159,7 +163,7 @@ def _validation(sizes: _Sizes, stages: Sequence[Stage], microbatches: int) -> Mo
     """Return the moment of the last microbatch of a validation."""
     ends = sum((not stage.has_embedding) + (not stage.has_head) for stage in stages)
     has_head = any(stage.has_head for stage in stages)
-    working = max(sizes.temporaries, _loss_forward(sizes) if has_head else 0)
+    working = max(sizes.temporaries, sizes.loss.evaluation if has_head else 0)
     return Moment("validation", 0, sizes.element * sizes.whole, ends * microbatches * sizes.boundary, working)
 
 
@@ -168,17 +172,6 @@ def _kept_by_stage(sizes: _Sizes, stage: Stage) -> float:
     kept = len(stage.layers) * sizes.kept_layer
     kept += sizes.kept_head if stage.has_head else sizes.boundary
     return kept - (0 if stage.has_embedding else sizes.boundary)
-
-
-def _loss_forward(sizes: _Sizes) -> float:
-    """Return the bytes of the logits, their fp32 copy if they are not fp32, and the log-probabilities."""
-    copies = 1 if sizes.element < FP32 else 0
-    return sizes.logits + (1 + copies) * sizes.log_probs
-
-
-def _loss_working(sizes: _Sizes) -> float:
-    """Return the bytes of the log-probabilities and two gradients of their size."""
-    return 3 * sizes.log_probs
 
 
 def _reduction(sizes: _Sizes, gradients: float, numel: int) -> float:

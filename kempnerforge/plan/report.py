@@ -32,6 +32,20 @@ class PipelineRank:
     """Host memory of the rank that stages the most for a checkpoint."""
 
 
+CHEAPER = 0.95
+"""Another loss is named if the memory with it is at most this fraction of the memory without."""
+
+
+@dataclass(frozen=True)
+class CheaperLoss:
+    """The same loss, computed in less memory."""
+
+    name: str
+    """``train.loss``."""
+    device_bytes: int
+    """Device memory of the rank that would need the most."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A job on a number of processes."""
@@ -43,6 +57,7 @@ class Plan:
     bubble_fraction: float
     checkpoint: CheckpointSize
     ranks_per_node: int
+    cheaper_loss: CheaperLoss | None
     staged_on_node_bytes: int
     """Host memory of the node whose ranks together stage the most."""
 
@@ -71,6 +86,7 @@ class Plan:
             "parameters": self.job.model.num_parameters,
             "pipeline": [_group_json(group) for group in self.pipeline],
             "device_bytes": self.device_bytes,
+            "cheaper_loss": self.cheaper_loss and dataclasses.asdict(self.cheaper_loss),
             "staged_on_node_bytes": self.staged_on_node_bytes,
             "ranks_per_node": self.ranks_per_node,
             "async_mode": self.job.checkpoint.async_mode.value,
@@ -99,10 +115,22 @@ def make_plan(job: JobConfig, world_size: int, *, ranks_per_node: int = 8) -> Pl
         bubble_fraction=bubble_fraction(job.distributed, geometry.pp_microbatches),
         checkpoint=checkpoint_size(job, geometry),
         ranks_per_node=ranks_per_node,
+        cheaper_loss=_cheaper_loss(job, geometry, max(group.memory.total for group in pipeline)),
         staged_on_node_bytes=staged_on_node(
             [group.staged_bytes for group in pipeline], geometry, ranks_per_node
         ),
     )
+
+
+def _cheaper_loss(job: JobConfig, geometry: ParallelDims, device_bytes: int) -> CheaperLoss | None:
+    """Return the other loss of the same value, if it needs clearly less memory."""
+    others = {"cross_entropy": "chunked_cross_entropy", "chunked_cross_entropy": "cross_entropy"}
+    if job.train.loss not in others:
+        return None
+    train = job.train.model_copy(update={"loss": others[job.train.loss], "loss_args": {}})
+    other = job.model_copy(update={"train": train})
+    need = max(device_memory(other, geometry, pp_rank).total for pp_rank in range(geometry.pp))
+    return CheaperLoss(train.loss, need) if need <= CHEAPER * device_bytes else None
 
 
 def _group(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> PipelineRank:

@@ -218,6 +218,8 @@ def _row(
         "data/digest": digest,
         **timings,
     }
+    if run.job.train.z_loss:
+        row["train/z_loss"] = update.z_loss
     if run.peak_flops is not None and run.flops_per_token is not None:
         row["train/mfu"] = mfu(tokens_per_s, run.flops_per_token, run.world.num_ranks, run.peak_flops)
     return row

@@ -19,6 +19,7 @@ from kempnerforge.errors import ConfigError, ConfigIssue
 from kempnerforge.model.build import BuiltModel, build_meta
 from kempnerforge.parallel.initial_weights import init_weights_
 from kempnerforge.parallel.shard import materialize, parallelize
+from kempnerforge.train.loss import Loss, build_loss
 from kempnerforge.train.optimizer import parameter_groups
 from kempnerforge.train.step import LocalStep, TrainStep
 
@@ -38,6 +39,7 @@ class ParallelModel:
     device: torch.device
     num_parameters: int
     """Number of elements of the whole model's parameters."""
+    loss: Loss
 
     def flops_per_token(self, seq_len: int) -> float | None:
         """Return the model FLOPs per training token; None if the model does not tell."""
@@ -53,6 +55,7 @@ class ParallelModel:
             "group": dist.group.WORLD,
             "grad_clip_norm": train.grad_clip_norm,
             "loss_copies": geometry.tp,
+            "loss": self.loss,
         }
         if self.pipeline is not None:
             # Imported here: torch's pipelining imports the compiler, which takes half a second.
@@ -76,8 +79,10 @@ def build_model(
     ``control`` is needed for the initial weights of a model of the user's. Without ``init_weights``
     the weights must be loaded before anything reads them.
 
-    Collective: all ranks. Raises ConfigError on all ranks for a model that does not fit the layout.
+    Collective: all ranks. Raises ConfigError on all ranks for a model that does not fit the layout
+    or the loss.
     """
+    loss = build_loss(job.train, job.distributed)
     mesh = build_mesh(
         device.type,
         dp_replicate=geometry.dp_replicate,
@@ -88,11 +93,14 @@ def build_model(
     whole = build_meta(job.model, seed=job.train.seed)
     names = [name for name, _ in whole.module.named_parameters()]
     groups = {name: list(params) for name, params in parameter_groups([whole.module]).items()}
+    loss.check_model(whole.module)
     parts, pipeline = [whole.module], None
     if geometry.pp > 1:
         parts, pipeline = _pipeline(
             job, geometry, whole, rank=rank, device=device, group=mesh.get_group("pp")
         )
+        for part in parts:
+            loss.check_model(part)
     for part in parts:
         parallelize(part, mesh, job.train)
         materialize(part, device, buffers=whole.buffers)
@@ -100,7 +108,7 @@ def build_model(
     if init_weights:
         seed = job.train.seed
         init_weights_(parts, job.model, seed=seed, names=names, control=control or ControlGroup(None))
-    return ParallelModel(parts, groups, pipeline, device, whole.num_parameters)
+    return ParallelModel(parts, groups, pipeline, device, whole.num_parameters, loss)
 
 
 def _pipeline(

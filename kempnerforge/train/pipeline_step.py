@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.parallel import loss_parallel
 
 from kempnerforge.parallel.pipeline import Pipeline
-from kempnerforge.train.step import Batch, TrainStepBase, sum_loss
+from kempnerforge.train.step import Batch, TrainStepBase
 
 
 class PipelineStep(TrainStepBase):
@@ -27,6 +27,7 @@ class PipelineStep(TrainStepBase):
         self._pipeline = pipeline
         self._schedule = pipeline.training_schedule(self._share_of_loss)
         self._num_tokens = 0
+        self._parts: list[Tensor] = []
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Compute the gradients of all microbatches. Return the mean loss of the global batch, fp32 [].
@@ -34,14 +35,12 @@ class PipelineStep(TrainStepBase):
         Collective: all ranks, in the same order. Blocks: not for the device.
         """
         self._num_tokens = batch.num_tokens
-        losses: list[Tensor] = []
+        self._parts = []
         tokens, targets = self._inputs(batch)
+        options = self._loss_function.forward_options if self._pipeline.has_last else {}
         with loss_parallel():
-            self._schedule.step(*tokens, target=targets, losses=losses, return_outputs=False)
-        loss = torch.zeros((), dtype=torch.float32, device=self._device)
-        for part in losses:
-            loss += part.detach()
-        return self._total(loss)
+            self._schedule.step(*tokens, target=targets, return_outputs=False, **options)
+        return self._total(self._parts)
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Return the mean loss over all tokens of ``batches``, on all ranks, in the numerics of training.
@@ -53,7 +52,10 @@ class PipelineStep(TrainStepBase):
         """
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         num_tokens = 0
-        schedule = self._pipeline.forward_schedule(sum_loss)
+        loss_function = self._loss_function.without_z_loss()
+        schedule = self._pipeline.forward_schedule(
+            lambda part, x, targets: loss_function(part, x, targets).reported
+        )
         with torch.no_grad(), loss_parallel():
             for batch in batches:
                 tokens, targets = self._inputs(batch)
@@ -80,6 +82,8 @@ class PipelineStep(TrainStepBase):
             targets = batch.targets_ABT.flatten(0, 1).to(self._device, non_blocking=True)
         return tokens, targets
 
-    def _share_of_loss(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the contribution of a microbatch to the mean loss of the global batch."""
-        return sum_loss(logits_BTV, targets_BT) / self._num_tokens
+    def _share_of_loss(self, output: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the contribution of a microbatch to the mean loss of the global batch, and keep it."""
+        part = self._loss_function.of_output(output, targets_BT) / self._num_tokens
+        self._parts.append(part.reported)
+        return part.total

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import loss_parallel
+
+from kempnerforge.train.loss import Loss
 
 
 class Batch(Protocol):
@@ -45,9 +46,11 @@ class UpdateResult:
     grad_norm: float
     """Norm of all gradients together, before clipping."""
     loss: float
-    """Mean loss of the global batch."""
+    """Mean loss of the global batch, without the z-loss."""
     skipped: bool
     """Whether loss or gradients were not finite, so that weights and optimizer state did not change."""
+    z_loss: float = 0.0
+    """Mean z-loss of the global batch, 0 if it is off."""
 
 
 class TrainStep(Protocol):
@@ -73,7 +76,8 @@ class TrainStepBase:
     """The common part of all training steps: loss, gradient norm, clipping and the optimizer.
 
     ``parts`` are this rank's parts of the model. ``group`` has all ranks of the run.
-    ``loss_copies`` ranks compute each loss (tensor parallelism). No random numbers are used.
+    ``loss_copies`` ranks compute each loss (tensor parallelism). Without ``loss``, it is the
+    cross-entropy. No random numbers are used.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class TrainStepBase:
         group: dist.ProcessGroup,
         grad_clip_norm: float,
         loss_copies: int = 1,
+        loss: Loss | None = None,
     ) -> None:
         if not all(isinstance(part, FSDPModule) for part in parts):
             raise TypeError(f"{type(self).__name__} takes a model that parallelize() has sharded")
@@ -94,7 +99,9 @@ class TrainStepBase:
         self._group = group
         self._grad_clip_norm = grad_clip_norm
         self._loss_copies = loss_copies
+        self._loss_function = loss or Loss()
         self._loss: Tensor | None = None
+        self._z_loss: Tensor | None = None
 
     def update(self, lr: float) -> UpdateResult:
         """Clip and apply the gradients of the last ``forward_backward``, or skip the step.
@@ -110,8 +117,9 @@ class TrainStepBase:
             raise RuntimeError("update() without a forward_backward() before it")
         grads = [param.grad for param in self._params if param.grad is not None]
         norm = global_norm(grads, group=self._group, device=self._device, tp=self._loss_copies)
-        loss, grad_norm = torch.stack([self._loss.double(), norm]).tolist()
-        self._loss = None
+        numbers = [self._loss.double(), norm] + ([] if self._z_loss is None else [self._z_loss.double()])
+        loss, grad_norm, *z = torch.stack(numbers).tolist()
+        self._loss = self._z_loss = None
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             if 0 < self._grad_clip_norm < grad_norm:
@@ -121,15 +129,21 @@ class TrainStepBase:
                 group["lr"] = lr
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return UpdateResult(grad_norm=grad_norm, loss=loss, skipped=not finite)
+        return UpdateResult(grad_norm=grad_norm, loss=loss, skipped=not finite, z_loss=sum(z))
 
-    def _total(self, loss: Tensor) -> Tensor:
+    def _total(self, parts: Iterable[Tensor]) -> Tensor:
         """Return the sum of all ranks' parts of the loss of the global batch, and keep it for ``update``.
 
-        The result has the same bits on every rank, also on those that computed no part.
+        ``parts`` are this rank's, each as ``LossSums.reported``. The result has the same bits on
+        every rank, also on those that computed no part.
         """
-        dist.all_reduce(loss, group=self._group)
-        self._loss = loss / self._loss_copies
+        has_z_loss = self._loss_function.z_loss > 0
+        sums = torch.zeros((2,) if has_z_loss else (), dtype=torch.float32, device=self._device)
+        for part in parts:
+            sums += part
+        dist.all_reduce(sums, group=self._group)
+        sums = sums / self._loss_copies
+        self._loss, self._z_loss = sums.unbind() if has_z_loss else (sums, None)
         return self._loss
 
     def _mean(self, loss: Tensor, num_tokens: int) -> float:
@@ -162,15 +176,15 @@ class LocalStep(TrainStepBase):
         """
         inputs_ABT = batch.inputs_ABT.to(self._device, non_blocking=True)
         targets_ABT = batch.targets_ABT.to(self._device, non_blocking=True)
-        loss = torch.zeros((), dtype=torch.float32, device=self._device)
+        parts: list[Tensor] = []
         last = inputs_ABT.size(0) - 1
         for i, (inputs_BT, targets_BT) in enumerate(zip(inputs_ABT, targets_ABT, strict=True)):
             self._model.set_requires_all_reduce(i == last)
             with loss_parallel():
-                part = sum_loss(self._model(inputs_BT), targets_BT) / batch.num_tokens
-                part.backward()
-            loss += part.detach()
-        return self._total(loss)
+                part = self._loss_function(self._model, inputs_BT, targets_BT) / batch.num_tokens
+                part.total.backward()
+            parts.append(part.reported)
+        return self._total(parts)
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Return the mean loss over all tokens of ``batches``, on all ranks, in the numerics of training.
@@ -181,28 +195,20 @@ class LocalStep(TrainStepBase):
         """
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         num_tokens = 0
+        loss_function = self._loss_function.without_z_loss()
         self._model.eval()
         with torch.no_grad(), loss_parallel():
             for batch in batches:
                 for inputs_BT, targets_BT in zip(batch.inputs_ABT, batch.targets_ABT, strict=True):
-                    logits_BTV = self._model(inputs_BT.to(self._device, non_blocking=True))
-                    loss += sum_loss(logits_BTV, targets_BT.to(self._device, non_blocking=True))
+                    inputs_BT = inputs_BT.to(self._device, non_blocking=True)
+                    targets_BT = targets_BT.to(self._device, non_blocking=True)
+                    loss += loss_function(self._model, inputs_BT, targets_BT).reported
                     num_tokens += targets_BT.numel()
         self._model.train()
         # FSDP leaves the root's parameters unsharded after a forward. Only a backward reshards
         # them.
         self._model.reshard()
         return self._mean(loss, num_tokens)
-
-
-def sum_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Return the cross-entropy in fp32, summed over all tokens, as a plain tensor, [].
-
-    Logits that tensor parallelism sharded over the vocabulary remain sharded under
-    ``loss_parallel``, also in the backward.
-    """
-    loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
-    return loss.to_local() if isinstance(loss, DTensor) else loss
 
 
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -60,6 +60,15 @@ def test_bench_restart_both_arms_load_what_they_saved(tmp_path: Path) -> None:
     assert ours == {"total_s": 11.75, "start_s": 3.0, "set_up_s": 3.5, "load_s": 4.0, "first_step_s": 1.25}
 
 
+def test_bench_loss_measures_memory_of_both_losses(tmp_path: Path) -> None:
+    _, found = run_tiny("bench_loss", tmp_path)
+    assert [(row["name"], row["goal"]) for row in found["comparisons"]] == [("wall_s", 1.1)]
+    assert [(row["vocabulary"], row["tokens"]) for row in found["memory"]] == [
+        (vocabulary, tokens) for vocabulary in (600, 900) for tokens in (32, 64, 128)
+    ]
+    assert all(row["plain"] > 0 and row["chunked"] > 0 for row in found["memory"])
+
+
 def test_bench_cli_lists_as_many_steps_as_made(tmp_path: Path) -> None:
     _, found = run_tiny("bench_cli", tmp_path)
     assert set(found["extra"]) == {"--help wall_s", "--help cpu_s", "ckpt ls wall_s", "ckpt ls cpu_s"}

@@ -16,6 +16,7 @@ WITHIN = 1.2
 DEEP = {"dim": 64, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "ffn_hidden_dim": 176, "vocab_size": 260}
 WIDE = {"dim": 32, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "ffn_hidden_dim": 88, "vocab_size": 2048}
 """Logits are most of its memory, as in a small model with a vocabulary of 128,000."""
+CHUNKED = {"loss": "chunked_cross_entropy", "loss_args": {"chunk_tokens": 16}}
 Tree = dict[str, Any]
 Measured = list[tuple[int, str, DeviceMemory]]
 
@@ -80,6 +81,7 @@ def test_plan_memory_gpipe_large_vocabulary_matches() -> None:
         pytest.param(2, {}, {}, id="shards"),
         pytest.param(2, {}, {"global_batch_size": 8}, id="accumulation"),
         pytest.param(2, {"tp": 2}, {}, id="tp"),
+        pytest.param(2, {"tp": 2}, CHUNKED, id="tp-chunked"),
         pytest.param(4, {"dp_replicate": 2}, {}, id="replicas"),
         pytest.param(4, *pipelined("1f1b"), id="sharded-1f1b"),
         pytest.param(4, {"tp": 2, **pipelined("gpipe")[0]}, pipelined("gpipe")[1], id="tp-gpipe"),
@@ -92,6 +94,19 @@ def test_plan_memory_layouts_match_live_tensors(ranks: int, distributed: Tree, t
         for model, precision in itertools.product([DEEP, WIDE], ["fp32", "bf16"])
     ]
     assert_plan_right(trees, ranks)
+
+
+@pytest.mark.parametrize("schedule", ["none", "1f1b", "gpipe", "interleaved_1f1b"])
+def test_plan_memory_losses_match_live_tensors(schedule: str) -> None:
+    """The chunked loss with several chunks, and the plain one with a z-loss, in both precisions."""
+    distributed, train = pipelined(schedule)
+    trees = [
+        job_tree(model, distributed, {**train, **loss, "mixed_precision": precision})
+        for model, precision, loss in itertools.product(
+            [DEEP, WIDE], ["fp32", "bf16"], [CHUNKED, {"z_loss": 0.1}]
+        )
+    ]
+    assert_plan_right(trees, distributed.get("pp", 1))
 
 
 def test_plan_memory_validation_counts_second_schedule() -> None:

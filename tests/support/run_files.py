@@ -15,7 +15,10 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.telemetry.jsonl import effective_rows, read_rows
 
-BITWISE_KEYS = ("train/loss", "train/grad_norm", "train/lr", "train/tokens", "data/digest", "eval/loss")
+BITWISE_KEYS = (
+    *("train/loss", "train/z_loss", "train/grad_norm", "train/lr", "train/tokens"),
+    *("data/digest", "eval/loss"),
+)
 """Values that a run that was stopped and resumed must log with the same bits as an uninterrupted one."""
 
 Counting = dict[int, dict[str, Any]]

@@ -72,6 +72,24 @@ def test_plan_host_memory_above_limit_reported(
         assert ("the run would not start" in output.stdout) == is_said
 
 
+def test_plan_names_cheaper_loss_of_large_vocabulary(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chunked = "--train.loss=chunked_cross_entropy"
+    large = ["plan", LLAMA, "--world-size=8", *FREE, "--model.vocab_size=128256"]
+    shown = kempnerforge(monkeypatch, capsys, *large).stdout
+    assert "train.loss chunked_cross_entropy would need " in shown
+    plain, other = (
+        json.loads(kempnerforge(monkeypatch, capsys, *large, *extra, "--json").stdout)
+        for extra in ([], [chunked])
+    )
+    assert plain["cheaper_loss"] == {"name": "chunked_cross_entropy", "device_bytes": other["device_bytes"]}
+    assert other["device_bytes"] < plain["device_bytes"]
+    assert other["cheaper_loss"] is None
+    small = ["plan", LLAMA, "--world-size=8", *FREE, "--model.vocab_size=257", "--train.batch_size=1"]
+    assert "would need" not in kempnerforge(monkeypatch, capsys, *small).stdout
+
+
 TP3 = ["--distributed.tp=3"]
 LAYOUTS = [
     (overrides, world_size)
