@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kempnerforge.checkpoint.save.dcp_writer import SafetensorsWriter
     from kempnerforge.checkpoint.state.train_state import TrainState
     from kempnerforge.config.schema import AsyncCheckpointMode, CheckpointConfig, load_job
+    from kempnerforge.telemetry.sinks import Sink
+    from kempnerforge.train.hooks import Hook
 
 __version__ = "0.1.0"
 
@@ -24,8 +26,10 @@ __all__ = [
     "AsyncCheckpointer",
     "CheckpointConfig",
     "CheckpointManager",
+    "Hook",
     "SafetensorsReader",
     "SafetensorsWriter",
+    "Sink",
     "TrainState",
     "load_job",
 ]
@@ -35,8 +39,10 @@ _MODULES = {
     "AsyncCheckpointer": "checkpoint.async_save",
     "CheckpointConfig": "config.schema",
     "CheckpointManager": "checkpoint.manager",
+    "Hook": "train.hooks",
     "SafetensorsReader": "checkpoint.load.dcp_reader",
     "SafetensorsWriter": "checkpoint.save.dcp_writer",
+    "Sink": "telemetry.sinks",
     "TrainState": "checkpoint.state.train_state",
     "load_job": "config.schema",
 }

@@ -10,6 +10,7 @@
     ├── StopRequestedError           75  a stop was requested during setup
     ├── UploadError                   1  metrics could not be uploaded to wandb
     ├── NonFiniteError                1  too many non-finite steps in a row
+    ├── HookError                     1  a hook of the user's raised an exception
     └── CheckpointError               1
         ├── StepNotFoundError         2  a step or path given by name does not exist
         ├── DamagedCheckpointError    1  wrong structure or digest, confirmed by a second read
@@ -143,6 +144,10 @@ class NonFiniteError(KempnerForgeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
     agreed = True
+
+
+class HookError(KempnerForgeError):
+    """A hook raised an exception. A save that was due is committed."""
 
 
 class CheckpointError(KempnerForgeError):

@@ -101,7 +101,7 @@ def resolve(kind: str, name: str, *, key: str, also: Sequence[str] = ()) -> Plug
             is imported, or the attribute cannot be called.
     """
     if is_built_in(kind, name):
-        module = importlib.import_module(f"{BUILT_IN[kind]}.{name}")
+        module = _import_built_in(kind, name, key)
         return Plugin(kind, name, module.PLUGIN, "built-in", "")
     if ":" in name:
         return _resolve_path(kind, name, name, key)
@@ -142,6 +142,16 @@ def argument_issues(
         needs = f"{plugin.name} needs {', '.join(missing)}"
         issues.append(ConfigIssue(key, needs, f"set {key}.{missing[0]}"))
     return issues
+
+
+def _import_built_in(kind: str, name: str, key: str) -> Any:
+    """Import one of KempnerForge's own plug-ins. An extra of its name has what it needs beyond the rest."""
+    try:
+        return importlib.import_module(f"{BUILT_IN[kind]}.{name}")
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        problem = f'"{name}" needs the package {package}, which is not installed'
+        raise _fault(key, problem, f"pip install 'kempnerforge[{name}]'") from error
 
 
 def _resolve_path(kind: str, name: str, path: str, key: str) -> Plugin:

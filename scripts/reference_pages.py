@@ -32,6 +32,8 @@ def config_keys() -> str:
             values = prose(key.allowed).replace("|", "\\|")
             rows.append(f"| `{key.name}`{{ #{key.name} }}<br>{cell(key.doc)} | {values} | `{key.default}` |")
         summary = (section.__doc__ or "").splitlines()[0]
+        if is_list:
+            summary += f" `{name}` is a list of such tables."
         head = f"[[{name}]]" if is_list else f"[{name}]"
         blocks.append(f"## {head} {{ #{name} }}\n\n{summary}\n\n" + "\n".join(rows))
     return "\n\n".join(blocks)

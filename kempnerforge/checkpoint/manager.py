@@ -211,13 +211,12 @@ class CheckpointManager:
         """
         is_first = self._control.rank == 0
         requested = requested or (is_first and self._request_file().is_there)
-        lost = self._lease is not None and bool(self._lease.lost)
         bound_ms, auto_ms = self._intervals.votes()
         return StepVotes(
             requested=int(requested),
             since_save_ms=int(1000 * self._saves.clock.since_save_s) if is_first else 0,
             known_saves=self._saves.known_saves,
-            lease_lost=int(lost),
+            lease_lost=int(self._lease is not None and bool(self._lease.lost)),
             bound_ms=bound_ms,
             auto_ms=auto_ms,
         )
@@ -326,8 +325,7 @@ class CheckpointManager:
         Collective: all ranks, in the same order, on the control group.
         Blocks, Mutation, Durable: as ``save``.
         """
-        reason = self.apply_votes(state.step, self._control.agree(self.collect_votes()))
-        if reason is not None:
+        if (reason := self.apply_votes(state.step, self._control.agree(self.collect_votes()))) is not None:
             self.save(state, reason=reason)
         return self.poll()
 
@@ -407,6 +405,11 @@ class CheckpointManager:
     def in_flight(self) -> tuple[str, str, float] | None:
         """Name of the pending save, what this rank does for it, and its age in seconds. Any thread."""
         return self._checkpointer.in_flight
+
+    @property
+    def deferred_save(self) -> str | None:
+        """Why a save is due that waits for the end of the pending one. None without such a save."""
+        return self._saves.deferred_reason
 
     def kill_writer(self) -> None:
         """Kill the writer process. For a process that is about to end. Any thread."""

@@ -76,6 +76,11 @@ class SaveCoordinator:
         is_open = self._pending is not None and self._checkpointer.poll() is None
         return self._num_begun - is_open
 
+    @property
+    def deferred_reason(self) -> str | None:
+        """Why a save is due that waits for the end of the pending one. None without such a save."""
+        return self._deferral.reason if self._deferral is not None else None
+
     def take_result(self, known_saves: int, *, step: int) -> None:
         """Report the pending save if ``known_saves`` includes it. Collective.
 
@@ -98,7 +103,7 @@ class SaveCoordinator:
 
     def select(self, due: str | None, step: int) -> str | None:
         """Return the reason to save after ``step``, or None. Defer the save while another is pending."""
-        reason = due or (self._deferral.reason if self._deferral is not None else None)
+        reason = due or self.deferred_reason
         if reason is not None and self._pending is not None:
             self._num_deferred += 1
             if self._deferral is None:

@@ -13,6 +13,7 @@ from kempnerforge.config.data import DataConfig
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.evaluation import EvalConfig
 from kempnerforge.config.field_docs import item_section, nested_section, value_in_words
+from kempnerforge.config.hooks import HookConfig
 from kempnerforge.config.metrics import MetricsConfig
 from kempnerforge.config.model import ModelConfig
 from kempnerforge.config.optimizer import OptimizerConfig
@@ -41,6 +42,8 @@ class JobConfig(Section):
     metrics: MetricsConfig = Field(default_factory=MetricsConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    hooks: list[HookConfig] = []  # noqa: RUF012 - pydantic copies it
+    """Hooks, in the order in which they are called."""
 
     @model_validator(mode="after")
     def _sections_agree(self) -> JobConfig:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from kempnerforge.config.section import AtLeastOne, NonEmpty, Section
+from kempnerforge.config.section import Arguments, AtLeastOne, NonEmpty, Section
+
+
+class SinkConfig(Section):
+    """A sink: an additional destination of metrics."""
+
+    name: NonEmpty
+    """"tensorboard", or a class or a function that returns a sink: package.module:attribute, or a
+    registered name."""
+
+    args: Arguments = {}  # noqa: RUF012 - pydantic copies it
+    """Keyword arguments of the sink."""
 
 
 class MetricsConfig(Section):
@@ -19,3 +30,6 @@ class MetricsConfig(Section):
 
     wandb_run_name: NonEmpty | None = None
     """Name of the wandb run. None means run.name."""
+
+    sinks: list[SinkConfig] = []  # noqa: RUF012 - pydantic copies it
+    """Additional destinations of the rows of metrics.jsonl, such as TensorBoard."""

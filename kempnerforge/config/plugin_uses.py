@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kempnerforge.config.hooks import HookConfig, method_issues
 from kempnerforge.config.job import JobConfig
+from kempnerforge.config.metrics import SinkConfig
 from kempnerforge.errors import ConfigError, ConfigIssue
 from kempnerforge.plugins import Plugin, argument_issues, is_built_in, resolve
 
@@ -39,24 +41,42 @@ class PluginUse:
             return list(error.faults)
         # A loss of hidden states also gets the weight of the output layer.
         given = self.num_positional + bool(getattr(plugin.target, "takes_hidden", False))
-        return argument_issues(plugin, self.args, key=self.args_key, given=given)
+        issues = argument_issues(plugin, self.args, key=self.args_key, given=given)
+        if self.kind == "hook" and isinstance(plugin.target, type):
+            issues += method_issues(plugin.target, self.key)
+        return issues
 
 
 def plugin_uses(job: JobConfig) -> Iterator[PluginUse]:
     """Yield the plug-ins of ``job`` that are not KempnerForge's own. Imports none of them."""
-    for use in _named(job):
-        if not is_built_in(use.kind, use.name):
-            yield use
+    return (use for use in _named(job) if not is_built_in(use.kind, use.name))
 
 
 def _named(job: JobConfig) -> Iterator[PluginUse]:
     yield PluginUse("model", "model.name", job.model.name, job.model.args, "model.args")
     yield PluginUse("loss", "train.loss", job.train.loss, job.train.loss_args, "train.loss_args", 2)
+    yield from sink_uses(job)
+    yield from hook_uses(job)
+
+
+def sink_uses(job: JobConfig) -> list[PluginUse]:
+    """Return the sinks of ``job``, in order."""
+    return [_item("sink", f"metrics.sinks[{i}]", sink) for i, sink in enumerate(job.metrics.sinks)]
+
+
+def hook_uses(job: JobConfig) -> list[PluginUse]:
+    """Return the hooks of ``job``, in order."""
+    return [_item("hook", f"hooks[{i}]", hook) for i, hook in enumerate(job.hooks)]
+
+
+def _item(kind: str, key: str, item: SinkConfig | HookConfig) -> PluginUse:
+    return PluginUse(kind, f"{key}.name", item.name, item.args, f"{key}.args")
 
 
 def plugin_issues(job: JobConfig) -> list[ConfigIssue]:
-    """Return the issues of all plug-ins of ``job``. Imports them."""
-    issues = [issue for use in plugin_uses(job) for issue in use.issues()]
+    """Return the issues of all plug-ins of ``job``, and of KempnerForge's own sinks. Imports them."""
+    own_sinks = [use for use in sink_uses(job) if is_built_in(use.kind, use.name)]
+    issues = [issue for use in [*plugin_uses(job), *own_sinks] for issue in use.issues()]
     return issues or _loss_issues(job)
 
 
@@ -102,9 +122,11 @@ def check_plugins(job: JobConfig) -> None:
 def plugin_versions(job: JobConfig) -> dict[str, str]:
     """Return ``plugin KEY`` of each plug-in -> its version, for the record of a checkpoint.
 
+    Sinks are left out: they cannot change the training.
+
     Raises ConfigError for one that cannot be imported.
     """
-    return {f"plugin {use.key}": use.resolve().version for use in plugin_uses(job)}
+    return {f"plugin {use.key}": use.resolve().version for use in plugin_uses(job) if use.kind != "sink"}
 
 
 def plugin_identities(job: JobConfig) -> dict[str, str]:

@@ -60,9 +60,9 @@ def is_peer_loss(type_name: str, message: str) -> bool:
     """Return whether an exception is a consequence of the loss of another rank.
 
     It is recognized by exception types of torch.distributed, and by messages of gloo, NCCL, NCCL's
-    watchdog and the c10d store.
+    watchdog and the c10d store. What a hook of the user's raised is never one, whatever it says.
     """
-    if _OWN_TEXT.search(message):
+    if type_name == "HookError" or _OWN_TEXT.search(message):
         return False
     return type_name in _PEER_TYPES or _PEER_TEXT.search(message) is not None
 

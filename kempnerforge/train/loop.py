@@ -8,13 +8,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.config.scheduler import lr_at
 from kempnerforge.distributed.consensus import mark_collective
 from kempnerforge.errors import NonFiniteError, RunFolderError
 from kempnerforge.telemetry.flops import mfu
+from kempnerforge.telemetry.sinks import RunInfo
 from kempnerforge.telemetry.spans import Spans
 from kempnerforge.train.evaluation import validation_loss
+from kempnerforge.train.hooks import TrainInfo
 from kempnerforge.train.setup import Run
 from kempnerforge.train.step import UpdateResult
 from kempnerforge.train.step_consensus import StepDecision
@@ -48,6 +51,7 @@ def train(run: Run) -> str | None:
         parameters=run.num_parameters,
     )
     replay_check = reports.replay_check(receipt)
+    _start_plugins(run)
     stop = _save_if_agreed(run).stop if state.step == 0 else _stop_if_agreed(run)
     if stop is None and (state.step == 0 or _lacks_validation(run, receipt)):
         stop = _validate(run)
@@ -72,20 +76,41 @@ def train(run: Run) -> str | None:
                 log.info(message)
             timings = spans.collect()
             run.recorder.stepped(state.step, state.skipped_steps, timings)
-            reports.write(_row(run, update, lr, batch.num_tokens, batch.digest, timings))
+            row = _row(run, update, lr, batch.num_tokens, batch.digest, timings)
+            reports.write(row)
+            run.control.hooks.step_end(state.step, row)
             _check_skipped_steps(run)
             stop = _save_if_agreed(run).stop
             if stop is None and _validation_is_due(run):
                 stop = _validate(run)
     finally:
         batches.close()
+    run.control.profiler.finish(state.step)
     if state.step < job.train.max_steps:
         _log_margin(run)
+        run.control.hooks.train_end(state.step, str(stop))
         return stop
     run.progress.begin("save", state.step)
     ckpt.finish(state, give_up=lambda: bool(run.control.stopping.signals.received))
     _report_saves(run)
+    run.control.hooks.train_end(state.step, "finished")
     return None
+
+
+def _start_plugins(run: Run) -> None:
+    """Tell the sinks and the hooks of the config where training begins."""
+    context, world = run.ckpt.context, run.world
+    info: dict[str, Any] = {
+        "job": run.job,
+        "run_dir": run.folder,
+        "run_id": context.run_id,
+        "attempt": context.attempt,
+        "step": run.state.step,
+        "rank": world.rank,
+        "num_ranks": world.num_ranks,
+    }
+    run.reports.start(RunInfo(**info))
+    run.control.hooks.train_start(TrainInfo(**info, model=run.model))
 
 
 def _validation_is_due(run: Run) -> bool:
@@ -128,8 +153,14 @@ def _save_if_agreed(run: Run) -> StepDecision:
     agreed = run.control.agree(run.state.step)
     if agreed.save:
         run.progress.begin("save", run.state.step)
-        run.ckpt.save(run.state, wait=agreed.stop is not None, reason=agreed.save)
+        wait = agreed.stop is not None or agreed.hook_failed
+        run.ckpt.save(run.state, wait=wait, reason=agreed.save)
     _report_saves(run)
+    if agreed.hook_failed:
+        run.control.hooks.raise_failure()
+    # Without a step to record, the request waits for the next attempt.
+    requested = agreed.profile and run.state.step < run.job.train.max_steps
+    run.control.profiler.step_ended(run.state.step, requested=requested)
     if message := run.ckpt.status_message():
         log.info(message)
     if news := stopping.step_begins():
@@ -143,6 +174,8 @@ def _stop_if_agreed(run: Run) -> str | None:
     if agreed.save:
         run.ckpt.save(run.state, wait=True, reason=agreed.save)
         _report_saves(run)
+    if agreed.hook_failed:
+        run.control.hooks.raise_failure()
     return agreed.stop
 
 
@@ -165,6 +198,8 @@ def _report_saves(run: Run) -> None:
         if report.total_s:
             run.progress.saved(report.total_s)
             run.control.stopping.saved(report.total_s)
+        if not (report.error or report.skipped):
+            run.control.hooks.checkpoint_committed(run.ckpt.folder / paths.step_name(report.step), report)
         for warning in report.warnings:
             log.warning(warning)
         if warning := run.ckpt.lease_warning():
@@ -200,6 +235,7 @@ def evaluate(run: Run) -> bool:
     run.ckpt.record_metrics(run.state.step, {"eval/loss": loss})
     run.eval_losses.append((run.state.step, loss))
     run.reports.write({"step": run.state.step, "eval/loss": loss})
+    run.control.hooks.eval_end(run.state.step, {"step": run.state.step, "eval/loss": loss})
     return True
 
 
@@ -217,9 +253,12 @@ def _row(
         "train/skipped_steps": run.state.skipped_steps,
         "data/digest": digest,
         **timings,
+        **run.peak_memory.collect(),
     }
     if run.job.train.z_loss:
         row["train/z_loss"] = update.z_loss
+    if (hooks_s := run.control.hooks.take_seconds()) is not None:
+        row["time/hooks_s"] = hooks_s
     if run.peak_flops is not None and run.flops_per_token is not None:
         row["train/mfu"] = mfu(tokens_per_s, run.flops_per_token, run.world.num_ranks, run.peak_flops)
     return row

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kempnerforge.checkpoint.run.lineage import cuts
 from kempnerforge.checkpoint.run.metadata import RunRecord
@@ -15,8 +17,9 @@ from kempnerforge.config.schema import JobConfig
 from kempnerforge.goodput.event_log import places, read_events
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.jsonl import JsonlSink, by_step, effective_rows, read_rows
-from kempnerforge.telemetry.sinks import Sink, SinkSet
+from kempnerforge.telemetry.sinks import RowWriter, RunInfo, SinkSet
 from kempnerforge.telemetry.wandb_sink import Earlier, WandbSink, attempt_config
+from kempnerforge.train.guarded_sink import GuardedSink, plugin_sinks
 from kempnerforge.train.replay_check import ReplayCheck
 
 log = logging.getLogger(__name__)
@@ -30,13 +33,20 @@ class Reports:
         sinks: SinkSet,
         *,
         wandb: WandbSink | None = None,
+        plugins: Sequence[GuardedSink] = (),
         metrics: Path | None = None,
         earlier: Callable[[], Earlier] = lambda: Earlier({}, {}, {}),
     ) -> None:
         self._sinks = sinks
         self._wandb = wandb
+        self._plugins = plugins
         self._metrics = metrics
         self._earlier = earlier
+
+    def start(self, info: RunInfo) -> None:
+        """Tell the sinks of the config which attempt begins. Rows follow."""
+        for sink in self._plugins:
+            sink.start(info)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write a row of metrics to all sinks."""
@@ -76,12 +86,14 @@ class Reports:
         self._sinks.close()
 
 
-def build_reports(job: JobConfig, console: ConsoleSink | None, *, folder: Path, record: RunRecord) -> Reports:
+def build_reports(
+    job: JobConfig, console: ConsoleSink | None, *, device: torch.device, folder: Path, record: RunRecord
+) -> Reports:
     """Return the configured sinks, the first of which is ``console``; none on ranks without a console."""
     if console is None:
         return Reports(SinkSet())
     metrics = folder / "metrics.jsonl"
-    sinks: list[Sink] = [console]
+    sinks: list[RowWriter] = [console]
     try:
         sinks.append(JsonlSink(metrics, record.attempt))
     except OSError as error:  # rows are lost, as with a full disk later, but the run continues
@@ -98,10 +110,11 @@ def build_reports(job: JobConfig, console: ConsoleSink | None, *, folder: Path, 
             **_known_to_wandb(folder, record, metrics),
         )
         sinks.append(wandb)
-
+    plugins = plugin_sinks(job, device)
     return Reports(
-        SinkSet(sinks),
+        SinkSet([*sinks, *plugins]),
         wandb=wandb,
+        plugins=plugins,
         metrics=metrics,
         earlier=partial(_earlier, folder, record, metrics),
     )

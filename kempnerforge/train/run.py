@@ -7,6 +7,8 @@ import logging
 import os
 from pathlib import Path
 
+import torch
+
 from kempnerforge import log_setup
 from kempnerforge.config.schedule_changes import when_continued
 from kempnerforge.config.schema import JobConfig, LoadedJob
@@ -27,6 +29,7 @@ from kempnerforge.train.environment import keep_freed_memory, set_determinism
 from kempnerforge.train.hangs.run_watch import watched
 from kempnerforge.train.hangs.stack_dump import Stacks
 from kempnerforge.train.loop import train
+from kempnerforge.train.out_of_memory import explain
 from kempnerforge.train.run_dir import record_exit, storage_error
 from kempnerforge.train.setup import Run, build
 from kempnerforge.train.termination.signals import StopSignals
@@ -80,6 +83,8 @@ def _run(job: JobConfig, signals: StopSignals, console: ConsoleSink | None, hand
     except Exception as error:
         failed = error
         recorder.fault(error)
+        if run is not None and isinstance(error, torch.OutOfMemoryError):
+            _explain_memory(run)
         reported = error if isinstance(error, KempnerForgeError) else storage_error(error, _folders(job, run))
         if reported is None:
             reason = f"{type(error).__name__}: {error}"
@@ -101,6 +106,13 @@ def _run(job: JobConfig, signals: StopSignals, console: ConsoleSink | None, hand
         if world is not None and status in (EXIT_FINISHED, EXIT_STOPPED):
             world.close()
         stopping.close()
+
+
+def _explain_memory(run: Run) -> None:
+    """Log what holds the device memory of this rank."""
+    attempt, rank = run.ckpt.context.attempt, run.world.rank
+    line = explain(run.memory_holders, run.world.device, run_dir=run.folder, attempt=attempt, rank=rank)
+    log.error(line)
 
 
 def _folders(job: JobConfig, run: Run | None) -> list[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import RunContext
@@ -33,14 +34,18 @@ from kempnerforge.distributed.context import DistributedContext, collectives_iss
 from kempnerforge.errors import ConfigError, DataError, KempnerForgeError, LeaseLostError, StopRequestedError
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.flops import peak_bf16_flops
+from kempnerforge.telemetry.memory import PeakMemory
 from kempnerforge.train.attempt_recorder import AttemptRecorder
 from kempnerforge.train.cpu_limits import check_cpu
 from kempnerforge.train.hangs.progress import Progress
+from kempnerforge.train.hooks import HookSet, load_hooks
 from kempnerforge.train.metric_loggers import Reports, build_reports
 from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import HYPERPARAMETERS, build_optimizer
+from kempnerforge.train.out_of_memory import MemoryHolders
 from kempnerforge.train.own_model import check_own_model
 from kempnerforge.train.preflight import check_files
+from kempnerforge.train.profile_request import Profiler
 from kempnerforge.train.run_dir import record_refusal
 from kempnerforge.train.run_facts import run_facts
 from kempnerforge.train.run_length import run_length
@@ -60,6 +65,8 @@ class Run:
     world: DistributedContext
     geometry: ParallelDims
     folder: Path
+    model: tuple[nn.Module, ...]
+    """This rank's parts of the model."""
     state: TrainState
     step: TrainStep
     ckpt: CheckpointManager
@@ -69,6 +76,8 @@ class Run:
     reports: Reports
     recorder: AttemptRecorder
     progress: Progress
+    peak_memory: PeakMemory
+    memory_holders: MemoryHolders
     num_parameters: int
     flops_per_token: float | None
     peak_flops: float | None
@@ -175,7 +184,8 @@ def _assemble(
     init_weights: bool,
 ) -> Run:
     geometry, folder = job.geometry(world.num_ranks), job.run.folder
-    reports = build_reports(job, console, folder=folder, record=record)
+    reports = build_reports(job, console, device=world.device, folder=folder, record=record)
+    hooks = load_hooks(job, world)
     dataset = open_data(job, world, stopping.signals)
     stopping.raise_if_stop_requested(world.control)
     recorder.end_phase("data")
@@ -190,7 +200,6 @@ def _assemble(
     optimizer = build_optimizer(model.parts, job.optimizer, world.device)
     state = _build_state(job, world, geometry, model, optimizer, dataset)
     recorder.end_phase("model")
-    step = model.step(optimizer, geometry, job.train)
     ckpt = CheckpointManager(
         # The placeholders of the path were filled in when the attempt started.
         job.checkpoint.model_copy(update={"dir": record.checkpoint_dir or None}),
@@ -210,25 +219,51 @@ def _assemble(
     log.info("length: %s", run_length(job, geometry.global_batch_size, num_samples=num_samples))
     if job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned and world.device.type != "cuda":
         log.info("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
+    progress = Progress(collectives_issued)
     return Run(
         job=job,
         world=world,
         geometry=geometry,
         folder=folder,
+        model=tuple(model.parts),
         state=state,
-        step=step,
+        step=model.step(optimizer, geometry, job.train),
         ckpt=ckpt,
-        control=Control(world.control, ckpt, stopping),
+        control=_control(job, world, hooks, stopping, ckpt, recorder, progress),
         train_samples=dataset.split("train", job.train.seq_len),
         val_samples=dataset.split("val", job.train.seq_len) if job.eval.interval else None,
         reports=reports,
         recorder=recorder,
-        progress=Progress(collectives_issued),
+        progress=progress,
+        peak_memory=PeakMemory(world.device),
+        memory_holders=MemoryHolders(model.parts, [optimizer]),
         num_parameters=model.num_parameters,
         flops_per_token=model.flops_per_token(job.train.seq_len),
         peak_flops=_peak_flops(world.device),
         has_weights=init_weights,
     )
+
+
+def _control(
+    job: JobConfig,
+    world: DistributedContext,
+    hooks: Mapping[int, Any],
+    stopping: StopConditions,
+    ckpt: CheckpointManager,
+    recorder: AttemptRecorder,
+    progress: Progress,
+) -> Control:
+    """Return the agreement after a step, with the hooks and the profiler, which take part in it."""
+    hook_set = HookSet(
+        job,
+        world,
+        hooks,
+        begin=lambda step: progress.begin("hooks", step),
+        spent=ckpt.exclude_time,
+        record=recorder.fault,
+    )
+    profiler = Profiler(job.run.folder, world.control, stopping.requests, spent=ckpt.exclude_time)
+    return Control(world.control, ckpt, stopping, hook_set, profiler)
 
 
 def _build_state(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.distributed.consensus import ControlGroup
+from kempnerforge.train.hooks import HookSet
+from kempnerforge.train.profile_request import Profiler
 from kempnerforge.train.termination.stop_conditions import StopConditions
 
 log = logging.getLogger(__name__)
@@ -20,15 +22,28 @@ class StepDecision:
     """Why a save begins now. None without a save."""
     stop: str | None
     """Why the run stops now. None when it continues."""
+    profile: bool = False
+    """Whether a profile was requested."""
+    hook_failed: bool = False
+    """Whether a hook of any rank has raised an exception, so that the run ends when the save is committed."""
 
 
 class Control:
     """Combines the votes of all ranks into one decision."""
 
-    def __init__(self, group: ControlGroup, ckpt: CheckpointManager, stopping: StopConditions) -> None:
+    def __init__(
+        self,
+        group: ControlGroup,
+        ckpt: CheckpointManager,
+        stopping: StopConditions,
+        hooks: HookSet,
+        profiler: Profiler,
+    ) -> None:
         self._group = group
         self._ckpt = ckpt
         self.stopping = stopping
+        self.hooks = hooks
+        self.profiler = profiler
 
     def agree(self, step: int) -> StepDecision:
         """Decide what to do after ``step``.
@@ -39,12 +54,15 @@ class Control:
         signals = self.stopping.signals
         requested, signals.save_requested = signals.save_requested, False
         votes = self._ckpt.collect_votes(requested=requested)
-        stop, *agreed = self._group.agree([self._stop_vote(), *votes])
+        own = [self._stop_vote(), self.hooks.vote(), self.profiler.vote()]
+        stop, hook_failed, profile, *agreed = self._group.agree([*own, *votes])
         due = self._ckpt.apply_votes(step, agreed)
         reason = self.stopping.reason(stop, self._group)
-        decision = StepDecision(save=due, stop=None)
+        decision = StepDecision(save=due, stop=None, profile=bool(profile))
         if reason is not None:
-            decision = StepDecision(save=f"stop: {reason}", stop=reason)
+            decision = StepDecision(save=f"stop: {reason}", stop=reason, hook_failed=bool(hook_failed))
+        elif hook_failed:
+            decision = StepDecision(save=due or self._ckpt.deferred_save, stop=None, hook_failed=True)
         if decision.save is not None:
             log.debug("after step %d: %s, agreed votes %s, stop vote %d", step, decision, agreed, stop)
         return decision
@@ -63,8 +81,10 @@ class Control:
 
         Collective: all ranks, on the control group.
         """
-        reason = self.stopping.reason(self._group.agree([self._stop_vote()])[0], self._group)
-        return StepDecision(save=f"stop: {reason}" if reason else None, stop=reason)
+        stop, hook_failed = self._group.agree([self._stop_vote(), self.hooks.vote()])
+        reason = self.stopping.reason(stop, self._group)
+        save = f"stop: {reason}" if reason else None
+        return StepDecision(save=save, stop=reason, hook_failed=bool(hook_failed))
 
     def _stop_vote(self) -> int:
         return self.stopping.vote(save_is_pending=self._ckpt.in_flight is not None)

@@ -13,8 +13,10 @@ NAMES = {
     "AsyncCheckpointer": "kempnerforge.checkpoint.async_save",
     "CheckpointConfig": "kempnerforge.config.schema",
     "CheckpointManager": "kempnerforge.checkpoint.manager",
+    "Hook": None,
     "SafetensorsReader": None,
     "SafetensorsWriter": None,
+    "Sink": None,
     "TrainState": None,
     "load_job": "kempnerforge.config.schema",
 }

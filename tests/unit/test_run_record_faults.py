@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.format import paths
@@ -28,6 +29,7 @@ from kempnerforge.train.run_dir import record_refusal, storage_error
 
 pytest_plugins = ["support.rollback_fixtures"]
 
+CPU = torch.device("cpu")
 JOB = JobConfig.model_validate({"run": {"name": "one"}, "data": {"text": "x"}})
 
 
@@ -35,7 +37,7 @@ def test_unwritable_metrics_cost_rows_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    reports = build_reports(JOB, ConsoleSink(10, 1), folder=tmp_path, record=metadata.new())
+    reports = build_reports(JOB, ConsoleSink(10, 1), device=CPU, folder=tmp_path, record=metadata.new())
     reports.write({"step": 1, "train/loss": 2.5})
     reports.close()
     assert "cannot write metrics" in caplog.text
@@ -44,7 +46,7 @@ def test_unwritable_metrics_cost_rows_only(
 
 def test_unreadable_metrics_compare_no_losses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    reports = build_reports(JOB, ConsoleSink(10, 1), folder=tmp_path, record=metadata.new())
+    reports = build_reports(JOB, ConsoleSink(10, 1), device=CPU, folder=tmp_path, record=metadata.new())
     receipt = Receipt(2, source="resume", step=4, lost_steps=2, rng="restored", next_batch="proved")
     assert receipt.bitwise()
     assert reports.replay_check(receipt).compare(5, 2.5) is None

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -81,13 +83,33 @@ def restore(state: torch.Tensor, device: torch.device) -> None:
 
 def derive(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Seed all generators of this rank from (seed, step, rank), for example after a change of layout."""
-    key = xxhash.xxh3_64_intdigest(f"rng:{seed}:{step}:{rank}".encode())
-    random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(key)
+    _seed(f"rng:{seed}:{step}:{rank}", device)
+
+
+def _seed(key: str, device: torch.device) -> None:
+    seed = xxhash.xxh3_64_intdigest(key.encode())
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):  # manual_seed seeds the current device
-            torch.cuda.manual_seed(key)
+            torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def forked(key: str, device: torch.device) -> Iterator[None]:
+    """Run the body with generators that are seeded from ``key``, and restore all of them afterwards."""
+    python, numpy_state, cpu = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        _seed(key, device)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
 
 
 def _unpack(state: torch.Tensor) -> tuple[tuple[Any, ...], bytes, bytes]:

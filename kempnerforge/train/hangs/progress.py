@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-ACTIVITIES = ("setup", "step", "eval", "agree", "save")
+ACTIVITIES = ("setup", "step", "hooks", "eval", "agree", "save")
 """Activities, in their order within a step."""
 PHASES = ("", "step", "data", "forward_backward", "staging", "optimizer")
 """Phases of a step, in order. Any other phase is last."""

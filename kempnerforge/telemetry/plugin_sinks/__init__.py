@@ -1,0 +1,1 @@
+"""KempnerForge's own sinks for ``[[metrics.sinks]]``: one module each, with ``PLUGIN``."""
