@@ -217,8 +217,6 @@ def _assemble(
     )
     num_samples = dataset.split("train", job.train.seq_len).num_samples
     log.info("length: %s", run_length(job, geometry.global_batch_size, num_samples=num_samples))
-    if isinstance(optimizer, dict):
-        log.info("optimizers: %s", _describe_optimizers(optimizer, model.groups))
     if job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned and world.device.type != "cuda":
         log.info("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
     progress = Progress(collectives_issued)
@@ -285,6 +283,8 @@ def _build_state(
 
     # A resume restores the saved state, or derives it again for another layout.
     rng_state.derive(seed, 0, world.rank, world.device)
+    if isinstance(optimizer, dict):
+        log.info("optimizers: %s", _describe_optimizers(optimizer, model.groups))
     return TrainState(
         model=model.parts,
         groups={group.name: group.names for group in model.groups},
