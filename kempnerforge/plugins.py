@@ -105,11 +105,22 @@ def resolve(kind: str, name: str, *, key: str, also: Sequence[str] = ()) -> Plug
         return Plugin(kind, name, module.PLUGIN, "built-in", "")
     if ":" in name:
         return _resolve_path(kind, name, name, key)
-    registered = {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
-    if name in registered:
-        return _resolve_path(kind, name, registered[name].value, key)
-    known = sorted({*built_in_names(kind), *also, *registered})
-    raise _fault(key, f'"{name}" is not a known {kind}', f"{_did_you_mean(name, known)}{_ways(kind, known)}")
+    if issues := name_issues(kind, name, key=key, also=also):
+        raise ConfigError(issues)
+    return _resolve_path(kind, name, _registered()[name].value, key)
+
+
+def name_issues(kind: str, name: str, *, key: str, also: Sequence[str] = ()) -> list[ConfigIssue]:
+    """Return an issue if ``name`` is neither known nor an import path. Imports no plug-in."""
+    if name in also or ":" in name or is_built_in(kind, name) or name in _registered():
+        return []
+    known = sorted({*built_in_names(kind), *also, *_registered()})
+    hint = f"{_did_you_mean(name, known)}{_ways(kind, known)}"
+    return [ConfigIssue(key, f'"{name}" is not a known {kind}', hint)]
+
+
+def _registered() -> dict[str, metadata.EntryPoint]:
+    return {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
 
 
 def argument_issues(

@@ -61,11 +61,15 @@ def make_model(job: JobConfig, device: torch.device) -> Llama:
 
 def make_optimizer(job: JobConfig, model: Llama) -> torch.optim.AdamW:
     """Return AdamW with the groups and hyperparameters of the file."""
-    config, groups = job.optimizer, parameter_groups([model])
+    config = job.optimizer
+    decay, no_decay = parameter_groups([model], config)
+    parameters = dict(model.named_parameters())
+    assert config.betas is not None
+    assert config.eps is not None
     return torch.optim.AdamW(
         [
-            {"params": [*groups["decay"].values()], "weight_decay": config.weight_decay},
-            {"params": [*groups["no_decay"].values()], "weight_decay": 0.0},
+            {"params": [parameters[name] for name in decay.names], "weight_decay": config.weight_decay},
+            {"params": [parameters[name] for name in no_decay.names], "weight_decay": 0.0},
         ],
         lr=config.lr,
         betas=config.betas,

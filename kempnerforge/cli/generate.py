@@ -158,7 +158,11 @@ def _load_job(view: StepView, overrides: list[str], ranks: int, log: Callable[[s
     if not train and "max_seq_len" in model:  # an import
         kept["seq_len"] = model["max_seq_len"]
     loaded, notice = load_for(
-        {"model": model, "train": kept, "distributed": section(stored, "distributed")},
+        {
+            **{name: section(stored, name) for name in ("distributed", "optimizer")},
+            "model": model,
+            "train": kept,
+        },
         overrides,
         forced=FORCED,
         where=str(view.path / paths.CONFIG),

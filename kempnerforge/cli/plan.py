@@ -13,10 +13,11 @@ from rich.table import Table
 from kempnerforge.cli.formatting import print_json, size
 from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.pipeline_stages import Stage
-from kempnerforge.config.schema import load_job
+from kempnerforge.config.schema import JobConfig, load_job
 from kempnerforge.errors import EXIT_BAD_CONFIG, ConfigError
 from kempnerforge.plan.layout_suggestions import Nearest, nearest_layouts
 from kempnerforge.plan.memory import RESERVED_SHARE
+from kempnerforge.plan.optimizer_state import BUILT_IN, OptimizerState
 from kempnerforge.plan.report import PipelineRank, Plan, make_plan
 
 app = typer.Typer(add_completion=False)
@@ -54,13 +55,22 @@ def plan(
     except ConfigError as error:
         _refuse(error, nearest_layouts(file, overrides, world_size), world_size, as_json=as_json)
         raise typer.Exit(EXIT_BAD_CONFIG) from None
-    result = make_plan(job, world_size, ranks_per_node=ranks_per_node)
+    result = make_plan(job, world_size, ranks_per_node=ranks_per_node, probed=_probed(job))
     if as_json:
         print_json(result.to_json(memory_gb))
     else:
         _print(result, file, memory_gb)
     if memory_gb is not None and not result.fits(memory_gb):
         raise typer.Exit(1)
+
+
+def _probed(job: JobConfig) -> OptimizerState | None:
+    """Return the state of an optimizer that is not one of KempnerForge's own, by a step of a small one."""
+    if job.optimizer.name in BUILT_IN:
+        return None
+    from kempnerforge.train.optimizer_probe import probe  # imports torch
+
+    return probe(job.optimizer)
 
 
 def _refuse(error: ConfigError, near: Nearest, world_size: int, *, as_json: bool) -> None:
@@ -197,12 +207,17 @@ def _facts(plan: Plan) -> list[str]:
     pinned = "pinned" if job.checkpoint.async_mode.value == "async_with_pinned_mem" else "pageable"
     most = max(group.staged_bytes for group in plan.pipeline)
     facts += [
-        f"checkpoint   {size(checkpoint.size_bytes)} in {checkpoint.num_files} files; weights and two"
-        f" moments, fp32: {checkpoint.payload_bytes:,} bytes",
+        f"checkpoint   {size(checkpoint.size_bytes)} in {checkpoint.num_files} files; weights and"
+        f" optimizer state: {checkpoint.payload_bytes:,} bytes",
         f"staging      {size(most)} of {pinned} host memory per rank,"
         f" {size(plan.staged_on_node_bytes)} per node of {plan.ranks_per_node} ranks"
         f" ({job.checkpoint.async_mode.value})",
     ]
+    if plan.unknown_optimizer:
+        facts.append(
+            f"optimizer    the state of {job.optimizer.name} is not known and not counted:"
+            f" {plan.unknown_optimizer}"
+        )
     limit = job.checkpoint.max_host_memory_gb
     if limit is not None and plan.staged_on_node_bytes > limit * 1e9:
         facts.append(f"             more than checkpoint.max_host_memory_gb {limit}: the run would not start")

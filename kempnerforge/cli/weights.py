@@ -94,6 +94,14 @@ def export(
     if as_json:
         text.print_json({**vars(done), "path": str(done.path), "format": format.value})
         return
+    if done.training_weights_of:
+        typer.echo(
+            f"these are the weights of training: how {done.training_weights_of} computes its evaluation "
+            "weights is not known",
+            err=True,
+        )
+    if done.evaluation_weights_of:
+        typer.echo(f"these are the evaluation weights of {done.evaluation_weights_of}")
     typer.echo(
         f"{done.path}: {done.num_parameters:,} parameters as {done.dtype}, {text.size(done.size_bytes)} in "
         f"{len(done.files)} files\n"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kempnerforge.config.hooks import HookConfig, method_issues
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.metrics import SinkConfig
+from kempnerforge.config.optimizer import ADAMW, HYPERPARAMETERS, OptimizerConfig
+from kempnerforge.config.scheduler import BUILT_IN as SCHEDULES
+from kempnerforge.config.scheduler import lr_at
 from kempnerforge.errors import ConfigError, ConfigIssue
 from kempnerforge.plugins import Plugin, argument_issues, is_built_in, resolve
 
@@ -24,14 +27,19 @@ class PluginUse:
     """The config key of the name, such as ``model.name``."""
     name: str
     args: Mapping[str, Any]
+    """Keyword arguments."""
     args_key: str
     """The config key of the arguments, such as ``model.args``."""
     num_positional: int = 0
     """Number of positional arguments that KempnerForge passes before ``args``."""
+    own_keys: Collection[str] = ()
+    """Arguments that are keys of the section itself, such as ``betas`` of ``[optimizer]``."""
+    also: Sequence[str] = ()
+    """Further names that the key accepts, for suggestions."""
 
     def resolve(self) -> Plugin:
         """Import the plug-in. Raises ConfigError."""
-        return resolve(self.kind, self.name, key=self.key)
+        return resolve(self.kind, self.name, key=self.key, also=self.also)
 
     def issues(self) -> list[ConfigIssue]:
         """Return why the plug-in cannot be imported and called with its arguments."""
@@ -41,10 +49,12 @@ class PluginUse:
             return list(error.faults)
         # A loss of hidden states also gets the weight of the output layer.
         given = self.num_positional + bool(getattr(plugin.target, "takes_hidden", False))
-        issues = argument_issues(plugin, self.args, key=self.args_key, given=given)
+        faults = argument_issues(plugin, self.args, key=self.args_key, given=given)
         if self.kind == "hook" and isinstance(plugin.target, type):
-            issues += method_issues(plugin.target, self.key)
-        return issues
+            faults += method_issues(plugin.target, self.key)
+        section = self.key.partition(".")[0]
+        moved = {f"{self.args_key}.{key}": f"{section}.{key}" for key in self.own_keys}
+        return [replace(fault, key=moved.get(fault.key, fault.key)) for fault in faults]
 
 
 def plugin_uses(job: JobConfig) -> Iterator[PluginUse]:
@@ -55,6 +65,12 @@ def plugin_uses(job: JobConfig) -> Iterator[PluginUse]:
 def _named(job: JobConfig) -> Iterator[PluginUse]:
     yield PluginUse("model", "model.name", job.model.name, job.model.args, "model.args")
     yield PluginUse("loss", "train.loss", job.train.loss, job.train.loss_args, "train.loss_args", 2)
+    yield optimizer_use(job.optimizer)
+    if not job.scheduler.is_built_in:
+        args = job.scheduler.args
+        yield PluginUse(
+            "scheduler", "scheduler.name", job.scheduler.name, args, "scheduler.args", 2, also=SCHEDULES
+        )
     yield from sink_uses(job)
     yield from hook_uses(job)
 
@@ -73,11 +89,48 @@ def _item(kind: str, key: str, item: SinkConfig | HookConfig) -> PluginUse:
     return PluginUse(kind, f"{key}.name", item.name, item.args, f"{key}.args")
 
 
+def optimizer_use(optimizer: OptimizerConfig) -> PluginUse:
+    """Return the use of the optimizer, with all arguments that the config sets."""
+    keys = ("lr", *HYPERPARAMETERS)
+    return PluginUse(
+        "optimizer", "optimizer.name", optimizer.name, optimizer.arguments, "optimizer.args", 1, keys
+    )
+
+
+def optimizer_issues(optimizer: OptimizerConfig) -> list[ConfigIssue]:
+    """Return why the optimizer cannot be imported and called with what the config sets. Imports it."""
+    use = optimizer_use(optimizer)
+    faults = use.issues()
+    if optimizer.lr == OptimizerConfig.model_fields["lr"].default:
+        faults = [fault for fault in faults if fault.key != "optimizer.lr"]
+    if faults:
+        return faults
+    for index, group in enumerate(optimizer.groups):
+        where = f"optimizer.groups[{index}]"
+        own = {key: getattr(group, key) for key in HYPERPARAMETERS if getattr(group, key, None) is not None}
+        of_group = argument_issues(use.resolve(), {**use.args, **own, **group.args}, key=where, given=1)
+        names = {f"{where}.{key}": f"{where}.args.{key}" for key in group.args}
+        faults += [replace(fault, key=names.get(fault.key, fault.key)) for fault in of_group]
+    return [fault for fault in faults if not fault.key.endswith(".lr")]
+
+
 def plugin_issues(job: JobConfig) -> list[ConfigIssue]:
-    """Return the issues of all plug-ins of ``job``, and of KempnerForge's own sinks. Imports them."""
-    own_sinks = [use for use in sink_uses(job) if is_built_in(use.kind, use.name)]
-    issues = [issue for use in [*plugin_uses(job), *own_sinks] for issue in use.issues()]
-    return issues or _loss_issues(job)
+    """Return the issues of all plug-ins of ``job``, of KempnerForge's own optimizers and sinks, and
+    of its schedule at both ends. Imports them.
+    """
+    uses = [use for use in plugin_uses(job) if use.kind != "optimizer"]
+    uses += [use for use in sink_uses(job) if is_built_in(use.kind, use.name)]
+    faults = [issue for use in uses for issue in use.issues()]
+    tables = [job.optimizer.args, *(group.args for group in job.optimizer.groups)]
+    if job.optimizer.name != ADAMW or any(tables):  # adamw takes every key: no need to import torch
+        faults += optimizer_issues(job.optimizer)
+    if not faults and not job.scheduler.is_built_in:
+        try:
+            for step in (0, job.train.max_steps - 1):
+                lr_at(step, job.scheduler, base_lr=job.optimizer.lr, max_steps=job.train.max_steps)
+        except ConfigError as error:
+            faults += error.faults
+    return faults or _loss_issues(job)
 
 
 def _loss_issues(job: JobConfig) -> list[ConfigIssue]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
-from kempnerforge.config import checkpoint_rules
+from kempnerforge.config import checkpoint_rules, optimizer_rules
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.evaluation import EvalConfig
@@ -304,5 +304,6 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     layout_fits,
     tensor_parallel_fits,
     pipeline_fits,
+    *optimizer_rules.RULES,
     *checkpoint_rules.RULES,
 )

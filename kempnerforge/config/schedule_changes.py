@@ -12,6 +12,7 @@ from kempnerforge.config.optimizer import OptimizerConfig
 from kempnerforge.config.scheduler import SchedulerConfig, lr_at
 from kempnerforge.config.section import Section
 from kempnerforge.config.train import TrainConfig
+from kempnerforge.errors import ConfigError
 
 _S = TypeVar("_S", bound=Section)
 
@@ -31,10 +32,16 @@ def learning_rate_change(
 ) -> LearningRateChange | None:
     """Compare the learning rate of the update from ``step`` to ``step + 1`` under two whole configs.
 
-    Return None if it is the same, or if this version cannot read one of the configs.
+    Return None if it is the same, or if this version cannot read one of the configs, or has not the
+    schedule of the user's that the stored one names.
     """
     before, after = _Schedule.of(stored), _Schedule.of(now)
-    if before is None or after is None or before.lr_at(step) == after.lr_at(step):
+    if before is None or after is None:
+        return None
+    try:
+        if before.lr_at(step) == after.lr_at(step):
+            return None
+    except ConfigError:
         return None
     kept = after.keeping(before)
     is_kept = kept is not None and kept.lr_at(step) == before.lr_at(step)

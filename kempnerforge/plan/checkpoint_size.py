@@ -1,6 +1,6 @@
 """The size of a checkpoint, and the host memory in which ranks stage their part of it.
 
-Sizes of tensors are exact: three fp32 copies and a counter per parameter, and the random number
+Sizes of tensors are exact: the weights in fp32, the state of the optimizer, and the random number
 generators of every rank. Headers, index and manifest follow
 ``docs/reference/checkpoint-format.md``. Headers are padded to pages, so the size of the files may
 be off by 4 kB per rank.
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from kempnerforge.config.job import JobConfig
 from kempnerforge.config.parallel_dims import ParallelDims
 from kempnerforge.config.pipeline_stages import make_stages, stages_of
+from kempnerforge.plan.optimizer_state import OptimizerState, StateTensor, state_of
 from kempnerforge.plan.tensors import Parameter, local_shape, stage_parameters, tp_shape
 
-FP32 = 4
-COPIES = ("model", "exp_avg", "exp_avg_sq")
-"""The weight and AdamW's moments, each with the parameter's shape."""
+WEIGHT = StateTensor("")
+"""The weight itself, as if it were state."""
 RNG_BYTES = 10_112
 """State of a rank's random number generators with CUDA; 16 bytes fewer without."""
 ALIGNMENT = 4096
@@ -39,13 +39,23 @@ class CheckpointSize:
     num_files: int
 
 
-def checkpoint_size(job: JobConfig, geometry: ParallelDims) -> CheckpointSize:
-    """Return the size of a step saved by the ranks of ``geometry``."""
+def checkpoint_size(
+    job: JobConfig, geometry: ParallelDims, probed: OptimizerState | None = None
+) -> CheckpointSize:
+    """Return the size of a step saved by the ranks of ``geometry``.
+
+    ``probed``: see ``plan.optimizer_state.state_of``.
+    """
     stages = make_stages(job.model, job.distributed)
     parameters = [parameter for stage in stages for parameter in stage_parameters(job.model, stage)]
     ranks = geometry.world_size
-    payload = sum(len(COPIES) * FP32 * parameter.numel + FP32 for parameter in parameters) + ranks * RNG_BYTES
-    named = [chunks for parameter in parameters for chunks in _stored(parameter, geometry)]
+    tensors = [
+        (parameter, prefix, tensor)
+        for parameter in parameters
+        for prefix, tensor in _tensors(job, parameter, probed)
+    ]
+    payload = sum(tensor.size_bytes(parameter.shape) for parameter, _, tensor in tensors) + ranks * RNG_BYTES
+    named = [_stored(parameter, prefix, tensor, geometry) for parameter, prefix, tensor in tensors]
     digits = 2 * len(str(payload // ranks))
     header = sum(count * (_header_bytes(name, shape) + digits) for name, shape, count in named) / ranks
     shard_headers = ranks * ALIGNMENT * math.ceil((header + 100) / ALIGNMENT)
@@ -58,7 +68,9 @@ def checkpoint_size(job: JobConfig, geometry: ParallelDims) -> CheckpointSize:
     return CheckpointSize(payload, payload + shard_headers + index + manifest + other, ranks + OTHER_FILES)
 
 
-def staged_bytes(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> int:
+def staged_bytes(
+    job: JobConfig, geometry: ParallelDims, pp_rank: int, probed: OptimizerState | None = None
+) -> int:
     """Return the host memory of the rank that stages the most at ``pp_rank``, without headers.
 
     Ranks that hold the same bytes divide the writing among them, so each stages only some of its
@@ -69,10 +81,12 @@ def staged_bytes(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> int:
     parameters = [parameter for stage in stages for parameter in stage_parameters(job.model, stage)]
     share, largest = 0.0, 0
     for parameter in parameters:
-        size = FP32 * math.prod(local_shape(parameter, geometry))
-        holders = geometry.dp_replicate * (geometry.tp if parameter.tp_dim is None else 1)
-        share += len(COPIES) * size / holders
-        largest = max(largest, size)
+        for _, tensor in _tensors(job, parameter, probed):
+            if tensor.kind == "scalar":
+                continue
+            size = tensor.size_bytes(local_shape(parameter, geometry))
+            share += size / _holders(parameter, tensor, geometry)
+            largest = max(largest, size)
     return max(math.ceil(share), largest) + RNG_BYTES
 
 
@@ -85,16 +99,34 @@ def staged_on_node(by_pp_rank: Sequence[int], geometry: ParallelDims, ranks_per_
     return max(totals)
 
 
-def _stored(parameter: Parameter, geometry: ParallelDims) -> list[tuple[str, tuple[int, ...], int]]:
-    """Return (name, shape of a chunk, number of chunks) of all tensors of a parameter in a checkpoint."""
-    chunks = geometry.tp if parameter.tp_dim is not None else 1
-    rows = tp_shape(parameter, geometry.tp)[0]
-    shape = local_shape(parameter, geometry)
-    chunks *= math.ceil(rows / shape[0])
-    stored = [(f"optimizer.state.{parameter.name}.{copy}", shape, chunks) for copy in COPIES[1:]]
-    stored.append((f"model.{parameter.name}", shape, chunks))
-    stored.append((f"optimizer.state.{parameter.name}.step", (), 1))
-    return stored
+def _tensors(
+    job: JobConfig, parameter: Parameter, probed: OptimizerState | None
+) -> list[tuple[str, StateTensor]]:
+    """Return the name without the key, and the tensor, of all that a checkpoint has of a parameter."""
+    state = state_of(job, parameter, probed)
+    base = f"{state.prefix}state.{parameter.name}."
+    return [(f"model.{parameter.name}", WEIGHT), *((base, tensor) for tensor in state.tensors)]
+
+
+def _holders(parameter: Parameter, tensor: StateTensor, geometry: ParallelDims) -> int:
+    """Return the number of ranks that hold the same part of a tensor."""
+    dims = len(parameter.shape)
+    is_tp_sharded = parameter.tp_dim is not None and tensor.keeps(parameter.tp_dim, dims)
+    copies = geometry.dp_replicate * (1 if is_tp_sharded else geometry.tp)
+    return copies * (1 if tensor.keeps(0, dims) else geometry.dp_shard)
+
+
+def _stored(
+    parameter: Parameter, prefix: str, tensor: StateTensor, geometry: ParallelDims
+) -> tuple[str, tuple[int, ...], int]:
+    """Return name, shape of a chunk, and number of chunks of a tensor in a checkpoint."""
+    dims, local = len(parameter.shape), local_shape(parameter, geometry)
+    chunks = 1
+    if parameter.tp_dim is not None and tensor.keeps(parameter.tp_dim, dims):
+        chunks *= geometry.tp
+    if tensor.keeps(0, dims):
+        chunks *= math.ceil(tp_shape(parameter, geometry.tp)[0] / local[0])
+    return prefix + tensor.key, tensor.shape(local), chunks
 
 
 def _header_bytes(name: str, shape: tuple[int, ...]) -> int:

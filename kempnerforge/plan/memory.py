@@ -1,7 +1,7 @@
 """Device memory of a rank: its permanent state (exact) and the peak of temporary memory (estimated).
 
-The permanent state is the weights and AdamW's two moments, in fp32 and sharded. FSDP pads every
-shard to the length of the largest. Temporary memory is computed for every moment of a step that may
+The permanent state is the weights in fp32 and the optimizer's state, sharded. FSDP pads every shard
+to the length of the largest. Temporary memory is computed for every moment of a step that may
 be the peak (``plan.moments``), and the largest sum is used. Tests compare it with the live tensors
 of real steps.
 
@@ -19,8 +19,9 @@ from kempnerforge.config.parallel_dims import ParallelDims
 from kempnerforge.config.pipeline_stages import Stage, make_stages, stages_of
 from kempnerforge.plan import activations
 from kempnerforge.plan.moments import local_moments, pipeline_moments
+from kempnerforge.plan.optimizer_state import OptimizerState, state_of
 from kempnerforge.plan.pipeline import microbatch_size
-from kempnerforge.plan.tensors import local_numel, stage_parameters
+from kempnerforge.plan.tensors import Parameter, local_numel, local_shape, stage_parameters
 
 RESERVED_SHARE = 0.1
 """Fraction of a device's memory that is reserved for what the sum does not include."""
@@ -35,7 +36,7 @@ class DeviceMemory:
     gradients: int
     """This rank's shards of the gradients that exist at the peak."""
     optimizer: int
-    """AdamW's two moments."""
+    """Its state tensors, without scalars (``plan.optimizer_state``)."""
     gathered: int
     """Unsharded weights and gradients in use."""
     activations: int
@@ -58,8 +59,13 @@ class DeviceMemory:
         return self.total <= (1 - RESERVED_SHARE) * device_bytes
 
 
-def device_memory(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> DeviceMemory:
-    """Return the memory of the rank with the largest shards among the ranks at ``pp_rank``."""
+def device_memory(
+    job: JobConfig, geometry: ParallelDims, pp_rank: int, probed: OptimizerState | None = None
+) -> DeviceMemory:
+    """Return the memory of the rank with the largest shards among the ranks at ``pp_rank``.
+
+    ``probed``: see ``plan.optimizer_state.state_of``.
+    """
     stages = stages_of(make_stages(job.model, job.distributed), pp_rank, geometry.pp)
     everything = [parameter for stage in stages for parameter in stage_parameters(job.model, stage)]
     state = FP32 * local_numel(everything, geometry)
@@ -71,12 +77,23 @@ def device_memory(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> Devic
     return DeviceMemory(
         weights=state,
         gradients=round(peak.gradients),
-        optimizer=2 * state,
+        optimizer=_optimizer_bytes(job, geometry, everything, probed),
         gathered=round(peak.gathered),
         activations=round(peak.activations),
         buffers=_buffers(job, geometry, stages),
         working=round(peak.working),
         peak=peak.name,
+    )
+
+
+def _optimizer_bytes(
+    job: JobConfig, geometry: ParallelDims, parameters: Sequence[Parameter], probed: OptimizerState | None
+) -> int:
+    return sum(
+        tensor.size_bytes(local_shape(parameter, geometry))
+        for parameter in parameters
+        for tensor in state_of(job, parameter, probed).tensors
+        if tensor.kind != "scalar"
     )
 
 

@@ -11,6 +11,7 @@ from kempnerforge.config.parallel_dims import ParallelDims
 from kempnerforge.config.pipeline_stages import Stage, make_stages, stages_of
 from kempnerforge.plan.checkpoint_size import CheckpointSize, checkpoint_size, staged_bytes, staged_on_node
 from kempnerforge.plan.memory import RESERVED_SHARE, DeviceMemory, device_memory
+from kempnerforge.plan.optimizer_state import BUILT_IN, OptimizerState
 from kempnerforge.plan.pipeline import bubble_fraction, in_flight, microbatch_size
 from kempnerforge.plan.tensors import local_numel, stage_parameters
 
@@ -60,6 +61,8 @@ class Plan:
     cheaper_loss: CheaperLoss | None
     staged_on_node_bytes: int
     """Host memory of the node whose ranks together stage the most."""
+    unknown_optimizer: str
+    """Why the state of the optimizer is not known and not counted; empty if it is."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -98,42 +101,57 @@ class Plan:
             "pp_microbatches": geometry.pp_microbatches,
             "bubble_fraction": self.bubble_fraction,
         }
+        if self.unknown_optimizer:
+            body["unknown_optimizer"] = self.unknown_optimizer
         if memory_gb is not None:
             body |= {"memory_gb": memory_gb, "reserved_share": RESERVED_SHARE, "fits": self.fits(memory_gb)}
         return body
 
 
-def make_plan(job: JobConfig, world_size: int, *, ranks_per_node: int = 8) -> Plan:
-    """Compute the plan. Raises ConfigError if ``world_size`` processes do not fit the layout."""
+def make_plan(
+    job: JobConfig, world_size: int, *, ranks_per_node: int = 8, probed: OptimizerState | None = None
+) -> Plan:
+    """Compute the plan. Raises ConfigError if ``world_size`` processes do not fit the layout.
+
+    ``probed``: see ``plan.optimizer_state.state_of``.
+    """
     geometry = job.geometry(world_size)
-    pipeline = tuple(_group(job, geometry, pp_rank) for pp_rank in range(geometry.pp))
+    pipeline = tuple(_group(job, geometry, pp_rank, probed) for pp_rank in range(geometry.pp))
+    unknown_optimizer = ""
+    if job.optimizer.name not in BUILT_IN:
+        unknown_optimizer = probed.problem if probed is not None else "it was not looked at"
     return Plan(
         job=job,
         geometry=geometry,
         pipeline=pipeline,
         microbatch_size=microbatch_size(job.distributed, job.train),
         bubble_fraction=bubble_fraction(job.distributed, geometry.pp_microbatches),
-        checkpoint=checkpoint_size(job, geometry),
+        checkpoint=checkpoint_size(job, geometry, probed),
         ranks_per_node=ranks_per_node,
-        cheaper_loss=_cheaper_loss(job, geometry, max(group.memory.total for group in pipeline)),
+        cheaper_loss=_cheaper_loss(job, geometry, max(group.memory.total for group in pipeline), probed),
         staged_on_node_bytes=staged_on_node(
             [group.staged_bytes for group in pipeline], geometry, ranks_per_node
         ),
+        unknown_optimizer=unknown_optimizer,
     )
 
 
-def _cheaper_loss(job: JobConfig, geometry: ParallelDims, device_bytes: int) -> CheaperLoss | None:
+def _cheaper_loss(
+    job: JobConfig, geometry: ParallelDims, device_bytes: int, probed: OptimizerState | None
+) -> CheaperLoss | None:
     """Return the other loss of the same value, if it needs clearly less memory."""
     others = {"cross_entropy": "chunked_cross_entropy", "chunked_cross_entropy": "cross_entropy"}
     if job.train.loss not in others:
         return None
     train = job.train.model_copy(update={"loss": others[job.train.loss], "loss_args": {}})
     other = job.model_copy(update={"train": train})
-    need = max(device_memory(other, geometry, pp_rank).total for pp_rank in range(geometry.pp))
+    need = max(device_memory(other, geometry, pp_rank, probed).total for pp_rank in range(geometry.pp))
     return CheaperLoss(train.loss, need) if need <= CHEAPER * device_bytes else None
 
 
-def _group(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> PipelineRank:
+def _group(
+    job: JobConfig, geometry: ParallelDims, pp_rank: int, probed: OptimizerState | None
+) -> PipelineRank:
     stages = stages_of(make_stages(job.model, job.distributed), pp_rank, geometry.pp)
     ranks = geometry.world_size // geometry.pp
     held = [parameter for stage in stages for parameter in stage_parameters(job.model, stage)]
@@ -143,8 +161,8 @@ def _group(job: JobConfig, geometry: ParallelDims, pp_rank: int) -> PipelineRank
         stages=stages,
         parameters=local_numel(held, geometry),
         in_flight=in_flight(job.distributed, geometry.pp_microbatches, pp_rank),
-        memory=device_memory(job, geometry, pp_rank),
-        staged_bytes=staged_bytes(job, geometry, pp_rank),
+        memory=device_memory(job, geometry, pp_rank, probed),
+        staged_bytes=staged_bytes(job, geometry, pp_rank, probed),
     )
 
 

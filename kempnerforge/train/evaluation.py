@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from kempnerforge.checkpoint.format import paths
+from kempnerforge.checkpoint.format import evaluation_weights, paths
+from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.load import candidates, load_step
 from kempnerforge.checkpoint.load.candidates import Candidate
 from kempnerforge.checkpoint.results import RunContext
@@ -23,7 +24,8 @@ from kempnerforge.data.tokens import Samples
 from kempnerforge.distributed.context import DistributedContext
 from kempnerforge.errors import DamagedCheckpointError
 from kempnerforge.train.environment import set_determinism
-from kempnerforge.train.model_setup import build_model
+from kempnerforge.train.model_setup import ParallelModel, build_model
+from kempnerforge.train.optimizer import Optimizers, build_optimizer
 from kempnerforge.train.setup import open_data
 from kempnerforge.train.step import Batch, TrainStep
 from kempnerforge.train.termination.signals import StopSignals
@@ -133,13 +135,14 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     geometry = job.geometry(world.num_ranks)
     dataset = open_data(job, world, StopSignals())
     model = build_model(job, geometry, rank=world.rank, device=world.device, init_weights=False)
+    loaded = optimizer_for_evaluation(job, model, step_folder, world)
     # Plain SGD has no state. No update is made.
-    optimizer = torch.optim.SGD([param for part in model.parts for param in part.parameters()])
+    optimizer = loaded or torch.optim.SGD([param for part in model.parts for param in part.parameters()])
     seed = job.train.seed
     state = TrainState(
         model=model.parts,
-        groups=model.groups,
-        optimizer={},  # only the model is read
+        groups={group.name: group.names for group in model.groups},
+        optimizer=loaded or {},
         device=world.device,
         fingerprint=world.control.run_on_rank0(
             lambda: fingerprint(dataset, "train", job.train.seq_len, seed)
@@ -164,15 +167,32 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     )
 
 
+def optimizer_for_evaluation(
+    job: JobConfig, model: ParallelModel, step_folder: Path, world: DistributedContext
+) -> Optimizers | None:
+    """Return the optimizer whose state a step is loaded with, to compute the weights to evaluate.
+
+    None if these are the weights of the step. Collective: all ranks. Raises ConfigError and
+    CheckpointError on all ranks.
+    """
+    if not world.control.run_on_rank0(
+        lambda: evaluation_weights.are_others(StepView.open(step_folder).train_state())
+    ):
+        return None
+    return build_optimizer(model.parts, job.optimizer, model.device, model.groups)
+
+
 def load_model(
     step_folder: Path, state: TrainState, world: DistributedContext, *, parts: Sequence[str], what: str
 ) -> tuple[Candidate, list[str]]:
     """Load ``parts`` of ``state`` from the step, which rank 0 locks for reading meanwhile.
 
+    Optimizers that ``state`` has are loaded too.
     Return the step, and with "data" in ``parts`` the differences between its data and the current
     ones. ``what`` describes the reader in the lock. Collective: all ranks.
     """
     context = RunContext(allow_changed_data=True, explain_data=explain_difference)
+    parts = [*parts, *(["optimizer"] if state.optimizers else [])]
     with contextlib.ExitStack() as stack:
 
         def take() -> Candidate:

@@ -22,8 +22,9 @@ from kempnerforge.distributed.consensus import ControlGroup, mark_collective
 from kempnerforge.distributed.context import DistributedContext
 from kempnerforge.errors import MismatchError, NonFiniteError
 from kempnerforge.train.environment import set_determinism
-from kempnerforge.train.evaluation import load_model
+from kempnerforge.train.evaluation import load_model, optimizer_for_evaluation
 from kempnerforge.train.model_setup import build_model
+from kempnerforge.train.optimizer import each, is_schedule_free
 
 _STOPPED, _NOT_FINITE = -1, -2
 """What rank 0 announces in place of a token."""
@@ -73,8 +74,16 @@ def generate(
     world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
     geometry = job.geometry(world.num_ranks)
     model = build_model(job, geometry, rank=world.rank, device=world.device, init_weights=False)
-    state = TrainState(model=model.parts, groups=model.groups, optimizer={}, device=world.device)
+    optimizer = optimizer_for_evaluation(job, model, step_folder, world)
+    state = TrainState(
+        model=model.parts,
+        groups={group.name: group.names for group in model.groups},
+        optimizer=optimizer or {},
+        device=world.device,
+    )
     load_model(step_folder, state, world, parts=("model",), what="kempnerforge generate")
+    for schedule_free in filter(is_schedule_free, each(optimizer or {})):
+        schedule_free.eval()
     [part] = model.parts
     part.eval()
     try:

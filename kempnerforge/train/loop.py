@@ -12,7 +12,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.config.scheduler import lr_at
 from kempnerforge.distributed.consensus import mark_collective
-from kempnerforge.errors import NonFiniteError, RunFolderError
+from kempnerforge.errors import ConfigError, NonFiniteError, RunFolderError
 from kempnerforge.telemetry.flops import mfu
 from kempnerforge.telemetry.sinks import RunInfo
 from kempnerforge.telemetry.spans import Spans
@@ -67,7 +67,7 @@ def train(run: Run) -> str | None:
                     step.forward_backward(batch)
                 with spans.span("staging", host=True):
                     ckpt.wait_for_staging()
-                lr = lr_at(state.step, job.scheduler, base_lr=job.optimizer.lr, max_steps=job.train.max_steps)
+                lr = _learning_rate(run)
                 with spans.span("optimizer"):
                     update = step.update(lr)
                 state.advance(tokens=batch.num_tokens, cursor=cursor, skipped=update.skipped)
@@ -111,6 +111,15 @@ def _start_plugins(run: Run) -> None:
     }
     run.reports.start(RunInfo(**info))
     run.control.hooks.train_start(TrainInfo(**info, model=run.model))
+
+
+def _learning_rate(run: Run) -> float:
+    """Return the learning rate of the next step. A schedule of the user's raises on all ranks alike."""
+    job = run.job
+    try:
+        return lr_at(run.state.step, job.scheduler, base_lr=job.optimizer.lr, max_steps=job.train.max_steps)
+    except ConfigError as error:
+        raise mark_collective(error) from error
 
 
 def _validation_is_due(run: Run) -> bool:
@@ -217,6 +226,8 @@ def evaluate(run: Run) -> bool:
     if run.val_samples is None:
         return True
     run.progress.begin("eval", run.state.step)
+    if run.step.evaluates_other_weights:
+        run.ckpt.wait_for_staging()  # the weights are about to change
     started = time.perf_counter()
     loss = validation_loss(
         run.step,

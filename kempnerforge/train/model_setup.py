@@ -20,7 +20,7 @@ from kempnerforge.model.build import BuiltModel, build_meta
 from kempnerforge.parallel.initial_weights import init_weights_
 from kempnerforge.parallel.shard import materialize, parallelize
 from kempnerforge.train.loss import Loss, build_loss
-from kempnerforge.train.optimizer import parameter_groups
+from kempnerforge.train.optimizer import Optimizers, ParameterGroup, parameter_groups
 from kempnerforge.train.step import LocalStep, TrainStep
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class ParallelModel:
 
     parts: Sequence[nn.Module]
     """The whole model, or the pipeline stages of this rank."""
-    groups: dict[str, list[str]]
-    """Names of the **whole** model's parameters by optimizer group, in the model's order."""
+    groups: list[ParameterGroup]
+    """The optimizer's groups, with all parameters of the **whole** model."""
     pipeline: Pipeline | None
     device: torch.device
     num_parameters: int
@@ -47,7 +47,7 @@ class ParallelModel:
         result: Any = flops(seq_len) if callable(flops) else None
         return result
 
-    def step(self, optimizer: torch.optim.Optimizer, geometry: ParallelDims, train: TrainConfig) -> TrainStep:
+    def step(self, optimizer: Optimizers, geometry: ParallelDims, train: TrainConfig) -> TrainStep:
         """Return the training step of this rank."""
         assert dist.group.WORLD is not None
         options = {
@@ -92,7 +92,7 @@ def build_model(
     )
     whole = build_meta(job.model, seed=job.train.seed)
     names = [name for name, _ in whole.module.named_parameters()]
-    groups = {name: list(params) for name, params in parameter_groups([whole.module]).items()}
+    groups = parameter_groups([whole.module], job.optimizer)
     loss.check_model(whole.module)
     parts, pipeline = [whole.module], None
     if geometry.pp > 1:

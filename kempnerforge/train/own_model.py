@@ -12,6 +12,7 @@ from kempnerforge.config.schema import JobConfig
 from kempnerforge.errors import ConfigError, ConfigIssue
 from kempnerforge.model.build import BuiltModel, build_meta, repeated_blocks
 from kempnerforge.train.model_setup import make_stage_modules
+from kempnerforge.train.optimizer import parameter_groups
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ def check_own_model(job: JobConfig) -> OwnModel:
     """Build the model of ``job`` without allocating its parameters, and check it.
 
     Raises ConfigError if it cannot be built, if the layout needs a plan or stages that it does not
-    have, or if it does not return logits for tokens.
+    have, if a group of the optimizer matches none of its parameters, or if it does not return
+    logits for tokens.
     """
     built = build_meta(job.model, seed=job.train.seed)
     module = built.module
@@ -48,6 +50,10 @@ def check_own_model(job: JobConfig) -> OwnModel:
             make_stage_modules(job, built)
         except ConfigError as error:
             issues += error.faults
+    try:
+        parameter_groups([module], job.optimizer)
+    except ConfigError as error:
+        issues += error.faults
     if issue := _output_issue(job, built):
         issues.append(issue)
     if issues:

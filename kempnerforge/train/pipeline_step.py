@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.parallel import loss_parallel
 
 from kempnerforge.parallel.pipeline import Pipeline
+from kempnerforge.train.optimizer import Optimizers
 from kempnerforge.train.step import Batch, TrainStepBase
 
 
@@ -22,7 +23,7 @@ class PipelineStep(TrainStepBase):
     sharded.
     """
 
-    def __init__(self, pipeline: Pipeline, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+    def __init__(self, pipeline: Pipeline, optimizer: Optimizers, **options: Any) -> None:
         super().__init__(pipeline.parts, optimizer, **options)
         self._pipeline = pipeline
         self._schedule = pipeline.training_schedule(self._share_of_loss)
@@ -56,7 +57,7 @@ class PipelineStep(TrainStepBase):
         schedule = self._pipeline.forward_schedule(
             lambda part, x, targets: loss_function(part, x, targets).reported
         )
-        with torch.no_grad(), loss_parallel():
+        with self._evaluation_weights(), torch.no_grad(), loss_parallel():
             for batch in batches:
                 tokens, targets = self._inputs(batch)
                 if targets is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from kempnerforge.train.hangs.progress import Progress
 from kempnerforge.train.hooks import HookSet, load_hooks
 from kempnerforge.train.metric_loggers import Reports, build_reports
 from kempnerforge.train.model_setup import ParallelModel, build_model
-from kempnerforge.train.optimizer import HYPERPARAMETERS, build_optimizer
+from kempnerforge.train.optimizer import Optimizers, ParameterGroup, build_optimizer, each, hyperparameters_of
 from kempnerforge.train.out_of_memory import MemoryHolders
 from kempnerforge.train.own_model import check_own_model
 from kempnerforge.train.preflight import check_files
@@ -197,7 +197,7 @@ def _assemble(
         init_weights=init_weights,
         control=world.control,
     )
-    optimizer = build_optimizer(model.parts, job.optimizer, world.device)
+    optimizer = build_optimizer(model.parts, job.optimizer, world.device, model.groups)
     state = _build_state(job, world, geometry, model, optimizer, dataset)
     recorder.end_phase("model")
     ckpt = CheckpointManager(
@@ -236,7 +236,7 @@ def _assemble(
         recorder=recorder,
         progress=progress,
         peak_memory=PeakMemory(world.device),
-        memory_holders=MemoryHolders(model.parts, [optimizer]),
+        memory_holders=MemoryHolders(model.parts, list(each(optimizer))),
         num_parameters=model.num_parameters,
         flops_per_token=model.flops_per_token(job.train.seq_len),
         peak_flops=_peak_flops(world.device),
@@ -271,7 +271,7 @@ def _build_state(
     world: DistributedContext,
     geometry: ParallelDims,
     model: ParallelModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     dataset: TokenDataset,
 ) -> TrainState:
     seed = job.train.seed
@@ -283,11 +283,13 @@ def _build_state(
 
     # A resume restores the saved state, or derives it again for another layout.
     rng_state.derive(seed, 0, world.rank, world.device)
+    if isinstance(optimizer, dict):
+        log.info("optimizers: %s", _describe_optimizers(optimizer, model.groups))
     return TrainState(
         model=model.parts,
-        groups=model.groups,
+        groups={group.name: group.names for group in model.groups},
         optimizer=optimizer,
-        hyperparameters=[key for key in HYPERPARAMETERS if key in optimizer.param_groups[0]],
+        hyperparameters=hyperparameters_of(optimizer),
         device=world.device,
         seed=seed,
         # On rank 0 only: the digest of .npy shards is computed from their bytes.
@@ -341,6 +343,16 @@ def _describe_batches(job: JobConfig, geometry: ParallelDims) -> str:
         size = job.distributed.pp_microbatch_size or 1
         return f"{geometry.pp_microbatches} microbatches of {size} through {geometry.pp} ranks"
     return f"{geometry.accumulation_steps} x {job.train.batch_size} per rank"
+
+
+def _describe_optimizers(
+    optimizers: Mapping[str, torch.optim.Optimizer], groups: Sequence[ParameterGroup]
+) -> str:
+    counts = {group.name: len(group.names) for group in groups}
+    return ", ".join(
+        f"{name} for {sum(counts.get(group['name'], 0) for group in optimizer.param_groups)} parameters"
+        for name, optimizer in optimizers.items()
+    )
 
 
 def _peak_flops(device: torch.device) -> float | None:

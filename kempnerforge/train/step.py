@@ -6,7 +6,8 @@ Shape suffixes: A micro-batches of gradient accumulation, B sequences, T tokens,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import loss_parallel
 
 from kempnerforge.train.loss import Loss
+from kempnerforge.train.optimizer import Optimizers, each, is_schedule_free
 
 
 class Batch(Protocol):
@@ -67,6 +69,11 @@ class TrainStep(Protocol):
         """Apply the gradients with learning rate ``lr``, or skip the step. Drop the gradients."""
         ...
 
+    @property
+    def evaluates_other_weights(self) -> bool:
+        """Whether ``evaluate`` changes the weights and restores them (schedule-free optimizers)."""
+        ...
+
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Return the mean loss over all tokens of ``batches``, on all ranks."""
         ...
@@ -83,7 +90,7 @@ class TrainStepBase:
     def __init__(
         self,
         parts: Sequence[nn.Module],
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         *,
         device: torch.device,
         group: dist.ProcessGroup,
@@ -94,7 +101,7 @@ class TrainStepBase:
         if not all(isinstance(part, FSDPModule) for part in parts):
             raise TypeError(f"{type(self).__name__} takes a model that parallelize() has sharded")
         self._params = [param for part in parts for param in part.parameters()]
-        self._optimizer = optimizer
+        self._optimizers = list(each(optimizer))
         self._device = device
         self._group = group
         self._grad_clip_norm = grad_clip_norm
@@ -125,11 +132,41 @@ class TrainStepBase:
             if 0 < self._grad_clip_norm < grad_norm:
                 scale = self._grad_clip_norm / grad_norm
                 torch._foreach_mul_(local_tensors(grads), scale)  # pyright: ignore[reportPrivateImportUsage]
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            for optimizer in self._optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group.get("lr_scale", 1.0)
+                optimizer.step()
+        for param in self._params:
+            param.grad = None
         return UpdateResult(grad_norm=grad_norm, loss=loss, skipped=not finite, z_loss=sum(z))
+
+    @property
+    def evaluates_other_weights(self) -> bool:
+        """Whether ``evaluate`` changes the weights and restores them (schedule-free optimizers)."""
+        return any(is_schedule_free(optimizer) for optimizer in self._optimizers)
+
+    @contextmanager
+    def _evaluation_weights(self) -> Iterator[None]:
+        """Put schedule-free optimizers into their evaluation weights, and back to the same bits.
+
+        Their own way back is exact up to rounding only, and a run must not depend on how often it
+        is validated. So a copy of this rank's weights is kept, where gradients were before.
+        """
+        changing = [optimizer for optimizer in self._optimizers if is_schedule_free(optimizer)]
+        if not changing:
+            yield
+            return
+        weights = local_tensors(param.detach() for param in self._params)
+        copies = [weight.clone() for weight in weights]
+        for optimizer in changing:
+            optimizer.eval()
+        try:
+            yield
+        finally:
+            for optimizer in changing:
+                optimizer.train()
+            for weight, copy in zip(weights, copies, strict=True):
+                weight.copy_(copy)
 
     def _total(self, parts: Iterable[Tensor]) -> Tensor:
         """Return the sum of all ranks' parts of the loss of the global batch, and keep it for ``update``.
@@ -159,7 +196,7 @@ class TrainStepBase:
 class LocalStep(TrainStepBase):
     """A step of a model that every rank runs completely (FSDP2, HSDP, tensor parallelism)."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizers, **options: Any) -> None:
         super().__init__([model], optimizer, **options)
         assert isinstance(model, FSDPModule)
         self._model = model
@@ -197,7 +234,7 @@ class LocalStep(TrainStepBase):
         num_tokens = 0
         loss_function = self._loss_function.without_z_loss()
         self._model.eval()
-        with torch.no_grad(), loss_parallel():
+        with self._evaluation_weights(), torch.no_grad(), loss_parallel():
             for batch in batches:
                 for inputs_BT, targets_BT in zip(batch.inputs_ABT, batch.targets_ABT, strict=True):
                     inputs_BT = inputs_BT.to(self._device, non_blocking=True)

@@ -14,7 +14,7 @@ from kempnerforge.config.schema import ModelConfig, OptimizerConfig, TrainConfig
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model.llama import Llama
 from kempnerforge.parallel.shard import materialize, parallelize
-from kempnerforge.train.optimizer import build_optimizer
+from kempnerforge.train.optimizer import Optimizers, build_optimizer
 from kempnerforge.train.step import LocalStep
 
 CPU = torch.device("cpu")
@@ -89,13 +89,15 @@ def sharded_model(
 
 
 def adamw(model: Llama) -> torch.optim.Optimizer:
-    return build_optimizer([model], OptimizerConfig(lr=0.01), CPU)
+    optimizer = build_optimizer([model], OptimizerConfig(lr=0.01), CPU)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
 
 
 def local_step(
     model: Llama,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     grad_clip_norm: float = 1.0,
     tp: int = 1,
 ) -> LocalStep:

@@ -223,7 +223,9 @@ def test_config_error_lists_every_fault_with_source(tmp_path: Path) -> None:
 names = st.text(min_size=1, max_size=20).filter(lambda text: text not in ("none", "null"))
 fractions = st.floats(0, 1, exclude_max=True)
 run_names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
-plain_paths = names.filter(lambda text: "{" not in text and not CONTROL_CHARACTER.search(text))
+plain_paths = names.filter(
+    lambda text: "{" not in text and "://" not in text and not CONTROL_CHARACTER.search(text)
+)
 
 
 @st.composite

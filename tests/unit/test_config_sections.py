@@ -63,7 +63,12 @@ BAD_VALUES = [
     ("optimizer.betas", "[0.9]", "[0.9] is not allowed", "[number >= 0 and < 1, number"),
     ("optimizer.betas", "0.9", "0.9 is not a list", "[number >= 0 and < 1, number"),
     ("optimizer.betas", '[0.9, "0.95"]', '[0.9, "0.95"] is not allowed', "number >= 0"),
-    ("scheduler.name", '"cosin"', '"cosin" is not allowed', 'did you mean "cosine"?'),
+    (
+        "scheduler.name",
+        '"cosin"',
+        '"cosin" is not a known scheduler',
+        'did you mean "cosine"?',
+    ),
     ("scheduler.min_lr_ratio", "1.5", "1.5 is too large", "number >= 0 and <= 1"),
     ("run.name", '"../up"', '"../up" is not allowed', "text matching"),
     ("run.name", '"a b"', '"a b" is not allowed', "text matching"),

@@ -32,8 +32,9 @@ from kempnerforge.model.layers import TransformerBlock
 from kempnerforge.model.llama import Llama
 from kempnerforge.model.recompute import Recompute
 from kempnerforge.plan import activations, tensors
-from kempnerforge.plan.checkpoint_size import FP32, RNG_BYTES, staged_bytes, staged_on_node
+from kempnerforge.plan.checkpoint_size import RNG_BYTES, staged_bytes, staged_on_node
 from kempnerforge.plan.memory import device_memory
+from kempnerforge.plan.optimizer_state import FP32
 from kempnerforge.plan.pipeline import bubble_fraction, in_flight
 from kempnerforge.plan.report import make_plan
 

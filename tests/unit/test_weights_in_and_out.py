@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.ckpt_cli import Ckpt
 from support.step_maker import flip_byte, write_step
 from support.tokenizers import make_tokenizer
-from support.weight_cases import VARIANTS, assert_equal, config_toml, make_model, save, weights_of
+from support.weight_cases import VARIANTS, assert_equal, config_toml, cut, make_model, save, weights_of
 
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.tools.float_cast import cast
@@ -51,6 +51,71 @@ def import_hf(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         return (ended.value.code, *capsys.readouterr())
 
     return run
+
+
+# Schedule-free optimizers
+
+
+def schedule_free_step(
+    folder: Path, *, kind: str = "ScheduleFreeAdamW", split_of_z: int = 2, train_mode: bool = True
+) -> tuple[Path, Llama]:
+    """Write a step with weights y and a state z, and return it with a model of the evaluation weights."""
+    model = make_model(n_kv_heads=2)
+    state = {f"model.{name}": tensor.numpy() for name, tensor in model.state_dict().items()}
+    generator = np.random.default_rng(1)
+    z_names = {name: f"optimizers.free.state.{name.removeprefix('model.')}.z" for name in state}
+    z = {z_names[name]: generator.random(y.shape, dtype=np.float32) for name, y in state.items()}
+    boxes = {name: cut(array.shape, 2, by_columns=False) for name, array in state.items()}
+    boxes |= {name: cut(array.shape, split_of_z, by_columns=False) for name, array in z.items()}
+    group = {
+        "betas": {"__tuple__": [0.8, 0.99]},
+        "params": list(model.state_dict()),
+        "train_mode": train_mode,
+    }
+    table = {"class": kind, "groups": [group], "schedule_free": True}
+    step = write_step(
+        folder,
+        7,
+        state={**state, **z},
+        boxes=boxes,
+        config=config_toml(model),
+        objects={"optimizers": {"free": table, "rest": {"class": "AdamW", "groups": []}}},
+    )
+    if kind == "ScheduleFreeAdamW" and train_mode:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.lerp_(torch.from_numpy(z[z_names[f"model.{name}"]]), 1 - 1 / 0.8)
+    return step, model
+
+
+@pytest.mark.parametrize("train_mode", [True, False])
+def test_export_of_schedule_free_step_has_average(ckpt: Ckpt, tmp_path: Path, train_mode: bool) -> None:
+    step, average = schedule_free_step(tmp_path / "y", train_mode=train_mode)
+    done = ckpt("export", step, "--out", tmp_path / "hf", "--max-shard-size", "30KB")
+    assert done.status == 0, done.err
+    assert "is not known" not in done.err
+    assert "these are the evaluation weights of ScheduleFreeAdamW" in done.out
+    assert ckpt("export", save(tmp_path / "x", average), "--out", tmp_path / "hf_of_x").status == 0
+    torch.testing.assert_close(
+        exported(tmp_path / "hf"), exported(tmp_path / "hf_of_x"), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_export_says_that_average_is_unknown(ckpt: Ckpt, tmp_path: Path) -> None:
+    step, model = schedule_free_step(tmp_path / "y", kind="OtherScheduleFree")
+    done = ckpt("export", step, "--out", tmp_path / "hf")
+    assert done.status == 0
+    assert "how OtherScheduleFree computes its evaluation weights is not known" in done.err
+    assert ckpt("export", save(tmp_path / "x", model), "--out", tmp_path / "hf_of_x").status == 0
+    assert_equal(exported(tmp_path / "hf"), exported(tmp_path / "hf_of_x"))
+
+
+def test_export_with_z_stored_otherwise_refused(ckpt: Ckpt, tmp_path: Path) -> None:
+    step, _ = schedule_free_step(tmp_path / "y", split_of_z=3)
+    done = ckpt("export", step, "--out", tmp_path / "hf")
+    assert done.status == 2
+    assert "are not stored alike in fp32" in done.err
+    assert not (tmp_path / "hf").exists()
 
 
 # Equal to transformers

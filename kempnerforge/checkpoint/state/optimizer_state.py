@@ -13,7 +13,8 @@ in the checkpoint                      content
                                        ``on_host``: keys of tensors on the CPU although the parameter is on
                                        another device; ``empty``: parameters whose state has no keys yet;
                                        ``same``: tensors that are shared with another key; ``parameters``:
-                                       tensors that are ``nn.Parameter`` or require gradients
+                                       tensors that are ``nn.Parameter`` or require gradients;
+                                       ``schedule_free``: the optimizer has evaluation weights
 ``optimizers.<name>.state...``         the same for each of a dict of optimizers, under ``"optimizers"``
 =====================================  =======================================================================
 """
@@ -29,8 +30,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from kempnerforge.checkpoint.format.dtypes import DTYPES
 from kempnerforge.checkpoint.format.json_values import MALFORMED
+from kempnerforge.checkpoint.state import optimizer_layout
 from kempnerforge.checkpoint.state.model_state import memory_of
 from kempnerforge.checkpoint.state.stored_step import StoredStep
 from kempnerforge.checkpoint.state.tensor_leaves import Packer, Unpacker, tensor_names
@@ -106,7 +107,7 @@ class OptimizerState:
                         continue
                     known, flags = self._known.get(base + key, _UNKNOWN)
                     if known() is not value:
-                        _check_layout(base + key, value, owner, key)
+                        optimizer_layout.check_layout(base + key, value, owner, key)
                         flags = [isinstance(value, nn.Parameter), value.requires_grad]
                         self._known[base + key] = (weakref.ref(value), flags)
                     packer.add(base + key, value)
@@ -136,6 +137,8 @@ class OptimizerState:
             table["same"] = same
         if parameters:
             table["parameters"] = parameters
+        if all(callable(getattr(self.optimizer, name, None)) for name in ("eval", "train")):
+            table["schedule_free"] = True
         return table
 
     def _group_names(self, number: int, names: Names) -> list[str]:
@@ -196,7 +199,7 @@ class OptimizerState:
                         value = _reused(here.get(key), taken)
                         if value is None:
                             head = reader.index.head(source)
-                            value = _make(parameter, key, head, group, stored.on_host)
+                            value = optimizer_layout.make(parameter, key, head, group, stored.on_host)
                         found.tensors[source] = value
                     state[key] = _as_it_was(found.tensors[source], here.get(key), stored.parameters.get(full))
                 state.update({key: unpacker.unpack(value) for key, value in there.items()})
@@ -399,58 +402,6 @@ def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
                     for name in sorted(zeros)
                 },
             }
-
-
-def _check_layout(name: str, value: torch.Tensor, parameter: torch.Tensor, key: str) -> None:
-    """Raise TypeError for state of a sharded parameter that does not have the parameter's layout."""
-    if isinstance(value, DTensor):
-        if not isinstance(parameter, DTensor) or value.shape != parameter.shape or _is_count(value, key):
-            raise TypeError(
-                f"{name} is a DTensor of shape {tuple(value.shape)}, but its parameter has "
-                f"{tuple(parameter.shape)}: only state of the parameter's shape can be resharded "
-                "(docs/guide/optimizers.md)"
-            )
-        if value.placements != parameter.placements or value.device_mesh != parameter.device_mesh:
-            raise TypeError(
-                f"{name} is placed as {value.placements}, but its parameter as {parameter.placements}: "
-                "only state that is placed like its parameter can be resharded (docs/guide/optimizers.md)"
-            )
-    elif isinstance(parameter, DTensor) and (
-        value.ndim or (parameter.ndim == 0 and not _is_count(value, key))
-    ):
-        raise TypeError(
-            f"{name} is a plain tensor of shape {tuple(value.shape)}, but its parameter is a DTensor: "
-            "ranks may hold different values of it. Use an optimizer whose state consists of DTensors "
-            "(docs/guide/optimizers.md)"
-        )
-
-
-def _is_count(value: torch.Tensor, key: str) -> bool:
-    """Return whether this is a step counter, which is a plain tensor even for a 0-dim parameter."""
-    return value.ndim == 0 and key == "step"
-
-
-def _make(
-    parameter: torch.Tensor,
-    key: str,
-    head: tuple[str, tuple[int, ...]],
-    group: Mapping[str, Any],
-    on_host: frozenset[str] | None,
-) -> torch.Tensor:
-    """Create a state tensor as the optimizer would: like the parameter if the shapes are equal, else plain.
-
-    ``head``: safetensors dtype and shape, from the index.
-    """
-    dtype, shape = DTYPES[head[0]], head[1]
-    is_count = key == "step" and not shape
-    if on_host is not None:
-        host = key in on_host
-    else:
-        # Saved with parameters on the CPU, or by an old version: do as torch's load_state_dict.
-        host = is_count and not (group.get("capturable") or group.get("fused"))
-    if shape == tuple(parameter.shape) and not is_count and not host:
-        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    return torch.empty(shape, dtype=dtype, device="cpu" if host else parameter.device)
 
 
 def _reused(here: Any, taken: set[int]) -> torch.Tensor | None:

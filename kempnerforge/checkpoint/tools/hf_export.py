@@ -4,6 +4,9 @@ Each file of the step is read once, in the order of its bytes, in verified block
 block is written directly to its offsets in the new files. So an export needs memory for a few
 blocks only, whatever the size of the model and its tensors, and reads no block twice, however many
 ranks share a tensor. Needs no torch.
+
+The weights of a schedule-free optimizer are those to evaluate, which are computed from two tensors
+of the step.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint.format import hf_format, paths
+from kempnerforge.checkpoint.format import evaluation_weights, hf_format, paths
 from kempnerforge.checkpoint.format.checksums import VerifiedFile
+from kempnerforge.checkpoint.format.evaluation_weights import EvaluationWeights
 from kempnerforge.checkpoint.format.hf_format import MappedTensor, PlannedFile
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.format.tensor_index import ITEM_BYTES, Chunk, TensorEntry
@@ -45,6 +49,10 @@ class Exported:
     size_bytes: int
     """Size of all files."""
     files: tuple[str, ...]
+    evaluation_weights_of: str = ""
+    """Class of the schedule-free optimizer whose evaluation weights were exported; empty without one."""
+    training_weights_of: str = ""
+    """Class of an optimizer with evaluation weights that are not known; empty without one."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,8 @@ def export(
     """
     entries = view.tensors()
     _check_fits(view, entries, tensors)
+    weights = evaluation_weights.in_step(view.train_state(), entries)
+    mixer = _Mixer(view, entries, weights)
     files = hf_format.plan_files(tensors, dtype, max_shard_bytes)
     small = {hf_format.INDEX: hf_format.index_json(files), **small_files}
     size_bytes = sum(file.size_bytes for file in files) + sum(map(len, small.values()))
@@ -85,7 +95,7 @@ def export(
         staged_dir.require_room(building, size_bytes, len(files) + len(small), what="export")
         for file in files:
             _create(building / file.name, file)
-        _copy(view, building, _targets(entries, tensors, files), dtype, progress)
+        _copy(view, building, _targets(entries, tensors, files), dtype, progress, mixer)
         for file in files:
             _sync(building / file.name)
         for name, data in small.items():
@@ -93,7 +103,8 @@ def export(
         fsio.fsync_folder(building)
         fsio.publish(building, out)
     num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
-    return Exported(out, dtype, num_parameters, size_bytes, (*(file.name for file in files), *small))
+    names = (*(file.name for file in files), *small)
+    return Exported(out, dtype, num_parameters, size_bytes, names, weights.optimizer, weights.unknown)
 
 
 def _check_fits(view: StepView, entries: Mapping[str, TensorEntry], tensors: Sequence[MappedTensor]) -> None:
@@ -138,25 +149,76 @@ def _copy(
     work: Mapping[str, Sequence[tuple[Chunk, _Target]]],
     dtype: str,
     progress: Progress,
+    mixer: _Mixer,
 ) -> None:
     done = 0
     total = sum(chunk.end - chunk.begin for pairs in work.values() for chunk, _ in pairs)
     outputs = _Outputs(building)
     try:
         for name, pairs in work.items():
-            record = view.manifest.files.get(name)
-            if record is None:
-                raise DamagedCheckpointError(f"{view.path.name} is damaged: {name} is not in the manifest")
-            with VerifiedFile(view.path / name, record) as source:
+            with _open(view, name) as source:
                 for chunk, target in pairs:
                     at = chunk.begin
                     for part in _pieces(source, chunk):
-                        _write(part, at, chunk, target, dtype, outputs)
+                        _write(mixer.mixed(part, at, chunk, target), at, chunk, target, dtype, outputs)
                         at += part.nbytes
                         done += part.nbytes
                         progress(done, total)
     finally:
         outputs.close()
+        mixer.close()
+
+
+def _open(view: StepView, name: str) -> VerifiedFile:
+    record = view.manifest.files.get(name)
+    if record is None:
+        raise DamagedCheckpointError(f"{view.path.name} is damaged: {name} is not in the manifest")
+    return VerifiedFile(view.path / name, record)
+
+
+class _Mixer:
+    """Computes the weights to evaluate from those of training, piece by piece."""
+
+    def __init__(
+        self, view: StepView, entries: Mapping[str, TensorEntry], weights: EvaluationWeights
+    ) -> None:
+        self._view = view
+        self._weights = weights
+        self._chunks = {
+            name: {(tuple(c.offsets), tuple(c.sizes)): c for c in entries[z_name].chunks}
+            for name, z_name in weights.z_names.items()
+        }
+        self._is_fp32 = {name: entries[z_name].dtype == "F32" for name, z_name in weights.z_names.items()}
+        self._open: tuple[str, VerifiedFile] | None = None
+
+    def mixed(self, part: memoryview, at: int, chunk: Chunk, target: _Target) -> memoryview:
+        """Return the weights to evaluate for ``part``, which begins at byte ``at`` of the chunk's file."""
+        name = target.tensor.name
+        if name not in self._chunks:
+            return part
+        other = self._chunks[name].get((tuple(chunk.offsets), tuple(chunk.sizes)))
+        if other is None or target.source_dtype != "F32" or not self._is_fp32[name]:
+            raise MismatchError(
+                f"{self._view.path} cannot be exported: {name} and its z are not stored alike in fp32, so "
+                f"the evaluation weights of {self._weights.optimizer} cannot be computed"
+            )
+        begin = other.begin + at - chunk.begin
+        z = self._file(other.file).view(begin, begin + part.nbytes)
+        y, z_values = np.frombuffer(part, dtype="<f4"), np.frombuffer(z, dtype="<f4")
+        return evaluation_weights.evaluation_weights(y, z_values, self._weights.factors[name]).data.cast("B")
+
+    def _file(self, name: str) -> VerifiedFile:
+        """Return the open file ``name``. One is kept open: pieces of a rank are in the same file."""
+        if self._open is None or self._open[0] != name:
+            self.close()
+            self._open = (name, _open(self._view, name))
+        return self._open[1]
+
+    def close(self) -> None:
+        """Close the file that is open."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
 
 
 def _pieces(source: VerifiedFile, chunk: Chunk) -> Iterator[memoryview]:

@@ -1,0 +1,5 @@
+"""AdamW (arXiv:1711.05101)."""
+
+import torch
+
+PLUGIN = torch.optim.AdamW
