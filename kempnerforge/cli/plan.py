@@ -18,6 +18,7 @@ from kempnerforge.errors import EXIT_BAD_CONFIG, ConfigError
 from kempnerforge.plan.layout_suggestions import Nearest, nearest_layouts
 from kempnerforge.plan.memory import RESERVED_SHARE
 from kempnerforge.plan.optimizer_state import BUILT_IN, OptimizerState
+from kempnerforge.plan.own_model import plan_own_model
 from kempnerforge.plan.report import PipelineRank, Plan, make_plan
 
 app = typer.Typer(add_completion=False)
@@ -55,12 +56,38 @@ def plan(
     except ConfigError as error:
         _refuse(error, nearest_layouts(file, overrides, world_size), world_size, as_json=as_json)
         raise typer.Exit(EXIT_BAD_CONFIG) from None
+    if not job.model.is_llama:
+        _plan_own_model(job, file, world_size, ranks_per_node, memory_gb, as_json=as_json)
+        return
     result = make_plan(job, world_size, ranks_per_node=ranks_per_node, probed=_probed(job))
     if as_json:
         print_json(result.to_json(memory_gb))
     else:
         _print(result, file, memory_gb)
     if memory_gb is not None and not result.fits(memory_gb):
+        raise typer.Exit(1)
+
+
+def _plan_own_model(
+    job: JobConfig, file: str, world_size: int, ranks_per_node: int, memory_gb: float | None, *, as_json: bool
+) -> None:
+    from kempnerforge.cli.plan_own_model import print_plan
+    from kempnerforge.train.own_model import plan_parameters  # imports torch
+
+    stages, activation_bytes = plan_parameters(job)
+    result = plan_own_model(
+        job,
+        job.geometry(world_size),
+        stages,
+        activation_bytes=activation_bytes,
+        ranks_per_node=ranks_per_node,
+        probed=_probed(job),
+    )
+    if as_json:
+        print_json(result.to_json())
+    else:
+        print_plan(result, file, memory_gb)
+    if memory_gb is not None and result.device_bytes > (1 - RESERVED_SHARE) * memory_gb * 1e9:
         raise typer.Exit(1)
 
 

@@ -48,6 +48,13 @@ def checkpoint_size(
     """
     stages = make_stages(job.model, job.distributed)
     parameters = [parameter for stage in stages for parameter in stage_parameters(job.model, stage)]
+    return size_of(parameters, job, geometry, probed)
+
+
+def size_of(
+    parameters: Sequence[Parameter], job: JobConfig, geometry: ParallelDims, probed: OptimizerState | None
+) -> CheckpointSize:
+    """Return the size of a step with ``parameters``, those of the whole model."""
     ranks = geometry.world_size
     tensors = [
         (parameter, prefix, tensor)
@@ -79,6 +86,13 @@ def staged_bytes(
     """
     stages = stages_of(make_stages(job.model, job.distributed), pp_rank, geometry.pp)
     parameters = [parameter for stage in stages for parameter in stage_parameters(job.model, stage)]
+    return staged_bytes_of(parameters, job, geometry, probed)
+
+
+def staged_bytes_of(
+    parameters: Sequence[Parameter], job: JobConfig, geometry: ParallelDims, probed: OptimizerState | None
+) -> int:
+    """Return what ``staged_bytes`` does, for a rank with a share of ``parameters``."""
     share, largest = 0.0, 0
     for parameter in parameters:
         for _, tensor in _tensors(job, parameter, probed):

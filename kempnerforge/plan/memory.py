@@ -77,7 +77,7 @@ def device_memory(
     return DeviceMemory(
         weights=state,
         gradients=round(peak.gradients),
-        optimizer=_optimizer_bytes(job, geometry, everything, probed),
+        optimizer=optimizer_bytes(job, geometry, everything, probed),
         gathered=round(peak.gathered),
         activations=round(peak.activations),
         buffers=_buffers(job, geometry, stages),
@@ -86,9 +86,10 @@ def device_memory(
     )
 
 
-def _optimizer_bytes(
+def optimizer_bytes(
     job: JobConfig, geometry: ParallelDims, parameters: Sequence[Parameter], probed: OptimizerState | None
 ) -> int:
+    """Return the bytes of the state tensors of a rank with its shards of ``parameters``, without scalars."""
     return sum(
         tensor.size_bytes(local_shape(parameter, geometry))
         for parameter in parameters

@@ -127,7 +127,7 @@ def state_of(job: JobConfig, parameter: Parameter, probed: OptimizerState | None
         state = probed or unknown("it is not one of KempnerForge's own")
     if len(parameter.shape) < 2:
         return state.vectors
-    is_hidden = parameter.name.startswith("layers.")
+    is_hidden = parameter.is_hidden
     if group is not None and group.hidden is not None:
         is_hidden = group.hidden
     return state.hidden if is_hidden else state.matrices

@@ -20,6 +20,8 @@ class Parameter:
     shape: tuple[int, ...]
     tp_dim: int | None
     """The dimension that tensor parallelism shards; None for the norms, which every tp rank replicates."""
+    is_hidden: bool = False
+    """Whether it is a hidden matrix, see ``train.optimizer.hidden_matrices``."""
 
     @property
     def numel(self) -> int:
@@ -30,7 +32,7 @@ class Parameter:
 def layer_parameters(model: ModelConfig, number: int) -> list[Parameter]:
     """Return the parameters of decoder layer ``number``, sharded by heads and by feed-forward width."""
     return [
-        Parameter(f"layers.{number}.{name}", shape, _tp_dim(name, shape))
+        Parameter(f"layers.{number}.{name}", shape, _tp_dim(name, shape), is_hidden=len(shape) > 1)
         for name, shape in model.layer_shapes.items()
     ]
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatch
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.errors import ConfigError, ConfigIssue
 from kempnerforge.model.build import BuiltModel, build_meta, repeated_blocks
+from kempnerforge.plan.tensors import Parameter
 from kempnerforge.train.model_setup import make_stage_modules
-from kempnerforge.train.optimizer import parameter_groups
+from kempnerforge.train.optimizer import hidden_matrices, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class OwnModel:
 
 OPTIONAL_METHODS = (
     *("loss", "fsdp_units", "tp_plan", "after_tensor_parallel", "pipeline_stages", "stage_output_shape"),
-    *("flops_per_token", "init_weights"),
+    *("flops_per_token", "activation_bytes", "init_weights"),
 )
 
 
@@ -60,6 +63,47 @@ def check_own_model(job: JobConfig) -> OwnModel:
         raise ConfigError(issues)
     methods = tuple(name for name in OPTIONAL_METHODS if _has(module, name))
     return OwnModel(built.num_parameters, len(repeated_blocks(module)), methods)
+
+
+def plan_parameters(job: JobConfig) -> tuple[list[list[Parameter]], int | None]:
+    """Return the parameters of each pipeline stage, and what a micro-batch keeps for its backward pass.
+
+    The second is what ``activation_bytes(batch_size, seq_len)`` of the model returns; None without it.
+    Raises ConfigError as ``check_own_model`` does.
+    """
+    check_own_model(job)
+    built = build_meta(job.model, seed=job.train.seed)
+    module = built.module
+    stages = make_stage_modules(job, built) if job.distributed.pp > 1 else [module]
+    hidden = hidden_matrices([module])
+    parameters = [
+        [
+            Parameter(name, tuple(param.shape), _tp_dim(stage, name, tp=job.distributed.tp), name in hidden)
+            for name, param in stage.named_parameters()
+        ]
+        for stage in stages
+    ]
+    if not _has(module, "activation_bytes"):
+        return parameters, None
+    micro = job.distributed.pp_microbatch_size or 1 if job.distributed.pp > 1 else job.train.batch_size
+    return parameters, int(cast("Any", module).activation_bytes(micro, job.train.seq_len))
+
+
+def _tp_dim(module: nn.Module, name: str, *, tp: int) -> int | None:
+    """Return the dimension in which ``tp_plan`` shards a parameter; None if every tp rank has it whole."""
+    if tp == 1:
+        return None
+    owner, _, leaf = name.rpartition(".")
+    for pattern, style in cast("Any", module).tp_plan().items():
+        parts, tokens = pattern.split("."), owner.split(".")
+        if len(parts) != len(tokens) or not all(map(fnmatch, tokens, parts)):
+            continue
+        is_embedding = isinstance(module.get_submodule(owner), nn.Embedding)
+        if isinstance(style, ColwiseParallel):
+            return 1 if is_embedding else 0
+        if isinstance(style, RowwiseParallel):
+            return 0 if is_embedding else (1 if leaf == "weight" else None)
+    return None
 
 
 def _has(module: nn.Module, name: str) -> bool:
