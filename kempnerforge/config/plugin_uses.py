@@ -55,6 +55,11 @@ def plugin_uses(job: JobConfig) -> Iterator[PluginUse]:
 def _named(job: JobConfig) -> Iterator[PluginUse]:
     yield PluginUse("model", "model.name", job.model.name, job.model.args, "model.args")
     yield PluginUse("loss", "train.loss", job.train.loss, job.train.loss_args, "train.loss_args", 2)
+    data = job.data
+    if data.dataset is not None:
+        yield PluginUse("dataset", "data.dataset", data.dataset, data.args, "data.args")
+    if data.val is not None:
+        yield PluginUse("dataset", "data.val.dataset", data.val.dataset, data.val.args, "data.val.args")
     yield from sink_uses(job)
     yield from hook_uses(job)
 

@@ -70,13 +70,14 @@ def train(run: Run) -> str | None:
                 lr = lr_at(state.step, job.scheduler, base_lr=job.optimizer.lr, max_steps=job.train.max_steps)
                 with spans.span("optimizer"):
                     update = step.update(lr)
-                state.advance(tokens=batch.num_tokens, cursor=cursor, skipped=update.skipped)
+                num_tokens = batch.num_tokens if update.num_items is None else update.num_items
+                state.advance(tokens=num_tokens, cursor=cursor, skipped=update.skipped)
             ckpt.record_metrics(state.step, {"train/loss": update.loss})
             if message := replay_check.compare(state.step, update.loss):
                 log.info(message)
             timings = spans.collect()
             run.recorder.stepped(state.step, state.skipped_steps, timings)
-            row = _row(run, update, lr, batch.num_tokens, batch.digest, timings)
+            row = _row(run, update, lr, num_tokens, batch.digest, timings)
             reports.write(row)
             run.control.hooks.step_end(state.step, row)
             _check_skipped_steps(run)

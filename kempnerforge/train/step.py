@@ -51,15 +51,17 @@ class UpdateResult:
     """Whether loss or gradients were not finite, so that weights and optimizer state did not change."""
     z_loss: float = 0.0
     """Mean z-loss of the global batch, 0 if it is off."""
+    num_items: int | None = None
+    """Items of the global batch that ``loss(batch)`` of the model counted; None for tokens."""
 
 
 class TrainStep(Protocol):
     """The interface of a training step, for any distribution of the model over the ranks."""
 
-    def forward_backward(self, batch: Batch) -> Tensor:
+    def forward_backward(self, batch: Any) -> Tensor:
         """Compute the gradients of ``batch``. Return the mean loss of the global batch, fp32 [].
 
-        The loss is on the device.
+        The loss is on the device. ``batch`` is a ``Batch``, or what ``LossStep`` takes.
         """
         ...
 
@@ -67,7 +69,7 @@ class TrainStep(Protocol):
         """Apply the gradients with learning rate ``lr``, or skip the step. Drop the gradients."""
         ...
 
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Any]) -> float:
         """Return the mean loss over all tokens of ``batches``, on all ranks."""
         ...
 
