@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from support.ranks import RanksFailed, run_ranks
 from support.tiny_model import CPU, FakeBatch, train_config, whole
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model.sharding import local_box
 from kempnerforge.parallel.shard import materialize, parallelize
 from kempnerforge.train.loss_step import LossStep
-from kempnerforge.train.step import UpdateResult, local_tensors
+from kempnerforge.train.step import UpdateResult
 
 GLOBAL_BATCH, STEPS, WIDTH = 8, 3, 6
 
@@ -54,7 +55,7 @@ class Regression(nn.Module):
             x = block(x)
         return self.head(x).squeeze(-1).float()
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | int]:
         errors = (self(batch) - batch["y"]) ** 2
         return (errors * batch["mask"]).sum(), batch["mask"].sum()
 
@@ -100,7 +101,7 @@ def sharded(
         box = local_box(param)
         own = tuple(slice(start, start + length) for start, length in zip(box.start, box.shape, strict=True))
         with torch.no_grad():
-            local_tensors([param])[0].copy_(values[name][own])
+            (param.to_local() if isinstance(param, DTensor) else param).copy_(values[name][own])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     world = dist.group.WORLD
     assert world is not None
