@@ -32,7 +32,9 @@ class CausalLM(nn.Module):
 
     def fsdp_units(self) -> list[nn.Module]:
         """Return the decoder layers: transformers names the classes that no device map may split."""
-        return [module for module in self.modules() if type(module).__name__ in self._no_split_modules]
+        units = [module for module in self.modules() if type(module).__name__ in self._no_split_modules]
+        within = {inner for unit in units for inner in unit.modules() if inner is not unit}
+        return [unit for unit in units if unit not in within]
 
     def flops_per_token(self, seq_len: int) -> float | None:
         """Return 6N + 12LHQT (PaLM, appendix B), or None for a mixture of experts, which uses a part of N."""
