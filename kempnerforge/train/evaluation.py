@@ -41,6 +41,8 @@ class Evaluation:
     """Mean over all tokens, computed as the ``eval/loss`` of training."""
     tokens: int
     """Number of predicted tokens on all ranks, or of the items that ``loss(batch)`` counted."""
+    unit: str
+    """What ``tokens`` counts: ``tokens`` or ``items``."""
     geometry: ParallelDims
     num_ranks: int
     device: str
@@ -169,6 +171,7 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
         step=candidate.step,
         loss=loss,
         tokens=tokens,
+        unit="items" if isinstance(step, LossStep) else "tokens",
         geometry=geometry,
         num_ranks=world.num_ranks,
         device=world.device.type,

@@ -51,7 +51,6 @@ def test_export_own_names_from_any_cut(ckpt: Ckpt, tmp_path: Path, dims: tuple[i
 def test_export_own_names_casts_floats_only(ckpt: Ckpt, tmp_path: Path) -> None:
     step = write_step(tmp_path, 7, state=STATE, config=OWN)
     out = tmp_path / "out"
-    assert ckpt("export", step, "--out", out, "--dtype", "bf16", "--max-shard-size", "300B").status != 0
     assert ckpt("export", step, "--out", out, "--dtype", "bf16", "--max-shard-size", "300").status == 0
     where = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(where.values())) > 1
