@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import torch
 
 from kempnerforge.config.schema import JobConfig
-from kempnerforge.data.map_dataset import TRAIN_KEY, VAL_KEY, MapDataset, UserDataset
+from kempnerforge.data.map_dataset import TRAIN_KEY, VAL_KEY, MapDataset, MapSamples, UserDataset
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import DataError, KempnerForgeError, PluginError
 from kempnerforge.train.termination.signals import StopSignals
@@ -78,15 +79,27 @@ def _require_samples(*datasets: UserDataset | None) -> None:
 
 
 def _read_first(job: JobConfig, dataset: MapDataset) -> None:
-    """Read the first samples, so that a wrong shape is a DataError before anything is trained."""
+    """Read the first samples twice. A wrong shape is a DataError before anything is trained."""
     for split in ("train", "val") if job.eval.interval else ("train",):
         samples, first = dataset.split(split, job.train.seq_len), np.array([0])
         try:
-            samples.read(first) if dataset.has_tokens else samples.read_fields(first)
+            reads = [_as_bytes(samples, first) for _ in range(2)]
         except PluginError as error:
             if error.__cause__ is not None:  # raised by the user's code
                 raise
             raise DataError(str(error)) from None
+        if reads[0] != reads[1]:
+            log.warning(
+                f'"{samples.dataset.name}": two reads of sample {samples.indices(first)[0]} differ, so a '
+                "resumed run will not be bitwise equal. Derive random numbers from the index"
+            )
+
+
+def _as_bytes(samples: MapSamples, ids: np.ndarray) -> list[bytes]:
+    """Return the values of samples ``ids`` as bytes, so that NaN equals NaN."""
+    if samples.has_tokens:
+        return [samples.read(ids).tobytes()]
+    return [value.view(torch.uint8).numpy().tobytes() for value in samples.read_fields(ids).values()]
 
 
 def _sizes(dataset: MapDataset) -> list[int]:

@@ -95,7 +95,8 @@ def build_model(
         pp=geometry.pp,
     )
     whole = build_meta(job.model, seed=job.train.seed)
-    check_loss(job, whole.module, has_tokens=has_tokens)
+    if issues := loss_issues(job, whole.module, has_tokens=has_tokens):
+        raise ConfigError(issues)
     names = [name for name, _ in whole.module.named_parameters()]
     groups = {name: list(params) for name, params in parameter_groups([whole.module]).items()}
     loss.check_model(whole.module)
@@ -116,17 +117,19 @@ def build_model(
     return ParallelModel(parts, groups, pipeline, device, whole.num_parameters, loss)
 
 
-def check_loss(job: JobConfig, module: nn.Module, *, has_tokens: bool) -> None:
-    """Raise ConfigError unless the data and the layout suit the way in which the model computes its loss."""
+def loss_issues(job: JobConfig, module: nn.Module, *, has_tokens: bool = True) -> list[ConfigIssue]:
+    """Return why data or layout do not suit the way in which the model computes its loss."""
     name = job.model.name
     if not computes_loss(module):
-        if not has_tokens:
-            problem = f"samples of {job.data.dataset} are dicts, and {name} has no loss(batch)"
-            hint = "give the model a method loss(batch), or return token ids"
-            raise ConfigError([ConfigIssue("data.dataset", problem, hint)])
-    elif job.distributed.pp > 1:
+        if has_tokens:
+            return []
+        problem = f"samples of {job.data.dataset} are dicts, and {name} has no loss(batch)"
+        hint = "give the model a method loss(batch), or return token ids"
+        return [ConfigIssue("data.dataset", problem, hint)]
+    if job.distributed.pp > 1:
         problem = f"{job.distributed.pp} needs a model from tokens to logits, and {name} has a loss(batch)"
-        raise ConfigError([ConfigIssue("distributed.pp", problem, "set pp = 1")])
+        return [ConfigIssue("distributed.pp", problem, "set pp = 1")]
+    return []
 
 
 def _pipeline(

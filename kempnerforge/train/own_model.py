@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.errors import ConfigError, ConfigIssue
-from kempnerforge.model.build import BuiltModel, build_meta, repeated_blocks
-from kempnerforge.train.model_setup import make_stage_modules
+from kempnerforge.model.build import BuiltModel, build_meta, computes_loss, repeated_blocks
+from kempnerforge.train.model_setup import loss_issues, make_stage_modules
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ def check_own_model(job: JobConfig) -> OwnModel:
     """
     built = build_meta(job.model, seed=job.train.seed)
     module = built.module
-    issues: list[ConfigIssue] = []
+    issues = loss_issues(job, module)
     if job.distributed.tp > 1 and not _has(module, "tp_plan"):
         problem = f"{job.distributed.tp} needs a plan, and {job.model.name} has no tp_plan()"
         issues.append(ConfigIssue("distributed.tp", problem, "set tp = 1, or give the model a plan"))
-    if job.distributed.pp > 1:
+    if job.distributed.pp > 1 and not issues:
         try:
             make_stage_modules(job, built)
         except ConfigError as error:
@@ -65,7 +65,7 @@ def _output_issue(job: JobConfig, built: BuiltModel) -> ConfigIssue | None:
 
     A model that needs the values of its inputs cannot be tried there. Its first step finds it out.
     """
-    if _has(built.module, "loss"):
+    if computes_loss(built.module):
         return None
     name, seq_len = job.model.name, job.train.seq_len
     if type(built.module).forward is nn.Module.forward:

@@ -303,9 +303,7 @@ def _build_state(
     )
 
 
-def open_data(
-    job: JobConfig, world: DistributedContext, signals: StopSignals
-) -> TokenDataset | MapDataset:
+def open_data(job: JobConfig, world: DistributedContext, signals: StopSignals) -> TokenDataset | MapDataset:
     """Prepare and check the data on rank 0 while the other ranks wait, then open them on every rank.
 
     Collective: all ranks. Raises DataError on all ranks, and for a dataset of the user's also

@@ -45,6 +45,8 @@ class Squares:
             "mixed": {"x": 1} if i == 0 else [1, 2, 3, 4, 5],
             "negative": [i, i, i, i, -1],
             "bf16": {"x": torch.full((2,), i, dtype=torch.bfloat16)},
+            "random": {"x": torch.rand(2)},
+            "nan": {"x": float("nan")},
         }[self.kind]
 
 class Failing(Squares):
@@ -235,6 +237,18 @@ def test_dataset_that_cannot_be_built_is_refused() -> None:
         opened({"dataset": "outside_data:Squares", "args": {"count": 0}})
     with pytest.raises(DataError, match="none is left for the train split"):
         dataset("dict", 2, val_fraction=0.999).split("train", 4)
+
+
+def test_sample_that_is_random_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    tree = {"dataset": "outside_data:Squares", "val_fraction": 0.0}
+    for kind in ("nan", "bf16", "array"):
+        opened({**tree, "args": {"count": 3, "kind": kind}})
+    assert not caplog.messages
+    opened({**tree, "args": {"count": 3, "kind": "random"}})
+    assert caplog.messages == [
+        '"outside_data:Squares": two reads of sample 0 differ, so a resumed run will not be bitwise equal. '
+        "Derive random numbers from the index"
+    ]
 
 
 def test_own_validation_dataset_leaves_all_samples_to_training(caplog: pytest.LogCaptureFixture) -> None:
