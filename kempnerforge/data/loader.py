@@ -75,6 +75,9 @@ class FieldsBatch:
     """There are none: the model counts items."""
 
 
+AnyBatch = Batch | FieldsBatch
+
+
 @dataclass(frozen=True)
 class BatchShape:
     """How a global batch is distributed over the data-parallel ranks.
@@ -96,7 +99,7 @@ class BatchShape:
         if not 0 <= self.dp_rank < self.dp_size:
             raise ValueError(f"dp_rank {self.dp_rank} is not below dp_size {self.dp_size}")
 
-    def read(self, samples: Samples | MapSamples, ids: np.ndarray) -> Batch | FieldsBatch:
+    def read(self, samples: Samples | MapSamples, ids: np.ndarray) -> AnyBatch:
         """Read this rank's part of the global batch ``ids`` [global_batch_size]."""
         own_ids = ids.reshape(-1, self.dp_size, self.batch_size)[:, self.dp_rank]
         if isinstance(samples, MapSamples) and not samples.has_tokens:
@@ -147,7 +150,7 @@ class BatchLoader:
     def __iter__(self) -> BatchLoader:
         return self
 
-    def __next__(self) -> tuple[Batch | FieldsBatch, Cursor]:
+    def __next__(self) -> tuple[AnyBatch, Cursor]:
         if self._closed:
             raise RuntimeError("the batch loader is closed")
         return self._prefetcher.next() if self._prefetcher else self._source.next()
@@ -183,7 +186,7 @@ class _Source:
         self._shape = shape
         self._cursor = cursor
 
-    def next(self) -> tuple[Batch | FieldsBatch, Cursor]:
+    def next(self) -> tuple[AnyBatch, Cursor]:
         size = self._shape.global_batch_size
         after = Cursor(self._cursor.samples + size)
         ids = batch_ids(
@@ -199,15 +202,13 @@ class _Prefetcher:
 
     def __init__(self, source: _Source, num_batches: int) -> None:
         self._source = source
-        self._queue: queue.Queue[tuple[Batch | FieldsBatch, Cursor] | Exception] = queue.Queue(
-            maxsize=num_batches
-        )
+        self._queue: queue.Queue[tuple[AnyBatch, Cursor] | Exception] = queue.Queue(maxsize=num_batches)
         self._closing = threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._fill, name="kempnerforge-data", daemon=True)
         self._thread.start()
 
-    def next(self) -> tuple[Batch | FieldsBatch, Cursor]:
+    def next(self) -> tuple[AnyBatch, Cursor]:
         if self._failure is None:
             item = self._queue.get()
             if not isinstance(item, Exception):
@@ -241,7 +242,7 @@ def eval_batches(
     batch_size: int,
     dp_rank: int = 0,
     dp_size: int = 1,
-) -> Iterator[Batch | FieldsBatch]:
+) -> Iterator[AnyBatch]:
     """Yield the first ``num_batches * global_batch_size`` samples in order, the same at every evaluation.
 
     A smaller split is repeated from its first sample. Each rank gets its part of every batch. The

@@ -130,7 +130,8 @@ def test_example_hf_model_resumes_and_loads_in_transformers(
     ended = launcher.run(run, command=["ckpt", "export", str(run.step_folder(6)), "--out", str(out)])
     assert ended.statuses == [0], ended.output
     AutoConfig.for_model(model_type, **HF_SIZES).save_pretrained(out)
-    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     # The loss of the exported weights, on the text that they were trained on, is the one of training.
