@@ -41,8 +41,6 @@ class Evaluation:
     """Mean over all tokens, computed as the ``eval/loss`` of training."""
     tokens: int
     """Number of predicted tokens on all ranks, or of the items that ``loss(batch)`` counted."""
-    unit: str
-    """What ``tokens`` counts: ``tokens`` or ``items``."""
     geometry: ParallelDims
     num_ranks: int
     device: str
@@ -50,6 +48,8 @@ class Evaluation:
     """Differences between these data and the data that the step was trained on."""
     wall_s: float
     """Time from opening the data to the loss, including the load of the step."""
+    unit: str = "tokens"
+    """What ``tokens`` counts: ``tokens`` or ``items``."""
 
 
 QUERY_STOP_INTERVAL_S = 1.0
@@ -171,12 +171,12 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
         step=candidate.step,
         loss=loss,
         tokens=tokens,
-        unit="items" if isinstance(step, LossStep) else "tokens",
         geometry=geometry,
         num_ranks=world.num_ranks,
         device=world.device.type,
         data_changes=data_changes,
         wall_s=time.perf_counter() - started,
+        unit="items" if isinstance(step, LossStep) else "tokens",
     )
 
 
