@@ -126,10 +126,16 @@ def loss_issues(job: JobConfig, module: nn.Module, *, has_tokens: bool = True) -
         problem = f"samples of {job.data.dataset} are dicts, and {name} has no loss(batch)"
         hint = "give the model a method loss(batch), or return token ids"
         return [ConfigIssue("data.dataset", problem, hint)]
+    issues = [
+        ConfigIssue(f"train.{key}", f"{name} has a loss(batch), which is used instead", "leave it out")
+        for key, field in type(job.train).model_fields.items()
+        if key in ("loss", "loss_args", "z_loss")
+        and getattr(job.train, key) != field.get_default(call_default_factory=True)
+    ]
     if job.distributed.pp > 1:
         problem = f"{job.distributed.pp} needs a model from tokens to logits, and {name} has a loss(batch)"
-        return [ConfigIssue("distributed.pp", problem, "set pp = 1")]
-    return []
+        issues.append(ConfigIssue("distributed.pp", problem, "set pp = 1"))
+    return issues
 
 
 def _pipeline(
