@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from kempnerforge.config.job import JobConfig, validate_tree
 from kempnerforge.config.plugin_uses import plugin_issues
@@ -19,11 +20,13 @@ from kempnerforge.data.map_dataset import MapDataset, UserDataset, held_out_indi
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import ConfigError, DataError, PluginError
 from kempnerforge.train.map_data import open_map_dataset
+from kempnerforge.train.model_setup import loss_issues
 from kempnerforge.train.termination.signals import StopSignals
 
 SOURCE = """
 import numpy as np
 import torch
+from torch import nn
 
 class Squares:
     def __init__(self, count, kind="dict"):
@@ -301,3 +304,35 @@ def test_config_of_dataset_is_checked(tmp_path: Path) -> None:
         assert [fault.key for fault in faults] == [key]
     (tmp_path / "own.toml").write_text(job({**args, "val": {"dataset": "a:b"}}).to_toml())
     assert load_job(tmp_path / "own.toml").job.data == job({**args, "val": {"dataset": "a:b"}}).data
+
+
+class OwnLoss(nn.Module):
+    def loss(self, batch: Any) -> Any:
+        return batch
+
+
+class LossAsAttribute(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss()
+
+
+def test_layout_and_data_must_suit_the_models_loss() -> None:
+    piped, faults = validate_tree(
+        {
+            "data": {"text": "x"},
+            "model": {"name": "a:B"},
+            "distributed": {"pp": 2},
+            "train": {"batch_size": 2},
+        }
+    )
+    assert piped is not None, faults
+    [issue] = loss_issues(piped, OwnLoss())
+    assert str(issue) == (
+        "distributed.pp: 2 needs a model from tokens to logits, and a:B has a loss(batch); set pp = 1"
+    )
+    assert loss_issues(piped, LossAsAttribute()) == []
+    dicts = job({"dataset": "a:D"})
+    [issue] = loss_issues(dicts, LossAsAttribute(), has_tokens=False)
+    assert issue.problem == "samples of a:D are dicts, and llama has no loss(batch)"
+    assert loss_issues(dicts, OwnLoss(), has_tokens=False) == []
