@@ -128,9 +128,8 @@ def loss_issues(job: JobConfig, module: nn.Module, *, has_tokens: bool = True) -
         return [ConfigIssue("data.dataset", problem, hint)]
     issues = [
         ConfigIssue(f"train.{key}", f"{name} has a loss(batch), which is used instead", "leave it out")
-        for key, field in type(job.train).model_fields.items()
-        if key in ("loss", "loss_args", "z_loss")
-        and getattr(job.train, key) != field.get_default(call_default_factory=True)
+        for key in ("loss", "loss_args", "z_loss")
+        if getattr(job.train, key) != getattr(TrainConfig(), key)
     ]
     if job.distributed.pp > 1:
         problem = f"{job.distributed.pp} needs a model from tokens to logits, and {name} has a loss(batch)"

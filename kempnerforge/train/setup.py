@@ -191,15 +191,8 @@ def _assemble(
     dataset = open_data(job, world, stopping.signals)
     stopping.raise_if_stop_requested(world.control)
     recorder.end_phase("data")
-    model = build_model(
-        job,
-        geometry,
-        rank=world.rank,
-        device=world.device,
-        init_weights=init_weights,
-        control=world.control,
-        has_tokens=dataset.has_tokens,
-    )
+    options: dict[str, Any] = {"rank": world.rank, "device": world.device, "control": world.control}
+    model = build_model(job, geometry, init_weights=init_weights, has_tokens=dataset.has_tokens, **options)
     optimizer = build_optimizer(model.parts, job.optimizer, world.device)
     state = _build_state(job, world, geometry, model, optimizer, dataset)
     recorder.end_phase("model")

@@ -54,6 +54,10 @@ class UpdateResult:
     num_items: int | None = None
     """Items of the global batch that ``loss(batch)`` of the model counted; None for tokens."""
 
+    def count(self, batch: Any) -> int:
+        """Return the tokens of the global batch, or the items of the model's own loss."""
+        return batch.num_tokens if self.num_items is None else self.num_items
+
 
 class TrainStep(Protocol):
     """The interface of a training step, for any distribution of the model over the ranks."""

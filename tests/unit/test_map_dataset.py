@@ -332,6 +332,9 @@ def test_layout_and_data_must_suit_the_models_loss() -> None:
         "distributed.pp: 2 needs a model from tokens to logits, and a:B has a loss(batch); set pp = 1"
     )
     assert loss_issues(piped, LossAsAttribute()) == []
+    others = job({"text": "x"}, loss="chunked_cross_entropy", z_loss=1e-4)
+    issues = loss_issues(others, OwnLoss())
+    assert [issue.key for issue in issues] == ["train.loss", "train.z_loss"]
     dicts = job({"dataset": "a:D"})
     [issue] = loss_issues(dicts, LossAsAttribute(), has_tokens=False)
     assert issue.problem == "samples of a:D are dicts, and llama has no loss(batch)"
