@@ -11,6 +11,7 @@
     ├── UploadError                   1  metrics could not be uploaded to wandb
     ├── NonFiniteError                1  too many non-finite steps in a row
     ├── HookError                     1  a hook of the user's raised an exception
+    ├── PluginError                   1  a dataset or a model of the user's raised an error or is unusable
     └── CheckpointError               1
         ├── StepNotFoundError         2  a step or path given by name does not exist
         ├── DamagedCheckpointError    1  wrong structure or digest, confirmed by a second read
@@ -148,6 +149,10 @@ class NonFiniteError(KempnerForgeError):
 
 class HookError(KempnerForgeError):
     """A hook raised an exception. A save that was due is committed."""
+
+
+class PluginError(KempnerForgeError):
+    """A dataset of the user's raised an error, or it or ``loss(batch)`` returned something unusable."""
 
 
 class CheckpointError(KempnerForgeError):

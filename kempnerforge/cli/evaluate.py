@@ -87,7 +87,7 @@ def _print(step_folder: Path, num_batches: int, result: Evaluation, *, as_json: 
         typer.echo(f"data: {change}", err=True)
     dims = result.geometry
     typer.echo(
-        f"step {result.step}: eval/loss {result.loss!r} over {result.tokens:,} tokens "
+        f"step {result.step}: eval/loss {result.loss!r} over {result.tokens:,} {result.unit} "
         f"({num_batches} batches of {dims.global_batch_size} sequences), "
         f"on {result.num_ranks} x {result.device} (dp_replicate {dims.dp_replicate} x dp_shard "
         f"{dims.dp_shard} x tp {dims.tp} x pp {dims.pp}), {result.wall_s:.1f} s"

@@ -15,7 +15,7 @@ from kempnerforge.checkpoint.format import hf_format
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.tools import hf_export as exporting
-from kempnerforge.checkpoint.tools import hf_import
+from kempnerforge.checkpoint.tools import hf_import, safetensors_export
 from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_paths import AsJson, StepPath, find_step
 from kempnerforge.cli.step_tokenizer import find_tokens
@@ -39,6 +39,7 @@ class Format(str, Enum):  # noqa: UP042 - typer shows the values
     """Formats that can be exported."""
 
     hf = "hf"
+    safetensors = "safetensors"
 
 
 class Dtype(str, Enum):  # noqa: UP042
@@ -66,8 +67,13 @@ def export(
     step_dir: StepPath,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to create. It must not exist.")],
     format: Annotated[
-        Format, typer.Option(help="hf: the format of transformers' from_pretrained.")
-    ] = Format.hf,
+        Format | None,
+        typer.Option(
+            help="hf: what transformers' from_pretrained reads, for KempnerForge's own model. "
+            "safetensors: the names of the model itself. Default: hf if it is possible.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None,
         typer.Option(
@@ -88,11 +94,17 @@ def export(
     source = find_step(step_dir)
     with read_locks.lock_for_reading(source, what="export"):
         view = StepView.open(source)
-        done, notes = _export_hf(view, out, dtype, max_shard_bytes, tokenizer)
+        own_names = format is Format.safetensors or (format is None and _is_own_model(view))
+        notes: list[str] = []
+        if own_names:
+            done = _export_own_names(view, out, dtype, max_shard_bytes, tokenizer)
+        else:
+            done, notes = _export_hf(view, out, dtype, max_shard_bytes, tokenizer)
     for note in notes:
         typer.echo(note, err=True)
     if as_json:
-        text.print_json({**vars(done), "path": str(done.path), "format": format.value})
+        used = Format.safetensors if own_names else Format.hf
+        text.print_json({**vars(done), "path": str(done.path), "format": used.value})
         return
     if done.training_weights_of:
         typer.echo(
@@ -102,11 +114,32 @@ def export(
         )
     if done.evaluation_weights_of:
         typer.echo(f"these are the evaluation weights of {done.evaluation_weights_of}")
+    load = f"transformers.AutoModelForCausalLM.from_pretrained({str(done.path)!r})"
+    if own_names:
+        load = f"safetensors.torch.load_file(FILE), for each file of {done.path}"
     typer.echo(
         f"{done.path}: {done.num_parameters:,} parameters as {done.dtype}, {text.size(done.size_bytes)} in "
-        f"{len(done.files)} files\n"
-        f"To load it: transformers.AutoModelForCausalLM.from_pretrained({str(done.path)!r})"
+        f"{len(done.files)} files\nTo load it: {load}"
     )
+
+
+def _is_own_model(view: StepView) -> bool:
+    """Return whether the step has a model of the user's, which has no names in Hugging Face's Llama."""
+    from kempnerforge.config.model import LLAMA
+
+    return view.config().get("model", {}).get("name", LLAMA) != LLAMA
+
+
+def _export_own_names(
+    view: StepView, out: Path, dtype: Dtype | None, max_shard_bytes: int, tokenizer: Path | None
+) -> exporting.Exported:
+    if tokenizer is not None:
+        raise typer.BadParameter("is for --format hf", param_hint="--tokenizer")
+    dtype = dtype or _export_dtype(view.config(), view.path)
+    with text.progress("exporting") as progress:
+        return safetensors_export.export(
+            view, out, dtype=dtype.safetensors, max_shard_bytes=max_shard_bytes, progress=progress
+        )
 
 
 def _export_hf(
@@ -209,7 +242,8 @@ def _model_of(config: Mapping[str, Any], path: Path) -> ModelConfig:
 
     if "model" not in config:
         raise MismatchError(
-            f"{path} cannot be exported: it has no config.toml with [model], so its shapes are unknown"
+            f"{path} cannot be exported: it has no config.toml with [model], so its shapes are unknown. "
+            "--format safetensors keeps the names of its tensors"
         )
     try:
         model = ModelConfig.model_validate(config["model"])
@@ -219,7 +253,7 @@ def _model_of(config: Mapping[str, Any], path: Path) -> ModelConfig:
         raise MismatchError(f"{path}: this version cannot read its config ({what})") from None
     if not model.is_llama:
         raise MismatchError(
-            f'{path} cannot be exported: its model is {model.name}, and transformers only has "llama"'
+            f"{path} cannot be exported as hf: its model is {model.name}. Use --format safetensors"
         )
     return model
 

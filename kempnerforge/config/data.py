@@ -8,11 +8,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kempnerforge.config.section import AtLeastZero, FractionBelowOne, NonEmpty, Section
+from kempnerforge.config.section import Arguments, AtLeastZero, FractionBelowOne, NonEmpty, Section
+
+
+class ValDataConfig(Section):
+    """A dataset of your own for validation, instead of a part of data.dataset."""
+
+    dataset: NonEmpty
+    """As data.dataset."""
+
+    args: Arguments = Field(default_factory=dict)
+    """Keyword arguments of the dataset."""
 
 
 class DataConfig(Section):
-    """What the model is trained on: text or dataset_path, not both."""
+    """What the model is trained on: text, dataset_path or dataset, one of them."""
 
     text: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | None = None
     """Text to tokenize at the first start: "python-stdlib" (the sources of Python's standard
@@ -21,16 +31,27 @@ class DataConfig(Section):
     dataset_path: NonEmpty | None = None
     """Prepared tokens: a folder written by `kempnerforge data prepare`, or .npy token shards."""
 
+    dataset: NonEmpty | None = None
+    """A dataset of your own, with __len__ and __getitem__: "package.module:attribute", or a name that an
+    installed package registers. See docs/guide/own-dataset.md."""
+
+    args: Arguments = Field(default_factory=dict)
+    """Keyword arguments of dataset."""
+
+    val: ValDataConfig | None = None
+    """A dataset of your own for validation. None means val_fraction of dataset."""
+
     tokenizer: NonEmpty = "bytes"
-    """Tokenizer for text: "bytes", or the path of a Hugging Face tokenizer.json. Not used with
-    dataset_path."""
+    """Tokenizer for text: "bytes", or the path of a Hugging Face tokenizer.json. Used with text
+    only."""
 
     cache_dir: NonEmpty | None = None
     """Folder for prepared text, shared by all nodes. None means $XDG_CACHE_HOME/kempnerforge or
     ~/.cache/kempnerforge."""
 
     val_fraction: FractionBelowOne = 0.01
-    """Fraction of the text to hold out for validation."""
+    """Fraction of the text, or of the samples of dataset, to hold out for validation. Not used with
+    val."""
 
     allow_changed: bool = False
     """Let a run continue although its data differ from the data it started with."""

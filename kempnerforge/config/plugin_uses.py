@@ -71,6 +71,11 @@ def _named(job: JobConfig) -> Iterator[PluginUse]:
         yield PluginUse(
             "scheduler", "scheduler.name", job.scheduler.name, args, "scheduler.args", 2, also=SCHEDULES
         )
+    data = job.data
+    if data.dataset is not None:
+        yield PluginUse("dataset", "data.dataset", data.dataset, data.args, "data.args")
+    if data.val is not None:
+        yield PluginUse("dataset", "data.val.dataset", data.val.dataset, data.val.args, "data.val.args")
     yield from sink_uses(job)
     yield from hook_uses(job)
 

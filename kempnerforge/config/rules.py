@@ -139,14 +139,21 @@ def loss_arguments_fit(train: TrainConfig) -> list[ConfigIssue]:
 
 
 def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
-    """Require exactly one of text and prepared tokens."""
-    if (data.text is None) != (data.dataset_path is None):
+    """Require exactly one of text, prepared tokens and a dataset of the user's, and no keys of the last
+    without it."""
+    given = [key for key in ("text", "dataset_path", "dataset") if getattr(data, key) is not None]
+    if not given:
+        problem = "none of text, dataset_path and dataset is set"
+        return [ConfigIssue("data.text", problem, 'try text = "python-stdlib"')]
+    if len(given) > 1:
+        problem = f"{' and '.join(given)} are set, and only one of them can be"
+        return [ConfigIssue(f"data.{given[0]}", problem, 'set the others to "none"')]
+    if data.dataset is not None:
         return []
-    if data.text is None:
-        return [
-            ConfigIssue("data.text", "neither text nor dataset_path is set", 'try text = "python-stdlib"')
-        ]
-    return [ConfigIssue("data.text", "text and dataset_path are both set", 'set one of them to "none"')]
+    names = [name for name in ("args", "val") if getattr(data, name)]
+    return [
+        ConfigIssue(f"data.{name}", "has no effect without data.dataset", "leave it out") for name in names
+    ]
 
 
 def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
@@ -160,10 +167,10 @@ def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
 
 
 def validation_has_data(data: DataConfig, eval: EvalConfig) -> list[ConfigIssue]:
-    """Require held-out text for validation."""
-    if eval.interval == 0 or data.text is None or data.val_fraction > 0:
+    """Require held-out text or samples for validation."""
+    if eval.interval == 0 or data.dataset_path is not None or data.val is not None or data.val_fraction > 0:
         return []
-    problem = f"validation every {eval.interval} steps, but data.val_fraction 0 holds no text out"
+    problem = f"validation every {eval.interval} steps, but data.val_fraction 0 holds nothing out"
     return [
         ConfigIssue("eval.interval", problem, "set val_fraction above 0, or interval = 0 for no validation")
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kempnerforge.config.checkpoint import AsyncCheckpointMode, CheckpointConfig, DynCkptWindow
-from kempnerforge.config.data import DataConfig
+from kempnerforge.config.data import DataConfig, ValDataConfig
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.evaluation import EvalConfig
 from kempnerforge.config.job import JobConfig
@@ -39,5 +39,6 @@ __all__ = [
     "SchedulerConfig",
     "Section",
     "TrainConfig",
+    "ValDataConfig",
     "load_job",
 ]

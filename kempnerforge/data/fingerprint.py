@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kempnerforge.data.map_dataset import MapDataset
 from kempnerforge.data.sample_order import ORDER_NAME
 from kempnerforge.data.tokens import TokenDataset
 
 _MEANINGS = {
     "dataset": "the tokens themselves (digest)",
+    "dataset_name": "data.dataset",
+    "dataset_args": "data.args",
+    "dataset_length": "samples of data.dataset",
+    "val_fraction": "the fraction that is held out",
     "vocab_size": "the vocabulary of the tokens",
     "split": "the split that is trained on",
     "num_samples": "samples per epoch",
@@ -19,11 +24,15 @@ _MEANINGS = {
 }
 
 
-def fingerprint(dataset: TokenDataset, split: str, seq_len: int, seed: int) -> dict[str, Any]:
-    """Return everything that determines the tokens at each position of the order, as JSON values.
+def fingerprint(dataset: TokenDataset | MapDataset, split: str, seq_len: int, seed: int) -> dict[str, Any]:
+    """Return everything that determines the samples at each position of the order, as JSON values.
+
+    The code of a dataset of the user's is not part of it: its digest is one of the versions.
 
     Raises :class:`~kempnerforge.errors.DataError` if the split holds less than one sample.
     """
+    if isinstance(dataset, MapDataset):
+        return {**dataset.fingerprint(split, seq_len), "split": split, "seed": seed, "order": ORDER_NAME}
     return {
         "dataset": dataset.digest,
         "vocab_size": dataset.vocab_size,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kempnerforge.data.map_dataset import MapSamples
 from kempnerforge.data.sample_order import ids_digest, sample_ids
 from kempnerforge.data.tokens import Samples
 
@@ -61,6 +62,23 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class FieldsBatch:
+    """This rank's part of one global batch of a dataset whose samples are dicts."""
+
+    micro_batches: list[dict[str, torch.Tensor]]
+    """Name -> stacked values [B, ...] of each micro-batch."""
+    num_samples: int
+    """Samples of the whole global batch."""
+    digest: str
+    """As ``Batch.digest``."""
+    num_tokens: int = 0
+    """There are none: the model counts items."""
+
+
+AnyBatch = Batch | FieldsBatch
+
+
+@dataclass(frozen=True)
 class BatchShape:
     """How a global batch is distributed over the data-parallel ranks.
 
@@ -81,9 +99,12 @@ class BatchShape:
         if not 0 <= self.dp_rank < self.dp_size:
             raise ValueError(f"dp_rank {self.dp_rank} is not below dp_size {self.dp_size}")
 
-    def read(self, samples: Samples, ids: np.ndarray) -> Batch:
+    def read(self, samples: Samples | MapSamples, ids: np.ndarray) -> AnyBatch:
         """Read this rank's part of the global batch ``ids`` [global_batch_size]."""
         own_ids = ids.reshape(-1, self.dp_size, self.batch_size)[:, self.dp_rank]
+        if isinstance(samples, MapSamples) and not samples.has_tokens:
+            micro_batches = [samples.read_fields(ids_B) for ids_B in own_ids]
+            return FieldsBatch(micro_batches, ids.size, ids_digest(ids))
         rows = samples.read(own_ids.reshape(-1)).reshape(-1, self.batch_size, samples.seq_len + 1)
         # NumPy makes the copy: torch would start a thread pool for the prefetching thread.
         return Batch(
@@ -111,7 +132,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        samples: Samples,
+        samples: Samples | MapSamples,
         *,
         seed: int,
         global_batch_size: int,
@@ -129,7 +150,7 @@ class BatchLoader:
     def __iter__(self) -> BatchLoader:
         return self
 
-    def __next__(self) -> tuple[Batch, Cursor]:
+    def __next__(self) -> tuple[AnyBatch, Cursor]:
         if self._closed:
             raise RuntimeError("the batch loader is closed")
         return self._prefetcher.next() if self._prefetcher else self._source.next()
@@ -159,13 +180,13 @@ def batch_ids(cursor: Cursor, *, seed: int, num_samples: int, global_batch_size:
 class _Source:
     """Reads one batch after the other, in the calling thread."""
 
-    def __init__(self, samples: Samples, seed: int, shape: BatchShape, cursor: Cursor) -> None:
+    def __init__(self, samples: Samples | MapSamples, seed: int, shape: BatchShape, cursor: Cursor) -> None:
         self._samples = samples
         self._seed = seed
         self._shape = shape
         self._cursor = cursor
 
-    def next(self) -> tuple[Batch, Cursor]:
+    def next(self) -> tuple[AnyBatch, Cursor]:
         size = self._shape.global_batch_size
         after = Cursor(self._cursor.samples + size)
         ids = batch_ids(
@@ -181,13 +202,13 @@ class _Prefetcher:
 
     def __init__(self, source: _Source, num_batches: int) -> None:
         self._source = source
-        self._queue: queue.Queue[tuple[Batch, Cursor] | Exception] = queue.Queue(maxsize=num_batches)
+        self._queue: queue.Queue[tuple[AnyBatch, Cursor] | Exception] = queue.Queue(maxsize=num_batches)
         self._closing = threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._fill, name="kempnerforge-data", daemon=True)
         self._thread.start()
 
-    def next(self) -> tuple[Batch, Cursor]:
+    def next(self) -> tuple[AnyBatch, Cursor]:
         if self._failure is None:
             item = self._queue.get()
             if not isinstance(item, Exception):
@@ -214,14 +235,14 @@ class _Prefetcher:
 
 
 def eval_batches(
-    samples: Samples,
+    samples: Samples | MapSamples,
     *,
     num_batches: int,
     global_batch_size: int,
     batch_size: int,
     dp_rank: int = 0,
     dp_size: int = 1,
-) -> Iterator[Batch]:
+) -> Iterator[AnyBatch]:
     """Yield the first ``num_batches * global_batch_size`` samples in order, the same at every evaluation.
 
     A smaller split is repeated from its first sample. Each rank gets its part of every batch. The

@@ -68,19 +68,19 @@ def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        left, right = right, left ^ (mix(right ^ key) & mask)
     return (left << shift) | right
 
 
 def _round_keys(seed: int, epochs: np.ndarray) -> np.ndarray:
     """Return the keys, uint64 [rounds, N], for the seed and the epoch [N] of every position."""
-    start = _mix(np.array([seed & _MASK_64], dtype=np.uint64))
-    state = _mix(epochs * np.uint64(_GOLDEN) + start)
+    start = mix(np.array([seed & _MASK_64], dtype=np.uint64))
+    state = mix(epochs * np.uint64(_GOLDEN) + start)
     steps = np.array([(number + 1) * _GOLDEN & _MASK_64 for number in range(_ROUNDS)], dtype=np.uint64)
-    return _mix(state[None, :] + steps[:, None])
+    return mix(state[None, :] + steps[:, None])
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix(values: np.ndarray) -> np.ndarray:
     """Apply the finaliser of SplitMix64, a bijection of uint64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

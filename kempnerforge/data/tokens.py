@@ -86,6 +86,9 @@ class Samples:
 class TokenDataset:
     """Token shards by split. Use :func:`open_dataset` to create it."""
 
+    has_tokens = True
+    """As ``MapDataset.has_tokens``."""
+
     def __init__(
         self,
         path: Path,

@@ -173,6 +173,14 @@ def _fault(key: str, problem: str, hint: str) -> ConfigError:
     return ConfigError([ConfigIssue(key, problem, hint)])
 
 
+def computes_loss(module: nn.Module) -> bool:
+    """Return whether the model has a method ``loss(batch)``, which is then used instead of ``forward``.
+
+    A loss function or module that is an attribute of the model is no method.
+    """
+    return callable(getattr(type(module), "loss", None))
+
+
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """Return the modules that are sharded, recomputed and compiled one by one.
 

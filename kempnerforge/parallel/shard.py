@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from kempnerforge.distributed.mesh import dp_mesh
-from kempnerforge.model.build import repeated_blocks
+from kempnerforge.model.build import computes_loss, repeated_blocks
 from kempnerforge.model.init import reset_buffers_
 from kempnerforge.model.recompute import recompute_activations
 from kempnerforge.parallel.initial_weights import fill_buffers
@@ -52,10 +58,15 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, train: TrainConfig) -> None:
         )
     else:
         policy = MixedPrecisionPolicy()
+    # What ``loss(batch)`` gets is not only inputs: bf16 would round targets and weights.
+    keeps_inputs = dataclasses.replace(policy, cast_forward_inputs=False)
     for module in (*blocks, model):
+        own_policy = keeps_inputs if module is model and computes_loss(model) else policy
         # A stage computes many microbatches in turn. Its weights, like its gradients, remain
         # unsharded from the first forward to the end of the last backward.
-        fully_shard(module, mesh=dp_mesh(mesh), mp_policy=policy, reshard_after_forward="pp" not in names)
+        fully_shard(module, mesh=dp_mesh(mesh), mp_policy=own_policy, reshard_after_forward="pp" not in names)
+    if computes_loss(model):
+        register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

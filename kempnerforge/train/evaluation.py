@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,14 +21,16 @@ from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import JobConfig, ParallelDims
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import eval_batches
+from kempnerforge.data.map_dataset import MapSamples
 from kempnerforge.data.tokens import Samples
 from kempnerforge.distributed.context import DistributedContext
 from kempnerforge.errors import DamagedCheckpointError
 from kempnerforge.train.environment import set_determinism
+from kempnerforge.train.loss_step import LossStep
 from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import Optimizers, build_optimizer
 from kempnerforge.train.setup import open_data
-from kempnerforge.train.step import Batch, TrainStep
+from kempnerforge.train.step import TrainStep
 from kempnerforge.train.termination.signals import StopSignals
 
 
@@ -39,7 +42,7 @@ class Evaluation:
     loss: float
     """Mean over all tokens, computed as the ``eval/loss`` of training."""
     tokens: int
-    """Number of predicted tokens on all ranks."""
+    """Number of predicted tokens on all ranks, or of the items that ``loss(batch)`` counted."""
     geometry: ParallelDims
     num_ranks: int
     device: str
@@ -47,6 +50,8 @@ class Evaluation:
     """Differences between these data and the data that the step was trained on."""
     wall_s: float
     """Time from opening the data to the loss, including the load of the step."""
+    unit: str = "tokens"
+    """What ``tokens`` counts: ``tokens`` or ``items``."""
 
 
 QUERY_STOP_INTERVAL_S = 1.0
@@ -62,12 +67,12 @@ class InterruptibleBatches:
     whether to stop, and the largest argument of any rank.
     """
 
-    def __init__(self, batches: Iterable[Batch], query_stop: Callable[[int], tuple[bool, int]]) -> None:
+    def __init__(self, batches: Iterable[Any], query_stop: Callable[[int], tuple[bool, int]]) -> None:
         self._batches = batches
         self._query_stop = query_stop
         self.interrupted = False
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         """Yield the batches. Collective: all ranks call ``query_stop`` after the same batches."""
         count, left, queried_at = 1, 1, time.monotonic()
         for batch in self._batches:
@@ -89,7 +94,7 @@ def batches_between_queries(seconds_per_batch: float) -> int:
 
 def validation_loss(
     step: TrainStep,
-    samples: Samples,
+    samples: Samples | MapSamples,
     job: JobConfig,
     geometry: ParallelDims,
     *,
@@ -134,7 +139,14 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     started = time.perf_counter()
     geometry = job.geometry(world.num_ranks)
     dataset = open_data(job, world, StopSignals())
-    model = build_model(job, geometry, rank=world.rank, device=world.device, init_weights=False)
+    model = build_model(
+        job,
+        geometry,
+        rank=world.rank,
+        device=world.device,
+        init_weights=False,
+        has_tokens=dataset.has_tokens,
+    )
     loaded = optimizer_for_evaluation(job, model, step_folder, world)
     # Plain SGD has no state. No update is made.
     optimizer = loaded or torch.optim.SGD([param for part in model.parts for param in part.parameters()])
@@ -154,16 +166,20 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     step = model.step(optimizer, geometry, job.train)
     loss = validation_loss(step, dataset.split("val", job.train.seq_len), job, geometry, rank=world.rank)
     assert loss is not None
+    tokens = job.eval.num_batches * geometry.global_batch_size * job.train.seq_len
+    if isinstance(step, LossStep):
+        tokens = step.num_evaluated
     world.close()
     return Evaluation(
         step=candidate.step,
         loss=loss,
-        tokens=job.eval.num_batches * geometry.global_batch_size * job.train.seq_len,
+        tokens=tokens,
         geometry=geometry,
         num_ranks=world.num_ranks,
         device=world.device.type,
         data_changes=data_changes,
         wall_s=time.perf_counter() - started,
+        unit="items" if isinstance(step, LossStep) else "tokens",
     )
 
 

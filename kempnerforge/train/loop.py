@@ -70,14 +70,14 @@ def train(run: Run) -> str | None:
                 lr = _learning_rate(run)
                 with spans.span("optimizer"):
                     update = step.update(lr)
-                state.advance(tokens=batch.num_tokens, cursor=cursor, skipped=update.skipped)
+                num_tokens = update.count(batch)
+                state.advance(tokens=num_tokens, cursor=cursor, skipped=update.skipped)
             ckpt.record_metrics(state.step, {"train/loss": update.loss})
             if message := replay_check.compare(state.step, update.loss):
                 log.info(message)
             timings = spans.collect()
             run.recorder.stepped(state.step, state.skipped_steps, timings)
-            row = _row(run, update, lr, batch.num_tokens, batch.digest, timings)
-            reports.write(row)
+            reports.write(row := _row(run, update, lr, num_tokens, batch.digest, timings))
             run.control.hooks.step_end(state.step, row)
             _check_skipped_steps(run)
             stop = _save_if_agreed(run).stop

@@ -16,10 +16,11 @@ from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.errors import ConfigError, ConfigIssue
-from kempnerforge.model.build import BuiltModel, build_meta
+from kempnerforge.model.build import BuiltModel, build_meta, computes_loss
 from kempnerforge.parallel.initial_weights import init_weights_
 from kempnerforge.parallel.shard import materialize, parallelize
 from kempnerforge.train.loss import Loss, build_loss
+from kempnerforge.train.loss_step import LossStep
 from kempnerforge.train.optimizer import Optimizers, ParameterGroup, parameter_groups
 from kempnerforge.train.step import LocalStep, TrainStep
 
@@ -62,7 +63,8 @@ class ParallelModel:
             from kempnerforge.train.pipeline_step import PipelineStep
 
             return PipelineStep(self.pipeline, optimizer, **options)
-        return LocalStep(self.parts[0], optimizer, **options)
+        kind = LossStep if computes_loss(self.parts[0]) else LocalStep
+        return kind(self.parts[0], optimizer, **options)
 
 
 def build_model(
@@ -73,11 +75,13 @@ def build_model(
     device: torch.device,
     init_weights: bool,
     control: ControlGroup | None = None,
+    has_tokens: bool = True,
 ) -> ParallelModel:
     """Build the parts of the model of ``rank``.
 
     ``control`` is needed for the initial weights of a model of the user's. Without ``init_weights``
-    the weights must be loaded before anything reads them.
+    the weights must be loaded before anything reads them. ``has_tokens`` says whether the samples
+    of the data are token ids, not dicts.
 
     Collective: all ranks. Raises ConfigError on all ranks for a model that does not fit the layout
     or the loss.
@@ -91,6 +95,8 @@ def build_model(
         pp=geometry.pp,
     )
     whole = build_meta(job.model, seed=job.train.seed)
+    if issues := loss_issues(job, whole.module, has_tokens=has_tokens):
+        raise ConfigError(issues)
     names = [name for name, _ in whole.module.named_parameters()]
     groups = parameter_groups([whole.module], job.optimizer)
     loss.check_model(whole.module)
@@ -109,6 +115,26 @@ def build_model(
         seed = job.train.seed
         init_weights_(parts, job.model, seed=seed, names=names, control=control or ControlGroup(None))
     return ParallelModel(parts, groups, pipeline, device, whole.num_parameters, loss)
+
+
+def loss_issues(job: JobConfig, module: nn.Module, *, has_tokens: bool = True) -> list[ConfigIssue]:
+    """Return why data or layout do not suit the way in which the model computes its loss."""
+    name = job.model.name
+    if not computes_loss(module):
+        if has_tokens:
+            return []
+        problem = f"samples of {job.data.dataset} are dicts, and {name} has no loss(batch)"
+        hint = "give the model a method loss(batch), or return token ids"
+        return [ConfigIssue("data.dataset", problem, hint)]
+    issues = [
+        ConfigIssue(f"train.{key}", f"{name} has a loss(batch), which is used instead", "leave it out")
+        for key in ("loss", "loss_args", "z_loss")
+        if getattr(job.train, key) != getattr(TrainConfig(), key)
+    ]
+    if job.distributed.pp > 1:
+        problem = f"{job.distributed.pp} needs a model from tokens to logits, and {name} has a loss(batch)"
+        issues.append(ConfigIssue("distributed.pp", problem, "set pp = 1"))
+    return issues
 
 
 def _pipeline(

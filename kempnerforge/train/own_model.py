@@ -12,9 +12,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.errors import ConfigError, ConfigIssue
-from kempnerforge.model.build import BuiltModel, build_meta, repeated_blocks
+from kempnerforge.model.build import BuiltModel, build_meta, computes_loss, repeated_blocks
 from kempnerforge.plan.tensors import Parameter
-from kempnerforge.train.model_setup import make_stage_modules
+from kempnerforge.train.model_setup import loss_issues, make_stage_modules
 from kempnerforge.train.optimizer import hidden_matrices, parameter_groups
 
 
@@ -44,11 +44,11 @@ def check_own_model(job: JobConfig) -> OwnModel:
     """
     built = build_meta(job.model, seed=job.train.seed)
     module = built.module
-    issues: list[ConfigIssue] = []
+    issues = loss_issues(job, module)
     if job.distributed.tp > 1 and not _has(module, "tp_plan"):
         problem = f"{job.distributed.tp} needs a plan, and {job.model.name} has no tp_plan()"
         issues.append(ConfigIssue("distributed.tp", problem, "set tp = 1, or give the model a plan"))
-    if job.distributed.pp > 1:
+    if job.distributed.pp > 1 and not issues:
         try:
             make_stage_modules(job, built)
         except ConfigError as error:
@@ -115,7 +115,7 @@ def _output_issue(job: JobConfig, built: BuiltModel) -> ConfigIssue | None:
 
     A model that needs the values of its inputs cannot be tried there. Its first step finds it out.
     """
-    if _has(built.module, "loss"):
+    if computes_loss(built.module):
         return None
     name, seq_len = job.model.name, job.train.seq_len
     if type(built.module).forward is nn.Module.forward:

@@ -26,6 +26,7 @@ from kempnerforge.config.plugin_uses import check_plugins, plugin_versions
 from kempnerforge.config.schema import AsyncCheckpointMode, JobConfig, ParallelDims
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids
+from kempnerforge.data.map_dataset import MapDataset, MapSamples
 from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.sample_order import ids_digest
 from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_path
@@ -39,6 +40,7 @@ from kempnerforge.train.attempt_recorder import AttemptRecorder
 from kempnerforge.train.cpu_limits import check_cpu
 from kempnerforge.train.hangs.progress import Progress
 from kempnerforge.train.hooks import HookSet, load_hooks
+from kempnerforge.train.map_data import open_map_dataset
 from kempnerforge.train.metric_loggers import Reports, build_reports
 from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import Optimizers, ParameterGroup, build_optimizer, each, hyperparameters_of
@@ -71,8 +73,8 @@ class Run:
     step: TrainStep
     ckpt: CheckpointManager
     control: Control
-    train_samples: Samples
-    val_samples: Samples | None
+    train_samples: Samples | MapSamples
+    val_samples: Samples | MapSamples | None
     reports: Reports
     recorder: AttemptRecorder
     progress: Progress
@@ -189,14 +191,8 @@ def _assemble(
     dataset = open_data(job, world, stopping.signals)
     stopping.raise_if_stop_requested(world.control)
     recorder.end_phase("data")
-    model = build_model(
-        job,
-        geometry,
-        rank=world.rank,
-        device=world.device,
-        init_weights=init_weights,
-        control=world.control,
-    )
+    options: dict[str, Any] = {"rank": world.rank, "device": world.device, "control": world.control}
+    model = build_model(job, geometry, init_weights=init_weights, has_tokens=dataset.has_tokens, **options)
     optimizer = build_optimizer(model.parts, job.optimizer, world.device, model.groups)
     state = _build_state(job, world, geometry, model, optimizer, dataset)
     recorder.end_phase("model")
@@ -272,7 +268,7 @@ def _build_state(
     geometry: ParallelDims,
     model: ParallelModel,
     optimizer: Optimizers,
-    dataset: TokenDataset,
+    dataset: TokenDataset | MapDataset,
 ) -> TrainState:
     seed = job.train.seed
     num_samples = dataset.split("train", job.train.seq_len).num_samples
@@ -302,11 +298,14 @@ def _build_state(
     )
 
 
-def open_data(job: JobConfig, world: DistributedContext, signals: StopSignals) -> TokenDataset:
-    """Prepare and check all tokens on rank 0 while the other ranks wait, then open them on every rank.
+def open_data(job: JobConfig, world: DistributedContext, signals: StopSignals) -> TokenDataset | MapDataset:
+    """Prepare and check the data on rank 0 while the other ranks wait, then open them on every rank.
 
-    Collective: all ranks. Raises DataError on all ranks.
+    Collective: all ranks. Raises DataError on all ranks, and for a dataset of the user's also
+    ConfigError and PluginError.
     """
+    if job.data.dataset is not None:
+        return open_map_dataset(job, world.control, signals)
 
     def run_on_rank0() -> Path:
         if job.data.dataset_path is not None:
@@ -364,7 +363,7 @@ def _context(
     world: DistributedContext,
     geometry: ParallelDims,
     record: RunRecord,
-    dataset: TokenDataset,
+    dataset: TokenDataset | MapDataset,
 ) -> RunContext:
     return RunContext(
         run_id=record.run_id,
@@ -378,12 +377,12 @@ def _context(
     )
 
 
-def _tokenizer(job: JobConfig, dataset: TokenDataset) -> dict[str, str]:
+def _tokenizer(job: JobConfig, dataset: TokenDataset | MapDataset) -> dict[str, str]:
     """Return what an export needs to identify the tokenizer of the run, and its end token."""
     found: dict[str, str] = {}
     if job.checkpoint.load_path is not None:
         found["load_path"] = os.path.abspath(Path(job.checkpoint.load_path).expanduser())
-    if dataset.index is None:  # .npy shards do not record their tokenizer
+    if isinstance(dataset, MapDataset) or dataset.index is None:  # they do not know their tokenizer
         return found
     found |= {"digest": dataset.index.tokenizer_digest, "separator_id": str(dataset.index.separator_id)}
     path = tokenizer_path(job.data.tokenizer) if job.data.text is not None else dataset.path / TOKENIZER

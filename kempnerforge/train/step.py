@@ -53,15 +53,21 @@ class UpdateResult:
     """Whether loss or gradients were not finite, so that weights and optimizer state did not change."""
     z_loss: float = 0.0
     """Mean z-loss of the global batch, 0 if it is off."""
+    num_items: int | None = None
+    """Items of the global batch that ``loss(batch)`` of the model counted; None for tokens."""
+
+    def count(self, batch: Any) -> int:
+        """Return the tokens of the global batch, or the items of the model's own loss."""
+        return batch.num_tokens if self.num_items is None else self.num_items
 
 
 class TrainStep(Protocol):
     """The interface of a training step, for any distribution of the model over the ranks."""
 
-    def forward_backward(self, batch: Batch) -> Tensor:
+    def forward_backward(self, batch: Any) -> Tensor:
         """Compute the gradients of ``batch``. Return the mean loss of the global batch, fp32 [].
 
-        The loss is on the device.
+        The loss is on the device. ``batch`` is a ``Batch``, or what ``LossStep`` takes.
         """
         ...
 
@@ -74,7 +80,7 @@ class TrainStep(Protocol):
         """Whether ``evaluate`` changes the weights and restores them (schedule-free optimizers)."""
         ...
 
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Any]) -> float:
         """Return the mean loss over all tokens of ``batches``, on all ranks."""
         ...
 

@@ -111,4 +111,4 @@ def flip_byte(path: Path, position: int) -> None:
 
 
 def _dtype(array: np.ndarray) -> str:
-    return {"float32": "F32", "uint8": "U8", "float64": "F64"}[array.dtype.name]
+    return {"float32": "F32", "uint8": "U8", "float64": "F64", "int64": "I64"}[array.dtype.name]

@@ -53,8 +53,8 @@ BROKEN = [
     (["--model.head_dim=33"], "model.head_dim", "head_dim is 33", "even"),
     (["--train.seq_len=4096"], "train.seq_len", "longer than model.max_seq_len 2048", "at most 2048"),
     (["--model.vocab_size=256"], "model.vocab_size", "256 is smaller", "at least 257"),
-    (["--data.text=none"], "data.text", "neither", "python-stdlib"),
-    (["--data.dataset_path=x"], "data.text", "both", "none"),
+    (["--data.text=none"], "data.text", "none of", "python-stdlib"),
+    (["--data.dataset_path=x"], "data.text", "text and dataset_path are set", "none"),
     (["--eval.interval=5", "--data.val_fraction=0"], "eval.interval", "val_fraction 0", "above 0"),
     (["--train.max_minutes=1"], "train.max_minutes", "not longer than deadline_margin_s", "lower"),
     (["--scheduler.warmup_steps=1001"], "scheduler.warmup_steps", "1001 is more than", "at most 1000"),
@@ -331,7 +331,7 @@ def test_geometry_known_layouts_derived() -> None:
 
 
 def test_job_config_contradiction_refused() -> None:
-    with pytest.raises(ConfigError, match="neither text nor dataset_path"):
+    with pytest.raises(ConfigError, match="none of text, dataset_path and dataset"):
         JobConfig()
 
 

@@ -335,14 +335,6 @@ def test_export_step_without_model_config_refused(ckpt: Ckpt, tmp_path: Path, co
     assert "[model]" in done.err or "model.width" in done.err
 
 
-def test_export_of_model_of_the_users_refused(ckpt: Ckpt, tmp_path: Path) -> None:
-    done = ckpt(
-        "export", write_step(tmp_path, 7, config='[model]\nname = "lab:GPT"\n'), "--out", tmp_path / "hf"
-    )
-    assert done.status == 2
-    assert 'its model is lab:GPT, and transformers only has "llama"' in done.err
-
-
 def test_export_step_of_other_model_refused(ckpt: Ckpt, tmp_path: Path) -> None:
     step = write_step(tmp_path, 7, config=config_toml(make_model()))
     done = ckpt("export", step, "--out", tmp_path / "hf")

@@ -76,14 +76,18 @@ class PlannedFile:
     size_bytes: int
 
 
-def plan_files(tensors: Sequence[MappedTensor], dtype: str, max_shard_bytes: int) -> list[PlannedFile]:
+def plan_files(
+    tensors: Sequence[MappedTensor], dtypes: Sequence[str], max_shard_bytes: int
+) -> list[PlannedFile]:
     """Distribute ``tensors``, in order, over files of at most ``max_shard_bytes`` of weights."""
-    sizes = [math.prod(tensor.shape) * ITEM_BYTES[dtype] for tensor in tensors]
+    sizes = [
+        math.prod(tensor.shape) * ITEM_BYTES[dtype] for tensor, dtype in zip(tensors, dtypes, strict=True)
+    ]
     groups = group_by_size(sizes, max_shard_bytes)
     count = len(groups)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     return [
-        _plan_file(name, [tensors[position] for position in group], dtype)
+        _plan_file(name, [(tensors[position], dtypes[position]) for position in group])
         for name, group in zip(names if count > 1 else [ONE_FILE], groups, strict=True)
     ]
 
@@ -104,10 +108,10 @@ def group_by_size(sizes: Sequence[int], most: int) -> list[list[int]]:
     return groups
 
 
-def _plan_file(name: str, tensors: Sequence[MappedTensor], dtype: str) -> PlannedFile:
+def _plan_file(name: str, tensors: Sequence[tuple[MappedTensor, str]]) -> PlannedFile:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, cursor = {}, 0
-    for tensor in tensors:
+    for tensor, dtype in tensors:
         end = cursor + math.prod(tensor.shape) * ITEM_BYTES[dtype]
         header[tensor.hf_name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [cursor, end]}
         offsets[tensor.hf_name], cursor = cursor, end

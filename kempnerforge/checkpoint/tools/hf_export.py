@@ -61,6 +61,7 @@ class _Target:
 
     tensor: MappedTensor
     source_dtype: str
+    dtype: str
     file: str
     begin: int
     """Offset of its first element."""
@@ -73,21 +74,25 @@ def export(
     *,
     dtype: str,
     small_files: Mapping[str, bytes],
+    keep_other_dtypes: bool = False,
     max_shard_bytes: int = hf_format.SHARD_BYTES,
     progress: Progress = lambda done, total: None,
 ) -> Exported:
     """Write the weights of a step, cast to ``dtype`` (safetensors name), and ``small_files``, to ``out``.
 
-    ``tensors`` must name every weight of the step. The caller holds a read lock on the step.
+    ``tensors`` must name every weight of the step. ``keep_other_dtypes`` allows weights of dtypes
+    that cannot be cast, and leaves them as they are. The caller holds a read lock on the step.
     ``out`` is complete and durable when it appears. Raises RunFolderError if it exists or cannot be
     written, MismatchError, DamagedCheckpointError, NoSpaceError; OSError if the step cannot be
     read.
     """
     entries = view.tensors()
-    _check_fits(view, entries, tensors)
+    _check_fits(view, entries, tensors, keep_other_dtypes=keep_other_dtypes)
     weights = evaluation_weights.in_step(view.train_state(), entries)
     mixer = _Mixer(view, entries, weights)
-    files = hf_format.plan_files(tensors, dtype, max_shard_bytes)
+    sources = [entries[paths.MODEL_PREFIX + tensor.name].dtype for tensor in tensors]
+    dtypes = [dtype if source in FLOATS else source for source in sources]
+    files = hf_format.plan_files(tensors, dtypes, max_shard_bytes)
     small = {hf_format.INDEX: hf_format.index_json(files), **small_files}
     size_bytes = sum(file.size_bytes for file in files) + sum(map(len, small.values()))
     out = Path(os.path.abspath(out))
@@ -95,7 +100,7 @@ def export(
         staged_dir.require_room(building, size_bytes, len(files) + len(small), what="export")
         for file in files:
             _create(building / file.name, file)
-        _copy(view, building, _targets(entries, tensors, files), dtype, progress, mixer)
+        _copy(view, building, _targets(entries, tensors, dtypes, files), progress, mixer)
         for file in files:
             _sync(building / file.name)
         for name, data in small.items():
@@ -107,7 +112,13 @@ def export(
     return Exported(out, dtype, num_parameters, size_bytes, names, weights.optimizer, weights.unknown)
 
 
-def _check_fits(view: StepView, entries: Mapping[str, TensorEntry], tensors: Sequence[MappedTensor]) -> None:
+def _check_fits(
+    view: StepView,
+    entries: Mapping[str, TensorEntry],
+    tensors: Sequence[MappedTensor],
+    *,
+    keep_other_dtypes: bool,
+) -> None:
     """Raise MismatchError unless the step has exactly these weights, in floating point."""
     problems, wanted = [], set()
     for tensor in tensors:
@@ -118,7 +129,7 @@ def _check_fits(view: StepView, entries: Mapping[str, TensorEntry], tensors: Seq
             problems.append(f"{name} is not in the checkpoint")
         elif entry.shape != tensor.shape:
             problems.append(f"{name} has shape {entry.shape}, but {tensor.shape} by the config")
-        elif entry.dtype not in FLOATS:
+        elif entry.dtype not in FLOATS and not keep_other_dtypes:
             problems.append(f"{name} is {entry.dtype}; {', '.join(FLOATS)} can be exported")
     extra = [name for name in entries if name.startswith(paths.MODEL_PREFIX) and name not in wanted]
     problems += [f"{name} has no name in Hugging Face's Llama" for name in extra]
@@ -127,14 +138,17 @@ def _check_fits(view: StepView, entries: Mapping[str, TensorEntry], tensors: Seq
 
 
 def _targets(
-    entries: Mapping[str, TensorEntry], tensors: Sequence[MappedTensor], files: Sequence[PlannedFile]
+    entries: Mapping[str, TensorEntry],
+    tensors: Sequence[MappedTensor],
+    dtypes: Sequence[str],
+    files: Sequence[PlannedFile],
 ) -> dict[str, list[tuple[Chunk, _Target]]]:
     """Return file of the step -> its chunks and their destinations, in the order of their bytes."""
     locations = {name: (file.name, begin) for file in files for name, begin in file.begins.items()}
     found: dict[str, list[tuple[Chunk, _Target]]] = {}
-    for tensor in tensors:
+    for tensor, dtype in zip(tensors, dtypes, strict=True):
         entry = entries[paths.MODEL_PREFIX + tensor.name]
-        target = _Target(tensor, entry.dtype, *locations[tensor.hf_name])
+        target = _Target(tensor, entry.dtype, dtype, *locations[tensor.hf_name])
         for chunk in entry.chunks:
             found.setdefault(chunk.file, []).append((chunk, target))
     return {
@@ -147,7 +161,6 @@ def _copy(
     view: StepView,
     building: Path,
     work: Mapping[str, Sequence[tuple[Chunk, _Target]]],
-    dtype: str,
     progress: Progress,
     mixer: _Mixer,
 ) -> None:
@@ -160,7 +173,7 @@ def _copy(
                 for chunk, target in pairs:
                     at = chunk.begin
                     for part in _pieces(source, chunk):
-                        _write(mixer.mixed(part, at, chunk, target), at, chunk, target, dtype, outputs)
+                        _write(mixer.mixed(part, at, chunk, target), at, chunk, target, outputs)
                         at += part.nbytes
                         done += part.nbytes
                         progress(done, total)
@@ -228,8 +241,9 @@ def _pieces(source: VerifiedFile, chunk: Chunk) -> Iterator[memoryview]:
             yield part[begin : begin + PIECE_BYTES]
 
 
-def _write(part: memoryview, at: int, chunk: Chunk, target: _Target, dtype: str, outputs: _Outputs) -> None:
+def _write(part: memoryview, at: int, chunk: Chunk, target: _Target, outputs: _Outputs) -> None:
     """Cast ``part``, which begins at byte ``at`` of the chunk's file, and write its runs to their offsets."""
+    dtype = target.dtype
     item, out_item = ITEM_BYTES[target.source_dtype], ITEM_BYTES[dtype]
     first = (at - chunk.begin) // item
     try:
@@ -249,22 +263,36 @@ def _runs(chunk: Chunk, tensor: MappedTensor, first: int, last: int) -> Iterator
 
     Yields (element of the new tensor, first, last).
     """
-    width, box_width = math.prod(tensor.shape[1:]), math.prod(chunk.sizes[1:])
     order = tensor.row_order
-    row_0 = chunk.offsets[0]
-    if width == box_width and not order:
-        yield row_0 * width + first, first, last
+    if not order:
+        yield from _plain_runs(chunk, tensor.shape, first, last)
         return
-    column = chunk.offsets[1]
+    width, box_width = tensor.shape[1], chunk.sizes[1]
+    row_0, column = chunk.offsets
     place_of = {ours: theirs for theirs, ours in enumerate(order)}
     while first < last:
         row, at = divmod(first, box_width)
         end = min(last, (row + 1) * box_width)
-        row += row_0
-        if order:
-            group, inside = divmod(row, len(order))
-            row = group * len(order) + place_of[inside]
+        group, inside = divmod(row + row_0, len(order))
+        row = group * len(order) + place_of[inside]
         yield row * width + column + at, first, end
+        first = end
+
+
+def _plain_runs(chunk: Chunk, shape: Sequence[int], first: int, last: int) -> Iterator[tuple[int, int, int]]:
+    """Return the runs of a tensor of any number of dimensions, whose rows keep their order."""
+    # All dimensions after this one are whole.
+    cut = max((dim for dim, size in enumerate(shape) if chunk.sizes[dim] != size), default=0)
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    run = math.prod(chunk.sizes[cut:])
+    while first < last:
+        number, at = divmod(first, run)
+        end = min(last, (number + 1) * run)
+        place = at + (chunk.offsets[cut] * strides[cut] if shape else 0)
+        for dim in reversed(range(cut)):
+            number, index = divmod(number, chunk.sizes[dim])
+            place += (chunk.offsets[dim] + index) * strides[dim]
+        yield place, first, end
         first = end
 
 

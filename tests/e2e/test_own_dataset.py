@@ -1,0 +1,95 @@
+"""Runs on a dataset of the user's: the same bits after a kill, explained changes, one-line errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.patch_target import patch_target
+from support.runs import Ended, Launcher, Run, make_run
+
+pytest_plugins = ["support.run_fixtures"]
+
+UPDATE = patch_target("kempnerforge.train.step:LocalStep.update")
+SOURCE = """
+from pathlib import Path
+
+import numpy as np
+
+class Walks:
+    def __init__(self, count, step=1, bad=None, kind="tokens"):
+        self.count, self.step, self.bad, self.kind = count, step, bad, kind
+    def __len__(self):
+        return self.count
+    def __getitem__(self, i):
+        if i == self.bad:
+            raise ValueError("no such\\nwalk")
+        start = np.random.default_rng(int(i)).integers(200)
+        tokens = (start + self.step * np.arange(33)) % 256
+        return tokens if self.kind == "tokens" else {"tokens": tokens}
+"""
+DATA = {"data.text": None, "data.dataset": "own_walks:Walks", "data.args.count": 40}
+
+
+def walks_run(base: Path, corpus: Path, **settings: Any) -> Run:
+    run = make_run(base, corpus, **{**DATA, **settings})
+    (base / "own_walks.py").write_text(SOURCE)
+    return run
+
+
+def refusal(ended: Ended, status: int = 2) -> str:
+    assert set(ended.statuses) == {status}, ended.output
+    assert "Traceback" not in ended.output
+    return ended.output
+
+
+def test_own_dataset_resumes_bitwise_and_explains_changes(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    whole = walks_run(tmp_path / "whole", corpus)
+    launcher.finish(whole, ranks=2)
+    run = walks_run(tmp_path / "killed", corpus)
+    kill = ("kill_at_call", {"target": UPDATE, "call": 7, "rank": None})
+    assert set(launcher.run(run, ranks=2, faults=[kill]).statuses) == {-9}
+    assert 'data: 40 samples of 32 tokens in "own_walks:Walks", 4 of them held out' in whole_output(run)
+
+    changed = refusal(launcher.run(run, "--data.args.step=2", ranks=2))
+    assert "data.args: was {'count': 40}, is {'count': 40, 'step': 2}" in changed
+    assert "--data.allow_changed=true" in changed
+
+    module = run.base / "own_walks.py"
+    module.write_text(f"{SOURCE}\n# the code alone is no other data\n")
+    launcher.finish(run, ranks=2)
+    assert run.counting() == whole.counting()
+
+
+def whole_output(run: Run) -> str:
+    return "".join(path.read_text() for path in sorted(run.base.glob("start_*.log")))
+
+
+@pytest.mark.smoke
+def test_own_dataset_that_raises_is_named_on_one_line(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = walks_run(tmp_path, corpus, **{"data.args.bad": 31, "checkpoint.interval": 1, "eval.interval": 0})
+    for _ in range(3):
+        ended = launcher.run(run, ranks=2)
+        assert 1 in ended.statuses
+        [line] = [line for line in ended.output.splitlines() if "sample 31" in line]
+        assert 'data.dataset "own_walks:Walks": sample 31 raised ValueError: no such walk (' in line
+        assert line.startswith("error")
+        assert "own_walks.py:13)" in line
+    # It failed twice from one step, which is never suspected for it.
+    assert run.sound()
+    assert not [name for name in run.names() if name.startswith("suspect")]
+
+
+def test_own_dataset_that_cannot_be_used_is_refused(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+    run = walks_run(tmp_path, corpus)
+    assert "train.seq_len = 16 needs 17 tokens" in refusal(launcher.run(run, "--train.seq_len=16", ranks=2))
+    assert "own_walks:Walks has no samples" in refusal(launcher.run(run, "--data.args.count=0"))
+    assert "samples of own_walks:Walks are dicts, and llama has no loss(batch)" in refusal(
+        launcher.run(run, "--data.args.kind=dict", ranks=2)
+    )
+    assert not run.checkpoints.exists() or not run.committed()
