@@ -25,6 +25,8 @@ pytest_plugins = ["support.run_fixtures"]
 SCRIPT = Path(__file__).parents[1] / "support/faulty_train.py"
 COMMAND = [sys.executable, "-c", "from kempnerforge.cli.app import main; main()", "train"]
 LAUNCHED_BY = re.compile("SLURM_|KEMPNERFORGE_(LAUNCHER|RESTART|STORE)|MASTER_|(LOCAL_)?(RANK|WORLD_SIZE)$")
+WAIT_S = 200.0
+"""A busy machine takes a minute to start the ranks."""
 ENDLESS = {"train.max_steps": 100_000, "checkpoint.interval": 20, "eval.interval": 0}
 
 
@@ -56,7 +58,7 @@ class Started:
         return [int(pid) for pid in children.split()]
 
     def wait(self) -> int:
-        return self.process.wait(120)
+        return self.process.wait(WAIT_S)
 
 
 @pytest.fixture
@@ -141,9 +143,9 @@ def test_train_stop_signal_commits_and_exits_75(
 ) -> None:
     run = make_run(tmp_path, corpus, **ENDLESS | {"checkpoint.interval": 0})
     one = train(started, run)
-    wait_until(lambda: trains(run), "training")
+    wait_until(lambda: trains(run), "training", timeout_s=WAIT_S)
     one.process.send_signal(signal.SIGUSR2)
-    wait_until(run.committed, "the save that SIGUSR2 requests")
+    wait_until(run.committed, "the save that SIGUSR2 requests", timeout_s=WAIT_S)
     if number == signal.SIGINT:
         os.killpg(one.process.pid, number)  # as Ctrl-C in a terminal does
     else:
@@ -173,7 +175,7 @@ def test_train_stopped_during_start_exits_75_without_traceback(
 def test_train_launcher_killed_leaves_no_rank(started: list[Started], corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, corpus, **ENDLESS)
     one = train(started, run)
-    wait_until(lambda: trains(run), "training")
+    wait_until(lambda: trains(run), "training", timeout_s=WAIT_S)
     ranks = one.ranks()
     assert len(ranks) == 2
     one.process.kill()
@@ -226,7 +228,7 @@ def test_train_rank_killed_on_one_node_restarts_all_nodes(
 def test_train_stop_on_one_node_stops_all_nodes(started: list[Started], corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, corpus, **ENDLESS)
     head, other = (on_node(started, run, node) for node in (0, 1))
-    wait_until(lambda: trains(run), "training")
+    wait_until(lambda: trains(run), "training", timeout_s=WAIT_S)
     other.process.send_signal(signal.SIGTERM)
     assert (head.wait(), other.wait()) == (75, 75), head.output + other.output
 
@@ -238,7 +240,7 @@ def test_train_lost_node_ends_the_other(
     """SLURM's requeue is for that: the remaining node cannot train alone."""
     run = make_run(tmp_path, corpus, **ENDLESS)
     nodes = [on_node(started, run, node) for node in (0, 1)]
-    wait_until(lambda: trains(run), "training")
+    wait_until(lambda: trains(run), "training", timeout_s=WAIT_S)
     nodes[lost].process.kill()
     assert nodes[1 - lost].wait() == 1, nodes[1 - lost].output
     assert f"lost the connection to the launcher of node {lost}" in nodes[1 - lost].output
