@@ -67,6 +67,8 @@ def test_bench_loss_measures_memory_of_both_losses(tmp_path: Path) -> None:
         (vocabulary, tokens) for vocabulary in (600, 900) for tokens in (32, 64, 128)
     ]
     assert all(row["plain"] > 0 and row["chunked"] > 0 for row in found["memory"])
+
+
 def test_bench_relaunch_both_arms_repeat_the_killed_steps(tmp_path: Path) -> None:
     _, found = run_tiny("bench_relaunch", tmp_path)
     assert [(row["name"], row["goal"]) for row in found["comparisons"]] == [("relaunch_s", 0.9)]
