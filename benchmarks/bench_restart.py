@@ -80,7 +80,7 @@ def import_s(code: str) -> float:
     return time.perf_counter() - started
 
 
-def make_task(arguments: argparse.Namespace, folder: Path) -> Task:
+def make_task(arguments: argparse.Namespace, folder: Path, *, steps: int = SAVED_STEP + 2) -> Task:
     """Return the job that both arms train."""
     on_gpu = torch.cuda.is_available()
     task = Task(
@@ -89,7 +89,7 @@ def make_task(arguments: argparse.Namespace, folder: Path) -> Task:
         ranks=arguments.ranks,
         batch_size=arguments.batch_size,
         seq_len=arguments.seq_len,
-        steps=SAVED_STEP + 2,  # a wrong optimizer moment would change the loss of the second
+        steps=steps,  # a wrong optimizer moment would change the loss of the second after the resume
         mixed_precision="bf16" if on_gpu else "fp32",
     )
     task.write()

@@ -1,10 +1,11 @@
 #!/bin/bash
 # Train one run, and resume it after preemption, time limits and lost nodes. Created by:
-# kempnerforge submit configs/llama_7b.toml --nodes 4 --gpus-per-node 8 --time 24:00:00
+# kempnerforge submit configs/llama_7b.toml --nodes 4 --gpus-per-node 8 --cpus-per-task 64 --time 24:00:00
 #SBATCH --job-name=llama-7b
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --output=runs/llama-7b/slurm/%j.log
 #SBATCH --open-mode=append
@@ -12,33 +13,25 @@
 #SBATCH --signal=B:USR1@120
 # -- values ----------------------------------------------------------------------------------------------
 processes_per_node=8
-train=(scripts/train.py --config configs/llama_7b.toml)
-# How long torchrun waits for ranks that save after a signal. The ranks exit earlier, after
-# train.shutdown_timeout_s.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
+train=(configs/llama_7b.toml)
 # --------------------------------------------------------------------------------------------------------
 
-restart=${SLURM_RESTART_COUNT:-0}
 # Check the configuration, record environment, git revision and config in the run's folder, print its path.
-run_dir=$(kempnerforge slurm begin --processes-per-node "$processes_per_node" -- "${train[@]:1}") || exit
+run_dir=$(kempnerforge slurm begin --processes-per-node "$processes_per_node" -- "${train[@]}") || exit
 rm -f "$run_dir/stop.request" # of an earlier attempt
 
-# The address by which SLURM itself reaches the first node. Port and id differ for every start, so that
-# lingering ranks of an earlier start cannot join.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(scontrol -o show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
-port=$((20000 + (SLURM_JOB_ID * 7 + restart) % 12000))
-
 # The handlers only request a stop. What to do next is decided after training has ended. Only this shell gets
-# SIGUSR1, so forward it: srun passes it to every torchrun, and torchrun to its ranks. SLURM itself sends SIGTERM
-# to all processes, and a second SIGTERM would interrupt the shutdown that the first one started.
+# SIGUSR1, so forward it: srun passes it to the launcher on every node, and the launcher to its ranks. SLURM
+# itself sends SIGTERM to all processes, and a second SIGTERM would interrupt the shutdown that the first started.
 srun=
 trap 'echo SIGTERM >"$run_dir/stop.request"' TERM
 trap 'echo SIGUSR1 >"$run_dir/stop.request"; kill -s USR1 "$srun"' USR1
 
-srun --kill-on-bad-exit=0 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$processes_per_node" \
-    --rdzv-backend c10d --rdzv-endpoint "$address:$port" --rdzv-id "$SLURM_JOB_ID-$restart" \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "${train[@]}" &
+# srun does not inherit --cpus-per-task from sbatch. The launcher restarts ranks in place after a fault; faults
+# that all name one node are left to a requeue without that node.
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+export KEMPNERFORGE_REQUEUE=1
+srun --kill-on-bad-exit=0 kempnerforge train --processes "$processes_per_node" "${train[@]}" &
 srun=$!
 # A trap interrupts wait, so wait again. A foreground srun would delay the traps until it ends.
 while kill -0 "$srun" 2>/dev/null; do wait "$srun"; done

@@ -86,6 +86,11 @@ def main() -> None:
         dist.all_reduce(mean)  # for the log, as in any loop; on CUDA item() synchronizes the step
         losses.append(mean.item())
         step_ended.append(time.time())
+        if rank == 0 and spec["log"]:
+            attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+            row = {"step": step + 1, "attempt": attempt, "time": step_ended[-1], "train/loss": losses[-1]}
+            with Path(spec["log"]).open("a") as log:
+                log.write(json.dumps(row) + "\n")
 
     if spec["save"]:
         weights, moments = get_state_dict(model, optimizer)

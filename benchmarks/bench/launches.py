@@ -115,12 +115,26 @@ class Task:
 
     def bare(self, *, start: int = 0, steps: int, load: Path | None = None, save: Path | None = None) -> Bare:
         """Run ``bare_loop.py`` once."""
+        began = self.launch(*self.bare_command(start=start, steps=steps, load=load, save=save))
+        return Bare(began, **json.loads((self.folder / "bare.json").read_text()))
+
+    def bare_command(
+        self,
+        *,
+        start: int,
+        steps: int,
+        load: Path | None = None,
+        save: Path | None = None,
+        log: Path | None = None,
+    ) -> list[str]:
+        """Return ``bare_loop.py`` and its argument. It appends a row for each step to ``log``."""
         job = self.job()
         spec = {
             "start": start,
             "steps": steps,
             "load": load and str(load),
             "save": save and str(save),
+            "log": log and str(log),
             "batches": str(self.folder / "batches.npy"),
             "out": str(self.folder / "bare.json"),
             **job.optimizer.model_dump(mode="json", include={"lr", "weight_decay", "betas", "eps"}),
@@ -130,8 +144,7 @@ class Task:
             "model": job.model.model_dump(mode="json"),
         }
         (self.folder / "bare_spec.json").write_text(json.dumps(spec))
-        began = self.launch(str(HERE / "bare_loop.py"), str(self.folder / "bare_spec.json"))
-        return Bare(began, **json.loads((self.folder / "bare.json").read_text()))
+        return [str(HERE / "bare_loop.py"), str(self.folder / "bare_spec.json")]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Groups(LazyGroup):
 
     members: ClassVar = {
         "ckpt": Member("ckpt", "app", "Inspect, verify, compare and prune checkpoints."),
-        "config": Member("config", "app", "Check, show and document configurations."),
+        "config": Member("config", "app", "Write, check, show and document configurations."),
         "data": Member("data", "app", "Tokenize text into shards, and inspect shards."),
         "eval": Member(
             "evaluate",
@@ -54,6 +54,11 @@ class Groups(LazyGroup):
             "unblock",
             "app",
             "Reset the failure counter of RUN and restore its suspect steps, after you fixed the cause.",
+        ),
+        "train": Member(
+            "launch",
+            "app",
+            "Train FILE, or resume its run, on the GPUs of this node. Restart all processes after a fault.",
         ),
         "submit": Member(
             "submit",

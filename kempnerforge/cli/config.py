@@ -1,4 +1,4 @@
-"""``kempnerforge config``: check, show and document configurations."""
+"""``kempnerforge config``: write, check, show and document configurations."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import typer
 from kempnerforge.cli.plugin_check import check_plugins
 from kempnerforge.config.checkpoint_rules import why_best_has_no_choice
 from kempnerforge.config.overrides import split_positionals
+from kempnerforge.config.packaged import packaged_config
 from kempnerforge.config.plugin_uses import plugin_identities
 from kempnerforge.config.reference import json_schema
 from kempnerforge.config.run import PLACEHOLDER
 from kempnerforge.config.schema import JobConfig, LoadedJob, load_job
 from kempnerforge.config.toml_text import render
+from kempnerforge.errors import ConfigError, ConfigIssue
 
-app = typer.Typer(help="Check, show and document configurations.", no_args_is_help=True)
+app = typer.Typer(help="Write, check, show and document configurations.", no_args_is_help=True)
 
 # click must not parse --section.key: it passes unknown options on, in order.
 OVERRIDABLE = {"ignore_unknown_options": True}
@@ -44,6 +46,24 @@ NoPlugins = Annotated[
 ]
 
 
+@app.command()
+def new(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A config that comes with the package, such as quickstart.")
+    ],
+) -> None:
+    """Write the packaged config NAME as NAME.toml into the current folder. Never overwrite a file."""
+    text = packaged_config(name)
+    file = Path(f"{name}.toml")
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError:
+        issue = ConfigIssue("NAME", f"{file} exists already, and is not changed", "move it first")
+        raise ConfigError([issue], where="config new") from None
+    typer.echo(f"wrote {file}. To train: kempnerforge train {file}")
+
+
 @app.command(context_settings=OVERRIDABLE)
 def check(
     arguments: FileAndOverrides,
@@ -54,7 +74,7 @@ def check(
     no_plugins: NoPlugins = False,
 ) -> None:
     """Check FILE, the files and the plug-ins that it names, and report everything that is invalid."""
-    file, overrides = _file_and_overrides(arguments)
+    file, overrides = file_and_overrides(arguments)
     loaded = load_job(file, overrides, world_size=world_size, inside_job=False)
     job = loaded.job
     own_model = [] if no_plugins else check_plugins(loaded, where=file)
@@ -72,7 +92,7 @@ def check(
 @app.command(context_settings=OVERRIDABLE)
 def show(arguments: FileAndOverrides, no_plugins: NoPlugins = False) -> None:
     """Print FILE with defaults and overrides filled in, the source of each value, and its plug-ins."""
-    file, overrides = _file_and_overrides(arguments)
+    file, overrides = file_and_overrides(arguments)
     loaded = load_job(file, overrides, inside_job=False)
     typer.echo(_annotated(loaded), nl=False)
     if not no_plugins:
@@ -91,7 +111,8 @@ def schema(
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
-def _file_and_overrides(arguments: list[str]) -> tuple[str, list[str]]:
+def file_and_overrides(arguments: list[str]) -> tuple[str, list[str]]:
+    """Split the arguments of a command into FILE and the overrides."""
     positionals, overrides = split_positionals(arguments)
     if not positionals:
         raise typer.BadParameter("FILE is missing")

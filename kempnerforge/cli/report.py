@@ -16,12 +16,14 @@ from kempnerforge.cli.ckpt_paths import AsJson, find_run
 from kempnerforge.cli.log_end import last_rows
 from kempnerforge.cli.report_compare import RunRead, compare_runs
 from kempnerforge.cli.report_page import KEYS, Report, page
+from kempnerforge.cli.report_sweep import print_sweep
 from kempnerforge.cli.report_text import print_report
 from kempnerforge.cli.report_timeline import Commit
 from kempnerforge.cli.run_facts import LAST, attempt_changes, run_facts
 from kempnerforge.errors import RunFolderError
 from kempnerforge.goodput.accounting import account, saving
 from kempnerforge.goodput.history import read_history
+from kempnerforge.slurm.sweep import SWEEP_FILE
 from kempnerforge.telemetry.curves import read_curves
 
 app = typer.Typer()
@@ -46,13 +48,21 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Report what RUN is and how it spent its time, or how OTHER differs: config, losses, goodput."""
+    """Report what RUN is and how it spent its time, or how OTHER differs: config, losses, goodput.
+
+    If RUN is the folder of a sweep, print the progress and the losses of its runs instead.
+    """
     if len(runs) > 2:
         raise typer.BadParameter("give one run, or two to compare them")
     if len(runs) == 2:
         if html is not None:
             raise typer.BadParameter("--html FILE shows one run; give one run, or leave --html out")
         compare_runs([_read(run) for run in runs], as_json=as_json)
+        return
+    if (runs[0] / SWEEP_FILE).is_file():
+        if html is not None:
+            raise typer.BadParameter("--html FILE shows one run; give one run of the sweep")
+        print_sweep(runs[0], as_json=as_json)
         return
     found = _read(runs[0])
     size_bytes = _write_page(html, found) if html is not None else 0

@@ -23,7 +23,7 @@ PARTS = {
     "idle": "idle between attempts",
 }
 SETUP_PARTS = {
-    "launch": "torchrun, Python and its imports",
+    "launch": "launcher, Python and its imports",
     "program": "the program, before it resumed",
     "process_groups": "process groups",
     "folder": "run folder and lease",

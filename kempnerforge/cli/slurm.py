@@ -14,6 +14,7 @@ import typer
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.run import metadata
+from kempnerforge.cli.config import file_and_overrides
 from kempnerforge.cli.train import split_config
 from kempnerforge.config.schema import load_job
 from kempnerforge.errors import EXIT_FAULT, RunFolderError
@@ -23,6 +24,7 @@ from kempnerforge.slurm import job as slurm_job
 from kempnerforge.slurm.attempt_info import describe_attempt, git_revision
 from kempnerforge.slurm.job import SlurmError, SlurmJob
 from kempnerforge.slurm.requeue_policy import Decision, decide
+from kempnerforge.slurm.sweep import read_sweep
 from kempnerforge.train.termination import stop_request
 
 app = typer.Typer(help="Commands that batch scripts run before and after training.", no_args_is_help=True)
@@ -31,17 +33,18 @@ NOTES = "slurm"
 
 @app.command()
 def begin(
-    arguments: Annotated[list[str], typer.Argument(metavar="-- --config FILE [--section.key=value ...]")],
+    arguments: Annotated[list[str], typer.Argument(metavar="-- FILE [--section.key=value ...]")],
     processes_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each node.")],
 ) -> None:
     """Check the configuration on this job's nodes, record the attempt, and print the run's folder."""
     job = _this_job()
-    file, overrides = split_config(arguments)
+    is_of_train_py = any(word.partition("=")[0] == "--config" for word in arguments)
+    file, overrides = split_config(arguments) if is_of_train_py else file_and_overrides(arguments)
     loaded = load_job(file, overrides, world_size=processes_per_node * len(job.node_names))
     folder = loaded.job.run.folder.absolute()
     text = describe_attempt(
         os.environ,
-        command=["train.py", *arguments],
+        command=["kempnerforge train", *arguments],
         config_toml=loaded.job.to_toml(),
         revision=git_revision(Path.cwd()),
     )
@@ -52,6 +55,18 @@ def begin(
     except OSError as error:
         raise RunFolderError(f"run.dir: {folder} cannot be used: {error}") from error
     typer.echo(folder)
+
+
+@app.command()
+def cell(sweep_dir: Annotated[Path, typer.Argument(metavar="SWEEP_DIR")]) -> None:
+    """Print the overrides of this array task of a sweep, one per line."""
+    sweep = read_sweep(sweep_dir)
+    task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    found = [one for one in sweep.cells if str(one.task) == task]
+    if not found:
+        raise RunFolderError(f"{sweep_dir} has no task '{task}' (SLURM_ARRAY_TASK_ID)")
+    for argument in found[0].arguments:
+        print(argument)
 
 
 @app.command()
@@ -74,15 +89,17 @@ def decide_for(job: SlurmJob, run_dir: Path) -> Decision:
     """Decide whether to requeue a job whose training has just ended."""
     began = run_dir / NOTES / f"{job.attempt_name}.began"
     before = int(fsio.read_file(began)) if began.exists() else 0
-    # A killed attempt records no end: the last recorded end may be that of an earlier attempt.
     history = read_history(run_dir)
-    ends = [attempt.end for attempt in history if attempt.number > before and attempt.end is not None]
-    hosts = {fault.host for fault in read_faults(run_dir) if fault.attempt > before and not fault.by_peer}
+    # The last attempt of this start of the job. The launcher has restarted the ranks after earlier ones.
+    last = history[-1] if history and history[-1].number > before else None
+    end = last.end if last is not None else None
+    number = last.number if last is not None else None
+    hosts = {fault.host for fault in read_faults(run_dir) if fault.attempt == number and not fault.by_peer}
     facts = slurm_job.facts(job.handle)
     return decide(
         job_state=slurm_job.state(job.handle),
-        status=ends[-1]["status"] if ends else None,
-        reason=str(ends[-1]["reason"]) if ends else "",
+        status=end["status"] if end is not None else None,
+        reason=str(end["reason"]) if end is not None else "",
         stop_requested_by=_stop_requested_by(facts, run_dir),
         lost_nodes=slurm_job.lost_nodes(job.node_names),
         faulty_nodes=nodes_of(hosts, job.node_names),

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from kempnerforge.config.schema import LoadedJob, load_job
 from kempnerforge.errors import EXIT_FINISHED, ConfigError, ConfigIssue
+from kempnerforge.launch.node_resources import set_threads
 from kempnerforge.log_setup import level_from
+from kempnerforge.rank_variables import die_with_launcher, receive_signals
 from kempnerforge.train.termination.signals import StopSignals
 
 USAGE = """\
@@ -29,6 +31,7 @@ Exit status: 0 finished, 2 invalid configuration, 75 stopped on request before t
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the configuration on the command line and return the exit status."""
+    die_with_launcher()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         rank, world_size = rank_and_world_size(os.environ)
@@ -50,9 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{error}\nSee: python scripts/train.py --help", file=sys.stderr)
         return error.exit_status
 
+    if world_size == 1 and (message := set_threads(os.environ, 1)):
+        print(f"kempnerforge: {message}", file=sys.stderr, flush=True)
     # Before the import of torch, which takes seconds, so that a signal during it is not lost.
     signals = StopSignals()
     signals.install()
+    receive_signals()
     return import_training()(loaded, signals)
 
 
@@ -72,7 +78,7 @@ def import_training() -> Callable[[LoadedJob, StopSignals], int]:
 
 
 def rank_and_world_size(environ: Mapping[str, str]) -> tuple[int, int]:
-    """Return this process's rank and the number of ranks: from torchrun, else from srun, else 0 and 1.
+    """Return this process's rank and the number of ranks: from the launcher, else from srun, else 0 and 1.
 
     The shell of an sbatch script has SLURM_PROCID but no SLURM step: it is a single process.
 
@@ -115,3 +121,8 @@ def split_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
         example = "write --config FILE, such as --config configs/quickstart.toml"
         raise ConfigError([ConfigIssue("--config", "is missing", example)], where="command line")
     return file, rest
+
+
+# Processes that training spawns import this file again.
+if __name__ == "__main__":
+    sys.exit(main())

@@ -40,7 +40,7 @@ def _render_table(tree: Mapping[str, Any], table: str, comment: Comment | None, 
             continue
         key = f"{table}.{name}" if table else name
         if value is not None:
-            lines.append((f"{_name(name)} = {_value(value)}", key))
+            lines.append((f"{_name(name)} = {value_text(value)}", key))
         elif comment:
             lines.append((f'# {name} = "none"', key))
     if lines:
@@ -52,7 +52,9 @@ def _render_table(tree: Mapping[str, Any], table: str, comment: Comment | None, 
         elif _is_list_of_tables(value):
             for item in value:
                 given = [
-                    (f"{_name(inner)} = {_value(x)}", key) for inner, x in item.items() if x not in (None, {})
+                    (f"{_name(inner)} = {value_text(x)}", key)
+                    for inner, x in item.items()
+                    if x not in (None, {})
                 ]
                 blocks.append(f"[[{key}]]\n{_aligned(given, comment)}")
 
@@ -69,12 +71,12 @@ def _aligned(lines: list[tuple[str, str]], comment: Comment | None) -> str:
     return "".join(f"{text:<{width}}  # {comment(key)}\n" for text, key in lines)
 
 
-def _value(value: Any) -> str:
-    """Return a value on one line. tomli_w would spread lists and tables over several."""
+def value_text(value: Any) -> str:
+    """Return a value as TOML on one line. tomli_w would spread lists and tables over several."""
     if isinstance(value, list):
-        return f"[{', '.join(_value(item) for item in value)}]"
+        return f"[{', '.join(value_text(item) for item in value)}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_name(name)} = {_value(item)}" for name, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_name(name)} = {value_text(item)}" for name, item in value.items()) + "}"
     return tomli_w.dumps({"x": value}).removeprefix("x = ").rstrip("\n")
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from kempnerforge.config.section import (
     Arguments,
     AtLeastOne,
+    AtLeastZero,
     NonEmpty,
     NotNegative,
     Positive,
@@ -82,6 +83,10 @@ class TrainConfig(Section):
     exits. Keep it below torchrun --shutdown-timeout and SLURM's KillWait (30 s each), which kill
     without a report. Raise all three if a step and a save take longer. SIGUSR1 does not start this
     timeout."""
+
+    max_restarts: AtLeastZero = 3
+    """Number of times in a row that `kempnerforge train` restarts all processes after a fault without a
+    new committed step. A commit resets the count. 0 never restarts. torchrun does not read this key."""
 
     hang_multiple: NotNegative = 10.0
     """Report a step or a save that takes this many times its median, with the slowest rank and all stacks,

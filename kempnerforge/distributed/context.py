@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from kempnerforge import hostlist
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import ConfigError, ConfigIssue
+from kempnerforge.rank_variables import STORE_FD
 from kempnerforge.torch_compat import c10d_world
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,24 @@ def _set_rendezvous(info: RankInfo) -> None:
             os.environ["MASTER_PORT"] = str(20000 + job % 20000)
 
 
+def _launcher_store(info: RankInfo, timeout: datetime.timedelta) -> TCPStore | None:
+    """Return the store whose socket our launcher has opened; None under other launchers.
+
+    Rank 0 takes the socket over, so no other program can take the port before it listens.
+    """
+    listening = os.environ.get(STORE_FD)
+    if listening is None:
+        return None
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        info.num_ranks,
+        is_master=info.rank == 0,
+        timeout=timeout,
+        master_listen_fd=int(listening) if info.rank == 0 else None,
+    )
+
+
 def collectives_issued() -> int:
     """Return how many collectives this process has issued so far, on all its groups. Never blocks.
 
@@ -105,7 +125,19 @@ class DistributedContext:
             device = torch.device("cpu")
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+        device_id = device if backend == "nccl" else None
+        store = _launcher_store(info, timeout)
+        if store is None:
+            dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        else:
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=info.rank,
+                world_size=info.num_ranks,
+                timeout=timeout,
+                device_id=device_id,
+            )
         control = dist.new_group(backend="gloo", timeout=timeout)
         assert isinstance(control, dist.ProcessGroup)
         log.debug(

@@ -27,7 +27,7 @@ class SlurmError(KempnerForgeError):
 
 _OF_A_JOB = re.compile(
     "SLURM_(?!CONF$).*|SLURMD_.*|SRUN_.*|PMI.*|TORCHELASTIC_.*|(GROUP_|LOCAL_|ROLE_)?(RANK|WORLD_SIZE)"
-    "|ROLE_NAME|GROUP_WORLD_SIZE|MASTER_(ADDR|PORT)"
+    "|ROLE_NAME|GROUP_WORLD_SIZE|MASTER_(ADDR|PORT)|KEMPNERFORGE_(LAUNCHER_PID|RESTART_COUNT|STORE_FD|REQUEUE)"
 )
 """Environment variables that belong to a job, a job step, or a rank."""
 
@@ -63,13 +63,14 @@ def this_job(environ: Mapping[str, str]) -> SlurmJob | None:
     return SlurmJob(
         job_id=job_id,
         restart_count=restart_count(environ),
-        node_names=tuple(_hosts(environ.get("SLURM_JOB_NODELIST", ""))),
+        node_names=tuple(expand_hosts(environ.get("SLURM_JOB_NODELIST", ""))),
         array_job_id=environ.get("SLURM_ARRAY_JOB_ID", ""),
         array_task_id=environ.get("SLURM_ARRAY_TASK_ID", ""),
     )
 
 
-def _hosts(nodelist: str) -> list[str]:
+def expand_hosts(nodelist: str) -> list[str]:
+    """Return the nodes of SLURM's compact list. Raises SlurmError."""
     try:
         return hostlist.expand(nodelist)
     except ValueError as error:
@@ -121,10 +122,10 @@ def exclude(handle: str, node_names: Sequence[str]) -> None:
     Raises SlurmError, also if the job could then never start.
     """
     job = facts(handle)
-    excluded = {*_hosts(job.get("ExcNodeList", "")), *node_names}
+    excluded = {*expand_hosts(job.get("ExcNodeList", "")), *node_names}
     listing = query("sinfo", "--noheader", "--Node", f"--partition={job['Partition']}", "--format=%N %T")
     needed = int(job["NumNodes"].partition("-")[0])
-    if not leaves_enough(listing, excluded, required=_hosts(job.get("ReqNodeList", "")), needed=needed):
+    if not leaves_enough(listing, excluded, required=expand_hosts(job.get("ReqNodeList", "")), needed=needed):
         raise SlurmError(f"the job needs {needed} nodes, and too few usable nodes would be left")
     query("scontrol", "update", f"JobId={handle}", f"ExcNodeList={','.join(sorted(excluded))}")
 

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil
 from pathlib import Path
 
 from kempnerforge.errors import ConfigError, ConfigIssue
@@ -26,8 +25,6 @@ OWNED = {
 """Options of sbatch that determine the layout -> the option of ``submit`` to use instead, if any."""
 
 STOP_BEFORE_S = 120
-TORCHRUN_TIMEOUT_S = 600
-"""Minimum time that torchrun waits for ranks that save after a signal."""
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
@@ -37,19 +34,26 @@ class Request:
 
     name: str
     nodes: int
-    gpus_per_node: int
     processes_per_node: int
     time: str
     """Time limit in sbatch's format, such as ``24:00:00``."""
     train: Sequence[str]
-    """The training script and its arguments."""
+    """The configuration file and its overrides."""
     command: str
     """The command that renders the script, for its first lines."""
     output: str = "slurm-%x-%j.log"
-    shutdown_timeout_s: float = 25
-    """Time after which the ranks end themselves."""
+    resources: Sequence[str] = ()
+    """Options of sbatch about the resources of a node, such as ``--gpus-per-node=8``."""
+    prologue: Sequence[str] = ()
+    """Lines of shell code to run first, such as ``module load cuda``."""
+    script: str = ""
+    """The training script; empty for that of the package."""
+    sweep: str = ""
+    """Folder of the sweep whose array this is; empty for a single run."""
+    num_cells: int = 0
+    """Number of runs of the sweep."""
     bin_dir: str = ""
-    """Folder of torchrun and kempnerforge; empty to use PATH."""
+    """Folder of kempnerforge; empty to use PATH."""
     sbatch_options: Sequence[str] = ()
 
 
@@ -60,13 +64,23 @@ def render(request: Request) -> str:
         # On one line: text after a line break in a comment would be executed.
         "@COMMAND@": " ".join(request.command.splitlines()),
         "@SBATCH@": "\n".join(f"#SBATCH {option}" for option in _directives(request)),
+        "@PROLOGUE@": "".join(f"{line}\n" for line in request.prologue),
         "@PATH@": path,
-        "@TIMEOUT@": str(max(TORCHRUN_TIMEOUT_S, ceil(request.shutdown_timeout_s) + 60)),
         "@PROCESSES@": str(request.processes_per_node),
+        "@SCRIPT@": f"--script {shlex.quote(request.script)} " if request.script else "",
+        "@REQUEUE@": "" if "--no-requeue" in request.sbatch_options else "export KEMPNERFORGE_REQUEUE=1\n",
+        "@SWEEP@": _sweep_lines(request.sweep) if request.sweep else "",
         "@TRAIN@": " ".join(shlex.quote(word) for word in request.train),
     }
     pattern = re.compile("|".join(filled))
     return pattern.sub(lambda match: filled[match[0]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _sweep_lines(folder: str) -> str:
+    return (
+        f"overrides=$(kempnerforge slurm cell {shlex.quote(folder)}) || exit # of this task of the sweep\n"
+        'while IFS= read -r override; do train+=("$override"); done <<<"$overrides"\n'
+    )
 
 
 def _directives(request: Request) -> list[str]:
@@ -74,8 +88,9 @@ def _directives(request: Request) -> list[str]:
         f"--job-name={request.name}",
         f"--nodes={request.nodes}",
         "--ntasks-per-node=1",
-        *([f"--gpus-per-node={request.gpus_per_node}"] if request.gpus_per_node else []),
+        *(shlex.quote(option) for option in request.resources),
         f"--time={request.time}",
+        *([f"--array=0-{request.num_cells - 1}"] if request.sweep else []),
         f"--output={shlex.quote(request.output)}",
         "--open-mode=append",
         "--requeue",
@@ -166,11 +181,15 @@ def option_faults(time: str, sbatch_options: Sequence[str]) -> list[ConfigIssue]
     return faults
 
 
-def check_options(time: str, sbatch_options: Sequence[str], run_dir: str, *, is_shared: bool) -> None:
+def check_options(
+    time: str, sbatch_options: Sequence[str], run_dir: str, *, is_shared: bool, is_sweep: bool
+) -> None:
     """Raise ConfigError if ``option_faults`` or ``array_faults`` reports any issue."""
     faults = [
         *option_faults(time, sbatch_options),
         *array_faults(sbatch_options, run_dir, is_shared=is_shared),
     ]
+    if is_sweep and option_value(sbatch_options, "--array", "-a") is not None:
+        faults.append(ConfigIssue("--array", "is set by --sweep", "leave it out"))
     if faults:
         raise ConfigError(faults, where="command line")

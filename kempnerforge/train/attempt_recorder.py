@@ -19,6 +19,7 @@ from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.attempt_log import AttemptLog, end_kind
 from kempnerforge.goodput.faults import FaultFile, remove_empty
 from kempnerforge.goodput.history import AttemptHistory, read_history
+from kempnerforge.rank_variables import RESTART_COUNT
 from kempnerforge.slurm.job import node_name
 
 
@@ -26,8 +27,9 @@ class AttemptRecorder:
     """Writes the ledger on rank 0 and a fault file on every rank. Nothing is written before ``open``."""
 
     def __init__(self) -> None:
-        # After a restart by torchrun, the attempt began with this process and not with torchrun.
-        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        # After a restart in place, the attempt began with this process and not with its launcher.
+        restarts = os.environ.get(RESTART_COUNT) or os.environ.get("TORCHELASTIC_RESTART_COUNT")
+        is_restart = restarts not in (None, "0")
         started = attempt_started({}) if is_restart else attempt_started()
         self._log = AttemptLog(started, first_part="launch")
         self._faults: FaultFile | None = None
@@ -125,6 +127,11 @@ class AttemptRecorder:
         """Write events of saves and checkpoints."""
         for event in events:
             self._log.write(event.kind, **event.values)
+
+    @property
+    def fault_file(self) -> Path | None:
+        """The file in which this rank records faults; None before ``open``, or if it cannot be written."""
+        return self._faults.path if self._faults is not None else None
 
     def fault(self, error: BaseException) -> None:
         """Record an error that ends this rank. ``end`` records one that all ranks raise together."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from kempnerforge.errors import (
     RunFolderError,
     StopRequestedError,
 )
+from kempnerforge.goodput.faults import is_peer_loss
 from kempnerforge.log_setup import LogHandler
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.train.attempt_recorder import AttemptRecorder
@@ -85,7 +87,11 @@ def _run(job: JobConfig, signals: StopSignals, console: ConsoleSink | None, hand
         recorder.fault(error)
         if run is not None and isinstance(error, torch.OutOfMemoryError):
             _explain_memory(run)
-        reported = error if isinstance(error, KempnerForgeError) else storage_error(error, _folders(job, run))
+        reported = (
+            error
+            if isinstance(error, KempnerForgeError)
+            else storage_error(error, _folders(job, run)) or _peer_loss(error, recorder.fault_file)
+        )
         if reported is None:
             reason = f"{type(error).__name__}: {error}"
             raise
@@ -123,6 +129,18 @@ def _folders(job: JobConfig, run: Run | None) -> list[Path]:
     with contextlib.suppress(ConfigError):  # a placeholder without a value, which is reported elsewhere
         folders.append(job.run.folder)
     return folders
+
+
+def _peer_loss(error: Exception, fault_file: Path | None) -> KempnerForgeError | None:
+    """Convert the loss of another rank into an error of one line; None for any other error.
+
+    The other rank names the cause. The stack of this one is in its fault file.
+    """
+    if not is_peer_loss(type(error).__name__, str(error)):
+        return None
+    first_sentence = re.split(r"\.\s|\n", str(error), maxsplit=1)[0]
+    stack = f" (stack in {fault_file})" if fault_file is not None else ""
+    return KempnerForgeError(f"lost another rank: {first_sentence}{stack}")
 
 
 def _log_error(error: KempnerForgeError, world: DistributedContext | None) -> None:

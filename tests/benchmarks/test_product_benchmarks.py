@@ -69,6 +69,13 @@ def test_bench_loss_measures_memory_of_both_losses(tmp_path: Path) -> None:
     assert all(row["plain"] > 0 and row["chunked"] > 0 for row in found["memory"])
 
 
+def test_bench_relaunch_both_arms_repeat_the_killed_steps(tmp_path: Path) -> None:
+    _, found = run_tiny("bench_relaunch", tmp_path)
+    assert [(row["name"], row["goal"]) for row in found["comparisons"]] == [("relaunch_s", 0.9)]
+    assert set(found["losses"]) == {"ours", "torchrun"}
+    assert found["losses_differ_by"] < 1e-5
+
+
 def test_bench_cli_lists_as_many_steps_as_made(tmp_path: Path) -> None:
     _, found = run_tiny("bench_cli", tmp_path)
     assert set(found["extra"]) == {"--help wall_s", "--help cpu_s", "ckpt ls wall_s", "ckpt ls cpu_s"}

@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 from support.ckpt_cli import Done
+from support.runs import Launcher, make_run
 
 from kempnerforge.cli import app
+from kempnerforge.slurm.sweep import make_sweep, write_sweep
+
+pytest_plugins = ["support.run_fixtures"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +50,10 @@ def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-LLAMA = ["submit", "configs/llama_7b.toml", "--nodes=4", "--gpus-per-node=8", "--time=24:00:00", "--no-files"]
+LLAMA = [
+    *("submit", "configs/llama_7b.toml", "--nodes=4", "--gpus-per-node=8", "--time=24:00:00"),
+    *("--cpus-per-task=64", "--no-files"),
+]
 
 
 @pytest.mark.smoke
@@ -55,6 +62,8 @@ def test_submit_dry_run_prints_script_bash_can_read() -> None:
     done = process(*LLAMA, "--dry-run", name, "--", "-p", "gpu", "--qos=low")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
+    assert "export KEMPNERFORGE_REQUEUE=1" in lines
+    assert "KEMPNERFORGE_REQUEUE" not in process(*LLAMA, "--dry-run", "--", "--no-requeue").stdout
     for line in ("--nodes=4", "--gpus-per-node=8", "--signal=B:USR1@120", "--requeue", "-p gpu", "--qos=low"):
         assert f"#SBATCH {line}" in lines
     assert lines[0] == "#!/bin/bash"
@@ -117,7 +126,6 @@ def test_submit_shutdown_timeout_fits_partition_grace(kempnerforge: Command, tmp
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/new", PATH=path)
     assert "--train.shutdown_timeout_s=895)" in done.out
-    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=955" in done.out
     assert done.err == ""
     done = kempnerforge(*LLAMA, "--dry-run", f"--run.dir={tmp_path}/run", PATH=path)
     assert "saves of this run took up to 1000 s" in done.err
@@ -134,11 +142,76 @@ def test_submit_without_slurm_says_so(kempnerforge: Command, tmp_path: Path) -> 
     assert kempnerforge("slurm", "after", str(tmp_path), SLURM_JOB_ID="").status == 1
 
 
+@pytest.mark.smoke
+def test_submit_without_cpus_warns(kempnerforge: Command) -> None:
+    without = [word for word in LLAMA if not word.startswith("--cpus")]
+    done = kempnerforge(*without, "--dry-run")
+    assert done.err.startswith(
+        "warning: no --cpus-per-task is given: many clusters then give the 8 processes"
+    )
+    assert kempnerforge(*without, "--dry-run", "--", "-c", "64").err == ""
+
+
+@pytest.mark.smoke
+def test_submit_resources_and_prologue_are_in_the_script(kempnerforge: Command) -> None:
+    without = [word for word in LLAMA if not word.startswith("--gpus")]
+    more = ["--gres=gpu:h100:8", "--mem=0", "--prologue=module purge", "--prologue=module load cuda/13"]
+    lines = kempnerforge(*without, *more, "--dry-run").out.splitlines()
+    for line in ("#SBATCH --gres=gpu:h100:8", "#SBATCH --cpus-per-task=64", "#SBATCH --mem=0"):
+        assert line in lines
+    assert "processes_per_node=8" in lines
+    assert not any("--gpus-per-node" in line for line in lines)
+    prologue = lines.index("module purge")
+    assert lines[prologue + 1] == "module load cuda/13"
+    # The environment of this command comes before what modules put into PATH.
+    assert prologue < next(index for index, line in enumerate(lines) if line.startswith("PATH="))
+
+
+TINY = """\
+data.text = "python-stdlib"
+[model]
+dim = 32
+n_layers = 1
+n_heads = 2
+"""
+
+
+@pytest.mark.smoke
+def test_submit_sweep_checks_cells_and_stores_overrides(kempnerforge: Command, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(TINY)
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\ncat >{tmp_path}/job.sh\necho 7\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    folder = tmp_path / "sweep"
+    command = ["submit", str(tmp_path / "run.toml"), "--nodes=1", "--gpus-per-node=0", "--time=30"]
+    command += [f"--run.dir={folder}", "--no-files", "--sweep"]
+    bad = kempnerforge(*command, "optimizer.lr=[1e-4,-3e-4]", PATH=path)
+    assert bad.status == 2
+    assert bad.err.startswith("task 1 of the sweep (optimizer.lr=-0.0003): 1 fault in the configuration")
+    assert not folder.exists()
+    assert kempnerforge(*command, "train.seed=[1,2]", "--", "--array=0-1", PATH=path).status == 2
+    done = kempnerforge(*command, "optimizer.lr=[1e-4,3e-4]", "--sweep=train.seed=[1,2,3]", PATH=path)
+    assert done.status == 0, done.err
+    assert done.out.startswith("job 7: 6 runs, each 1 x 1 processes")
+    script = (tmp_path / "job.sh").read_text()
+    assert "#SBATCH --array=0-5\n" in script
+    assert f"kempnerforge slurm cell {folder}" in script
+    cell = kempnerforge("slurm", "cell", str(folder), SLURM_ARRAY_TASK_ID="4")
+    assert cell.out.splitlines() == [
+        *("--optimizer.lr=0.0003", "--train.seed=2"),
+        *("--run.name=run-4", f"--run.dir={folder}/4"),
+    ]
+    assert kempnerforge("slurm", "cell", str(folder), SLURM_ARRAY_TASK_ID="6").status == 2
+
+
 SCRIPTS = {
-    "one_node.sh": ["configs/quickstart.toml", "--nodes", "1", "--gpus-per-node", "2", "--time", "2:00:00"],
+    "one_node.sh": [
+        *("configs/quickstart.toml", "--nodes", "1", "--gpus-per-node", "2", "--cpus-per-task", "8"),
+        *("--time", "2:00:00"),
+    ],
     "many_nodes.sh": [
-        *("configs/llama_7b.toml", "--nodes", "4", "--gpus-per-node", "8", "--time", "24:00:00"),
-        "--no-files",
+        *("configs/llama_7b.toml", "--nodes", "4", "--gpus-per-node", "8", "--cpus-per-task", "64"),
+        *("--time", "24:00:00", "--no-files"),
     ],
 }
 
@@ -149,3 +222,28 @@ def test_submit_renders_the_scripts_of_the_repository(kempnerforge: Command, nam
     done = kempnerforge("submit", *SCRIPTS[name], "--dry-run")
     made = "".join(line for line in done.out.splitlines(True) if not line.startswith("PATH="))
     assert (ROOT / "slurm" / name).read_text() == made
+
+
+def test_report_of_sweep_has_a_line_per_run(
+    kempnerforge: Command, launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    options = ["train.seed=[1,2,3]"]
+    made = make_sweep(options, file="f", overrides=[], folder=str(tmp_path / "s"), run_name="s")
+    write_sweep(tmp_path / "s", made)
+    losses = {}
+    for cell in made.cells[:2]:
+        run = make_run(tmp_path / f"base_{cell.task}", corpus, **{"run.dir": cell.run_dir})
+        launcher.finish(run, *cell.overrides, *([] if cell.task else ["--train.max_steps=6"]))
+        losses[cell.task] = run.counting()
+    done = kempnerforge("report", str(tmp_path / "s"))
+    assert done.status == 0, done.err
+    lines = [line.split() for line in done.out.splitlines()]
+    for task, step in ((0, 6), (1, 12)):
+        counting = losses[task]
+        best = min(row["eval/loss"] for row in counting.values() if "eval/loss" in row)
+        last = f"{counting[step]['train/loss']:.4f}"
+        expected = [str(task), f"train.seed={task + 1}", "finished", str(step), last, f"{best:.4f}"]
+        assert lines[1 + task] == expected
+    assert lines[3] == ["2", "train.seed=3", "not", "started", "-", "-", "-"]
+    as_json = kempnerforge("report", str(tmp_path / "s"), "--json")
+    assert [row["step"] for row in json.loads(as_json.out)["runs"]] == [6, 12, None]

@@ -14,7 +14,7 @@ import pytest
 from support.run_files import tensor_digests
 from support.runs import Launcher, Run, make_run
 from support.slurm_cluster import GRACE_S, KILL_WAIT_S, Cluster, missing_programs
-from support.slurm_jobs import SETTINGS, STEPS, Array, Job, near_the_limit, run_all
+from support.slurm_jobs import SETTINGS, STEPS, Array, Job, SweepJob, kill_rank, near_the_limit, run_all
 from support.wandb_server import FAKE_KEY, WandbServer, fragments, history, records
 
 from kempnerforge.slurm.kill_grace import BEFORE_KILL_S
@@ -83,7 +83,7 @@ ONLINE.settings |= WANDB
 
 
 def has_step(cluster: Cluster, job: Job) -> bool:
-    """Whether srun has started torchrun, which ``slow_torchrun`` makes wait before it handles signals."""
+    """Whether srun has started the launcher, which ``slow_launcher`` makes wait before it handles signals."""
     return f"StepId={job.id}.0" in cluster.run("scontrol", "show", "step", f"{job.id}.0", check=False)
 
 
@@ -93,7 +93,8 @@ def prepares_data(_cluster: Cluster, job: Job) -> bool:
 
 AT_THE_START = scancel("-b", "-s", "USR1")
 AT_THE_START.name, AT_THE_START.when = "at the start", has_step
-AT_THE_START.environ["PYTHONPATH"] = str(Path(__file__).parents[1] / "support/slow_torchrun")
+SLOW = Path(__file__).parents[1] / "support/slow_launcher"
+AT_THE_START.environ["PYTHONPATH"] = f"{SLOW}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 IN_DATA = scancel("-b", "-s", "USR1")
 IN_DATA.name, IN_DATA.when = "in data", prepares_data
 IN_DATA.environ["KEMPNERFORGE_TEST_SLOW_DATA"] = "1"
@@ -117,7 +118,21 @@ FAULTY = Job(
     "faulty node",
     ["--exclude=n3"],
     settings={"checkpoint.interval": 5},
-    environ={"KEMPNERFORGE_TEST_FAULT_AT": "9"},
+    environ={"KEMPNERFORGE_TEST_FAULT_AT": "3"},
+)
+KILLED = Job(
+    "rank killed",
+    TWO,
+    lambda _cluster, job: kill_rank(job, 1),
+    requeued=False,
+    nodes=2,
+    settings={"checkpoint.interval": 2},
+)
+SWEEP = SweepJob(
+    "sweep",
+    ["--exclude=n3"],
+    arguments=["--sweep", f"train.max_steps=[{STEPS // 2},{STEPS}]"],
+    environ={"KEMPNERFORGE_TEST_FAST": "1"},
 )
 
 
@@ -160,7 +175,7 @@ def done(
     cluster: Cluster, corpus: Path, wandb_server: WandbServer, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """All jobs have ended. Not in a test: what SLURM starts during one would count as left behind by it."""
-    others = [AT_THE_START, IN_DATA, FULL, ARRAY, FIRST, SECOND, THIRD, FAULTY]
+    others = [AT_THE_START, IN_DATA, FULL, ARRAY, FIRST, SECOND, THIRD, FAULTY, KILLED, SWEEP]
     run_all(cluster, [*JOBS, *others], corpus, tmp_path_factory.mktemp("jobs"))
 
 
@@ -191,7 +206,7 @@ def test_job_stopped_is_saved_and_requeued_when_due(uninterrupted: dict[int, Run
 @pytest.mark.parametrize(
     ("job", "why"),
     [
-        # Before torchrun handles signals, USR1 ends it: that the shell was signalled is in its file.
+        # Before the launcher handles signals, USR1 ends it: that the shell was signalled is in its file.
         (AT_THE_START, "a stop was requested (SIGUSR1)"),
         # Nobody looks for the file while data is prepared: the signal itself breaks that off.
         (IN_DATA, "the run is not finished"),
@@ -292,12 +307,31 @@ def test_job_chain_continues_and_ends_when_finished(
 def test_job_requeue_excludes_node_of_recorded_fault(uninterrupted: dict[int, Run]) -> None:
     run = FAULTY.run
     assert (FAULTY.restarts, FAULTY.facts["JobState"]) == (1, "COMPLETED"), FAULTY.log
-    (fault,) = (run.folder / "faults").glob("attempt_*")
+    faults = list((run.folder / "faults").glob("attempt_*"))
     bad = {"n1": "n2", "n2": "n1"}[FAULTY.facts["NodeList"]]
-    assert f'"host": "{bad}"' in fault.read_text()
-    assert "this node is bad" in fault.read_text()
+    # Restarted in place once. A third fault on this node would have blocked the run.
+    assert len(faults) == 2
+    for fault in faults:
+        assert f'"host": "{bad}"' in fault.read_text()
+        assert "this node is bad" in fault.read_text()
+    assert "all faults since the last commit name one node" in FAULTY.log
     assert FAULTY.facts["ExcNodeList"] in (f"{bad},n3", f"n[{bad[1]}-3]", f"n[{bad[1]},3]")
-    # Saved were steps 5; the fault came in step 9.
-    assert [receipt["step"] for receipt in run.receipts()] == [0, 5]
-    assert run.receipts()[1]["lost_steps"] == 3
+    assert [receipt["step"] for receipt in run.receipts()] == [0, 0, 0]
     assert_bitwise(run, uninterrupted[1])
+
+
+def test_job_rank_killed_restarts_in_place_on_all_nodes(uninterrupted: dict[int, Run]) -> None:
+    """A fault of a rank does not go through the queue."""
+    assert (KILLED.restarts, KILLED.facts["JobState"]) == (0, "COMPLETED"), KILLED.log
+    assert KILLED.log.count("rank 1 was ended by SIGKILL. Restarting all ranks from step") == 1
+    began = [receipt["step"] for receipt in KILLED.run.receipts()]
+    assert began[0] == 0
+    assert 0 < began[1] < STEPS
+    assert len(began) == 2
+    assert_bitwise(KILLED.run, uninterrupted[2])
+
+
+def test_job_sweep_runs_every_cell_with_its_values(uninterrupted: dict[int, Run]) -> None:
+    assert [SWEEP.other_facts["JobState"], SWEEP.facts["JobState"]] == ["COMPLETED"] * 2, SWEEP.log
+    assert [run.record["last_exit"]["step"] for run in (SWEEP.other, SWEEP.run)] == [STEPS // 2, STEPS]
+    assert_bitwise(SWEEP.run, uninterrupted[1])

@@ -14,18 +14,14 @@ PACKAGE = "kempnerforge"
 
 LAYERS = (
     (
-        "errors",
-        "fsio",
-        "hostlist",
-        "printable",
-        "process_identity",
-        "torch_compat",
-        "write_behind",
+        *("errors", "fsio", "hostlist", "printable", "process_identity", "rank_variables"),
+        *("torch_compat", "write_behind"),
     ),
     ("plugins",),
     ("config", "log_setup"),
     ("distributed", "model", "data", "telemetry", "slurm", "goodput", "plan"),
     ("parallel", "checkpoint"),
+    ("launch",),
     ("train",),
     ("cli",),
     ("__main__",),
@@ -52,8 +48,9 @@ ROOMS = {
 
 # These import torch nowhere, not even inside a function.
 NO_TORCH = (
-    *("errors", "fsio", "hostlist", "log_setup", "plugins", "printable", "process_identity", "write_behind"),
-    *("config", "goodput", "slurm", "plan", "model.hf", "train.preflight"),
+    *("errors", "fsio", "hostlist", "log_setup", "plugins", "printable", "process_identity"),
+    *("rank_variables", "write_behind"),
+    *("config", "goodput", "slurm", "plan", "launch", "model.hf", "train.preflight"),
     *(
         "checkpoint.format",
         "checkpoint.run",

@@ -1,16 +1,20 @@
-"""Run ``scripts/train.py`` with slow steps in a job's first start, so that there is time to stop it."""
+"""Run ``scripts/train.py`` with slow steps at first, so that there is time to stop it.
+
+Restarts in place and by SLURM are fast.
+"""
 
 import os
 import sys
 import time
 
 from kempnerforge.cli.train import main
+from kempnerforge.rank_variables import RESTART_COUNT
 
 STEP_S = 0.7
 SLOW_STEPS = 20
 """Later steps are even slower, so that a job does not finish before it is stopped on a busy machine."""
 FAULT_AT = "KEMPNERFORGE_TEST_FAULT_AT"
-"""Number of the optimizer call that fails in the first start; unset for none."""
+"""Number of the optimizer call that fails until SLURM has restarted the job; unset for none."""
 SLOW_DATA = "KEMPNERFORGE_TEST_SLOW_DATA"
 """If set, the first start prepares its data for so long that only a signal ends it."""
 FAST = "KEMPNERFORGE_TEST_FAST"
@@ -31,6 +35,8 @@ if __name__ == "__main__":
             calls += 1
             if str(calls) == os.environ.get(FAULT_AT):
                 raise ValueError("this node is bad")
+            if os.environ.get(RESTART_COUNT, "0") != "0":
+                return update(*arguments)
             waits = calls > SLOW_STEPS and os.environ.get("SLURM_ARRAY_TASK_ID") != "0"
             time.sleep(STEP_S * (5 if waits else 1))
             return update(*arguments)

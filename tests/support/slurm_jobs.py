@@ -6,6 +6,8 @@ run_all(cluster, jobs, corpus, folder)
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +56,9 @@ class Job:
     then: Callable[[Cluster], object] = lambda _cluster: None
     """Called repeatedly while the job is queued again. It must not wait, because other jobs are active."""
 
+    arguments: list[str] = field(default_factory=list)
+    """Options of ``submit``."""
+
     id: str = ""
     said: str = ""
     """The output of ``submit``."""
@@ -83,7 +88,7 @@ class Job:
         command = [
             *(sys.executable, "-c", "from kempnerforge.cli.app import main; main()", "submit"),
             *(str(self.run.config), f"--nodes={self.nodes}", f"--time={MINUTES}"),
-            *(f"--gpus-per-node={self.gpus}", f"--script={SCRIPT}", "--", *options),
+            *(f"--gpus-per-node={self.gpus}", f"--script={SCRIPT}", *self.arguments, "--", *options),
         ]
         done = subprocess.run(
             command, env=environ, cwd=self.run.base, capture_output=True, text=True, check=False
@@ -135,6 +140,34 @@ class Array(Job):
         return Run(
             folder=folder, checkpoints=folder / "checkpoints", base=self.run.base, config=self.run.config
         )
+
+
+@dataclass
+class SweepJob(Array):
+    """A sweep of two runs, to which nothing happens."""
+
+    def submit(self, cluster: Cluster, corpus: Path, folder: Path) -> None:
+        self.has_happened = True
+        self.settings = {**self.settings, "run.dir": str(folder / "sweep")}
+        Job.submit(self, cluster, corpus, folder)
+
+    def _run_of(self, facts: Facts) -> Run:
+        folder = self.run.base.parent / "sweep" / facts["ArrayTaskId"]
+        return Run(
+            folder=folder, checkpoints=folder / "checkpoints", base=self.run.base, config=self.run.config
+        )
+
+
+def kill_rank(job: Job, rank: int) -> None:
+    """Kill a rank of the job, which runs on this host like all nodes of the cluster."""
+    mark = {f"RANK={rank}".encode(), f"SLURM_JOB_ID={job.id}".encode()}
+    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+        try:
+            environ = set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        except OSError:  # it has ended
+            continue
+        if mark <= environ:
+            os.kill(pid, signal.SIGKILL)
 
 
 def run_all(cluster: Cluster, jobs: Sequence[Job], corpus: Path, folder: Path) -> None:

@@ -31,6 +31,7 @@ from kempnerforge.errors import (
     StepsMissingError,
 )
 from kempnerforge.process_identity import process_state, restart_count
+from kempnerforge.rank_variables import RESTART_COUNT
 
 log = logging.getLogger(__name__)
 
@@ -119,12 +120,13 @@ def start_facts(hosts: Sequence[str], layout_of_run: Mapping[str, int]) -> dict[
 
 
 def attempt_started(environ: Mapping[str, str] = os.environ) -> float:
-    """Return when this process started, or the torchrun that started it, as Unix time.
+    """Return when this process started, or the launcher that started it, as Unix time.
 
-    A batch script may write a stop request as soon as it has started torchrun, seconds before the
-    workers run.
+    A batch script may write a stop request as soon as it has started the launcher, seconds before
+    the ranks run.
     """
-    pids = [os.getpid(), *([os.getppid()] if "TORCHELASTIC_RUN_ID" in environ else [])]
+    is_launched = "TORCHELASTIC_RUN_ID" in environ or RESTART_COUNT in environ
+    pids = [os.getpid(), *([os.getppid()] if is_launched else [])]
     since_boot_s = time.clock_gettime(time.CLOCK_BOOTTIME)
     starts = [time.time()]
     for pid in pids:

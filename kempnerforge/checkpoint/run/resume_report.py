@@ -19,7 +19,7 @@ METRICS = "metrics.jsonl"
 
 
 _OF_STOPS = (
-    *("train.shutdown_timeout_s", "train.max_minutes", "train.deadline_margin_s"),
+    *("train.shutdown_timeout_s", "train.max_minutes", "train.deadline_margin_s", "train.max_restarts"),
     *("train.hang_multiple", "train.hang_floor_s", "distributed.timeout_s"),
 )
 """Keys that control when a run ends or what is reported, but not what it computes."""
