@@ -39,7 +39,7 @@ def run_with(
     return folder
 
 
-def row(step: int, attempt: int = 1, **values: Any) -> dict[str, Any]:
+def row(step: int, attempt: Any = 1, **values: Any) -> dict[str, Any]:
     return {"step": step, "attempt": attempt, "time": 2000.0 + step, "train/loss": 3.0, **values}
 
 
