@@ -57,7 +57,7 @@ class Task:
         with BatchLoader(
             samples, seed=job.train.seed, global_batch_size=size, batch_size=size, prefetch_batches=0
         ) as loader:
-            drawn = [next(loader)[0] for _ in range(self.steps)]
+            drawn: list[Any] = [next(loader)[0] for _ in range(self.steps)]
         whole = [np.concatenate([b.inputs_ABT[0], b.targets_ABT[0][:, -1:]], axis=1) for b in drawn]
         np.save(self.folder / "batches.npy", np.stack(whole))
         (self.folder / "job.toml").write_text(job.to_toml())

@@ -132,6 +132,7 @@ class Loop:
         batches = self._batches()
         while self.step < steps:
             batch, _ = next(batches)
+            assert isinstance(batch, Batch)
             loss = self._update(batch, steps)
             self.step += 1
             self.write(step=self.step, **{"train/loss": loss})

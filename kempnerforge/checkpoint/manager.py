@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -159,7 +160,7 @@ class CheckpointManager:
         if result.source == "resume" and self._control.rank == 0:
             # The last attempt may have been killed before it did this.
             self._housekeeping.committed(result.step)
-        self._intervals.load_history(self.run_dir, resumed_at=state.step)
+        self._intervals.load_history(restorer.history, resumed_at=state.step)
         self._saves.clock.restart(state.step)
         if self._own is not None:
             self._own.resumed(result, step=state.step, skipped=state.skipped_steps)
@@ -181,9 +182,9 @@ class CheckpointManager:
         Raises FolderOwnedError, StepsMissingError, RunFolderError, UnreachableCheckpointError.
         """
         if self._owner is None:
-            self._owner = with_retries(
-                lambda: claim.take(self.folder, self.context.run_id, self.run_dir), what=str(self.folder)
-            )
+            run_id, history = self.context.run_id, self.context.history
+            take = partial(claim.take, self.folder, run_id, self.run_dir, history=history)
+            self._owner = with_retries(take, what=str(self.folder))
             self._housekeeping.move(self.folder, self._owner)
 
     def _prepare_saves(self, state: TrainState) -> str:
@@ -310,9 +311,8 @@ class CheckpointManager:
 
     def _require_no_steps(self, step: int) -> None:
         """Raise MismatchError if the folder has steps and this program has not called ``resume``."""
-        newest = with_retries(
-            lambda: owner.newest_step(self.folder, self._owner or ANYONE), what=str(self.folder)
-        )
+        mine = self._owner or ANYONE
+        newest = with_retries(lambda: owner.newest_step(self.folder, mine), what=str(self.folder))
         if newest is not None:
             raise MismatchError(
                 f"{self.folder} has steps up to {newest}, and this program is at step {step} and has not "

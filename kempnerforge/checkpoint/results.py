@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from kempnerforge.goodput.run_history import RunHistory
+
 
 def _any_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [] if stored == now else [f"fingerprint was {dict(stored)}, is {dict(now)}"]
@@ -29,6 +31,8 @@ class RunContext:
     """Whether a resume accepts a checkpoint that was trained on other data."""
     explain_data: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = _any_difference
     """Takes the stored and the current data fingerprint. Returns one line for each difference."""
+    history: RunHistory | None = None
+    """The records of earlier attempts. None: a resume reads those in the run's folder."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def rollback(
         how = f"resume from step {done.newest_step}" if done.newest_step else "start again at step 0"
         kept = f"The later steps are kept in {done.folder} until you delete them.\n" if done.renamed else ""
         typer.echo(
-            f"{run_dir} will {how}, with the wandb id {done.wandb_id}.\n"
+            f"{run_dir} will {how}, with the wandb id {done.timeline_id}.\n"
             f"{kept}To undo this before the next start: kempnerforge ckpt rollback {run_dir} --undo"
         )
 

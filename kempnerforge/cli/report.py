@@ -10,7 +10,7 @@ import typer
 
 from kempnerforge import fsio
 from kempnerforge.checkpoint.run import lease, lineage
-from kempnerforge.checkpoint.run.resume_report import METRICS, read_receipts
+from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_paths import AsJson, find_run
 from kempnerforge.cli.log_end import last_rows
@@ -23,6 +23,7 @@ from kempnerforge.cli.run_facts import LAST, attempt_changes, run_facts
 from kempnerforge.errors import RunFolderError
 from kempnerforge.goodput.accounting import account, saving
 from kempnerforge.goodput.history import read_history
+from kempnerforge.goodput.run_history import METRICS
 from kempnerforge.slurm.sweep import SWEEP_FILE
 from kempnerforge.telemetry.curves import read_curves
 

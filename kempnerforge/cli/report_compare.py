@@ -12,11 +12,11 @@ from typing import Any
 import typer
 
 from kempnerforge.checkpoint.run.lineage import ResumePoint
-from kempnerforge.checkpoint.run.resume_report import METRICS
 from kempnerforge.cli import formatting as text
 from kempnerforge.cli.run_facts import config_differences, fact_rows, setting
 from kempnerforge.goodput.history import AttemptHistory
 from kempnerforge.goodput.plot import duration
+from kempnerforge.goodput.run_history import METRICS
 from kempnerforge.telemetry.curves import Curve, Curves, read_curves
 
 LOSSES = ("train/loss", "eval/loss")

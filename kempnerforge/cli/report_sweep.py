@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge.checkpoint.run import lease, lineage, metadata
-from kempnerforge.checkpoint.run.resume_report import METRICS
 from kempnerforge.cli import formatting as text
 from kempnerforge.errors import EXIT_FINISHED, EXIT_STOPPED, RunFolderError
+from kempnerforge.goodput.run_history import METRICS
 from kempnerforge.slurm.sweep import Cell, read_sweep
 from kempnerforge.telemetry.curves import Curve, read_curves
 

@@ -15,10 +15,10 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.run import lease, lineage, metadata
 from kempnerforge.checkpoint.run.lineage import ResumePoint
 from kempnerforge.checkpoint.run.metadata import RunRecord
-from kempnerforge.checkpoint.run.resume_report import METRICS
 from kempnerforge.cli.log_end import last_rows, lines_from_end, parse
 from kempnerforge.errors import EXIT_FINISHED, EXIT_STOPPED, RunFolderError
 from kempnerforge.goodput.event_log import LEDGER
+from kempnerforge.goodput.run_history import METRICS
 from kempnerforge.telemetry.jsonl import decode_value, encode_value
 
 LEASE_SILENT_S = 600.0

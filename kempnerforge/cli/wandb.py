@@ -14,11 +14,12 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.run import lease, lineage, metadata
 from kempnerforge.checkpoint.run.metadata import RunRecord
-from kempnerforge.checkpoint.run.resume_report import METRICS, read_receipts
+from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.cli import formatting as text
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_run
 from kempnerforge.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, RunFolderError
 from kempnerforge.goodput.event_log import places, read_events
+from kempnerforge.goodput.run_history import METRICS
 from kempnerforge.telemetry.jsonl import by_step, effective_rows, read_rows
 from kempnerforge.telemetry.wandb_upload import Content, Uploaded, upload
 
@@ -143,7 +144,7 @@ def _read(
     config = _config(folder, committed)
     metrics, names = config.get("metrics", {}), config.get("run", {})
     content = Content(
-        run_id=record.wandb_id,
+        run_id=record.timeline_id,
         project=project or metrics.get("wandb_project", "kempnerforge"),
         entity=entity,
         name=metrics.get("wandb_run_name") or names.get("name") or run_dir.resolve().name,

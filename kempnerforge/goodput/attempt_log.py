@@ -60,9 +60,9 @@ class AttemptLog:
         """Write to the ledger in ``run_dir`` from now on."""
         self._ledger = Ledger(run_dir, attempt)
 
-    def start(self, facts: dict[str, Any]) -> None:
-        """Record the start of the attempt durably."""
-        self.write("start", process_started=self.started, **facts)
+    def start(self, facts: dict[str, Any]) -> str:
+        """Record the start of the attempt durably. Return the line in the ledger."""
+        return self.write("start", process_started=self.started, **facts)
 
     def resumed(
         self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float, **facts: Any
@@ -108,14 +108,15 @@ class AttemptLog:
             text = f"{left} events, including the end, were not written within {END_WAIT_S:g} s"
             self.warn(OSError(errno.ETIMEDOUT, text))
 
-    def write(self, event: str, **values: Any) -> None:
-        """Queue an event for the ledger, if it is open."""
+    def write(self, event: str, **values: Any) -> str:
+        """Queue an event for the ledger, if it is open. Return its line."""
         ledger = self._ledger
         if ledger is None:
-            return
+            return ""
         line = ledger.encode(event, **values)
         if not self._queue.submit(lambda: ledger.append(event, line)):
             self.warn(OSError(errno.ETIMEDOUT, "too many events are waiting for a slow file system"))
+        return line
 
     def flush(self) -> None:
         """Wait until all events are written. Do not call this in the loop."""

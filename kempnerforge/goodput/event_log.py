@@ -65,7 +65,7 @@ def read_events(run_dir: Path) -> list[Event]:
         lines = fsio.read_file(run_dir / LEDGER).split(b"\n")
     except FileNotFoundError:
         return []
-    return [event for line in lines if (event := _event(line)) is not None]
+    return [event for line in lines if (event := parse_event(line)) is not None]
 
 
 def places(events: Sequence[Event]) -> dict[int, dict[str, Any]]:
@@ -85,7 +85,8 @@ def saves_s(events: Sequence[Event]) -> list[float]:
     return [event["total_s"] for event in events if event["event"] == "commit"]
 
 
-def _event(line: bytes) -> Event | None:
+def parse_event(line: bytes) -> Event | None:
+    """Return the event of one line; None for a torn line and for a row that is no event."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

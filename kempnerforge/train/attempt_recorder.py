@@ -18,7 +18,8 @@ from kempnerforge.errors import KempnerForgeError, NoProgressError, UnreachableC
 from kempnerforge.goodput import crash_loop_guard
 from kempnerforge.goodput.attempt_log import AttemptLog, end_kind
 from kempnerforge.goodput.faults import FaultFile, remove_empty
-from kempnerforge.goodput.history import AttemptHistory, read_history
+from kempnerforge.goodput.history import AttemptHistory
+from kempnerforge.goodput.run_history import RunHistory
 from kempnerforge.rank_variables import RESTART_COUNT
 from kempnerforge.slurm.job import node_name
 
@@ -33,6 +34,13 @@ class AttemptRecorder:
         started = attempt_started({}) if is_restart else attempt_started()
         self._log = AttemptLog(started, first_part="launch")
         self._faults: FaultFile | None = None
+        self._history: RunHistory | None = None
+
+    @property
+    def history(self) -> RunHistory:
+        """The records of the run, for its start: of earlier attempts, and the start of this one."""
+        assert self._history is not None, "open comes first"
+        return self._history
 
     def end_phase(self, part: str) -> None:
         """Record that the time since the last call was spent on ``part`` of the setup."""
@@ -44,28 +52,30 @@ class AttemptRecorder:
         record: RunRecord,
         world: DistributedContext,
         ranks: dict[str, int],
+        history: RunHistory,
         *,
         facts: Callable[[], dict[str, Any]] = dict,
     ) -> bool:
         """Begin the record of an attempt. Return whether the run has a committed step.
 
-        ``facts`` is called on rank 0 for more to record of the start.
+        On rank 0, appends the start of the attempt to ``history``. ``facts`` is called there for
+        more to record of the start.
 
         Collective: all ranks. Durable: on return. Raises NoProgressError on all ranks when the last
         attempts of the run made no progress.
         """
+        self._history = history
         control, host = world.control, node_name(os.environ)
         hosts = control.gather(host)
         folder = job.run.folder
 
         def begin() -> bool:
             self._remove_empty(folder, record)
-            rollbacks = [rollback.attempt for rollback in record.rollbacks]
-            history = self._read_history(folder, rollbacks)
+            earlier = self._earlier_attempts(history, record)
             self._log.open(folder, record.attempt)
-            self._log.start({**start_facts(hosts, ranks), **facts()})
+            history.append(self._log.start({**start_facts(hosts, ranks), **facts()}))
             newest = _newest_step(record.checkpoint_folder(folder), folder)
-            row = crash_loop_guard.without_progress(history, newest_committed=newest or 0)
+            row = crash_loop_guard.without_progress(earlier, newest_committed=newest or 0)
             why = crash_loop_guard.refusal(
                 row, limit=job.run.max_faults_without_progress, run_dir=str(folder)
             )
@@ -92,10 +102,10 @@ class AttemptRecorder:
         except OSError as error:
             self._log.warn(error)
 
-    def _read_history(self, folder: Path, rollbacks: list[int]) -> list[AttemptHistory]:
-        """Return the history of earlier attempts, or none when it cannot be read."""
+    def _earlier_attempts(self, history: RunHistory, record: RunRecord) -> list[AttemptHistory]:
+        """Return the earlier attempts, or none when their records cannot be read."""
         try:
-            return read_history(folder, rollbacks=rollbacks)
+            return history.attempts([(rollback.attempt, rollback.step) for rollback in record.rollbacks])
         except OSError as error:
             self._log.warn(error)
             return []
@@ -103,7 +113,11 @@ class AttemptRecorder:
     def resumed(
         self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float, **facts: int
     ) -> None:
-        """Record that the state is loaded and the loop begins, with ``facts`` about data and model."""
+        """Record that the state is loaded and the loop begins, with ``facts`` about data and model.
+
+        Frees the records of earlier attempts.
+        """
+        self.history.forget()
         self._log.resumed(
             step=step, skipped=skipped, source=source, lost_steps=lost_steps, load_s=load_s, **facts
         )

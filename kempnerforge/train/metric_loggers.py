@@ -14,7 +14,8 @@ from kempnerforge.checkpoint.run.lineage import cuts
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.resume_report import Receipt, read_receipts
 from kempnerforge.config.schema import JobConfig
-from kempnerforge.goodput.event_log import places, read_events
+from kempnerforge.goodput.event_log import places
+from kempnerforge.goodput.run_history import RunHistory
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.jsonl import JsonlSink, by_step, effective_rows, read_rows
 from kempnerforge.telemetry.sinks import RowWriter, RunInfo, SinkSet
@@ -87,9 +88,18 @@ class Reports:
 
 
 def build_reports(
-    job: JobConfig, console: ConsoleSink | None, *, device: torch.device, folder: Path, record: RunRecord
+    job: JobConfig,
+    console: ConsoleSink | None,
+    *,
+    device: torch.device,
+    folder: Path,
+    record: RunRecord,
+    history: RunHistory,
 ) -> Reports:
-    """Return the configured sinks, the first of which is ``console``; none on ranks without a console."""
+    """Return the configured sinks, the first of which is ``console``; none on ranks without a console.
+
+    ``history`` has the start of this attempt.
+    """
     if console is None:
         return Reports(SinkSet())
     metrics = folder / "metrics.jsonl"
@@ -104,10 +114,10 @@ def build_reports(
             folder,
             job.metrics.wandb_project,
             job.metrics.wandb_run_name or job.run.name,
-            record.wandb_id,
+            record.timeline_id,  # wandb accepts no step below its newest one, so no rolled back ones
             job.model_dump(mode="json"),
             record.attempt,
-            **_known_to_wandb(folder, record, metrics),
+            **_known_to_wandb(history, record, metrics),
         )
         sinks.append(wandb)
     plugins = plugin_sinks(job, device)
@@ -116,33 +126,33 @@ def build_reports(
         wandb=wandb,
         plugins=plugins,
         metrics=metrics,
-        earlier=partial(_earlier, folder, record, metrics),
+        earlier=partial(_earlier, folder, record, metrics, history),
     )
 
 
-def _known_to_wandb(folder: Path, record: RunRecord, metrics: Path) -> dict[str, Any]:
+def _known_to_wandb(history: RunHistory, record: RunRecord, metrics: Path) -> dict[str, Any]:
     """Return where the attempt runs, and the first step that no earlier attempt has logged.
 
     Unreadable records give a warning and defaults.
     """
     try:
-        place = places(read_events(folder)).get(record.attempt, {})
-        step = read_rows(metrics).next_step(record.wandb_first_attempt)
+        place = places(history.events()).get(record.attempt, {})
+        step = read_rows(metrics).next_step(record.timeline_first_attempt)
     except OSError as error:
         log.warning(f"what earlier attempts logged to wandb is not known: {error}")
         return {"place": {}, "first_new_step": 0}
     return {"place": place, "first_new_step": step}
 
 
-def _earlier(folder: Path, record: RunRecord, metrics: Path) -> Earlier:
+def _earlier(folder: Path, record: RunRecord, metrics: Path, history: RunHistory) -> Earlier:
     """Return what earlier attempts logged to the same wandb run."""
-    where, config = places(read_events(folder)), {}
+    where, config = places(history.events()), {}
     for receipt in read_receipts(folder):
         attempt = receipt["attempt"]
-        if record.wandb_first_attempt <= attempt < record.attempt:
+        if record.timeline_first_attempt <= attempt < record.attempt:
             entries = attempt_config(attempt, receipt, where.get(attempt, {}))
             config |= {key: value for key, value in entries.items() if f"/attempt_{attempt:04d}" in key}
-    rows = [row for row in read_rows(metrics).rows if row["attempt"] >= record.wandb_first_attempt]
+    rows = [row for row in read_rows(metrics).rows if row["attempt"] >= record.timeline_first_attempt]
     newest_steps: dict[int, int] = {}
     for row in rows:
         newest_steps[row["attempt"]] = max(row["step"], newest_steps.get(row["attempt"], 0))

@@ -16,7 +16,7 @@ from torch import nn
 
 from kempnerforge.checkpoint.manager import CheckpointManager
 from kempnerforge.checkpoint.results import RunContext
-from kempnerforge.checkpoint.run.attempt_start import open_run
+from kempnerforge.checkpoint.run.attempt_start import OpenOptions, open_run
 from kempnerforge.checkpoint.run.lease import Lease
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.versions import versions
@@ -33,6 +33,7 @@ from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_pat
 from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.context import DistributedContext, collectives_issued
 from kempnerforge.errors import ConfigError, DataError, KempnerForgeError, LeaseLostError, StopRequestedError
+from kempnerforge.goodput.run_history import RunHistory
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.telemetry.memory import PeakMemory
@@ -125,21 +126,23 @@ def build(
     first_size = first_geometry.global_batch_size if first_geometry else job.train.global_batch_size
     assert first_size is not None
     folder = job.run.folder
+    history = RunHistory(folder)
     record, lease = open_run(
         folder,
         world.control,
         first_global_batch_size=first_size,
         checkpoint_dir=job.checkpoint.dir,
         run_name=job.run.name,
+        options=OpenOptions(history=history),
     )
     if job.train.global_batch_size is None:
         job = job.with_global_batch_size(record.global_batch_size)
     try:
         layout = _layout(job.geometry(world.num_ranks), world)
         facts = partial(run_facts, job, world.device)
-        has_steps = recorder.open(job, record, world, layout, facts=facts)
+        has_steps = recorder.open(job, record, world, layout, history, facts=facts)
         recorder.end_phase("folder")
-        stopping.open(job, record.attempt, is_first=world.rank == 0)
+        stopping.open(job, record.attempt, history, is_first=world.rank == 0)
         stopping.raise_if_stop_requested(world.control)
         return _assemble(job, world, stopping, record, lease, recorder, console, init_weights=not has_steps)
     except BaseException as error:
@@ -185,8 +188,8 @@ def _assemble(
     *,
     init_weights: bool,
 ) -> Run:
-    geometry, folder = job.geometry(world.num_ranks), job.run.folder
-    reports = build_reports(job, console, device=world.device, folder=folder, record=record)
+    geometry, folder, history = job.geometry(world.num_ranks), job.run.folder, recorder.history
+    reports = build_reports(job, console, device=world.device, folder=folder, record=record, history=history)
     hooks = load_hooks(job, world)
     dataset = open_data(job, world, stopping.signals)
     stopping.raise_if_stop_requested(world.control)
@@ -202,7 +205,7 @@ def _assemble(
         state=state,
         run_dir=folder,
         control_group=world.control.group,
-        context=_context(job, world, geometry, record, dataset),
+        context=_context(job, world, geometry, record, dataset, history),
         lease=lease,
         requests=stopping.requests,
     )
@@ -364,6 +367,7 @@ def _context(
     geometry: ParallelDims,
     record: RunRecord,
     dataset: TokenDataset | MapDataset,
+    history: RunHistory,
 ) -> RunContext:
     return RunContext(
         run_id=record.run_id,
@@ -374,6 +378,7 @@ def _context(
         tokenizer=_tokenizer(job, dataset),
         allow_changed_data=job.data.allow_changed,
         explain_data=explain_difference,
+        history=history,
     )
 
 

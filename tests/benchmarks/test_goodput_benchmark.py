@@ -43,6 +43,7 @@ from kempnerforge.config.schema import load_job
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.distributed.context import DistributedContext
 from kempnerforge.goodput.event_log import read_events
+from kempnerforge.goodput.run_history import RunHistory
 from kempnerforge.train import attempt_recorder
 from kempnerforge.train.attempt_recorder import AttemptRecorder
 
@@ -418,7 +419,8 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
     job = load_job(None, ["--data.text=x", f"--run.dir={folder}"]).job
     world = SimpleNamespace(control=ControlGroup(None), rank=0, device=torch.device("cpu"))
     made = AttemptRecorder()
-    made.open(job, RunRecord("r", "r", 0.0, attempt=1), cast(DistributedContext, world), {})
+    record = RunRecord("r", "r", 0.0, attempt=1)
+    made.open(job, record, cast(DistributedContext, world), {}, RunHistory(folder))
     made.resumed(step=0, skipped=0, source="fresh start", lost_steps=0, load_s=0.0)
     made.end(status=0, reason="", step=0, error=None)
     return read_events(folder)[:2]

@@ -123,17 +123,18 @@ def test_epoch_ranks_change_every_sample_read_once(launcher: Launcher, corpus: P
     run = make_run(tmp_path / "base", corpus, **settings, **{"checkpoint.interval": 0})
     read = tmp_path / "read"
     read.mkdir()
-    step, ids = 0, []
+    step, ids, output = 0, [], ""
     for number, (ranks, steps) in enumerate([(2, 6), (1, 5), (4, 8)]):
         step += steps
         record = [("record_samples", {"path": str(read / str(number))})]
         ended = launcher.run(run, f"--train.max_steps={step}", ranks=ranks, faults=record)
-        assert ended.statuses == [0] * ranks, ended.output
+        output = ended.output
+        assert ended.statuses == [0] * ranks, output
         files = [read / f"{number}.rank_{rank}.jsonl" for rank in range(ranks)]
         of_ranks = [[i for line in file.read_text().splitlines() for i in json.loads(line)] for file in files]
         assert [len(one) for one in of_ranks] == [8 * steps // ranks] * ranks
         ids += [i for one in of_ranks for i in one]
-    assert f"data: {len(ids)} samples" in ended.output, "these steps are not one epoch of this corpus"
+    assert f"data: {len(ids)} samples" in output, "these steps are not one epoch of this corpus"
     assert sorted(ids) == list(range(len(ids)))
 
 

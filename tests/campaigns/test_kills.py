@@ -290,6 +290,7 @@ def test_run_killed_at_every_file_operation_resumes(
     whole = make_run(tmp_path / "whole", corpus, **SHORT)
     launcher.finish(whole)
     litter: dict[str, set[str]] = {}
+    number = 0
     for number in range(1, 1000):
         settings = SHORT | {"data.cache_dir": str(tmp_path / f"run/{number}/cache")}
         run = make_run(tmp_path / f"run/{number}", corpus, **settings)

@@ -198,11 +198,11 @@ def test_layout_all_twenty_steps_match_one_process(
     twenty_steps(launcher, corpus, tmp_path, compared, name)
 
 
-def mixed(launcher: Launcher, corpus: Path, base: Path, name: str, **more: object) -> None:
+def mixed(launcher: Launcher, corpus: Path, base: Path, name: str, **more: Any) -> None:
     """bf16 and recomputation under a layout stay near one process in fp32."""
     plain, run = (make_run(base / folder, corpus, **SETTINGS) for folder in ("plain", "run"))
     train_to(launcher, plain, "1", to=3)
-    low = {"train.mixed_precision": "bf16", "train.activation_checkpointing": "selective"}
+    low: dict[str, Any] = {"train.mixed_precision": "bf16", "train.activation_checkpointing": "selective"}
     train_to(launcher, run, name, to=3, **low | more)
     for step, row in plain.counting().items():
         assert run.counting()[step]["train/loss"] == pytest.approx(row["train/loss"], rel=0.02)
@@ -216,7 +216,7 @@ def test_layout_bf16_recomputed_near_fp32(
     mixed(launcher, corpus, tmp_path, name)
 
 
-COMPILED = {"train.compile_model": "true", "distributed.timeout_s": 300}
+COMPILED: dict[str, Any] = {"train.compile_model": "true", "distributed.timeout_s": 300}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
@@ -236,7 +236,8 @@ def test_layout_compiled_recomputed_same_course(
     launcher: Launcher, corpus: Path, tmp_path: Path, uninterrupted: Callable[[int], Run], name: str
 ) -> None:
     run = make_run(tmp_path / "run", corpus, **SETTINGS)
-    train_to(launcher, run, name, to=4, **COMPILED | {"train.activation_checkpointing": "selective"})
+    recomputed: dict[str, Any] = {"train.activation_checkpointing": "selective"}
+    train_to(launcher, run, name, to=4, **COMPILED | recomputed)
     assert_same_course(run.counting(), uninterrupted(4).counting())
 
 

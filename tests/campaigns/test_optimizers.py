@@ -22,12 +22,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.optimizers import OPTIMIZERS, PLAIN_ONLY, Net, make, train_step
-from support.ranks import RanksFailed, run_ranks
+from support.ranks import RanksFailed, gloo_group, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, parallelize_module
 
 from kempnerforge import (
     AsyncCheckpointMode,
@@ -85,7 +85,9 @@ def place(model: nn.Module, where: str) -> None:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return
-    plan = {name: ColwiseParallel(output_layouts=Replicate()) for name, _ in model.named_children()}
+    plan: dict[str, ParallelStyle] = {
+        name: ColwiseParallel(output_layouts=Replicate()) for name, _ in model.named_children()
+    }
     parallelize_module(model, mesh, plan)
 
 
@@ -106,7 +108,7 @@ class Loop:
             CheckpointConfig.model_validate({"interval": 2, "async_mode": case.mode, "keep_last_n": STEPS}),
             state=self.state,
             run_dir=run_dir,
-            control_group=dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None,
+            control_group=gloo_group() if dist.get_world_size() > 1 else None,
         )
 
     def train(self, *, kill_at: int = 0) -> list[float]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from support.crash.file_operations import install, uninstall
 from support.crash.file_watcher import Control, Watch
 from support.polling import wait_until
-from support.ranks import run_ranks
+from support.ranks import gloo_group, run_ranks
 from support.tmpfs import mounted_tmpfs
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -278,7 +278,7 @@ def test_save_replicas_share_writing_evenly(tmp_path: Path) -> None:
 def one_rank_fails(folder: str) -> list[str]:
     made = AsyncCheckpointer(AsyncCheckpointMode.async_, patience=QUICK)
     rank, outcomes = dist.get_rank(), []
-    group = dist.new_group(backend="gloo")
+    group = gloo_group()
     for step in range(4):
         with pytest.MonkeyPatch.context() as patch:
             if step == 1 and rank == 1:

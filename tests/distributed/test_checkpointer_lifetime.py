@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from kempnerforge import (
     AsyncCheckpointer,
@@ -147,17 +148,18 @@ def test_manager_goes_on_after_a_caught_interrupt(tmp_path: Path, interrupted: s
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    target = {
+    targets: dict[str, tuple[type[Any], str]] = {
         "copy": (BlockingCopy, "start"),
         "plan": (AsyncCheckpointer, "_plan_save"),
         "wait": (SaveCoordinator, "_end"),
-    }[interrupted]
+    }
+    owner, name = targets[interrupted]
     manager, state = training(tmp_path, save_last=True, async_mode="disabled")
     with manager as ckpt:
         ckpt.resume(state)
         state.advance()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(*target, interrupt)
+            patch.setattr(owner, name, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 ckpt.after_step(state)
         ckpt.finish(state)
@@ -248,17 +250,17 @@ def test_writer_leftovers_of_killed_save_are_replaced(tmp_path: Path) -> None:
     left = tmp_path / paths.temporary_name("c", 0)
     left.mkdir()
     (left / "shard_00000_of_00001.safetensors").write_bytes(b"half")
-    dcp.save(dict(STATE), storage_writer=SafetensorsWriter(tmp_path / "c"))
+    save(dict(STATE), storage_writer=SafetensorsWriter(tmp_path / "c"))
     assert torch.equal(loaded(tmp_path / "c"), STATE["w"])
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_reader_reset_to_another_checkpoint_reads_that(tmp_path: Path) -> None:
     for number in (1, 2):
-        dcp.save({"w": STATE["w"] * number}, storage_writer=SafetensorsWriter(tmp_path / f"c{number}"))
+        save({"w": STATE["w"] * number}, storage_writer=SafetensorsWriter(tmp_path / f"c{number}"))
     reader, target = SafetensorsReader(tmp_path / "c1"), {"w": torch.zeros(1000)}
     for number in (1, 2, 1):
-        dcp.load(target, checkpoint_id=tmp_path / f"c{number}", storage_reader=reader)
+        load(target, checkpoint_id=tmp_path / f"c{number}", storage_reader=reader)
         assert torch.equal(target["w"], STATE["w"] * number)
 
 
@@ -280,7 +282,7 @@ def test_save_and_load_work_under_any_default_device(tmp_path: Path) -> None:
         assert ckpt.resume(state).step == 1
     assert all(torch.equal(tensor, want[name]) for name, tensor in state.tensors().items())
     with torch.device("meta"):
-        dcp.save(dict(STATE), storage_writer=SafetensorsWriter(tmp_path / "c"))
+        save(dict(STATE), storage_writer=SafetensorsWriter(tmp_path / "c"))
         target = {"w": torch.zeros(1000, device="cpu")}
-        dcp.load(target, storage_reader=SafetensorsReader(tmp_path / "c"))
+        load(target, storage_reader=SafetensorsReader(tmp_path / "c"))
     assert torch.equal(target["w"], STATE["w"])

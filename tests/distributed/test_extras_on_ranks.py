@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import RanksFailed, run_ranks
+from support.ranks import RanksFailed, gloo_group, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -44,7 +44,7 @@ class Held:
 
 def manager(folder: str, state: TrainState, **config: Any) -> CheckpointManager:
     settings = CheckpointConfig.model_validate({"interval": 100, "async_mode": "async", **config})
-    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+    group = gloo_group() if dist.get_world_size() > 1 else None
     return CheckpointManager(settings, state=state, run_dir=Path(folder), control_group=group)
 
 
@@ -228,7 +228,7 @@ class Halved(nn.Module):
         state[f"{prefix}left"], state[f"{prefix}right"] = whole * 1, whole * 2
 
     @staticmethod
-    def _join(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _join(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
         module.loads += 1
         state[f"{prefix}weight"] = state.pop(f"{prefix}left")
         del state[f"{prefix}right"]

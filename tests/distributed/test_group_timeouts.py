@@ -47,6 +47,7 @@ def save_with_own_groups(folder: str) -> list[float]:
     """Save over all ranks and over each pair of them, in groups that the checkpointer makes."""
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=71))
     pair = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=67))
+    assert isinstance(pair, dist.ProcessGroup)
     assert timeouts.timeout_of(pair) == datetime.timedelta(seconds=67)
     with AsyncCheckpointer("async") as checkpointer:
         checkpointer.save({"w": torch.ones(3)}, f"{folder}/all")

@@ -40,7 +40,8 @@ def test_run_folder_next_attempt_keeps_identity(tmp_path: Path) -> None:
     record_exit(folder, status=75, reason="stopped by SIGTERM", step=40)
     second = begin(folder, 99)
     assert (first.attempt, second.attempt) == (1, 2)
-    assert (first.run_id, first.wandb_id, 12) == (second.run_id, second.wandb_id, second.global_batch_size)
+    assert (first.run_id, first.timeline_id) == (second.run_id, second.timeline_id)
+    assert second.global_batch_size == 12
     assert second.last_exit is not None
     assert (second.last_exit["status"], second.last_exit["step"], second.last_exit["attempt"]) == (75, 40, 1)
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "lease.2.json", "run.json"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ def test_shard_gradients_are_exact_sum_over_ranks(ranks: int, replicate: int, ti
     """Two addends have one sum, so it can be compared bit for bit: no averaging, no scaling, no loss."""
     results = run_ranks(_summed_and_single_gradients, ranks, replicate, tied)
     for name in results[0][1]:
-        expected = sum(single[name] for _, single in results)
+        expected = functools.reduce(torch.add, (single[name] for _, single in results))
         for summed, _ in results:
             assert torch.equal(summed[name], expected), name
 

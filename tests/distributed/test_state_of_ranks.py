@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import RanksFailed, run_ranks
+from support.ranks import RanksFailed, gloo_group, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -29,7 +29,7 @@ STEPS = 9
 
 def manager(folder: str, state: TrainState, **config: Any) -> CheckpointManager:
     settings = CheckpointConfig.model_validate({"interval": 2, "async_mode": "async", **config})
-    group = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+    group = gloo_group() if dist.get_world_size() > 1 else None
     return CheckpointManager(settings, state=state, run_dir=Path(folder), control_group=group)
 
 
@@ -304,12 +304,14 @@ class Nothing:
 
 
 def test_receipt_tells_extras_without_state_apart(tmp_path: Path) -> None:
+    receipts = []
     for _ in range(2):
         _, state = linear(extra={"metric": Nothing()})
         with manager_of(tmp_path, state) as ckpt:
-            receipt = ckpt.resume(state)
+            receipts.append(ckpt.resume(state))
             state.advance()
             ckpt.finish(state)
+    receipt = receipts[-1]
     assert (receipt.extras, receipt.empty_extras) == ([], ["metric"])
     assert "  without any state in the checkpoint: metric" in receipt.lines()
 

@@ -26,13 +26,14 @@ def _train(tied: bool, tp: int, options: dict[str, str]) -> tuple[list[tuple[flo
     step = local_step(model, tp=tp)
     dp = dist.get_world_size() // tp
     rows: list[tuple[float, ...]] = []
+    batches: list[FakeBatch] = []
     for i in range(4):
         mine_ABT = global_batch(i).chunk(dp)[dist.get_rank() // tp].unflatten(0, (2, -1))
-        batch = FakeBatch(mine_ABT[..., :-1], mine_ABT[..., 1:], global_batch(i)[:, 1:].numel())
-        step.forward_backward(batch)
+        batches.append(FakeBatch(mine_ABT[..., :-1], mine_ABT[..., 1:], global_batch(i)[:, 1:].numel()))
+        step.forward_backward(batches[-1])
         result = step.update(lr=0.01)
         rows.append((result.loss, result.grad_norm))
-    rows.append((step.evaluate([batch]),) * 2)
+    rows.append((step.evaluate(batches[-1:]),) * 2)
     return rows, {name: whole(param) for name, param in model.named_parameters()}
 
 

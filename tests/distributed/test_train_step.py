@@ -168,7 +168,7 @@ def _overflow() -> list[UpdateResult]:
     if dist.get_rank() == 1:
         weight = model.layers["0"].get_parameter("feed_forward.w1.weight")
         assert isinstance(weight, DTensor)
-        weight.detach().to_local().fill_(3e38)
+        weight.to_local().detach().fill_(3e38)
     step = local_step(model)
     step.forward_backward(batch_of_rank(0, 1))
     return [step.update(lr=0.01)]

@@ -20,7 +20,7 @@ pytest_plugins = ["support.run_fixtures"]
 STEPS, BEFORE = 6, 4
 SETTINGS = {"train.max_steps": STEPS, "checkpoint.interval": 2, "eval.interval": 3}
 SHARDS = ("shard_00000_of_00002.safetensors", "shard_00001_of_00002.safetensors")
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 """Is given the folder of the step to damage."""
 
 

@@ -103,7 +103,8 @@ def test_generate_step_of_pipeline_and_tensor_layouts(
         assert alone["text"] == body(generate(launcher, run, *GREEDY, "--json", ranks=2))["text"]
         hf = tmp_path / f"{layout}-hf"
         assert ckpt("export", run.checkpoints / "latest", "--out", hf).status == 0
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(hf), AutoTokenizer.from_pretrained(hf)
+        model: Any = AutoModelForCausalLM.from_pretrained(hf)
+        tokenizer = AutoTokenizer.from_pretrained(hf)
         prompt = tokenizer(PROMPT, return_tensors="pt")
         said = model.generate(**prompt, max_new_tokens=25, do_sample=False)[0]
         assert tokenizer.decode(said, skip_special_tokens=True) == PROMPT + alone["text"]
@@ -131,9 +132,8 @@ def test_generate_and_export_after_data_prepare(
     found = body(generate(launcher, run, *GREEDY, "--json"))
     done = ckpt("export", run.checkpoints / "latest", "--out", tmp_path / "hf")
     assert (done.status, done.err) == (0, "")
-    model, tokenizer = (
-        kind.from_pretrained(tmp_path / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer)
-    )
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.eos_token == "</s>"
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     start = tokenizer("</s>" + PROMPT, return_tensors="pt", add_special_tokens=False)

@@ -104,7 +104,8 @@ def test_auto_interval_spacing_follows_formula(
         assert max(wanted_s, floor_s) <= row["checkpoint/interval_s"] * (1 + 1e-9)
     for row, later in itertools.pairwise(auto):
         # A save begins behind the row of its step and before the row of the next one.
-        next_done = done.get(later["checkpoint/step"] + 1, later["time"])
+        after = later["checkpoint/step"] + 1
+        next_done = done[after] if after in done else later["time"]
         assert next_done - done[row["checkpoint/step"]] >= row["checkpoint/interval_s"]
     found = {step: values for step, values in run.counting().items() if step <= STEPS}
     assert found == plain.counting(), "when saves happen changes no loss"

@@ -14,6 +14,7 @@ from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.run import lineage, resume_report
 from kempnerforge.checkpoint.tools import rollback
 from kempnerforge.checkpoint.tools.verify import verify
+from kempnerforge.goodput.run_history import last_logged_step
 
 pytest_plugins = ["support.ckpt_fixtures", "support.rollback_fixtures"]
 
@@ -51,7 +52,7 @@ def test_rollback_sets_later_steps_aside_and_run_resumes(run: Path) -> None:
     # 13 steps were logged; none of those after step 4 counts as lost: they were given up on purpose.
     assert resume_report.read_receipts(run)[-1]["lost_steps"] == 0
     log(run, attempt=3, steps=range(5, 8))
-    assert resume_report.last_logged_step(run) == 7
+    assert last_logged_step(run, lineage.rollbacks(run)) == 7
     save(run, 8, attempt=3, parent=4)
     assert resume(run) == 8
     assert manifest.load(run / "checkpoints" / "step_00000008").provenance.parent_step == 4

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from support.ranks import run_ranks
 from support.run_files import digest_of, tensor_digests
 from support.runs import Launcher, make_run
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, zeros
 
@@ -70,10 +71,10 @@ def load_with_stock_dcp(step_folder: Path) -> tuple[dict[str, str], dict[str, st
     shapes = {
         name: (meta.size, meta.properties.dtype)
         for name, meta in reader.read_metadata().state_dict_metadata.items()
-        if name not in reader.objects
+        if isinstance(meta, TensorStorageMetadata)
     }
     whole = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in shapes.items()}
-    dcp.load(whole, storage_reader=HuggingFaceStorageReader(str(step_folder)))
+    load(whole, storage_reader=HuggingFaceStorageReader(str(step_folder)))
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parts = {
@@ -81,7 +82,7 @@ def load_with_stock_dcp(step_folder: Path) -> tuple[dict[str, str], dict[str, st
         for name, (size, dtype) in shapes.items()
         if len(size)
     }
-    dcp.load(parts, storage_reader=HuggingFaceStorageReader(str(step_folder)))
+    load(parts, storage_reader=HuggingFaceStorageReader(str(step_folder)))
     assert all(isinstance(tensor, DTensor) for tensor in parts.values())
     return (
         {name: digest_of(tensor) for name, tensor in whole.items()},

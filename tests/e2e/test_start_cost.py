@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -168,6 +169,33 @@ def test_resume_steps_vanish_during_start_exits_2(launcher: Launcher, corpus: Pa
     assert ended.statuses == [EXIT_BAD_CONFIG] * 2, ended.output
     assert "has no step of this run, but by the records in" in ended.output
     assert paths.committed_steps(run.checkpoints) == []
+
+
+def test_start_reads_ledger_once(
+    launcher: Launcher, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every reader: crash-loop guard, deadline, wandb, lost steps and automatic interval."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    settings = {"checkpoint.interval": "auto", "metrics.enable_wandb": True, "eval.interval": 0}
+    run = make_run(tmp_path, corpus, **settings, **{"train.max_steps": 4})
+    launcher.finish(run)
+
+    def reads(steps: int) -> int:
+        log = tmp_path / f"reads.{run.starts}"
+        watch = ("record_reads", {"path": str(log), "name": "ledger.jsonl"})
+        ended = launcher.run(run, f"--train.max_steps={steps}", faults=[watch])
+        assert ended.statuses == [0], ended.output
+        return len(log.read_text().splitlines())
+
+    assert reads(6) == 1
+    assert run.receipts()[-1]["source"] == "resume"
+    # As if the first attempt had been killed before its first commit: the checks for lost steps read too.
+    shutil.rmtree(run.checkpoints)
+    for name in ("receipts.jsonl", "ledger.jsonl"):
+        first = (run.folder / name).read_text().splitlines()[0]
+        (run.folder / name).write_text(first + "\n")
+    assert reads(8) == 1
+    assert run.receipts()[-1]["source"] == "fresh start"
 
 
 # Memory

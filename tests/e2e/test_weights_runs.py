@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli
@@ -169,7 +170,7 @@ def test_import_pretrained_model_tunes_and_exports_back(
     ended = launcher.run(run, timeout_s=500)
     assert ended.statuses == [0], ended.output
     assert process("ckpt", "export", run.step_folder(2), "--out", tmp_path / "tuned-hf").returncode == 0
-    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned-hf")
+    tuned: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned-hf")
     assert tuned.dtype == torch.bfloat16
     assert not torch.equal(tuned.lm_head.weight.float(), source.lm_head.weight)
     back = AutoTokenizer.from_pretrained(tmp_path / "tuned-hf")

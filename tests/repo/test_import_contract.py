@@ -95,6 +95,22 @@ FAULTS = {
         {"checkpoint/state/train_state.py": "def f():\n    from kempnerforge.data import loader\n"},
         "checkpoint never imports data",
     ),
+    "checkpoint, one module": (
+        {
+            "goodput/__init__.py": "",
+            "goodput/crash_loop_guard.py": "",
+            "checkpoint/state/train_state.py": "from kempnerforge.goodput import crash_loop_guard\n",
+        },
+        "checkpoint never imports goodput.crash_loop_guard",
+    ),
+    "checkpoint, a word": (
+        {"checkpoint/format/paths.py": "def f(row):\n    return row['train/loss']\n"},
+        "checkpoint/format/paths.py:2: checkpoint never names train/loss",
+    ),
+    "checkpoint, a key elsewhere": (
+        {"checkpoint/format/paths.py": 'KEY = "wandb_id"\n'},
+        "checkpoint never names wandb",
+    ),
     "upward in a package": (
         {"checkpoint/format/paths.py": "from kempnerforge.checkpoint.state import train_state\n"},
         "format imports state, which is not in an earlier layer of checkpoint",

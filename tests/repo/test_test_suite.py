@@ -54,7 +54,7 @@ def unchecked_targets(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr") and node.args:
             first = node.args[0]
             if isinstance(first, ast.Constant) and str(first.value).startswith("kempnerforge."):
-                yield first.value
+                yield str(first.value)
 
 
 def test_patch_targets_are_looked_up_at_import() -> None:

@@ -31,7 +31,8 @@ def ckpt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         except SystemExit as ended:
             status = ended.code
         assert isinstance(status, int)
-        return Done(status, *capsys.readouterr())
+        captured = capsys.readouterr()
+        return Done(status, captured.out, captured.err)
 
     return run
 

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -274,6 +275,19 @@ def record_samples(path: str) -> None:
         return replacement
 
     _wrap(READ_SAMPLES, make)
+
+
+def record_reads(path: str, *, name: str) -> None:
+    """Append a line to ``path`` each time that this process opens a file called ``name`` to read it."""
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event != "open" or isinstance(arguments[0], int):
+            return
+        if os.path.basename(os.fsdecode(arguments[0])) == name and arguments[2] & os.O_ACCMODE == os.O_RDONLY:
+            with open(path, "a") as file:
+                file.write(f"{name}\n")
+
+    sys.addaudithook(audit)
 
 
 def failing_shards(name: str, *, rank: int | None, error: str = "ENOSPC") -> None:

@@ -18,7 +18,7 @@ if __name__ == "__main__":
         update = LocalStep.update
         calls = 0
 
-        def faulty_update(*arguments):
+        def faulty_update(self: LocalStep, lr: float):
             global calls
             calls += 1
             is_due = os.environ["RANK"] == rank and calls == int(call)
@@ -26,7 +26,7 @@ if __name__ == "__main__":
                 if how == "raise":
                     raise ValueError("no such luck")
                 os.kill(os.getpid(), signal.Signals[how])
-            return update(*arguments)
+            return update(self, lr)
 
         LocalStep.update = faulty_update
     sys.exit(main())

@@ -85,7 +85,7 @@ def supervise(attempt: socket.socket, request: dict[str, Any]) -> dict[str, Any]
     statuses: dict[int, int] = {}
     while waiting:
         for fd in select.select([*waiting, attempt], [], [])[0]:
-            if fd is attempt:
+            if not isinstance(fd, int):  # ``attempt``
                 os.killpg(pids[0], signal.SIGKILL)
                 return None
             pid = waiting.pop(fd)

@@ -26,7 +26,12 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-NEVER = {"checkpoint": ("model", "data", "train", "telemetry")}
+NEVER = {"checkpoint": ("model", "data", "train", "telemetry", "goodput.crash_loop_guard")}
+"""Package -> packages and modules that it never imports."""
+NEVER_NAMED = {"checkpoint": ("wandb", "train/loss")}
+"""Package -> words that do not occur in it: what only other packages know."""
+KEYS_ON_DISK = ('"wandb_id"', '"wandb_first_attempt"')
+"""Keys of ``run.json`` from format 1, which ``checkpoint.run.metadata`` translates."""
 BANNED_NAMES = {"utils", "helpers", "common"}
 
 PRIVATE_TORCH = "torch_compat"
@@ -156,6 +161,7 @@ def violations(root: Path) -> list[str]:
         where = module.path.relative_to(root)
         found += [f"{where}: {fault}" for fault in name_faults(module)]
         found += [f"{where}:{line}: {fault}" for line, fault in layer_faults(module)]
+        found += [f"{where}:{line}: {fault}" for line, fault in word_faults(module)]
         found += [f"{where}:{line}: {fault}" for line, fault in room_faults(module)]
         found += [f"{where}:{line}: {fault}" for line, fault in torch_faults(module, modules)]
         found += [f"{where}:{line}: {fault}" for line, fault in private_torch_faults(module)]
@@ -178,12 +184,23 @@ def layer_faults(module: Module) -> Iterator[tuple[int, str]]:
         part = part_of(imported.target)
         if part == module.part or (not module.part and not imported.at_import):
             continue  # the root exports names of the package, and imports them at their first use
-        if part in NEVER.get(module.part, ()):
-            yield imported.line, f"{module.part} never imports {part}"
+        inner = imported.target.partition(".")[2]
+        if banned := [name for name in NEVER.get(module.part, ()) if f"{inner}.".startswith(f"{name}.")]:
+            yield imported.line, f"{module.part} never imports {banned[0]}"
         elif layer_of(part) > own:
             yield imported.line, f"{module.part or 'the root'} imports {part}, which is a layer above it"
         elif layer_of(part) == own:
             yield imported.line, f"{module.part} imports {part}, which is in the same layer"
+
+
+def word_faults(module: Module) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(module.path.read_text().splitlines(), start=1):
+        if module.name == f"{PACKAGE}.checkpoint.run.metadata":
+            for key in KEYS_ON_DISK:
+                line = line.replace(key, "")
+        for word in NEVER_NAMED.get(module.part, ()):
+            if word in line:
+                yield number, f"{module.part} never names {word}"
 
 
 def room_faults(module: Module) -> Iterator[tuple[int, str]]:

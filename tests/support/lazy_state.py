@@ -45,6 +45,7 @@ def compare_with_lazy_state(fused: bool, sharded: bool) -> None:
         if sharded:
             fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         optimizer = build_optimizer([model], OptimizerConfig(fused=fused), CPU)
+        assert isinstance(optimizer, torch.optim.Optimizer)
         assert bool(optimizer.param_groups[0]["fused"]) == fused
         if kind == "lazy":
             optimizer.state.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import schedulefree
 import torch
@@ -43,7 +43,8 @@ class Counting(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Make one update that depends on the whole state."""
-        everywhere = self.state["everywhere"]
+        state = cast("dict[Any, Any]", self.state)
+        everywhere = state["everywhere"]
         everywhere["calls"] = everywhere.get("calls", 0) + 1
         for group in self.param_groups:
             group["seen"] += 1

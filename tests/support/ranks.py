@@ -65,6 +65,13 @@ class RanksFailed(AssertionError):
     """A rank raised, died or hung. The message has the tracebacks of the ranks that raised."""
 
 
+def gloo_group() -> dist.ProcessGroup:
+    """Return a new gloo group of all ranks."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 def run_ranks(fn: Callable[..., T], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[T]:
     """Call ``fn(*args)`` on ``world_size`` ranks and return their results in the order of ranks.
 

@@ -15,9 +15,10 @@ from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.manifest import Provenance
 from kempnerforge.checkpoint.retention.start_cleanup import StartCleanup
-from kempnerforge.checkpoint.run import lease, lineage, metadata, resume_report
+from kempnerforge.checkpoint.run import lease, lineage, metadata
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.resume_report import Receipt
+from kempnerforge.goodput.run_history import last_logged_step
 
 CONFIG = "[train]\nglobal_batch_size = 6\n"
 
@@ -79,7 +80,7 @@ def resume(run: Path) -> int:
     StartCleanup(folder, attempt=held.attempt).revoke_inflight()
     lineage.set_aside_late(folder, lineage.cuts(run), run_id=record.run_id, at_start=True)
     step = max(paths.committed_steps(folder), default=0)
-    lost_steps = max(0, resume_report.last_logged_step(run) - step)
+    lost_steps = max(0, last_logged_step(run, lineage.rollbacks(run)) - step)
     Receipt(held.attempt, source="resume", step=step, lost_steps=lost_steps).write(run)
     held.release()
     return step

@@ -103,11 +103,12 @@ def unsound(step_folder: Path) -> str | None:
 def tensor_digests(step_folder: Path) -> dict[str, str]:
     """Return the SHA-256 of dtype, shape and bytes of every tensor of a step, by name."""
     import torch
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = SafetensorsReader(step_folder)
     tensors = {}
     for name, meta in reader.read_metadata().state_dict_metadata.items():
-        if name not in reader.objects:
+        if isinstance(meta, TensorStorageMetadata):
             tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype)
     load_tensors(tensors, reader)
     reader.close()

@@ -30,16 +30,16 @@ if __name__ == "__main__":
         update = LocalStep.update
         calls = 0
 
-        def slow_update(*arguments):
+        def slow_update(self: LocalStep, lr: float):
             global calls
             calls += 1
             if str(calls) == os.environ.get(FAULT_AT):
                 raise ValueError("this node is bad")
             if os.environ.get(RESTART_COUNT, "0") != "0":
-                return update(*arguments)
+                return update(self, lr)
             waits = calls > SLOW_STEPS and os.environ.get("SLURM_ARRAY_TASK_ID") != "0"
             time.sleep(STEP_S * (5 if waits else 1))
-            return update(*arguments)
+            return update(self, lr)
 
         LocalStep.update = slow_update
     sys.exit(main())

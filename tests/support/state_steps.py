@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 PARTS = ("model", "optimizer", "extra", "data", "rng")
 
 
-def save(folder: Path, state: TrainState, **capture: int) -> Path:
+def save(folder: Path, state: TrainState, **capture: Any) -> Path:
     """Write a step as a save does, without a writer process."""
     payload = state.capture(**capture)
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in payload.tensors.items()}

@@ -160,7 +160,7 @@ class WandbRequest(BaseHTTPRequestHandler):
     """One request of the client. Unknown requests are answered with an empty object."""
 
     protocol_version = "HTTP/1.1"
-    server: WandbServer
+    server: WandbServer  # type: ignore[assignment]
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -33,6 +33,7 @@ from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.goodput.accounting import interruptions, saving
 from kempnerforge.goodput.history import derive
 from kempnerforge.goodput.interval import daly, expected_mtti, prior_mtti
+from kempnerforge.goodput.run_history import RunHistory
 
 HOUR = 3600.0
 COLD = Measured()
@@ -126,7 +127,7 @@ def policy(**settings: Any) -> SavePolicy:
 
 def test_save_policy_bound_delays_intervals_only() -> None:
     found = policy(interval=10, interval_minutes=1.0, at_steps=[20], save_first=True)
-    early = {"seconds_since_last_save": 60.0, "bound_s": 90.0}
+    early: dict[str, Any] = {"seconds_since_last_save": 60.0, "bound_s": 90.0}
     assert found.due(10, **early) is None
     assert found.due(11, **early) is None, "nor minutes"
     assert found.due(20, **early) == "listed"
@@ -305,13 +306,13 @@ def test_pacer_earlier_attempts_give_cost_and_failures(tmp_path: Path) -> None:
     text = "".join(json.dumps(event) + "\n" for event in attempts(*rows))
     (tmp_path / "ledger.jsonl").write_text(text)
     pacer, _ = make_pacer(interval="auto", max_overhead_pct=50.0, expected_mtti_hours=1.0)
-    pacer.load_history(tmp_path, resumed_at=90)
+    pacer.load_history(RunHistory(tmp_path), resumed_at=90)
     # Attempts 2 and 3 had this layout: (2 + 3) / 2. Three failures in 1200 s, one in 3600 s before.
     assert pacer.votes()[1] == pytest.approx(1000 * daly(2.5, (3600 + 1200) / 4), rel=1e-3)
     news = "checkpoint interval: 76 s (auto: a save costs 2.5 s, one failure in 20 min expected)"
     assert pacer.status_message() == news
     fresh, _ = make_pacer(interval="auto")
-    fresh.load_history(tmp_path / "gone", resumed_at=0)
+    fresh.load_history(RunHistory(tmp_path / "gone"), resumed_at=0)
     assert math.isclose(fresh.votes()[1], 1 << 62), "no record is no reason not to train"
 
 

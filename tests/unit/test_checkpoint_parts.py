@@ -19,11 +19,11 @@ from kempnerforge.checkpoint.format import json_values
 from kempnerforge.checkpoint.format.checksums import FileRecord
 from kempnerforge.checkpoint.format.safetensors_file import ShardItem, plan_image, split_by_name
 from kempnerforge.checkpoint.load import candidates, load_step
-from kempnerforge.checkpoint.run import resume_report
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.checkpoint.save.commit import ExpectedFiles, FileReport, PlannedFile, PlannedItem
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.errors import MismatchError, SaveFailedError, UnreachableCheckpointError
+from kempnerforge.goodput.run_history import METRICS, last_logged_step
 
 CPU = torch.device("cpu")
 
@@ -205,10 +205,11 @@ def test_receipt_learning_rate_change_said_with_numbers() -> None:
 
 def test_receipt_last_logged_step_skips_other_lines(tmp_path: Path) -> None:
     """Torn lines and rows of other kinds do not count."""
-    assert resume_report.last_logged_step(tmp_path) == 0
+    assert last_logged_step(tmp_path) == 0
     rows = ['{"step": 3, "train/loss": 1}', '{"step": 4, "train/loss": 1}', '{"step": 4, "eval/loss": 2}']
-    (tmp_path / resume_report.METRICS).write_text("\n".join([*rows, '{"step": 5, "train/lo']))
-    assert resume_report.last_logged_step(tmp_path) == 4
+    (tmp_path / METRICS).write_text("\n".join([*rows, '{"step": 5, "train/lo']))
+    assert last_logged_step(tmp_path) == 4
+    assert last_logged_step(tmp_path, [(2, 3)]) == 3, "a rollback gave the rest up"
 
 
 def test_atomic_write_failure_keeps_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,7 +273,7 @@ def test_config_flat_is_json_and_complete(job: JobConfig) -> None:
     flat = job.flat()
     assert json.loads(json.dumps(flat)) == flat
     assert flat["train.seed"] == job.train.seed
-    assert flat["optimizer.betas"] == list(job.optimizer.betas)
+    assert flat["optimizer.betas"] == list(job.optimizer.betas or ())
     assert flat["checkpoint.async_mode"] == "disabled"
 
 

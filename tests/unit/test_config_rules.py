@@ -390,7 +390,7 @@ def test_geometry_microbatches_fit_schedule(
     schedule: str, pp: int, batch: dict[str, int], dp: int, fits: str | None
 ) -> None:
     distributed = DistributedConfig.model_validate({"pp": pp, "pp_schedule": schedule, "dp_shard": dp})
-    geometry, faults = derive_geometry(distributed, TrainConfig(**batch), pp * dp)
+    geometry, faults = derive_geometry(distributed, TrainConfig.model_validate(batch), pp * dp)
     assert (geometry is None) == (fits is not None)
     for fault in faults:
         assert fits is not None

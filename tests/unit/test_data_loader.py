@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kempnerforge.data import loader as loader_module
-from kempnerforge.data.loader import Batch, BatchLoader, Cursor, eval_batches
+from kempnerforge.data.loader import AnyBatch, Batch, BatchLoader, Cursor, eval_batches
 from kempnerforge.data.sample_order import ids_digest, sample_ids
 from kempnerforge.data.tokens import Samples, open_dataset
 from kempnerforge.errors import DataError
@@ -35,10 +35,15 @@ def numbers(batch: Batch) -> list[int]:
     return (batch.inputs_ABT[..., 0] // SEQ_LEN).flatten().tolist()
 
 
-def take(samples: Samples, count: int, **options) -> list[tuple[Batch, Cursor]]:
-    options = {"seed": 3, "global_batch_size": 12, "batch_size": 2} | options
-    with BatchLoader(samples, **options) as loader:
-        return list(islice(loader, count))
+def token_batch(batch: AnyBatch) -> Batch:
+    assert isinstance(batch, Batch)
+    return batch
+
+
+def take(samples: Samples, count: int, **options: Any) -> list[tuple[Batch, Cursor]]:
+    settings: dict[str, Any] = {"seed": 3, "global_batch_size": 12, "batch_size": 2} | options
+    with BatchLoader(samples, **settings) as loader:
+        return [(token_batch(batch), cursor) for batch, cursor in islice(loader, count)]
 
 
 def same(first: Batch, second: Batch) -> bool:
@@ -199,12 +204,13 @@ def test_loader_global_random_state_untouched(samples):
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)
-    before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    of_numpy = np.random.get_state(legacy=False)["state"]["key"].copy()
+    before = (torch.get_rng_state(), random.getstate(), of_numpy)
     take(samples, 5)
     list(eval_batches(samples, num_batches=2, global_batch_size=4, batch_size=2))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
-    assert (np.random.get_state()[1] == before[2]).all()
+    assert (np.random.get_state(legacy=False)["state"]["key"] == before[2]).all()
 
 
 @pytest.mark.parametrize(
@@ -235,8 +241,10 @@ def test_cursor_invalid_value_refused(value):
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 def test_eval_batches_same_samples_every_time(samples, dp_size):
     options = {"num_batches": 3, "global_batch_size": 16, "batch_size": 2, "dp_size": dp_size}
-    ranks = [list(eval_batches(samples, dp_rank=rank, **options)) for rank in range(dp_size)]
-    again = [list(eval_batches(samples, dp_rank=rank, **options)) for rank in range(dp_size)]
+    ranks, again = (
+        [[*map(token_batch, eval_batches(samples, dp_rank=rank, **options))] for rank in range(dp_size)]
+        for _ in range(2)
+    )
     for first, second in zip(ranks, again, strict=True):
         assert all(same(batch, repeated) for batch, repeated in zip(first, second, strict=True))
     for step in range(3):

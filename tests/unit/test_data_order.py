@@ -120,9 +120,9 @@ def test_ids_digest_depends_on_values_and_order_only():
 
 def test_order_global_random_state_untouched():
     np.random.seed(1)
-    before = np.random.get_state()[1].copy()
+    before = np.random.get_state(legacy=False)["state"]["key"].copy()
     sample_ids(1, np.arange(1000), 77)
-    assert (np.random.get_state()[1] == before).all()
+    assert (np.random.get_state(legacy=False)["state"]["key"] == before).all()
 
 
 @pytest.mark.parametrize("num_samples", [0, -1, MAX_SAMPLES + 1])

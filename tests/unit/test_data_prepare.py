@@ -214,7 +214,7 @@ def test_prepare_file_changes_meanwhile_refused(tmp_path):
 def test_scan_corpus_standard_library_found():
     corpus = scan_corpus("python-stdlib")
     paths = {document.path.resolve() for document in corpus.documents}
-    assert {Path(module.__file__).resolve() for module in (json, os)} <= paths
+    assert {Path(str(module.__file__)).resolve() for module in (json, os)} <= paths
     assert corpus.size_bytes == sum(document.size_bytes for document in corpus.documents)
     assert not any("site-packages" in document.path.parts for document in corpus.documents)
     assert len({document.path for document in corpus.documents}) == len(corpus.documents)

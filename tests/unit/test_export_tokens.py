@@ -176,7 +176,7 @@ def test_exported_model_stops_in_transformers(ckpt: Ckpt, tmp_path: Path) -> Non
     """A model that always predicts the separator: generate() ends at once instead of at its limit."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = make_model(vocab_size=257)
+    model: Any = make_model(vocab_size=257)
     with torch.no_grad():
         model.norm.weight.fill_(1.0)
         model.output.weight.zero_()
@@ -184,8 +184,7 @@ def test_exported_model_stops_in_transformers(ckpt: Ckpt, tmp_path: Path) -> Non
         model.output.weight[256, 0] = 1.0
     step = save(tmp_path, model, extra='[data]\ntext = "x"\n')
     assert ckpt("export", step, "--out", tmp_path / "hf").status == 0
-    loaded, tokenizer = (
-        kind.from_pretrained(tmp_path / "hf") for kind in (AutoModelForCausalLM, AutoTokenizer)
-    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "hf")
     said = loaded.generate(**tokenizer("ab", return_tensors="pt"), max_new_tokens=20, do_sample=False)
     assert said[0].tolist() == [256, 97, 98, 256]

@@ -44,7 +44,7 @@ def make_run(base: Path, name: str, run_id: str, folder: Path | None, parent: Pa
     return run_dir
 
 
-def step_of(folder: Path, run_id: str, step: int, **more: object) -> Path:
+def step_of(folder: Path, run_id: str, step: int, **more: Any) -> Path:
     """A committed step of a run."""
     return write_step(folder, step, run_id=run_id, **more)
 

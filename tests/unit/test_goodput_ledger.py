@@ -20,6 +20,7 @@ from kempnerforge.goodput.event_log import Ledger, read_events
 from kempnerforge.goodput.faults import FaultRecord, is_peer_loss, read_faults, record_fault
 from kempnerforge.goodput.history import AttemptHistory, derive
 from kempnerforge.goodput.interval import daly, rate_bounds, young
+from kempnerforge.goodput.run_history import RunHistory
 from kempnerforge.train.attempt_recorder import AttemptRecorder
 
 
@@ -215,6 +216,25 @@ def test_ledger_torn_line_left_out_next_whole(tmp_path: Path) -> None:
     assert [event["event"] for event in read_events(tmp_path)] == ["progress", "start"]
 
 
+def test_run_history_reads_again_only_when_forgotten(tmp_path: Path) -> None:
+    def numbers() -> list[int]:
+        return [attempt.number for attempt in history.attempts()]
+
+    one, two = Ledger(tmp_path, 1), Ledger(tmp_path, 2)
+    history = RunHistory(tmp_path)
+    one.write("start")
+    history.append(one.encode("start"))  # the first read finds it
+    assert [event["event"] for event in history.events()] == ["start"]
+    two.write("start")
+    assert numbers() == [1], "others' events after the first read are not looked for"
+    history.append(two.encode("start"))
+    history.append('{"event": "torn", "att')
+    assert numbers() == [1, 2]
+    history.forget()
+    Ledger(tmp_path, 3).write("start")
+    assert numbers() == [1, 2, 3]
+
+
 def test_interval_known_cases_match() -> None:
     assert young(2.0, 3600.0) == pytest.approx(120.0)
     assert daly(2.0, 3600.0) == pytest.approx(118.67, abs=0.01)
@@ -229,7 +249,8 @@ def test_book_unwritable_ledger_warns_and_continues(tmp_path: Path, caplog: pyte
     alone = SimpleNamespace(control=ControlGroup(None), rank=0, device=torch.device("cpu"))
     job = load_job(None, ["--data.text=x", f"--run.dir={run}"]).job
     book = AttemptRecorder()
-    book.open(job, RunRecord("abc", "abc", 1.0, attempt=1), cast(DistributedContext, alone), {"num_ranks": 1})
+    record, world = RunRecord("abc", "abc", 1.0, attempt=1), cast(DistributedContext, alone)
+    book.open(job, record, world, {"num_ranks": 1}, RunHistory(run))
     assert [event["event"] for event in read_events(run)] == ["start"]
     shutil.rmtree(run)
     book.resumed(step=0, skipped=0, source="fresh start", lost_steps=0, load_s=0.0)

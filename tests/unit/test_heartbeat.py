@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from support.clock import FakeClock
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from kempnerforge.distributed import heartbeat
 from kempnerforge.distributed.heartbeat import Heartbeat

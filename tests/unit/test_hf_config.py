@@ -77,7 +77,8 @@ def test_hf_config_defaults_match_transformers() -> None:
     known, found = LlamaConfig(**least), from_hf_config(least, where="x")
     assert found.norm_eps == known.rms_norm_eps
     assert found.max_seq_len == known.max_position_embeddings
-    assert found.rope_theta == known.rope_parameters["rope_theta"]
+    assert known.rope_parameters is not None
+    assert found.rope_theta == known.rope_parameters.get("rope_theta")
     assert found.kv_heads == known.num_key_value_heads
     assert found.resolved_head_dim == known.head_dim
     assert found.tie_embeddings == known.tie_word_embeddings

@@ -80,7 +80,7 @@ def test_init_pieces_tile_flat_range(data: st.DataObject) -> None:
 def test_box_of_all_ranks_tile_tensor(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     mesh = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
-    placement = st.one_of(st.just(Replicate()), st.integers(0, len(shape) - 1).map(Shard))
+    placement = st.one_of(st.just(Replicate()), st.integers(0, len(shape) - 1).map(lambda dim: Shard(dim)))
     placements: list[Placement] = [data.draw(placement) for _ in mesh]
     seen = torch.zeros(shape, dtype=torch.int64)
     for rank in range(math.prod(mesh)):

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.lazy_state import CPU, compare_with_lazy_state, small_model
@@ -19,6 +20,7 @@ def test_optim_matrices_decay_norms_do_not() -> None:
     model = small_model()
     config = OptimizerConfig(lr=0.5, weight_decay=0.2, betas=(0.8, 0.9), eps=1e-6)
     optimizer = build_optimizer([model], config, CPU)
+    assert isinstance(optimizer, torch.optim.Optimizer)
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert {name: group["weight_decay"] for name, group in groups.items()} == {"decay": 0.2, "no_decay": 0.0}
     assert [tuple(p.shape) for p in groups["decay"]["params"]] == [(11, 6), (3, 6)]

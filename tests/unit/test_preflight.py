@@ -169,7 +169,8 @@ def kempnerforge(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit) as ended:
             app.main()
         assert isinstance(ended.value.code, int)
-        return Done(ended.value.code, *capsys.readouterr())
+        captured = capsys.readouterr()
+        return Done(ended.value.code, captured.out, captured.err)
 
     return call
 

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TextIO, cast
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_printable_lines_and_colours_stay_in_output() -> None:
 def test_printable_stream_passes_all_else_on() -> None:
     under = io.StringIO()
     stream = PrintableStream(under)
-    print(TITLE, file=stream, flush=True)
+    print(TITLE, file=cast(TextIO, stream), flush=True)
     assert under.getvalue() == "\\x1b]0;owned\\x07\n"
     assert not stream.isatty()
 

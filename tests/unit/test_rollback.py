@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -106,15 +107,22 @@ def test_timeline_last_attempt_from_receipts(run: Path) -> None:
 # Rollback
 
 
-def test_rollback_new_wandb_id_same_run_id(run: Path) -> None:
+def test_rollback_begins_timeline_of_same_run(run: Path) -> None:
     done = rollback.roll_back(run, 8, progress=quiet)
     record = record_of(run)
-    assert (record.run_id, record.wandb_id, record.wandb_first_attempt) == ("abc", "abc-rollback2", 2)
-    assert done.wandb_id == "abc-rollback2"
+    assert (record.run_id, record.timeline_id, record.timeline_first_attempt) == ("abc", "abc-rollback2", 2)
+    assert done.timeline_id == "abc-rollback2"
     assert record.attempt == 2
     again = rollback.roll_back(run, 4, progress=quiet)
-    assert again.wandb_id == "abc-rollback3"
+    assert again.timeline_id == "abc-rollback3"
     assert len(record_of(run).rollbacks) == 2
+    # wandb logs a timeline under its id, and the file has always named the id after it.
+    stored = json.loads((run / "run.json").read_text())
+    assert [(one["wandb_id"], one["wandb_first_attempt"]) for one in (*stored["rollbacks"], stored)] == [
+        ("abc", 0),
+        ("abc-rollback2", 2),
+        ("abc-rollback3", 3),
+    ]
 
 
 def test_rollback_to_newest_step_changes_nothing(run: Path) -> None:
@@ -221,13 +229,13 @@ def test_rollback_undo_until_attempt_resumes(run: Path) -> None:
     rollback.roll_back(run, 8, progress=quiet)
     rollback.roll_back(run, 4, progress=quiet)
     assert rollback.undo(run).newest_step == 8
-    assert record_of(run).wandb_id == "abc-rollback2"
+    assert record_of(run).timeline_id == "abc-rollback2"
     done = rollback.undo(run)
     assert (done.newest_step, done.renamed) == (12, {"rolledback.step_00000012.1": "step_00000012"})
     assert {path.name: tensor_bytes(path) for path in (run / "checkpoints").glob("step_*")} == before
     assert os.readlink(run / "checkpoints" / "latest") == "step_00000012"
     record = record_of(run)
-    assert (record.wandb_id, record.wandb_first_attempt, record.rollbacks) == ("abc", 0, ())
+    assert (record.timeline_id, record.timeline_first_attempt, record.rollbacks) == ("abc", 0, ())
     assert resume(run) == 12
     with pytest.raises(StepNotFoundError, match="no rollback"):
         rollback.undo(run)
@@ -260,7 +268,7 @@ def test_fork_is_own_run_that_resumes_at_step(run: Path, tmp_path: Path, link: b
     assert bool(shared) is link
     record = record_of(new)
     assert record.run_id == done.run_id != "abc"
-    assert (record.wandb_id, record.attempt, record.global_batch_size) == (record.run_id, 0, 6)
+    assert (record.timeline_id, record.attempt, record.global_batch_size) == (record.run_id, 0, 6)
     assert record.parent is not None
     assert (record.parent.run_id, record.parent.step, record.parent.path) == ("abc", 8, str(source))
     assert seen[-1] == (done.size_bytes, done.size_bytes)

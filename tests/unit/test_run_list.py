@@ -39,7 +39,7 @@ def run_with(
     return folder
 
 
-def row(step: int, attempt: int = 1, **values: Any) -> dict[str, Any]:
+def row(step: int, attempt: Any = 1, **values: Any) -> dict[str, Any]:
     return {"step": step, "attempt": attempt, "time": 2000.0 + step, "train/loss": 3.0, **values}
 
 
@@ -93,7 +93,7 @@ def test_run_state_after_rollback_leaves_out_later_rows(tmp_path: Path) -> None:
     record = metadata.read(run)
     assert record is not None
     back = Rollback(
-        attempt=2, step=2, time=0.0, wandb_id="", wandb_first_attempt=0, set_aside=["rolledback.step_3"]
+        attempt=2, step=2, time=0.0, timeline_id="", timeline_first_attempt=0, set_aside=["rolledback.step_3"]
     )
     metadata.write(run, replace(record, attempt=2, rollbacks=(back,)))
     state = read_state(run)

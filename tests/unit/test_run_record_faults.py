@@ -22,9 +22,10 @@ from kempnerforge.checkpoint.tools import rollback
 from kempnerforge.config.schema import CheckpointConfig, JobConfig
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import EXIT_FINISHED, DataError, RunFolderError
+from kempnerforge.goodput.run_history import RunHistory
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.train import run as running
-from kempnerforge.train.metric_loggers import build_reports
+from kempnerforge.train.metric_loggers import Reports, build_reports
 from kempnerforge.train.run_dir import record_refusal, storage_error
 
 pytest_plugins = ["support.rollback_fixtures"]
@@ -33,11 +34,16 @@ CPU = torch.device("cpu")
 JOB = JobConfig.model_validate({"run": {"name": "one"}, "data": {"text": "x"}})
 
 
+def reports_in(run_dir: Path) -> Reports:
+    record, history = metadata.new(), RunHistory(run_dir)
+    return build_reports(JOB, ConsoleSink(10, 1), device=CPU, folder=run_dir, record=record, history=history)
+
+
 def test_unwritable_metrics_cost_rows_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    reports = build_reports(JOB, ConsoleSink(10, 1), device=CPU, folder=tmp_path, record=metadata.new())
+    reports = reports_in(tmp_path)
     reports.write({"step": 1, "train/loss": 2.5})
     reports.close()
     assert "cannot write metrics" in caplog.text
@@ -46,7 +52,7 @@ def test_unwritable_metrics_cost_rows_only(
 
 def test_unreadable_metrics_compare_no_losses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    reports = build_reports(JOB, ConsoleSink(10, 1), device=CPU, folder=tmp_path, record=metadata.new())
+    reports = reports_in(tmp_path)
     receipt = Receipt(2, source="resume", step=4, lost_steps=2, rng="restored", next_batch="proved")
     assert receipt.bitwise()
     assert reports.replay_check(receipt).compare(5, 2.5) is None

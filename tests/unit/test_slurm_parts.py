@@ -154,6 +154,7 @@ def test_slurm_this_job_from_environment() -> None:
     }
     found = this_job(array)
     assert found == SlurmJob("7", 3, ("n1", "n2"), "6", "1")
+    assert found is not None
     assert (found.attempt_name, found.handle) == ("7.3", "6_1")
 
 
@@ -250,6 +251,7 @@ def test_slurm_grace_of_partition_parsed(
 ) -> None:
     found = parse_grace(CONFIG, PARTITIONS, partition)
     assert found == Grace(kill_wait_s, grace_s)
+    assert found is not None
     assert found.shutdown_timeout_s == timeout_s
 
 

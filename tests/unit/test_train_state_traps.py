@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def step(model: nn.Module, *optimizers: optim.Optimizer) -> None:
 class Sam(optim.Optimizer):
     """Sharpness-aware minimization as it is usually written: around another optimizer."""
 
-    def __init__(self, params: Any, base: type[optim.Optimizer]) -> None:
+    def __init__(self, params: Any, base: Callable[..., optim.Optimizer]) -> None:
         super().__init__(params, {"rho": 0.05})
         self.base_optimizer = base(self.param_groups)
         self.param_groups = self.base_optimizer.param_groups
@@ -133,8 +134,9 @@ def test_optimizer_parameter_in_state_stays_one(had_state: bool, tmp_path: Path)
     def begin(value: float | None) -> tuple[nn.Module, optim.Optimizer]:
         model = net()
         optimizer = optim.SGD(model.parameters(), lr=0.1)
-        for parameter in model.parameters() if value is not None else ():
-            optimizer.state[parameter]["master"] = nn.Parameter(torch.full_like(parameter, value))
+        if value is not None:
+            for parameter in model.parameters():
+                optimizer.state[parameter]["master"] = nn.Parameter(torch.full_like(parameter, value))
         return model, optimizer
 
     model, optimizer = begin(5.0)
@@ -191,20 +193,21 @@ class Overriding(nn.Module):
         self.weight = nn.Parameter(torch.ones(2))
         self.scale = 1.0
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
+    def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
+        super()._load_from_state_dict(*arguments, **more)
         self.scale = float(self.weight.detach().sum())
 
 
 @pytest.mark.parametrize("kind", [Derived, Overriding])
 def test_model_whose_load_has_effects_has_them(kind: type[Any], tmp_path: Path) -> None:
-    model, again = nn.Sequential(kind(), nn.Linear(2, 2)), nn.Sequential(kind(), nn.Linear(2, 2))
+    first, second = kind(), kind()
+    model, again = nn.Sequential(first, nn.Linear(2, 2)), nn.Sequential(second, nn.Linear(2, 2))
     with torch.no_grad():
-        model[0].weight.fill_(4.0)
+        first.weight.fill_(4.0)
     path = save(tmp_path, TrainState(model=model, optimizer={}))
     load(path, TrainState(model=again, optimizer={}), parts=("model",))
-    assert again[0].scale == 8.0
-    assert torch.equal(model[1].weight, again[1].weight)
+    assert second.scale == 8.0
+    assert torch.equal(model.get_parameter("1.weight"), again.get_parameter("1.weight"))
 
 
 class Recording(nn.Module):
@@ -253,13 +256,13 @@ class Adapter(nn.Module):
 
 
 def test_model_that_leaves_a_frozen_base_out_is_restored(tmp_path: Path) -> None:
-    model = nn.Sequential(Adapter(), Recording())
-    again = nn.Sequential(Adapter(), Recording())
-    base = again[0].base.weight.clone()
+    first, second = Adapter(), Adapter()
+    model, again = nn.Sequential(first, Recording()), nn.Sequential(second, Recording())
+    base = second.base.weight.clone()
     path = save(tmp_path, TrainState(model=model, optimizer={}))
     load(path, TrainState(model=again, optimizer={}), parts=("model",))
-    assert torch.equal(model[0].low.weight, again[0].low.weight)
-    assert torch.equal(again[0].base.weight, base)
+    assert torch.equal(first.low.weight, second.low.weight)
+    assert torch.equal(second.base.weight, base)
 
 
 def test_model_that_leaves_a_trained_parameter_out_refused() -> None:
@@ -287,10 +290,12 @@ class Versioned(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(2))
 
-    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
-        if metadata.get("version") is None:
-            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 2
-        super()._load_from_state_dict(state, prefix, metadata, *rest)
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any, **more: Any
+    ) -> None:
+        if local_metadata.get("version") is None:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest, **more)
 
 
 def test_model_versions_are_handed_over(tmp_path: Path) -> None:
@@ -302,22 +307,24 @@ def test_model_versions_are_handed_over(tmp_path: Path) -> None:
     path = save(tmp_path, state)
     other_model, other_ema, own = nn.Sequential(Versioned()), nn.Sequential(Versioned()), Counter()
     load(path, TrainState(model=other_model, optimizer={}, extra={"ema": other_ema, "own": own}))
-    for one in (other_model[0], other_ema[0]):
-        assert torch.equal(one.weight, torch.ones(2))
+    for one in (other_model, other_ema):
+        assert torch.equal(one.get_parameter("0.weight"), torch.ones(2))
     assert isinstance(own.value["m"], OrderedDict)
     assert own.value["m"]._metadata == held.state_dict()._metadata  # type: ignore[attr-defined]
 
 
 def test_capture_beside_a_forward_copies_buffers() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    linear, norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+    assert norm.running_mean is not None
+    model = nn.Sequential(linear, norm)
     state = TrainState(model=model, optimizer={})
     found = state.capture(overlapping=True).tensors
     want = {name: tensor.clone() for name, tensor in found.items()}
     model(torch.randn(4, 3))
     for name in ("model.1.running_mean", "model.1.running_var", "model.1.num_batches_tracked"):
         assert torch.equal(found[name], want[name]), name
-    assert found["model.0.weight"].data_ptr() == model[0].weight.data_ptr()
-    assert state.capture().tensors["model.1.running_mean"].data_ptr() == model[1].running_mean.data_ptr()
+    assert found["model.0.weight"].data_ptr() == linear.weight.data_ptr()
+    assert state.capture().tensors["model.1.running_mean"].data_ptr() == norm.running_mean.data_ptr()
 
 
 def test_optimizer_of_another_class_is_refused(tmp_path: Path) -> None:
@@ -378,10 +385,11 @@ def test_model_with_methods_of_its_own_comes_back(tmp_path: Path) -> None:
 
 def test_numpy_generator_of_another_kind_is_named() -> None:
     before = np.random.get_state(legacy=False)
+    numpy_random: Any = np.random  # its types lack ``set_bit_generator``
     try:
-        np.random.set_bit_generator(np.random.PCG64(1))
+        numpy_random.set_bit_generator(np.random.PCG64(1))
         with pytest.raises(TypeError, match="NumPy's global generator is PCG64"):
             TrainState(model=net(), optimizer={}).capture()
     finally:
-        np.random.set_bit_generator(np.random.MT19937())
+        numpy_random.set_bit_generator(np.random.MT19937())
         np.random.set_state(before)

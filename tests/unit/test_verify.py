@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,8 +245,12 @@ def test_verify_storage_error_step_may_be_sound(tmp_path: Path, monkeypatch: pyt
 
 def test_verify_step_vanishes_is_not_damage(tmp_path: Path) -> None:
     path = write_step(tmp_path, 5)
+
+    def vanish(_done: int, _total: int) -> None:
+        path.rename(tmp_path / "gone")
+
     with pytest.raises(StepNotFoundError):
-        verify.verify(path, threads=1, progress=lambda done, total: path.rename(tmp_path / "gone"))
+        verify.verify(path, threads=1, progress=vanish)
     with pytest.raises(StepNotFoundError):
         verify.verify(path)
 
@@ -253,7 +258,7 @@ def test_verify_step_vanishes_is_not_damage(tmp_path: Path) -> None:
 # What differs
 
 
-def views(tmp_path: Path, **others: dict) -> tuple[StepView, StepView]:
+def views(tmp_path: Path, **others: Any) -> tuple[StepView, StepView]:
     one = write_step(tmp_path / "a", 5)
     other = write_step(tmp_path / "b", 5, **others)
     return StepView.open(one), StepView.open(other)

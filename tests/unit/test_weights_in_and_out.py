@@ -48,7 +48,8 @@ def import_hf(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         monkeypatch.setattr(sys, "argv", ["kempnerforge", "import", "hf", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             app.main()
-        return (ended.value.code, *capsys.readouterr())
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
 
     return run
 
@@ -149,9 +150,12 @@ def test_import_transformers_folder_same_logits(import_hf: Any, tmp_path: Path) 
     """In one file and in several; in bf16 too; with tied embeddings and without."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    for number, settings in enumerate(
-        ({"tie_word_embeddings": True}, {"max_shard_size": "20KB"}, {"dtype": "bf16"})
-    ):
+    cases: list[dict[str, Any]] = [
+        {"tie_word_embeddings": True},
+        {"max_shard_size": "20KB"},
+        {"dtype": "bf16"},
+    ]
+    for number, settings in enumerate(cases):
         torch.manual_seed(number)
         config = LlamaConfig(
             vocab_size=61,
@@ -162,7 +166,7 @@ def test_import_transformers_folder_same_logits(import_hf: Any, tmp_path: Path) 
             num_key_value_heads=2,
             tie_word_embeddings=settings.get("tie_word_embeddings", False),
         )
-        other = LlamaForCausalLM(config)
+        other: Any = LlamaForCausalLM(config)
         if "dtype" in settings:
             other = other.to(torch.bfloat16)
         folder, out = tmp_path / f"hf{number}", tmp_path / f"ours{number}"
@@ -184,7 +188,8 @@ def test_import_mistral_same_logits(import_hf: Any, tmp_path: Path) -> None:
     """With no window, with one as long as any sequence, and with the window of older configs."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32}
+    sizes |= {"intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 16, "max_position_embeddings": 64, "head_dim": 2}
     torch.manual_seed(0)
     for number, window in enumerate((None, 64, 4096)):
@@ -287,6 +292,7 @@ def test_export_damaged_block_leaves_nothing(ckpt: Ckpt, tmp_path: Path) -> None
 
 def test_export_value_out_of_dtype_range_reported(ckpt: Ckpt, tmp_path: Path) -> None:
     model = make_model()
+    assert model.norm is not None
     with torch.no_grad():
         model.norm.weight[3] = 70000.0
     done = ckpt("export", save(tmp_path, model), "--out", tmp_path / "hf", "--dtype", "fp16")
@@ -529,12 +535,13 @@ def test_import_redundant_tensors_left_out(import_hf: Any, folder: Path, tmp_pat
 
 
 def test_import_result_readable_by_stock_torch(import_hf: Any, folder: Path, tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     assert import_hf(folder, "--out", tmp_path / "ours")[0] == 0
     want = weights_of(tmp_path / "ours")
     state = {f"model.{name}": torch.empty_like(tensor) for name, tensor in want.items()}
-    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "ours")))
+    load(state, storage_reader=HuggingFaceStorageReader(str(tmp_path / "ours")))
     assert_equal({name.removeprefix("model."): tensor for name, tensor in state.items()}, want)
 
 

@@ -31,10 +31,7 @@ from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.config.toml_text import flatten
 from kempnerforge.distributed.consensus import ControlGroup, mark_collective
 from kempnerforge.errors import MismatchError, RunFolderError
-from kempnerforge.goodput import crash_loop_guard
-from kempnerforge.goodput.event_log import Event, read_events
-from kempnerforge.goodput.faults import read_faults
-from kempnerforge.goodput.history import derive
+from kempnerforge.goodput.run_history import RunHistory
 
 ALL_PARTS = ("model", "optimizer", "scheduler", "data", "rng")
 
@@ -62,12 +59,12 @@ class Restorer:
         self._run_dir = run_dir
         self._control = control
         self._context = context
+        self.history = context.history or RunHistory(run_dir)
+        """The records of earlier attempts, which only the first rank reads."""
         self._check_lease = check_lease
         self._owner = owner
         self.cleanup = StartCleanup(folder, attempt=context.attempt, owner=owner)
         """On the first rank: what could not be cleaned up, and the steps that are skipped for that reason."""
-        self._ledger: list[Event] | None = None
-        """The events of the ledger, on the first rank, once they have been read."""
         self._excluded_extras = frozenset(
             name.removeprefix(EXTRA) for name in config.exclude_from_loading if name.startswith(EXTRA)
         )
@@ -128,7 +125,7 @@ class Restorer:
             run_dir=self._run_dir,
         )
         if candidate is None:
-            known_steps.require_known(self._folder, self._run_dir, self._owner)
+            known_steps.require_known(self._folder, self._run_dir, self._owner, history=self.history)
         return candidate, rejected
 
     def _quarantine(self, step: int, why: str, rejected: Sequence[Rejected]) -> list[Rejected]:
@@ -282,18 +279,10 @@ class Restorer:
 
     # -- the run's records, on the first rank ------------------------------------------------------------
 
-    def _events(self) -> list[Event]:
-        """Return the events of the ledger. Only the first call reads it. Raises OSError."""
-        if self._ledger is None:
-            self._ledger = read_events(self._run_dir)
-        return self._ledger
-
     def _suspects(self) -> dict[int, str]:
         """Return the steps from which two attempts resumed and failed, with reasons."""
         try:
-            rollbacks = lineage.rollbacks(self._run_dir)
-            history = derive(self._events(), read_faults(self._run_dir), rollbacks=rollbacks)
-            return crash_loop_guard.suspects(history)
+            return self.history.suspects(lineage.rollbacks(self._run_dir))
         except OSError as error:
             self.cleanup.warn(f"suspect steps are unknown: {error}")
             return {}
@@ -301,7 +290,7 @@ class Restorer:
     def _lost(self, step: int) -> tuple[int, int]:
         """Return how many steps after ``step`` had been done, and the newest of them that is set aside."""
         try:
-            done = lineage.last_done_step(self._run_dir, self._events())
+            done = self.history.last_done_step(lineage.rollbacks(self._run_dir))
             aside = [number for number in paths.set_aside_steps(self._folder) if step < number <= done]
         except OSError as error:
             self.cleanup.warn(f"the number of repeated steps is unknown: {error}")
@@ -311,7 +300,7 @@ class Restorer:
     def _commits(self) -> list[tuple[int, int]]:
         """Return step and attempt of the commits in the ledger, as far as it can be read."""
         try:
-            return [(commit.step, commit.attempt) for commit in known_steps.commits(self._events())]
+            return [(commit.step, commit.attempt) for commit in known_steps.commits(self.history.events())]
         except OSError as error:
             self.cleanup.warn(f"the attempt of each commit is known only from the steps: {error}")
             return []

@@ -28,7 +28,7 @@ from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.errors import CheckpointError, NoSpaceError
 
 RESERVE_BYTES = 64 << 20
-"""Reserved for what a run writes besides checkpoints: metrics, logs, wandb. At most 2% of the disk."""
+"""Reserved for what a run writes besides checkpoints: metrics, logs, uploads. At most 2% of the disk."""
 RESERVE_FILES = 64
 _SMALL_FILES = 4
 """Besides the shards: index, train state, config, manifest."""

@@ -30,6 +30,7 @@ from kempnerforge.errors import (
     RunFolderError,
     StepsMissingError,
 )
+from kempnerforge.goodput.run_history import RunHistory
 from kempnerforge.process_identity import process_state, restart_count
 from kempnerforge.rank_variables import RESTART_COUNT
 
@@ -41,7 +42,7 @@ _NONCE_WAIT_S = 10.0
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """What differs between callers of ``open_run``: terms in messages, and whether to adopt checkpoints."""
+    """What differs between callers of ``open_run``: terms in messages, what to adopt, what is known."""
 
     folder_name: str = "run.dir"
     """The user's term for the run's folder."""
@@ -53,6 +54,8 @@ class OpenOptions:
     """Whether to adopt checkpoints that have no ``run.json``, instead of refusing them."""
     checkpoints: Hints = Hints()  # noqa: RUF009 - frozen
     """How the user gives the run another checkpoint folder."""
+    history: RunHistory | None = None
+    """The history of the run in ``folder``, if the caller uses it later too."""
 
 
 def open_run(
@@ -208,7 +211,9 @@ def _take_checkpoints(folder: Path, record: RunRecord, wanted: _Wanted, options:
     mine = claim.claimant(record, folder, wanted.run_name)
     was_in = record.checkpoint_folder(folder)
     try:
-        found = claim.look(checkpoints, mine, folder, was_in=was_in, hints=options.checkpoints)
+        found = claim.look(
+            checkpoints, mine, folder, was_in=was_in, hints=options.checkpoints, history=options.history
+        )
         metadata.write(folder, record)
         claim.settle(checkpoints, mine, found, options.checkpoints)
     except (FolderOwnedError, StepsMissingError) as error:
@@ -244,7 +249,7 @@ class _Identity:
     def new_record(self) -> RunRecord:
         """Return a new record, with the id in the checkpoints if all have the same."""
         record = metadata.new()
-        return replace(record, run_id=self.run_id, wandb_id=self.run_id) if self.run_id else record
+        return replace(record, run_id=self.run_id, timeline_id=self.run_id) if self.run_id else record
 
 
 def _identity_of(folder: Path, wanted: _Wanted) -> _Identity:

@@ -24,6 +24,7 @@ from kempnerforge.checkpoint.run import known_steps, metadata, owner
 from kempnerforge.checkpoint.run.metadata import RUN_FILE, RunRecord
 from kempnerforge.checkpoint.run.owner import OWNER_FILE, Owner
 from kempnerforge.errors import CheckpointError, FolderOwnedError, KempnerForgeError
+from kempnerforge.goodput.run_history import RunHistory
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def claimant(record: RunRecord, run_dir: Path, run_name: str) -> Owner:
     )
 
 
-def take(folder: Path, run_id: str, run_dir: Path) -> Owner:
-    """Claim ``folder`` for the run ``run_id`` in ``run_dir``. Return its owner.
+def take(folder: Path, run_id: str, run_dir: Path, *, history: RunHistory | None = None) -> Owner:
+    """Claim ``folder`` for the run ``run_id`` in ``run_dir``. Return its owner. ``history``: see ``look``.
 
     First rank only. A caller without a run id owns nothing, and may only use a folder without an
     owner. Durable on return. Raises FolderOwnedError, StepsMissingError, RunFolderError, OSError.
@@ -56,16 +57,22 @@ def take(folder: Path, run_id: str, run_dir: Path) -> Owner:
     if record is None or record.run_id != run_id:
         record = RunRecord(run_id, run_id, 0.0)
     mine = claimant(record, run_dir, "")
-    return settle(folder, mine, look(folder, mine, run_dir))
+    return settle(folder, mine, look(folder, mine, run_dir, history=history))
 
 
 def look(
-    folder: Path, mine: Owner, run_dir: Path, *, was_in: Path | None = None, hints: Hints | None = None
+    folder: Path,
+    mine: Owner,
+    run_dir: Path,
+    *,
+    was_in: Path | None = None,
+    hints: Hints | None = None,
+    history: RunHistory | None = None,
 ) -> Owner | None:
     """Refuse a ``folder`` that ``mine`` may not claim. Return its owner; None if it has none yet.
 
-    ``was_in``: where the run's checkpoints were at its last start. Changes nothing. Raises what
-    ``take`` raises.
+    ``was_in``: where the run's checkpoints were at its last start. ``history``: that of the run, if
+    the caller has it. Changes nothing. Raises what ``take`` raises.
     """
     hints = hints or Hints()
     found = owner.read(folder)
@@ -73,7 +80,7 @@ def look(
         _require_same_run(folder, found, mine, hints)
     else:
         _require_adoptable(folder, mine, hints)
-    known_steps.require_known(folder, run_dir, _merged(found, mine), was_in=was_in)
+    known_steps.require_known(folder, run_dir, _merged(found, mine), was_in=was_in, history=history)
     return found
 
 

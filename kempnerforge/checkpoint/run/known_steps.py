@@ -18,7 +18,8 @@ from kempnerforge.checkpoint.run.metadata import Parent, Rollback
 from kempnerforge.checkpoint.run.owner import Owner
 from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.errors import DamagedCheckpointError, MismatchError, StepsMissingError
-from kempnerforge.goodput.event_log import Event, read_events
+from kempnerforge.goodput.event_log import Event
+from kempnerforge.goodput.run_history import RunHistory
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ def commits(events: Sequence[Event]) -> list[KnownStep]:
     return [KnownStep(event["step"], event["attempt"]) for event in events if event["event"] == "commit"]
 
 
-def newest_known(run_dir: Path) -> KnownStep | None:
+def newest_known(run_dir: Path, history: RunHistory | None = None) -> KnownStep | None:
     """Return the newest committed step of the current timeline, by the run's records; None without one.
 
-    Raises OSError and RunFolderError.
+    ``history``: that of the run, if the caller has it. Raises OSError and RunFolderError.
     """
     record = metadata.read(run_dir)
-    found = commits(read_events(run_dir))
+    found = commits((history or RunHistory(run_dir)).events())
     found += [
         KnownStep(row["step"], row["attempt"])
         for row in read_receipts(run_dir)
@@ -61,19 +62,27 @@ def newest_known(run_dir: Path) -> KnownStep | None:
     return max(living, key=lambda known: (known.step, known.attempt), default=None)
 
 
-def require_known(folder: Path, run_dir: Path, mine: Owner, *, was_in: Path | None = None) -> None:
+def require_known(
+    folder: Path,
+    run_dir: Path,
+    mine: Owner,
+    *,
+    was_in: Path | None = None,
+    history: RunHistory | None = None,
+) -> None:
     """Raise StepsMissingError if ``folder`` has no step although the run has committed some. Changes nothing.
 
     Does not raise for a folder with steps that were set aside: the resume reports them. Steps that
     the run gave up by a rollback to step 0 do not count. ``was_in``: where the run's checkpoints
-    were at its last start. Also raises OSError and RunFolderError.
+    were at its last start. ``history``: as for ``newest_known``. Also raises OSError and
+    RunFolderError.
     """
     listing = paths.list_folder(folder)
     if in_the_way(listing, run_dir):
         return
     if any(mine.may_own(folder / paths.step_name(step)) for step in listing.steps):
         return
-    known = newest_known(run_dir)
+    known = newest_known(run_dir, history)
     if known is None:
         return
     what = f"step {known.step} was committed (attempt {known.attempt})"

@@ -27,10 +27,8 @@ from kempnerforge import fsio
 from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.run import metadata
 from kempnerforge.checkpoint.run.metadata import Restored
-from kempnerforge.checkpoint.run.resume_report import last_logged_step, read_receipts
+from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.errors import DamagedCheckpointError, MismatchError
-from kempnerforge.goodput.event_log import Event
-from kempnerforge.goodput.history import derive, last_step_done
 
 _SECOND_LOOK_AFTER_S = 0.5
 """A late step must be recognized as one although its manifest is missing for a moment."""
@@ -66,10 +64,10 @@ def _began(receipt: Mapping[str, Any], restored: Sequence[Restored]) -> int:
     return max([receipt["step"], *raised])
 
 
-def rollbacks(run_dir: Path) -> list[int]:
-    """Return the attempt numbers of the run's rollbacks. Raises OSError and RunFolderError."""
+def rollbacks(run_dir: Path) -> list[tuple[int, int]]:
+    """Return attempt and step of the run's rollbacks. Raises OSError and RunFolderError."""
     record = metadata.read(run_dir)
-    return [rollback.attempt for rollback in record.rollbacks] if record is not None else []
+    return [(rollback.attempt, rollback.step) for rollback in record.rollbacks] if record is not None else []
 
 
 def last_attempt(run_dir: Path) -> int:
@@ -82,21 +80,6 @@ def last_attempt(run_dir: Path) -> int:
     record = metadata.read(run_dir)
     counted = record.attempt if record is not None else 0
     return max([counted, *(cut.attempt for cut in cuts(run_dir))])
-
-
-def last_done_step(run_dir: Path, events: Sequence[Event]) -> int:
-    """Return the last step that an earlier attempt is known to have done, if it still counts.
-
-    For a user's own loop, this is read from the ledger. For ``scripts/train.py``, it is read from
-    ``metrics.jsonl``, which has a row for each logged step. Raises OSError and RunFolderError.
-    """
-    record = metadata.read(run_dir)
-    rollbacks = record.rollbacks if record is not None else ()
-    history = derive(events, ())
-    newest = next((attempt for attempt in reversed(history) if attempt.resume is not None), None)
-    if newest is not None and newest.is_own_loop:
-        return last_step_done(history, [(rollback.attempt, rollback.step) for rollback in rollbacks])
-    return last_logged_step(run_dir)
 
 
 def late_arrivals(committed: dict[int, int], found: Sequence[ResumePoint]) -> dict[int, ResumePoint]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from kempnerforge import fsio
 from kempnerforge.errors import RunFolderError
 
 RUN_FILE = "run.json"
+
+_KEYS = {"timeline_id": "wandb_id", "timeline_first_attempt": "wandb_first_attempt"}
+"""Field -> its key in the file, for those that differ. Format 1 named them after who reads them."""
+_FIELDS = {key: field for field, key in _KEYS.items()}
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,9 @@ class Rollback:
     step: int
     """Steps above it, of this and older attempts, no longer count."""
     time: float
-    wandb_id: str
-    """The wandb run before the rollback."""
-    wandb_first_attempt: int
+    timeline_id: str
+    """``RunRecord.timeline_id`` before the rollback, and so the next field."""
+    timeline_first_attempt: int
     set_aside: list[str]
     """New names of the later steps, in the checkpoint folder."""
     cleared: list[str] = field(default_factory=list)
@@ -59,7 +64,8 @@ class RunRecord:
     """The content of ``run.json``."""
 
     run_id: str
-    wandb_id: str
+    timeline_id: str
+    """At first ``run_id``. A rollback begins a new timeline, with a new id."""
     created: float
     attempt: int = 0
     """Number of the last attempt; the first is 1."""
@@ -69,8 +75,8 @@ class RunRecord:
     """Status, reason, step and time of the last attempt that recorded its end."""
     checkpoint_dir: str = ""
     """The checkpoint folder if ``checkpoint.dir`` is set; empty for ``checkpoints/`` in the run's folder."""
-    wandb_first_attempt: int = 0
-    """The first attempt that logs to ``wandb_id``. Older ones logged to another wandb run."""
+    timeline_first_attempt: int = 0
+    """The first attempt of the timeline ``timeline_id``. Older ones belong to another timeline."""
     parent: Parent | None = None
     rollbacks: tuple[Rollback, ...] = ()
     """Rollbacks in effect, oldest first. The next start completes one that was killed."""
@@ -98,9 +104,9 @@ def read(run_dir: Path) -> RunRecord | None:
         parent = body.pop("parent", None)
         rollbacks, restored = body.pop("rollbacks", ()), body.pop("restored", ())
         return RunRecord(
-            **body,
+            **_renamed(body, _FIELDS),
             parent=Parent(**parent) if parent is not None else None,
-            rollbacks=tuple(Rollback(**rollback) for rollback in rollbacks),
+            rollbacks=tuple(Rollback(**_renamed(rollback, _FIELDS)) for rollback in rollbacks),
             restored=tuple(Restored(**step) for step in restored),
         )
     except FileNotFoundError:
@@ -118,4 +124,10 @@ def write(run_dir: Path, record: RunRecord) -> None:
 
 def encode(record: RunRecord) -> bytes:
     """Return the bytes of ``run.json``."""
-    return (json.dumps(asdict(record), indent=1) + "\n").encode()
+    body = _renamed(asdict(record), _KEYS)
+    body["rollbacks"] = [_renamed(rollback, _KEYS) for rollback in body["rollbacks"]]
+    return (json.dumps(body, indent=1) + "\n").encode()
+
+
+def _renamed(body: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(key, key): value for key, value in body.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kempnerforge import fsio
-from kempnerforge.checkpoint.run import metadata
 
 RECEIPTS = "receipts.jsonl"
-METRICS = "metrics.jsonl"
-
 
 _OF_STOPS = (
     *("train.shutdown_timeout_s", "train.max_minutes", "train.deadline_margin_s", "train.max_restarts"),
@@ -173,29 +169,6 @@ def read_receipts(run_dir: Path) -> list[dict[str, Any]]:
 
 def _is_receipt(row: Mapping[str, Any]) -> bool:
     return type(row.get("attempt")) is int and type(row.get("step")) is int
-
-
-def last_logged_step(run_dir: Path) -> int:
-    """Return the step of the last complete training row in ``metrics.jsonl`` that counts; 0 if there is none.
-
-    After a rollback, rows of older attempts count only up to the step of the rollback, because the
-    later steps were given up on purpose. Reads only the end of the file, which may be large. Raises
-    OSError and RunFolderError.
-    """
-    try:
-        with os.fdopen(fsio.open_to_read(run_dir / METRICS), "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - (1 << 20)))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return 0
-    record = metadata.read(run_dir)
-    rollbacks = record.rollbacks if record is not None else ()
-    for line in reversed(lines):
-        row = _row(line)
-        if row is not None and "train/loss" in row and _is_receipt({"attempt": 0, **row}):
-            later = [rollback.step for rollback in rollbacks if rollback.attempt > row.get("attempt", 0)]
-            return min([row["step"], *later])
-    return 0
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

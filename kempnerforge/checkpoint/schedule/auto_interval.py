@@ -12,15 +12,15 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from kempnerforge.checkpoint.results import SaveReport
 from kempnerforge.checkpoint.run import lineage
 from kempnerforge.checkpoint.schedule.overhead import SAVES_WINDOW, SaveCost, StepTimer, cost_s
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.goodput.accounting import interruptions
-from kempnerforge.goodput.history import AttemptHistory, read_history
+from kempnerforge.goodput.history import AttemptHistory
 from kempnerforge.goodput.interval import daly, expected_mtti, prior_mtti
+from kempnerforge.goodput.run_history import RunHistory
 
 AUTO_OVERHEAD_PCT = 1.0
 """Default of ``max_overhead_pct`` under "auto"."""
@@ -117,15 +117,16 @@ class SaveIntervalController:
         self._message = ""
         self._is_active = rank == 0 and self._max_pct is not None
 
-    def load_history(self, run_dir: Path, *, resumed_at: int) -> None:
+    def load_history(self, history: RunHistory, *, resumed_at: int) -> None:
         """Load the failures of earlier attempts, and the costs of their saves in the same layout.
 
         Ignore a record that cannot be read: it must not prevent training.
         """
         if self._is_active:
             with contextlib.suppress(OSError):
-                rollbacks = lineage.rollbacks(run_dir)
-                self._use_history(read_history(run_dir, rollbacks=rollbacks), resumed_at, rollbacks)
+                rollbacks = lineage.rollbacks(history.run_dir)
+                numbers = [attempt for attempt, _ in rollbacks]
+                self._use_history(history.attempts(rollbacks), resumed_at, numbers)
 
     def _use_history(
         self, history: Sequence[AttemptHistory], resumed_at: int, rollbacks: Sequence[int]

@@ -33,8 +33,8 @@ class Renamed:
     renamed: dict[str, str]
     """Old name -> new name, in ``folder``."""
     folder: str
-    wandb_id: str
-    """The wandb run that the next attempt logs to."""
+    timeline_id: str
+    """The timeline that the next attempt belongs to."""
     changed: bool = True
     """False if there was nothing to do."""
 
@@ -72,7 +72,7 @@ def roll_back(run_dir: Path, step: int, *, progress: Progress) -> Renamed:
         in_the_way = known_steps.in_the_way(listing, run_dir) if to_start else []
         is_given_up = to_start and (in_the_way or known_steps.newest_known(run_dir) is not None)
         if not later and not is_given_up:
-            return Renamed(step, {}, str(folder), record.wandb_id, changed=False)
+            return Renamed(step, {}, str(folder), record.timeline_id, changed=False)
         if not to_start:
             _check_sound(folder, step, progress)
         targets = {number: lineage.free_name(folder, number, paths.rolled_back_name) for number in later}
@@ -86,7 +86,7 @@ def roll_back(run_dir: Path, step: int, *, progress: Progress) -> Renamed:
         raise RunFolderError(f"{run_dir} could not be rolled back: {error}") from error
     finally:
         held.release()
-    return Renamed(step, renamed, str(folder), record.wandb_id)
+    return Renamed(step, renamed, str(folder), record.timeline_id)
 
 
 def _set_aside(folder: Path, targets: dict[int, Path]) -> dict[str, str]:
@@ -135,8 +135,8 @@ def undo(run_dir: Path) -> Renamed:
             record,
             attempt=held.attempt,
             rollbacks=record.rollbacks[:-1],
-            wandb_id=last.wandb_id,
-            wandb_first_attempt=last.wandb_first_attempt,
+            timeline_id=last.timeline_id,
+            timeline_first_attempt=last.timeline_first_attempt,
         )
         metadata.write(run_dir, record)
         newest = owner.newest_step(folder, mine)
@@ -145,7 +145,7 @@ def undo(run_dir: Path) -> Renamed:
         raise RunFolderError(f"{run_dir}: the rollback could not be undone: {error}") from error
     finally:
         held.release()
-    return Renamed(last.step if newest is None else newest, renamed, str(folder), record.wandb_id)
+    return Renamed(last.step if newest is None else newest, renamed, str(folder), record.timeline_id)
 
 
 def _point_latest(folder: Path, step: int | None) -> None:
@@ -181,17 +181,17 @@ def _begin_timeline(record: RunRecord, attempt: int, step: int, names: list[str]
         attempt=attempt,
         step=step,
         time=time.time(),
-        wandb_id=record.wandb_id,
-        wandb_first_attempt=record.wandb_first_attempt,
+        timeline_id=record.timeline_id,
+        timeline_first_attempt=record.timeline_first_attempt,
         set_aside=names,
     )
     return replace(
         record,
         attempt=attempt,
         rollbacks=(*record.rollbacks, before),
-        # wandb accepts no step below its newest one, so the new timeline needs a new wandb run.
-        wandb_id=f"{record.run_id}-rollback{attempt}",
-        wandb_first_attempt=attempt,
+        # The steps of the new timeline may differ from the old ones. Their metrics go by another id.
+        timeline_id=f"{record.run_id}-rollback{attempt}",
+        timeline_first_attempt=attempt,
     )
 
 

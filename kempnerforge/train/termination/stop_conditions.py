@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 from kempnerforge.checkpoint.run.attempt_start import attempt_started
 from kempnerforge.checkpoint.run.request_files import RequestFiles
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import StopRequestedError
-from kempnerforge.goodput.event_log import read_events, saves_s
+from kempnerforge.goodput.event_log import saves_s
+from kempnerforge.goodput.run_history import RunHistory
 from kempnerforge.train.hangs.stack_dump import Stacks
 from kempnerforge.train.termination.deadline import Deadline
 from kempnerforge.train.termination.signals import StopSignals
@@ -35,7 +35,7 @@ class StopConditions:
         self.shutdown = shutdown
         self.stacks = stacks
 
-    def open(self, job: JobConfig, attempt: int, *, is_first: bool) -> None:
+    def open(self, job: JobConfig, attempt: int, history: RunHistory, *, is_first: bool) -> None:
         """Begin to check the request file and the deadline, on rank 0.
 
         The attempt must already own the run's folder.
@@ -53,7 +53,7 @@ class StopConditions:
             started=started,
             max_minutes=job.train.max_minutes,
             margin_s=job.train.deadline_margin_s,
-            saves_s=_earlier_saves_s(folder),
+            saves_s=_earlier_saves_s(history),
         )
 
     def close(self) -> None:
@@ -129,9 +129,9 @@ class StopConditions:
             raise error
 
 
-def _earlier_saves_s(folder: Path) -> list[float]:
+def _earlier_saves_s(history: RunHistory) -> list[float]:
     """Return the durations of saves of earlier attempts, or none when the ledger cannot be read."""
     try:
-        return saves_s(read_events(folder))
+        return saves_s(history.events())
     except OSError:  # this attempt's own write to the same file reports it
         return []

@@ -78,8 +78,8 @@ def prepare_harness(run: Path) -> None:
 def _start(run: Path, told: list[int]) -> None:
     poll = CheckpointManager.poll
 
-    def listen(ckpt: CheckpointManager) -> list[SaveReport]:
-        reports = poll(ckpt)
+    def listen(self: CheckpointManager) -> list[SaveReport]:
+        reports = poll(self)
         told.extend(one.step for one in reports if not (one.error or one.skipped))
         return reports
 
@@ -170,21 +170,21 @@ def _watch(shim: Shim) -> None:
     wait, finish, init = CheckpointManager.wait_for_staging, CheckpointManager.finish, Lease.__init__
     save = CheckpointManager.save
 
-    def step(ckpt: CheckpointManager) -> None:
+    def step(self: CheckpointManager) -> None:
         shim.loop.begin()
-        wait(ckpt)
+        wait(self)
 
-    def end(ckpt: CheckpointManager, *args: Any, **options: Any) -> None:
+    def end(self: CheckpointManager, *args: Any, **options: Any) -> None:
         shim.loop.end()
-        finish(ckpt, *args, **options)
+        finish(self, *args, **options)
 
-    def save_step(ckpt: CheckpointManager, *args: Any, **options: Any) -> SaveReport:
+    def save_step(self: CheckpointManager, *args: Any, **options: Any) -> SaveReport:
         if options.get("wait"):
             shim.loop.end()
-        return save(ckpt, *args, **options)
+        return save(self, *args, **options)
 
-    def renew_often(held: Lease, *args: Any, **options: Any) -> None:
-        init(held, *args, **{**options, "renew_every_s": 0.01})
+    def renew_often(self: Lease, *args: Any, **options: Any) -> None:
+        init(self, *args, **{**options, "renew_every_s": 0.01})
 
     CheckpointManager.wait_for_staging = step
     CheckpointManager.finish = end
