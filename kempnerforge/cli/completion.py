@@ -60,10 +60,11 @@ def install(wanted: bool) -> None:
     else:
         script, rc = home / ".bash_completions" / "kempnerforge.sh", home / ".bashrc"
         line = "source ~/.bash_completions/kempnerforge.sh"
-    script.parent.mkdir(parents=True, exist_ok=True)
+    fsio.make_folder(script.parent)
     fsio.atomic_write(script, SCRIPTS[shell].encode())
     if rc is not None and line not in (rc.read_text().splitlines() if rc.exists() else []):
-        with rc.open("a") as file:
+        # A link, as programs that manage such files make, is followed.
+        with os.fdopen(fsio.open_file(rc.resolve(), os.O_WRONLY | os.O_APPEND), "w") as file:
             file.write(f"\n{line}\n")
     added = f" and a line to {rc}" if rc is not None else ""
     typer.echo(f"wrote {script}{added}: completion works in {shell} sessions that begin from now on")

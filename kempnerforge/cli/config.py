@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kempnerforge import fsio
 from kempnerforge.cli.plugin_check import check_plugins
 from kempnerforge.config.checkpoint_rules import why_best_has_no_choice
 from kempnerforge.config.overrides import split_positionals
@@ -56,8 +57,7 @@ def new(
     text = packaged_config(name)
     file = Path(f"{name}.toml")
     try:
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(text)
+        fsio.write_new_file(file, text.encode())
     except FileExistsError:
         issue = ConfigIssue("NAME", f"{file} exists already, and is not changed", "move it first")
         raise ConfigError([issue], where="config new") from None

@@ -237,8 +237,8 @@ def _facts(plan: Plan) -> list[str]:
         f"checkpoint   {size(checkpoint.size_bytes)} in {checkpoint.num_files} files; weights and"
         f" optimizer state: {checkpoint.payload_bytes:,} bytes",
         f"staging      {size(most)} of {pinned} host memory per rank,"
-        f" {size(plan.staged_on_node_bytes)} per node of {plan.ranks_per_node} ranks"
-        f" ({job.checkpoint.async_mode.value})",
+        f" {size(plan.staged_on_node_bytes)} per node of {plan.ranks_per_node} ranks",
+        f"             checkpoint.async_mode {job.checkpoint.async_mode.value}",
     ]
     if plan.unknown_optimizer:
         facts.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,8 @@ import typer
 from typer.core import TyperCommand
 
 from kempnerforge import fsio
-from kempnerforge.cli.config import NoFiles, file_and_overrides
+from kempnerforge.cli.config import NoFiles, NoPlugins, file_and_overrides
+from kempnerforge.cli.plugin_check import check_plugins
 from kempnerforge.config.run import PLACEHOLDER
 from kempnerforge.config.schema import LoadedJob, load_job
 from kempnerforge.config.sources import DEFAULT
@@ -35,7 +37,7 @@ from kempnerforge.train.termination.deadline import p99
 app = typer.Typer(add_completion=False)
 SBATCH = "sbatch options"
 TIMEOUT = "train.shutdown_timeout_s"
-NOT_OF_THE_JOB = ("--dry-run", "--no-files")
+NOT_OF_THE_JOB = ("--dry-run", "--no-files", "--no-plugins")
 """Options that do not change the script."""
 
 
@@ -105,6 +107,7 @@ def submit(
     script: Script = None,
     dry_run: DryRun = False,
     no_files: NoFiles = False,
+    no_plugins: NoPlugins = False,
 ) -> None:
     """Check FILE on this layout, then train it as a SLURM job that requeues itself until it is finished.
 
@@ -118,13 +121,14 @@ def submit(
     ranks = processes_per_node or max(1, resources.gpus)
     if script is not None and not script.is_file():
         raise ConfigError([ConfigIssue("--script", f"{script} does not exist")], where="command line")
-    loaded = _load(file, overrides, world_size=nodes * ranks, no_files=no_files)
+    load = partial(_load, world_size=nodes * ranks, no_files=no_files, no_plugins=no_plugins)
+    loaded = load(file, overrides)
     run_dir = loaded.job.run.dir or f"runs/{loaded.job.run.name}"
     run_dir = str(Path(run_dir).expanduser()) if sweep else run_dir
     cells = _make_sweep(sweep, file, overrides, run_dir, loaded.job.run.name) if sweep else None
     for cell in cells.cells if cells is not None else []:
         where = f"task {cell.task} of the sweep ({cell.description})"
-        _load(file, [*overrides, *cell.arguments], nodes * ranks, no_files=no_files, where=where)
+        load(file, [*overrides, *cell.arguments], where=where)
     is_shared = cells is None and not PLACEHOLDER.search(run_dir)
     check_options(time, sbatch_options, run_dir, is_shared=is_shared, is_sweep=cells is not None)
     timeout_s = _shutdown_timeout_s(loaded, run_dir, sbatch_options)
@@ -150,10 +154,14 @@ def submit(
     _queue(request, run_dir, cells, dry_run=dry_run)
 
 
-def _load(file: str, overrides: list[str], world_size: int, *, no_files: bool, where: str = "") -> LoadedJob:
+def _load(
+    file: str, overrides: list[str], *, world_size: int, no_files: bool, no_plugins: bool, where: str = ""
+) -> LoadedJob:
     """Load and check a config. ``where`` is added to errors."""
     try:
         loaded = load_job(file, overrides, world_size=world_size, inside_job=False)
+        if not no_plugins:
+            check_plugins(loaded, where=file)
         if not no_files:
             check_files_of(loaded, where=file)
     except ConfigError as error:

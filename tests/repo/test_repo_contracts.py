@@ -41,7 +41,8 @@ def quick_start_commands() -> list[str]:
 def test_readme_quick_start_is_two_self_contained_commands() -> None:
     train, test = quick_start_commands()
     assert train.startswith("pip install ")
-    assert train.endswith("torchrun --nproc-per-node 2 scripts/train.py --config configs/quickstart.toml")
+    assert " && kempnerforge train configs/quickstart.toml --processes 2 && " in train
+    assert ' && kempnerforge generate runs/quickstart --prompt "' in train
     assert test.startswith("pip install ")
     assert "[dev]" in test
     assert test.endswith("python -m pytest")
