@@ -120,6 +120,7 @@ def name_issues(kind: str, name: str, *, key: str, also: Sequence[str] = ()) -> 
 
 
 def _registered() -> dict[str, metadata.EntryPoint]:
+    _search_working_directory()
     return {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
 
 
@@ -180,7 +181,7 @@ def _resolve_path(kind: str, name: str, path: str, key: str) -> Plugin:
             )
         target = getattr(target, part)
     if not callable(target):
-        raise _fault(key, f'"{name}" is a {type(target).__name__}', f"a {kind} is a class or a function")
+        raise _fault(key, f'"{name}" is of type {type(target).__name__}', "name a class or a function")
     source = _source_of(target, module)
     return Plugin(kind, name, target, _origin(module_name, source), _digest(source))
 
@@ -243,7 +244,7 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
 
 def _ways(kind: str, known: Sequence[str]) -> str:
     listed = f"known: {', '.join(known)}; " if known else ""
-    return f'{listed}a {kind} of your own is "package.module:attribute"'
+    return f'{listed}your own {kind} is named "package.module:attribute"'
 
 
 def _fault(key: str, problem: str, hint: str) -> ConfigError:
