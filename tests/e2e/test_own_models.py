@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from support.patch_target import patch_target
 from support.run_files import tensor_digests
 from support.runs import Launcher, Run, copy_run, make_run
+
+from kempnerforge.checkpoint.format.step_info import StepView
 
 pytest_plugins = ["support.run_fixtures"]
 
@@ -144,3 +147,29 @@ def test_own_model_that_cannot_train_exits_2(
     assert "Traceback" not in ended.output
     assert ended.outputs[1] == ""
     assert not run.committed()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (2, ()),
+        (2, ("--distributed.tp=2",)),
+        (4, ("--distributed.tp=2", "--distributed.pp=2")),
+        (2, ("--optimizer.name=muon", "--optimizer.fused=none")),
+    ],
+)
+def test_own_model_plan_is_what_a_run_writes(
+    launcher: Launcher, corpus: Path, tmp_path: Path, ranks: int, overrides: tuple[str, ...]
+) -> None:
+    run = own_run(tmp_path, corpus, "Planned", **{"train.max_steps": 2, "eval.interval": 0})
+    launcher.finish(run, *overrides, ranks=ranks)
+    command = ["plan", run.config.name, *overrides, f"--world-size={ranks}", "--json"]
+    planned = json.loads(launcher.run(run, command=command).outputs[0])
+    entries = StepView.open(run.step_folder(2)).tensors()
+    payload = sum(chunk.end - chunk.begin for entry in entries.values() for chunk in entry.chunks)
+    without_cuda = 16 * ranks
+    assert planned["checkpoint"]["payload_bytes"] - without_cuda == payload
+    assert planned["parameters"] == sum(
+        math.prod(entry.shape) for name, entry in entries.items() if name.startswith("model.")
+    )
+    assert planned["activation_bytes"] is None

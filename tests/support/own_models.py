@@ -124,6 +124,9 @@ class Planned(nn.Module):
             stages.append(stage)
         return stages
 
+    def stage_output_shape(self, batch_size: int, seq_len: int, tp: int) -> tuple[int, ...]:
+        return batch_size, seq_len, WIDTH if self.head is None else VOCABULARY
+
     def flops_per_token(self, seq_len: int) -> int:
         return 6 * sum(param.numel() for param in self.parameters())
 
