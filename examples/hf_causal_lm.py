@@ -5,7 +5,7 @@ token ids and returns logits. The names of the parameters are transformers', and
 weights, so that ``kempnerforge ckpt export --format safetensors`` writes what ``from_pretrained``
 reads. Needs ``pip install "transformers>=5.10"``.
 
-Train it from this folder's parent: ``torchrun scripts/train.py --config examples/hf_causal_lm.toml``
+Train it from this folder's parent: ``kempnerforge train examples/hf_causal_lm.toml``
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A vision transformer (Dosovitskiy et al. 2021) with its own loss, and a dataset of synthetic images.
 
-Train it from this folder's parent: ``torchrun scripts/train.py --config examples/vit.toml``
+Train it from this folder's parent: ``kempnerforge train examples/vit.toml``
 """
 
 from __future__ import annotations
