@@ -14,9 +14,10 @@ from kempnerforge.config.checkpoint_rules import why_best_has_no_choice
 from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.packaged import packaged_config
 from kempnerforge.config.plugin_uses import plugin_identities
-from kempnerforge.config.reference import json_schema
+from kempnerforge.config.reference import json_schema, keys_text
 from kempnerforge.config.run import PLACEHOLDER
 from kempnerforge.config.schema import JobConfig, LoadedJob, load_job
+from kempnerforge.config.suggestions import suggest_key
 from kempnerforge.config.toml_text import render
 from kempnerforge.errors import ConfigError, ConfigIssue
 
@@ -99,6 +100,21 @@ def show(arguments: FileAndOverrides, no_plugins: NoPlugins = False) -> None:
         check_plugins(loaded, where=file)
         for key, identity in plugin_identities(loaded.job).items():
             typer.echo(f"# {key}: {identity}")
+
+
+@app.command()
+def keys(
+    prefix: Annotated[
+        str, typer.Argument(help="Show only keys that begin with this, such as optimizer.")
+    ] = "",
+) -> None:
+    """Print the keys of configuration files, with their types, defaults and documentation."""
+    text = keys_text(prefix)
+    if not text:
+        raise ConfigError(
+            [ConfigIssue("PREFIX", f'no key begins with "{prefix}"', suggest_key(prefix, JobConfig))]
+        )
+    typer.echo(text, nl=False)
 
 
 @app.command()

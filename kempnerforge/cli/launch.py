@@ -43,6 +43,7 @@ def train(
 
     Ctrl-C commits the current step and stops. Run the same command to resume. In a SLURM job on
     several nodes, start it once per node: srun --ntasks-per-node 1 kempnerforge train FILE.
+    To see the keys of FILE: kempnerforge config keys.
 
     Exit status: 0 finished, 2 invalid configuration, 75 stopped before the last step, 76 no progress
     over several attempts; any other is a fault.

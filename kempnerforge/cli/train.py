@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loaded = load_job(file, overrides, world_size=world_size)
     except ConfigError as error:
         if rank == 0:
-            print(f"{error}\nSee: python scripts/train.py --help", file=sys.stderr)
+            print(f"{error}\nSee: kempnerforge config keys", file=sys.stderr)
         return error.exit_status
 
     if world_size == 1 and (message := set_threads(os.environ, 1)):

@@ -11,22 +11,29 @@ from kempnerforge.config.job import JobConfig
 WIDTH = 100
 
 
-def keys_text() -> str:
-    """Return every key with its type, default and documentation, grouped by section."""
+def keys_text(prefix: str = "") -> str:
+    """Return every key that begins with ``prefix``, with type, default and documentation, by section."""
     blocks = []
     for name, field in JobConfig.model_fields.items():
         section = nested_section(field) or item_section(field)
         assert section is not None
         summary = (section.__doc__ or "").splitlines()[0]
         is_list = item_section(field) is not None
+        keys = [
+            key
+            for key in walk_keys(section, f"{name}[]." if is_list else f"{name}.")
+            if key.name.startswith(prefix)
+        ]
+        if not keys:
+            continue
         blocks.append(f"[[{name}]]  {summary}" if is_list else f"[{name}]  {summary}")
-        for key in walk_keys(section, f"{name}[]." if is_list else f"{name}."):
+        for key in keys:
             default = key.default if key.field.is_required() else f"default {key.default}"
             head = _wrap(f"--{key.name}  ({key.allowed}; {default})", indent=2)
             doc = _wrap(key.doc, indent=6)
             blocks.append(f"{head}\n{doc}")
         blocks[-1] += "\n"
-    return "\n".join(blocks).rstrip("\n") + "\n"
+    return "\n".join(blocks).rstrip("\n") + "\n" if blocks else ""
 
 
 def _wrap(text: str, *, indent: int) -> str:

@@ -80,9 +80,9 @@ class TrainConfig(Section):
 
     shutdown_timeout_s: Positive = 25.0
     """Seconds after SIGTERM, SIGINT or SIGHUP until a process that has not stopped dumps its stacks and
-    exits. Keep it below torchrun --shutdown-timeout and SLURM's KillWait (30 s each), which kill
-    without a report. Raise all three if a step and a save take longer. SIGUSR1 does not start this
-    timeout."""
+    exits. `kempnerforge train` waits 10 s longer. Keep it below SLURM's KillWait, and under torchrun
+    below its --shutdown-timeout (30 s each): both kill without a report. Raise all if a step and a save
+    take longer. SIGUSR1 does not start this timeout."""
 
     max_restarts: AtLeastZero = 3
     """Number of times in a row that `kempnerforge train` restarts all processes after a fault without a

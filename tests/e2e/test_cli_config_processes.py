@@ -59,7 +59,7 @@ def test_train_bad_config_refused_before_start(tmp_path: Path) -> None:
     done = run("scripts/train.py", "--config", str(bad_file), "--scheduler.name=cosin")
     assert done.returncode == 2, done
     assert "Traceback" not in done.stderr
-    for message in ("4 faults", 'did you mean "cosine"?', "See: python scripts/train.py --help"):
+    for message in ("4 faults", 'did you mean "cosine"?', "See: kempnerforge config keys"):
         assert message in done.stderr
     assert done.stdout == ""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tomli
 from support.ckpt_cli import Done
+from typer.testing import CliRunner
 
 from kempnerforge import __version__
 from kempnerforge.cli import app
@@ -272,3 +273,17 @@ def test_split_config_last_config_counts() -> None:
     assert split_config(arguments) == ("b.toml", ["--run.name", "x"])
     with pytest.raises(ConfigError):
         split_config(["--configs=a.toml"])
+
+
+def test_config_keys_prints_those_with_prefix() -> None:
+    printed = CliRunner().invoke(app.app, ["config", "keys", "optimizer.l"])
+    assert printed.exit_code == 0
+    assert printed.output.startswith("[optimizer]")
+    assert [line.split()[0] for line in printed.output.splitlines() if line.startswith("  --")] == [
+        "--optimizer.lr"
+    ]
+    everything = CliRunner().invoke(app.app, ["config", "keys"]).output
+    assert "--hooks[].name" in everything
+    unknown = CliRunner().invoke(app.app, ["config", "keys", "optimiser"])
+    assert isinstance(unknown.exception, ConfigError)
+    assert "did you mean [optimizer]?" in str(unknown.exception)
