@@ -8,9 +8,9 @@ import in any other module. Private attributes of torch's objects, such as
 
 from __future__ import annotations
 
-# The writer of allocator snapshots in the format of PyTorch's viewer. The documentation names it, but
-# there is no public name. It was not tried on a GPU.
-from torch.cuda.memory import _dump_snapshot as dump_memory_snapshot
+# Snapshots of the allocator in the format of PyTorch's viewer. The documentation names it, but there
+# is no public name. It was not tried on a GPU.
+from torch.cuda.memory import _snapshot as memory_snapshot
 
 # The result of a functional collective that may still run. There is no public type to test for.
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -48,8 +48,8 @@ __all__ = [
     "StridedShard",
     "c10d_world",
     "compute_local_shape_and_global_offset",
-    "dump_memory_snapshot",
     "get_default_store",
+    "memory_snapshot",
     "set_element",
     "set_group_timeout",
 ]

@@ -13,7 +13,12 @@ import typer
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.cli.ckpt_paths import AsJson, find_step
-from kempnerforge.cli.step_config import load_for, raise_on_first_of_node, stored_config
+from kempnerforge.cli.step_config import (
+    load_for,
+    raise_on_first_of_node,
+    refuse_plugins_of_others,
+    stored_config,
+)
 from kempnerforge.cli.train import rank_and_world_size
 from kempnerforge.config.overrides import split_positionals
 from kempnerforge.config.sources import Layer
@@ -52,13 +57,15 @@ def evaluate(arguments: Arguments, as_json: AsJson = False) -> None:
         step_folder = find_step(Path(positionals[0]))
         # Additional paths are reported as issues of the overrides, together with all others.
         overrides += positionals[1:]
+        view = StepView.open(step_folder, step=paths.step_number(step_folder.name))
         loaded, notice = load_for(
-            stored_config(StepView.open(step_folder, step=paths.step_number(step_folder.name))),
+            stored_config(view),
             overrides,
             forced=FORCED,
             where=str(step_folder / paths.CONFIG),
             ranks=world_size,
         )
+        refuse_plugins_of_others(loaded, view)
     except KempnerForgeError as error:
         raise_on_first_of_node(error)
 

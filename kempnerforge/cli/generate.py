@@ -17,7 +17,13 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.cli import formatting
 from kempnerforge.cli.ckpt_paths import AsJson, find_steps
-from kempnerforge.cli.step_config import load_for, raise_on_first_of_node, section, stored_config
+from kempnerforge.cli.step_config import (
+    load_for,
+    raise_on_first_of_node,
+    refuse_plugins_of_others,
+    section,
+    stored_config,
+)
 from kempnerforge.cli.step_tokenizer import find_tokens
 from kempnerforge.cli.train import rank_and_world_size
 from kempnerforge.config.overrides import split_positionals
@@ -168,6 +174,7 @@ def _load_job(view: StepView, overrides: list[str], ranks: int, log: Callable[[s
         where=str(view.path / paths.CONFIG),
         ranks=ranks,
     )
+    refuse_plugins_of_others(loaded, view)
     if notice:
         log(notice)
     return loaded.job

@@ -11,8 +11,10 @@ import typer
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.config.loading import LoadedJob, load_layers
+from kempnerforge.config.overrides import COMMAND_LINE
+from kempnerforge.config.plugin_uses import plugin_uses
 from kempnerforge.config.sources import Layer
-from kempnerforge.errors import ConfigError, KempnerForgeError, StepNotFoundError
+from kempnerforge.errors import ConfigError, ConfigIssue, KempnerForgeError, StepNotFoundError
 
 
 def stored_config(view: StepView) -> dict[str, Any]:
@@ -54,6 +56,29 @@ def load_for(
     loaded = load({**config, "distributed": {key: stored[key] for key in ("timeout_s",) if key in stored}})
     own = " x ".join(f"{key} {stored.get(key)}" for key in ("dp_replicate", "dp_shard", "tp", "pp"))
     return loaded, f"the layout of the step, {own}, does not fit and is not used"
+
+
+def refuse_plugins_of_others(loaded: LoadedJob, view: StepView) -> None:
+    """Raise ConfigError if a config of another user names plug-ins: their code would run as this user.
+
+    Names that the command line gives are those of this user.
+    """
+    file = view.path / paths.CONFIG
+    if file.stat().st_uid in (os.geteuid(), 0):
+        return
+    problem = "is named by the config of a step that belongs to another user, and its code would run"
+    issues = [
+        ConfigIssue(
+            use.key,
+            f"{use.name} {problem}",
+            f"if you trust it, name it yourself: --{use.key}={use.name}",
+        )
+        for use in plugin_uses(loaded.job)
+        # These commands call no hooks and no sinks.
+        if use.kind not in ("hook", "sink") and loaded.sources.get(use.key) != COMMAND_LINE
+    ]
+    if issues:
+        raise ConfigError(issues, where=str(file))
 
 
 def raise_on_first_of_node(error: KempnerForgeError) -> NoReturn:

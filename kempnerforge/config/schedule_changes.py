@@ -52,11 +52,14 @@ def learning_rate_change(
 def when_continued(scheduler: SchedulerConfig, *, base_lr: float, max_steps: int, until: int) -> str:
     """Describe how the learning rate changes when a run that ended at ``max_steps`` continues to ``until``.
 
-    Empty if it does not change.
+    Empty if it does not change, or if a schedule of the user's has no value there.
     """
     ended = _Schedule(scheduler, base_lr, max_steps)
     longer = _Schedule(scheduler, base_lr, until)
-    was, is_now = ended.lr_at(max_steps), longer.lr_at(max_steps)
+    try:
+        was, is_now = ended.lr_at(max_steps), longer.lr_at(max_steps)
+    except ConfigError:
+        return ""
     if was == is_now:
         return ""
     kept = longer.keeping(ended)

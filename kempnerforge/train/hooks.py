@@ -195,13 +195,13 @@ class HookSet:
             for index, call in calls.items():
                 try:
                     call(*arguments)
-                except Exception as error:  # noqa: BLE001 - the code of the user may raise anything
+                except (Exception, SystemExit) as error:  # noqa: BLE001 - the code of the user
                     self._handle(index, method, error)
         seconds = time.perf_counter() - began
         self._seconds += seconds
         self._spent(seconds)
 
-    def _handle(self, index: int, method: str, error: Exception) -> None:
+    def _handle(self, index: int, method: str, error: BaseException) -> None:
         failure = _failure(self._uses[index], method, error, self._world.rank)
         if self._configs[index].on_error == "warn":
             self._num_errors[index, method] += 1
@@ -213,8 +213,10 @@ class HookSet:
         self._failure = self._failure or failure
         failure.__cause__ = error  # the record has its traceback
         # A collective of a hook fails when another rank is lost. torch raises RuntimeErrors then.
-        is_lost = isinstance(error, RuntimeError) and is_peer_loss(type(error).__name__, str(error))
-        self._record(error if is_lost else failure)
+        if isinstance(error, RuntimeError) and is_peer_loss(type(error).__name__, str(error)):
+            self._record(error)
+        else:
+            self._record(failure)
 
 
 def _method(hook: Any, name: str) -> Callable[..., None] | None:
@@ -223,7 +225,7 @@ def _method(hook: Any, name: str) -> Callable[..., None] | None:
     return None if getattr(method, "__func__", None) is getattr(Hook, name) else method
 
 
-def _failure(use: PluginUse, method: str, error: Exception, rank: int) -> HookError:
+def _failure(use: PluginUse, method: str, error: BaseException, rank: int) -> HookError:
     # The first frame is the call in this module, the second one is in the hook.
     frame = traceback.extract_tb(error.__traceback__)[:2][-1]
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -168,7 +168,8 @@ def _save_if_agreed(run: Run) -> StepDecision:
     if agreed.hook_failed:
         run.control.hooks.raise_failure()
     # Without a step to record, the request waits for the next attempt.
-    requested = agreed.profile and run.state.step < run.job.train.max_steps
+    goes_on = agreed.stop is None and run.state.step < run.job.train.max_steps
+    requested = agreed.profile and goes_on
     run.control.profiler.step_ended(run.state.step, requested=requested)
     if message := run.ckpt.status_message():
         log.info(message)

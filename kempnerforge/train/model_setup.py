@@ -102,11 +102,8 @@ def build_model(
     loss.check_model(whole.module)
     parts, pipeline = [whole.module], None
     if geometry.pp > 1:
-        parts, pipeline = _pipeline(
-            job, geometry, whole, rank=rank, device=device, group=mesh.get_group("pp")
-        )
-        for part in parts:
-            loss.check_model(part)
+        group = mesh.get_group("pp")
+        parts, pipeline = _pipeline(job, geometry, whole, loss, rank=rank, device=device, group=group)
     for part in parts:
         parallelize(part, mesh, job.train)
         materialize(part, device, buffers=whole.buffers)
@@ -141,6 +138,7 @@ def _pipeline(
     job: JobConfig,
     geometry: ParallelDims,
     whole: BuiltModel,
+    loss: Loss,
     *,
     rank: int,
     device: torch.device,
@@ -150,6 +148,9 @@ def _pipeline(
     from kempnerforge.parallel.pipeline import Pipeline, border_tensors
 
     stages = make_stage_modules(job, whole)
+    # Every rank checks the stages of the last one, which computes the loss, so that all raise together.
+    for stage in stages[geometry.pp - 1 :: geometry.pp]:
+        loss.check_model(stage)
     pp_rank = geometry.pp_rank(rank)
     own = list(range(pp_rank, len(stages), geometry.pp))  # interleaved as in Megatron
     microbatch_size = job.distributed.pp_microbatch_size or 1

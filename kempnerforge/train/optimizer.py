@@ -15,6 +15,7 @@ from kempnerforge.config.optimizer_rules import group_of, unmatched_groups
 from kempnerforge.config.plugin_uses import optimizer_issues, optimizer_use
 from kempnerforge.distributed.consensus import mark_collective
 from kempnerforge.errors import ConfigError, ConfigIssue
+from kempnerforge.model.build import repeated_blocks
 
 if TYPE_CHECKING:
     from kempnerforge.config.schema import OptimizerConfig
@@ -130,15 +131,18 @@ def _group(
         scale = group.lr_scale or 1.0
         settings["lr_scale"] = group.lr / config.lr if group.lr is not None else scale
         settings["lr"] = config.lr * settings["lr_scale"]
+    # Set in every group: the checkpoint's value counts for a key that a group lacks.
+    settings.setdefault("lr_scale", 1.0)
     return ParameterGroup(".".join(words), tuple(names), settings)
 
 
 def hidden_matrices(parts: Sequence[nn.Module]) -> set[str]:
     """Return the names of the weights of linear layers and convolutions, without output layers.
 
-    An output layer has as many outputs as an embedding has rows, or shares its weight with it. In a
-    model without an embedding it is the last linear layer.
+    An output layer has as many outputs as an embedding has rows and is in no repeated block, or
+    shares its weight with the embedding. In a model without an embedding it is the last linear layer.
     """
+    inside = {module for part in parts for block in repeated_blocks(part) for module in block.modules()}
     modules = [(name, module) for part in parts for name, module in part.named_modules()]
     tables = [module.weight for _, module in modules if isinstance(module, nn.Embedding)]
     linear = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
@@ -148,8 +152,9 @@ def hidden_matrices(parts: Sequence[nn.Module]) -> set[str]:
             found[f"{name}.weight"] = module.weight
         elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             found[f"{name}.in_proj_weight"] = module.in_proj_weight
+    rows = {table.size(0) for table in tables}
     outputs = [
-        f"{name}.weight" for name, module in linear if module.out_features in {t.size(0) for t in tables}
+        f"{name}.weight" for name, module in linear if module.out_features in rows and module not in inside
     ]
     if not tables and linear:
         outputs = [f"{linear[-1][0]}.weight"]

@@ -6,6 +6,8 @@ costs time in every step: the snapshot has the segments and blocks, without the 
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from kempnerforge import fsio
 from kempnerforge.goodput.faults import FOLDER
-from kempnerforge.torch_compat import dump_memory_snapshot
+from kempnerforge.torch_compat import memory_snapshot
 
 _NUM_MODULES = 3
 KINDS = ("parameters", "gradients", "optimizer state")
@@ -102,7 +104,8 @@ def explain(holders: MemoryHolders, device: torch.device, *, run_dir: Path, atte
         if device.type == "cuda":
             path = run_dir / FOLDER / f"attempt_{attempt:05d}.rank_{rank:05d}.memory.pickle"
             fsio.make_folder(path.parent)
-            dump_memory_snapshot(str(path))
+            with os.fdopen(fsio.open_file(path, os.O_WRONLY | os.O_TRUNC), "wb") as file:
+                pickle.dump(memory_snapshot(), file)
             line = f"{line}. Snapshot for https://docs.pytorch.org/memory_viz: {path}"
     except Exception as error:  # noqa: BLE001 - an explanation must not hide the error itself
         line = f"what holds it is not known: {type(error).__name__}: {error}"

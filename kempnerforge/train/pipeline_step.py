@@ -57,6 +57,8 @@ class PipelineStep(TrainStepBase):
         schedule = self._pipeline.forward_schedule(
             lambda part, x, targets: loss_function(part, x, targets).reported
         )
+        for part in self._pipeline.parts:
+            part.eval()
         with self._evaluation_weights(), torch.no_grad(), loss_parallel():
             for batch in batches:
                 tokens, targets = self._inputs(batch)
@@ -67,8 +69,9 @@ class PipelineStep(TrainStepBase):
                 assert losses is not None
                 loss += losses.double().sum()
                 num_tokens += targets.numel()
-        # A forward without a backward leaves the weights unsharded.
         for part in self._pipeline.parts:
+            part.train()
+            # A forward without a backward leaves the weights unsharded.
             for module in part.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()

@@ -281,7 +281,10 @@ def _build_state(
         return ids_digest(batch_ids(start, seed=seed, num_samples=num_samples, global_batch_size=size))
 
     # A resume restores the saved state, or derives it again for another layout.
-    rng_state.derive(seed, 0, world.rank, world.device)
+    # Tensor-parallel ranks compute the same activations between matrices, so they draw the same
+    # numbers. They are neighbours in the mesh.
+    rng_stream = world.rank // geometry.tp
+    rng_state.derive(seed, 0, rng_stream, world.device)
     if isinstance(optimizer, dict):
         log.info("optimizers: %s", _describe_optimizers(optimizer, model.groups))
     return TrainState(
@@ -298,6 +301,7 @@ def _build_state(
         scheduler=job.scheduler.model_dump(mode="json"),
         cursor=Cursor(0),
         batch_digest=batch_digest,
+        rng_stream=rng_stream,
     )
 
 

@@ -78,6 +78,8 @@ class Rows(Sink, Draws):
 
 
 class Breaks(Hook):
+    error = ValueError
+
     def __init__(self, method, step=0, rank=0):
         self.every_rank = rank > 0
         if int(os.environ["RANK"]) == rank:
@@ -88,7 +90,11 @@ class Breaks(Hook):
 
     def fail(self, at, step, *arguments):
         if not isinstance(step, int) or step >= at:
-            raise ValueError(f"broken at {step}")
+            raise self.error(f"broken at {step}")
+
+
+class Exits(Breaks):
+    error = SystemExit
 
 
 class BrokenSink(Sink):
@@ -195,6 +201,16 @@ def test_hook_that_raises_ends_run_after_due_save(
     [fault] = (run.folder / "faults").iterdir()
     assert fault.name == f"attempt_00001.rank_{rank:05d}.txt"
     assert "outside/__init__.py" in fault.read_text()
+
+
+def test_hook_that_exits_is_named_and_run_is_not_finished(
+    launcher: Launcher, corpus: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, corpus)
+    plug_in(run, hooks=[{"name": "outside:Exits", "args": {"method": "on_step_end", "step": 5}}])
+    ended = launcher.run(run)
+    assert ended.statuses == [1], ended.output
+    assert "hook outside:Exits: on_step_end raised SystemExit: broken at" in ended.output
 
 
 def test_hook_with_on_error_warn_trains_on(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:

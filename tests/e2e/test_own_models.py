@@ -149,6 +149,29 @@ def test_own_model_that_cannot_train_exits_2(
     assert not run.committed()
 
 
+@pytest.mark.parametrize("layout", ["fsdp 2", "pp 2"])
+def test_own_model_validation_uses_no_random_numbers(
+    launcher: Launcher, corpus: Path, tmp_path: Path, layout: str
+) -> None:
+    ranks, overrides = LAYOUTS[layout]
+    losses = []
+    for interval in (0, 1):
+        settings = {"model.args.dropout": 0.2, "train.max_steps": 4, "eval.interval": interval}
+        run = own_run(tmp_path / str(interval), corpus, "Planned", **settings)
+        launcher.finish(run, *overrides, ranks=ranks)
+        losses.append([run.counting()[step]["train/loss"] for step in range(1, 5)])
+    assert losses[0] == losses[1]
+
+
+def test_own_model_tp_ranks_draw_the_same_numbers(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+    """Parameters outside the plan would get other gradients on every rank."""
+    settings = {"model.args.dropout": 0.2, "train.max_steps": 2}
+    run = own_run(tmp_path, corpus, "Planned", **settings)
+    launcher.finish(run, "--distributed.tp=2", ranks=4)
+    digests = [tensor_digests(run.step_folder(2))[f"rng.rank_{rank:05d}"] for rank in range(4)]
+    assert digests[0] == digests[1] != digests[2] == digests[3]
+
+
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [

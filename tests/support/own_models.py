@@ -75,22 +75,24 @@ class Tied(Plain):
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.up = nn.Linear(WIDTH, 4 * WIDTH, bias=False)
         self.down = nn.Linear(4 * WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
+        return self.dropout(x) + self.down(torch.tanh(self.up(x)))
 
 
 class Planned(nn.Module):
     """A model, or a pipeline stage of one, that brings all plans."""
 
-    def __init__(self, layers: int = 4) -> None:
+    def __init__(self, layers: int = 4, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.tokens: nn.Embedding | None = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleDict({str(number): Block() for number in range(layers)})
+        self.blocks = nn.ModuleDict({str(number): Block(dropout) for number in range(layers)})
         self.head: nn.Linear | None = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ class Planned(nn.Module):
         size = len(names) // count
         stages = []
         for number in range(count):
-            stage = Planned(len(names))
+            stage = Planned(len(names), self.dropout)
             for name in names:
                 if int(name) // size != number:
                     del stage.blocks[name]

@@ -17,7 +17,7 @@ from torch import nn
 
 from kempnerforge.config.job import JobConfig, validate_tree
 from kempnerforge.config.plugin_uses import optimizer_issues, plugin_issues
-from kempnerforge.config.schedule_changes import learning_rate_change
+from kempnerforge.config.schedule_changes import learning_rate_change, when_continued
 from kempnerforge.config.scheduler import lr_at
 from kempnerforge.config.schema import ModelConfig, OptimizerConfig, SchedulerConfig, load_job
 from kempnerforge.errors import ConfigError
@@ -121,6 +121,25 @@ class Foreign(nn.Module):
         self.head = nn.Linear(6, 11, bias=False)
         if tied:
             self.head.weight = self.wte.weight
+
+
+class Positions(nn.Module):
+    """An embedding of positions whose rows are as many as the layers are wide, as in GPT-2 medium."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(11, 6), nn.Embedding(6, 6)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 11)
+
+
+def test_hidden_matrices_as_wide_as_an_embedding_stay_hidden() -> None:
+    assert hidden_matrices([Positions()]) == {"blocks.0.weight", "blocks.1.weight"}
+
+
+def test_groups_without_a_table_set_their_lr_scale() -> None:
+    """Otherwise the scale of a table that was removed would come back from the checkpoint."""
+    assert {group["lr_scale"] for group in groups_of(small_model()).values()} == {1.0}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -256,6 +275,9 @@ def no_rate(groups):
 def halving(step, max_steps, every=10):
     return 0.5 ** (step // every)
 
+def to_zero(step, max_steps):
+    return 1 - step / (max_steps - 1)
+
 def bad(step, max_steps, kind):
     return 1 / 0 if kind == "raises" else {"nan": math.nan, "negative": -1.0, "text": "1"}[kind]
 """
@@ -289,6 +311,7 @@ def test_optimizer_of_ones_own_gets_what_config_sets(outside: None) -> None:
     assert "weight_decay" not in optimizer.param_groups[0]
     assert set(hyperparameters_of(optimizer)) == {
         "lr",
+        "lr_scale",
         "name",
         "strength",
     }  # k is a counter: not the config's
@@ -454,3 +477,8 @@ def test_schedule_that_returns_no_factor_is_named(outside: None, args: dict[str,
     scheduler = {"name": "outside_optimizers:bad", "args": args}
     job = JobConfig.model_validate({"data": DATA, "scheduler": scheduler})
     assert problem in str(ConfigError(plugin_issues(job)))
+
+
+def test_schedule_without_value_after_its_end_is_no_fault(outside: None) -> None:
+    scheduler = SchedulerConfig(name="outside_optimizers:to_zero")
+    assert when_continued(scheduler, base_lr=1.0, max_steps=10, until=20) == ""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import tomli
@@ -11,12 +14,16 @@ from typer.testing import CliRunner
 
 from kempnerforge import plugins
 from kempnerforge.cli.app import app
+from kempnerforge.cli.step_config import refuse_plugins_of_others
 from kempnerforge.config.job import JobConfig, validate_tree
 from kempnerforge.config.model_changes import model_changes
 from kempnerforge.config.plugin_uses import plugin_identities, plugin_issues
 from kempnerforge.config.schema import load_job
 from kempnerforge.config.toml_text import render
 from kempnerforge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kempnerforge.checkpoint.format.step_info import StepView
 
 SOURCE = """
 import torch
@@ -174,3 +181,20 @@ def test_render_lists_of_tables_read_back() -> None:
         "run": {"name": "r"},
     }
     assert tomli.loads(render(tree)) == tree
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_plugins_in_config_of_another_user_are_refused(module: str, tmp_path: Path) -> None:
+    """``eval`` and ``generate`` would run the code that such a config names."""
+    step = tmp_path / "step_00000001"
+    step.mkdir()
+    config = step / "config.toml"
+    config.write_text(TOML.format(name=f"{module}:Wide", args="{width = 2}"))
+    view = SimpleNamespace(path=step)
+    loaded = load_job(config)
+    refuse_plugins_of_others(loaded, cast("StepView", view))
+    os.chown(config, 4321, -1)
+    with pytest.raises(ConfigError, match=f"--model.name={module}:Wide"):
+        refuse_plugins_of_others(loaded, cast("StepView", view))
+    named = load_job(config, [f"--model.name={module}:Wide"])
+    refuse_plugins_of_others(named, cast("StepView", view))

@@ -231,7 +231,8 @@ class Restorer:
             rng_state.restore(loaded.rng, state.device)
             receipt.rng = "restored"
         else:
-            rng_state.derive(state.seed, state.step, self._control.rank, state.device)
+            stream = self._control.rank if state.rng_stream is None else state.rng_stream
+            rng_state.derive(state.seed, state.step, stream, state.device)
             if captured_on is not None:
                 receipt.rng += f": captured on {captured_on}, now on {state.device.type}"
 

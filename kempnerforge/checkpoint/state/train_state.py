@@ -56,6 +56,8 @@ class TrainState:
         batch_digest: returns the digest of the batch at a cursor, which a resume compares.
         groups: only if a rank has a part of the model: the ``name`` of each group -> the names of
             its parameters in the whole model.
+        rng_stream: ranks with the same number get the same random numbers where a resume cannot
+            restore them. Default: the rank.
     """
 
     @torch.inference_mode(False)  # state made here outlives an inference mode of the caller
@@ -74,6 +76,7 @@ class TrainState:
         cursor: Any = None,
         batch_digest: Callable[[Mapping[str, Any]], str] | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
+        rng_stream: int | None = None,
     ) -> None:
         if isinstance(hyperparameters, str) and hyperparameters != "checkpoint":
             raise ValueError(
@@ -100,6 +103,7 @@ class TrainState:
         )
         self.device = device or _first_device(self.model.parts)
         self.seed = seed
+        self.rng_stream = rng_stream
         self.fingerprint = dict(fingerprint or {})
         self.scheduler = dict(scheduler or {})
         self._batch_digest = batch_digest
