@@ -10,6 +10,9 @@ run_dir=$(kempnerforge slurm begin --processes-per-node "$processes_per_node" --
 rm -f "$run_dir/stop.request" # of an earlier attempt
 
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+# A key for the messages between the launchers on the nodes, which other users cannot know.
+KEMPNERFORGE_LINK_SECRET=$(od -An -N32 -w32 -tx8 /dev/urandom) || exit
+export KEMPNERFORGE_LINK_SECRET
 srun=
 # Run srun in the background: it would treat Ctrl-C in the terminal as a request to kill.
 trap 'echo SIGINT >"$run_dir/stop.request"; kill -s USR1 "$srun"' INT TERM HUP

@@ -30,6 +30,9 @@ trap 'echo SIGUSR1 >"$run_dir/stop.request"; kill -s USR1 "$srun"' USR1
 # srun does not inherit --cpus-per-task from sbatch. The launcher restarts ranks in place after a fault; faults
 # that all name one node are left to a requeue without that node.
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+# A key for the messages between the launchers on the nodes, which other users cannot know.
+KEMPNERFORGE_LINK_SECRET=$(od -An -N32 -w32 -tx8 /dev/urandom) || exit
+export KEMPNERFORGE_LINK_SECRET
 export KEMPNERFORGE_REQUEUE=1
 srun --kill-on-bad-exit=0 kempnerforge train --processes "$processes_per_node" "${train[@]}" &
 srun=$!

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,8 @@ from kempnerforge.launch.event_loop import EventLoop
 from kempnerforge.launch.node_link import Meeting, accept_nodes, join_head
 from kempnerforge.launch.rank_processes import NodeLayout, RankProcesses
 from kempnerforge.launch.supervisor import Follower, Head, Node, RunLimits, say
-from kempnerforge.slurm.step import JobStep, this_step
+from kempnerforge.printable import printable
+from kempnerforge.slurm.step import LINK_SECRET, JobStep, this_step
 
 REQUEUE = "KEMPNERFORGE_REQUEUE"
 """Set in jobs that ``submit`` makes: SLURM may start the run again, without a node that recorded faults."""
@@ -51,14 +53,16 @@ def train(
     file, overrides = file_and_overrides(arguments)
     step = this_step(os.environ)
     layout = _layout(step, processes or max(1, node_resources.count_gpus()))
-    if script is not None and not script.is_file():
-        raise ConfigError([ConfigIssue("--script", f"{script} does not exist")], where="command line")
     try:
+        if script is not None and not script.is_file():
+            raise ConfigError([ConfigIssue("--script", f"{script} does not exist")], where="command line")
         job = load_job(file, overrides, world_size=layout.world_size).job
-    except ConfigError:
-        if layout.node_rank:  # node 0 prints it
-            raise typer.Exit(ConfigError.exit_status) from None
-        raise
+    except ConfigError as error:
+        if not layout.node_rank:
+            raise
+        # Perhaps only this node cannot read the file.
+        print(printable(f"node {layout.node_rank}: {error}", lines=True), file=sys.stderr)
+        raise typer.Exit(error.exit_status) from None
     program = [str(script)] if script is not None else ["-m", "kempnerforge.cli.train"]
     raise typer.Exit(_supervise([*program, "--config", file, *overrides], job, layout, step))
 
@@ -75,13 +79,14 @@ def _layout(step: JobStep | None, processes: int) -> NodeLayout:
 
 def _supervise(program: list[str], job: JobConfig, layout: NodeLayout, step: JobStep | None) -> int:
     environ = dict(os.environ)
+    environ.pop(LINK_SECRET, None)  # the ranks do not need it
     message = node_resources.set_threads(environ, layout.ranks_per_node)
     if message and not layout.node_rank:
         say(message)
     links, link, address = {}, None, ONLY_HERE
     if step is not None:
         address = step.first_address()
-        meeting = Meeting(address, step.ports, step.token)
+        meeting = Meeting(address, step.ports, step.key)
         if layout.node_rank:
             link = join_head(meeting, layout.node_rank, layout.ranks_per_node)
         else:

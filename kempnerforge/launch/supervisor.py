@@ -50,24 +50,34 @@ class Node:
         self._kill_after_s = shutdown_timeout_s + KILL_MARGIN_S
         self._kill_at: float | None = None
         self._is_started = False
+        self._early_signals: list[int] = []
+        """Signals that came when no ranks were running."""
 
     def start(self, *, restart_count: int, address: str, port: int, store_fd: int = -1) -> None:
-        """Start the ranks."""
+        """Start the ranks, and forward to them the signals that came before."""
         self._is_started = True
         self.ranks.start(restart_count=restart_count, address=address, port=port, store_fd=store_fd)
+        while self._early_signals:
+            self._forward(self._early_signals.pop(0))
 
     def kill(self) -> None:
         """Kill the ranks."""
         self.ranks.send(signal.SIGKILL)
 
     def on_signal(self, number: int) -> None:
-        """Forward a signal to the ranks, and report a request to stop."""
+        """Forward a signal to the ranks, at their start if need be, and report a request to stop."""
+        if self._is_started:
+            self._forward(number)
+        else:
+            self._early_signals.append(number)
+        if number != signal.SIGUSR2:  # a request to save
+            self.report("stop", number)
+
+    def _forward(self, number: int) -> None:
         self.ranks.send(number)
-        if number == signal.SIGUSR2:  # a request to save
-            return
-        if number != signal.SIGUSR1 and self._kill_at is None:  # USR1 is an early warning
+        is_stop = number not in (signal.SIGUSR1, signal.SIGUSR2)  # an early warning, and a request to save
+        if is_stop and self._kill_at is None:
             self._kill_at = time.monotonic() + self._kill_after_s
-        self.report("stop", number)
 
     def tick(self) -> None:
         """Report ranks that have ended, and kill those that do not stop in time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kempnerforge.process_identity import restart_count
 from kempnerforge.slurm import job as slurm_job
@@ -12,6 +12,9 @@ from kempnerforge.slurm.job import SlurmError
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
 """Below the range of outgoing connections."""
 _TRIES = 16
+
+LINK_SECRET = "KEMPNERFORGE_LINK_SECRET"
+"""A random text that a job script makes for its steps. Other users cannot read it."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,13 @@ class JobStep:
     job_id: str
     step_id: str
     restart_count: int
+    secret: str = field(default="", repr=False)
+    """Value of ``LINK_SECRET``; empty in steps of a user's own script without it."""
 
     @property
-    def token(self) -> str:
-        """A text that differs between all steps of all starts of all jobs."""
-        return f"{self.job_id}.{self.restart_count}.{self.step_id}"
+    def key(self) -> bytes:
+        """The key of the launchers' messages. It differs between all steps of all starts of all jobs."""
+        return f"{self.job_id}.{self.restart_count}.{self.step_id}.{self.secret}".encode()
 
     @property
     def ports(self) -> Sequence[int]:
@@ -64,6 +69,7 @@ def this_step(environ: Mapping[str, str]) -> JobStep | None:
             job_id=str(int(environ["SLURM_JOB_ID"])),
             step_id=str(int(environ.get("SLURM_STEP_ID", "0"))),
             restart_count=restart_count(environ),
+            secret=environ.get(LINK_SECRET, ""),
         )
     except (KeyError, ValueError, IndexError) as error:
         raise SlurmError(f"the variables of this job step cannot be read: {error!r}") from None

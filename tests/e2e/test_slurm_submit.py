@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -57,6 +58,15 @@ LLAMA = [
 ]
 
 
+def _link_secret(script: list[str]) -> str:
+    """Return the key that a step of the script would get, after checking its form."""
+    made = "\n".join(line for line in script if "KEMPNERFORGE_LINK_SECRET" in line)
+    command = ["bash", "-c", f'{made}\nbash -c "echo \\$KEMPNERFORGE_LINK_SECRET"']
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r"([0-9a-f]{16}\s+){4}", text), text
+    return text
+
+
 @pytest.mark.smoke
 def test_submit_dry_run_prints_script_bash_can_read() -> None:
     name = "--run.dir=runs/it's; rm x"
@@ -64,6 +74,7 @@ def test_submit_dry_run_prints_script_bash_can_read() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "export KEMPNERFORGE_REQUEUE=1" in lines
+    assert _link_secret(lines) != _link_secret(lines)
     assert "KEMPNERFORGE_REQUEUE" not in process(*LLAMA, "--dry-run", "--", "--no-requeue").stdout
     for line in ("--nodes=4", "--gpus-per-node=8", "--signal=B:USR1@120", "--requeue", "-p gpu", "--qos=low"):
         assert f"#SBATCH {line}" in lines

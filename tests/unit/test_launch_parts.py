@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import selectors
 import signal
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,9 @@ class Ranks:
         self.statuses = {}
         self.sent: list[int] = []
 
+    def start(self, **_place: Any) -> None:
+        self.sent.append(0)
+
     def send(self, number: int) -> None:
         self.sent.append(number)
 
@@ -176,6 +181,8 @@ def test_launch_ranks_that_do_not_stop_are_killed(
     node = Node(ranks, shutdown_timeout_s=25.0)
     reports: list[tuple[str, Any]] = []
     node.report = lambda kind, value: reports.append((kind, value))
+    node.start(restart_count=0, address="n1", port=5)
+    ranks.sent.clear()
     node.on_signal(number)
     now += 25.0 + KILL_MARGIN_S - 0.1
     node.tick()
@@ -188,6 +195,25 @@ def test_launch_ranks_that_do_not_stop_are_killed(
     assert kinds == {signal.SIGTERM: ["stop", "timed_out"], signal.SIGUSR1: ["stop"]}.get(number, [])
 
 
+def test_launch_signal_before_the_start_reaches_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher waits for those of other nodes, perhaps for minutes."""
+    now = 100.0
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now)
+    ranks: Any = Ranks()
+    node = Node(ranks, shutdown_timeout_s=25.0)
+    reports: list[tuple[str, Any]] = []
+    node.report = lambda kind, value: reports.append((kind, value))
+    node.on_signal(signal.SIGTERM)
+    assert reports == [("stop", signal.SIGTERM)]
+    now += 300.0
+    node.start(restart_count=0, address="n1", port=5)
+    node.tick()
+    assert ranks.sent == [0, signal.SIGTERM]  # 0 is the start; they have the whole time to stop
+    now += 25.0 + KILL_MARGIN_S
+    node.tick()
+    assert ranks.sent == [0, signal.SIGTERM, signal.SIGKILL]
+
+
 # Several nodes
 
 
@@ -195,12 +221,12 @@ def test_launch_ranks_that_do_not_stop_are_killed(
 def meeting() -> Meeting:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    return Meeting("127.0.0.1", [port], "7.0.0")
+    return Meeting("127.0.0.1", [port], b"7.0.0.secret")
 
 
 def test_launch_nodes_meet_although_a_port_is_taken(meeting: Meeting) -> None:
     with socket.create_server(("", 0)) as taken:
-        there = Meeting(meeting.address, [taken.getsockname()[1], *meeting.ports], meeting.token)
+        there = Meeting(meeting.address, [taken.getsockname()[1], *meeting.ports], meeting.key)
         found: dict[int, Link] = {}
         head = threading.Thread(target=lambda: found.update(accept_nodes(there, 3, 4)))
         head.start()
@@ -222,36 +248,88 @@ def test_launch_nodes_meet_although_a_port_is_taken(meeting: Meeting) -> None:
         link.close()
 
 
-def test_launch_message_that_came_with_the_first_is_delivered() -> None:
-    ours, theirs = _connected()
-    messages: list[Any] = []
-    with selectors.DefaultSelector() as selector:
-        Link(ours, b'["start", {}]\n["ex').watch(selector, messages.append, lambda: None)
-        assert messages == [["start", {}]]
-        theirs.sendall(b'it", 0]\n')
-        for key, _ in selector.select(10):
-            key.data()
-    assert messages == [["start", {}], ["exit", 0]]
-    ours.close()
-    theirs.close()
-
-
 def _connected() -> tuple[socket.socket, socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         ours = socket.create_connection(server.getsockname())
         return ours, server.accept()[0]
 
 
+@pytest.mark.parametrize("added", ["repeated", "forged", "nothing"])
+def test_launch_relay_cannot_add_messages_to_a_link(added: str) -> None:
+    """Another user may listen at the port, and pass on what the launchers write until both trust it."""
+    (to_node, node_end), (to_head, head_end) = _connected(), _connected()
+    with ThreadPoolExecutor() as threads:
+        node = threads.submit(Link, node_end, b"secret", is_head=False)
+        head = threads.submit(Link, head_end, b"secret", is_head=True)
+        to_head.sendall(to_node.recv(4096))
+        to_node.sendall(to_head.recv(4096))
+    head.result().send("welcome")
+    first = to_head.recv(4096)
+    head.result().send("start", {"port": 5})
+    line = to_head.recv(4096)
+    to_node.sendall(first + line + {"repeated": line, "forged": b'0 ["start", {}]\n', "nothing": b""}[added])
+    assert node.result().first_message() == ["welcome"]
+    messages: list[Any] = []
+    with selectors.DefaultSelector() as selector:  # what came with the first message is delivered too
+        node.result().watch(selector, messages.append, lambda: messages.append("closed"))
+        node.result().close()
+    assert messages == [["start", {"port": 5}], *([] if added == "nothing" else ["closed"])]
+    head.result().close()
+    to_node.close()
+    to_head.close()
+
+
+def test_launch_head_without_the_key_is_not_joined(monkeypatch: pytest.MonkeyPatch, meeting: Meeting) -> None:
+    monkeypatch.setattr(node_link, "JOIN_TIMEOUT_S", 0.3)
+    with socket.create_server(("", meeting.ports[0])) as server:
+
+        def welcome() -> None:
+            connection = server.accept()[0]
+            server.close()
+            link = Link(connection, b"7.0.0.", is_head=True)
+            link.send("welcome")
+            link.send("start", {"address": "203.0.113.1"})
+            link.close()
+
+        other_user = threading.Thread(target=welcome)
+        other_user.start()
+        with pytest.raises(NodesError, match="the launcher of node 0 did not answer"):
+            join_head(meeting, 1, 4)
+        other_user.join()
+
+
+def test_launch_slow_connection_delays_no_deadline(monkeypatch: pytest.MonkeyPatch, meeting: Meeting) -> None:
+    monkeypatch.setattr(node_link, "JOIN_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(node_link, "_ANSWER_TIMEOUT_S", 0.5)
+    errors: list[BaseException] = []
+    head = threading.Thread(target=lambda: errors.append(_error_of(meeting)))
+    head.start()
+    connection = _connect_soon(meeting)
+    for _ in range(500):
+        if not head.is_alive():
+            break
+        with contextlib.suppress(OSError):  # closed by the head
+            connection.sendall(b"x")
+        head.join(0.02)
+    connection.close()
+    assert "nodes 1 did not connect" in str(errors), "the head still waits for the rest of the line"
+
+
+def _error_of(meeting: Meeting) -> BaseException:
+    with pytest.raises(NodesError) as raised:
+        accept_nodes(meeting, 2, 4)
+    return raised.value
+
+
+def _connect_soon(meeting: Meeting) -> socket.socket:
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection((meeting.address, meeting.ports[0]))
+
+
 def test_launch_nodes_with_other_numbers_of_ranks_are_refused(meeting: Meeting) -> None:
     errors: list[BaseException] = []
-
-    def accept() -> None:
-        try:
-            accept_nodes(meeting, 2, 4)
-        except NodesError as error:
-            errors.append(error)
-
-    head = threading.Thread(target=accept)
+    head = threading.Thread(target=lambda: errors.append(_error_of(meeting)))
     head.start()
     with pytest.raises(NodesError, match="node 1 starts 8 processes, and node 0 starts 4"):
         join_head(meeting, 1, 8)

@@ -263,6 +263,7 @@ def test_slurm_grace_unknown_not_guessed() -> None:
 
 def test_slurm_note_hides_secrets() -> None:
     names = ["WANDB_API_KEY", "HF_TOKEN", "PGPASS", "MY_PAT", "DATABASE_URL", "HTTPS_PROXY", "SLURM_JWT", "X"]
+    names.append("KEMPNERFORGE_LINK_SECRET")
     environ = {**dict.fromkeys(names, "s3cr3t"), "HOME": "/home/x"}
     text = describe_attempt(environ, command=["train.py"], config_toml="[run]\n", revision="abc\n")
     assert "s3cr3t" not in text

@@ -134,11 +134,16 @@ def test_job_step_from_environment() -> None:
     assert this_step(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) is None
     step = this_step(STEP)
     assert step is not None
-    assert (step.num_nodes, step.task, step.first_node, step.token) == (4, 2, "n3", "7.0.1")
+    assert (step.num_nodes, step.task, step.first_node) == (4, 2, "n3")
     later = this_step(STEP | {"SLURM_RESTART_COUNT": "1"})
     assert later is not None
     assert not set(later.ports) & set(step.ports)
     assert all(20000 <= port < 32000 for port in step.ports)
+    with_secret = this_step(STEP | {"KEMPNERFORGE_LINK_SECRET": "s3cr3t"})
+    assert with_secret is not None
+    assert len({step.key, later.key, with_secret.key}) == 3
+    assert b"s3cr3t" in with_secret.key
+    assert "s3cr3t" not in repr(with_secret)
     with pytest.raises(SlurmError, match="variables of this job step"):
         this_step(STEP | {"SLURM_STEP_ID": "batch"})
 
