@@ -83,6 +83,7 @@ def test_plugin_path_in_working_directory_is_found(module: str, tmp_path: Path) 
         ("outside_modls:Wide", "there is no module outside_modls"),
         ("outside_models:Wid", 'outside_models has no Wid; did you mean "Wide"?'),
         ("outside_models:NUMBER", '"outside_models:NUMBER" is of type int'),
+        ("outside_models:NUMBER.x", '"outside_models:NUMBER.x": outside_models has no NUMBER.x'),
         ("outside_models:", "is not an import path"),
         ("broken_models:Wide", "cannot be imported: ZeroDivisionError: division by zero; see "),
         ("leaving_models:Wide", "cannot be imported: SystemExit: 3; see "),
