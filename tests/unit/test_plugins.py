@@ -149,6 +149,12 @@ def test_own_model_table_round_trips(module: str, tmp_path: Path) -> None:
     assert job.with_global_batch_size(8).model == job.model
 
 
+def test_own_model_without_args_is_rebuilt_from_set_keys(module: str, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(TOML.format(name=f"{module}:Wide", args="{}").replace("args = {}", ""))
+    job = load_job(tmp_path / "own.toml").job
+    assert job.with_global_batch_size(8).model == job.model
+
+
 def test_own_model_with_keys_of_llama_is_refused() -> None:
     _, issues = validate_tree({"model": {"name": "a:B", "dim": 3}, "data": {"text": "python-stdlib"}})
     assert [str(issue) for issue in issues] == [
