@@ -175,7 +175,7 @@ def _resolve_path(kind: str, name: str, path: str, key: str) -> Plugin:
     target: Any = module
     for part in attribute.split("."):
         if not hasattr(target, part):
-            known = [known for known in vars(target) if not known.startswith("_")]
+            known = [known for known in getattr(target, "__dict__", {}) if not known.startswith("_")]
             raise _fault(
                 key, f'"{name}": {module_name} has no {attribute}', _did_you_mean(part, known).strip()
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -82,15 +83,15 @@ def _read_logs(state: RunState, run_dir: Path, cuts: Sequence[ResumePoint]) -> M
         state.step, state.loss = row["step"], _number(row["train/loss"])
     if row := rows.get("eval/loss"):
         state.eval_loss = _number(row["eval/loss"])
-    times = [row["time"] for row in rows.values() if _number(row.get("time")) is not None]
+    times = [at for row in rows.values() if (at := _time_of(row)) is not None]
     start: Mapping[str, Any] = {}
     steps = [state.step]
     for line in lines_from_end(run_dir / LEDGER):
         event = parse(line)
         if event is None:
             continue
-        if len(times) <= len(rows) and _number(event.get("time")) is not None:
-            times.append(event["time"])
+        if len(times) <= len(rows) and (at := _time_of(event)) is not None:
+            times.append(at)
         if _is_step(event) and not any(
             cut.leaves_behind(event["step"], event.get("attempt", 0)) for cut in cuts
         ):
@@ -162,6 +163,17 @@ def _ledger_end(run_dir: Path, attempt: int) -> tuple[str, str]:
     return "lost", "no end was recorded: killed, or its node was lost"
 
 
+def _time_of(row: Mapping[str, Any]) -> float | None:
+    """Return the time of a row; None if it has none, or one that is not finite."""
+    at = _number(row.get("time"))
+    return at if at is not None and math.isfinite(at) else None
+
+
 def _number(content: Any) -> float | None:
     number = decode_value(content)
-    return number if isinstance(number, int | float) and not isinstance(number, bool) else None
+    if not isinstance(number, int | float) or isinstance(number, bool):
+        return None
+    try:
+        return float(number)
+    except OverflowError:  # an integer that no float holds
+        return None

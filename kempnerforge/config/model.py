@@ -90,7 +90,7 @@ class ModelConfig(Section):
         table = handler(self)
         if self.is_llama:
             return {key: value for key, value in table.items() if key != "args"}
-        return {"name": table["name"], "args": table["args"]}
+        return {key: table[key] for key in ("name", "args") if key in table}
 
     @property
     def is_llama(self) -> bool:

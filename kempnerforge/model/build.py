@@ -106,16 +106,23 @@ def _construct(config: ModelConfig) -> nn.Module:
         return plugin.target(
             **{key: getattr(config, key) for key in config.model_fields_set - {"name", "args"}}
         )
-    try:
+    with naming_errors(f"{config.name}(...)", key="model.args"):
         module = plugin.target(**config.args)
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        problem = f"{config.name}(...) raised {type(error).__name__}: {error}"
-        raise _fault("model.args", problem, f"see {frame.filename}:{frame.lineno}") from error
     if not isinstance(module, nn.Module):
         problem = f"{config.name} returned a {type(module).__name__}"
         raise _fault("model.name", problem, "a model is a torch.nn.Module")
     return module
+
+
+@contextmanager
+def naming_errors(what: str, *, key: str = "model.name") -> Iterator[None]:
+    """Raise ConfigError, with ``what`` and the line in a file, for any exception of the user's code."""
+    try:
+        yield
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"{what} raised {type(error).__name__}: {error}"
+        raise _fault(key, problem, f"see {frame.filename}:{frame.lineno}") from error
 
 
 def _check_parameters(config: ModelConfig, module: nn.Module) -> None:
@@ -186,13 +193,16 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
 
     They are those of ``module.fsdp_units()`` if it exists, else the members of the outermost lists,
     dicts and sequences with at least two modules of one class that have parameters.
+
+    Raises ConfigError if ``fsdp_units()`` raises an exception, or returns anything but submodules.
     """
     units = getattr(module, "fsdp_units", None)
     if callable(units):
-        found: Any = list(units())  # type: ignore[call-overload]
+        with naming_errors(f"fsdp_units() of {type(module).__name__}"):
+            found: Any = list(units())  # type: ignore[call-overload]
         inside = set(module.modules())
         for unit in found:
-            if unit not in inside or unit is module:
+            if not isinstance(unit, nn.Module) or unit not in inside or unit is module:
                 problem = f"fsdp_units() returned {type(unit).__name__}, which is no submodule"
                 raise _fault("model.name", problem, "return modules that the model contains")
         return found

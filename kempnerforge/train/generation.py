@@ -151,8 +151,11 @@ def next_logits(
 
     The model gets a multiple of ``multiple_of`` tokens. What is added follows ``tokens``, which a
     causal model does not see. Collective: all ranks of a sharded model. Raises MismatchError for
-    another result than logits.
+    a model without ``forward``, and for another result than logits.
     """
+    to_generate = "To generate text, forward(tokens [B, T]) must return logits [B, T, V]"
+    if type(model).forward is nn.Module.forward:
+        raise mark_collective(MismatchError(f"{type(model).__name__} has no forward(). {to_generate}"))
     padding = [tokens[-1]] * (-len(tokens) % multiple_of)
     logits_BTV = model(torch.tensor([[*tokens, *padding]], dtype=torch.int64, device=device))
     num_given = len(tokens) + len(padding)
@@ -160,8 +163,7 @@ def next_logits(
         shape = tuple(logits_BTV.shape) if isinstance(logits_BTV, Tensor) else type(logits_BTV).__name__
         raise mark_collective(
             MismatchError(
-                f"{type(model).__name__} returned {shape} for tokens [1, {num_given}]. To generate text, "
-                "forward(tokens [B, T]) must return logits [B, T, V]"
+                f"{type(model).__name__} returned {shape} for tokens [1, {num_given}]. {to_generate}"
             )
         )
     logits_V = logits_BTV[0, len(tokens) - 1]

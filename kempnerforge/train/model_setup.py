@@ -16,7 +16,7 @@ from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.errors import ConfigError, ConfigIssue
-from kempnerforge.model.build import BuiltModel, build_meta, computes_loss
+from kempnerforge.model.build import BuiltModel, build_meta, computes_loss, naming_errors
 from kempnerforge.parallel.initial_weights import init_weights_
 from kempnerforge.parallel.shard import materialize, parallelize
 from kempnerforge.train.loss import Loss, build_loss
@@ -179,8 +179,8 @@ def _pipeline(
 def make_stage_modules(job: JobConfig, whole: BuiltModel) -> list[nn.Module]:
     """Return all pipeline stages of a model, on the meta device.
 
-    Raises ConfigError if the model has no ``pipeline_stages``, or if its stages do not have the
-    parameters and the names of the whole model.
+    Raises ConfigError if the model has no ``pipeline_stages``, if that raises an exception, or if its
+    stages do not have the parameters and the names of the whole model.
     """
     name, count = job.model.name, num_stages(job.distributed)
     divide: Any = getattr(whole.module, "pipeline_stages", None)
@@ -188,12 +188,13 @@ def make_stage_modules(job: JobConfig, whole: BuiltModel) -> list[nn.Module]:
         problem = f"{job.distributed.pp} needs stages, and {name} has no pipeline_stages()"
         raise ConfigError([ConfigIssue("distributed.pp", problem, "set pp = 1, or give the model stages")])
     sizes = job.distributed.pp_layers
-    with torch.device("meta"):
-        stages: Any = divide(count) if sizes is None else divide(count, sizes)
+    with torch.device("meta"), naming_errors(f"{name}.pipeline_stages({count})"):
+        divided: Any = divide(count) if sizes is None else divide(count, sizes)
+        stages: list[nn.Module] = list(divided)
+        staged = [(key, param.shape) for stage in stages for key, param in stage.named_parameters()]
     shapes = {key: param.shape for key, param in whole.module.named_parameters()}
-    staged = [(key, param.shape) for stage in stages for key, param in stage.named_parameters()]
     if len(stages) != count or sorted(staged) != sorted(shapes.items()):
         problem = f"{name}.pipeline_stages({count}) returned {len(stages)} stages whose parameters differ"
         hint = "each parameter of the model must be in one stage, under the name it has in the model"
         raise ConfigError([ConfigIssue("model.name", problem, hint)])
-    return list(stages)
+    return stages

@@ -208,11 +208,11 @@ def _refused(*issues: ConfigIssue) -> Exception:
 def _check_made(name: str, made: object) -> None:
     """Raise ConfigError unless ``made`` is what an optimizer plug-in must return."""
     values = list(made.values()) if isinstance(made, dict) else [made]
-    problem = ""
-    if wrong := next((value for value in values if not isinstance(value, torch.optim.Optimizer)), None):
-        problem = f'"{name}" made a {type(wrong).__name__}'
+    problem = "" if values else f'"{name}" made an empty dict'
     for value in values:
-        if isinstance(value, torch.optim.Optimizer):
+        if not isinstance(value, torch.optim.Optimizer):
+            problem = problem or f'"{name}" made a {type(value).__name__}'
+        else:
             parameters = list(inspect.signature(value.step).parameters.values())
             needs = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
             problem = problem or (f'"{name}": its step() needs {needs[0]}' if needs else "")

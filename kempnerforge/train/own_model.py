@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any, cast
@@ -12,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from kempnerforge.config.schema import JobConfig
 from kempnerforge.errors import ConfigError, ConfigIssue
-from kempnerforge.model.build import BuiltModel, build_meta, computes_loss, repeated_blocks
+from kempnerforge.model.build import BuiltModel, build_meta, computes_loss, naming_errors, repeated_blocks
 from kempnerforge.plan.tensors import Parameter
 from kempnerforge.train.model_setup import loss_issues, make_stage_modules
 from kempnerforge.train.optimizer import hidden_matrices, parameter_groups
@@ -38,9 +39,10 @@ OPTIONAL_METHODS = (
 def check_own_model(job: JobConfig) -> OwnModel:
     """Build the model of ``job`` without allocating its parameters, and check it.
 
-    Raises ConfigError if it cannot be built, if the layout needs a plan or stages that it does not
-    have, if a group of the optimizer matches none of its parameters, or if it does not return
-    logits for tokens.
+    Raises ConfigError if it cannot be built, if one of its optional methods raises an exception, if
+    the layout needs a plan or stages that it does not have, if modules that are sharded one by one
+    share a weight, if a group of the optimizer matches none of its parameters, or if it does not
+    return logits for tokens.
     """
     built = build_meta(job.model, seed=job.train.seed)
     module = built.module
@@ -48,11 +50,14 @@ def check_own_model(job: JobConfig) -> OwnModel:
     if job.distributed.tp > 1 and not _has(module, "tp_plan"):
         problem = f"{job.distributed.tp} needs a plan, and {job.model.name} has no tp_plan()"
         issues.append(ConfigIssue("distributed.tp", problem, "set tp = 1, or give the model a plan"))
-    if job.distributed.pp > 1 and not issues:
-        try:
-            make_stage_modules(job, built)
-        except ConfigError as error:
-            issues += error.faults
+    try:
+        has_stages = job.distributed.pp > 1 and not issues
+        for part in make_stage_modules(job, built) if has_stages else [module]:
+            issues += _shared_weight_issues(part)
+            if job.distributed.tp > 1 and _has(part, "tp_plan"):
+                _tp_plan(part)
+    except ConfigError as error:
+        issues += error.faults
     try:
         parameter_groups([module], job.optimizer)
     except ConfigError as error:
@@ -86,7 +91,40 @@ def plan_parameters(job: JobConfig) -> tuple[list[list[Parameter]], int | None]:
     if not _has(module, "activation_bytes"):
         return parameters, None
     micro = job.distributed.pp_microbatch_size or 1 if job.distributed.pp > 1 else job.train.batch_size
-    return parameters, int(cast("Any", module).activation_bytes(micro, job.train.seq_len))
+    with naming_errors(f"activation_bytes() of {job.model.name}"):
+        return parameters, int(cast("Any", module).activation_bytes(micro, job.train.seq_len))
+
+
+def _shared_weight_issues(model: nn.Module) -> list[ConfigIssue]:
+    """Return an issue for each parameter of modules that FSDP shards one by one, which it refuses."""
+    units = dict.fromkeys([*repeated_blocks(model), model])
+    names = {module: name or "the rest of the model" for name, module in model.named_modules()}
+    sharded_with: dict[nn.Parameter, list[str]] = {}
+    for unit in units:
+        for inner in dict.fromkeys(_modules_of_unit(unit, units)):
+            for param in inner.parameters(recurse=False):
+                sharded_with.setdefault(param, []).append(names[unit])
+    hint = "let fsdp_units() return neither, or one module that contains both"
+    issues = []
+    for name, param in model.named_parameters():
+        if len(owners := list(dict.fromkeys(sharded_with[param]))) > 1:
+            problem = f"{name} is shared by {owners[0]} and {owners[1]}, which are sharded one by one"
+            issues.append(ConfigIssue("model.name", problem, hint))
+    return issues
+
+
+def _modules_of_unit(module: nn.Module, units: Mapping[nn.Module, None]) -> Iterator[nn.Module]:
+    """Yield ``module`` and the modules inside it, without those that are sharded on their own."""
+    yield module
+    for child in module.children():
+        if child not in units:
+            yield from _modules_of_unit(child, units)
+
+
+def _tp_plan(module: nn.Module) -> dict[str, Any]:
+    """Return the plan of a model or a stage for tensor parallelism. Raises ConfigError."""
+    with naming_errors(f"tp_plan() of {type(module).__name__}"):
+        return dict(cast("Any", module).tp_plan())
 
 
 def _tp_dim(module: nn.Module, name: str, *, tp: int) -> int | None:
@@ -94,7 +132,7 @@ def _tp_dim(module: nn.Module, name: str, *, tp: int) -> int | None:
     if tp == 1:
         return None
     owner, _, leaf = name.rpartition(".")
-    for pattern, style in cast("Any", module).tp_plan().items():
+    for pattern, style in _tp_plan(module).items():
         parts, tokens = pattern.split("."), owner.split(".")
         if len(parts) != len(tokens) or not all(map(fnmatch, tokens, parts)):
             continue

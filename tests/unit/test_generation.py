@@ -122,6 +122,18 @@ def test_generation_model_without_logits_raises() -> None:
         next_logits(model, [1, 2], device=CPU)
 
 
+class LossOnly(nn.Module):
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["x"].sum()
+
+
+def test_generation_model_without_forward_raises() -> None:
+    with pytest.raises(MismatchError, match=r"LossOnly has no forward\(\)\. To generate text") as caught:
+        texts(LossOnly(), Prompt([1], 10, ()))
+    assert caught.value.agreed
+    assert caught.value.exit_status == 2
+
+
 def test_generation_logits_not_finite_raises() -> None:
     model = Counting()
     model.forward = lambda tokens_BT: torch.full((1, tokens_BT.size(1), 10), torch.nan)  # type: ignore[method-assign]

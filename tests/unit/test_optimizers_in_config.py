@@ -226,6 +226,17 @@ def test_optimizer_key_that_class_does_not_take_refused(
         ({"name": TORCH_LBFGS}, "LBFGS doesn't support per-parameter options"),
         ({"name": TORCH_MUON}, "Muon only supports 2D parameters"),
         ({"name": "outside_optimizers:number"}, '"outside_optimizers:number" made a int'),
+        ({"name": "outside_optimizers:forgetful"}, '"outside_optimizers:forgetful" made a NoneType'),
+        ({"name": "outside_optimizers:empty"}, '"outside_optimizers:empty" made an empty dict'),
+        ({"name": "outside_optimizers:half"}, '"outside_optimizers:half" made a NoneType'),
+        (
+            {"name": "schedule_free_adamw", "betas": [0.0, 0.9]},
+            '"schedule_free_adamw" raised ValueError: betas[0] is 0.0; it must be more than 0',
+        ),
+        (
+            {"name": "schedule_free_adamw", "groups": [{"match": "1", "betas": [0.0, 0.9]}]},
+            '"schedule_free_adamw" raised ValueError: betas[0] is 0.0; it must be more than 0',
+        ),
         ({"name": "outside_optimizers:Closure"}, "its step() needs closure"),
         ({"groups": [{"match": "nothing"}]}, 'optimizer.groups[0].match: "nothing" matches no parameter'),
         ({"groups": [{"match": "0", "hidden": True}]}, "the optimizer updates all parameters alike"),
@@ -268,6 +279,15 @@ class Model(torch.nn.Module):
 
 def number(groups, lr):
     return 3
+
+def forgetful(groups, lr):
+    torch.optim.SGD(groups, lr)
+
+def empty(groups, lr):
+    return {}
+
+def half(groups, lr):
+    return {"sgd": torch.optim.SGD(groups, lr), "none": None}
 
 def no_rate(groups):
     return torch.optim.SGD(groups)

@@ -83,6 +83,7 @@ def test_plugin_path_in_working_directory_is_found(module: str, tmp_path: Path) 
         ("outside_modls:Wide", "there is no module outside_modls"),
         ("outside_models:Wid", 'outside_models has no Wid; did you mean "Wide"?'),
         ("outside_models:NUMBER", '"outside_models:NUMBER" is of type int'),
+        ("outside_models:NUMBER.x", '"outside_models:NUMBER.x": outside_models has no NUMBER.x'),
         ("outside_models:", "is not an import path"),
         ("broken_models:Wide", "cannot be imported: ZeroDivisionError: division by zero; see "),
         ("leaving_models:Wide", "cannot be imported: SystemExit: 3; see "),
@@ -145,6 +146,12 @@ def test_own_model_table_round_trips(module: str, tmp_path: Path) -> None:
     assert job.model.args == {"width": 5, "x": {"a b": [1]}}
     (tmp_path / "again.toml").write_text(job.to_toml())
     assert load_job(tmp_path / "again.toml").job == job
+    assert job.with_global_batch_size(8).model == job.model
+
+
+def test_own_model_without_args_is_rebuilt_from_set_keys(module: str, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(TOML.format(name=f"{module}:Wide", args="{}").replace("args = {}", ""))
+    job = load_job(tmp_path / "own.toml").job
     assert job.with_global_batch_size(8).model == job.model
 
 

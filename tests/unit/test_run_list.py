@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,21 @@ def test_run_list_shows_columns_and_json(tmp_path: Path) -> None:
     assert by_dir["nan"]["loss"] == "NaN"
     assert (by_dir["a"]["size_bytes"], by_dir["a"]["max_steps"]) == (2000, 10)
     assert "run.json cannot be read" in by_dir["torn"]["reason"]
+
+
+@pytest.mark.parametrize("content", ['"NaN"', "NaN", '"Infinity"', "1e999", "-1e999", "1" + 400 * "0"])
+def test_run_list_ignores_times_that_are_no_numbers(tmp_path: Path, content: str) -> None:
+    other = {"event": "progress", "attempt": 1, "time": 0.0, "step": 1}
+    run = run_with(tmp_path / "run", rows=[row(1), row(2)], events=[start(9), other])
+    for name in ("metrics.jsonl", "ledger.jsonl"):
+        lines = (run / name).read_text().splitlines()
+        lines[-1] = re.sub(r'"time": [^,}]*', f'"time": {content}', lines[-1])
+        lines[-1] = re.sub(r'"train/loss": [^,}]*', f'"train/loss": {content}', lines[-1])
+        (run / name).write_text("\n".join(lines) + "\n")
+    listed = CliRunner().invoke(app, ["ls", str(tmp_path)])
+    assert listed.exit_code == 0, listed.exception
+    assert "run  " in listed.output
+    assert read_state(run).seen == 1500.0
 
 
 @pytest.mark.parametrize(("name", "problem"), [("nowhere", "does not exist"), ("file", "is a file")])

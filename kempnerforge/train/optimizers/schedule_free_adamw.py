@@ -23,7 +23,7 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
     Args:
         params: parameters or groups.
         lr: learning rate. Warm it up, and keep it constant afterwards.
-        betas: interpolation between x and z, and decay rate of the mean square of gradients.
+        betas: interpolation between x and z, more than 0, and decay rate of the mean square of gradients.
         eps: added to the denominator.
         weight_decay: decoupled weight decay, computed at y.
         r: power of the step in the weights of the average.
@@ -43,6 +43,9 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "r": r}
         counters = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0, "train_mode": True}
         super().__init__(params, {**defaults, "weight_lr_power": weight_lr_power, **counters})
+        for group in self.param_groups:
+            if not 0 < group["betas"][0] <= 1:
+                raise ValueError(f"betas[0] is {group['betas'][0]}; it must be more than 0 and at most 1")
 
     def eval(self) -> None:
         """Turn the parameters into the evaluation weights x."""
