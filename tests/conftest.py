@@ -29,8 +29,11 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 for _name in ("WANDB_API_KEY", "WANDB_BASE_URL", "KEMPNERFORGE_LOG"):
     os.environ.pop(_name, None)
-# Under nohup, SIGHUP is ignored, and training respects that. Tests that send it would wait in vain.
+# Under nohup, SIGHUP is ignored, and in the background of a script SIGINT is. Training respects that.
+# Tests that send them would wait in vain.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Every process that a test starts inherits this variable, so that orphans are found too. Each xdist
 # worker has its own value.
