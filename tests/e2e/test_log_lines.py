@@ -21,7 +21,14 @@ def test_log_of_two_ranks_without_and_with_debug(
     first, second = launcher.finish(run, ranks=2).outputs
     assert second == ""
     printed = [line for line in first.splitlines() if not re.match(r"step \d|checkpoint step", line)]
-    starts = ("data: scanning ", "data: ", "run run, attempt 1: ", "fresh start", "finished at step 4")
+    starts = (
+        "data: scanning ",
+        "data: ",
+        "run run, attempt 1: ",
+        "length: ",
+        "fresh start",
+        "finished at step 4",
+    )
     assert [line for line, start in zip(printed, starts, strict=False) if not line.startswith(start)] == []
 
     monkeypatch.setenv("KEMPNERFORGE_LOG", "debug")
