@@ -43,8 +43,8 @@ MUTANTS = {
     ),
     "a stop is decided by rank 0 alone": Mutant(
         "train/step_consensus.py",
-        "[self._stop_vote(), *votes]",
-        "[self._stop_vote() if self._group.rank == 0 else 0, *votes]",
+        "own = [self._stop_vote(), self.hooks.vote(), self.profiler.vote()]",
+        "own = [self._stop_vote() if self._group.rank == 0 else 0, self.hooks.vote(), self.profiler.vote()]",
     ),
     "the cursor is not saved": Mutant(
         "checkpoint/state/train_state.py",
