@@ -41,6 +41,9 @@ STEPS = 500
 """More than either arm reaches before it is ended."""
 STEPS_BEFORE_KILL = 2
 POLL_S = 0.005
+FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Makes torchrun open a new store at each restart. Else the bare loop's ranks may read from the store
+what a killed rank wrote there, and then wait for one another until a time-out."""
 TIMEOUT_S = 300.0
 
 
@@ -54,7 +57,7 @@ def relaunch(launcher: Sequence[str], rows: Path, ranks: int, log: Path) -> tupl
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *launcher],
-            env={"OMP_NUM_THREADS": "1", **os.environ, MARK: mark},
+            env={"OMP_NUM_THREADS": "1", **os.environ, **FRESH_STORE, MARK: mark},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

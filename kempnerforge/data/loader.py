@@ -52,13 +52,18 @@ class Batch:
     inputs_ABT: torch.Tensor
     """Token ids, int64."""
     targets_ABT: torch.Tensor
-    """The token after each input, int64."""
-    num_tokens: int
-    """Targets of the whole global batch, over all ranks."""
+    """The token after each input, int64. ``IGNORED`` where it does not count."""
+    num_tokens: int | None
+    """Targets of the whole global batch, over all ranks. None where some do not count: then only the
+    ranks together know how many do."""
     num_samples: int
     """Sequences of the whole global batch."""
     digest: str
     """xxh3-64 of the global batch's sample ids in order; the same on every rank and in every layout."""
+    document_ids_ABT: torch.Tensor | None = None
+    """The document of each input, int32: numbers that increase within a row. None without a document mask."""
+    sources_AB: torch.Tensor | None = None
+    """The number of the source of each row, int64. None without a mixture."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +110,21 @@ class BatchShape:
         if isinstance(samples, MapSamples) and not samples.has_tokens:
             micro_batches = [samples.read_fields(ids_B) for ids_B in own_ids]
             return FieldsBatch(micro_batches, ids.size, ids_digest(ids))
-        rows = samples.read(own_ids.reshape(-1)).reshape(-1, self.batch_size, samples.seq_len + 1)
-        # NumPy makes the copy: torch would start a thread pool for the prefetching thread.
+        rows = samples.read(own_ids.reshape(-1))
         return Batch(
-            inputs_ABT=torch.from_numpy(np.ascontiguousarray(rows[..., :-1])),
-            targets_ABT=torch.from_numpy(np.ascontiguousarray(rows[..., 1:])),
-            num_tokens=ids.size * samples.seq_len,
+            inputs_ABT=self._stacked(rows.inputs),
+            targets_ABT=self._stacked(rows.targets),
+            num_tokens=ids.size * samples.seq_len if rows.counted is None else None,
             num_samples=ids.size,
             digest=ids_digest(ids),
+            document_ids_ABT=None if rows.document_ids is None else self._stacked(rows.document_ids),
         )
+
+    def _stacked(self, values_NT: np.ndarray) -> torch.Tensor:
+        """Return the values of a rank's samples as [A, B, T]."""
+        # NumPy makes the copy: torch would start a thread pool for the prefetching thread.
+        copy_NT = np.ascontiguousarray(values_NT)
+        return torch.from_numpy(copy_NT.reshape(-1, self.batch_size, values_NT.shape[-1]))
 
 
 class BatchLoader:

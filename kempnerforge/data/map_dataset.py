@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kempnerforge.data.rows import Rows
 from kempnerforge.data.sample_order import mix
 from kempnerforge.data.shard_reader import ids_problem
 from kempnerforge.errors import ConfigError, ConfigIssue, DataError, PluginError
@@ -117,11 +118,11 @@ class MapSamples:
     is_held_out: bool = False
     """Whether these samples are those of ``held_out``, not all others."""
 
-    def read(self, ids: np.ndarray) -> np.ndarray:
-        """Return the tokens of samples ``ids`` [N], int64 [N, seq_len + 1]. Raises PluginError."""
+    def read(self, ids: np.ndarray) -> Rows:
+        """Return samples ``ids`` [N]. Raises PluginError."""
         length = self.seq_len + 1
         rows = [self.dataset.tokens(int(index), length, self.vocab_size) for index in self.indices(ids)]
-        return np.stack(rows) if rows else np.empty((0, length), dtype=np.int64)
+        return Rows(np.stack(rows) if rows else np.empty((0, length), dtype=np.int64))
 
     def read_fields(self, ids_B: np.ndarray) -> dict[str, Tensor]:
         """Return the values of samples ``ids_B``, stacked: name -> [B, ...]. Raises PluginError."""

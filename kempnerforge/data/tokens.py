@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from kempnerforge.data.index import INDEX_NAME, Index, json_digest, read_index
+from kempnerforge.data.rows import Rows
 from kempnerforge.data.shard_reader import TokenShard, content_digest, ids_problem, open_npy
 from kempnerforge.errors import DataError
 
@@ -53,8 +54,8 @@ class Samples:
         self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
         self._map = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda number: shards[number].map())
 
-    def read(self, ids: np.ndarray) -> np.ndarray:
-        """Return the tokens of samples ``ids`` [N] as int64 [N, seq_len + 1]. Samples may span shards.
+    def read(self, ids: np.ndarray) -> Rows:
+        """Return samples ``ids`` [N]. They may span shards.
 
         Raises IndexError for a sample that does not exist, and :class:`DataError` for a token id
         outside the vocabulary.
@@ -69,7 +70,7 @@ class Samples:
             problem = ids_problem(int(rows.min()), int(rows.max()), self._vocab_size)
             if problem is not None:
                 raise DataError(f"{self._shards[0].path.parent}: {problem}")
-        return rows
+        return Rows(rows)
 
     def _read_row(self, row: np.ndarray, start: int) -> None:
         """Fill ``row`` [seq_len + 1] with the tokens of the split from ``start`` on."""

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from kempnerforge import hostlist
+from kempnerforge.distributed.agent_store import store_of_this_start
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import ConfigError, ConfigIssue
 from kempnerforge.rank_variables import STORE_FD
@@ -67,22 +68,27 @@ def _set_rendezvous(info: RankInfo) -> None:
             os.environ["MASTER_PORT"] = str(20000 + job % 20000)
 
 
-def _launcher_store(info: RankInfo, timeout: datetime.timedelta) -> TCPStore | None:
-    """Return the store whose socket our launcher has opened; None under other launchers.
+def _launcher_store(info: RankInfo, timeout: datetime.timedelta) -> Store | None:
+    """Return the store of this start of the ranks under our launcher or torchrun; None without either.
 
-    Rank 0 takes the socket over, so no other program can take the port before it listens.
+    Rank 0 takes over the socket that our launcher has opened, so no other program can take the port
+    before it listens. Collective: all ranks.
     """
     listening = os.environ.get(STORE_FD)
-    if listening is None:
+    is_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if listening is None and not is_torchrun:
         return None
-    return TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         info.num_ranks,
-        is_master=info.rank == 0,
+        is_master=listening is not None and info.rank == 0,
         timeout=timeout,
-        master_listen_fd=int(listening) if info.rank == 0 else None,
+        master_listen_fd=int(listening) if listening is not None and info.rank == 0 else None,
     )
+    if listening is not None:
+        return store
+    return store_of_this_start(store, rank=info.rank, num_ranks=info.num_ranks, timeout=timeout)
 
 
 def collectives_issued() -> int:

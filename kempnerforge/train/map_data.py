@@ -98,7 +98,7 @@ def _read_first(job: JobConfig, dataset: MapDataset) -> None:
 def _as_bytes(samples: MapSamples, ids: np.ndarray) -> list[bytes]:
     """Return the values of samples ``ids`` as bytes, so that NaN equals NaN."""
     if samples.has_tokens:
-        return [samples.read(ids).tobytes()]
+        return [samples.read(ids).tokens.tobytes()]
     return [value.view(torch.uint8).numpy().tobytes() for value in samples.read_fields(ids).values()]
 
 

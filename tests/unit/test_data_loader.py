@@ -15,6 +15,7 @@ import torch
 
 from kempnerforge.data import loader as loader_module
 from kempnerforge.data.loader import AnyBatch, Batch, BatchLoader, Cursor, eval_batches
+from kempnerforge.data.rows import Rows
 from kempnerforge.data.sample_order import ids_digest, sample_ids
 from kempnerforge.data.tokens import Samples, open_dataset
 from kempnerforge.errors import DataError
@@ -141,7 +142,7 @@ class Failing:
         self.samples = samples
         self.left = sound_reads
 
-    def read(self, ids: np.ndarray) -> np.ndarray:
+    def read(self, ids: np.ndarray) -> Rows:
         if self.left == 0:
             raise DataError("the disk is gone")
         self.left -= 1

@@ -48,7 +48,7 @@ def test_samples_match_stream_across_shards(prepared, seq_len):
     samples = open_dataset(prepared, vocab_size=300).split("train", seq_len)
     assert samples.num_samples == (stream.size - 1) // seq_len
     ids = np.random.default_rng(0).permutation(samples.num_samples)[:500]
-    rows = samples.read(ids)
+    rows = samples.read(ids).tokens
     assert rows.dtype == np.int64
     assert rows.shape == (ids.size, seq_len + 1)
     expected = np.stack([stream[i * seq_len : i * seq_len + seq_len + 1] for i in ids])
@@ -60,7 +60,7 @@ def test_samples_unknown_id_refused(prepared):
     for bad in (-1, samples.num_samples):
         with pytest.raises(IndexError):
             samples.read(np.array([0, bad]))
-    assert samples.read(np.array([], dtype=np.int64)).shape == (0, 17)
+    assert samples.read(np.array([], dtype=np.int64)).tokens.shape == (0, 17)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64", ">i4"])
@@ -73,8 +73,8 @@ def test_dataset_npy_shards_read(tmp_path, dtype):
     dataset = open_dataset(tmp_path / "d", vocab_size=200)
     train, val = dataset.split("train", 10), dataset.split("val", 10)
     assert (train.num_samples, val.num_samples) == (19, 3)
-    assert train.read(np.array([4])).tolist() == [np.concatenate(parts)[40:51].tolist()]
-    assert val.read(np.array([2])).tolist() == [held_out[20:31].tolist()]
+    assert train.read(np.array([4])).tokens.tolist() == [np.concatenate(parts)[40:51].tolist()]
+    assert val.read(np.array([2])).tokens.tolist() == [held_out[20:31].tolist()]
     assert dataset.vocab_size is None
 
 
@@ -83,8 +83,8 @@ def test_dataset_npy_without_val_shard_holds_out_end(tmp_path):
     dataset = open_dataset(tmp_path / "d", val_fraction=0.1)
     train, val = dataset.split("train", 10), dataset.split("val", 10)
     assert (train.num_samples, val.num_samples) == (90, 10)
-    assert train.read(np.array([89]))[0, -1] == 900
-    assert val.read(np.array([0, 9]))[:, 0].tolist() == [900, 990]
+    assert train.read(np.array([89])).tokens[0, -1] == 900
+    assert val.read(np.array([0, 9])).tokens[:, 0].tolist() == [900, 990]
     whole = open_dataset(tmp_path / "d" / "interval_evaluate.npy", val_fraction=0.0)
     assert whole.split("train", 10).num_samples == 100
     with pytest.raises(DataError, match="no val split"):
@@ -97,7 +97,7 @@ def test_dataset_npy_without_val_shard_holds_out_end(tmp_path):
 def test_dataset_val_shard_names_recognized(tmp_path, name):
     save_npy(tmp_path / "d", "a.npy", np.arange(100))
     save_npy(tmp_path / "d", name, np.arange(1000, 1050))
-    assert open_dataset(tmp_path / "d").split("val", 8).read(np.array([0]))[0, 0] == 1000
+    assert open_dataset(tmp_path / "d").split("val", 8).read(np.array([0])).tokens[0, 0] == 1000
 
 
 def test_dataset_more_shards_than_descriptors_read(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_dataset_more_shards_than_descriptors_read(tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, limits[1]))
     try:
-        rows = samples.read(np.arange(79))
+        rows = samples.read(np.arange(79)).tokens
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert rows[:, 0].tolist() == list(range(79))
