@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+MAX_DOCUMENT_BYTES = 64 << 20
+"""Longest JSON line, and longest text in a table."""
+
+MAX_RECORD_BYTES = 16 << 20
+"""Longest record as a whole, whose values can take several times its size in memory."""
+
+MAX_FIELDS_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -46,3 +55,10 @@ class Unreadable:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
+
+
+def missing_field(field: str, kind: str, names: Sequence[str]) -> str:
+    """Return the reason for a record or table without ``field``."""
+    named = ", ".join(f'"{name}"' for name in names[:MAX_FIELDS_NAMED]) or "none"
+    more = ", ..." if len(names) > MAX_FIELDS_NAMED else ""
+    return f'it has no {kind} "{field}" (there are: {named}{more}); set data.text_field (--text-field)'
