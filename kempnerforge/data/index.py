@@ -73,6 +73,13 @@ class SplitEntry:
     digest: str
     """xxh3-128 of the split's token bytes in order, hexadecimal. It does not depend on the shards."""
     shards: tuple[ShardEntry, ...]
+    ends_digest: str | None = None
+    """xxh3-128 of the offsets in the split after each document, little-endian uint64. It does not depend
+    on the shards. None in format 1."""
+    counted_digest: str | None = None
+    """xxh3-128 of the ``.counted`` bytes of the split in order. None if there are none."""
+    counted: int | None = None
+    """Tokens that count as targets. None: all."""
     text_bytes: int | None = None
     """Bytes of text, as UTF-8. None in format 1, which does not record it."""
 
@@ -123,6 +130,8 @@ class TextSettings:
     bos_id: int | None = None
     unwritten_bos: str | None = None
     """The ``bos_token`` of the tokenizer's files, if it is not written."""
+    format: str = "text"
+    """As data.format: what the records of the files are."""
     text_field: str | None = None
     document_separator: str | None = None
     skip_unreadable: bool = False
@@ -149,15 +158,18 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """Digest of everything in the data that affects training: ids, splits, vocabulary and separator.
+        """Digest of what affects every training: ids, counted tokens, splits, vocabulary and separator.
 
-        Format 2 has the same digest as format 1 for the same tokens. Which tokens count belongs to it.
+        Format 2 has the same digest as format 1 for the same tokens.
         """
-        content = {
+        content: dict[str, Any] = {
             "vocab_size": self.vocab_size,
             "separator_id": self.separator_id,
-            "splits": {name: _split_content(split) for name, split in sorted(self.splits.items())},
+            "splits": {name: [split.tokens, split.digest] for name, split in sorted(self.splits.items())},
         }
+        counted = {name: split.counted_digest for name, split in self.splits.items() if split.counted_digest}
+        if counted:
+            content["counted"] = counted
         return json_digest(content)
 
     @property
@@ -169,11 +181,6 @@ class Index:
         """Return the bytes of ``index.json``."""
         content = {"format": FORMAT, **asdict(self), "digest": self.digest}
         return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _split_content(split: SplitEntry) -> list[Any]:
-    counted = [shard.counted_digest for shard in split.shards if shard.counted_digest is not None]
-    return [split.tokens, split.digest, *([counted] if counted else [])]
 
 
 def json_digest(value: Any) -> str:

@@ -27,7 +27,9 @@ class ShardWriter:
         self._dtype = dtype
         self._shard_tokens = shard_tokens
         self._entries: list[ShardEntry] = []
-        self._digest = xxhash.xxh3_128()
+        self._tokens = 0
+        self._num_counted: int | None = None
+        self._digest, self._ends_digest, self._counted_digest = (xxhash.xxh3_128() for _ in range(3))
         self._open: _Shard | None = None
 
     def write(self, ids: np.ndarray, ends: np.ndarray = _NO_ENDS, counted: np.ndarray | None = None) -> None:
@@ -52,6 +54,11 @@ class ShardWriter:
             self._digest.update(np.ascontiguousarray(ids[done:stop]).data.cast("B"))
             self._open.write(ids[done:stop], here, None if counted is None else counted[done:stop])
             done = stop
+        self._ends_digest.update((ends + self._tokens).astype(ENDS_DTYPE).tobytes())
+        if counted is not None:
+            self._counted_digest.update(counted.astype(np.uint8).tobytes())
+            self._num_counted = (self._num_counted or 0) + int(np.count_nonzero(counted))
+        self._tokens += ids.size
 
     def close(self, *, text_bytes: int | None = None) -> SplitEntry:
         """Complete the last shard and return the entry of the split."""
@@ -62,6 +69,9 @@ class ShardWriter:
             documents=sum(entry.documents for entry in self._entries),
             digest=self._digest.hexdigest(),
             shards=tuple(self._entries),
+            ends_digest=self._ends_digest.hexdigest(),
+            counted_digest=None if self._num_counted is None else self._counted_digest.hexdigest(),
+            counted=self._num_counted,
             text_bytes=text_bytes,
         )
 
