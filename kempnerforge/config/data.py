@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from kempnerforge.config.path_text import expand
 from kempnerforge.config.section import Arguments, AtLeastZero, FractionBelowOne, NonEmpty, Section
 
 
@@ -61,8 +62,11 @@ class DataConfig(Section):
 
     @property
     def cache_folder(self) -> Path:
-        """Folder for prepared text, with ``~`` expanded. Does not create it."""
+        """Folder for prepared text, with ``~`` and ``$VAR`` expanded. Does not create it.
+
+        Raises ConfigError for a variable that is not set.
+        """
         if self.cache_dir is not None:
-            return Path(self.cache_dir).expanduser()
+            return expand(self.cache_dir, key="data.cache_dir")
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return Path(base).expanduser() / "kempnerforge"
