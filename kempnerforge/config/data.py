@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from kempnerforge.config.path_text import expand
 from kempnerforge.config.section import Arguments, AtLeastZero, FractionBelowOne, NonEmpty, Section
 
 
@@ -73,13 +74,20 @@ class DataConfig(Section):
     allow_changed: bool = False
     """Let a run continue although its data differ from the data it started with."""
 
+    num_workers: AtLeastZero = 0
+    """Number of processes per rank that read samples of dataset for training. 0 reads them in the rank."""
+
     prefetch_batches: AtLeastZero = 2
-    """Number of batches to read ahead in the background. 0 reads each batch when it is needed."""
+    """Number of batches to read ahead in the background. 0 reads each batch when it is needed. With
+    num_workers, each worker reads one more."""
 
     @property
     def cache_folder(self) -> Path:
-        """Folder for prepared text, with ``~`` expanded. Does not create it."""
+        """Folder for prepared text, with ``~`` and ``$VAR`` expanded. Does not create it.
+
+        Raises ConfigError for a variable that is not set.
+        """
         if self.cache_dir is not None:
-            return Path(self.cache_dir).expanduser()
+            return expand(self.cache_dir, key="data.cache_dir")
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return Path(base).expanduser() / "kempnerforge"

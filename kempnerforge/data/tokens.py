@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from kempnerforge.config.path_text import expand
 from kempnerforge.data.index import INDEX_NAME, Index, json_digest, read_index
 from kempnerforge.data.rows import Rows
 from kempnerforge.data.shard_reader import TokenShard, content_digest, ids_problem, open_npy
@@ -216,7 +217,7 @@ def load_shards(
     path: str | Path, *, vocab_size: int | None = None, val_fraction: float = 0.01
 ) -> TokenDataset:
     """Open data as :func:`open_dataset` does, but check only the index or the headers."""
-    folder = Path(path).expanduser()
+    folder = expand(str(path), key="data.dataset_path")
     if not folder.exists():
         raise DataError(
             f"data {folder}: no such file or folder. "

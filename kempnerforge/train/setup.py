@@ -23,6 +23,7 @@ from kempnerforge.checkpoint.run.versions import versions
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.path_text import expand
 from kempnerforge.config.plugin_uses import check_plugins, plugin_versions
 from kempnerforge.config.schema import AsyncCheckpointMode, JobConfig, ParallelDims
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
@@ -104,6 +105,7 @@ class Run:
             dp_size=self.geometry.dp,
             cursor=Cursor(**self.state.cursor),
             prefetch_batches=self.job.data.prefetch_batches,
+            num_workers=self.job.data.num_workers,
         )
 
 
@@ -319,7 +321,7 @@ def open_data(job: JobConfig, world: DistributedContext, signals: StopSignals) -
 
     def run_on_rank0() -> Path:
         if job.data.dataset_path is not None:
-            path = Path(job.data.dataset_path).expanduser()
+            path = expand(job.data.dataset_path, key="data.dataset_path")
         else:
             assert job.data.text is not None
             log.info(f"data: scanning {job.data.text}")
@@ -402,7 +404,7 @@ def _tokenizer(job: JobConfig, dataset: TokenDataset | MapDataset) -> dict[str, 
     """Return what an export needs to identify the tokenizer of the run, and its end token."""
     found: dict[str, str] = {}
     if job.checkpoint.load_path is not None:
-        found["load_path"] = os.path.abspath(Path(job.checkpoint.load_path).expanduser())
+        found["load_path"] = os.path.abspath(expand(job.checkpoint.load_path, key="checkpoint.load_path"))
     if isinstance(dataset, MapDataset) or dataset.index is None:  # they do not know their tokenizer
         return found
     found |= {"digest": dataset.index.tokenizer_digest, "separator_id": str(dataset.index.separator_id)}

@@ -66,6 +66,12 @@ TABLE: dict[str, tuple[list[str], str, str]] = {
     "no data": ([*DATA[:1], DATA[1] + "=data/tokens"], "data.dataset_path", "no such file or folder"),
     "no shards": ([*DATA[:1], DATA[1] + "=nothing"], "data.dataset_path", "neither index.json nor .npy"),
     "too few tokens": ([*DATA[:1], DATA[1] + "=short.npy"], "data.dataset_path", "too few tokens"),
+    "variable of run.dir": (["--run.dir=$UNSET/run"], "run.dir", '"$UNSET/run": $UNSET is not set; set'),
+    "variable of checkpoint.dir": (["--checkpoint.dir=${UNSET}/{run_id}"], "checkpoint.dir", "$UNSET is not"),
+    "variable of cache_dir": (["--data.cache_dir=$UNSET"], "data.cache_dir", "$UNSET is not set"),
+    "variable of tokenizer": (["--data.tokenizer=~/$UNSET/t"], "data.tokenizer", "$UNSET is not set"),
+    "variable of load_path": (["--checkpoint.load_path=a$UNSET"], "checkpoint.load_path", "$UNSET is not"),
+    "variable of data": ([*DATA[:1], DATA[1] + "=$UNSET/tokens"], "data.dataset_path", "$UNSET is not set"),
     "run.dir below a file": (["--run.dir=a.txt/run"], "run.dir", "a.txt is a file"),
     "run.dir is a file": (["--run.dir=a.txt"], "run.dir", "a.txt is a file"),
     "a placeholder below a file": (["--run.dir=a.txt/{job_id}/x"], "run.dir", "a.txt is a file"),
@@ -129,6 +135,21 @@ def test_preflight_fault_names_key_and_value(here: Path, case: str) -> None:
 )
 def test_preflight_what_runs_make_need_not_exist(here: Path, overrides: list[str]) -> None:
     check_files(load_job(None, [*GOOD, *overrides], inside_job=False).job)
+
+
+def test_preflight_variables_in_paths_are_expanded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", str(here))
+    overrides = [
+        "--run.dir=${SCRATCH}/run",
+        "--checkpoint.dir=$SCRATCH/{run_name}",
+        "--data.cache_dir=$SCRATCH/cache",
+        "--data.text=none",
+        "--data.dataset_path=$SCRATCH/tokens.npy",
+    ]
+    job = load_job(None, [*GOOD, *overrides], inside_job=False).job
+    check_files(job)
+    assert job.run.folder == here / "run"
+    assert job.data.cache_folder == here / "cache"
 
 
 def test_preflight_all_faults_at_once(here: Path) -> None:
