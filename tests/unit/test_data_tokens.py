@@ -166,7 +166,10 @@ def edit_index(folder: Path, **changes: object) -> None:
         (flipped, r"train_00004\.bin: damaged, its digest"),
         (swapped, r"train_00000\.bin: damaged, its digest.*and 1 more"),
         (index_cut_short, r"index\.json: damaged, not JSON"),
-        (lambda folder: edit_index(folder, format=9), r"index\.json: format 9; this version reads format 1"),
+        (
+            lambda folder: edit_index(folder, format=9),
+            r"index\.json: format 9; this version reads formats 1 and 2",
+        ),
         (lambda folder: edit_index(folder, dtype="float32"), r"index\.json: damaged.*float32"),
         (lambda folder: edit_index(folder, vocab_size=70), r"index\.json: damaged.*vocabulary 70"),
         (lambda folder: edit_index(folder, separator_id=3), r"index\.json: damaged or edited"),
