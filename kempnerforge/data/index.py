@@ -83,7 +83,7 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """Digest of what affects training in every run: ids, splits, vocabulary, separator, counted tokens."""
+        """Digest of what affects every training: ids, counted tokens, splits, vocabulary and separator."""
         content: dict[str, Any] = {
             "vocab_size": self.vocab_size,
             "separator_id": self.separator_id,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 ALGORITHM = "best-fit-decreasing-1"
-"""Name of the algorithm, stored in the data fingerprint. Change it when the same documents give other rows."""
+"""Stored in the data fingerprint. Change it when the same documents give other rows."""
 
 _BLOCK_DOCUMENTS = 1 << 22
 

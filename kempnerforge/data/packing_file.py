@@ -1,4 +1,4 @@
-"""Packings on disk: computed once, published under a name from what they depend on, memory-mapped by all ranks.
+"""Packings on disk: computed once, named by a digest of what they depend on, mapped by all ranks.
 
 ``packing-KEY.bin`` in ``data.cache_dir`` is one line of JSON, padded with spaces to HEADER_BYTES, and
 the arrays of :class:`~kempnerforge.data.packing.Packing`, little-endian: ``first_piece``, ``starts``,
@@ -41,7 +41,9 @@ class PackingFile:
     key: str
 
     @classmethod
-    def of(cls, folder: Path, *, dataset: str, documents: str | None, split: str, seq_len: int) -> PackingFile:
+    def of(
+        cls, folder: Path, *, dataset: str, documents: str | None, split: str, seq_len: int
+    ) -> PackingFile:
         """Return the file in ``folder``. ``dataset`` and ``documents`` are digests."""
         key = json_digest(
             {
@@ -63,12 +65,11 @@ class PackingFile:
 
         Raises :class:`DataError` if the file cannot be written.
         """
-        try:
-            return self.open(verify=True)
-        except FileNotFoundError:
-            pass
-        except DataError as error:
-            log.warning("%s; it is made again", error)
+        if os.path.lexists(self.path):
+            try:
+                return self.open(verify=True)
+            except DataError as error:
+                log.warning("%s; it is made again", error)
         try:
             make_folder(self.path.parent)
             self._remove_abandoned()
@@ -80,15 +81,18 @@ class PackingFile:
             ) from error
         return self.open(verify=True)
 
-    def open(self, *, verify: bool) -> Packing:
-        """Map the packing. With ``verify``, all of it is read and its digest is checked.
+    def open(self, *, verify: bool = False) -> Packing:
+        """Map the packing, which another process has made. With ``verify``, check its digest.
 
-        Raises FileNotFoundError, and :class:`DataError` if it is damaged or cannot be read.
+        Raises :class:`DataError` if it does not exist, is damaged or cannot be read.
         """
         try:
             content = np.memmap(self.path, dtype=np.uint8, mode="r")
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{self.path}: no such file here, although rank 0 has made it; "
+                "set data.cache_dir to a folder that all nodes share"
+            ) from error
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
             raise DataError(f"{self.path}: cannot be read: {error}") from error
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kempnerforge.data import samples as samples_module
 from kempnerforge.data import tokens as tokens_module
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.prepare import prepare
@@ -103,7 +104,7 @@ def test_dataset_val_shard_names_recognized(tmp_path, name):
 def test_dataset_more_shards_than_descriptors_read(tmp_path, monkeypatch):
     for number in range(80):
         save_npy(tmp_path / "d", f"{number:03d}.npy", np.full(10, number))
-    monkeypatch.setattr(tokens_module, "MAX_OPEN_SHARDS", 8)
+    monkeypatch.setattr(samples_module, "MAX_OPEN_FILES", 8)
     dataset = open_dataset(tmp_path / "d", val_fraction=0.0)
     samples = dataset.split("train", 10)
     used = len(os.listdir("/proc/self/fd"))
