@@ -142,7 +142,7 @@ def test_data_prepare_killed_goes_on_to_the_same_bytes(
         assert not out.exists()
     (parts,) = tmp_path.glob(".out.*.parts")
     finished = {path.parent.name: path.stat().st_ino for path in parts.glob("part_*/part.json")}
-    assert finished
+    assert finished or point == "a part"
     survived = subprocess.run(
         command(texts, out, kill_at=KILL_AT["the publication"]), timeout=120
     )  # the parts are still there to look at
