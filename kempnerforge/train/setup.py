@@ -421,6 +421,8 @@ def _tokenizer(job: JobConfig, dataset: TokenDataset | MapDataset) -> dict[str, 
     if isinstance(dataset, MapDataset) or dataset.index is None:  # they do not know their tokenizer
         return found
     found |= {"digest": dataset.index.tokenizer_digest, "separator_id": str(dataset.index.separator_id)}
+    if dataset.index.text.bos_id is not None:
+        found["bos_id"] = str(dataset.index.text.bos_id)
     path = tokenizer_path(job.data.tokenizer) if job.data.text is not None else dataset.path / TOKENIZER
     return found if path is None or not path.is_file() else {**found, "path": os.path.abspath(path)}
 
