@@ -38,9 +38,6 @@ def write_folder(
         tokenizer="made up",
         tokenizer_digest="0" * 32,
         val_fraction=0.1,
-        num_empty=0,
-        num_binary=0,
-        num_not_utf8=0,
         splits={
             name: _write_split(folder, name, documents, (counted or {}).get(name), shard_tokens, has_ends)
             for name, documents in splits.items()
