@@ -56,11 +56,6 @@ class SplitEntry:
     digest: str
     """xxh3-128 of the split's token bytes in order, hexadecimal. It does not depend on the shards."""
     shards: tuple[ShardEntry, ...]
-    ends_digest: str | None = None
-    """xxh3-128 of the offsets in the split after each document, little-endian uint64. It does not depend
-    on the shards. None in format 1."""
-    counted_digest: str | None = None
-    """xxh3-128 of the ``.counted`` bytes of the split in order. None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +79,11 @@ class Index:
     @property
     def digest(self) -> str:
         """Digest of what affects every training: ids, counted tokens, splits, vocabulary and separator."""
-        content: dict[str, Any] = {
+        content = {
             "vocab_size": self.vocab_size,
             "separator_id": self.separator_id,
-            "splits": {name: [split.tokens, split.digest] for name, split in sorted(self.splits.items())},
+            "splits": {name: _split_content(split) for name, split in sorted(self.splits.items())},
         }
-        counted = {name: split.counted_digest for name, split in self.splits.items() if split.counted_digest}
-        if counted:
-            content["counted"] = counted
         return json_digest(content)
 
     @property
@@ -103,6 +95,11 @@ class Index:
         """Return the bytes of ``index.json``."""
         content = {"format": FORMAT, **asdict(self), "digest": self.digest}
         return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _split_content(split: SplitEntry) -> list[Any]:
+    counted = [shard.counted_digest for shard in split.shards if shard.counted_digest is not None]
+    return [split.tokens, split.digest, *([counted] if counted else [])]
 
 
 def json_digest(value: Any) -> str:
