@@ -197,12 +197,10 @@ class PackedSamples(Samples):
         self._packing = packing
 
     def describe(self) -> str:
-        """Return the number and the length of the samples, and which share of the targets counts."""
+        """Return the number and the length of the samples, and which share of the inputs has a target."""
         pieces, rows = self._packing.starts.size, self.num_samples
         filled = self._packing.num_targets / (rows * self.seq_len)
-        return (
-            f"{super().describe()}, {pieces / rows:.1f} documents in each, {filled:.2%} of the targets count"
-        )
+        return f"{super().describe()}, {pieces / rows:.1f} documents in each, {filled:.2%} filled"
 
     def _read(self, ids: np.ndarray) -> Rows:
         width = self.seq_len + 1

@@ -225,10 +225,10 @@ def test_packing_cuts_only_long_documents(tmp_path: Path) -> None:
     assert abs(shares[0] - shares[1]) < 0.02
 
 
-def test_packing_log_says_share_of_targets(tmp_path: Path) -> None:
+def test_packing_log_says_how_full_rows_are(tmp_path: Path) -> None:
     data = write_folder(tmp_path / "data", {"train": numbered([9, 5, 5, 4])})
     samples = opened(data, best_fit=True).split("train", 8)
-    assert samples.describe() == "3 samples of 8 tokens, 1.3 documents in each, 79.17% of the targets count"
+    assert samples.describe() == "3 samples of 8 tokens, 1.3 documents in each, 79.17% filled"
     assert opened(data).split("train", 8).describe() == "2 samples of 8 tokens"
 
 
