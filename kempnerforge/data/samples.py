@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -23,6 +24,7 @@ MAX_OPEN_FILES = 256
 
 @dataclass(frozen=True)
 class _MappedShard:
+    path: Path
     ids: np.ndarray
     ends: np.ndarray | None
     counted: np.ndarray | None
@@ -44,11 +46,6 @@ class TokenStream:
         max_shards = max(1, MAX_OPEN_FILES // max(len(shard.files) for shard in shards))
         self._map = functools.lru_cache(maxsize=max_shards)(self._mapped)
 
-    @property
-    def knows_documents(self) -> bool:
-        """Whether it is recorded where documents end."""
-        return self.separator_id is not None
-
     def read_ids(self, start: int, out: np.ndarray) -> None:
         """Fill ``out`` with the ids from ``start`` on."""
         for at, shard, part in self._parts(start, out.size):
@@ -60,7 +57,10 @@ class TokenStream:
             out[at : at + part.stop - part.start] = True if shard.counted is None else shard.counted[part]
 
     def mark_ends(self, start: int, out: np.ndarray) -> None:
-        """Set ``out``, bool, to whether each token from ``start`` on is the last of its document."""
+        """Set ``out``, bool, to whether each token from ``start`` on is the last of its document.
+
+        Raises :class:`DataError` if the ends are damaged.
+        """
         out[:] = False
         for at, shard, part in self._parts(start, out.size):
             if shard.ends is None:
@@ -69,14 +69,22 @@ class TokenStream:
                 # Of another dtype, NumPy would convert all ends of the shard.
                 edges = np.array([part.start, part.stop], dtype=shard.ends.dtype)
                 first, stop = np.searchsorted(shard.ends, edges, side="right")
-                out[shard.ends[first:stop].astype(np.int64) - (1 + part.start - at)] = True
+                places = shard.ends[first:stop].astype(np.int64) - (1 + part.start)
+                if places.size and not 0 <= places.min() <= places.max() < part.stop - part.start:
+                    raise _damaged_ends(shard)
+                out[at + places] = True
 
     def document_ends(self) -> np.ndarray:
-        """Return the offsets after all documents, uint64, not decreasing, the end of the split included."""
+        """Return the offsets after all documents, uint64, not decreasing, the end of the split included.
+
+        Raises :class:`DataError` if the ends are damaged.
+        """
         ends = [np.empty(0, dtype=np.uint64)]
         for number, shard_start in enumerate(self._starts[:-1]):
             shard = self._map(number)
             if shard.ends is not None:
+                if (shard.ends[:-1] > shard.ends[1:]).any() or (shard.ends[-1:] > shard.ids.size).any():
+                    raise _damaged_ends(shard)
                 ends.append(shard.ends + np.uint64(shard_start))
                 continue
             for block in range(0, shard.ids.size, SCAN_TOKENS):
@@ -118,10 +126,16 @@ class TokenStream:
     def _mapped(self, number: int) -> _MappedShard:
         shard = self._shards[number]
         return _MappedShard(
+            shard.path,
             shard.map(),
             shard.ends.map() if shard.ends is not None else None,
             shard.counted.map() if shard.counted is not None else None,
         )
+
+
+def _damaged_ends(shard: _MappedShard) -> DataError:
+    path = shard.path.with_suffix(".ends")
+    return DataError(f"{path}: damaged. See: kempnerforge data inspect {path.parent}")
 
 
 class Samples:

@@ -364,3 +364,19 @@ def test_fingerprint_of_documents_does_not_depend_on_shards(tmp_path: Path) -> N
 
     digests = [of("a", [9, 5, 5, 4], 1000), of("b", [9, 5, 5, 4], 6), of("c", [9, 4, 6, 4], 1000)]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_rows_damaged_ends_that_were_not_verified_named(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", {"train": numbered([7, 20, 9, 4])})
+    sound = np.fromfile(data / "train_00000.ends", dtype="<u8")
+    for place, value in ((3, 1 << 40), (1, 1 << 40), (1, 3)):
+        damaged = sound.copy()
+        damaged[place] = value
+        damaged.tofile(data / "train_00000.ends")
+        packed = opened(data, best_fit=True, verify=False)
+        packed.makes_packing = True
+        with pytest.raises(DataError, match=r"train_00000\.ends: damaged\. See: kempnerforge data inspect"):
+            packed.split("train", 8)
+    np.array([1, 1 << 40, 36, 40], dtype="<u8").tofile(data / "train_00000.ends")
+    with pytest.raises(DataError, match=r"train_00000\.ends: damaged"):
+        all_rows(opened(data, mask=True, verify=False), 39)
