@@ -230,6 +230,9 @@ def test_packing_log_says_how_full_rows_are(tmp_path: Path) -> None:
     samples = opened(data, best_fit=True).split("train", 8)
     assert samples.describe() == "3 samples of 8 tokens, 1.3 documents in each, 79.17% filled"
     assert opened(data).split("train", 8).describe() == "2 samples of 8 tokens"
+    assert samples.read(np.array([], dtype=np.int64)).tokens.shape == (0, 9)
+    with pytest.raises(IndexError):
+        samples.read(np.array([3]))
 
 
 @pytest.mark.parametrize(("mask", "best_fit"), [(True, False), (False, True)])
