@@ -53,6 +53,10 @@ class DataConfig(Section):
     """Fraction of the text, or of the samples of dataset, to hold out for validation. Not used with
     val."""
 
+    document_mask: bool = False
+    """Keep attention within documents, and let positions begin at 0 in each. The target after the last
+    token of a document counts nothing. Needs prepared tokens, which tell where documents end."""
+
     allow_changed: bool = False
     """Let a run continue although its data differ from the data it started with."""
 

@@ -156,6 +156,14 @@ def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
     ]
 
 
+def document_mask_has_documents(data: DataConfig) -> list[ConfigIssue]:
+    """Refuse a document mask for a dataset of the user's, whose samples do not tell their documents."""
+    if not data.document_mask or data.dataset is None:
+        return []
+    problem = f"samples of {data.dataset} do not tell where documents end"
+    return [ConfigIssue("data.document_mask", problem, "leave it out, or use data.text or dataset_path")]
+
+
 def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
     """Require an embedding row for each id of the byte tokenizer. Others are checked when they are read."""
     size = model.vocabulary
@@ -304,6 +312,7 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     sequence_fits_model,
     loss_arguments_fit,
     data_has_one_source,
+    document_mask_has_documents,
     vocabulary_fits,
     validation_has_data,
     schedule_fits_run,
