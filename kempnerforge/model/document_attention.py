@@ -18,6 +18,7 @@ of tokens or documents.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,7 +127,7 @@ def _fused_flex() -> Callable[..., Any]:
 def _documents(offsets_N: Tensor, seq_len: int) -> Iterator[tuple[slice, slice]]:
     """Yield the row of each document and its tokens, as slices."""
     offsets = offsets_N.tolist()
-    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for begin, end in itertools.pairwise(offsets):
         row, first = divmod(begin, seq_len)
         yield slice(row, row + 1), slice(first, first + end - begin)
 
@@ -184,5 +185,7 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 _by_document.register_autograd(_gradients, setup_context=_keep)
 
-FUSED_OPS = frozenset({torch.ops.kempnerforge.document_attention.default, torch.ops.higher_order.flex_attention})
+FUSED_OPS = frozenset(
+    {torch.ops.kempnerforge.document_attention.default, torch.ops.higher_order.flex_attention}
+)
 """The operators of this module whose results are worth keeping for the backward pass."""
