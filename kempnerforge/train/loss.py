@@ -16,6 +16,7 @@ from kempnerforge.config.schema import DistributedConfig, TrainConfig
 from kempnerforge.errors import ConfigError, ConfigIssue
 from kempnerforge.plugins import resolve
 from kempnerforge.train.losses.cross_entropy import cross_entropy
+from kempnerforge.train.micro_batch import MicroBatch
 from kempnerforge.train.z_loss import z_loss
 
 
@@ -61,11 +62,14 @@ class Loss:
         if self.takes_hidden and (issues := head_issues(self.name, model.forward, type(model).__name__)):
             raise ConfigError(issues)
 
-    def __call__(self, model: nn.Module, inputs: Tensor, targets_BT: Tensor) -> LossSums:
-        """Run ``model`` on ``inputs``, and compute its loss."""
+    def __call__(self, model: nn.Module, rows: MicroBatch) -> LossSums:
+        """Run ``model`` on ``rows``, and compute its loss."""
+        inputs_BT, targets_BT, options = rows.inputs_BT, rows.targets_BT, rows.forward_options
         if not self.takes_hidden:
-            return self.of_output(model(inputs), targets_BT)
-        return model(inputs, head=lambda hidden, weight: self._of_hidden(hidden, targets_BT, weight))
+            return self.of_output(model(inputs_BT, **options), targets_BT)
+        return model(
+            inputs_BT, head=lambda hidden, weight: self._of_hidden(hidden, targets_BT, weight), **options
+        )
 
     @property
     def forward_options(self) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from kempnerforge.errors import PluginError
+from kempnerforge.train.micro_batch import Batch
 from kempnerforge.train.optimizer import Optimizers
-from kempnerforge.train.step import Batch, TrainStepBase, UpdateResult, local_tensors
+from kempnerforge.train.step import TrainStepBase, UpdateResult, local_tensors
 
 Fields = Mapping[str, Tensor]
 

@@ -11,8 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.parallel import loss_parallel
 
 from kempnerforge.parallel.pipeline import Pipeline
+from kempnerforge.train.micro_batch import Batch, MicroBatch, all_rows
 from kempnerforge.train.optimizer import Optimizers
-from kempnerforge.train.step import Batch, TrainStepBase
+from kempnerforge.train.step import TrainStepBase
 
 
 class PipelineStep(TrainStepBase):
@@ -37,8 +38,9 @@ class PipelineStep(TrainStepBase):
         """
         self._num_tokens = batch.num_tokens
         self._parts = []
-        tokens, targets = self._inputs(batch)
-        options = self._loss_function.forward_options if self._pipeline.has_last else {}
+        tokens, targets, options = self._inputs(batch)
+        if self._pipeline.has_last:
+            options |= self._loss_function.forward_options
         with loss_parallel():
             self._schedule.step(*tokens, target=targets, return_outputs=False, **options)
         return self._total(self._parts)
@@ -55,17 +57,19 @@ class PipelineStep(TrainStepBase):
         num_tokens = 0
         loss_function = self._loss_function.without_z_loss()
         schedule = self._pipeline.forward_schedule(
-            lambda part, x, targets: loss_function(part, x, targets).reported
+            lambda part, x, targets, document_ids=None: (
+                loss_function(part, MicroBatch(x, targets, document_ids)).reported
+            )
         )
         for part in self._pipeline.parts:
             part.eval()
         with self._evaluation_weights(), torch.no_grad(), loss_parallel():
             for batch in batches:
-                tokens, targets = self._inputs(batch)
+                tokens, targets, options = self._inputs(batch)
                 if targets is None:
-                    schedule.step(*tokens)
+                    schedule.step(*tokens, **options)
                     continue
-                losses = schedule.step(*tokens, targets=targets)
+                losses = schedule.step(*tokens, targets=targets, **options)
                 assert losses is not None
                 loss += losses.double().sum()
                 num_tokens += targets.numel()
@@ -77,14 +81,11 @@ class PipelineStep(TrainStepBase):
                     module.reshard()
         return self._mean(loss, num_tokens)
 
-    def _inputs(self, batch: Batch) -> tuple[list[Tensor], Tensor | None]:
-        """Return the tokens for a first stage and the targets for a last one, [B, T] of this rank."""
-        tokens, targets = [], None
-        if self._pipeline.has_first:
-            tokens = [batch.inputs_ABT.flatten(0, 1).to(self._device, non_blocking=True)]
-        if self._pipeline.has_last:
-            targets = batch.targets_ABT.flatten(0, 1).to(self._device, non_blocking=True)
-        return tokens, targets
+    def _inputs(self, batch: Batch) -> tuple[list[Tensor], Tensor | None, dict[str, Any]]:
+        """Return the tokens for a first stage, the targets for a last one, and options for all stages."""
+        rows = all_rows(batch, self._device)
+        tokens = [rows.inputs_BT] if self._pipeline.has_first else []
+        return tokens, rows.targets_BT if self._pipeline.has_last else None, rows.forward_options
 
     def _share_of_loss(self, output: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the contribution of a microbatch to the mean loss of the global batch, and keep it."""

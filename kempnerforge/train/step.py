@@ -19,26 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import loss_parallel
 
 from kempnerforge.train.loss import Loss
+from kempnerforge.train.micro_batch import Batch, micro_batches
 from kempnerforge.train.optimizer import Optimizers, each, is_schedule_free
-
-
-class Batch(Protocol):
-    """One rank's part of a global batch."""
-
-    @property
-    def inputs_ABT(self) -> Tensor:
-        """Token ids, int64 [A, B, T] on the CPU."""
-        ...
-
-    @property
-    def targets_ABT(self) -> Tensor:
-        """The token that follows each input, int64 [A, B, T] on the CPU."""
-        ...
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the **global** batch."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -217,14 +199,12 @@ class LocalStep(TrainStepBase):
 
         Collective: all ranks, in the same order. Blocks: not for the device.
         """
-        inputs_ABT = batch.inputs_ABT.to(self._device, non_blocking=True)
-        targets_ABT = batch.targets_ABT.to(self._device, non_blocking=True)
         parts: list[Tensor] = []
-        last = inputs_ABT.size(0) - 1
-        for i, (inputs_BT, targets_BT) in enumerate(zip(inputs_ABT, targets_ABT, strict=True)):
-            self._model.set_requires_all_reduce(i == last)
+        rows = micro_batches(batch, self._device)
+        for i, micro_batch in enumerate(rows):
+            self._model.set_requires_all_reduce(i == len(rows) - 1)
             with loss_parallel():
-                part = self._loss_function(self._model, inputs_BT, targets_BT) / batch.num_tokens
+                part = self._loss_function(self._model, micro_batch) / batch.num_tokens
                 part.total.backward()
             parts.append(part.reported)
         return self._total(parts)
@@ -242,11 +222,9 @@ class LocalStep(TrainStepBase):
         self._model.eval()
         with self._evaluation_weights(), torch.no_grad(), loss_parallel():
             for batch in batches:
-                for inputs_BT, targets_BT in zip(batch.inputs_ABT, batch.targets_ABT, strict=True):
-                    inputs_BT = inputs_BT.to(self._device, non_blocking=True)
-                    targets_BT = targets_BT.to(self._device, non_blocking=True)
-                    loss += loss_function(self._model, inputs_BT, targets_BT).reported
-                    num_tokens += targets_BT.numel()
+                for micro_batch in micro_batches(batch, self._device):
+                    loss += loss_function(self._model, micro_batch).reported
+                    num_tokens += micro_batch.targets_BT.numel()
         self._model.train()
         # FSDP leaves the root's parameters unsharded after a forward. Only a backward reshards
         # them.

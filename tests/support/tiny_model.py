@@ -51,6 +51,7 @@ class FakeBatch:
     inputs_ABT: Tensor
     targets_ABT: Tensor
     num_tokens: int
+    document_ids_ABT: Tensor | None = None
 
 
 def global_batch(step: int) -> Tensor:
