@@ -53,9 +53,11 @@ class BatchLoss:
     """The sums over the micro-batches of a global batch.
 
     ``targets`` are those [B, T] of this rank's micro-batches, none on ranks that compute no loss.
-    ``num_sources`` above 0 asks for the loss of each source.
+    ``num_sources`` above 0 asks for the loss of each source. Only some sources may have targets that
+    do not count, so that only some ranks see them: then the ranks always count together.
 
-    Collective if the batch does not say how many of its targets count: all ranks. Does not block.
+    Collective with sources, or if the batch does not say how many of its targets count: all ranks.
+    Does not block.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class BatchLoss:
         self._num_items: Tensor | None = None
         self.divisor: int | Tensor
         """What the loss of a micro-batch is divided by: the number of targets that count, at least 1."""
-        if batch.num_tokens is None:
+        if batch.num_tokens is None or num_sources:
             self._num_items = ranks.sum(self._joined(self._counts, torch.int64).sum())
             self.divisor = self._num_items.clamp(min=1)
         else:

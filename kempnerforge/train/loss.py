@@ -100,7 +100,7 @@ class Loss:
             except Exception as error:  # noqa: BLE001
                 problem = f"raises {type(error).__name__}: {error}"
         if problem:
-            problem = f"some targets are {IGNORED}, which counts nothing, but {self.name} {problem}"
+            problem = f"targets of {IGNORED} count nothing, but {self.name} {problem}"
             hint = "leave such targets out of its sum: docs/guide/losses.md"
             raise mark_collective(ConfigError([ConfigIssue("train.loss", problem, hint)]))
 

@@ -27,7 +27,7 @@ class Batch(Protocol):
     def num_tokens(self) -> int | None:
         """Targets of the **global** batch. None if some do not count: only the ranks together know them.
 
-        It is None for all batches of all ranks, or for none.
+        Without a mixture it is None for all batches of all ranks, or for none.
         """
         ...
 

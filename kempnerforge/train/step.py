@@ -197,7 +197,7 @@ class TrainStepBase:
         return BatchLoss(batch, targets, self._ranks, has_z_loss=has_z_loss, num_sources=self._num_sources)
 
     def _check_targets(self, batch: Batch) -> None:
-        if batch.num_tokens is None:
+        if batch.num_tokens is None or self._num_sources:  # all ranks alike, as in BatchLoss
             self._loss_function.check_ignored_targets()
 
     def _end(self, batch_loss: BatchLoss) -> Tensor:
