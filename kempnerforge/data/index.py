@@ -141,7 +141,9 @@ class TextSettings:
     unwritten_bos: str | None = None
     """The ``bos_token`` of the tokenizer's files, if it is not written."""
     format: str = "text"
-    """As data.format: what the records of the files are."""
+    """What the files have, as data.format."""
+    notes: tuple[str, ...] = ()
+    """How the tokens were made."""
     text_field: str | None = None
     document_separator: str | None = None
     skip_unreadable: bool = False
@@ -241,7 +243,8 @@ def _parse_index(content: dict[str, Any]) -> Index:
         passed_over, unreadable, text = LeftOut(counts), LeftOut(), TextSettings()
     else:
         passed_over, unreadable = (_parse_left_out(content[name]) for name in ("passed_over", "unreadable"))
-        text = TextSettings(**{**content["text"], "warnings": tuple(content["text"]["warnings"])})
+        lists = {name: tuple(content["text"][name]) for name in ("notes", "warnings")}
+        text = TextSettings(**{**content["text"], **lists})
     plain = {
         each.name: content[each.name]
         for each in fields(Index)
