@@ -69,6 +69,7 @@ def zstd(content: bytes) -> bytes:
     return zstandard.ZstdCompressor(write_checksum=True).compress(content)
 
 
+WINDOW_OF_256_MB = b"\x28\xb5\x2f\xfd\x00\x90\x09\x00\x00a"
 SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
 ABC = table(pa.array(["a", "b", "c"]))
 WORDS = b"".join(b"%d " % (n * 7919 % 100_003) for n in range(50_000))
@@ -124,8 +125,14 @@ COMPRESSED = [
     Kind("cut.txt.gz", gzip.compress(WORDS)[:-2000], (), (": the gzip data are cut off",)),
     Kind("cut.txt.zst", zstd(WORDS)[:-2000], (), (": the zstd data are cut off",)),
     Kind("cut_at_once.txt.gz", gzip.compress(b"one")[:12], (), (":1: the gzip data are cut off",)),
-    Kind("trailing.txt.gz", gzip.compress(b"one") + b"garbage", (), (":1: the gzip data are damaged",)),
-    Kind("checksum.txt.zst", zstd(b"one")[:-1] + b"!", (), (":1: the zstd data are damaged",)),
+    Kind(
+        "trailing.txt.gz",
+        gzip.compress(b"one") + b"garbage",
+        (),
+        (":1: the gzip data cannot be decompressed",),
+    ),
+    Kind("window.txt.zst", WINDOW_OF_256_MB, (), (":1: the zstd data cannot be decompressed",)),
+    Kind("checksum.txt.zst", zstd(b"one")[:-1] + b"!", (), (":1: the zstd data cannot be decompressed",)),
 ]
 
 RECORDS = [

@@ -127,7 +127,7 @@ class _Gzip(_Source):
         except EOFError as error:
             raise DamagedStreamError("the gzip data are cut off") from error
         except (gzip.BadGzipFile, zlib.error) as error:
-            raise DamagedStreamError(f"the gzip data are damaged ({error})") from error
+            raise DamagedStreamError(f"the gzip data cannot be decompressed ({error})") from error
 
 
 class _Zstd(_Source):
@@ -147,7 +147,7 @@ class _Zstd(_Source):
         try:
             block = self._frame.decompress(data)
         except self._error as error:
-            raise DamagedStreamError(f"the zstd data are damaged ({error})") from error
+            raise DamagedStreamError(f"the zstd data cannot be decompressed ({error})") from error
         self._input = b""
         if self._frame.eof:
             self._input = self._frame.unused_data

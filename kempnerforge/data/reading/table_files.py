@@ -99,6 +99,7 @@ class _ArrowFile:
 
     def __init__(self, path: Path, columns: Sequence[str] | None) -> None:
         self._path = path
+        self._columns = columns
         self._ipc = _pyarrow().ipc
         with open_file(path) as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -107,7 +108,8 @@ class _ArrowFile:
         with _arrow_errors(path):
             names = self._open().schema.names
             _require_columns(names, columns)
-            if columns is not None:
+            # For the file format, Arrow would copy the columns into memory.
+            if columns is not None and self._is_stream:
                 indices = [names.index(name) for name in columns]
                 self._options = self._ipc.IpcReadOptions(included_fields=indices)
 
@@ -117,7 +119,8 @@ class _ArrowFile:
             reader = self._open()
             if not self._is_stream:
                 for number in range(start, reader.num_record_batches if end is None else end):
-                    yield reader.get_batch(number)
+                    batch = reader.get_batch(number)
+                    yield batch if self._columns is None else batch.select(self._columns)
                 return
             for number, batch in enumerate(reader):
                 if end is not None and number >= end:
