@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +142,25 @@ def test_reading_table_of_one_row_group(tmp_path: Path, kind: str) -> None:
     table = pa.table({"text": pa.array(documents, pa.large_string()), "blob": [b"y" * MB] * 300})
     write_table(tmp_path / f"a.{'parquet' if kind == 'parquet' else 'arrow'}", kind, table)
     assert read(tmp_path) == (sum(map(len, documents)), 300, [], [])
+
+
+MAKE_DATASETS = """
+import sys, datasets
+files = {"train": "train.jsonl", "test": "test.jsonl"}
+data = datasets.load_dataset("json", data_files=files, cache_dir="cache")
+data["train"].map(lambda record: {"text": record["text"].upper()})
+data.save_to_disk("saved")
+data["train"].filter(lambda record: record["id"] % 2 == 0).save_to_disk("filtered")
+"""
+
+
+def test_reading_folders_that_datasets_wrote(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        lines = [json.dumps({"text": f"{split} {n}", "id": n}) + "\n" for n in range(4)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    subprocess.run([sys.executable, "-c", MAKE_DATASETS], cwd=tmp_path, env=environment, check=True)
+    for folder, documents in (("cache", 4), ("saved", 4), ("filtered", 2)):
+        size, count, faults, passed_over = read(tmp_path / folder)
+        assert (size, count, faults) == (documents * len("train 0"), documents, [])
+        assert "dataset_info.json" in passed_over or folder == "saved"

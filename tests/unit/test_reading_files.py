@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import xxhash
 
@@ -308,6 +309,16 @@ def test_huggingface_splits_only_train_is_read(tmp_path: Path) -> None:
         assert "the test split of a Hugging Face dataset; name it to read it" in reasons(found).values()
     assert documents_in(find_files(str(tmp_path / "saved/test"))) == ["test"]
     assert documents_in(find_files(str(tmp_path / "cache/*-test-*.arrow"))) == ["test"]
+
+
+def test_huggingface_downloaded_splits_only_train_is_read(tmp_path: Path) -> None:
+    names = ["books", "test", "train", "validation"]
+    for name in names:
+        content = pa.table({"text": [name]})
+        pq.write_table(content, tmp_path / f"{name}-00000-of-00001.parquet")
+    assert documents_in(find_files(str(tmp_path))) == ["books", "train"]
+    (tmp_path / "train-00000-of-00001.parquet").unlink()
+    assert documents_in(find_files(str(tmp_path))) == ["books", "test", "validation"]
 
 
 def test_huggingface_download_is_read_through_snapshots(tmp_path: Path) -> None:
