@@ -42,7 +42,7 @@ def reasons(found: FoundFiles) -> dict[str, str]:
 ALL = ["a/deep/er/y.md", "a/z.txt", "a-c.txt", "b.txt"]
 
 
-def test_find_files_folder_is_sorted_by_path_without_hidden_files(tree: Path) -> None:
+def test_find_files_folder_is_sorted_without_hidden_files(tree: Path) -> None:
     found = find_files(str(tree))
     assert read_names(found, tree) == ALL
     assert [file.path for file in found.files] == sorted(file.path for file in found.files)

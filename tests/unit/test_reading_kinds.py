@@ -6,7 +6,9 @@ import codecs
 import gzip
 import io
 import json
-from dataclasses import dataclass
+import random
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kempnerforge.data.reading.documents import read_pieces
 from kempnerforge.data.reading.files import PassedOver, TextFile, find_files
@@ -330,3 +334,25 @@ def test_reading_kind_has_expected_documents(kind: Kind, tmp_path: Path) -> None
         assert "data.skip_unreadable = true (--skip-unreadable)" in str(caught.value)
     else:
         assert read(file, ReadOptions()) == (documents, ())
+
+
+def damaged(content: bytes, choose: random.Random) -> bytes:
+    result = bytearray(content)
+    for _ in range(choose.randint(1, 3)):
+        place = choose.randrange(len(result))
+        if choose.random() < 0.7:
+            result[place] = choose.randrange(256)
+        else:
+            result[place:] = choose.randbytes(choose.randrange(4)) + result[place + choose.randrange(9) :]
+        if not result:
+            return b"x"
+    return bytes(result)
+
+
+@settings(max_examples=100)
+@given(st.sampled_from([kind for kind in KINDS if 0 < len(kind.content) < 20_000]), st.randoms())
+def test_reading_any_damage_is_reported(kind: Kind, choose: random.Random) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        item = found(replace(kind, content=damaged(kind.content, choose)), Path(folder))
+        if isinstance(item, TextFile):
+            read(item, ReadOptions(skip_unreadable=True))

@@ -65,14 +65,8 @@ def _parquet_batches(
         row = 1 + sum(metadata.row_group(n).num_rows for n in range(start))
         for number in range(start, metadata.num_row_groups if end is None else end):
             group = metadata.row_group(number)
-            chunks = [group.column(n) for n in range(group.num_columns)]
-            size_bytes = sum(
-                chunk.total_uncompressed_size
-                for chunk in chunks
-                if columns is None or chunk.path_in_schema in columns
-            )
             for batch in table.iter_batches(
-                _rows_per_batch(group.num_rows, size_bytes),
+                _rows_per_batch(group.num_rows, group.total_byte_size),
                 row_groups=[number],
                 columns=columns,
                 use_threads=False,
@@ -114,18 +108,20 @@ class _ArrowFile:
                 self._options = self._ipc.IpcReadOptions(included_fields=indices)
 
     def batches(self, start: int, end: int | None) -> Iterator[Any]:
-        """Yield the record batches ``start`` to ``end``."""
+        """Yield the record batches ``start`` to ``end``, whose buffers have the sizes that they need."""
         with _arrow_errors(self._path):
             reader = self._open()
             if not self._is_stream:
                 for number in range(start, reader.num_record_batches if end is None else end):
                     batch = reader.get_batch(number)
+                    batch.validate()
                     yield batch if self._columns is None else batch.select(self._columns)
                 return
             for number, batch in enumerate(reader):
                 if end is not None and number >= end:
                     return
                 if number >= start:
+                    batch.validate()
                     yield batch
 
     def release_memory(self) -> None:
@@ -166,7 +162,8 @@ def _arrow_errors(path: Path) -> Iterator[None]:
         if error.errno is not None:
             raise
         raise DamagedTableError(_damage(error)) from error
-    except arrow_error as error:
+    # Names that are not UTF-8 are a UnicodeDecodeError.
+    except (arrow_error, UnicodeDecodeError) as error:
         raise DamagedTableError(_damage(error)) from error
 
 

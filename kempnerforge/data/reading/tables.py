@@ -68,7 +68,7 @@ def _text_column(column: Any, field: str) -> Any:
         raise DamagedTableError(f'its column "{field}" has type {column.type}, not text')
     try:
         column.validate(full=True)
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         # A cell that is not UTF-8 is reported with its row.
         if "UTF8" not in str(error):
             raise DamagedTableError(f"it is damaged ({error})") from error
@@ -96,7 +96,7 @@ def _row_fault(row: Any) -> str | None:
         return _too_long("the row", row.nbytes, MAX_RECORD_BYTES)
     try:
         row.validate(full=True)
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         return f"it is damaged ({error})"
     return None
 
