@@ -144,6 +144,15 @@ def test_reading_table_of_one_row_group(tmp_path: Path, kind: str) -> None:
     assert read(tmp_path) == (sum(map(len, documents)), 300, [], [])
 
 
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_reading_table_with_long_cell(tmp_path: Path, kind: str) -> None:
+    documents = ["a", "é" * (31 * MB), "b" * (65 * MB), "c"]
+    write_table(tmp_path / "a.arrow", kind, pa.table({"text": documents}))
+    size, count, (fault,), _ = read(tmp_path)
+    assert (size, count) == (62 * MB + 2, 3)
+    assert fault.endswith(":3: the text has 68,157,440 bytes; at most 64 MiB are read")
+
+
 MAKE_DATASETS = """
 import sys, datasets
 files = {"train": "train.jsonl", "test": "test.jsonl"}

@@ -78,12 +78,12 @@ def _match(pattern: str) -> Sequence[Path | LeftOut]:
     """Return the files that a glob matches. Unlike glob.glob, ``**`` never follows a loop of links."""
     parts = Path(pattern).parts
     if ANY_FOLDERS not in parts:
-        return sorted(path for path in map(Path, glob.glob(pattern)) if not path.is_dir())
+        return sorted(path for path in map(Path, glob.glob(pattern)) if not os.path.isdir(path))
     first = parts.index(ANY_FOLDERS)
     base = str(Path(*parts[:first]))
     found: list[Path | LeftOut] = []
     for folder in sorted(map(Path, glob.glob(base) if first else ["."])):
-        if folder.is_dir():
+        if os.path.isdir(folder):
             found += [
                 item
                 for item in _walk(folder, set())
@@ -120,7 +120,7 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path | LeftOut]:
         path = folder / name
         if name in reasons:
             yield LeftOut(path, reasons[name])
-        elif path.is_dir():
+        elif os.path.isdir(path):
             yield from _walk(path, seen)
         else:
             yield path

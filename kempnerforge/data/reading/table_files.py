@@ -23,6 +23,10 @@ class DamagedTableError(Exception):
     """The rest of a table cannot be read."""
 
 
+class WrongColumnError(DamagedTableError):
+    """A table has no column of text with the name that was asked for."""
+
+
 def part_sizes(path: Path, format_: str) -> list[int]:
     """Return the bytes of each row group (Parquet) or record batch (Arrow), uncompressed.
 
@@ -49,8 +53,11 @@ def read_batches(
 ) -> Iterator[tuple[int, Any]]:
     """Yield the rows of the parts ``start`` to ``end``: the number of the first row, and a record batch.
 
-    ``columns`` None means all. A batch must not be used after the next one was asked for. Raises
-    ``DamagedTableError``, and :class:`DataError` if pyarrow is not installed.
+    ``columns`` None means all. A batch must not be used after the next one was asked for. Memory grows
+    with the largest page of a Parquet file, which pyarrow decompresses as a whole, and with the
+    largest compressed batch of an Arrow file.
+
+    Raises ``DamagedTableError``, and :class:`DataError` if pyarrow is not installed.
     """
     read = _parquet_batches if format_ == "parquet" else _arrow_batches
     yield from read(path, start, end, columns)
@@ -71,8 +78,10 @@ def _parquet_batches(
                 columns=columns,
                 use_threads=False,
             ):
+                count = batch.num_rows
                 yield row, batch
-                row += batch.num_rows
+                row += count
+                del batch  # before the next one is made
 
 
 def _arrow_batches(
@@ -174,7 +183,7 @@ def _damage(error: Exception) -> str:
 def _require_columns(names: Sequence[str], columns: Sequence[str] | None) -> None:
     for column in columns or ():
         if column not in names:
-            raise DamagedTableError(missing_field(column, "column", names))
+            raise WrongColumnError(missing_field(column, "column", names))
 
 
 def _rows_per_batch(num_rows: int, size_bytes: int) -> int:
