@@ -9,6 +9,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.checkpoint import fill_dir, unknown_placeholder
+from kempnerforge.config.path_text import expand
 from kempnerforge.config.schema import CheckpointConfig
 
 
@@ -31,7 +32,7 @@ def check(config: CheckpointConfig, state: TrainState) -> None:
 
 def folders(config: CheckpointConfig, run_dir: str | Path, context: RunContext | None) -> tuple[Path, Path]:
     """Return the run's folder and its checkpoint folder, in which ``{run_id}`` may not be filled in yet."""
-    folder = Path(config.dir).expanduser() if config.dir else None
+    folder = expand(config.dir, key="checkpoint.dir") if config.dir else None
     if context is None:  # a user's loop may change its working directory
         run_dir = paths.local_path(run_dir)  # check the text: a ``Path`` does not keep the ``//`` of a URL
         folder = paths.local_path(folder) if folder is not None else None

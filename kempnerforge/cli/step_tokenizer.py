@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.load import load_path
 from kempnerforge.cli.step_config import section
+from kempnerforge.config.path_text import expand
 from kempnerforge.data.index import INDEX_NAME, read_index
 from kempnerforge.data.tokenizer import BYTES, TOKENIZER, ByteTokenizer, load_tokenizer, tokenizer_path
 from kempnerforge.errors import DataError, KempnerForgeError
@@ -90,7 +91,8 @@ def _find_tokenizer(
     elif recorded.get("digest") == ByteTokenizer().digest:
         path = BYTES
     elif data.get("dataset_path") is not None:
-        path = recorded.get("path") or str(Path(str(data["dataset_path"])).expanduser() / TOKENIZER)
+        folder = expand(str(data["dataset_path"]), key="data.dataset_path")
+        path = recorded.get("path") or str(folder / TOKENIZER)
     elif "path" in imported:
         path = str(Path(str(imported["path"])) / TOKENIZER)
     else:
@@ -127,9 +129,9 @@ def _separator(view: StepView, config: Mapping[str, Any]) -> int | None:
     if recorded.isdecimal():
         return int(recorded)
     folder = section(config, "data").get("dataset_path")
-    if folder is None or not (Path(str(folder)).expanduser() / INDEX_NAME).is_file():
+    if folder is None or not ((path := expand(str(folder), key="data.dataset_path")) / INDEX_NAME).is_file():
         return None
-    return read_index(Path(str(folder)).expanduser()).separator_id
+    return read_index(path).separator_id
 
 
 def _imported_from(view: StepView, config: Mapping[str, Any], note: Note) -> dict[str, Any]:
@@ -143,7 +145,7 @@ def _imported_from(view: StepView, config: Mapping[str, Any], note: Note) -> dic
         if not given or "model" in checkpoint.get("exclude_from_loading", []):
             return {}
         try:
-            view = StepView.open(load_path.candidates(Path(given).expanduser())[0])
+            view = StepView.open(load_path.candidates(expand(given, key="checkpoint.load_path"))[0])
             config = view.config()
         except (KempnerForgeError, OSError) as error:
             note(f"the end token of the weights that the run began with is unknown: {error}")

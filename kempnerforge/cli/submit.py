@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 from kempnerforge import fsio
 from kempnerforge.cli.config import NoFiles, NoPlugins, file_and_overrides
 from kempnerforge.cli.plugin_check import check_plugins
+from kempnerforge.config.path_text import expand
 from kempnerforge.config.run import PLACEHOLDER
 from kempnerforge.config.schema import LoadedJob, load_job
 from kempnerforge.config.sources import DEFAULT
@@ -124,7 +125,7 @@ def submit(
     load = partial(_load, world_size=nodes * ranks, no_files=no_files, no_plugins=no_plugins)
     loaded = load(file, overrides)
     run_dir = loaded.job.run.dir or f"runs/{loaded.job.run.name}"
-    run_dir = str(Path(run_dir).expanduser()) if sweep else run_dir
+    run_dir = str(expand(run_dir, key="run.dir")) if sweep else run_dir
     cells = _make_sweep(sweep, file, overrides, run_dir, loaded.job.run.name) if sweep else None
     for cell in cells.cells if cells is not None else []:
         where = f"task {cell.task} of the sweep ({cell.description})"
@@ -192,7 +193,7 @@ def _queue(request: Request, run_dir: str, sweep: Sweep | None, *, dry_run: bool
         typer.echo(text, nl=False)
         return
     if sweep is not None:
-        write_sweep(Path(run_dir).expanduser(), sweep)
+        write_sweep(expand(run_dir, key="run.dir"), sweep)
     _make_folder(Path(expand_pattern(request.output, {})).parent)
     _follow(slurm_job.submit(text), run_dir, request)
 
@@ -221,7 +222,7 @@ def _shutdown_timeout_s(loaded: LoadedJob, run_dir: str, sbatch_options: list[st
 
 
 def _earlier_saves_s(run_dir: str) -> list[float]:
-    return saves_s(read_events(Path(run_dir).expanduser()))
+    return saves_s(read_events(expand(run_dir, key="run.dir")))
 
 
 def _warn(text: str) -> None:
@@ -231,9 +232,9 @@ def _warn(text: str) -> None:
 def _log(run_dir: str, sbatch_options: list[str], *, is_sweep: bool) -> str:
     """Return the path pattern of the job's log: in the run's folder, unless SLURM would have to create it."""
     if is_sweep:
-        return escape_pattern(str(Path(run_dir).expanduser() / "slurm")) + "/%A_%a.log"
+        return escape_pattern(str(expand(run_dir, key="run.dir") / "slurm")) + "/%A_%a.log"
     if not PLACEHOLDER.search(run_dir):
-        return escape_pattern(str(Path(run_dir).expanduser() / "slurm")) + "/%j.log"
+        return escape_pattern(str(expand(run_dir, key="run.dir") / "slurm")) + "/%j.log"
     is_array = option_value(sbatch_options, "--array", "-a") is not None
     return "slurm-%x-%A_%a.log" if is_array else "slurm-%x-%j.log"
 

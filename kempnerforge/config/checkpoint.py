@@ -29,7 +29,7 @@ class AsyncCheckpointMode(str, Enum):  # noqa: UP042 - code in the field formats
 DIR_PLACEHOLDERS = ("run_name", "run_id")
 """Placeholders in ``checkpoint.dir``, filled when the run starts."""
 
-_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+_PLACEHOLDER = re.compile(r"(?<!\$)\{([^{}]*)\}")
 
 
 def fill_dir(folder: str, *, run_name: str, run_id: str) -> str:

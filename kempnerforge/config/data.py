@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from kempnerforge.config.path_text import expand
 from kempnerforge.config.section import Arguments, AtLeastZero, FractionBelowOne, NonEmpty, Section
+
+PackingMethod = Literal["contiguous", "best_fit"]
 
 
 class ValDataConfig(Section):
@@ -46,23 +49,39 @@ class DataConfig(Section):
     only."""
 
     cache_dir: NonEmpty | None = None
-    """Folder for prepared text, shared by all nodes. None means $XDG_CACHE_HOME/kempnerforge or
+    """Folder for prepared text and packings, shared by all nodes. None means $XDG_CACHE_HOME/kempnerforge or
     ~/.cache/kempnerforge."""
 
     val_fraction: FractionBelowOne = 0.01
     """Fraction of the text, or of the samples of dataset, to hold out for validation. Not used with
     val."""
 
+    document_mask: bool = False
+    """Keep attention within documents, and let positions begin at 0 in each. The target after the last
+    token of a document counts nothing. Needs prepared tokens, which tell where documents end."""
+
+    packing: PackingMethod = "contiguous"
+    """How documents become sequences of train.seq_len. "contiguous" cuts the stream of tokens at equal
+    distances. "best_fit" cuts only documents that are longer than a sequence, and fills the rest of
+    each sequence with tokens that count nothing. Needs what document_mask needs."""
+
     allow_changed: bool = False
     """Let a run continue although its data differ from the data it started with."""
 
+    num_workers: AtLeastZero = 0
+    """Number of processes per rank that read samples of dataset for training. 0 reads them in the rank."""
+
     prefetch_batches: AtLeastZero = 2
-    """Number of batches to read ahead in the background. 0 reads each batch when it is needed."""
+    """Number of batches to read ahead in the background. 0 reads each batch when it is needed. With
+    num_workers, each worker reads one more."""
 
     @property
     def cache_folder(self) -> Path:
-        """Folder for prepared text, with ``~`` expanded. Does not create it."""
+        """Folder for prepared text, with ``~`` and ``$VAR`` expanded. Does not create it.
+
+        Raises ConfigError for a variable that is not set.
+        """
         if self.cache_dir is not None:
-            return Path(self.cache_dir).expanduser()
+            return expand(self.cache_dir, key="data.cache_dir")
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return Path(base).expanduser() / "kempnerforge"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from kempnerforge.config.suggestions import find_field, suggest_key
 from kempnerforge.errors import ConfigIssue
 
 COMMAND_LINE = "command line"
+_NO_ZERO = re.compile(r"^([+-]?)(\.\d)")
 
 
 def split_positionals(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -61,8 +63,10 @@ def parse_value(text: str, *, as_text: bool) -> Any:
     """Parse ``text`` as a TOML value. Return the text itself if it is not TOML.
 
     With ``as_text`` (the key accepts any string) only a quoted string or a list is parsed as TOML:
-    numbers and dates remain text.
+    numbers and dates remain text. A number may begin with its point, as in .001, which TOML forbids.
     """
+    if not as_text:
+        text = _NO_ZERO.sub(r"\g<1>0\2", text)
     try:
         parsed = tomli.loads(f"value = {text}")
     except ValueError:  # not TOML, or an integer of thousands of digits

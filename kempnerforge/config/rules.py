@@ -150,10 +150,20 @@ def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
         return [ConfigIssue(f"data.{given[0]}", problem, 'set the others to "none"')]
     if data.dataset is not None:
         return []
-    names = [name for name in ("args", "val") if getattr(data, name)]
+    names = [name for name in ("args", "val", "num_workers") if getattr(data, name)]
     return [
         ConfigIssue(f"data.{name}", "has no effect without data.dataset", "leave it out") for name in names
     ]
+
+
+def documents_are_known(data: DataConfig) -> list[ConfigIssue]:
+    """Refuse what needs documents for a dataset of the user's, whose samples do not tell theirs."""
+    if data.dataset is None:
+        return []
+    needs = {"document_mask": data.document_mask, "packing": data.packing != "contiguous"}
+    problem = f"samples of {data.dataset} do not tell where documents end"
+    hint = "leave it out, or use data.text or dataset_path"
+    return [ConfigIssue(f"data.{key}", problem, hint) for key, is_set in needs.items() if is_set]
 
 
 def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
@@ -304,6 +314,7 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     sequence_fits_model,
     loss_arguments_fit,
     data_has_one_source,
+    documents_are_known,
     vocabulary_fits,
     validation_has_data,
     schedule_fits_run,

@@ -10,13 +10,14 @@ from typing import Annotated
 
 from pydantic import Field
 
+from kempnerforge.config.path_text import expand
 from kempnerforge.config.section import AtLeastZero, NonEmpty, Section
 from kempnerforge.errors import ConfigError, ConfigIssue
 
 PLACEHOLDERS = {"job_id": "SLURM_JOB_ID", "array_task_id": "SLURM_ARRAY_TASK_ID"}
 """Placeholder in ``run.dir`` -> the environment variable that fills it."""
 
-PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+PLACEHOLDER = re.compile(r"(?<!\$)\{([^{}]*)\}")
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
@@ -37,17 +38,17 @@ class RunConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """The run's folder, with placeholders and ``~`` expanded. Does not create it.
+        """The run's folder, with placeholders, ``~`` and ``$VAR`` expanded. Does not create it.
 
         Raises:
-            ConfigError: a placeholder has no value outside a SLURM job.
+            ConfigError: a placeholder has no value outside a SLURM job, or a variable is not set.
         """
         if self.dir is None:
             return Path("runs") / self.name
         if faults := unfilled_placeholders(self.dir, os.environ):
             raise ConfigError(faults)
         filled = PLACEHOLDER.sub(lambda match: os.environ[PLACEHOLDERS[match[1]]], self.dir)
-        return Path(filled).expanduser()
+        return expand(filled, key="run.dir")
 
 
 def unfilled_placeholders(text: str, environ: Mapping[str, str]) -> list[ConfigIssue]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import tomli
 
+from kempnerforge.config.path_text import expand
 from kempnerforge.errors import ConfigError, ConfigIssue
 
 Tree = dict[str, Any]
@@ -47,7 +48,7 @@ def read_layers(path: Path) -> list[Layer]:
         if not isinstance(base, str) or not base:
             raise _file_fault("extends", f"{base!r} is not a path", 'write extends = "base.toml"', path)
         asked_by = str(path)
-        path = Path(os.path.normpath(path.parent / Path(base).expanduser()))
+        path = Path(os.path.normpath(path.parent / expand(base, key="extends")))
         if os.path.abspath(path) in seen:
             circle = " -> ".join(os.path.basename(file) for file in [*seen, path])
             raise _file_fault("extends", f"forms a cycle: {circle}", "remove one of them", asked_by)
@@ -89,11 +90,15 @@ _TOML_HINTS = {
 """Beginning of a message of tomli -> what to change."""
 
 
+_BARE_POINT = re.compile(r"=\s*([+-]?)(\.\d[\d_]*(?:[eE][+-]?\d+)?)")
+"""A number such as .001."""
+
+
 def _read_toml(path: Path, asked_by: str) -> Tree:
     origin = f" (which {asked_by} extends)" if asked_by else ""
     text = ""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
         return tomli.loads(text)
     except FileNotFoundError:
         problem, hint = "does not exist", _files_near(path.parent)
@@ -115,6 +120,8 @@ def _toml_fault(message: str, text: str) -> tuple[str, str]:
     hint = next((hint for start, hint in _TOML_HINTS.items() if message.startswith(start)), "")
     if found := re.search(r"\(at line (\d+), column (\d+)\)", message):
         line = text.splitlines()[int(found[1]) - 1].strip()
+        if number := _BARE_POINT.search(line):
+            hint = f"write {number[1]}0{number[2]}: a number has digits on both sides of its point"
         message = f"{message[: found.start()]}in line {found[1]}, column {found[2]}: {line[:80]}"
     return f"is not valid TOML: {message}", hint
 

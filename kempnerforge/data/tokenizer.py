@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import xxhash
 
+from kempnerforge.config.path_text import expand
 from kempnerforge.data.text_decoder import ByteDecoder, TextDecoder, WindowDecoder
 from kempnerforge.errors import DataError
 from kempnerforge.fsio import GIT_LFS_POINTER
@@ -227,7 +228,7 @@ def tokenizer_path(spec: str) -> Path | None:
     """Return the tokenizer file of ``spec``, which need not exist, or None for ``"bytes"``."""
     if spec == BYTES:
         return None
-    path = Path(spec).expanduser()
+    path = expand(spec, key="data.tokenizer")
     return path / TOKENIZER if path.is_dir() else path
 
 

@@ -17,11 +17,12 @@ from kempnerforge.checkpoint.load import load_path
 from kempnerforge.checkpoint.run import metadata
 from kempnerforge.config.checkpoint import LoadablePart
 from kempnerforge.config.model_changes import model_changes
+from kempnerforge.config.path_text import expand, unset_variables
 from kempnerforge.config.run import PLACEHOLDER, unfilled_placeholders
 from kempnerforge.config.schema import JobConfig, LoadedJob
 from kempnerforge.data.corpus import PYTHON_STDLIB, files_of
 from kempnerforge.data.tokenizer import load_tokenizer
-from kempnerforge.data.tokens import load_shards
+from kempnerforge.data.tokens import RowOptions, load_shards
 from kempnerforge.errors import (
     ConfigError,
     ConfigIssue,
@@ -59,7 +60,9 @@ def file_faults(job: JobConfig, *, at_start: bool = False) -> list[ConfigIssue]:
     With ``at_start``, unreadable files are ignored and a damaged checkpoint raises, as in
     ``check_files``. Otherwise both are faults.
     """
-    faults: list[ConfigIssue] = []
+    faults = _variables(job)
+    if faults:
+        return faults
     for key, check in _CHECKS.items():
         try:
             faults += check(job)
@@ -72,14 +75,27 @@ def file_faults(job: JobConfig, *, at_start: bool = False) -> list[ConfigIssue]:
     return faults
 
 
+def _variables(job: JobConfig) -> list[ConfigIssue]:
+    """Check that the environment variables in paths are set. Without them nothing else can be checked."""
+    found = {
+        "run.dir": job.run.dir,
+        "checkpoint.dir": job.checkpoint.dir,
+        "checkpoint.load_path": job.checkpoint.load_path,
+        "data.dataset_path": job.data.dataset_path,
+        "data.tokenizer": job.data.tokenizer,
+        "data.cache_dir": job.data.cache_dir,
+    }
+    return [fault for key, text in found.items() if text for fault in unset_variables(text, key=key)]
+
+
 def _folders(job: JobConfig) -> list[ConfigIssue]:
     """Check that the folders of the run can be created, or exist and can be written."""
     folders = {"run.dir": job.run.dir or f"runs/{job.run.name}", "checkpoint.dir": job.checkpoint.dir}
-    if job.data.text is not None:
+    if job.data.text is not None or job.data.packing != "contiguous":
         folders["data.cache_dir"] = str(job.data.cache_folder)
     faults = []
     for key, folder in folders.items():
-        if folder and (problem := _why_not_writable(Path(folder).expanduser())):
+        if folder and (problem := _why_not_writable(expand(folder, key=key))):
             faults.append(ConfigIssue(key, f'"{folder}": {problem}', WRITABLE))
     return faults
 
@@ -142,13 +158,16 @@ def _dataset(job: JobConfig) -> list[ConfigIssue]:
         return []
     try:
         data = load_shards(
-            job.data.dataset_path, vocab_size=job.model.vocabulary, val_fraction=job.data.val_fraction
+            job.data.dataset_path,
+            vocab_size=job.model.vocabulary,
+            val_fraction=job.data.val_fraction,
+            rows=RowOptions.of(job.data),
         )
         for problem in list(data.problems(contents=False).values())[:1]:
             return [ConfigIssue("data.dataset_path", problem, f"see: kempnerforge data inspect {data.path}")]
-        data.split("train", job.train.seq_len)
+        data.check_split("train", job.train.seq_len)
         if job.eval.interval:
-            data.split("val", job.train.seq_len)
+            data.check_split("val", job.train.seq_len)
     except DataError as error:
         return [ConfigIssue("data.dataset_path", str(error))]
     return []
@@ -160,7 +179,7 @@ def _warm_start(job: JobConfig) -> list[ConfigIssue]:
     if given is None or has_committed_step(job):
         return []
     try:
-        return _step_issues(job, load_path.candidates(Path(given).expanduser())[0])
+        return _step_issues(job, load_path.candidates(expand(given, key="checkpoint.load_path"))[0])
     except (StepNotFoundError, MismatchError) as error:
         return [ConfigIssue("checkpoint.load_path", str(error))]
 
@@ -198,7 +217,7 @@ def has_committed_step(job: JobConfig) -> bool:
     if record is None:
         return False
     moved_to = job.checkpoint.dir
-    checkpoints = Path(moved_to).expanduser() if moved_to else record.checkpoint_folder(folder)
+    checkpoints = expand(moved_to, key="checkpoint.dir") if moved_to else record.checkpoint_folder(folder)
     return bool(paths.committed_steps(checkpoints))
 
 

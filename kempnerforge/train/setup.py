@@ -22,6 +22,7 @@ from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.versions import versions
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
+from kempnerforge.config.path_text import expand
 from kempnerforge.config.plugin_uses import check_plugins, plugin_versions
 from kempnerforge.config.schema import AsyncCheckpointMode, JobConfig, ParallelDims
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
@@ -30,7 +31,7 @@ from kempnerforge.data.map_dataset import MapDataset, MapSamples
 from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.sample_order import ids_digest
 from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_path
-from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
+from kempnerforge.data.tokens import RowOptions, Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.context import DistributedContext, collectives_issued
 from kempnerforge.errors import ConfigError, DataError, KempnerForgeError, LeaseLostError, StopRequestedError
 from kempnerforge.goodput.run_history import RunHistory
@@ -101,6 +102,7 @@ class Run:
             dp_size=self.geometry.dp,
             cursor=Cursor(**self.state.cursor),
             prefetch_batches=self.job.data.prefetch_batches,
+            num_workers=self.job.data.num_workers,
         )
 
 
@@ -305,8 +307,12 @@ def _build_state(
     )
 
 
-def open_data(job: JobConfig, world: DistributedContext, signals: StopSignals) -> TokenDataset | MapDataset:
+def open_data(
+    job: JobConfig, world: DistributedContext, signals: StopSignals, *, needs_val: bool | None = None
+) -> TokenDataset | MapDataset:
     """Prepare and check the data on rank 0 while the other ranks wait, then open them on every rank.
+
+    ``needs_val`` says whether the validation split is used. None means: if ``eval.interval`` is set.
 
     Collective: all ranks. Raises DataError on all ranks, and for a dataset of the user's also
     ConfigError and PluginError.
@@ -314,9 +320,18 @@ def open_data(job: JobConfig, world: DistributedContext, signals: StopSignals) -
     if job.data.dataset is not None:
         return open_map_dataset(job, world.control, signals)
 
+    options: dict[str, Any] = {
+        "vocab_size": job.model.vocabulary,
+        "val_fraction": job.data.val_fraction,
+        "rows": RowOptions.of(job.data),
+    }
+
+    needs_val = bool(job.eval.interval) if needs_val is None else needs_val
+    splits = ("train", "val") if needs_val else ("train",)
+
     def run_on_rank0() -> Path:
         if job.data.dataset_path is not None:
-            path = Path(job.data.dataset_path).expanduser()
+            path = expand(job.data.dataset_path, key="data.dataset_path")
         else:
             assert job.data.text is not None
             log.info(f"data: scanning {job.data.text}")
@@ -324,19 +339,19 @@ def open_data(job: JobConfig, world: DistributedContext, signals: StopSignals) -
             path = prepare_cached(
                 job.data.text, tokenizer, job.data.cache_folder, val_fraction=job.data.val_fraction
             )
-        dataset = open_dataset(path, vocab_size=job.model.vocabulary, val_fraction=job.data.val_fraction)
-        num_samples = dataset.split("train", job.train.seq_len).num_samples
-        log.info(f"data: {num_samples:,} samples of {job.train.seq_len} tokens in {path}")
-        if job.eval.interval:
-            dataset.split("val", job.train.seq_len)
+        dataset = open_dataset(path, **options)
+        log.info(f"data: {dataset.split('train', job.train.seq_len).describe()} in {path}")
+        for name in splits[1:]:
+            dataset.split(name, job.train.seq_len)
         return path
 
     path = world.control.run_on_rank0(lambda: signals.interruptible(run_on_rank0))
     error, dataset = None, None
     try:
-        dataset = open_dataset(
-            path, vocab_size=job.model.vocabulary, val_fraction=job.data.val_fraction, verify=False
-        )
+        dataset = open_dataset(path, **options, verify=False)
+        # A packing that this node does not see is found here, where all ranks agree on errors.
+        for name in splits:
+            dataset.split(name, job.train.seq_len)
     except DataError as raised:
         error = raised
     world.control.raise_on_any_error(error)
@@ -390,7 +405,7 @@ def _tokenizer(job: JobConfig, dataset: TokenDataset | MapDataset) -> dict[str, 
     """Return what an export needs to identify the tokenizer of the run, and its end token."""
     found: dict[str, str] = {}
     if job.checkpoint.load_path is not None:
-        found["load_path"] = os.path.abspath(Path(job.checkpoint.load_path).expanduser())
+        found["load_path"] = os.path.abspath(expand(job.checkpoint.load_path, key="checkpoint.load_path"))
     if isinstance(dataset, MapDataset) or dataset.index is None:  # they do not know their tokenizer
         return found
     found |= {"digest": dataset.index.tokenizer_digest, "separator_id": str(dataset.index.separator_id)}

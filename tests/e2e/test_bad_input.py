@@ -41,6 +41,7 @@ BAD_CONFIGS: dict[str, tuple[str, list[str], list[str]]] = {
         ["dataset_path", "text"],
     ),
     "a parallelism that does not fit": ("[distributed]\ntp = 3", [], ["distributed.tp", "n_heads"]),
+    "a variable that is not set": ("", ["--run.dir=$UNSET_KF/run"], ["run.dir", "$UNSET_KF is not set"]),
     "several faults": ("[train]\nseed = -1\n[eval]\ninterval = 'x'", [], ["train.seed", "eval.interval"]),
 }
 

@@ -114,6 +114,8 @@ GOOD_OVERRIDES: list[tuple[list[str], str, Any]] = [
     (["--distributed.dp_shard", "-1"], "distributed.dp_shard", -1),
     (["--optimizer.betas=[0.8, 0.9]"], "optimizer.betas", [0.8, 0.9]),
     (["--optimizer.lr=1"], "optimizer.lr", 1.0),
+    (["--optimizer.lr=.001"], "optimizer.lr", 0.001),
+    (["--run.dir=.1"], "run.dir", ".1"),
     (
         ["--checkpoint.load_path=x", '--checkpoint.exclude_from_loading=["rng"]'],
         "checkpoint.exclude_from_loading",
@@ -173,6 +175,8 @@ BAD_FILES = [
     ),
     ({"a.toml": "[run]\nname = quickstart\n"}, "in line 2, column 8: name = quickstart; text needs quotes"),
     ({"a.toml": '[run]\nname = "quick\n'}, 'name = "quick; a quotation mark is missing'),
+    ({"a.toml": "[optimizer]\nlr = .001\n"}, "line 2, column 6: lr = .001; write 0.001: a number has digits"),
+    ({"a.toml": "[optimizer]\nlr = -.5e-3\n"}, "write -0.5e-3: a number has digits"),
     ({"a.toml": "[run]\n[run]\n"}, "in line 2, column 5: [run]; this table is there twice"),
     ({"a.toml": "x = ["}, "{a}: is not valid TOML: Invalid value (at end of document)"),
     ({"b.toml": ""}, "{a}: does not exist; in {folder} there are: b.toml"),
@@ -201,6 +205,21 @@ def test_config_unreadable_file_is_fault(tmp_path: Path, files: dict[str, str], 
     assert expected in str(caught.value)
     assert "extends" in str(caught.value) or len(str(caught.value).splitlines()) == 1
     assert caught.value.exit_status == 2
+
+
+def test_config_file_with_byte_order_mark_loads(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes(b'\xef\xbb\xbf[run]\nname = "marked"\n[data]\ntext = "x"\n')
+    assert load_job(tmp_path / "a.toml").job.run.name == "marked"
+
+
+def test_config_extends_expands_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BASES", str(tmp_path / "bases"))
+    write(tmp_path, "bases/b.toml", '[run]\nname = "based"\n[data]\ntext = "x"\n')
+    write(tmp_path, "a.toml", 'extends = "$BASES/b.toml"')
+    assert load_job(tmp_path / "a.toml").job.run.name == "based"
+    monkeypatch.delenv("BASES")
+    with pytest.raises(ConfigError, match=r"\$BASES is not set"):
+        load_job(tmp_path / "a.toml")
 
 
 def test_config_file_not_utf8_is_fault(tmp_path: Path) -> None:

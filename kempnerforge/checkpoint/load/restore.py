@@ -26,6 +26,7 @@ from kempnerforge.checkpoint.run.resume_report import Receipt, Rejected
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.extra_state import PREFIX as EXTRA
 from kempnerforge.checkpoint.state.train_state import TrainState
+from kempnerforge.config.path_text import expand
 from kempnerforge.config.schedule_changes import learning_rate_change
 from kempnerforge.config.schema import CheckpointConfig
 from kempnerforge.config.toml_text import flatten
@@ -156,7 +157,7 @@ class Restorer:
         """Begin at step 0, or from ``load_path`` if it is set."""
         if self._config.load_path is None:
             return Receipt(self._context.attempt)
-        wanted = Path(self._config.load_path).expanduser()
+        wanted = expand(self._config.load_path, key="checkpoint.load_path")
         candidate = self._control.run_on_rank0(lambda: candidates.find_warm_start(wanted))
         parts = tuple(part for part in ALL_PARTS if part not in self._config.exclude_from_loading)
         if "model" in parts:

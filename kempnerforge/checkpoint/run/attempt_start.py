@@ -21,6 +21,7 @@ from kempnerforge.checkpoint.run.lease import Lease, acquire
 from kempnerforge.checkpoint.run.metadata import RUN_FILE, RunRecord
 from kempnerforge.checkpoint.run.resume_report import read_receipts
 from kempnerforge.config.checkpoint import fill_dir
+from kempnerforge.config.path_text import expand
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.errors import (
     DamagedCheckpointError,
@@ -197,7 +198,7 @@ class _Wanted:
     def moved_to(self, run_id: str) -> str:
         """Return the absolute path; empty for ``checkpoints/`` in the run's folder."""
         filled = fill_dir(self.checkpoint_dir, run_name=self.run_name, run_id=run_id)
-        return os.path.abspath(os.path.expanduser(filled)) if filled else ""
+        return os.path.abspath(expand(filled, key="checkpoint.dir")) if filled else ""
 
 
 def _take_checkpoints(folder: Path, record: RunRecord, wanted: _Wanted, options: OpenOptions) -> RunRecord:
