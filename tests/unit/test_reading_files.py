@@ -115,7 +115,7 @@ def test_find_files_expands_home_and_variables(tree: Path, monkeypatch: pytest.M
         assert read_names(find_files(entry), tree) == ["a/z.txt"]
     monkeypatch.delenv("MY_DATA")
     for entry in ("$MY_DATA/z.txt", "${MY_DATA}/*"):
-        with pytest.raises(DataError, match=r"the variable \$MY_DATA is not set"):
+        with pytest.raises(DataError, match=r"data\.text: .*\$MY_DATA is not set; set the variable"):
             find_files(entry)
 
 
