@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from kempnerforge.data.reading import heads, streams, table_files
+from kempnerforge.data.reading import heads, streams, units
 from kempnerforge.data.reading.documents import read_pieces
 from kempnerforge.data.reading.files import FoundFiles, digest_file, files_of, find_files
 from kempnerforge.data.reading.items import Piece
@@ -340,7 +340,15 @@ def test_huggingface_download_is_read_through_snapshots(tmp_path: Path) -> None:
     assert reasons(found)["blobs"] == "storage of the Hub; its files are in snapshots"
 
 
-def test_arrow_file_units_are_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_files, "BATCH_BYTES", 1)
-    write_arrow(tmp_path / "x.arrow", "a", "b", "c")
-    assert documents_in(find_files(str(tmp_path))) == ["a", "b", "c"]
+def test_wrong_column_is_reported_once_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+    pq.write_table(
+        pa.table({"body": ["a", "b", "c"], "n": [1, 2, 3]}), tmp_path / "x.parquet", row_group_size=1
+    )
+    (file,) = find_files(str(tmp_path)).files
+    for field, reason in (("text", 'it has no column "text"'), ("n", 'its column "n" has type int64')):
+        options = ReadOptions(text_field=field, skip_unreadable=True)
+        parts = units_of(file, options)
+        (fault,) = [item for part in parts for item in read_pieces(part, options)]
+        assert len(parts) == 3
+        assert str(fault).startswith(f"{file.path}: {reason}")
