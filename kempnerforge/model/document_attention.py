@@ -73,15 +73,15 @@ def block_mask(document_ids_BT: Tensor) -> BlockMask:
     """
     seq_len = document_ids_BT.size(1)
     num_blocks = -(-seq_len // BLOCK)
-    firsts_BN = document_ids_BT[:, ::BLOCK]
-    lasts_BN = F.pad(document_ids_BT, (0, num_blocks * BLOCK - seq_len), "replicate")[:, BLOCK - 1 :: BLOCK]
     block_N = torch.arange(num_blocks, device=document_ids_BT.device)
+    ends_N = (block_N + 1) * BLOCK
+    firsts_BN = document_ids_BT[:, block_N * BLOCK]
+    lasts_BN = document_ids_BT[:, ends_N.clamp(max=seq_len) - 1]
     is_earlier_NN = block_N[None, :] < block_N[:, None]
-    is_whole_N = (block_N + 1) * BLOCK <= seq_len
     # Dimensions: blocks of queries, blocks of keys.
     reaches_BNN = lasts_BN[:, None, :] >= firsts_BN[:, :, None]
     some_BNN = reaches_BNN & (is_earlier_NN | (block_N[None, :] == block_N[:, None]))
-    all_BNN = (firsts_BN[:, None, :] == lasts_BN[:, :, None]) & is_earlier_NN & is_whole_N[:, None]
+    all_BNN = (firsts_BN[:, None, :] == lasts_BN[:, :, None]) & is_earlier_NN & (ends_N <= seq_len)[:, None]
 
     def attends(b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_ids_BT[b, query] == document_ids_BT[b, key])
