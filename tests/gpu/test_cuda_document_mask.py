@@ -16,9 +16,9 @@ CUTS = [[[300, 1, 723], [1024]], [[128] * 8, [7, 1017]]]
 
 def gradients(inputs: list[Tensor], ids_BT: Tensor) -> list[Tensor]:
     """Return the result and the gradients for queries, keys and values, in fp32 on the CPU."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    mixed = document_attention(*leaves, document_mask(ids_BT))
-    grads = torch.autograd.grad(mixed.float().square().sum(), leaves)
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    mixed = document_attention(q, k, v, document_mask(ids_BT))
+    grads = torch.autograd.grad(mixed.float().square().sum(), (q, k, v))
     return [x.detach().float().cpu() for x in (mixed, *grads)]
 
 
