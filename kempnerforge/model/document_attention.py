@@ -1,10 +1,10 @@
 """Causal attention within documents, where several documents stand in one row.
 
-What torch offers (read in 2.11 to 2.13), and what is used:
+What torch offers (documentation of 2.10 to 2.12, source of 2.13), and what is used:
 
 - On CUDA: ``flex_attention`` with a block mask. It is one fused kernel for fp32 and bf16, shared
-  key and value heads, and compiled models and others; its backward uses no atomics, so the bits
-  repeat. Blocks of 128 x 128 pairs without a common document are skipped, and no T x T matrix exists.
+  key and value heads, and compiled models and others. Its backward adds nothing atomically, so the
+  bits should repeat. Blocks of 128 x 128 pairs without a common document are skipped, and no T x T matrix exists.
   ``varlen_attn`` has no fp32, and needs the number of documents on the host: it would wait for the
   device in every micro-batch.
 - On the CPU: the fused kernel of ``scaled_dot_product_attention``, document by document, as one
@@ -61,7 +61,7 @@ def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Doc
 
 
 def _begins(document_ids_BT: Tensor) -> Tensor:
-    """Return whether a document begins at a token, bool [B, T]. One does at the begin of each row."""
+    """Return whether a document begins at a token, bool [B, T]. One does at the start of each row."""
     return F.pad(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], (1, 0), value=True)
 
 
