@@ -4,9 +4,9 @@ What torch offers (documentation of 2.10 to 2.12, source of 2.13), and what is u
 
 - On CUDA: ``flex_attention`` with a block mask. It is one fused kernel for fp32 and bf16, shared
   key and value heads, and compiled models and others. Its backward adds nothing atomically, so the
-  bits should repeat. Blocks of 128 x 128 pairs without a common document are skipped, and no T x T matrix exists.
-  ``varlen_attn`` has no fp32, and needs the number of documents on the host: it would wait for the
-  device in every micro-batch.
+  bits should repeat. Blocks of 128 x 128 pairs without a common document are skipped, and no T x T
+  matrix exists. ``varlen_attn`` has no fp32, and needs the number of documents on the host: it would
+  wait for the device in every micro-batch.
 - On the CPU: the fused kernel of ``scaled_dot_product_attention``, document by document, as one
   operator. ``flex_attention`` has no backward there, and ``varlen_attn`` no kernel. A boolean mask
   costs a T x T matrix, and the time of all pairs.
