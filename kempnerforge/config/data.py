@@ -11,7 +11,7 @@ from pydantic import Field
 from kempnerforge.config.path_text import expand
 from kempnerforge.config.section import Arguments, AtLeastZero, FractionBelowOne, NonEmpty, Section
 
-Packing = Literal["contiguous", "best_fit"]
+PackingMethod = Literal["contiguous", "best_fit"]
 
 
 class ValDataConfig(Section):
@@ -61,7 +61,7 @@ class DataConfig(Section):
     token of a document counts nothing. Refused for .npy shards and datasets of your own, which do not
     tell where documents end."""
 
-    packing: Packing = "contiguous"
+    packing: PackingMethod = "contiguous"
     """How documents become sequences of train.seq_len. "contiguous" cuts the stream of tokens at equal
     distances. "best_fit" cuts only documents that are longer than a sequence, and fills the rest of
     each sequence with tokens that count nothing. Needs what document_mask needs."""
