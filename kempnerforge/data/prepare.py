@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 SHARD_TOKENS = 128 << 20
 """Tokens per shard."""
 
-TASK_BYTES = 8 << 20
+TASK_BYTES = 4 << 20
 """Bytes of files that one process tokenizes before it takes the next. What is not finished is repeated
 after a kill."""
 
