@@ -15,7 +15,7 @@ from kempnerforge.config import checkpoint_rules, optimizer_rules
 from kempnerforge.config.data import DataConfig
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.evaluation import EvalConfig
-from kempnerforge.config.model import ModelConfig
+from kempnerforge.config.model import COMMON_KEYS, ModelConfig
 from kempnerforge.config.parallel_dims import batch_faults, derive_geometry, microbatch_faults
 from kempnerforge.config.pipeline_stages import STAGES_PER_RANK, num_stages
 from kempnerforge.config.run import PLACEHOLDER, PLACEHOLDERS, RunConfig, unfilled_placeholders
@@ -52,7 +52,7 @@ def run_dir_expands(run: RunConfig, environ: Mapping[str, str] | None) -> list[C
 
 
 def model_keys_apply(model: ModelConfig) -> list[ConfigIssue]:
-    """Require ``name`` and ``args`` alone for a model of the user's, and no ``args`` for "llama"."""
+    """Require ``COMMON_KEYS`` alone for a model of the user's, and no ``args`` for "llama"."""
     if model.is_llama:
         if not model.args:
             return []
@@ -65,7 +65,7 @@ def model_keys_apply(model: ModelConfig) -> list[ConfigIssue]:
             f'is a key of "llama", and model.name is "{model.name}"',
             f"write model.args.{key}",
         )
-        for key in sorted(model.model_fields_set - {"name", "args"})
+        for key in sorted(model.model_fields_set.difference(COMMON_KEYS))
     ]
 
 

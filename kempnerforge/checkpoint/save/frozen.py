@@ -31,7 +31,7 @@ from kempnerforge.checkpoint.state.pieces import Sizes, piece_at
 from kempnerforge.errors import CheckpointError
 
 NEVER = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP)
-"""Errors of ``link`` after which a file system is not asked again. Others, such as too many links, may pass."""
+"""Errors of ``link`` after which a rank does not try again. Others, such as too many links, may pass."""
 _CHUNK = 1 << 20
 """Words of which a fingerprint on a device is computed at once."""
 _FACTOR = 0x27D4EB2F165667C5
@@ -172,7 +172,7 @@ def fingerprints(tensors: Iterable[torch.Tensor]) -> list[str]:
         for tensor in tensors:
             flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
             if flat.device.type == "cpu":
-                found.append(xxhash.xxh3_128_hexdigest(memoryview(flat.view(torch.uint8).numpy())))
+                found.append(xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy().data))
             else:
                 on_device.append((len(found), _word_sum(flat)))
                 found.append("")

@@ -94,7 +94,7 @@ class MappedBuffers:
         self._by_inode: dict[int, memoryview] = {}
 
     def view(self, fd: int, *, keep: bool) -> memoryview:
-        """Return the memory of ``fd``, and close ``fd``. With ``keep``, later requests may reuse the mapping."""
+        """Return the memory of ``fd``, and close ``fd``. ``keep``: later requests may reuse the mapping."""
         try:
             status = os.fstat(fd)
             memory = self._by_inode.get(status.st_ino)
