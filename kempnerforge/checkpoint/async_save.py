@@ -176,7 +176,7 @@ class AsyncCheckpointer:
         return self._plan.expected.size_bytes if self._plan.expected is not None else 0
 
     def linkable_bytes(self, step_folder: Path) -> int:
-        """Return how many of ``save_bytes`` a save is expected to link to ``step_folder``. First rank only."""
+        """Return how many of ``save_bytes`` a save is expected to link to a step. First rank only."""
         expected = self._plan.expected
         if expected is None or self._plan.frozen.refused:
             return 0
