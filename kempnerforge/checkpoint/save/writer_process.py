@@ -33,6 +33,7 @@ import socket
 import stat
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def serve(connection: socket.socket, progress: SharedProgress) -> None:
             request = json.loads(data)
             path = Path(request["path"])
             if request["do"] == "link":
-                answer = _link(Path(request["source"]), path, request["size_bytes"], request["identity"])
+                answer = _link(request, progress.heartbeat)
             else:
                 image = buffers.view(fds[0], keep=request["keep"])
                 answer = _answer(request, image, threads, progress, connection)
@@ -179,14 +180,17 @@ def identity_of(found: os.stat_result) -> FileIdentity:
     return found.st_ino, found.st_mtime_ns
 
 
-def _link(source: Path, path: Path, size_bytes: int, identity: list[int] | None) -> dict[str, Any]:
-    """Link ``source`` as ``path``, unless it is another file than the one that is meant."""
+def _link(request: dict[str, Any], heartbeat: Callable[[], None]) -> dict[str, Any]:
+    """Link a file, unless it is another one than the one that is meant."""
+    source, path, identity = Path(request["source"]), Path(request["path"]), request["identity"]
     try:
         path.unlink(missing_ok=True)
+        heartbeat()
         os.link(source, path, follow_symlinks=False)
+        heartbeat()
         found = os.lstat(path)
         is_same = identity is None or list(identity_of(found)) == identity
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size_bytes or not is_same:
+        if not stat.S_ISREG(found.st_mode) or found.st_size != request["size_bytes"] or not is_same:
             path.unlink()
             return {"refused": f"{source} was replaced by another file", "errno": None}
     except OSError as error:
