@@ -81,11 +81,11 @@ def freeze_issues(expressions: Sequence[str], names: Iterable[str] | None) -> li
     for index, expression in enumerate(expressions):
         key = f"model.freeze[{index}]"
         try:
-            found = names is None or any(re.search(expression, name) for name in known)
+            pattern = re.compile(expression)
         except re.error as error:
             faults.append(_not_an_expression(key, expression, error))
             continue
-        if not found:
+        if names is not None and not any(map(pattern.search, known)):
             faults.append(_no_match(key, expression, known))
     return faults
 

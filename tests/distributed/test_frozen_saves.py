@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from support.ranks import gloo_group, run_ranks
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -142,7 +142,7 @@ def test_save_steps_are_complete_alone(tmp_path: Path) -> None:
     assert all(status.st_nlink == 1 for status in shards(path)), "the others are deleted"
     safetensors_export.export(StepView.open(path, step=4), tmp_path / "out", dtype="fp32")
     target = {"model.base.weight": torch.zeros(WIDTH, WIDTH)}
-    dcp.load(target, storage_reader=HuggingFaceStorageReader(str(path)))
+    load(target, storage_reader=HuggingFaceStorageReader(str(path)))
     assert torch.equal(target["model.base.weight"], loop.model.base.weight)
     shutil.copytree(path, tmp_path / "copy")
     assert torch.equal(stored(tmp_path / "copy", "model.base.weight"), loop.model.base.weight)
@@ -203,11 +203,16 @@ def test_save_changed_frozen_weight_is_written(tmp_path: Path, change: Callable[
     loop.close()
 
 
+def move(model: Adapted) -> None:
+    for parameter in model.base.parameters():
+        parameter.data.mul_(1.5)
+
+
 def move_teacher(folder: str) -> None:
     """Both frozen tensors change at every step, as those of a teacher that follows the student."""
     loop = Loop(Path(folder), async_mode="async_with_pinned_mem")
     for _ in range(3):
-        loop.step(lambda model: [p.data.mul_(1.5) for p in model.base.parameters()] and None)
+        loop.step(move)
         weight = whole(loop.model.base.weight)
         if dist.get_rank() == 0:
             assert torch.equal(stored(loop.path(), "model.base.weight"), weight)
