@@ -140,7 +140,7 @@ def test_save_steps_are_complete_alone(tmp_path: Path) -> None:
     (path,) = loop.ckpt.folder.glob("step_*")
     assert verify(path).problems == ()
     assert all(status.st_nlink == 1 for status in shards(path)), "the others are deleted"
-    safetensors_export.export(StepView.open(path, step=4), tmp_path / "out", dtype="fp32")
+    safetensors_export.export(StepView.open(path, step=4), tmp_path / "out", dtype="F32")
     target = {"model.base.weight": torch.zeros(WIDTH, WIDTH)}
     load(target, storage_reader=HuggingFaceStorageReader(str(path)))
     assert torch.equal(target["model.base.weight"], loop.model.base.weight)
