@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.ranks import gloo_group, run_ranks
+from support.tmpfs import mounted_tmpfs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -305,6 +306,19 @@ def test_save_frozen_buffers_are_released_after_first(tmp_path: Path) -> None:
     for process in (os.getpid(), pid):
         assert "memfd:kempnerforge-shard_00001" not in Path(f"/proc/{process}/maps").read_text()
     loop.close()
+
+
+def test_save_links_need_no_space(tmp_path: Path) -> None:
+    """Eight steps of 2 MB on a disk of 3.8 MB, and a resume there."""
+    with mounted_tmpfs(tmp_path / "disk", "size=3800k", lazy=True) as disk:
+        loop = Loop(disk, keep_last_n=10)
+        for _ in range(8):
+            loop.step()
+        assert loop.ckpt.save(loop.state).skipped == ""
+        loop.close()
+        assert len(paths.committed_steps(loop.ckpt.folder)) == 8
+        again = Loop(disk, keep_last_n=10)
+        again.close()
 
 
 def test_resume_damaged_shared_file_is_found_in_all_steps(tmp_path: Path) -> None:

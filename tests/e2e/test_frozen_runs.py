@@ -153,6 +153,25 @@ def test_own_model_frozen_stages_are_alike(launcher: Launcher, corpus: Path, tmp
 
 
 @pytest.mark.smoke
+def test_run_frozen_begins_from_load_path(
+    launcher: Launcher, corpus: Path, tmp_path: Path, alone: Run
+) -> None:
+    """The weights that are not trained remain those of the checkpoint that the run began with."""
+    warm = {
+        "model.freeze": ["tok_embeddings", "layers"],
+        "checkpoint.load_path": str(alone.step_folder(6)),
+        "checkpoint.exclude_from_loading": ["optimizer", "scheduler", "data", "rng"],
+    }
+    run = make_run(tmp_path, corpus, **SETTINGS | warm)
+    launcher.finish(run, ranks=2)
+    before, after = tensor_digests(alone.step_folder(6)), tensor_digests(run.step_folder(6))
+    for name in before:
+        if name.startswith("model."):
+            is_trained = name in ("model.norm.weight", "model.output.weight")
+            assert (before[name] != after[name]) == is_trained, name
+
+
+@pytest.mark.smoke
 def test_run_other_freeze_is_refused_at_a_resume(launcher: Launcher, alone: Run) -> None:
     ended = launcher.run(alone, '--model.freeze=["tok_embeddings"]', "--train.max_steps=8")
     assert ended.statuses == [2], ended.output

@@ -30,6 +30,7 @@ pytest_plugins = ["support.run_fixtures"]
         (2, {"optimizer.name": "muon"}),
         (4, {"distributed.tp": 2, "optimizer.name": "adafactor"}),
         (1, {"optimizer.name": "schedule_free_adamw"}),
+        (2, {"model.freeze": ["tok_embeddings", "feed_forward"], "checkpoint.interval": 1}),
     ],
 )
 def test_plan_files_and_bytes_match_real_checkpoint(

@@ -27,6 +27,7 @@ from kempnerforge.errors import ConfigError, ConfigIssue
 from kempnerforge.model.build import build_meta
 from kempnerforge.plan.checkpoint_size import checkpoint_size
 from kempnerforge.plan.memory import device_memory
+from kempnerforge.telemetry.console_text import commit_line
 from kempnerforge.train.optimizer import build_optimizer, parameter_groups
 from kempnerforge.train.own_model import plan_parameters
 
@@ -199,6 +200,7 @@ def test_report_row_counts_written_bytes() -> None:
     row = SaveReport(3, "interval", 0.0, write_s=2.0, size_bytes=10_000, linked_bytes=9_000).row()
     assert (row["checkpoint/size_bytes"], row["checkpoint/written_bytes"]) == (10_000, 1_000)
     assert row["checkpoint/write_gb_per_s"] == pytest.approx(500 / 1e9)
+    assert "committed: 10.0 kB (1.0 kB written) in" in commit_line({"step": 4, **row})
 
 
 def plan_numbers(*freeze: str) -> tuple[Any, Any]:
