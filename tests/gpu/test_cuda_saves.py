@@ -265,9 +265,10 @@ def test_cuda_loop_resumes_where_it_was(mode: str, device: torch.device, tmp_pat
 
 def test_cuda_frozen_tensors_are_linked_and_changes_written(device: torch.device, tmp_path: Path) -> None:
     """Fingerprints are computed on the device. A write through ``.data`` changes them."""
-    model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.Linear(512, 3)).to(device)
-    model[0].requires_grad_(False)
-    optimizer = torch.optim.AdamW(model[1].parameters())
+    base, head = torch.nn.Linear(512, 512), torch.nn.Linear(512, 3)
+    model = torch.nn.Sequential(base, head).to(device)
+    base.requires_grad_(False)
+    optimizer = torch.optim.AdamW(head.parameters())
     state = TrainState(model=model, optimizer=optimizer)
     config = CheckpointConfig(interval=1, async_mode=AsyncCheckpointMode.async_pinned, keep_last_n=9)
     linked = []
@@ -275,7 +276,7 @@ def test_cuda_frozen_tensors_are_linked_and_changes_written(device: torch.device
         ckpt.resume(state)
         for step in range(1, 5):
             if step == 3:
-                model[0].bias.data[7] += 1
+                base.bias.data[7] += 1
             state.advance()
             ckpt.save(state, wait=True)
             (report,) = ckpt.poll()
@@ -284,5 +285,5 @@ def test_cuda_frozen_tensors_are_linked_and_changes_written(device: torch.device
             stored = {"model.0.bias": torch.empty(512)}
             load_tensors(stored, reader)
             reader.close()
-            assert torch.equal(stored["model.0.bias"], model[0].bias.cpu())
+            assert torch.equal(stored["model.0.bias"], base.bias.cpu())
     assert linked == [False, True, False, True]
