@@ -95,8 +95,8 @@ class ExpectedFiles:
 
         Raises CheckpointError and OSError if it cannot be read.
         """
-        stored = manifest.read(step_folder).files
         sizes = [(file.name, self._sizes[file.name][0]) for file in self.files if file.frozen]
+        stored = manifest.read(step_folder).files if sizes else {}
         return sum(size for name, size in sizes if name in stored and stored[name].size_bytes == size)
 
     def check(self, reports: Mapping[str, FileReport]) -> None:

@@ -132,7 +132,7 @@ class FrozenFiles:
         found = [(file, self.source_of(file)) for file in frozen]
         return FrozenSave(
             links=[(file, source) for file, source in found if source is not None],
-            tensors=tensors if frozen else {},
+            tensors={planned.item.name: tensors[planned.item.name] for f in frozen for planned in f.items},
             step_folder=self.step_folder,
             may_link=not self.refused,
             warnings=warnings,

@@ -246,7 +246,7 @@ class RankSave:
         finally:
             # After the report, because a device that hangs must not hide the failure from the other ranks.
             self.job.staging.wait_until_idle()
-            if "error" not in message and self.job.frozen.may_link:
+            if "files" in message and self.job.frozen.may_link:
                 self.job.buffers.release_frozen()  # later saves link these files
 
     def _make_folder(self) -> str:
