@@ -152,7 +152,6 @@ def test_own_model_frozen_stages_are_alike(launcher: Launcher, corpus: Path, tmp
         assert not any(f"optimizer.state.{name}.exp_avg" in of for of in digests)
 
 
-@pytest.mark.smoke
 def test_run_frozen_begins_from_load_path(
     launcher: Launcher, corpus: Path, tmp_path: Path, alone: Run
 ) -> None:
