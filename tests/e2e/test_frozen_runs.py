@@ -40,6 +40,7 @@ SETTINGS: dict[str, Any] = {
 """The first two of four layers are frozen completely, so a first pipeline stage has nothing to train."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2 recomputed": (2, {"train.activation_checkpointing": "full"}),
+    "dp2 compiled": (2, {"train.compile_model": True, "distributed.timeout_s": 200.0}),
     "tp2": (2, {"distributed.tp": 2}),
     "pp2 interleaved": (2, {"distributed.pp": 2, "distributed.pp_schedule": "interleaved_1f1b"}),
     "pp2": (2, {"distributed.pp": 2}),
@@ -85,7 +86,8 @@ def test_run_frozen_is_alike_on_every_layout(
 ) -> None:
     ranks, changes = LAYOUTS[layout]
     run = make_run(tmp_path, corpus, **SETTINGS, **changes)
-    launcher.finish(run, ranks=ranks)
+    ended = launcher.run(run, ranks=ranks, timeout_s=300)
+    assert ended.statuses == [0] * ranks, ended.output
     expected, found = alone.rows(), run.rows()
     for key in ("train/loss", "train/grad_norm"):
         numbers = [[row[key] for row in rows if key in row] for rows in (expected, found)]
