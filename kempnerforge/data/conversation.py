@@ -1,0 +1,343 @@
+"""Fine-tuning data: turn a record into token ids, and mark those that count in the loss.
+
+Two formats. ``prompt_completion``: a prompt and the completion to learn. ``chat``: messages, through
+the chat template of a tokenizer. Only completions and what the assistant says count. This module does
+not import torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from kempnerforge.data.chat_template import RecordError, Spans, load_templates
+from kempnerforge.data.index import json_digest
+from kempnerforge.data.tokenizer import BYTES, TOKENIZER, Tokenizer, token_dtype
+from kempnerforge.errors import DataError
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+"""The roles of messages. The assistant is the one that is learnt."""
+
+RESULT_ROLES = ("tool", "function", "ipython")
+"""Roles whose content is the result of a call, of any type."""
+
+ANCHORS = ("\n", ":", ".", "0")
+"""Texts before a completion that keep a tokenizer from treating it as the beginning of a text."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One record as tokens."""
+
+    ids: np.ndarray
+    """Token ids, uint16 or uint32 [num_tokens]."""
+    counted: np.ndarray
+    """1 for a token that counts as a target, else 0: uint8 [num_tokens]. The first token has nothing
+    before it, so it never counts."""
+    has_special: bool
+    """Whether a text of the record contains the text of a special token."""
+
+
+class RecordFormat(Protocol):
+    """How records become tokens."""
+
+    @property
+    def digest(self) -> str:
+        """A digest that changes whenever the same record could give other tokens."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about the format, a line each."""
+        ...
+
+    def encode(self, record: Mapping[str, Any]) -> Conversation:
+        """Return the tokens of one record. Raises :class:`RecordError` if it is not of this format."""
+        ...
+
+
+class PromptCompletion:
+    """Records with a prompt and a completion.
+
+    Both are plain text, and are tokenized apart, as axolotl does: the prompt then has the ids that
+    ``generate`` gives it, and no token belongs to both. (TRL tokenizes them together and warns where
+    the prompt's ids change.) The separator follows the completion and counts.
+    """
+
+    notes = ()
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        prompt_field: str = "prompt",
+        completion_field: str = "completion",
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._prompt_field = prompt_field
+        self._completion_field = completion_field
+        self._bos = [] if bos_id is None else [bos_id]
+        self._eos = [tokenizer.separator_id if eos_id is None else eos_id]
+        self._special = _special_pattern(tokenizer)
+        self._begins_texts = _begins_texts(tokenizer)
+
+    @property
+    def digest(self) -> str:
+        """A digest of the tokenizer, the fields and the special tokens."""
+        fields = [self._prompt_field, self._completion_field]
+        return json_digest(["prompt_completion 1", self._tokenizer.digest, *fields, self._bos, self._eos])
+
+    def encode(self, record: Mapping[str, Any]) -> Conversation:
+        """Return the tokens of one record."""
+        prompt = _text_field(record, self._prompt_field, "--prompt-field")
+        completion = _text_field(record, self._completion_field, "--completion-field")
+        if not completion:
+            raise RecordError(f"field {self._completion_field!r} is empty, so there is nothing to learn")
+        before = [*self._bos, *self._encode(prompt)]
+        after = [*(self._continuation(completion) if prompt else self._encode(completion)), *self._eos]
+        ids = np.array([*before, *after], dtype=token_dtype(self._tokenizer.vocab_size))
+        counted = np.repeat(np.array([0, 1], dtype=np.uint8), [len(before), len(after)])
+        counted[0] = 0
+        return Conversation(ids, counted, _contains(self._special, (prompt, completion)))
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text).tolist()
+
+    def _continuation(self, text: str) -> list[int]:
+        """Return the ids of ``text`` as it follows other text, without a space that begins a text."""
+        if not self._begins_texts:
+            return self._encode(text)
+        for anchor in ANCHORS:
+            before, ids = self._encode(anchor), self._encode(anchor + text)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
+        raise RecordError(
+            f"field {self._completion_field!r} cannot be tokenized as the continuation of a prompt: "
+            f"tokenizer {self._tokenizer.name} joins its beginning with whatever stands before it"
+        )
+
+
+class Chat:
+    """Records with messages, through a chat template.
+
+    The text of a conversation is tokenized as a whole, special tokens as such, as by
+    ``apply_chat_template`` of transformers. No separator is added: the template writes what ends it.
+
+    Raises :class:`DataError` if the tokenizer has no chat template or it is unusable.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, messages_field: str = "messages", chat_template: str | None = None
+    ) -> None:
+        if tokenizer.name == BYTES:
+            raise DataError(
+                'data.format = "chat" (--format chat) needs a chat template, and the tokenizer "bytes" has '
+                "none. Set data.tokenizer (--tokenizer) to a Hugging Face tokenizer.json, "
+                'or use the format "prompt_completion"'
+            )
+        self._tokenizer = tokenizer
+        self._messages_field = messages_field
+        self._encoder = _RenderedText(tokenizer)
+        self._special = _special_pattern(tokenizer)
+        self._templates = load_templates(
+            tokenizer.files(), tokenizer.name, chat_template, special=_special_texts(tokenizer)
+        )
+
+    @property
+    def digest(self) -> str:
+        """A digest of the tokenizer, its special tokens, the field and the templates."""
+        templates = {name: [each.source, each.variables] for name, each in self._templates.items()}
+        return json_digest(["chat 1", self._tokenizer.digest, self._messages_field, templates])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the template does that a user should know."""
+        template = self._templates["default"]
+        how = "its {% generation %} blocks" if template.marks_answers else "what follows the messages before"
+        notes = [f"chat template {template.name}: answers are {how}"]
+        if template.uses_date:
+            from kempnerforge.data.template_environment import TEMPLATE_DATE
+
+            notes.append(
+                f"the chat template asks for the date and was given {TEMPLATE_DATE:%d %b %Y}, "
+                "so that the data are the same on every day"
+            )
+        return tuple(notes)
+
+    def encode(self, record: Mapping[str, Any]) -> Conversation:
+        """Return the tokens of one record."""
+        messages = _messages(record, self._messages_field)
+        tools = _tools(record)
+        template = self._templates["default"]
+        if tools is not None:
+            template = self._templates.get("tool_use", template)
+        text, answers = template.find_answers(messages, tools=tools)
+        if not answers:
+            raise RecordError(
+                f"the chat template {template.name} marks no text of this conversation with "
+                "{% generation %}, so there is nothing to learn"
+            )
+        ids, spans = self._encoder.encode(_encodable(text, "the text of the conversation"))
+        counted = _overlapping(spans, answers)
+        counted[:1] = 0
+        return Conversation(ids, counted, _contains(self._special, _strings(messages)))
+
+
+class _RenderedText:
+    """Tokenizes rendered conversations: special tokens as such, with the characters of each token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        from tokenizers import Tokenizer as TokenizersTokenizer
+        from tokenizers import processors
+
+        self._tokenizer = TokenizersTokenizer.from_buffer(tokenizer.files()[TOKENIZER])
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = False
+        # Without it, no token is added, and no white space is cut from the characters of a token.
+        self._tokenizer.post_processor = processors.Sequence([])
+        self._dtype = token_dtype(tokenizer.vocab_size)
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids [num_tokens], and the characters of each, [start, end): int64 [num_tokens, 2]."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, dtype=self._dtype), spans
+
+
+def _overlapping(tokens: np.ndarray, answers: Spans) -> np.ndarray:
+    """Return 1 for each token that has a character of an answer, else 0: uint8 [num_tokens].
+
+    A token without characters has the place at which it stands. ``tokens`` is int64 [num_tokens, 2].
+    """
+    starts, ends = tokens[:, 0], np.maximum(tokens[:, 1], tokens[:, 0] + 1)
+    counted = np.zeros(len(tokens), dtype=np.uint8)
+    for start, end in answers:
+        counted[(starts < end) & (ends > start)] = 1
+    return counted
+
+
+def _messages(record: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
+    messages = _field(record, field, "--messages-field")
+    if not isinstance(messages, list) or not messages:
+        raise RecordError(f"field {field!r} is {_kind(messages)}, not a list of messages")
+    for number, message in enumerate(messages, 1):
+        _check_message(message, f"message {number}")
+    if all(message["role"] != "assistant" for message in messages):
+        raise RecordError("no message is of the assistant, so there is nothing to learn")
+    return messages
+
+
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, dict):
+        raise RecordError(f"{where} is {_kind(message)}, not an object with role and content")
+    role = message.get("role")
+    if role is None:
+        raise RecordError(f"{where} has no role; its fields are {_names(message)}")
+    if role not in ROLES:
+        raise RecordError(f"{where} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
+    content = message.get("content")
+    calls = role == "assistant" and (message.get("tool_calls") or message.get("function_call"))
+    if content is None and not calls:
+        raise RecordError(f"{where} has no content; its fields are {_names(message)}")
+    if role not in RESULT_ROLES and not (content is None or isinstance(content, str) or _is_parts(content)):
+        raise RecordError(f"{where}: content is {_kind(content)}, neither text nor a list of parts")
+    if role == "assistant" and not content and not calls:
+        raise RecordError(f"{where} of the assistant is empty, so there is nothing to learn")
+
+
+def _is_parts(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
+
+
+def _tools(record: Mapping[str, Any]) -> list[Any] | None:
+    tools = record.get("tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RecordError(f"field 'tools' is {_kind(tools)}, not a list of objects")
+    return tools
+
+
+def _text_field(record: Mapping[str, Any], field: str, option: str) -> str:
+    value = _field(record, field, option)
+    if isinstance(value, str):
+        return _encodable(value, f"field {field!r}")
+    hint = '. For messages, set data.format = "chat" (--format chat)' if isinstance(value, list) else ""
+    raise RecordError(f"field {field!r} is {_kind(value)}, not text{hint}")
+
+
+def _field(record: Mapping[str, Any], field: str, option: str) -> Any:
+    if field not in record:
+        raise RecordError(f"no field {field!r}; the fields are {_names(record)}. See {option}")
+    return record[field]
+
+
+def _encodable(text: str, what: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RecordError(f"{what} has half of a surrogate pair, which is no character") from None
+    return text
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, record)) or "none"
+
+
+def _kind(value: Any) -> str:
+    """Say in words of JSON what ``value`` is."""
+    if value is None:
+        return "null"
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "text", dict: "an object"}
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every string in ``value``, which is made of dicts and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _strings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each)
+
+
+def _special_texts(tokenizer: Tokenizer) -> list[str]:
+    """Return the texts of the special tokens of a Hugging Face tokenizer; none for bytes."""
+    import json
+
+    if tokenizer.name == BYTES:
+        return []
+    added = json.loads(tokenizer.files()[TOKENIZER]).get("added_tokens") or []
+    return [token["content"] for token in added if token.get("special")]
+
+
+def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
+    texts = sorted(filter(None, _special_texts(tokenizer)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+
+def _contains(pattern: re.Pattern[str] | None, texts: Iterator[str] | Sequence[str]) -> bool:
+    return pattern is not None and any(pattern.search(text) for text in texts)
+
+
+def _begins_texts(tokenizer: Tokenizer) -> bool:
+    """Return whether ``tokenizer`` begins texts in its own way, as with a space."""
+    alone = tokenizer.encode("a").tolist()
+    for anchor in ANCHORS:
+        before = tokenizer.encode(anchor).tolist()
+        after = tokenizer.encode(anchor + "a").tolist()
+        if after[: len(before)] == before:
+            return after[len(before) :] != alone
+    return False
