@@ -35,7 +35,11 @@ Spans = list[tuple[int, int]]
 
 
 class RecordError(Exception):
-    """What is wrong with one record. The caller adds its file and line."""
+    """What is wrong with one record, and in which ``message``, from 1. The caller adds file and line."""
+
+    def __init__(self, reason: str, message: int | None = None) -> None:
+        super().__init__(reason if message is None else f"message {message}: {reason}")
+        self.reason = reason
 
 
 class ChatTemplate:
@@ -129,9 +133,10 @@ class ChatTemplate:
 
     def _no_place(self, number: int, reason: str) -> RecordError:
         return RecordError(
-            f"message {number + 1}: where the answer begins and ends cannot be found, because the chat "
-            f"template {self.name} {reason}. Copy the template, put {{% generation %}} and "
-            "{% endgeneration %} around what the assistant says, and set data.chat_template to the copy"
+            "where the answer begins and ends cannot be found, because the chat template "
+            f"{self.name} {reason}. Copy the template, put {{% generation %}} and {{% endgeneration %}} "
+            "around what the assistant says, and set data.chat_template (--chat-template) to the copy",
+            number + 1,
         )
 
     def _render(self, messages: Sequence[Message], tools: Any, prompt: bool) -> tuple[str, Spans]:

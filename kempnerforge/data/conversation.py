@@ -8,7 +8,7 @@ not import torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,8 +38,10 @@ class Conversation:
     counted: np.ndarray
     """1 for a token that counts as a target, else 0: uint8 [num_tokens]. The first token has nothing
     before it, so it never counts."""
-    has_special: bool
-    """Whether a text of the record contains the text of a special token."""
+    content: bytes
+    """The text that the tokens stand for, as UTF-8."""
+    special: str | None
+    """The first text of a special token that is in a text of the record."""
 
 
 class RecordFormat(Protocol):
@@ -104,7 +106,8 @@ class PromptCompletion:
         ids = np.array([*before, *after], dtype=token_dtype(self._tokenizer.vocab_size))
         counted = np.repeat(np.array([0, 1], dtype=np.uint8), [len(before), len(after)])
         counted[0] = 0
-        return Conversation(ids, counted, _contains(self._special, (prompt, completion)))
+        content = f"{prompt}\0{completion}".encode()
+        return Conversation(ids, counted, content, _first_match(self._special, (prompt, completion)))
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).tolist()
@@ -186,7 +189,7 @@ class Chat:
         ids, spans = self._encoder.encode(_encodable(text, "the text of the conversation"))
         counted = _overlapping(spans, answers)
         counted[:1] = 0
-        return Conversation(ids, counted, _contains(self._special, _strings(messages)))
+        return Conversation(ids, counted, text.encode(), _first_match(self._special, _strings(messages)))
 
 
 class _RenderedText:
@@ -228,28 +231,28 @@ def _messages(record: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise RecordError(f"field {field!r} is {_kind(messages)}, not a list of messages")
     for number, message in enumerate(messages, 1):
-        _check_message(message, f"message {number}")
+        _check_message(message, number)
     if all(message["role"] != "assistant" for message in messages):
         raise RecordError("no message is of the assistant, so there is nothing to learn")
     return messages
 
 
-def _check_message(message: Any, where: str) -> None:
+def _check_message(message: Any, number: int) -> None:
     if not isinstance(message, dict):
-        raise RecordError(f"{where} is {_kind(message)}, not an object with role and content")
+        raise RecordError(f"is {_kind(message)}, not an object with role and content", number)
     role = message.get("role")
     if role is None:
-        raise RecordError(f"{where} has no role; its fields are {_names(message)}")
+        raise RecordError(f"has no role; its fields are {_names(message)}", number)
     if role not in ROLES:
-        raise RecordError(f"{where} has the unknown role {role!r}; roles are {', '.join(ROLES)}")
+        raise RecordError(f"has the unknown role {role!r}; roles are {', '.join(ROLES)}", number)
     content = message.get("content")
     calls = role == "assistant" and (message.get("tool_calls") or message.get("function_call"))
     if content is None and not calls:
-        raise RecordError(f"{where} has no content; its fields are {_names(message)}")
+        raise RecordError(f"has no content; its fields are {_names(message)}", number)
     if role not in RESULT_ROLES and not (content is None or isinstance(content, str) or _is_parts(content)):
-        raise RecordError(f"{where}: content is {_kind(content)}, neither text nor a list of parts")
+        raise RecordError(f"content is {_kind(content)}, neither text nor a list of parts", number)
     if role == "assistant" and not content and not calls:
-        raise RecordError(f"{where} of the assistant is empty, so there is nothing to learn")
+        raise RecordError("the assistant says nothing, so there is nothing to learn", number)
 
 
 def _is_parts(content: Any) -> bool:
@@ -328,8 +331,9 @@ def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
-def _contains(pattern: re.Pattern[str] | None, texts: Iterator[str] | Sequence[str]) -> bool:
-    return pattern is not None and any(pattern.search(text) for text in texts)
+def _first_match(pattern: re.Pattern[str] | None, texts: Iterable[str]) -> str | None:
+    matches = (pattern.search(text) for text in texts) if pattern else ()
+    return next((match[0] for match in matches if match), None)
 
 
 def _begins_texts(tokenizer: Tokenizer) -> bool:

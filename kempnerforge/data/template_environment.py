@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -59,7 +59,7 @@ def render_spans(template: jinja2.Template, variables: dict[str, Any]) -> tuple[
 class _Generation(Extension):
     """``{% generation %}...{% endgeneration %}`` around what the assistant says. It changes no text."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (declared so by Jinja2)
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
