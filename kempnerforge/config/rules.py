@@ -156,6 +156,34 @@ def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
     ]
 
 
+FORMAT_KEYS = {
+    "prompt_field": "prompt_completion",
+    "completion_field": "prompt_completion",
+    "messages_field": "chat",
+    "chat_template": "chat",
+}
+"""Keys of one data.format alone."""
+
+
+def format_fits_data(data: DataConfig) -> list[ConfigIssue]:
+    """Require text for a format of records, a tokenizer with a template for chat, and no keys of other formats."""
+    faults = [
+        ConfigIssue(f"data.{key}", f'has no effect without data.format = "{wanted}"', "leave it out")
+        for key, wanted in FORMAT_KEYS.items()
+        if data.format != wanted and getattr(data, key) != DataConfig.model_fields[key].default
+    ]
+    if data.format == "text":
+        return faults
+    other = next((key for key in ("dataset_path", "dataset") if getattr(data, key) is not None), None)
+    if other is not None:
+        problem = f'"{data.format}" is a format of data.text, and data.{other} is set'
+        faults.append(ConfigIssue("data.format", problem, "leave it out"))
+    elif data.format == "chat" and data.tokenizer == "bytes":
+        problem = '"bytes" has no chat template, which data.format = "chat" needs'
+        faults.append(ConfigIssue("data.tokenizer", problem, "name the folder of a tokenizer.json"))
+    return faults
+
+
 def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
     """Require an embedding row for each id of the byte tokenizer. Others are checked when they are read."""
     size = model.vocabulary
@@ -304,6 +332,7 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     sequence_fits_model,
     loss_arguments_fit,
     data_has_one_source,
+    format_fits_data,
     vocabulary_fits,
     validation_has_data,
     schedule_fits_run,

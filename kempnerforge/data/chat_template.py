@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kempnerforge.config.path_text import expand
 from kempnerforge.errors import DataError
 
 if TYPE_CHECKING:
@@ -165,13 +166,14 @@ def load_templates(
     ``files`` are those of ``Tokenizer.files()``, ``tokenizer`` is its name. ``path`` is a template
     to use instead.
 
-    Raises :class:`DataError` if there is no template, or it cannot be read.
+    Raises :class:`DataError` if there is no template, or it cannot be read, and ConfigError for an
+    environment variable in ``path`` that is not set.
     """
     config = _read_config(files, tokenizer)
     variables = special_tokens(files, tokenizer)
     make = functools.partial(ChatTemplate, variables=variables, special=special)
     if path is not None:
-        return {"default": make(_read_template(Path(path).expanduser()), path)}
+        return {"default": make(_read_template(expand(path, key="data.chat_template")), path)}
     if TEMPLATE_FILE in files:
         return {"default": make(files[TEMPLATE_FILE].decode("utf-8", "replace"), TEMPLATE_FILE)}
     found = config.get("chat_template")

@@ -31,9 +31,7 @@ class RecordEncoder:
         """Return the digest of the format, and how files are read."""
         return {"format": self.format.digest, "options": asdict(self.options)}
 
-    def encode(
-        self, unit: Unit, *, threads: int = 1
-    ) -> Iterator[Encoded | Unreadable | SeparatorSeen]:
+    def encode(self, unit: Unit, *, threads: int = 1) -> Iterator[Encoded | Unreadable | SeparatorSeen]:
         """Yield the records of ``unit`` in order.
 
         Raises :class:`DataError` for a record that is not of the format, with its file and line, unless
