@@ -166,7 +166,7 @@ FORMAT_KEYS = {
 
 
 def format_fits_data(data: DataConfig) -> list[ConfigIssue]:
-    """Require text for a format of records, a tokenizer with a template for chat, and no keys of other formats."""
+    """Require text for a format of records, a template for chat, and no keys of other formats."""
     faults = [
         ConfigIssue(f"data.{key}", f'has no effect without data.format = "{wanted}"', "leave it out")
         for key, wanted in FORMAT_KEYS.items()
