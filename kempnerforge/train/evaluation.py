@@ -138,7 +138,7 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
     started = time.perf_counter()
     geometry = job.geometry(world.num_ranks)
-    dataset = open_data(job, world, StopSignals())
+    dataset = open_data(job, world, StopSignals(), needs_val=True)
     model = build_model(
         job,
         geometry,

@@ -22,7 +22,7 @@ from kempnerforge.config.run import PLACEHOLDER, unfilled_placeholders
 from kempnerforge.config.schema import JobConfig, LoadedJob
 from kempnerforge.data.corpus import PYTHON_STDLIB, files_of
 from kempnerforge.data.tokenizer import load_tokenizer
-from kempnerforge.data.tokens import load_shards
+from kempnerforge.data.tokens import RowOptions, load_shards
 from kempnerforge.errors import (
     ConfigError,
     ConfigIssue,
@@ -91,7 +91,7 @@ def _variables(job: JobConfig) -> list[ConfigIssue]:
 def _folders(job: JobConfig) -> list[ConfigIssue]:
     """Check that the folders of the run can be created, or exist and can be written."""
     folders = {"run.dir": job.run.dir or f"runs/{job.run.name}", "checkpoint.dir": job.checkpoint.dir}
-    if job.data.text is not None:
+    if job.data.text is not None or job.data.packing != "contiguous":
         folders["data.cache_dir"] = str(job.data.cache_folder)
     faults = []
     for key, folder in folders.items():
@@ -158,13 +158,16 @@ def _dataset(job: JobConfig) -> list[ConfigIssue]:
         return []
     try:
         data = load_shards(
-            job.data.dataset_path, vocab_size=job.model.vocabulary, val_fraction=job.data.val_fraction
+            job.data.dataset_path,
+            vocab_size=job.model.vocabulary,
+            val_fraction=job.data.val_fraction,
+            rows=RowOptions.of(job.data),
         )
         for problem in list(data.problems(contents=False).values())[:1]:
             return [ConfigIssue("data.dataset_path", problem, f"see: kempnerforge data inspect {data.path}")]
-        data.split("train", job.train.seq_len)
+        data.check_split("train", job.train.seq_len)
         if job.eval.interval:
-            data.split("val", job.train.seq_len)
+            data.check_split("val", job.train.seq_len)
     except DataError as error:
         return [ConfigIssue("data.dataset_path", str(error))]
     return []

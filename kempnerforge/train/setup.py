@@ -31,7 +31,7 @@ from kempnerforge.data.map_dataset import MapDataset, MapSamples
 from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.sample_order import ids_digest
 from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_path
-from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
+from kempnerforge.data.tokens import RowOptions, Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.context import DistributedContext, collectives_issued
 from kempnerforge.errors import ConfigError, DataError, KempnerForgeError, LeaseLostError, StopRequestedError
 from kempnerforge.goodput.run_history import RunHistory
@@ -306,14 +306,27 @@ def _build_state(
     )
 
 
-def open_data(job: JobConfig, world: DistributedContext, signals: StopSignals) -> TokenDataset | MapDataset:
+def open_data(
+    job: JobConfig, world: DistributedContext, signals: StopSignals, *, needs_val: bool | None = None
+) -> TokenDataset | MapDataset:
     """Prepare and check the data on rank 0 while the other ranks wait, then open them on every rank.
+
+    ``needs_val`` says whether the validation split is used. None means: if ``eval.interval`` is set.
 
     Collective: all ranks. Raises DataError on all ranks, and for a dataset of the user's also
     ConfigError and PluginError.
     """
     if job.data.dataset is not None:
         return open_map_dataset(job, world.control, signals)
+
+    options: dict[str, Any] = {
+        "vocab_size": job.model.vocabulary,
+        "val_fraction": job.data.val_fraction,
+        "rows": RowOptions.of(job.data),
+    }
+
+    needs_val = bool(job.eval.interval) if needs_val is None else needs_val
+    splits = ("train", "val") if needs_val else ("train",)
 
     def run_on_rank0() -> Path:
         if job.data.dataset_path is not None:
@@ -325,19 +338,19 @@ def open_data(job: JobConfig, world: DistributedContext, signals: StopSignals) -
             path = prepare_cached(
                 job.data.text, tokenizer, job.data.cache_folder, val_fraction=job.data.val_fraction
             )
-        dataset = open_dataset(path, vocab_size=job.model.vocabulary, val_fraction=job.data.val_fraction)
-        num_samples = dataset.split("train", job.train.seq_len).num_samples
-        log.info(f"data: {num_samples:,} samples of {job.train.seq_len} tokens in {path}")
-        if job.eval.interval:
-            dataset.split("val", job.train.seq_len)
+        dataset = open_dataset(path, **options)
+        log.info(f"data: {dataset.split('train', job.train.seq_len).describe()} in {path}")
+        for name in splits[1:]:
+            dataset.split(name, job.train.seq_len)
         return path
 
     path = world.control.run_on_rank0(lambda: signals.interruptible(run_on_rank0))
     error, dataset = None, None
     try:
-        dataset = open_dataset(
-            path, vocab_size=job.model.vocabulary, val_fraction=job.data.val_fraction, verify=False
-        )
+        dataset = open_dataset(path, **options, verify=False)
+        # A packing that this node does not see is found here, where all ranks agree on errors.
+        for name in splits:
+            dataset.split(name, job.train.seq_len)
     except DataError as raised:
         error = raised
     world.control.raise_on_any_error(error)
