@@ -187,7 +187,7 @@ class Chat:
                 "{% generation %}, so there is nothing to learn"
             )
         ids, spans = self._encoder.encode(_encodable(text, "the text of the conversation"))
-        counted = _overlapping(spans, answers)
+        counted = _overlapping(spans, _weighted(answers, messages))
         counted[:1] = 0
         return Conversation(ids, counted, text.encode(), _first_match(self._special, _strings(messages)))
 
@@ -226,6 +226,21 @@ def _overlapping(tokens: np.ndarray, answers: Spans) -> np.ndarray:
     return counted
 
 
+def _weighted(answers: Spans, messages: Iterable[Mapping[str, Any]]) -> Spans:
+    """Leave out the answers of messages with the weight 0."""
+    kept = [message.get("weight") != 0 for message in messages if message["role"] == "assistant"]
+    if all(kept):
+        return answers
+    if not any(kept):
+        raise RecordError("every message of the assistant has the weight 0, so there is nothing to learn")
+    if len(answers) != len(kept):
+        raise RecordError(
+            f"a weight is 0, and the chat template marks {len(answers)} texts in {len(kept)} answers, so "
+            "it is unknown which of them count"
+        )
+    return [answer for answer, keep in zip(answers, kept, strict=True) if keep]
+
+
 def _messages(record: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
     messages = _field(record, field, "--messages-field")
     if not isinstance(messages, list) or not messages:
@@ -253,6 +268,8 @@ def _check_message(message: Any, number: int) -> None:
         raise RecordError(f"content is {_kind(content)}, neither text nor a list of parts", number)
     if role == "assistant" and not content and not calls:
         raise RecordError("the assistant says nothing, so there is nothing to learn", number)
+    if message.get("weight", 1) not in (0, 1, None):
+        raise RecordError(f"weight is {message['weight']!r}, neither 0 nor 1", number)
 
 
 def _is_parts(content: Any) -> bool:

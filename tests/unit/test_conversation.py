@@ -135,6 +135,17 @@ def test_tool_call_counts_and_result_does_not(folder: Path, formats: dict[str, C
     ]
 
 
+@pytest.mark.parametrize("name", ["chatml", "chatml_marked"])
+def test_answer_of_weight_zero_does_not_count(name: str, folder: Path, formats: dict[str, Chat]) -> None:
+    """As in the format of OpenAI."""
+    messages = [{**message, "weight": weight} for message, weight in zip(TALK, (None, 0, 1, 1), strict=True)]
+    assert answers(folder, formats[name].encode({"messages": messages})) == [
+        TALK[3]["content"] + "<|im_end|>"
+    ]
+    with pytest.raises(RecordError, match="every message of the assistant has the weight 0"):
+        formats[name].encode({"messages": messages[:2]})
+
+
 def test_template_that_rewrites_earlier_answers_is_refused(folder: Path) -> None:
     """As templates of reasoning models, which leave the reasoning out of all answers but the last."""
     source = chat.CHATML.replace(
@@ -246,6 +257,7 @@ def test_chat_with_bytes_is_refused() -> None:
         ({"messages": [{"role": "user", "content": 3}]}, "message 1: content is a number"),
         ({"messages": chat.talk("hi")}, "no message is of the assistant"),
         ({"messages": chat.talk("hi", "")}, "message 2: the assistant says nothing"),
+        ({"messages": [{**message, "weight": 0.5} for message in TALK]}, "message 1: weight is 0.5, neither"),
         ({"messages": chat.talk("hi", "\ud800")}, "half of a surrogate pair"),
         ({"messages": chat.talk("hi", "ho"), "tools": "x"}, "field 'tools' is text"),
     ],
