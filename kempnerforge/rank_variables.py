@@ -26,10 +26,14 @@ def die_with_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
     A launcher that was killed cannot end its ranks, and nothing else would.
     """
     launcher = environ.pop(LAUNCHER_PID, "")
-    if not launcher:
-        return
+    if launcher:
+        die_with_parent(int(launcher))
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when ``parent``, the process that started it, ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(launcher):  # it ended before the call
+    if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
 
 

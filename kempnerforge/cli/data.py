@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
-from kempnerforge.data.corpus import PYTHON_STDLIB
 from kempnerforge.data.index import Index
 from kempnerforge.data.prepare import SHARD_TOKENS
 from kempnerforge.data.prepare import prepare as prepare_text
+from kempnerforge.data.prepare_progress import OnProgress, plain_lines
+from kempnerforge.data.reading.files import PYTHON_STDLIB
+from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.tokenizer import BYTES, load_tokenizer
 from kempnerforge.data.tokens import TokenDataset, load_shards
 
@@ -30,7 +36,8 @@ def prepare(
         list[str],
         typer.Argument(
             metavar="TEXT...",
-            help=f'Text files, folders, globs such as "notes/**/*.md", or {PYTHON_STDLIB}.',
+            help=f'Files, folders, globs such as "notes/**/*.md", or {PYTHON_STDLIB}. Files are text, '
+            ".jsonl, .parquet, or .gz or .zst of them.",
             show_default=False,
         ),
     ],
@@ -38,26 +45,66 @@ def prepare(
     tokenizer: Annotated[
         str, typer.Option(metavar=f"{BYTES}|FILE", help="Built-in bytes, or a Hugging Face tokenizer.json.")
     ] = BYTES,
+    text_field: Annotated[
+        str, typer.Option(help="Field of a JSON line, or column of a table, that has the text.")
+    ] = "text",
+    document_separator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help='Text between the documents of a text file, such as "<|endoftext|>". '
+            "Without it, each text file is one document.",
+        ),
+    ] = None,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out, count and name text that cannot be read.")
+    ] = False,
+    eos_token: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="Token that ends each document. Default: the tokenizer's own."),
+    ] = None,
+    bos_token: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="Token that begins each document. Default: none.")
+    ] = None,
     val_fraction: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="Fraction of the documents to hold out for validation.")
+        float,
+        typer.Option(min=0.0, max=0.99, help="Fraction of the text to hold out for validation."),
     ] = 0.01,
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens per shard.")] = SHARD_TOKENS,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that tokenize. Default: one for each processor.")
+    ] = None,
 ) -> None:
-    """Tokenize text into shards for training."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("tokenizing", total=None)
+    """Tokenize text into shards for training. After a kill, the same command goes on."""
+    options = ReadOptions(text_field, document_separator, skip_unreadable)
+    with _progress() as progress:
         index = prepare_text(
             text,
             out,
-            load_tokenizer(tokenizer),
+            load_tokenizer(tokenizer, eos=eos_token, bos=bos_token),
+            options=options,
             val_fraction=val_fraction,
             shard_tokens=shard_tokens,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            workers=workers,
+            progress=progress,
         )
     for line in _summary(index, out):
         typer.echo(line)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[OnProgress]:
+    """Show a bar with the rate on a terminal, and a line now and then elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield plain_lines(lambda line: typer.echo(line, err=True))
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with ProgressBar(*columns, TextColumn("{task.fields[rate]}"), console=console, transient=True) as bar:
+        task = bar.add_task("tokenizing", total=None, rate="")
+        yield lambda progress: bar.update(
+            task, completed=progress.done_bytes, total=progress.total_bytes, rate=progress.rate
+        )
 
 
 @app.command()
@@ -71,7 +118,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
-        _print_facts(facts)
+        _print_facts(facts, dataset.index)
     if not facts["sound"]:
         raise typer.Exit(EXIT_DAMAGED)
 
@@ -81,17 +128,8 @@ def _summary(index: Index, out: Path) -> list[str]:
         f"{name}: {split.tokens:,} tokens, {split.documents:,} documents, shards: {len(split.shards)}"
         for name, split in index.splits.items()
     ]
-    left_out = [
-        f"{count:,} {what}"
-        for count, what in (
-            (index.num_empty, "empty files skipped"),
-            (index.num_binary, "binary files skipped"),
-            (index.num_not_utf8, "documents that are not UTF-8, invalid bytes replaced"),
-        )
-        if count
-    ]
-    if left_out:
-        lines.append(", ".join(left_out))
+    lines += [f"{name}: {value}" for name, value in _text_facts(index).items()]
+    lines += _notes(index)
     if "val" not in index.splits:
         lines.append("no validation split: set eval.interval = 0 in the config")
     return [
@@ -102,6 +140,39 @@ def _summary(index: Index, out: Path) -> list[str]:
         "  [model]",
         f"  vocab_size = {index.vocab_size}  # or more",
     ]
+
+
+def _text_facts(index: Index) -> dict[str, str]:
+    """Return how the text was read, and the tokens around documents. Nothing for format 1."""
+    text = index.text
+    if text.eos_token is None:
+        return {"tokenizer": index.tokenizer}
+    bos = "none"
+    if text.bos_token is not None:
+        bos = f"{text.bos_token} (id {text.bos_id})"
+    elif text.unwritten_bos is not None:
+        bos = (
+            f"none, although the tokenizer has {text.unwritten_bos}; to begin each document with it, add "
+            f'--bos-token "{text.unwritten_bos}"'
+        )
+    separator = text.document_separator
+    facts = {
+        "tokenizer": index.tokenizer,
+        "eos": f"{text.eos_token} (id {index.separator_id}), named by {text.eos_source}",
+        "bos": bos,
+        "document separator": "none, a text file is one document" if separator is None else repr(separator),
+    }
+    sizes = {name: split.text_bytes or 0 for name, split in index.splits.items()}
+    if "val" in sizes:
+        share = sizes["val"] / sum(sizes.values())
+        facts["held out"] = f"{share:.3%} of the text, for {index.val_fraction:g} asked"
+    return facts
+
+
+def _notes(index: Index) -> list[str]:
+    """Return what was left out, and the warnings."""
+    warnings = [f"warning: {warning}" for warning in index.text.warnings]
+    return [*index.passed_over.lines(), *index.unreadable.lines(), *warnings]
 
 
 def _facts(dataset: TokenDataset) -> dict[str, Any]:
@@ -129,15 +200,20 @@ def _facts(dataset: TokenDataset) -> dict[str, Any]:
         "tokens": {
             name: sum(shard.num_tokens for shard in entries) for name, entries in dataset.shards.items()
         },
+        "text": asdict(index.text) if index else None,
+        "passed_over": asdict(index.passed_over) if index else None,
+        "unreadable": asdict(index.unreadable) if index else None,
         "shards": shards,
     }
 
 
-def _print_facts(facts: dict[str, Any]) -> None:
+def _print_facts(facts: dict[str, Any], index: Index | None) -> None:
     console = Console()
-    for name in ("path", "tokenizer", "vocab_size", "separator_id", "digest"):
-        if facts[name] is not None:
-            console.print(f"{name}: {facts[name]}", highlight=False, markup=False, soft_wrap=True)
+    shown = {name: facts[name] for name in ("path", "vocab_size", "separator_id", "digest")}
+    shown |= _text_facts(index) if index else {}
+    lines = [f"{name}: {value}" for name, value in shown.items() if value is not None]
+    for line in [*lines, *(_notes(index) if index else [])]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     table = Table("split", "file", "dtype", "tokens", "check")
     for shard in facts["shards"]:
         check = "corrupt" if shard["problem"] else "ok"

@@ -30,7 +30,7 @@ class DataConfig(Section):
 
     text: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | None = None
     """Text to tokenize at the first start: "python-stdlib" (the sources of Python's standard
-    library), or paths and globs of text files."""
+    library), or paths and globs of files: text, .jsonl, .parquet, and .gz or .zst of them."""
 
     dataset_path: NonEmpty | None = None
     """Prepared tokens: a folder written by `kempnerforge data prepare`, or .npy token shards."""
@@ -48,6 +48,23 @@ class DataConfig(Section):
     tokenizer: NonEmpty = "bytes"
     """Tokenizer for text: "bytes", or the path of a Hugging Face tokenizer.json. Used with text
     only."""
+
+    text_field: NonEmpty = "text"
+    """Field of a JSON line, or column of a table, that has the text of a document."""
+
+    document_separator: NonEmpty | None = None
+    """Text between the documents of a text file, such as "<|endoftext|>". None: each text file is one
+    document."""
+
+    skip_unreadable: bool = False
+    """Leave out text that cannot be read (encoding, a damaged file, a missing field), and count and name
+    it, instead of refusing it."""
+
+    eos_token: NonEmpty | None = None
+    """Token of the tokenizer that ends each document. None: the one that the tokenizer's files name."""
+
+    bos_token: NonEmpty | None = None
+    """Token of the tokenizer that begins each document. None: no token does."""
 
     format: DataFormat = "text"
     """What the files of text have: "text", or records for fine-tuning in JSON Lines, parquet or arrow.
@@ -72,8 +89,8 @@ class DataConfig(Section):
     ~/.cache/kempnerforge."""
 
     val_fraction: FractionBelowOne = 0.01
-    """Fraction of the text, or of the samples of dataset, to hold out for validation. Not used with
-    val."""
+    """Fraction of the bytes of text, or of the samples of dataset, to hold out for validation. Not
+    used with val."""
 
     document_mask: bool = False
     """Keep attention within documents, and let positions begin at 0 in each. The target after the last

@@ -161,6 +161,8 @@ FORMAT_KEYS = {
     "completion_field": "prompt_completion",
     "messages_field": "chat",
     "chat_template": "chat",
+    "text_field": "text",
+    "document_separator": "text",
 }
 """Keys of one data.format alone."""
 
@@ -174,6 +176,9 @@ def format_fits_data(data: DataConfig) -> list[ConfigIssue]:
     ]
     if data.format == "text":
         return faults
+    if data.format == "chat" and data.bos_token is not None:
+        problem = "has no effect on chats: the chat template writes the token that begins a conversation"
+        faults.append(ConfigIssue("data.bos_token", problem, "leave it out"))
     other = next((key for key in ("dataset_path", "dataset") if getattr(data, key) is not None), None)
     if other is not None:
         problem = f'"{data.format}" is a format of data.text, and data.{other} is set'

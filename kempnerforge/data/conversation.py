@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kempnerforge.data.chat_template import RecordError, Spans, load_templates
+from kempnerforge.data.chat_template import TEMPLATE_FILE, RecordError, Spans, load_templates
 from kempnerforge.data.index import json_digest
 from kempnerforge.data.tokenizer import BYTES, TOKENIZER, Tokenizer, token_dtype
 from kempnerforge.errors import DataError
@@ -48,6 +48,16 @@ class RecordFormat(Protocol):
     """How records become tokens."""
 
     @property
+    def name(self) -> str:
+        """As data.format."""
+        ...
+
+    @property
+    def special_text(self) -> str:
+        """What happens to the texts of special tokens in a record."""
+        ...
+
+    @property
     def digest(self) -> str:
         """A digest that changes whenever the same record could give other tokens."""
         ...
@@ -55,6 +65,10 @@ class RecordFormat(Protocol):
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about the format, a line each."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """Return files of the tokenizer that are not its own, by name."""
         ...
 
     def encode(self, record: Mapping[str, Any]) -> Conversation:
@@ -67,9 +81,12 @@ class PromptCompletion:
 
     Both are plain text, and are tokenized apart, as axolotl does: the prompt then has the ids that
     ``generate`` gives it, and no token belongs to both. (TRL tokenizes them together and warns where
-    the prompt's ids change.) The separator follows the completion and counts.
+    the prompt's ids change.) The tokenizer's separator follows the completion and counts, and its BOS, if
+    one is to be written, stands before the prompt.
     """
 
+    name = "prompt_completion"
+    special_text = 'it is plain text here. For conversations, use the format "chat"'
     notes = ()
 
     def __init__(
@@ -78,22 +95,24 @@ class PromptCompletion:
         *,
         prompt_field: str = "prompt",
         completion_field: str = "completion",
-        bos_id: int | None = None,
-        eos_id: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._prompt_field = prompt_field
         self._completion_field = completion_field
+        bos_id = tokenizer.special.bos_id
         self._bos = [] if bos_id is None else [bos_id]
-        self._eos = [tokenizer.separator_id if eos_id is None else eos_id]
         self._special = _special_pattern(tokenizer)
         self._begins_texts = _begins_texts(tokenizer)
 
     @property
     def digest(self) -> str:
-        """A digest of the tokenizer, the fields and the special tokens."""
+        """A digest of the tokenizer, the fields and BOS."""
         fields = [self._prompt_field, self._completion_field]
-        return json_digest(["prompt_completion 1", self._tokenizer.digest, *fields, self._bos, self._eos])
+        return json_digest(["prompt_completion 1", self._tokenizer.digest, *fields, self._bos])
+
+    def files(self) -> dict[str, bytes]:
+        """Return no files."""
+        return {}
 
     def encode(self, record: Mapping[str, Any]) -> Conversation:
         """Return the tokens of one record."""
@@ -102,7 +121,8 @@ class PromptCompletion:
         if not completion:
             raise RecordError(f"field {self._completion_field!r} is empty, so there is nothing to learn")
         before = [*self._bos, *self._encode(prompt)]
-        after = [*(self._continuation(completion) if prompt else self._encode(completion)), *self._eos]
+        after = self._continuation(completion) if prompt else self._encode(completion)
+        after.append(self._tokenizer.separator_id)
         ids = np.array([*before, *after], dtype=token_dtype(self._tokenizer.vocab_size))
         counted = np.repeat(np.array([0, 1], dtype=np.uint8), [len(before), len(after)])
         counted[0] = 0
@@ -132,8 +152,12 @@ class Chat:
     The text of a conversation is tokenized as a whole, special tokens as such, as by
     ``apply_chat_template`` of transformers. No separator is added: the template writes what ends it.
 
-    Raises :class:`DataError` if the tokenizer has no chat template or it is unusable.
+    Raises :class:`DataError` if the tokenizer has no chat template, or an unusable one, or a BOS is to be
+    written, which templates do themselves.
     """
+
+    name = "chat"
+    special_text = "it becomes the special token, as in transformers"
 
     def __init__(
         self, tokenizer: Tokenizer, *, messages_field: str = "messages", chat_template: str | None = None
@@ -144,10 +168,16 @@ class Chat:
                 "none. Set data.tokenizer (--tokenizer) to a Hugging Face tokenizer.json, "
                 'or use the format "prompt_completion"'
             )
+        if tokenizer.special.bos is not None:
+            raise DataError(
+                "data.bos_token (--bos-token) has no effect on chats: the chat template writes the token "
+                "that begins a conversation. Leave it out"
+            )
         self._tokenizer = tokenizer
         self._messages_field = messages_field
         self._encoder = _RenderedText(tokenizer)
         self._special = _special_pattern(tokenizer)
+        self._is_own = chat_template is None
         self._templates = load_templates(
             tokenizer.files(), tokenizer.name, chat_template, special=_special_texts(tokenizer)
         )
@@ -172,6 +202,10 @@ class Chat:
                 "so that the data are the same on every day"
             )
         return tuple(notes)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the template that was used, unless it is the tokenizer's own."""
+        return {} if self._is_own else {TEMPLATE_FILE: self._templates["default"].source.encode()}
 
     def encode(self, record: Mapping[str, Any]) -> Conversation:
         """Return the tokens of one record."""

@@ -22,6 +22,7 @@ from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.versions import versions
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
+from kempnerforge.config.data import DataConfig
 from kempnerforge.config.path_text import expand
 from kempnerforge.config.plugin_uses import check_plugins, plugin_versions
 from kempnerforge.config.schema import AsyncCheckpointMode, JobConfig, ParallelDims
@@ -29,6 +30,8 @@ from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids
 from kempnerforge.data.map_dataset import MapDataset, MapSamples
 from kempnerforge.data.prepare import prepare_cached
+from kempnerforge.data.prepare_progress import plain_lines
+from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.sample_order import ids_digest
 from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import RowOptions, Samples, TokenDataset, open_dataset
@@ -334,10 +337,7 @@ def open_data(
         else:
             assert job.data.text is not None
             log.info(f"data: scanning {job.data.text}")
-            tokenizer = load_tokenizer(job.data.tokenizer)
-            path = prepare_cached(
-                job.data.text, tokenizer, job.data.cache_folder, val_fraction=job.data.val_fraction
-            )
+            path = _prepare_text(job.data, job.data.text)
         dataset = open_dataset(path, **options)
         log.info(f"data: {dataset.split('train', job.train.seq_len).describe()} in {path}")
         for name in splits[1:]:
@@ -356,6 +356,18 @@ def open_data(
     world.control.raise_on_any_error(error)
     assert dataset is not None
     return dataset
+
+
+def _prepare_text(data: DataConfig, text: str | Sequence[str]) -> Path:
+    """Return the prepared folder of ``text``, which is read as ``data`` says."""
+    return prepare_cached(
+        text,
+        load_tokenizer(data.tokenizer, eos=data.eos_token, bos=data.bos_token),
+        data.cache_folder,
+        options=ReadOptions(data.text_field, data.document_separator, data.skip_unreadable),
+        val_fraction=data.val_fraction,
+        progress=plain_lines(lambda line: log.info(f"data: {line}")),
+    )
 
 
 def _describe_batches(job: JobConfig, geometry: ParallelDims) -> str:
