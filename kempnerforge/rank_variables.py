@@ -25,13 +25,12 @@ def die_with_launcher(environ: MutableMapping[str, str] = os.environ) -> None:
 
     A launcher that was killed cannot end its ranks, and nothing else would.
     """
-    launcher = environ.pop(LAUNCHER_PID, "")
-    if launcher:
+    if launcher := environ.pop(LAUNCHER_PID, ""):
         die_with_parent(int(launcher))
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when ``parent``, the process that started it, ends."""
+    """Have the kernel kill this process when the thread of process ``parent`` that started it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), signal.SIGKILL)

@@ -104,8 +104,12 @@ class DataConfig(Section):
     allow_changed: bool = False
     """Let a run continue although its data differ from the data it started with."""
 
+    num_workers: AtLeastZero = 0
+    """Number of processes per rank that read samples of dataset for training. 0 reads them in the rank."""
+
     prefetch_batches: AtLeastZero = 2
-    """Number of batches to read ahead in the background. 0 reads each batch when it is needed."""
+    """Number of batches to read ahead in the background. 0 reads each batch when it is needed. With
+    num_workers, each worker reads one more."""
 
     @property
     def cache_folder(self) -> Path:

@@ -150,7 +150,7 @@ def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
         return [ConfigIssue(f"data.{given[0]}", problem, 'set the others to "none"')]
     if data.dataset is not None:
         return []
-    names = [name for name in ("args", "val") if getattr(data, name)]
+    names = [name for name in ("args", "val", "num_workers") if getattr(data, name)]
     return [
         ConfigIssue(f"data.{name}", "has no effect without data.dataset", "leave it out") for name in names
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,7 @@ class _Output:
         starts = ends - documents["tokens"].astype(np.int64)
         changes = (places[1:] != places[:-1]) | (places[1:] == IN_BOTH)
         bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), documents.size]
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+        for first, last in itertools.pairwise(bounds):
             start, stop = int(starts[first]), int(ends[last - 1])
             size_bytes = int(documents["bytes"][first:last].sum())
             if places[first] == IN_BOTH:

@@ -104,7 +104,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Documents of text, each with the separator after it and, if the tokenizer has one to write, BOS before."""
+    """Documents of text, each with the separator after it, and BOS before it if the tokenizer writes one."""
 
     tokenizer: Tokenizer
     options: ReadOptions = field(default_factory=ReadOptions)
@@ -127,7 +127,7 @@ class TextEncoder:
 
     def encode(self, unit: Unit, *, threads: int = 1) -> Iterator[Encoded | Unreadable | SeparatorSeen]:
         """Yield the pieces of the documents of ``unit``, encoded in batches."""
-        searched = list(KNOWN_SEPARATORS) if self._may_have_separators(unit) else []
+        searched: list[str] = list(KNOWN_SEPARATORS) if self._may_have_separators(unit) else []
         begins = True
         batch: list[Piece] = []
         size_bytes = 0
@@ -154,18 +154,13 @@ class TextEncoder:
     def _encode(self, batch: list[Piece], begins: bool) -> Iterator[Encoded]:
         """Encode ``batch``, whose first piece ``begins`` a document or continues one."""
         special = self.tokenizer.special
-        bos = [] if special.bos_id is None else [special.bos_id]
+        bos = np.array([] if special.bos_id is None else [special.bos_id])
+        separator = np.array([self.tokenizer.separator_id])
         for piece, ids in zip(
             batch, self.tokenizer.encode_batch([piece.content for piece in batch]), strict=True
         ):
-            end = [self.tokenizer.separator_id] if piece.ends_document else []
-            if (begins and bos) or end:
-                around = [
-                    np.array(bos if begins else [], dtype=ids.dtype),
-                    ids,
-                    np.array(end, dtype=ids.dtype),
-                ]
-                ids = np.concatenate(around)
+            around = [bos[: bos.size * begins], ids, separator[: int(piece.ends_document)]]
+            ids = np.concatenate([part.astype(ids.dtype, copy=False) for part in around])
             yield Encoded(ids, piece.content, piece.ends_document)
             begins = piece.ends_document
 

@@ -7,8 +7,10 @@ divided into micro-batches of ``batch_size`` in the order of its samples, and da
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,6 +22,7 @@ import torch
 from kempnerforge.data.map_dataset import MapSamples
 from kempnerforge.data.sample_order import ids_digest, sample_ids
 from kempnerforge.data.tokens import Samples
+from kempnerforge.data.worker_pool import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,9 @@ class BatchLoader:
     used.
 
     A background thread reads ``prefetch_batches`` batches ahead. With 0, ``next`` reads each batch.
+    With ``num_workers``, as many processes read a batch each, of a dataset of the user's.
     An exception while reading is raised by the ``next`` for that batch. :meth:`close`, or leaving a
-    ``with`` block, ends the thread.
+    ``with`` block, ends the thread and the workers.
 
     Raises ValueError if ``global_batch_size`` is not a multiple of ``batch_size * dp_size``.
     """
@@ -152,9 +156,16 @@ class BatchLoader:
         dp_size: int = 1,
         cursor: Cursor | None = None,
         prefetch_batches: int = 2,
+        num_workers: int = 0,
     ) -> None:
         shape = BatchShape(global_batch_size, batch_size, dp_rank, dp_size)
-        self._source = _Source(samples, seed, shape, cursor or Cursor())
+        self._pool: WorkerPool | None = None
+        if num_workers:
+            if not isinstance(samples, MapSamples):
+                raise ValueError("num_workers is for a dataset of the user's")
+            reader = functools.partial(shape.read, samples)
+            self._pool = WorkerPool(reader, name=samples.dataset.name, num_workers=num_workers)
+        self._source = _Source(samples, seed, shape, cursor or Cursor(), self._pool)
         self._prefetcher = _Prefetcher(self._source, prefetch_batches) if prefetch_batches else None
         self._closed = False
 
@@ -167,10 +178,14 @@ class BatchLoader:
         return self._prefetcher.next() if self._prefetcher else self._source.next()
 
     def close(self) -> None:
-        """End and join the background thread. The loader yields no more batches."""
+        """End the background thread and the workers. The loader yields no more batches."""
         self._closed = True
+        if self._pool:
+            self._pool.kill()  # the thread may wait for a batch
         if self._prefetcher:
             self._prefetcher.close()
+        if self._pool:
+            self._pool.close()
 
     def __enter__(self) -> BatchLoader:
         return self
@@ -189,23 +204,47 @@ def batch_ids(cursor: Cursor, *, seed: int, num_samples: int, global_batch_size:
 
 
 class _Source:
-    """Reads one batch after the other, in the calling thread."""
+    """Reads one batch after the other, in the calling thread or in workers."""
 
-    def __init__(self, samples: Samples | MapSamples, seed: int, shape: BatchShape, cursor: Cursor) -> None:
+    def __init__(
+        self,
+        samples: Samples | MapSamples,
+        seed: int,
+        shape: BatchShape,
+        cursor: Cursor,
+        pool: WorkerPool | None,
+    ) -> None:
         self._samples = samples
         self._seed = seed
         self._shape = shape
         self._cursor = cursor
+        self._pool = pool
+        self._requested: deque[Cursor] = deque()
+        """The cursors after the batches that the workers read."""
 
     def next(self) -> tuple[AnyBatch, Cursor]:
-        size = self._shape.global_batch_size
-        after = Cursor(self._cursor.samples + size)
-        ids = batch_ids(
-            self._cursor, seed=self._seed, num_samples=self._samples.num_samples, global_batch_size=size
+        if self._pool is None:
+            ids = self._ids()
+            batch = self._shape.read(self._samples, ids)
+            self._cursor = self._after()
+            return batch, self._cursor
+        while not self._pool.is_full:
+            self._pool.request(self._ids())
+            self._cursor = self._after()
+            self._requested.append(self._cursor)
+        return self._pool.receive(), self._requested.popleft()
+
+    def _ids(self) -> np.ndarray:
+        """Return the samples of the global batch at the cursor."""
+        return batch_ids(
+            self._cursor,
+            seed=self._seed,
+            num_samples=self._samples.num_samples,
+            global_batch_size=self._shape.global_batch_size,
         )
-        batch = self._shape.read(self._samples, ids)
-        self._cursor = after
-        return batch, after
+
+    def _after(self) -> Cursor:
+        return Cursor(self._cursor.samples + self._shape.global_batch_size)
 
 
 class _Prefetcher:

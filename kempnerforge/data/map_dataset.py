@@ -6,6 +6,7 @@ sample stands at which position is decided by ``sample_order``, as for KempnerFo
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,10 @@ class UserDataset:
         if self.num_samples < 0:
             problem = f"{name} returned a {type(self._object).__name__}, which has no __getitem__"
             raise ConfigError([ConfigIssue(key, problem, "a dataset has __len__ and __getitem__(i)")])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker builds the dataset anew: it may hold open files.
+        return functools.partial(UserDataset, key=self._key), (self.name, self.args)
 
     def has_tokens(self) -> bool:
         """Return whether samples are token ids, by reading the first one. Raises PluginError."""

@@ -75,7 +75,7 @@ def prepare(
     workers: int | None = None,
     progress: OnProgress | None = None,
 ) -> Index:
-    """Tokenize ``text`` (see :func:`~kempnerforge.data.reading.files.find_files`) into the new folder ``folder``.
+    """Tokenize ``text``, as :func:`~kempnerforge.data.reading.files.find_files` takes it, into a new folder.
 
     The folder appears complete or not at all. After a kill, the same call goes on with the parts
     that were finished. Its bytes do not depend on that, nor on ``workers``, the number of processes

@@ -20,7 +20,7 @@ from pathlib import Path
 from kempnerforge.data.encoding import Encoder
 from kempnerforge.data.token_parts import PART_NAME, Task, write_part
 from kempnerforge.errors import DataError, KempnerForgeError
-from kempnerforge.rank_variables import die_with_parent
+from kempnerforge.rank_variables import FORWARDED, die_with_parent
 
 MAX_THREADS = 4
 """Threads of a worker's tokenizer, if there are fewer tasks than processors. They need memory."""
@@ -167,7 +167,8 @@ class _Worker:
 def main(fd: int, parent: int) -> None:
     """Write the parts of the tasks that arrive, until the socket is closed."""
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is sent to all; the parent ends its workers
+    for number in FORWARDED:  # they may be sent to all processes; the parent ends its workers
+        signal.signal(number, signal.SIG_IGN)
     connection = Connection(fd)
     encoder, parts, threads = connection.recv()
     while True:

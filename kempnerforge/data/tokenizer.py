@@ -360,7 +360,8 @@ def _special_tokens(
     for what, token in (("eos", eos), ("bos", bos)):
         if token is not None and token not in vocabulary:
             raise DataError(
-                f"{what} token {token!r} (data.{what}_token, --{what}-token) is not in the vocabulary of {path}"
+                f"{what} token {token!r} (data.{what}_token, --{what}-token) is not in the vocabulary "
+                f"of {path}"
             )
     found, source = (eos, BY_OPTION) if eos is not None else _find_eos(path, vocabulary)
     named = _named_token(path, "bos_token")

@@ -40,11 +40,13 @@ WHOLE, CUT, POOL = 0, 1, 2
 """Rules 1, 2 and 3."""
 
 
-def rules_for(sizes: np.ndarray, file_bytes: int, fraction: float, *, may_cut: bool = True) -> np.ndarray:
+def rules_for(
+    sizes: np.ndarray, file_bytes: int | np.ndarray, fraction: float, *, may_cut: bool = True
+) -> np.ndarray:
     """Return ``WHOLE``, ``CUT`` or ``POOL`` for each document of a file, uint8 [documents].
 
-    ``sizes``, in bytes [documents], are those of some or all documents of a file with
-    ``file_bytes`` bytes of text.
+    ``sizes`` in bytes [documents]. ``file_bytes`` are the bytes of text of the file, or of the file
+    of each document.
     """
     rules = np.full(sizes.size, POOL, dtype=np.uint8)
     if may_cut:

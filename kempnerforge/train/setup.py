@@ -105,6 +105,7 @@ class Run:
             dp_size=self.geometry.dp,
             cursor=Cursor(**self.state.cursor),
             prefetch_batches=self.job.data.prefetch_batches,
+            num_workers=self.job.data.num_workers,
         )
 
 

@@ -64,6 +64,16 @@ def test_own_dataset_resumes_bitwise_and_explains_changes(
     assert run.counting() == whole.counting()
 
 
+def test_own_dataset_workers_change_no_bits(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
+    whole = walks_run(tmp_path / "whole", corpus)
+    launcher.finish(whole, ranks=2)
+    run = walks_run(tmp_path / "workers", corpus, **{"data.num_workers": 2})
+    kill = ("kill_at_call", {"target": UPDATE, "call": 7, "rank": None})
+    assert set(launcher.run(run, ranks=2, faults=[kill]).statuses) == {-9}
+    launcher.finish(run, "--data.num_workers=1", ranks=2)
+    assert run.counting() == whole.counting()
+
+
 def whole_output(run: Run) -> str:
     return "".join(path.read_text() for path in sorted(run.base.glob("start_*.log")))
 
