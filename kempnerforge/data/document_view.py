@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from kempnerforge.data.index import Index
 from kempnerforge.data.samples import TokenStream
+from kempnerforge.data.shard_reader import TokenShard
 from kempnerforge.data.tokenizer import BYTES, BYTES_EOS, ByteTokenizer, Tokenizer, load_tokenizer
 from kempnerforge.data.tokens import TokenDataset
 from kempnerforge.errors import DataError
 
 MAX_TOKENS = 4096
-"""So many tokens of a document are shown."""
+"""So many tokens of a document are shown, unless fewer are asked for."""
 
 BEGIN, END = "[[", "]]"
 """Marks around the text of tokens that count."""
@@ -27,7 +30,7 @@ class DocumentView:
     number: int
     num_tokens: int
     ids: np.ndarray
-    """Its first ``MAX_TOKENS`` ids, int64."""
+    """Its first ids, int64."""
     counted: np.ndarray | None
     """Which of them count as targets, bool. None: all."""
     texts: tuple[str, ...]
@@ -40,13 +43,39 @@ class DocumentView:
             return "".join(self.texts)
         edges = np.diff(self.counted.astype(np.int8), prepend=0, append=0)
         parts: list[str] = []
-        for text, edge in zip((*self.texts, ""), edges, strict=True):
+        for text, edge in zip((*self.texts, ""), edges.tolist(), strict=True):
             parts += [BEGIN] * (edge == 1) + [END] * (edge == -1) + [text]
         return "".join(parts)
 
+    def lines(self) -> list[str]:
+        """Return how many tokens count, and the text."""
+        more = self.num_tokens - self.ids.size
+        counted = "all" if self.counted is None else f"{np.count_nonzero(self.counted):,}"
+        marks = "" if self.counted is None else f", between {BEGIN} and {END}"
+        shown = f", of the first {self.ids.size:,}" if more else ""
+        head = f"document {self.number:,} of {self.split}: {self.num_tokens:,} tokens"
+        return [
+            f"{head}; {counted} count as targets{shown}{marks}",
+            self.marked,
+            *([f"... and {more:,} more tokens"] if more else []),
+        ]
 
-def view_document(dataset: TokenDataset, split: str, number: int) -> DocumentView:
-    """Return document ``number`` of ``split``, from 0.
+    def facts(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "split": self.split,
+            "document": self.number,
+            "tokens": self.num_tokens,
+            "ids": self.ids.tolist(),
+            "counted": None if self.counted is None else self.counted.tolist(),
+            "texts": list(self.texts),
+        }
+
+
+def view_document(
+    dataset: TokenDataset, split: str, number: int, *, max_tokens: int = MAX_TOKENS
+) -> DocumentView:
+    """Return the beginning of document ``number`` of ``split``, from 0: up to ``max_tokens`` tokens.
 
     Raises :class:`DataError` if there is no such document, or the data have no documents or tokenizer.
     """
@@ -64,7 +93,7 @@ def view_document(dataset: TokenDataset, split: str, number: int) -> DocumentVie
         )
     start = int(ends[number - 1]) if number else 0
     num_tokens = int(ends[number]) - start
-    ids = np.empty(min(num_tokens, MAX_TOKENS), dtype=np.int64)
+    ids = np.empty(min(num_tokens, max_tokens), dtype=np.int64)
     stream.read_ids(start, ids)
     counted = None
     if stream.has_counted:
@@ -72,6 +101,20 @@ def view_document(dataset: TokenDataset, split: str, number: int) -> DocumentVie
         stream.read_counted(start, counted)
     texts = _texts(_tokenizer_of(dataset, dataset.index), ids)
     return DocumentView(split, number, num_tokens, ids, counted, texts)
+
+
+def longest_document(shards: Sequence[TokenShard]) -> int | None:
+    """Return the number of tokens of the longest document. None if it is not recorded where documents end."""
+    longest = 0
+    begun = 0  # tokens of the document that continues in the next shard
+    for shard in shards:
+        if shard.ends is None:
+            return None
+        ends = shard.ends.map().astype(np.int64)
+        lengths = np.diff(ends, prepend=-begun)
+        longest = max(longest, int(lengths.max(initial=0)))
+        begun = shard.num_tokens - int(ends[-1]) if ends.size else begun + shard.num_tokens
+    return longest
 
 
 def _tokenizer_of(dataset: TokenDataset, index: Index) -> Tokenizer:
