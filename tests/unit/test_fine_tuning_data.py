@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support import chat
 from typer.testing import CliRunner, Result
 
@@ -21,7 +19,6 @@ from kempnerforge.data.index import read_index
 from kempnerforge.data.prepare import prepare
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.record_encoder import make_encoder
-from kempnerforge.data.shard_reader import ArrayFile, TokenShard
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.data.tokens import load_shards, open_dataset
 from kempnerforge.errors import ConfigError, DataError
@@ -32,7 +29,7 @@ CHATS = [{"messages": chat.talk(f"What is {a} and two?", f"It is {a + 2}.")} for
 
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with ``sums.jsonl``, ``chats.jsonl`` and a tokenizer ``tok`` with a ChatML template."""
+    """A working folder with ``sums.jsonl``, ``chats.jsonl`` and a tokenizer ``tok`` for ChatML."""
     monkeypatch.chdir(tmp_path)
     write("sums.jsonl", SUMS)
     write("chats.jsonl", CHATS)
@@ -75,7 +72,7 @@ def test_prepared_sums_count_completions(base: Path) -> None:
     assert index.splits["train"].counted == count
     assert index.text.format == "prompt_completion"
     assert f"({count:,} count as targets, " in result.stdout
-    assert "document 0 of train: 8 tokens; 2 count as targets, between [[ and ]]" in result.stdout
+    assert "document 0 of train: 10 tokens; 2 count as targets, between [[ and ]]" in result.stdout
     assert "0 + 0 = [[0<|endoftext|>]]" in result.stdout
 
 
@@ -236,34 +233,11 @@ def test_documents_of_text_have_no_marks(base: Path) -> None:
     assert read_index(base / "out").splits["train"].counted is None
 
 
-@given(
-    lengths=st.lists(st.lists(st.integers(1, 5), max_size=4), min_size=1, max_size=4), cut=st.integers(0, 3)
-)
-def test_longest_document_spans_shards(lengths: list[list[int]], cut: int) -> None:
-    """Shard by shard: documents that end in it, then ``cut`` tokens of one that goes on."""
-    documents: list[int] = []
-    shards = []
-    begun = 0
-    for ends in lengths:
-        if ends:
-            documents += [begun + ends[0], *ends[1:]]
-            begun = 0
-        begun += cut
-        shards.append(_Shard(np.cumsum(ends), sum(ends) + cut))
-    assert longest_document(shards) == max(documents, default=0)
-
-
-class _Shard(TokenShard):
-    """A shard in memory."""
-
-    def __init__(self, ends: np.ndarray, num_tokens: int) -> None:
-        dtype = np.dtype(np.uint64)
-        super().__init__(Path(), np.dtype(np.uint16), num_tokens, ends=_Ends(Path(), dtype, ends.size))
-        object.__setattr__(self.ends, "values", ends.astype(dtype))
-
-
-class _Ends(ArrayFile):
-    values: np.ndarray
-
-    def map(self) -> np.ndarray:
-        return self.values
+@pytest.mark.parametrize("shard_tokens", [7, 100])
+def test_longest_document_spans_shards(base: Path, shard_tokens: int) -> None:
+    contents = ["short", "a" * 40, "b" * 15, "", "c" * 24]
+    write("texts.jsonl", [{"prompt": "?", "completion": f"{text}!"} for text in contents])
+    options = ("--format", "prompt_completion", "--val-fraction", "0", "--shard-tokens", str(shard_tokens))
+    run("prepare", "texts.jsonl", "--out", "out", *options)
+    assert longest_document(load_shards("out").shards["train"]) == len("?!") + 40 + 1
+    assert counted_texts("out", "train") == [f"{text}!<|endoftext|>" for text in contents]
