@@ -17,6 +17,8 @@ Folders of format 1 have neither ``.ends`` nor ``.counted`` files. They are stil
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -32,6 +34,9 @@ READABLE_FORMATS = (1, 2)
 INDEX_NAME = "index.json"
 DTYPES = ("uint16", "uint32")
 ENDS_DTYPE = np.dtype("<u8")
+
+_DETAILS = re.compile(r"[;:(]| as ")
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d[\d,]*")
 
 NAMED_LEFT_OUT = 20
 """So many of the files and records that were left out are named."""
@@ -89,20 +94,20 @@ class LeftOut:
     """Files, documents and records that were not tokenized."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
-    """Reason -> number."""
+    """Kind of reason (``kind_of``) -> number."""
     first: tuple[tuple[str, str], ...] = ()
     """(file or file:line, reason) of the first ``NAMED_LEFT_OUT``."""
 
     @classmethod
     def of(cls, items: Iterable[tuple[str, str]]) -> LeftOut:
         """Count ``items``, each (file or file:line, reason)."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         first: list[tuple[str, str]] = []
         for where, reason in items:
-            counts[reason] = counts.get(reason, 0) + 1
+            counts[kind_of(reason)] += 1
             if len(first) < NAMED_LEFT_OUT:
                 first.append((where, reason))
-        return cls(counts, tuple(first))
+        return cls(dict(counts), tuple(first))
 
     @property
     def total(self) -> int:
@@ -111,10 +116,15 @@ class LeftOut:
 
     def lines(self) -> list[str]:
         """Return one line for each reason, followed by the first names."""
-        lines = [f"left out: {count:,} {reason}" for reason, count in self.counts.items()]
+        lines = [f"left out: {count:,} x {reason}" for reason, count in self.counts.items()]
         lines += [f"  {where}: {reason}" for where, reason in self.first]
         more = self.total - len(self.first)
         return [*lines, f"  and {more:,} more"] if self.first and more > 0 else lines
+
+
+def kind_of(reason: str) -> str:
+    """Return ``reason`` without what is particular to one file or record: numbers, names and details."""
+    return _NUMBER.sub("N", _DETAILS.split(reason)[0]).strip()
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,15 @@ class _Worker:
                 "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
                 "RAYON_NUM_THREADS": str(threads),
             }
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
-            )
+            try:
+                self._process = subprocess.Popen(
+                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+                )
+            except OSError as error:
+                ours.close()
+                raise KempnerForgeError(
+                    f"cannot start a process that tokenizes: {error.strerror}; give fewer --workers"
+                ) from error
         self.connection = Connection(ours.detach())
         self._send((encoder, parts, threads))
 

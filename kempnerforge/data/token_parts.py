@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 
 from kempnerforge.data.encoding import Encoder, Notice, SeparatorSeen
-from kempnerforge.data.index import NAMED_LEFT_OUT
+from kempnerforge.data.index import NAMED_LEFT_OUT, kind_of
 from kempnerforge.data.reading.items import Unreadable
 from kempnerforge.data.reading.units import Unit
 from kempnerforge.data.tokenizer import token_dtype
@@ -102,7 +102,7 @@ class Part:
 
     units: list[UnitTotals] = field(default_factory=list)
     unreadable: dict[str, int] = field(default_factory=dict)
-    """Reason -> number."""
+    """Kind of reason -> number."""
     first_unreadable: list[tuple[str, str]] = field(default_factory=list)
     """(file or file:line, reason) of the first ``NAMED_LEFT_OUT``."""
     separators: dict[str, str] = field(default_factory=dict)
@@ -154,7 +154,8 @@ def _write_unit(unit: Unit, encoder: Encoder, writer: _PartWriter, report: Repor
     for item in encoder.encode(unit, threads=threads):
         if isinstance(item, Unreadable):
             writer.drop_document()
-            writer.part.unreadable[item.reason] = writer.part.unreadable.get(item.reason, 0) + 1
+            kind = kind_of(item.reason)
+            writer.part.unreadable[kind] = writer.part.unreadable.get(kind, 0) + 1
             if len(writer.part.first_unreadable) < NAMED_LEFT_OUT:
                 writer.part.first_unreadable.append((item.where, item.reason))
         elif isinstance(item, SeparatorSeen):
