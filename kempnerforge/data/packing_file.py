@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,15 @@ class PackingFile:
 
     @classmethod
     def of(
-        cls, folder: Path, *, dataset: str, documents: str | None, split: str, seq_len: int
+        cls, folder: Path, *, dataset: str, ends: Sequence[str | None], split: str, seq_len: int
     ) -> PackingFile:
-        """Return the file in ``folder``. ``dataset`` and ``documents`` are digests."""
+        """Return the file in ``folder``. ``dataset`` and ``ends``, one for each shard, are digests."""
         key = json_digest(
             {
                 "format": FORMAT,
                 "algorithm": ALGORITHM,
                 "dataset": dataset,
-                "documents": documents,
+                "ends": ends,
                 "split": split,
                 "seq_len": seq_len,
             }

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from kempnerforge.data.packing import Packing
 from kempnerforge.data.rows import Rows
@@ -84,6 +85,19 @@ class TokenStream:
         found = np.concatenate(ends)
         complete = found.size and found[-1] == self.num_tokens
         return found if complete else np.append(found, np.uint64(self.num_tokens))
+
+    def documents_digest(self) -> str | None:
+        """Return the xxh3-128 of ``document_ends``, or None if only the separators tell where documents end.
+
+        It does not depend on the shards.
+        """
+        digest = xxhash.xxh3_128()
+        for number, shard_start in enumerate(self._starts[:-1]):
+            ends = self._map(number).ends
+            if ends is None:
+                return None
+            digest.update((ends + np.uint64(shard_start)).data.cast("B"))
+        return digest.hexdigest()
 
     def check_ids(self, rows: np.ndarray) -> None:
         """Raise :class:`DataError` if ``rows`` have an id outside the vocabulary."""

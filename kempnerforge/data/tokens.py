@@ -140,9 +140,7 @@ class TokenDataset:
         Raises :class:`DataError` if there is no such split, it has less than one sample, or it is not
         known where its documents end although ``rows`` needs it.
         """
-        shards = self._shards_of(name)
-        separator_id = self.index.separator_id if self.index else None
-        stream = TokenStream(shards, vocab_size=self._id_limit, separator_id=separator_id)
+        stream = self._stream(name)
         if self.rows.packing == "contiguous":
             first, count = self._contiguous(name, seq_len)
             mask = self.rows.document_mask
@@ -161,13 +159,17 @@ class TokenDataset:
 
     def rows_fingerprint(self, split: str) -> dict[str, Any]:
         """Return what determines the rows of ``split`` beside its tokens, as JSON values."""
-        if self.rows.document_key is None or self.index is None:
+        if self.rows.document_key is None:
             return {}
         packing = (
             {} if self.rows.packing == "contiguous" else {"packing": f"{self.rows.packing} ({ALGORITHM})"}
         )
-        ends_digest = self.index.splits[split].ends_digest
-        return packing if ends_digest is None else {**packing, "documents": ends_digest}
+        documents = self._stream(split).documents_digest()
+        return packing if documents is None else {**packing, "documents": documents}
+
+    def _stream(self, name: str) -> TokenStream:
+        separator_id = self.index.separator_id if self.index else None
+        return TokenStream(self._shards_of(name), vocab_size=self._id_limit, separator_id=separator_id)
 
     def _shards_of(self, name: str) -> tuple[TokenShard, ...]:
         source = "train" if name == "val" and self._holds_out else name
@@ -200,11 +202,10 @@ class TokenDataset:
         return first, count
 
     def _packing_file(self, name: str, seq_len: int) -> PackingFile:
-        assert self.index is not None
         assert self.rows.cache_dir is not None
-        documents = self.index.splits[name].ends_digest
+        ends = [shard.ends.digest if shard.ends is not None else None for shard in self.shards[name]]
         return PackingFile.of(
-            self.rows.cache_dir, dataset=self.digest, documents=documents, split=name, seq_len=seq_len
+            self.rows.cache_dir, dataset=self.digest, ends=ends, split=name, seq_len=seq_len
         )
 
 

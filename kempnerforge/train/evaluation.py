@@ -23,8 +23,9 @@ from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import eval_batches
 from kempnerforge.data.map_dataset import MapSamples
 from kempnerforge.data.tokens import Samples
+from kempnerforge.distributed.consensus import mark_collective
 from kempnerforge.distributed.context import DistributedContext
-from kempnerforge.errors import DamagedCheckpointError
+from kempnerforge.errors import DamagedCheckpointError, DataError
 from kempnerforge.train.environment import set_determinism
 from kempnerforge.train.loss_step import LossStep
 from kempnerforge.train.model_setup import ParallelModel, build_model
@@ -40,9 +41,9 @@ class Evaluation:
 
     step: int
     loss: float
-    """Mean over all tokens, computed as the ``eval/loss`` of training."""
+    """Mean over all targets that count, computed as the ``eval/loss`` of training."""
     tokens: int
-    """Number of predicted tokens on all ranks, or of the items that ``loss(batch)`` counted."""
+    """Number of targets on all ranks that count, or of the items that ``loss(batch)`` counted."""
     geometry: ParallelDims
     num_ranks: int
     device: str
@@ -106,7 +107,7 @@ def validation_loss(
     The sequences are the same in every layout. No random numbers are used. ``query_stop`` may
     interrupt the validation (see ``InterruptibleBatches``). The result is then None.
 
-    Collective: all ranks.
+    Collective: all ranks. Raises DataError on all ranks if no target counts.
     """
     batches = eval_batches(
         samples,
@@ -116,11 +117,19 @@ def validation_loss(
         dp_rank=geometry.dp_rank(rank),
         dp_size=geometry.dp,
     )
-    if query_stop is None:
-        return step.evaluate(batches)
-    interruptible = InterruptibleBatches(batches, query_stop)
-    loss = step.evaluate(interruptible)
-    return None if interruptible.interrupted else loss
+    interruptible = None if query_stop is None else InterruptibleBatches(batches, query_stop)
+    loss = step.evaluate(batches if interruptible is None else interruptible)
+    if interruptible is not None and interruptible.interrupted:
+        return None
+    if step.num_evaluated == 0:
+        raise mark_collective(
+            DataError(
+                f"nothing counts in the first eval.num_batches = {job.eval.num_batches} batches of the "
+                "validation split: all targets are left out of the loss. Raise eval.num_batches or "
+                "train.seq_len, or set eval.interval = 0"
+            )
+        )
+    return loss
 
 
 def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
@@ -166,14 +175,11 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     step = model.step(optimizer, geometry, job.train)
     loss = validation_loss(step, dataset.split("val", job.train.seq_len), job, geometry, rank=world.rank)
     assert loss is not None
-    tokens = job.eval.num_batches * geometry.global_batch_size * job.train.seq_len
-    if isinstance(step, LossStep):
-        tokens = step.num_evaluated
     world.close()
     return Evaluation(
         step=candidate.step,
         loss=loss,
-        tokens=tokens,
+        tokens=step.num_evaluated,
         geometry=geometry,
         num_ranks=world.num_ranks,
         device=world.device.type,

@@ -85,8 +85,6 @@ def _write_split(
         len(documents),
         xxhash.xxh3_128_hexdigest(ids.tobytes()),
         tuple(shards),
-        ends_digest=xxhash.xxh3_128_hexdigest(ends.tobytes()) if has_ends else None,
-        counted_digest=None if counted is None else xxhash.xxh3_128_hexdigest(counted.astype(np.uint8)),
     )
 
 

@@ -69,6 +69,12 @@ BROKEN = [
         "leave it out",
     ),
     (["--data.chat_template=x"], "data.chat_template", 'without data.format = "chat"', "leave it out"),
+    (
+        ["--data.text=none", "--data.dataset=my:Set", "--data.packing=best_fit"],
+        "data.packing",
+        "samples of my:Set do not tell where documents end",
+        "leave it out",
+    ),
     (["--eval.interval=5", "--data.val_fraction=0"], "eval.interval", "val_fraction 0", "above 0"),
     (["--train.max_minutes=1"], "train.max_minutes", "not longer than deadline_margin_s", "lower"),
     (["--scheduler.warmup_steps=1001"], "scheduler.warmup_steps", "1001 is more than", "at most 1000"),
@@ -344,6 +350,14 @@ def test_geometry_known_layouts_derived() -> None:
         job.geometry(3)
     with pytest.raises(ConfigError, match=r"train.global_batch_size: 31 does not divide"):
         job.with_global_batch_size(31)
+
+
+def test_rules_document_mask_of_own_dataset_refused() -> None:
+    own = ["--data.text=none", "--data.dataset=my_data:Rows"]
+    assert faults(*own) == []
+    [fault] = faults(*own, "--data.document_mask=true")
+    assert fault.key == "data.document_mask"
+    assert fault.problem == "samples of my_data:Rows do not tell where documents end"
 
 
 def test_job_config_contradiction_refused() -> None:

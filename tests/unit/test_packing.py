@@ -315,7 +315,7 @@ def test_packing_cache_that_cannot_be_written_named(data: Path, tmp_path: Path) 
 
 def test_packing_leftovers_of_killed_process_removed(data: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    file = PackingFile.of(tmp_path / "cache", dataset="d", documents=None, split="train", seq_len=4)
+    file = PackingFile.of(tmp_path / "cache", dataset="d", ends=[None], split="train", seq_len=4)
     old, new = (file.path.with_name(f".{file.path.name}.1.{name}.tmp") for name in ("old", "new"))
     for leftover in (old, new):
         leftover.touch()
@@ -355,3 +355,12 @@ def test_dataset_damaged_file_of_documents_found(tmp_path: Path, suffix: str) ->
     path.unlink()
     with pytest.raises(DataError, match=rf"train_00001\.{suffix}: No such file"):
         opened(data, verify=False)
+
+
+def test_fingerprint_of_documents_does_not_depend_on_shards(tmp_path: Path) -> None:
+    def of(name: str, lengths: list[int], shard_tokens: int) -> str:
+        data = write_folder(tmp_path / name, {"train": numbered(lengths)}, shard_tokens=shard_tokens)
+        return fingerprint(opened(data, mask=True), "train", 8, seed=1)["documents"]
+
+    digests = [of("a", [9, 5, 5, 4], 1000), of("b", [9, 5, 5, 4], 6), of("c", [9, 4, 6, 4], 1000)]
+    assert digests[0] == digests[1] != digests[2]
