@@ -40,7 +40,6 @@ class RecordError(Exception):
 
     def __init__(self, reason: str, message: int | None = None) -> None:
         super().__init__(reason if message is None else f"message {message}: {reason}")
-        self.reason = reason
 
 
 class ChatTemplate:

@@ -95,4 +95,4 @@ class RecordEncoder:
                 f"{record.where}: {error}. To leave such records out: data.skip_unreadable = true "
                 "(--skip-unreadable)"
             ) from error
-        return Unreadable(unit.file.path, int(record.where.rpartition(":")[2]), error.reason)
+        return Unreadable(unit.file.path, int(record.where.rpartition(":")[2]), str(error))

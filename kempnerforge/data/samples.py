@@ -200,8 +200,10 @@ class PackedSamples(Samples):
         """Return the number and the length of the samples, and which share of the targets counts."""
         pieces, rows = self._packing.starts.size, self.num_samples
         filled = self._packing.num_targets / (rows * self.seq_len)
+        # Of fine-tuning data, only some of the targets in documents count.
+        what = "are in documents" if self._stream.has_counted else "count"
         return (
-            f"{super().describe()}, {pieces / rows:.1f} documents in each, {filled:.2%} of the targets count"
+            f"{super().describe()}, {pieces / rows:.1f} documents in each, {filled:.2%} of the targets {what}"
         )
 
     def _read(self, ids: np.ndarray) -> Rows:
