@@ -40,8 +40,22 @@ EXAMPLE_TOKENS = 400
 app = typer.Typer(help="Tokenize text into shards, and inspect shards.", no_args_is_help=True)
 
 
+FormatOption = Annotated[
+    DataFormat,
+    typer.Option(
+        help="What the files have: text, or records for fine-tuning with a prompt and a completion, or "
+        "with the messages of a chat."
+    ),
+]
+ChatTemplateOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Jinja file of the chat template. Default: the tokenizer's own."),
+]
+
+
 @app.command()
 def prepare(
+    context: typer.Context,
     text: Annotated[
         list[str],
         typer.Argument(
@@ -55,20 +69,11 @@ def prepare(
     tokenizer: Annotated[
         str, typer.Option(metavar=f"{BYTES}|FILE", help="Built-in bytes, or a Hugging Face tokenizer.json.")
     ] = BYTES,
-    format: Annotated[
-        DataFormat,
-        typer.Option(
-            help="What the files have: text, or records for fine-tuning with a prompt and a completion, "
-            "or with the messages of a chat."
-        ),
-    ] = "text",
+    format: FormatOption = "text",
     prompt_field: Annotated[str, typer.Option(help="Field of the prompt.")] = "prompt",
     completion_field: Annotated[str, typer.Option(help="Field of the completion.")] = "completion",
     messages_field: Annotated[str, typer.Option(help="Field of the messages.")] = "messages",
-    chat_template: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Jinja file of the chat template. Default: the tokenizer's own."),
-    ] = None,
+    chat_template: ChatTemplateOption = None,
     text_field: Annotated[
         str, typer.Option(help="Field of a JSON line, or column of a table, that has the text.")
     ] = "text",
@@ -100,20 +105,7 @@ def prepare(
     ] = None,
 ) -> None:
     """Tokenize text into shards for training. After a kill, the same command goes on."""
-    data = DataConfig(
-        text=text,
-        tokenizer=tokenizer,
-        format=format,
-        prompt_field=prompt_field,
-        completion_field=completion_field,
-        messages_field=messages_field,
-        chat_template=chat_template,
-        text_field=text_field,
-        document_separator=document_separator,
-        bos_token=bos_token,
-    )
-    if faults := format_fits_data(data):
-        raise ConfigError(faults)
+    data = _data_config(context.params)
     options = ReadOptions(text_field, document_separator, skip_unreadable)
     with _progress() as progress:
         index = prepare_text(
@@ -131,6 +123,14 @@ def prepare(
         typer.echo(line)
     if format != "text":
         _print_document(view_document(load_shards(out), "train", 0, max_tokens=EXAMPLE_TOKENS))
+
+
+def _data_config(options: dict[str, Any]) -> DataConfig:
+    """Return the options that are keys of ``[data]`` too. Raises ConfigError for a contradiction."""
+    data = DataConfig(**{name: value for name, value in options.items() if name in DataConfig.model_fields})
+    if faults := format_fits_data(data):
+        raise ConfigError(faults)
+    return data
 
 
 @contextlib.contextmanager
