@@ -71,7 +71,8 @@ class EvenChoice:
 
     def choose(self, sizes: np.ndarray) -> np.ndarray:
         """Return which of the next documents are chosen, bool [documents]. ``sizes`` in bytes."""
-        before = np.concatenate(([0], np.cumsum(sizes[:-1]))) + self._seen if sizes.size else sizes
+        # As floats, in which searchsorted looks for a float without a copy.
+        before = np.cumsum(sizes, dtype=np.float64) - sizes + self._seen
         held_out = np.zeros(sizes.size, dtype=bool)
         position = 0
         while position < sizes.size:

@@ -76,7 +76,7 @@ def test_data_prepare_real_tokenizer_used(texts):
     assert facts["text"]["document_separator"] == "---"
     assert facts["unreadable"]["counts"] == {"byte N": 1}
 
-    result = run(*command, *options, "--out", "other", "--bos-token", "<begin>", "--eos-token", "hello")
+    result = run(*command, *options, "--out", "other", "--bos-token", "<begin>", "--eos-token", "<gone>")
     assert isinstance(result.exception, DataError)
     result = run(*command, *options, "--out", "other", "--bos-token", "<begin>")
     assert "bos: <begin> (id 0)" in result.stdout

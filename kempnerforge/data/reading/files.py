@@ -136,9 +136,11 @@ def _inspect(
         raise DataError(f"text file {path}: cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
         return PassedOver(path, "not a regular file")
-    first = first_paths.setdefault((status.st_dev, status.st_ino), path)
-    if first != path:
-        return PassedOver(path, f"already read as {first}")
+    identity = (status.st_dev, status.st_ino)
+    if identity in first_paths:
+        first = first_paths[identity]
+        return PassedOver(path, f"already read as {first}") if first != path else None
+    first_paths[identity] = path
     head = inspect_head(path)
     if is_stdlib and not isinstance(head, NotText) and not _is_utf8(path):
         head = NotText("not UTF-8")
@@ -155,8 +157,8 @@ def _is_utf8(path: Path) -> bool:
 
 def _named(items: Sequence[PassedOver]) -> str:
     names = [f"{item.path} ({item.reason})" for item in items[:NAMED_AT_MOST]]
-    more = [f"{len(items) - NAMED_AT_MOST} more"] if len(items) > NAMED_AT_MOST else []
-    return ", ".join(names + more)
+    more = f" and {len(items) - NAMED_AT_MOST} more" if len(items) > NAMED_AT_MOST else ""
+    return ", ".join(names) + more
 
 
 def _size(size_bytes: int) -> str:

@@ -110,13 +110,13 @@ def inspect_head(path: Path) -> Head | NotText:
     if content == b"":
         return NotText("empty")
     named_format, named_compression = _named(path)
-    wrapping = f" in {COMPRESSION_NAMES[compression]}" if compression else ""
+    wrapping = f"{COMPRESSION_NAMES[compression]}: " if compression else ""
     # Damage that begins before the first byte is reported by the reader.
     found = _judge(path, content or b"", named_format)
     if isinstance(found, NotText):
-        return NotText(f"{found.reason}{wrapping}")
+        return NotText(f"{wrapping}{found.reason}")
     if compression and content and found in ("parquet", "arrow"):
-        return NotText(f"{FORMAT_NAMES[found]}{wrapping}; decompress it first")
+        return NotText(f"{wrapping}{FORMAT_NAMES[found]}; decompress it first")
     notes = []
     if compression != named_compression:
         actual = COMPRESSION_NAMES[compression] if compression else "not compressed"

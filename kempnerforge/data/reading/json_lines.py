@@ -83,6 +83,7 @@ class _LineSource:
             try:
                 if self._unit.start:
                     self._next_line(max_bytes=0)
+                    self.numbers.passed += 1
                 while self._unit.end is None or self._offset < self._unit.end:
                     line, size_bytes = self._next_line(self._max_bytes)
                     if not size_bytes:
@@ -134,7 +135,7 @@ def _text_of_long(line: bytearray, field: str) -> bytes:
     line.clear()
     characters = content.decode("latin-1")
     content.clear()
-    value = {_from_latin1(key): item for key, item in _parse(characters).items()}
+    value = {_from_latin1(key): item for key, item in _parse(characters, is_line=False).items()}
     del characters
     text = _field_of(value, field).encode("latin-1")
     if first_invalid_byte(text) is not None:
@@ -199,13 +200,14 @@ def _refuse_constant(name: str) -> Any:
 DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _parse(text: str) -> dict[str, Any]:
+def _parse(text: str, *, is_line: bool = True) -> dict[str, Any]:
     try:
         value = DECODER.decode(text)
     except _UnreadableLineError:
         raise
     except json.JSONDecodeError as error:
-        raise _UnreadableLineError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
+        place = f" at character {error.pos + 1}" if is_line else ""
+        raise _UnreadableLineError(f"not JSON: {error.msg}{place}") from error
     except ValueError as error:
         raise _UnreadableLineError(f"not JSON: {error}") from error
     except RecursionError as error:
