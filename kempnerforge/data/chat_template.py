@@ -36,10 +36,14 @@ Spans = list[tuple[int, int]]
 
 
 class RecordError(Exception):
-    """What is wrong with one record, and in which ``message``, from 1. The caller adds file and line."""
+    """What is wrong with one record, and in which ``message``, from 1. The caller adds file and line.
 
-    def __init__(self, reason: str, message: int | None = None) -> None:
-        super().__init__(reason if message is None else f"message {message}: {reason}")
+    Records that are left out are counted by the text before the ``details``.
+    """
+
+    def __init__(self, reason: str, details: str = "", *, message: int | None = None) -> None:
+        where = "" if message is None else f" in message {message}"
+        super().__init__(f"{reason}{where}; {details}" if details else f"{reason}{where}")
 
 
 class ChatTemplate:
@@ -133,10 +137,11 @@ class ChatTemplate:
 
     def _no_place(self, number: int, reason: str) -> RecordError:
         return RecordError(
-            "where the answer begins and ends cannot be found, because the chat template "
-            f"{self.name} {reason}. Copy the template, put {{% generation %}} and {{% endgeneration %}} "
-            "around what the assistant says, and set data.chat_template (--chat-template) to the copy",
-            number + 1,
+            "no beginning and end of the answer found",
+            f"the chat template {self.name} {reason}. Copy the template, put {{% generation %}} and "
+            "{% endgeneration %} around what the assistant says, and set data.chat_template "
+            "(--chat-template) to the copy",
+            message=number + 1,
         )
 
     def _render(self, messages: Sequence[Message], tools: Any, prompt: bool) -> tuple[str, Spans]:
@@ -153,7 +158,7 @@ class ChatTemplate:
             return render_spans(self._compiled, variables)
         except Exception as error:  # a template is a program, which may raise anything
             raise RecordError(
-                f"the chat template {self.name} refuses the conversation: {error or type(error).__name__}"
+                f"the chat template {self.name} refuses the conversation", str(error) or type(error).__name__
             ) from error
 
 

@@ -141,8 +141,8 @@ class PromptCompletion:
             if ids[: len(before)] == before:
                 return ids[len(before) :]
         raise RecordError(
-            f"field {self._completion_field!r} cannot be tokenized as the continuation of a prompt: "
-            f"tokenizer {self._tokenizer.name} joins its beginning with whatever stands before it"
+            f"field {self._completion_field!r} cannot be tokenized as the continuation of a prompt",
+            f"tokenizer {self._tokenizer.name} joins its beginning with whatever stands before it",
         )
 
 
@@ -269,8 +269,8 @@ def _weighted(answers: Spans, messages: Iterable[Mapping[str, Any]]) -> Spans:
         raise RecordError("every message of the assistant has the weight 0, so there is nothing to learn")
     if len(answers) != len(kept):
         raise RecordError(
-            f"a weight is 0, and the chat template marks {len(answers)} texts in {len(kept)} answers, so "
-            "it is unknown which of them count"
+            "weights that cannot be applied",
+            f"the chat template marks {len(answers)} texts in {len(kept)} answers",
         )
     return [answer for answer, keep in zip(answers, kept, strict=True) if keep]
 
@@ -288,22 +288,24 @@ def _messages(record: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
 
 def _check_message(message: Any, number: int) -> None:
     if not isinstance(message, dict):
-        raise RecordError(f"is {_kind(message)}, not an object with role and content", number)
+        raise RecordError(f"{_kind(message)} instead of an object", message=number)
     role = message.get("role")
     if role is None:
-        raise RecordError(f"has no role; its fields are {_names(message)}", number)
+        raise RecordError("no role", f"its fields are {_names(message)}", message=number)
     if role not in ROLES:
-        raise RecordError(f"has the unknown role {role!r}; roles are {', '.join(ROLES)}", number)
+        raise RecordError(f"unknown role {role!r}", f"roles are {', '.join(ROLES)}", message=number)
     content = message.get("content")
     calls = role == "assistant" and (message.get("tool_calls") or message.get("function_call"))
     if content is None and not calls:
-        raise RecordError(f"has no content; its fields are {_names(message)}", number)
+        raise RecordError("no content", f"its fields are {_names(message)}", message=number)
     if role not in RESULT_ROLES and not (content is None or isinstance(content, str) or _is_parts(content)):
-        raise RecordError(f"content is {_kind(content)}, neither text nor a list of parts", number)
+        raise RecordError(
+            f"{_kind(content)} as the content", "it is text, or a list of parts", message=number
+        )
     if role == "assistant" and not content and not calls:
-        raise RecordError("the assistant says nothing, so there is nothing to learn", number)
+        raise RecordError("nothing said by the assistant", message=number)
     if message.get("weight", 1) not in (0, 1, None):
-        raise RecordError(f"weight is {message['weight']!r}, neither 0 nor 1", number)
+        raise RecordError(f"weight {message['weight']!r}", "weights are 0 and 1", message=number)
 
 
 def _is_parts(content: Any) -> bool:
@@ -329,7 +331,7 @@ def _text_field(record: Mapping[str, Any], field: str, option: str) -> str:
 
 def _field(record: Mapping[str, Any], field: str, option: str) -> Any:
     if field not in record:
-        raise RecordError(f"no field {field!r}; the fields are {_names(record)}. See {option}")
+        raise RecordError(f"no field {field!r}", f"the fields are {_names(record)}. See {option}")
     return record[field]
 
 

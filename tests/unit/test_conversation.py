@@ -154,7 +154,10 @@ def test_template_that_rewrites_earlier_answers_is_refused(folder: Path) -> None
     )
     encoder = make_format(folder, source)
     assert answers(folder, encoder.encode({"messages": TALK[:2]})) == ["<think></think>It is four.<|im_end|>"]
-    with pytest.raises(RecordError, match=r"message 2: where the answer .* writes other text .*generation"):
+    with pytest.raises(
+        RecordError,
+        match=r"no beginning and end of the answer found in message 2; .* writes other text .*generation",
+    ):
         encoder.encode({"messages": TALK})
 
 
@@ -162,7 +165,7 @@ def test_template_that_rewrites_earlier_answers_is_refused(folder: Path) -> None
 def test_template_without_generation_prompt_is_refused(folder: Path, with_prompt: str) -> None:
     """It writes a header before the answer in any case, or one more after it."""
     source = chat.CHATML.split("{% if add_generation_prompt")[0] + with_prompt
-    with pytest.raises(RecordError, match=r"message 2: .* ignores add_generation_prompt"):
+    with pytest.raises(RecordError, match=r"found in message 2; .* ignores add_generation_prompt"):
         make_format(folder, source).encode({"messages": TALK[:2]})
 
 
@@ -192,7 +195,7 @@ def test_template_that_marks_nothing_is_refused(folder: Path) -> None:
     ],
 )
 def test_template_that_fails_is_named(folder: Path, source: str) -> None:
-    with pytest.raises(RecordError, match=r"the chat template .*\.jinja refuses the conversation: \S"):
+    with pytest.raises(RecordError, match=r"the chat template .*\.jinja refuses the conversation; \S"):
         make_format(folder, source).encode({"messages": TALK})
 
 
@@ -244,20 +247,23 @@ def test_chat_with_bytes_is_refused() -> None:
         ({"conversations": []}, r"no field 'messages'; the fields are 'conversations'. See --messages-field"),
         ({"messages": "hi"}, "field 'messages' is text, not a list"),
         ({"messages": []}, "field 'messages' is an empty list"),
-        ({"messages": ["hi"]}, "message 1: is text, not an object"),
+        ({"messages": ["hi"]}, "text instead of an object in message 1"),
         (
             {"messages": [{"from": "human", "value": "hi"}]},
-            "message 1: has no role; its fields are 'from', 'value'",
+            "no role in message 1; its fields are 'from', 'value'",
         ),
         (
             {"messages": [{"role": "human", "content": "hi"}]},
-            "message 1: has the unknown role 'human'; roles are",
+            "unknown role 'human' in message 1; roles are",
         ),
-        ({"messages": [{"role": "user"}]}, "message 1: has no content"),
-        ({"messages": [{"role": "user", "content": 3}]}, "message 1: content is a number"),
+        ({"messages": [{"role": "user"}]}, "no content in message 1"),
+        ({"messages": [{"role": "user", "content": 3}]}, "a number as the content in message 1"),
         ({"messages": chat.talk("hi")}, "no message is of the assistant"),
-        ({"messages": chat.talk("hi", "")}, "message 2: the assistant says nothing"),
-        ({"messages": [{**message, "weight": 0.5} for message in TALK]}, "message 1: weight is 0.5, neither"),
+        ({"messages": chat.talk("hi", "")}, "nothing said by the assistant in message 2"),
+        (
+            {"messages": [{**message, "weight": 0.5} for message in TALK]},
+            "weight 0.5 in message 1; weights are 0 and 1",
+        ),
         ({"messages": chat.talk("hi", "\ud800")}, "half of a surrogate pair"),
         ({"messages": chat.talk("hi", "ho"), "tools": "x"}, "field 'tools' is text"),
     ],

@@ -142,8 +142,8 @@ def test_long_document_is_shown_in_part(base: Path, monkeypatch: pytest.MonkeyPa
     ("record", "message"),
     [
         ({"text": "hi"}, "no field 'messages'; the fields are 'text'. See --messages-field"),
-        ({"messages": [{"role": "bot", "content": "hi"}]}, "message 1: has the unknown role 'bot'"),
-        ({"messages": chat.talk("hi", "")}, "message 2: the assistant says nothing"),
+        ({"messages": [{"role": "bot", "content": "hi"}]}, "unknown role 'bot' in message 1"),
+        ({"messages": chat.talk("hi", "")}, "nothing said by the assistant in message 2"),
     ],
 )
 def test_bad_record_is_refused_with_its_line_or_left_out(base: Path, record: Any, message: str) -> None:
@@ -155,7 +155,8 @@ def test_bad_record_is_refused_with_its_line_or_left_out(base: Path, record: Any
     assert not Path("out").exists()
     result = prepare_chats("--skip-unreadable", "--val-fraction", "0")
     assert result.exit_code == 0, result.output
-    assert "left out: 1 " in result.stdout
+    kind = message.split(";")[0].replace("message 1", "message N").replace("message 2", "message N")
+    assert f"left out: 1 x {kind}\n" in result.stdout
     assert "chats.jsonl:4: " in result.stdout
     assert len(counted_texts("out", "train")) == len(CHATS)
 
