@@ -158,12 +158,10 @@ class TokenDataset:
             self._contiguous(name, seq_len)
 
     def rows_fingerprint(self, split: str) -> dict[str, Any]:
-        """Return what determines the rows of ``split`` beside its tokens, as JSON values."""
-        if self.rows.document_key is None:
+        """Return what determines the tokens of the rows of ``split``, as JSON values. A mask does not."""
+        if self.rows.packing == "contiguous":
             return {}
-        packing = (
-            {} if self.rows.packing == "contiguous" else {"packing": f"{self.rows.packing} ({ALGORITHM})"}
-        )
+        packing = {"packing": f"{self.rows.packing} ({ALGORITHM})"}
         documents = self._stream(split).documents_digest()
         return packing if documents is None else {**packing, "documents": documents}
 

@@ -94,7 +94,7 @@ def _compiled_step(distributed: dict[str, Any], train: dict[str, Any]) -> tuple[
     ("distributed", "train"),
     [({}, {"batch_size": 1}), ({"tp": 2}, {"batch_size": 2, "activation_checkpointing": "selective"})],
 )
-def test_compiled_blocks_with_document_mask_train_as_documents_alone(
+def test_compiled_document_mask_trains_as_documents_alone(
     distributed: dict[str, Any], train: dict[str, Any]
 ) -> None:
     """Micro-batches of other numbers of documents share their graphs."""

@@ -38,7 +38,5 @@ Tree = dict[str, Any]
         pytest.param(4, {"pp": 2}, {"batch_size": 4}, id="pp-dp"),
     ],
 )
-def test_layout_with_document_mask_trains_as_documents_alone(
-    ranks: int, distributed: Tree, train: Tree
-) -> None:
+def test_masked_layout_trains_as_documents_alone(ranks: int, distributed: Tree, train: Tree) -> None:
     assert_as_alone(run_ranks(one_step, ranks, distributed, train), train)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,7 @@ def write_folder(
         tokenizer="made up",
         tokenizer_digest="0" * 32,
         val_fraction=0.1,
-        num_empty=0,
-        num_binary=0,
-        num_not_utf8=0,
+        **{field.name: 0 for field in fields(Index) if field.name.startswith("num_")},
         splits={
             name: _write_split(folder, name, documents, (counted or {}).get(name), shard_tokens, has_ends)
             for name, documents in splits.items()

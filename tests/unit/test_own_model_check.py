@@ -145,7 +145,7 @@ def masked(model: type[nn.Module], **distributed: int) -> JobConfig:
 @pytest.mark.parametrize(
     ("model", "layout", "culprit"), [(Plain, {}, "Plain"), (StagesWithoutDocuments, {"pp": 2}, "Planned")]
 )
-def test_own_model_without_document_ids_is_refused_with_signature(
+def test_own_model_without_document_ids_refused(
     model: type[nn.Module], layout: dict[str, int], culprit: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
