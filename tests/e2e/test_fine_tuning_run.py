@@ -95,6 +95,28 @@ def test_validation_loss_is_that_of_the_answers(launcher: Launcher, chats: Path)
     assert losses[4] < losses[0]
 
 
+def test_worker_processes_write_the_same_bytes(chats: Path) -> None:
+    for out, workers in (("one", []), ("two", ["--workers", "2"])):  # one: in the process itself
+        command = [
+            sys.executable,
+            "-m",
+            "kempnerforge",
+            "data",
+            "prepare",
+            "chats.jsonl",
+            "--out",
+            out,
+            *workers,
+        ]
+        options = ["--format", "chat", "--tokenizer", "tok", "--val-fraction", "0.1"]
+        subprocess.run([*command, *options], cwd=chats, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    first, second = (
+        {path.name: path.read_bytes() for path in sorted((chats / out).iterdir())} for out in ("one", "two")
+    )
+    assert first == second
+    assert "train_00000.counted" in first
+
+
 def test_run_tokenizes_chats_and_resumes_on_another_layout(launcher: Launcher, chats: Path) -> None:
     settings: dict[str, Any] = {
         **SETTINGS,

@@ -85,6 +85,27 @@ def test_prepared_chats_count_answers_in_both_splits(base: Path) -> None:
     assert "bos" not in result.stdout  # the template decides
 
 
+def test_chats_in_parquet_are_read_as_in_json_lines(base: Path) -> None:
+    """A table has null for the fields that a message lacks."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    messages = [[{**message, "tool_calls": None} for message in record["messages"]] for record in CHATS]
+    parquet.write_table(pa.table({"messages": messages}), "chats.parquet", row_group_size=10)
+    prepare_chats("--val-fraction", "0")
+    result = prepare_chats("--val-fraction", "0", file="chats.parquet", out="table")
+    assert result.exit_code == 0, result.output
+    assert read_index(Path("table")).digest == read_index(Path("out")).digest
+
+
+def test_text_files_have_no_records(base: Path) -> None:
+    Path("notes.txt").write_text("hello\n")
+    result = prepare_chats(file="notes.txt")
+    assert isinstance(result.exception, DataError)
+    assert "notes.txt" in str(result.exception)
+    assert "records are read from .jsonl, .parquet and .arrow" in str(result.exception)
+
+
 def test_training_reads_the_same_records(base: Path) -> None:
     """The targets that count in rows are those of the answers."""
     prepare_chats("--val-fraction", "0")
