@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kempnerforge.config.path_text import expand
+from kempnerforge.data.record_fields import RecordError
 from kempnerforge.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,17 +34,6 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 Message = Mapping[str, Any]
 Spans = list[tuple[int, int]]
 """Ranges of characters, [start, end), that increase and do not overlap."""
-
-
-class RecordError(Exception):
-    """What is wrong with one record, and in which ``message``, from 1. The caller adds file and line.
-
-    Records that are left out are counted by the text before the ``details``.
-    """
-
-    def __init__(self, reason: str, details: str = "", *, message: int | None = None) -> None:
-        where = "" if message is None else f" in message {message}"
-        super().__init__(f"{reason}{where}; {details}" if details else f"{reason}{where}")
 
 
 class ChatTemplate:

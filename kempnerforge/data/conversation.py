@@ -8,22 +8,24 @@ not import torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from kempnerforge.data.chat_template import TEMPLATE_FILE, RecordError, Spans, load_templates
+from kempnerforge.data.chat_template import TEMPLATE_FILE, Spans, load_templates
 from kempnerforge.data.index import json_digest
+from kempnerforge.data.record_fields import (
+    RecordError,
+    check_encodable,
+    read_messages,
+    read_text,
+    read_tools,
+    strings_in,
+)
 from kempnerforge.data.tokenizer import BYTES, TOKENIZER, Tokenizer, token_dtype
 from kempnerforge.errors import DataError
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-"""The roles of messages. The assistant is the one that is learnt."""
-
-RESULT_ROLES = ("tool", "function", "ipython")
-"""Roles whose content is the result of a call, of any type."""
 
 ANCHORS = ("\n", ":", ".", "0")
 """Texts before a completion that keep a tokenizer from treating it as the beginning of a text."""
@@ -40,8 +42,8 @@ class Conversation:
     before it, so it never counts."""
     content: bytes
     """The text that the tokens stand for, as UTF-8."""
-    special: str | None
-    """The first text of a special token that is in a text of the record."""
+    special: tuple[str, ...]
+    """The texts of special tokens that are in texts of the record, each once."""
 
 
 class RecordFormat(Protocol):
@@ -116,8 +118,8 @@ class PromptCompletion:
 
     def encode(self, record: Mapping[str, Any]) -> Conversation:
         """Return the tokens of one record."""
-        prompt = _text_field(record, self._prompt_field, "--prompt-field")
-        completion = _text_field(record, self._completion_field, "--completion-field")
+        prompt = read_text(record, self._prompt_field, "--prompt-field")
+        completion = read_text(record, self._completion_field, "--completion-field")
         if not completion:
             raise RecordError(f"field {self._completion_field!r} is empty, so there is nothing to learn")
         before = [*self._bos, *self._encode(prompt)]
@@ -127,7 +129,7 @@ class PromptCompletion:
         counted = np.repeat(np.array([0, 1], dtype=np.uint8), [len(before), len(after)])
         counted[0] = 0
         content = f"{prompt}\0{completion}".encode()
-        return Conversation(ids, counted, content, _first_match(self._special, (prompt, completion)))
+        return Conversation(ids, counted, content, _matches(self._special, (prompt, completion)))
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).tolist()
@@ -209,8 +211,8 @@ class Chat:
 
     def encode(self, record: Mapping[str, Any]) -> Conversation:
         """Return the tokens of one record."""
-        messages = _messages(record, self._messages_field)
-        tools = _tools(record)
+        messages = read_messages(record, self._messages_field)
+        tools = read_tools(record)
         template = self._templates["default"]
         if tools is not None:
             template = self._templates.get("tool_use", template)
@@ -220,10 +222,10 @@ class Chat:
                 f"the chat template {template.name} marks no text of this conversation with "
                 "{% generation %}, so there is nothing to learn"
             )
-        ids, spans = self._encoder.encode(_encodable(text, "the text of the conversation"))
+        ids, spans = self._encoder.encode(check_encodable(text, "the text of the conversation"))
         counted = _overlapping(spans, _weighted(answers, messages))
         counted[:1] = 0
-        return Conversation(ids, counted, text.encode(), _first_match(self._special, _strings(messages)))
+        return Conversation(ids, counted, text.encode(), _matches(self._special, strings_in(messages)))
 
 
 class _RenderedText:
@@ -275,100 +277,6 @@ def _weighted(answers: Spans, messages: Iterable[Mapping[str, Any]]) -> Spans:
     return [answer for answer, keep in zip(answers, kept, strict=True) if keep]
 
 
-def _messages(record: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
-    messages = _field(record, field, "--messages-field")
-    if not isinstance(messages, list) or not messages:
-        raise RecordError(f"field {field!r} is {_kind(messages)}, not a list of messages")
-    for number, message in enumerate(messages, 1):
-        _check_message(message, number)
-    if all(message["role"] != "assistant" for message in messages):
-        raise RecordError("no message is of the assistant, so there is nothing to learn")
-    return messages
-
-
-def _check_message(message: Any, number: int) -> None:
-    if not isinstance(message, dict):
-        raise RecordError(f"{_kind(message)} instead of an object", message=number)
-    role = message.get("role")
-    if role is None:
-        raise RecordError("no role", f"its fields are {_names(message)}", message=number)
-    if role not in ROLES:
-        raise RecordError(f"unknown role {role!r}", f"roles are {', '.join(ROLES)}", message=number)
-    content = message.get("content")
-    calls = role == "assistant" and (message.get("tool_calls") or message.get("function_call"))
-    if content is None and not calls:
-        raise RecordError("no content", f"its fields are {_names(message)}", message=number)
-    if role not in RESULT_ROLES and not (content is None or isinstance(content, str) or _is_parts(content)):
-        raise RecordError(
-            f"{_kind(content)} as the content", "it is text, or a list of parts", message=number
-        )
-    if role == "assistant" and not content and not calls:
-        raise RecordError("nothing said by the assistant", message=number)
-    if message.get("weight", 1) not in (0, 1, None):
-        raise RecordError(f"weight {message['weight']!r}", "weights are 0 and 1", message=number)
-
-
-def _is_parts(content: Any) -> bool:
-    return isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content)
-
-
-def _tools(record: Mapping[str, Any]) -> list[Any] | None:
-    tools = record.get("tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RecordError(f"field 'tools' is {_kind(tools)}, not a list of objects")
-    return tools
-
-
-def _text_field(record: Mapping[str, Any], field: str, option: str) -> str:
-    value = _field(record, field, option)
-    if isinstance(value, str):
-        return _encodable(value, f"field {field!r}")
-    hint = '. For messages, set data.format = "chat" (--format chat)' if isinstance(value, list) else ""
-    raise RecordError(f"field {field!r} is {_kind(value)}, not text{hint}")
-
-
-def _field(record: Mapping[str, Any], field: str, option: str) -> Any:
-    if field not in record:
-        raise RecordError(f"no field {field!r}", f"the fields are {_names(record)}. See {option}")
-    return record[field]
-
-
-def _encodable(text: str, what: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RecordError(f"{what} has half of a surrogate pair, which is no character") from None
-    return text
-
-
-def _names(record: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, record)) or "none"
-
-
-def _kind(value: Any) -> str:
-    """Say in words of JSON what ``value`` is."""
-    if value is None:
-        return "null"
-    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "text", dict: "an object"}
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    return kinds.get(type(value), f"a {type(value).__name__}")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yield every string in ``value``, which is made of dicts and lists."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _strings(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _strings(each)
-
-
 def _special_texts(tokenizer: Tokenizer) -> list[str]:
     """Return the texts of the special tokens of a Hugging Face tokenizer; none for bytes."""
     import json
@@ -384,9 +292,8 @@ def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, texts))) if texts else None
 
 
-def _first_match(pattern: re.Pattern[str] | None, texts: Iterable[str]) -> str | None:
-    matches = (pattern.search(text) for text in texts) if pattern else ()
-    return next((match[0] for match in matches if match), None)
+def _matches(pattern: re.Pattern[str] | None, texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(match for text in texts for match in pattern.findall(text))) if pattern else ()
 
 
 def _begins_texts(tokenizer: Tokenizer) -> bool:

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kempnerforge.config.data import DataConfig
-from kempnerforge.data.chat_template import RecordError
 from kempnerforge.data.conversation import Chat, PromptCompletion, RecordFormat
 from kempnerforge.data.encoding import Encoded, Encoder, Notice, TextEncoder, tokenizer_files
 from kempnerforge.data.reading.documents import read_records
 from kempnerforge.data.reading.items import Record, Unreadable
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.units import Unit
+from kempnerforge.data.record_fields import RecordError
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.errors import DataError
 
@@ -80,13 +80,11 @@ class RecordEncoder:
             except RecordError as error:
                 yield self._unreadable(unit, record, error)
                 continue
-            if encoded.special is not None and encoded.special not in seen:
-                seen.add(encoded.special)
-                yield Notice(
-                    encoded.special,
-                    f"{record.where} has the text {encoded.special}, and there may be more; "
-                    f"{self.records.special_text}",
-                )
+            for token in encoded.special:
+                if token not in seen:
+                    seen.add(token)
+                    what = self.records.special_text
+                    yield Notice(token, f"{record.where} has the text {token}, and there may be more; {what}")
             yield Encoded(encoded.ids, encoded.content, ends_document=True, counted=encoded.counted)
 
     def _unreadable(self, unit: Unit, record: Record, error: RecordError) -> Unreadable:
