@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 
 from kempnerforge.data.conversation import Chat, Conversation, PromptCompletion
 from kempnerforge.data.record_fields import RecordError
+from kempnerforge.data.template_environment import TEMPLATE_DATE
 from kempnerforge.data.tokenizer import ByteTokenizer, HfTokenizer
 from kempnerforge.errors import DataError
 
@@ -59,40 +60,33 @@ def answers(folder: Path, encoded: Conversation) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("which", ["folder", "words"])
 @pytest.mark.parametrize("name", chat.TEMPLATES)
 def test_chat_template_gives_ids_of_transformers(
-    name: str, folder: Path, formats: dict[str, Chat], monkeypatch: pytest.MonkeyPatch
+    name: str, which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the mask, where the template marks what the assistant says."""
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import chat_template_utils
 
     class Clock:
         @staticmethod
         def now() -> Any:
-            from kempnerforge.data.template_environment import TEMPLATE_DATE
-
             return TEMPLATE_DATE
 
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
     chat_template_utils._compile_jinja_template.cache_clear()
+    folder: Path = request.getfixturevalue(which)
     reference: Any = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
     )
-    expected = reference.apply_chat_template(TALK, chat_template=chat.TEMPLATES[name], tokenize=True)
-    assert formats[name].encode({"messages": TALK}).ids.tolist() == expected["input_ids"]
-
-
-def test_generation_blocks_give_mask_of_transformers(folder: Path, formats: dict[str, Chat]) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    reference: Any = PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
-    )
+    template, marked = chat.TEMPLATES[name], name == "chatml_marked"
     expected = reference.apply_chat_template(
-        TALK, chat_template=chat.CHATML_MARKED, tokenize=True, return_assistant_tokens_mask=True
+        TALK, chat_template=template, tokenize=True, return_assistant_tokens_mask=marked
     )
-    encoded = formats["chatml_marked"].encode({"messages": TALK})
-    assert encoded.counted.tolist() == expected["assistant_masks"]
+    encoded = make_format(folder, template).encode({"messages": TALK})
+    assert encoded.ids.tolist() == expected["input_ids"]
+    assert not marked or encoded.counted.tolist() == expected["assistant_masks"]
 
 
 @pytest.mark.parametrize("name", chat.TEMPLATES)
