@@ -28,8 +28,9 @@ from kempnerforge.data.train_val_split import (
 )
 from kempnerforge.errors import DataError
 
-TRAIN, VAL, IN_BOTH = 0, 1, 2
-"""Where a document is: in one split, or cut."""
+TRAIN, VAL, IN_BOTH, IN_BOTH_TOGETHER = 0, 1, 2, 3
+"""Where a document is: in one split, or cut. Documents that are cut together give the share together,
+because the share of each may be less than a token."""
 
 CUT_BLOCK_TOKENS = 1 << 18
 """A long end of a document is looked at in blocks."""
@@ -114,7 +115,7 @@ class Assembly:
             places = np.where(held_out, VAL, TRAIN)
             places[rules == CUT] = IN_BOTH
             if limit is None:
-                places[rules == POOL] = IN_BOTH
+                places[rules == POOL] = IN_BOTH_TOGETHER
             else:
                 places[(rules == POOL) & (documents["digest"] < np.uint64(limit))] = VAL
             yield documents, places
@@ -195,18 +196,24 @@ class _Output:
         self._separator = np.array([encoder.tokenizer.separator_id])
         self._tokenizer = encoder.tokenizer
         self._lengths: np.ndarray | None = None
+        self._owed_bytes = 0.0
+        """What the documents that are cut together have held out too little so far."""
 
     def write(self, reader: PartReader, documents: np.ndarray, places: np.ndarray, offset: int) -> None:
         """Write ``documents``, whose tokens begin at ``offset`` in the part."""
         ends = offset + np.cumsum(documents["tokens"].astype(np.int64))
         starts = ends - documents["tokens"].astype(np.int64)
-        changes = (places[1:] != places[:-1]) | (places[1:] == IN_BOTH)
+        changes = (places[1:] != places[:-1]) | (places[1:] >= IN_BOTH)
         bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), documents.size]
         for first, last in itertools.pairwise(bounds):
             start, stop = int(starts[first]), int(ends[last - 1])
             size_bytes = int(documents["bytes"][first:last].sum())
-            if places[first] == IN_BOTH:
-                self._write_cut(reader, start, stop, size_bytes)
+            if places[first] >= IN_BOTH:
+                owed_bytes = self._owed_bytes if places[first] == IN_BOTH_TOGETHER else 0.0
+                wanted = min(max(0.0, size_bytes * self._fraction + owed_bytes), size_bytes)
+                held_out_bytes = self._write_cut(reader, start, stop, size_bytes, wanted)
+                if places[first] == IN_BOTH_TOGETHER:
+                    self._owed_bytes += size_bytes * self._fraction - held_out_bytes
             else:
                 self._write_range(reader, int(places[first]), start, stop, ends[first:last])
                 self.text_bytes[places[first]] += size_bytes
@@ -217,8 +224,11 @@ class _Output:
             self._writers[split].write(ids, here, counted)
             start += ids.size
 
-    def _write_cut(self, reader: PartReader, start: int, stop: int, size_bytes: int) -> None:
-        cut, held_out_bytes = self._cut(reader, start + self._bos.size, stop - 1, size_bytes)
+    def _write_cut(
+        self, reader: PartReader, start: int, stop: int, size_bytes: int, wanted_bytes: float
+    ) -> int:
+        """Hold out the end of a document of ``size_bytes``. Return how many bytes that is."""
+        cut, held_out_bytes = self._cut(reader, start + self._bos.size, stop - 1, size_bytes, wanted_bytes)
         if cut == stop - 1:
             self._write_range(reader, TRAIN, start, stop, np.array([stop]))
         elif cut == start + self._bos.size:
@@ -230,13 +240,16 @@ class _Output:
             self._write_range(reader, VAL, cut, stop, np.array([stop]))
         self.text_bytes[VAL] += held_out_bytes
         self.text_bytes[TRAIN] += size_bytes - held_out_bytes
+        return held_out_bytes
 
-    def _cut(self, reader: PartReader, start: int, stop: int, size_bytes: int) -> tuple[int, int]:
+    def _cut(
+        self, reader: PartReader, start: int, stop: int, size_bytes: int, wanted_bytes: float
+    ) -> tuple[int, int]:
         """Return where to cut the ids from ``start`` to ``stop``, and the bytes of text after it."""
         lengths = self._token_table()
         total = sum(int(lengths[ids].sum()) for ids, _ in reader.tokens(start, stop))
         scale = size_bytes / max(1, total)  # not 1 for tokenizers that normalize
-        target = size_bytes * self._fraction / scale
+        target = wanted_bytes / scale
         slack = min(target * CUT_SLACK, MAX_CUT_SLACK_BYTES)
         after = 0  # bytes after ``stop``, while whole blocks are passed over from the end
         while stop - start > CUT_BLOCK_TOKENS:

@@ -268,6 +268,8 @@ class HfTokenizer:
     def files(self) -> dict[str, bytes]:
         """Return the file and those that belong to it. Without a ``tokenizer_config.json``, make one.
 
+        It names the tokens that were given as ``eos`` and ``bos``.
+
         Raises :class:`DataError` if one of them cannot be read.
         """
         files = {TOKENIZER: self._raw}
@@ -278,7 +280,13 @@ class HfTokenizer:
                 continue
             except OSError as error:
                 raise DataError(f"{self.path.with_name(name)}: cannot be read: {error.strerror}") from error
-        return {TOKENIZER_CONFIG: _config_bytes(self.special.eos), **files}
+        files.setdefault(TOKENIZER_CONFIG, _config_bytes(self.special.eos))
+        given = {"bos_token": self.special.bos} if self.special.bos is not None else {}
+        if self.special.eos_source == BY_OPTION:
+            given["eos_token"] = self.special.eos
+        if given:
+            files[TOKENIZER_CONFIG] = _json_bytes({**json.loads(files[TOKENIZER_CONFIG]), **given})
+        return files
 
 
 def load_tokenizer(spec: str, *, eos: str | None = None, bos: str | None = None) -> Tokenizer:

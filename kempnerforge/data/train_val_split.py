@@ -9,9 +9,10 @@ The rule, for a ``fraction`` of the bytes of text, decided from sizes and digest
    below a limit, so equal documents are in the same split. The limit is ``fraction`` of all
    digests if that gives the share of bytes within a tenth, else the nearest on a fixed scale that
    does (:class:`DigestChoice`).
-4. If no limit does, because there are too few documents, each of them is cut instead.
+4. If no limit does, because there are too few documents, they are all cut instead, together by the
+   share.
 
-1, 2 and 4 depend on one file only. 3 is the same for the document whatever other files there are,
+1 and 2 depend on one file only. 3 is the same for the document whatever other files there are,
 as long as the limit is.
 """
 

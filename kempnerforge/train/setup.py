@@ -423,6 +423,8 @@ def _tokenizer(job: JobConfig, dataset: TokenDataset | MapDataset) -> dict[str, 
     if isinstance(dataset, MapDataset) or dataset.index is None:  # they do not know their tokenizer
         return found
     found |= {"digest": dataset.index.tokenizer_digest, "separator_id": str(dataset.index.separator_id)}
+    if dataset.index.text.bos_id is not None:
+        found["bos_id"] = str(dataset.index.text.bos_id)
     # A prepared folder has the tokenizer with the chat template that was used.
     is_as_given = job.data.text is not None and job.data.chat_template is None
     path = tokenizer_path(job.data.tokenizer) if is_as_given else dataset.path / TOKENIZER
