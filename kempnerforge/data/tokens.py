@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from kempnerforge.config.data import DataConfig, Packing
+from kempnerforge.config.data import DataConfig, PackingMethod
 from kempnerforge.config.path_text import expand
 from kempnerforge.data.index import INDEX_NAME, Index, ShardEntry, json_digest, read_index
 from kempnerforge.data.packing import ALGORITHM
@@ -40,7 +40,7 @@ class RowOptions:
 
     document_mask: bool = False
     """Whether rows have the numbers of their documents."""
-    packing: Packing = "contiguous"
+    packing: PackingMethod = "contiguous"
     """As data.packing."""
     cache_dir: Path | None = None
     """Folder for packings. "best_fit" needs it."""
