@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from kempnerforge.data.reading import heads, streams, table_files
+from kempnerforge.data.reading import heads, streams, units
 from kempnerforge.data.reading.documents import read_pieces
 from kempnerforge.data.reading.files import FoundFiles, digest_file, files_of, find_files
 from kempnerforge.data.reading.items import Piece
@@ -41,7 +42,7 @@ def reasons(found: FoundFiles) -> dict[str, str]:
 ALL = ["a/deep/er/y.md", "a/z.txt", "a-c.txt", "b.txt"]
 
 
-def test_find_files_folder_is_sorted_by_path_without_hidden_files(tree: Path) -> None:
+def test_find_files_folder_is_sorted_without_hidden_files(tree: Path) -> None:
     found = find_files(str(tree))
     assert read_names(found, tree) == ALL
     assert [file.path for file in found.files] == sorted(file.path for file in found.files)
@@ -114,7 +115,7 @@ def test_find_files_expands_home_and_variables(tree: Path, monkeypatch: pytest.M
         assert read_names(find_files(entry), tree) == ["a/z.txt"]
     monkeypatch.delenv("MY_DATA")
     for entry in ("$MY_DATA/z.txt", "${MY_DATA}/*"):
-        with pytest.raises(DataError, match=r"the variable \$MY_DATA is not set"):
+        with pytest.raises(DataError, match=r"data\.text: .*\$MY_DATA is not set; set the variable"):
             find_files(entry)
 
 
@@ -310,6 +311,16 @@ def test_huggingface_splits_only_train_is_read(tmp_path: Path) -> None:
     assert documents_in(find_files(str(tmp_path / "cache/*-test-*.arrow"))) == ["test"]
 
 
+def test_huggingface_downloaded_splits_only_train_is_read(tmp_path: Path) -> None:
+    names = ["books", "test", "train", "validation"]
+    for name in names:
+        content = pa.table({"text": [name]})
+        pq.write_table(content, tmp_path / f"{name}-00000-of-00001.parquet")
+    assert documents_in(find_files(str(tmp_path))) == ["books", "train"]
+    (tmp_path / "train-00000-of-00001.parquet").unlink()
+    assert documents_in(find_files(str(tmp_path))) == ["books", "test", "validation"]
+
+
 def test_huggingface_download_is_read_through_snapshots(tmp_path: Path) -> None:
     repo = tmp_path / "datasets--someone--name"
     (repo / "blobs").mkdir(parents=True)
@@ -329,7 +340,15 @@ def test_huggingface_download_is_read_through_snapshots(tmp_path: Path) -> None:
     assert reasons(found)["blobs"] == "storage of the Hub; its files are in snapshots"
 
 
-def test_arrow_file_units_are_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_files, "BATCH_BYTES", 1)
-    write_arrow(tmp_path / "x.arrow", "a", "b", "c")
-    assert documents_in(find_files(str(tmp_path))) == ["a", "b", "c"]
+def test_wrong_column_is_reported_once_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 1)
+    pq.write_table(
+        pa.table({"body": ["a", "b", "c"], "n": [1, 2, 3]}), tmp_path / "x.parquet", row_group_size=1
+    )
+    (file,) = find_files(str(tmp_path)).files
+    for field, reason in (("text", 'it has no column "text"'), ("n", 'its column "n" has type int64')):
+        options = ReadOptions(text_field=field, skip_unreadable=True)
+        parts = units_of(file, options)
+        (fault,) = [item for part in parts for item in read_pieces(part, options)]
+        assert len(parts) == 3
+        assert str(fault).startswith(f"{file.path}: {reason}")

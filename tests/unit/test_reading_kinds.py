@@ -6,7 +6,9 @@ import codecs
 import gzip
 import io
 import json
-from dataclasses import dataclass
+import random
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kempnerforge.data.reading.documents import read_pieces
 from kempnerforge.data.reading.files import PassedOver, TextFile, find_files
@@ -69,6 +73,7 @@ def zstd(content: bytes) -> bytes:
     return zstandard.ZstdCompressor(write_checksum=True).compress(content)
 
 
+WINDOW_OF_256_MB = b"\x28\xb5\x2f\xfd\x00\x90\x09\x00\x00a"
 SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
 ABC = table(pa.array(["a", "b", "c"]))
 WORDS = b"".join(b"%d " % (n * 7919 % 100_003) for n in range(50_000))
@@ -115,6 +120,7 @@ COMPRESSED = [
     Kind("records.jsonl.gz", gzip.compress(texts("a", "b")), ("a", "b")),
     Kind("text.txt.zst", zstd(b"one\n"), ("one\n",)),
     Kind("frames.txt.zst", zstd(b"one\n") + SKIPPABLE_FRAME + zstd(b"two\n"), ("one\ntwo\n",)),
+    Kind("short_members.txt.gz", b"".join(map(gzip.compress, [b"\xef", b"\xbb", b"\xbfa"])), ("a",)),
     Kind("skippable_first.txt.zst", SKIPPABLE_FRAME + zstd(b"one\n"), ("one\n",)),
     Kind("bom.jsonl.zst", zstd(codecs.BOM_UTF8 + texts("a", "b")), ("a", "b")),
     Kind("long.txt.zst", zstd(LONG.encode()), (LONG,)),
@@ -124,8 +130,14 @@ COMPRESSED = [
     Kind("cut.txt.gz", gzip.compress(WORDS)[:-2000], (), (": the gzip data are cut off",)),
     Kind("cut.txt.zst", zstd(WORDS)[:-2000], (), (": the zstd data are cut off",)),
     Kind("cut_at_once.txt.gz", gzip.compress(b"one")[:12], (), (":1: the gzip data are cut off",)),
-    Kind("trailing.txt.gz", gzip.compress(b"one") + b"garbage", (), (":1: the gzip data are damaged",)),
-    Kind("checksum.txt.zst", zstd(b"one")[:-1] + b"!", (), (":1: the zstd data are damaged",)),
+    Kind(
+        "trailing.txt.gz",
+        gzip.compress(b"one") + b"garbage",
+        (),
+        (":1: the gzip data cannot be decompressed",),
+    ),
+    Kind("window.txt.zst", WINDOW_OF_256_MB, (), (":1: the zstd data cannot be decompressed",)),
+    Kind("checksum.txt.zst", zstd(b"one")[:-1] + b"!", (), (":1: the zstd data cannot be decompressed",)),
 ]
 
 RECORDS = [
@@ -212,7 +224,7 @@ TABLES = [
         (),
         (': it has no column "text" (there are: "id", "body")',),
     ),
-    Kind("numbers.parquet", parquet(table([1])), (), (':1: its column "text" has type int64, not text',)),
+    Kind("numbers.parquet", parquet(table([1])), (), (': its column "text" has type int64, not text',)),
     Kind("cut.parquet", parquet(ABC)[:-1], (), (": it is damaged or cut off",)),
     Kind("text.parquet", b"not a table", (), (": it is damaged or cut off",)),
     Kind("rows", parquet(ABC), ("a", "b", "c"), note="it is a Parquet file, although"),
@@ -323,3 +335,25 @@ def test_reading_kind_has_expected_documents(kind: Kind, tmp_path: Path) -> None
         assert "data.skip_unreadable = true (--skip-unreadable)" in str(caught.value)
     else:
         assert read(file, ReadOptions()) == (documents, ())
+
+
+def damaged(content: bytes, choose: random.Random) -> bytes:
+    result = bytearray(content)
+    for _ in range(choose.randint(1, 3)):
+        place = choose.randrange(len(result))
+        if choose.random() < 0.7:
+            result[place] = choose.randrange(256)
+        else:
+            result[place:] = choose.randbytes(choose.randrange(4)) + result[place + choose.randrange(9) :]
+        if not result:
+            return b"x"
+    return bytes(result)
+
+
+@settings(max_examples=100)
+@given(st.sampled_from([kind for kind in KINDS if 0 < len(kind.content) < 20_000]), st.randoms())
+def test_reading_any_damage_is_reported(kind: Kind, choose: random.Random) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        item = found(replace(kind, content=damaged(kind.content, choose)), Path(folder))
+        if isinstance(item, TextFile):
+            read(item, ReadOptions(skip_unreadable=True))

@@ -111,11 +111,12 @@ def test_separated_text_encodings_have_same_documents(
     options = ReadOptions(document_separator=separator)
     expected = split(text.encode(), separator.encode(), piece)
     with sizes(block=block, piece=piece):
-        for content, compression in (
+        variants: list[tuple[bytes, Compression | None]] = [
             (codecs.BOM_UTF8 + text.encode(), None),
             (codecs.BOM_UTF16_BE + text.encode("utf-16-be"), None),
             (gzip.compress(text.encode()), "gzip"),
-        ):
+        ]
+        for content, compression in variants:
             with written(content, compression=compression) as file:
                 assert joined(read_units(file, options)) == expected
 
@@ -193,6 +194,7 @@ def parsed_both_ways(line: bytes, field: str) -> list[bytes | str]:
 
 @settings(max_examples=40)
 @given(st.text(max_size=30), st.text(max_size=10), st.booleans())
+@example("ü😀" * 1500, "text", True)
 @example('\\u00e9"\\\n\x00\x7f\x80é\ue000\U0010ffff', "a\u0100\\", True)
 def test_long_json_line_is_parsed_as_short_one(text: str, field: str, is_ascii: bool) -> None:
     line = json.dumps({"a": [text], field: text, "n": 1.5}, ensure_ascii=is_ascii).encode()

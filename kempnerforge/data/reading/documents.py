@@ -9,6 +9,7 @@ from kempnerforge.data.reading.items import Piece, Record, Unreadable
 from kempnerforge.data.reading.json_lines import read_json_records, read_json_texts
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.plain_text import read_text
+from kempnerforge.data.reading.streams import storage_errors
 from kempnerforge.data.reading.tables import read_table_records, read_table_texts
 from kempnerforge.data.reading.units import Unit
 from kempnerforge.errors import DataError
@@ -26,8 +27,9 @@ Item = TypeVar("Item", Piece, Record)
 def read_pieces(unit: Unit, options: ReadOptions) -> Iterator[Piece | Unreadable]:
     """Yield the documents that begin in ``unit``, in order. Empty documents are left out.
 
-    Peak memory does not depend on the size of files, lines or documents. Raises :class:`DataError`
-    instead of yielding ``Unreadable`` unless ``options.skip_unreadable``, and for errors of storage.
+    Peak memory does not grow with files, lines or documents, only with the pages of Parquet. Raises
+    :class:`DataError` instead of yielding ``Unreadable`` unless ``options.skip_unreadable``, and for
+    errors of storage.
     """
     return _checked(unit, options, READERS[unit.file.format](unit, options))
 
@@ -45,12 +47,10 @@ def read_records(unit: Unit, options: ReadOptions) -> Iterator[Record | Unreadab
 def _checked(
     unit: Unit, options: ReadOptions, items: Iterator[Item | Unreadable]
 ) -> Iterator[Item | Unreadable]:
-    try:
+    with storage_errors(unit.file.path):
         for item in items:
             if isinstance(item, Unreadable) and not options.skip_unreadable:
                 raise DataError(
                     f"{item}; correct it, or leave it out: data.skip_unreadable = true (--skip-unreadable)"
                 )
             yield item
-    except OSError as error:
-        raise DataError(f"text file {unit.file.path}: cannot be read: {error.strerror or error}") from error

@@ -6,6 +6,7 @@ used once, so that the same tree gives the same tokens on every machine.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import xxhash
 from kempnerforge.data.reading.heads import Format, NotText, inspect_head
 from kempnerforge.data.reading.names import PYTHON_STDLIB, LeftOut, list_entry
 from kempnerforge.data.reading.pieces import first_invalid_byte
-from kempnerforge.data.reading.streams import BLOCK_BYTES, Compression, open_file
+from kempnerforge.data.reading.streams import BLOCK_BYTES, Compression, open_file, storage_errors
 from kempnerforge.errors import DataError
 
 NAMED_AT_MOST = 3
@@ -89,7 +90,7 @@ def find_files(text: str | Sequence[str]) -> FoundFiles:
         raise DataError(f'no text was given; give files, globs, or "{PYTHON_STDLIB}"')
     files: list[TextFile] = []
     passed_over: list[PassedOver] = []
-    first_paths: dict[tuple[int, int], Path] = {}
+    first_paths: dict[tuple[int, int | str], Path] = {}
     for entry in entries:
         for item in list_entry(entry):
             found = (
@@ -115,28 +116,24 @@ def files_of(entry: str) -> list[Path]:
 def digest_file(path: Path) -> str:
     """Return the xxh3-128 of a file, hexadecimal. Raises :class:`DataError` if it cannot be read."""
     digest = xxhash.xxh3_128()
-    with open_file(path) as file:
-        try:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-        except OSError as error:
-            raise DataError(f"text file {path}: cannot be read: {error.strerror}") from error
+    with storage_errors(path), open_file(path) as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def _inspect(
-    path: Path, first_paths: dict[tuple[int, int], Path], *, is_stdlib: bool
+    path: Path, first_paths: dict[tuple[int, int | str], Path], *, is_stdlib: bool
 ) -> TextFile | PassedOver | None:
     """Return what ``path`` is, or None if this very path was met before."""
-    try:
+    with storage_errors(path):
+        if path.is_symlink() and not os.path.exists(path):
+            return PassedOver(path, "broken link")
         status = path.stat()
-    except OSError as error:
-        if path.is_symlink():
-            return PassedOver(path, f"broken link ({error.strerror})")
-        raise DataError(f"text file {path}: cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
         return PassedOver(path, "not a regular file")
-    identity = (status.st_dev, status.st_ino)
+    # Some file systems have no inode numbers.
+    identity = (status.st_dev, status.st_ino or str(path.resolve()))
     if identity in first_paths:
         first = first_paths[identity]
         return PassedOver(path, f"already read as {first}") if first != path else None
@@ -151,7 +148,7 @@ def _inspect(
 
 def _is_utf8(path: Path) -> bool:
     # The files of the standard library are small.
-    with open_file(path) as file:
+    with storage_errors(path), open_file(path) as file:
         return first_invalid_byte(file.read()) is None
 
 

@@ -17,6 +17,7 @@ from kempnerforge.data.reading.streams import (
     DamagedStreamError,
     decompressed,
     open_file,
+    storage_errors,
 )
 
 Format = Literal["text", "jsonl", "parquet", "arrow"]
@@ -74,7 +75,7 @@ COMPRESSION_OF_NAME: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 FORMAT_NAMES = {"text": "text", "jsonl": "JSON Lines", "parquet": "a Parquet file", "arrow": "an Arrow file"}
 COMPRESSION_NAMES = {"gzip": "gzip data", "zstd": "zstd data"}
 
-HF_CARD = re.compile(rb"---\r?\n(?:.*\n)*?(?:dataset_info|configs|task_categories|size_categories):")
+HF_CARD = re.compile(rb"---\r?\n(?:(?!---).*\n)*?(?:dataset_info|configs|task_categories|size_categories):")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def inspect_head(path: Path) -> Head | NotText:
 
     Raises :class:`DataError` if the file cannot be read, or zstandard is needed and not installed.
     """
-    with open_file(path, buffering=HEAD_BYTES) as file:
+    with storage_errors(path), open_file(path, buffering=HEAD_BYTES) as file:
         raw = file.peek(HEAD_BYTES)
         compression = _compression_of(raw)
         content = raw if compression is None else _decompressed_head(file, compression)

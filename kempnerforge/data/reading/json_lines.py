@@ -24,9 +24,9 @@ from kempnerforge.data.reading.units import Unit
 LONG_LINE_BYTES = 4 << 20
 """Longer lines are parsed in a way that needs no more than a byte of memory for each byte of text."""
 
-ESCAPE = re.compile(rb"\\(?:u([dD][89abAB]..)\\u([dD][c-fC-F]..)|u(....)|.)", re.DOTALL)
-NOT_UTF8 = b"\xff"
-"""A byte that no UTF-8 has, instead of an escape that has no character."""
+CHARACTER = rb"\\u(?!00[0-7])(?:[dD][89abAB]HH\\u[dD][c-fC-F]HH|HHHH)".replace(b"H", b"[0-9a-fA-F]")
+ESCAPE = re.compile(rb"(?:%b){1,1000}|\\." % CHARACTER, re.DOTALL)
+"""Escapes of characters that are not ASCII, or another escape."""
 
 
 class _UnreadableLineError(ValueError):
@@ -147,24 +147,21 @@ def _with_characters_for_escapes(line: bytearray) -> bytearray:
     """Replace ``\\u`` escapes of characters that are not ASCII by the bytes of these characters."""
     result = bytearray()
     start = 0
-    for match in ESCAPE.finditer(line):
-        result += line[start : match.start()]
-        result += _unescaped(match)
-        start = match.end()
-    result += line[start:]
+    with memoryview(line) as view:
+        for match in ESCAPE.finditer(line):
+            result += view[start : match.start()]
+            result += _unescaped(match)
+            start = match.end()
+        result += view[start:]
     return result
 
 
 def _unescaped(match: re.Match[bytes]) -> bytes:
-    high, low, single = match.groups()
-    try:
-        if high:
-            return bytes.fromhex(f"{high.decode()}{low.decode()}").decode("utf-16-be").encode()
-        if single and (code := int(single, 16)) >= 0x80:
-            return NOT_UTF8 if 0xD800 <= code < 0xE000 else chr(code).encode()
-    except ValueError:
-        pass  # not hexadecimal: the parser reports it
-    return match[0]
+    if len(match[0]) == 2:
+        return match[0]
+    units = bytes.fromhex(match[0].replace(b"\\u", b"").decode())
+    # Half of a pair becomes bytes that are not UTF-8.
+    return units.decode("utf-16-be", "surrogatepass").encode("utf-8", "surrogatepass")
 
 
 def _from_latin1(text: str) -> str:

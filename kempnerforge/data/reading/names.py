@@ -5,12 +5,12 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kempnerforge.config.path_text import unset_variables
 from kempnerforge.data.reading import huggingface
 from kempnerforge.errors import DataError
 
@@ -22,7 +22,6 @@ STDLIB_LEFT_OUT_FILES = ("_sysconfigdata_*.py", "sitecustomize.py", "usercustomi
 """Files that depend on how Python was built or installed. Without them, a Python release gives the
 same corpus on every machine."""
 
-VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
 ANY_FOLDERS = "**"
 
 
@@ -64,26 +63,21 @@ def list_entry(entry: str) -> Sequence[Path | LeftOut]:
 def _expand(entry: str) -> str:
     if os.path.lexists(entry):
         return entry
-
-    def value_of(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        if name not in os.environ:
-            raise DataError(f"text {entry!r}: the variable ${name} is not set; set it, or write the path")
-        return os.environ[name]
-
-    return os.path.expanduser(VARIABLE.sub(value_of, entry))
+    if faults := unset_variables(entry, key="data.text"):
+        raise DataError(str(faults[0]))
+    return os.path.expanduser(os.path.expandvars(entry))
 
 
 def _match(pattern: str) -> Sequence[Path | LeftOut]:
     """Return the files that a glob matches. Unlike glob.glob, ``**`` never follows a loop of links."""
     parts = Path(pattern).parts
     if ANY_FOLDERS not in parts:
-        return sorted(path for path in map(Path, glob.glob(pattern)) if not path.is_dir())
+        return sorted(path for path in map(Path, glob.glob(pattern)) if not os.path.isdir(path))
     first = parts.index(ANY_FOLDERS)
     base = str(Path(*parts[:first]))
     found: list[Path | LeftOut] = []
     for folder in sorted(map(Path, glob.glob(base) if first else ["."])):
-        if folder.is_dir():
+        if os.path.isdir(folder):
             found += [
                 item
                 for item in _walk(folder, set())
@@ -120,7 +114,7 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path | LeftOut]:
         path = folder / name
         if name in reasons:
             yield LeftOut(path, reasons[name])
-        elif path.is_dir():
+        elif os.path.isdir(path):
             yield from _walk(path, seen)
         else:
             yield path

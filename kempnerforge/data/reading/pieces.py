@@ -37,24 +37,25 @@ def line_end_before(content: bytes | bytearray, start: int, target: int) -> int:
     return cut
 
 
-def cut_document(content: bytes) -> Iterator[Piece]:
+def cut_document(content: bytes | memoryview) -> Iterator[Piece]:
     """Yield the pieces of a whole document. Nothing if it is empty."""
     start = 0
     while len(content) - start > PIECE_BYTES:
-        cut = line_end_before(content, start, start + PIECE_BYTES)
-        yield Piece(content[start:cut], ends_document=False)
-        start = cut
+        window = bytes(content[start : start + PIECE_BYTES + 1])
+        cut = line_end_before(window, 0, PIECE_BYTES)
+        yield Piece(window[:cut], ends_document=False)
+        start += cut
     if content:
-        yield Piece(content[start:], ends_document=True)
+        yield Piece(bytes(content[start:]), ends_document=True)
 
 
-def first_invalid_byte(content: bytes | bytearray) -> int | None:
+def first_invalid_byte(content: bytes | bytearray | memoryview) -> int | None:
     """Return the position of the first byte that is not valid UTF-8, or None."""
     start = 0
     while start < len(content):
         window = content[start : start + WINDOW_BYTES]
         try:
-            window.decode()
+            str(window, "utf-8")
         except UnicodeDecodeError as error:
             if start + len(window) == len(content) or error.reason != "unexpected end of data":
                 return start + error.start

@@ -6,7 +6,8 @@ import codecs
 import gzip
 import io
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ ZSTD_WINDOW_BYTES = 128 << 20
 """Most memory that a zstd frame may ask for, as in the ``zstd`` command without ``--long``."""
 
 UTF16_MARKS = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+MARK_BYTES = 4
+"""Length of the longest byte-order mark. A read returns no fewer, so that none is overlooked."""
 UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 
 
@@ -31,12 +34,18 @@ class DamagedStreamError(Exception):
     """The rest of a stream cannot be read."""
 
 
-def open_file(path: Path, *, buffering: int = BLOCK_BYTES) -> io.BufferedReader:
-    """Open ``path`` for reading. Raises :class:`DataError` if that fails."""
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Raise errors of storage as :class:`DataError` that names ``path``."""
     try:
-        return io.BufferedReader(io.FileIO(path), buffering)
+        yield
     except OSError as error:
-        raise DataError(f"text file {path}: cannot be read: {error.strerror}") from error
+        raise DataError(f"text file {path}: cannot be read: {error.strerror or error}") from error
+
+
+def open_file(path: Path, *, buffering: int = BLOCK_BYTES) -> io.BufferedReader:
+    """Open ``path`` for reading."""
+    return io.BufferedReader(io.FileIO(path), buffering)
 
 
 def open_stream(path: Path, compression: Compression | None, start: int = 0) -> tuple[io.BufferedReader, int]:
@@ -85,22 +94,21 @@ class _Source(io.RawIOBase):
         self._source = source
         self._ready = memoryview(b"")
         self._damage: DamagedStreamError | None = None
+        self._at_end = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        while not self._ready:
-            if self._damage is not None:
-                raise self._damage
+        while len(self._ready) < MARK_BYTES and not self._at_end:
             try:
                 block = self._next_block()
             except DamagedStreamError as error:
-                self._damage = error
-                raise
-            if block is None:
-                return 0
-            self._ready = memoryview(block)
+                block, self._damage = None, error
+            self._at_end = block is None
+            self._ready = memoryview(bytes(self._ready) + (block or b""))
+        if self._damage is not None and not self._ready:
+            raise self._damage
         target = memoryview(buffer).cast("B")
         count = min(len(target), len(self._ready))
         target[:count] = self._ready[:count]
@@ -127,7 +135,7 @@ class _Gzip(_Source):
         except EOFError as error:
             raise DamagedStreamError("the gzip data are cut off") from error
         except (gzip.BadGzipFile, zlib.error) as error:
-            raise DamagedStreamError(f"the gzip data are damaged ({error})") from error
+            raise DamagedStreamError(f"the gzip data cannot be decompressed ({error})") from error
 
 
 class _Zstd(_Source):
@@ -147,7 +155,7 @@ class _Zstd(_Source):
         try:
             block = self._frame.decompress(data)
         except self._error as error:
-            raise DamagedStreamError(f"the zstd data are damaged ({error})") from error
+            raise DamagedStreamError(f"the zstd data cannot be decompressed ({error})") from error
         self._input = b""
         if self._frame.eof:
             self._input = self._frame.unused_data

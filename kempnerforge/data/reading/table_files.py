@@ -23,6 +23,10 @@ class DamagedTableError(Exception):
     """The rest of a table cannot be read."""
 
 
+class WrongColumnError(DamagedTableError):
+    """A table has no column of text with the name that was asked for."""
+
+
 def part_sizes(path: Path, format_: str) -> list[int]:
     """Return the bytes of each row group (Parquet) or record batch (Arrow), uncompressed.
 
@@ -49,8 +53,11 @@ def read_batches(
 ) -> Iterator[tuple[int, Any]]:
     """Yield the rows of the parts ``start`` to ``end``: the number of the first row, and a record batch.
 
-    ``columns`` None means all. A batch must not be used after the next one was asked for. Raises
-    ``DamagedTableError``, and :class:`DataError` if pyarrow is not installed.
+    ``columns`` None means all. A batch must not be used after the next one was asked for. Memory grows
+    with the largest page of a Parquet file, which pyarrow decompresses as a whole, and with the
+    largest compressed batch of an Arrow file.
+
+    Raises ``DamagedTableError``, and :class:`DataError` if pyarrow is not installed.
     """
     read = _parquet_batches if format_ == "parquet" else _arrow_batches
     yield from read(path, start, end, columns)
@@ -65,20 +72,16 @@ def _parquet_batches(
         row = 1 + sum(metadata.row_group(n).num_rows for n in range(start))
         for number in range(start, metadata.num_row_groups if end is None else end):
             group = metadata.row_group(number)
-            chunks = [group.column(n) for n in range(group.num_columns)]
-            size_bytes = sum(
-                chunk.total_uncompressed_size
-                for chunk in chunks
-                if columns is None or chunk.path_in_schema in columns
-            )
             for batch in table.iter_batches(
-                _rows_per_batch(group.num_rows, size_bytes),
+                _rows_per_batch(group.num_rows, group.total_byte_size),
                 row_groups=[number],
                 columns=columns,
                 use_threads=False,
             ):
+                count = batch.num_rows
                 yield row, batch
-                row += batch.num_rows
+                row += count
+                del batch  # before the next one is made
 
 
 def _arrow_batches(
@@ -99,6 +102,7 @@ class _ArrowFile:
 
     def __init__(self, path: Path, columns: Sequence[str] | None) -> None:
         self._path = path
+        self._columns = columns
         self._ipc = _pyarrow().ipc
         with open_file(path) as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -107,22 +111,26 @@ class _ArrowFile:
         with _arrow_errors(path):
             names = self._open().schema.names
             _require_columns(names, columns)
-            if columns is not None:
+            # For the file format, Arrow would copy the columns into memory.
+            if columns is not None and self._is_stream:
                 indices = [names.index(name) for name in columns]
                 self._options = self._ipc.IpcReadOptions(included_fields=indices)
 
     def batches(self, start: int, end: int | None) -> Iterator[Any]:
-        """Yield the record batches ``start`` to ``end``."""
+        """Yield the record batches ``start`` to ``end``, whose buffers have the sizes that they need."""
         with _arrow_errors(self._path):
             reader = self._open()
             if not self._is_stream:
                 for number in range(start, reader.num_record_batches if end is None else end):
-                    yield reader.get_batch(number)
+                    batch = reader.get_batch(number)
+                    batch.validate()
+                    yield batch if self._columns is None else batch.select(self._columns)
                 return
             for number, batch in enumerate(reader):
                 if end is not None and number >= end:
                     return
                 if number >= start:
+                    batch.validate()
                     yield batch
 
     def release_memory(self) -> None:
@@ -163,7 +171,8 @@ def _arrow_errors(path: Path) -> Iterator[None]:
         if error.errno is not None:
             raise
         raise DamagedTableError(_damage(error)) from error
-    except arrow_error as error:
+    # Names that are not UTF-8 are a UnicodeDecodeError.
+    except (arrow_error, UnicodeDecodeError) as error:
         raise DamagedTableError(_damage(error)) from error
 
 
@@ -174,7 +183,7 @@ def _damage(error: Exception) -> str:
 def _require_columns(names: Sequence[str], columns: Sequence[str] | None) -> None:
     for column in columns or ():
         if column not in names:
-            raise DamagedTableError(missing_field(column, "column", names))
+            raise WrongColumnError(missing_field(column, "column", names))
 
 
 def _rows_per_batch(num_rows: int, size_bytes: int) -> int:

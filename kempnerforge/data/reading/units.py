@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kempnerforge.data.reading.files import TextFile
 from kempnerforge.data.reading.options import ReadOptions
-from kempnerforge.data.reading.streams import UTF16_MARKS, open_file
+from kempnerforge.data.reading.streams import UTF16_MARKS, open_file, storage_errors
 from kempnerforge.data.reading.table_files import DamagedTableError, part_sizes
 
 UNIT_BYTES = 8 << 20
@@ -38,7 +38,8 @@ def units_of(file: TextFile, options: ReadOptions) -> list[Unit]:
     """
     if file.format in ("parquet", "arrow"):
         try:
-            return _join(file, part_sizes(file.path, file.format))
+            with storage_errors(file.path):
+                return _join(file, part_sizes(file.path, file.format))
         except DamagedTableError:
             return [Unit(file, 0, 0, None, file.size_bytes)]
     is_divisible = file.format == "jsonl" or options.document_separator is not None
@@ -69,5 +70,5 @@ def _units(file: TextFile, starts: Sequence[int], end: int) -> list[Unit]:
 
 
 def _is_utf16(file: TextFile) -> bool:
-    with open_file(file.path) as content:
+    with storage_errors(file.path), open_file(file.path) as content:
         return content.read(2) in UTF16_MARKS
