@@ -156,6 +156,39 @@ def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
     ]
 
 
+FORMAT_KEYS = {
+    "prompt_field": "prompt_completion",
+    "completion_field": "prompt_completion",
+    "messages_field": "chat",
+    "chat_template": "chat",
+    "text_field": "text",
+    "document_separator": "text",
+}
+"""Keys of one data.format alone."""
+
+
+def format_fits_data(data: DataConfig) -> list[ConfigIssue]:
+    """Require text for a format of records, a template for chat, and no keys of other formats."""
+    faults = [
+        ConfigIssue(f"data.{key}", f'has no effect without data.format = "{wanted}"', "leave it out")
+        for key, wanted in FORMAT_KEYS.items()
+        if data.format != wanted and getattr(data, key) != DataConfig.model_fields[key].default
+    ]
+    if data.format == "text":
+        return faults
+    if data.format == "chat" and data.bos_token is not None:
+        problem = "has no effect on chats: the chat template writes the token that begins a conversation"
+        faults.append(ConfigIssue("data.bos_token", problem, "leave it out"))
+    other = next((key for key in ("dataset_path", "dataset") if getattr(data, key) is not None), None)
+    if other is not None:
+        problem = f'"{data.format}" is a format of data.text, and data.{other} is set'
+        faults.append(ConfigIssue("data.format", problem, "leave it out"))
+    elif data.format == "chat" and data.tokenizer == "bytes":
+        problem = '"bytes" has no chat template, which data.format = "chat" needs'
+        faults.append(ConfigIssue("data.tokenizer", problem, "name the folder of a tokenizer.json"))
+    return faults
+
+
 def documents_are_known(data: DataConfig) -> list[ConfigIssue]:
     """Refuse what needs documents for a dataset of the user's, whose samples do not tell theirs."""
     if data.dataset is None:
@@ -314,6 +347,7 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     sequence_fits_model,
     loss_arguments_fit,
     data_has_one_source,
+    format_fits_data,
     documents_are_known,
     vocabulary_fits,
     validation_has_data,

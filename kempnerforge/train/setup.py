@@ -22,6 +22,7 @@ from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.versions import versions
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
+from kempnerforge.config.data import DataConfig
 from kempnerforge.config.path_text import expand
 from kempnerforge.config.plugin_uses import check_plugins, plugin_versions
 from kempnerforge.config.schema import AsyncCheckpointMode, JobConfig, ParallelDims
@@ -29,6 +30,9 @@ from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids
 from kempnerforge.data.map_dataset import MapDataset, MapSamples
 from kempnerforge.data.prepare import prepare_cached
+from kempnerforge.data.prepare_progress import plain_lines
+from kempnerforge.data.reading.options import ReadOptions
+from kempnerforge.data.record_encoder import make_encoder
 from kempnerforge.data.sample_order import ids_digest
 from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import RowOptions, Samples, TokenDataset, open_dataset
@@ -335,10 +339,7 @@ def open_data(
         else:
             assert job.data.text is not None
             log.info(f"data: scanning {job.data.text}")
-            tokenizer = load_tokenizer(job.data.tokenizer)
-            path = prepare_cached(
-                job.data.text, tokenizer, job.data.cache_folder, val_fraction=job.data.val_fraction
-            )
+            path = _prepare_text(job.data, job.data.text)
         dataset = open_dataset(path, **options)
         log.info(f"data: {dataset.split('train', job.train.seq_len).describe()} in {path}")
         for name in splits[1:]:
@@ -357,6 +358,19 @@ def open_data(
     world.control.raise_on_any_error(error)
     assert dataset is not None
     return dataset
+
+
+def _prepare_text(data: DataConfig, text: str | Sequence[str]) -> Path:
+    """Return the prepared folder of ``text``, which is read as ``data`` says."""
+    return prepare_cached(
+        text,
+        load_tokenizer(data.tokenizer, eos=data.eos_token, bos=data.bos_token),
+        data.cache_folder,
+        options=ReadOptions(data.text_field, data.document_separator, data.skip_unreadable),
+        make_encoder=partial(make_encoder, data),
+        val_fraction=data.val_fraction,
+        progress=plain_lines(lambda line: log.info(f"data: {line}")),
+    )
 
 
 def _describe_batches(job: JobConfig, geometry: ParallelDims) -> str:
@@ -409,7 +423,11 @@ def _tokenizer(job: JobConfig, dataset: TokenDataset | MapDataset) -> dict[str, 
     if isinstance(dataset, MapDataset) or dataset.index is None:  # they do not know their tokenizer
         return found
     found |= {"digest": dataset.index.tokenizer_digest, "separator_id": str(dataset.index.separator_id)}
-    path = tokenizer_path(job.data.tokenizer) if job.data.text is not None else dataset.path / TOKENIZER
+    if dataset.index.text.bos_id is not None:
+        found["bos_id"] = str(dataset.index.text.bos_id)
+    # A prepared folder has the tokenizer with the chat template that was used.
+    is_as_given = job.data.text is not None and job.data.chat_template is None
+    path = tokenizer_path(job.data.tokenizer) if is_as_given else dataset.path / TOKENIZER
     return found if path is None or not path.is_file() else {**found, "path": os.path.abspath(path)}
 
 
