@@ -11,6 +11,7 @@ from pydantic import Field
 from kempnerforge.config.path_text import expand
 from kempnerforge.config.section import Arguments, AtLeastZero, FractionBelowOne, NonEmpty, Section
 
+DataFormat = Literal["text", "prompt_completion", "chat"]
 PackingMethod = Literal["contiguous", "best_fit"]
 
 
@@ -64,6 +65,24 @@ class DataConfig(Section):
 
     bos_token: NonEmpty | None = None
     """Token of the tokenizer that begins each document. None: no token does."""
+
+    format: DataFormat = "text"
+    """What the files of text have: "text", or records for fine-tuning in JSON Lines, parquet or arrow.
+    "prompt_completion": the loss is that of completions. "chat": messages through a chat template, and
+    the loss is that of what the assistant says."""
+
+    prompt_field: NonEmpty = "prompt"
+    """Field of the prompt, with format = "prompt_completion"."""
+
+    completion_field: NonEmpty = "completion"
+    """Field of the completion, with format = "prompt_completion"."""
+
+    messages_field: NonEmpty = "messages"
+    """Field of the messages, with format = "chat"."""
+
+    chat_template: NonEmpty | None = None
+    """Jinja file of the chat template, with format = "chat". None means the template of the tokenizer: its
+    chat_template.jinja, or chat_template in its tokenizer_config.json."""
 
     cache_dir: NonEmpty | None = None
     """Folder for prepared text and packings, shared by all nodes. None means $XDG_CACHE_HOME/kempnerforge or

@@ -13,7 +13,7 @@ from kempnerforge.data.reading.documents import read_pieces
 from kempnerforge.data.reading.items import Piece, Unreadable
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.units import Unit
-from kempnerforge.data.tokenizer import Tokenizer
+from kempnerforge.data.tokenizer import BYTES, Tokenizer
 
 BATCH_BYTES = 1 << 20
 """Bytes of text per call of the tokenizer and thread. It needs about 25 times as much memory."""
@@ -43,6 +43,14 @@ class SeparatorSeen:
     separator: str
 
 
+@dataclass(frozen=True)
+class Notice:
+    """What a user should know about the text. The first one ``about`` the same becomes a warning."""
+
+    about: str
+    text: str
+
+
 class Encoder(Protocol):
     """How the units of files become ids. It is sent to other processes by pickle."""
 
@@ -66,11 +74,27 @@ class Encoder(Protocol):
         """Whether each ``Encoded`` has ``counted``."""
         ...
 
+    @property
+    def format(self) -> str:
+        """What the files have, as data.format."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the ids are made, a line each, for the summary."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files of the tokenizer, by name. None for that of bytes."""
+        ...
+
     def key(self) -> dict[str, Any]:
         """Return everything on which the ids of the same text depend, as JSON values."""
         ...
 
-    def encode(self, unit: Unit, *, threads: int = 1) -> Iterator[Encoded | Unreadable | SeparatorSeen]:
+    def encode(
+        self, unit: Unit, *, threads: int = 1
+    ) -> Iterator[Encoded | Unreadable | SeparatorSeen | Notice]:
         """Yield the documents of ``unit`` in order.
 
         After ``Unreadable``, the caller leaves out the pieces since the last end of a document.
@@ -86,6 +110,12 @@ class TextEncoder:
     options: ReadOptions = field(default_factory=ReadOptions)
     may_cut = True
     has_counted = False
+    format = "text"
+    notes = ()
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files of the tokenizer."""
+        return tokenizer_files(self.tokenizer)
 
     def key(self) -> dict[str, Any]:
         """Return the digest of the tokenizer, the BOS, and how files are read."""
@@ -133,3 +163,8 @@ class TextEncoder:
             ids = np.concatenate([part.astype(ids.dtype, copy=False) for part in around])
             yield Encoded(ids, piece.content, piece.ends_document)
             begins = piece.ends_document
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return the files of ``tokenizer`` to store beside its ids. None for bytes, which need none."""
+    return {} if tokenizer.name == BYTES else tokenizer.files()

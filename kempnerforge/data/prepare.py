@@ -41,7 +41,7 @@ from kempnerforge.data.reading.files import FoundFiles, digest_file, find_files
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.units import UNIT_BYTES, Unit, units_of
 from kempnerforge.data.token_parts import Part, Stamp, Task, make_tasks
-from kempnerforge.data.tokenizer import BY_OPTION, BYTES, HfTokenizer, Tokenizer, token_dtype
+from kempnerforge.data.tokenizer import BY_OPTION, HfTokenizer, Tokenizer, token_dtype
 from kempnerforge.errors import DataError
 from kempnerforge.fsio import fsync_folder, make_folder, new_folder, publish, write_new_file
 
@@ -119,6 +119,8 @@ def prepare_cached(
     if not (folder / INDEX_NAME).is_file():
         job.write_to(folder)
     index = read_index(folder)
+    for line in index.text.notes:
+        log.info(f"data: {line}")
     for line in (*source.passed_over.lines(), *index.unreadable.lines(), *index.text.warnings):
         log.warning(f"data: {line}")
     return folder
@@ -240,15 +242,16 @@ class _Preparation:
                 bos_token=special.bos,
                 bos_id=special.bos_id,
                 unwritten_bos=special.unwritten_bos,
+                format=self.encoder.format,
+                notes=self.encoder.notes,
                 text_field=options.text_field,
                 document_separator=options.document_separator,
                 skip_unreadable=options.skip_unreadable,
                 warnings=tuple(warnings),
             ),
         )
-        if tokenizer.name != BYTES:
-            for name, data in tokenizer.files().items():
-                write_new_file(folder / name, data)
+        for name, data in self.encoder.files().items():
+            write_new_file(folder / name, data)
         write_new_file(folder / INDEX_NAME, index.to_json())
         fsync_folder(folder)
         return index
@@ -258,12 +261,14 @@ class _Preparation:
         counts: dict[str, int] = {}
         first: list[tuple[str, str]] = []
         separators: dict[str, str] = {}
+        notices: dict[str, str] = {}
         for part in parts:
             for reason, count in part.unreadable.items():
                 counts[reason] = counts.get(reason, 0) + count
             first += part.first_unreadable[: NAMED_LEFT_OUT - len(first)]
             for separator, path in part.separators.items():
                 separators.setdefault(separator, path)
+            notices = part.notices | notices
         notes = [f"{file.path}: {file.note}" for file in self.source.found.files if file.note]
         warnings = notes[:NAMED_LEFT_OUT]
         warnings += [
@@ -271,7 +276,10 @@ class _Preparation:
             f"data.document_separator (--document-separator)"
             for separator, path in separators.items()
         ]
-        return LeftOut(counts, tuple(first)), [*warnings, *turn_end_warnings(self.encoder.tokenizer)]
+        warnings += notices.values()
+        if self.encoder.format != "chat":  # where the template writes the ends
+            warnings += turn_end_warnings(self.encoder.tokenizer)
+        return LeftOut(counts, tuple(first)), warnings
 
 
 def turn_end_warnings(tokenizer: Tokenizer) -> list[str]:

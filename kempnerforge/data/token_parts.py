@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from kempnerforge.data.encoding import Encoder, SeparatorSeen
+from kempnerforge.data.encoding import Encoder, Notice, SeparatorSeen
 from kempnerforge.data.index import NAMED_LEFT_OUT, kind_of
 from kempnerforge.data.reading.items import Unreadable
 from kempnerforge.data.reading.units import Unit
@@ -107,6 +107,8 @@ class Part:
     """(file or file:line, reason) of the first ``NAMED_LEFT_OUT``."""
     separators: dict[str, str] = field(default_factory=dict)
     """Known separator that a text file contains -> the first such file."""
+    notices: dict[str, str] = field(default_factory=dict)
+    """What a notice is about -> the text of the first one."""
 
     @classmethod
     def read(cls, folder: Path) -> Part:
@@ -158,6 +160,8 @@ def _write_unit(unit: Unit, encoder: Encoder, writer: _PartWriter, report: Repor
                 writer.part.first_unreadable.append((item.where, item.reason))
         elif isinstance(item, SeparatorSeen):
             writer.part.separators.setdefault(item.separator, str(item.path))
+        elif isinstance(item, Notice):
+            writer.part.notices.setdefault(item.about, item.text)
         else:
             writer.add(item.ids, item.counted, item.content)
             if item.ends_document:

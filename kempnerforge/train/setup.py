@@ -32,6 +32,7 @@ from kempnerforge.data.map_dataset import MapDataset, MapSamples
 from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.prepare_progress import plain_lines
 from kempnerforge.data.reading.options import ReadOptions
+from kempnerforge.data.record_encoder import make_encoder
 from kempnerforge.data.sample_order import ids_digest
 from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import RowOptions, Samples, TokenDataset, open_dataset
@@ -366,6 +367,7 @@ def _prepare_text(data: DataConfig, text: str | Sequence[str]) -> Path:
         load_tokenizer(data.tokenizer, eos=data.eos_token, bos=data.bos_token),
         data.cache_folder,
         options=ReadOptions(data.text_field, data.document_separator, data.skip_unreadable),
+        make_encoder=partial(make_encoder, data),
         val_fraction=data.val_fraction,
         progress=plain_lines(lambda line: log.info(f"data: {line}")),
     )
@@ -423,7 +425,9 @@ def _tokenizer(job: JobConfig, dataset: TokenDataset | MapDataset) -> dict[str, 
     found |= {"digest": dataset.index.tokenizer_digest, "separator_id": str(dataset.index.separator_id)}
     if dataset.index.text.bos_id is not None:
         found["bos_id"] = str(dataset.index.text.bos_id)
-    path = tokenizer_path(job.data.tokenizer) if job.data.text is not None else dataset.path / TOKENIZER
+    # A prepared folder has the tokenizer with the chat template that was used.
+    is_as_given = job.data.text is not None and job.data.chat_template is None
+    path = tokenizer_path(job.data.tokenizer) if is_as_given else dataset.path / TOKENIZER
     return found if path is None or not path.is_file() else {**found, "path": os.path.abspath(path)}
 
 
