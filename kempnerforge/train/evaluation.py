@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import JobConfig, ParallelDims
-from kempnerforge.data.fingerprint import explain_difference, fingerprint
+from kempnerforge.data.fingerprint import compare_data, fingerprint
 from kempnerforge.data.loader import eval_batches
 from kempnerforge.data.map_dataset import MapSamples
 from kempnerforge.data.tokens import Samples
@@ -27,9 +27,10 @@ from kempnerforge.distributed.context import DistributedContext
 from kempnerforge.errors import DamagedCheckpointError
 from kempnerforge.train.environment import set_determinism
 from kempnerforge.train.loss_step import LossStep
+from kempnerforge.train.mixture_run import weighted_loss
 from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import Optimizers, build_optimizer
-from kempnerforge.train.setup import open_data
+from kempnerforge.train.setup import open_data, splits
 from kempnerforge.train.step import TrainStep
 from kempnerforge.train.termination.signals import StopSignals
 
@@ -52,6 +53,8 @@ class Evaluation:
     """Time from opening the data to the loss, including the load of the step."""
     unit: str = "tokens"
     """What ``tokens`` counts: ``tokens`` or ``items``."""
+    source_losses: dict[str, float] = field(default_factory=dict[str, float])
+    """Mean loss of each source of a mixture, of which ``loss`` is the mean by the weights at that step."""
 
 
 QUERY_STOP_INTERVAL_S = 1.0
@@ -92,35 +95,37 @@ def batches_between_queries(seconds_per_batch: float) -> int:
     return max(1, min(MOST_BATCHES, int(QUERY_STOP_INTERVAL_S / max(seconds_per_batch, 1e-6))))
 
 
-def validation_loss(
+def validation_losses(
     step: TrainStep,
-    samples: Samples | MapSamples,
+    samples: Mapping[str, Samples | MapSamples],
     job: JobConfig,
     geometry: ParallelDims,
     *,
     rank: int,
     query_stop: Callable[[int], tuple[bool, int]] | None = None,
-) -> float | None:
-    """Return the mean loss of the first ``eval.num_batches`` global batches of the validation split.
+) -> dict[str, float] | None:
+    """Return the mean loss of the first ``eval.num_batches`` global batches of each of ``samples``.
 
     The sequences are the same in every layout. No random numbers are used. ``query_stop`` may
     interrupt the validation (see ``InterruptibleBatches``). The result is then None.
 
     Collective: all ranks.
     """
-    batches = eval_batches(
-        samples,
-        num_batches=job.eval.num_batches,
-        global_batch_size=geometry.global_batch_size,
-        batch_size=job.train.batch_size,
-        dp_rank=geometry.dp_rank(rank),
-        dp_size=geometry.dp,
-    )
-    if query_stop is None:
-        return step.evaluate(batches)
-    interruptible = InterruptibleBatches(batches, query_stop)
-    loss = step.evaluate(interruptible)
-    return None if interruptible.interrupted else loss
+    losses: dict[str, float] = {}
+    for name, part in samples.items():
+        batches: Iterable[Any] = eval_batches(
+            part,
+            num_batches=job.eval.num_batches,
+            global_batch_size=geometry.global_batch_size,
+            batch_size=job.train.batch_size,
+            dp_rank=geometry.dp_rank(rank),
+            dp_size=geometry.dp,
+        )
+        interruptible = InterruptibleBatches(batches, query_stop) if query_stop else None
+        losses[name] = step.evaluate(interruptible or batches)
+        if interruptible and interruptible.interrupted:
+            return None
+    return losses
 
 
 def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
@@ -164,15 +169,18 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
         step_folder, state, world, parts=("model", "data"), what="kempnerforge eval"
     )
     step = model.step(optimizer, geometry, job.train)
-    loss = validation_loss(step, dataset.split("val", job.train.seq_len), job, geometry, rank=world.rank)
-    assert loss is not None
-    tokens = job.eval.num_batches * geometry.global_batch_size * job.train.seq_len
-    if isinstance(step, LossStep):
-        tokens = step.num_evaluated
+    train_samples, val_samples = splits(job, dataset)
+    losses, tokens = {}, 0
+    for name, part in val_samples.items():
+        losses |= validation_losses(step, {name: part}, job, geometry, rank=world.rank) or {}
+        whole = job.eval.num_batches * geometry.global_batch_size * job.train.seq_len
+        tokens += step.num_evaluated if isinstance(step, LossStep) else whole
+    cursor = world.control.run_on_rank0(lambda: StepView.open(step_folder).train_state().get("samples"))
     world.close()
     return Evaluation(
         step=candidate.step,
-        loss=loss,
+        loss=weighted_loss(losses, train_samples, cursor or 0),
+        source_losses={name: loss for name, loss in losses.items() if name},
         tokens=tokens,
         geometry=geometry,
         num_ranks=world.num_ranks,
@@ -207,7 +215,7 @@ def load_model(
     Return the step, and with "data" in ``parts`` the differences between its data and the current
     ones. ``what`` describes the reader in the lock. Collective: all ranks.
     """
-    context = RunContext(allow_changed_data=True, explain_data=explain_difference)
+    context = RunContext(allow_changed_data=True, explain_data=compare_data)
     parts = [*parts, *(["optimizer"] if state.optimizers else [])]
     with contextlib.ExitStack() as stack:
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.config.scheduler import lr_at
+from kempnerforge.data.loader import Cursor
 from kempnerforge.distributed.consensus import mark_collective
 from kempnerforge.errors import ConfigError, NonFiniteError, RunFolderError
 from kempnerforge.telemetry.flops import mfu
 from kempnerforge.telemetry.sinks import RunInfo
 from kempnerforge.telemetry.spans import Spans
-from kempnerforge.train.evaluation import validation_loss
+from kempnerforge.train.evaluation import validation_losses
 from kempnerforge.train.hooks import TrainInfo
+from kempnerforge.train.mixture_run import epoch_rows, source_rows, weighted_loss
 from kempnerforge.train.setup import Run
 from kempnerforge.train.step import UpdateResult
 from kempnerforge.train.step_consensus import StepDecision
@@ -30,8 +33,10 @@ def train(run: Run) -> str | None:
 
     Collective: all ranks. Returns why it stopped before ``max_steps``, or None when it is finished.
     """
-    job, state, step, ckpt, reports = run.job, run.state, run.step, run.ckpt, run.reports
+    state, step, ckpt, reports = run.state, run.step, run.ckpt, run.reports
     receipt = ckpt.resume(state)
+    run.end_with_data()
+    job = run.job
     if not run.has_weights and receipt.source != "resume":
         raise mark_collective(
             RunFolderError(f"{ckpt.folder}: its committed steps disappeared during the start")
@@ -221,16 +226,17 @@ def _report_saves(run: Run) -> None:
 def evaluate(run: Run) -> bool:
     """Log the mean loss of the first ``eval.num_batches`` global batches of the validation split.
 
-    The sequences are the same in every layout. No random numbers are used. Returns False, without
+    With a mixture, do so for each source, and weight the losses as the next batch is. The sequences
+    are the same in every layout. No random numbers are used. Returns False, without
     logging, if it was interrupted because the run is stopping. Collective: all ranks.
     """
-    if run.val_samples is None:
+    if not run.val_samples:
         return True
     run.progress.begin("eval", run.state.step)
     if run.step.evaluates_other_weights:
         run.ckpt.wait_for_staging()  # the weights are about to change
     started = time.perf_counter()
-    loss = validation_loss(
+    losses = validation_losses(
         run.step,
         run.val_samples,
         run.job,
@@ -242,12 +248,14 @@ def evaluate(run: Run) -> bool:
     run.recorder.spent("eval", taken_s)
     run.ckpt.exclude_time(taken_s)
     run.control.stopping.slice_ends()
-    if loss is None:
+    if losses is None:
         return False
+    loss = weighted_loss(losses, run.train_samples, Cursor(**run.state.cursor).samples)
     run.ckpt.record_metrics(run.state.step, {"eval/loss": loss})
     run.eval_losses.append((run.state.step, loss))
-    run.reports.write({"step": run.state.step, "eval/loss": loss})
-    run.control.hooks.eval_end(run.state.step, {"step": run.state.step, "eval/loss": loss})
+    row = {"step": run.state.step, "eval/loss": loss, **source_rows("eval/loss", losses)}
+    run.reports.write(row)
+    run.control.hooks.eval_end(run.state.step, row)
     return True
 
 
@@ -267,6 +275,11 @@ def _row(
         **timings,
         **run.peak_memory.collect(),
     }
+    row |= epoch_rows(run.train_samples, Cursor(**run.state.cursor).samples)
+    if update.source_losses is not None:
+        names = [source.name for source in run.job.data.sources]
+        losses = zip(names, update.source_losses, strict=True)
+        row |= source_rows("train/loss", {name: loss for name, loss in losses if not math.isnan(loss)})
     if run.job.train.z_loss:
         row["train/z_loss"] = update.z_loss
     if (hooks_s := run.control.hooks.take_seconds()) is not None:

@@ -19,7 +19,7 @@ from kempnerforge.config.checkpoint import LoadablePart
 from kempnerforge.config.model_changes import model_changes
 from kempnerforge.config.path_text import expand, unset_variables
 from kempnerforge.config.run import PLACEHOLDER, unfilled_placeholders
-from kempnerforge.config.schema import JobConfig, LoadedJob
+from kempnerforge.config.schema import DataConfig, JobConfig, LoadedJob
 from kempnerforge.data.corpus import PYTHON_STDLIB, files_of
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.data.tokens import load_shards
@@ -91,7 +91,7 @@ def _variables(job: JobConfig) -> list[ConfigIssue]:
 def _folders(job: JobConfig) -> list[ConfigIssue]:
     """Check that the folders of the run can be created, or exist and can be written."""
     folders = {"run.dir": job.run.dir or f"runs/{job.run.name}", "checkpoint.dir": job.checkpoint.dir}
-    if job.data.text is not None:
+    if any(data.text is not None for data in job.data.parts().values()):
         folders["data.cache_dir"] = str(job.data.cache_folder)
     faults = []
     for key, folder in folders.items():
@@ -115,7 +115,11 @@ def _why_not_writable(folder: Path) -> str:
 
 
 def _text(job: JobConfig) -> list[ConfigIssue]:
-    text = job.data.text
+    return [fault for key, data in job.data.parts().items() for fault in _text_of(f"{key}.text", data)]
+
+
+def _text_of(key: str, data: DataConfig) -> list[ConfigIssue]:
+    text = data.text
     if text is None:
         return []
     faults = []
@@ -123,22 +127,20 @@ def _text(job: JobConfig) -> list[ConfigIssue]:
         try:
             files = files_of(entry)
         except DataError as error:
-            faults.append(ConfigIssue("data.text", str(error)))
+            faults.append(ConfigIssue(key, str(error)))
             continue
         if entry == PYTHON_STDLIB:
             continue
         if unreadable := next((path for path in files if not os.access(path, os.R_OK)), None):
-            faults.append(
-                ConfigIssue("data.text", f'"{entry}": {unreadable} cannot be read', "name other files")
-            )
+            faults.append(ConfigIssue(key, f'"{entry}": {unreadable} cannot be read', "name other files"))
         elif not any(path.stat().st_size for path in files):
             count = "the file is" if len(files) == 1 else f"all {len(files)} files are"
-            faults.append(ConfigIssue("data.text", f'"{entry}": {count} empty', "name files with text"))
+            faults.append(ConfigIssue(key, f'"{entry}": {count} empty', "name files with text"))
     return faults
 
 
 def _tokenizer(job: JobConfig) -> list[ConfigIssue]:
-    if job.data.text is None:
+    if all(data.text is None for data in job.data.parts().values()):
         return []
     try:
         size = load_tokenizer(job.data.tokenizer).vocab_size
@@ -154,19 +156,24 @@ def _tokenizer(job: JobConfig) -> list[ConfigIssue]:
 
 def _dataset(job: JobConfig) -> list[ConfigIssue]:
     """Check the index or the headers, and the sizes of all shards. The tokens are not read."""
-    if job.data.dataset_path is None:
+    parts = {f"{key}.dataset_path": data for key, data in job.data.parts().items()}
+    return [fault for key, data in parts.items() for fault in _dataset_of(key, data, job)]
+
+
+def _dataset_of(key: str, config: DataConfig, job: JobConfig) -> list[ConfigIssue]:
+    if config.dataset_path is None:
         return []
     try:
         data = load_shards(
-            job.data.dataset_path, vocab_size=job.model.vocabulary, val_fraction=job.data.val_fraction
+            config.dataset_path, vocab_size=job.model.vocabulary, val_fraction=config.val_fraction
         )
         for problem in list(data.problems(contents=False).values())[:1]:
-            return [ConfigIssue("data.dataset_path", problem, f"see: kempnerforge data inspect {data.path}")]
+            return [ConfigIssue(key, problem, f"see: kempnerforge data inspect {data.path}")]
         data.split("train", job.train.seq_len)
         if job.eval.interval:
             data.split("val", job.train.seq_len)
     except DataError as error:
-        return [ConfigIssue("data.dataset_path", str(error))]
+        return [ConfigIssue(key, str(error))]
     return []
 
 

@@ -55,6 +55,8 @@ class UpdateResult:
     """Mean z-loss of the global batch, 0 if it is off."""
     num_items: int | None = None
     """Items of the global batch that ``loss(batch)`` of the model counted; None for tokens."""
+    source_losses: tuple[float, ...] | None = None
+    """Mean loss of each source of a mixture, NaN for one that the batch has no sample of."""
 
     def count(self, batch: Any) -> int:
         """Return the tokens of the global batch, or the items of the model's own loss."""
