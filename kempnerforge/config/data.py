@@ -97,6 +97,10 @@ class DataConfig(Section):
             for index, source in enumerate(self.sources)
         }
 
+    def by_source(self) -> dict[str, DataConfig]:
+        """Return the config of each source, as ``parts``, by its name."""
+        return {source.name: data for source, data in zip(self.sources, self.parts().values(), strict=True)}
+
     def weights(self) -> dict[int, dict[str, int]]:
         """Return the weights in parts of a million, by the step from which on they are in force, from 0."""
         names = [source.name for source in self.sources]

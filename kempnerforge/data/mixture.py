@@ -48,7 +48,8 @@ class MixtureOrder:
     """The training order of a mixture. Sample ``i`` of a source has the id ``i`` + the sizes of those before.
 
     Args:
-        sizes: name of each source -> its number of samples.
+        sizes: name of each source -> its number of samples. Sources whose turns have the same deadline
+            come in this order.
         phases: by increasing start, the first of which is 0.
         seed: the seed of the run.
     """
@@ -216,9 +217,10 @@ class MixtureDataset:
         seed: int,
         global_batch_size: int,
     ) -> None:
-        self.sources = dict(sources)
+        self.sources = dict(sorted(sources.items()))
+        """By name, in alphabetical order, so that the order in the config does not matter."""
         self.phases = [
-            Phase(step, step * global_batch_size, tuple(parts[name] for name in sources))
+            Phase(step, step * global_batch_size, tuple(parts[name] for name in self.sources))
             for step, parts in weights.items()
         ]
         self._stops, self._seed = stops, seed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from kempnerforge.telemetry.sinks import RunInfo
 from kempnerforge.telemetry.spans import Spans
 from kempnerforge.train.evaluation import validation_losses
 from kempnerforge.train.hooks import TrainInfo
-from kempnerforge.train.mixture_run import epoch_rows, source_rows, weighted_loss
+from kempnerforge.train.mixture_run import source_rows, step_rows, weighted_loss
 from kempnerforge.train.setup import Run
 from kempnerforge.train.step import UpdateResult
 from kempnerforge.train.step_consensus import StepDecision
@@ -275,11 +274,7 @@ def _row(
         **timings,
         **run.peak_memory.collect(),
     }
-    row |= epoch_rows(run.train_samples, Cursor(**run.state.cursor).samples)
-    if update.source_losses is not None:
-        names = [source.name for source in run.job.data.sources]
-        losses = zip(names, update.source_losses, strict=True)
-        row |= source_rows("train/loss", {name: loss for name, loss in losses if not math.isnan(loss)})
+    row |= step_rows(run.train_samples, Cursor(**run.state.cursor).samples, update.source_losses)
     if run.job.train.z_loss:
         row["train/z_loss"] = update.z_loss
     if (hooks_s := run.control.hooks.take_seconds()) is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from kempnerforge.config.schema import DataConfig, JobConfig
 from kempnerforge.data.loader import AnySamples
@@ -94,12 +95,25 @@ def end_with_data(
         raise ConfigError(error.faults, where=where) from None
 
 
-def epoch_rows(samples: AnySamples, cursor: int) -> dict[str, float]:
-    """Return ``data/epoch/NAME`` of each source that was drawn from: its samples drawn, in epochs."""
+def epochs_at(samples: AnySamples, cursor: int) -> dict[str, float]:
+    """Return how many epochs of each source are drawn before ``cursor``; nothing without a mixture."""
+    return samples.order.epochs(cursor) if isinstance(samples, MixtureSamples) else {}
+
+
+def step_rows(samples: AnySamples, cursor: int, losses: Sequence[float] | None) -> dict[str, float]:
+    """Return ``data/epoch/NAME`` of each source drawn from, and ``train/loss/NAME`` of those in the batch.
+
+    ``losses`` has NaN for a source that is not in the batch; None if the model does not tell them.
+    """
     if not isinstance(samples, MixtureSamples):
         return {}
-    epochs = samples.order.epochs(cursor)
-    return {f"data/epoch/{name}": value for name, value in epochs.items() if value}
+    rows = {f"data/epoch/{name}": epochs for name, epochs in epochs_at(samples, cursor).items() if epochs}
+    if losses is not None:
+        found = dict(zip(samples.order.names, losses, strict=True))
+        rows |= source_rows(
+            "train/loss", {name: loss for name, loss in found.items() if not math.isnan(loss)}
+        )
+    return rows
 
 
 def weighted_loss(losses: Mapping[str, float], samples: AnySamples, cursor: int) -> float:

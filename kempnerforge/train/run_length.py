@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from kempnerforge.config.schema import JobConfig
-from kempnerforge.data.mixture import MixtureSamples
 from kempnerforge.telemetry.console_text import si
-
-if TYPE_CHECKING:
-    from kempnerforge.data.loader import AnySamples
 
 SHOWN_SOURCES = 4
 
 
 def run_length(
-    job: JobConfig, sequences_per_step: int, *, samples: AnySamples | None = None, used_up: str = ""
+    job: JobConfig,
+    sequences_per_step: int,
+    *,
+    num_samples: int | None = None,
+    epochs: Mapping[str, float] | None = None,
+    used_up: str = "",
 ) -> str:
     """Return ``200 steps, 409.6k tokens, 1.2 epochs``, and whether the number of steps is the default.
 
-    ``samples`` are those of the training data; None if they are not known. ``used_up`` is the source
-    that determines the number of steps.
+    ``num_samples`` is the number of sequences of the training data; None if it is not known.
+    ``epochs`` are those of each source of a mixture. ``used_up`` is the source that determines the
+    number of steps.
     """
     train = job.train
     sequences = train.max_steps * sequences_per_step
@@ -35,10 +36,10 @@ def run_length(
         steps,
         f"{si(sequences * train.seq_len)} tokens",
     ]
-    if isinstance(samples, MixtureSamples):
-        parts.append(_epochs_of_sources(samples.order.epochs(sequences)))
-    elif samples is not None:
-        parts.append(_epochs(sequences / samples.num_samples))
+    if epochs:
+        parts.append(_epochs_of_sources(epochs))
+    elif num_samples:
+        parts.append(_epochs(sequences / num_samples))
     return ", ".join(parts)
 
 

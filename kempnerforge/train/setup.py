@@ -44,7 +44,7 @@ from kempnerforge.train.hangs.progress import Progress
 from kempnerforge.train.hooks import HookSet, load_hooks
 from kempnerforge.train.map_data import open_map_dataset
 from kempnerforge.train.metric_loggers import Reports, build_reports
-from kempnerforge.train.mixture_run import describe_mixture, end_with_data, open_mixture
+from kempnerforge.train.mixture_run import describe_mixture, end_with_data, epochs_at, open_mixture
 from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import Optimizers, ParameterGroup, build_optimizer, each, hyperparameters_of
 from kempnerforge.train.out_of_memory import MemoryHolders
@@ -240,9 +240,15 @@ def _assemble(
     )
     for line in describe_mixture(train_samples):
         log.info(line)
-    log.info(
-        "length: %s", run_length(job, geometry.global_batch_size, samples=train_samples, used_up=used_up)
+    size, max_steps = geometry.global_batch_size, job.train.max_steps
+    length = run_length(
+        job,
+        size,
+        num_samples=train_samples.num_samples,
+        epochs=epochs_at(train_samples, max_steps * size),
+        used_up=used_up,
     )
+    log.info("length: %s", length)
     if job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned and world.device.type != "cuda":
         log.info("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
     progress = Progress(collectives_issued)
@@ -440,8 +446,8 @@ def _tokenizer(job: JobConfig, dataset: AnyDataset) -> dict[str, str]:
         found["load_path"] = os.path.abspath(expand(job.checkpoint.load_path, key="checkpoint.load_path"))
     data = job.data
     if isinstance(dataset, MixtureDataset):  # all sources with an index have the same tokenizer
-        pairs = list(zip(dataset.sources.values(), job.data.parts().values(), strict=True))
-        dataset, data = next((pair for pair in pairs if pair[0].index), pairs[0])
+        name = next((name for name, source in dataset.sources.items() if source.index), data.sources[0].name)
+        dataset, data = dataset.sources[name], data.by_source()[name]
     if isinstance(dataset, MapDataset) or dataset.index is None:  # they do not know their tokenizer
         return found
     found |= {"digest": dataset.index.tokenizer_digest, "separator_id": str(dataset.index.separator_id)}

@@ -331,7 +331,7 @@ def test_geometry_known_layouts_derived() -> None:
 
 
 def test_job_config_contradiction_refused() -> None:
-    with pytest.raises(ConfigError, match="none of text, dataset_path and dataset"):
+    with pytest.raises(ConfigError, match="none of text, dataset_path, dataset and sources"):
         JobConfig()
 
 
