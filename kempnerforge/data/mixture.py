@@ -10,18 +10,20 @@ the list, so that sources can be added. This module does not import torch.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import xxhash
 
-from kempnerforge.data.index import Index
 from kempnerforge.data.mixture_schedule import Schedule, schedule
 from kempnerforge.data.rows import Rows
 from kempnerforge.data.sample_order import sample_ids
 from kempnerforge.data.tokens import Samples, TokenDataset
 from kempnerforge.errors import DataError
+
+SAME_TOKENIZER = "Prepare all sources with the same tokenizer: kempnerforge data prepare"
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,8 @@ class MixtureDataset:
             for step, parts in weights.items()
         ]
         self._stops, self._seed = stops, seed
-        _require_same_tokenizer(self.sources)
+        if conflict := tokenizer_conflict(self.sources):
+            raise DataError(f"data.sources: {conflict}. {SAME_TOKENIZER}")
 
     def split(self, name: str, seq_len: int) -> MixtureSamples:
         """Return the samples to train on; ``name`` is ``"train"``.
@@ -251,24 +254,15 @@ def describe_weights(weights: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {part / 10_000:g}%" for name, part in weights.items() if part)
 
 
-def _require_same_tokenizer(sources: Mapping[str, TokenDataset]) -> None:
-    first: tuple[str, Index] | None = None
-    for name, dataset in sources.items():
-        index = dataset.index
-        if index is None:  # .npy shards do not know it
-            continue
-        if first is None:
-            first = name, index
-            continue
-        other, known = first
-        for what, is_same in {
-            f"tokenizers, {known.tokenizer} and {index.tokenizer}": known.tokenizer_digest
-            == index.tokenizer_digest,
-            f"separators, ids {known.separator_id} and {index.separator_id}": known.separator_id
-            == index.separator_id,
-        }.items():
-            if not is_same:
-                raise DataError(
-                    f'data.sources: "{other}" and "{name}" have different {what}. '
-                    "Prepare both with the same tokenizer: kempnerforge data prepare"
-                )
+def tokenizer_conflict(sources: Mapping[str, TokenDataset]) -> str | None:
+    """Return how two sources have different tokens; None if none have. ``.npy`` shards do not know theirs."""
+    known = {name: dataset.index for name, dataset in sources.items() if dataset.index is not None}
+    for (first, one), (second, other) in itertools.pairwise(known.items()):
+        if one.tokenizer_digest != other.tokenizer_digest:
+            return (
+                f'"{first}" and "{second}" have different tokenizers, {one.tokenizer} and {other.tokenizer}'
+            )
+        if one.separator_id != other.separator_id:
+            ids = f"{one.separator_id} and {other.separator_id}"
+            return f'"{first}" and "{second}" have different separators of documents, {ids}'
+    return None

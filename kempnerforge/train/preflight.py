@@ -6,6 +6,7 @@ exist, but it must be possible to create them. This module does not import torch
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from kempnerforge.config.path_text import expand, unset_variables
 from kempnerforge.config.run import PLACEHOLDER, unfilled_placeholders
 from kempnerforge.config.schema import DataConfig, JobConfig, LoadedJob
 from kempnerforge.data.corpus import PYTHON_STDLIB, files_of
+from kempnerforge.data.mixture import SAME_TOKENIZER, tokenizer_conflict
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.data.tokens import load_shards
 from kempnerforge.errors import (
@@ -81,7 +83,7 @@ def _variables(job: JobConfig) -> list[ConfigIssue]:
         "run.dir": job.run.dir,
         "checkpoint.dir": job.checkpoint.dir,
         "checkpoint.load_path": job.checkpoint.load_path,
-        "data.dataset_path": job.data.dataset_path,
+        **{f"{key}.dataset_path": data.dataset_path for key, data in job.data.parts().items()},
         "data.tokenizer": job.data.tokenizer,
         "data.cache_dir": job.data.cache_dir,
     }
@@ -177,6 +179,17 @@ def _dataset_of(key: str, config: DataConfig, job: JobConfig) -> list[ConfigIssu
     return []
 
 
+def _mixture(job: JobConfig) -> list[ConfigIssue]:
+    """Check that the prepared sources have the same tokenizer."""
+    found = {}
+    for name, data in job.data.by_source().items():
+        with contextlib.suppress(DataError):  # reported for the source
+            if data.dataset_path is not None:
+                found[name] = load_shards(data.dataset_path)
+    conflict = tokenizer_conflict(found)
+    return [ConfigIssue("data.sources", conflict, SAME_TOKENIZER)] if conflict else []
+
+
 def _warm_start(job: JobConfig) -> list[ConfigIssue]:
     """Check ``load_path``, which is used only while the run has no committed step."""
     given = job.checkpoint.load_path
@@ -230,6 +243,7 @@ _CHECKS: dict[str, Callable[[JobConfig], list[ConfigIssue]]] = {
     "data.text": _text,
     "data.tokenizer": _tokenizer,
     "data.dataset_path": _dataset,
+    "data.sources": _mixture,
     "checkpoint.load_path": _warm_start,
 }
 """The main key of each check -> the check."""

@@ -1,0 +1,331 @@
+"""Mixtures: exact proportions at every place, one order whatever the ranks, and weights that may change."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from fractions import Fraction
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kempnerforge.config.data_sources import PARTS, normalized
+from kempnerforge.data.fingerprint import compare_data, fingerprint
+from kempnerforge.data.loader import Batch, BatchLoader, Cursor, batch_ids
+from kempnerforge.data.mixture import MixtureDataset, MixtureOrder, Phase, source_seed
+from kempnerforge.data.mixture_schedule import Schedule
+from kempnerforge.data.rows import Rows
+from kempnerforge.data.sample_order import sample_ids
+from kempnerforge.data.tokens import TokenDataset, open_dataset
+from kempnerforge.errors import DataError
+
+SEQ_LEN = 4
+WEIGHTS = st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(any)
+
+
+def reference(phases: list[Phase], sizes: list[int], num_positions: int) -> list[tuple[int, int]]:
+    """Walk the order position by position: the source at each, and how often it was drawn before.
+
+    Of the turns that may begin, the one with the earliest deadline is next, in exact arithmetic.
+    """
+    drawn = [0] * len(sizes)
+    found: list[tuple[int, int]] = []
+    for phase, after in itertools.zip_longest(phases, phases[1:]):
+        turns = [0] * len(sizes)
+        shares = [Fraction(weight, sum(phase.weights)) for weight in phase.weights]
+        end = min(after.start, num_positions) if after else num_positions
+        for place in range(end - phase.start):
+            ready = [i for i, w in enumerate(shares) if w and math.floor(turns[i] / w) <= place]
+            source = min(ready, key=lambda i: (math.ceil((turns[i] + 1) / shares[i]), i))
+            turns[source] += 1
+            found.append((source, drawn[source]))
+            drawn[source] += 1
+    return found
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> MixtureOrder:
+    num_sources = draw(st.integers(1, 5))
+    sizes = draw(st.lists(st.integers(1, 30), min_size=num_sources, max_size=num_sources))
+    starts = sorted(draw(st.sets(st.integers(1, 300), max_size=4)))
+    weights = st.lists(st.integers(0, 25), min_size=num_sources, max_size=num_sources).filter(any)
+    phases = [Phase(start, start, tuple(draw(weights))) for start in (0, *starts)]
+    return MixtureOrder({f"s{i}": size for i, size in enumerate(sizes)}, phases, draw(st.integers(0, 9)))
+
+
+@given(WEIGHTS, st.none() | st.integers(1, 200))
+def test_schedule_within_one_of_ideal_at_every_place(weights: list[int], length: int | None) -> None:
+    schedule = Schedule(tuple(weights), length)
+    positions = np.arange(min(length or 600, 600))
+    sources, turns = schedule.turns_at(positions)
+    counts = [0] * len(weights)
+    for place, (source, turn) in enumerate(zip(sources, turns, strict=True), 1):
+        assert turn == counts[source]
+        counts[source] += 1
+        assert all(
+            abs(n - Fraction(place * w, sum(weights))) < 1 for n, w in zip(counts, weights, strict=True)
+        )
+        if length is None or place < length:
+            assert schedule.counts(place).tolist() == counts
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [(1, PARTS - 1), (1, 0, 1, PARTS - 2), (333_334, 333_333, 333_333), (123_457, 376_543, 500_000)],
+)
+def test_schedule_of_a_million_is_within_one(weights: tuple[int, ...]) -> None:
+    sources, _ = Schedule(weights, None).turns_at(np.arange(PARTS))
+    places = np.arange(1, PARTS + 1)
+    for source, weight in enumerate(weights):
+        assert np.abs(np.cumsum(sources == source) * PARTS - places * weight).max() < PARTS
+
+
+@given(orders())
+def test_order_equals_walk_with_exact_arithmetic(order: MixtureOrder) -> None:
+    expected = reference(list(order.phases), list(order.sizes), 400)
+    sources, draws = order.draws_at(np.arange(400))
+    assert list(zip(sources.tolist(), draws.tolist(), strict=True)) == expected
+    for cursor in (0, 1, 123, 300, 399):
+        counts = Counter(source for source, _ in expected[:cursor])
+        assert order.epochs(cursor) == {
+            name: counts[i] / order.sizes[i] for i, name in enumerate(order.names)
+        }
+
+
+@given(orders(), st.lists(st.integers(0, 10**12), min_size=1, max_size=8))
+def test_order_seek_equals_any_other_seek(order: MixtureOrder, positions: list[int]) -> None:
+    at_once = order.ids_at(np.array(positions))
+    assert at_once.tolist() == [int(order.ids_at(np.array([position]))[0]) for position in positions]
+    assert all(0 <= sample < sum(order.sizes) for sample in at_once)
+    sources, draws = order.draws_at(np.array(positions))
+    for position, source, draw in zip(positions, sources.tolist(), draws.tolist(), strict=True):
+        assert order.position_of(source, draw) == position
+
+
+@given(orders())
+def test_order_every_epoch_of_a_source_is_a_permutation(order: MixtureOrder) -> None:
+    ids = order.ids_at(np.arange(600))
+    sources, samples = order.sources_of(ids), order.samples_of(ids)
+    for source, size in enumerate(order.sizes):
+        drawn = samples[sources == source]
+        for epoch in np.split(drawn[: drawn.size // size * size], drawn.size // size or 1):
+            assert not epoch.size or sorted(epoch.tolist()) == list(range(size))
+        seed = source_seed(3, "web")
+        assert seed != source_seed(3, "books") != source_seed(4, "books")
+
+
+@given(st.dictionaries(st.text("abc", min_size=1), st.floats(0, 1e6), min_size=1, max_size=6))
+@settings(max_examples=200)
+def test_normalized_weights_sum_to_a_million(weights: dict[str, float]) -> None:
+    exact = {name: Fraction(repr(weight)) for name, weight in weights.items()}
+    try:
+        parts = normalized(weights)
+    except ValueError as error:
+        tiny = any(0 < weight * PARTS < sum(exact.values()) for weight in exact.values())
+        assert tiny or not any(weights.values()), error
+        return
+    assert sum(parts.values()) == PARTS
+    total = sum(exact.values())
+    assert all(abs(parts[name] - PARTS * weight / total) < 1 for name, weight in exact.items())
+    assert parts == normalized(dict(reversed(weights.items())))
+
+
+def test_normalized_weights_are_the_decimals_written() -> None:
+    assert normalized({"a": 0.1, "b": 0.2, "c": 0.7}) == {"a": 100_000, "b": 200_000, "c": 700_000}
+    assert normalized({"b": 1, "c": 1, "a": 1}) == {"b": 333_333, "c": 333_333, "a": 333_334}
+    assert normalized({"a": 1e-6, "b": 1 - 1e-6}) == {"a": 1, "b": 999_999}
+    for weights, problem in (
+        ({"a": 0.0}, "all weights are 0"),
+        ({"a": 1e-9, "b": 1}, "less than a millionth"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            normalized(weights)
+
+
+# -- datasets ----------------------------------------------------------------------------------------------
+
+
+def source(folder: Path, first: int, num_samples: int) -> TokenDataset:
+    """Samples of one source: token ``first + i * SEQ_LEN`` is the first of sample ``i``."""
+    folder.mkdir()
+    np.save(folder / "tokens.npy", first + np.arange(num_samples * SEQ_LEN + 1))
+    return open_dataset(folder, val_fraction=0.0)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, TokenDataset]:
+    return {name: source(tmp_path / name, i * 10_000, 20 * (i + 1)) for i, name in enumerate(("web", "code"))}
+
+
+def mixture(
+    sources: dict[str, TokenDataset], *phases: dict[str, int], stops: tuple[str, ...] = ()
+) -> MixtureDataset:
+    """Phases begin every 10 steps of 8 samples."""
+    weights = {
+        10 * i: {name: given.get(name, 0) * PARTS // sum(given.values()) for name in sources}
+        for i, given in enumerate(phases)
+    }
+    return MixtureDataset(sources, weights, stops=stops, seed=5, global_batch_size=8)
+
+
+def take(dataset: MixtureDataset, count: int, **options: int | Cursor) -> list[Batch]:
+    samples = dataset.split("train", SEQ_LEN)
+    settings = {"seed": 5, "global_batch_size": 8, "batch_size": 1, **options}
+    with BatchLoader(samples, **settings) as loader:  # pyright: ignore[reportArgumentType]
+        batches = [batch for batch, _ in islice(loader, count)]
+    assert all(isinstance(batch, Batch) for batch in batches)
+    return batches  # pyright: ignore[reportReturnType]
+
+
+def test_loader_gives_the_same_samples_on_any_ranks(sources: dict[str, TokenDataset]) -> None:
+    dataset = mixture(sources, {"web": 3, "code": 1}, {"code": 1})
+    whole = take(dataset, 15)
+    for dp_size in (2, 4):
+        ranks = [take(dataset, 15, dp_size=dp_size, dp_rank=rank) for rank in range(dp_size)]
+        for step, batch in enumerate(whole):
+            parts = [rank[step] for rank in ranks]
+            assert {part.digest for part in parts} == {batch.digest}
+            rows = torch.stack([part.inputs_ABT for part in parts], dim=1).flatten(0, 2)
+            assert torch.equal(rows, batch.inputs_ABT.flatten(0, 1))
+    for step, batch in enumerate(whole):
+        first = batch.inputs_ABT[..., 0]
+        assert batch.sources_AB is not None
+        assert torch.equal(batch.sources_AB, (first < 10_000).long()), "code is 0, web is 1"
+        assert int(batch.sources_AB.sum()) == (6 if step < 10 else 0)
+    resumed = take(dataset, 1, cursor=Cursor(12 * 8))[0]
+    assert torch.equal(resumed.inputs_ABT, whole[12].inputs_ABT)
+
+
+def test_source_order_does_not_depend_on_others(tmp_path: Path, sources: dict[str, TokenDataset]) -> None:
+    """Neither a third source nor the order of the list changes what is drawn before it has a weight."""
+    two = mixture(sources, {"web": 3, "code": 1})
+    more = {"books": source(tmp_path / "books", 50_000, 7), **dict(reversed(sources.items()))}
+    three = mixture(more, {"web": 3, "code": 1}, {"web": 1, "books": 1})
+    before, after = take(two, 12), take(three, 12)
+    for step, (one, other) in enumerate(zip(before, after, strict=True)):
+        assert (one.digest == other.digest) == (step < 10)
+        assert torch.equal(one.inputs_ABT, other.inputs_ABT) == (step < 10)
+    web = sample_ids(source_seed(5, "web"), np.arange(6), 20)
+    drawn = before[0].inputs_ABT[..., 0].flatten()
+    assert (drawn[drawn < 10_000] // SEQ_LEN).tolist() == web.tolist()
+
+
+def test_digest_tells_equal_numbers_of_two_sources_apart(sources: dict[str, TokenDataset]) -> None:
+    order = mixture(sources, {"web": 1, "code": 1}).split("train", SEQ_LEN).order
+    assert order.names == ("code", "web")
+    assert order.digest(np.array([3])) != order.digest(np.array([43]))
+    assert order.samples_of(np.array([3, 43])).tolist() == [3, 3]
+
+
+def test_used_up_source_ends_the_data_where_it_would_repeat(sources: dict[str, TokenDataset]) -> None:
+    phases = [{"web": 1, "code": 7}, {"web": 3, "code": 1}]
+    assert mixture(sources, *phases).split("train", SEQ_LEN).end is None
+    samples = mixture(sources, *phases, stops=("web",)).split("train", SEQ_LEN)
+    assert samples.end is not None
+    assert samples.end.name == "web"
+    ids = samples.order.ids_at(np.arange(samples.end.position + 1))
+    web = ids[samples.order.sources_of(ids) == 1]
+    assert len(set(web.tolist())) == 20 == len(web) - 1
+    unused = mixture(sources, {"code": 1}, stops=("web",)).split("train", SEQ_LEN)
+    assert unused.end is None
+
+
+def test_rows_of_sources_with_and_without_marks_are_joined(sources: dict[str, TokenDataset]) -> None:
+    samples = mixture(sources, {"web": 1, "code": 1}).split("train", SEQ_LEN)
+    plain = samples.read(np.array([0, 45]))
+    assert plain.counted is None
+    assert plain.document_ids is None
+
+    class Marked:
+        def read(self, ids: np.ndarray) -> Rows:
+            shape = (len(ids), SEQ_LEN)
+            return Rows(
+                np.ones((len(ids), SEQ_LEN + 1), int), np.zeros(shape, bool), np.ones(shape, np.int32)
+            )
+
+    samples._samples = (samples._samples[0], Marked())  # pyright: ignore[reportAttributeAccessIssue]
+    rows = samples.read(np.array([45, 0]))
+    assert rows.counted is not None
+    assert rows.document_ids is not None
+    assert rows.counted.tolist() == [[False] * SEQ_LEN, [True] * SEQ_LEN]
+    assert rows.document_ids.tolist() == [[1] * SEQ_LEN, [0] * SEQ_LEN]
+    assert rows.tokens[1].tolist() == [10_000, 10_001, 10_002, 10_003, 10_004]
+
+
+# -- fingerprints ------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_additions_after_the_cursor_are_accepted(
+    tmp_path: Path, sources: dict[str, TokenDataset]
+) -> None:
+    was = fingerprint(mixture(sources, {"web": 3, "code": 1}), "train", SEQ_LEN, 5)
+    more = {**sources, "books": source(tmp_path / "books", 50_000, 7)}
+    now = fingerprint(mixture(more, {"web": 3, "code": 1}, {"web": 1, "books": 1}), "train", SEQ_LEN, 5)
+    assert compare_data(was, was, 80) == ([], [])
+    assert (
+        compare_data(was, now, 80)
+        == (
+            [],
+            ['new source "books" from step 10 on', "weights: web 50%, books 50% from step 10 on"],
+        )
+        or compare_data(was, now, 80)[1][1] == "weights: books 50%, web 50% from step 10 on"
+    )
+    changes, _ = compare_data(was, now, 88)
+    assert len(changes) == 1
+    assert changes[0].startswith("the weights: were code 25%, web 75% from step 0 on; are code 25%, web 75%")
+    dropped, additions = compare_data(now, was, 80)
+    assert dropped == []
+    assert additions == [
+        'source "books", of which no sample has been drawn, is left out',
+        "weights: no further change",
+    ]
+
+
+def test_fingerprint_other_past_is_other_data(tmp_path: Path, sources: dict[str, TokenDataset]) -> None:
+    was = fingerprint(mixture(sources, {"web": 3, "code": 1}), "train", SEQ_LEN, 5)
+    weights = fingerprint(mixture(sources, {"web": 1, "code": 1}), "train", SEQ_LEN, 5)
+    assert compare_data(was, weights, 8)[0]
+    assert compare_data(was, weights, 0) == ([], ["weights: code 50%, web 50% from step 0 on"])
+    longer = {**sources, "web": source(tmp_path / "longer", 0, 21)}
+    changes, _ = compare_data(
+        was, fingerprint(mixture(longer, {"web": 3, "code": 1}), "train", SEQ_LEN, 5), 8
+    )
+    assert [line.split(":")[0] for line in changes] == ['source "web"'] * 2
+    one = fingerprint(sources["web"], "train", SEQ_LEN, 5)
+    assert compare_data(one, was, 8) == (["the data: was one dataset, is a mixture (data.sources)"], [])
+    assert compare_data(was, {**was, "seed": 6}, 8)[0] == ["the seed of the data order: was 5, is 6"]
+
+
+def test_different_tokenizers_are_refused_by_name(
+    sources: dict[str, TokenDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Known:
+        tokenizer, tokenizer_digest, separator_id = "bytes", "a", 256
+
+    class Other(Known):
+        tokenizer, tokenizer_digest = "llama", "b"
+
+    class Separated(Known):
+        separator_id = 7
+
+    monkeypatch.setattr(sources["web"], "index", Known)
+    for index, problem in (
+        (Other, "different tokenizers, llama and bytes"),
+        (Separated, "separators.*7 and 256"),
+    ):
+        monkeypatch.setattr(sources["code"], "index", index)
+        with pytest.raises(DataError, match=f'"code" and "web" have {problem}|"code" and "web".*{problem}'):
+            mixture(sources, {"web": 1, "code": 1})
+
+
+def test_batch_at_a_far_cursor_is_found_at_once(sources: dict[str, TokenDataset]) -> None:
+    order = mixture(sources, {"web": 1, "code": 2}, {"web": 2, "code": 1}).split("train", SEQ_LEN).order
+    far = batch_ids(Cursor(10**12), order, 8)
+    assert far.tolist() == order.ids_at(np.arange(10**12, 10**12 + 8)).tolist()
+    assert {a == b for a, b in pairwise(far.tolist())} == {False}
