@@ -6,13 +6,13 @@ import itertools
 import math
 from collections import Counter
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from kempnerforge.config.data_sources import PARTS, normalized
@@ -116,19 +116,24 @@ def test_order_every_epoch_of_a_source_is_a_permutation(order: MixtureOrder) -> 
         drawn = samples[sources == source]
         for epoch in np.split(drawn[: drawn.size // size * size], drawn.size // size or 1):
             assert not epoch.size or sorted(epoch.tolist()) == list(range(size))
-        seed = source_seed(3, "web")
-        assert seed != source_seed(3, "books") != source_seed(4, "books")
+
+
+def test_source_seeds_differ_by_name_and_seed() -> None:
+    assert len({source_seed(seed, name) for seed in (3, 4) for name in ("web", "books")}) == 4
 
 
 @given(st.dictionaries(st.text("abc", min_size=1), st.floats(0, 1e6), min_size=1, max_size=6))
 @settings(max_examples=200)
 def test_normalized_weights_sum_to_a_million(weights: dict[str, float]) -> None:
     exact = {name: Fraction(repr(weight)) for name, weight in weights.items()}
+    too_small = any(0 < weight * PARTS < sum(exact.values()) for weight in exact.values())
     try:
         parts = normalized(weights)
-    except ValueError as error:
-        tiny = any(0 < weight * PARTS < sum(exact.values()) for weight in exact.values())
-        assert tiny or not any(weights.values()), error
+    except ValueError:
+        parts = None
+    if parts is None:
+        event("refused")
+        assert too_small or not any(exact.values())
         return
     assert sum(parts.values()) == PARTS
     total = sum(exact.values())
@@ -268,14 +273,8 @@ def test_fingerprint_additions_after_the_cursor_are_accepted(
     more = {**sources, "books": source(tmp_path / "books", 50_000, 7)}
     now = fingerprint(mixture(more, {"web": 3, "code": 1}, {"web": 1, "books": 1}), "train", SEQ_LEN, 5)
     assert compare_data(was, was, 80) == ([], [])
-    assert (
-        compare_data(was, now, 80)
-        == (
-            [],
-            ['new source "books" from step 10 on', "weights: web 50%, books 50% from step 10 on"],
-        )
-        or compare_data(was, now, 80)[1][1] == "weights: books 50%, web 50% from step 10 on"
-    )
+    lines = ['new source "books" from step 10 on', "weights: books 50%, web 50% from step 10 on"]
+    assert compare_data(was, now, 80) == ([], lines)
     changes, _ = compare_data(was, now, 88)
     assert len(changes) == 1
     assert changes[0].startswith("the weights: were code 25%, web 75% from step 0 on; are code 25%, web 75%")
@@ -320,7 +319,7 @@ def test_different_tokenizers_are_refused_by_name(
         (Separated, "separators.*7 and 256"),
     ):
         monkeypatch.setattr(sources["code"], "index", index)
-        with pytest.raises(DataError, match=f'"code" and "web" have {problem}|"code" and "web".*{problem}'):
+        with pytest.raises(DataError, match=f'"code" and "web" have.*{problem}'):
             mixture(sources, {"web": 1, "code": 1})
 
 
@@ -328,4 +327,4 @@ def test_batch_at_a_far_cursor_is_found_at_once(sources: dict[str, TokenDataset]
     order = mixture(sources, {"web": 1, "code": 2}, {"web": 2, "code": 1}).split("train", SEQ_LEN).order
     far = batch_ids(Cursor(10**12), order, 8)
     assert far.tolist() == order.ids_at(np.arange(10**12, 10**12 + 8)).tolist()
-    assert {a == b for a, b in pairwise(far.tolist())} == {False}
+    assert Counter(order.sources_of(far).tolist())[1] in (5, 6), "web is two of three"
