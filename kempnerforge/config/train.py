@@ -68,7 +68,8 @@ class TrainConfig(Section):
     """Use deterministic algorithms only, so that a resumed run on CUDA is bitwise equal."""
 
     max_skipped_steps: AtLeastOne = 10
-    """Skip steps with a non-finite loss or gradient, and stop the run after this many in a row."""
+    """Skip steps with a non-finite loss or gradient, or in which no target counts, and stop the run after
+    this many in a row."""
 
     max_minutes: Positive | None = None
     """Time limit of an attempt in minutes. It then commits its last step and exits with status 75. None

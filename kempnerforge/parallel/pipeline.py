@@ -17,7 +17,7 @@ from kempnerforge.errors import ConfigError, ConfigIssue
 
 Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-StageLoss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+StageLoss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Pipeline:
     def forward_schedule(self, loss: StageLoss) -> Schedule:
         """Return a schedule for the forward of as many microbatches, under ``no_grad``.
 
-        ``loss`` gets the last stage, its input and the targets of one microbatch.
-        ``step(tokens, targets=...)`` returns the losses, [microbatches], on the rank with the last
-        stage: logits are dropped as soon as their loss is known. Dropping the schedule frees its
-        buffers.
+        ``loss`` gets the last stage, its input and the targets of one microbatch, and the other
+        keyword arguments of ``step``. ``step(tokens, targets=...)`` returns the losses,
+        [microbatches], on the rank with the last stage: logits are dropped as soon as their loss is
+        known. Dropping the schedule frees its buffers.
         """
         last = self.num_stages - 1
         numbered = zip(self.parts, self.stage_numbers, strict=True)
@@ -105,15 +105,15 @@ class _ForwardOnly(nn.Module):
         self.loss = loss
         self.is_last = is_last
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor | None = None, **options: Any) -> Tensor:
         """Run the stage on tokens, or on the output of the stage before.
 
-        Only the rank with the last stage gets ``targets``.
+        Only the rank with the last stage gets ``targets``. All get ``options``.
         """
         if not self.is_last:
-            return self.part(x)
+            return self.part(x, **options)
         assert targets is not None
-        return self.loss(self.part, x, targets)[None]
+        return self.loss(self.part, x, targets, **options)[None]
 
 
 def border_tensors(

@@ -23,8 +23,9 @@ from kempnerforge.data.fingerprint import compare_data, fingerprint
 from kempnerforge.data.loader import eval_batches
 from kempnerforge.data.map_dataset import MapSamples
 from kempnerforge.data.tokens import Samples
+from kempnerforge.distributed.consensus import mark_collective
 from kempnerforge.distributed.context import DistributedContext
-from kempnerforge.errors import DamagedCheckpointError
+from kempnerforge.errors import DamagedCheckpointError, DataError
 from kempnerforge.train.environment import set_determinism
 from kempnerforge.train.loss_step import LossStep
 from kempnerforge.train.mixture_run import weighted_loss
@@ -41,9 +42,9 @@ class Evaluation:
 
     step: int
     loss: float
-    """Mean over all tokens, computed as the ``eval/loss`` of training."""
+    """Mean over all targets that count, computed as the ``eval/loss`` of training."""
     tokens: int
-    """Number of predicted tokens on all ranks, or of the items that ``loss(batch)`` counted."""
+    """Number of targets on all ranks that count, or of the items that ``loss(batch)`` counted."""
     geometry: ParallelDims
     num_ranks: int
     device: str
@@ -95,6 +96,45 @@ def batches_between_queries(seconds_per_batch: float) -> int:
     return max(1, min(MOST_BATCHES, int(QUERY_STOP_INTERVAL_S / max(seconds_per_batch, 1e-6))))
 
 
+def validation_loss(
+    step: TrainStep,
+    samples: Samples | MapSamples,
+    job: JobConfig,
+    geometry: ParallelDims,
+    *,
+    rank: int,
+    query_stop: Callable[[int], tuple[bool, int]] | None = None,
+) -> float | None:
+    """Return the mean loss of the first ``eval.num_batches`` global batches of the validation split.
+
+    The sequences are the same in every layout. No random numbers are used. ``query_stop`` may
+    interrupt the validation (see ``InterruptibleBatches``). The result is then None.
+
+    Collective: all ranks. Raises DataError on all ranks if no target counts.
+    """
+    batches = eval_batches(
+        samples,
+        num_batches=job.eval.num_batches,
+        global_batch_size=geometry.global_batch_size,
+        batch_size=job.train.batch_size,
+        dp_rank=geometry.dp_rank(rank),
+        dp_size=geometry.dp,
+    )
+    interruptible = None if query_stop is None else InterruptibleBatches(batches, query_stop)
+    loss = step.evaluate(batches if interruptible is None else interruptible)
+    if interruptible is not None and interruptible.interrupted:
+        return None
+    if step.num_evaluated == 0:
+        raise mark_collective(
+            DataError(
+                f"nothing counts in the first eval.num_batches = {job.eval.num_batches} batches of the "
+                "validation split: all targets are left out of the loss. Raise eval.num_batches or "
+                "train.seq_len, or set eval.interval = 0"
+            )
+        )
+    return loss
+
+
 def validation_losses(
     step: TrainStep,
     samples: Mapping[str, Samples | MapSamples],
@@ -104,27 +144,16 @@ def validation_losses(
     rank: int,
     query_stop: Callable[[int], tuple[bool, int]] | None = None,
 ) -> dict[str, float] | None:
-    """Return the mean loss of the first ``eval.num_batches`` global batches of each of ``samples``.
+    """Return the loss of each of ``samples``, one after the other, as ``validation_loss`` does.
 
-    The sequences are the same in every layout. No random numbers are used. ``query_stop`` may
-    interrupt the validation (see ``InterruptibleBatches``). The result is then None.
-
-    Collective: all ranks.
+    None if one of the validations was interrupted. Collective: all ranks.
     """
     losses: dict[str, float] = {}
     for name, part in samples.items():
-        batches: Iterable[Any] = eval_batches(
-            part,
-            num_batches=job.eval.num_batches,
-            global_batch_size=geometry.global_batch_size,
-            batch_size=job.train.batch_size,
-            dp_rank=geometry.dp_rank(rank),
-            dp_size=geometry.dp,
-        )
-        interruptible = InterruptibleBatches(batches, query_stop) if query_stop else None
-        losses[name] = step.evaluate(interruptible or batches)
-        if interruptible and interruptible.interrupted:
+        loss = validation_loss(step, part, job, geometry, rank=rank, query_stop=query_stop)
+        if loss is None:
             return None
+        losses[name] = loss
     return losses
 
 
@@ -173,8 +202,7 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     losses, tokens = {}, 0
     for name, part in val_samples.items():
         losses |= validation_losses(step, {name: part}, job, geometry, rank=world.rank) or {}
-        whole = job.eval.num_batches * geometry.global_batch_size * job.train.seq_len
-        tokens += step.num_evaluated if isinstance(step, LossStep) else whole
+        tokens += step.num_evaluated
     cursor = world.control.run_on_rank0(lambda: StepView.open(step_folder).train_state().get("samples"))
     world.close()
     return Evaluation(

@@ -13,7 +13,7 @@ from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.config.scheduler import lr_at
 from kempnerforge.data.loader import Cursor
 from kempnerforge.distributed.consensus import mark_collective
-from kempnerforge.errors import ConfigError, NonFiniteError, RunFolderError
+from kempnerforge.errors import ConfigError, DataError, NonFiniteError, RunFolderError
 from kempnerforge.telemetry.flops import mfu
 from kempnerforge.telemetry.sinks import RunInfo
 from kempnerforge.telemetry.spans import Spans
@@ -83,7 +83,7 @@ def train(run: Run) -> str | None:
             run.recorder.stepped(state.step, state.skipped_steps, timings)
             reports.write(row := _row(run, update, lr, num_tokens, batch.digest, timings))
             run.control.hooks.step_end(state.step, row)
-            _check_skipped_steps(run)
+            _check_skipped_steps(run, num_tokens)
             stop = _save_if_agreed(run).stop
             if stop is None and _validation_is_due(run):
                 stop = _validate(run)
@@ -284,12 +284,24 @@ def _row(
     return row
 
 
-def _check_skipped_steps(run: Run) -> None:
-    """Raise NonFiniteError after too many skipped steps. All ranks count alike, so all raise together."""
+def _check_skipped_steps(run: Run, num_tokens: int) -> None:
+    """Raise NonFiniteError after too many skipped steps, and DataError if the last had no targets that count.
+
+    All ranks count alike, so all raise together.
+    """
     limit = run.job.train.max_skipped_steps
-    if run.state.skipped_in_a_row >= limit:
-        raise NonFiniteError(
-            f"loss or gradients were not finite in {limit} steps in a row, up to step {run.state.step}. "
-            "The last committed checkpoint is untouched. Check train/loss and train/grad_norm in "
-            f"{run.folder / 'metrics.jsonl'}; a lower optimizer.lr or a longer warmup may help"
+    if run.state.skipped_in_a_row < limit:
+        return
+    if num_tokens == 0:
+        raise mark_collective(
+            DataError(
+                f"{limit} steps in a row were skipped, up to step {run.state.step}, the last because "
+                "nothing in its batch counts: all targets are left out of the loss. Raise "
+                "train.global_batch_size or train.seq_len, or check the data"
+            )
         )
+    raise NonFiniteError(
+        f"loss or gradients were not finite in {limit} steps in a row, up to step {run.state.step}. "
+        "The last committed checkpoint is untouched. Check train/loss and train/grad_norm in "
+        f"{run.folder / 'metrics.jsonl'}; a lower optimizer.lr or a longer warmup may help"
+    )

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from kempnerforge.config.plugin_uses import head_issues, z_loss_issues
 from kempnerforge.config.schema import DistributedConfig, TrainConfig
+from kempnerforge.data.rows import IGNORED
+from kempnerforge.distributed.consensus import mark_collective
 from kempnerforge.errors import ConfigError, ConfigIssue
 from kempnerforge.plugins import resolve
+from kempnerforge.train.losses.chunked_cross_entropy import chunked_cross_entropy
 from kempnerforge.train.losses.cross_entropy import cross_entropy
+from kempnerforge.train.micro_batch import MicroBatch
 from kempnerforge.train.z_loss import z_loss
 
 
@@ -26,10 +32,13 @@ class LossSums(NamedTuple):
     """What the backward pass begins with, []. Its gradient is that of loss and z-loss."""
     reported: Tensor
     """The loss, []. With a z-loss: the loss without it, and the z-loss, [2]. It has no gradient."""
+    rows: Tensor | None = None
+    """The loss of each row without the z-loss, [B]. Of consecutive rows of one source, the first may
+    have the loss of all, and the others 0. None without sources. It has no gradient."""
 
-    def __truediv__(self, factor: float) -> LossSums:
-        """Return both, divided by ``factor``."""
-        return LossSums(self.total / factor, self.reported / factor)
+    def __truediv__(self, divisor: float | Tensor) -> LossSums:
+        """Return the sums over all tokens, divided by ``divisor``, and those of the rows as they are."""
+        return LossSums(self.total / divisor, self.reported / divisor, self.rows)
 
 
 @dataclass
@@ -46,6 +55,7 @@ class Loss:
     """Coefficient of the z-loss. 0 disables it."""
     name: str = "cross_entropy"
     _weight: Tensor | None = field(default=None, init=False, repr=False)
+    _accepts_ignored: bool = field(default=False, init=False, repr=False)
 
     @property
     def takes_hidden(self) -> bool:
@@ -61,46 +71,122 @@ class Loss:
         if self.takes_hidden and (issues := head_issues(self.name, model.forward, type(model).__name__)):
             raise ConfigError(issues)
 
-    def __call__(self, model: nn.Module, inputs: Tensor, targets_BT: Tensor) -> LossSums:
-        """Run ``model`` on ``inputs``, and compute its loss."""
+    def check_ignored_targets(self) -> None:
+        """Try a function of the user's on targets of which one is ``IGNORED``, once.
+
+        Raises ConfigError on all ranks if it raises an exception for that one, or counts it. A function
+        that cannot be tried on 8 small logits is left to its first step.
+        """
+        if self._accepts_ignored:
+            return
+        self._accepts_ignored = True
+        size = 8
+        values = torch.linspace(-1, 1, 2 * size).unflatten(0, (1, 2, size))
+        targets = torch.tensor([[3, IGNORED]])
+        weight = [torch.eye(size)] if self.takes_hidden else []
+        options = {**self.args, **({"z_loss": self.z_loss} if weight and self.z_loss else {})}
+
+        def loss_of(length: int) -> Tensor:
+            found = self.function(values[:, :length], targets[:, :length], *weight, **options)
+            return found[0] if isinstance(found, tuple) else found
+
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                expected = loss_of(1)
+            except Exception:  # noqa: BLE001 - the user's code may raise anything
+                return
+            try:
+                problem = None if torch.allclose(loss_of(2), expected, rtol=1e-4) else "counts it"
+            except Exception as error:  # noqa: BLE001
+                problem = f"raises {type(error).__name__}: {error}"
+        if problem:
+            problem = f"targets of {IGNORED} count nothing, but {self.name} {problem}"
+            hint = "leave such targets out of its sum: docs/guide/losses.md"
+            raise mark_collective(ConfigError([ConfigIssue("train.loss", problem, hint)]))
+
+    def __call__(self, model: nn.Module, rows: MicroBatch) -> LossSums:
+        """Run ``model`` on ``rows``, and compute its loss."""
         if not self.takes_hidden:
-            return self.of_output(model(inputs), targets_BT)
-        return model(inputs, head=lambda hidden, weight: self._of_hidden(hidden, targets_BT, weight))
+            output = model(rows.inputs_BT, **rows.forward_options)
+            return self.of_output(output, rows.targets_BT, rows.sources)
+
+        def head(hidden: Tensor, weight: Tensor) -> LossSums:
+            return self._of_hidden(hidden, rows.targets_BT, weight, rows.sources)
+
+        return model(rows.inputs_BT, head=head, **rows.forward_options)
 
     @property
     def forward_options(self) -> dict[str, Any]:
         """Keyword arguments for the forward pass of a last stage whose output is given to ``of_output``."""
         return {"head": self._keep_weight} if self.takes_hidden else {}
 
-    def of_output(self, output: Tensor, targets_BT: Tensor) -> LossSums:
+    def of_output(self, output: Tensor, targets_BT: Tensor, sources: Sequence[int] | None = None) -> LossSums:
         """Compute the loss of logits, or of the hidden states of a stage with ``forward_options``.
 
-        A stage's weights are gathered from its first forward pass to its last backward pass.
+        ``sources`` are those of the rows, to compute the loss of each. A stage's weights are
+        gathered from its first forward pass to its last backward pass.
         """
         if self.takes_hidden:
             assert self._weight is not None
-            return self._of_hidden(output, targets_BT, self._weight)
-        loss = _plain(self.function(output, targets_BT, **self.args))
-        return _sums(loss, z_loss(output, targets_BT, self.z_loss) if self.z_loss else None)
+            return self._of_hidden(output, targets_BT, self._weight, sources)
+
+        def compute(output: Tensor, targets_BT: Tensor) -> LossSums:
+            loss = _plain(self.function(output, targets_BT, **self.args))
+            return _sums(loss, z_loss(output, targets_BT, self.z_loss) if self.z_loss else None)
+
+        return _of_sources(compute, output, targets_BT, sources)
 
     def _keep_weight(self, hidden: Tensor, weight: Tensor) -> Tensor:
         self._weight = weight
         return hidden
 
-    def _of_hidden(self, hidden: Tensor, targets_BT: Tensor, weight: Tensor) -> LossSums:
+    def _of_hidden(
+        self, hidden: Tensor, targets_BT: Tensor, weight: Tensor, sources: Sequence[int] | None
+    ) -> LossSums:
         if isinstance(weight, DTensor) and weight.device_mesh.mesh_dim_names != ("tp",):
             problem = f'"{self.name}" needs the whole output weight, but FSDP has sharded it'
             hint = "leave the output layer out of fsdp_units()"
             raise ConfigError([ConfigIssue("train.loss", problem, hint)])
         if isinstance(hidden, DTensor):
             hidden = hidden.redistribute(placements=[Replicate()])
-        z_option = {"z_loss": self.z_loss} if self.z_loss else {}
-        found = self.function(hidden, targets_BT, weight, **self.args, **z_option)
-        if not self.z_loss:
-            return _sums(_plain(found[0] if isinstance(found, tuple) else found), None)
-        if not isinstance(found, tuple):
-            raise TypeError(f"{self.name} has an argument z_loss, so it must return (loss, z-loss)")
-        return _sums(_plain(found[0]), _plain(found[1]))
+        options = {**self.args, **({"z_loss": self.z_loss} if self.z_loss else {})}
+        if sources is not None and self.function is chunked_cross_entropy:
+            # One call for all rows: each keeps a gradient of the output weight for the backward pass.
+            loss, z, rows = chunked_cross_entropy(hidden, targets_BT, weight, row_losses=True, **options)
+            return _sums(loss, z if self.z_loss else None)._replace(rows=rows)
+
+        def compute(hidden: Tensor, targets_BT: Tensor) -> LossSums:
+            found = self.function(hidden, targets_BT, weight, **options)
+            if not self.z_loss:
+                return _sums(_plain(found[0] if isinstance(found, tuple) else found), None)
+            if not isinstance(found, tuple):
+                raise TypeError(f"{self.name} has an argument z_loss, so it must return (loss, z-loss)")
+            return _sums(_plain(found[0]), _plain(found[1]))
+
+        return _of_sources(compute, hidden, targets_BT, sources)
+
+
+def _of_sources(
+    compute: Callable[[Tensor, Tensor], LossSums],
+    values: Tensor,
+    targets_BT: Tensor,
+    sources: Sequence[int] | None,
+) -> LossSums:
+    """Return what ``compute`` returns for ``values`` [B, T, ...], with the loss of each source if given.
+
+    It is called for each run of rows of the same source.
+    """
+    if sources is None:
+        return compute(values, targets_BT)
+    lengths = [len(list(run)) for _, run in itertools.groupby(sources)]
+    runs = zip(values.split(lengths), targets_BT.split(lengths), strict=True)
+    parts = [compute(*run) for run in runs]
+    rows = [
+        F.pad(part.reported.reshape(-1)[:1], (0, length - 1))
+        for part, length in zip(parts, lengths, strict=True)
+    ]
+    total = torch.stack([part.total for part in parts]).sum(0)
+    return LossSums(total, torch.stack([part.reported for part in parts]).sum(0), torch.cat(rows))
 
 
 def _plain(loss: Tensor) -> Tensor:

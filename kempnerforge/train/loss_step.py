@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from kempnerforge.errors import PluginError
+from kempnerforge.train.batch_loss import BatchTotals
+from kempnerforge.train.micro_batch import Batch
 from kempnerforge.train.optimizer import Optimizers
-from kempnerforge.train.step import Batch, TrainStepBase, UpdateResult, local_tensors
+from kempnerforge.train.step import TrainStepBase, local_tensors
 
 Fields = Mapping[str, Tensor]
 
@@ -30,9 +31,6 @@ class LossStep(TrainStepBase):
         super().__init__([model], optimizer, **options)
         assert isinstance(model, FSDPModule)
         self._model = model
-        self._num_items = torch.zeros((), dtype=torch.float64, device=self._device)
-        self.num_evaluated = 0
-        """Items of the last ``evaluate``, on all ranks."""
 
     def forward_backward(self, batch: Any) -> Tensor:
         """Sum the gradients of all micro-batches. Return the mean loss of the global batch, fp32 [].
@@ -52,18 +50,13 @@ class LossStep(TrainStepBase):
             totals[0] += loss.detach()
             totals[1] += num_items
         dist.all_reduce(totals, group=self._group)
-        summed, self._num_items = (totals / self._loss_copies).unbind()
-        self._loss = summed / self._num_items
+        summed, num_items = (totals / self._loss_copies).unbind()
+        self._totals = BatchTotals(summed / num_items, num_items=num_items)
         grads = local_tensors(param.grad for param in self._params if param.grad is not None)
         if grads:
-            scale = batch.num_samples / self._num_items
+            scale = batch.num_samples / num_items
             torch._foreach_mul_(grads, scale.to(grads[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
-        return self._loss.float()
-
-    def update(self, lr: float) -> UpdateResult:
-        """Update as ``TrainStepBase`` does, and add the items of the global batch."""
-        result = super().update(lr)
-        return dataclasses.replace(result, num_items=int(self._num_items.item()))
+        return self._totals.loss.float()
 
     def evaluate(self, batches: Iterable[Any]) -> float:
         """Return the mean loss over all items of ``batches``, on all ranks; nan if there are none.
@@ -82,10 +75,7 @@ class LossStep(TrainStepBase):
                     totals[1] += num_items
         self._model.train()
         self._model.reshard()  # see LocalStep.evaluate
-        dist.all_reduce(totals, group=self._group)
-        summed, count = totals.tolist()
-        self.num_evaluated = int(count) // self._loss_copies
-        return summed / count if count else float("nan")
+        return self._mean(*totals)
 
     def _loss_of(self, fields: Fields) -> tuple[Tensor, Tensor | int]:
         """Return the summed loss of a micro-batch, [], and its number of items. Raises PluginError."""

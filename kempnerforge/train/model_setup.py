@@ -48,8 +48,10 @@ class ParallelModel:
         result: Any = flops(seq_len) if callable(flops) else None
         return result
 
-    def step(self, optimizer: Optimizers, geometry: ParallelDims, train: TrainConfig) -> TrainStep:
-        """Return the training step of this rank."""
+    def step(
+        self, optimizer: Optimizers, geometry: ParallelDims, train: TrainConfig, *, num_sources: int = 0
+    ) -> TrainStep:
+        """Return the training step of this rank. ``num_sources`` asks for the loss of each source."""
         assert dist.group.WORLD is not None
         options = {
             "device": self.device,
@@ -57,6 +59,7 @@ class ParallelModel:
             "grad_clip_norm": train.grad_clip_norm,
             "loss_copies": geometry.tp,
             "loss": self.loss,
+            "num_sources": num_sources,
         }
         if self.pipeline is not None:
             # Imported here: torch's pipelining imports the compiler, which takes half a second.

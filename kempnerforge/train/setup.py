@@ -259,7 +259,7 @@ def _assemble(
         folder=folder,
         model=tuple(model.parts),
         state=state,
-        step=model.step(optimizer, geometry, job.train),
+        step=model.step(optimizer, geometry, job.train, num_sources=len(job.data.sources)),
         ckpt=ckpt,
         control=_control(job, world, hooks, stopping, ckpt, recorder, progress),
         train_samples=train_samples,

@@ -18,27 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import loss_parallel
 
+from kempnerforge.data.rows import IGNORED
+from kempnerforge.train.batch_loss import BatchLoss, BatchTotals, Ranks
 from kempnerforge.train.loss import Loss
+from kempnerforge.train.micro_batch import Batch, micro_batches
 from kempnerforge.train.optimizer import Optimizers, each, is_schedule_free
-
-
-class Batch(Protocol):
-    """One rank's part of a global batch."""
-
-    @property
-    def inputs_ABT(self) -> Tensor:
-        """Token ids, int64 [A, B, T] on the CPU."""
-        ...
-
-    @property
-    def targets_ABT(self) -> Tensor:
-        """The token that follows each input, int64 [A, B, T] on the CPU."""
-        ...
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the **global** batch."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -54,12 +38,14 @@ class UpdateResult:
     z_loss: float = 0.0
     """Mean z-loss of the global batch, 0 if it is off."""
     num_items: int | None = None
-    """Items of the global batch that ``loss(batch)`` of the model counted; None for tokens."""
+    """Targets of the global batch that count, or the items that ``loss(batch)`` of the model counted.
+    None if all targets count."""
     source_losses: tuple[float, ...] | None = None
-    """Mean loss of each source of a mixture, NaN for one that the batch has no sample of."""
+    """Mean loss of each source in the global batch, NaN if it has no targets that count. None if the
+    step was not told of sources."""
 
     def count(self, batch: Any) -> int:
-        """Return the tokens of the global batch, or the items of the model's own loss."""
+        """Return the targets of the global batch that count, or the items of the model's own loss."""
         return batch.num_tokens if self.num_items is None else self.num_items
 
 
@@ -83,7 +69,12 @@ class TrainStep(Protocol):
         ...
 
     def evaluate(self, batches: Iterable[Any]) -> float:
-        """Return the mean loss over all tokens of ``batches``, on all ranks."""
+        """Return the mean loss over the targets of ``batches`` that count, on all ranks; NaN without any."""
+        ...
+
+    @property
+    def num_evaluated(self) -> int:
+        """Targets that counted in the last ``evaluate``, on all ranks, or the items of the model's loss."""
         ...
 
 
@@ -92,7 +83,8 @@ class TrainStepBase:
 
     ``parts`` are this rank's parts of the model. ``group`` has all ranks of the run.
     ``loss_copies`` ranks compute each loss (tensor parallelism). Without ``loss``, it is the
-    cross-entropy. No random numbers are used.
+    cross-entropy. With ``num_sources``, updates report the loss of each source, of which batches tell
+    the number. No random numbers are used.
     """
 
     def __init__(
@@ -105,6 +97,7 @@ class TrainStepBase:
         grad_clip_norm: float,
         loss_copies: int = 1,
         loss: Loss | None = None,
+        num_sources: int = 0,
     ) -> None:
         if not all(isinstance(part, FSDPModule) for part in parts):
             raise TypeError(f"{type(self).__name__} takes a model that parallelize() has sharded")
@@ -114,27 +107,33 @@ class TrainStepBase:
         self._group = group
         self._grad_clip_norm = grad_clip_norm
         self._loss_copies = loss_copies
+        self._ranks = Ranks(device, group, loss_copies)
         self._loss_function = loss or Loss()
-        self._loss: Tensor | None = None
-        self._z_loss: Tensor | None = None
+        self._num_sources = num_sources
+        self._totals: BatchTotals | None = None
+        self._num_evaluated = 0
 
     def update(self, lr: float) -> UpdateResult:
         """Clip and apply the gradients of the last ``forward_backward``, or skip the step.
 
-        A step whose loss or gradient norm is not finite is skipped: weights, moments and step
-        counters do not change. All ranks decide alike without communication: both numbers are
-        results of an all-reduce over all ranks, which have the same bits on every rank.
+        A step whose loss or gradient norm is not finite, or whose batch has no targets that count,
+        is skipped: weights, moments and step counters do not change. All ranks decide alike without
+        communication: these numbers are results of an all-reduce over all ranks, which have the same
+        bits on every rank.
 
         Collective: all ranks, in the same order. Blocks: for the device, once.
         Mutation: weights and optimizer state, unless skipped; gradients are dropped either way.
         """
-        if self._loss is None:
+        totals, self._totals = self._totals, None
+        if totals is None:
             raise RuntimeError("update() without a forward_backward() before it")
         grads = [param.grad for param in self._params if param.grad is not None]
         norm = global_norm(grads, group=self._group, device=self._device, tp=self._loss_copies)
-        numbers = [self._loss.double(), norm] + ([] if self._z_loss is None else [self._z_loss.double()])
-        loss, grad_norm, *z = torch.stack(numbers).tolist()
-        self._loss = self._z_loss = None
+        given = (totals.loss, norm, totals.z_loss, totals.num_items, totals.source_losses)
+        numbers = torch.cat([value.double().reshape(-1) for value in given if value is not None]).tolist()
+        loss, grad_norm, *others = numbers
+        z_loss = 0.0 if totals.z_loss is None else others.pop(0)
+        num_items = None if totals.num_items is None else int(others.pop(0))
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             if 0 < self._grad_clip_norm < grad_norm:
@@ -146,7 +145,19 @@ class TrainStepBase:
                 optimizer.step()
         for param in self._params:
             param.grad = None
-        return UpdateResult(grad_norm=grad_norm, loss=loss, skipped=not finite, z_loss=sum(z))
+        return UpdateResult(
+            grad_norm=grad_norm,
+            loss=loss,
+            skipped=not finite,
+            z_loss=z_loss,
+            num_items=num_items,
+            source_losses=None if totals.source_losses is None else tuple(others),
+        )
+
+    @property
+    def num_evaluated(self) -> int:
+        """Targets that counted in the last ``evaluate``, on all ranks, or the items of the model's loss."""
+        return self._num_evaluated
 
     @property
     def evaluates_other_weights(self) -> bool:
@@ -176,29 +187,34 @@ class TrainStepBase:
             for weight, copy in zip(weights, copies, strict=True):
                 weight.copy_(copy)
 
-    def _total(self, parts: Iterable[Tensor]) -> Tensor:
-        """Return the sum of all ranks' parts of the loss of the global batch, and keep it for ``update``.
+    def _begin(self, batch: Batch, targets: Sequence[Tensor]) -> BatchLoss:
+        """Begin the loss of ``batch``, for the micro-batches of this rank with ``targets`` [B, T].
 
-        ``parts`` are this rank's, each as ``LossSums.reported``. The result has the same bits on
-        every rank, also on those that computed no part.
+        Collective: all ranks. Raises ConfigError on all ranks for a loss that cannot ignore targets.
         """
+        self._check_targets(batch)
         has_z_loss = self._loss_function.z_loss > 0
-        sums = torch.zeros((2,) if has_z_loss else (), dtype=torch.float32, device=self._device)
-        for part in parts:
-            sums += part
-        dist.all_reduce(sums, group=self._group)
-        sums = sums / self._loss_copies
-        self._loss, self._z_loss = sums.unbind() if has_z_loss else (sums, None)
-        return self._loss
+        return BatchLoss(batch, targets, self._ranks, has_z_loss=has_z_loss, num_sources=self._num_sources)
 
-    def _mean(self, loss: Tensor, num_tokens: int) -> float:
-        """Return the mean loss over the tokens of all ranks. A rank that computed no ``loss`` passes 0."""
-        totals = torch.stack([loss, torch.full_like(loss, num_tokens)])
+    def _check_targets(self, batch: Batch) -> None:
+        if batch.num_tokens is None or self._num_sources:  # all ranks alike, as in BatchLoss
+            self._loss_function.check_ignored_targets()
+
+    def _end(self, batch_loss: BatchLoss) -> Tensor:
+        """Keep the totals for ``update``. Return the mean loss of the global batch.
+
+        Collective: all ranks.
+        """
+        self._totals = batch_loss.totals()
+        return self._totals.loss
+
+    def _mean(self, loss: Tensor, num_targets: Tensor) -> float:
+        """Return the mean loss over ``num_targets`` of all ranks. Ranks that computed none pass 0."""
+        totals = torch.stack([loss, num_targets])
         dist.all_reduce(totals, group=self._group)
         summed, count = totals.tolist()
-        if count == 0:
-            raise ValueError("nothing to evaluate on")
-        return summed / count
+        self._num_evaluated = int(count) // self._loss_copies
+        return summed / count if count else math.nan
 
 
 class LocalStep(TrainStepBase):
@@ -219,41 +235,38 @@ class LocalStep(TrainStepBase):
 
         Collective: all ranks, in the same order. Blocks: not for the device.
         """
-        inputs_ABT = batch.inputs_ABT.to(self._device, non_blocking=True)
-        targets_ABT = batch.targets_ABT.to(self._device, non_blocking=True)
-        parts: list[Tensor] = []
-        last = inputs_ABT.size(0) - 1
-        for i, (inputs_BT, targets_BT) in enumerate(zip(inputs_ABT, targets_ABT, strict=True)):
-            self._model.set_requires_all_reduce(i == last)
+        rows = micro_batches(batch, self._device, with_sources=self._num_sources > 0)
+        batch_loss = self._begin(batch, [micro_batch.targets_BT for micro_batch in rows])
+        for i, micro_batch in enumerate(rows):
+            self._model.set_requires_all_reduce(i == len(rows) - 1)
             with loss_parallel():
-                part = self._loss_function(self._model, inputs_BT, targets_BT) / batch.num_tokens
+                part = self._loss_function(self._model, micro_batch) / batch_loss.divisor
                 part.total.backward()
-            parts.append(part.reported)
-        return self._total(parts)
+            batch_loss.add(part)
+        return self._end(batch_loss)
 
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Return the mean loss over all tokens of ``batches``, on all ranks, in the numerics of training.
+        """Return the mean loss over the targets of ``batches`` that count, in the numerics of training.
 
-        Every rank must pass the same number of micro-batches, at least one.
+        Every rank must pass the same number of micro-batches, at least one. NaN if nothing counts.
 
         Collective: all ranks, in the same order. Blocks: for the device, once.
         """
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        num_tokens = 0
+        num_targets = torch.zeros_like(loss)
         loss_function = self._loss_function.without_z_loss()
         self._model.eval()
         with self._evaluation_weights(), torch.no_grad(), loss_parallel():
             for batch in batches:
-                for inputs_BT, targets_BT in zip(batch.inputs_ABT, batch.targets_ABT, strict=True):
-                    inputs_BT = inputs_BT.to(self._device, non_blocking=True)
-                    targets_BT = targets_BT.to(self._device, non_blocking=True)
-                    loss += loss_function(self._model, inputs_BT, targets_BT).reported
-                    num_tokens += targets_BT.numel()
+                self._check_targets(batch)
+                for micro_batch in micro_batches(batch, self._device):
+                    loss += loss_function(self._model, micro_batch).reported
+                    num_targets += micro_batch.targets_BT.ne(IGNORED).sum()
         self._model.train()
         # FSDP leaves the root's parameters unsharded after a forward. Only a backward reshards
         # them.
         self._model.reshard()
-        return self._mean(loss, num_tokens)
+        return self._mean(loss, num_targets)
 
 
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
+from kempnerforge.data.rows import IGNORED
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.model.sharding import local_box
 from kempnerforge.parallel.shard import materialize, parallelize
@@ -226,33 +227,36 @@ class OverTokens(nn.Module):
         super().__init__()
         self.table = nn.Embedding(11, 11)
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits = self.table(batch["tokens"])
         loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum")
-        return loss, batch["targets"].numel()
+        return loss, batch["targets"].ne(IGNORED).sum()
 
 
-def _tokens() -> tuple[float, float, int | None]:
+def _tokens(num_ignored: int) -> tuple[float, float, int | None]:
     torch.manual_seed(0)
     model = OverTokens()
     rows = torch.randint(11, (2, 3, 6))
-    expected = F.cross_entropy(model.table(rows[..., :-1]).flatten(0, 2), rows[..., 1:].flatten()).item()
+    targets = rows[..., 1:].clone()
+    targets[1, :, :num_ignored] = IGNORED
+    expected = F.cross_entropy(model.table(rows[..., :-1]).flatten(0, 2), targets.flatten()).item()
     step, _ = sharded(model)
 
     @dataclass(frozen=True)
     class TokenBatch(FakeBatch):
         num_samples: int = 6
 
-    step.forward_backward(TokenBatch(rows[..., :-1], rows[..., 1:], 30))
+    step.forward_backward(TokenBatch(rows[..., :-1], targets, None if num_ignored else 30))
     result = step.update(lr=0.1)
     return result.loss, expected, result.num_items
 
 
 def test_loss_step_on_token_data_gets_tokens_and_targets() -> None:
     run_ranks(_dtypes, 1)
-    [(loss, expected, num_items)] = run_ranks(_tokens, 1)
-    assert loss == pytest.approx(expected, rel=1e-6)
-    assert num_items == 30
+    for num_ignored in (0, 4):
+        [(loss, expected, num_items)] = run_ranks(_tokens, 1, num_ignored)
+        assert loss == pytest.approx(expected, rel=1e-6)
+        assert num_items == 30 - 3 * num_ignored
 
 
 class Unusable(Regression):

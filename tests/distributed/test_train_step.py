@@ -224,8 +224,7 @@ def _misuse() -> None:
     step = local_step(model)
     with pytest.raises(RuntimeError, match=r"update\(\) without a forward_backward"):
         step.update(lr=0.01)
-    with pytest.raises(ValueError, match="nothing to evaluate on"):
-        step.evaluate([])
+    assert math.isnan(step.evaluate([]))
     world = dist.group.WORLD
     assert world is not None
     with pytest.raises(TypeError, match="that parallelize"):

@@ -53,6 +53,9 @@ def test_mixture_killed_on_other_ranks_draws_the_same_samples(launcher: Launcher
     for row in rows_with(whole, "train/loss").values():
         drawn = {key.rpartition("/")[2] for key in row if key.startswith("data/epoch/")}
         assert drawn == {"books", "code", "web"}
+        losses = {key.rpartition("/")[2]: row[key] for key in row if key.startswith("train/loss/")}
+        assert losses.keys() <= ({"books", "web"} if row["step"] > 6 else drawn)
+        assert min(losses.values()) <= row["train/loss"] <= max(losses.values())
     last = rows_with(whole, "train/loss")[12]
     samples = {name: last[f"data/epoch/{name}"] * size for name, size in sources_of(whole).items()}
     assert {name: round(count) for name, count in samples.items()} == {"books": 22, "code": 5, "web": 21}

@@ -8,6 +8,7 @@ None means every rank.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import json
 import os
@@ -25,6 +26,7 @@ from support.patch_target import patch_target, resolve
 
 RESUME = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.resume")
 READ_SAMPLES = patch_target("kempnerforge.data.tokens:Samples.read")
+READ_BATCH = patch_target("kempnerforge.data.loader:BatchShape.read")
 WRITE_SHARD = patch_target("kempnerforge.checkpoint.save.writer_client:Writer.write")
 COPY_TO_HOST = patch_target("kempnerforge.checkpoint.save.staging:BlockingCopy.__init__")
 READ_OUTCOME = patch_target("kempnerforge.distributed.store_channel:StoreBoard.read")
@@ -288,6 +290,23 @@ def record_reads(path: str, *, name: str) -> None:
                 file.write(f"{name}\n")
 
     sys.addaudithook(audit)
+
+
+def ignore_targets(*, keep_every: int) -> None:
+    """Let only every ``keep_every``-th target of a row count, from the first on; 0: none."""
+    import torch
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(*args: Any) -> Any:
+            batch = original(*args)
+            targets_ABT = torch.full_like(batch.targets_ABT, -100)
+            if keep_every:
+                targets_ABT[..., ::keep_every] = batch.targets_ABT[..., ::keep_every]
+            return dataclasses.replace(batch, targets_ABT=targets_ABT, num_tokens=None)
+
+        return replacement
+
+    _wrap(READ_BATCH, make)
 
 
 def failing_shards(name: str, *, rank: int | None, error: str = "ENOSPC") -> None:

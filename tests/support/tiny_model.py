@@ -50,7 +50,9 @@ class FakeBatch:
 
     inputs_ABT: Tensor
     targets_ABT: Tensor
-    num_tokens: int
+    num_tokens: int | None
+    document_ids_ABT: Tensor | None = None
+    sources_AB: Tensor | None = None
 
 
 def global_batch(step: int) -> Tensor:

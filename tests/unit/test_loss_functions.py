@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from kempnerforge.config.rules import LOSS_ARGUMENTS
 from kempnerforge.config.schema import DistributedConfig, TrainConfig
 from kempnerforge.errors import ConfigError
 from kempnerforge.plugins import built_in_names, resolve
-from kempnerforge.train.loss import Loss, build_loss
+from kempnerforge.train.loss import Loss, LossSums, build_loss
 from kempnerforge.train.losses.chunked_cross_entropy import chunked_cross_entropy
+from kempnerforge.train.losses.cross_entropy import cross_entropy
 from kempnerforge.train.vocab_shard import IGNORE_INDEX
 from kempnerforge.train.z_loss import z_loss
 
@@ -109,6 +111,100 @@ def test_z_loss_of_logits_equals_torch() -> None:
     assert Loss().of_output(logits, targets).reported == loss.detach()
 
 
+def of_sources(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor, sources: list[int]) -> LossSums:
+    """The sums of a loss of logits or of hidden states, for rows of these sources."""
+    if not loss.takes_hidden:
+        return loss.of_output(F.linear(hidden, weight), targets, sources)
+    loss.forward_options["head"](hidden, weight)
+    return loss.of_output(hidden, targets, sources)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Loss(),
+        Loss(z_loss=Z),
+        Loss(chunked_cross_entropy, {"chunk_tokens": 5}),
+        Loss(chunked_cross_entropy, {"chunk_tokens": 5, "recompute": True}, Z),
+    ],
+    ids=["plain", "z", "chunked", "recomputed-z"],
+)
+@pytest.mark.parametrize("sources", [[1, 1, 1, 1], [0, 2, 2, 0]])
+def test_rows_of_sources_add_up_to_the_loss(loss: Loss, sources: list[int]) -> None:
+    hidden, weight, targets = inputs()
+    hidden, targets = hidden.detach().reshape(4, -1, WIDTH).requires_grad_(), targets.reshape(4, -1)
+    whole, z = reference(hidden, weight, targets, loss.z_loss)
+    expected = gradients_of(whole + z, hidden, weight)
+    sums = of_sources(loss, hidden, weight, targets, sources)
+    for gradient, wanted in zip(gradients_of(sums.total, hidden, weight), expected, strict=True):
+        assert error_of(gradient, wanted) < 1e-6
+    assert sums.rows is not None
+    assert sums.reported.reshape(-1)[0].item() == pytest.approx(whole.item(), rel=1e-6)
+    for source in range(3):
+        keep = torch.tensor(sources) == source
+        wanted, _ = reference(hidden[keep], weight, targets[keep], 0)
+        assert sums.rows[keep].sum().item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_chunked_loss_of_sources_keeps_one_weight_gradient() -> None:
+    hidden = torch.randn(4, 128, 8, requires_grad=True)
+    weight = torch.randn(1000, 8, requires_grad=True)
+    targets = torch.zeros(4, 128, dtype=torch.int64)
+    peaks = []
+    for sources in ([0, 0, 0, 0], [0, 1, 0, 1]):
+        with LiveStorages() as live:
+            of_sources(Loss(chunked_cross_entropy, {"chunk_tokens": 32}), hidden, weight, targets, sources)
+        peaks.append(live.peak)
+    assert peaks[0] == peaks[1]
+
+
+def raises_on_ignored(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(-1, targets[..., None]).sum()
+
+
+def counts_ignored(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.sum() + torch.rand(()) * 0
+
+
+def leaves_out_ignored(hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    return (F.linear(hidden, weight).sum(-1) * (targets != IGNORE_INDEX)).sum()
+
+
+leaves_out_ignored.takes_hidden = True  # type: ignore[attr-defined]
+
+
+def needs_all_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.unflatten(-1, (VOCABULARY,)).sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        (
+            raises_on_ignored,
+            "some targets are -100, which counts nothing, but own raises RuntimeError: index",
+        ),
+        (counts_ignored, "but own counts it; leave such targets out of its sum"),
+        (leaves_out_ignored, None),
+        (needs_all_logits, None),
+        (chunked_cross_entropy, None),
+        (cross_entropy, None),
+    ],
+)
+def test_loss_that_cannot_ignore_targets_is_named(
+    function: Callable[..., Tensor], problem: str | None
+) -> None:
+    loss, before = Loss(function, name="own"), torch.get_rng_state()
+    if problem is None:
+        loss.check_ignored_targets()
+    else:
+        with pytest.raises(ConfigError) as error:
+            loss.check_ignored_targets()
+        assert problem in str(error.value)
+        assert error.value.agreed
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_chunked_cross_entropy_bf16_is_as_precise() -> None:
     """Each gradient's error is at most that of the plain loss, against fp64."""
     hidden, weight, targets = inputs(torch.bfloat16)
@@ -155,7 +251,7 @@ def test_loss_argument_names_match_signatures() -> None:
     for name, known in LOSS_ARGUMENTS.items():
         parameters = inspect.signature(resolve("loss", name, key="train.loss").target).parameters.values()
         takes = {one.name for one in parameters if one.kind is one.KEYWORD_ONLY}
-        assert takes - {"z_loss"} == set(known)
+        assert takes - {"z_loss", "row_losses"} == set(known)
 
 
 @pytest.mark.parametrize(

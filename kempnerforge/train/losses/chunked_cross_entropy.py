@@ -34,9 +34,11 @@ def chunked_cross_entropy(
     chunk_tokens: int = CHUNK_TOKENS,
     recompute: bool = False,
     z_loss: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    row_losses: bool = False,
+) -> tuple[Tensor, ...]:
     """Return the cross-entropy and the z-loss in fp32, each summed over all tokens.
 
+    With ``row_losses`` the third result is the cross-entropy of each row, [B], without a gradient.
     Targets of ``IGNORE_INDEX`` count nothing. The gradient of the first result is that of both
     together. The second result has none. Matrix products are summed in fp32. With tensor
     parallelism, ``weight_VD`` is a DTensor that is sharded by rows.
@@ -45,12 +47,13 @@ def chunked_cross_entropy(
     """
     hidden_BTD, weight_VD, shard = _local(hidden_BTD, weight_VD)
     needs_gradients = torch.is_grad_enabled() and (hidden_BTD.requires_grad or weight_VD.requires_grad)
-    return _ChunkedLoss.apply(  # pyright: ignore[reportReturnType]
+    loss, z, losses_N = _ChunkedLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
         hidden_BTD.flatten(0, -2),
         weight_VD,
         targets_BT.flatten(),
         _Options(shard, chunk_tokens, z_loss, needs_gradients, recompute),
     )
+    return (loss, z, losses_N.view_as(targets_BT).sum(-1)) if row_losses else (loss, z)
 
 
 chunked_cross_entropy.takes_hidden = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -93,13 +96,13 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, options: _Options
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         gradients = None
         if options.needs_gradients and not options.recompute:
             gradients = _Gradients(hidden_ND, weight_VD, ctx.needs_input_grad[:2])
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         z_loss = torch.zeros_like(loss)
-        log_sums = []
+        losses, log_sums = [], []
         for chunk in options.chunks(len(targets_N)):
             targets_C = targets_N[chunk]
             logits_CV = F.linear(hidden_ND[chunk], weight_VD).float()
@@ -109,21 +112,23 @@ class _ChunkedLoss(torch.autograd.Function):
             exp_CV = logits_CV.sub_(highest_C[:, None]).exp_()
             sum_C = options.shard.sum(exp_CV)
             log_sum_C = sum_C.log() + highest_C
-            loss += torch.where(valid_C, sum_C.log() - target_C, 0).sum()
+            losses.append(torch.where(valid_C, sum_C.log() - target_C, 0))
+            loss += losses[-1].sum()
             if options.z_loss:
                 z_loss += options.z_loss * torch.where(valid_C, log_sum_C, 0).square().sum()
             if gradients is not None:
                 gradients.add(chunk, exp_CV, sum_C, log_sum_C, targets_C, options)
             log_sums.append(log_sum_C)
             del logits_CV, exp_CV  # before the logits of the next chunk are computed
-        ctx.mark_non_differentiable(z_loss)
+        losses_N = torch.cat(losses)
+        ctx.mark_non_differentiable(z_loss, losses_N)
         ctx.options, ctx.gradients = options, gradients
         if options.needs_gradients and options.recompute:
             ctx.save_for_backward(hidden_ND, weight_VD, targets_N, torch.cat(log_sums))
-        return loss, z_loss
+        return loss, z_loss, losses_N
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         options: _Options = ctx.options
         gradients: _Gradients | None = ctx.gradients
         if options.recompute:
