@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from kempnerforge.config.data_sources import DataPhaseConfig, DataSourceConfig, Text, normalized
 from kempnerforge.config.path_text import expand
 from kempnerforge.config.section import Arguments, AtLeastZero, FractionBelowOne, NonEmpty, Section
+
+Packing = Literal["contiguous", "best_fit"]
 
 
 class ValDataConfig(Section):
@@ -53,12 +56,21 @@ class DataConfig(Section):
     only."""
 
     cache_dir: NonEmpty | None = None
-    """Folder for prepared text, shared by all nodes. None means $XDG_CACHE_HOME/kempnerforge or
+    """Folder for prepared text and packings, shared by all nodes. None means $XDG_CACHE_HOME/kempnerforge or
     ~/.cache/kempnerforge."""
 
     val_fraction: FractionBelowOne = 0.01
     """Fraction of the text, or of the samples of dataset, to hold out for validation. Not used with
     val."""
+
+    document_mask: bool = False
+    """Keep attention within documents, and let positions begin at 0 in each. The target after the last
+    token of a document counts nothing. Needs prepared tokens, which tell where documents end."""
+
+    packing: Packing = "contiguous"
+    """How documents become sequences of train.seq_len. "contiguous" cuts the stream of tokens at equal
+    distances. "best_fit" cuts only documents that are longer than a sequence, and fills the rest of
+    each sequence with tokens that count nothing. Needs what document_mask needs."""
 
     allow_changed: bool = False
     """Let a run continue although its data differ from the data it started with."""

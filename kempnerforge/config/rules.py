@@ -180,6 +180,14 @@ def sources_are_read(data: DataConfig, eval: EvalConfig) -> list[ConfigIssue]:
     ]
 
 
+def packing_has_documents(data: DataConfig) -> list[ConfigIssue]:
+    """Refuse a packing of a dataset of the user's, whose samples do not tell their documents."""
+    if data.packing == "contiguous" or data.dataset is None:
+        return []
+    problem = f"samples of {data.dataset} do not tell where documents end"
+    return [ConfigIssue("data.packing", problem, "leave it out, or use data.text or dataset_path")]
+
+
 def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
     """Require an embedding row for each id of the byte tokenizer. Others are checked when they are read."""
     size = model.vocabulary
@@ -333,6 +341,7 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     data_has_one_source,
     mixture_is_valid,
     sources_are_read,
+    packing_has_documents,
     vocabulary_fits,
     validation_has_data,
     schedule_fits_run,

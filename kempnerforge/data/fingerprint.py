@@ -18,6 +18,8 @@ _MEANINGS = {
     "dataset_length": "samples of data.dataset",
     "val_fraction": "the fraction that is held out",
     "vocab_size": "the vocabulary of the tokens",
+    "packing": "data.packing",
+    "documents": "where documents end (digest)",
     "split": "the split that is trained on",
     "num_samples": "samples per epoch",
     "seq_len": "train.seq_len",
@@ -45,6 +47,7 @@ def fingerprint(
     return {
         "dataset": dataset.digest,
         "vocab_size": dataset.vocab_size,
+        **dataset.rows_fingerprint(split),
         "split": split,
         "num_samples": dataset.split(split, seq_len).num_samples,
         "seq_len": seq_len,

@@ -4,6 +4,9 @@ A prepared folder::
 
     index.json           written last; the folder appears under its name only when it is complete
     train_00000.bin      raw little-endian uint16 or uint32 token ids
+    train_00000.ends     where documents end: little-endian uint64 offsets in the shard, in tokens, after
+                         the last token of each document that ends in it, its separator included
+    train_00000.counted  only for fine-tuning data: one byte per token, 1 if it counts as a target, else 0
     val_00000.bin        the held-out documents
     tokenizer.json       the tokenizer and the files that belong to it, unless it is that of bytes
 """
@@ -20,7 +23,9 @@ import xxhash
 
 from kempnerforge.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
+READABLE_FORMATS = (1, 2)
+"""Format 1 has no ``.ends`` and ``.counted`` files."""
 INDEX_NAME = "index.json"
 DTYPES = ("uint16", "uint32")
 
@@ -36,6 +41,10 @@ class ShardEntry:
     max_id: int
     digest: str
     """xxh3-128 of the file, hexadecimal."""
+    ends_digest: str | None = None
+    """xxh3-128 of the ``.ends`` file. None in format 1."""
+    counted_digest: str | None = None
+    """xxh3-128 of the ``.counted`` file. None if there is none: all tokens count as targets."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +78,11 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """Digest of everything in the data that affects training: ids, splits, vocabulary and separator."""
+        """Digest of what affects every training: ids, counted tokens, splits, vocabulary and separator."""
         content = {
             "vocab_size": self.vocab_size,
             "separator_id": self.separator_id,
-            "splits": {name: [split.tokens, split.digest] for name, split in sorted(self.splits.items())},
+            "splits": {name: _split_content(split) for name, split in sorted(self.splits.items())},
         }
         return json_digest(content)
 
@@ -86,6 +95,11 @@ class Index:
         """Return the bytes of ``index.json``."""
         content = {"format": FORMAT, **asdict(self), "digest": self.digest}
         return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _split_content(split: SplitEntry) -> list[Any]:
+    counted = [shard.counted_digest for shard in split.shards if shard.counted_digest is not None]
+    return [split.tokens, split.digest, *([counted] if counted else [])]
 
 
 def json_digest(value: Any) -> str:
@@ -107,8 +121,9 @@ def read_index(folder: Path) -> Index:
     except ValueError as error:
         raise DataError(f"{path}: damaged, not JSON ({error}); prepare the data again") from error
     data_format = content.get("format") if isinstance(content, dict) else None
-    if data_format != FORMAT:
-        raise DataError(f"{path}: format {data_format!r}; this version reads format {FORMAT}")
+    if data_format not in READABLE_FORMATS:
+        readable = " and ".join(map(str, READABLE_FORMATS))
+        raise DataError(f"{path}: format {data_format!r}; this version reads formats {readable}")
     try:
         index = _parse_index(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

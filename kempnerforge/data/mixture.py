@@ -159,6 +159,10 @@ class MixtureSamples:
         self.seq_len = samples[0].seq_len
         self._samples = tuple(samples)
         self._stops = tuple(stops)
+        none = [part.read(np.empty(0, dtype=np.int64)) for part in samples]
+        # All ranks alike, whatever the sources of their rows are.
+        self._has_counted = any(rows.counted is not None for rows in none)
+        self._has_documents = any(rows.document_ids is not None for rows in none)
 
     def read(self, ids: np.ndarray) -> Rows:
         """Return samples ``ids`` [N]. Raises as ``Samples.read``."""
@@ -176,9 +180,7 @@ class MixtureSamples:
             if rows.document_ids is not None:
                 document_ids[places] = rows.document_ids
         return Rows(
-            tokens,
-            counted if any(rows.counted is not None for _, rows in parts) else None,
-            document_ids if any(rows.document_ids is not None for _, rows in parts) else None,
+            tokens, counted if self._has_counted else None, document_ids if self._has_documents else None
         )
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""One file of token ids on disk, memory-mapped: a ``.bin`` of a prepared folder, or a plain ``.npy``."""
+"""The memory-mapped files of a token shard: a plain ``.npy``, or the files of a prepared folder."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ SCAN_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True)
-class TokenShard:
-    """The location and the encoding of a file's token ids."""
+class ArrayFile:
+    """A one-dimensional array in a file."""
 
     path: Path
     dtype: np.dtype[Any]
-    num_tokens: int
+    length: int
+    """Number of elements."""
     offset_bytes: int = 0
-    """Where in the file the ids begin."""
+    """Where in the file the array begins."""
     digest: str | None = None
-    """Expected xxh3-128 of the ids, hexadecimal. None when none was recorded."""
+    """Expected xxh3-128 of the array, hexadecimal. None when none was recorded."""
 
     @property
     def size_bytes(self) -> int:
         """Expected size of the whole file."""
-        return self.offset_bytes + self.num_tokens * self.dtype.itemsize
+        return self.offset_bytes + self.length * self.dtype.itemsize
 
     def map(self) -> np.ndarray:
-        """Return the ids [num_tokens] as a read-only memory map."""
+        """Return the array [length] as a read-only memory map."""
+        if self.length == 0:  # an empty file cannot be mapped
+            return np.empty(0, dtype=self.dtype)
         return np.memmap(
-            self.path, dtype=self.dtype, mode="r", offset=self.offset_bytes, shape=(self.num_tokens,)
+            self.path, dtype=self.dtype, mode="r", offset=self.offset_bytes, shape=(self.length,)
         )
 
     def size_problem(self) -> str | None:
@@ -50,11 +53,40 @@ class TokenShard:
             return f"{self.path}: too long, {actual_bytes:,} bytes instead of {self.size_bytes:,}"
         return None
 
-    def content_problem(self, vocab_size: int | None) -> str | None:
-        """Read all ids and return what is wrong with them, or None. The size must be right."""
-        if self.digest is not None:
-            matches = content_digest(self) == self.digest
-            return None if matches else f"{self.path}: damaged, its digest does not match the index"
+    def digest_problem(self) -> str | None:
+        """Read the array and return what is wrong with its digest, or None. The size must be right."""
+        matches = self.digest is None or content_digest(self) == self.digest
+        return None if matches else f"{self.path}: damaged, its digest does not match the index"
+
+
+@dataclass(frozen=True)
+class TokenShard(ArrayFile):
+    """A file of token ids, and the files beside it that describe the tokens."""
+
+    ends: ArrayFile | None = None
+    """uint64 [documents that end in the shard]: the offset in the shard after each of them. None in
+    format 1 and for ``.npy``."""
+    counted: ArrayFile | None = None
+    """uint8 [num_tokens]: whether each token counts as a target. None if all do."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of token ids."""
+        return self.length
+
+    @property
+    def files(self) -> tuple[ArrayFile, ...]:
+        """All files of the shard."""
+        return (self, *(file for file in (self.ends, self.counted) if file is not None))
+
+    def problem(self, *, contents: bool, vocab_size: int | None) -> str | None:
+        """Return what is wrong with a size or, with ``contents``, with the content of a file, or None."""
+        for file in self.files:
+            if problem := file.size_problem() or (file.digest_problem() if contents else None):
+                return problem
+        return self._ids_problem(vocab_size) if contents and self.digest is None else None
+
+    def _ids_problem(self, vocab_size: int | None) -> str | None:
         ids = self.map()
         for start in range(0, self.num_tokens, SCAN_TOKENS):
             block = ids[start : start + SCAN_TOKENS]
@@ -73,9 +105,9 @@ def ids_problem(lowest: int, highest: int, vocab_size: int | None) -> str | None
     return None
 
 
-def content_digest(shard: TokenShard) -> str:
-    """Return the xxh3-128, hexadecimal, of the bytes of the ids."""
-    return xxhash.xxh3_128_hexdigest(shard.map().data.cast("B"))
+def content_digest(file: ArrayFile) -> str:
+    """Return the xxh3-128, hexadecimal, of the bytes of the array."""
+    return xxhash.xxh3_128_hexdigest(file.map().data.cast("B"))
 
 
 def open_npy(path: Path) -> TokenShard:

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from kempnerforge.config.data import DataConfig, Packing
 from kempnerforge.config.path_text import expand
-from kempnerforge.data.index import INDEX_NAME, Index, json_digest, read_index
-from kempnerforge.data.rows import Rows
-from kempnerforge.data.shard_reader import TokenShard, content_digest, ids_problem, open_npy
+from kempnerforge.data.index import INDEX_NAME, Index, ShardEntry, json_digest, read_index
+from kempnerforge.data.packing import ALGORITHM
+from kempnerforge.data.packing_file import PackingFile
+from kempnerforge.data.samples import PackedSamples, Samples, TokenStream
+from kempnerforge.data.shard_reader import ArrayFile, TokenShard, content_digest, open_npy
 from kempnerforge.errors import DataError
 
 VERIFY_BYTES = 4 << 30
@@ -26,63 +31,32 @@ SAMPLED_BLOCKS = 256
 SAMPLED_BLOCK_TOKENS = 16 << 10
 """The digest of ``.npy`` data above VERIFY_BYTES covers this many blocks of every shard."""
 
-MAX_OPEN_SHARDS = 256
-"""A mapped file holds a file descriptor, and the usual limit is 1,024."""
-
 _VAL_NAME = re.compile(r"(^|[^a-z])(e?val|valid|validation)([^a-z]|$)", re.IGNORECASE)
 
 
-class Samples:
-    """The samples of one split: sample ``i`` is tokens ``i * seq_len`` to ``(i + 1) * seq_len``, inclusive.
+@dataclass(frozen=True)
+class RowOptions:
+    """How samples are made of documents."""
 
-    Neighbours share one token: the last target of one sample is the first input of the next.
-    """
+    document_mask: bool = False
+    """Whether rows have the numbers of their documents."""
+    packing: Packing = "contiguous"
+    """As data.packing."""
+    cache_dir: Path | None = None
+    """Folder for packings. "best_fit" needs it."""
 
-    def __init__(
-        self,
-        shards: tuple[TokenShard, ...],
-        seq_len: int,
-        *,
-        first_sample: int,
-        num_samples: int,
-        vocab_size: int | None,
-    ) -> None:
-        self.seq_len = seq_len
-        self.num_samples = num_samples
-        self._shards = shards
-        self._first_sample = first_sample
-        self._vocab_size = vocab_size
-        self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
-        self._map = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda number: shards[number].map())
+    @classmethod
+    def of(cls, data: DataConfig) -> RowOptions:
+        """Return the options of a config."""
+        packed = data.packing != "contiguous"
+        return cls(data.document_mask, data.packing, data.cache_folder if packed else None)
 
-    def read(self, ids: np.ndarray) -> Rows:
-        """Return samples ``ids`` [N]. They may span shards.
-
-        Raises IndexError for a sample that does not exist, and :class:`DataError` for a token id
-        outside the vocabulary.
-        """
-        ids = np.asarray(ids, dtype=np.int64)
-        if ids.size and not 0 <= ids.min() <= ids.max() < self.num_samples:
-            raise IndexError(f"{ids.min()} to {ids.max()} are not in samples 0 to {self.num_samples - 1}")
-        rows = np.empty((ids.size, self.seq_len + 1), dtype=np.int64)
-        for row, sample in zip(rows, ids + self._first_sample, strict=True):
-            self._read_row(row, int(sample) * self.seq_len)
-        if rows.size:
-            problem = ids_problem(int(rows.min()), int(rows.max()), self._vocab_size)
-            if problem is not None:
-                raise DataError(f"{self._shards[0].path.parent}: {problem}")
-        return Rows(rows)
-
-    def _read_row(self, row: np.ndarray, start: int) -> None:
-        """Fill ``row`` [seq_len + 1] with the tokens of the split from ``start`` on."""
-        number = int(np.searchsorted(self._starts, start, side="right")) - 1
-        done = 0
-        while done < row.size:
-            offset = start + done - int(self._starts[number])
-            part = self._map(number)[offset : offset + row.size - done]
-            row[done : done + part.size] = part
-            done += part.size
-            number += 1
+    @property
+    def document_key(self) -> str | None:
+        """The key of the config that needs to know where documents end. None if none does."""
+        if self.packing != "contiguous":
+            return f'data.packing = "{self.packing}"'
+        return "data.document_mask = true" if self.document_mask else None
 
 
 class TokenDataset:
@@ -105,6 +79,9 @@ class TokenDataset:
         self.index = index
         """The content of ``index.json``; None for ``.npy`` shards."""
         self._id_limit = id_limit
+        self.rows = RowOptions()
+        self.makes_packing = True
+        """Whether ``split`` makes a packing that is not stored. False if another rank does."""
         self._val_fraction = val_fraction
 
     @property
@@ -115,7 +92,9 @@ class TokenDataset:
     @property
     def size_bytes(self) -> int:
         """Total size of all files of all splits."""
-        return sum(shard.size_bytes for shards in self.shards.values() for shard in shards)
+        return sum(
+            file.size_bytes for shards in self.shards.values() for shard in shards for file in shard.files
+        )
 
     @functools.cached_property
     def digest(self) -> str:
@@ -144,30 +123,72 @@ class TokenDataset:
         return self.index is None and "val" not in self.shards and self._val_fraction > 0
 
     def problems(self, *, contents: bool) -> dict[Path, str]:
-        """Return what is wrong with each bad shard, by path: its size or, with ``contents``, its ids."""
+        """Return what is wrong with each bad shard, by path: a size or, with ``contents``, its content."""
         found: dict[Path, str] = {}
         for shards in self.shards.values():
             for shard in shards:
-                problem = shard.size_problem()
-                if problem is None and contents:
-                    problem = shard.content_problem(self._id_limit)
-                if problem is not None:
+                if problem := shard.problem(contents=contents, vocab_size=self._id_limit):
                     found[shard.path] = problem
         return found
 
     def split(self, name: str, seq_len: int) -> Samples:
         """Return the samples of ``"train"`` or ``"val"``, with ``seq_len`` inputs each.
 
-        Raises :class:`DataError` if there is no such split or it has less than one sample.
+        The packing "best_fit" is computed at the first use and stored. With ``verify=False`` in
+        ``open_dataset`` it must be stored already.
+
+        Raises :class:`DataError` if there is no such split, it has less than one sample, or it is not
+        known where its documents end although ``rows`` needs it.
         """
+        stream = self._stream(name)
+        if self.rows.packing == "contiguous":
+            first, count = self._contiguous(name, seq_len)
+            mask = self.rows.document_mask
+            return Samples(stream, seq_len, first_sample=first, num_samples=count, document_mask=mask)
+        file = self._packing_file(name, seq_len)
+        packing = file.open_or_make(stream.document_ends, seq_len) if self.makes_packing else file.open()
+        if packing.num_rows == 0:
+            raise DataError(f"{self.path}: no document of the {name} split has two tokens")
+        return PackedSamples(stream, seq_len, packing, document_mask=self.rows.document_mask)
+
+    def check_split(self, name: str, seq_len: int) -> None:
+        """Raise what ``split`` raises, as far as that is known without reading tokens."""
+        self._shards_of(name)
+        if self.rows.packing == "contiguous":
+            self._contiguous(name, seq_len)
+
+    def rows_fingerprint(self, split: str) -> dict[str, Any]:
+        """Return what determines the rows of ``split`` beside its tokens, as JSON values."""
+        if self.rows.document_key is None:
+            return {}
+        packing = (
+            {} if self.rows.packing == "contiguous" else {"packing": f"{self.rows.packing} ({ALGORITHM})"}
+        )
+        documents = self._stream(split).documents_digest()
+        return packing if documents is None else {**packing, "documents": documents}
+
+    def _stream(self, name: str) -> TokenStream:
+        separator_id = self.index.separator_id if self.index else None
+        return TokenStream(self._shards_of(name), vocab_size=self._id_limit, separator_id=separator_id)
+
+    def _shards_of(self, name: str) -> tuple[TokenShard, ...]:
         source = "train" if name == "val" and self._holds_out else name
         if source not in self.shards:
             raise DataError(
                 f"{self.path} has no {name} split. Prepare it with a larger --val-fraction, "
                 "or set eval.interval = 0"
             )
-        shards = self.shards[source]
-        num_tokens = sum(shard.num_tokens for shard in shards)
+        if self.rows.document_key is not None and self.index is None:
+            raise DataError(
+                f"{self.path}: .npy shards do not record where documents end, which "
+                f"{self.rows.document_key} needs. Remove this key, or prepare the text: "
+                "kempnerforge data prepare FILES --out DIR"
+            )
+        return self.shards[source]
+
+    def _contiguous(self, name: str, seq_len: int) -> tuple[int, int]:
+        """Return the first contiguous sample of a split, and their number."""
+        num_tokens = sum(shard.num_tokens for shard in self._shards_of(name))
         first, count = 0, max(0, (num_tokens - 1) // seq_len)
         if self._holds_out:
             num_val = max(1, round(count * self._val_fraction))
@@ -178,7 +199,14 @@ class TokenDataset:
                 f"{self.path}: too few tokens for one {name} sample: {num_tokens:,}{held_out}; "
                 f"train.seq_len = {seq_len} needs {seq_len + 1:,}"
             )
-        return Samples(shards, seq_len, first_sample=first, num_samples=count, vocab_size=self._id_limit)
+        return first, count
+
+    def _packing_file(self, name: str, seq_len: int) -> PackingFile:
+        assert self.rows.cache_dir is not None
+        ends = [shard.ends.digest if shard.ends is not None else None for shard in self.shards[name]]
+        return PackingFile.of(
+            self.rows.cache_dir, dataset=self.digest, ends=ends, split=name, seq_len=seq_len
+        )
 
 
 def open_dataset(
@@ -187,6 +215,7 @@ def open_dataset(
     vocab_size: int | None = None,
     val_fraction: float = 0.01,
     verify: bool | None = None,
+    rows: RowOptions | None = None,
 ) -> TokenDataset:
     """Open a prepared folder, a folder of ``.npy`` token shards, or one ``.npy`` file, and check it.
 
@@ -198,12 +227,13 @@ def open_dataset(
     Sizes are always checked. ``verify`` says whether all tokens are also read and checked (digests,
     or ids for ``.npy``): True, False (another rank does it), or None, which is True up to
     VERIFY_BYTES. Reading an id outside the vocabulary always raises. ``vocab_size`` is that of the
-    model.
+    model. ``rows`` says how samples are made of documents.
 
     Raises :class:`DataError` if the data are missing, empty, cut short, damaged, of a wrong dtype,
     or have ids outside ``vocab_size``.
     """
-    dataset = load_shards(path, vocab_size=vocab_size, val_fraction=val_fraction)
+    dataset = load_shards(path, vocab_size=vocab_size, val_fraction=val_fraction, rows=rows)
+    dataset.makes_packing = verify is not False
     problems = dataset.problems(contents=dataset.size_bytes <= VERIFY_BYTES if verify is None else verify)
     if problems:
         first, *others = problems.values()
@@ -214,7 +244,11 @@ def open_dataset(
 
 
 def load_shards(
-    path: str | Path, *, vocab_size: int | None = None, val_fraction: float = 0.01
+    path: str | Path,
+    *,
+    vocab_size: int | None = None,
+    val_fraction: float = 0.01,
+    rows: RowOptions | None = None,
 ) -> TokenDataset:
     """Open data as :func:`open_dataset` does, but check only the index or the headers."""
     folder = expand(str(path), key="data.dataset_path")
@@ -224,8 +258,11 @@ def load_shards(
             f"Create it: kempnerforge data prepare FILES --out {folder}"
         )
     if (folder / INDEX_NAME).is_file():
-        return _open_prepared(folder, vocab_size)
-    return _open_npy_shards(folder, vocab_size, val_fraction)
+        dataset = _open_prepared(folder, vocab_size)
+    else:
+        dataset = _open_npy_shards(folder, vocab_size, val_fraction)
+    dataset.rows = rows or RowOptions()
+    return dataset
 
 
 def _open_prepared(folder: Path, vocab_size: int | None) -> TokenDataset:
@@ -236,13 +273,24 @@ def _open_prepared(folder: Path, vocab_size: int | None) -> TokenDataset:
             f"but model.vocab_size = {vocab_size:,}; set it to {index.vocab_size} or more"
         )
     shards = {
-        name: tuple(
-            TokenShard(folder / entry.file, index.numpy_dtype, entry.tokens, digest=entry.digest)
-            for entry in split.shards
-        )
+        name: tuple(_prepared_shard(folder, index, entry) for entry in split.shards)
         for name, split in index.splits.items()
     }
     return TokenDataset(folder, shards, index=index, id_limit=index.vocab_size, val_fraction=0.0)
+
+
+def _prepared_shard(folder: Path, index: Index, entry: ShardEntry) -> TokenShard:
+    path = folder / entry.file
+    ends = counted = None
+    if entry.ends_digest is not None:
+        ends = ArrayFile(
+            path.with_suffix(".ends"), np.dtype("<u8"), entry.documents, digest=entry.ends_digest
+        )
+    if entry.counted_digest is not None:
+        counted = ArrayFile(
+            path.with_suffix(".counted"), np.dtype("u1"), entry.tokens, digest=entry.counted_digest
+        )
+    return TokenShard(path, index.numpy_dtype, entry.tokens, digest=entry.digest, ends=ends, counted=counted)
 
 
 def _open_npy_shards(path: Path, vocab_size: int | None, val_fraction: float) -> TokenDataset:

@@ -31,7 +31,7 @@ from kempnerforge.train.loss_step import LossStep
 from kempnerforge.train.mixture_run import weighted_loss
 from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import Optimizers, build_optimizer
-from kempnerforge.train.setup import open_data, splits
+from kempnerforge.train.setup import open_data, val_splits
 from kempnerforge.train.step import TrainStep
 from kempnerforge.train.termination.signals import StopSignals
 
@@ -172,7 +172,7 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
     started = time.perf_counter()
     geometry = job.geometry(world.num_ranks)
-    dataset = open_data(job, world, StopSignals())
+    dataset = open_data(job, world, StopSignals(), needs_val=True)
     model = build_model(
         job,
         geometry,
@@ -198,16 +198,15 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
         step_folder, state, world, parts=("model", "data"), what="kempnerforge eval"
     )
     step = model.step(optimizer, geometry, job.train)
-    train_samples, val_samples = splits(job, dataset)
     losses, tokens = {}, 0
-    for name, part in val_samples.items():
+    for name, part in val_splits(job, dataset).items():
         losses |= validation_losses(step, {name: part}, job, geometry, rank=world.rank) or {}
         tokens += step.num_evaluated
     cursor = world.control.run_on_rank0(lambda: StepView.open(step_folder).train_state().get("samples"))
     world.close()
     return Evaluation(
         step=candidate.step,
-        loss=weighted_loss(losses, train_samples, cursor or 0),
+        loss=weighted_loss(losses, dataset.split("train", job.train.seq_len), cursor or 0),
         source_losses={name: loss for name, loss in losses.items() if name},
         tokens=tokens,
         geometry=geometry,

@@ -24,7 +24,7 @@ from kempnerforge.config.schema import DataConfig, JobConfig, LoadedJob
 from kempnerforge.data.corpus import PYTHON_STDLIB, files_of
 from kempnerforge.data.mixture import SAME_TOKENIZER, tokenizer_conflict
 from kempnerforge.data.tokenizer import load_tokenizer
-from kempnerforge.data.tokens import load_shards
+from kempnerforge.data.tokens import RowOptions, load_shards
 from kempnerforge.errors import (
     ConfigError,
     ConfigIssue,
@@ -93,7 +93,8 @@ def _variables(job: JobConfig) -> list[ConfigIssue]:
 def _folders(job: JobConfig) -> list[ConfigIssue]:
     """Check that the folders of the run can be created, or exist and can be written."""
     folders = {"run.dir": job.run.dir or f"runs/{job.run.name}", "checkpoint.dir": job.checkpoint.dir}
-    if any(data.text is not None for data in job.data.parts().values()):
+    parts = job.data.parts().values()
+    if any(data.text is not None for data in parts) or job.data.packing != "contiguous":
         folders["data.cache_dir"] = str(job.data.cache_folder)
     faults = []
     for key, folder in folders.items():
@@ -167,13 +168,16 @@ def _dataset_of(key: str, config: DataConfig, job: JobConfig) -> list[ConfigIssu
         return []
     try:
         data = load_shards(
-            config.dataset_path, vocab_size=job.model.vocabulary, val_fraction=config.val_fraction
+            config.dataset_path,
+            vocab_size=job.model.vocabulary,
+            val_fraction=config.val_fraction,
+            rows=RowOptions.of(config),
         )
         for problem in list(data.problems(contents=False).values())[:1]:
             return [ConfigIssue(key, problem, f"see: kempnerforge data inspect {data.path}")]
-        data.split("train", job.train.seq_len)
+        data.check_split("train", job.train.seq_len)
         if job.eval.interval:
-            data.split("val", job.train.seq_len)
+            data.check_split("val", job.train.seq_len)
     except DataError as error:
         return [ConfigIssue(key, str(error))]
     return []

@@ -31,7 +31,7 @@ from kempnerforge.data.map_dataset import MapDataset, MapSamples
 from kempnerforge.data.mixture import MixtureDataset
 from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_path
-from kempnerforge.data.tokens import Samples, TokenDataset, open_dataset
+from kempnerforge.data.tokens import RowOptions, Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.context import DistributedContext, collectives_issued
 from kempnerforge.errors import ConfigError, DataError, KempnerForgeError, LeaseLostError, StopRequestedError
 from kempnerforge.goodput.run_history import RunHistory
@@ -212,7 +212,7 @@ def _assemble(
     hooks = load_hooks(job, world)
     dataset = open_data(job, world, stopping.signals)
     stopping.raise_if_stop_requested(world.control)
-    train_samples, val_samples = splits(job, dataset)
+    train_samples = dataset.split("train", job.train.seq_len)
     full_job = job
     job, used_up = end_with_data(job, train_samples, geometry.global_batch_size)
     if console is not None:
@@ -263,7 +263,7 @@ def _assemble(
         ckpt=ckpt,
         control=_control(job, world, hooks, stopping, ckpt, recorder, progress),
         train_samples=train_samples,
-        val_samples=val_samples,
+        val_samples=val_splits(job, dataset) if job.eval.interval else {},
         reports=reports,
         recorder=recorder,
         progress=progress,
@@ -278,15 +278,11 @@ def _assemble(
     )
 
 
-def splits(job: JobConfig, dataset: AnyDataset) -> tuple[AnySamples, Mapping[str, Samples | MapSamples]]:
-    """Return the samples to train on, and those of each source to validate on: none without validation."""
-    seq_len = job.train.seq_len
-    train = dataset.split("train", seq_len)
-    if not job.eval.interval:
-        return train, {}
+def val_splits(job: JobConfig, dataset: AnyDataset) -> dict[str, Samples | MapSamples]:
+    """Return the samples of each source to validate on, by its name; "" without a mixture."""
     if isinstance(dataset, MixtureDataset):
-        return train, dataset.validation(seq_len)
-    return train, {"": dataset.split("val", seq_len)}
+        return {**dataset.validation(job.train.seq_len)}
+    return {"": dataset.split("val", job.train.seq_len)}
 
 
 def _control(
@@ -350,24 +346,35 @@ def _build_state(
     )
 
 
-def open_data(job: JobConfig, world: DistributedContext, signals: StopSignals) -> AnyDataset:
+def open_data(
+    job: JobConfig, world: DistributedContext, signals: StopSignals, *, needs_val: bool | None = None
+) -> AnyDataset:
     """Prepare and check the data on rank 0 while the other ranks wait, then open them on every rank.
+
+    ``needs_val`` says whether the validation split is used. None means: if ``eval.interval`` is set.
 
     Collective: all ranks. Raises DataError on all ranks, and for a dataset of the user's also
     ConfigError and PluginError.
     """
     if job.data.dataset is not None:
         return open_map_dataset(job, world.control, signals)
+    needs_val = bool(job.eval.interval) if needs_val is None else needs_val
+    splits = ("train", "val") if needs_val else ("train",)
     if job.data.sources:
         size = job.geometry(world.num_ranks).global_batch_size
-        return open_mixture(job, lambda data: _open_tokens(job, data, world, signals), size)
-    return _open_tokens(job, job.data, world, signals)
+        return open_mixture(job, lambda data: _open_tokens(job, data, world, signals, splits), size)
+    return _open_tokens(job, job.data, world, signals, splits)
 
 
 def _open_tokens(
-    job: JobConfig, data: DataConfig, world: DistributedContext, signals: StopSignals
+    job: JobConfig, data: DataConfig, world: DistributedContext, signals: StopSignals, splits: Sequence[str]
 ) -> TokenDataset:
-    """Open the text or the prepared tokens of ``data``, as ``open_data`` does."""
+    """Open the text or the prepared tokens of ``data``, as ``open_data`` does, with ``splits``."""
+    options: dict[str, Any] = {
+        "vocab_size": job.model.vocabulary,
+        "val_fraction": data.val_fraction,
+        "rows": RowOptions.of(data),
+    }
 
     def run_on_rank0() -> Path:
         if data.dataset_path is not None:
@@ -377,19 +384,19 @@ def _open_tokens(
             log.info(f"data: scanning {data.text}")
             tokenizer = load_tokenizer(data.tokenizer)
             path = prepare_cached(data.text, tokenizer, data.cache_folder, val_fraction=data.val_fraction)
-        dataset = open_dataset(path, vocab_size=job.model.vocabulary, val_fraction=data.val_fraction)
-        num_samples = dataset.split("train", job.train.seq_len).num_samples
-        log.info(f"data: {num_samples:,} samples of {job.train.seq_len} tokens in {path}")
-        if job.eval.interval:
-            dataset.split("val", job.train.seq_len)
+        dataset = open_dataset(path, **options)
+        log.info(f"data: {dataset.split('train', job.train.seq_len).describe()} in {path}")
+        for name in splits[1:]:
+            dataset.split(name, job.train.seq_len)
         return path
 
     path = world.control.run_on_rank0(lambda: signals.interruptible(run_on_rank0))
     error, dataset = None, None
     try:
-        dataset = open_dataset(
-            path, vocab_size=job.model.vocabulary, val_fraction=data.val_fraction, verify=False
-        )
+        dataset = open_dataset(path, **options, verify=False)
+        # A packing that this node does not see is found here, where all ranks agree on errors.
+        for name in splits:
+            dataset.split(name, job.train.seq_len)
     except DataError as raised:
         error = raised
     world.control.raise_on_any_error(error)

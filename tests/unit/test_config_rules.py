@@ -55,6 +55,12 @@ BROKEN = [
     (["--model.vocab_size=256"], "model.vocab_size", "256 is smaller", "at least 257"),
     (["--data.text=none"], "data.text", "none of", "python-stdlib"),
     (["--data.dataset_path=x"], "data.text", "text and dataset_path are set", "none"),
+    (
+        ["--data.text=none", "--data.dataset=my:Set", "--data.packing=best_fit"],
+        "data.packing",
+        "samples of my:Set do not tell where documents end",
+        "leave it out",
+    ),
     (["--eval.interval=5", "--data.val_fraction=0"], "eval.interval", "val_fraction 0", "above 0"),
     (["--train.max_minutes=1"], "train.max_minutes", "not longer than deadline_margin_s", "lower"),
     (["--scheduler.warmup_steps=1001"], "scheduler.warmup_steps", "1001 is more than", "at most 1000"),

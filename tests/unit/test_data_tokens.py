@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kempnerforge.data import samples as samples_module
 from kempnerforge.data import tokens as tokens_module
 from kempnerforge.data.fingerprint import explain_difference, fingerprint
 from kempnerforge.data.prepare import prepare
@@ -103,7 +104,7 @@ def test_dataset_val_shard_names_recognized(tmp_path, name):
 def test_dataset_more_shards_than_descriptors_read(tmp_path, monkeypatch):
     for number in range(80):
         save_npy(tmp_path / "d", f"{number:03d}.npy", np.full(10, number))
-    monkeypatch.setattr(tokens_module, "MAX_OPEN_SHARDS", 8)
+    monkeypatch.setattr(samples_module, "MAX_OPEN_FILES", 8)
     dataset = open_dataset(tmp_path / "d", val_fraction=0.0)
     samples = dataset.split("train", 10)
     used = len(os.listdir("/proc/self/fd"))
@@ -166,7 +167,10 @@ def edit_index(folder: Path, **changes: object) -> None:
         (flipped, r"train_00004\.bin: damaged, its digest"),
         (swapped, r"train_00000\.bin: damaged, its digest.*and 1 more"),
         (index_cut_short, r"index\.json: damaged, not JSON"),
-        (lambda folder: edit_index(folder, format=9), r"index\.json: format 9; this version reads format 1"),
+        (
+            lambda folder: edit_index(folder, format=9),
+            r"index\.json: format 9; this version reads formats 1 and 2",
+        ),
         (lambda folder: edit_index(folder, dtype="float32"), r"index\.json: damaged.*float32"),
         (lambda folder: edit_index(folder, vocab_size=70), r"index\.json: damaged.*vocabulary 70"),
         (lambda folder: edit_index(folder, separator_id=3), r"index\.json: damaged or edited"),

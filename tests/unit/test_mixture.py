@@ -8,6 +8,7 @@ from collections import Counter
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from kempnerforge.config.data_sources import PARTS, normalized
 from kempnerforge.data.fingerprint import compare_data, fingerprint
 from kempnerforge.data.loader import Batch, BatchLoader, Cursor, batch_ids
-from kempnerforge.data.mixture import MixtureDataset, MixtureOrder, Phase, source_seed
+from kempnerforge.data.mixture import MixtureDataset, MixtureOrder, MixtureSamples, Phase, source_seed
 from kempnerforge.data.mixture_schedule import Schedule
 from kempnerforge.data.rows import Rows
 from kempnerforge.data.sample_order import sample_ids
@@ -248,19 +249,23 @@ def test_rows_of_sources_with_and_without_marks_are_joined(sources: dict[str, To
     assert plain.document_ids is None
 
     class Marked:
+        seq_len = SEQ_LEN
+
         def read(self, ids: np.ndarray) -> Rows:
             shape = (len(ids), SEQ_LEN)
             return Rows(
                 np.ones((len(ids), SEQ_LEN + 1), int), np.zeros(shape, bool), np.ones(shape, np.int32)
             )
 
-    samples._samples = (samples._samples[0], Marked())  # pyright: ignore[reportAttributeAccessIssue]
+    marked: Any = Marked()
+    samples = MixtureSamples([sources["code"].split("train", SEQ_LEN), marked], samples.order, [False] * 2)
     rows = samples.read(np.array([45, 0]))
     assert rows.counted is not None
     assert rows.document_ids is not None
     assert rows.counted.tolist() == [[False] * SEQ_LEN, [True] * SEQ_LEN]
     assert rows.document_ids.tolist() == [[1] * SEQ_LEN, [0] * SEQ_LEN]
     assert rows.tokens[1].tolist() == [10_000, 10_001, 10_002, 10_003, 10_004]
+    assert samples.read(np.array([0])).counted is not None, "a rank with rows of the other source alone"
 
 
 # -- fingerprints ------------------------------------------------------------------------------------------

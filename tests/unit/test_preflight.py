@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support.ckpt_cli import Done
 from support.step_maker import write_step
+from support.token_folders import numbered, write_folder
 
 from kempnerforge.checkpoint.load.load_path import candidates
 from kempnerforge.checkpoint.run import metadata
@@ -34,6 +35,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nothing").mkdir()
     np.save(tmp_path / "tokens.npy", np.arange(20000, dtype=np.uint16) % 250)
     np.save(tmp_path / "short.npy", np.arange(20, dtype=np.uint16))
+    lengths = [200] * 20
+    write_folder(tmp_path / "prepared", {"train": numbered(lengths), "val": numbered(lengths)})
     (tmp_path / "hf").mkdir()
     (tmp_path / "pickles").mkdir()
     for folder in ("hf", "pickles"):
@@ -55,6 +58,7 @@ GOOD = [
     "--model.n_heads=2",
 ]
 DATA = ["--data.text=none", "--data.dataset_path"]
+PREPARED = [*DATA[:1], DATA[1] + "=prepared", "--model.vocab_size=60000", "--eval.interval=5"]
 TABLE: dict[str, tuple[list[str], str, str]] = {
     "no text": (["--data.text=b.txt"], "data.text", "matches no file"),
     "no text in a glob": (["--data.text=*.md"], "data.text", "matches no file"),
@@ -66,6 +70,16 @@ TABLE: dict[str, tuple[list[str], str, str]] = {
     "no data": ([*DATA[:1], DATA[1] + "=data/tokens"], "data.dataset_path", "no such file or folder"),
     "no shards": ([*DATA[:1], DATA[1] + "=nothing"], "data.dataset_path", "neither index.json nor .npy"),
     "too few tokens": ([*DATA[:1], DATA[1] + "=short.npy"], "data.dataset_path", "too few tokens"),
+    "documents of .npy": (
+        [*DATA[:1], DATA[1] + "=tokens.npy", "--data.packing=best_fit"],
+        "data.dataset_path",
+        ".npy shards do not record where documents end",
+    ),
+    "no place for packings": (
+        [*PREPARED, "--data.packing=best_fit", "--data.cache_dir=a.txt/c"],
+        "data.cache_dir",
+        "a.txt is a file",
+    ),
     "variable of run.dir": (["--run.dir=$UNSET/run"], "run.dir", '"$UNSET/run": $UNSET is not set; set'),
     "variable of checkpoint.dir": (["--checkpoint.dir=${UNSET}/{run_id}"], "checkpoint.dir", "$UNSET is not"),
     "variable of cache_dir": (["--data.cache_dir=$UNSET"], "data.cache_dir", "$UNSET is not set"),
@@ -125,6 +139,7 @@ def test_preflight_fault_names_key_and_value(here: Path, case: str) -> None:
         ["--run.dir=a/b/c", "--checkpoint.dir=d/e"],
         ["--run.dir=runs/{job_id}/x"],
         ["--data.text=none", "--data.dataset_path=tokens.npy"],
+        [*PREPARED, "--data.packing=best_fit", "--data.document_mask=true"],
         ["--checkpoint.load_path=old/checkpoints/step_00000004"],
         [
             "--checkpoint.load_path=weights",
