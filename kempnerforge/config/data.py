@@ -110,8 +110,8 @@ class DataConfig(Section):
         }
 
     def by_source(self) -> dict[str, DataConfig]:
-        """Return the config of each source, as ``parts``, by its name."""
-        return {source.name: data for source, data in zip(self.sources, self.parts().values(), strict=True)}
+        """Return the config of each source, as ``parts``, by its name; nothing without a mixture."""
+        return dict(zip([source.name for source in self.sources], self.parts().values(), strict=False))
 
     def weights(self) -> dict[int, dict[str, int]]:
         """Return the weights in parts of a million, by the step from which on they are in force, from 0."""
