@@ -33,17 +33,8 @@ def train(run: Run) -> str | None:
     Collective: all ranks. Returns why it stopped before ``max_steps``, or None when it is finished.
     """
     state, step, ckpt, reports = run.state, run.step, run.ckpt, run.reports
-    receipt = ckpt.resume(state)
-    run.end_with_data()
+    receipt = _resume(run)
     job = run.job
-    if not run.has_weights and receipt.source != "resume":
-        raise mark_collective(
-            RunFolderError(f"{ckpt.folder}: its committed steps disappeared during the start")
-        )
-    for line in receipt.lines():
-        log.info(line)
-    if receipt.space_warning:
-        log.warning(receipt.space_warning)
     reports.receipt(dataclasses.asdict(receipt))
     run.recorder.resumed(
         step=state.step,
@@ -99,6 +90,21 @@ def train(run: Run) -> str | None:
     _report_saves(run)
     run.control.hooks.train_end(state.step, "finished")
     return None
+
+
+def _resume(run: Run) -> Receipt:
+    """Resume, and say so. The data may not be enough for all steps that are left. Collective: all ranks."""
+    receipt = run.ckpt.resume(run.state)
+    run.end_with_data()
+    if not run.has_weights and receipt.source != "resume":
+        raise mark_collective(
+            RunFolderError(f"{run.ckpt.folder}: its committed steps disappeared during the start")
+        )
+    for line in receipt.lines():
+        log.info(line)
+    if receipt.space_warning:
+        log.warning(receipt.space_warning)
+    return receipt
 
 
 def _start_plugins(run: Run) -> None:

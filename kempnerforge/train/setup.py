@@ -106,6 +106,10 @@ class Run:
             self.job, self.used_up = end_with_data(
                 self.full_job, self.train_samples, size, step=self.state.step, cursor=cursor.samples
             )
+            if self.used_up:
+                log.info(
+                    f'the run ends at step {self.job.train.max_steps}: source "{self.used_up}" is used up'
+                )
 
     def batches(self) -> BatchLoader:
         """Return a loader of the data from the state's cursor on."""
@@ -238,17 +242,7 @@ def _assemble(
         f"{world.num_ranks} x {world.device.type}, {geometry.global_batch_size} sequences per step "
         f"({_describe_batches(job, geometry)}), in {folder}"
     )
-    for line in describe_mixture(train_samples):
-        log.info(line)
-    size, max_steps = geometry.global_batch_size, job.train.max_steps
-    length = run_length(
-        job,
-        size,
-        num_samples=train_samples.num_samples,
-        epochs=epochs_at(train_samples, max_steps * size),
-        used_up=used_up,
-    )
-    log.info("length: %s", length)
+    _log_length(job, train_samples, geometry.global_batch_size, used_up)
     if job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned and world.device.type != "cuda":
         log.info("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
     progress = Progress(collectives_issued)
@@ -402,6 +396,14 @@ def _open_tokens(
     world.control.raise_on_any_error(error)
     assert dataset is not None
     return dataset
+
+
+def _log_length(job: JobConfig, samples: AnySamples, size: int, used_up: str) -> None:
+    for line in describe_mixture(samples):
+        log.info(line)
+    epochs = epochs_at(samples, job.train.max_steps * size)
+    length = run_length(job, size, num_samples=samples.num_samples, epochs=epochs, used_up=used_up)
+    log.info("length: %s", length)
 
 
 def _describe_batches(job: JobConfig, geometry: ParallelDims) -> str:
