@@ -68,11 +68,12 @@ class BatchLoss:
         self._num_sources = num_sources
         self._sums = torch.zeros((2,) if has_z_loss else (), dtype=torch.float32, device=ranks.device)
         self._row_losses: list[Tensor] = []
-        self._counts = [targets_BT.ne(IGNORED).sum(1) for targets_BT in targets]
+        self._counts: list[Tensor] = []
         self._num_items: Tensor | None = None
         self.divisor: int | Tensor
         """What the loss of a micro-batch is divided by: the number of targets that count, at least 1."""
         if batch.num_tokens is None or num_sources:
+            self._counts = [targets_BT.ne(IGNORED).sum(1) for targets_BT in targets]
             self._num_items = ranks.sum(self._joined(self._counts, torch.int64).sum())
             self.divisor = self._num_items.clamp(min=1)
         else:

@@ -55,7 +55,7 @@ class Loss:
     """Coefficient of the z-loss. 0 disables it."""
     name: str = "cross_entropy"
     _weight: Tensor | None = field(default=None, init=False, repr=False)
-    _accepts_ignored: bool = field(default=False, init=False, repr=False)
+    _is_checked: bool = field(default=False, init=False, repr=False)
 
     @property
     def takes_hidden(self) -> bool:
@@ -77,9 +77,9 @@ class Loss:
         Raises ConfigError on all ranks if it raises an exception for that one, or counts it. A function
         that cannot be tried on 8 small logits is left to its first step.
         """
-        if self._accepts_ignored:
+        if self._is_checked:
             return
-        self._accepts_ignored = True
+        self._is_checked = True
         size = 8
         values = torch.linspace(-1, 1, 2 * size).unflatten(0, (1, 2, size))
         targets = torch.tensor([[3, IGNORED]])

@@ -62,6 +62,8 @@ def tokens_and_targets(pattern: str) -> tuple[Tensor, Tensor]:
     elif pattern == "half":  # nothing counts on the first half of the data-parallel ranks
         targets[: ROWS // 2] = IGNORED
         targets[5, 3:] = IGNORED
+    elif pattern == "second":  # all count on the first half
+        targets[ROWS // 2 :, ::2] = IGNORED
     return inputs, targets
 
 
@@ -93,6 +95,8 @@ def one_step(distributed: Tree, train: Tree, pattern: str, num_sources: int) -> 
     optimizer = torch.optim.SGD([param for part in placed.parts for param in part.parameters()])
     step = placed.step(optimizer, geometry, job.train, num_sources=num_sources)
     batch = batch_for(job, *tokens_and_targets(pattern))
+    if pattern == "second" and dist.get_rank() == 0:  # a mixture of which this rank sees one source
+        batch = dataclasses.replace(batch, num_tokens=ROWS * SEQ_LEN)
     returned = step.forward_backward(batch).item()
     named = [item for part in placed.parts for item in part.named_parameters()]
     gradients = {name: whole(param.grad) for name, param in named if param.grad is not None}
@@ -185,6 +189,11 @@ def test_counted_targets_equal_plain_torch_in_every_layout(
         for cases in found:
             assert_equal(cases[case], expected, 1e-6)
             assert repr(cases[case][0]) == repr(found[0][case][0])
+
+
+def test_rank_that_sees_no_ignored_target_counts_with_the_others() -> None:
+    for found in run_ranks(one_step, 2, {}, {"batch_size": 4}, "second", NUM_SOURCES):
+        assert_equal(found, reference("plain", "second"), 1e-6)
 
 
 def _both(distributed: Tree, train: Tree) -> tuple[Found, Found]:

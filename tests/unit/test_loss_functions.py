@@ -182,7 +182,7 @@ def needs_all_logits(logits: Tensor, targets: Tensor) -> Tensor:
     [
         (
             raises_on_ignored,
-            "some targets are -100, which counts nothing, but own raises RuntimeError: index",
+            "targets of -100 count nothing, but own raises RuntimeError: index",
         ),
         (counts_ignored, "but own counts it; leave such targets out of its sum"),
         (leaves_out_ignored, None),
