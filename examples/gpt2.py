@@ -23,10 +23,10 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+    def forward(self, x_BTD: Tensor, mask_B1TT: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]. ``mask_B1TT`` tells which tokens attend to which; None means all before."""
         q, k, v = self.qkv(self.norm1(x_BTD)).unflatten(-1, (3, self.heads, -1)).movedim(-2, 1).unbind(-2)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1TT, is_causal=mask_B1TT is None)
         x_BTD = x_BTD + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
         return x_BTD + self.dropout(self.down(F.gelu(self.up(self.norm2(x_BTD)), approximate="tanh")))
 
@@ -56,10 +56,13 @@ class GPT2(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        """int64 [B, T] -> logits [B, T, V]."""
-        positions_T = torch.arange(tokens_BT.size(1), device=tokens_BT.device)
-        x_BTD = self.dropout(self.tokens(tokens_BT) + self.positions(positions_T))
+    def forward(self, tokens_BT: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """int64 [B, T] -> logits [B, T, V]. With ``document_ids`` [B, T], documents do not see each other."""
+        positions, mask_B1TT = torch.arange(tokens_BT.size(1), device=tokens_BT.device), None
+        if document_ids is not None:
+            same_BTT = (document_ids[:, :, None] == document_ids[:, None, :]).tril()
+            positions, mask_B1TT = same_BTT.sum(-1) - 1, same_BTT[:, None]
+        x_BTD = self.dropout(self.tokens(tokens_BT) + self.positions(positions))
         for block in self.blocks:
-            x_BTD = block(x_BTD)
+            x_BTD = block(x_BTD, mask_B1TT)
         return self.output(self.norm(x_BTD))

@@ -12,7 +12,7 @@ from kempnerforge.config.data_sources import DataPhaseConfig, DataSourceConfig, 
 from kempnerforge.config.path_text import expand
 from kempnerforge.config.section import Arguments, AtLeastZero, FractionBelowOne, NonEmpty, Section
 
-Packing = Literal["contiguous", "best_fit"]
+PackingMethod = Literal["contiguous", "best_fit"]
 
 
 class ValDataConfig(Section):
@@ -67,7 +67,7 @@ class DataConfig(Section):
     """Keep attention within documents, and let positions begin at 0 in each. The target after the last
     token of a document counts nothing. Needs prepared tokens, which tell where documents end."""
 
-    packing: Packing = "contiguous"
+    packing: PackingMethod = "contiguous"
     """How documents become sequences of train.seq_len. "contiguous" cuts the stream of tokens at equal
     distances. "best_fit" cuts only documents that are longer than a sequence, and fills the rest of
     each sequence with tokens that count nothing. Needs what document_mask needs."""

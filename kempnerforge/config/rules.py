@@ -180,12 +180,14 @@ def sources_are_read(data: DataConfig, eval: EvalConfig) -> list[ConfigIssue]:
     ]
 
 
-def packing_has_documents(data: DataConfig) -> list[ConfigIssue]:
-    """Refuse a packing of a dataset of the user's, whose samples do not tell their documents."""
-    if data.packing == "contiguous" or data.dataset is None:
+def documents_are_known(data: DataConfig) -> list[ConfigIssue]:
+    """Refuse what needs documents for a dataset of the user's, whose samples do not tell theirs."""
+    if data.dataset is None:
         return []
+    needs = {"document_mask": data.document_mask, "packing": data.packing != "contiguous"}
     problem = f"samples of {data.dataset} do not tell where documents end"
-    return [ConfigIssue("data.packing", problem, "leave it out, or use data.text or dataset_path")]
+    hint = "leave it out, or use data.text or dataset_path"
+    return [ConfigIssue(f"data.{key}", problem, hint) for key, is_set in needs.items() if is_set]
 
 
 def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
@@ -341,7 +343,7 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     data_has_one_source,
     mixture_is_valid,
     sources_are_read,
-    packing_has_documents,
+    documents_are_known,
     vocabulary_fits,
     validation_has_data,
     schedule_fits_run,

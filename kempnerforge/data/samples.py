@@ -51,6 +51,21 @@ class TokenStream:
         for at, shard, part in self._parts(start, out.size):
             out[at : at + part.stop - part.start] = shard.ids[part]
 
+    def take_ids(self, places: np.ndarray) -> np.ndarray:
+        """Return the ids at ``places``, int64 [N]."""
+        out = np.empty(places.size, dtype=np.int64)
+        for shard, own, offsets in self._by_shard(places):
+            out[own] = shard.ids[offsets]
+        return out
+
+    def take_counted(self, places: np.ndarray) -> np.ndarray:
+        """Return whether the tokens at ``places`` [N] count as targets, bool [N]."""
+        out = np.ones(places.size, dtype=bool)
+        for shard, own, offsets in self._by_shard(places):
+            if shard.counted is not None:
+                out[own] = shard.counted[offsets]
+        return out
+
     def read_counted(self, start: int, out: np.ndarray) -> None:
         """Fill ``out``, bool, with whether the tokens from ``start`` on count as targets."""
         for at, shard, part in self._parts(start, out.size):
@@ -122,6 +137,15 @@ class TokenStream:
             yield done, self._map(number), slice(offset, stop)
             done += stop - offset
             number += 1
+
+    def _by_shard(self, places: np.ndarray) -> Iterator[tuple[_MappedShard, np.ndarray, np.ndarray]]:
+        """Yield, for each shard, which of ``places`` [N] are in it, and their offsets in it."""
+        numbers = np.searchsorted(self._starts, places, side="right") - 1
+        order = np.argsort(numbers, kind="stable")
+        borders = np.flatnonzero(np.diff(numbers[order])) + 1
+        for own in np.split(order, borders) if order.size else ():
+            number = int(numbers[own[0]])
+            yield self._map(number), own, places[own] - self._starts[number]
 
     def _mapped(self, number: int) -> _MappedShard:
         shard = self._shards[number]
@@ -217,23 +241,33 @@ class PackedSamples(Samples):
         return f"{super().describe()}, {pieces / rows:.1f} documents in each, {filled:.2%} filled"
 
     def _read(self, ids: np.ndarray) -> Rows:
+        first, stop = (self._packing.first_piece[rows].astype(np.int64) for rows in (ids, ids + 1))
+        counts = stop - first
+        row = np.repeat(np.arange(ids.size), counts)
+        number = _ranges(counts)  # of each piece in its row
+        piece = first[row] + number
+        starts, lengths = (
+            array[piece].astype(np.int64) for array in (self._packing.starts, self._packing.lengths)
+        )
+        # Of each token: how far it is in its piece, its place in the data, and in the rows.
+        within = _ranges(lengths)
+        source = np.repeat(starts, lengths) + within
         width = self.seq_len + 1
+        filled = np.bincount(row, weights=lengths, minlength=ids.size).astype(np.int64)
+        place = np.repeat(np.arange(ids.size) * width, filled) + _ranges(filled)
         tokens = np.full((ids.size, width), self._stream.separator_id, dtype=np.int64)
+        tokens.ravel()[place] = self._stream.take_ids(source)
         counted = np.zeros((ids.size, width), dtype=bool)
-        numbers = np.empty((ids.size, width), dtype=np.int32)
-        for row, sample in enumerate(ids.tolist()):
-            first, stop = self._packing.first_piece[sample : sample + 2].tolist()
-            starts = self._packing.starts[first:stop].tolist()
-            lengths = self._packing.lengths[first:stop].tolist()
-            at = 0
-            for start, length in zip(starts, lengths, strict=True):
-                self._stream.read_ids(start, tokens[row, at : at + length])
-                targets = counted[row, at + 1 : at + length]
-                if self._stream.has_counted:
-                    self._stream.read_counted(start + 1, targets)
-                else:
-                    targets[:] = True
-                at += length
-            numbers[row] = np.repeat(np.arange(len(lengths) + 1), [*lengths, width - at])
-        document_ids = numbers[:, :-1] if self._document_mask else None
-        return Rows(tokens, counted[:, 1:], document_ids)
+        counted.ravel()[place] = within > 0
+        if self._stream.has_counted:
+            counted.ravel()[place] &= self._stream.take_counted(source)
+        if not self._document_mask:
+            return Rows(tokens, counted[:, 1:])
+        numbers = np.repeat(counts.astype(np.int32), width).reshape(-1, width)
+        numbers.ravel()[place] = np.repeat(number, lengths)
+        return Rows(tokens, counted[:, 1:], numbers[:, :-1])
+
+
+def _ranges(counts: np.ndarray) -> np.ndarray:
+    """Return 0, 1, ... ``count - 1`` for each of ``counts``, one after the other, int64."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from kempnerforge.config.data import DataConfig, Packing
+from kempnerforge.config.data import DataConfig, PackingMethod
 from kempnerforge.config.path_text import expand
 from kempnerforge.data.index import INDEX_NAME, Index, ShardEntry, json_digest, read_index
 from kempnerforge.data.packing import ALGORITHM
@@ -40,7 +40,7 @@ class RowOptions:
 
     document_mask: bool = False
     """Whether rows have the numbers of their documents."""
-    packing: Packing = "contiguous"
+    packing: PackingMethod = "contiguous"
     """As data.packing."""
     cache_dir: Path | None = None
     """Folder for packings. "best_fit" needs it."""
@@ -158,12 +158,10 @@ class TokenDataset:
             self._contiguous(name, seq_len)
 
     def rows_fingerprint(self, split: str) -> dict[str, Any]:
-        """Return what determines the rows of ``split`` beside its tokens, as JSON values."""
-        if self.rows.document_key is None:
+        """Return what determines the tokens of the rows of ``split``, as JSON values. A mask does not."""
+        if self.rows.packing == "contiguous":
             return {}
-        packing = (
-            {} if self.rows.packing == "contiguous" else {"packing": f"{self.rows.packing} ({ALGORITHM})"}
-        )
+        packing = {"packing": f"{self.rows.packing} ({ALGORITHM})"}
         documents = self._stream(split).documents_digest()
         return packing if documents is None else {**packing, "documents": documents}
 

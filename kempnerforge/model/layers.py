@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kempnerforge.model.document_attention import DocumentMask, document_attention
+
 if TYPE_CHECKING:
     from kempnerforge.config.schema import ModelConfig
 
@@ -46,8 +48,13 @@ class RotaryEmbedding(nn.Module):
         self.cos_TP.copy_(angles_TP.cos())
         self.sin_TP.copy_(angles_TP.sin())
 
-    def forward(self, seq_len: int) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines of the first ``seq_len`` positions, [T, P] each."""
+    def forward(self, seq_len: int, positions_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of the first ``seq_len`` positions, [T, P] each.
+
+        With ``positions_BT``, int64, return those of these positions, [B, T, P] each.
+        """
+        if positions_BT is not None:
+            return self.cos_TP[positions_BT], self.sin_TP[positions_BT]
         return self.cos_TP[:seq_len], self.sin_TP[:seq_len]
 
 
@@ -73,10 +80,11 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 def rotate(x_BTHE: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     """Rotate each pair of neighbouring channels (2i, 2i + 1) by the angle of its position, in fp32.
 
-    Pairs are neighbours as in Meta's weights. Hugging Face pairs channel i with i + E / 2.
+    Pairs are neighbours as in Meta's weights. Hugging Face pairs channel i with i + E / 2. Rows with
+    positions of their own have tables [B, T, P].
     """
     even_BTHP, odd_BTHP = x_BTHE.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos_T1P, sin_T1P = cos_TP.unsqueeze(1), sin_TP.unsqueeze(1)
+    cos_T1P, sin_T1P = cos_TP.unsqueeze(-2), sin_TP.unsqueeze(-2)
     turned = (even_BTHP * cos_T1P - odd_BTHP * sin_T1P, even_BTHP * sin_T1P + odd_BTHP * cos_T1P)
     return torch.stack(turned, dim=-1).flatten(-2).to(x_BTHE.dtype)
 
@@ -92,19 +100,25 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+    def forward(
+        self, x_BTD: Tensor, cos_TP: Tensor, sin_TP: Tensor, *, mask: DocumentMask | None = None
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]. With ``mask``, attention stays within documents."""
         q_BTHE = rotate(self.wq(x_BTD).unflatten(-1, (-1, self.head_dim)), cos_TP, sin_TP)
         k_BTKE = rotate(self.wk(x_BTD).unflatten(-1, (-1, self.head_dim)), cos_TP, sin_TP)
         v_BTKE = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
-        mixed_BHTE = F.scaled_dot_product_attention(
-            q_BTHE.transpose(1, 2),
-            k_BTKE.transpose(1, 2),
-            v_BTKE.transpose(1, 2),
-            is_causal=True,
-            # Not every kernel supports it, so it is set only where heads are shared.
-            enable_gqa=q_BTHE.size(2) != k_BTKE.size(2),
-        )
+        q_BHTE, k_BKTE, v_BKTE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
+        if mask is not None:
+            mixed_BHTE = document_attention(q_BHTE, k_BKTE, v_BKTE, mask)
+        else:
+            mixed_BHTE = F.scaled_dot_product_attention(
+                q_BHTE,
+                k_BKTE,
+                v_BKTE,
+                is_causal=True,
+                # Not every kernel supports it, so it is set only where heads are shared.
+                enable_gqa=q_BTHE.size(2) != k_BTKE.size(2),
+            )
         return self.wo(mixed_BHTE.transpose(1, 2).flatten(2))
 
 
@@ -134,7 +148,9 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TP, sin_TP)
+    def forward(
+        self, x_BTD: Tensor, cos_TP: Tensor, sin_TP: Tensor, *, mask: DocumentMask | None = None
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]. With ``mask``, attention stays within documents."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TP, sin_TP, mask=mask)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kempnerforge.config.pipeline_stages import divide_layers
 from kempnerforge.model import llama_tensor_parallel
+from kempnerforge.model.document_attention import document_mask, positions
 from kempnerforge.model.init import init_weights_
 from kempnerforge.model.layers import RotaryEmbedding, TransformerBlock
 
@@ -57,8 +58,16 @@ class Llama(nn.Module):
         if not stage.has_head:
             self.norm = self.output = None
 
-    def forward(self, x: Tensor, head: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        head: Callable[[Tensor, Tensor], Any] | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Any:
         """int64 [B, T] -> logits [B, T, V].
+
+        With ``document_ids``, integers [B, T] that increase within a row, attention stays within
+        documents, and positions begin at 0 in each.
 
         With ``head``, the result is that of ``head(hidden, weight)`` instead: it gets the input of
         the output layer, [B, T, D], and its weight, [V, D].
@@ -70,10 +79,13 @@ class Llama(nn.Module):
         seq_len = x.size(1) if self.tok_embeddings is not None else x.size(1) * self.sequence_shards
         if seq_len > self.config.max_seq_len:
             raise ValueError(f"{seq_len} tokens; model.max_seq_len is {self.config.max_seq_len}")
-        cos_TP, sin_TP = self.rope(seq_len)
+        mask = positions_BT = None
+        if document_ids is not None:
+            mask, positions_BT = document_mask(document_ids), positions(document_ids)
+        cos_TP, sin_TP = self.rope(seq_len, positions_BT)
         x_BTD = self.tok_embeddings(x) if self.tok_embeddings is not None else x
         for block in self.layers.values():
-            x_BTD = block(x_BTD, cos_TP, sin_TP)
+            x_BTD = block(x_BTD, cos_TP, sin_TP, mask=mask)
         if self.norm is None:
             return x_BTD
         x_BTD = self.norm(x_BTD)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from kempnerforge.model.document_attention import FUSED_OPS
+
 Recompute = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
@@ -21,6 +23,7 @@ SAVED_OPS = frozenset(
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        *FUSED_OPS,
     }
 )
 """Operations whose outputs "selective" keeps: matrix products and fused attention, which cost the

@@ -65,6 +65,14 @@ def kept_by_head(model: ModelConfig, train: TrainConfig, tp: int) -> float:
     return element_bytes(train) * kept
 
 
+def rotary_tables(model: ModelConfig) -> float:
+    """Return the bytes per token of the rotary tables under a document mask, which all layers share.
+
+    Each sequence has positions of its own. The mask itself has about a number per token.
+    """
+    return FP32 * model.resolved_head_dim
+
+
 def hidden(model: ModelConfig, train: TrainConfig) -> float:
     """Return the bytes per token of the input of the output layer."""
     return element_bytes(train) * model.dim

@@ -82,6 +82,7 @@ class _Sizes:
         self.local_outer = FP32 * local_numel(outer, geometry)
         self.kept_layer = tokens * activations.kept_by_layer(model, train, tp)
         self.kept_head = tokens * activations.kept_by_head(model, train, tp)
+        self.rotary_tables = tokens * activations.rotary_tables(model) if job.data.document_mask else 0
         self.boundary = tokens * activations.boundary(model, train, tp)
         self.working = tokens * activations.working_set(model, train, tp)
         self.temporaries = tokens * activations.temporaries(model, train, tp)
@@ -95,7 +96,7 @@ def local_moments(job: JobConfig, geometry: ParallelDims, stage: Stage) -> Itera
     element, layer, outer = sizes.element, sizes.layer, sizes.outer
     everything = sizes.layers * sizes.local_layer + sizes.local_outer
     earlier = everything if geometry.accumulation_steps > 1 else 0
-    kept = sizes.layers * sizes.kept_layer
+    kept = sizes.layers * sizes.kept_layer + sizes.rotary_tables
     weights = element * outer if sizes.loss.in_forward else 0
     yield Moment("loss", earlier, weights, kept + sizes.kept_head, sizes.loss.backward)
     root = element * (outer + sizes.table)
@@ -169,7 +170,7 @@ def _validation(sizes: _Sizes, stages: Sequence[Stage], microbatches: int) -> Mo
 
 def _kept_by_stage(sizes: _Sizes, stage: Stage) -> float:
     """Return the bytes that a microbatch keeps in a stage. Its input is counted as a receive buffer."""
-    kept = len(stage.layers) * sizes.kept_layer
+    kept = len(stage.layers) * sizes.kept_layer + sizes.rotary_tables
     kept += sizes.kept_head if stage.has_head else sizes.boundary
     return kept - (0 if stage.has_embedding else sizes.boundary)
 

@@ -100,12 +100,17 @@ class LossStep(TrainStepBase):
 
 
 def _micro_batches(batch: Any) -> list[Fields]:
-    """Return the micro-batches of a batch, on the CPU. Those of tokens have ``tokens`` and ``targets``."""
+    """Return the micro-batches of a batch, on the CPU.
+
+    Those of tokens have ``tokens`` and ``targets``, and with a document mask ``document_ids``.
+    """
     if hasattr(batch, "micro_batches"):
         return batch.micro_batches
     tokens: Batch = batch
-    pairs = zip(tokens.inputs_ABT, tokens.targets_ABT, strict=True)
-    return [{"tokens": inputs_BT, "targets": targets_BT} for inputs_BT, targets_BT in pairs]
+    fields = {"tokens": tokens.inputs_ABT, "targets": tokens.targets_ABT}
+    if tokens.document_ids_ABT is not None:
+        fields["document_ids"] = tokens.document_ids_ABT
+    return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
 
 
 def _described(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ def loss_issues(job: JobConfig, module: nn.Module, *, has_tokens: bool = True) -
     name = job.model.name
     if not computes_loss(module):
         if has_tokens:
-            return []
+            return document_mask_issues(job, module)
         problem = f"samples of {job.data.dataset} are dicts, and {name} has no loss(batch)"
         hint = "give the model a method loss(batch), or return token ids"
         return [ConfigIssue("data.dataset", problem, hint)]
@@ -135,6 +136,15 @@ def loss_issues(job: JobConfig, module: nn.Module, *, has_tokens: bool = True) -
         problem = f"{job.distributed.pp} needs a model from tokens to logits, and {name} has a loss(batch)"
         issues.append(ConfigIssue("distributed.pp", problem, "set pp = 1"))
     return issues
+
+
+def document_mask_issues(job: JobConfig, module: nn.Module) -> list[ConfigIssue]:
+    """Return why a model, or a pipeline stage of one, cannot keep attention within documents."""
+    if not job.data.document_mask or "document_ids" in inspect.signature(module.forward).parameters:
+        return []
+    problem = f"forward() of {type(module).__name__} ({job.model.name}) has no argument document_ids"
+    hint = "set it to false, or write forward(self, tokens, document_ids=None): docs/guide/own-model.md"
+    return [ConfigIssue("data.document_mask", problem, hint)]
 
 
 def _pipeline(
@@ -200,4 +210,6 @@ def make_stage_modules(job: JobConfig, whole: BuiltModel) -> list[nn.Module]:
         problem = f"{name}.pipeline_stages({count}) returned {len(stages)} stages whose parameters differ"
         hint = "each parameter of the model must be in one stage, under the name it has in the model"
         raise ConfigError([ConfigIssue("model.name", problem, hint)])
+    if issues := [issue for stage in stages for issue in document_mask_issues(job, stage)][:1]:
+        raise ConfigError(issues)
     return stages

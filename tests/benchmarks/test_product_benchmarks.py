@@ -69,6 +69,16 @@ def test_bench_loss_measures_memory_of_both_losses(tmp_path: Path) -> None:
     assert all(row["plain"] > 0 and row["chunked"] > 0 for row in found["memory"])
 
 
+def test_bench_document_mask_compares_documents_of_every_length(tmp_path: Path) -> None:
+    _, found = run_tiny("bench_document_mask", tmp_path)
+    assert [row["name"] for row in found["comparisons"]] == [
+        f"{seq_len} tokens, documents: {count}{mask}"
+        for seq_len in (16, 64, 128)
+        for count in (1, 4, 16)
+        for mask in ("", ", matrix")
+    ]
+
+
 def test_bench_relaunch_both_arms_repeat_the_killed_steps(tmp_path: Path) -> None:
     _, found = run_tiny("bench_relaunch", tmp_path)
     assert [(row["name"], row["goal"]) for row in found["comparisons"]] == [("relaunch_s", 0.9)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.documents import Found, assert_as_alone, one_step
 from support.ranks import run_ranks
 from support.step_memory import block_and_input, kept_by_autograd
 from support.tiny_model import (
@@ -80,3 +81,26 @@ def _kept_and_planned(remat: str) -> tuple[int, float]:
 def test_plan_compiled_activations_match_autograd(remat: str) -> None:
     [(kept, planned)] = run_ranks(_kept_and_planned, 1, remat, timeout_s=300.0)
     assert planned == pytest.approx(kept, rel=0.02)
+
+
+def _compiled_step(distributed: dict[str, Any], train: dict[str, Any]) -> tuple[Found, int, int]:
+    from torch._dynamo.utils import counters
+
+    found = one_step(distributed, {**train, "compile_model": True})
+    return found, counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize(
+    ("distributed", "train"),
+    [({}, {"batch_size": 1}), ({"tp": 2}, {"batch_size": 2, "activation_checkpointing": "selective"})],
+)
+def test_compiled_document_mask_trains_as_documents_alone(
+    distributed: dict[str, Any], train: dict[str, Any]
+) -> None:
+    """Micro-batches of other numbers of documents share their graphs."""
+    results = run_ranks(_compiled_step, 2, distributed, train, timeout_s=400)
+    for _, graphs, graph_breaks in results:
+        assert graph_breaks == 0
+        # For training and for evaluation: one for the first number of documents, and one for all others.
+        assert graphs <= 4
+    assert_as_alone([found for found, _, _ in results], train)

@@ -251,6 +251,30 @@ def _tokens(num_ignored: int) -> tuple[float, float, int | None]:
     return result.loss, expected, result.num_items
 
 
+class OverDocuments(OverTokens):
+    """Counts the tokens of every document but the first of a row."""
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        loss, _ = super().loss(batch)
+        return loss, batch["document_ids"].gt(0).sum()
+
+
+def _documents() -> int | None:
+    rows, ids = torch.randint(11, (2, 3, 6)), torch.tensor([0, 0, 1, 1, 2]).expand(2, 3, 5)
+    step, _ = sharded(OverDocuments())
+
+    @dataclass(frozen=True)
+    class TokenBatch(FakeBatch):
+        num_samples: int = 6
+
+    step.forward_backward(TokenBatch(rows[..., :-1], rows[..., 1:], 30, ids))
+    return step.update(lr=0.1).num_items
+
+
+def test_loss_step_on_masked_data_gets_document_ids() -> None:
+    assert run_ranks(_documents, 1) == [6 * 3]
+
+
 def test_loss_step_on_token_data_gets_tokens_and_targets() -> None:
     run_ranks(_dtypes, 1)
     for num_ignored in (0, 4):

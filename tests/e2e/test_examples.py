@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.documents import document_ids
 from support.patch_target import patch_target
 from support.run_files import tensor_digests
 from support.runs import Launcher, Run, make_run
@@ -55,6 +57,17 @@ HF_SIZES = {
     "head_dim": 8,
     "max_position_embeddings": 32,
 }
+
+
+def test_gpt2_with_document_ids_computes_documents_alone() -> None:
+    model = runpy.run_path(str(REPO / "examples/gpt2.py"))["GPT2"](
+        vocab_size=61, width=16, layers=2, heads=2, max_seq_len=24, dropout=0.0
+    )
+    tokens_BT, lengths = torch.randint(61, (2, 24)), [[5, 18, 1], [24]]
+    packed = model(tokens_BT, document_ids=document_ids(lengths))
+    rows = zip(tokens_BT, lengths, strict=True)
+    alone = [torch.cat([model(document[None])[0] for document in row.split(cut)]) for row, cut in rows]
+    torch.testing.assert_close(packed, torch.stack(alone), rtol=1e-5, atol=1e-5)
 
 
 def example_run(base: Path, corpus: Path, settings: dict[str, Any]) -> Run:

@@ -336,6 +336,14 @@ def test_geometry_known_layouts_derived() -> None:
         job.with_global_batch_size(31)
 
 
+def test_rules_document_mask_of_own_dataset_refused() -> None:
+    own = ["--data.text=none", "--data.dataset=my_data:Rows"]
+    assert faults(*own) == []
+    [fault] = faults(*own, "--data.document_mask=true")
+    assert fault.key == "data.document_mask"
+    assert fault.problem == "samples of my_data:Rows do not tell where documents end"
+
+
 def test_job_config_contradiction_refused() -> None:
     with pytest.raises(ConfigError, match="none of text, dataset_path, dataset and sources"):
         JobConfig()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.own_models import Plain, Planned, Tied
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from kempnerforge.cli.app import app
@@ -78,6 +78,23 @@ class NestedUnits(Plain):
         return [self.get_submodule("layers.0.qkv"), *self.layers]
 
 
+class WithDocuments(Plain):
+    def forward(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        return super().forward(tokens)
+
+
+class StagesWithoutDocuments(Planned):
+    """Its stages are of its base class."""
+
+    def forward(self, x: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class OwnLoss(Plain):
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        return self(batch["tokens"]).sum(), batch["document_ids"].numel()
+
+
 def job_of(model: type[nn.Module], **distributed: int) -> JobConfig:
     tree: dict[str, Any] = {"model": {"name": f"{__name__}:{model.__name__}"}, "distributed": distributed}
     return JobConfig.model_validate({**tree, "data": {"text": "python-stdlib"}, "train": {"seq_len": 32}})
@@ -118,6 +135,30 @@ def test_own_model_without_shared_units_passes(model: type[nn.Module]) -> None:
 def test_own_model_activation_bytes_error_is_explained() -> None:
     with pytest.raises(ConfigError, match=r"activation_bytes\(\) of .*:BadBytes raised TypeError: "):
         plan_parameters(job_of(BadBytes))
+
+
+def masked(model: type[nn.Module], **distributed: int) -> JobConfig:
+    job = job_of(model, **distributed)
+    return job.model_copy(update={"data": job.data.model_copy(update={"document_mask": True})})
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "culprit"), [(Plain, {}, "Plain"), (StagesWithoutDocuments, {"pp": 2}, "Planned")]
+)
+def test_own_model_without_document_ids_refused(
+    model: type[nn.Module], layout: dict[str, int], culprit: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_own_model(masked(model, **layout))
+    [issue] = caught.value.faults
+    assert issue.key == "data.document_mask"
+    assert f"forward() of {culprit} ({__name__}:{model.__name__}) has no argument document_ids" in str(issue)
+    assert "forward(self, tokens, document_ids=None)" in str(issue)
+
+
+@pytest.mark.parametrize("model", [WithDocuments, OwnLoss])
+def test_own_model_that_takes_documents_passes(model: type[nn.Module]) -> None:
+    assert check_own_model(masked(model)).num_blocks == 2
 
 
 @pytest.mark.parametrize(

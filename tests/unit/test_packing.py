@@ -230,6 +230,9 @@ def test_packing_log_says_how_full_rows_are(tmp_path: Path) -> None:
     samples = opened(data, best_fit=True).split("train", 8)
     assert samples.describe() == "3 samples of 8 tokens, 1.3 documents in each, 79.17% filled"
     assert opened(data).split("train", 8).describe() == "2 samples of 8 tokens"
+    assert samples.read(np.array([], dtype=np.int64)).tokens.shape == (0, 9)
+    with pytest.raises(IndexError):
+        samples.read(np.array([3]))
 
 
 @pytest.mark.parametrize(("mask", "best_fit"), [(True, False), (False, True)])
@@ -326,6 +329,7 @@ def test_packing_leftovers_of_killed_process_removed(data: Path, tmp_path: Path)
 
 def test_packing_belongs_to_fingerprint(data: Path) -> None:
     plain = fingerprint(opened(data), "train", 16, seed=1)
+    assert fingerprint(opened(data, mask=True), "train", 16, seed=1) == plain
     assert set(plain) == {"dataset", "vocab_size", "split", "num_samples", "seq_len", "seed", "order"}
     packed = fingerprint(opened(data, best_fit=True), "train", 16, seed=1)
     assert packed["packing"] == "best_fit (best-fit-decreasing-1)"
@@ -360,7 +364,7 @@ def test_dataset_damaged_file_of_documents_found(tmp_path: Path, suffix: str) ->
 def test_fingerprint_of_documents_does_not_depend_on_shards(tmp_path: Path) -> None:
     def of(name: str, lengths: list[int], shard_tokens: int) -> str:
         data = write_folder(tmp_path / name, {"train": numbered(lengths)}, shard_tokens=shard_tokens)
-        return fingerprint(opened(data, mask=True), "train", 8, seed=1)["documents"]
+        return fingerprint(opened(data, best_fit=True), "train", 8, seed=1)["documents"]
 
     digests = [of("a", [9, 5, 5, 4], 1000), of("b", [9, 5, 5, 4], 6), of("c", [9, 4, 6, 4], 1000)]
     assert digests[0] == digests[1] != digests[2]

@@ -28,12 +28,13 @@ from kempnerforge.config.schema import (
     TrainConfig,
     load_job,
 )
-from kempnerforge.model.layers import TransformerBlock
+from kempnerforge.model.layers import RotaryEmbedding, TransformerBlock
 from kempnerforge.model.llama import Llama
 from kempnerforge.model.recompute import Recompute
 from kempnerforge.plan import activations, tensors
 from kempnerforge.plan.checkpoint_size import RNG_BYTES, staged_bytes, staged_on_node
 from kempnerforge.plan.memory import device_memory
+from kempnerforge.plan.moments import local_moments, pipeline_moments
 from kempnerforge.plan.optimizer_state import FP32
 from kempnerforge.plan.pipeline import bubble_fraction, in_flight
 from kempnerforge.plan.report import make_plan
@@ -261,6 +262,25 @@ def test_plan_gradients_absent_at_loss_of_one_pass() -> None:
     memory = device_memory(job, geometry(dp_shard=8), 0)
     assert (memory.peak, memory.gradients) == ("loss", 0)
     assert memory.weights + memory.optimizer == 12 * job.model.num_parameters // 8
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_plan_document_mask_adds_rotary_tables(pp: int) -> None:
+    """Those of each microbatch in flight."""
+    most = []
+    for mask in (False, True):
+        job = JobConfig.model_validate(
+            {
+                "data": {"text": "python-stdlib", "document_mask": mask},
+                "train": {"batch_size": 2 * pp, "seq_len": 64},
+                "distributed": {"pp": pp, "pp_microbatch_size": 2 if pp > 1 else None},
+            }
+        )
+        layout, stages = job.geometry(pp), make_stages(job.model, job.distributed)[:1]
+        found = pipeline_moments(job, layout, stages, 0) if pp > 1 else local_moments(job, layout, stages[0])
+        most.append(max(moment.activations for moment in found))
+    tables = RotaryEmbedding(job.model)(64, torch.zeros(2, 64, dtype=torch.int64))
+    assert most[1] - most[0] == pp * sum(table.nbytes for table in tables)
 
 
 def test_plan_memory_saving_options_reduce_need() -> None:
