@@ -43,7 +43,6 @@ KEYS = {
     "compile.enable": "use train.compile_model",
     "data.file_pattern": "use data.dataset_path",
     "data.hf_dataset_name": _PREPARE,
-    "data.num_workers": _PREFETCH,
     "data.pin_memory": _PREFETCH,
     "data.prefetch_factor": _PREFETCH,
     "data.tokenizer_path": "use data.tokenizer",

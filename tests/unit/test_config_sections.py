@@ -174,7 +174,6 @@ export_dtype = "float32"
 mode = "selective"
 [data]
 text = "x"
-num_workers = 4
 """
 
 
@@ -195,7 +194,6 @@ def test_config_keys_of_other_programs_say_what_to_write(tmp_path: Path) -> None
         "checkpoint.folder": "use checkpoint.dir",
         "checkpoint.export_dtype": 'did you mean "fp32"? allowed: "bf16" | "fp16" | "fp32"',
         "activation_checkpoint.mode": "use train.activation_checkpointing",
-        "data.num_workers": foreign_keys.KEYS["data.num_workers"],
     }
 
 
