@@ -76,7 +76,7 @@ def end_with_data(
     ``step`` and ``cursor`` say where the training begins. The name is that of the source, or empty if
     the data are enough for the steps of ``job``. The result is the same on all ranks.
 
-    Raises ConfigError if nothing can be trained, or the schedule does not fit the steps that are left.
+    Raises DataError if nothing can be trained, and ConfigError if the schedule does not fit the steps.
     """
     end = samples.end if isinstance(samples, MixtureSamples) else None
     if end is None:
