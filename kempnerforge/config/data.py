@@ -65,7 +65,8 @@ class DataConfig(Section):
 
     document_mask: bool = False
     """Keep attention within documents, and let positions begin at 0 in each. The target after the last
-    token of a document counts nothing. Needs prepared tokens, which tell where documents end."""
+    token of a document counts nothing. Refused for .npy shards and datasets of your own, which do not
+    tell where documents end."""
 
     packing: PackingMethod = "contiguous"
     """How documents become sequences of train.seq_len. "contiguous" cuts the stream of tokens at equal

@@ -1,12 +1,12 @@
 """Causal attention within documents, where several documents stand in one row.
 
-What torch offers (read in 2.11 to 2.13), and what is used:
+What torch offers (documentation of 2.10 to 2.12, source of 2.13), and what is used:
 
 - On CUDA: ``flex_attention`` with a block mask. It is one fused kernel for fp32 and bf16, shared
-  key and value heads, and compiled models and others; its backward uses no atomics, so the bits
-  repeat. Blocks of 128 x 128 pairs without a common document are skipped, and no T x T matrix exists.
-  ``varlen_attn`` has no fp32, and needs the number of documents on the host: it would wait for the
-  device in every micro-batch.
+  key and value heads, and compiled models and others. Its backward adds nothing atomically, so the
+  bits should repeat. Blocks of 128 x 128 pairs without a common document are skipped, and no T x T
+  matrix exists. ``varlen_attn`` has no fp32, and needs the number of documents on the host: it would
+  wait for the device in every micro-batch.
 - On the CPU: the fused kernel of ``scaled_dot_product_attention``, document by document, as one
   operator. ``flex_attention`` has no backward there, and ``varlen_attn`` no kernel. A boolean mask
   costs a T x T matrix, and the time of all pairs.
@@ -61,7 +61,7 @@ def document_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: Doc
 
 
 def _begins(document_ids_BT: Tensor) -> Tensor:
-    """Return whether a document begins at a token, bool [B, T]. One does at the begin of each row."""
+    """Return whether a document begins at a token, bool [B, T]. One does at the start of each row."""
     return F.pad(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], (1, 0), value=True)
 
 
@@ -73,15 +73,15 @@ def block_mask(document_ids_BT: Tensor) -> BlockMask:
     """
     seq_len = document_ids_BT.size(1)
     num_blocks = -(-seq_len // BLOCK)
-    firsts_BN = document_ids_BT[:, ::BLOCK]
-    lasts_BN = F.pad(document_ids_BT, (0, num_blocks * BLOCK - seq_len), "replicate")[:, BLOCK - 1 :: BLOCK]
     block_N = torch.arange(num_blocks, device=document_ids_BT.device)
+    ends_N = (block_N + 1) * BLOCK
+    firsts_BN = document_ids_BT[:, block_N * BLOCK]
+    lasts_BN = document_ids_BT[:, ends_N.clamp(max=seq_len) - 1]
     is_earlier_NN = block_N[None, :] < block_N[:, None]
-    is_whole_N = (block_N + 1) * BLOCK <= seq_len
     # Dimensions: blocks of queries, blocks of keys.
     reaches_BNN = lasts_BN[:, None, :] >= firsts_BN[:, :, None]
     some_BNN = reaches_BNN & (is_earlier_NN | (block_N[None, :] == block_N[:, None]))
-    all_BNN = (firsts_BN[:, None, :] == lasts_BN[:, :, None]) & is_earlier_NN & is_whole_N[:, None]
+    all_BNN = (firsts_BN[:, None, :] == lasts_BN[:, :, None]) & is_earlier_NN & (ends_N <= seq_len)[:, None]
 
     def attends(b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_ids_BT[b, query] == document_ids_BT[b, key])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.documents import Found, assert_as_alone, one_step
+from support.documents import Found, assert_as_alone, document_ids, one_step
 from support.ranks import run_ranks
 from support.step_memory import block_and_input, kept_by_autograd
 from support.tiny_model import (
@@ -22,8 +22,13 @@ from support.tiny_model import (
     whole,
 )
 from torch import Tensor
+from torch.nn.attention import flex_attention
 
 from kempnerforge.config.schema import ModelConfig
+from kempnerforge.model import document_attention, llama
+from kempnerforge.model.init import init_weights_
+from kempnerforge.model.llama import Llama
+from kempnerforge.model.recompute import Recompute, recompute_activations
 from kempnerforge.plan import activations
 
 TO_COMPILE = MODEL.model_copy(update={"n_heads": 6, "n_kv_heads": 2, "head_dim": 6})
@@ -104,3 +109,47 @@ def test_compiled_document_mask_trains_as_documents_alone(
         # For training and for evaluation: one for the first number of documents, and one for all others.
         assert graphs <= 4
     assert_as_alone([found for found, _, _ in results], train)
+
+
+CUTS = [[[100, 1, 99], [200]], [[7, 193], [50, 50, 50, 50]], [[200], [1] * 200]]
+
+
+def _document_gradients(recompute: Recompute, backend: str | None) -> list[dict[str, Tensor]]:
+    """Gradients of rows that are cut into other documents each time."""
+    config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=61, max_seq_len=256)
+    model = Llama(config)
+    init_weights_(model, seed=3, init_std=0.3, n_layers=2)
+    for block in model.fsdp_units():
+        recompute_activations(block, recompute)
+        if backend:
+            block.compile(backend=backend)
+    tokens_BT = torch.randint(61, (2, 200), generator=torch.Generator().manual_seed(1))
+    found = []
+    for cut in CUTS:
+        loss = model(tokens_BT, document_ids=document_ids(cut)).square().mean()
+        params = dict(model.named_parameters())
+        found.append(dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True)))
+    return found
+
+
+@pytest.mark.parametrize("compiles_blocks", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_block_mask_trains_as_documents_alone(
+    monkeypatch: pytest.MonkeyPatch, recompute: Recompute, compiles_blocks: bool
+) -> None:
+    """The path of CUDA but for the kernel: torch computes the same on the CPU, if it is not asked first."""
+    from torch._dynamo.utils import counters
+
+    expected = _document_gradients("none", None)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(llama, "document_mask", document_attention.block_mask)
+    fused = torch.compile(flex_attention.flex_attention, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(document_attention, "_fused_flex", lambda: fused)
+    torch._dynamo.reset()
+    counters.clear()
+    found = _document_gradients(recompute, "aot_eager" if compiles_blocks else None)
+    assert counters["stats"]["unique_graphs"] == 1, "other documents are no other graph"
+    assert not counters["graph_break"]
+    for one, wanted in zip(found, expected, strict=True):
+        for name, gradient in one.items():
+            assert (gradient - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
