@@ -62,7 +62,7 @@ def test_mixture_killed_on_other_ranks_draws_the_same_samples(launcher: Launcher
 
 
 def test_mixture_validates_each_source_and_weights_them(launcher: Launcher, tmp_path: Path) -> None:
-    run = mixture_run(tmp_path / "run", {"eval.interval": 4})
+    run = mixture_run(tmp_path / "run", {"eval.interval": 4, "data.document_mask": True})
     launcher.finish(run, ranks=2)
     rows = rows_with(run, "eval/loss")
     assert sorted(rows) == [0, 4, 8, 12]

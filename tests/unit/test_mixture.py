@@ -403,7 +403,7 @@ def test_config_of_a_mixture_names_its_faults(sources_toml: str, phases_toml: st
     assert problem in str(raised.value)
 
 
-def test_config_of_a_mixture_excludes_other_data_and_unread_sources() -> None:
+def test_config_of_a_mixture_excludes_other_data() -> None:
     for options, problem in (
         (["--data.text=x"], "text and sources are set"),
         (["--data.dataset_path=x"], "dataset_path and sources are set"),
