@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
@@ -35,6 +36,7 @@ from kempnerforge.config.schema import AsyncCheckpointMode
 from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.distributed.store_channel import LocalBoard, StoreBoard, StoreChannel
+from kempnerforge.errors import CheckpointError
 from kempnerforge.torch_compat import get_default_store  # pyright: ignore[reportPrivateUsage]
 
 StateDict = Mapping[Any, Any] | Callable[[], Payload]
@@ -173,6 +175,20 @@ class AsyncCheckpointer:
         """Bytes that a save of all ranks writes, once ``prepare`` or a save has run. First rank only."""
         return self._plan.expected.size_bytes if self._plan.expected is not None else 0
 
+    def linkable_bytes(self, step_folder: Path) -> int:
+        """Return how many of ``save_bytes`` a save is expected to link to a step. First rank only."""
+        expected = self._plan.expected
+        if expected is None or self._plan.frozen.refused:
+            return 0
+        try:
+            return expected.linkable_bytes(step_folder)
+        except (CheckpointError, OSError):
+            return 0
+
+    def link_to(self, step_folder: Path) -> None:
+        """Let the next save link files of frozen tensors to those of a committed step that are equal."""
+        self._plan.frozen.step_folder = step_folder
+
     @property
     def num_files(self) -> int:
         """Shard files of a save of all ranks. First rank only."""
@@ -253,6 +269,8 @@ class AsyncCheckpointer:
             largest_bytes=self._plan.largest_bytes,
             expected=self._plan.expected,
             contributed={name: objects[name] for name in self._plan.contributed},
+            frozen_files=self._plan.frozen,
+            frozen=self._plan.frozen.begin(self._plan.files, payload.tensors),
             retry=self._retry,
             device=self._plan.device,
             timeout_s=self._timeout_s(),

@@ -155,6 +155,7 @@ class CheckpointManager:
         self._control.run_on_rank0(lambda: self._housekeeping.started(restorer.cleanup, self._steps()))
         if result.source == "resume":
             self._saves.committed_step = result.step
+            self._checkpointer.link_to(self.folder / paths.step_name(result.step))
         if self._policy.plans_saves or self.config.save_last:
             result.space_warning = self._prepare_saves(state)
         if result.source == "resume" and self._control.rank == 0:
@@ -193,14 +194,8 @@ class CheckpointManager:
             self._checkpointer.prepare(lambda: self._capture(state), self._control.group)
         except HostMemoryError as error:  # training has not begun: the user must change the config
             raise ConfigError([error.fault]) from None
-        return self._control.run_on_rank0(self._check_disk_space)
-
-    def _check_disk_space(self) -> str:
-        room, checkpointer = self._housekeeping.room, self._checkpointer
-        try:
-            return room.before_training(checkpointer.save_bytes, checkpointer.num_files)
-        except OSError as error:
-            return f"cannot check whether a save fits on the disk: {error}"
+        checkpointer, newest = self._checkpointer, self._saves.committed_step
+        return self._control.run_on_rank0(lambda: self._housekeeping.before_training(checkpointer, newest))
 
     # -- save --------------------------------------------------------------------------------------------
 

@@ -54,6 +54,8 @@ class Payload:
     from_lowest_rank: frozenset[str] = frozenset()
     """Names of tensors to take from the lowest rank that has them. Ranks may have different values, and a
     mixture of them would be a state that never existed."""
+    frozen: frozenset[str] = frozenset()
+    """Names of tensors that training does not change. A save may link files that have the same bytes."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class SaveReport:
     total_s: float = 0.0
     """From the call to the commit."""
     size_bytes: int = 0
+    """Bytes of the step."""
+    linked_bytes: int = 0
+    """Bytes of the step that were not written: its files of frozen tensors are links to those of an earlier
+    step."""
     lag_steps: int = 0
     """Steps from the one that was saved to the one at which all ranks knew the outcome."""
     deferred: int = 0
@@ -99,6 +105,11 @@ class SaveReport:
         """Deprecated: the former name of ``overhead_is_lower_bound``."""
         return self.overhead_is_lower_bound
 
+    @property
+    def written_bytes(self) -> int:
+        """Bytes that the save has written."""
+        return self.size_bytes - self.linked_bytes
+
     def row(self) -> dict[str, Any]:
         """Return the report as metrics. The caller adds ``step``, the step at which the row is written."""
         if self.skipped:
@@ -113,7 +124,8 @@ class SaveReport:
             "checkpoint/commit_s": self.commit_s,
             "checkpoint/total_s": self.total_s,
             "checkpoint/size_bytes": self.size_bytes,
-            "checkpoint/write_gb_per_s": self.size_bytes / max(self.write_s, 1e-9) / 1e9,
+            "checkpoint/written_bytes": self.written_bytes,
+            "checkpoint/write_gb_per_s": self.written_bytes / max(self.write_s, 1e-9) / 1e9,
             "checkpoint/lag_steps": self.lag_steps,
             "checkpoint/deferred": self.deferred,
             "checkpoint/overhead_s": self.overhead_s,

@@ -271,6 +271,7 @@ def _with_result(pending: SaveReport, result: SaveResult) -> SaveReport:
         commit_s=result.commit_s,
         total_s=result.total_s,
         size_bytes=result.size_bytes,
+        linked_bytes=result.linked_bytes,
         pending=False,
         skipped=result.skipped,
         error=result.error,

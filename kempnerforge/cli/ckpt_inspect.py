@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from kempnerforge.checkpoint.format.step_info import KINDS, StepView, tensor_byt
 from kempnerforge.checkpoint.format.tensor_index import TensorEntry
 from kempnerforge.checkpoint.tools.diff import describe
 from kempnerforge.cli import formatting as text
-from kempnerforge.cli.ckpt_list import folder_bytes, list_others
+from kempnerforge.cli.ckpt_list import bytes_on_disk, files_of, list_others
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, StepPath, find_run, find_step
 from kempnerforge.errors import CheckpointError
 
@@ -54,7 +55,8 @@ def inspect(
 def du(run: RunPath, as_json: AsJson = False) -> None:
     """Show the disk usage of every step of RUN (model, optimizer, rng, other) and of other folders."""
     checkpoints = find_run(run)
-    steps = []
+    steps: list[dict[str, Any]] = []
+    files: list[os.stat_result] = []
     listing = paths.list_folder(checkpoints.folder)
     for step in listing.steps:
         path = checkpoints.step(step)
@@ -63,11 +65,14 @@ def du(run: RunPath, as_json: AsJson = False) -> None:
             problem = ""
         except (CheckpointError, OSError) as error:
             kinds, problem = dict.fromkeys(KIND_COLUMNS), str(error)
-        total = folder_bytes(path)
+        found = files_of(path)
+        files += found
+        total = sum(file.st_size for file in found)
         if path.is_dir():
             steps.append({"step": step, "bytes": kinds, "total_bytes": total, "problem": problem or None})
     others = list_others(listing)
-    everything = sum(step["total_bytes"] for step in steps) + sum(other["size_bytes"] for other in others)
+    files += [file for other in others for file in files_of(Path(other["path"]))]
+    everything = bytes_on_disk(files)
     if as_json:
         body = {
             "folder": str(checkpoints.folder),
@@ -84,7 +89,9 @@ def du(run: RunPath, as_json: AsJson = False) -> None:
     text.print_columns(rows, right=range(len(rows[0])))
     for other in others:
         typer.echo(f"{other['what']}: {Path(other['path']).name}, {text.size(other['size_bytes'])}")
-    typer.echo(f"total: {text.size(everything)} in {checkpoints.folder}")
+    shared = sum(file.st_size for file in files) - everything
+    note = f", without {text.size(shared)} of links to the same files" if shared else ""
+    typer.echo(f"total: {text.size(everything)} in {checkpoints.folder}{note}")
 
 
 def _print_origin(view: StepView) -> None:

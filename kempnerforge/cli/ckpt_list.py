@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,19 +119,36 @@ def list_others(listing: paths.FolderListing) -> list[dict[str, Any]]:
     ]
 
 
-def folder_bytes(folder: Path) -> int:
-    """Return the bytes of the files in ``folder``, without files that disappear in the meantime."""
-    total = 0
+def files_of(folder: Path) -> list[os.stat_result]:
+    """Return the status of the files in ``folder``, without files that disappear in the meantime."""
+    found: list[os.stat_result] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                try:
-                    total += entry.stat(follow_symlinks=False).st_size
-                except FileNotFoundError:
-                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    found.append(os.lstat(entry.path))
     except FileNotFoundError:
-        return 0
-    return total
+        pass
+    return found
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of the files in ``folder``."""
+    return sum(found.st_size for found in files_of(folder))
+
+
+def bytes_on_disk(files: Iterable[os.stat_result], *, if_deleted: bool = False) -> int:
+    """Return the bytes of ``files`` on the disk. A file that several steps link to counts once.
+
+    ``if_deleted``: only what a deletion of all of them frees, so no file that others link to as well.
+    """
+    links: Counter[tuple[int, int]] = Counter()
+    kept: dict[tuple[int, int], os.stat_result] = {}
+    for found in files:
+        key = (found.st_dev, found.st_ino)
+        links[key] += 1
+        kept[key] = found
+    return sum(found.st_size for key, found in kept.items() if not if_deleted or links[key] >= found.st_nlink)
 
 
 def _digest_problems(path: Path) -> tuple[str, ...]:

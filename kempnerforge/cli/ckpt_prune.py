@@ -10,7 +10,7 @@ from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.retention import pins
 from kempnerforge.checkpoint.retention.pruner import Retention
 from kempnerforge.cli import formatting as text
-from kempnerforge.cli.ckpt_list import folder_bytes
+from kempnerforge.cli.ckpt_list import bytes_on_disk, files_of
 from kempnerforge.cli.ckpt_paths import AsJson, RunPath, find_policy, find_run, parse_step
 from kempnerforge.errors import EXIT_FAULT, RunFolderError
 
@@ -54,12 +54,12 @@ def prune(
         raise RunFolderError(f"{checkpoints.folder}: the retention rules are unknown: {policy.problem}")
     retention = Retention(checkpoints.folder, policy.policy, checkpoints.owner)
     doomed = [verdict.step for verdict in reversed(retention.verdicts()) if not verdict.keep]
-    sizes = {step: folder_bytes(checkpoints.step(step)) for step in doomed}
+    files = {step: files_of(checkpoints.step(step)) for step in doomed}
     warnings: tuple[str, ...] = ()
     if not dry_run:
         done = retention.apply()
         doomed, warnings = list(done.deleted), done.warnings
-    freed = sum(sizes.get(step, 0) for step in doomed)
+    freed = bytes_on_disk((found for step in doomed for found in files.get(step, ())), if_deleted=True)
     if as_json:
         body = {"dry_run": dry_run, "policy_from": policy.source, "steps": doomed, "freed_bytes": freed}
         text.print_json({**body, "warnings": list(warnings)})

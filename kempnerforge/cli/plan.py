@@ -240,6 +240,10 @@ def _facts(plan: Plan) -> list[str]:
         f" {size(plan.staged_on_node_bytes)} per node of {plan.ranks_per_node} ranks",
         f"             checkpoint.async_mode {job.checkpoint.async_mode.value}",
     ]
+    if checkpoint.written_bytes < checkpoint.size_bytes:
+        facts.insert(
+            -2, f"             {size(checkpoint.written_bytes)} of it are written again after the first save"
+        )
     if plan.unknown_optimizer:
         facts.append(
             f"optimizer    the state of {job.optimizer.name} is not known and not counted:"

@@ -26,12 +26,13 @@ def print_plan(plan: OwnModelPlan, file: str, memory_gb: float | None) -> None:
         )
     if plan.unknown_optimizer:
         lines.append(f"             the state of the optimizer is not known: {plan.unknown_optimizer}")
-    known = plan.activation_bytes
+    known, written = plan.activation_bytes, checkpoint.written_bytes
     lines += [
         "activations  unknown: the model has no activation_bytes(batch_size, seq_len)"
         if known is None
         else f"activations  {_gb(known)} GB per micro-batch, by the model's activation_bytes()",
-        f"checkpoint   {size(checkpoint.size_bytes)} in {checkpoint.num_files} files",
+        f"checkpoint   {size(checkpoint.size_bytes)} in {checkpoint.num_files} files"
+        + (f"; later saves write {size(written)}" if written < checkpoint.size_bytes else ""),
         f"staging      {size(max(rank.staged_bytes for rank in plan.pipeline))} of host memory per rank,"
         f" {size(plan.staged_on_node_bytes)} per node of {plan.ranks_per_node} ranks",
         _verdict(plan, memory_gb),

@@ -45,7 +45,7 @@ class RunState:
     committed: int | None = None
     """Newest committed step."""
     size_bytes: int = 0
-    """Size of the files in its committed steps."""
+    """Size of the files in its committed steps. One that several steps link to counts once."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the state with plain types."""
@@ -116,13 +116,16 @@ def _read_checkpoints(state: RunState, checkpoints: Path, start: Mapping[str, An
     except FileNotFoundError:
         steps = []
     state.committed = max(steps, default=None)
+    sizes: dict[int, int] = {}
     for step in steps:
         try:
             with os.scandir(checkpoints / paths.step_name(step)) as entries:
-                state.size_bytes += sum(entry.stat().st_size for entry in entries if entry.is_file())
+                for found in (entry.stat() for entry in entries if entry.is_file()):
+                    sizes[found.st_ino] = found.st_size
         except FileNotFoundError:  # retention deleted it meanwhile
             continue
     config = start.get("config")
+    state.size_bytes = sum(sizes.values())
     last = config.get("train.max_steps") if isinstance(config, dict) else None
     if last is None and state.committed is not None:
         last = _stored_max_steps(checkpoints / paths.step_name(state.committed) / paths.CONFIG)

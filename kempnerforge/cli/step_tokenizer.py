@@ -30,6 +30,8 @@ class StepTokens:
     tokenizer: Tokenizer | None
     separator_id: int | None
     """The id after every document in training."""
+    bos_id: int | None = None
+    """The id before every document in training."""
     imported: dict[str, Any] = field(default_factory=dict)
     """The settings of the imported model with whose weights training began; empty without one."""
 
@@ -40,8 +42,13 @@ class StepTokens:
 
     @property
     def bos_token_id(self) -> int | None:
-        """The BOS token of the imported model, else the separator, which training has before documents."""
-        return self.imported["bos_token_id"] if self.imported else self.separator_id
+        """The BOS token of the imported model, else that of the data.
+
+        Data without one have the separator before documents.
+        """
+        if self.imported:
+            return self.imported["bos_token_id"]
+        return self.bos_id if self.bos_id is not None else self.separator_id
 
     @property
     def end_tokens(self) -> set[int]:
@@ -68,7 +75,9 @@ def find_tokens(
     separator_id = _separator(view, config)
     if separator_id is None and tokenizer is not None:
         separator_id = tokenizer.separator_id
-    return StepTokens(tokenizer, separator_id, imported if _has_special_tokens(imported) else {})
+    bos = view.manifest.provenance.tokenizer.get("bos_id", "")
+    bos_id = int(bos) if bos.isdecimal() else None
+    return StepTokens(tokenizer, separator_id, bos_id, imported if _has_special_tokens(imported) else {})
 
 
 def _has_special_tokens(imported: Mapping[str, Any]) -> bool:
@@ -104,7 +113,8 @@ def _find_tokenizer(
     if requested is None and file is not None and not file.is_file():
         note(f"the tokenizer {file} does not exist; {GIVE_IT}")
         return None
-    found = load_tokenizer(path)
+    eos = data.get("eos_token") if requested is None and data.get("text") is not None else None
+    found = load_tokenizer(path, eos=None if eos is None else str(eos))
     # An imported model's step records no tokenizer: the file is in the folder that was imported.
     if requested is not None or data:
         _compare(path, found.digest, recorded.get("digest"), is_requested=requested is not None, note=note)

@@ -12,6 +12,7 @@ from kempnerforge.config.data_sources import DataPhaseConfig, DataSourceConfig, 
 from kempnerforge.config.path_text import expand
 from kempnerforge.config.section import Arguments, AtLeastZero, FractionBelowOne, NonEmpty, Section
 
+DataFormat = Literal["text", "prompt_completion", "chat"]
 PackingMethod = Literal["contiguous", "best_fit"]
 
 
@@ -30,7 +31,7 @@ class DataConfig(Section):
 
     text: Text | None = None
     """Text to tokenize at the first start: "python-stdlib" (the sources of Python's standard
-    library), or paths and globs of text files."""
+    library), or paths and globs of files: text, .jsonl, .parquet, and .gz or .zst of them."""
 
     dataset_path: NonEmpty | None = None
     """Prepared tokens: a folder written by `kempnerforge data prepare`, or .npy token shards."""
@@ -55,13 +56,48 @@ class DataConfig(Section):
     """Tokenizer for text: "bytes", or the path of a Hugging Face tokenizer.json. Used with text
     only."""
 
+    text_field: NonEmpty = "text"
+    """Field of a JSON line, or column of a table, that has the text of a document."""
+
+    document_separator: NonEmpty | None = None
+    """Text between the documents of a text file, such as "<|endoftext|>". None: each text file is one
+    document."""
+
+    skip_unreadable: bool = False
+    """Leave out text that cannot be read (encoding, a damaged file, a missing field), and count and name
+    it, instead of refusing it."""
+
+    eos_token: NonEmpty | None = None
+    """Token of the tokenizer that ends each document. None: the one that the tokenizer's files name."""
+
+    bos_token: NonEmpty | None = None
+    """Token of the tokenizer that begins each document. None: no token does."""
+
+    format: DataFormat = "text"
+    """What the files of text have: "text", or records for fine-tuning in JSON Lines, parquet or arrow.
+    "prompt_completion": the loss is that of completions. "chat": messages through a chat template, and
+    the loss is that of what the assistant says."""
+
+    prompt_field: NonEmpty = "prompt"
+    """Field of the prompt, with format = "prompt_completion"."""
+
+    completion_field: NonEmpty = "completion"
+    """Field of the completion, with format = "prompt_completion"."""
+
+    messages_field: NonEmpty = "messages"
+    """Field of the messages, with format = "chat"."""
+
+    chat_template: NonEmpty | None = None
+    """Jinja file of the chat template, with format = "chat". None means the template of the tokenizer: its
+    chat_template.jinja, or chat_template in its tokenizer_config.json."""
+
     cache_dir: NonEmpty | None = None
     """Folder for prepared text and packings, shared by all nodes. None means $XDG_CACHE_HOME/kempnerforge or
     ~/.cache/kempnerforge."""
 
     val_fraction: FractionBelowOne = 0.01
-    """Fraction of the text, or of the samples of dataset, to hold out for validation. Not used with
-    val."""
+    """Fraction of the bytes of text, or of the samples of dataset, to hold out for validation. Not
+    used with val."""
 
     document_mask: bool = False
     """Keep attention within documents, and let positions begin at 0 in each. The target after the last

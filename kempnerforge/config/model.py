@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
@@ -11,6 +12,8 @@ from kempnerforge.config.section import Arguments, AtLeastOne, NonEmpty, Positiv
 
 FFN_MULTIPLE_OF = 256
 LLAMA = "llama"
+COMMON_KEYS = ("name", "args", "freeze")
+"""Keys that a model of the user's may have."""
 
 
 class RopeScalingConfig(Section):
@@ -34,7 +37,7 @@ class RopeScalingConfig(Section):
 class ModelConfig(Section):
     """The model: KempnerForge's Llama-style decoder, or one of your own.
 
-    All keys but ``name`` and ``args`` are of "llama".
+    All keys but ``name``, ``args`` and ``freeze`` are of "llama".
     """
 
     name: NonEmpty = LLAMA
@@ -43,6 +46,11 @@ class ModelConfig(Section):
 
     args: Arguments = Field(default_factory=dict)
     """Keyword arguments of a model of your own."""
+
+    freeze: list[NonEmpty] = Field(default_factory=list)
+    """Regular expressions, searched in the names of parameters, such as ["embeddings"]. Parameters
+    that match one are not trained: they have no gradient and no optimizer state, and saves link their
+    files instead of writing them again. See docs/guide/checkpoints.md."""
 
     dim: AtLeastOne = 256
     """Width of the residual stream."""
@@ -90,12 +98,16 @@ class ModelConfig(Section):
         table = handler(self)
         if self.is_llama:
             return {key: value for key, value in table.items() if key != "args"}
-        return {key: table[key] for key in ("name", "args") if key in table}
+        return {key: table[key] for key in COMMON_KEYS if key in table}
 
     @property
     def is_llama(self) -> bool:
         """Whether it is KempnerForge's own model, which the keys of this section describe."""
         return self.name == LLAMA
+
+    def freezes(self, name: str) -> bool:
+        """Return whether ``freeze`` matches the name of a parameter. Its expressions must be valid."""
+        return any(re.search(expression, name) for expression in self.freeze)
 
     @property
     def vocabulary(self) -> int | None:
@@ -144,7 +156,7 @@ class ModelConfig(Section):
 
     @property
     def num_parameters(self) -> int:
-        """Exact number of trainable parameters; a tied output layer is counted once."""
+        """Exact number of parameters; a tied output layer is counted once."""
         layers = self.n_layers * sum(map(math.prod, self.layer_shapes.values()))
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return layers + self.dim + embeddings

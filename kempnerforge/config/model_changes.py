@@ -53,7 +53,7 @@ def _parse(table: Mapping[str, Any]) -> ModelConfig | None:
 
 def _meaning(model: ModelConfig) -> dict[str, Any]:
     if not model.is_llama:
-        return {f"args.{key}": value for key, value in model.args.items()}
+        return {**{f"args.{key}": value for key, value in model.args.items()}, "freeze": model.freeze}
     resolved = {
         "n_kv_heads": model.kv_heads,
         "head_dim": model.resolved_head_dim,

@@ -47,8 +47,7 @@ def optimizer_groups_are_valid(optimizer: OptimizerConfig) -> list[ConfigIssue]:
         try:
             re.compile(group.match)
         except re.error as error:
-            problem = f'"{group.match}" is not a regular expression: {error}'
-            faults.append(ConfigIssue(f"{where}.match", problem, "write . as \\\\. to match a dot"))
+            faults.append(_not_an_expression(f"{where}.match", group.match, error))
         if group.lr is not None and group.lr_scale is not None:
             faults.append(
                 ConfigIssue(f"{where}.lr_scale", "lr and lr_scale are both set", "leave one of them out")
@@ -60,26 +59,70 @@ def optimizer_groups_match(model: ModelConfig, optimizer: OptimizerConfig) -> li
     """Require a parameter for each group. The names of a model of the user's are known once it is built."""
     if not model.is_llama or optimizer_groups_are_valid(optimizer):
         return []
-    return unmatched_groups(optimizer.groups, llama_names(model))
+    if freeze_issues(model.freeze, None):
+        return []
+    names = llama_names(model)
+    trained = [name for name in names if not model.freezes(name)]
+    return unmatched_groups(optimizer.groups, trained, filter(model.freezes, names))
 
 
-def unmatched_groups(groups: Sequence[OptimizerGroupConfig], names: Iterable[str]) -> list[ConfigIssue]:
-    """Return an issue for each group that is the first match of no name."""
-    names = list(names)
+def model_freeze_matches(model: ModelConfig) -> list[ConfigIssue]:
+    """Require valid expressions. For "llama", each matches a parameter, and one is left to train."""
+    issues = freeze_issues(model.freeze, llama_names(model) if model.is_llama else None)
+    if not issues and model.is_llama and all(map(model.freezes, llama_names(model))):
+        issues = [ConfigIssue("model.freeze", "matches every parameter", "leave one to train")]
+    return issues
+
+
+def freeze_issues(expressions: Sequence[str], names: Iterable[str] | None) -> list[ConfigIssue]:
+    """Return an issue for each invalid expression, and for each that matches none of ``names``, if known."""
+    known = list(names or ())
+    faults = []
+    for index, expression in enumerate(expressions):
+        key = f"model.freeze[{index}]"
+        try:
+            pattern = re.compile(expression)
+        except re.error as error:
+            faults.append(_not_an_expression(key, expression, error))
+            continue
+        if names is not None and not any(map(pattern.search, known)):
+            faults.append(_no_match(key, expression, known))
+    return faults
+
+
+def _not_an_expression(key: str, expression: str, error: re.error) -> ConfigIssue:
+    problem = f'"{expression}" is not a regular expression: {error}'
+    return ConfigIssue(key, problem, "write . as \\\\. to match a dot")
+
+
+def _no_match(key: str, expression: str, names: Sequence[str]) -> ConfigIssue:
+    close = nearest(expression, names)
+    hint = f"did you mean {close}?" if close else f"parameters are {', '.join(names[:SHOWN])}, ..."
+    return ConfigIssue(key, f'"{expression}" matches no parameter', hint)
+
+
+def unmatched_groups(
+    groups: Sequence[OptimizerGroupConfig], names: Iterable[str], frozen: Iterable[str] = ()
+) -> list[ConfigIssue]:
+    """Return an issue for each group that is the first match of no name. ``frozen`` names are in no group."""
+    names, frozen = list(names), list(frozen)
     first = [group_of(name, groups) for name in names]
     faults = []
     for index, group in enumerate(groups):
         if index in first:
             continue
+        key = f"optimizer.groups[{index}].match"
         taken = [name for name in names if re.search(group.match, name)]
+        still = [name for name in frozen if re.search(group.match, name)]
         if taken:
             problem = f'"{group.match}" matches only parameters of earlier groups, such as {taken[0]}'
             hint = "the first group that matches is used: put this one before"
+            faults.append(ConfigIssue(key, problem, hint))
+        elif still:
+            problem = f'"{group.match}" matches only frozen parameters, such as {still[0]}'
+            faults.append(ConfigIssue(key, problem, "leave the group out, or change model.freeze"))
         else:
-            problem = f'"{group.match}" matches no parameter'
-            close = nearest(group.match, names)
-            hint = f"did you mean {close}?" if close else f"parameters are {', '.join(names[:SHOWN])}, ..."
-        faults.append(ConfigIssue(f"optimizer.groups[{index}].match", problem, hint))
+            faults.append(_no_match(key, group.match, names))
     return faults
 
 
@@ -119,6 +162,7 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     scheduler_is_known,
     optimizer_args_are_no_keys,
     optimizer_groups_are_valid,
+    model_freeze_matches,
     optimizer_groups_match,
     scheduler_keys_apply,
 )

@@ -16,7 +16,7 @@ from kempnerforge.config.data import DataConfig
 from kempnerforge.config.data_sources import phase_issues, source_issues
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.evaluation import EvalConfig
-from kempnerforge.config.model import ModelConfig
+from kempnerforge.config.model import COMMON_KEYS, ModelConfig
 from kempnerforge.config.parallel_dims import batch_faults, derive_geometry, microbatch_faults
 from kempnerforge.config.pipeline_stages import STAGES_PER_RANK, num_stages
 from kempnerforge.config.run import PLACEHOLDER, PLACEHOLDERS, RunConfig, unfilled_placeholders
@@ -53,7 +53,7 @@ def run_dir_expands(run: RunConfig, environ: Mapping[str, str] | None) -> list[C
 
 
 def model_keys_apply(model: ModelConfig) -> list[ConfigIssue]:
-    """Require ``name`` and ``args`` alone for a model of the user's, and no ``args`` for "llama"."""
+    """Require ``COMMON_KEYS`` alone for a model of the user's, and no ``args`` for "llama"."""
     if model.is_llama:
         if not model.args:
             return []
@@ -66,7 +66,7 @@ def model_keys_apply(model: ModelConfig) -> list[ConfigIssue]:
             f'is a key of "llama", and model.name is "{model.name}"',
             f"write model.args.{key}",
         )
-        for key in sorted(model.model_fields_set - {"name", "args"})
+        for key in sorted(model.model_fields_set.difference(COMMON_KEYS))
     ]
 
 
@@ -178,6 +178,42 @@ def sources_are_read(data: DataConfig, eval: EvalConfig) -> list[ConfigIssue]:
         for i, source in enumerate(data.sources)
         if source.name not in drawn
     ]
+
+
+FORMAT_KEYS = {
+    "prompt_field": "prompt_completion",
+    "completion_field": "prompt_completion",
+    "messages_field": "chat",
+    "chat_template": "chat",
+    "text_field": "text",
+    "document_separator": "text",
+}
+"""Keys of one data.format alone."""
+
+
+def format_fits_data(data: DataConfig) -> list[ConfigIssue]:
+    """Require text for a format of records, a template for chat, and no keys of other formats."""
+    faults = [
+        ConfigIssue(f"data.{key}", f'has no effect without data.format = "{wanted}"', "leave it out")
+        for key, wanted in FORMAT_KEYS.items()
+        if data.format != wanted and getattr(data, key) != DataConfig.model_fields[key].default
+    ]
+    if data.format == "text":
+        return faults
+    if data.format == "chat" and data.bos_token is not None:
+        problem = "has no effect on chats: the chat template writes the token that begins a conversation"
+        faults.append(ConfigIssue("data.bos_token", problem, "leave it out"))
+    other = next((key for key in ("dataset_path", "dataset") if getattr(data, key) is not None), None)
+    if other is not None:
+        problem = f'"{data.format}" is a format of data.text, and data.{other} is set'
+        faults.append(ConfigIssue("data.format", problem, "leave it out"))
+    elif data.sources and all(source.text is None for source in data.sources):
+        problem = f'"{data.format}" is a format of text, and all data.sources have prepared tokens'
+        faults.append(ConfigIssue("data.format", problem, "leave it out"))
+    elif data.format == "chat" and data.tokenizer == "bytes":
+        problem = '"bytes" has no chat template, which data.format = "chat" needs'
+        faults.append(ConfigIssue("data.tokenizer", problem, "name the folder of a tokenizer.json"))
+    return faults
 
 
 def documents_are_known(data: DataConfig) -> list[ConfigIssue]:
@@ -343,6 +379,7 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     data_has_one_source,
     mixture_is_valid,
     sources_are_read,
+    format_fits_data,
     documents_are_known,
     vocabulary_fits,
     validation_has_data,

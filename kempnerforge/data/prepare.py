@@ -1,44 +1,66 @@
-"""Tokenise text into a prepared folder, which is written under a temporary name and then renamed.
+"""Tokenize text into a prepared folder, which is written under a temporary name and then renamed.
 
-See :mod:`kempnerforge.data.index` for its content. This module does not import torch.
+See :mod:`kempnerforge.data.index` for its content. Beside it, while it is being written::
+
+    .NAME.KEY.parts/          the parts that are finished; the same command goes on with them
+    .NAME.PID.RANDOM.tmp/     the shards of one process, until they are renamed to NAME
+
+KEY is a digest of the text and of everything on which the tokens depend. So a process that prepares
+the same at the same time only saves work, and other text never meets parts that are not its own.
+This module does not import torch.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import glob
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from kempnerforge.data.corpus import Corpus, read_document, scan_corpus
-from kempnerforge.data.index import FORMAT, INDEX_NAME, Index, SplitEntry, json_digest
-from kempnerforge.data.shard_writer import ShardWriter
-from kempnerforge.data.tokenizer import BYTES, Tokenizer, token_dtype
-from kempnerforge.data.train_val_split import DocumentPart, line_end_before, split_documents
+from kempnerforge.data.assembly import Assembly
+from kempnerforge.data.encoding import KNOWN_SEPARATORS, Encoder, TextEncoder
+from kempnerforge.data.index import (
+    FORMAT,
+    INDEX_NAME,
+    NAMED_LEFT_OUT,
+    Index,
+    LeftOut,
+    TextSettings,
+    json_digest,
+    read_index,
+)
+from kempnerforge.data.prepare_progress import OnProgress, Reporter
+from kempnerforge.data.prepare_workers import write_parts
+from kempnerforge.data.reading.files import FoundFiles, digest_file, find_files
+from kempnerforge.data.reading.options import ReadOptions
+from kempnerforge.data.reading.units import Unit, units_of
+from kempnerforge.data.token_parts import Part, Stamp, Task, make_tasks
+from kempnerforge.data.tokenizer import BY_OPTION, HfTokenizer, Tokenizer, token_dtype
 from kempnerforge.errors import DataError
 from kempnerforge.fsio import fsync_folder, make_folder, new_folder, publish, write_new_file
+
+log = logging.getLogger(__name__)
 
 SHARD_TOKENS = 128 << 20
 """Tokens per shard."""
 
-PIECE_BYTES = 256 << 10
-"""Longer documents are tokenised in pieces, cut at line ends, because the time that a tokenizer
-takes grows faster than linearly with the length of a text."""
+TASK_BYTES = 8 << 20
+"""Bytes of files that one process tokenizes before it takes the next. What is not finished is repeated
+after a kill."""
 
-BATCH_BYTES = 8 << 20
-"""Bytes of text per call of the tokenizer, which processes the pieces in parallel."""
-
-ABANDONED_AFTER_S = 24 * 3600.0
+ABANDONED_AFTER_S = 7 * 24 * 3600.0
 """A temporary folder without a write for this long was left by a killed process."""
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes of text that are done and the total."""
+TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>")
+"""Tokens that instruct models write after a turn, not after a document."""
+
+MakeEncoder = Callable[[Tokenizer, ReadOptions], Encoder]
 
 
 def prepare(
@@ -46,21 +68,26 @@ def prepare(
     folder: Path,
     tokenizer: Tokenizer,
     *,
+    options: ReadOptions | None = None,
+    make_encoder: MakeEncoder = TextEncoder,
     val_fraction: float = 0.01,
     shard_tokens: int = SHARD_TOKENS,
-    progress: Progress | None = None,
+    workers: int | None = None,
+    progress: OnProgress | None = None,
 ) -> Index:
-    """Tokenise ``text`` (see :func:`~kempnerforge.data.corpus.scan_corpus`) into the new folder ``folder``.
+    """Tokenize ``text``, as :func:`~kempnerforge.data.reading.files.find_files` takes it, into a new folder.
 
-    The folder appears complete or not at all. The tokenizer's separator follows every document.
+    The folder appears complete or not at all. After a kill, the same call goes on with the parts
+    that were finished. Its bytes do not depend on that, nor on ``workers``, the number of processes
+    (None: one for each processor).
 
     Raises :class:`DataError` if the text cannot be read, ``folder`` exists and is not empty, or it
     cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and is not an empty folder; name another, or delete it first")
-    corpus = scan_corpus(text)
-    job = _Preparation(corpus, tokenizer, val_fraction, shard_tokens, progress)
+    encoder = make_encoder(tokenizer, options or ReadOptions())
+    job = _Preparation(_Source.find(text, encoder), encoder, val_fraction, shard_tokens, workers, progress)
     index = job.write_to(folder)
     if index is None:
         raise DataError(f"{folder} was created by another process in the meantime; name another folder")
@@ -72,158 +99,214 @@ def prepare_cached(
     tokenizer: Tokenizer,
     cache_dir: Path,
     *,
+    options: ReadOptions | None = None,
+    make_encoder: MakeEncoder = TextEncoder,
     val_fraction: float = 0.01,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> Path:
     """Return the prepared folder of ``text`` below ``cache_dir``; create it if it does not exist.
 
-    Its name is a digest of every document's content, the tokenizer, ``val_fraction`` and the
-    format, so changed text or another tokenizer gives another folder. Several processes may call
-    this at once: all get the folder that was published first.
+    Its name is a digest of every file's content, the tokenizer, the options, ``val_fraction`` and
+    the format, so changed text or another tokenizer gives another folder. Several processes may
+    call this at once: all get the folder that was published first. What was left out is logged.
 
     Raises :class:`DataError` if the text cannot be read or the folder cannot be written.
     """
-    corpus = scan_corpus(text)
-    key = json_digest(
-        {
-            "format": FORMAT,
-            "documents": [document.digest for document in corpus.documents],
-            "tokenizer": tokenizer.digest,
-            "val_fraction": val_fraction,
-        }
-    )
-    folder = cache_dir / f"tokens-{key}"
+    encoder = make_encoder(tokenizer, options or ReadOptions())
+    source = _Source.find(text, encoder)
+    job = _Preparation(source, encoder, val_fraction, SHARD_TOKENS, None, progress)
+    folder = cache_dir / f"tokens-{job.key}"
     if not (folder / INDEX_NAME).is_file():
-        _Preparation(corpus, tokenizer, val_fraction, SHARD_TOKENS, progress).write_to(folder)
+        job.write_to(folder)
+    index = read_index(folder)
+    for line in index.text.notes:
+        log.info(f"data: {line}")
+    for line in (*source.passed_over.lines(), *index.unreadable.lines(), *index.text.warnings):
+        log.warning(f"data: {line}")
     return folder
 
 
 @dataclass(frozen=True)
-class _Preparation:
-    corpus: Corpus
-    tokenizer: Tokenizer
-    val_fraction: float
-    shard_tokens: int
-    progress: Progress | None
+class _Source:
+    """The files of a text setting, with their content as it was when they were found."""
 
-    def write_to(self, folder: Path) -> Index | None:
-        """Write a temporary folder and publish it. Return None if another process published first."""
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
-        try:
-            make_folder(folder.parent)
-            _remove_abandoned(folder)
-            new_folder(temporary)
-            try:
-                index = self._write_splits(temporary)
-                if self.tokenizer.name != BYTES:
-                    for name, data in self.tokenizer.files().items():
-                        write_new_file(temporary / name, data)
-                write_new_file(temporary / INDEX_NAME, index.to_json())
-                fsync_folder(temporary)
-                published = _publish_first(temporary, folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        except OSError as error:
-            raise DataError(
-                f"cannot write prepared tokens to {folder}: {error.strerror or error}; "
-                "set --out or data.cache_dir to a writable folder with enough free space"
-            ) from error
-        return index if published else None
+    found: FoundFiles
+    stamps: tuple[Stamp, ...]
+    digests: tuple[str, ...]
+    units: tuple[tuple[Unit, Stamp], ...]
 
-    def _write_splits(self, folder: Path) -> Index:
-        dtype = token_dtype(self.tokenizer.vocab_size)
-        report = _Reporter(self.corpus.size_bytes, self.progress)
-        splits: dict[str, SplitEntry] = {}
-        num_not_utf8 = 0
-        for name, parts in split_documents(self.corpus.documents, self.val_fraction).items():
-            writer = ShardWriter(folder, name, dtype, self.shard_tokens)
-            try:
-                num_not_utf8 += self._write_parts(writer, parts, report)
-                splits[name] = writer.close()
-            finally:
-                writer.abandon()
-        return Index(
-            dtype=dtype.name,
-            vocab_size=self.tokenizer.vocab_size,
-            separator_id=self.tokenizer.separator_id,
-            tokenizer=self.tokenizer.name,
-            tokenizer_digest=self.tokenizer.digest,
-            val_fraction=self.val_fraction,
-            num_empty=self.corpus.num_empty,
-            num_binary=self.corpus.num_binary,
-            num_not_utf8=num_not_utf8,
-            splits=splits,
+    @classmethod
+    def find(cls, text: str | Sequence[str], encoder: Encoder) -> _Source:
+        found = find_files(text)
+        found.require_text()
+        stamps = tuple(Stamp.of(file.path) for file in found.files)
+        units = tuple(
+            (unit, stamp)
+            for file, stamp in zip(found.files, stamps, strict=True)
+            for unit in units_of(file, encoder.options)
         )
+        return cls(found, stamps, tuple(digest_file(file.path) for file in found.files), units)
 
-    def _write_parts(self, writer: ShardWriter, parts: list[DocumentPart], report: _Reporter) -> int:
-        """Tokenise ``parts``. Return how many of them have bytes that the tokenizer cannot read."""
-        separator = np.array([self.tokenizer.separator_id])
-        num_not_utf8 = 0
-        broken = False
-        for batch in _batches(_pieces(parts)):
-            encoded = self.tokenizer.encode_batch([piece.content for piece in batch])
-            for piece, ids in zip(batch, encoded, strict=True):
-                writer.write(ids)
-                broken = broken or (self.tokenizer.reads_utf8 and not _is_utf8(piece.content))
-                if piece.ends_document:
-                    writer.write(separator)
-                    writer.end_document()
-                    num_not_utf8 += broken
-                    broken = False
-            report.add(sum(len(piece.content) for piece in batch))
-        return num_not_utf8
-
-
-class _Reporter:
-    """Sums the finished bytes over all splits for the caller's progress callback."""
-
-    def __init__(self, total_bytes: int, progress: Progress | None) -> None:
-        self._total_bytes = total_bytes
-        self._progress = progress
-        self._done_bytes = 0
-
-    def add(self, size_bytes: int) -> None:
-        self._done_bytes += size_bytes
-        if self._progress is not None:
-            self._progress(self._done_bytes, self._total_bytes)
+    @property
+    def passed_over(self) -> LeftOut:
+        return LeftOut.of((str(file.path), file.reason) for file in self.found.passed_over)
 
 
 @dataclass(frozen=True)
-class _Piece:
-    content: bytes
-    ends_document: bool
+class _Preparation:
+    source: _Source
+    encoder: Encoder
+    val_fraction: float
+    shard_tokens: int
+    workers: int | None
+    progress: OnProgress | None
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Digest of the text and of everything on which the tokens and the splits depend."""
+        files = zip(self.source.found.files, self.source.digests, strict=True)
+        return json_digest(
+            {
+                "format": FORMAT,
+                "files": [[digest, file.format, file.compression] for file, digest in files],
+                "encoder": self.encoder.key(),
+                "val_fraction": self.val_fraction,
+            }
+        )
+
+    def write_to(self, folder: Path) -> Index | None:
+        """Write the parts, then a temporary folder, and publish it.
+
+        Return None if another process published first.
+        """
+        parts = folder.with_name(f".{folder.name}.{self.key}.parts")
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+        try:
+            make_folder(folder.parent)
+            _remove_abandoned(folder, but=parts)
+            make_folder(parts)
+            tasks = make_tasks(self.source.units, TASK_BYTES)
+            self._write_parts(tasks, parts)
+            new_folder(temporary)
+            index = self._assemble(tasks, parts, temporary)
+            published = _publish_first(temporary, folder)
+        except OSError as error:
+            if (folder / INDEX_NAME).is_file():  # another process has published, and removed the parts
+                return None
+            kept = f"; finished parts are kept in {parts}" if parts.is_dir() else ""
+            raise DataError(
+                f"cannot write prepared tokens to {folder}: {error.strerror or error}{kept}. "
+                "Free space and run the same command to go on, or set --out or data.cache_dir to a "
+                "writable folder with enough free space"
+            ) from error
+        except DataError:
+            shutil.rmtree(parts, ignore_errors=True)
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(parts, ignore_errors=True)
+        return index if published else None
+
+    def _write_parts(self, tasks: Sequence[Task], parts: Path) -> None:
+        reporter = Reporter(self.source.found.size_bytes, self.progress)
+        write_parts(
+            tasks,
+            self.encoder,
+            parts,
+            workers=self.workers,
+            report=reporter.add,
+            finished=reporter.finish,
+        )
+
+    def _assemble(self, tasks: Sequence[Task], parts: Path, folder: Path) -> Index:
+        unreadable, warnings = self._notes([Part.read(parts / task.name) for task in tasks])
+        assembly = Assembly(tasks, parts, self.encoder, self.val_fraction)
+        _require_documents(assembly.num_documents, unreadable)
+        tokenizer, options = self.encoder.tokenizer, self.encoder.options
+        special = tokenizer.special
+        index = Index(
+            dtype=token_dtype(tokenizer.vocab_size).name,
+            vocab_size=tokenizer.vocab_size,
+            separator_id=tokenizer.separator_id,
+            tokenizer=tokenizer.name,
+            tokenizer_digest=tokenizer.digest,
+            val_fraction=self.val_fraction,
+            splits=assembly.write(folder, self.shard_tokens),
+            passed_over=self.source.passed_over,
+            unreadable=unreadable,
+            text=TextSettings(
+                eos_token=special.eos,
+                eos_source=special.eos_source,
+                bos_token=special.bos,
+                bos_id=special.bos_id,
+                unwritten_bos=special.unwritten_bos,
+                format=self.encoder.format,
+                notes=self.encoder.notes,
+                text_field=options.text_field,
+                document_separator=options.document_separator,
+                skip_unreadable=options.skip_unreadable,
+                warnings=tuple(warnings),
+            ),
+        )
+        for name, data in self.encoder.files().items():
+            write_new_file(folder / name, data)
+        write_new_file(folder / INDEX_NAME, index.to_json())
+        fsync_folder(folder)
+        return index
+
+    def _notes(self, parts: Sequence[Part]) -> tuple[LeftOut, list[str]]:
+        """Return what could not be read, and the warnings."""
+        counts: dict[str, int] = {}
+        first: list[tuple[str, str]] = []
+        separators: dict[str, str] = {}
+        notices: dict[str, str] = {}
+        for part in parts:
+            for reason, count in part.unreadable.items():
+                counts[reason] = counts.get(reason, 0) + count
+            first += part.first_unreadable[: NAMED_LEFT_OUT - len(first)]
+            for separator, path in part.separators.items():
+                separators.setdefault(separator, path)
+            notices = part.notices | notices
+        notes = [f"{file.path}: {file.note}" for file in self.source.found.files if file.note]
+        warnings = notes[:NAMED_LEFT_OUT]
+        warnings += [
+            f"{path} contains the text {separator}: if it separates documents, set "
+            f"data.document_separator (--document-separator)"
+            for separator, path in separators.items()
+        ]
+        warnings += notices.values()
+        if self.encoder.format != "chat":  # where the template writes the ends
+            warnings += turn_end_warnings(self.encoder.tokenizer)
+        return LeftOut(counts, tuple(first)), warnings
 
 
-def _pieces(parts: list[DocumentPart]) -> Iterator[_Piece]:
-    for part in parts:
-        content = read_document(part.document)[part.start : part.end]
-        start = 0
-        while len(content) - start > PIECE_BYTES:
-            cut = line_end_before(content, start, start + PIECE_BYTES)
-            yield _Piece(content[start:cut], ends_document=False)
-            start = cut
-        yield _Piece(content[start:], ends_document=True)
+def turn_end_warnings(tokenizer: Tokenizer) -> list[str]:
+    """Return a warning if documents end with a token that instruct models write after a turn."""
+    special = tokenizer.special
+    if (
+        not isinstance(tokenizer, HfTokenizer)
+        or special.eos not in TURN_ENDS
+        or special.eos_source == BY_OPTION
+    ):
+        return []
+    others = [token for token in KNOWN_SEPARATORS if tokenizer.has_token(token)]
+    return [
+        f"documents end with {special.eos}, which {special.eos_source} names and instruct models write after "
+        f"a turn. The vocabulary also has {token}: to end documents with it, set data.eos_token (--eos-token)"
+        for token in others[:1]
+    ]
 
 
-def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
-    batch: list[_Piece] = []
-    size_bytes = 0
-    for piece in pieces:
-        batch.append(piece)
-        size_bytes += len(piece.content)
-        if size_bytes >= BATCH_BYTES:
-            yield batch
-            batch, size_bytes = [], 0
-    if batch:
-        yield batch
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
+def _require_documents(num_documents: int, unreadable: LeftOut) -> None:
+    if num_documents > unreadable.total:
+        return
+    if not unreadable.total:
+        raise DataError("the text has no documents: all files are empty or have only white space")
+    lines = "\n".join(unreadable.lines())
+    raise DataError(
+        f"most of the text cannot be read: {num_documents:,} documents were read, and {unreadable.total:,} "
+        f"were not\n{lines}"
+    )
 
 
 def _publish_first(temporary: Path, folder: Path) -> bool:
@@ -239,12 +322,14 @@ def _publish_first(temporary: Path, folder: Path) -> bool:
     return True
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the temporary folders for ``folder`` whose writers were killed long ago."""
-    for temporary in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
-        try:
-            newest = max(path.stat().st_mtime for path in (temporary, *temporary.iterdir()))
-        except FileNotFoundError:
-            continue  # its writer has just removed or published it
-        if time.time() - newest > ABANDONED_AFTER_S:
-            shutil.rmtree(temporary, ignore_errors=True)
+def _remove_abandoned(folder: Path, *, but: Path) -> None:
+    """Remove the temporary folders for ``folder`` whose writers were killed long ago, all ``but`` one."""
+    name = glob.escape(folder.name)
+    for pattern in (f".{name}.*.tmp", f".{name}.*.parts"):
+        for temporary in folder.parent.glob(pattern):
+            try:
+                newest = max(path.stat().st_mtime for path in (temporary, *temporary.iterdir()))
+            except FileNotFoundError:
+                continue  # its writer has just removed or published it
+            if time.time() - newest > ABANDONED_AFTER_S and temporary != but:
+                shutil.rmtree(temporary, ignore_errors=True)

@@ -6,7 +6,9 @@ This module does not import torch, and imports ``tokenizers`` only to load a ``t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,8 +43,28 @@ BYTES_EOS = "<|endoftext|>"
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+BY_OPTION = "an option"
+"""The source of a token that the user named."""
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
 SIBLINGS = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 """Files beside a ``tokenizer.json`` that belong to it."""
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The special tokens of prepared data."""
+
+    eos: str
+    """Ends each document."""
+    eos_source: str
+    """What named it: a file, an option, or the list of well-known tokens."""
+    bos: str | None = None
+    """Begins each document. None: no token does."""
+    bos_id: int | None = None
+    unwritten_bos: str | None = None
+    """The ``bos_token`` of the tokenizer's files, if none is written."""
 
 
 class Tokenizer(Protocol):
@@ -64,6 +86,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def special(self) -> SpecialTokens:
+        """The special tokens that are written, and what named them."""
+        ...
+
+    @property
     def digest(self) -> str:
         """A digest that changes whenever the same text could give other ids."""
         ...
@@ -79,6 +106,10 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return the ids of every text, as :meth:`encode` does."""
+        ...
+
+    def token_bytes(self) -> list[bytes]:
+        """Return the UTF-8 bytes that each id stands for, as well as they are known without context."""
         ...
 
     def decoder(self, context: Sequence[int] = ()) -> TextDecoder:
@@ -102,6 +133,7 @@ class ByteTokenizer:
     vocab_size = 257
     separator_id = 256
     reads_utf8 = False
+    special = SpecialTokens(BYTES_EOS, "the built-in tokenizer")
 
     @property
     def digest(self) -> str:
@@ -116,6 +148,10 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return the ids of every text, uint16 [num_bytes] each."""
         return [self.encode(text) for text in texts]
+
+    def token_bytes(self) -> list[bytes]:
+        """Return the byte of each id, and no bytes for the separator."""
+        return [*(bytes([byte]) for byte in range(256)), b""]
 
     def decoder(self, context: Sequence[int] = ()) -> TextDecoder:
         """Return a decoder of bytes. ``context`` changes nothing."""
@@ -164,12 +200,16 @@ class HfTokenizer:
     special tokens in the text as plain text: only :mod:`~kempnerforge.data.prepare` writes
     separators.
 
-    Raises :class:`DataError` if the file cannot be read or no end-of-text token is found.
+    ``eos`` and ``bos`` are the texts of the tokens that end and begin documents. None: the
+    end-of-text token is looked for in the files, and nothing begins a document.
+
+    Raises :class:`DataError` if the file cannot be read, no end-of-text token is found, or a token
+    is not in the vocabulary.
     """
 
     reads_utf8 = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, eos: str | None = None, bos: str | None = None) -> None:
         self.path = path
         raw = _read_tokenizer_file(path)
         self._raw = raw
@@ -178,8 +218,8 @@ class HfTokenizer:
         if not vocabulary:
             raise DataError(f"{path}: the tokenizer has an empty vocabulary")
         self.vocab_size: int = max(vocabulary.values()) + 1
-        self._eos = _find_eos(path, vocabulary)
-        self.separator_id: int = vocabulary[self._eos]
+        self.special = _special_tokens(path, vocabulary, eos, bos)
+        self.separator_id: int = vocabulary[self.special.eos]
         self.name = f"{path.parent.name}/{path.name}" if path.parent.name else path.name
         self.digest: str = xxhash.xxh3_128_hexdigest(raw + b"\0separator %d" % self.separator_id)
         self._dtype = token_dtype(self.vocab_size).newbyteorder("=")
@@ -195,12 +235,40 @@ class HfTokenizer:
         encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=self._dtype) for encoding in encodings]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_tokenizer"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tokenizer = _parse_tokenizer(self.path, self._raw)
+
+    def has_token(self, text: str) -> bool:
+        """Return whether ``text`` is one token of the vocabulary."""
+        return self._tokenizer.token_to_id(text) is not None
+
+    def token_bytes(self) -> list[bytes]:
+        """Return the bytes of each id: exact for byte-level tokenizers that do not normalize."""
+        of_character = (
+            {char: byte for byte, char in _byte_characters()} if b'"ByteLevel"' in self._raw else {}
+        )
+        found = [b""] * self.vocab_size
+        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if of_character and of_character.keys() >= set(token):
+                found[number] = bytes(of_character[char] for char in token)
+            elif byte := _BYTE_TOKEN.fullmatch(token):
+                found[number] = bytes([int(byte[1], 16)])
+            else:
+                found[number] = token.replace("\u2581", " ").encode()
+        return found
+
     def decoder(self, context: Sequence[int] = ()) -> TextDecoder:
         """Return a decoder of the ids that follow ``context``, which decides on spaces between words."""
         return WindowDecoder(self._tokenizer, context)
 
     def files(self) -> dict[str, bytes]:
         """Return the file and those that belong to it. Without a ``tokenizer_config.json``, make one.
+
+        It names the tokens that were given as ``eos`` and ``bos``.
 
         Raises :class:`DataError` if one of them cannot be read.
         """
@@ -212,16 +280,33 @@ class HfTokenizer:
                 continue
             except OSError as error:
                 raise DataError(f"{self.path.with_name(name)}: cannot be read: {error.strerror}") from error
-        return {TOKENIZER_CONFIG: _config_bytes(self._eos), **files}
+        files.setdefault(TOKENIZER_CONFIG, _config_bytes(self.special.eos))
+        given = {"bos_token": self.special.bos} if self.special.bos is not None else {}
+        if self.special.eos_source == BY_OPTION:
+            given["eos_token"] = self.special.eos
+        if given:
+            files[TOKENIZER_CONFIG] = _json_bytes({**json.loads(files[TOKENIZER_CONFIG]), **given})
+        return files
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def load_tokenizer(spec: str, *, eos: str | None = None, bos: str | None = None) -> Tokenizer:
     """Return the tokenizer of ``spec``: ``"bytes"``, a ``tokenizer.json``, or a folder with one.
 
-    Raises :class:`DataError` if there is no such file or it is not a usable tokenizer.
+    ``eos`` and ``bos``: as for :class:`HfTokenizer`.
+
+    Raises :class:`DataError` if there is no such file, it is not a usable tokenizer, or it has no
+    such token.
     """
     path = tokenizer_path(spec)
-    return ByteTokenizer() if path is None else HfTokenizer(path)
+    if path is not None:
+        return HfTokenizer(path, eos=eos, bos=bos)
+    for what, token in (("eos", eos), ("bos", bos)):
+        if token is not None:
+            raise DataError(
+                f"{what} token {token!r}: the tokenizer {BYTES} has no tokens with a text; leave out "
+                f"data.{what}_token (--{what}-token), or give a tokenizer.json"
+            )
+    return ByteTokenizer()
 
 
 def tokenizer_path(spec: str) -> Path | None:
@@ -277,36 +362,58 @@ def _parse_tokenizer(path: Path, raw: bytes) -> TokenizersTokenizer:
     return tokenizer
 
 
-def _find_eos(path: Path, vocabulary: dict[str, int]) -> str:
-    """Return the end-of-text token that a file beside ``path`` names, else the first well-known one."""
-    for sibling in SIBLINGS[:2]:
-        named = _named_eos(path.with_name(sibling))
-        if named is None:
-            continue
-        if named not in vocabulary:
+def _special_tokens(
+    path: Path, vocabulary: dict[str, int], eos: str | None, bos: str | None
+) -> SpecialTokens:
+    for what, token in (("eos", eos), ("bos", bos)):
+        if token is not None and token not in vocabulary:
             raise DataError(
-                f"{path.with_name(sibling)}: eos_token {named!r} is not in the vocabulary of {path.name}"
+                f"{what} token {token!r} (data.{what}_token, --{what}-token) is not in the vocabulary "
+                f"of {path}"
             )
-        return named
+    found, source = (eos, BY_OPTION) if eos is not None else _find_eos(path, vocabulary)
+    named = _named_token(path, "bos_token")
+    unwritten = named[0] if bos is None and named is not None and named[0] in vocabulary else None
+    return SpecialTokens(found, source, bos, None if bos is None else vocabulary[bos], unwritten)
+
+
+def _find_eos(path: Path, vocabulary: dict[str, int]) -> tuple[str, str]:
+    """Return the end-of-text token and what named it: a file beside ``path``, else the well-known ones."""
+    if named := _named_token(path, "eos_token"):
+        token, file = named
+        if token not in vocabulary:
+            raise DataError(f"{file}: eos_token {token!r} is not in the vocabulary of {path.name}")
+        return token, file.name
     for name in EOS_NAMES:
         if name in vocabulary:
-            return name
+            return name, "a well-known name, because no file names one"
     raise DataError(
-        f"tokenizer {path}: found no end-of-text token to separate documents with. Put a "
+        f"tokenizer {path}: found no end-of-text token to separate documents with. Name one with "
+        "data.eos_token (--eos-token), or put a "
         'tokenizer_config.json with "eos_token" beside it; without one these are tried: '
         + ", ".join(EOS_NAMES)
     )
 
 
-def _named_eos(path: Path) -> str | None:
-    """Read ``eos_token`` of a tokenizer_config.json: a string, or an object with its text in ``content``."""
+def _named_token(path: Path, key: str) -> tuple[str, Path] | None:
+    """Return the token that the first file beside ``path`` names as ``key``, and that file."""
+    for sibling in SIBLINGS[:2]:
+        file = path.with_name(sibling)
+        named = _token_in(file, key)
+        if named is not None:
+            return named, file
+    return None
+
+
+def _token_in(path: Path, key: str) -> str | None:
+    """Read a token of a tokenizer_config.json: a string, or an object with its text in ``content``."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from error
-    eos = settings.get("eos_token") if isinstance(settings, dict) else None
-    if isinstance(eos, dict):
-        eos = eos.get("content")
-    return eos if isinstance(eos, str) else None
+    token = settings.get(key) if isinstance(settings, dict) else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None

@@ -1,81 +1,141 @@
-"""Choose the documents, or the end of a single one, that are held out for validation."""
+"""Choose the documents, and the ends of documents, that are held out for validation.
+
+The rule, for a ``fraction`` of the bytes of text, decided from sizes and digests alone:
+
+1. Documents that are small against what is held out of their file (at most a twentieth of it) are
+   chosen whole, evenly over the file (:class:`EvenChoice`).
+2. Any other document of which at least ``CUT_BYTES`` are to be held out is cut near its end.
+3. The rest, which are small documents in small files, are chosen whole by their digest: those
+   below a limit, so equal documents are in the same split. The limit is ``fraction`` of all
+   digests if that gives the share of bytes within a tenth, else the nearest on a fixed scale that
+   does (:class:`DigestChoice`).
+4. If no limit does, because there are too few documents, they are all cut instead, together by the
+   share.
+
+1 and 2 depend on one file only. 3 is the same for the document whatever other files there are,
+as long as the limit is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import numpy as np
 
-from kempnerforge.data.corpus import Document, read_document
+TOLERANCE = 0.1
+"""The share of bytes that is held out may differ from the fraction by this part of it."""
+
+SMALL_PART = 0.05
+"""A document is small if it has at most this part of the bytes that are held out of its file."""
+
+CUT_BYTES = 4 << 10
+"""A document is cut if at least so many of its bytes are to be held out."""
+
+CUT_SLACK = 0.04
+"""A cut may hold out this part more or less than asked, to be at the end of a line."""
+MAX_CUT_SLACK_BYTES = 64 << 10
+
+_SCALE = 1.05
+_STEPS = 40
+_DIGESTS = 2.0**64
+
+WHOLE, CUT, POOL = 0, 1, 2
+"""Rules 1, 2 and 3."""
 
 
-@dataclass(frozen=True)
-class DocumentPart:
-    """The bytes ``start`` to ``end`` of a document. ``end`` None means the end of the document."""
+def rules_for(
+    sizes: np.ndarray, file_bytes: int | np.ndarray, fraction: float, *, may_cut: bool = True
+) -> np.ndarray:
+    """Return ``WHOLE``, ``CUT`` or ``POOL`` for each document of a file, uint8 [documents].
 
-    document: Document
-    start: int = 0
-    end: int | None = None
-
-
-def split_documents(documents: Sequence[Document], val_fraction: float) -> dict[str, list[DocumentPart]]:
-    """Assign every document to ``train`` or ``val``, in the given order. Empty splits are omitted.
-
-    A document is held out if its digest, as a fraction of 2^128, is below ``val_fraction``. This
-    selects about that fraction of the documents, and the choice for one document does not change
-    when others are added or moved. Equal documents are in the same split. With two or more
-    different documents each split gets at least one. A single document is cut near its end instead,
-    at a line end.
+    ``sizes`` in bytes [documents]. ``file_bytes`` are the bytes of text of the file, or of the file
+    of each document.
     """
-    if val_fraction <= 0:
-        return {"train": [DocumentPart(document) for document in documents]}
-    if len(documents) == 1:
-        return _cut_document(documents[0], val_fraction)
-    held_out = _held_out({document.digest for document in documents}, val_fraction)
-    splits: dict[str, list[DocumentPart]] = {"train": [], "val": []}
-    for document in documents:
-        splits["val" if document.digest in held_out else "train"].append(DocumentPart(document))
-    return {name: parts for name, parts in splits.items() if parts}
+    rules = np.full(sizes.size, POOL, dtype=np.uint8)
+    if may_cut:
+        rules[sizes * fraction >= CUT_BYTES] = CUT
+    rules[sizes <= file_bytes * fraction * SMALL_PART] = WHOLE
+    return rules
 
 
-def line_end_before(content: bytes, start: int, target: int) -> int:
-    """Return a position in (start, target] at which to cut ``content``.
+class EvenChoice:
+    """Choose documents of one file, in order, so that at each place the share of bytes is the fraction.
 
-    The position is after the last line end that no white space follows, where tokenizers cut too.
-    If there is none, it is after the last line end. Without any line end it is ``target``, moved
-    back to the start of a UTF-8 character.
+    A document is chosen when fewer bytes were chosen before it than the fraction asks for. So the
+    choice does not depend on its own size, and the chosen bytes never differ from the fraction by
+    more than one document. ``digest``, uint64, of the first document of the file and ``mean_bytes``
+    per document decide where the first choice is.
     """
-    first_found = -1
-    position = content.rfind(b"\n", start, target)
-    while position >= 0:
-        if first_found < 0:
-            first_found = position + 1
-        if not content[position + 1 : position + 2].isspace():
-            return position + 1
-        position = content.rfind(b"\n", start, position)
-    if first_found > 0:
-        return first_found
-    cut = target
-    while cut > start + 1 and cut > target - 3 and content[cut : cut + 1] and content[cut] & 0xC0 == 0x80:
-        cut -= 1
-    return cut
+
+    def __init__(self, fraction: float, digest: int, mean_bytes: float) -> None:
+        self._fraction = fraction
+        self._lead = digest / _DIGESTS * mean_bytes
+        self._seen = self._chosen = 0
+
+    def choose(self, sizes: np.ndarray) -> np.ndarray:
+        """Return which of the next documents are chosen, bool [documents]. ``sizes`` in bytes."""
+        # As floats, in which searchsorted looks for a float without a copy.
+        before = np.cumsum(sizes, dtype=np.float64) - sizes + self._seen
+        held_out = np.zeros(sizes.size, dtype=bool)
+        position = 0
+        while position < sizes.size:
+            # The first document before which fraction * seen - lead >= chosen.
+            enough = (self._chosen + self._lead) / self._fraction
+            position = max(position, int(np.searchsorted(before, enough, side="left")))
+            if position < sizes.size:
+                held_out[position] = True
+                self._chosen += int(sizes[position])
+                position += 1
+        self._seen += int(sizes.sum())
+        return held_out
 
 
-def _held_out(digests: set[str], val_fraction: float) -> set[str]:
-    threshold = val_fraction * 2.0**128
-    chosen = {digest for digest in digests if int(digest, 16) < threshold}
-    if len(digests) < 2:
-        return set()
-    if not chosen:
-        return {min(digests)}
-    if chosen == digests:
-        return chosen - {max(digests)}
-    return chosen
+class DigestChoice:
+    """Find the limit of the digests, uint64, below which documents are chosen."""
+
+    def __init__(self, fraction: float) -> None:
+        factors = _SCALE ** np.arange(-_STEPS, _STEPS + 1)
+        limits = np.minimum(fraction * factors * _DIGESTS, np.nextafter(_DIGESTS, 0))
+        self._limits = limits.astype(np.uint64)
+        self._bytes = np.zeros(limits.size + 1)
+
+    def add(self, digests: np.ndarray, sizes: np.ndarray) -> None:
+        """Count documents: ``digests``, uint64 [documents], and ``sizes`` in bytes."""
+        places = np.searchsorted(self._limits, digests, side="right")
+        self._bytes += np.bincount(places, weights=sizes, minlength=self._bytes.size)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all documents that were counted."""
+        return int(self._bytes.sum())
+
+    def limit(self, wanted_bytes: float, tolerance_bytes: float) -> int | None:
+        """Return the limit with which ``wanted_bytes`` are chosen, within ``tolerance_bytes``, or None.
+
+        Of several, return the one that is nearest to the fraction on the scale.
+        """
+        chosen = np.cumsum(self._bytes)[:-1]
+        for step in sorted(range(-_STEPS, _STEPS + 1), key=abs):
+            if abs(chosen[step + _STEPS] - wanted_bytes) <= tolerance_bytes:
+                return int(self._limits[step + _STEPS])
+        return None
 
 
-def _cut_document(document: Document, val_fraction: float) -> dict[str, list[DocumentPart]]:
-    content = read_document(document)
-    target = len(content) - max(1, round(len(content) * val_fraction))
-    if target <= 0:
-        return {"train": [DocumentPart(document)]}
-    cut = line_end_before(content, 0, target)
-    return {"train": [DocumentPart(document, 0, cut)], "val": [DocumentPart(document, cut)]}
+def cut_position(
+    lengths: np.ndarray, ends_line: np.ndarray, begins_character: np.ndarray, target: float, slack: float
+) -> int:
+    """Return where to cut the end of a document's tokens: the number of tokens before the cut.
+
+    ``lengths``, ``ends_line`` and ``begins_character`` [tokens] describe the last tokens of it: how
+    many bytes each has, whether it ends a line, and whether it begins with a character's first
+    byte. ``target``: the bytes after the cut. Within ``slack`` bytes of it, the nearest end of a
+    line is preferred, then the nearest character.
+    """
+    after = np.concatenate((np.cumsum(lengths[::-1])[::-1], [0])).astype(np.int64)
+    distance = np.abs(after - target)
+    places = np.arange(after.size)
+    for allowed in (
+        (distance <= slack) & np.concatenate(([False], ends_line)),
+        np.concatenate((begins_character, [True])),
+    ):
+        if allowed.any():
+            return int(places[allowed][np.argmin(distance[allowed])])
+    return int(np.argmin(distance))

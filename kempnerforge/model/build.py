@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import deterministic as _deterministic
 
+from kempnerforge.config.model import COMMON_KEYS
+from kempnerforge.config.optimizer_rules import freeze_issues
 from kempnerforge.config.schema import ModelConfig
 from kempnerforge.errors import ConfigError, ConfigIssue
 from kempnerforge.plugins import resolve
@@ -45,12 +47,15 @@ class BuiltModel:
 def build_meta(config: ModelConfig, *, seed: int) -> BuiltModel:
     """Build the model of ``config`` without allocating its parameters.
 
-    Does not use the random state of the process. Raises ConfigError if a model of the user's cannot
-    be built, or has parameters that are not fp32.
+    Parameters that ``model.freeze`` matches require no gradient. Does not use the random state of
+    the process. Raises ConfigError if a model of the user's cannot be built, or has parameters that
+    are not fp32; if an expression of ``freeze`` matches no parameter, or no parameter is left to
+    train.
     """
     with _random_numbers_of(seed), _parameters_on_meta():
         module = _construct(config)
     _check_parameters(config, module)
+    _freeze(config, module)
     buffers = dict(module.named_buffers(remove_duplicate=False))
     module.to("meta")
     return BuiltModel(module, buffers)
@@ -104,7 +109,7 @@ def _construct(config: ModelConfig) -> nn.Module:
     if config.is_llama:
         # By name, because a Section's own dump leaves out what another model would not have.
         return plugin.target(
-            **{key: getattr(config, key) for key in config.model_fields_set - {"name", "args"}}
+            **{key: getattr(config, key) for key in config.model_fields_set.difference(COMMON_KEYS)}
         )
     with naming_errors(f"{config.name}(...)", key="model.args"):
         module = plugin.target(**config.args)
@@ -139,6 +144,25 @@ def _check_parameters(config: ModelConfig, module: nn.Module) -> None:
             raise _fault(
                 "model.args", problem, "build it in float32; train.mixed_precision sets the computation"
             )
+
+
+def _freeze(config: ModelConfig, module: nn.Module) -> None:
+    named = dict(module.named_parameters())
+    if issues := freeze_issues(config.freeze, named):
+        raise ConfigError(issues)
+    for name, param in named.items():
+        if config.freezes(name):
+            param.requires_grad_(False)
+    if not any(param.requires_grad for param in named.values()):
+        raise _fault(
+            "model.name", f"no parameter of {config.name} requires a gradient", "there is nothing to train"
+        )
+
+
+def copy_requires_grad(source: Mapping[str, bool], module: nn.Module) -> None:
+    """Set ``requires_grad`` of all parameters of ``module``, which other code may have made anew."""
+    for name, param in module.named_parameters():
+        param.requires_grad_(source[name])
 
 
 @contextmanager

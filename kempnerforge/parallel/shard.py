@@ -17,7 +17,7 @@ from torch.distributed.fsdp import (
 )
 
 from kempnerforge.distributed.mesh import dp_mesh
-from kempnerforge.model.build import computes_loss, repeated_blocks
+from kempnerforge.model.build import computes_loss, copy_requires_grad, repeated_blocks
 from kempnerforge.model.init import reset_buffers_
 from kempnerforge.model.recompute import recompute_activations
 from kempnerforge.parallel.initial_weights import fill_buffers
@@ -44,7 +44,9 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, train: TrainConfig) -> None:
     """
     names = mesh.mesh_dim_names or ()
     if "tp" in names:
+        trained = {name: param.requires_grad for name, param in model.named_parameters()}
         tensor_parallel(model, mesh["tp"])
+        copy_requires_grad(trained, model)
     blocks = repeated_blocks(model)
     for block in blocks:
         recompute_activations(block, train.activation_checkpointing)

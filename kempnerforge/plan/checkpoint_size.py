@@ -36,6 +36,9 @@ class CheckpointSize:
     """Bytes of tensors, without headers."""
     size_bytes: int
     """Estimated bytes of all files."""
+    written_bytes: int
+    """Estimated bytes that a save writes after the first one of an attempt: files of frozen parameters are
+    linked."""
     num_files: int
 
 
@@ -64,15 +67,26 @@ def size_of(
     payload = sum(tensor.size_bytes(parameter.shape) for parameter, _, tensor in tensors) + ranks * RNG_BYTES
     named = [_stored(parameter, prefix, tensor, geometry) for parameter, prefix, tensor in tensors]
     digits = 2 * len(str(payload // ranks))
-    header = sum(count * (_header_bytes(name, shape) + digits) for name, shape, count in named) / ranks
-    shard_headers = ranks * ALIGNMENT * math.ceil((header + 100) / ALIGNMENT)
+    frozen_headers, frozen_files = 0, 0
+    headers = {False: 0, True: 0}
+    for (parameter, _, _), (name, shape, count) in zip(tensors, named, strict=True):
+        headers[parameter.frozen] += count * (_header_bytes(name, shape) + digits)
+    shard_headers = ranks * ALIGNMENT * math.ceil((headers[False] / ranks + 100) / ALIGNMENT)
+    if headers[True]:
+        frozen_files = ranks
+        frozen_headers = ranks * ALIGNMENT * math.ceil((headers[True] / ranks + 100) / ALIGNMENT)
     index = 32 + sum(
         23 + len(name) + 8 * len(shape) + count * (20 + 16 * len(shape)) for name, shape, count in named
     )
     index += ranks * (23 + 16 + 8 + 20 + 16 + 36)
-    manifest = 900 + ranks * 130 + payload // DIGEST_UNIT_BYTES * 36
+    manifest = 900 + (ranks + frozen_files) * 130 + payload // DIGEST_UNIT_BYTES * 36
     other = 2_700 + sum(len(parameter.name) + 4 for parameter in parameters)
-    return CheckpointSize(payload, payload + shard_headers + index + manifest + other, ranks + OTHER_FILES)
+    size_bytes = payload + shard_headers + frozen_headers + index + manifest + other
+    frozen_bytes = frozen_headers + sum(
+        tensor.size_bytes(parameter.shape) for parameter, _, tensor in tensors if parameter.frozen
+    )
+    num_files = ranks + frozen_files + OTHER_FILES
+    return CheckpointSize(payload, size_bytes, size_bytes - frozen_bytes, num_files)
 
 
 def staged_bytes(

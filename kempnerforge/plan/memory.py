@@ -3,7 +3,7 @@
 The permanent state is the weights in fp32 and the optimizer's state, sharded. FSDP pads every shard
 to the length of the largest. Temporary memory is computed for every moment of a step that may
 be the peak (``plan.moments``), and the largest sum is used. Tests compare it with the live tensors
-of real steps.
+of real steps. Activations are counted as if all parameters were trained: frozen ones need fewer.
 
 The sum does not include the CUDA context, NCCL's buffers and fragmentation. ``RESERVED_SHARE`` of a
 device is reserved for them.

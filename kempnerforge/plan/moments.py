@@ -35,7 +35,7 @@ from kempnerforge.config.pipeline_stages import Stage
 from kempnerforge.plan import activations
 from kempnerforge.plan.losses import loss_memory
 from kempnerforge.plan.pipeline import microbatch_size, schedule_order
-from kempnerforge.plan.tensors import gathered_numel, layer_parameters, local_numel, outer_parameters
+from kempnerforge.plan.tensors import gathered_numel, layer_parameters, local_numel, outer_parameters, trained
 
 FP32 = 4
 
@@ -78,8 +78,18 @@ class _Sizes:
         )
         outer = [parameter for stage in stages for parameter in outer_parameters(model, stage)]
         self.whole = self.layers * self.layer + gathered_numel(outer, tp)
-        self.local_layer = FP32 * local_numel(layer_parameters(model, 0), geometry)
-        self.local_outer = FP32 * local_numel(outer, geometry)
+        # Frozen parameters have no gradients. Layers may differ in that: the sum counts all layers, and the
+        # gradients of a layer are those of the one with most.
+        layers = [layer_parameters(model, number) for stage in stages for number in stage.layers]
+        self.trained_layer = max((gathered_numel(trained(layer), tp) for layer in layers), default=0)
+        self.trained_outer = max(gathered_numel(trained(outer_parameters(model, s)), tp) for s in stages)
+        tables = trained(table for stage in stages for table in outer_parameters(model, stage))
+        self.trained_table = max((gathered_numel([table], tp) for table in tables), default=0)
+        everything = [*outer, *(parameter for layer in layers for parameter in layer)]
+        self.trained_whole = gathered_numel(trained(everything), tp)
+        of_layers = sum(local_numel(trained(layer), geometry) for layer in layers)
+        self.local_layer = FP32 * of_layers / max(1, self.layers)
+        self.local_outer = FP32 * local_numel(trained(outer), geometry)
         self.kept_layer = tokens * activations.kept_by_layer(model, train, tp)
         self.kept_head = tokens * activations.kept_by_head(model, train, tp)
         self.rotary_tables = tokens * activations.rotary_tables(model) if job.data.document_mask else 0
@@ -99,19 +109,23 @@ def local_moments(job: JobConfig, geometry: ParallelDims, stage: Stage) -> Itera
     kept = sizes.layers * sizes.kept_layer + sizes.rotary_tables
     weights = element * outer if sizes.loss.in_forward else 0
     yield Moment("loss", earlier, weights, kept + sizes.kept_head, sizes.loss.backward)
-    root = element * (outer + sizes.table)
+    grads = sizes.trained_layer
+    root = element * (outer + sizes.trained_table)
     # The fp32 gradient of the output weight may be the gradient of the parameter.
-    gathered = root + 2 * element * layer - (element * sizes.table if sizes.loss.is_gradient else 0)
+    gathered = root + 2 * element * layer - (element * sizes.trained_table if sizes.loss.is_gradient else 0)
     yield Moment("head", earlier, gathered, kept + sizes.kept_head, sizes.loss.head)
     for done in {0, min(1, sizes.layers - 1), sizes.layers - 1}:
         # Gradients of reduced layers. The newest one is also still in its buffer.
         gradients = earlier or done * sizes.local_layer
-        left, reduced = kept - done * sizes.kept_layer, FP32 * layer * min(1, done)
-        yield Moment("backward", gradients, root + 3 * element * layer + reduced, left, sizes.working)
-        gathered = root + 2 * element * layer + FP32 * layer + reduced
+        left, reduced = kept - done * sizes.kept_layer, FP32 * grads * min(1, done)
+        gathered = root + element * (2 * layer + grads) + reduced
+        yield Moment("backward", gradients, gathered, left, sizes.working)
+        gathered = root + 2 * element * layer + FP32 * grads + reduced
         yield Moment("reduction", gradients, gathered, left - sizes.kept_layer)
     gradients = earlier or sizes.layers * sizes.local_layer
-    yield Moment("end", gradients, _reduction(sizes, element * outer, outer) + FP32 * layer)
+    yield Moment(
+        "end", gradients, _reduction(sizes, element * sizes.trained_outer, sizes.trained_outer) + FP32 * grads
+    )
     yield Moment("update", everything, working=sizes.update)
 
 
@@ -139,21 +153,23 @@ def pipeline_moments(
             # The schedule keeps the output until the end of the backward pass.
             waiting = others + sizes.loss.output
             whole = weights + gradients
-            whole += 0 if sizes.loss.is_gradient else sizes.element * sizes.table
+            whole += 0 if sizes.loss.is_gradient else sizes.element * sizes.trained_table
             yield Moment("head", 0, whole, alive + others, sizes.loss.head)
-        first = FP32 * (sizes.layer + (sizes.outer if stage.has_head else 0))
-        whole = weights + (gradients or first) + sizes.element * sizes.layer
+        first = FP32 * (sizes.trained_layer + (sizes.trained_outer if stage.has_head else 0))
+        whole = weights + (gradients or first) + sizes.element * sizes.trained_layer
         if stage.has_head and sizes.element < FP32:
-            whole += sizes.element * sizes.table  # the root accumulates gradients after its backward pass
+            whole += (
+                sizes.element * sizes.trained_table
+            )  # the root accumulates gradients after its backward pass
         yield Moment("backward", 0, whole, alive + waiting, sizes.working)
-        gradients = FP32 * sizes.whole
+        gradients = FP32 * sizes.trained_whole
         alive -= kept[number]
         if stage.has_embedding:
-            whole = weights + gradients + sizes.element * sizes.table
+            whole = weights + gradients + sizes.element * sizes.trained_table
             yield Moment("backward", 0, whole, alive + waiting)
-    for group in (sizes.outer, sizes.layer):
-        rest = sizes.whole - group
-        yield Moment("end", 0, _reduction(sizes, FP32 * group, group) + (sizes.element + FP32) * rest)
+    for held, group in ((sizes.outer, sizes.trained_outer), (sizes.layer, sizes.trained_layer)):
+        rest = sizes.element * (sizes.whole - held) + FP32 * (sizes.trained_whole - group)
+        yield Moment("end", 0, _reduction(sizes, FP32 * group, group) + rest)
     everything = sizes.layers * sizes.local_layer + sizes.local_outer
     yield Moment("update", everything, working=sizes.update)
     if job.eval.interval:

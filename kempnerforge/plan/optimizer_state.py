@@ -117,6 +117,8 @@ BUILT_IN: dict[str, Callable[[Mapping[str, Any]], OptimizerState]] = {
 
 def state_of(job: JobConfig, parameter: Parameter, probed: OptimizerState | None = None) -> ParameterState:
     """Return the state of a parameter. ``probed``: that of an optimizer that is not in ``BUILT_IN``."""
+    if parameter.frozen:
+        return ParameterState(())
     optimizer = job.optimizer
     index = group_of(parameter.name, optimizer.groups)
     group = optimizer.groups[index] if index is not None else None

@@ -15,7 +15,7 @@ from kempnerforge.config.parallel_dims import ParallelDims
 from kempnerforge.plan.checkpoint_size import CheckpointSize, size_of, staged_bytes_of, staged_on_node
 from kempnerforge.plan.memory import FP32, optimizer_bytes
 from kempnerforge.plan.optimizer_state import OptimizerState
-from kempnerforge.plan.tensors import Parameter, local_numel
+from kempnerforge.plan.tensors import Parameter, local_numel, trained
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,13 @@ def _rank(
 ) -> OwnModelRank:
     held = [parameter for stage in stages[pp_rank :: geometry.pp] for parameter in stage]
     ranks = geometry.world_size // geometry.pp
-    numel = local_numel(held, geometry)
+    numel, trained_numel = local_numel(held, geometry), local_numel(trained(held), geometry)
     return OwnModelRank(
         first_rank=pp_rank * ranks,
         last_rank=(pp_rank + 1) * ranks - 1,
         parameters=numel,
         weights=FP32 * numel,
-        gradients=FP32 * numel,
+        gradients=FP32 * trained_numel,
         optimizer=optimizer_bytes(job, geometry, held, probed),
         staged_bytes=staged_bytes_of(held, job, geometry, probed),
     )

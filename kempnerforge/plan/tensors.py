@@ -22,6 +22,8 @@ class Parameter:
     """The dimension that tensor parallelism shards; None for the norms, which every tp rank replicates."""
     is_hidden: bool = False
     """Whether it is a hidden matrix, see ``train.optimizer.hidden_matrices``."""
+    frozen: bool = False
+    """Whether it is not trained: it has no gradient and no optimizer state."""
 
     @property
     def numel(self) -> int:
@@ -32,9 +34,20 @@ class Parameter:
 def layer_parameters(model: ModelConfig, number: int) -> list[Parameter]:
     """Return the parameters of decoder layer ``number``, sharded by heads and by feed-forward width."""
     return [
-        Parameter(f"layers.{number}.{name}", shape, _tp_dim(name, shape), is_hidden=len(shape) > 1)
+        _parameter(model, f"layers.{number}.{name}", shape, _tp_dim(name, shape), is_hidden=len(shape) > 1)
         for name, shape in model.layer_shapes.items()
     ]
+
+
+def _parameter(
+    model: ModelConfig, name: str, shape: tuple[int, ...], tp_dim: int | None, *, is_hidden: bool = False
+) -> Parameter:
+    return Parameter(name, shape, tp_dim, is_hidden, frozen=model.freezes(name))
+
+
+def trained(parameters: Iterable[Parameter]) -> list[Parameter]:
+    """Return the parameters that are not frozen."""
+    return [parameter for parameter in parameters if not parameter.frozen]
 
 
 def _tp_dim(name: str, shape: tuple[int, ...]) -> int | None:
@@ -52,11 +65,11 @@ def outer_parameters(model: ModelConfig, stage: Stage) -> list[Parameter]:
     table = (model.vocab_size, model.dim)
     parameters = []
     if stage.has_embedding:
-        parameters.append(Parameter("tok_embeddings.weight", table, 0))
+        parameters.append(_parameter(model, "tok_embeddings.weight", table, 0))
     if stage.has_head:
-        parameters.append(Parameter("norm.weight", (model.dim,), None))
+        parameters.append(_parameter(model, "norm.weight", (model.dim,), None))
         if not model.tie_embeddings:
-            parameters.append(Parameter("output.weight", table, 0))
+            parameters.append(_parameter(model, "output.weight", table, 0))
     return parameters
 
 

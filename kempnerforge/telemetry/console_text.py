@@ -41,6 +41,8 @@ def commit_line(row: Row) -> str:
     step = row.get("checkpoint/step", row["step"])
     parts = [f"{part} {seconds(row[key])}" for part in ("write", "commit") if (key := _timing(part)) in row]
     size = si_bytes(row["checkpoint/size_bytes"]) if "checkpoint/size_bytes" in row else ""
+    if (written := row.get("checkpoint/written_bytes", math.inf)) < row.get("checkpoint/size_bytes", 0):
+        size += f" ({si_bytes(written)} written)"
     total = f"in {seconds(row[_timing('total')])}" if _timing("total") in row else ""
     detail = f"({', '.join(parts)})" if parts else ""
     text = " ".join(part for part in (size, total, detail) if part)

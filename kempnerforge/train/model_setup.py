@@ -17,7 +17,13 @@ from kempnerforge.distributed import timeouts
 from kempnerforge.distributed.consensus import ControlGroup
 from kempnerforge.distributed.mesh import build_mesh
 from kempnerforge.errors import ConfigError, ConfigIssue
-from kempnerforge.model.build import BuiltModel, build_meta, computes_loss, naming_errors
+from kempnerforge.model.build import (
+    BuiltModel,
+    build_meta,
+    computes_loss,
+    copy_requires_grad,
+    naming_errors,
+)
 from kempnerforge.parallel.initial_weights import init_weights_
 from kempnerforge.parallel.shard import materialize, parallelize
 from kempnerforge.train.loss import Loss, build_loss
@@ -212,4 +218,7 @@ def make_stage_modules(job: JobConfig, whole: BuiltModel) -> list[nn.Module]:
         raise ConfigError([ConfigIssue("model.name", problem, hint)])
     if issues := [issue for stage in stages for issue in document_mask_issues(job, stage)][:1]:
         raise ConfigError(issues)
+    trained = {key: param.requires_grad for key, param in whole.module.named_parameters()}
+    for stage in stages:
+        copy_requires_grad(trained, stage)
     return stages

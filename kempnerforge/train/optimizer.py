@@ -63,7 +63,7 @@ class ParameterGroup:
 
 
 def parameter_groups(parts: Sequence[nn.Module], config: OptimizerConfig) -> list[ParameterGroup]:
-    """Return the groups of all parameters of ``parts``, which are a whole model.
+    """Return the groups of all parameters of ``parts``, a whole model, that require gradients.
 
     Matrices have the weight decay of the config. Norms and biases, whose weights need not be small,
     have 0 unless a group sets it. An optimizer that is a function also gets hidden matrices apart
@@ -72,8 +72,9 @@ def parameter_groups(parts: Sequence[nn.Module], config: OptimizerConfig) -> lis
     if faults := optimizer_issues(config):
         raise _refused(*faults)
     target = optimizer_use(config).resolve().target
-    parameters = {name: param for part in parts for name, param in part.named_parameters()}
-    if faults := unmatched_groups(config.groups, parameters):
+    named = {name: param for part in parts for name, param in part.named_parameters()}
+    parameters = {name: param for name, param in named.items() if param.requires_grad}
+    if faults := unmatched_groups(config.groups, parameters, named.keys() - parameters.keys()):
         raise _refused(*faults)
     by_hidden = not inspect.isclass(target)
     hidden = hidden_matrices(parts) if by_hidden else set()

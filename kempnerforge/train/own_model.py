@@ -83,7 +83,13 @@ def plan_parameters(job: JobConfig) -> tuple[list[list[Parameter]], int | None]:
     hidden = hidden_matrices([module])
     parameters = [
         [
-            Parameter(name, tuple(param.shape), _tp_dim(stage, name, tp=job.distributed.tp), name in hidden)
+            Parameter(
+                name,
+                tuple(param.shape),
+                _tp_dim(stage, name, tp=job.distributed.tp),
+                name in hidden,
+                frozen=not param.requires_grad,
+            )
             for name, param in stage.named_parameters()
         ]
         for stage in stages

@@ -21,8 +21,9 @@ from kempnerforge.config.model_changes import model_changes
 from kempnerforge.config.path_text import expand, unset_variables
 from kempnerforge.config.run import PLACEHOLDER, unfilled_placeholders
 from kempnerforge.config.schema import DataConfig, JobConfig, LoadedJob
-from kempnerforge.data.corpus import PYTHON_STDLIB, files_of
 from kempnerforge.data.mixture import SAME_TOKENIZER, tokenizer_conflict
+from kempnerforge.data.reading.files import PYTHON_STDLIB, files_of
+from kempnerforge.data.record_encoder import make_format
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.data.tokens import RowOptions, load_shards
 from kempnerforge.errors import (
@@ -146,7 +147,10 @@ def _tokenizer(job: JobConfig) -> list[ConfigIssue]:
     if all(data.text is None for data in job.data.parts().values()):
         return []
     try:
-        size = load_tokenizer(job.data.tokenizer).vocab_size
+        tokenizer = load_tokenizer(job.data.tokenizer, eos=job.data.eos_token, bos=job.data.bos_token)
+        size = tokenizer.vocab_size
+        if job.data.format != "text":
+            make_format(job.data, tokenizer)
     except DataError as error:
         return [ConfigIssue("data.tokenizer", str(error))]
     ids = job.model.vocabulary

@@ -30,6 +30,9 @@ from kempnerforge.data.loader import AnySamples, BatchLoader, Cursor, batch_ids,
 from kempnerforge.data.map_dataset import MapDataset, MapSamples
 from kempnerforge.data.mixture import MixtureDataset
 from kempnerforge.data.prepare import prepare_cached
+from kempnerforge.data.prepare_progress import plain_lines
+from kempnerforge.data.reading.options import ReadOptions
+from kempnerforge.data.record_encoder import make_encoder
 from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import RowOptions, Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.context import DistributedContext, collectives_issued
@@ -376,8 +379,7 @@ def _open_tokens(
         else:
             assert data.text is not None
             log.info(f"data: scanning {data.text}")
-            tokenizer = load_tokenizer(data.tokenizer)
-            path = prepare_cached(data.text, tokenizer, data.cache_folder, val_fraction=data.val_fraction)
+            path = _prepare_text(data, data.text)
         dataset = open_dataset(path, **options)
         log.info(f"data: {dataset.split('train', job.train.seq_len).describe()} in {path}")
         for name in splits[1:]:
@@ -396,6 +398,19 @@ def _open_tokens(
     world.control.raise_on_any_error(error)
     assert dataset is not None
     return dataset
+
+
+def _prepare_text(data: DataConfig, text: str | Sequence[str]) -> Path:
+    """Return the prepared folder of ``text``, which is read as ``data`` says."""
+    return prepare_cached(
+        text,
+        load_tokenizer(data.tokenizer, eos=data.eos_token, bos=data.bos_token),
+        data.cache_folder,
+        options=ReadOptions(data.text_field, data.document_separator, data.skip_unreadable),
+        make_encoder=partial(make_encoder, data),
+        val_fraction=data.val_fraction,
+        progress=plain_lines(lambda line: log.info(f"data: {line}")),
+    )
 
 
 def _log_length(job: JobConfig, samples: AnySamples, size: int, used_up: str) -> None:
@@ -460,7 +475,11 @@ def _tokenizer(job: JobConfig, dataset: AnyDataset) -> dict[str, str]:
     if isinstance(dataset, MapDataset) or dataset.index is None:  # they do not know their tokenizer
         return found
     found |= {"digest": dataset.index.tokenizer_digest, "separator_id": str(dataset.index.separator_id)}
-    path = tokenizer_path(data.tokenizer) if data.text is not None else dataset.path / TOKENIZER
+    if dataset.index.text.bos_id is not None:
+        found["bos_id"] = str(dataset.index.text.bos_id)
+    # A prepared folder has the tokenizer with the chat template that was used.
+    is_as_given = data.text is not None and data.chat_template is None
+    path = tokenizer_path(data.tokenizer) if is_as_given else dataset.path / TOKENIZER
     return found if path is None or not path.is_file() else {**found, "path": os.path.abspath(path)}
 
 

@@ -101,7 +101,7 @@ class TrainStepBase:
     ) -> None:
         if not all(isinstance(part, FSDPModule) for part in parts):
             raise TypeError(f"{type(self).__name__} takes a model that parallelize() has sharded")
-        self._params = [param for part in parts for param in part.parameters()]
+        self._params = [param for part in parts for param in part.parameters() if param.requires_grad]
         self._optimizers = list(each(optimizer))
         self._device = device
         self._group = group
@@ -136,9 +136,9 @@ class TrainStepBase:
         num_items = None if totals.num_items is None else int(others.pop(0))
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
-            if 0 < self._grad_clip_norm < grad_norm:
+            if 0 < self._grad_clip_norm < grad_norm and (local := local_tensors(grads)):
                 scale = self._grad_clip_norm / grad_norm
-                torch._foreach_mul_(local_tensors(grads), scale)  # pyright: ignore[reportPrivateImportUsage]
+                torch._foreach_mul_(local, scale)  # pyright: ignore[reportPrivateImportUsage]
             for optimizer in self._optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group.get("lr_scale", 1.0)

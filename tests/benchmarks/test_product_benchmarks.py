@@ -1,4 +1,4 @@
-"""The benchmarks of the loop, of a restart and of the command line run, and their references do the work."""
+"""The benchmarks of whole commands and of the loop run, and their references do the work."""
 
 from __future__ import annotations
 
@@ -100,3 +100,10 @@ def test_largest_difference_other_work_is_found() -> None:
     assert largest_difference([2.0, 4.0], [2.0, 4.4]) == pytest.approx(0.4 / 4.4)
     with pytest.raises(ValueError):
         largest_difference([2.0], [2.0, 4.4])
+
+
+def test_bench_prepare_both_arms_give_the_same_ids(tmp_path: Path) -> None:
+    table, found = run_tiny("bench_prepare", tmp_path)
+    assert [row["name"] for row in found["comparisons"]] == ["mb_per_s", "peak_mb"]
+    assert found["ids"] > 100_000
+    assert "datasets" in table

@@ -45,6 +45,8 @@ def test_recording_replayed_matches_final_tree(recorded: RecordingOf, case: Case
     ranks, keep, no_direct = case
     assert {op.role for op in recording.ops} >= {"rank0", *(f"writer{rank}" for rank in range(ranks))}
     assert [commit.step for commit in recording.commits] == [1, 2, 3, 4]
+    linked = [op for op in recording.ops if op.op == "link" and op.to.endswith(".safetensors")]
+    assert len(linked) == 3 * ranks, "each later step links the file of the frozen tensor"
     links = [number for number, op in enumerate(recording.ops, 1) if op.op == "symlink"]
     for commit in recording.commits:  # durable before anything says that it is there
         assert commit.durable < min(number for number in links if number > commit.renamed), commit

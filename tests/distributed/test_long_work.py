@@ -25,7 +25,7 @@ from kempnerforge.process_identity import ProcessIdentity
 pytest_plugins = ["support.run_fixtures"]
 
 TIMEOUT_S = 2.0
-READ_DOCUMENT = patch_target("kempnerforge.data.prepare:read_document")
+DIGEST_FILE = patch_target("kempnerforge.data.prepare:digest_file")
 
 
 def impatient_control() -> ControlGroup:
@@ -56,7 +56,7 @@ def test_long_work_lease_watched_beyond_timeout_is_taken(tmp_path: Path) -> None
 def test_long_work_tokenising_beyond_timeout_trains(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     cache = {"data.cache_dir": str(tmp_path / "cache")}  # nothing is prepared yet
     run = make_run(tmp_path, corpus, **{"train.max_steps": 4, "distributed.timeout_s": 5.0}, **cache)
-    slow = ("slow_calls", {"target": READ_DOCUMENT, "seconds": 1.0, "rank": 0})
+    slow = ("slow_calls", {"target": DIGEST_FILE, "seconds": 1.0, "rank": 0})
     ended = launcher.run(run, ranks=2, faults=[slow])
     assert ended.statuses == [0, 0], ended.output
     assert run.record["last_exit"]["step"] == 4

@@ -96,6 +96,20 @@ def test_plan_memory_layouts_match_live_tensors(ranks: int, distributed: Tree, t
     assert_plan_right(trees, ranks)
 
 
+@pytest.mark.parametrize("schedule", ["none", "1f1b"])
+@pytest.mark.parametrize("freeze", [["feed_forward", "attention.w"], ["tok_embeddings", "layers"]], ids=str)
+def test_plan_memory_frozen_is_enough(schedule: str, freeze: list[str]) -> None:
+    """Weights, gradients and state are exact. Activations are counted as if all parameters were trained."""
+    distributed, train = pipelined(schedule)
+    trees = [
+        job_tree({**model, "freeze": freeze}, distributed, {**train, "mixed_precision": precision})
+        for model, precision in itertools.product([DEEP, WIDE], ["fp32", "bf16"])
+    ]
+    for measured in run_ranks(measure_all, distributed.get("pp", 1), trees):
+        for peak, after, planned in measured:
+            assert peak <= planned.total * WITHIN, f"{peak:,} bytes after {after}, planned {planned}"
+
+
 @pytest.mark.parametrize("schedule", ["none", "1f1b", "gpipe", "interleaved_1f1b"])
 def test_plan_memory_losses_match_live_tensors(schedule: str) -> None:
     """The chunked loss with several chunks, and the plain one with a z-loss, in both precisions."""

@@ -1,79 +1,253 @@
-"""Preparing data beside other processes, killed half way, and on a full disk."""
+"""Preparing data with several processes: killed, beside others, on a full disk, within its memory."""
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+from support.patch_target import patch_target
+from support.polling import wait_until
+from support.runs import Launcher, make_run
+from support.tmpfs import mounted_tmpfs
+from support.tokenizers import make_tokenizer
 
-from kempnerforge.data.prepare import ABANDONED_AFTER_S, prepare_cached
-from kempnerforge.data.tokenizer import ByteTokenizer
+from kempnerforge.data.prepare import ABANDONED_AFTER_S
 from kempnerforge.data.tokens import open_dataset
 
-pytest_plugins = ["support.text_fixtures"]
+pytest_plugins = ["support.run_fixtures"]
 pytestmark = pytest.mark.smoke
 
-BYTES = ByteTokenizer()
-
+TASK_BYTES = patch_target("kempnerforge.data.prepare:TASK_BYTES")
+KILL_AT = {
+    "a part": patch_target("kempnerforge.data.prepare_workers:_Worker.receive"),
+    "the shards": patch_target("kempnerforge.data.shard_writer:ShardWriter.write"),
+    "the index": patch_target("kempnerforge.data.prepare:write_new_file"),
+    "the publication": patch_target("kempnerforge.data.prepare:publish"),
+}
+"""A function of the parent that is called at this point."""
 
 PREPARE = """
-import sys
+import os, sys
 from pathlib import Path
-from kempnerforge.data.prepare import prepare_cached
-from kempnerforge.data.tokenizer import ByteTokenizer
-print(prepare_cached([sys.argv[1]], ByteTokenizer(), Path(sys.argv[2]), progress={progress}))
+sys.path.insert(0, {tests!r})
+from support.patch_target import resolve
+from kempnerforge.data.prepare import prepare
+from kempnerforge.data.tokenizer import load_tokenizer
+from kempnerforge.errors import KempnerForgeError
+
+owner, name = resolve({task_bytes!r})
+setattr(owner, name, 60_000)
+if {kill_at!r}:
+    owner, name = resolve({kill_at!r})
+    original, calls = getattr(owner, name), [0]
+
+    def kill(*arguments, **more):
+        calls[0] += 1
+        if calls[0] == {kill_call}:
+            {action}
+        return original(*arguments, **more)
+
+    setattr(owner, name, kill)
+try:
+    tokenizer = load_tokenizer({tokenizer!r})
+    prepare([sys.argv[1]], Path(sys.argv[2]), tokenizer, workers={workers}, val_fraction=0.05)
+except KempnerForgeError as error:
+    sys.exit(str(error))
 """
 
 
-def test_data_prepare_concurrent_processes_agree(notes, tmp_path):
-    cache = tmp_path / "cache"
-    command = [sys.executable, "-c", PREPARE.format(progress="None"), str(notes), str(cache)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    printed = [process.communicate(timeout=60)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * 4
-    assert len(set(printed)) == 1
-    assert [path.name for path in cache.iterdir()] == [Path(printed[0].strip()).name]
-    open_dataset(printed[0].strip(), verify=True)
-
-
-def test_data_prepare_killed_leaves_nothing_that_counts(notes, tmp_path):
-    cache = tmp_path / "cache"
-    kill = "lambda done, total: __import__('os').kill(__import__('os').getpid(), 9)"
-    command = [sys.executable, "-c", PREPARE.format(progress=kill), str(notes), str(cache)]
-    assert subprocess.run(command, timeout=60).returncode == -9
-    (left,) = cache.iterdir()
-    assert left.name.startswith(".")
-
-    folder = prepare_cached([str(notes)], BYTES, cache)
-    assert left.exists(), "it may still be in use"
-    open_dataset(folder, verify=True)
-
-    long_ago = time.time() - ABANDONED_AFTER_S - 60
-    for path in (*left.iterdir(), left):
-        os.utime(path, (long_ago, long_ago))
-    (folder / "index.json").unlink()
-    for file in folder.iterdir():
-        file.unlink()
-    assert prepare_cached([str(notes)], BYTES, cache) == folder
-    assert not left.exists()
-
-
-def test_data_prepare_full_disk_is_reported(notes, tmp_path):
-    limited = (
-        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "from kempnerforge.errors import DataError\n"
-        "try:\n"
-        + "".join(f"    {line}\n" for line in PREPARE.format(progress="None").strip().splitlines())
-        + "except DataError as error: print(error)"
+def command(
+    texts: Path,
+    out: Path,
+    *,
+    tokenizer: str = "bytes",
+    workers: int = 2,
+    kill_at: str = "",
+    kill_call: int = 1,
+    action: str = "os.kill(os.getpid(), 9)",
+) -> list[str]:
+    """A process that prepares ``texts``, with small tasks, and may be killed at a call of a function."""
+    code = PREPARE.format(
+        tests=str(Path(__file__).parents[1]),
+        task_bytes=TASK_BYTES,
+        tokenizer=tokenizer,
+        workers=workers,
+        kill_at=kill_at,
+        kill_call=kill_call,
+        action=action,
     )
-    cache = tmp_path / "cache"
-    command = [sys.executable, "-c", limited, str(notes), str(cache)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "cannot write prepared tokens" in done.stdout
-    assert "data.cache_dir" in done.stdout
-    assert not list(cache.iterdir())
+    return [sys.executable, "-c", code, str(texts), str(out)]
+
+
+def write_texts(folder: Path) -> Path:
+    """Files of several kinds, of about 20 tasks."""
+    generator = random.Random(3)
+    words = [f"word{number}" for number in range(300)]
+    folder.mkdir(parents=True)
+    for number in range(12):
+        texts = [" ".join(generator.choices(words, k=generator.randint(3, 200))) for _ in range(60)]
+        (folder / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        (folder / f"{number}.txt").write_text("\n".join(texts[:30]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepare")
+    make_tokenizer(folder / "tok" / "tokenizer.json")
+    return write_texts(folder / "texts")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(texts: Path) -> dict[str, bytes]:
+    """What one process makes of ``texts``."""
+    out = texts.parent / "uninterrupted"
+    subprocess.run(command(texts, out, workers=1), check=True, timeout=120)
+    return content(out)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_data_prepare_any_number_of_workers_same_bytes(
+    texts: Path, uninterrupted: dict[str, bytes], tmp_path: Path, workers: int
+) -> None:
+    subprocess.run(command(texts, tmp_path / "out", workers=workers), check=True, timeout=120)
+    assert content(tmp_path / "out") == uninterrupted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("point", list(KILL_AT))
+def test_data_prepare_killed_goes_on_to_the_same_bytes(
+    texts: Path, uninterrupted: dict[str, bytes], tmp_path: Path, point: str
+) -> None:
+    """Killed at two seeded calls, one after the other, then finished."""
+    out = tmp_path / "out"
+    generator = random.Random(point)
+    for _ in range(2):
+        call = generator.randint(3, 12) if point in ("a part", "the shards") else 1
+        killed = subprocess.run(command(texts, out, kill_at=KILL_AT[point], kill_call=call), timeout=120)
+        assert killed.returncode == -signal.SIGKILL
+        assert not out.exists()
+    (parts,) = tmp_path.glob(".out.*.parts")
+    finished = {path.parent.name: path.stat().st_ino for path in parts.glob("part_*/part.json")}
+    assert finished or point == "a part"
+    survived = subprocess.run(
+        command(texts, out, kill_at=KILL_AT["the publication"]), timeout=120
+    )  # the parts are still there to look at
+    assert survived.returncode == -signal.SIGKILL
+    again = {path.parent.name: path.stat().st_ino for path in parts.glob("part_*/part.json")}
+    assert finished.items() <= again.items(), "finished parts are not written again"
+    subprocess.run(command(texts, out), check=True, timeout=120)
+    assert content(out) == uninterrupted
+    assert not parts.exists()
+
+
+def test_data_prepare_two_at_once_agree(texts: Path, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    running = [
+        subprocess.Popen(command(texts, out, workers=workers), stderr=subprocess.PIPE, text=True)
+        for workers in (1, 2, 2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in running]
+    ended = sorted(process.returncode for process in running)
+    assert ended == [0, 1, 1], said
+    assert sum("was created by another process in the meantime" in text for text in said) == 2, said
+    assert content(out) == uninterrupted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_data_prepare_killed_leaves_no_process(texts: Path, tmp_path: Path) -> None:
+    tokenizer = str(texts.parent / "tok")
+    parent = subprocess.Popen(command(texts, tmp_path / "out", tokenizer=tokenizer, workers=3))
+    me = psutil.Process(parent.pid)
+    wait_until(lambda: len(me.children()) == 3, "three workers")
+    workers = me.children()
+    parent.kill()
+    parent.wait(timeout=60)
+    wait_until(lambda: not any(is_alive(worker) for worker in workers), "none of them is left")
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_data_prepare_worker_killed_is_named(texts: Path, tmp_path: Path) -> None:
+    tokenizer = str(texts.parent / "tok")
+    arguments = command(texts, tmp_path / "out", tokenizer=tokenizer, workers=1)
+    parent = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    me = psutil.Process(parent.pid)
+    wait_until(me.children, "a worker")
+    me.children()[0].kill()
+    said = parent.communicate(timeout=60)[1]
+    assert "a process that tokenizes ended with signal 9" in said
+    assert "Run the same command to go on" in said
+
+
+def test_data_prepare_file_changed_meanwhile_refused(texts: Path, tmp_path: Path) -> None:
+    mine = write_texts(tmp_path / "texts")
+    change = "open(sys.argv[1] + '/9.txt', 'w').write('new')"
+    code = command(mine, tmp_path / "out", workers=1, kill_at=KILL_AT["a part"], action=change)
+    ended = subprocess.run(code, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert "9.txt changed while it was being prepared; start again" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["texts"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with mounted_tmpfs(tmp_path / "disk", "size=700k") as folder:
+        yield folder
+
+
+def test_data_prepare_full_disk_exits_2_and_goes_on(texts: Path, small_disk: Path) -> None:
+    """Nothing is damaged: with more space the same command goes on."""
+    arguments = ["data", "prepare", str(texts), "--out", str(small_disk / "out"), "--workers", "2"]
+    program = [sys.executable, "-m", "kempnerforge", *arguments]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2, ended.stderr
+    assert "cannot write prepared tokens" in ended.stderr
+    assert "No space left on device" in ended.stderr
+    assert "finished parts are kept in" in ended.stderr
+    assert not (small_disk / "out").exists()
+    subprocess.run(["mount", "-o", "remount,size=60m", str(small_disk)], check=True)
+    again = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    open_dataset(small_disk / "out", verify=True)
+    assert [path.name for path in small_disk.iterdir()] == ["out"]
+
+
+def test_data_prepare_removes_what_was_abandoned(texts: Path, tmp_path: Path) -> None:
+    old, new = (tmp_path / f".out.{name}.parts" for name in ("old", "new"))
+    for folder in (old, new):
+        (folder / "part_000000").mkdir(parents=True)
+    long_ago = time.time() - ABANDONED_AFTER_S - 60
+    for path in (*old.iterdir(), old):
+        os.utime(path, (long_ago, long_ago))
+    subprocess.run(command(texts, tmp_path / "out"), check=True, timeout=120)
+    assert not old.exists()
+    assert new.exists(), "it may still be in use"
+
+
+def test_train_on_mixed_files_says_what_was_left_out(launcher: Launcher, tmp_path: Path) -> None:
+    texts = write_texts(tmp_path / "texts")
+    (texts / "a.jsonl").write_text('{"text": "good"}\n{"title": "no text"}\n')
+    (texts / "image.png").write_bytes(b"\x89PNG\0\0data")
+    settings = {"train.max_steps": 4, "data.text": [str(texts)], "data.skip_unreadable": True}
+    run = make_run(tmp_path / "base", texts, **settings, **{"data.cache_dir": str(tmp_path / "cache")})
+    for _ in range(2):  # also when the tokens are there already
+        output = launcher.run(run, ranks=1).output
+        assert "left out: 1 x PNG image" in output
+        assert "image.png: PNG image" in output
+        assert "a.jsonl:2: " in output

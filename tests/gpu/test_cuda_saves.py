@@ -261,3 +261,29 @@ def test_cuda_loop_resumes_where_it_was(mode: str, device: torch.device, tmp_pat
         tmp_path / "parts", mode, device, 8
     )
     assert parts == whole
+
+
+def test_cuda_frozen_tensors_are_linked_and_changes_written(device: torch.device, tmp_path: Path) -> None:
+    """Fingerprints are computed on the device. A write through ``.data`` changes them."""
+    base, head = torch.nn.Linear(512, 512), torch.nn.Linear(512, 3)
+    model = torch.nn.Sequential(base, head).to(device)
+    base.requires_grad_(False)
+    optimizer = torch.optim.AdamW(head.parameters())
+    state = TrainState(model=model, optimizer=optimizer)
+    config = CheckpointConfig(interval=1, async_mode=AsyncCheckpointMode.async_pinned, keep_last_n=9)
+    linked = []
+    with CheckpointManager(config, state=state, run_dir=tmp_path) as ckpt:
+        ckpt.resume(state)
+        for step in range(1, 5):
+            if step == 3:
+                base.bias.data[7] += 1
+            state.advance()
+            ckpt.save(state, wait=True)
+            (report,) = ckpt.poll()
+            linked.append(report.linked_bytes > 4 * 512 * 512)
+            reader = SafetensorsReader(ckpt.folder / f"step_{step:08d}")
+            stored = {"model.0.bias": torch.empty(512)}
+            load_tensors(stored, reader)
+            reader.close()
+            assert torch.equal(stored["model.0.bias"], base.bias.cpu())
+    assert linked == [False, True, False, True]

@@ -62,6 +62,15 @@ class Plain(nn.Module):
         return self.head(x)
 
 
+class PartlyFrozen(Plain):
+    """A decoder that freezes its embedding and its first layer by itself."""
+
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__(layers)
+        self.tokens.requires_grad_(False)
+        self.layers[0].requires_grad_(False)
+
+
 class Tied(Plain):
     """A decoder whose output layer shares the embedding, with its own ``init_weights``."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,6 @@ def write_folder(
         tokenizer="made up",
         tokenizer_digest="0" * 32,
         val_fraction=0.1,
-        **{field.name: 0 for field in fields(Index) if field.name.startswith("num_")},
         splits={
             name: _write_split(folder, name, documents, (counted or {}).get(name), shard_tokens, has_ends)
             for name, documents in splits.items()

@@ -88,7 +88,7 @@ def test_ckpt_storage_error_reported_no_traceback(
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error", "x")
 
-    monkeypatch.setattr(ckpt_inspect, "folder_bytes", fail)
+    monkeypatch.setattr(ckpt_inspect, "files_of", fail)
     done = ckpt("du", run)
     assert done.status == 1
     assert done.err.startswith("[Errno 5] Input/output error: 'x'")

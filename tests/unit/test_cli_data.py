@@ -19,6 +19,9 @@ from kempnerforge.errors import DataError
 pytest_plugins = ["support.text_fixtures"]
 
 
+PREPARE = ("prepare", "texts", "--out", "out", "--val-fraction", "0")
+
+
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
@@ -50,14 +53,33 @@ def test_data_prepare_then_inspect_agree(texts):
 
 def test_data_prepare_real_tokenizer_used(texts):
     make_tokenizer(texts / "tok" / "tokenizer.json")
+    (texts / "tok" / "tokenizer_config.json").write_text('{"eos_token": "</s>", "bos_token": "<begin>"}')
     Path("texts", "latin1.txt").write_bytes(b"caf\xe9\n")
-    result = run(
-        "prepare", "texts", "--out", "out", "--tokenizer", "tok/tokenizer.json", "--val-fraction", "0"
-    )
+    Path("texts", "empty.txt").touch()
+    command = ["prepare", "texts", "--tokenizer", "tok/tokenizer.json", "--val-fraction", "0"]
+    options = ["--skip-unreadable", "--document-separator", "---"]
+    result = run(*command, *options, "--out", "out")
     assert result.exit_code == 0, result.output
-    assert "1 documents that are not UTF-8" in result.stdout
     assert "no validation split" in result.stdout
-    assert json.loads(run("inspect", "out", "--json").stdout)["tokenizer"] == "tok/tokenizer.json"
+    inspected = run("inspect", "out").stdout
+    for shown in (
+        "eos: </s> (id 1), named by tokenizer_config.json",
+        "bos: none, although the tokenizer has <begin>; to begin each document with it, add --bos-token",
+        "document separator: '---'",
+        "left out: 1 x empty",
+        "latin1.txt:1: byte 3 (0xe9) is not UTF-8",
+    ):
+        assert shown in result.stdout
+        assert shown in inspected
+    facts = json.loads(run("inspect", "out", "--json").stdout)
+    assert facts["tokenizer"] == "tok/tokenizer.json"
+    assert facts["text"]["document_separator"] == "---"
+    assert facts["unreadable"]["counts"] == {"byte N": 1}
+
+    result = run(*command, *options, "--out", "other", "--bos-token", "<begin>", "--eos-token", "<gone>")
+    assert isinstance(result.exception, DataError)
+    result = run(*command, *options, "--out", "other", "--bos-token", "<begin>")
+    assert "bos: <begin> (id 0)" in result.stdout
 
 
 def test_data_prepare_non_empty_folder_refused(texts):
@@ -69,7 +91,7 @@ def test_data_prepare_non_empty_folder_refused(texts):
 
 
 def test_data_inspect_damaged_shards_status_1(texts):
-    assert run("prepare", "texts", "--out", "out", "--shard-tokens", "100").exit_code == 0
+    assert run(*PREPARE, "--shard-tokens", "100").exit_code == 0
     shard = Path("out", "train_00001.bin")
     shard.write_bytes(b"\1" + shard.read_bytes()[1:])
     Path("out", "train_00002.bin").unlink()
@@ -85,6 +107,18 @@ def test_data_inspect_damaged_shards_status_1(texts):
         "train_00001.bin",
         "train_00002.bin",
     ]
+
+
+@pytest.mark.parametrize("name", ["train_00000.ends", "train_00001.ends"])
+def test_data_inspect_verifies_ends_of_documents(texts: Path, name: str) -> None:
+    assert run(*PREPARE, "--shard-tokens", "100").exit_code == 0
+    ends = Path("out", name)
+    ends.write_bytes(b"\1" + ends.read_bytes()[1:])
+    result = run("inspect", "out")
+    assert result.exit_code == 1
+    assert f"{name}: damaged" in result.stdout
+    ends.unlink()
+    assert f"{name}: No such file" in run("inspect", "out").stdout
 
 
 def test_data_inspect_npy_shards_read(texts):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.tokenizers import make_tokenizer
 
-from kempnerforge.data.corpus import scan_corpus
-from kempnerforge.data.index import read_index
-from kempnerforge.data.prepare import PIECE_BYTES, prepare, prepare_cached
+from kempnerforge.data.index import Index, read_index
+from kempnerforge.data.prepare import prepare, prepare_cached, turn_end_warnings
+from kempnerforge.data.prepare_progress import Progress
+from kempnerforge.data.reading.options import ReadOptions
+from kempnerforge.data.reading.pieces import PIECE_BYTES
 from kempnerforge.data.tokenizer import ByteTokenizer, load_tokenizer
 from kempnerforge.data.tokens import open_dataset
-from kempnerforge.data.train_val_split import line_end_before
 from kempnerforge.errors import DataError
 
 pytest_plugins = ["support.text_fixtures"]
@@ -38,7 +40,7 @@ def documents_of(ids: np.ndarray) -> list[bytes]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_prepare_documents_once_in_order_separated(notes, tmp_path):
@@ -91,24 +93,6 @@ def test_prepare_added_documents_keep_val_split(notes, tmp_path):
     assert before <= after
 
 
-@pytest.mark.parametrize("val_fraction", [0.001, 0.5, 0.99])
-def test_prepare_two_documents_one_for_each_split(tmp_path, val_fraction):
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.txt").write_text(name * 100)
-    index = prepare([str(tmp_path / "*.txt")], tmp_path / "out", BYTES, val_fraction=val_fraction)
-    assert {name: split.documents for name, split in index.splits.items()} == {"train": 1, "val": 1}
-
-
-def test_prepare_equal_documents_never_in_both_splits(tmp_path):
-    for number in range(20):
-        (tmp_path / f"{number}.txt").write_text(f"text {number % 4}")
-    prepare([str(tmp_path / "*.txt")], tmp_path / "out", BYTES, val_fraction=0.3)
-    train, val = (set(documents_of(read_split(tmp_path / "out", name))) for name in ("train", "val"))
-    assert train
-    assert val
-    assert not train & val
-
-
 def test_prepare_single_document_cut_at_line_end(tmp_path):
     text = "".join(f"line {number}\n" for number in range(1000)).encode()
     (tmp_path / "one.txt").write_bytes(text)
@@ -132,92 +116,22 @@ def test_prepare_long_document_pieces_equal_whole(tmp_path):
     text = "".join(f"def f{n}(x):\n    return x + {n}\n\n\n" for n in range(20_000))
     assert len(text) > 2 * PIECE_BYTES
     (tmp_path / "long.py").write_text(text)
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     index = prepare(
         [str(tmp_path / "long.py")],
         tmp_path / "out",
         tokenizer,
         val_fraction=0.0,
-        progress=lambda done, total: seen.append((done, total)),
+        progress=seen.append,
     )
     ids = read_split(tmp_path / "out", "train")
     assert ids[-1] == tokenizer.separator_id
     assert ids[:-1].tolist() == tokenizer.encode(text).tolist()
     assert index.tokenizer_digest == tokenizer.digest
-    assert seen[-1] == (len(text), len(text))
-
-
-def test_line_end_before_cuts_between_characters():
-    assert line_end_before(b"ab\ncd\n  ef", 0, 9) == 3
-    assert line_end_before(b"ab\n cd", 0, 5) == 3
-    text = "é€𝄞".encode() * 10
-    for target in range(4, len(text)):
-        cut = line_end_before(text, 0, target)
-        assert target - 3 <= cut <= target
-        text[:cut].decode()
-    assert line_end_before(b"\x80" * 20, 0, 10) in range(1, 11)
-
-
-def test_prepare_empty_binary_broken_files_counted(tmp_path):
-    make_tokenizer(tmp_path / "tok" / "tokenizer.json")
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    (texts / "a.txt").write_bytes(b"good\n")
-    (texts / "b.txt").write_bytes(b"")
-    (texts / "c.png").write_bytes(b"\x89PNG\0\0data")
-    (texts / "d.txt").write_bytes(b"caf\xe9\n")
-    (texts / ".hidden").write_bytes(b"not me\n")
-    index = prepare([str(texts)], tmp_path / "hf", load_tokenizer(str(tmp_path / "tok")), val_fraction=0.5)
-    assert (index.num_empty, index.num_binary, index.num_not_utf8) == (1, 1, 1)
-    assert sum(split.documents for split in index.splits.values()) == 2
-    index = prepare([str(texts)], tmp_path / "bytes", BYTES, val_fraction=0.0)
-    assert index.num_not_utf8 == 0
-    assert documents_of(read_split(tmp_path / "bytes", "train")) == [b"good\n", b"caf\xe9\n"]
-
-
-def test_scan_corpus_missing_text_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=r"'notes/\*\*/\*\.md' matches no file \(searched .*python-stdlib"):
-        scan_corpus(["notes/**/*.md"])
-    (tmp_path / "empty.txt").touch()
-    with pytest.raises(DataError, match=r"no text in empty\.txt: 1 files, 1 of them empty"):
-        scan_corpus("empty.txt")
-    with pytest.raises(DataError, match="no text was given"):
-        scan_corpus([])
-    (tmp_path / "dangling.txt").symlink_to("gone")
-    with pytest.raises(DataError, match=r"dangling\.txt is a broken symbolic link"):
-        scan_corpus("dangling.txt")
-
-
-def test_scan_corpus_file_listed_once_by_own_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "a[1].txt").write_text("bracket")
-    (tmp_path / "b.txt").write_text("b")
-    corpus = scan_corpus(["~/b.txt", str(tmp_path / "a[1].txt"), "~/*.txt"])
-    assert [document.path.name for document in corpus.documents] == ["b.txt", "a[1].txt"]
-
-
-def test_prepare_file_changes_meanwhile_refused(tmp_path):
-    texts = [tmp_path / f"{name}.txt" for name in "ab"]
-    for text in texts:
-        text.write_bytes(b"x" * (9 << 20))  # a batch of its own
-
-    def change(_done: int, _total: int) -> None:
-        texts[1].write_bytes(b"y")
-
-    with pytest.raises(DataError, match=r"b\.txt changed while it was being prepared"):
-        prepare([str(text) for text in texts], tmp_path / "out", BYTES, val_fraction=0.0, progress=change)
-    assert not (tmp_path / "out").exists()
-    assert not leftovers(tmp_path)
-
-
-def test_scan_corpus_standard_library_found():
-    corpus = scan_corpus("python-stdlib")
-    paths = {document.path.resolve() for document in corpus.documents}
-    assert {Path(str(module.__file__)).resolve() for module in (json, os)} <= paths
-    assert corpus.size_bytes == sum(document.size_bytes for document in corpus.documents)
-    assert not any("site-packages" in document.path.parts for document in corpus.documents)
-    assert len({document.path for document in corpus.documents}) == len(corpus.documents)
+    last = seen[-1]
+    assert (last.done_bytes, last.total_bytes, last.text_bytes) == (len(text),) * 3
+    assert last.tokens == ids.size
+    assert "MB/s" in last.rate
 
 
 def test_prepare_non_empty_folder_untouched(notes, tmp_path):
@@ -255,7 +169,7 @@ def test_prepare_cached_slower_takes_first_folder(notes, tmp_path):
     cache = tmp_path / "cache"
     inner: list[Path] = []
 
-    def prepare_in_between(_done: int, _total: int) -> None:
+    def prepare_in_between(_progress: Progress) -> None:
         if not inner:
             inner.append(prepare_cached([str(notes)], BYTES, cache))
             inner.append(Path(str((inner[0] / "index.json").stat().st_ino)))
@@ -264,3 +178,200 @@ def test_prepare_cached_slower_takes_first_folder(notes, tmp_path):
     assert outer == inner[0]
     assert str((outer / "index.json").stat().st_ino) == inner[1].name, "the first folder was replaced"
     assert [path.name for path in cache.iterdir()] == [outer.name]
+
+
+def jsonl(path: Path, texts: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def held_out_share(index: Index) -> float:
+    sizes = {name: split.text_bytes or 0 for name, split in index.splits.items()}
+    return sizes.get("val", 0) / sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param([2_000_000, 500], id="a book and a note"),
+        pytest.param([1_000_000] * 2, id="two shards"),
+        pytest.param([700_000, 900_000, 300_000, 500_000], id="four shards"),
+        pytest.param([60_000], id="one file"),
+        pytest.param([3000] * 9, id="few small files"),
+        pytest.param([1000 + 50 * (n % 40) for n in range(600)], id="many small files"),
+    ],
+)
+def test_prepare_share_of_bytes_within_a_tenth(tmp_path: Path, sizes: list[int]) -> None:
+    lines = "".join(f"line {number} of a text\n" for number in range(100_000))
+    for number, size in enumerate(sizes):
+        (tmp_path / f"{number:03d}.txt").write_text(f"{number}\n" + lines[:size])
+    index = prepare([str(tmp_path / "*.txt")], tmp_path / "out", BYTES)
+    assert 0.009 <= held_out_share(index) <= 0.011
+    val = documents_of(read_split(tmp_path / "out", "val"))
+    assert sum(map(len, val)) == index.splits["val"].text_bytes
+
+
+def test_prepare_too_little_text_to_hold_out_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("ten bytes\n")
+    with pytest.raises(DataError, match=r"too little text to hold out val_fraction = 0\.01 of 10 bytes"):
+        prepare([str(tmp_path / "one.txt")], tmp_path / "out", BYTES)
+    assert not leftovers(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_records_added_file_keeps_both_splits(tmp_path: Path) -> None:
+    """What is held out of a file of many documents depends on that file alone."""
+    texts = [f"document {number} " * (1 + number % 9) for number in range(4000)]
+    jsonl(tmp_path / "a.jsonl", texts)
+    prepare([str(tmp_path / "*.jsonl")], tmp_path / "before", BYTES, val_fraction=0.05)
+    jsonl(tmp_path / "b.jsonl", [f"other {number} " * 3 for number in range(3000)])
+    prepare([str(tmp_path / "*.jsonl")], tmp_path / "after", BYTES, val_fraction=0.05)
+    mine = {text.encode() for text in texts}
+    for split in ("train", "val"):
+        before, after = (
+            [text for text in documents_of(read_split(tmp_path / name, split)) if text in mine]
+            for name in ("before", "after")
+        )
+        assert before == after
+    assert 150 <= len(before) <= 250
+
+
+def test_prepare_equal_small_documents_in_the_same_split(tmp_path: Path) -> None:
+    for number in range(1200):
+        (tmp_path / f"{number}.txt").write_text(f"text {number % 300}\n")
+    prepare([str(tmp_path / "*.txt")], tmp_path / "out", BYTES, val_fraction=0.3)
+    train, val = (set(documents_of(read_split(tmp_path / "out", name))) for name in ("train", "val"))
+    assert len(train) + len(val) == 300
+    assert val
+    assert not train & val
+
+
+def test_prepare_ends_and_format_of_shards(notes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    index = prepare([str(notes)], out, BYTES, shard_tokens=500, val_fraction=0.1)
+    for split in index.splits.values():
+        for shard in split.shards:
+            ids = np.fromfile(out / shard.file, dtype=index.dtype)
+            ends = np.fromfile(out / shard.ends_file, dtype="<u8")
+            assert (ends == np.flatnonzero(ids == 256) + 1).all()
+            assert ends.size == shard.documents
+            assert not (out / shard.counted_file).exists()
+    assert json.loads((out / "index.json").read_text())["format"] == 2
+
+
+def test_read_index_format_1_has_same_digest(notes: Path, tmp_path: Path) -> None:
+    """A folder of the earlier version is read, and a run on it resumes."""
+    out = tmp_path / "out"
+    index = prepare([str(notes)], out, BYTES)
+    content = json.loads((out / "index.json").read_text())
+    for name in ("passed_over", "unreadable", "text"):
+        del content[name]
+    for split in content["splits"].values():
+        for name in ("ends_digest", "counted_digest", "counted", "text_bytes"):
+            del split[name]
+        for shard in split["shards"]:
+            del shard["ends_digest"], shard["counted_digest"]
+            (out / shard["file"]).with_suffix(".ends").unlink()
+    content |= {"format": 1, "num_empty": 2, "num_binary": 0, "num_not_utf8": 1}
+    (out / "index.json").write_text(json.dumps(content))
+    old = read_index(out)
+    assert old.digest == index.digest == content["digest"]
+    assert old.passed_over.counts == {
+        "empty files": 2,
+        "documents that are not UTF-8, invalid bytes replaced": 1,
+    }
+    open_dataset(out, verify=True)
+
+
+def test_prepare_left_out_is_counted_and_named(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    jsonl(texts / "a.jsonl", ["one", "two", "three", "four"])
+    with (texts / "a.jsonl").open("ab") as file:
+        file.write(b'{"title": "no text"}\n{"text": \n')
+    (texts / "empty.txt").touch()
+    (texts / "image").write_bytes(b"\0\1\2" * 10)
+    with pytest.raises(DataError, match=r"a\.jsonl:5: .*--skip-unreadable"):
+        prepare([str(texts)], tmp_path / "out", BYTES, val_fraction=0.0)
+    assert not leftovers(tmp_path)
+    options = ReadOptions(skip_unreadable=True)
+    index = prepare([str(texts)], tmp_path / "out", BYTES, options=options, val_fraction=0.0)
+    assert index == read_index(tmp_path / "out")
+    assert index.passed_over.counts == {"empty": 1, "binary": 1}
+    assert [Path(where).name for where, _ in index.passed_over.first] == ["empty.txt", "image"]
+    assert index.unreadable.total == 2
+    assert [Path(where).name for where, _ in index.unreadable.first] == ["a.jsonl:5", "a.jsonl:6"]
+    assert documents_of(read_split(tmp_path / "out", "train")) == [b"one", b"two", b"three", b"four"]
+
+
+def test_prepare_most_records_unreadable_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", ["one"])
+    with path.open("a") as file:
+        file.write('{"body": "x"}\n' * 30)
+    options = ReadOptions(skip_unreadable=True)
+    with pytest.raises(DataError, match=r"most of the text cannot be read: 1 documents .* 30 were not"):
+        prepare([str(path)], tmp_path / "out", BYTES, options=options, val_fraction=0.0)
+
+
+def test_prepare_bos_begins_each_document(tmp_path: Path) -> None:
+    tokenizer_file = tmp_path / "tok" / "tokenizer.json"
+    made = make_tokenizer(tokenizer_file)
+    tokenizer = load_tokenizer(str(tokenizer_file), bos="<begin>")
+    jsonl(tmp_path / "a.jsonl", ["hello", "x = 1\n" * 3000])
+    index = prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", tokenizer, val_fraction=0.2)
+    bos, eos = made.token_to_id("<begin>"), made.token_to_id("</s>")
+    for split in ("train", "val"):
+        ids = read_split(tmp_path / "out", split)
+        assert ids[0] == bos
+        assert ids[-1] == eos
+        begins, ends = np.flatnonzero(ids == bos), np.flatnonzero(ids == eos)
+        assert (begins[1:] == ends[:-1] + 1).all(), "the part after a cut begins with it too"
+    assert (index.text.bos_token, index.text.bos_id) == ("<begin>", bos)
+    assert "\n" in made.decode(read_split(tmp_path / "out", "val").tolist())
+
+
+def test_prepare_literal_separator_warns_without_option(tmp_path: Path) -> None:
+    (tmp_path / "stories.txt").write_text("once\n<|endoftext|>\nupon\n" * 100)
+    index = prepare([str(tmp_path / "stories.txt")], tmp_path / "one", BYTES)
+    assert "stories.txt contains the text <|endoftext|>" in index.text.warnings[0]
+    options = ReadOptions(document_separator="<|endoftext|>")
+    index = prepare(
+        [str(tmp_path / "stories.txt")], tmp_path / "many", BYTES, options=options, val_fraction=0.0
+    )
+    assert not index.text.warnings
+    assert index.splits["train"].documents == 101
+
+
+def test_prepare_instruct_config_warns_of_turn_end(tmp_path: Path) -> None:
+    made = make_tokenizer(tmp_path / "tok" / "tokenizer.json", eos="<|eot_id|>")
+    made.add_special_tokens(["<|end_of_text|>"])
+    made.save(str(tmp_path / "tok" / "tokenizer.json"))
+    (tmp_path / "tok" / "tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>"}')
+    (warning,) = turn_end_warnings(load_tokenizer(str(tmp_path / "tok")))
+    assert "tokenizer_config.json names" in warning
+    assert "<|end_of_text|>" in warning
+    assert not turn_end_warnings(load_tokenizer(str(tmp_path / "tok"), eos="<|eot_id|>"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"options": ReadOptions(text_field="body", skip_unreadable=True)},
+        {"options": ReadOptions(document_separator="---")},
+        {"options": ReadOptions(skip_unreadable=True)},
+        {"val_fraction": 0.2},
+    ],
+)
+def test_prepare_cached_key_has_options(notes: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    cache = tmp_path / "cache"
+    assert prepare_cached([str(notes)], BYTES, cache) != prepare_cached([str(notes)], BYTES, cache, **changed)
+
+
+def test_prepare_cached_logs_what_was_left_out(
+    notes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for start in range(2):
+        (notes / f"empty{start}.md").touch()
+        caplog.clear()
+        prepare_cached([str(notes)], BYTES, tmp_path / "cache")
+        assert f"left out: {start + 1} x empty" in caplog.text, "at every start, as it is then"

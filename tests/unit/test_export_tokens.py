@@ -85,6 +85,34 @@ def test_export_of_prepared_data_has_tokenizer(ckpt: Ckpt, tmp_path: Path, kind:
         assert "the export has no tokenizer" in done.err
 
 
+def test_export_after_given_tokens_has_them(ckpt: Ckpt, tmp_path: Path) -> None:
+    """The tokens that ``eos_token`` and ``bos_token`` name are those of the export and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    made = make_tokenizer(tmp_path / "tok" / "tokenizer.json")
+    made.add_special_tokens(["<stop>"])
+    made.save(str(tmp_path / "tok" / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "tok"), eos="<stop>", bos="<begin>")
+    data = prepared(tmp_path, tokenizer)
+    ids = {"separator_id": str(made.token_to_id("<stop>")), "bos_id": str(made.token_to_id("<begin>"))}
+    prepared_data = {"digest": tokenizer.digest, "path": str(data / "tokenizer.json"), **ids}
+    text_data = {**prepared_data, "path": str(tmp_path / "tok" / "tokenizer.json")}
+    for name, section, recorded in (
+        ("prepared", f'dataset_path = "{data}"', prepared_data),
+        ("text", 'text = "x"\neos_token = "<stop>"\nbos_token = "<begin>"', text_data),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        model = make_model(vocab_size=made.get_vocab_size())
+        step = save(folder, model, extra=f"[data]\n{section}\n", tokenizer=recorded)
+        done = ckpt("export", step, "--out", folder / "hf")
+        assert (done.status, done.err) == (0, "")
+        expected = (made.token_to_id("<stop>"), made.token_to_id("<begin>"))
+        assert token_settings(folder / "hf")[:2] == expected
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "hf")
+    assert (loaded.eos_token, loaded.bos_token) == ("<stop>", "<begin>")
+
+
 def test_export_of_older_step_reads_the_index(ckpt: Ckpt, tmp_path: Path) -> None:
     """Steps of earlier versions record no separator, and their data have no tokenizer."""
     make_tokenizer(tmp_path / "tok" / "tokenizer.json")

@@ -12,6 +12,7 @@ import pytest
 from support.ckpt_cli import Done
 from support.step_maker import write_step
 from support.token_folders import numbered, write_folder
+from support.tokenizers import make_tokenizer
 
 from kempnerforge.checkpoint.load.load_path import candidates
 from kempnerforge.checkpoint.run import metadata
@@ -37,6 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.save(tmp_path / "short.npy", np.arange(20, dtype=np.uint16))
     lengths = [200] * 20
     write_folder(tmp_path / "prepared", {"train": numbered(lengths), "val": numbered(lengths)})
+    make_tokenizer(tmp_path / "base" / "tokenizer.json")
     (tmp_path / "hf").mkdir()
     (tmp_path / "pickles").mkdir()
     for folder in ("hf", "pickles"):
@@ -67,6 +69,16 @@ TABLE: dict[str, tuple[list[str], str, str]] = {
     "a broken symbolic link": (["--data.text=link"], "data.text", "is a broken symbolic link"),
     "no tokenizer": (["--data.tokenizer=tok.json"], "data.tokenizer", "no such file"),
     "no tokenizer in it": (["--data.tokenizer=a.txt"], "data.tokenizer", "not a Hugging Face tokenizer.json"),
+    "no chat template": (
+        ["--data.format=chat", "--data.tokenizer=base"],
+        "data.tokenizer",
+        "no chat template",
+    ),
+    "no such template": (
+        ["--data.format=chat", "--data.tokenizer=base", "--data.chat_template=none.jinja"],
+        "data.tokenizer",
+        "none.jinja: no such file",
+    ),
     "no data": ([*DATA[:1], DATA[1] + "=data/tokens"], "data.dataset_path", "no such file or folder"),
     "no shards": ([*DATA[:1], DATA[1] + "=nothing"], "data.dataset_path", "neither index.json nor .npy"),
     "too few tokens": ([*DATA[:1], DATA[1] + "=short.npy"], "data.dataset_path", "too few tokens"),

@@ -65,9 +65,10 @@ class Provenance:
     metrics: dict[str, float] = field(default_factory=dict)
     """Metrics of exactly this step, such as ``eval/loss``. Retention ranks steps by them."""
     tokenizer: dict[str, str] = field(default_factory=dict)
-    """``digest`` of the tokenizer that made the tokens, the absolute ``path`` of its file, if any, and
-    the ``separator_id`` after every document; ``load_path``, with whose weights the run began, as an
-    absolute path. What is unknown is missing."""
+    """``digest`` of the tokenizer that made the tokens, the absolute ``path`` of its file, if any,
+    the ``separator_id`` after every document, and the ``bos_id`` before it, if any; ``load_path``,
+    with whose weights the run began, as an absolute path.
+    What is unknown is missing."""
 
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")

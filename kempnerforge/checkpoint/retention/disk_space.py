@@ -183,6 +183,8 @@ class DiskSpaceGuard:
         self._quotas = Quotas()
         self._needed_bytes = 0
         self._needed_files = 0
+        self._linked_bytes = 0
+        """How many of the needed bytes the next save links instead of writing them."""
 
     @property
     def passed_over(self) -> Collection[int]:
@@ -192,6 +194,10 @@ class DiskSpaceGuard:
     @passed_over.setter
     def passed_over(self, steps: Collection[int]) -> None:
         self._retention.passed_over = steps
+
+    def expect_links(self, linked_bytes: int) -> None:
+        """Set how many bytes the next save links instead of writing them."""
+        self._linked_bytes = linked_bytes
 
     def before_training(self, needed_bytes: int, num_shards: int) -> str:
         """Store what a save needs, and check whether one fits at all. Return a warning, or an empty string.
@@ -233,10 +239,11 @@ class DiskSpaceGuard:
         return verdict
 
     def _check(self) -> SpaceCheck:
-        return check(self._folder, self._needed_bytes, needed_files=self._needed_files, quotas=self._quotas)
+        needed_bytes = self._needed_bytes - self._linked_bytes
+        return check(self._folder, needed_bytes, needed_files=self._needed_files, quotas=self._quotas)
 
     def _size_of(self, step: int) -> int:
-        """Return the bytes that deleting a step frees, without files that a fork links to."""
+        """Return the bytes that deleting a step frees, without files that other steps or a fork have too."""
         path = self._folder / paths.step_name(step)
         try:
             files = manifest.load(path).files

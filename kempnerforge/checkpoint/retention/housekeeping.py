@@ -21,6 +21,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from kempnerforge.checkpoint.format import late_metrics, manifest, paths
 from kempnerforge.checkpoint.format.latest_link import LatestLink
@@ -49,6 +50,24 @@ _LOOKED = "the checkpoint folder could not be examined"
 _all: weakref.WeakSet[Housekeeping] = weakref.WeakSet()
 
 
+class Saves(Protocol):
+    """What the saves of a run take, on the first rank."""
+
+    @property
+    def save_bytes(self) -> int:
+        """Bytes of a step."""
+        ...
+
+    @property
+    def num_files(self) -> int:
+        """Shard files of a step."""
+        ...
+
+    def linkable_bytes(self, step_folder: Path) -> int:
+        """Return the bytes that a save after this committed step links instead of writing them."""
+        ...
+
+
 class Housekeeping:
     """Does the work after commits in ``folder``. First rank only; thread-safe.
 
@@ -58,6 +77,7 @@ class Housekeeping:
 
     def __init__(self, folder: Path, config: CheckpointConfig, *, run_dir: Path) -> None:
         self.room = DiskSpaceGuard(folder, config)
+        self._linkable: Callable[[Path], int] = lambda _step_folder: 0
         self._retention = Retention(folder, KeepPolicy.from_config(config))
         self._cleanup = StartCleanup(folder)
         self._latest = LatestLink(folder)
@@ -90,6 +110,19 @@ class Housekeeping:
         self._cleanup = StartCleanup(folder, owner=owner)
         self._latest = LatestLink(folder)
         self.room.move(folder, owner)
+
+    def before_training(self, saves: Saves, newest: int | None) -> str:
+        """Check whether one save fits after step ``newest``. Return a warning, or an empty string."""
+        self._linkable = saves.linkable_bytes
+        try:
+            self._expect_links(newest)
+            return self.room.before_training(saves.save_bytes, saves.num_files)
+        except OSError as error:
+            return f"cannot check whether a save fits on the disk: {error}"
+
+    def _expect_links(self, newest: int | None) -> None:
+        if newest is not None:
+            self.room.expect_links(self._linkable(self._folder / paths.step_name(newest)))
 
     def started(self, cleanup: StartCleanup, steps: list[int]) -> None:
         """Begin after a resume. ``steps`` are on the run's timeline, so they are never set aside as late.
@@ -221,6 +254,7 @@ class Housekeeping:
         self._try(self._set_aside_late, _LOOKED)
         self._try(lambda: self._link(step), f"{paths.LATEST} could not be pointed at step {step}")
         self._try(lambda: self._prune(step), "older checkpoints could not be deleted")
+        self._try(lambda: self._expect_links(step), _LOOKED)
         if self._more_saves:
             self._try(self._make_room, _LOOKED)
 

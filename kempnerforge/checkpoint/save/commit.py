@@ -36,6 +36,8 @@ class PlannedFile:
 
     name: str
     items: tuple[PlannedItem, ...]
+    frozen: bool = False
+    """Whether it has only frozen tensors, so that a later step may link to it."""
 
     @property
     def shard_items(self) -> list[ShardItem]:
@@ -87,6 +89,15 @@ class ExpectedFiles:
     def size_bytes(self) -> int:
         """Bytes of all shards and the index, which is nearly all that a save writes."""
         return len(self.index) + sum(size for size, _ in self._sizes.values())
+
+    def linkable_bytes(self, step_folder: Path) -> int:
+        """Return the bytes of files of frozen tensors that ``step_folder`` has with the same names and sizes.
+
+        Raises CheckpointError and OSError if it cannot be read.
+        """
+        sizes = [(file.name, self._sizes[file.name][0]) for file in self.files if file.frozen]
+        stored = manifest.read(step_folder).files if sizes else {}
+        return sum(size for name, size in sizes if name in stored and stored[name].size_bytes == size)
 
     def check(self, reports: Mapping[str, FileReport]) -> None:
         """Raise SaveFailedError unless every planned file was reported in full, with every chunk.

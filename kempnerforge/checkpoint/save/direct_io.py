@@ -87,6 +87,26 @@ def write_image(
     return FileRecord(size_bytes, tuple(digests))
 
 
+def digest_image(
+    image: memoryview,
+    size_bytes: int,
+    threads: WriterThreads,
+    *,
+    heartbeat: Callable[[], None] = lambda: None,
+    wait_until_staged: Callable[[int], None] = lambda end: None,
+    is_urgent: Callable[[], bool] = lambda: True,
+) -> FileRecord:
+    """Return the record that ``write_image`` would return. Writes nothing."""
+    digests = []
+    for begin in range(0, size_bytes, BLOCK_BYTES):
+        end = min(begin + BLOCK_BYTES, size_bytes)
+        wait_until_staged(end)
+        pool = threads.pick(urgent=is_urgent())
+        digests.append(pool.submit(xxhash.xxh3_128_hexdigest, image[begin:end]).result())
+        heartbeat()
+    return FileRecord(size_bytes, tuple(digests))
+
+
 def _open(path: Path, heartbeat: Callable[[], None]) -> tuple[int, bool]:
     flags = os.O_WRONLY | os.O_EXCL
     try:

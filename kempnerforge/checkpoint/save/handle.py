@@ -55,10 +55,12 @@ class SaveHistory:
 
     def add(self, job: SaveJob, result: SaveResult) -> None:
         """Remember the outcome of ``job``."""
+        job.remember_frozen(not result.error and not result.skipped)
         if result.error:
             if job.rank == 0:
                 self.failed = FailedSave.of(job)
-        elif result.total_s and job.largest_bytes:  # without tensors the rate does not measure the storage
+        elif result.total_s and job.largest_bytes and not result.linked_bytes:
+            # Without tensors, and with links, the rate does not measure the storage.
             self.rates.append(job.largest_bytes / result.total_s)
 
 

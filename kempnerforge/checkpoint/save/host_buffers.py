@@ -123,6 +123,15 @@ class HostBuffers:
         """Return how many bytes of a buffer are final when the first ``copied`` of all pairs are copied."""
         return self.buffers[number].staged_bytes(copied - sum(map(len, self._targets[:number])))
 
+    def release_frozen(self) -> None:
+        """Release the buffers of files with frozen tensors only, which come after all others."""
+        kept = [number for number, buffer in enumerate(self.buffers) if not buffer.file.frozen]
+        released = [buffer for buffer in self.buffers if buffer.file.frozen]
+        self.buffers = [self.buffers[number] for number in kept]
+        self._targets = [self._targets[number] for number in kept]
+        for buffer in released:
+            buffer.close()
+
     def close(self) -> None:
         """Release all buffers."""
         self._targets = []

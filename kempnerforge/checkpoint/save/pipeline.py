@@ -10,26 +10,33 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from kempnerforge.checkpoint import cuda
 from kempnerforge.checkpoint.format.checksums import FileRecord
 from kempnerforge.checkpoint.format.manifest import Provenance
+from kempnerforge.checkpoint.save import host_memory
 from kempnerforge.checkpoint.save.commit import (
     CheckpointPayload,
     ExpectedFiles,
     FileReport,
+    PlannedFile,
     commit,
     make_temporary,
 )
-from kempnerforge.checkpoint.save.host_buffers import HostBuffers
-from kempnerforge.checkpoint.save.staging import Staging
+from kempnerforge.checkpoint.save.frozen import FileSource, FrozenFiles, FrozenSave
+from kempnerforge.checkpoint.save.host_buffers import HostBuffer, HostBuffers, needed_bytes
+from kempnerforge.checkpoint.save.staging import BlockingCopy, Staging
 from kempnerforge.checkpoint.save.writer_client import Writer, Written, with_backoff
+from kempnerforge.checkpoint.save.writer_process import FileIdentity
 from kempnerforge.distributed.store_channel import StoreChannel, collect
-from kempnerforge.errors import SaveFailedError
+from kempnerforge.errors import HostMemoryError, SaveFailedError
+
+T = TypeVar("T")
 
 CHECK_EVERY_S = 1.0
 """How often, in seconds, a rank that writes checks whether the save has failed on another rank."""
@@ -69,6 +76,8 @@ class SaveResult:
     """Seconds from the call to the commit."""
     size_bytes: int = 0
     """Bytes of the whole checkpoint."""
+    linked_bytes: int = 0
+    """Bytes of files that are links to those of an earlier step, and were not written."""
     warnings: list[str] = field(default_factory=list)
     """Problems that did not fail the save."""
     skipped: str = ""
@@ -138,9 +147,16 @@ class SaveJob:
     failed_before: FailedSave | None
     """On the first rank: the previous save, if it failed and other ranks may still write its files."""
     started: float
+    frozen_files: FrozenFiles
+    frozen: FrozenSave
+    """What this save does about the files of ``frozen_files``."""
     device: torch.device | None = None
     """The CUDA device that ``staging`` copies from; None if there is none."""
     progress: RankProgress = field(default_factory=RankProgress)
+
+    def remember_frozen(self, committed: bool) -> None:
+        """Let later saves link what this one has. Call it once all ranks know the outcome."""
+        self.frozen_files.ended(self.frozen, self.final, committed=committed)
 
 
 def result_key(number: int) -> str:
@@ -230,6 +246,8 @@ class RankSave:
         finally:
             # After the report, because a device that hangs must not hide the failure from the other ranks.
             self.job.staging.wait_until_idle()
+            if "files" in message and self.job.frozen.may_link:
+                self.job.buffers.release_frozen()  # later saves link these files
 
     def _make_folder(self) -> str:
         """Make the folder of the save on the first rank; wait for it on others. Return why it is skipped.
@@ -275,30 +293,90 @@ class RankSave:
         files: dict[str, Any] = {}
         write_s = 0.0
         self._checked_at = time.monotonic()
-        for number, buffer in enumerate(self.job.buffers.buffers):
-            written = self._write_with_retries(number)
+        frozen = self.job.frozen
+
+        def add(file: PlannedFile, written: Written, header_digest: str) -> None:
+            nonlocal write_s
             record = written.record
-            files[buffer.file.name] = [record.size_bytes, record.xxh3_128, buffer.header_digest]
+            files[file.name] = [record.size_bytes, record.xxh3_128, header_digest]
             write_s += written.write_s
-        return {"files": files, "write_s": write_s, "objects": dict(self.job.contributed)}
+            if file.frozen:
+                path = self.job.final / file.name
+                frozen.done[file.name] = FileSource(path, record, header_digest, written.identity)
 
-    def _write_with_retries(self, number: int) -> Written:
-        return with_backoff(
-            lambda: self._write_file(number),
-            tries=self.job.retry.write_tries,
-            first_pause_s=self.job.retry.first_pause_s,
+        for number, buffer in enumerate(self.job.buffers.buffers):
+            staged = partial(self._staged_bytes, number)
+            written = self._link_if_equal(buffer, staged) or self._write_file(buffer, staged)
+            add(buffer.file, written, buffer.header_digest)
+        for file, source in frozen.links:
+            written = self._link(file.name, source.path, source.record, source.identity)
+            add(file, written or self._write_from_memory(file), source.header_digest)
+        return {
+            "files": files,
+            "write_s": write_s,
+            "objects": dict(self.job.contributed),
+            "linked_bytes": frozen.linked_bytes,
+            "warnings": frozen.warnings,
+        }
+
+    def _retry(self, work: Callable[[], T]) -> T:
+        def checked() -> T:
+            self._check()
+            return work()
+
+        retry = self.job.retry
+        return with_backoff(checked, tries=retry.write_tries, first_pause_s=retry.first_pause_s)
+
+    def _write_file(self, buffer: HostBuffer, staged: Callable[[], int] | None) -> Written:
+        path = self.job.temporary / buffer.file.name
+        keep = not buffer.file.frozen or not self.job.frozen.may_link
+        size_bytes, check = buffer.image.size_bytes, self._check
+        return self._retry(
+            lambda: self.writer.write(buffer.fd, path, size_bytes, staged=staged, check=check, keep=keep)
         )
 
-    def _write_file(self, number: int) -> Written:
-        self._check()
-        buffer = self.job.buffers.buffers[number]
-        return self.writer.write(
-            buffer.fd,
-            self.job.temporary / buffer.file.name,
-            buffer.image.size_bytes,
-            staged=lambda: self._staged_bytes(number),
-            check=self._check,
+    def _link_if_equal(self, buffer: HostBuffer, staged: Callable[[], int]) -> Written | None:
+        """Link a staged file of frozen tensors to a file of an earlier step that has the same digests."""
+        name, size_bytes, check = buffer.file.name, buffer.image.size_bytes, self._check
+        stored = self.job.frozen.same_size(size_bytes) if buffer.file.frozen else {}
+        if not stored:
+            return None
+        path = self.job.temporary / name
+        digested = self._retry(
+            lambda: self.writer.digest(buffer.fd, path, size_bytes, staged=staged, check=check)
         )
+        source = next((path for path, record in stored.items() if record == digested.record), None)
+        return self._link(name, source, digested.record, None) if source is not None else None
+
+    def _link(
+        self, name: str, source: Path, record: FileRecord, identity: FileIdentity | None
+    ) -> Written | None:
+        """Link ``source`` into the step. Return None if that failed, so that the file has to be written."""
+        path, size_bytes = self.job.temporary / name, record.size_bytes
+        linked = self._retry(lambda: self.writer.link(source, path, size_bytes, identity, check=self._check))
+        if linked.refused:
+            self.job.frozen.link_failed(name, linked.errno, linked.refused)
+            return None
+        self.job.frozen.linked_bytes += size_bytes
+        return Written(record, 0.0, linked.identity)
+
+    def _write_from_memory(self, file: PlannedFile) -> Written:
+        """Stage and write a file of frozen tensors that has no host buffer, because a link of it failed."""
+        job = self.job
+        if (fault := host_memory.fault([host_memory.claim(needed_bytes([file]))], None)) is not None:
+            raise HostMemoryError(fault)
+        buffers = HostBuffers([file], None)
+        try:
+            copy = BlockingCopy(buffers.pairs(job.frozen.tensors))
+            copy.start()
+            copy.finish()
+            if not job.frozen_files.is_unchanged(file, job.frozen.tensors):
+                raise SaveFailedError(
+                    f"tensors of {file.name} require no gradient and changed during the save"
+                )
+            return self._write_file(buffers.buffers[0], None)
+        finally:
+            buffers.close()
 
     def _staged_bytes(self, number: int) -> int:
         """Return how many bytes of a buffer are staged. Raises SaveFailedError if the copy failed."""
@@ -386,4 +464,10 @@ def _commit(job: SaveJob, reports: Sequence[Mapping[str, Any] | None]) -> SaveRe
         commit_s=ended - collected,
         total_s=ended - job.started,
         size_bytes=size_bytes,
+        linked_bytes=sum(report["linked_bytes"] for report in complete),
+        warnings=[
+            f"rank {rank}: {warning}"
+            for rank, report in enumerate(complete)
+            for warning in report["warnings"]
+        ],
     )

@@ -8,7 +8,7 @@ each rank holds, and plan again only if one has changed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from kempnerforge.checkpoint.format.tensor_index import Chunk, TensorEntry, cove
 from kempnerforge.checkpoint.results import Payload
 from kempnerforge.checkpoint.save import host_memory
 from kempnerforge.checkpoint.save.commit import ExpectedFiles, PlannedFile, PlannedItem
+from kempnerforge.checkpoint.save.frozen import FrozenFiles
 from kempnerforge.checkpoint.save.host_buffers import HostBuffers, needed_bytes
 from kempnerforge.checkpoint.save.union import Held, Union, unite
 from kempnerforge.checkpoint.state.flatten import TreePayload
@@ -123,9 +124,12 @@ def digest_of(held: object) -> str:
     return xxhash.xxh3_128_hexdigest(repr(held).encode())
 
 
-def make_plan(held_by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
+def make_plan(
+    held_by_rank: Sequence[Sequence[PlannedItem]], frozen: Collection[str] = frozenset()
+) -> SavePlan:
     """Assign each chunk to one of the ranks that hold it, so that ranks write about equal numbers of bytes.
 
+    The tensors named in ``frozen`` are in other files than the rest, and divided separately.
     Raises ValueError when the chunks of a tensor do not cover it exactly, or disagree on its shape.
     """
     holders: dict[tuple[str, tuple[int, ...]], list[int]] = {}
@@ -142,13 +146,14 @@ def make_plan(held_by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
             holders.setdefault(key, []).append(rank)
     check_cover(chunks.values())
     mine: list[list[PlannedItem]] = [[] for _ in held_by_rank]
-    load = [0] * len(held_by_rank)
+    loads = {is_frozen: [0] * len(held_by_rank) for is_frozen in (False, True)}
     # Assign the chunks with one holder first, then the others, from the largest to the smallest.
     for key in sorted(chunks, key=lambda key: (len(holders[key]) > 1, -chunks[key].item.size_bytes, key)):
+        load = loads[key[0] in frozen]
         rank = min(holders[key], key=lambda rank: (load[rank], rank))
         load[rank] += chunks[key].item.size_bytes
         mine[rank].append(chunks[key])
-    return name_files(mine)
+    return name_files(mine, frozen)
 
 
 def _words(chunk: PlannedItem) -> str:
@@ -169,18 +174,29 @@ def check_cover(chunks: Iterable[PlannedItem]) -> None:
             raise ValueError(f"{name}: {problem}")
 
 
-def name_files(by_rank: Sequence[Sequence[PlannedItem]]) -> SavePlan:
-    """Plan the files of each rank, numbered over all ranks. A name occurs once in a file."""
-    splits = [split_by_name([chunk.item.name for chunk in chunks]) for chunks in by_rank]
-    count, number = sum(map(len, splits)), 0
-    files: list[tuple[PlannedFile, ...]] = []
-    for chunks, split in zip(by_rank, splits, strict=True):
+def name_files(by_rank: Sequence[Sequence[PlannedItem]], frozen: Collection[str] = frozenset()) -> SavePlan:
+    """Plan the files of each rank, numbered over all ranks. A name occurs once in a file.
+
+    The files with tensors named in ``frozen`` come after the other files of a rank.
+    """
+    groups: list[list[tuple[bool, list[PlannedItem]]]] = []
+    for chunks in by_rank:
         of_rank = []
-        for positions in split:
-            items = tuple(chunks[position] for position in positions)
-            of_rank.append(PlannedFile(paths.shard_name(number, count), items))
-            number += 1
-        files.append(tuple(of_rank))
+        for is_frozen in (False, True):
+            members = [chunk for chunk in chunks if (chunk.item.name in frozen) == is_frozen]
+            for positions in split_by_name([chunk.item.name for chunk in members]):
+                of_rank.append((is_frozen, [members[position] for position in positions]))
+        groups.append(of_rank)
+    count, number = sum(map(len, groups)), 0
+    files: list[tuple[PlannedFile, ...]] = []
+    for of_rank in groups:
+        numbers = range(number, number := number + len(of_rank))
+        files.append(
+            tuple(
+                PlannedFile(paths.shard_name(at, count), tuple(items), frozen=is_frozen)
+                for at, (is_frozen, items) in zip(numbers, of_rank, strict=True)
+            )
+        )
     return SavePlan(tuple(files))
 
 
@@ -197,15 +213,18 @@ class SavePlanCache:
         """The CUDA device that this rank's tensors are on; None if they are in host memory."""
         self._made_for: torch.device | None = None
         self.buffers: HostBuffers | None = None
+        self.files: tuple[PlannedFile, ...] = ()
+        """The files that this rank writes."""
+        self.frozen = FrozenFiles()
         self.expected: ExpectedFiles | None = None
         """The files that all ranks write. Set only on the first rank, which commits."""
         self.largest_bytes = 0
-        """Size of the host buffers of the rank that writes most. The time-out of all ranks depends on it."""
+        """Size of all files of the rank that has most. The time-out of all ranks depends on it."""
         self.contributed: frozenset[str] = frozenset()
         """Non-tensor leaves whose values this rank sends to the first rank: no lower rank has them."""
         self._structure: dict[str, Any] | None = None
         """The paths of the leaves of all ranks in a nested state dict, as JSON."""
-        self._last_update: tuple[Signature | None, tuple[str, ...], Structure] | None = None
+        self._last_update: tuple[Signature | None, tuple[str, ...], Structure, frozenset[str]] | None = None
         self._held = Held([])
         self._held_digest = ""
         self._agreed_digest = ""
@@ -217,11 +236,13 @@ class SavePlanCache:
         """
         self.device = cuda.device_of(payload.tensors)
         leaf_paths = payload.structure if isinstance(payload, TreePayload) else FLAT
-        update = (signature_of(payload.tensors), (*payload.objects, *payload.from_lowest_rank), leaf_paths)
+        frozen = self.frozen.update(payload)
+        names = (*payload.objects, *payload.from_lowest_rank)
+        update = (signature_of(payload.tensors), names, leaf_paths, frozen)
         if update[0] is not None and update == self._last_update:
             return
         self._last_update = None
-        self._held = _held(payload, leaf_paths)
+        self._held = _held(payload, leaf_paths, frozen)
         self._held_digest = digest_of(self._held)
         self._last_update = update
 
@@ -241,7 +262,7 @@ class SavePlanCache:
         """
         number = xxhash.xxh3_64_intdigest(repr(sorted((same or {}).items())).encode()) & _DIGEST_BITS
         changed = self._held_digest != self._agreed_digest or self.device != self._made_for
-        changed = self.buffers is None or changed
+        changed = changed or self._lacks_buffers()
         failed, changed, highest, lowest = control.agree([error is not None, changed, number, -number])
         if failed:
             raise_on_all(control, error)
@@ -252,18 +273,29 @@ class SavePlanCache:
         if changed:
             self._make(control)
 
+    def _lacks_buffers(self) -> bool:
+        """Return whether a file has neither a buffer nor, in the last committed step, a file to link."""
+        if self.buffers is None:
+            return True
+        staged = {buffer.file.name for buffer in self.buffers.buffers}
+        return any(file.name not in staged and self.frozen.source_of(file) is None for file in self.files)
+
     def _make(self, control: ControlGroup) -> None:
         everything = control.gather(self._held)
         plan, union = control.run_on_rank0(lambda: _plan_of_all(everything))
         self.release()
-        self._make_buffers(control, plan.files[control.rank])
+        files = plan.files[control.rank]
+        if files != self.files:
+            self.files = files
+        self._make_buffers(control)
         self.expected = plan.expected if control.rank == 0 else None
         self.contributed = union.contributed[control.rank]
         self._structure = union.structure
         self._agreed_digest = self._held_digest
 
-    def _make_buffers(self, control: ControlGroup, files: Sequence[PlannedFile]) -> None:
-        """Make the buffers of ``files`` if all ranks' buffers fit. Collective: an error is raised on all."""
+    def _make_buffers(self, control: ControlGroup) -> None:
+        """Make buffers of the files that are not linked, if all ranks' fit. Collective: raises on all."""
+        files = [file for file in self.files if self.frozen.source_of(file) is None]
         error: Exception | None = None
         claim = None
         try:
@@ -282,7 +314,7 @@ class SavePlanCache:
         except Exception as cause:  # noqa: BLE001 - raised on all ranks below
             error = _no_buffers(cause)
         unpinned = self.buffers.pin_error if self.buffers is not None else ""
-        size_bytes = self.buffers.size_bytes if self.buffers is not None else 0
+        size_bytes = needed_bytes(self.files)
         failed, some_unpinned, largest = control.agree([error is not None, bool(unpinned), size_bytes])
         if failed:
             self.release()
@@ -313,7 +345,7 @@ def _no_buffers(error: Exception) -> SaveFailedError:
     return SaveFailedError(f"cannot make its host buffers: {type(error).__name__}: {error}")
 
 
-def _held(payload: Payload, leaf_paths: Structure) -> Held:
+def _held(payload: Payload, leaf_paths: Structure, frozen: frozenset[str]) -> Held:
     for name in payload.objects:
         check_name(name)
     inside: dict[str, str] = {}
@@ -325,12 +357,13 @@ def _held(payload: Payload, leaf_paths: Structure) -> Held:
         inside=inside,
         structure=structure.encode(leaf_paths) if leaf_paths is not FLAT else None,
         from_lowest_rank=tuple(sorted(payload.from_lowest_rank)),
+        frozen=tuple(sorted(frozen)),
     )
 
 
 def _plan_of_all(everything: Sequence[Held]) -> tuple[SavePlan, Union]:
     union = unite(everything)
-    return make_plan(union.items), union
+    return make_plan(union.items, union.frozen), union
 
 
 def raise_on_all(control: ControlGroup, error: Exception | None) -> None:

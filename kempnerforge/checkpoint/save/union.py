@@ -24,6 +24,8 @@ class Held:
     """The paths of its leaves in a nested state dict, as JSON."""
     from_lowest_rank: tuple[str, ...] = ()
     """Names of tensors to save from the lowest rank that has them."""
+    frozen: tuple[str, ...] = ()
+    """Names of tensors that do not change."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Union:
     contributed: list[frozenset[str]]
     """By rank: names of non-tensor leaves to send to the first rank, because no lower rank has them."""
     structure: dict[str, Any] | None
+    frozen: frozenset[str] = frozenset()
+    """Names of tensors that are frozen on every rank that has a part of them."""
 
 
 def unite(held_by_rank: Sequence[Held]) -> Union:
@@ -62,7 +66,9 @@ def unite(held_by_rank: Sequence[Held]) -> Union:
         frozenset(name for name in held.objects if rank and owner[name] == rank)
         for rank, held in enumerate(held_by_rank)
     ]
-    return Union(items, contributed, _structure(held_by_rank))
+    changing = [of_rank.difference(held.frozen) for of_rank, held in zip(names, held_by_rank, strict=True)]
+    frozen = frozenset(name for held in held_by_rank for name in held.frozen).difference(*changing)
+    return Union(items, contributed, _structure(held_by_rank), frozen)
 
 
 def _kept(rank: int, held: Held, owner: Mapping[str, int], names: Sequence[set[str]]) -> list[PlannedItem]:

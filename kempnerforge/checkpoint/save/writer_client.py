@@ -14,12 +14,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from kempnerforge.checkpoint.format.checksums import FileRecord
-from kempnerforge.checkpoint.save.writer_process import POLL_INTERVAL_S, PROGRESS_BYTES, SharedProgress
+from kempnerforge.checkpoint.save.writer_process import (
+    POLL_INTERVAL_S,
+    PROGRESS_BYTES,
+    FileIdentity,
+    SharedProgress,
+)
 from kempnerforge.errors import SaveFailedError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _POLL_S = 0.2
 
@@ -34,6 +42,17 @@ class Written:
 
     record: FileRecord
     write_s: float
+    identity: FileIdentity = (0, 0)
+
+
+@dataclass(frozen=True)
+class LinkResult:
+    """The writer's reply for one link."""
+
+    identity: FileIdentity = (0, 0)
+    refused: str = ""
+    """Why there is no link; empty if there is one."""
+    errno: int | None = None
 
 
 class Writer:
@@ -68,6 +87,7 @@ class Writer:
         *,
         staged: Callable[[], int] | None = None,
         check: Callable[[], None] = lambda: None,
+        keep: bool = True,
     ) -> Written:
         """Write the first ``size_bytes`` of the buffer ``buffer_fd`` as ``path``. Return when it is durable.
 
@@ -75,28 +95,85 @@ class Writer:
         all are final. ``check`` is called regularly. If either function raises SaveFailedError, the
         write ends and the writer process is killed, so that the buffer is free again. Raises
         WriterFailedError when the write failed. A writer process that caused the failure is
-        replaced at the next call.
+        replaced at the next call. ``keep``: whether the same buffer will be written again.
         """
+        request = {"do": "write", "path": str(path), "size_bytes": size_bytes, "keep": keep}
+        answer = self._ask(request, [buffer_fd], path.name, staged, check)
+        identity = tuple(answer["identity"])
+        return Written(
+            FileRecord(answer["size_bytes"], tuple(answer["xxh3_128"])), answer["write_s"], identity
+        )
+
+    def digest(
+        self,
+        buffer_fd: int,
+        path: Path,
+        size_bytes: int,
+        *,
+        staged: Callable[[], int] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> Written:
+        """Return what ``write`` would return, but write nothing. Raises what ``write`` raises."""
+        request = {"do": "digest", "path": str(path), "size_bytes": size_bytes, "keep": False}
+        answer = self._ask(request, [buffer_fd], path.name, staged, check)
+        return Written(FileRecord(answer["size_bytes"], tuple(answer["xxh3_128"])), answer["write_s"])
+
+    def link(
+        self,
+        source: Path,
+        path: Path,
+        size_bytes: int,
+        identity: FileIdentity | None,
+        *,
+        check: Callable[[], None] = lambda: None,
+    ) -> LinkResult:
+        """Link ``source`` as ``path``, if it is the file with ``identity``; None: any file of the size.
+
+        Raises WriterFailedError if the process died or hung. A link that the file system refuses is
+        a result.
+        """
+        request = {
+            "do": "link",
+            "path": str(path),
+            "source": str(source),
+            "size_bytes": size_bytes,
+            "identity": identity,
+        }
+        answer = self._ask(request, [], path.name, None, check)
+        if "refused" in answer:
+            return LinkResult(refused=answer["refused"], errno=answer["errno"])
+        return LinkResult(tuple(answer["identity"]))
+
+    def _ask(
+        self,
+        body: dict[str, Any],
+        fds: list[int],
+        name: str,
+        staged: Callable[[], int] | None,
+        check: Callable[[], None],
+    ) -> dict[str, Any]:
+        """Send one request and return the reply. Raises as ``write`` does."""
         connection, progress = self._start()
+        size_bytes: int = body["size_bytes"]
         staged = staged or (lambda: size_bytes)
         progress.staged = staged()
         with self._lock:
             progress.urgent = self._urgent
-        request = json.dumps({"path": str(path), "size_bytes": size_bytes}).encode()
+        request = json.dumps(body).encode()
         try:
-            socket.send_fds(connection, [request], [buffer_fd])
-            answer = json.loads(self._receive(connection, progress, size_bytes, staged, check))
+            socket.send_fds(connection, [request], fds)
+            answer: dict[str, Any] = json.loads(
+                self._receive(connection, progress, size_bytes, staged, check)
+            )
         except SaveFailedError:
             self._kill()  # else it would wait for bytes that are never staged
             raise
         except (OSError, ValueError) as error:
             status = self._kill()
-            raise WriterFailedError(
-                f"writer process died (status {status}) while writing {path.name}"
-            ) from error
+            raise WriterFailedError(f"writer process died (status {status}) while writing {name}") from error
         if "error" in answer:
-            raise WriterFailedError(f"{path.name}: {answer['error']}")
-        return Written(FileRecord(answer["size_bytes"], tuple(answer["xxh3_128"])), answer["write_s"])
+            raise WriterFailedError(f"{name}: {answer['error']}")
+        return answer
 
     def _receive(
         self,
@@ -175,12 +252,12 @@ class Writer:
 
 
 def with_backoff(
-    work: Callable[[], Written],
+    work: Callable[[], T],
     *,
     tries: int,
     first_pause_s: float,
     sleep: Callable[[float], None] = time.sleep,
-) -> Written:
+) -> T:
     """Run ``work`` up to ``tries`` times with pauses that double. Raise the last WriterFailedError."""
     pause_s = first_pause_s
     for tries_left in range(tries - 1, -1, -1):

@@ -4,9 +4,19 @@ It is a separate process because a write that hangs in the kernel cannot be inte
 process can be abandoned and replaced. It also does not compete for the trainer's interpreter lock.
 It does not import torch and takes about 20 MB.
 
-A request is one JSON message, ``{"path", "size_bytes"}``, sent with the file descriptor of the
-buffer. A reply is one line of JSON, ``{"size_bytes", "xxh3_128", "write_s"}`` or ``{"error"}``. The
-process ends when the socket closes, so it never outlives its trainer. Start it as
+A request is one JSON message, ``{"do", "path", "size_bytes", ...}``. A reply is one line of JSON:
+
+=========  ==========================================  ============================================
+``do``     what it does                                reply
+=========  ==========================================  ============================================
+write      writes the buffer, whose file descriptor    ``{"size_bytes", "xxh3_128", "write_s",
+           comes with the request, as ``path``         "identity"}``
+digest     computes the digests of the buffer          ``{"size_bytes", "xxh3_128", "write_s"}``
+link       links ``source`` as ``path``                ``{"identity"}`` or ``{"refused", "errno"}``
+=========  ==========================================  ============================================
+
+A failure is ``{"error"}``. ``keep`` tells whether the same buffer will come again. The process ends
+when the socket closes, so it never outlives its trainer. Start it as
 ``python -m kempnerforge.checkpoint.save.writer_process SOCKET_FD PROGRESS_FD``.
 """
 
@@ -20,18 +30,22 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kempnerforge.checkpoint.save.direct_io import WriterThreads, write_image
+from kempnerforge.checkpoint.save.direct_io import WriterThreads, digest_image, write_image
 from kempnerforge.checkpoint.save.shared_memory import map_filled
 
 PROGRESS_BYTES = 24
 POLL_INTERVAL_S = {True: 0.002, False: 0.01}
 """Seconds between two checks of the copy's progress, by whether the save is urgent. Checks take CPU time."""
 REQUEST_BYTES = 1 << 16
+FileIdentity = tuple[int, int]
+"""Inode and time of modification in nanoseconds: two files of one size with the same are the same file."""
 
 
 class SharedProgress:
@@ -80,14 +94,15 @@ class MappedBuffers:
     def __init__(self) -> None:
         self._by_inode: dict[int, memoryview] = {}
 
-    def view(self, fd: int) -> memoryview:
-        """Return the memory of ``fd``, and close ``fd``."""
+    def view(self, fd: int, *, keep: bool) -> memoryview:
+        """Return the memory of ``fd``, and close ``fd``. ``keep``: later requests may reuse the mapping."""
         try:
             status = os.fstat(fd)
             memory = self._by_inode.get(status.st_ino)
             if memory is None or len(memory) != status.st_size:
                 memory = map_filled(fd, status.st_size)
-                self._by_inode[status.st_ino] = memory
+                if keep:
+                    self._by_inode[status.st_ino] = memory
         finally:
             os.close(fd)
         return memory
@@ -104,7 +119,12 @@ def serve(connection: socket.socket, progress: SharedProgress) -> None:
                 break
             request = json.loads(data)
             path = Path(request["path"])
-            answer = _answer(request, buffers.view(fds[0]), threads, progress, connection)
+            if request["do"] == "link":
+                answer = _link(request, progress.heartbeat)
+            else:
+                image = buffers.view(fds[0], keep=request["keep"])
+                answer = _answer(request, image, threads, progress, connection)
+                del image
             connection.sendall(json.dumps(answer).encode() + b"\n")
     if path is not None:
         _report_loss(path)
@@ -133,23 +153,51 @@ def _answer(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     path, size_bytes = Path(request["path"]), request["size_bytes"]
+    writes = request["do"] == "write"
+    options: dict[str, Any] = {
+        "heartbeat": progress.heartbeat,
+        "wait_until_staged": lambda end: _wait_until_staged(progress, end, connection),
+        "is_urgent": lambda: progress.urgent,
+    }
     try:
-        record = write_image(
-            image,
-            path,
-            size_bytes,
-            threads,
-            heartbeat=progress.heartbeat,
-            wait_until_staged=lambda end: _wait_until_staged(progress, end, connection),
-            is_urgent=lambda: progress.urgent,
-        )
+        if writes:
+            record = write_image(image, path, size_bytes, threads, **options)
+        else:
+            record = digest_image(image, size_bytes, threads, **options)
+        identity = {"identity": identity_of(os.lstat(path))} if writes else {}
     except OSError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {
         "size_bytes": record.size_bytes,
         "xxh3_128": record.xxh3_128,
         "write_s": time.perf_counter() - started,
+        **identity,
     }
+
+
+def identity_of(found: os.stat_result) -> FileIdentity:
+    """Return what tells a file from another one that was put in its place."""
+    return found.st_ino, found.st_mtime_ns
+
+
+def _link(request: dict[str, Any], heartbeat: Callable[[], None]) -> dict[str, Any]:
+    """Link a file, unless it is another one than the one that is meant."""
+    source, path, identity = Path(request["source"]), Path(request["path"]), request["identity"]
+    try:
+        path.unlink(missing_ok=True)
+        heartbeat()
+        os.link(source, path, follow_symlinks=False)
+        heartbeat()
+        found = os.lstat(path)
+        is_same = identity is None or list(identity_of(found)) == identity
+        if not stat.S_ISREG(found.st_mode) or found.st_size != request["size_bytes"] or not is_same:
+            path.unlink()
+            return {"refused": f"{source} was replaced by another file", "errno": None}
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        return {"refused": f"{type(error).__name__}: {error}", "errno": error.errno}
+    return {"identity": identity_of(found)}
 
 
 def _wait_until_staged(progress: SharedProgress, end: int, connection: socket.socket) -> None:

@@ -65,6 +65,15 @@ class ModelState:
                 found.setdefault(parameter, strip(raw))
         return found
 
+    def frozen(self) -> set[str]:
+        """Return the names of parameters that require no gradient."""
+        found: set[str] = set()
+        for part in self.parts:
+            strip = _stripper(part)
+            named = part.named_parameters(remove_duplicate=False)
+            found |= {strip(raw) for raw, parameter in named if not parameter.requires_grad}
+        return found
+
     def replicated(self) -> set[str]:
         """Return the names of the tensors that ``DistributedDataParallel`` keeps equal on all ranks."""
         found: set[str] = set()

@@ -159,10 +159,11 @@ class TrainState:
         if self.extras.objects and not torch.equal(rng_state.capture(self.device), generators):
             rng_state.restore(generators, self.device)
         packer.add(rng_name(rank), generators)
+        frozen = packer.tensors.keys() & {MODEL + name for name in self.model.frozen()}
         if num_ranks == 1:
-            return Payload(packer.tensors, objects)
+            return Payload(packer.tensors, objects, frozen=frozenset(frozen))
         lowest = plain - self.model.replicated()
-        return Payload(packer.tensors, objects, same, from_lowest_rank=lowest)
+        return Payload(packer.tensors, objects, same, from_lowest_rank=lowest, frozen=frozenset(frozen))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the model and optimizer tensors by checkpoint name, as references."""

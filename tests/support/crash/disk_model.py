@@ -186,9 +186,9 @@ class Disk:
             parent.change({name: None})
         elif op.op in ("rename", "link"):
             other, new_name = self._parent(op.to)
-            assert other is parent, f"{op}: the model knows changes within one folder only"
+            assert other is parent or op.op == "link", f"{op}: a rename changes one folder here"
             gone = {name: None} if op.op == "rename" else {}
-            parent.change({**gone, new_name: parent.now[name]})
+            other.change({**gone, new_name: parent.now[name]})
         else:
             raise AssertionError(f"unknown operation {op.op}")
 

@@ -20,20 +20,21 @@ from kempnerforge.train.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
 SEED = 11
-SHAPES = {"weight": (37, 24), "other": (9, 7), "bias": (5,)}
+SHAPES = {"weight": (37, 24), "other": (9, 7), "bias": (5,), "frozen": (13, 11)}
 
 
 class Small(nn.Module):
-    """Three parameters whose shards are uneven."""
+    """Four parameters whose shards are uneven. The last one is not trained."""
 
     def __init__(self) -> None:
         super().__init__()
         for name, shape in SHAPES.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=name != "frozen"))
 
 
 def value_at(step: int, name: str, shape: tuple[int, ...]) -> Tensor:
     """Return the value of a tensor in the checkpoint of ``step``."""
+    step = 0 if name == "model.frozen" else step
     seed = xxhash.xxh3_64_intdigest(f"{step} {name}".encode()) % 2**31
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

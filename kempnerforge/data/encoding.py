@@ -1,0 +1,170 @@
+"""Turn the units of text files into token ids. Does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kempnerforge.data.reading.documents import read_pieces
+from kempnerforge.data.reading.items import Piece, Unreadable
+from kempnerforge.data.reading.options import ReadOptions
+from kempnerforge.data.reading.units import Unit
+from kempnerforge.data.tokenizer import BYTES, Tokenizer
+
+BATCH_BYTES = 1 << 20
+"""Bytes of text per call of the tokenizer and thread. It needs about 25 times as much memory."""
+
+KNOWN_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
+"""Texts that separate the documents of published text files."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The ids of a document, or of a piece of a long one."""
+
+    ids: np.ndarray
+    """Integers [num_tokens]. The first piece of a document has its BOS, the last one its separator."""
+    content: bytes
+    """What was encoded, for the size and the digest of the document."""
+    ends_document: bool
+    counted: np.ndarray | None = None
+    """Which tokens count as targets in the loss, bool [num_tokens]. None: all."""
+
+
+@dataclass(frozen=True)
+class SeparatorSeen:
+    """A text file contains the text of a known separator, which is not used as one."""
+
+    path: Path
+    separator: str
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What a user should know about the text. The first one ``about`` the same becomes a warning."""
+
+    about: str
+    text: str
+
+
+class Encoder(Protocol):
+    """How the units of files become ids. It is sent to other processes by pickle."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer whose ids are written."""
+        ...
+
+    @property
+    def options(self) -> ReadOptions:
+        """How the files are read."""
+        ...
+
+    @property
+    def may_cut(self) -> bool:
+        """Whether the end of a document may be held out, instead of whole documents only."""
+        ...
+
+    @property
+    def has_counted(self) -> bool:
+        """Whether each ``Encoded`` has ``counted``."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """What the files have, as data.format."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the ids are made, a line each, for the summary."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files of the tokenizer, by name. None for that of bytes."""
+        ...
+
+    def key(self) -> dict[str, Any]:
+        """Return everything on which the ids of the same text depend, as JSON values."""
+        ...
+
+    def encode(
+        self, unit: Unit, *, threads: int = 1
+    ) -> Iterator[Encoded | Unreadable | SeparatorSeen | Notice]:
+        """Yield the documents of ``unit`` in order.
+
+        After ``Unreadable``, the caller leaves out the pieces since the last end of a document.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Documents of text, each with the separator after it, and BOS before it if the tokenizer writes one."""
+
+    tokenizer: Tokenizer
+    options: ReadOptions = field(default_factory=ReadOptions)
+    may_cut = True
+    has_counted = False
+    format = "text"
+    notes = ()
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files of the tokenizer."""
+        return tokenizer_files(self.tokenizer)
+
+    def key(self) -> dict[str, Any]:
+        """Return the digest of the tokenizer, the BOS, and how files are read."""
+        return {
+            "tokenizer": self.tokenizer.digest,
+            "bos_id": self.tokenizer.special.bos_id,
+            "options": asdict(self.options),
+        }
+
+    def encode(self, unit: Unit, *, threads: int = 1) -> Iterator[Encoded | Unreadable | SeparatorSeen]:
+        """Yield the pieces of the documents of ``unit``, encoded in batches."""
+        searched: list[str] = list(KNOWN_SEPARATORS) if self._may_have_separators(unit) else []
+        begins = True
+        batch: list[Piece] = []
+        size_bytes = 0
+        for item in read_pieces(unit, self.options):
+            if isinstance(item, Unreadable):
+                yield from self._encode(batch, begins)
+                batch, size_bytes, begins = [], 0, True
+                yield item
+                continue
+            for separator in [text for text in searched if text.encode() in item.content]:
+                searched.remove(separator)
+                yield SeparatorSeen(unit.file.path, separator)
+            batch.append(item)
+            size_bytes += len(item.content)
+            if size_bytes >= BATCH_BYTES * threads:
+                yield from self._encode(batch, begins)
+                begins = batch[-1].ends_document
+                batch, size_bytes = [], 0
+        yield from self._encode(batch, begins)
+
+    def _may_have_separators(self, unit: Unit) -> bool:
+        return unit.file.format == "text" and self.options.document_separator is None
+
+    def _encode(self, batch: list[Piece], begins: bool) -> Iterator[Encoded]:
+        """Encode ``batch``, whose first piece ``begins`` a document or continues one."""
+        special = self.tokenizer.special
+        bos = np.array([] if special.bos_id is None else [special.bos_id])
+        separator = np.array([self.tokenizer.separator_id])
+        for piece, ids in zip(
+            batch, self.tokenizer.encode_batch([piece.content for piece in batch]), strict=True
+        ):
+            around = [bos[: bos.size * begins], ids, separator[: int(piece.ends_document)]]
+            ids = np.concatenate([part.astype(ids.dtype, copy=False) for part in around])
+            yield Encoded(ids, piece.content, piece.ends_document)
+            begins = piece.ends_document
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return the files of ``tokenizer`` to store beside its ids. None for bytes, which need none."""
+    return {} if tokenizer.name == BYTES else tokenizer.files()

@@ -1,0 +1,162 @@
+"""The files that a ``text`` setting names, in a fixed order, and those that are passed over.
+
+Files are in the order of the setting and sorted by path within each entry, and each real file is
+used once, so that the same tree gives the same tokens on every machine.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from kempnerforge.data.reading.heads import Format, NotText, inspect_head
+from kempnerforge.data.reading.names import PYTHON_STDLIB, LeftOut, list_entry
+from kempnerforge.data.reading.pieces import first_invalid_byte
+from kempnerforge.data.reading.streams import BLOCK_BYTES, Compression, open_file, storage_errors
+from kempnerforge.errors import DataError
+
+NAMED_AT_MOST = 3
+"""Files that a message about many of them names."""
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file to read."""
+
+    path: Path
+    format: Format
+    compression: Compression | None
+    size_bytes: int
+    """Size on disk."""
+    note: str = ""
+    """What the content is, where the name says something else."""
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A file or folder that is not read."""
+
+    path: Path
+    reason: str
+    size_bytes: int = 0
+    """0 where nothing is lost, such as for files that were already read."""
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """What a ``text`` setting names."""
+
+    entries: tuple[str, ...]
+    files: tuple[TextFile, ...]
+    passed_over: tuple[PassedOver, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Size on disk of all files to read."""
+        return sum(file.size_bytes for file in self.files)
+
+    def require_text(self) -> None:
+        """Raise :class:`DataError` if no file is left, or more than half of the bytes are passed over."""
+        if not self.files:
+            raise DataError(f"no text in {', '.join(self.entries)}: {_named(self.passed_over)}")
+        lost = sorted(
+            (item for item in self.passed_over if item.size_bytes), key=lambda item: -item.size_bytes
+        )
+        lost_bytes = sum(item.size_bytes for item in lost)
+        if lost_bytes > self.size_bytes:
+            raise DataError(
+                f"most of {', '.join(self.entries)} cannot be read: {_size(lost_bytes)} of "
+                f"{_size(lost_bytes + self.size_bytes)}, {_named(lost)}; "
+                'name only what is to be read, such as "notes/**/*.md"'
+            )
+
+
+def find_files(text: str | Sequence[str]) -> FoundFiles:
+    """Find the files that ``text`` names, and look at the first bytes of each.
+
+    Entries are ``"python-stdlib"``, files, folders or globs. ``~``, ``$VAR`` and ``**`` are expanded.
+    A folder means all files in it except hidden ones. Links are followed.
+
+    Raises :class:`DataError` if an entry matches nothing, a variable is not set, or a file or folder
+    cannot be read. See ``FoundFiles.require_text`` for what is passed over.
+    """
+    entries = (text,) if isinstance(text, str) else tuple(text)
+    if not entries:
+        raise DataError(f'no text was given; give files, globs, or "{PYTHON_STDLIB}"')
+    files: list[TextFile] = []
+    passed_over: list[PassedOver] = []
+    first_paths: dict[tuple[int, int | str], Path] = {}
+    for entry in entries:
+        for item in list_entry(entry):
+            found = (
+                PassedOver(item.path, item.reason)
+                if isinstance(item, LeftOut)
+                else _inspect(item, first_paths, is_stdlib=entry == PYTHON_STDLIB)
+            )
+            if isinstance(found, TextFile):
+                files.append(found)
+            elif found is not None:
+                passed_over.append(found)
+    return FoundFiles(entries, tuple(files), tuple(passed_over))
+
+
+def files_of(entry: str) -> list[Path]:
+    """Return the paths that one entry names, in order, without opening the files.
+
+    Raises :class:`DataError` as ``find_files`` does.
+    """
+    return [item for item in list_entry(entry) if isinstance(item, Path)]
+
+
+def digest_file(path: Path) -> str:
+    """Return the xxh3-128 of a file, hexadecimal. Raises :class:`DataError` if it cannot be read."""
+    digest = xxhash.xxh3_128()
+    with storage_errors(path), open_file(path) as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _inspect(
+    path: Path, first_paths: dict[tuple[int, int | str], Path], *, is_stdlib: bool
+) -> TextFile | PassedOver | None:
+    """Return what ``path`` is, or None if this very path was met before."""
+    with storage_errors(path):
+        if path.is_symlink() and not os.path.exists(path):
+            return PassedOver(path, "broken link")
+        status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        return PassedOver(path, "not a regular file")
+    # Some file systems have no inode numbers.
+    identity = (status.st_dev, status.st_ino or str(path.resolve()))
+    if identity in first_paths:
+        first = first_paths[identity]
+        return PassedOver(path, f"already read as {first}") if first != path else None
+    first_paths[identity] = path
+    head = inspect_head(path)
+    if is_stdlib and not isinstance(head, NotText) and not _is_utf8(path):
+        head = NotText("not UTF-8")
+    if isinstance(head, NotText):
+        return PassedOver(path, head.reason, 0 if is_stdlib else status.st_size)
+    return TextFile(path, head.format, head.compression, status.st_size, head.note)
+
+
+def _is_utf8(path: Path) -> bool:
+    # The files of the standard library are small.
+    with storage_errors(path), open_file(path) as file:
+        return first_invalid_byte(file.read()) is None
+
+
+def _named(items: Sequence[PassedOver]) -> str:
+    names = [f"{item.path} ({item.reason})" for item in items[:NAMED_AT_MOST]]
+    more = f" and {len(items) - NAMED_AT_MOST} more" if len(items) > NAMED_AT_MOST else ""
+    return ", ".join(names) + more
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"

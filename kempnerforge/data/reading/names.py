@@ -1,0 +1,136 @@
+"""Expand the entries of a ``text`` setting to paths."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kempnerforge.config.path_text import unset_variables
+from kempnerforge.data.reading import huggingface
+from kempnerforge.errors import DataError
+
+PYTHON_STDLIB = "python-stdlib"
+"""The entry for the sources of the Python standard library: real text that every machine has."""
+
+STDLIB_LEFT_OUT_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
+STDLIB_LEFT_OUT_FILES = ("_sysconfigdata_*.py", "sitecustomize.py", "usercustomize.py")
+"""Files that depend on how Python was built or installed. Without them, a Python release gives the
+same corpus on every machine."""
+
+ANY_FOLDERS = "**"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file or folder of an entry that is not read."""
+
+    path: Path
+    reason: str
+
+
+def list_entry(entry: str) -> Sequence[Path | LeftOut]:
+    """Return what one entry names, sorted by path. Links are followed, and loops of them end.
+
+    Paths are those of files, or of what is neither a file nor a folder. Nothing is opened but folders.
+
+    Raises :class:`DataError` if there are none, a variable is not set, or a folder cannot be read.
+    """
+    if entry == PYTHON_STDLIB:
+        return list(_stdlib_files())
+    pattern = _expand(entry)
+    # A name that contains [ or * is taken literally if such a file exists.
+    if os.path.isdir(pattern):
+        found = list(_walk(Path(pattern), set()))
+    elif os.path.lexists(pattern):
+        if not os.path.exists(pattern):
+            raise DataError(f"text file {pattern} is a broken symbolic link")
+        found = [Path(pattern)]
+    else:
+        found = _match(pattern)
+    if not any(isinstance(item, Path) for item in found):
+        raise DataError(
+            f"text {entry!r} matches no file (searched from {Path.cwd()}). "
+            f'Entries are files, folders, globs such as "notes/**/*.md", or "{PYTHON_STDLIB}"'
+        )
+    return found
+
+
+def _expand(entry: str) -> str:
+    if os.path.lexists(entry):
+        return entry
+    if faults := unset_variables(entry, key="data.text"):
+        raise DataError(str(faults[0]))
+    return os.path.expanduser(os.path.expandvars(entry))
+
+
+def _match(pattern: str) -> Sequence[Path | LeftOut]:
+    """Return the files that a glob matches. Unlike glob.glob, ``**`` never follows a loop of links."""
+    parts = Path(pattern).parts
+    if ANY_FOLDERS not in parts:
+        return sorted(path for path in map(Path, glob.glob(pattern)) if not os.path.isdir(path))
+    first = parts.index(ANY_FOLDERS)
+    base = str(Path(*parts[:first]))
+    found: list[Path | LeftOut] = []
+    for folder in sorted(map(Path, glob.glob(base) if first else ["."])):
+        if os.path.isdir(folder):
+            found += [
+                item
+                for item in _walk(folder, set())
+                if _fits(_path_of(item).relative_to(folder).parts, parts[first:])
+            ]
+    return found
+
+
+def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    if not patterns:
+        return not names
+    if patterns[0] == ANY_FOLDERS:
+        # At the end it matches any file, as in glob.glob.
+        return len(patterns) == 1 or any(_fits(names[n:], patterns[1:]) for n in range(len(names)))
+    return bool(names) and fnmatch.fnmatchcase(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
+
+
+def _path_of(item: Path | LeftOut) -> Path:
+    return item.path if isinstance(item, LeftOut) else item
+
+
+def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path | LeftOut]:
+    """Yield the content of ``folder`` sorted by path, each real folder once, without hidden names."""
+    try:
+        status = folder.stat()
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise DataError(f"folder {folder}: cannot be read: {error.strerror}") from error
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
+    reasons = huggingface.left_out(folder, names)
+    for name in names:
+        path = folder / name
+        if name in reasons:
+            yield LeftOut(path, reasons[name])
+        elif os.path.isdir(path):
+            yield from _walk(path, seen)
+        else:
+            yield path
+
+
+def _stdlib_files() -> list[Path]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths: list[Path] = []
+    for parent, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in STDLIB_LEFT_OUT_FOLDERS]
+        paths += [Path(parent, name) for name in names if name.endswith(".py")]
+    kept = [path for path in paths if path.is_file() and not _left_out(path.name)]
+    if not kept:
+        raise DataError(f"{PYTHON_STDLIB}: this Python has no sources in {root}; name text files instead")
+    return sorted(kept)
+
+
+def _left_out(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in STDLIB_LEFT_OUT_FILES)
