@@ -39,7 +39,7 @@ from kempnerforge.data.prepare_progress import OnProgress, Reporter
 from kempnerforge.data.prepare_workers import write_parts
 from kempnerforge.data.reading.files import FoundFiles, digest_file, find_files
 from kempnerforge.data.reading.options import ReadOptions
-from kempnerforge.data.reading.units import Unit, units_of
+from kempnerforge.data.reading.units import UNIT_BYTES, Unit, units_of
 from kempnerforge.data.token_parts import Part, Stamp, Task, make_tasks
 from kempnerforge.data.tokenizer import BY_OPTION, HfTokenizer, Tokenizer, token_dtype
 from kempnerforge.errors import DataError
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 SHARD_TOKENS = 128 << 20
 """Tokens per shard."""
 
-TASK_BYTES = 8 << 20
+TASK_BYTES = 4 << 20
 """Bytes of files that one process tokenizes before it takes the next. What is not finished is repeated
 after a kill."""
 
@@ -179,7 +179,9 @@ class _Preparation:
 
         Return None if another process published first.
         """
-        parts = folder.with_name(f".{folder.name}.{self.key}.parts")
+        # Parts of a version that divides files differently are others.
+        parts_key = json_digest([self.key, TASK_BYTES, UNIT_BYTES])
+        parts = folder.with_name(f".{folder.name}.{parts_key}.parts")
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
         try:
             make_folder(folder.parent)

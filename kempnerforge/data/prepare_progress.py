@@ -60,6 +60,7 @@ class Reporter:
         """Task that is not finished -> bytes of text so far."""
 
     def add(self, task: Task, text_bytes: int, tokens: int) -> None:
+        """Add what was written for ``task`` since the last call."""
         # Compressed files have more text than bytes on disk.
         self._begun[task.number] = min(task.size_bytes, self._begun.get(task.number, 0) + text_bytes)
         self._text_bytes += text_bytes
@@ -67,6 +68,7 @@ class Reporter:
         self._report()
 
     def finish(self, task: Task) -> None:
+        """Count ``task`` as done."""
         self._begun.pop(task.number, None)
         self._done_bytes += task.size_bytes
         self._report()

@@ -10,7 +10,7 @@ from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.streams import UTF16_MARKS, open_file, storage_errors
 from kempnerforge.data.reading.table_files import DamagedTableError, part_sizes
 
-UNIT_BYTES = 8 << 20
+UNIT_BYTES = 4 << 20
 """Size of a part of a file. Fixed, so that the units of a file are the same on every machine."""
 
 
