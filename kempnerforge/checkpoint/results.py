@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from kempnerforge.goodput.run_history import RunHistory
 
 
-def _any_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [] if stored == now else [f"fingerprint was {dict(stored)}, is {dict(now)}"]
+def _any_difference(
+    stored: Mapping[str, Any], now: Mapping[str, Any], samples: int
+) -> tuple[list[str], list[str]]:
+    return ([] if stored == now else [f"fingerprint was {dict(stored)}, is {dict(now)}"]), []
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,11 @@ class RunContext:
     """See ``Provenance.tokenizer``."""
     allow_changed_data: bool = False
     """Whether a resume accepts a checkpoint that was trained on other data."""
-    explain_data: Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]] = _any_difference
-    """Takes the stored and the current data fingerprint. Returns one line for each difference."""
+    explain_data: Callable[[Mapping[str, Any], Mapping[str, Any], int], tuple[list[str], list[str]]] = (
+        _any_difference
+    )
+    """Takes the stored and the current data fingerprint, and the samples consumed. Returns one line for
+    each difference that changes these samples, and one for each that changes only those to come."""
     history: RunHistory | None = None
     """The records of earlier attempts. None: a resume reads those in the run's folder."""
 

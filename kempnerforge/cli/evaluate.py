@@ -87,7 +87,9 @@ def evaluate(arguments: Arguments, as_json: AsJson = False) -> None:
 def _print(step_folder: Path, num_batches: int, result: Evaluation, *, as_json: bool) -> None:
     if as_json:
         body = {"path": str(step_folder), "eval/loss": encode_value(result.loss), "num_batches": num_batches}
-        body |= {key: value for key, value in asdict(result).items() if key != "loss"}
+        of_sources = {name: encode_value(loss) for name, loss in result.source_losses.items()}
+        body |= asdict(result) | {"source_losses": of_sources}
+        del body["loss"]
         typer.echo(json.dumps(body, indent=2))
         return
     for change in result.data_changes:
@@ -99,3 +101,5 @@ def _print(step_folder: Path, num_batches: int, result: Evaluation, *, as_json: 
         f"on {result.num_ranks} x {result.device} (dp_replicate {dims.dp_replicate} x dp_shard "
         f"{dims.dp_shard} x tp {dims.tp} x pp {dims.pp}), {result.wall_s:.1f} s"
     )
+    for name, loss in result.source_losses.items():
+        typer.echo(f"eval/loss/{name} {loss!r}")

@@ -102,6 +102,8 @@ def _find_tokenizer(
     elif data.get("dataset_path") is not None:
         folder = expand(str(data["dataset_path"]), key="data.dataset_path")
         path = recorded.get("path") or str(folder / TOKENIZER)
+    elif data.get("sources") and "path" in recorded:
+        path = recorded["path"]
     elif "path" in imported:
         path = str(Path(str(imported["path"])) / TOKENIZER)
     else:

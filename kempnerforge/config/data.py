@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
+from kempnerforge.config.data_sources import DataPhaseConfig, DataSourceConfig, Text, normalized
 from kempnerforge.config.path_text import expand
 from kempnerforge.config.section import Arguments, AtLeastZero, FractionBelowOne, NonEmpty, Section
 
@@ -26,9 +27,9 @@ class ValDataConfig(Section):
 
 
 class DataConfig(Section):
-    """What the model is trained on: text, dataset_path or dataset, one of them."""
+    """What the model is trained on: text, dataset_path, dataset or sources, one of them."""
 
-    text: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | None = None
+    text: Text | None = None
     """Text to tokenize at the first start: "python-stdlib" (the sources of Python's standard
     library), or paths and globs of files: text, .jsonl, .parquet, and .gz or .zst of them."""
 
@@ -44,6 +45,12 @@ class DataConfig(Section):
 
     val: ValDataConfig | None = None
     """A dataset of your own for validation. None means val_fraction of dataset."""
+
+    sources: list[DataSourceConfig] = Field(default_factory=list)
+    """Several sources of text or prepared tokens, mixed by weights. See docs/guide/mixtures.md."""
+
+    phases: list[DataPhaseConfig] = Field(default_factory=list)
+    """Changes of the weights of the sources, in the order of their steps."""
 
     tokenizer: NonEmpty = "bytes"
     """Tokenizer for text: "bytes", or the path of a Hugging Face tokenizer.json. Used with text
@@ -122,3 +129,31 @@ class DataConfig(Section):
             return expand(self.cache_dir, key="data.cache_dir")
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return Path(base).expanduser() / "kempnerforge"
+
+    def parts(self) -> dict[str, DataConfig]:
+        """Return each source as a config of its own, by its key: this one as ``data`` without a mixture."""
+        if not self.sources:
+            return {"data": self}
+        return {
+            f"data.sources[{index}]": self.model_copy(
+                update={
+                    "text": source.text,
+                    "dataset_path": source.dataset_path,
+                    "sources": [],
+                    "phases": [],
+                }
+            )
+            for index, source in enumerate(self.sources)
+        }
+
+    def by_source(self) -> dict[str, DataConfig]:
+        """Return the config of each source, as ``parts``, by its name; nothing without a mixture."""
+        return dict(zip([source.name for source in self.sources], self.parts().values(), strict=False))
+
+    def weights(self) -> dict[int, dict[str, int]]:
+        """Return the weights in parts of a million, by the step from which on they are in force, from 0."""
+        names = [source.name for source in self.sources]
+        weights = {0: normalized({source.name: source.weight for source in self.sources})}
+        for phase in self.phases:
+            weights[phase.start_step] = normalized(phase.weights)
+        return {step: {name: parts.get(name, 0) for name in names} for step, parts in weights.items()}

@@ -113,7 +113,9 @@ def type_in_words(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(kind) is tuple:
         return f"[{', '.join(type_in_words(item, []) for item in get_args(kind))}]"
     if get_origin(kind) is dict:
-        return "table of arguments"
+        values = get_args(kind)[1]
+        is_plain = get_origin(values) is Annotated
+        return f"table of names, each with {type_in_words(values, [])}" if is_plain else "table of arguments"
     if isinstance(kind, type) and issubclass(kind, Section):
         return f"table with {', '.join(kind.model_fields)}"
     if bounds.only_value is not None:

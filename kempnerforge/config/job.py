@@ -70,9 +70,20 @@ class JobConfig(Section):
         Raises:
             ConfigError: that many sequences do not divide over the layout.
         """
+        return self._with_train(global_batch_size=sequences)
+
+    def with_max_steps(self, steps: int) -> JobConfig:
+        """Return this job with ``train.max_steps`` set, validated again.
+
+        Raises:
+            ConfigError: other keys do not fit that many steps.
+        """
+        return self._with_train(max_steps=steps)
+
+    def _with_train(self, **keys: Any) -> JobConfig:
         # Without the defaults, so that it remains known which keys are set.
         tree = self.model_dump(mode="json", exclude_unset=True)
-        tree.setdefault("train", {})["global_batch_size"] = sequences
+        tree["train"] = tree.get("train", {}) | keys
         job, faults = validate_tree(tree)
         if job is None:
             raise ConfigError(faults)

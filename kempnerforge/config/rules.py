@@ -13,6 +13,7 @@ from typing import Any
 
 from kempnerforge.config import checkpoint_rules, optimizer_rules
 from kempnerforge.config.data import DataConfig
+from kempnerforge.config.data_sources import phase_issues, source_issues
 from kempnerforge.config.distributed import DistributedConfig
 from kempnerforge.config.evaluation import EvalConfig
 from kempnerforge.config.model import COMMON_KEYS, ModelConfig
@@ -139,20 +140,43 @@ def loss_arguments_fit(train: TrainConfig) -> list[ConfigIssue]:
 
 
 def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
-    """Require exactly one of text, prepared tokens and a dataset of the user's, and no keys of the last
-    without it."""
-    given = [key for key in ("text", "dataset_path", "dataset") if getattr(data, key) is not None]
+    """Require exactly one of text, prepared tokens, a dataset of the user's and a mixture, and no keys of
+    the last two without them."""
+    given = [key for key in ("text", "dataset_path", "dataset", "sources") if getattr(data, key)]
     if not given:
-        problem = "none of text, dataset_path and dataset is set"
+        problem = "none of text, dataset_path, dataset and sources is set"
         return [ConfigIssue("data.text", problem, 'try text = "python-stdlib"')]
     if len(given) > 1:
         problem = f"{' and '.join(given)} are set, and only one of them can be"
-        return [ConfigIssue(f"data.{given[0]}", problem, 'set the others to "none"')]
+        hint = "leave out the others" if data.sources else 'set the others to "none"'
+        return [ConfigIssue(f"data.{given[0]}", problem, hint)]
+    if data.phases and not data.sources:
+        return [ConfigIssue("data.phases", "has no effect without data.sources", "leave it out")]
     if data.dataset is not None:
         return []
     names = [name for name in ("args", "val", "num_workers") if getattr(data, name)]
     return [
         ConfigIssue(f"data.{name}", "has no effect without data.dataset", "leave it out") for name in names
+    ]
+
+
+def mixture_is_valid(data: DataConfig) -> list[ConfigIssue]:
+    """Require sources and phases that determine the weights at every step."""
+    if not data.sources:
+        return []
+    return source_issues(data.sources) + phase_issues(data.phases, [source.name for source in data.sources])
+
+
+def sources_are_read(data: DataConfig, eval: EvalConfig) -> list[ConfigIssue]:
+    """Require a weight above 0 at some step for each source, or a validation, which reads all sources."""
+    if eval.interval or not data.sources or mixture_is_valid(data):
+        return []
+    drawn = {name for parts in data.weights().values() for name, part in parts.items() if part}
+    hint = "give it a weight, leave it out, or set eval.interval to validate on it"
+    return [
+        ConfigIssue(f"data.sources[{i}].weight", f'nothing reads "{source.name}": it is 0 at all steps', hint)
+        for i, source in enumerate(data.sources)
+        if source.name not in drawn
     ]
 
 
@@ -183,6 +207,9 @@ def format_fits_data(data: DataConfig) -> list[ConfigIssue]:
     if other is not None:
         problem = f'"{data.format}" is a format of data.text, and data.{other} is set'
         faults.append(ConfigIssue("data.format", problem, "leave it out"))
+    elif data.sources and all(source.text is None for source in data.sources):
+        problem = f'"{data.format}" is a format of text, and all data.sources have prepared tokens'
+        faults.append(ConfigIssue("data.format", problem, "leave it out"))
     elif data.format == "chat" and data.tokenizer == "bytes":
         problem = '"bytes" has no chat template, which data.format = "chat" needs'
         faults.append(ConfigIssue("data.tokenizer", problem, "name the folder of a tokenizer.json"))
@@ -202,7 +229,8 @@ def documents_are_known(data: DataConfig) -> list[ConfigIssue]:
 def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
     """Require an embedding row for each id of the byte tokenizer. Others are checked when they are read."""
     size = model.vocabulary
-    if data.text is None or data.tokenizer != "bytes" or size is None or size >= BYTE_VOCABULARY:
+    reads_text = any(part.text is not None for part in data.parts().values())
+    if not reads_text or data.tokenizer != "bytes" or size is None or size >= BYTE_VOCABULARY:
         return []
     problem = f'{size} is smaller than the "bytes" tokenizer\'s vocabulary'
     key = "model.vocab_size" if model.is_llama else "model.args.vocab_size"
@@ -211,7 +239,9 @@ def vocabulary_fits(model: ModelConfig, data: DataConfig) -> list[ConfigIssue]:
 
 def validation_has_data(data: DataConfig, eval: EvalConfig) -> list[ConfigIssue]:
     """Require held-out text or samples for validation."""
-    if eval.interval == 0 or data.dataset_path is not None or data.val is not None or data.val_fraction > 0:
+    if eval.interval == 0 or data.val is not None or data.val_fraction > 0:
+        return []
+    if all(part.dataset_path is not None for part in data.parts().values()):
         return []
     problem = f"validation every {eval.interval} steps, but data.val_fraction 0 holds nothing out"
     return [
@@ -347,6 +377,8 @@ RULES: tuple[Callable[..., list[ConfigIssue]], ...] = (
     sequence_fits_model,
     loss_arguments_fit,
     data_has_one_source,
+    mixture_is_valid,
+    sources_are_read,
     format_fits_data,
     documents_are_known,
     vocabulary_fits,

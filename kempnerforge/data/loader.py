@@ -20,9 +20,13 @@ import numpy as np
 import torch
 
 from kempnerforge.data.map_dataset import MapSamples
-from kempnerforge.data.sample_order import ids_digest, sample_ids
+from kempnerforge.data.mixture import MixtureSamples
+from kempnerforge.data.sample_order import Order, ShuffledOrder
 from kempnerforge.data.tokens import Samples
 from kempnerforge.data.worker_pool import WorkerPool
+
+AnySamples = Samples | MapSamples | MixtureSamples
+"""What can be trained on."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class Batch:
     num_samples: int
     """Sequences of the whole global batch."""
     digest: str
-    """xxh3-64 of the global batch's sample ids in order; the same on every rank and in every layout."""
+    """xxh3-64 of the global batch's sample ids in order, with a mixture also of their sources; the same on
+    every rank and in every layout."""
     document_ids_ABT: torch.Tensor | None = None
     """The document of each input, int32: numbers that increase within a row. None without a document mask."""
     sources_AB: torch.Tensor | None = None
@@ -107,20 +112,23 @@ class BatchShape:
         if not 0 <= self.dp_rank < self.dp_size:
             raise ValueError(f"dp_rank {self.dp_rank} is not below dp_size {self.dp_size}")
 
-    def read(self, samples: Samples | MapSamples, ids: np.ndarray) -> AnyBatch:
+    def read(self, samples: AnySamples, ids: np.ndarray) -> AnyBatch:
         """Read this rank's part of the global batch ``ids`` [global_batch_size]."""
+        order = order_of(samples, seed=0)  # the digest of given samples depends on no seed
         own_ids = ids.reshape(-1, self.dp_size, self.batch_size)[:, self.dp_rank]
         if isinstance(samples, MapSamples) and not samples.has_tokens:
             micro_batches = [samples.read_fields(ids_B) for ids_B in own_ids]
-            return FieldsBatch(micro_batches, ids.size, ids_digest(ids))
+            return FieldsBatch(micro_batches, ids.size, order.digest(ids))
         rows = samples.read(own_ids.reshape(-1))
+        sources = order.sources_of(own_ids)
         return Batch(
             inputs_ABT=self._stacked(rows.inputs),
             targets_ABT=self._stacked(rows.targets),
             num_tokens=ids.size * samples.seq_len if rows.counted is None else None,
             num_samples=ids.size,
-            digest=ids_digest(ids),
+            digest=order.digest(ids),
             document_ids_ABT=None if rows.document_ids is None else self._stacked(rows.document_ids),
+            sources_AB=None if sources is None else torch.from_numpy(sources),
         )
 
     def _stacked(self, values_NT: np.ndarray) -> torch.Tensor:
@@ -147,7 +155,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        samples: Samples | MapSamples,
+        samples: AnySamples,
         *,
         seed: int,
         global_batch_size: int,
@@ -165,7 +173,7 @@ class BatchLoader:
                 raise ValueError("num_workers is for a dataset of the user's")
             reader = functools.partial(shape.read, samples)
             self._pool = WorkerPool(reader, name=samples.dataset.name, num_workers=num_workers)
-        self._source = _Source(samples, seed, shape, cursor or Cursor(), self._pool)
+        self._source = _Source(samples, order_of(samples, seed), shape, cursor or Cursor(), self._pool)
         self._prefetcher = _Prefetcher(self._source, prefetch_batches) if prefetch_batches else None
         self._closed = False
 
@@ -196,11 +204,15 @@ class BatchLoader:
         self.close()
 
 
-def batch_ids(cursor: Cursor, *, seed: int, num_samples: int, global_batch_size: int) -> np.ndarray:
+def order_of(samples: AnySamples, seed: int) -> Order:
+    """Return the training order of ``samples``. A mixture knows its own, and its seed."""
+    return samples.order if isinstance(samples, MixtureSamples) else ShuffledOrder(seed, samples.num_samples)
+
+
+def batch_ids(cursor: Cursor, order: Order, global_batch_size: int) -> np.ndarray:
     """Return the sample ids of the global batch at ``cursor``, in order, int64 [global_batch_size]."""
     start = cursor.samples
-    positions = np.arange(start, start + global_batch_size, dtype=np.int64)
-    return sample_ids(seed, positions, num_samples)
+    return order.ids_at(np.arange(start, start + global_batch_size, dtype=np.int64))
 
 
 class _Source:
@@ -208,14 +220,14 @@ class _Source:
 
     def __init__(
         self,
-        samples: Samples | MapSamples,
-        seed: int,
+        samples: AnySamples,
+        order: Order,
         shape: BatchShape,
         cursor: Cursor,
         pool: WorkerPool | None,
     ) -> None:
         self._samples = samples
-        self._seed = seed
+        self._order = order
         self._shape = shape
         self._cursor = cursor
         self._pool = pool
@@ -236,12 +248,7 @@ class _Source:
 
     def _ids(self) -> np.ndarray:
         """Return the samples of the global batch at the cursor."""
-        return batch_ids(
-            self._cursor,
-            seed=self._seed,
-            num_samples=self._samples.num_samples,
-            global_batch_size=self._shape.global_batch_size,
-        )
+        return batch_ids(self._cursor, self._order, self._shape.global_batch_size)
 
     def _after(self) -> Cursor:
         return Cursor(self._cursor.samples + self._shape.global_batch_size)

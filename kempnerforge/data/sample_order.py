@@ -16,6 +16,9 @@ This module uses neither torch nor global random state.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 import xxhash
 
@@ -26,6 +29,41 @@ _ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK_64 = (1 << 64) - 1
 MAX_SAMPLES = 1 << 62
+
+
+class Order(Protocol):
+    """Which sample stands at each position of the training order: a pure function."""
+
+    def ids_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the ids of the samples at ``positions``, both int64 [N]."""
+        ...
+
+    def digest(self, ids: np.ndarray) -> str:
+        """Return the xxh3-64, 16 hexadecimal digits, of the samples ``ids`` [N]."""
+        ...
+
+    def sources_of(self, ids: np.ndarray) -> np.ndarray | None:
+        """Return the number of the source of each sample, int64 [N]. None if there is only one source."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShuffledOrder:
+    """Epochs of one set of samples, each in its own order."""
+
+    seed: int
+    num_samples: int
+
+    def ids_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the ids of the samples at ``positions``, both int64 [N]."""
+        return sample_ids(self.seed, positions, self.num_samples)
+
+    def digest(self, ids: np.ndarray) -> str:
+        """Return the digest of the samples ``ids`` [N]."""
+        return ids_digest(ids)
+
+    def sources_of(self, ids: np.ndarray) -> None:
+        """Return None: there is only one source."""
 
 
 def sample_ids(seed: int, positions: np.ndarray, num_samples: int) -> np.ndarray:

@@ -55,7 +55,7 @@ class ConsoleSink:
         is_terminal = self._console.file.isatty() and not self._console.is_dumb_terminal
         self._live = has_progress_line and is_terminal
         self._bar_glyphs = "#-" if self._console.options.ascii_only else "━━"
-        self._max_steps = max_steps
+        self.max_steps = max_steps
         self._log_interval = log_interval
         self._progress: Text | None = None
         self._drawn_at_s = float("-inf")
@@ -92,21 +92,21 @@ class ConsoleSink:
 
     def _show_progress(self, row: Row) -> None:
         step = row["step"]
-        fields = "  ".join(train_fields(row, self._pace.eta_s(step, self._max_steps)))
+        fields = "  ".join(train_fields(row, self._pace.eta_s(step, self.max_steps)))
         first, self._seen_train_row = not self._seen_train_row, True
         if is_non_finite(row):
-            self._print(f"step {step}/{self._max_steps}  {fields}  skipped: not finite", "bold red")
+            self._print(f"step {step}/{self.max_steps}  {fields}  skipped: not finite", "bold red")
         elif self._live:
             self._progress = Text.assemble(
-                self._bar(step), (f" step {step}/{self._max_steps}", "bold"), f"  {fields}"
+                self._bar(step), (f" step {step}/{self.max_steps}", "bold"), f"  {fields}"
             )
-            if step >= self._max_steps:
+            if step >= self.max_steps:
                 self._end_progress()
             elif time.monotonic() - self._drawn_at_s >= _REDRAW_INTERVAL_S:
                 with suppress(*_UNSHOWABLE):
                     self._draw()
-        elif first or step % self._log_interval == 0 or step >= self._max_steps:
-            self._print(f"step {step}/{self._max_steps}  {fields}", "")
+        elif first or step % self._log_interval == 0 or step >= self.max_steps:
+            self._print(f"step {step}/{self.max_steps}  {fields}", "")
 
     def _print(self, text: str, style: str) -> None:
         with suppress(*_UNSHOWABLE):
@@ -128,7 +128,7 @@ class ConsoleSink:
         self._drawn_at_s = time.monotonic()
 
     def _bar(self, step: int) -> Text:
-        done = min(_BAR_CELLS, _BAR_CELLS * step // max(self._max_steps, 1))
+        done = min(_BAR_CELLS, _BAR_CELLS * step // max(self.max_steps, 1))
         done_glyph, left_glyph = self._bar_glyphs
         return Text.assemble((done_glyph * done, "green"), (left_glyph * (_BAR_CELLS - done), "bright_black"))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kempnerforge.checkpoint.results import RunContext
 from kempnerforge.checkpoint.retention import read_locks
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.schema import JobConfig, ParallelDims
-from kempnerforge.data.fingerprint import explain_difference, fingerprint
+from kempnerforge.data.fingerprint import compare_data, fingerprint
 from kempnerforge.data.loader import eval_batches
 from kempnerforge.data.map_dataset import MapSamples
 from kempnerforge.data.tokens import Samples
@@ -28,9 +28,10 @@ from kempnerforge.distributed.context import DistributedContext
 from kempnerforge.errors import DamagedCheckpointError, DataError
 from kempnerforge.train.environment import set_determinism
 from kempnerforge.train.loss_step import LossStep
+from kempnerforge.train.mixture_run import weighted_loss
 from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import Optimizers, build_optimizer
-from kempnerforge.train.setup import open_data
+from kempnerforge.train.setup import open_data, val_splits
 from kempnerforge.train.step import TrainStep
 from kempnerforge.train.termination.signals import StopSignals
 
@@ -53,6 +54,8 @@ class Evaluation:
     """Time from opening the data to the loss, including the load of the step."""
     unit: str = "tokens"
     """What ``tokens`` counts: ``tokens`` or ``items``."""
+    source_losses: dict[str, float] = field(default_factory=dict[str, float])
+    """Mean loss of each source of a mixture, of which ``loss`` is the mean by the weights at that step."""
 
 
 QUERY_STOP_INTERVAL_S = 1.0
@@ -132,6 +135,28 @@ def validation_loss(
     return loss
 
 
+def validation_losses(
+    step: TrainStep,
+    samples: Mapping[str, Samples | MapSamples],
+    job: JobConfig,
+    geometry: ParallelDims,
+    *,
+    rank: int,
+    query_stop: Callable[[int], tuple[bool, int]] | None = None,
+) -> dict[str, float] | None:
+    """Return the loss of each of ``samples``, one after the other, as ``validation_loss`` does.
+
+    None if one of the validations was interrupted. Collective: all ranks.
+    """
+    losses: dict[str, float] = {}
+    for name, part in samples.items():
+        loss = validation_loss(step, part, job, geometry, rank=rank, query_stop=query_stop)
+        if loss is None:
+            return None
+        losses[name] = loss
+    return losses
+
+
 def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     """Return the validation loss of the checkpoint in ``step_folder`` under the layout of ``job``.
 
@@ -173,13 +198,17 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
         step_folder, state, world, parts=("model", "data"), what="kempnerforge eval"
     )
     step = model.step(optimizer, geometry, job.train)
-    loss = validation_loss(step, dataset.split("val", job.train.seq_len), job, geometry, rank=world.rank)
-    assert loss is not None
+    losses, tokens = {}, 0
+    for name, part in val_splits(job, dataset).items():
+        losses |= validation_losses(step, {name: part}, job, geometry, rank=world.rank) or {}
+        tokens += step.num_evaluated
+    cursor = world.control.run_on_rank0(lambda: StepView.open(step_folder).train_state().get("samples"))
     world.close()
     return Evaluation(
         step=candidate.step,
-        loss=loss,
-        tokens=step.num_evaluated,
+        loss=weighted_loss(losses, dataset.split("train", job.train.seq_len), cursor or 0),
+        source_losses={name: loss for name, loss in losses.items() if name},
+        tokens=tokens,
         geometry=geometry,
         num_ranks=world.num_ranks,
         device=world.device.type,
@@ -213,7 +242,7 @@ def load_model(
     Return the step, and with "data" in ``parts`` the differences between its data and the current
     ones. ``what`` describes the reader in the lock. Collective: all ranks.
     """
-    context = RunContext(allow_changed_data=True, explain_data=explain_difference)
+    context = RunContext(allow_changed_data=True, explain_data=compare_data)
     parts = [*parts, *(["optimizer"] if state.optimizers else [])]
     with contextlib.ExitStack() as stack:
 

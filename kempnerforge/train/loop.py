@@ -11,13 +11,15 @@ from typing import Any
 from kempnerforge.checkpoint.format import paths
 from kempnerforge.checkpoint.run.resume_report import Receipt
 from kempnerforge.config.scheduler import lr_at
+from kempnerforge.data.loader import Cursor
 from kempnerforge.distributed.consensus import mark_collective
 from kempnerforge.errors import ConfigError, DataError, NonFiniteError, RunFolderError
 from kempnerforge.telemetry.flops import mfu
 from kempnerforge.telemetry.sinks import RunInfo
 from kempnerforge.telemetry.spans import Spans
-from kempnerforge.train.evaluation import validation_loss
+from kempnerforge.train.evaluation import validation_losses
 from kempnerforge.train.hooks import TrainInfo
+from kempnerforge.train.mixture_run import source_rows, step_rows, weighted_loss
 from kempnerforge.train.setup import Run
 from kempnerforge.train.step import UpdateResult
 from kempnerforge.train.step_consensus import StepDecision
@@ -30,16 +32,9 @@ def train(run: Run) -> str | None:
 
     Collective: all ranks. Returns why it stopped before ``max_steps``, or None when it is finished.
     """
-    job, state, step, ckpt, reports = run.job, run.state, run.step, run.ckpt, run.reports
-    receipt = ckpt.resume(state)
-    if not run.has_weights and receipt.source != "resume":
-        raise mark_collective(
-            RunFolderError(f"{ckpt.folder}: its committed steps disappeared during the start")
-        )
-    for line in receipt.lines():
-        log.info(line)
-    if receipt.space_warning:
-        log.warning(receipt.space_warning)
+    state, step, ckpt, reports = run.state, run.step, run.ckpt, run.reports
+    receipt = _resume(run)
+    job = run.job
     reports.receipt(dataclasses.asdict(receipt))
     run.recorder.resumed(
         step=state.step,
@@ -95,6 +90,21 @@ def train(run: Run) -> str | None:
     _report_saves(run)
     run.control.hooks.train_end(state.step, "finished")
     return None
+
+
+def _resume(run: Run) -> Receipt:
+    """Resume, and say so. The data may not be enough for all steps that are left. Collective: all ranks."""
+    receipt = run.ckpt.resume(run.state)
+    run.end_with_data()
+    if not run.has_weights and receipt.source != "resume":
+        raise mark_collective(
+            RunFolderError(f"{run.ckpt.folder}: its committed steps disappeared during the start")
+        )
+    for line in receipt.lines():
+        log.info(line)
+    if receipt.space_warning:
+        log.warning(receipt.space_warning)
+    return receipt
 
 
 def _start_plugins(run: Run) -> None:
@@ -221,16 +231,17 @@ def _report_saves(run: Run) -> None:
 def evaluate(run: Run) -> bool:
     """Log the mean loss of the first ``eval.num_batches`` global batches of the validation split.
 
-    The sequences are the same in every layout. No random numbers are used. Returns False, without
+    With a mixture, do so for each source, and weight the losses as the next batch is. The sequences
+    are the same in every layout. No random numbers are used. Returns False, without
     logging, if it was interrupted because the run is stopping. Collective: all ranks.
     """
-    if run.val_samples is None:
+    if not run.val_samples:
         return True
     run.progress.begin("eval", run.state.step)
     if run.step.evaluates_other_weights:
         run.ckpt.wait_for_staging()  # the weights are about to change
     started = time.perf_counter()
-    loss = validation_loss(
+    losses = validation_losses(
         run.step,
         run.val_samples,
         run.job,
@@ -242,12 +253,14 @@ def evaluate(run: Run) -> bool:
     run.recorder.spent("eval", taken_s)
     run.ckpt.exclude_time(taken_s)
     run.control.stopping.slice_ends()
-    if loss is None:
+    if losses is None:
         return False
+    loss = weighted_loss(losses, run.train_samples, Cursor(**run.state.cursor).samples)
     run.ckpt.record_metrics(run.state.step, {"eval/loss": loss})
     run.eval_losses.append((run.state.step, loss))
-    run.reports.write({"step": run.state.step, "eval/loss": loss})
-    run.control.hooks.eval_end(run.state.step, {"step": run.state.step, "eval/loss": loss})
+    row = {"step": run.state.step, "eval/loss": loss, **source_rows("eval/loss", losses)}
+    run.reports.write(row)
+    run.control.hooks.eval_end(run.state.step, row)
     return True
 
 
@@ -267,6 +280,7 @@ def _row(
         **timings,
         **run.peak_memory.collect(),
     }
+    row |= step_rows(run.train_samples, Cursor(**run.state.cursor).samples, update.source_losses)
     if run.job.train.z_loss:
         row["train/z_loss"] = update.z_loss
     if (hooks_s := run.control.hooks.take_seconds()) is not None:

@@ -6,6 +6,7 @@ exist, but it must be possible to create them. This module does not import torch
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,8 @@ from kempnerforge.config.checkpoint import LoadablePart
 from kempnerforge.config.model_changes import model_changes
 from kempnerforge.config.path_text import expand, unset_variables
 from kempnerforge.config.run import PLACEHOLDER, unfilled_placeholders
-from kempnerforge.config.schema import JobConfig, LoadedJob
+from kempnerforge.config.schema import DataConfig, JobConfig, LoadedJob
+from kempnerforge.data.mixture import SAME_TOKENIZER, tokenizer_conflict
 from kempnerforge.data.reading.files import PYTHON_STDLIB, files_of
 from kempnerforge.data.record_encoder import make_format
 from kempnerforge.data.tokenizer import load_tokenizer
@@ -82,7 +84,7 @@ def _variables(job: JobConfig) -> list[ConfigIssue]:
         "run.dir": job.run.dir,
         "checkpoint.dir": job.checkpoint.dir,
         "checkpoint.load_path": job.checkpoint.load_path,
-        "data.dataset_path": job.data.dataset_path,
+        **{f"{key}.dataset_path": data.dataset_path for key, data in job.data.parts().items()},
         "data.tokenizer": job.data.tokenizer,
         "data.cache_dir": job.data.cache_dir,
     }
@@ -92,7 +94,8 @@ def _variables(job: JobConfig) -> list[ConfigIssue]:
 def _folders(job: JobConfig) -> list[ConfigIssue]:
     """Check that the folders of the run can be created, or exist and can be written."""
     folders = {"run.dir": job.run.dir or f"runs/{job.run.name}", "checkpoint.dir": job.checkpoint.dir}
-    if job.data.text is not None or job.data.packing != "contiguous":
+    parts = job.data.parts().values()
+    if any(data.text is not None for data in parts) or job.data.packing != "contiguous":
         folders["data.cache_dir"] = str(job.data.cache_folder)
     faults = []
     for key, folder in folders.items():
@@ -116,7 +119,11 @@ def _why_not_writable(folder: Path) -> str:
 
 
 def _text(job: JobConfig) -> list[ConfigIssue]:
-    text = job.data.text
+    return [fault for key, data in job.data.parts().items() for fault in _text_of(f"{key}.text", data)]
+
+
+def _text_of(key: str, data: DataConfig) -> list[ConfigIssue]:
+    text = data.text
     if text is None:
         return []
     faults = []
@@ -124,22 +131,20 @@ def _text(job: JobConfig) -> list[ConfigIssue]:
         try:
             files = files_of(entry)
         except DataError as error:
-            faults.append(ConfigIssue("data.text", str(error)))
+            faults.append(ConfigIssue(key, str(error)))
             continue
         if entry == PYTHON_STDLIB:
             continue
         if unreadable := next((path for path in files if not os.access(path, os.R_OK)), None):
-            faults.append(
-                ConfigIssue("data.text", f'"{entry}": {unreadable} cannot be read', "name other files")
-            )
+            faults.append(ConfigIssue(key, f'"{entry}": {unreadable} cannot be read', "name other files"))
         elif not any(path.stat().st_size for path in files):
             count = "the file is" if len(files) == 1 else f"all {len(files)} files are"
-            faults.append(ConfigIssue("data.text", f'"{entry}": {count} empty', "name files with text"))
+            faults.append(ConfigIssue(key, f'"{entry}": {count} empty', "name files with text"))
     return faults
 
 
 def _tokenizer(job: JobConfig) -> list[ConfigIssue]:
-    if job.data.text is None:
+    if all(data.text is None for data in job.data.parts().values()):
         return []
     try:
         tokenizer = load_tokenizer(job.data.tokenizer, eos=job.data.eos_token, bos=job.data.bos_token)
@@ -158,23 +163,39 @@ def _tokenizer(job: JobConfig) -> list[ConfigIssue]:
 
 def _dataset(job: JobConfig) -> list[ConfigIssue]:
     """Check the index or the headers, and the sizes of all shards. The tokens are not read."""
-    if job.data.dataset_path is None:
+    parts = {f"{key}.dataset_path": data for key, data in job.data.parts().items()}
+    return [fault for key, data in parts.items() for fault in _dataset_of(key, data, job)]
+
+
+def _dataset_of(key: str, config: DataConfig, job: JobConfig) -> list[ConfigIssue]:
+    if config.dataset_path is None:
         return []
     try:
         data = load_shards(
-            job.data.dataset_path,
+            config.dataset_path,
             vocab_size=job.model.vocabulary,
-            val_fraction=job.data.val_fraction,
-            rows=RowOptions.of(job.data),
+            val_fraction=config.val_fraction,
+            rows=RowOptions.of(config),
         )
         for problem in list(data.problems(contents=False).values())[:1]:
-            return [ConfigIssue("data.dataset_path", problem, f"see: kempnerforge data inspect {data.path}")]
+            return [ConfigIssue(key, problem, f"see: kempnerforge data inspect {data.path}")]
         data.check_split("train", job.train.seq_len)
         if job.eval.interval:
             data.check_split("val", job.train.seq_len)
     except DataError as error:
-        return [ConfigIssue("data.dataset_path", str(error))]
+        return [ConfigIssue(key, str(error))]
     return []
+
+
+def _mixture(job: JobConfig) -> list[ConfigIssue]:
+    """Check that the prepared sources have the same tokenizer."""
+    found = {}
+    for name, data in job.data.by_source().items():
+        with contextlib.suppress(DataError):  # reported for the source
+            if data.dataset_path is not None:
+                found[name] = load_shards(data.dataset_path)
+    conflict = tokenizer_conflict(found)
+    return [ConfigIssue("data.sources", conflict, SAME_TOKENIZER)] if conflict else []
 
 
 def _warm_start(job: JobConfig) -> list[ConfigIssue]:
@@ -230,6 +251,7 @@ _CHECKS: dict[str, Callable[[JobConfig], list[ConfigIssue]]] = {
     "data.text": _text,
     "data.tokenizer": _tokenizer,
     "data.dataset_path": _dataset,
+    "data.sources": _mixture,
     "checkpoint.load_path": _warm_start,
 }
 """The main key of each check -> the check."""

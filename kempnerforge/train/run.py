@@ -182,6 +182,12 @@ def _exit_message(run: Run, stop: str | None) -> str:
     if len(run.eval_losses) > 1:
         (first_step, first), (_, last) = run.eval_losses[0], run.eval_losses[-1]
         losses = f" Validation loss {first:.4f} at step {first_step}, {last:.4f} now."
+    if run.used_up:
+        return (
+            f'finished at step {step}: source "{run.used_up}" is used up.{losses} Files: {run.folder}. '
+            f'To train further, set its when_used_up = "repeat", or leave it out from step {step} on '
+            "([[data.phases]]), and run the same command"
+        )
     job = run.job
     schedule_note = when_continued(
         job.scheduler, base_lr=job.optimizer.lr, max_steps=job.train.max_steps, until=2 * step

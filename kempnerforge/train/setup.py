@@ -22,18 +22,17 @@ from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.checkpoint.run.versions import versions
 from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
-from kempnerforge.config.data import DataConfig
 from kempnerforge.config.path_text import expand
 from kempnerforge.config.plugin_uses import check_plugins, plugin_versions
-from kempnerforge.config.schema import AsyncCheckpointMode, JobConfig, ParallelDims
-from kempnerforge.data.fingerprint import explain_difference, fingerprint
-from kempnerforge.data.loader import BatchLoader, Cursor, batch_ids
+from kempnerforge.config.schema import AsyncCheckpointMode, DataConfig, JobConfig, ParallelDims
+from kempnerforge.data.fingerprint import compare_data, fingerprint
+from kempnerforge.data.loader import AnySamples, BatchLoader, Cursor, batch_ids, order_of
 from kempnerforge.data.map_dataset import MapDataset, MapSamples
+from kempnerforge.data.mixture import MixtureDataset
 from kempnerforge.data.prepare import prepare_cached
 from kempnerforge.data.prepare_progress import plain_lines
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.record_encoder import make_encoder
-from kempnerforge.data.sample_order import ids_digest
 from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_path
 from kempnerforge.data.tokens import RowOptions, Samples, TokenDataset, open_dataset
 from kempnerforge.distributed.context import DistributedContext, collectives_issued
@@ -48,6 +47,7 @@ from kempnerforge.train.hangs.progress import Progress
 from kempnerforge.train.hooks import HookSet, load_hooks
 from kempnerforge.train.map_data import open_map_dataset
 from kempnerforge.train.metric_loggers import Reports, build_reports
+from kempnerforge.train.mixture_run import describe_mixture, end_with_data, epochs_at, open_mixture
 from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import Optimizers, ParameterGroup, build_optimizer, each, hyperparameters_of
 from kempnerforge.train.out_of_memory import MemoryHolders
@@ -64,12 +64,19 @@ from kempnerforge.train.termination.stop_conditions import StopConditions
 
 log = logging.getLogger(__name__)
 
+AnyDataset = TokenDataset | MapDataset | MixtureDataset
+
 
 @dataclass
 class Run:
     """One attempt of a run, ready for the loop."""
 
     job: JobConfig
+    """The config, with the ``train.max_steps`` that the data are enough for."""
+    full_job: JobConfig
+    """The config as it was given."""
+    used_up: str
+    """The source that is used up at ``train.max_steps`` of ``job``; empty if that is the config's."""
     world: DistributedContext
     geometry: ParallelDims
     folder: Path
@@ -79,8 +86,9 @@ class Run:
     step: TrainStep
     ckpt: CheckpointManager
     control: Control
-    train_samples: Samples | MapSamples
-    val_samples: Samples | MapSamples | None
+    train_samples: AnySamples
+    val_samples: Mapping[str, Samples | MapSamples]
+    """By the name of the source; "" without a mixture. Empty if the run does not validate."""
     reports: Reports
     recorder: AttemptRecorder
     progress: Progress
@@ -93,6 +101,18 @@ class Run:
     """Whether weights were initialized. They are not when the run has a committed step to load."""
     eval_losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, validation loss) of this attempt, in order."""
+
+    def end_with_data(self) -> None:
+        """Set the last step anew, if the cursor of the state is not that of its step, as in a warm start."""
+        size, cursor = self.geometry.global_batch_size, Cursor(**self.state.cursor)
+        if cursor.samples != self.state.step * size:
+            self.job, self.used_up = end_with_data(
+                self.full_job, self.train_samples, size, step=self.state.step, cursor=cursor.samples
+            )
+            if self.used_up:
+                log.info(
+                    f'the run ends at step {self.job.train.max_steps}: source "{self.used_up}" is used up'
+                )
 
     def batches(self) -> BatchLoader:
         """Return a loader of the data from the state's cursor on."""
@@ -199,6 +219,11 @@ def _assemble(
     hooks = load_hooks(job, world)
     dataset = open_data(job, world, stopping.signals)
     stopping.raise_if_stop_requested(world.control)
+    train_samples = dataset.split("train", job.train.seq_len)
+    full_job = job
+    job, used_up = end_with_data(job, train_samples, geometry.global_batch_size)
+    if console is not None:
+        console.max_steps = job.train.max_steps
     recorder.end_phase("data")
     options: dict[str, Any] = {"rank": world.rank, "device": world.device, "control": world.control}
     model = build_model(job, geometry, init_weights=init_weights, has_tokens=dataset.has_tokens, **options)
@@ -220,8 +245,7 @@ def _assemble(
         f"{world.num_ranks} x {world.device.type}, {geometry.global_batch_size} sequences per step "
         f"({_describe_batches(job, geometry)}), in {folder}"
     )
-    num_samples = dataset.split("train", job.train.seq_len).num_samples
-    log.info("length: %s", run_length(job, geometry.global_batch_size, num_samples=num_samples))
+    _log_length(job, train_samples, geometry.global_batch_size, used_up)
     if job.checkpoint.async_mode is AsyncCheckpointMode.async_pinned and world.device.type != "cuda":
         log.info("checkpoint: without CUDA, async_with_pinned_mem copies to pageable memory on a thread")
     progress = Progress(collectives_issued)
@@ -232,11 +256,11 @@ def _assemble(
         folder=folder,
         model=tuple(model.parts),
         state=state,
-        step=model.step(optimizer, geometry, job.train),
+        step=model.step(optimizer, geometry, job.train, num_sources=len(job.data.sources)),
         ckpt=ckpt,
         control=_control(job, world, hooks, stopping, ckpt, recorder, progress),
-        train_samples=dataset.split("train", job.train.seq_len),
-        val_samples=dataset.split("val", job.train.seq_len) if job.eval.interval else None,
+        train_samples=train_samples,
+        val_samples=val_splits(job, dataset) if job.eval.interval else {},
         reports=reports,
         recorder=recorder,
         progress=progress,
@@ -246,7 +270,16 @@ def _assemble(
         flops_per_token=model.flops_per_token(job.train.seq_len),
         peak_flops=_peak_flops(world.device),
         has_weights=init_weights,
+        full_job=full_job,
+        used_up=used_up,
     )
+
+
+def val_splits(job: JobConfig, dataset: AnyDataset) -> dict[str, Samples | MapSamples]:
+    """Return the samples of each source to validate on, by its name; "" without a mixture."""
+    if isinstance(dataset, MixtureDataset):
+        return {**dataset.validation(job.train.seq_len)}
+    return {"": dataset.split("val", job.train.seq_len)}
 
 
 def _control(
@@ -277,14 +310,13 @@ def _build_state(
     geometry: ParallelDims,
     model: ParallelModel,
     optimizer: Optimizers,
-    dataset: TokenDataset | MapDataset,
+    dataset: AnyDataset,
 ) -> TrainState:
     seed = job.train.seed
-    num_samples = dataset.split("train", job.train.seq_len).num_samples
+    order = order_of(dataset.split("train", job.train.seq_len), seed)
 
     def batch_digest(cursor: Mapping[str, Any]) -> str:
-        start, size = Cursor(**cursor), geometry.global_batch_size
-        return ids_digest(batch_ids(start, seed=seed, num_samples=num_samples, global_batch_size=size))
+        return order.digest(batch_ids(Cursor(**cursor), order, geometry.global_batch_size))
 
     # A resume restores the saved state, or derives it again for another layout.
     # Tensor-parallel ranks compute the same activations between matrices, so they draw the same
@@ -313,7 +345,7 @@ def _build_state(
 
 def open_data(
     job: JobConfig, world: DistributedContext, signals: StopSignals, *, needs_val: bool | None = None
-) -> TokenDataset | MapDataset:
+) -> AnyDataset:
     """Prepare and check the data on rank 0 while the other ranks wait, then open them on every rank.
 
     ``needs_val`` says whether the validation split is used. None means: if ``eval.interval`` is set.
@@ -323,23 +355,31 @@ def open_data(
     """
     if job.data.dataset is not None:
         return open_map_dataset(job, world.control, signals)
-
-    options: dict[str, Any] = {
-        "vocab_size": job.model.vocabulary,
-        "val_fraction": job.data.val_fraction,
-        "rows": RowOptions.of(job.data),
-    }
-
     needs_val = bool(job.eval.interval) if needs_val is None else needs_val
     splits = ("train", "val") if needs_val else ("train",)
+    if job.data.sources:
+        size = job.geometry(world.num_ranks).global_batch_size
+        return open_mixture(job, lambda data: _open_tokens(job, data, world, signals, splits), size)
+    return _open_tokens(job, job.data, world, signals, splits)
+
+
+def _open_tokens(
+    job: JobConfig, data: DataConfig, world: DistributedContext, signals: StopSignals, splits: Sequence[str]
+) -> TokenDataset:
+    """Open the text or the prepared tokens of ``data``, as ``open_data`` does, with ``splits``."""
+    options: dict[str, Any] = {
+        "vocab_size": job.model.vocabulary,
+        "val_fraction": data.val_fraction,
+        "rows": RowOptions.of(data),
+    }
 
     def run_on_rank0() -> Path:
-        if job.data.dataset_path is not None:
-            path = expand(job.data.dataset_path, key="data.dataset_path")
+        if data.dataset_path is not None:
+            path = expand(data.dataset_path, key="data.dataset_path")
         else:
-            assert job.data.text is not None
-            log.info(f"data: scanning {job.data.text}")
-            path = _prepare_text(job.data, job.data.text)
+            assert data.text is not None
+            log.info(f"data: scanning {data.text}")
+            path = _prepare_text(data, data.text)
         dataset = open_dataset(path, **options)
         log.info(f"data: {dataset.split('train', job.train.seq_len).describe()} in {path}")
         for name in splits[1:]:
@@ -373,6 +413,14 @@ def _prepare_text(data: DataConfig, text: str | Sequence[str]) -> Path:
     )
 
 
+def _log_length(job: JobConfig, samples: AnySamples, size: int, used_up: str) -> None:
+    for line in describe_mixture(samples):
+        log.info(line)
+    epochs = epochs_at(samples, job.train.max_steps * size)
+    length = run_length(job, size, num_samples=samples.num_samples, epochs=epochs, used_up=used_up)
+    log.info("length: %s", length)
+
+
 def _describe_batches(job: JobConfig, geometry: ParallelDims) -> str:
     if geometry.pp > 1:
         size = job.distributed.pp_microbatch_size or 1
@@ -399,7 +447,7 @@ def _context(
     world: DistributedContext,
     geometry: ParallelDims,
     record: RunRecord,
-    dataset: TokenDataset | MapDataset,
+    dataset: AnyDataset,
     history: RunHistory,
 ) -> RunContext:
     return RunContext(
@@ -410,24 +458,28 @@ def _context(
         config_toml=job.to_toml(),
         tokenizer=_tokenizer(job, dataset),
         allow_changed_data=job.data.allow_changed,
-        explain_data=explain_difference,
+        explain_data=compare_data,
         history=history,
     )
 
 
-def _tokenizer(job: JobConfig, dataset: TokenDataset | MapDataset) -> dict[str, str]:
+def _tokenizer(job: JobConfig, dataset: AnyDataset) -> dict[str, str]:
     """Return what an export needs to identify the tokenizer of the run, and its end token."""
     found: dict[str, str] = {}
     if job.checkpoint.load_path is not None:
         found["load_path"] = os.path.abspath(expand(job.checkpoint.load_path, key="checkpoint.load_path"))
+    data = job.data
+    if isinstance(dataset, MixtureDataset):  # all sources with an index have the same tokenizer
+        name = next((name for name, source in dataset.sources.items() if source.index), data.sources[0].name)
+        dataset, data = dataset.sources[name], data.by_source()[name]
     if isinstance(dataset, MapDataset) or dataset.index is None:  # they do not know their tokenizer
         return found
     found |= {"digest": dataset.index.tokenizer_digest, "separator_id": str(dataset.index.separator_id)}
     if dataset.index.text.bos_id is not None:
         found["bos_id"] = str(dataset.index.text.bos_id)
     # A prepared folder has the tokenizer with the chat template that was used.
-    is_as_given = job.data.text is not None and job.data.chat_template is None
-    path = tokenizer_path(job.data.tokenizer) if is_as_given else dataset.path / TOKENIZER
+    is_as_given = data.text is not None and data.chat_template is None
+    path = tokenizer_path(data.tokenizer) if is_as_given else dataset.path / TOKENIZER
     return found if path is None or not path.is_file() else {**found, "path": os.path.abspath(path)}
 
 

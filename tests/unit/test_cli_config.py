@@ -141,7 +141,7 @@ def test_config_check_invalid_file_lists_all_faults(kempnerforge: Command, bad_f
         "train.batchsize: is not a known key; did you mean train.batch_size?",
         "--lr: is not a known key; did you mean optimizer.lr?  [command line]",
         "extra: is not an override",
-        "data.text: none of text, dataset_path and dataset is set",
+        "data.text: none of text, dataset_path, dataset and sources is set",
     )
 
 

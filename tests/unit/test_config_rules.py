@@ -361,7 +361,7 @@ def test_rules_document_mask_of_own_dataset_refused() -> None:
 
 
 def test_job_config_contradiction_refused() -> None:
-    with pytest.raises(ConfigError, match="none of text, dataset_path and dataset"):
+    with pytest.raises(ConfigError, match="none of text, dataset_path, dataset and sources"):
         JobConfig()
 
 

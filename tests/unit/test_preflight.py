@@ -192,6 +192,36 @@ def test_preflight_all_faults_at_once(here: Path) -> None:
     assert keys == ["run.dir", "data.text", "data.tokenizer", "checkpoint.load_path"]
 
 
+def test_preflight_sources_of_a_mixture_are_named(here: Path) -> None:
+    """Each source has faults of its own, and their tokenizers are compared."""
+    index = json.loads((here / "prepared" / "index.json").read_text())
+    write_folder(here / "other", {"train": numbered([200] * 20), "val": numbered([200] * 20)})
+    sources = [
+        ("text", "a.txt"),
+        ("text", "gone.txt"),
+        ("dataset_path", "short.npy"),
+        ("dataset_path", "$NONE/x"),
+    ]
+    tables = [f'{{name = "s{i}", {key} = "{path}", weight = 1}}' for i, (key, path) in enumerate(sources)]
+    good = [option for option in GOOD if not option.startswith("--data.text")]
+    job = load_job(None, [*good, f"--data.sources=[{', '.join(tables[:3])}]"]).job
+    assert [fault.key for fault in file_faults(job)] == [
+        "data.sources[1].text",
+        "data.sources[2].dataset_path",
+    ]
+    job = load_job(None, [*good, f"--data.sources=[{', '.join(tables)}]"]).job
+    assert [str(fault).split(";")[0] for fault in file_faults(job)] == [
+        'data.sources[3].dataset_path: "$NONE/x": $NONE is not set'
+    ]
+    (here / "other" / "index.json").write_text(json.dumps(index | {"tokenizer_digest": "b" * 32}))
+    tables = [f'{{name = "{name}", dataset_path = "{name}", weight = 1}}' for name in ("prepared", "other")]
+    job = load_job(None, [*good, f"--data.sources=[{', '.join(tables)}]"]).job
+    faults = [fault for fault in file_faults(job) if fault.key == "data.sources"]
+    assert [fault.problem.partition(",")[0] for fault in faults] == [
+        '"prepared" and "other" have different tokenizers'
+    ]
+
+
 def test_preflight_resume_needs_no_load_path(here: Path) -> None:
     """A requeue repeats the command; the source may have been deleted by then."""
     metadata.write(here / "old", RunRecord("abc", "abc", 1.0, attempt=1))

@@ -96,21 +96,26 @@ def check_fits(
     )
 
 
-def check_data(reader: SafetensorsReader, state: TrainState, context: RunContext) -> list[str]:
-    """Return a line for each difference from the data that the step was trained on.
+def check_data(
+    reader: SafetensorsReader, state: TrainState, context: RunContext
+) -> tuple[list[str], list[str]]:
+    """Return a line for each difference from the data that the step was trained on, and for each
+    difference of the data that follow.
 
     Raises MismatchError for a step without a position in the data, and for changed data unless the
     config allows it.
     """
     try:
-        stored = reader.objects["data"]["fingerprint"]
+        data = reader.objects["data"]
+        stored = data["fingerprint"]
     except (KeyError, TypeError):
         raise MismatchError(f"{reader.path} was saved without a position in the data") from None
-    changes = context.explain_data(stored, state.fingerprint)
+    samples = data.get("cursor", {}).get("samples", 0)
+    changes, additions = context.explain_data(stored, state.fingerprint, samples)
     if changes and not context.allow_changed_data:
         raise MismatchError(
             f"{reader.path} was trained on other data:\n  "
             + "\n  ".join(changes)
             + "\nTo continue with the data of this config, add --data.allow_changed=true"
         )
-    return changes
+    return changes, additions

@@ -28,6 +28,7 @@ class LoadResult:
     targets: LoadTargets
     rng: torch.Tensor | None = None
     data_changes: list[str] = field(default_factory=list)
+    data_additions: list[str] = field(default_factory=list)
     load_s: float = 0.0
 
 
@@ -63,7 +64,7 @@ def load(
             )
             loaded = LoadResult(reader, targets)
             if "data" in parts:
-                loaded.data_changes = check_data(reader, state, context)
+                loaded.data_changes, loaded.data_additions = check_data(reader, state, context)
             wanted, name = dict(targets.tensors), rng_name(rank)
             if "rng" in parts and same_layout and name in reader.index:
                 entry = reader.index[name]

@@ -198,6 +198,7 @@ class Restorer:
             receipt.layout_changes = resume_report.changes(provenance.layout, self._context.layout)
             receipt.version_changes = resume_report.changes(provenance.versions, self._context.versions)
         receipt.data_changes = loaded.data_changes
+        receipt.data_additions = loaded.data_additions
         receipt.size_bytes = candidate.manifest.size_bytes
         receipt.load_s = loaded.load_s
         if source == "resume":
@@ -258,6 +259,8 @@ class Restorer:
         """Compare the next batch with the batch that was next when the step was saved."""
         stored, now = loaded.reader.objects["data"].get("next_digest"), state.next_digest()
         if stored is None or now is None or "train.global_batch_size" in receipt.config_changes:
+            return
+        if stored != now and receipt.data_additions:  # they may begin with this very batch
             return
         if stored != now:
             raise mark_collective(

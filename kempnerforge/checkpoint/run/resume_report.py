@@ -61,6 +61,8 @@ class Receipt:
     layout_changes: dict[str, list[Any]] = field(default_factory=dict)
     version_changes: dict[str, list[Any]] = field(default_factory=dict)
     data_changes: list[str] = field(default_factory=list)
+    data_additions: list[str] = field(default_factory=list)
+    """What changes in the data from here on: sources and phases of a mixture."""
     learning_rate: list[float] = field(default_factory=list)
     """If the config changes that of the next step: [by the checkpoint's config, by this config]."""
     keeps_schedule: str = ""
@@ -98,7 +100,13 @@ class Receipt:
             self.source == "resume"
             and self.rng == "restored"
             and not self.nondeterministic
-            and not (changed or self.layout_changes or self.version_changes or self.data_changes)
+            and not (
+                changed
+                or self.layout_changes
+                or self.version_changes
+                or self.data_changes
+                or self.data_additions
+            )
         )
 
     def lines(self) -> list[str]:
@@ -120,7 +128,7 @@ class Receipt:
         for title in ("config", "layout", "version"):
             for key, (before, now) in getattr(self, f"{title}_changes").items():
                 result.append(f"  {title}: {key} was {before!r}, is {now!r}")
-        result += [f"  data: {change}" for change in self.data_changes]
+        result += [f"  data: {change}" for change in [*self.data_changes, *self.data_additions]]
         if self.learning_rate:
             before, now = self.learning_rate
             way_back = f" (to keep the old schedule: {self.keeps_schedule})" if self.keeps_schedule else ""
