@@ -176,14 +176,14 @@ def sources(tmp_path: Path) -> dict[str, TokenDataset]:
 
 
 def mixture(
-    sources: dict[str, TokenDataset], *phases: dict[str, int], stops: tuple[str, ...] = ()
+    sources: dict[str, TokenDataset], *phases: dict[str, int], stops: tuple[str, ...] = (), size: int = 8
 ) -> MixtureDataset:
-    """Phases begin every 10 steps of 8 samples."""
+    """Phases begin every 10 steps of ``size`` samples."""
     weights = {
         10 * i: {name: given.get(name, 0) * PARTS // sum(given.values()) for name in sources}
         for i, given in enumerate(phases)
     }
-    return MixtureDataset(sources, weights, stops=stops, seed=5, global_batch_size=8)
+    return MixtureDataset(sources, weights, stops=stops, seed=5, global_batch_size=size)
 
 
 def take(dataset: MixtureDataset, count: int, **options: int | Cursor) -> list[Batch]:
@@ -196,10 +196,12 @@ def take(dataset: MixtureDataset, count: int, **options: int | Cursor) -> list[B
 
 
 def test_loader_gives_the_same_samples_on_any_ranks(sources: dict[str, TokenDataset]) -> None:
-    dataset = mixture(sources, {"web": 3, "code": 1}, {"code": 1})
-    whole = take(dataset, 15)
-    for dp_size in (2, 4):
-        ranks = [take(dataset, 15, dp_size=dp_size, dp_rank=rank) for rank in range(dp_size)]
+    dataset = mixture(sources, {"web": 3, "code": 1}, {"code": 1}, size=12)
+    whole = take(dataset, 15, global_batch_size=12)
+    for dp_size in (2, 3, 4):
+        ranks = [
+            take(dataset, 15, global_batch_size=12, dp_size=dp_size, dp_rank=rank) for rank in range(dp_size)
+        ]
         for step, batch in enumerate(whole):
             parts = [rank[step] for rank in ranks]
             assert {part.digest for part in parts} == {batch.digest}
@@ -209,8 +211,8 @@ def test_loader_gives_the_same_samples_on_any_ranks(sources: dict[str, TokenData
         first = batch.inputs_ABT[..., 0]
         assert batch.sources_AB is not None
         assert torch.equal(batch.sources_AB, (first < 10_000).long()), "code is 0, web is 1"
-        assert int(batch.sources_AB.sum()) == (6 if step < 10 else 0)
-    resumed = take(dataset, 1, cursor=Cursor(12 * 8))[0]
+        assert int(batch.sources_AB.sum()) == (9 if step < 10 else 0)
+    resumed = take(dataset, 1, global_batch_size=12, cursor=Cursor(12 * 12))[0]
     assert torch.equal(resumed.inputs_ABT, whole[12].inputs_ABT)
 
 
