@@ -167,6 +167,19 @@ def test_fingerprint_swapped_chunks_are_noticed() -> None:
     assert word_sum(torch.cat([tensor[_CHUNK:], tensor[:_CHUNK]])) != word_sum(tensor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_fingerprint_changed_high_bits_are_noticed(dtype: torch.dtype) -> None:
+    """Signs are the highest bits of words. In a plain sum an even number of changes cancels out."""
+    tensor = torch.arange(1, 65).to(dtype)
+    last = tensor.clone()
+    last[3::4] *= -1
+    double = tensor.clone()
+    double[1::2] *= 2
+    turned = [tensor * (1 + 2j), (tensor * (1 + 2j)).conj()] if dtype.is_complex else []
+    sums = [word_sum(each) for each in (tensor, -tensor, last, double, *turned)]
+    assert len(set(sums)) == len(sums)
+
+
 def item(name: str, offset: int, rows: int, whole: int) -> PlannedItem:
     return PlannedItem(ShardItem(name, "F32", (offset,), (rows,)), (whole,))
 

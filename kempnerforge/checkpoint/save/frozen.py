@@ -35,6 +35,7 @@ NEVER = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP)
 _CHUNK = 1 << 20
 """Words of which a fingerprint on a device is computed at once."""
 _FACTOR = 0x27D4EB2F165667C5
+_LOW = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,9 @@ class FrozenFiles:
 def fingerprints(tensors: Iterable[torch.Tensor]) -> list[str]:
     """Return a fingerprint of the bytes of each tensor.
 
-    In host memory it is xxh3-128. On a device it is a sum of 64-bit words with odd factors: any
-    change of one word changes it, others do with a probability of 1 - 2^-63. Computing it reads the
-    tensors once, at the speed of the device's memory, and waits for the device once.
+    In host memory it is xxh3-128. On a device it is a sum of mixed 64-bit words with odd factors: any
+    change of one word changes it, others do with a probability of about 1 - 2^-63. Computing it reads
+    the tensors once and waits for the device once.
     """
     found: list[str] = []
     on_device: list[tuple[int, torch.Tensor]] = []
@@ -193,5 +194,15 @@ def _word_sum(flat: torch.Tensor) -> torch.Tensor:
     factors |= 1
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for chunk in words.split(_CHUNK):
-        total = total * _FACTOR + (chunk.to(torch.int64) * factors[: chunk.numel()]).sum()
+        mixed = _folded(_folded(chunk.to(torch.int64)) * _FACTOR)
+        total = total * _FACTOR + (mixed * factors[: chunk.numel()]).sum()
     return total
+
+
+def _folded(words: torch.Tensor) -> torch.Tensor:
+    """Return the words with their high bits in the low ones too. Different words stay different.
+
+    A product has no trace of high bits in its low ones: without this, the changes of two signs, which
+    are the highest bits of words, cancel each other in a sum.
+    """
+    return words ^ ((words >> 32) & _LOW)
