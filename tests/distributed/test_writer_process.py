@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import socket
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
@@ -19,7 +21,7 @@ from kempnerforge.checkpoint.async_save import AsyncCheckpointer
 from kempnerforge.checkpoint.save import direct_io, shared_memory, writer_client
 from kempnerforge.checkpoint.save.direct_io import WriterThreads, write_image
 from kempnerforge.checkpoint.save.shared_memory import HUGE_BYTES, map_filled, map_new
-from kempnerforge.checkpoint.save.writer_process import SharedProgress
+from kempnerforge.checkpoint.save.writer_process import PROGRESS_BYTES, SharedProgress, serve
 from kempnerforge.config.schema import AsyncCheckpointMode
 
 pytestmark = pytest.mark.smoke
@@ -219,3 +221,21 @@ def test_writer_wait_for_pending_save_hurries(tmp_path: Path, monkeypatch: pytes
     assert not progress.urgent
     checkpointer.close()
     assert len(shared) == 1
+
+
+def test_writer_names_lost_save_whose_last_file_was_a_link(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first rank's frozen tensors are in a file after its first one, and are linked last."""
+    source, number = tmp_path / "source", os.memfd_create("progress")
+    source.write_bytes(b"1")
+    os.ftruncate(number, PROGRESS_BYTES)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        for name in ("shard_00000_of_00002.safetensors", "shard_00001_of_00002.safetensors"):
+            body = {"do": "link", "path": str(tmp_path / name), "source": str(source), "size_bytes": 1}
+            ours.send(json.dumps({**body, "identity": None}).encode())
+        ours.shutdown(socket.SHUT_WR)  # as if the trainer was killed
+        serve(theirs, SharedProgress(number))
+    os.close(number)
+    assert f"kempnerforge: {tmp_path} is not committed" in capfd.readouterr().err

@@ -111,7 +111,7 @@ class MappedBuffers:
 def serve(connection: socket.socket, progress: SharedProgress) -> None:
     """Answer requests until the trainer closes the socket."""
     buffers, threads = MappedBuffers(), WriterThreads()
-    path: Path | None = None
+    first: Path | None = None
     with contextlib.suppress(ConnectionError):  # the trainer was killed
         while True:
             data, fds, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 1)
@@ -119,6 +119,7 @@ def serve(connection: socket.socket, progress: SharedProgress) -> None:
                 break
             request = json.loads(data)
             path = Path(request["path"])
+            first = path if path.name.startswith("shard_00000_of_") else first
             if request["do"] == "link":
                 answer = _link(request, progress.heartbeat)
             else:
@@ -126,19 +127,20 @@ def serve(connection: socket.socket, progress: SharedProgress) -> None:
                 answer = _answer(request, image, threads, progress, connection)
                 del image
             connection.sendall(json.dumps(answer).encode() + b"\n")
-    if path is not None:
-        _report_loss(path)
+    if first is not None:
+        _report_loss(first)
 
 
-def _report_loss(path: Path) -> None:
+def _report_loss(first: Path) -> None:
     """Report on standard error that the trainer ended before it committed its last save. First rank only.
 
-    A trainer that ends normally finishes its saves and then ends this process with SIGKILL.
+    ``first``: the first shard of that save. A trainer that ends normally finishes its saves and then
+    ends this process with SIGKILL.
     """
-    if path.name.startswith("shard_00000_of_") and path.parent.exists():
+    if first.parent.exists():
         with contextlib.suppress(OSError):  # standard error may be closed
             print(
-                f"kempnerforge: {path.parent} is not committed: the process that saved it was ended",
+                f"kempnerforge: {first.parent} is not committed: the process that saved it was ended",
                 file=sys.stderr,
                 flush=True,
             )
