@@ -82,7 +82,8 @@ class AsyncCheckpointer:
         self._process_group: dist.ProcessGroup | None = None
         self._control: ControlGroup | None = None
         self._channel: StoreChannel = LocalBoard()
-        self._plan = SavePlanCache(max_host_memory_gb)
+        # The writer maps buffers that it has seen. It is started again when there is something to write.
+        self._plan = SavePlanCache(max_host_memory_gb, on_release=self._writer.close)
         self._history = SaveHistory()
         self._number = 0
         self.last_save: SaveHandle | None = None

@@ -26,10 +26,10 @@ from kempnerforge.checkpoint.format import manifest, paths
 from kempnerforge.checkpoint.format.step_info import StepView
 from kempnerforge.checkpoint.load.dcp_reader import SafetensorsReader, load_tensors
 from kempnerforge.checkpoint.results import SaveReport
-from kempnerforge.checkpoint.save import frozen
+from kempnerforge.checkpoint.save import frozen, pipeline
 from kempnerforge.checkpoint.tools import safetensors_export
 from kempnerforge.checkpoint.tools.verify import verify
-from kempnerforge.errors import NoSoundCheckpointError
+from kempnerforge.errors import NoSoundCheckpointError, SaveFailedError
 
 WIDTH, RANK = 700, 2
 
@@ -311,6 +311,28 @@ def test_save_frozen_buffers_are_released_after_first(tmp_path: Path) -> None:
     for process in (os.getpid(), pid):
         assert "memfd:kempnerforge-shard_00001" not in Path(f"/proc/{process}/maps").read_text()
     loop.close()
+
+
+def test_save_failed_first_keeps_no_buffers_in_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saves that are planned again have new buffers. The memory of the old ones is free."""
+    loop = Loop(tmp_path)
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(pipeline, "commit", failing_commit)
+            with pytest.raises(SaveFailedError, match="no commit"):
+                loop.step()
+    loop.ckpt.poll()
+    loop.state.advance()
+    loop.ckpt.save(loop.state, wait=True)
+    maps = Path(f"/proc/{loop.ckpt._checkpointer.writer_pid}/maps").read_text()
+    assert maps.count("memfd:kempnerforge-shard") == 1
+    loop.close()
+
+
+def failing_commit(*_: Any, **__: Any) -> int:
+    raise OSError(errno.EIO, "no commit")
 
 
 def test_save_links_need_no_space(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ each rank holds, and plan again only if one has changed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,10 +205,14 @@ class SavePlanCache:
 
     A repeated save compares signatures and takes one small reduction. ``max_host_memory_gb``: the
     most memory that the buffers may take on one machine. None: as much as is free there.
+    ``on_release`` is called when buffers are released, so that no other process keeps their memory.
     """
 
-    def __init__(self, max_host_memory_gb: float | None = None) -> None:
+    def __init__(
+        self, max_host_memory_gb: float | None = None, on_release: Callable[[], None] = lambda: None
+    ) -> None:
         self._max_host_memory_gb = max_host_memory_gb
+        self._on_release = on_release
         self.device: torch.device | None = None
         """The CUDA device that this rank's tensors are on; None if they are in host memory."""
         self._made_for: torch.device | None = None
@@ -339,6 +343,7 @@ class SavePlanCache:
         if self.buffers is not None:
             self.buffers.close()
             self.buffers = None
+            self._on_release()
 
 
 def _no_buffers(error: Exception) -> SaveFailedError:
