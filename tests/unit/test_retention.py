@@ -365,7 +365,18 @@ def test_pin_is_of_the_step_that_was_pinned(folder: Path) -> None:
 def test_disk_space_linked_bytes_are_not_freed(folder: Path, tmp_path: Path) -> None:
     config = CheckpointConfig.model_validate({"keep_last_n": 1})
     room = DiskSpaceGuard(folder, config)
-    alone = room._size_of(1)
+    alone = room._freed_by([1])
     shard = next((folder / "step_00000001").glob("*.safetensors"))
     os.link(shard, tmp_path / "linked")
-    assert room._size_of(1) == alone - shard.stat().st_size
+    assert room._freed_by([1]) == alone - shard.stat().st_size
+
+
+def test_disk_space_file_of_two_deleted_steps_is_freed(folder: Path) -> None:
+    room = DiskSpaceGuard(folder, CheckpointConfig.model_validate({"keep_last_n": 1}))
+    alone = room._freed_by([1])
+    first, second = (next((folder / f"step_0000000{n}").glob("*.safetensors")) for n in (1, 2))
+    shared_bytes = first.stat().st_size
+    second.unlink()
+    os.link(first, second)
+    assert room._freed_by([1]) == alone - shared_bytes
+    assert room._freed_by([1, 2]) == 2 * alone - shared_bytes

@@ -14,7 +14,8 @@ is counted as failed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -209,7 +210,7 @@ class DiskSpaceGuard:
         self._quotas = read_quotas(self._folder)
         prunable = [verdict.step for verdict in self._retention.verdicts() if not verdict.keep]
         verdict = self._look()
-        warning = require_one_save(verdict, prunable_bytes=sum(map(self._size_of, prunable)))
+        warning = require_one_save(verdict, prunable_bytes=self._freed_by(prunable))
         # On most machines quotas cannot be read, so do not warn of that at every start.
         return "" if verdict.fits else warning
 
@@ -242,16 +243,18 @@ class DiskSpaceGuard:
         needed_bytes = self._needed_bytes - self._linked_bytes
         return check(self._folder, needed_bytes, needed_files=self._needed_files, quotas=self._quotas)
 
-    def _size_of(self, step: int) -> int:
-        """Return the bytes that deleting a step frees, without files that other steps or a fork have too."""
-        path = self._folder / paths.step_name(step)
-        try:
-            files = manifest.load(path).files
-            return sum(
-                record.size_bytes for name, record in files.items() if (path / name).stat().st_nlink == 1
-            )
-        except (CheckpointError, OSError):
-            return 0
+    def _freed_by(self, steps: Iterable[int]) -> int:
+        """Return the bytes that deleting steps frees, without files that other steps or a fork have too."""
+        found: dict[tuple[int, int], list[os.stat_result]] = defaultdict(list)
+        for step in steps:
+            path = self._folder / paths.step_name(step)
+            try:
+                stats = [(path / name).stat() for name in manifest.load(path).files]
+            except (CheckpointError, OSError):
+                continue
+            for file in stats:
+                found[file.st_dev, file.st_ino].append(file)
+        return sum(same[0].st_size for same in found.values() if len(same) >= same[0].st_nlink)
 
 
 def _existing(folder: Path) -> Path:
