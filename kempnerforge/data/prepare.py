@@ -84,6 +84,8 @@ def prepare(
     Raises :class:`DataError` if the text cannot be read, ``folder`` exists and is not empty, or it
     cannot be written.
     """
+    if folder.name in ("", ".."):
+        raise DataError(f"{folder} is no name of a folder to create; name it, such as {folder / 'tokens'}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and is not an empty folder; name another, or delete it first")
     encoder = make_encoder(tokenizer, options or ReadOptions())

@@ -146,6 +146,18 @@ def test_prepare_non_empty_folder_untouched(notes, tmp_path):
     assert open_dataset(out).vocab_size == 257
 
 
+@pytest.mark.parametrize("name", [".", ".."])
+def test_prepare_folder_without_name_refused(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    inner = tmp_path / "empty" / "inner"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner if name == "." else inner.parent)
+    with pytest.raises(DataError, match="is no name of a folder to create"):
+        prepare([str(notes)], Path(name), BYTES)
+    assert not any(inner.iterdir())
+
+
 def test_prepare_cached_keyed_by_content(notes, tmp_path):
     cache = tmp_path / "cache"
     first = prepare_cached([str(notes)], BYTES, cache)
