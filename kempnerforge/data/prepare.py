@@ -119,6 +119,8 @@ def prepare_cached(
     job = _Preparation(source, encoder, val_fraction, SHARD_TOKENS, None, progress)
     folder = cache_dir / f"tokens-{job.key}"
     if not (folder / INDEX_NAME).is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise DataError(f"{folder} is damaged: it has no {INDEX_NAME}. Delete it and start again")
         job.write_to(folder)
     index = read_index(folder)
     for line in index.text.notes:

@@ -177,6 +177,14 @@ def test_prepare_cached_keyed_by_content(notes, tmp_path):
     assert not leftovers(cache)
 
 
+def test_prepare_cached_folder_without_index_names_what_to_delete(notes: Path, tmp_path: Path) -> None:
+    folder = prepare_cached([str(notes)], BYTES, tmp_path / "cache")
+    (folder / "index.json").unlink()
+    with pytest.raises(DataError, match=f"{folder} is damaged: it has no index.json. Delete it"):
+        prepare_cached([str(notes)], BYTES, tmp_path / "cache")
+    assert not leftovers(folder.parent)
+
+
 def test_prepare_cached_slower_takes_first_folder(notes, tmp_path):
     cache = tmp_path / "cache"
     inner: list[Path] = []
