@@ -39,6 +39,7 @@ from kempnerforge.data.prepare_progress import OnProgress, Reporter
 from kempnerforge.data.prepare_workers import write_parts
 from kempnerforge.data.reading.files import FoundFiles, digest_file, find_files
 from kempnerforge.data.reading.options import ReadOptions
+from kempnerforge.data.reading.streams import StorageError
 from kempnerforge.data.reading.units import UNIT_BYTES, Unit, units_of
 from kempnerforge.data.token_parts import Part, Stamp, Task, make_tasks
 from kempnerforge.data.tokenizer import BY_OPTION, HfTokenizer, Tokenizer, token_dtype
@@ -205,6 +206,9 @@ class _Preparation:
                 "Free space and run the same command to go on, or set --out or data.cache_dir to a "
                 "writable folder with enough free space"
             ) from error
+        except StorageError as error:  # which may answer again
+            kept = f"; finished parts are kept in {parts}. Run the same command to go on"
+            raise StorageError(f"{error}{kept if parts.is_dir() else ''}") from error
         except DataError:
             shutil.rmtree(parts, ignore_errors=True)
             raise

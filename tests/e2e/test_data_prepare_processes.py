@@ -128,7 +128,7 @@ def test_data_prepare_any_number_of_workers_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_data_prepare_modules_in_working_directory_are_not_imported(
+def test_data_prepare_modules_of_the_user_not_imported(
     texts: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     """The parent does not have the working directory in its path, as the command does not."""

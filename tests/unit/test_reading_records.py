@@ -90,7 +90,7 @@ def test_records_of_text_file_are_refused(tmp_path: Path) -> None:
         pa.scalar(0, pa.timestamp("us", tz="Nowhere/Land")),
     ],
 )
-def test_table_record_with_time_that_python_lacks_is_read(tmp_path: Path, created: pa.Scalar) -> None:
+def test_table_record_with_bad_time_is_read(tmp_path: Path, created: pa.Scalar) -> None:
     file = tmp_path / "rows.parquet"
     times = pa.array([created.value], pa.int64()).cast(created.type)
     pq.write_table(pa.table({"prompt": ["a"], "created": times}), file)
@@ -100,7 +100,7 @@ def test_table_record_with_time_that_python_lacks_is_read(tmp_path: Path, create
     assert record.value["created"] == created.value
 
 
-def test_table_record_with_nested_time_that_python_lacks_is_named(tmp_path: Path) -> None:
+def test_table_record_with_bad_nested_time_is_named(tmp_path: Path) -> None:
     file = tmp_path / "rows.parquet"
     times = pa.array([2**62], pa.int64()).cast(pa.timestamp("us"))
     pq.write_table(pa.table({"prompt": ["a"], "nested": pa.StructArray.from_arrays([times], ["at"])}), file)
