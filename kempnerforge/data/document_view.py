@@ -77,11 +77,14 @@ def view_document(
 ) -> DocumentView:
     """Return the beginning of document ``number`` of ``split``, from 0: up to ``max_tokens`` tokens.
 
-    Raises :class:`DataError` if there is no such document, or the data have no documents or tokenizer.
+    Raises :class:`DataError` if there is no such document, the data have no documents or tokenizer, or a
+    file has the wrong size.
     """
     if dataset.index is None or split not in dataset.shards:
         what = "records no documents (.npy)" if dataset.index is None else f"has no {split} split"
         raise DataError(f"{dataset.path} {what}, so it has no document to show")
+    for problem in dataset.problems(contents=False).values():
+        raise DataError(f"{problem}. See: kempnerforge data inspect {dataset.path}")
     stream = TokenStream(
         dataset.shards[split], vocab_size=dataset.vocab_size, separator_id=dataset.index.separator_id
     )

@@ -39,6 +39,7 @@ from kempnerforge.data.prepare_progress import OnProgress, Reporter
 from kempnerforge.data.prepare_workers import write_parts
 from kempnerforge.data.reading.files import FoundFiles, digest_file, find_files
 from kempnerforge.data.reading.options import ReadOptions
+from kempnerforge.data.reading.streams import StorageError
 from kempnerforge.data.reading.units import UNIT_BYTES, Unit, units_of
 from kempnerforge.data.token_parts import Part, Stamp, Task, make_tasks
 from kempnerforge.data.tokenizer import BY_OPTION, HfTokenizer, Tokenizer, token_dtype
@@ -84,6 +85,8 @@ def prepare(
     Raises :class:`DataError` if the text cannot be read, ``folder`` exists and is not empty, or it
     cannot be written.
     """
+    if folder.name in ("", ".."):
+        raise DataError(f"{folder} is no name of a folder to create; name it, such as {folder / 'tokens'}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and is not an empty folder; name another, or delete it first")
     encoder = make_encoder(tokenizer, options or ReadOptions())
@@ -117,6 +120,8 @@ def prepare_cached(
     job = _Preparation(source, encoder, val_fraction, SHARD_TOKENS, None, progress)
     folder = cache_dir / f"tokens-{job.key}"
     if not (folder / INDEX_NAME).is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise DataError(f"{folder} is damaged: it has no {INDEX_NAME}. Delete it and start again")
         job.write_to(folder)
     index = read_index(folder)
     for line in index.text.notes:
@@ -201,6 +206,9 @@ class _Preparation:
                 "Free space and run the same command to go on, or set --out or data.cache_dir to a "
                 "writable folder with enough free space"
             ) from error
+        except StorageError as error:  # which may answer again
+            kept = f"; finished parts are kept in {parts}. Run the same command to go on"
+            raise StorageError(f"{error}{kept if parts.is_dir() else ''}") from error
         except DataError:
             shutil.rmtree(parts, ignore_errors=True)
             raise

@@ -1,8 +1,7 @@
 """The processes that tokenize: each writes parts (:mod:`kempnerforge.data.token_parts`) for the parent.
 
-A worker is started as ``python -m kempnerforge.data.prepare_workers FD PARENT`` with a socket. It
-imports no torch, and the main module of the parent is not imported again. It ends when the socket is
-closed, and the kernel kills it when the parent is killed.
+A worker is started with a socket. It imports no torch, and the main module of the parent is not
+imported again. It ends when the socket is closed, and the kernel kills it when the parent is killed.
 """
 
 from __future__ import annotations
@@ -21,6 +20,15 @@ from kempnerforge.data.encoding import Encoder
 from kempnerforge.data.token_parts import PART_NAME, Task, write_part
 from kempnerforge.errors import DataError, KempnerForgeError
 from kempnerforge.rank_variables import FORWARDED, die_with_parent
+
+PROGRAM = """
+import sys
+sys.path[:] = sys.argv[3:]
+from kempnerforge.data.prepare_workers import main
+main(int(sys.argv[1]), int(sys.argv[2]))
+"""
+"""What a worker runs, with FD, PARENT and the parent's path. With ``-m``, the working directory would be
+the first of the path, where a ``json.py`` of the user's stands for Python's own."""
 
 MAX_THREADS = 4
 """Threads of a worker's tokenizer, if there are fewer tasks than processors. They need memory."""
@@ -116,7 +124,7 @@ class _Worker:
         self.task: Task | None = None
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid())]
+            command = [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno()), str(os.getpid()), *sys.path]
             environment = {
                 **os.environ,
                 "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
@@ -188,7 +196,3 @@ def main(fd: int, parent: int) -> None:
             connection.send(error)
         else:
             connection.send(None)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))

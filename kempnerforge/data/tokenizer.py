@@ -413,7 +413,9 @@ def _token_in(path: Path, key: str) -> str | None:
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON: {error}") from error
-    token = settings.get(key) if isinstance(settings, dict) else None
+    if not isinstance(settings, dict):
+        raise DataError(f"{path}: it is not a JSON object; replace it, or delete it")
+    token = settings.get(key)
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None

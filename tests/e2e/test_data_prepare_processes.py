@@ -128,6 +128,16 @@ def test_data_prepare_any_number_of_workers_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_data_prepare_modules_of_the_user_not_imported(
+    texts: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The parent does not have the working directory in its path, as the command does not."""
+    (tmp_path / "json.py").write_text("raise SystemExit('a file of the user is imported')")
+    program, *arguments = command(texts, tmp_path / "out")
+    subprocess.run([program, "-P", *arguments], check=True, timeout=120, cwd=tmp_path)
+    assert content(tmp_path / "out") == uninterrupted
+
+
 @pytest.mark.parametrize("point", list(KILL_AT))
 def test_data_prepare_killed_goes_on_to_the_same_bytes(
     texts: Path, uninterrupted: dict[str, bytes], tmp_path: Path, point: str

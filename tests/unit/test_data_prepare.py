@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 from support.tokenizers import make_tokenizer
 
+from kempnerforge.data import prepare as prepare_module
 from kempnerforge.data.index import Index, read_index
 from kempnerforge.data.prepare import prepare, prepare_cached, turn_end_warnings
 from kempnerforge.data.prepare_progress import Progress
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.pieces import PIECE_BYTES
+from kempnerforge.data.reading.streams import storage_errors
 from kempnerforge.data.tokenizer import ByteTokenizer, load_tokenizer
 from kempnerforge.data.tokens import open_dataset
 from kempnerforge.errors import DataError
@@ -146,6 +149,18 @@ def test_prepare_non_empty_folder_untouched(notes, tmp_path):
     assert open_dataset(out).vocab_size == 257
 
 
+@pytest.mark.parametrize("name", [".", ".."])
+def test_prepare_folder_without_name_refused(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    inner = tmp_path / "empty" / "inner"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner if name == "." else inner.parent)
+    with pytest.raises(DataError, match="is no name of a folder to create"):
+        prepare([str(notes)], Path(name), BYTES)
+    assert not any(inner.iterdir())
+
+
 def test_prepare_cached_keyed_by_content(notes, tmp_path):
     cache = tmp_path / "cache"
     first = prepare_cached([str(notes)], BYTES, cache)
@@ -163,6 +178,34 @@ def test_prepare_cached_keyed_by_content(notes, tmp_path):
     os.utime(one, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert prepare_cached([str(notes)], BYTES, cache) != first
     assert not leftovers(cache)
+
+
+def test_prepare_cached_folder_without_index_refused(notes: Path, tmp_path: Path) -> None:
+    folder = prepare_cached([str(notes)], BYTES, tmp_path / "cache")
+    (folder / "index.json").unlink()
+    with pytest.raises(DataError, match=f"{folder} is damaged: it has no index.json. Delete it"):
+        prepare_cached([str(notes)], BYTES, tmp_path / "cache")
+    assert not leftovers(folder.parent)
+
+
+def test_prepare_storage_that_does_not_answer_keeps_parts(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_tasks: Any, _encoder: Any, parts: Path, **_: Any) -> None:
+        (parts / "part_000000").mkdir()
+        with storage_errors(notes):
+            raise OSError(errno.EIO, "Input/output error")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_parts", fail)
+        with pytest.raises(DataError, match="Input/output error; finished parts"):
+            prepare([str(notes)], out, BYTES)
+    [parts] = leftovers(tmp_path)
+    assert [path.name for path in (tmp_path / parts).iterdir()] == ["part_000000"]
+    (tmp_path / parts / "part_000000").rmdir()
+    prepare([str(notes)], out, BYTES)
+    assert not leftovers(tmp_path)
 
 
 def test_prepare_cached_slower_takes_first_folder(notes, tmp_path):

@@ -95,6 +95,13 @@ def test_tokenizer_unusable_file_named(tmp_path):
         load_tokenizer(str(broken))
 
 
+def test_tokenizer_config_that_is_no_object_is_refused(tmp_path):
+    make_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: it is not a JSON object"):
+        load_tokenizer(str(tmp_path), eos="</s>").files()
+
+
 def test_token_dtype_smallest_that_fits():
     assert token_dtype(65_536).name == "uint16"
     assert token_dtype(65_537).name == "uint32"

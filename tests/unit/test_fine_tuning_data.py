@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,20 @@ def test_inspect_sample_that_is_not_there_is_refused(base: Path) -> None:
     np.save("ids.npy", np.arange(100, dtype=np.uint16))
     with pytest.raises(DataError, match=r"records no documents \(\.npy\)"):
         view_document(load_shards("ids.npy"), "train", 0)
+
+
+@pytest.mark.parametrize("name", ["train_00000.bin", "train_00000.ends", "train_00000.counted"])
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_inspect_sample_of_damaged_shards_is_refused(base: Path, name: str, is_gone: bool) -> None:
+    prepare_chats("--val-fraction", "0")
+    damaged = base / "out" / name
+    if is_gone:
+        damaged.unlink()
+    else:
+        os.truncate(damaged, 1)
+    dataset = load_shards(base / "out")
+    with pytest.raises(DataError, match=rf"{name}: .*\. See: kempnerforge data inspect "):
+        view_document(dataset, "train", 0)
 
 
 def test_long_document_is_shown_in_part(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

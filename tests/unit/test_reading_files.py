@@ -69,6 +69,13 @@ def test_find_files_glob_names_files(tree: Path, pattern: str, expected: list[st
     assert read_names(find_files(f"{tree}/{pattern}"), tree) == expected
 
 
+def test_find_files_glob_names_folders_that_are_not_read(tree: Path) -> None:
+    found = find_files(f"{tree}/*")
+    assert read_names(found, tree) == ["a-c.txt", "b.txt"]
+    assert reasons(found) == {"a": f"folder; to read its files, name it or {tree}/a/**"}
+    found.require_text()
+
+
 def test_find_files_relative_glob_searches_working_directory(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,3 +81,30 @@ def test_records_of_text_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("text")
     with pytest.raises(DataError, match=r"x\.txt: it is text without fields; records are read from \.jsonl"):
         records_of(tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize(
+    "created",
+    [
+        pa.scalar(2**62, pa.timestamp("us")),
+        pa.scalar(0, pa.timestamp("us", tz="Nowhere/Land")),
+    ],
+)
+def test_table_record_with_bad_time_is_read(tmp_path: Path, created: pa.Scalar) -> None:
+    file = tmp_path / "rows.parquet"
+    times = pa.array([created.value], pa.int64()).cast(created.type)
+    pq.write_table(pa.table({"prompt": ["a"], "created": times}), file)
+    [record] = records_of(file)
+    assert isinstance(record, Record)
+    assert record.value["prompt"] == "a"
+    assert record.value["created"] == created.value
+
+
+def test_table_record_with_bad_nested_time_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    times = pa.array([2**62], pa.int64()).cast(pa.timestamp("us"))
+    pq.write_table(pa.table({"prompt": ["a"], "nested": pa.StructArray.from_arrays([times], ["at"])}), file)
+    [record] = records_of(file)
+    assert isinstance(record, Unreadable)
+    assert record.line == 1
+    assert record.reason.startswith('"nested" holds a value that Python cannot represent (')

@@ -72,7 +72,10 @@ def _match(pattern: str) -> Sequence[Path | LeftOut]:
     """Return the files that a glob matches. Unlike glob.glob, ``**`` never follows a loop of links."""
     parts = Path(pattern).parts
     if ANY_FOLDERS not in parts:
-        return sorted(path for path in map(Path, glob.glob(pattern)) if not os.path.isdir(path))
+        return [
+            LeftOut(path, f"folder; to read its files, name it or {path}/**") if os.path.isdir(path) else path
+            for path in sorted(map(Path, glob.glob(pattern)))
+        ]
     first = parts.index(ANY_FOLDERS)
     base = str(Path(*parts[:first]))
     found: list[Path | LeftOut] = []

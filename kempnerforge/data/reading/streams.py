@@ -34,13 +34,17 @@ class DamagedStreamError(Exception):
     """The rest of a stream cannot be read."""
 
 
+class StorageError(DataError):
+    """Storage did not answer. Nothing is known about the text itself."""
+
+
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Raise errors of storage as :class:`DataError` that names ``path``."""
+    """Raise errors of storage as ``StorageError`` that names ``path``."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"text file {path}: cannot be read: {error.strerror or error}") from error
+        raise StorageError(f"text file {path}: cannot be read: {error.strerror or error}") from error
 
 
 def open_file(path: Path, *, buffering: int = BLOCK_BYTES) -> io.BufferedReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from kempnerforge.data.reading.items import (
@@ -41,7 +42,10 @@ def read_table_texts(unit: Unit, options: ReadOptions) -> Iterator[Piece | Unrea
 
 
 def read_table_records(unit: Unit) -> Iterator[Record | Unreadable]:
-    """Yield each row of ``unit``, with the values that pyarrow makes of its columns."""
+    """Yield each row of ``unit``, with the values that pyarrow makes of its columns.
+
+    A time that Python cannot represent is the number that the table holds.
+    """
     file = unit.file
     next_row: int | None = None
     try:
@@ -51,7 +55,7 @@ def read_table_records(unit: Unit) -> Iterator[Record | Unreadable]:
                 if reason := _row_fault(row):
                     yield Unreadable(file.path, next_row, reason)
                 else:
-                    yield Record(row.to_pylist()[0], f"{file.path}:{next_row}")
+                    yield _record(row, file.path, next_row)
                 next_row += 1
     except DamagedTableError as error:
         yield Unreadable(file.path, next_row, str(error))
@@ -116,6 +120,23 @@ def _plain_cells(column: Any) -> Iterator[memoryview | None]:
 
 def _scalar_bytes(cell: Any) -> memoryview | None:
     return memoryview(cell.as_buffer()).cast("B") if cell.is_valid else None
+
+
+def _record(row: Any, path: Path, number: int) -> Record | Unreadable:
+    from pyarrow import types
+
+    value: dict[str, Any] = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            value[name] = column[0].as_py()
+        # A time out of range, in nanoseconds, or in an unknown zone. pyarrow's own error is a ValueError.
+        except (ValueError, OverflowError) as error:
+            if not types.is_temporal(column.type):
+                return Unreadable(
+                    path, number, f'"{name}" holds a value that Python cannot represent ({error})'
+                )
+            value[name] = column[0].value
+    return Record(value, f"{path}:{number}")
 
 
 def _row_fault(row: Any) -> str | None:
