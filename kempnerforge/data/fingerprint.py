@@ -161,4 +161,6 @@ def explain_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> lis
 
 
 def _shown(fields: Mapping[str, Any], name: str) -> str:
+    if name == "packing":  # recorded only where it is another
+        return repr(fields.get(name, "contiguous"))
     return repr(fields[name]) if name in fields else "not recorded"

@@ -71,34 +71,45 @@ class Loss:
         if self.takes_hidden and (issues := head_issues(self.name, model.forward, type(model).__name__)):
             raise ConfigError(issues)
 
-    def check_ignored_targets(self) -> None:
-        """Try a function of the user's on targets of which one is ``IGNORED``, once.
+    def check_function(self, *, with_ignored: bool) -> None:
+        """Try the function on a few logits, once: its result, and targets of which one is ``IGNORED``.
 
-        Raises ConfigError on all ranks if it raises an exception for that one, or counts it. A function
-        that cannot be tried on 8 small logits is left to its first step.
+        Raises ConfigError on all ranks if it returns a mean or anything but a tensor [], and with
+        ``with_ignored`` also if it raises an exception for that target, or counts it. A function that
+        cannot be tried on 8 small logits is left to its first step.
         """
         if self._is_checked:
             return
         self._is_checked = True
         size = 8
         values = torch.linspace(-1, 1, 2 * size).unflatten(0, (1, 2, size))
-        targets = torch.tensor([[3, IGNORED]])
         weight = [torch.eye(size)] if self.takes_hidden else []
         options = {**self.args, **({"z_loss": self.z_loss} if weight and self.z_loss else {})}
 
-        def loss_of(length: int) -> Tensor:
-            found = self.function(values[:, :length], targets[:, :length], *weight, **options)
-            return found[0] if isinstance(found, tuple) else found
+        def loss_of(*targets: int, start: int = 0) -> Tensor:
+            logits = values[:, start : start + len(targets)]
+            found = self.function(logits, torch.tensor([targets]), *weight, **options)
+            return self._sum(found[0] if isinstance(found, tuple) else found)
 
+        problem = None
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
-                expected = loss_of(1)
+                both, expected = loss_of(3, 1), loss_of(3)
+                total = expected + loss_of(1, start=1)
+                is_sum = torch.allclose(both, total, rtol=1e-4)
+                if not is_sum and torch.allclose(2 * both, total, rtol=1e-4):
+                    problem, hint = f"{self.name} returned a mean", 'return the sum: reduction="sum"'
+                    raise ConfigError([ConfigIssue("train.loss", problem, hint)])
+            except ConfigError as error:
+                raise mark_collective(error) from None
             except Exception:  # noqa: BLE001 - the user's code may raise anything
                 return
-            try:
-                problem = None if torch.allclose(loss_of(2), expected, rtol=1e-4) else "counts it"
-            except Exception as error:  # noqa: BLE001
-                problem = f"raises {type(error).__name__}: {error}"
+            if with_ignored:
+                try:
+                    counts = not torch.allclose(loss_of(3, IGNORED), expected, rtol=1e-4)
+                    problem = "counts it" if counts else None
+                except Exception as error:  # noqa: BLE001
+                    problem = f"raises {type(error).__name__}: {error}"
         if problem:
             problem = f"targets of {IGNORED} count nothing, but {self.name} {problem}"
             hint = "leave such targets out of its sum: docs/guide/losses.md"
@@ -131,7 +142,7 @@ class Loss:
             return self._of_hidden(output, targets_BT, self._weight, sources)
 
         def compute(output: Tensor, targets_BT: Tensor) -> LossSums:
-            loss = _plain(self.function(output, targets_BT, **self.args))
+            loss = self._sum(self.function(output, targets_BT, **self.args))
             return _sums(loss, z_loss(output, targets_BT, self.z_loss) if self.z_loss else None)
 
         return _of_sources(compute, output, targets_BT, sources)
@@ -158,12 +169,20 @@ class Loss:
         def compute(hidden: Tensor, targets_BT: Tensor) -> LossSums:
             found = self.function(hidden, targets_BT, weight, **options)
             if not self.z_loss:
-                return _sums(_plain(found[0] if isinstance(found, tuple) else found), None)
+                return _sums(self._sum(found[0] if isinstance(found, tuple) else found), None)
             if not isinstance(found, tuple):
                 raise TypeError(f"{self.name} has an argument z_loss, so it must return (loss, z-loss)")
-            return _sums(_plain(found[0]), _plain(found[1]))
+            return _sums(self._sum(found[0]), self._sum(found[1]))
 
         return _of_sources(compute, hidden, targets_BT, sources)
+
+    def _sum(self, loss: Any) -> Tensor:
+        """Return what the function returned as a plain tensor, []. Raises ConfigError for anything else."""
+        if not isinstance(loss, Tensor) or loss.dim():
+            problem = f"{self.name} returned {described(loss)}"
+            hint = "a loss is the sum over all tokens, a tensor []"
+            raise ConfigError([ConfigIssue("train.loss", problem, hint)])
+        return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
 def _of_sources(
@@ -189,8 +208,9 @@ def _of_sources(
     return LossSums(total, torch.stack([part.reported for part in parts]).sum(0), torch.cat(rows))
 
 
-def _plain(loss: Tensor) -> Tensor:
-    return loss.full_tensor() if isinstance(loss, DTensor) else loss
+def described(value: Any) -> str:
+    """Return what a function of the user's returned, for a message."""
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _sums(loss: Tensor, z: Tensor | None) -> LossSums:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from kempnerforge.errors import PluginError
 from kempnerforge.train.batch_loss import BatchTotals
+from kempnerforge.train.loss import described
 from kempnerforge.train.micro_batch import Batch
 from kempnerforge.train.optimizer import Optimizers
 from kempnerforge.train.step import TrainStepBase, local_tensors
@@ -85,10 +86,10 @@ class LossStep(TrainStepBase):
             raise self._unusable(f"a {type(result).__name__}")
         loss, num_items = result
         if not isinstance(loss, Tensor) or loss.dim():
-            raise self._unusable(f"{_described(loss)} as the loss")
+            raise self._unusable(f"{described(loss)} as the loss")
         is_count = isinstance(num_items, Tensor) and not num_items.dim()
         if not is_count and type(num_items) is not int:
-            raise self._unusable(f"{_described(num_items)} as the number of items")
+            raise self._unusable(f"{described(num_items)} as the number of items")
         return loss, num_items
 
     def _unusable(self, what: str) -> PluginError:
@@ -111,7 +112,3 @@ def _micro_batches(batch: Any) -> list[Fields]:
     if tokens.document_ids_ABT is not None:
         fields["document_ids"] = tokens.document_ids_ABT
     return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
-
-
-def _described(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -70,7 +70,7 @@ class PipelineStep(TrainStepBase):
             part.eval()
         with self._evaluation_weights(), torch.no_grad(), loss_parallel():
             for batch in batches:
-                self._check_targets(batch)
+                self._check_loss(batch)
                 tokens, targets, options = self._inputs(all_rows(batch, self._device))
                 if targets is None:
                     schedule.step(*tokens, **options)

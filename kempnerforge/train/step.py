@@ -190,15 +190,16 @@ class TrainStepBase:
     def _begin(self, batch: Batch, targets: Sequence[Tensor]) -> BatchLoss:
         """Begin the loss of ``batch``, for the micro-batches of this rank with ``targets`` [B, T].
 
-        Collective: all ranks. Raises ConfigError on all ranks for a loss that cannot ignore targets.
+        Collective: all ranks. Raises ConfigError on all ranks for a loss that is not a sum, or cannot
+        ignore targets.
         """
-        self._check_targets(batch)
+        self._check_loss(batch)
         has_z_loss = self._loss_function.z_loss > 0
         return BatchLoss(batch, targets, self._ranks, has_z_loss=has_z_loss, num_sources=self._num_sources)
 
-    def _check_targets(self, batch: Batch) -> None:
-        if batch.num_tokens is None or self._num_sources:  # all ranks alike, as in BatchLoss
-            self._loss_function.check_ignored_targets()
+    def _check_loss(self, batch: Batch) -> None:
+        with_ignored = batch.num_tokens is None or self._num_sources > 0  # all ranks alike, as in BatchLoss
+        self._loss_function.check_function(with_ignored=with_ignored)
 
     def _end(self, batch_loss: BatchLoss) -> Tensor:
         """Keep the totals for ``update``. Return the mean loss of the global batch.
@@ -258,7 +259,7 @@ class LocalStep(TrainStepBase):
         self._model.eval()
         with self._evaluation_weights(), torch.no_grad(), loss_parallel():
             for batch in batches:
-                self._check_targets(batch)
+                self._check_loss(batch)
                 for micro_batch in micro_batches(batch, self._device):
                     loss += loss_function(self._model, micro_batch).reported
                     num_targets += micro_batch.targets_BT.ne(IGNORED).sum()

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -196,13 +197,42 @@ def test_loss_that_cannot_ignore_targets_is_named(
 ) -> None:
     loss, before = Loss(function, name="own"), torch.get_rng_state()
     if problem is None:
-        loss.check_ignored_targets()
+        loss.check_function(with_ignored=True)
     else:
         with pytest.raises(ConfigError) as error:
-            loss.check_ignored_targets()
+            loss.check_function(with_ignored=True)
         assert problem in str(error.value)
         assert error.value.agreed
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def loss_of_each_token(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+
+
+def no_loss(logits: Tensor, targets: Tensor) -> None:
+    """Its result was forgotten."""
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("with_ignored", [False, True])
+@pytest.mark.parametrize(
+    ("function", "problem"),
+    [
+        (loss_of_each_token, "train.loss: own returned a tensor [2]; a loss is the sum over all tokens"),
+        (no_loss, "train.loss: own returned a NoneType; a loss is the sum over all tokens"),
+        (mean_loss, "train.loss: own returned a mean; return the sum"),
+    ],
+)
+def test_loss_that_is_no_sum_is_named(function: Callable[..., Any], problem: str, with_ignored: bool) -> None:
+    with pytest.raises(ConfigError) as error:
+        Loss(function, name="own").check_function(with_ignored=with_ignored)
+    assert problem in str(error.value)
+    assert error.value.agreed
+    assert error.value.exit_status == 2
 
 
 def test_chunked_cross_entropy_bf16_is_as_precise() -> None:

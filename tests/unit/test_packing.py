@@ -334,7 +334,10 @@ def test_packing_belongs_to_fingerprint(data: Path) -> None:
     packed = fingerprint(opened(data, best_fit=True), "train", 16, seed=1)
     assert packed["packing"] == "best_fit (best-fit-decreasing-1)"
     lines = explain_difference(plain, packed)
-    assert "data.packing: was not recorded, is 'best_fit (best-fit-decreasing-1)'" in lines
+    assert "data.packing: was 'contiguous', is 'best_fit (best-fit-decreasing-1)'" in lines
+    assert "data.packing: was 'best_fit (best-fit-decreasing-1)', is 'contiguous'" in explain_difference(
+        packed, plain
+    )
     assert any(line.startswith("where documents end (digest): was not recorded") for line in lines)
 
 
