@@ -9,10 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from kempnerforge.data.rows import IGNORED
 from kempnerforge.torch_compat import compute_local_shape_and_global_offset
-
-IGNORE_INDEX = -100
-"""A target that counts nothing, as in ``torch.nn.functional.cross_entropy``."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class VocabShard:
     def _locate(self, values_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         """Return whether each target is here, and its column; 0 if it is not."""
         local_N = targets_N - self.start
-        is_here = (targets_N != IGNORE_INDEX) & (local_N >= 0) & (local_N < values_NV.size(1))
+        is_here = (targets_N != IGNORED) & (local_N >= 0) & (local_N < values_NV.size(1))
         return is_here, torch.where(is_here, local_N, 0)
 
     def _added(self, values_N: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from kempnerforge.train.vocab_shard import IGNORE_INDEX, VocabShard
+from kempnerforge.data.rows import IGNORED
+from kempnerforge.train.vocab_shard import VocabShard
 
 
 def z_loss(logits_BTV: Tensor, targets_BT: Tensor, coefficient: float) -> Tensor:
@@ -25,7 +26,7 @@ def z_loss(logits_BTV: Tensor, targets_BT: Tensor, coefficient: float) -> Tensor
         else:
             shard = VocabShard.of(logits_BTV, dim=logits_BTV.ndim - 1)
         logits_BTV = logits_BTV.to_local()
-    valid_N = targets_BT.flatten() != IGNORE_INDEX
+    valid_N = targets_BT.flatten() != IGNORED
     return _ZLoss.apply(logits_BTV.flatten(0, -2), valid_N, coefficient, shard)  # pyright: ignore[reportReturnType]
 
 

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from kempnerforge.config.schema import JobConfig
+from kempnerforge.data.rows import IGNORED
 from kempnerforge.train.losses.chunked_cross_entropy import chunked_cross_entropy
 from kempnerforge.train.model_setup import build_model
-from kempnerforge.train.vocab_shard import IGNORE_INDEX
 from kempnerforge.train.z_loss import z_loss
 
 VOCABULARY = 257
@@ -141,7 +141,7 @@ def sharded_loss(recompute: bool, gathered: bool) -> None:
     hidden = torch.randn(2, 12, 8, generator=generator).requires_grad_()
     weight = torch.randn(VOCABULARY, 8, generator=generator).requires_grad_()
     targets = torch.randint(VOCABULARY, (2, 12), generator=generator)
-    targets[0, :2] = IGNORE_INDEX
+    targets[0, :2] = IGNORED
     logits = F.linear(hidden, weight).flatten(0, 1)
     z = Z * logits.logsumexp(-1)[2:].square().sum()
     plain = F.cross_entropy(logits, targets.flatten(), reduction="sum")

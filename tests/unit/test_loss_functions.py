@@ -18,12 +18,12 @@ from kempnerforge.config.job import JobConfig, validate_tree
 from kempnerforge.config.plugin_uses import plugin_issues
 from kempnerforge.config.rules import LOSS_ARGUMENTS
 from kempnerforge.config.schema import DistributedConfig, TrainConfig
+from kempnerforge.data.rows import IGNORED
 from kempnerforge.errors import ConfigError
 from kempnerforge.plugins import built_in_names, resolve
 from kempnerforge.train.loss import Loss, LossSums, build_loss
 from kempnerforge.train.losses.chunked_cross_entropy import chunked_cross_entropy
 from kempnerforge.train.losses.cross_entropy import cross_entropy
-from kempnerforge.train.vocab_shard import IGNORE_INDEX
 from kempnerforge.train.z_loss import z_loss
 
 TOKENS, WIDTH, VOCABULARY = 24, 16, 301
@@ -62,14 +62,14 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     hidden = torch.randn(2, TOKENS // 2, WIDTH, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(VOCABULARY, WIDTH, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(VOCABULARY, (2, TOKENS // 2), generator=generator)
-    targets[0, 3] = targets[1, :7] = IGNORE_INDEX
+    targets[0, 3] = targets[1, :7] = IGNORED
     return hidden, weight, targets
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor, coefficient: float) -> tuple[Tensor, Tensor]:
     """The loss and the z-loss, by torch's own functions."""
     logits = F.linear(hidden, weight).float().flatten(0, 1)
-    z = coefficient * logits.logsumexp(-1)[targets.flatten() != IGNORE_INDEX].square().sum()
+    z = coefficient * logits.logsumexp(-1)[targets.flatten() != IGNORED].square().sum()
     return F.cross_entropy(logits, targets.flatten(), reduction="sum"), z
 
 
@@ -168,7 +168,7 @@ def counts_ignored(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def leaves_out_ignored(hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    return (F.linear(hidden, weight).sum(-1) * (targets != IGNORE_INDEX)).sum()
+    return (F.linear(hidden, weight).sum(-1) * (targets != IGNORED)).sum()
 
 
 leaves_out_ignored.takes_hidden = True  # type: ignore[attr-defined]

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from kempnerforge.config.train import CHUNK_TOKENS
-from kempnerforge.train.vocab_shard import IGNORE_INDEX, VocabShard
+from kempnerforge.data.rows import IGNORED
+from kempnerforge.train.vocab_shard import VocabShard
 
 
 def chunked_cross_entropy(
@@ -39,7 +40,7 @@ def chunked_cross_entropy(
     """Return the cross-entropy and the z-loss in fp32, each summed over all tokens.
 
     With ``row_losses`` the third result is the cross-entropy of each row, [B], without a gradient.
-    Targets of ``IGNORE_INDEX`` count nothing. The gradient of the first result is that of both
+    Targets of ``IGNORED`` count nothing. The gradient of the first result is that of both
     together. The second result has none. Matrix products are summed in fp32. With tensor
     parallelism, ``weight_VD`` is a DTensor that is sharded by rows.
 
@@ -106,7 +107,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for chunk in options.chunks(len(targets_N)):
             targets_C = targets_N[chunk]
             logits_CV = F.linear(hidden_ND[chunk], weight_VD).float()
-            valid_C = targets_C != IGNORE_INDEX
+            valid_C = targets_C != IGNORED
             highest_C = options.shard.maximum(logits_CV)
             target_C = options.shard.pick(logits_CV, targets_C) - highest_C
             exp_CV = logits_CV.sub_(highest_C[:, None]).exp_()
@@ -167,7 +168,7 @@ class _Gradients:
         options: _Options,
     ) -> None:
         """Add the gradients of a chunk. ``exp_CV`` / ``sum_C`` are its probabilities, and overwritten."""
-        valid_C = (targets_C != IGNORE_INDEX).float()
+        valid_C = (targets_C != IGNORED).float()
         grad_CV = exp_CV.mul_((valid_C * (1 + 2 * options.z_loss * log_sum_C) / sum_C)[:, None])
         options.shard.subtract_(grad_CV, targets_C, valid_C)
         hidden_ND, weight_VD = self._inputs

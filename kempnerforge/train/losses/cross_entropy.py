@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Return the cross-entropy in fp32, summed over all tokens whose target is not ``IGNORE_INDEX``.
+    """Return the cross-entropy in fp32, summed over all tokens whose target is not ``IGNORED``.
 
     Logits that tensor parallelism sharded over the vocabulary remain sharded under
     ``loss_parallel``, also in the backward.
