@@ -26,12 +26,12 @@ from kempnerforge.data.tokens import Samples
 from kempnerforge.distributed.consensus import mark_collective
 from kempnerforge.distributed.context import DistributedContext
 from kempnerforge.errors import DamagedCheckpointError, DataError
+from kempnerforge.train.data_setup import open_data, val_splits
 from kempnerforge.train.environment import set_determinism
 from kempnerforge.train.loss_step import LossStep
 from kempnerforge.train.mixture_run import weighted_loss
 from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import Optimizers, build_optimizer
-from kempnerforge.train.setup import open_data, val_splits
 from kempnerforge.train.step import TrainStep
 from kempnerforge.train.termination.signals import StopSignals
 
