@@ -30,11 +30,17 @@ AnyDataset = TokenDataset | MapDataset | MixtureDataset
 
 
 def open_data(
-    job: JobConfig, world: DistributedContext, signals: StopSignals, *, needs_val: bool | None = None
+    job: JobConfig,
+    world: DistributedContext,
+    signals: StopSignals,
+    *,
+    needs_val: bool | None = None,
+    samples_per_step: int | None = None,
 ) -> AnyDataset:
     """Prepare and check the data on rank 0 while the other ranks wait, then open them on every rank.
 
     ``needs_val`` says whether the validation split is used. None means: if ``eval.interval`` is set.
+    ``samples_per_step`` says where the phases of a mixture begin. None means the global batch size.
 
     Collective: all ranks. Raises DataError on all ranks, and for a dataset of the user's also
     ConfigError and PluginError.
@@ -44,7 +50,7 @@ def open_data(
     needs_val = bool(job.eval.interval) if needs_val is None else needs_val
     splits = ("train", "val") if needs_val else ("train",)
     if job.data.sources:
-        size = job.geometry(world.num_ranks).global_batch_size
+        size = samples_per_step or job.geometry(world.num_ranks).global_batch_size
         return open_mixture(job, lambda data: _open_tokens(job, data, world, signals, splits), size)
     return _open_tokens(job, job.data, world, signals, splits)
 

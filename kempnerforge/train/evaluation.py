@@ -172,7 +172,10 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
     started = time.perf_counter()
     geometry = job.geometry(world.num_ranks)
-    dataset = open_data(job, world, StopSignals(), needs_val=True)
+    # The phases of a mixture remain where they were, whatever the size of the batches here.
+    trained = world.control.run_on_rank0(lambda: StepView.open(step_folder).config().get("train", {}))
+    size = trained.get("global_batch_size")
+    dataset = open_data(job, world, StopSignals(), needs_val=True, samples_per_step=size)
     model = build_model(
         job,
         geometry,

@@ -77,6 +77,12 @@ def test_mixture_validates_each_source_and_weights_them(launcher: Launcher, tmp_
     printed = json.loads(ended.outputs[0][ended.outputs[0].index("{\n") :])
     assert printed["eval/loss"] == rows[12]["eval/loss"]
     assert printed["source_losses"] == {name: rows[12][f"eval/loss/{name}"] for name in sorted(SOURCES)}
+    # The same sequences in larger batches: the phases remain where they were.
+    larger = ("--train.global_batch_size=8", "--eval.num_batches=1")
+    ended = launcher.run(run, "--json", step, *larger, command=["eval"])
+    printed = json.loads(ended.outputs[0][ended.outputs[0].index("{\n") :])
+    assert printed["eval/loss"] == pytest.approx(rows[12]["eval/loss"], rel=1e-6)
+    assert printed["data_changes"] == []
 
 
 def test_source_added_at_a_resume_is_in_the_receipt(launcher: Launcher, tmp_path: Path) -> None:
