@@ -39,6 +39,9 @@ def test_mixture_killed_on_other_ranks_draws_the_same_samples(launcher: Launcher
     ended = launcher.finish(whole, ranks=2)
     assert "mixture: books 30%, code 20%, web 50%; books 60%, web 40% from step 6 on" in ended.output
     assert "epochs of books" in ended.output
+    reported = launcher.run(whole, str(whole.folder), command=["report"])
+    assert "tokens" in reported.output
+    assert "epochs" not in reported.output, "the sources have epochs of their own"
     run = mixture_run(tmp_path / "killed")
     for ranks, call in ((1, 5), (4, 3), (2, 4)):
         kill = {"target": UPDATE, "call": call, "rank": 0}
