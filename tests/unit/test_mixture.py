@@ -26,6 +26,7 @@ from kempnerforge.data.rows import Rows
 from kempnerforge.data.sample_order import sample_ids
 from kempnerforge.data.tokens import TokenDataset, open_dataset
 from kempnerforge.errors import ConfigError, DataError
+from kempnerforge.train.evaluation import validation_losses
 from kempnerforge.train.mixture_run import end_with_data
 from kempnerforge.train.run_length import run_length
 
@@ -299,6 +300,18 @@ def test_fingerprint_additions_after_the_cursor_are_accepted(
     ]
 
 
+def test_fingerprint_other_batch_size_moves_phases_and_says_so(sources: dict[str, TokenDataset]) -> None:
+    phases = [{"web": 3, "code": 1}, {"web": 1, "code": 1}]
+    was = fingerprint(mixture(sources, *phases), "train", SEQ_LEN, 5)
+    now = fingerprint(mixture(sources, *phases, size=16), "train", SEQ_LEN, 5)
+    changes, _ = compare_data(was, now, 96)
+    assert len(changes) == 1
+    assert "global_batch_size samples, and the size was 8, is 16: set start_step" in changes[0]
+    changes, additions = compare_data(was, now, 40)
+    assert changes == []
+    assert "the size was 8, is 16" in additions[0]
+
+
 def test_fingerprint_other_past_is_other_data(tmp_path: Path, sources: dict[str, TokenDataset]) -> None:
     was = fingerprint(mixture(sources, {"web": 3, "code": 1}), "train", SEQ_LEN, 5)
     weights = fingerprint(mixture(sources, {"web": 1, "code": 1}), "train", SEQ_LEN, 5)
@@ -418,3 +431,23 @@ def test_config_of_a_mixture_excludes_other_data() -> None:
     assert load_job(None, [f"--data.sources=[{unread}]", "--eval.interval=5"]).job.data.weights()[0]["b"] == 0
     with pytest.raises(ConfigError, match=r'sources\[1\].weight: nothing reads "b"'):
         load_job(None, [f"--data.sources=[{unread}]", "--eval.interval=0"])
+
+
+def test_validation_where_nothing_counts_names_the_source(sources: dict[str, TokenDataset]) -> None:
+    class NothingCounts:
+        num_evaluated = 0
+
+        def evaluate(self, batches: Any) -> float:
+            return math.nan
+
+    job = load_job(None, ["--data.text=python-stdlib", "--train.global_batch_size=8"]).job
+    parts: Any = {"web": sources["web"].split("train", SEQ_LEN)}
+    step: Any = NothingCounts()
+    with pytest.raises(DataError, match='of the validation split of source "web": all targets'):
+        validation_losses(step, parts, job, job.geometry(1), rank=0)
+
+
+def test_text_beside_a_mixture_is_refused_with_what_to_type() -> None:
+    given = '--data.sources=[{name = "a", text = "a.txt", weight = 1}]'
+    with pytest.raises(ConfigError, match=r"text and sources.*--data.sources=\[\] --data.phases=\[\]"):
+        load_job(None, [given, "--data.text=python-stdlib"])
