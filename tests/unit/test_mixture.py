@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from kempnerforge.config.data_sources import PARTS, normalized
 from kempnerforge.config.schema import JobConfig, load_job
+from kempnerforge.data import mixture_schedule
 from kempnerforge.data.fingerprint import compare_data, fingerprint
 from kempnerforge.data.loader import Batch, BatchLoader, Cursor, batch_ids
 from kempnerforge.data.mixture import MixtureDataset, MixtureOrder, MixtureSamples, Phase, source_seed
@@ -125,6 +126,23 @@ def test_order_every_epoch_of_a_source_is_a_permutation(order: MixtureOrder) -> 
         drawn = samples[sources == source]
         for epoch in np.split(drawn[: drawn.size // size * size], drawn.size // size or 1):
             assert not epoch.size or sorted(epoch.tolist()) == list(range(size))
+
+
+def test_order_of_many_phases_computes_their_schedules_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+
+    class Counted(Schedule):
+        def __init__(self, weights: tuple[int, ...], length: int | None) -> None:
+            made.append(weights)
+            super().__init__(weights, length)
+
+    monkeypatch.setattr(mixture_schedule, "Schedule", Counted)
+    phases = [Phase(50 * i, 50 * i, (1009 + i, 7)) for i in range(40)]
+    for seed in range(3):
+        order = MixtureOrder({"a": 5, "b": 6}, phases, seed)
+        sources, draws = order.draws_at(np.array([1999]))
+        assert order.position_of(int(sources[0]), int(draws[0])) == 1999
+    assert len(made) <= len(phases) + 1, "the last one twice, at most"
 
 
 def test_source_seeds_differ_by_name_and_seed() -> None:
@@ -445,6 +463,13 @@ def test_validation_where_nothing_counts_names_the_source(sources: dict[str, Tok
     step: Any = NothingCounts()
     with pytest.raises(DataError, match='of the validation split of source "web": all targets'):
         validation_losses(step, parts, job, job.geometry(1), rank=0)
+
+
+def test_fault_in_a_source_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mixture.toml"
+    file.write_text('[[data.sources]]\nname = "a"\ntext = "a.txt"\n')
+    with pytest.raises(ConfigError, match=r"sources\[0\].weight: is missing.*\[.*mixture.toml\]"):
+        load_job(file, [])
 
 
 def test_text_beside_a_mixture_is_refused_with_what_to_type() -> None:
