@@ -148,7 +148,11 @@ def data_has_one_source(data: DataConfig) -> list[ConfigIssue]:
         return [ConfigIssue("data.text", problem, 'try text = "python-stdlib"')]
     if len(given) > 1:
         problem = f"{' and '.join(given)} are set, and only one of them can be"
-        hint = "leave out the others" if data.sources else 'set the others to "none"'
+        hint = (
+            "leave out the others (a mixture: --data.sources=[] --data.phases=[])"
+            if data.sources
+            else 'set the others to "none"'
+        )
         return [ConfigIssue(f"data.{given[0]}", problem, hint)]
     if data.phases and not data.sources:
         return [ConfigIssue("data.phases", "has no effect without data.sources", "leave it out")]

@@ -66,10 +66,13 @@ def merge_layers(layers: Sequence[Layer]) -> Tree:
 
 
 def source_of(key: str, layers: Sequence[Layer]) -> str:
-    """Return the source of the value of the dotted ``key``, or of the last layer with that table."""
+    """Return the source of the value of the dotted ``key``, or of the last layer with that table.
+
+    Items of a list have the source of the list.
+    """
     for layer in reversed(layers):
         value: Any = layer.tree
-        for part in key.split("."):
+        for part in key.partition("[")[0].split("."):
             if not isinstance(value, dict):
                 return layer.source
             if part not in value:

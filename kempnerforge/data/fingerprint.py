@@ -29,6 +29,7 @@ _MEANINGS = {
 }
 _OF_SOURCES = ("sources", "phases")
 """Fields of a mixture, which may change from the position of a resume on."""
+_LATER = "other weights may begin at the step of the resume, or later: [[data.phases]]"
 
 
 def fingerprint(
@@ -103,7 +104,7 @@ def compare_data(
     if _weights(before[0]) != _weights(after[0]):
         changes.append(
             f"the weights: were {_shown_phases(before[0])}; are {_shown_phases(after[0])} "
-            "(other weights may begin at the step of the resume, or later: [[data.phases]])"
+            f"({_other_size(stored, now) or _LATER})"
         )
     return changes, _additions(stored, now, used, before[1], after[1])
 
@@ -113,6 +114,20 @@ def _phases(fields: Mapping[str, Any], samples: int) -> tuple[list[Any], list[An
     phases = fields["phases"]
     past = [phase for phase in phases if phase["start"] < samples]
     return past, phases[len(past) :]
+
+
+def _other_size(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return what to do about phases that another global batch size moves; empty if it is the same."""
+    was, size = (
+        {phase["start"] // phase["start_step"] for phase in fields["phases"] if phase["start_step"]}
+        for fields in (stored, now)
+    )
+    if not was or not size or was == size:
+        return ""
+    return (
+        "a phase begins after start_step x train.global_batch_size samples, and the size was "
+        f"{was.pop()}, is {size.pop()}: set start_step so that the product remains"
+    )
 
 
 def _weights(phases: list[Any]) -> list[tuple[int, dict[str, int]]]:
@@ -145,7 +160,8 @@ def _additions(
         if name not in used
     ]
     if _weights(before) != _weights(after):
-        lines.append(f"weights: {_shown_phases(after) or 'no further change'}")
+        why = f" ({other_size})" if (other_size := _other_size(stored, now)) else ""
+        lines.append(f"weights: {_shown_phases(after) or 'no further change'}{why}")
     return lines
 
 

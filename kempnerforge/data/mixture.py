@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from kempnerforge.data.mixture_schedule import Schedule, schedule
+from kempnerforge.data.mixture_schedule import Schedule, schedule, turns_of_phase
 from kempnerforge.data.rows import Rows
 from kempnerforge.data.sample_order import sample_ids
 from kempnerforge.data.tokens import Samples, TokenDataset
@@ -118,11 +118,11 @@ class MixtureOrder:
     def position_of(self, source: int, draw: int) -> int | None:
         """Return the position of a draw (from 0) of a source. None if it is never drawn so often."""
         for number, phase in enumerate(self.phases):
+            if number + 1 < len(self.phases) and draw >= self._drawn[number + 1][source]:
+                continue
             turn = draw - int(self._drawn[number][source])
             place = self._schedule(number).position_of(source, turn)
-            length = self._length(number)
-            if place is not None and (length is None or place < length):
-                return phase.start + place
+            return None if place is None else phase.start + place
         return None
 
     def _number_at(self, position: int) -> int:
@@ -143,7 +143,7 @@ class MixtureOrder:
         for number in range(len(self.phases) - 1):
             length = self._length(number)
             assert length is not None
-            drawn.append(drawn[-1] + self._schedule(number).counts(length))
+            drawn.append(drawn[-1] + turns_of_phase(self.phases[number].weights, length))
         return drawn
 
 

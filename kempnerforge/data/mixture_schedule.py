@@ -75,6 +75,15 @@ def schedule(weights: tuple[int, ...], length: int | None = None) -> Schedule:
     return Schedule(weights, length)
 
 
+@functools.lru_cache(maxsize=4096)
+def turns_of_phase(weights: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """Return how many of the ``length`` positions of a phase each source has, computed once.
+
+    The schedules of many phases do not fit in the memory of ``schedule``, but these numbers do.
+    """
+    return tuple(schedule(weights, length).counts(length).tolist())
+
+
 def _turns(weights: np.ndarray, length: int) -> np.ndarray:
     """Return the source of each of the first ``length`` positions of a period, uint16 or uint32."""
     keys, num_ready = _jobs(weights, length)

@@ -111,7 +111,7 @@ class AttemptRecorder:
             return []
 
     def resumed(
-        self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float, **facts: int
+        self, *, step: int, skipped: int, source: str, lost_steps: int, load_s: float, **facts: int | None
     ) -> None:
         """Record that the state is loaded and the loop begins, with ``facts`` about data and model.
 

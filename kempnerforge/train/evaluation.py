@@ -26,12 +26,12 @@ from kempnerforge.data.tokens import Samples
 from kempnerforge.distributed.consensus import mark_collective
 from kempnerforge.distributed.context import DistributedContext
 from kempnerforge.errors import DamagedCheckpointError, DataError
+from kempnerforge.train.data_setup import open_data, val_splits
 from kempnerforge.train.environment import set_determinism
 from kempnerforge.train.loss_step import LossStep
 from kempnerforge.train.mixture_run import weighted_loss
 from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import Optimizers, build_optimizer
-from kempnerforge.train.setup import open_data, val_splits
 from kempnerforge.train.step import TrainStep
 from kempnerforge.train.termination.signals import StopSignals
 
@@ -104,11 +104,13 @@ def validation_loss(
     *,
     rank: int,
     query_stop: Callable[[int], tuple[bool, int]] | None = None,
+    source: str = "",
 ) -> float | None:
     """Return the mean loss of the first ``eval.num_batches`` global batches of the validation split.
 
     The sequences are the same in every layout. No random numbers are used. ``query_stop`` may
-    interrupt the validation (see ``InterruptibleBatches``). The result is then None.
+    interrupt the validation (see ``InterruptibleBatches``). The result is then None. ``source`` is the
+    name of the samples in a mixture.
 
     Collective: all ranks. Raises DataError on all ranks if no target counts.
     """
@@ -125,11 +127,12 @@ def validation_loss(
     if interruptible is not None and interruptible.interrupted:
         return None
     if step.num_evaluated == 0:
+        of_source = f' of source "{source}"' if source else ""
         raise mark_collective(
             DataError(
                 f"nothing counts in the first eval.num_batches = {job.eval.num_batches} batches of the "
-                "validation split: all targets are left out of the loss. Raise eval.num_batches or "
-                "train.seq_len, or set eval.interval = 0"
+                f"validation split{of_source}: all targets are left out of the loss. Raise eval.num_batches "
+                "or train.seq_len, or set eval.interval = 0"
             )
         )
     return loss
@@ -150,7 +153,7 @@ def validation_losses(
     """
     losses: dict[str, float] = {}
     for name, part in samples.items():
-        loss = validation_loss(step, part, job, geometry, rank=rank, query_stop=query_stop)
+        loss = validation_loss(step, part, job, geometry, rank=rank, query_stop=query_stop, source=name)
         if loss is None:
             return None
         losses[name] = loss
@@ -172,7 +175,10 @@ def evaluate_step(job: JobConfig, step_folder: Path) -> Evaluation:
     world = DistributedContext.start(timeout_s=job.distributed.timeout_s)
     started = time.perf_counter()
     geometry = job.geometry(world.num_ranks)
-    dataset = open_data(job, world, StopSignals(), needs_val=True)
+    # The phases of a mixture remain where they were, whatever the size of the batches here.
+    trained = world.control.run_on_rank0(lambda: StepView.open(step_folder).config().get("train", {}))
+    size = trained.get("global_batch_size")
+    dataset = open_data(job, world, StopSignals(), needs_val=True, samples_per_step=size)
     model = build_model(
         job,
         geometry,

@@ -19,7 +19,7 @@ from kempnerforge.telemetry.sinks import RunInfo
 from kempnerforge.telemetry.spans import Spans
 from kempnerforge.train.evaluation import validation_losses
 from kempnerforge.train.hooks import TrainInfo
-from kempnerforge.train.mixture_run import source_rows, step_rows, weighted_loss
+from kempnerforge.train.mixture_run import samples_per_epoch, source_rows, step_rows, weighted_loss
 from kempnerforge.train.setup import Run
 from kempnerforge.train.step import UpdateResult
 from kempnerforge.train.step_consensus import StepDecision
@@ -42,7 +42,7 @@ def train(run: Run) -> str | None:
         source=receipt.source,
         lost_steps=receipt.lost_steps,
         load_s=receipt.load_s,
-        train_samples=run.train_samples.num_samples,
+        train_samples=samples_per_epoch(run.train_samples),
         parameters=run.num_parameters,
     )
     replay_check = reports.replay_check(receipt)

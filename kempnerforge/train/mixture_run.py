@@ -100,6 +100,11 @@ def epochs_at(samples: AnySamples, cursor: int) -> dict[str, float]:
     return samples.order.epochs(cursor) if isinstance(samples, MixtureSamples) else {}
 
 
+def samples_per_epoch(samples: AnySamples) -> int | None:
+    """Return the number of samples. None for a mixture: its sources have epochs of their own."""
+    return None if isinstance(samples, MixtureSamples) else samples.num_samples
+
+
 def step_rows(samples: AnySamples, cursor: int, losses: Sequence[float] | None) -> dict[str, float]:
     """Return ``data/epoch/NAME`` of each source drawn from, and ``train/loss/NAME`` of those in the batch.
 

@@ -24,30 +24,26 @@ from kempnerforge.checkpoint.state import rng_state
 from kempnerforge.checkpoint.state.train_state import TrainState
 from kempnerforge.config.path_text import expand
 from kempnerforge.config.plugin_uses import check_plugins, plugin_versions
-from kempnerforge.config.schema import AsyncCheckpointMode, DataConfig, JobConfig, ParallelDims
+from kempnerforge.config.schema import AsyncCheckpointMode, JobConfig, ParallelDims
 from kempnerforge.data.fingerprint import compare_data, fingerprint
 from kempnerforge.data.loader import AnySamples, BatchLoader, Cursor, batch_ids, order_of
 from kempnerforge.data.map_dataset import MapDataset, MapSamples
 from kempnerforge.data.mixture import MixtureDataset
-from kempnerforge.data.prepare import prepare_cached
-from kempnerforge.data.prepare_progress import plain_lines
-from kempnerforge.data.reading.options import ReadOptions
-from kempnerforge.data.record_encoder import make_encoder
-from kempnerforge.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_path
-from kempnerforge.data.tokens import RowOptions, Samples, TokenDataset, open_dataset
+from kempnerforge.data.tokenizer import TOKENIZER, tokenizer_path
+from kempnerforge.data.tokens import Samples
 from kempnerforge.distributed.context import DistributedContext, collectives_issued
-from kempnerforge.errors import ConfigError, DataError, KempnerForgeError, LeaseLostError, StopRequestedError
+from kempnerforge.errors import ConfigError, KempnerForgeError, LeaseLostError, StopRequestedError
 from kempnerforge.goodput.run_history import RunHistory
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.telemetry.flops import peak_bf16_flops
 from kempnerforge.telemetry.memory import PeakMemory
 from kempnerforge.train.attempt_recorder import AttemptRecorder
 from kempnerforge.train.cpu_limits import check_cpu
+from kempnerforge.train.data_setup import AnyDataset, open_data, val_splits
 from kempnerforge.train.hangs.progress import Progress
 from kempnerforge.train.hooks import HookSet, load_hooks
-from kempnerforge.train.map_data import open_map_dataset
 from kempnerforge.train.metric_loggers import Reports, build_reports
-from kempnerforge.train.mixture_run import describe_mixture, end_with_data, epochs_at, open_mixture
+from kempnerforge.train.mixture_run import describe_mixture, end_with_data, epochs_at
 from kempnerforge.train.model_setup import ParallelModel, build_model
 from kempnerforge.train.optimizer import Optimizers, ParameterGroup, build_optimizer, each, hyperparameters_of
 from kempnerforge.train.out_of_memory import MemoryHolders
@@ -63,8 +59,6 @@ from kempnerforge.train.termination.signals import StopSignals
 from kempnerforge.train.termination.stop_conditions import StopConditions
 
 log = logging.getLogger(__name__)
-
-AnyDataset = TokenDataset | MapDataset | MixtureDataset
 
 
 @dataclass
@@ -275,13 +269,6 @@ def _assemble(
     )
 
 
-def val_splits(job: JobConfig, dataset: AnyDataset) -> dict[str, Samples | MapSamples]:
-    """Return the samples of each source to validate on, by its name; "" without a mixture."""
-    if isinstance(dataset, MixtureDataset):
-        return {**dataset.validation(job.train.seq_len)}
-    return {"": dataset.split("val", job.train.seq_len)}
-
-
 def _control(
     job: JobConfig,
     world: DistributedContext,
@@ -340,76 +327,6 @@ def _build_state(
         cursor=Cursor(0),
         batch_digest=batch_digest,
         rng_stream=rng_stream,
-    )
-
-
-def open_data(
-    job: JobConfig, world: DistributedContext, signals: StopSignals, *, needs_val: bool | None = None
-) -> AnyDataset:
-    """Prepare and check the data on rank 0 while the other ranks wait, then open them on every rank.
-
-    ``needs_val`` says whether the validation split is used. None means: if ``eval.interval`` is set.
-
-    Collective: all ranks. Raises DataError on all ranks, and for a dataset of the user's also
-    ConfigError and PluginError.
-    """
-    if job.data.dataset is not None:
-        return open_map_dataset(job, world.control, signals)
-    needs_val = bool(job.eval.interval) if needs_val is None else needs_val
-    splits = ("train", "val") if needs_val else ("train",)
-    if job.data.sources:
-        size = job.geometry(world.num_ranks).global_batch_size
-        return open_mixture(job, lambda data: _open_tokens(job, data, world, signals, splits), size)
-    return _open_tokens(job, job.data, world, signals, splits)
-
-
-def _open_tokens(
-    job: JobConfig, data: DataConfig, world: DistributedContext, signals: StopSignals, splits: Sequence[str]
-) -> TokenDataset:
-    """Open the text or the prepared tokens of ``data``, as ``open_data`` does, with ``splits``."""
-    options: dict[str, Any] = {
-        "vocab_size": job.model.vocabulary,
-        "val_fraction": data.val_fraction,
-        "rows": RowOptions.of(data),
-    }
-
-    def run_on_rank0() -> Path:
-        if data.dataset_path is not None:
-            path = expand(data.dataset_path, key="data.dataset_path")
-        else:
-            assert data.text is not None
-            log.info(f"data: scanning {data.text}")
-            path = _prepare_text(data, data.text)
-        dataset = open_dataset(path, **options)
-        log.info(f"data: {dataset.split('train', job.train.seq_len).describe()} in {path}")
-        for name in splits[1:]:
-            dataset.split(name, job.train.seq_len)
-        return path
-
-    path = world.control.run_on_rank0(lambda: signals.interruptible(run_on_rank0))
-    error, dataset = None, None
-    try:
-        dataset = open_dataset(path, **options, verify=False)
-        # A packing that this node does not see is found here, where all ranks agree on errors.
-        for name in splits:
-            dataset.split(name, job.train.seq_len)
-    except DataError as raised:
-        error = raised
-    world.control.raise_on_any_error(error)
-    assert dataset is not None
-    return dataset
-
-
-def _prepare_text(data: DataConfig, text: str | Sequence[str]) -> Path:
-    """Return the prepared folder of ``text``, which is read as ``data`` says."""
-    return prepare_cached(
-        text,
-        load_tokenizer(data.tokenizer, eos=data.eos_token, bos=data.bos_token),
-        data.cache_folder,
-        options=ReadOptions(data.text_field, data.document_separator, data.skip_unreadable),
-        make_encoder=partial(make_encoder, data),
-        val_fraction=data.val_fraction,
-        progress=plain_lines(lambda line: log.info(f"data: {line}")),
     )
 
 

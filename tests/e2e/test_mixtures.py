@@ -39,6 +39,9 @@ def test_mixture_killed_on_other_ranks_draws_the_same_samples(launcher: Launcher
     ended = launcher.finish(whole, ranks=2)
     assert "mixture: books 30%, code 20%, web 50%; books 60%, web 40% from step 6 on" in ended.output
     assert "epochs of books" in ended.output
+    reported = launcher.run(whole, str(whole.folder), command=["report"])
+    assert "tokens" in reported.output
+    assert "epochs" not in reported.output, "the sources have epochs of their own"
     run = mixture_run(tmp_path / "killed")
     for ranks, call in ((1, 5), (4, 3), (2, 4)):
         kill = {"target": UPDATE, "call": call, "rank": 0}
@@ -77,6 +80,12 @@ def test_mixture_validates_each_source_and_weights_them(launcher: Launcher, tmp_
     printed = json.loads(ended.outputs[0][ended.outputs[0].index("{\n") :])
     assert printed["eval/loss"] == rows[12]["eval/loss"]
     assert printed["source_losses"] == {name: rows[12][f"eval/loss/{name}"] for name in sorted(SOURCES)}
+    # The same sequences in larger batches: the phases remain where they were.
+    larger = ("--train.global_batch_size=8", "--eval.num_batches=1")
+    ended = launcher.run(run, "--json", step, *larger, command=["eval"])
+    printed = json.loads(ended.outputs[0][ended.outputs[0].index("{\n") :])
+    assert printed["eval/loss"] == pytest.approx(rows[12]["eval/loss"], rel=1e-6)
+    assert printed["data_changes"] == []
 
 
 def test_source_added_at_a_resume_is_in_the_receipt(launcher: Launcher, tmp_path: Path) -> None:

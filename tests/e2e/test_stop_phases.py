@@ -64,7 +64,7 @@ def assert_stopped(run: Run, ended: Ended, reason: str, *, commits: bool = True)
 
 FORWARD = patch_target("kempnerforge.train.step:LocalStep.forward_backward")
 EVALUATE = patch_target("kempnerforge.train.step:LocalStep.evaluate")
-PREPARE = patch_target("kempnerforge.train.setup:prepare_cached")
+PREPARE = patch_target("kempnerforge.train.data_setup:prepare_cached")
 JOIN = patch_target("kempnerforge.train.run:DistributedContext.start")
 RESUME = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.resume")
 LAST_COMMIT = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.finish")

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from kempnerforge.config.data_sources import PARTS, normalized
 from kempnerforge.config.schema import JobConfig, load_job
+from kempnerforge.data import mixture_schedule
 from kempnerforge.data.fingerprint import compare_data, fingerprint
 from kempnerforge.data.loader import Batch, BatchLoader, Cursor, batch_ids
 from kempnerforge.data.mixture import MixtureDataset, MixtureOrder, MixtureSamples, Phase, source_seed
@@ -26,6 +27,7 @@ from kempnerforge.data.rows import Rows
 from kempnerforge.data.sample_order import sample_ids
 from kempnerforge.data.tokens import TokenDataset, open_dataset
 from kempnerforge.errors import ConfigError, DataError
+from kempnerforge.train.evaluation import validation_losses
 from kempnerforge.train.mixture_run import end_with_data
 from kempnerforge.train.run_length import run_length
 
@@ -124,6 +126,23 @@ def test_order_every_epoch_of_a_source_is_a_permutation(order: MixtureOrder) -> 
         drawn = samples[sources == source]
         for epoch in np.split(drawn[: drawn.size // size * size], drawn.size // size or 1):
             assert not epoch.size or sorted(epoch.tolist()) == list(range(size))
+
+
+def test_order_of_many_phases_computes_their_schedules_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+
+    class Counted(Schedule):
+        def __init__(self, weights: tuple[int, ...], length: int | None) -> None:
+            made.append(weights)
+            super().__init__(weights, length)
+
+    monkeypatch.setattr(mixture_schedule, "Schedule", Counted)
+    phases = [Phase(50 * i, 50 * i, (1009 + i, 7)) for i in range(40)]
+    for seed in range(3):
+        order = MixtureOrder({"a": 5, "b": 6}, phases, seed)
+        sources, draws = order.draws_at(np.array([1999]))
+        assert order.position_of(int(sources[0]), int(draws[0])) == 1999
+    assert len(made) <= len(phases) + 1, "the last one twice, at most"
 
 
 def test_source_seeds_differ_by_name_and_seed() -> None:
@@ -299,6 +318,18 @@ def test_fingerprint_additions_after_the_cursor_are_accepted(
     ]
 
 
+def test_fingerprint_other_batch_size_moves_phases_and_says_so(sources: dict[str, TokenDataset]) -> None:
+    phases = [{"web": 3, "code": 1}, {"web": 1, "code": 1}]
+    was = fingerprint(mixture(sources, *phases), "train", SEQ_LEN, 5)
+    now = fingerprint(mixture(sources, *phases, size=16), "train", SEQ_LEN, 5)
+    changes, _ = compare_data(was, now, 96)
+    assert len(changes) == 1
+    assert "global_batch_size samples, and the size was 8, is 16: set start_step" in changes[0]
+    changes, additions = compare_data(was, now, 40)
+    assert changes == []
+    assert "the size was 8, is 16" in additions[0]
+
+
 def test_fingerprint_other_past_is_other_data(tmp_path: Path, sources: dict[str, TokenDataset]) -> None:
     was = fingerprint(mixture(sources, {"web": 3, "code": 1}), "train", SEQ_LEN, 5)
     weights = fingerprint(mixture(sources, {"web": 1, "code": 1}), "train", SEQ_LEN, 5)
@@ -418,3 +449,30 @@ def test_config_of_a_mixture_excludes_other_data() -> None:
     assert load_job(None, [f"--data.sources=[{unread}]", "--eval.interval=5"]).job.data.weights()[0]["b"] == 0
     with pytest.raises(ConfigError, match=r'sources\[1\].weight: nothing reads "b"'):
         load_job(None, [f"--data.sources=[{unread}]", "--eval.interval=0"])
+
+
+def test_validation_where_nothing_counts_names_the_source(sources: dict[str, TokenDataset]) -> None:
+    class NothingCounts:
+        num_evaluated = 0
+
+        def evaluate(self, batches: Any) -> float:
+            return math.nan
+
+    job = load_job(None, ["--data.text=python-stdlib", "--train.global_batch_size=8"]).job
+    parts: Any = {"web": sources["web"].split("train", SEQ_LEN)}
+    step: Any = NothingCounts()
+    with pytest.raises(DataError, match='of the validation split of source "web": all targets'):
+        validation_losses(step, parts, job, job.geometry(1), rank=0)
+
+
+def test_fault_in_a_source_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mixture.toml"
+    file.write_text('[[data.sources]]\nname = "a"\ntext = "a.txt"\n')
+    with pytest.raises(ConfigError, match=r"sources\[0\].weight: is missing.*\[.*mixture.toml\]"):
+        load_job(file, [])
+
+
+def test_text_beside_a_mixture_is_refused_with_what_to_type() -> None:
+    given = '--data.sources=[{name = "a", text = "a.txt", weight = 1}]'
+    with pytest.raises(ConfigError, match=r"text and sources.*--data.sources=\[\] --data.phases=\[\]"):
+        load_job(None, [given, "--data.text=python-stdlib"])
