@@ -123,6 +123,11 @@ class MapSamples:
     is_held_out: bool = False
     """Whether these samples are those of ``held_out``, not all others."""
 
+    @property
+    def counts_all(self) -> bool:
+        """Whether all targets count. Of dicts, the model counts items."""
+        return self.has_tokens
+
     def read(self, ids: np.ndarray) -> Rows:
         """Return samples ``ids`` [N]. Raises PluginError."""
         length = self.seq_len + 1

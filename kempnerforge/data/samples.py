@@ -185,6 +185,11 @@ class Samples:
         self._first_sample = first_sample
         self._document_mask = document_mask
 
+    @property
+    def counts_all(self) -> bool:
+        """Whether all targets of every row count."""
+        return not (self._document_mask or self._stream.has_counted)
+
     def describe(self) -> str:
         """Return the number and the length of the samples, for a log."""
         return f"{self.num_samples:,} samples of {self.seq_len} tokens"
@@ -233,6 +238,11 @@ class PackedSamples(Samples):
     def __init__(self, stream: TokenStream, seq_len: int, packing: Packing, *, document_mask: bool) -> None:
         super().__init__(stream, seq_len, num_samples=packing.num_rows, document_mask=document_mask)
         self._packing = packing
+
+    @property
+    def counts_all(self) -> bool:
+        """Padding never counts."""
+        return False
 
     def describe(self) -> str:
         """Return the number and the length of the samples, and which share of the inputs has a target."""

@@ -101,8 +101,14 @@ def epochs_at(samples: AnySamples, cursor: int) -> dict[str, float]:
 
 
 def samples_per_epoch(samples: AnySamples) -> int | None:
-    """Return the number of samples. None for a mixture: its sources have epochs of their own."""
-    return None if isinstance(samples, MixtureSamples) else samples.num_samples
+    """Return the number of samples, by which ``train/tokens`` tells the epochs.
+
+    None where it does not: sources of a mixture have epochs of their own, and targets that do not
+    count are not in ``train/tokens``.
+    """
+    if isinstance(samples, MixtureSamples) or not samples.counts_all:
+        return None
+    return samples.num_samples
 
 
 def step_rows(samples: AnySamples, cursor: int, losses: Sequence[float] | None) -> dict[str, float]:

@@ -21,6 +21,7 @@ from kempnerforge.data.packing_file import PackingFile
 from kempnerforge.data.rows import IGNORED, Rows
 from kempnerforge.data.tokens import RowOptions, TokenDataset, open_dataset
 from kempnerforge.errors import DataError
+from kempnerforge.train.mixture_run import samples_per_epoch
 
 lengths_of_documents = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 seq_lens = st.integers(1, 24)
@@ -151,6 +152,21 @@ def test_packed_rows_count_every_target_once(lengths: list[int], seq_len: int, s
     assert unmasked.document_ids is None
     assert (unmasked.tokens == rows.tokens).all()
     assert (unmasked.targets == rows.targets).all()
+
+
+def test_rows_tell_whether_all_targets_count(tmp_path: Path) -> None:
+    """Only then do the tokens of a run tell its epochs."""
+    documents = {"train": numbered([30, 40])}
+    plain = write_folder(tmp_path / "plain", documents)
+    answers = write_folder(tmp_path / "answers", documents, counted={"train": np.ones(70, dtype=np.uint8)})
+    found = {
+        "plain": opened(plain),
+        "mask": opened(plain, mask=True),
+        "packed": opened(plain, best_fit=True),
+        "answers": opened(answers),
+    }
+    epochs = {name: samples_per_epoch(data.split("train", 8)) for name, data in found.items()}
+    assert epochs == {"plain": 8, "mask": None, "packed": None, "answers": None}
 
 
 @settings(deadline=None, max_examples=20)
