@@ -61,7 +61,7 @@ def prepare(
         typer.Argument(
             metavar="TEXT...",
             help=f'Files, folders, globs such as "notes/**/*.md", or {PYTHON_STDLIB}. Files are text, '
-            ".jsonl, .parquet, or .gz or .zst of them.",
+            ".jsonl, .parquet, .arrow, or .gz or .zst of text and .jsonl.",
             show_default=False,
         ),
     ],

@@ -31,7 +31,8 @@ class DataConfig(Section):
 
     text: Text | None = None
     """Text to tokenize at the first start: "python-stdlib" (the sources of Python's standard
-    library), or paths and globs of files: text, .jsonl, .parquet, and .gz or .zst of them."""
+    library), or paths and globs of files and folders: text, .jsonl, .parquet, .arrow, and .gz or .zst of
+    text and .jsonl."""
 
     dataset_path: NonEmpty | None = None
     """Prepared tokens: a folder written by `kempnerforge data prepare`, or .npy token shards."""

@@ -50,7 +50,8 @@ def _check_message(message: Any, number: int) -> None:
     if role is None:
         raise RecordError("no role", f"its fields are {_names(message)}", message=number)
     if role not in ROLES:
-        raise RecordError(f"unknown role {role!r:.40}", f"roles are {', '.join(ROLES)}", message=number)
+        known = ", ".join(ROLES)
+        raise RecordError("unknown role", f"it is {role!r:.40}, and roles are {known}", message=number)
     content = message.get("content")
     calls = role == "assistant" and (message.get("tool_calls") or message.get("function_call"))
     if content is None and not calls:
@@ -62,7 +63,8 @@ def _check_message(message: Any, number: int) -> None:
     if role == "assistant" and not content and not calls:
         raise RecordError("nothing said by the assistant", message=number)
     if message.get("weight", 1) not in (0, 1, None):
-        raise RecordError(f"weight {message['weight']!r}", "weights are 0 and 1", message=number)
+        problem = f"it is {message['weight']!r:.40}, and weights are 0 and 1"
+        raise RecordError("unknown weight", problem, message=number)
 
 
 def _is_parts(content: Any) -> bool:

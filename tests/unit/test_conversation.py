@@ -248,7 +248,7 @@ def test_chat_with_bytes_is_refused() -> None:
         ),
         (
             {"messages": [{"role": "human", "content": "hi"}]},
-            "unknown role 'human' in message 1; roles are",
+            "unknown role in message 1; it is 'human', and roles are",
         ),
         ({"messages": [{"role": "user"}]}, "no content in message 1"),
         ({"messages": [{"role": "user", "content": 3}]}, "a number as the content in message 1"),
@@ -256,7 +256,7 @@ def test_chat_with_bytes_is_refused() -> None:
         ({"messages": chat.talk("hi", "")}, "nothing said by the assistant in message 2"),
         (
             {"messages": [{**message, "weight": 0.5} for message in TALK]},
-            "weight 0.5 in message 1; weights are 0 and 1",
+            "unknown weight in message 1; it is 0.5, and weights are 0 and 1",
         ),
         ({"messages": chat.talk("hi", "\ud800")}, "half of a surrogate pair"),
         ({"messages": chat.talk("hi", "ho"), "tools": "x"}, "field 'tools' is text"),

@@ -178,7 +178,7 @@ def test_long_document_is_shown_in_part(base: Path, monkeypatch: pytest.MonkeyPa
     ("record", "message"),
     [
         ({"text": "hi"}, "no field 'messages'; the fields are 'text'. See --messages-field"),
-        ({"messages": [{"role": "bot", "content": "hi"}]}, "unknown role 'bot' in message 1"),
+        ({"messages": [{"role": "bot", "content": "hi"}]}, "unknown role in message 1; it is 'bot'"),
         ({"messages": chat.talk("hi", "")}, "nothing said by the assistant in message 2"),
     ],
 )
