@@ -44,7 +44,8 @@ class TokenStream:
         self._shards = shards
         self._starts = np.cumsum([0, *(shard.num_tokens for shard in shards)])
         max_shards = max(1, MAX_OPEN_FILES // max(len(shard.files) for shard in shards))
-        self._map = functools.lru_cache(maxsize=max_shards)(self._mapped)
+        # Not a method: its cache would keep this object, and the open files, until a collection of cycles.
+        self._map = functools.lru_cache(maxsize=max_shards)(functools.partial(_mapped, shards))
 
     def read_ids(self, start: int, out: np.ndarray) -> None:
         """Fill ``out`` with the ids from ``start`` on."""
@@ -147,14 +148,15 @@ class TokenStream:
             number = int(numbers[own[0]])
             yield self._map(number), own, places[own] - self._starts[number]
 
-    def _mapped(self, number: int) -> _MappedShard:
-        shard = self._shards[number]
-        return _MappedShard(
-            shard.path,
-            shard.map(),
-            shard.ends.map() if shard.ends is not None else None,
-            shard.counted.map() if shard.counted is not None else None,
-        )
+
+def _mapped(shards: tuple[TokenShard, ...], number: int) -> _MappedShard:
+    shard = shards[number]
+    return _MappedShard(
+        shard.path,
+        shard.map(),
+        shard.ends.map() if shard.ends is not None else None,
+        shard.counted.map() if shard.counted is not None else None,
+    )
 
 
 def _damaged_ends(shard: _MappedShard) -> DataError:

@@ -1,9 +1,10 @@
-"""Settings of the process: determinism, and how much freed memory malloc keeps."""
+"""Settings of the process: determinism, open files, and how much freed memory malloc keeps."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 
 import torch
 from torch.utils import deterministic as deterministic_utils
@@ -12,6 +13,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 256 << 20
 _LARGEST_BYTES = 32 << 20
 """The largest block that glibc can keep."""
+_OPEN_FILES = 1 << 16
 
 
 def set_determinism(deterministic: bool) -> None:
@@ -26,6 +28,18 @@ def set_determinism(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(True)
     # Filling every new tensor makes bugs visible, but costs time and changes no correct result.
     deterministic_utils.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def raise_open_file_limit() -> None:
+    """Allow as many open files as the system lets this process have, up to 65,536.
+
+    The usual limit, 1,024, exists for programs that use select(). Every mapped file of a dataset
+    counts, and a mixture has several datasets.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def keep_freed_memory() -> None:

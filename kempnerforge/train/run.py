@@ -27,7 +27,7 @@ from kempnerforge.goodput.faults import is_peer_loss
 from kempnerforge.log_setup import LogHandler
 from kempnerforge.telemetry.console import ConsoleSink
 from kempnerforge.train.attempt_recorder import AttemptRecorder
-from kempnerforge.train.environment import keep_freed_memory, set_determinism
+from kempnerforge.train.environment import keep_freed_memory, raise_open_file_limit, set_determinism
 from kempnerforge.train.hangs.run_watch import watched
 from kempnerforge.train.hangs.stack_dump import Stacks
 from kempnerforge.train.loop import train
@@ -69,6 +69,7 @@ def _run(job: JobConfig, signals: StopSignals, console: ConsoleSink | None, hand
     stopping = StopConditions(signals, shutdown, stacks)
     set_determinism(job.train.deterministic)
     keep_freed_memory()
+    raise_open_file_limit()
     world: DistributedContext | None = None
     run: Run | None = None
     status, reason = EXIT_FAULT, "unknown"

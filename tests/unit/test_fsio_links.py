@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import socket
 from pathlib import Path
 
@@ -50,6 +52,23 @@ def test_writer_of_a_dead_trainer_ends_before_next_block() -> None:
         ours.close()
         with pytest.raises(ConnectionAbortedError):
             writer_process._wait_until_staged(progress, 100, theirs)
+
+
+def test_writer_takes_descriptors_above_1023() -> None:
+    """The writer has the numbers of the trainer, which may have many files open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < 1200:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1200, hard))
+    fd = os.memfd_create("progress")
+    os.ftruncate(fd, PROGRESS_BYTES)
+    progress = SharedProgress(fd)
+    ours, theirs = socket.socketpair()
+    high = socket.socket(fileno=fcntl.fcntl(theirs, fcntl.F_DUPFD, 1100))
+    with ours, theirs, high:
+        progress.staged = 100
+        writer_process._wait_until_staged(progress, 100, high)
+    os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_private_file_is_for_the_user_alone(tmp_path: Path) -> None:

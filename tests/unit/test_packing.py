@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import os
@@ -152,6 +153,20 @@ def test_packed_rows_count_every_target_once(lengths: list[int], seq_len: int, s
     assert unmasked.document_ids is None
     assert (unmasked.tokens == rows.tokens).all()
     assert (unmasked.targets == rows.targets).all()
+
+
+@pytest.mark.parametrize("best_fit", [False, True])
+def test_samples_close_their_files_at_once(tmp_path: Path, best_fit: bool) -> None:
+    """Also where no collection of cycles runs, as in training."""
+    data = write_folder(tmp_path / "data", {"train": numbered([30, 40] * 10)}, shard_tokens=50)
+    gc.disable()
+    try:
+        all_rows(opened(data, mask=True, best_fit=best_fit), 8)
+        before = len(os.listdir("/proc/self/fd"))
+        all_rows(opened(data, mask=True, best_fit=best_fit), 8)
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()
 
 
 def test_rows_tell_whether_all_targets_count(tmp_path: Path) -> None:

@@ -204,12 +204,14 @@ def _link(request: dict[str, Any], heartbeat: Callable[[], None]) -> dict[str, A
 
 def _wait_until_staged(progress: SharedProgress, end: int, connection: socket.socket) -> None:
     """Return when the first ``end`` bytes are final. Raises ConnectionError when the trainer is gone."""
-    if select.select([connection], [], [], 0)[0]:  # nobody would commit what is written
+    # Not ``select``, which takes no descriptor above 1,023, and the trainer may have many files open.
+    trainer = select.poll()
+    trainer.register(connection, select.POLLIN)
+    if trainer.poll(0):  # nobody would commit what is written
         raise ConnectionAbortedError("the trainer is gone")
     while progress.staged < end:
         progress.heartbeat()
-        closed, _, _ = select.select([connection], [], [], POLL_INTERVAL_S[progress.urgent])
-        if closed:  # the trainer sends nothing before the reply
+        if trainer.poll(1000 * POLL_INTERVAL_S[progress.urgent]):  # it sends nothing before the reply
             raise ConnectionAbortedError("the trainer is gone")
 
 
