@@ -242,7 +242,6 @@ def _batch_without_targets() -> tuple[UpdateResult, UpdateResult, UpdateResult, 
     return first, skipped, step.update(lr=0.1), measured
 
 
-@pytest.mark.smoke
 def test_batch_without_counted_targets_is_skipped() -> None:
     for first, skipped, after, measured in run_ranks(_batch_without_targets, 2):
         assert (skipped.skipped, skipped.num_items) == (True, 0)

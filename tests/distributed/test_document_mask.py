@@ -26,7 +26,7 @@ Tree = dict[str, Any]
             {"batch_size": 4, "activation_checkpointing": "selective", **CHUNKED},
             id="tp-selective",
         ),
-        pytest.param(2, {"pp": 2}, {"batch_size": 8}, id="1f1b", marks=pytest.mark.smoke),
+        pytest.param(2, {"pp": 2}, {"batch_size": 8}, id="1f1b"),
         pytest.param(
             2,
             {"pp": 2, "pp_schedule": "gpipe", "pp_microbatch_size": 2},

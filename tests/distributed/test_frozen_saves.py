@@ -130,7 +130,6 @@ def test_save_frozen_base_writes_only_the_adapter(tmp_path: Path, ranks: int) ->
             assert blocks <= 1.2 * trainable_bytes() + beside
 
 
-@pytest.mark.smoke
 def test_save_steps_are_complete_alone(tmp_path: Path) -> None:
     """After older steps are gone: verified, exported, read by stock DCP, resumed from a copy."""
     loop = Loop(tmp_path / "run", keep_last_n=1)
@@ -149,7 +148,6 @@ def test_save_steps_are_complete_alone(tmp_path: Path) -> None:
     assert torch.equal(stored(tmp_path / "copy", "model.base.weight"), loop.model.base.weight)
 
 
-@pytest.mark.smoke
 def test_save_first_after_resume_links_equal_files(tmp_path: Path) -> None:
     loop = Loop(tmp_path)
     loop.step()
@@ -188,9 +186,7 @@ def other_memory(model: Adapted) -> None:
     model.base.bias.data = model.base.bias.data + 1
 
 
-@pytest.mark.parametrize(
-    "change", [pytest.param(through_data, marks=pytest.mark.smoke), in_place, other_memory]
-)
+@pytest.mark.parametrize("change", [through_data, in_place, other_memory])
 def test_save_changed_frozen_weight_is_written(tmp_path: Path, change: Callable[[Adapted], None]) -> None:
     loop = Loop(tmp_path)
     biases = []
@@ -263,9 +259,7 @@ def refuse_links(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, 
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(errno.EXDEV, marks=pytest.mark.smoke), errno.EPERM, errno.EMLINK]
-)
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM, errno.EMLINK])
 def test_save_link_refused_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

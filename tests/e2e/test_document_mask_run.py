@@ -79,7 +79,7 @@ def test_masked_run_resumes_bitwise_and_is_another_training(
     [
         pytest.param(1, {}, id="one"),
         pytest.param(2, {"distributed.tp": 2}, id="tp"),
-        pytest.param(2, {"distributed.pp": 2, "train.batch_size": 4}, id="pp", marks=pytest.mark.smoke),
+        pytest.param(2, {"distributed.pp": 2, "train.batch_size": 4}, id="pp"),
         pytest.param(4, {"distributed.pp": 2, "train.activation_checkpointing": "full"}, id="pp-dp-full"),
     ],
 )

@@ -66,7 +66,6 @@ def alone(launcher: Launcher, corpus: Path, tmp_path_factory: pytest.TempPathFac
     return run
 
 
-@pytest.mark.smoke
 def test_run_frozen_parameters_have_no_state_and_no_change(alone: Run) -> None:
     first, last = (tensor_digests(alone.step_folder(step)) for step in (2, 6))
     names = [name.removeprefix("model.") for name in first if name.startswith("model.")]
@@ -172,7 +171,6 @@ def test_run_frozen_begins_from_load_path(
             assert (before[name] != after[name]) == is_trained, name
 
 
-@pytest.mark.smoke
 def test_run_other_freeze_is_refused_at_a_resume(launcher: Launcher, alone: Run) -> None:
     ended = launcher.run(alone, '--model.freeze=["tok_embeddings"]', "--train.max_steps=8")
     assert ended.statuses == [2], ended.output
