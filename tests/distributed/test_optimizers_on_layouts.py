@@ -144,11 +144,16 @@ PLAIN: dict[str, Callable[[Llama], list[torch.optim.Optimizer]]] = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_on_each_layout_trains_alike(name: str) -> None:
-    """One process as plain torch's class, to 1e-6. Other layouts as one process, to 1e-5."""
+    """One process as plain torch's class, to 1e-6, and Muon, which iterates in bf16, to 1e-5.
+
+    Other layouts as one process, to 1e-5.
+    """
     [(losses, _, weights)] = run_ranks(train, 1, name, 1, 1)
     assert len(set(losses)) == STEPS
     if name in PLAIN:
-        assert losses == pytest.approx(plain(PLAIN[name], config_of(name).lr), rel=1e-6)
+        assert losses == pytest.approx(
+            plain(PLAIN[name], config_of(name).lr), rel=1e-5 if name == "muon" else 1e-6
+        )
     layouts = ["fsdp2", "tp2"] if name != "adafactor" else ["fsdp2", "tp2", "fsdp2 tp2"]
     for layout in layouts:
         ranks, replicate, tp = LAYOUTS[layout]
