@@ -54,6 +54,8 @@ class Loss:
     z_loss: float = 0.0
     """Coefficient of the z-loss. 0 disables it."""
     name: str = "cross_entropy"
+    is_built_in: bool = False
+    """Whether the function is one of KempnerForge's own, and need not be tried."""
     _weight: Tensor | None = field(default=None, init=False, repr=False)
     _is_checked: bool = field(default=False, init=False, repr=False)
 
@@ -78,7 +80,7 @@ class Loss:
         ``with_ignored`` also if it raises an exception for that target, or counts it. A function that
         cannot be tried on 8 small logits is left to its first step.
         """
-        if self._is_checked:
+        if self.is_built_in or self._is_checked:
             return
         self._is_checked = True
         size = 8
@@ -229,4 +231,4 @@ def build_loss(train: TrainConfig, distributed: DistributedConfig) -> Loss:
     args = dict(train.loss_args)
     if train.chunk_tokens is not None:
         args["recompute"] = train.loss_is_recomputed(distributed.pp_schedule)
-    return Loss(plugin.target, args, train.z_loss, train.loss)
+    return Loss(plugin.target, args, train.z_loss, train.loss, plugin.is_built_in)
