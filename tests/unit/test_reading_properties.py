@@ -135,6 +135,7 @@ def test_separated_text_damage_leaves_out_its_document(
     text: str, damage: bytes, separator: str, unit: int
 ) -> None:
     content = text.encode() + b"\xff" + damage + text.encode()
+    assume(not content.startswith(b"\xff\xfe"))  # the mark of UTF-16
     options = ReadOptions(document_separator=separator, skip_unreadable=True)
     documents = split(content, separator.encode(), 1 << 20)
     bad = [document for document in documents if first_invalid_byte(document) is not None]
