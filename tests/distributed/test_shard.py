@@ -62,6 +62,7 @@ def _summed_and_single_gradients(replicate: int, tied: bool) -> tuple[dict[str, 
     local_step(model).forward_backward(batch)
     logits = plain(batch.inputs_ABT[0])
     loss = F.cross_entropy(logits.flatten(0, 1), batch.targets_ABT[0].flatten(), reduction="sum")
+    assert batch.num_tokens is not None
     (loss / batch.num_tokens).backward()
     return _gradients(model), _gradients(plain)
 

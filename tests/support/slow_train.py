@@ -24,9 +24,9 @@ if __name__ == "__main__":
         from kempnerforge.train.step import LocalStep
 
         if SLOW_DATA in os.environ:
-            from kempnerforge.train import setup
+            from kempnerforge.train import data_setup
 
-            setup.prepare_cached = lambda *_arguments, **_options: time.sleep(3600)
+            data_setup.prepare_cached = lambda *_arguments, **_options: time.sleep(3600)
         update = LocalStep.update
         calls = 0
 
