@@ -120,6 +120,7 @@ def test_resume_same_layout_is_bitwise(
 
 def test_epoch_ranks_change_every_sample_read_once(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     settings = {"train.global_batch_size": 8, "eval.interval": 0, "data.prefetch_batches": 0}
+    settings["data.val_fraction"] = 0.12  # which leaves 19 batches
     run = make_run(tmp_path / "base", corpus, **settings, **{"checkpoint.interval": 0})
     read = tmp_path / "read"
     read.mkdir()
