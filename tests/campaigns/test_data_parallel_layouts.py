@@ -120,8 +120,8 @@ def test_resume_same_layout_is_bitwise(
 
 def test_epoch_ranks_change_every_sample_read_once(launcher: Launcher, corpus: Path, tmp_path: Path) -> None:
     settings = {"train.global_batch_size": 8, "eval.interval": 0, "data.prefetch_batches": 0}
-    settings["data.val_fraction"] = 0.12  # which leaves 19 batches
-    run = make_run(tmp_path / "base", corpus, **settings, **{"checkpoint.interval": 0})
+    of_19_batches = {"data.val_fraction": 0.12, "checkpoint.interval": 0}
+    run = make_run(tmp_path / "base", corpus, **settings, **of_19_batches)
     read = tmp_path / "read"
     read.mkdir()
     step, ids, output = 0, [], ""
