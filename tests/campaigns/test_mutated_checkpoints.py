@@ -67,7 +67,7 @@ def link_of_the_right_size(subject: Subject) -> Changes:
 
 
 def swapped_and_signed(subject: Subject) -> Changes:
-    one, other = sorted(name for name in subject.files if name.endswith(paths.SHARD_SUFFIX))
+    one, other, *_ = sorted(name for name in subject.files if name.endswith(paths.SHARD_SUFFIX))
     body = manifest_of(subject.files)
     body["files"][one], body["files"][other] = body["files"][other], body["files"][one]
     return {one: subject.files[other], other: subject.files[one], paths.MANIFEST: signed(body)}
