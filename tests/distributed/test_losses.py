@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from kempnerforge.train.losses.chunked_cross_entropy import chunked_cross_entrop
 from kempnerforge.train.model_setup import build_model
 from kempnerforge.train.z_loss import z_loss
 
+ROOT = Path(__file__).parents[2]
 VOCABULARY = 257
 """Uneven over two ranks."""
 SEQ_LEN = 12
@@ -46,6 +49,14 @@ def smoothed_hidden(hidden_BTD: Tensor, targets_BT: Tensor, weight_VD: Tensor, *
 
 
 smoothed_hidden.takes_hidden = True  # type: ignore[attr-defined]
+
+
+DOCUMENTED: dict[str, Any] = {"torch": torch, "F": F}
+"""The functions of the guide, by name."""
+for block in re.findall(r"```python\n(def .*?)```", (ROOT / "docs/guide/losses.md").read_text(), re.S):
+    exec(block, DOCUMENTED)  # noqa: S102
+documented_focal = DOCUMENTED["focal"]
+documented_soft_capped = DOCUMENTED["soft_capped"]
 
 
 class Small(nn.Module):
@@ -182,6 +193,13 @@ def test_own_losses_are_equal_in_every_layout(layout: Tree) -> None:
     for name in ("smoothed", "smoothed_hidden"):
         found = run_ranks(one_step, 2, layout, own | {"loss": f"{__name__}:{name}"}, False)
         assert_equal(found, expected, layout.get("tp", 1))
+
+
+@pytest.mark.parametrize("name", ["documented_focal", "documented_soft_capped"])
+def test_documented_losses_are_equal_under_tp(name: str) -> None:
+    own = {"loss": f"{__name__}:{name}", "batch_size": 4}
+    [expected] = run_ranks(one_step, 1, {}, own, False)
+    assert_equal(run_ranks(one_step, 2, {"tp": 2}, own, False), expected, 2)
 
 
 def test_chunked_loss_of_own_model_is_equal() -> None:

@@ -63,6 +63,17 @@ def test_table_records_are_whole_with_their_row(tmp_path: Path) -> None:
     assert records_of(path) == [Record(CHAT, f"{path}:1"), Record({"messages": [], "n": None}, f"{path}:2")]
 
 
+def test_table_record_fields_that_it_lacked_are_left_out(tmp_path: Path) -> None:
+    """Objects of one column have the same fields in a table."""
+    records = [
+        {"calls": [{"name": "add", "arguments": {"a": 1, "parts": [{"x": 1}, {"y": 2}]}}], "note": None},
+        {"calls": [{"name": "now", "arguments": {"zone": "UTC"}}], "note": "x"},
+    ]
+    path = tmp_path / "calls.parquet"
+    pq.write_table(pa.Table.from_pylist(records), path)
+    assert records_of(path) == [Record(record, f"{path}:{row}") for row, record in enumerate(records, 1)]
+
+
 def test_table_record_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "MAX_RECORD_BYTES", 100)
     path = tmp_path / "x.parquet"

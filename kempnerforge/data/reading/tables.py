@@ -44,7 +44,9 @@ def read_table_texts(unit: Unit, options: ReadOptions) -> Iterator[Piece | Unrea
 def read_table_records(unit: Unit) -> Iterator[Record | Unreadable]:
     """Yield each row of ``unit``, with the values that pyarrow makes of its columns.
 
-    A time that Python cannot represent is the number that the table holds.
+    A time that Python cannot represent is the number that the table holds. A null inside an object is
+    left out: all objects of a column have the same fields in a table, so those that one did not have are
+    null there.
     """
     file = unit.file
     next_row: int | None = None
@@ -128,7 +130,7 @@ def _record(row: Any, path: Path, number: int) -> Record | Unreadable:
     value: dict[str, Any] = {}
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
-            value[name] = column[0].as_py()
+            value[name] = _without_null_fields(column[0].as_py())
         # A time out of range, in nanoseconds, or in an unknown zone. pyarrow's own error is a ValueError.
         except (ValueError, OverflowError) as error:
             if not types.is_temporal(column.type):
@@ -137,6 +139,12 @@ def _record(row: Any, path: Path, number: int) -> Record | Unreadable:
                 )
             value[name] = column[0].value
     return Record(value, f"{path}:{number}")
+
+
+def _without_null_fields(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_null_fields(each) for name, each in value.items() if each is not None}
+    return [_without_null_fields(each) for each in value] if isinstance(value, list) else value
 
 
 def _row_fault(row: Any) -> str | None:
