@@ -11,6 +11,7 @@ import numpy as np
 
 from kempnerforge.data.reading.documents import read_pieces
 from kempnerforge.data.reading.items import Piece, Unreadable
+from kempnerforge.data.reading.locations import Location
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.units import Unit
 from kempnerforge.data.tokenizer import BYTES, Tokenizer
@@ -48,7 +49,9 @@ class Notice:
     """What a user should know about the text. The first one ``about`` the same becomes a warning."""
 
     about: str
+    location: Location
     text: str
+    """What is there, to be written after the location."""
 
 
 class Encoder(Protocol):

@@ -38,10 +38,11 @@ from kempnerforge.data.index import (
 from kempnerforge.data.prepare_progress import OnProgress, Reporter
 from kempnerforge.data.prepare_workers import write_parts
 from kempnerforge.data.reading.files import FoundFiles, digest_file, find_files
+from kempnerforge.data.reading.locations import Location, location_texts
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.streams import StorageError
 from kempnerforge.data.reading.units import UNIT_BYTES, Unit, units_of
-from kempnerforge.data.token_parts import Part, Stamp, Task, make_tasks
+from kempnerforge.data.token_parts import PART_FORMAT, Part, Stamp, Task, make_tasks
 from kempnerforge.data.tokenizer import BY_OPTION, HfTokenizer, Tokenizer, token_dtype
 from kempnerforge.errors import DataError
 from kempnerforge.fsio import fsync_folder, make_folder, new_folder, publish, write_new_file
@@ -185,7 +186,7 @@ class _Preparation:
         Return None if another process published first.
         """
         # Parts of a version that divides files differently are others.
-        parts_key = json_digest([self.key, TASK_BYTES, UNIT_BYTES])
+        parts_key = json_digest([self.key, PART_FORMAT, TASK_BYTES, UNIT_BYTES])
         parts = folder.with_name(f".{folder.name}.{parts_key}.parts")
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
         try:
@@ -267,9 +268,9 @@ class _Preparation:
     def _notes(self, parts: Sequence[Part]) -> tuple[LeftOut, list[str]]:
         """Return what could not be read, and the warnings."""
         counts: dict[str, int] = {}
-        first: list[tuple[str, str]] = []
+        first: list[tuple[Location, str]] = []
         separators: dict[str, str] = {}
-        notices: dict[str, str] = {}
+        notices: dict[str, tuple[Location, str]] = {}
         for part in parts:
             for reason, count in part.unreadable.items():
                 counts[reason] = counts.get(reason, 0) + count
@@ -277,6 +278,7 @@ class _Preparation:
             for separator, path in part.separators.items():
                 separators.setdefault(separator, path)
             notices = part.notices | notices
+        where = location_texts(location for location, _ in (*first, *notices.values()))
         notes = [f"{file.path}: {file.note}" for file in self.source.found.files if file.note]
         warnings = notes[:NAMED_LEFT_OUT]
         warnings += [
@@ -284,10 +286,10 @@ class _Preparation:
             f"data.document_separator (--document-separator)"
             for separator, path in separators.items()
         ]
-        warnings += notices.values()
+        warnings += [f"{where[location]} {text}" for location, text in notices.values()]
         if self.encoder.format != "chat":  # where the template writes the ends
             warnings += turn_end_warnings(self.encoder.tokenizer)
-        return LeftOut(counts, tuple(first)), warnings
+        return LeftOut(counts, tuple((where[location], reason) for location, reason in first)), warnings
 
 
 def turn_end_warnings(tokenizer: Tokenizer) -> list[str]:

@@ -78,19 +78,20 @@ class RecordEncoder:
             try:
                 encoded = self.records.encode(record.value)
             except RecordError as error:
-                yield self._unreadable(unit, record, error)
+                yield self._unreadable(record, error)
                 continue
             for token in encoded.special:
                 if token not in seen:
                     seen.add(token)
                     what = self.records.special_text
-                    yield Notice(token, f"{record.where} has the text {token}, and there may be more; {what}")
+                    text = f"has the text {token}, and there may be more; {what}"
+                    yield Notice(token, record.location, text)
             yield Encoded(encoded.ids, encoded.content, ends_document=True, counted=encoded.counted)
 
-    def _unreadable(self, unit: Unit, record: Record, error: RecordError) -> Unreadable:
+    def _unreadable(self, record: Record, error: RecordError) -> Unreadable:
         if not self.options.skip_unreadable:
             raise DataError(
-                f"{record.where}: {error}. To leave such records out: data.skip_unreadable = true "
+                f"{record.location}: {error}. To leave such records out: data.skip_unreadable = true "
                 "(--skip-unreadable)"
             ) from error
-        return Unreadable(unit.file.path, int(record.where.rpartition(":")[2]), str(error))
+        return Unreadable(record.location, str(error))

@@ -28,12 +28,16 @@ import xxhash
 from kempnerforge.data.encoding import Encoder, Notice, SeparatorSeen
 from kempnerforge.data.index import NAMED_LEFT_OUT, kind_of
 from kempnerforge.data.reading.items import Unreadable
+from kempnerforge.data.reading.locations import Location
 from kempnerforge.data.reading.units import Unit
 from kempnerforge.data.tokenizer import token_dtype
 from kempnerforge.errors import DataError
 from kempnerforge.fsio import new_folder, open_file, publish, write_all, write_new_file
 
 PART_NAME = "part.json"
+PART_FORMAT = 2
+"""Of ``part.json``. Parts of another format are not used."""
+
 IDS, DOCUMENTS, COUNTED = "ids", "documents", "counted"
 DOCUMENT = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("digest", "<u8")])
 """Tokens (BOS and separator included), bytes of text, and the first 64 bits of its xxh3-128."""
@@ -103,20 +107,25 @@ class Part:
     units: list[UnitTotals] = field(default_factory=list)
     unreadable: dict[str, int] = field(default_factory=dict)
     """Kind of reason -> number."""
-    first_unreadable: list[tuple[str, str]] = field(default_factory=list)
-    """(file or file:line, reason) of the first ``NAMED_LEFT_OUT``."""
+    first_unreadable: list[tuple[Location, str]] = field(default_factory=list)
+    """(location, reason) of the first ``NAMED_LEFT_OUT``."""
     separators: dict[str, str] = field(default_factory=dict)
     """Known separator that a text file contains -> the first such file."""
-    notices: dict[str, str] = field(default_factory=dict)
-    """What a notice is about -> the text of the first one."""
+    notices: dict[str, tuple[Location, str]] = field(default_factory=dict)
+    """What a notice is about -> location and text of the first one."""
 
     @classmethod
     def read(cls, folder: Path) -> Part:
         """Read ``part.json`` of a complete part. Raises OSError."""
         content = json.loads((folder / PART_NAME).read_text(encoding="utf-8"))
         units = [UnitTotals(**unit) for unit in content.pop("units")]
-        first = [(where, reason) for where, reason in content.pop("first_unreadable")]
-        return cls(units=units, first_unreadable=first, **content)
+        first = [(_location(where), reason) for where, reason in content.pop("first_unreadable")]
+        notices = {about: (_location(where), text) for about, (where, text) in content.pop("notices").items()}
+        return cls(units=units, first_unreadable=first, notices=notices, **content)
+
+
+def _location(content: dict[str, Any]) -> Location:
+    return Location(Path(content["path"]), content["line"], content["first_byte"])
 
 
 def write_part(task: Task, encoder: Encoder, parts: Path, report: Report, *, threads: int = 1) -> None:
@@ -157,11 +166,11 @@ def _write_unit(unit: Unit, encoder: Encoder, writer: _PartWriter, report: Repor
             kind = kind_of(item.reason)
             writer.part.unreadable[kind] = writer.part.unreadable.get(kind, 0) + 1
             if len(writer.part.first_unreadable) < NAMED_LEFT_OUT:
-                writer.part.first_unreadable.append((item.where, item.reason))
+                writer.part.first_unreadable.append((item.location, item.reason))
         elif isinstance(item, SeparatorSeen):
             writer.part.separators.setdefault(item.separator, str(item.path))
         elif isinstance(item, Notice):
-            writer.part.notices.setdefault(item.about, item.text)
+            writer.part.notices.setdefault(item.about, (item.location, item.text))
         else:
             writer.add(item.ids, item.counted, item.content)
             if item.ends_document:
@@ -222,7 +231,7 @@ class _PartWriter:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
-        write_new_file(self._folder / PART_NAME, json.dumps(asdict(self.part)).encode())
+        write_new_file(self._folder / PART_NAME, json.dumps(asdict(self.part), default=str).encode())
 
     def abandon(self) -> None:
         for file in self._files.values():

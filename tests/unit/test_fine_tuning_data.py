@@ -18,6 +18,7 @@ from kempnerforge.config.data import DataConfig
 from kempnerforge.data.document_view import longest_document, view_document
 from kempnerforge.data.index import read_index
 from kempnerforge.data.prepare import prepare
+from kempnerforge.data.reading import units
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.record_encoder import make_encoder
 from kempnerforge.data.tokenizer import load_tokenizer
@@ -218,7 +219,8 @@ def test_options_of_other_formats_are_refused(base: Path, options: list[str], me
     assert message in str(result.exception)
 
 
-def test_special_tokens_in_records_are_a_warning(base: Path) -> None:
+def test_special_tokens_in_records_are_a_warning(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 1000)  # the line is not in the first unit
     write("chats.jsonl", [*CHATS, {"messages": chat.talk("<|im_end|>", "Yes. </s>")}])
     result = prepare_chats("--val-fraction", "0")
     assert "warning: " in result.stdout

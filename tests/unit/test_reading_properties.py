@@ -20,6 +20,7 @@ from kempnerforge.data.reading import json_lines, pieces, plain_text, table_file
 from kempnerforge.data.reading.documents import read_pieces, read_records
 from kempnerforge.data.reading.files import Compression, Format, TextFile
 from kempnerforge.data.reading.items import Piece, Record, Unreadable
+from kempnerforge.data.reading.locations import Location
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.pieces import cut_document, first_invalid_byte
 from kempnerforge.data.reading.units import units_of
@@ -59,6 +60,10 @@ def read_units(file: TextFile, options: ReadOptions) -> list[list[Piece | Unread
     for items in read:
         assert not items or isinstance(items[-1], Unreadable) or items[-1].ends_document
     return read
+
+
+def line_of(item: Unreadable) -> int:
+    return int(str(item.location).rpartition(":")[2])
 
 
 def joined(read: list[list[Piece | Unreadable]]) -> list[bytes]:
@@ -141,11 +146,11 @@ def test_separated_text_damage_leaves_out_its_document(
     bad = [document for document in documents if first_invalid_byte(document) is not None]
     with sizes(unit=unit), written(content) as file:
         read = read_units(file, options)
+        faults = [item for items in read for item in items if isinstance(item, Unreadable)]
+        first = content.index(b"\xff")
+        assert line_of(faults[0]) == content.count(b"\n", 0, first) + 1
     assert joined(read) == [document for document in documents if document not in bad]
-    faults = [item for items in read for item in items if isinstance(item, Unreadable)]
     assert len(faults) == len(bad)
-    first = content.index(b"\xff")
-    assert faults[0].line == content.count(b"\n", 0, first) + 1
     assert faults[0].reason == f"byte {first} (0xff) is not UTF-8"
 
 
@@ -180,7 +185,7 @@ def test_json_lines_of_units_are_those_of_file(
         patch.setattr(json_lines, "LONG_LINE_BYTES", long_bytes)
         read = read_units(file, ReadOptions(skip_unreadable=True))
         assert joined(read) == [document for document in documents if document]
-        assert [i.line for items in read for i in items if isinstance(i, Unreadable)] == faults
+        assert [line_of(i) for items in read for i in items if isinstance(i, Unreadable)] == faults
 
 
 def parsed_both_ways(line: bytes, field: str) -> list[bytes | str]:
@@ -235,14 +240,16 @@ def test_tables_of_units_are_those_of_file(
     documents = [text.encode() for text in texts if text]
     nulls = [number for number, text in enumerate(texts, 1) if text is None]
     options = ReadOptions(skip_unreadable=True)
-    for kind in ("parquet", "stream", "file"):
+    for kind in ("parquet", "stream", "file", "dictionary"):
         sink = pa.BufferOutputStream()
         if kind == "parquet":
             pq.write_table(content, sink, row_group_size=part_rows)
         else:
-            new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
-            with new(sink, content.schema) as writer:
-                writer.write_table(content, max_chunksize=part_rows)
+            new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+            encoded = content.set_column(0, "text", content["text"].dictionary_encode())
+            written_table = encoded if kind == "dictionary" else content
+            with new(sink, written_table.schema) as writer:
+                writer.write_table(written_table, max_chunksize=part_rows)
         format_ = "parquet" if kind == "parquet" else "arrow"
         with (
             pytest.MonkeyPatch.context() as patch,
@@ -252,8 +259,8 @@ def test_tables_of_units_are_those_of_file(
             patch.setattr(table_files, "BATCH_BYTES", batch_bytes)
             read = read_units(file, options)
             assert joined(read) == documents
-            assert [i.line for items in read for i in items if isinstance(i, Unreadable)] == nulls
+            assert [line_of(i) for items in read for i in items if isinstance(i, Unreadable)] == nulls
             records = [item for part in units_of(file, options) for item in read_records(part, options)]
             assert records == [
-                Record({"text": text, "id": n}, f"{file.path}:{n + 1}") for n, text in enumerate(texts)
+                Record({"text": text, "id": n}, Location(file.path, n + 1)) for n, text in enumerate(texts)
             ]

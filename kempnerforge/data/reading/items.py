@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from kempnerforge.data.reading.locations import Location
 
 MAX_DOCUMENT_BYTES = 64 << 20
 """Longest JSON line, and longest text in a table."""
@@ -31,8 +32,7 @@ class Record:
     """A JSON line, or a row of a table."""
 
     value: dict[str, Any]
-    where: str
-    """``FILE:LINE``; for tables the number of the row. Both count from 1."""
+    location: Location
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,11 @@ class Unreadable:
     leave them out too.
     """
 
-    path: Path
-    line: int | None
-    """Line of a text file or row of a table, from 1. None: the file as a whole."""
+    location: Location
     reason: str
 
-    @property
-    def where(self) -> str:
-        """``FILE:LINE``, or the file alone."""
-        return str(self.path) if self.line is None else f"{self.path}:{self.line}"
-
     def __str__(self) -> str:
-        return f"{self.where}: {self.reason}"
+        return f"{self.location}: {self.reason}"
 
 
 def missing_field(field: str, kind: str, names: Sequence[str]) -> str:

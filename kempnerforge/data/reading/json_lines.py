@@ -63,7 +63,7 @@ def read_json_records(unit: Unit) -> Iterator[Record | Unreadable]:
         except _UnreadableLineError as error:
             yield source.unreadable(str(error))
         else:
-            yield Record(value, f"{unit.file.path}:{source.numbers.current()}")
+            yield Record(value, source.numbers.current())
 
 
 class _LineSource:
@@ -101,7 +101,7 @@ class _LineSource:
 
     def unreadable(self, reason: str) -> Unreadable:
         """Return the error of the current line."""
-        return Unreadable(self._unit.file.path, self.numbers.current(), reason)
+        return Unreadable(self.numbers.current(), reason)
 
     def _next_line(self, max_bytes: int) -> tuple[bytearray, int]:
         """Return the next line and its size; a line that is too long is passed and not kept."""

@@ -33,11 +33,9 @@ def read_text(unit: Unit, options: ReadOptions) -> Iterator[Piece | Unreadable]:
                 is_whole = part.ends_document and not in_document
                 if invalid is not None:
                     broken = True
-                    line = lines.current(part.content.count(b"\n", 0, invalid))
+                    location = lines.current(part.content.count(b"\n", 0, invalid))
                     value = part.content[invalid]
-                    yield Unreadable(
-                        file.path, line, f"byte {part.offset + invalid} (0x{value:02x}) is not UTF-8"
-                    )
+                    yield Unreadable(location, f"byte {part.offset + invalid} (0x{value:02x}) is not UTF-8")
                     if not separator:
                         return
                 elif not broken and not (is_whole and _is_blank(part.content, options)):
@@ -45,7 +43,7 @@ def read_text(unit: Unit, options: ReadOptions) -> Iterator[Piece | Unreadable]:
                 in_document = not part.ends_document
                 broken = broken and in_document
         except DamagedStreamError as error:
-            yield Unreadable(file.path, lines.current(), str(error))
+            yield Unreadable(lines.current(), str(error))
 
 
 def _is_blank(content: bytes, options: ReadOptions) -> bool:

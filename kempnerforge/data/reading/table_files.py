@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ BATCH_BYTES = 4 << 20
 
 MAX_BATCH_ROWS = 1024
 
+MAY_HAVE_DICTIONARY = ("dictionary<", "extension<")
+"""In the names of Arrow's types, nested ones included."""
+
 
 class DamagedTableError(Exception):
     """The rest of a table cannot be read."""
@@ -27,8 +32,24 @@ class WrongColumnError(DamagedTableError):
     """A table has no column of text with the name that was asked for."""
 
 
-def part_sizes(path: Path, format_: str) -> list[int]:
-    """Return the bytes of each row group (Parquet) or record batch (Arrow), uncompressed.
+@dataclass(frozen=True)
+class TablePart:
+    """A row group of Parquet, or a record batch of Arrow."""
+
+    size_bytes: int
+    """Uncompressed."""
+    rows_before: int
+    """Rows of the parts before it."""
+    first_byte: int = 0
+    """Where it begins in an Arrow stream. 0 if the stream must be read from its beginning."""
+
+
+FIRST_PART = TablePart(size_bytes=0, rows_before=0)
+"""The beginning of a table of which no more is known."""
+
+
+def table_parts(path: Path, format_: str) -> list[TablePart]:
+    """Return all row groups (Parquet) or record batches (Arrow).
 
     An Arrow stream that is cut off has the batches before the cut. Raises ``DamagedTableError``, and
     :class:`DataError` if pyarrow is not installed.
@@ -36,40 +57,43 @@ def part_sizes(path: Path, format_: str) -> list[int]:
     with _arrow_errors(path):
         if format_ == "parquet":
             with _open_parquet(path) as table:
-                metadata = table.metadata
-                return [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)]
-    sizes: list[int] = []
+                groups = [table.metadata.row_group(n) for n in range(table.metadata.num_row_groups)]
+                rows_before = accumulate((group.num_rows for group in groups), initial=0)
+                return [TablePart(group.total_byte_size, next(rows_before)) for group in groups]
+    parts: list[TablePart] = []
+    rows = 0
     try:
-        for batch in _ArrowFile(path, None).batches(0, None):
-            sizes.append(batch.nbytes)
+        for first_byte, batch in _ArrowFile(path, None).batches(0, None, FIRST_PART):
+            parts.append(TablePart(batch.nbytes, rows, first_byte))
+            rows += batch.num_rows
     except DamagedTableError:
-        if not sizes:
+        if not parts:
             raise
-    return sizes
+    return parts
 
 
 def read_batches(
-    path: Path, format_: str, start: int, end: int | None, columns: Sequence[str] | None
+    path: Path, format_: str, start: int, end: int | None, first: TablePart, columns: Sequence[str] | None
 ) -> Iterator[tuple[int, Any]]:
     """Yield the rows of the parts ``start`` to ``end``: the number of the first row, and a record batch.
 
-    ``columns`` None means all. A batch must not be used after the next one was asked for. Memory grows
-    with the largest page of a Parquet file, which pyarrow decompresses as a whole, and with the
-    largest compressed batch of an Arrow file.
+    ``first`` is the part ``start``. ``columns`` None means all. A batch must not be used after the next
+    one was asked for. Memory grows with the largest page of a Parquet file, which pyarrow decompresses
+    as a whole, and with the largest compressed batch of an Arrow file.
 
     Raises ``DamagedTableError``, and :class:`DataError` if pyarrow is not installed.
     """
     read = _parquet_batches if format_ == "parquet" else _arrow_batches
-    yield from read(path, start, end, columns)
+    yield from read(path, start, end, first, columns)
 
 
 def _parquet_batches(
-    path: Path, start: int, end: int | None, columns: Sequence[str] | None
+    path: Path, start: int, end: int | None, first: TablePart, columns: Sequence[str] | None
 ) -> Iterator[tuple[int, Any]]:
     with _arrow_errors(path), _open_parquet(path) as table:
         metadata = table.metadata
         _require_columns(table.schema_arrow.names, columns)
-        row = 1 + sum(metadata.row_group(n).num_rows for n in range(start))
+        row = 1 + first.rows_before
         for number in range(start, metadata.num_row_groups if end is None else end):
             group = metadata.row_group(number)
             for batch in table.iter_batches(
@@ -85,14 +109,14 @@ def _parquet_batches(
 
 
 def _arrow_batches(
-    path: Path, start: int, end: int | None, columns: Sequence[str] | None
+    path: Path, start: int, end: int | None, first: TablePart, columns: Sequence[str] | None
 ) -> Iterator[tuple[int, Any]]:
     table = _ArrowFile(path, columns)
-    row = 1 + sum(batch.num_rows for batch in table.batches(0, start))
-    for batch in table.batches(start, end):
+    row = 1 + first.rows_before
+    for _, batch in table.batches(start, end, first):
         count = _rows_per_batch(batch.num_rows, batch.nbytes)
-        for first in range(0, batch.num_rows, count):
-            yield row + first, batch.slice(first, count)
+        for offset in range(0, batch.num_rows, count):
+            yield row + offset, batch.slice(offset, count)
             table.release_memory()
         row += batch.num_rows
 
@@ -116,22 +140,41 @@ class _ArrowFile:
                 indices = [names.index(name) for name in columns]
                 self._options = self._ipc.IpcReadOptions(included_fields=indices)
 
-    def batches(self, start: int, end: int | None) -> Iterator[Any]:
-        """Yield the record batches ``start`` to ``end``, whose buffers have the sizes that they need."""
+    def batches(self, start: int, end: int | None, first: TablePart) -> Iterator[tuple[int, Any]]:
+        """Yield the record batches ``start`` to ``end``, whose buffers have the sizes that they need.
+
+        ``first`` is the batch ``start``. Each batch comes with its ``TablePart.first_byte``.
+        """
         with _arrow_errors(self._path):
-            reader = self._open()
-            if not self._is_stream:
-                for number in range(start, reader.num_record_batches if end is None else end):
-                    batch = reader.get_batch(number)
-                    batch.validate()
-                    yield batch if self._columns is None else batch.select(self._columns)
+            if self._is_stream:
+                yield from self._stream_batches(start, end, first)
                 return
-            for number, batch in enumerate(reader):
-                if end is not None and number >= end:
-                    return
-                if number >= start:
-                    batch.validate()
-                    yield batch
+            reader = self._open()
+            for number in range(start, reader.num_record_batches if end is None else end):
+                batch = reader.get_batch(number)
+                batch.validate()
+                yield 0, batch if self._columns is None else batch.select(self._columns)
+
+    def _stream_batches(self, start: int, end: int | None, first: TablePart) -> Iterator[tuple[int, Any]]:
+        source = _pyarrow().BufferReader(self._map)
+        reader = self._ipc.open_stream(source, options=self._options)
+        # Batches may need dictionaries from anywhere before them.
+        can_seek = not any(word in str(kind) for kind in reader.schema.types for word in MAY_HAVE_DICTIONARY)
+        number = 0
+        if first.first_byte:
+            # The reader has read the schema, and reads the next batch wherever its source is.
+            source.seek(first.first_byte)
+            number = start
+        while end is None or number < end:
+            first_byte = source.tell() if can_seek else 0
+            try:
+                batch = reader.read_next_batch()
+            except StopIteration:
+                return
+            if number >= start:
+                batch.validate()
+                yield first_byte, batch
+            number += 1
 
     def release_memory(self) -> None:
         """Give back the memory of the pages that were read. They are read again if they are used again."""

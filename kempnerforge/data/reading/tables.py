@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from kempnerforge.data.reading.items import (
@@ -13,6 +12,7 @@ from kempnerforge.data.reading.items import (
     Record,
     Unreadable,
 )
+from kempnerforge.data.reading.locations import Location
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.pieces import cut_document, first_invalid_byte
 from kempnerforge.data.reading.table_files import DamagedTableError, WrongColumnError, read_batches
@@ -25,10 +25,12 @@ def read_table_texts(unit: Unit, options: ReadOptions) -> Iterator[Piece | Unrea
     field = options.text_field
     next_row: int | None = None
     try:
-        for next_row, batch in read_batches(file.path, file.format, unit.start, unit.end, [field]):
+        for next_row, batch in read_batches(
+            file.path, file.format, unit.start, unit.end, unit.first_part, [field]
+        ):
             for content in _cells(_text_column(batch.column(0), field), field):
                 if isinstance(content, str):
-                    yield Unreadable(file.path, next_row, content)
+                    yield Unreadable(Location(file.path, next_row), content)
                 else:
                     yield from cut_document(content)
                 next_row += 1
@@ -36,9 +38,9 @@ def read_table_texts(unit: Unit, options: ReadOptions) -> Iterator[Piece | Unrea
             del batch  # before the next one is made
     except WrongColumnError as error:
         if not unit.number:  # once for the file
-            yield Unreadable(file.path, None, str(error))
+            yield Unreadable(Location(file.path), str(error))
     except DamagedTableError as error:
-        yield Unreadable(file.path, next_row, str(error))
+        yield Unreadable(Location(file.path, next_row), str(error))
 
 
 def read_table_records(unit: Unit) -> Iterator[Record | Unreadable]:
@@ -51,16 +53,18 @@ def read_table_records(unit: Unit) -> Iterator[Record | Unreadable]:
     file = unit.file
     next_row: int | None = None
     try:
-        for next_row, batch in read_batches(file.path, file.format, unit.start, unit.end, None):
+        for next_row, batch in read_batches(
+            file.path, file.format, unit.start, unit.end, unit.first_part, None
+        ):
             for index in range(batch.num_rows):
                 row = batch.slice(index, 1)
                 if reason := _row_fault(row):
-                    yield Unreadable(file.path, next_row, reason)
+                    yield Unreadable(Location(file.path, next_row), reason)
                 else:
-                    yield _record(row, file.path, next_row)
+                    yield _record(row, Location(file.path, next_row))
                 next_row += 1
     except DamagedTableError as error:
-        yield Unreadable(file.path, next_row, str(error))
+        yield Unreadable(Location(file.path, next_row), str(error))
 
 
 def _text_column(column: Any, field: str) -> Any:
@@ -124,7 +128,7 @@ def _scalar_bytes(cell: Any) -> memoryview | None:
     return memoryview(cell.as_buffer()).cast("B") if cell.is_valid else None
 
 
-def _record(row: Any, path: Path, number: int) -> Record | Unreadable:
+def _record(row: Any, location: Location) -> Record | Unreadable:
     from pyarrow import types
 
     value: dict[str, Any] = {}
@@ -134,11 +138,9 @@ def _record(row: Any, path: Path, number: int) -> Record | Unreadable:
         # A time out of range, in nanoseconds, or in an unknown zone. pyarrow's own error is a ValueError.
         except (ValueError, OverflowError) as error:
             if not types.is_temporal(column.type):
-                return Unreadable(
-                    path, number, f'"{name}" holds a value that Python cannot represent ({error})'
-                )
+                return Unreadable(location, f'"{name}" holds a value that Python cannot represent ({error})')
             value[name] = column[0].value
-    return Record(value, f"{path}:{number}")
+    return Record(value, location)
 
 
 def _without_null_fields(value: Any) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kempnerforge.data.reading.files import TextFile
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.streams import UTF16_MARKS, open_file, storage_errors
-from kempnerforge.data.reading.table_files import DamagedTableError, part_sizes
+from kempnerforge.data.reading.table_files import FIRST_PART, DamagedTableError, TablePart, table_parts
 
 UNIT_BYTES = 4 << 20
 """Size of a part of a file. Fixed, so that the units of a file are the same on every machine."""
@@ -27,6 +27,8 @@ class Unit:
     """End of the part. None: the end of the file."""
     size_bytes: int
     """Approximate share of ``file.size_bytes``; the units of a file add up to it."""
+    first_part: TablePart = FIRST_PART
+    """The row group or record batch ``start``."""
 
 
 def units_of(file: TextFile, options: ReadOptions) -> list[Unit]:
@@ -39,7 +41,7 @@ def units_of(file: TextFile, options: ReadOptions) -> list[Unit]:
     if file.format in ("parquet", "arrow"):
         try:
             with storage_errors(file.path):
-                return _join(file, part_sizes(file.path, file.format))
+                return _join(file, table_parts(file.path, file.format))
         except DamagedTableError:
             return [Unit(file, 0, 0, None, file.size_bytes)]
     is_divisible = file.format == "jsonl" or options.document_separator is not None
@@ -48,16 +50,17 @@ def units_of(file: TextFile, options: ReadOptions) -> list[Unit]:
     return _units(file, [*range(0, file.size_bytes, UNIT_BYTES)], file.size_bytes)
 
 
-def _join(file: TextFile, sizes: Sequence[int]) -> list[Unit]:
+def _join(file: TextFile, parts: Sequence[TablePart]) -> list[Unit]:
     """Return units of neighbouring parts with at least ``UNIT_BYTES`` each, but for the last."""
     starts = [0]
     size_bytes = 0
-    for number, part_bytes in enumerate(sizes):
+    for number, part in enumerate(parts):
         if size_bytes >= UNIT_BYTES:
             starts.append(number)
             size_bytes = 0
-        size_bytes += part_bytes
-    return _units(file, starts, len(sizes))
+        size_bytes += part.size_bytes
+    units = _units(file, starts, len(parts))
+    return [replace(unit, first_part=parts[unit.start]) for unit in units] if parts else units
 
 
 def _units(file: TextFile, starts: Sequence[int], end: int) -> list[Unit]:
