@@ -22,7 +22,7 @@ from kempnerforge.config.path_text import expand, unset_variables
 from kempnerforge.config.run import PLACEHOLDER, unfilled_placeholders
 from kempnerforge.config.schema import DataConfig, JobConfig, LoadedJob
 from kempnerforge.data.mixture import SAME_TOKENIZER, tokenizer_conflict
-from kempnerforge.data.reading.files import PYTHON_STDLIB, files_of
+from kempnerforge.data.reading.files import PYTHON_STDLIB, files_of, is_broken_link
 from kempnerforge.data.record_encoder import make_format
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.data.tokens import RowOptions, load_shards
@@ -129,7 +129,8 @@ def _text_of(key: str, data: DataConfig) -> list[ConfigIssue]:
     faults = []
     for entry in [text] if isinstance(text, str) else text:
         try:
-            files = files_of(entry)
+            # Broken links in folders are passed over, as when the text is read.
+            files = [path for path in files_of(entry) if not is_broken_link(path)]
         except DataError as error:
             faults.append(ConfigIssue(key, str(error)))
             continue
@@ -138,8 +139,9 @@ def _text_of(key: str, data: DataConfig) -> list[ConfigIssue]:
         if unreadable := next((path for path in files if not os.access(path, os.R_OK)), None):
             faults.append(ConfigIssue(key, f'"{entry}": {unreadable} cannot be read', "name other files"))
         elif not any(path.stat().st_size for path in files):
-            count = "the file is" if len(files) == 1 else f"all {len(files)} files are"
-            faults.append(ConfigIssue(key, f'"{entry}": {count} empty', "name files with text"))
+            problem = "the file is empty" if len(files) == 1 else f"all {len(files)} files are empty"
+            problem = problem if files else "it has only broken symbolic links"
+            faults.append(ConfigIssue(key, f'"{entry}": {problem}', "name files with text"))
     return faults
 
 

@@ -19,6 +19,7 @@ from kempnerforge.checkpoint.run import metadata
 from kempnerforge.checkpoint.run.metadata import RunRecord
 from kempnerforge.cli import app
 from kempnerforge.config.schema import load_job
+from kempnerforge.data.reading.files import find_files
 from kempnerforge.errors import ConfigError, StepNotFoundError
 from kempnerforge.train.preflight import check_files, file_faults
 
@@ -34,6 +35,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "link").symlink_to("gone")
     (tmp_path / "nothing").mkdir()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "link").symlink_to("gone")
     np.save(tmp_path / "tokens.npy", np.arange(20000, dtype=np.uint16) % 250)
     np.save(tmp_path / "short.npy", np.arange(20, dtype=np.uint16))
     lengths = [200] * 20
@@ -67,6 +70,7 @@ TABLE: dict[str, tuple[list[str], str, str]] = {
     "one of two": (['--data.text=["a.txt", "b.txt"]'], "data.text", "b.txt"),
     "empty text": (["--data.text=empty.txt"], "data.text", "the file is empty"),
     "a broken symbolic link": (["--data.text=link"], "data.text", "is a broken symbolic link"),
+    "only broken links": (["--data.text=links"], "data.text", "it has only broken symbolic links"),
     "no tokenizer": (["--data.tokenizer=tok.json"], "data.tokenizer", "no such file"),
     "no tokenizer in it": (["--data.tokenizer=a.txt"], "data.tokenizer", "not a Hugging Face tokenizer.json"),
     "no chat template": (
@@ -162,6 +166,13 @@ def test_preflight_fault_names_key_and_value(here: Path, case: str) -> None:
 )
 def test_preflight_what_runs_make_need_not_exist(here: Path, overrides: list[str]) -> None:
     check_files(load_job(None, [*GOOD, *overrides], inside_job=False).job)
+
+
+def test_preflight_broken_link_in_folder_is_ignored(here: Path) -> None:
+    """The link is passed over when the text is read."""
+    (here / "links" / "text.txt").write_text("some text\n")
+    check_files(load_job(None, [*GOOD, "--data.text=links"], inside_job=False).job)
+    assert [path.path.name for path in find_files("links").passed_over] == ["link"]
 
 
 def test_preflight_variables_in_paths_are_expanded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

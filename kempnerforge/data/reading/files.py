@@ -113,6 +113,11 @@ def files_of(entry: str) -> list[Path]:
     return [item for item in list_entry(entry) if isinstance(item, Path)]
 
 
+def is_broken_link(path: Path) -> bool:
+    """Return whether ``path`` is a link to what does not exist, or to itself."""
+    return path.is_symlink() and not os.path.exists(path)
+
+
 def digest_file(path: Path) -> str:
     """Return the xxh3-128 of a file, hexadecimal. Raises :class:`DataError` if it cannot be read."""
     digest = xxhash.xxh3_128()
@@ -127,7 +132,7 @@ def _inspect(
 ) -> TextFile | PassedOver | None:
     """Return what ``path`` is, or None if this very path was met before."""
     with storage_errors(path):
-        if path.is_symlink() and not os.path.exists(path):
+        if is_broken_link(path):
             return PassedOver(path, "broken link")
         status = path.stat()
     if not stat.S_ISREG(status.st_mode):
