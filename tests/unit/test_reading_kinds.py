@@ -77,6 +77,7 @@ WINDOW_OF_256_MB = b"\x28\xb5\x2f\xfd\x00\x90\x09\x00\x00a"
 SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
 ABC = table(pa.array(["a", "b", "c"]))
 WORDS = b"".join(b"%d " % (n * 7919 % 100_003) for n in range(50_000))
+LONG_RECORD = texts("x" * 70_000)
 COMPRESSED_TEXTS = texts(*(f"document {n} {n * 7919 % 100_003}" for n in range(20_000)))
 
 TEXT = [
@@ -102,7 +103,14 @@ TEXT = [
     Kind("long_line.txt", b"x" * 600_000, ("x" * 600_000,)),
     Kind("long_line_no_ascii.txt", ASTRAL.encode() * 100_001, (ASTRAL * 100_001,)),
     Kind("config.json", b'{"a": 1}\n', ('{"a": 1}\n',)),
-    Kind("list.json", b'[{"text": "a"}]', ('[{"text": "a"}]',)),
+    Kind("number_list.json", b"[[1, 2]]", ("[[1, 2]]",)),
+    Kind("minified.json", LONG_RECORD[:-1], (LONG_RECORD[:-1].decode(),), note="JSON that is read as text"),
+    Kind(
+        "indented.json",
+        json.dumps([LONG], indent=1).encode(),
+        (json.dumps([LONG], indent=1),),
+        note="JSON that is read as text",
+    ),
     Kind("latin1.txt", "ok\nF\xfc\xdfe".encode("latin-1"), (), (":2: byte 4 (0xfc) is not UTF-8",)),
     Kind("latin1_bom.txt", codecs.BOM_UTF8 + b"ab\xff", (), (":1: byte 5 (0xff) is not UTF-8",)),
     Kind("cut_character.txt", "aß".encode()[:-1], (), (":1: byte 1 (0xc3) is not UTF-8",)),
@@ -157,6 +165,14 @@ RECORDS = [
     Kind("twice.jsonl", b'{"text": "a", "text": "b"}', ("b",)),
     Kind("long.jsonl", texts(LONG, "b"), (LONG, "b")),
     Kind("lines.json", texts("a", "b"), ("a", "b"), note="it is JSON Lines, although"),
+    Kind("blank_lines.json", texts("a") + b"\n" + texts("b"), ("a", "b"), note="it is JSON Lines, although"),
+    Kind("long_line.json", LONG_RECORD + texts("b"), ("x" * 70_000, "b"), note="it is JSON Lines, although"),
+    Kind(
+        "long_line.json.zst",
+        zstd(LONG_RECORD + texts("b")),
+        ("x" * 70_000, "b"),
+        note="it is JSON Lines, although",
+    ),
     Kind("lines.json.gz", gzip.compress(texts("a", "b")), ("a", "b"), note="it is JSON Lines, although"),
     Kind("damaged.jsonl", texts("a") + b'{"text": "b\n' + texts("c"), ("a", "c"), (":2: not JSON: ",)),
     Kind("cut.jsonl", texts("a", "b")[:-4], ("a",), (":2: not JSON: ",)),
@@ -242,7 +258,14 @@ TABLES = [
     Kind("text.arrow", b"not a table", (), (": it is damaged or cut off",)),
 ]
 
+JSON_ARRAY = "JSON array of objects; convert it: jq -c '.[]' FILE.json > FILE.jsonl"
+
 PASSED_OVER = [
+    Kind("list.json", b'[{"text": "a"}]', passed_over=JSON_ARRAY),
+    Kind("indented_list.JSON", codecs.BOM_UTF8 + b'\n[\n  {"text": "a"}\n]', passed_over=JSON_ARRAY),
+    Kind("list.json.gz", gzip.compress(b'[{"text": "a"}]'), passed_over=f"gzip data: {JSON_ARRAY}"),
+    Kind("rows.csv", b"text,n\na,1\n", passed_over="CSV table; convert it to JSON Lines or Parquet"),
+    Kind("utf16.tsv", "a\tb".encode("utf-16"), passed_over="TSV table; convert it to JSON Lines or Parquet"),
     Kind("empty.txt", b"", passed_over="empty"),
     Kind("empty.txt.gz", gzip.compress(b""), passed_over="empty"),
     Kind("data.bin", b"abc\0def", passed_over="binary"),

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kempnerforge.data.reading.items import MAX_DOCUMENT_BYTES
 from kempnerforge.data.reading.streams import (
+    BLOCK_BYTES,
     UTF16_MARKS,
     UTF32_MARKS,
     Compression,
     DamagedStreamError,
     decompressed,
     open_file,
+    open_stream,
     storage_errors,
 )
 
@@ -75,6 +78,11 @@ COMPRESSION_OF_NAME: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 FORMAT_NAMES = {"text": "text", "jsonl": "JSON Lines", "parquet": "a Parquet file", "arrow": "an Arrow file"}
 COMPRESSION_NAMES = {"gzip": "gzip data", "zstd": "zstd data"}
 
+TABLES_OF_TEXT = {".csv": "CSV table", ".tsv": "TSV table"}
+JSON_ARRAY = "JSON array of objects; convert it: jq -c '.[]' FILE.json > FILE.jsonl"
+JSON_ARRAY_BEGINNING = re.compile(rb"\s*\[\s*\{")
+LARGE_JSON_NOTE = "it is JSON that is read as text, with its syntax: records are read from JSON Lines"
+
 HF_CARD = re.compile(rb"---\r?\n(?:(?!---).*\n)*?(?:dataset_info|configs|task_categories|size_categories):")
 
 
@@ -85,7 +93,7 @@ class Head:
     format: Format
     compression: Compression | None = None
     note: str = ""
-    """What the content is, where the name says something else."""
+    """What the content is, where the name says something else, or records may be meant."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,9 @@ def inspect_head(path: Path) -> Head | NotText:
 
     The first bytes decide on tables and compression, and the name on JSON Lines. A file that is
     named for a table but has other first bytes keeps the format of its name, so that reading it
-    fails with the cause.
+    fails with the cause. JSON Lines that are named ``.json`` are recognized, where the first line may
+    be longer than 64 KiB. Other records that would be read as text are not read: arrays of JSON objects,
+    and tables of text.
 
     Raises :class:`DataError` if the file cannot be read, or zstandard is needed and not installed.
     """
@@ -113,7 +123,7 @@ def inspect_head(path: Path) -> Head | NotText:
     named_format, named_compression = _named(path)
     wrapping = f"{COMPRESSION_NAMES[compression]}: " if compression else ""
     # Damage that begins before the first byte is reported by the reader.
-    found = _judge(path, content or b"", named_format)
+    found = _judge(path, content or b"", named_format, compression)
     if isinstance(found, NotText):
         return NotText(f"{wrapping}{found.reason}")
     if compression and content and found in ("parquet", "arrow"):
@@ -125,6 +135,8 @@ def inspect_head(path: Path) -> Head | NotText:
     if found != named_format:
         notes.append(f"it is {FORMAT_NAMES[found]}")
     note = f"{', and '.join(notes)}, although its name does not say so" if notes else ""
+    if found == "text" and plain_suffix(path.name) == ".json" and len(content or b"") >= HEAD_BYTES:
+        note = note or LARGE_JSON_NOTE
     return Head(found, compression, note)
 
 
@@ -147,14 +159,17 @@ def _decompressed_head(file: io.BufferedReader, compression: Compression) -> byt
 
 
 def _named(path: Path) -> tuple[Format, Compression | None]:
-    name = path.name.lower()
-    compression = COMPRESSION_OF_NAME.get(Path(name).suffix)
-    if compression is not None:
-        name = name.rpartition(".")[0]
-    return FORMAT_OF_NAME.get(Path(name).suffix, "text"), compression
+    compression = COMPRESSION_OF_NAME.get(path.suffix.lower())
+    return FORMAT_OF_NAME.get(plain_suffix(path.name), "text"), compression
 
 
-def _judge(path: Path, content: bytes, named: Format) -> Format | NotText:
+def plain_suffix(name: str) -> str:
+    """Return the suffix of a file's name in lower case, without that of a compression."""
+    path = Path(name.lower())
+    return Path(path.stem).suffix if path.suffix in COMPRESSION_OF_NAME else path.suffix
+
+
+def _judge(path: Path, content: bytes, named: Format, compression: Compression | None) -> Format | NotText:
     if reason := _known_kind(path, content):
         return NotText(reason)
     if content.startswith(PARQUET_MARK):
@@ -165,14 +180,16 @@ def _judge(path: Path, content: bytes, named: Format) -> Format | NotText:
         return named
     if content.startswith(UTF32_MARKS):
         return NotText("UTF-32 text; convert it to UTF-8")
+    if kind := TABLES_OF_TEXT.get(plain_suffix(path.name)):
+        return NotText(f"{kind}; convert it to JSON Lines or Parquet")
     if content[:2] in UTF16_MARKS:
         return named
     if b"\0" in content[:BINARY_PROBE_BYTES]:
         return NotText("binary")
     if path.name == "README.md" and HF_CARD.match(content):
         return NotText("card of a Hugging Face dataset")
-    if named == "text" and ".json" in path.suffixes[-2:] and _is_json_lines(content):
-        return "jsonl"
+    if plain_suffix(path.name) == ".json":
+        return _judge_json(path, content.removeprefix(codecs.BOM_UTF8), compression)
     return named
 
 
@@ -187,12 +204,34 @@ def _known_kind(path: Path, content: bytes) -> str | None:
     return None
 
 
-def _is_json_lines(content: bytes) -> bool:
-    """Return whether the first line is a whole JSON object and the next one begins another."""
-    first, _, rest = content.removeprefix(codecs.BOM_UTF8).partition(b"\n")
-    if not rest.startswith(b"{"):
-        return False
+def _judge_json(path: Path, content: bytes, compression: Compression | None) -> Format | NotText:
+    if JSON_ARRAY_BEGINNING.match(content):
+        return NotText(JSON_ARRAY)
+    first, _, rest = content.partition(b"\n")
+    if not rest.strip():
+        is_lines = content.startswith(b"{") and _begins_with_object_lines(path, compression)
+        return "jsonl" if is_lines else "text"
     try:
-        return isinstance(json.loads(first), dict)
+        is_lines = rest.lstrip().startswith(b"{") and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
-        return False
+        is_lines = False
+    return "jsonl" if is_lines else "text"
+
+
+def _begins_with_object_lines(path: Path, compression: Compression | None) -> bool:
+    """Return whether the first line ends as a JSON object does and the next one begins as one.
+
+    Reads the first line, which is not kept. Longer ones than a reader takes are not looked at.
+    """
+    try:
+        stream, _ = open_stream(path, compression)
+        with stream:
+            last, left = b"", MAX_DOCUMENT_BYTES
+            while left > 0 and (part := stream.readline(BLOCK_BYTES)):
+                left -= len(part)
+                last = part.strip() or last
+                if part.endswith(b"\n"):
+                    return last.endswith(b"}") and stream.read(1) == b"{"
+    except DamagedStreamError:
+        pass  # the reader of the file reports it
+    return False
