@@ -280,7 +280,7 @@ class _Preparation:
             notices = part.notices | notices
         where = location_texts(location for location, _ in (*first, *notices.values()))
         notes = [f"{file.path}: {file.note}" for file in self.source.found.files if file.note]
-        warnings = notes[:NAMED_LEFT_OUT]
+        warnings = [*self.source.found.notes[:NAMED_LEFT_OUT], *notes[:NAMED_LEFT_OUT]]
         warnings += [
             f"{path} contains the text {separator}: if it separates documents, set "
             f"data.document_separator (--document-separator)"

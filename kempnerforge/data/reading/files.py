@@ -15,8 +15,9 @@ from pathlib import Path
 import xxhash
 
 from kempnerforge.data.reading.heads import Format, NotText, inspect_head
-from kempnerforge.data.reading.names import PYTHON_STDLIB, LeftOut, list_entry
+from kempnerforge.data.reading.names import PYTHON_STDLIB, LeftOut, is_folder, list_entry
 from kempnerforge.data.reading.pieces import first_invalid_byte
+from kempnerforge.data.reading.splits import split_notes
 from kempnerforge.data.reading.streams import BLOCK_BYTES, Compression, open_file, storage_errors
 from kempnerforge.errors import DataError
 
@@ -34,7 +35,7 @@ class TextFile:
     size_bytes: int
     """Size on disk."""
     note: str = ""
-    """What the content is, where the name says something else."""
+    """What the content is, where the name says something else, or records may be meant."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class FoundFiles:
     entries: tuple[str, ...]
     files: tuple[TextFile, ...]
     passed_over: tuple[PassedOver, ...]
+    notes: tuple[str, ...] = ()
+    """What is read that may not be meant."""
 
     @property
     def size_bytes(self) -> int:
@@ -91,7 +94,9 @@ def find_files(text: str | Sequence[str]) -> FoundFiles:
     files: list[TextFile] = []
     passed_over: list[PassedOver] = []
     first_paths: dict[tuple[int, int | str], Path] = {}
+    notes: list[str] = []
     for entry in entries:
+        first_of_entry = len(files)
         for item in list_entry(entry):
             found = (
                 PassedOver(item.path, item.reason)
@@ -102,7 +107,9 @@ def find_files(text: str | Sequence[str]) -> FoundFiles:
                 files.append(found)
             elif found is not None:
                 passed_over.append(found)
-    return FoundFiles(entries, tuple(files), tuple(passed_over))
+        records = [file.path for file in files[first_of_entry:] if file.format != "text"]
+        notes += split_notes(records, of_folder=is_folder(entry))
+    return FoundFiles(entries, tuple(files), tuple(passed_over), tuple(notes))
 
 
 def files_of(entry: str) -> list[Path]:

@@ -1,7 +1,8 @@
 """What a folder of Hugging Face's ``datasets`` has beside the data to train on.
 
 Without these rules its metadata would be read as text, the results of ``map`` and ``filter`` would be
-read beside what they were made from, and test splits would be trained on.
+read beside what they were made from, old revisions would be read beside new ones, and test splits would be
+trained on.
 """
 
 from __future__ import annotations
@@ -12,24 +13,38 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from kempnerforge.data.reading.splits import held_out_by_name, is_held_out, is_train
+from kempnerforge.errors import DataError
+
 METADATA = frozenset({"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"})
 TRAIN = "train"
-HELD_OUT = frozenset({"dev", "eval", "evaluation", "test", "testing", "val", "valid", "validation"})
 CACHE_FILE = re.compile(r".*?-(\w+?)(?:-\d{5}-of-\d{5})?\.arrow")
-DOWNLOADED_FILE = re.compile(r"(\w+)-\d{5}-of-\d{5}(?:-\w+)?\.parquet")
+REPOSITORY = "datasets--"
+"""How the folders of the Hub's cache begin."""
 
 
 def left_out(folder: Path, names: Collection[str]) -> dict[str, str]:
     """Return which of ``names`` in ``folder`` are not read, and why. Empty for other folders.
 
-    Of a dataset with several splits, only the train split is read. In the folder of a repository of
-    the Hub, only ``snapshots`` is read. Of what ``save_to_disk`` wrote, only the files that
-    ``state.json`` lists are read.
+    Of a dataset with several splits, those that are held out are not read. In the folder of a
+    repository of the Hub, only ``snapshots`` is read, and there only one revision. Of what
+    ``save_to_disk`` wrote, only the files that ``state.json`` lists are read.
+
+    Raises :class:`DataError` if it is not known which revision to read.
     """
-    if folder.name.startswith("datasets--") and "snapshots" in names:
+    if folder.name.startswith(REPOSITORY) and "snapshots" in names:
         reason = "storage of the Hub; its files are in snapshots"
         return {name: reason for name in names if name != "snapshots"}
-    reasons = dict(_other_splits(folder, names))
+    if folder.name == "snapshots" and folder.parent.name.startswith(REPOSITORY):
+        return _other_revisions(folder, names)
+    reasons = {
+        name: f"the {split} split beside a train split; name it to read it"
+        for name, split in held_out_by_name(folder, names)
+    }
+    reasons |= {
+        name: f"the {split} split of a Hugging Face dataset; name it to read it"
+        for name, split in _other_splits(folder, names)
+    }
     state = _json_object(folder / "state.json") if "state.json" in names else {}
     data_files = state.get("_data_files")
     if data_files is None and METADATA.isdisjoint(set(names) - {"state.json"}):
@@ -45,20 +60,46 @@ def left_out(folder: Path, names: Collection[str]) -> dict[str, str]:
 
 
 def _other_splits(folder: Path, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield the files or folders of other splits than train, if there is a train split."""
+    """Yield the files or folders that are not to be trained on by the metadata, and their splits."""
     if "dataset_dict.json" in names:
-        splits = set(_json_object(folder / "dataset_dict.json").get("splits") or ())
+        splits = _splits_in(folder / "dataset_dict.json")
         split_of = {name: name for name in names}
     elif "dataset_info.json" in names:
-        splits = set(_json_object(folder / "dataset_info.json").get("splits") or ())
+        splits = _splits_in(folder / "dataset_info.json")
         split_of = {name: match[1] for name in names if (match := CACHE_FILE.fullmatch(name))}
     else:
-        split_of = {name: match[1] for name in names if (match := DOWNLOADED_FILE.fullmatch(name))}
-        splits = {split for split in split_of.values() if split == TRAIN or split in HELD_OUT}
+        return
     if TRAIN in splits:
-        for name, split in split_of.items():
-            if split in splits and split != TRAIN:
-                yield name, f"the {split} split of a Hugging Face dataset; name it to read it"
+        left_out = splits - {TRAIN}
+    elif any(is_train(split) for split in splits):
+        left_out = {split for split in splits if is_held_out(split)}
+    else:
+        return
+    yield from ((name, split) for name, split in split_of.items() if split in left_out)
+
+
+def _other_revisions(folder: Path, names: Collection[str]) -> dict[str, str]:
+    """Return the revisions in ``snapshots`` other than that of ``refs/main``."""
+    revisions = sorted(name for name in names if (folder / name).is_dir())
+    if len(revisions) < 2:
+        return {}
+    try:
+        main = (folder.parent / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        main = ""
+    if main not in revisions:
+        newest = max(revisions, key=lambda name: (folder / name).stat().st_mtime_ns)
+        raise DataError(
+            f"{folder} has several revisions, and refs/main names none of them: {', '.join(revisions)}. "
+            f"Name the one to read, such as the newest: {folder / newest}"
+        )
+    reason = f"another revision than {main}, which refs/main names; name it to read it"
+    return {name: reason for name in revisions if name != main}
+
+
+def _splits_in(path: Path) -> set[str]:
+    splits = _json_object(path).get("splits")
+    return {split for split in splits if isinstance(split, str)} if isinstance(splits, list | dict) else set()
 
 
 def _json_object(path: Path) -> dict[str, Any]:

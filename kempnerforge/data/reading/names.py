@@ -60,6 +60,11 @@ def list_entry(entry: str) -> Sequence[Path | LeftOut]:
     return found
 
 
+def is_folder(entry: str) -> bool:
+    """Return whether ``entry`` is the name of a folder."""
+    return entry != PYTHON_STDLIB and os.path.isdir(_expand(entry))
+
+
 def _expand(entry: str) -> str:
     if os.path.lexists(entry):
         return entry
