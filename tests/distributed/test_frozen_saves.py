@@ -191,7 +191,9 @@ def other_memory(model: Adapted) -> None:
     model.base.bias.data = model.base.bias.data + 1
 
 
-@pytest.mark.parametrize("change", [through_data, in_place, other_memory])
+@pytest.mark.parametrize(
+    "change", [pytest.param(through_data, marks=pytest.mark.smoke), in_place, other_memory]
+)
 def test_save_changed_frozen_weight_is_written(tmp_path: Path, change: Callable[[Adapted], None]) -> None:
     loop = Loop(tmp_path)
     biases = []
@@ -278,6 +280,30 @@ def test_save_link_refused_is_written_again(
         assert any(os.strerror(number) in text for text in report.warnings) == is_told
         assert verify(loop.path()).problems == ()
     assert len({shards(loop.path(step))[1].st_ino for step in (2, 3, 4)}) == 3
+    loop.close()
+
+
+def test_save_link_refused_and_changed_meanwhile_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on during a save: values of a later step must not be in this one."""
+    loop = Loop(tmp_path / "run")
+    refuse_links(tmp_path / "patch", monkeypatch, errno.EMLINK)
+    loop.step()
+    link_failed = frozen.FrozenSave.link_failed
+
+    def change_too(save: frozen.FrozenSave, *why: Any) -> None:
+        link_failed(save, *why)
+        in_place(loop.model)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(frozen.FrozenSave, "link_failed", change_too)
+        with pytest.raises(SaveFailedError, match="require no gradient and changed during the save"):
+            loop.step()
+    assert paths.committed_steps(loop.ckpt.folder) == [1]
+    loop.ckpt.poll()
+    loop.step()
+    assert torch.equal(stored(loop.path(), "model.base.bias"), loop.model.base.bias)
     loop.close()
 
 
