@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from support.patch_target import patch_target
-from support.run_files import tensor_digests
+from support.run_files import digest_of, each_step_alone, tensor_digests
 from support.runs import Launcher, Run, make_run
 
 from kempnerforge.checkpoint.tools.verify import verify
@@ -98,13 +99,37 @@ def test_run_frozen_is_alike_on_every_layout(
         assert verify(run.step_folder(step)).problems == ()
 
 
+ADAPTED: dict[str, Any] = SETTINGS | {
+    "model.dim": 256,
+    "model.n_heads": 8,
+    "model.n_kv_heads": 1,
+    "model.freeze": [r"layers\.0\.", "embeddings", "output", "norm", "feed_forward", "w[qko]"],
+    "train.global_batch_size": 4,
+    "train.seq_len": 16,
+    "train.max_steps": 14,
+    "checkpoint.keep_last_n": 3,
+}
+"""Three matrices of 256 x 32 are trained, 0.8% of the parameters."""
+ADAPTER = 3 * 256 * 32
+ADAPTER_BYTES = 3 * 4 * ADAPTER
+"""The trained weights and their two moments."""
+NOT_PERMUTED = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "layers.3.attention.wv.weight": "model.layers.3.self_attn.v_proj.weight",
+    "layers.3.feed_forward.w2.weight": "model.layers.3.mlp.down_proj.weight",
+}
+"""Weights whose rows have the same order in an export, and their names there."""
+
+
 @pytest.mark.smoke
 def test_run_frozen_killed_and_resumed_has_same_bits(
     launcher: Launcher, corpus: Path, tmp_path: Path
 ) -> None:
-    """Killed before a write, a link, a comparison with the step on disk, a commit and a deletion."""
-    settings = SETTINGS | {"train.max_steps": 14, "checkpoint.keep_last_n": 1}
-    whole, run = (make_run(tmp_path / name, corpus, **settings) for name in ("whole", "killed"))
+    """Killed before a write, a link, a comparison with the step on disk, a commit and a deletion.
+
+    99% of the parameters are frozen. Each step that remains is complete without the others.
+    """
+    whole, run = (make_run(tmp_path / name, corpus, **ADAPTED) for name in ("whole", "killed"))
     launcher.finish(whole, ranks=2)
     kills = [(WRITE, 2, 1), (LINK, 1, 1), (PUBLISH, 2, 0), (DIGEST, 1, 0), (LINK, 2, 0), (DELETE_TREE, 1, 0)]
     for target, call, rank in kills:
@@ -114,8 +139,19 @@ def test_run_frozen_killed_and_resumed_has_same_bits(
         assert run.sound() == run.committed()
     launcher.finish(run, ranks=2)
     assert run.counting() == whole.counting()
-    assert run.committed() == [14]
-    assert tensor_digests(run.step_folder(14)) == tensor_digests(whole.step_folder(14))
+    for (_, first), *later in map(checkpoint_rows, (whole, run)):
+        assert first > 99 * 4 * ADAPTER + ADAPTER_BYTES
+        assert all(ADAPTER_BYTES < written <= 1.2 * ADAPTER_BYTES for _, written in later)
+    assert run.committed() == [14, 12, 10]
+    for path in each_step_alone(run.checkpoints, tmp_path):
+        digests = tensor_digests(path)
+        assert digests == tensor_digests(whole.checkpoints / path.name)
+        for command in (["verify", str(path)], ["export", str(path), "--out", str(tmp_path / path.name)]):
+            ended = launcher.run(run, command=["ckpt", *command])
+            assert ended.statuses == [0], ended.output
+        exported = load_file(tmp_path / path.name / "model.safetensors")
+        for name, hf_name in NOT_PERMUTED.items():
+            assert digest_of(exported[hf_name]) == digests[f"model.{name}"]
 
 
 def own_run(base: Path, corpus: Path, name: str, **settings: Any) -> Run:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.mixtures import SOURCES, mixture_run, sources_of
+from support.mixtures import SOURCES, assert_trained_on_same, mixture_run, recorded, sources_of
 from support.patch_target import patch_target
 from support.runs import Ended, Launcher, Run
 
@@ -33,10 +33,11 @@ def rows_with(run: Run, key: str) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.smoke
-def test_mixture_killed_on_other_ranks_draws_the_same_samples(launcher: Launcher, tmp_path: Path) -> None:
+def test_mixture_killed_on_other_ranks_has_the_same_samples(launcher: Launcher, tmp_path: Path) -> None:
     """Three sources and two phases. The kills are in both, and one resume is where the second begins."""
     whole = mixture_run(tmp_path / "whole")
-    ended = launcher.finish(whole, ranks=2)
+    ended = recorded(launcher, whole, ranks=2)
+    assert ended.statuses == [0, 0], ended.output
     assert "mixture: books 30%, code 20%, web 50%; books 60%, web 40% from step 6 on" in ended.output
     assert "epochs of books" in ended.output
     reported = launcher.run(whole, str(whole.folder), command=["report"])
@@ -45,11 +46,11 @@ def test_mixture_killed_on_other_ranks_draws_the_same_samples(launcher: Launcher
     run = mixture_run(tmp_path / "killed")
     for ranks, call in ((1, 5), (4, 3), (2, 4)):
         kill = {"target": UPDATE, "call": call, "rank": 0}
-        ended = launcher.run(run, ranks=ranks, faults=[("kill_at_call", kill)])
+        ended = recorded(launcher, run, ranks=ranks, faults=[("kill_at_call", kill)])
         assert -9 in ended.statuses, ended.output
-    launcher.finish(run, ranks=4)
+    assert recorded(launcher, run, ranks=4).statuses == [0] * 4
     assert len(digests(whole)) == 12
-    assert digests(run) == digests(whole)
+    assert_trained_on_same(run, whole)
     resumes = [receipt for receipt in run.receipts() if receipt["source"] == "resume"]
     assert [receipt["next_batch"] for receipt in resumes] == ["proved"] * len(resumes) == ["proved"] * 3
 

@@ -1,4 +1,4 @@
-"""Rows in which several documents stand, and a step on them in any layout."""
+"""Rows in which several documents stand, a step on them in any layout, and a model that sees each alone."""
 
 from __future__ import annotations
 
@@ -113,3 +113,22 @@ def document_ids(lengths: Sequence[Sequence[int]]) -> Tensor:
     numbers = (torch.arange(len(row), dtype=torch.int32) for row in lengths)
     rows = [ids.repeat_interleave(torch.tensor(row)) for ids, row in zip(numbers, lengths, strict=True)]
     return torch.stack(rows)
+
+
+def alone(model: Llama, tokens_BT: Tensor, lengths: Sequence[Sequence[int]]) -> Tensor:
+    """Return the logits of a model that gets each document in a row of its own, [B, T, V]."""
+    rows = zip(tokens_BT, lengths, strict=True)
+    return torch.stack([torch.cat([model(doc[None])[0] for doc in row.split([*cut])]) for row, cut in rows])
+
+
+def gradients(model: Llama, logits: Tensor, targets_BT: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of the mean cross-entropy."""
+    model.zero_grad()
+    F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED).backward()
+    return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+
+
+def targets_of(tokens_BT: Tensor, ids_BT: Tensor) -> Tensor:
+    """Return the next token of each, and IGNORED at the end of each document."""
+    targets_BT = F.pad(tokens_BT[:, 1:], (0, 1), value=IGNORED)
+    return torch.where(F.pad(ids_BT[:, 1:], (0, 1), value=-1) == ids_BT, targets_BT, IGNORED)

@@ -26,6 +26,7 @@ from support.patch_target import patch_target, resolve
 
 RESUME = patch_target("kempnerforge.checkpoint.manager:CheckpointManager.resume")
 READ_SAMPLES = patch_target("kempnerforge.data.tokens:Samples.read")
+FORWARD_BACKWARD = patch_target("kempnerforge.train.step:LocalStep.forward_backward")
 READ_BATCH = patch_target("kempnerforge.data.loader:BatchShape.read")
 WRITE_SHARD = patch_target("kempnerforge.checkpoint.save.writer_client:Writer.write")
 COPY_TO_HOST = patch_target("kempnerforge.checkpoint.save.staging:BlockingCopy.__init__")
@@ -277,6 +278,24 @@ def record_samples(path: str) -> None:
         return replacement
 
     _wrap(READ_SAMPLES, make)
+
+
+def record_rows(path: str) -> None:
+    """Append digests of the rows that this rank trains on to ``path``: a line per step, [A, B]."""
+    import numpy as np
+    import xxhash
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def replacement(step: Any, batch: Any) -> Any:
+            rows_ABN = np.concatenate([batch.inputs_ABT, batch.targets_ABT], axis=-1)
+            digests = [[xxhash.xxh3_64_hexdigest(row.tobytes()) for row in rows_BN] for rows_BN in rows_ABN]
+            with open(f"{path}.rank_{os.environ['RANK']}.jsonl", "a") as file:
+                file.write(json.dumps(digests) + "\n")
+            return original(step, batch)
+
+        return replacement
+
+    _wrap(FORWARD_BACKWARD, make)
 
 
 def record_reads(path: str, *, name: str) -> None:

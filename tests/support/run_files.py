@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import subprocess
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,20 @@ def unsound(step_folder: Path) -> str | None:
         if len(data) != record["size_bytes"] or digests != record["xxh3_128"]:
             return f"{name} is not what the manifest says"
     return None
+
+
+def each_step_alone(checkpoints: Path, target: Path) -> Iterator[Path]:
+    """Yield each committed step, oldest first, in a copy of its own, without the other steps.
+
+    ``cp -a`` keeps the hard links between the steps, as they are where the older ones were pruned.
+    """
+    for step in reversed(paths.committed_steps(checkpoints)):
+        folder = target / str(step)
+        subprocess.run(["cp", "-a", str(checkpoints), str(folder)], check=True)
+        for other in paths.committed_steps(folder):
+            if other != step:
+                shutil.rmtree(folder / paths.step_name(other))
+        yield folder / paths.step_name(step)
 
 
 def tensor_digests(step_folder: Path) -> dict[str, str]:

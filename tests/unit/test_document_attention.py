@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.documents import document_ids
+from support.documents import alone, document_ids, gradients, targets_of
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from kempnerforge.config.schema import ModelConfig
-from kempnerforge.data.rows import IGNORED
 from kempnerforge.model import document_attention as attention
 from kempnerforge.model.init import init_weights_
 from kempnerforge.model.llama import Llama
@@ -42,24 +41,6 @@ def make(heads: int = 2, max_seq_len: int = 64) -> Llama:
 def tokens_like(lengths: Sequence[Sequence[int]]) -> Tensor:
     shape = len(lengths), sum(lengths[0])
     return torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(5))
-
-
-def alone(model: Llama, tokens_BT: Tensor, lengths: Sequence[Sequence[int]]) -> Tensor:
-    """Return the logits of a model that gets each document in a row of its own, [B, T, V]."""
-    rows = zip(tokens_BT, lengths, strict=True)
-    return torch.stack([torch.cat([model(doc[None])[0] for doc in row.split([*cut])]) for row, cut in rows])
-
-
-def gradients(model: Llama, logits: Tensor, targets_BT: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED).backward()
-    return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
-
-
-def targets_of(tokens_BT: Tensor, ids_BT: Tensor) -> Tensor:
-    """Return the next token of each, and IGNORED at the end of each document."""
-    targets_BT = F.pad(tokens_BT[:, 1:], (0, 1), value=IGNORED)
-    return torch.where(F.pad(ids_BT[:, 1:], (0, 1), value=-1) == ids_BT, targets_BT, IGNORED)
 
 
 @settings(deadline=None, max_examples=12)
