@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -44,6 +44,7 @@ from kempnerforge.data.prepare import prepare
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.errors import KempnerForgeError
 
+sys.path[:0] = {first!r}
 owner, name = resolve({task_bytes!r})
 setattr(owner, name, 60_000)
 if {kill_at!r}:
@@ -74,6 +75,7 @@ def command(
     kill_at: str = "",
     kill_call: int = 1,
     action: str = "os.kill(os.getpid(), 9)",
+    first: Sequence[str] = (),
 ) -> list[str]:
     """A process that prepares ``texts``, with small tasks, and may be killed at a call of a function."""
     code = PREPARE.format(
@@ -84,6 +86,7 @@ def command(
         kill_at=kill_at,
         kill_call=kill_call,
         action=action,
+        first=[*first],
     )
     return [sys.executable, "-c", code, str(texts), str(out)]
 
@@ -128,12 +131,13 @@ def test_data_prepare_any_number_of_workers_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("has_plugin", [False, True])
 def test_data_prepare_modules_of_the_user_not_imported(
-    texts: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+    texts: Path, uninterrupted: dict[str, bytes], tmp_path: Path, has_plugin: bool
 ) -> None:
-    """The parent does not have the working directory in its path, as the command does not."""
+    """The command does not have the working directory in its path, and a rank with a plug-in has it."""
     (tmp_path / "json.py").write_text("raise SystemExit('a file of the user is imported')")
-    program, *arguments = command(texts, tmp_path / "out")
+    program, *arguments = command(texts, tmp_path / "out", first=[str(tmp_path)] if has_plugin else [])
     subprocess.run([program, "-P", *arguments], check=True, timeout=120, cwd=tmp_path)
     assert content(tmp_path / "out") == uninterrupted
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from support.runs import Ended, Launcher, Run, make_run
 
 pytest_plugins = ["support.run_fixtures"]
 
+WAIT_S = 200.0
 UPDATE = patch_target("kempnerforge.train.step:LocalStep.update")
 SOURCE = """
 from pathlib import Path
@@ -72,6 +75,17 @@ def test_own_dataset_workers_change_no_bits(launcher: Launcher, corpus: Path, tm
     assert set(launcher.run(run, ranks=2, faults=[kill]).statuses) == {-9}
     launcher.finish(run, "--data.num_workers=1", ranks=2)
     assert run.counting() == whole.counting()
+
+
+def test_train_files_named_like_modules_not_imported(corpus: Path, tmp_path: Path) -> None:
+    """The rank, its workers and the process that writes import Python's own ``random``, not the user's."""
+    run = walks_run(tmp_path, corpus, **{"data.num_workers": 1, "train.max_steps": 4})
+    for name in ("random", "profile", "socket"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user is imported')")
+    command = [sys.executable, "-P", "-m", "kempnerforge", "train", str(run.config)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=WAIT_S)
+    assert done.returncode == 0, done.stderr
+    assert run.sound() == [4]
 
 
 def whole_output(run: Run) -> str:

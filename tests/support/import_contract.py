@@ -14,8 +14,8 @@ PACKAGE = "kempnerforge"
 
 LAYERS = (
     (
-        *("errors", "fsio", "hostlist", "printable", "process_identity", "rank_variables"),
-        *("torch_compat", "write_behind"),
+        *("errors", "fsio", "hostlist", "printable", "process_identity", "python_process"),
+        *("rank_variables", "torch_compat", "write_behind"),
     ),
     ("plugins",),
     ("config", "log_setup"),
@@ -54,7 +54,7 @@ ROOMS = {
 # These import torch nowhere, not even inside a function.
 NO_TORCH = (
     *("errors", "fsio", "hostlist", "log_setup", "plugins", "printable", "process_identity"),
-    *("rank_variables", "write_behind"),
+    *("python_process", "rank_variables", "write_behind"),
     *("config", "goodput", "slurm", "plan", "launch", "model.hf", "train.preflight"),
     *(
         "checkpoint.format",
