@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from support.patch_target import patch_target
 from support.polling import wait_until
 from support.runs import Launcher, make_run
 from support.tmpfs import mounted_tmpfs
-from support.tokenizers import make_tokenizer
+from support.tokenizers import make_closed_tokenizer, make_tokenizer
 
 from kempnerforge.data.prepare import ABANDONED_AFTER_S
 from kempnerforge.data.tokens import open_dataset
@@ -207,6 +208,16 @@ def test_data_prepare_worker_killed_is_named(texts: Path, tmp_path: Path) -> Non
     said = parent.communicate(timeout=60)[1]
     assert "a process that tokenizes ended with signal 9" in said
     assert "Run the same command to go on" in said
+
+
+def test_data_prepare_text_without_token_is_refused(texts: Path, tmp_path: Path) -> None:
+    """Not by a traceback of a worker, with the advice to run the same command again."""
+    make_closed_tokenizer(tmp_path / "closed/tokenizer.json", ["word1"])
+    done = subprocess.run(
+        command(texts, tmp_path / "out", tokenizer=str(tmp_path / "closed")), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(r".*: tokenizer closed/tokenizer\.json cannot encode the text: .*\n", done.stderr)
 
 
 def test_data_prepare_file_changed_meanwhile_refused(texts: Path, tmp_path: Path) -> None:
