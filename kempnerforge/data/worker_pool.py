@@ -30,6 +30,7 @@ import torch
 
 from kempnerforge.data import worker_guard
 from kempnerforge.errors import KempnerForgeError, PluginError
+from kempnerforge.forked_children import leave_signals_to_parent
 from kempnerforge.python_process import command, start_with_socket
 from kempnerforge.rank_variables import FORWARDED, die_with_parent
 
@@ -173,6 +174,10 @@ def main() -> None:
     """Read batches until the rank closes the socket."""
     for number in FORWARDED:
         signal.signal(number, signal.SIG_IGN)
+    # A handler instead, because programs that the dataset starts would ignore it too, and not be ended by it.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+    signal.siginterrupt(signal.SIGTERM, False)
+    leave_signals_to_parent(FORWARDED)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     die_with_parent(int(sys.argv[2]))
     connection = socket.socket(fileno=int(sys.argv[1]))
