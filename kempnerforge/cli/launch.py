@@ -18,6 +18,7 @@ from kempnerforge.launch.node_link import Meeting, accept_nodes, join_head
 from kempnerforge.launch.rank_processes import NodeLayout, RankProcesses
 from kempnerforge.launch.supervisor import Follower, Head, Node, RunLimits, say
 from kempnerforge.printable import printable
+from kempnerforge.python_process import python_options
 from kempnerforge.slurm.step import LINK_SECRET, JobStep, this_step
 
 REQUEUE = "KEMPNERFORGE_REQUEUE"
@@ -63,7 +64,7 @@ def train(
         # Perhaps only this node cannot read the file.
         print(printable(f"node {layout.node_rank}: {error}", lines=True), file=sys.stderr)
         raise typer.Exit(error.exit_status) from None
-    program = [str(script)] if script is not None else ["-m", "kempnerforge.cli.train"]
+    program = [str(script)] if script is not None else [*python_options(), "-m", "kempnerforge.cli.train"]
     raise typer.Exit(_supervise([*program, "--config", file, *overrides], job, layout, step))
 
 

@@ -24,7 +24,7 @@ from kempnerforge.data.record_fields import (
     read_tools,
     strings_in,
 )
-from kempnerforge.data.tokenizer import BYTES, TOKENIZER, Tokenizer, token_dtype
+from kempnerforge.data.tokenizer import BYTES, TOKENIZER, Tokenizer, encoding_errors, token_dtype
 from kempnerforge.errors import DataError
 
 ANCHORS = ("\n", ":", ".", "0")
@@ -74,7 +74,11 @@ class RecordFormat(Protocol):
         ...
 
     def encode(self, record: Mapping[str, Any]) -> Conversation:
-        """Return the tokens of one record. Raises :class:`RecordError` if it is not of this format."""
+        """Return the tokens of one record.
+
+        Raises :class:`RecordError` if it is not of this format, and :class:`DataError` if the tokenizer
+        cannot encode it.
+        """
         ...
 
 
@@ -139,9 +143,10 @@ class PromptCompletion:
         if not self._begins_texts:
             return self._encode(text)
         for anchor in ANCHORS:
-            before, ids = self._encode(anchor), self._encode(anchor + text)
-            if ids[: len(before)] == before:
-                return ids[len(before) :]
+            ids = _ids_after(self._tokenizer, anchor, text)
+            if ids is not None:
+                return ids
+        self._encode(text)  # raises, if that is why
         raise RecordError(
             f"field {self._completion_field!r} cannot be tokenized as the continuation of a prompt",
             f"tokenizer {self._tokenizer.name} joins its beginning with whatever stands before it",
@@ -241,11 +246,13 @@ class _RenderedText:
         self._tokenizer.encode_special_tokens = False
         # Without it, no token is added, and no white space is cut from the characters of a token.
         self._tokenizer.post_processor = processors.Sequence([])
+        self._name = tokenizer.name
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return ids [num_tokens], and the characters of each, [start, end): int64 [num_tokens, 2]."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with encoding_errors(self._name):
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         return np.array(encoding.ids, dtype=self._dtype), spans
 
@@ -298,10 +305,17 @@ def _matches(pattern: re.Pattern[str] | None, texts: Iterable[str]) -> tuple[str
 
 def _begins_texts(tokenizer: Tokenizer) -> bool:
     """Return whether ``tokenizer`` begins texts in its own way, as with a space."""
-    alone = tokenizer.encode("a").tolist()
     for anchor in ANCHORS:
-        before = tokenizer.encode(anchor).tolist()
-        after = tokenizer.encode(anchor + "a").tolist()
-        if after[: len(before)] == before:
-            return after[len(before) :] != alone
+        ids = _ids_after(tokenizer, anchor, "a")
+        if ids is not None:
+            return ids != tokenizer.encode("a").tolist()
     return False
+
+
+def _ids_after(tokenizer: Tokenizer, anchor: str, text: str) -> list[int] | None:
+    """Return the ids of ``text`` as it follows ``anchor``. None if they cannot be told apart or encoded."""
+    try:
+        before, ids = tokenizer.encode(anchor).tolist(), tokenizer.encode(anchor + text).tolist()
+    except DataError:  # it may have no other words than those of a game's moves
+        return None
+    return ids[len(before) :] if ids[: len(before)] == before else None

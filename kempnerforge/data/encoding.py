@@ -15,6 +15,7 @@ from kempnerforge.data.reading.locations import Location
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.units import Unit
 from kempnerforge.data.tokenizer import BYTES, Tokenizer
+from kempnerforge.errors import DataError
 
 BATCH_BYTES = 1 << 20
 """Bytes of text per call of the tokenizer and thread. It needs about 25 times as much memory."""
@@ -101,6 +102,8 @@ class Encoder(Protocol):
         """Yield the documents of ``unit`` in order.
 
         After ``Unreadable``, the caller leaves out the pieces since the last end of a document.
+
+        Raises :class:`DataError`, with the file, if the tokenizer cannot encode them.
         """
         ...
 
@@ -136,7 +139,7 @@ class TextEncoder:
         size_bytes = 0
         for item in read_pieces(unit, self.options):
             if isinstance(item, Unreadable):
-                yield from self._encode(batch, begins)
+                yield from self._encode(unit, batch, begins)
                 batch, size_bytes, begins = [], 0, True
                 yield item
                 continue
@@ -146,22 +149,24 @@ class TextEncoder:
             batch.append(item)
             size_bytes += len(item.content)
             if size_bytes >= BATCH_BYTES * threads:
-                yield from self._encode(batch, begins)
+                yield from self._encode(unit, batch, begins)
                 begins = batch[-1].ends_document
                 batch, size_bytes = [], 0
-        yield from self._encode(batch, begins)
+        yield from self._encode(unit, batch, begins)
 
     def _may_have_separators(self, unit: Unit) -> bool:
         return unit.file.format == "text" and self.options.document_separator is None
 
-    def _encode(self, batch: list[Piece], begins: bool) -> Iterator[Encoded]:
+    def _encode(self, unit: Unit, batch: list[Piece], begins: bool) -> Iterator[Encoded]:
         """Encode ``batch``, whose first piece ``begins`` a document or continues one."""
+        try:
+            ids_of_pieces = self.tokenizer.encode_batch([piece.content for piece in batch])
+        except DataError as error:
+            raise DataError(f"{unit.file.path}: {error}") from error
         special = self.tokenizer.special
         bos = np.array([] if special.bos_id is None else [special.bos_id])
         separator = np.array([self.tokenizer.separator_id])
-        for piece, ids in zip(
-            batch, self.tokenizer.encode_batch([piece.content for piece in batch]), strict=True
-        ):
+        for piece, ids in zip(batch, ids_of_pieces, strict=True):
             around = [bos[: bos.size * begins], ids, separator[: int(piece.ends_document)]]
             ids = np.concatenate([part.astype(ids.dtype, copy=False) for part in around])
             yield Encoded(ids, piece.content, piece.ends_document)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,16 +17,8 @@ from pathlib import Path
 from kempnerforge.data.encoding import Encoder
 from kempnerforge.data.token_parts import PART_NAME, Task, write_part
 from kempnerforge.errors import DataError, KempnerForgeError
+from kempnerforge.python_process import start_with_socket
 from kempnerforge.rank_variables import FORWARDED, die_with_parent
-
-PROGRAM = """
-import sys
-sys.path[:] = sys.argv[3:]
-from kempnerforge.data.prepare_workers import main
-main(int(sys.argv[1]), int(sys.argv[2]))
-"""
-"""What a worker runs, with FD, PARENT and the parent's path. With ``-m``, the working directory would be
-the first of the path, where a ``json.py`` of the user's stands for Python's own."""
 
 MAX_THREADS = 4
 """Threads of a worker's tokenizer, if there are fewer tasks than processors. They need memory."""
@@ -122,23 +112,17 @@ class _Worker:
 
     def __init__(self, encoder: Encoder, parts: Path, *, threads: int) -> None:
         self.task: Task | None = None
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno()), str(os.getpid()), *sys.path]
-            environment = {
-                **os.environ,
-                "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
-                "RAYON_NUM_THREADS": str(threads),
-            }
-            try:
-                self._process = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
-                )
-            except OSError as error:
-                ours.close()
-                raise KempnerForgeError(
-                    f"cannot start a process that tokenizes: {error.strerror}; give fewer --workers"
-                ) from error
+        environ = {
+            **os.environ,
+            "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
+            "RAYON_NUM_THREADS": str(threads),
+        }
+        try:
+            self._process, ours = start_with_socket(__name__, environ=environ)
+        except OSError as error:
+            raise KempnerForgeError(
+                f"cannot start a process that tokenizes: {error.strerror}; give fewer --workers"
+            ) from error
         self.connection = Connection(ours.detach())
         self._send((encoder, parts, threads))
 
@@ -178,12 +162,12 @@ class _Worker:
         self._process.wait()
 
 
-def main(fd: int, parent: int) -> None:
+def main() -> None:
     """Write the parts of the tasks that arrive, until the socket is closed."""
-    die_with_parent(parent)
+    die_with_parent(int(sys.argv[2]))
     for number in FORWARDED:  # they may be sent to all processes; the parent ends its workers
         signal.signal(number, signal.SIG_IGN)
-    connection = Connection(fd)
+    connection = Connection(int(sys.argv[1]))
     encoder, parts, threads = connection.recv()
     while True:
         try:

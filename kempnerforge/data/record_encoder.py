@@ -67,8 +67,8 @@ class RecordEncoder:
     def encode(self, unit: Unit, *, threads: int = 1) -> Iterator[Encoded | Unreadable | Notice]:
         """Yield the records of ``unit`` in order.
 
-        Raises :class:`DataError` for a record that is not of the format, with its file and line, unless
-        ``options.skip_unreadable``.
+        Raises :class:`DataError`, with file and line, for a record that the tokenizer cannot encode, and
+        unless ``options.skip_unreadable`` for one that is not of the format.
         """
         seen: set[str] = set()
         for record in read_records(unit, self.options):
@@ -80,6 +80,8 @@ class RecordEncoder:
             except RecordError as error:
                 yield self._unreadable(record, error)
                 continue
+            except DataError as error:  # of the tokenizer, not of the record
+                raise DataError(f"{record.where}: {error}") from error
             for token in encoded.special:
                 if token not in seen:
                     seen.add(token)

@@ -5,9 +5,10 @@ This module does not import torch, and imports ``tokenizers`` only to load a ``t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -96,7 +97,10 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: bytes | str) -> np.ndarray:
-        """Return the ids of ``text`` without a separator, uint16 or uint32 [num_tokens]."""
+        """Return the ids of ``text`` without a separator, uint16 or uint32 [num_tokens].
+
+        Raises :class:`DataError` if it has no ids.
+        """
         ...
 
     @property
@@ -119,6 +123,18 @@ class Tokenizer(Protocol):
     def files(self) -> dict[str, bytes]:
         """Return the files from which other programs load this tokenizer, by name."""
         ...
+
+
+@contextlib.contextmanager
+def encoding_errors(tokenizer: str) -> Iterator[None]:
+    """Turn what the library raises while ``tokenizer`` encodes into :class:`DataError`."""
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exception, as for a character without a token
+        raise DataError(
+            f"tokenizer {tokenizer} cannot encode the text: {error}. Use one that can encode any text, such "
+            "as a byte-level one, or give its model an unknown token"
+        ) from error
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -227,12 +243,15 @@ class HfTokenizer:
     def encode(self, text: bytes | str) -> np.ndarray:
         """Return the ids of ``text``, uint16 or uint32 [num_tokens]. Invalid UTF-8 becomes U+FFFD."""
         string = text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
-        return np.asarray(self._tokenizer.encode(string, add_special_tokens=False).ids, dtype=self._dtype)
+        with encoding_errors(self.name):
+            encoding = self._tokenizer.encode(string, add_special_tokens=False)
+        return np.asarray(encoding.ids, dtype=self._dtype)
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """Return the ids of every text, uint16 or uint32 [num_tokens] each, tokenised in parallel."""
         strings = [text.decode("utf-8", errors="replace") for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+        with encoding_errors(self.name):
+            encodings = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=self._dtype) for encoding in encodings]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,12 +5,15 @@ samples a batch has is decided by the rank, so a resume does not depend on the w
 
 A worker is a new interpreter instead of a fork: the rank has threads, process groups and a CUDA
 context. It ignores the signals that stop a rank, ends when the rank closes its socket, and is
-killed by the kernel when the rank dies. Start it as
-``python -m kempnerforge.data.worker_pool SOCKET_FD RANK_PID``.
+killed by the kernel when the rank dies.
+
+A dataset may start processes itself. They belong to the session of their worker, and are killed with it
+by :mod:`kempnerforge.data.worker_guard`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -25,7 +28,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from kempnerforge.data import worker_guard
 from kempnerforge.errors import KempnerForgeError, PluginError
+from kempnerforge.forked_children import leave_signals_to_parent
+from kempnerforge.python_process import command, start_with_socket
 from kempnerforge.rank_variables import FORWARDED, die_with_parent
 
 _LENGTH = struct.Struct("<Q")
@@ -50,17 +56,33 @@ class WorkerPool:
         self._workers: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
         self._waiting: deque[int] = deque()
         self._requested = 0
+        self._guard: subprocess.Popen[bytes] | None = None
         # The path first: without it a class of the reader might not be found.
         setup = pickle.dumps((sys.path, pickle.dumps(reader)))
         try:
-            for _ in range(num_workers):
-                self._workers.append(_start())
-            for _, connection in self._workers:
-                _send(connection, setup)
+            self._start(num_workers)
+            for number in range(num_workers):
+                self._send(number, setup)
         except BaseException:
             self.kill()
             self.close()
             raise
+
+    def _start(self, num_workers: int) -> None:
+        try:
+            for _ in range(num_workers):
+                self._workers.append(start_with_socket(__name__, new_session=True))
+            sessions = [process.pid for process, _ in self._workers]
+            self._guard = subprocess.Popen(
+                command(worker_guard.__name__, os.getpid(), *sessions),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise KempnerForgeError(
+                f"cannot start a process that reads data.dataset: {error.strerror}; set a smaller "
+                "data.num_workers"
+            ) from error
 
     @property
     def is_full(self) -> bool:
@@ -76,8 +98,11 @@ class WorkerPool:
         number = self._requested % len(self._workers)
         self._requested += 1
         self._waiting.append(number)
+        self._send(number, pickle.dumps(ids))
+
+    def _send(self, number: int, data: bytes) -> None:
         try:
-            _send(self._workers[number][1], pickle.dumps(ids))
+            _send(self._workers[number][1], data)
         except OSError:
             raise self._ended(number) from None
 
@@ -96,9 +121,19 @@ class WorkerPool:
         return batch
 
     def kill(self) -> None:
-        """Kill the workers and wait for their end. A ``receive`` in another thread raises PluginError."""
-        for process, _ in self._workers:
+        """Kill the workers, with all processes that they started, and wait for the workers to end.
+
+        A ``receive`` in another thread raises PluginError.
+        """
+        for process, connection in self._workers:
             process.kill()
+            # A process that left the session may hold the other end open.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        if self._guard is not None:  # else there are no sessions that a dataset has seen
+            worker_guard.kill_sessions([process.pid for process, _ in self._workers])
+            self._guard.kill()
+            self._guard.wait()
         for process, _ in self._workers:
             process.wait()
 
@@ -112,16 +147,6 @@ class WorkerPool:
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         memory = "; is the node out of memory?" if status == -signal.SIGKILL else ""
         return PluginError(f'a worker of data.dataset "{self._name}" {how}{memory}')
-
-
-def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        command = [sys.executable, "-m", "kempnerforge.data.worker_pool", str(theirs.fileno())]
-        process = subprocess.Popen(
-            [*command, str(os.getpid())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-        )
-    return process, ours
 
 
 def _send(connection: socket.socket, data: bytes) -> None:
@@ -149,9 +174,16 @@ def main() -> None:
     """Read batches until the rank closes the socket."""
     for number in FORWARDED:
         signal.signal(number, signal.SIG_IGN)
+    # A handler instead, because programs that the dataset starts would ignore it too, and not be ended by it.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: None)
+    signal.siginterrupt(signal.SIGTERM, False)
+    leave_signals_to_parent(FORWARDED)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     die_with_parent(int(sys.argv[2]))
     connection = socket.socket(fileno=int(sys.argv[1]))
+    # A process that the dataset starts must not hold it open: the rank would miss the end of the worker.
+    connection.set_inheritable(False)
+    os.register_at_fork(after_in_child=connection.close)
     try:
         sys.path[:], pickled = pickle.loads(_receive(connection))
         reader: Reader | Exception
@@ -178,7 +210,3 @@ def _read(reader: Reader | Exception, ids: np.ndarray) -> bytes:
     except Exception as error:  # noqa: BLE001  raised in the rank
         text = "".join(traceback.format_exception(error))
         return pickle.dumps((None, RuntimeError(f"in a worker of data.dataset:\n{text}")))
-
-
-if __name__ == "__main__":
-    main()

@@ -249,15 +249,17 @@ def test_save_other_layout_writes_once_then_links(tmp_path: Path) -> None:
             assert second > 4 * WIDTH * WIDTH
 
 
-def refuse_links(folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, after: int = 0) -> None:
-    """Let ``os.link`` fail in processes that start from now on, after the first ``after`` calls."""
+def refuse_links(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, after: int = 0, until: int = 1000
+) -> None:
+    """Let ``os.link`` fail in processes that start from now on, from call ``after`` to call ``until``."""
     folder.mkdir()
     code = f"""
         import os
         real, calls = os.link, []
         def link(*paths, **options):
             calls.append(paths)
-            if len(calls) > {after}:
+            if {after} < len(calls) <= {until}:
                 raise OSError({number}, os.strerror({number}))
             return real(*paths, **options)
         os.link = link
@@ -292,8 +294,8 @@ def test_save_link_refused_and_changed_meanwhile_fails(
     loop.step()
     link_failed = frozen.FrozenSave.link_failed
 
-    def change_too(save: frozen.FrozenSave, *why: Any) -> None:
-        link_failed(save, *why)
+    def change_too(save: frozen.FrozenSave, *why: Any, **how: Any) -> None:
+        link_failed(save, *why, **how)
         in_place(loop.model)
 
     with monkeypatch.context() as patched:
@@ -305,6 +307,37 @@ def test_save_link_refused_and_changed_meanwhile_fails(
     loop.step()
     assert torch.equal(stored(loop.path(), "model.base.bias"), loop.model.base.bias)
     loop.close()
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM])
+def test_save_file_of_another_user_is_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The system may refuse to link it. The new file is this user's own, and is linked by later saves."""
+    loop = Loop(tmp_path / "run")
+    loop.step()
+    loop.close()
+    refuse_links(tmp_path / "patch", monkeypatch, number, until=1)
+    loop = Loop(tmp_path / "run")
+    assert os.strerror(number) in loop.step().warnings[0]
+    assert (loop.step().linked_bytes > 0) == (number == errno.EPERM)
+    loop.close()
+
+
+def test_save_without_fingerprints_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full device there may be no memory to compute them. Saves go on without links."""
+    loop = Loop(tmp_path)
+    assert [loop.step().linked_bytes > 0 for _ in range(2)] == [False, True]
+    monkeypatch.setattr(frozen, "fingerprints", failing_fingerprints)
+    for warnings in (("rank 0: frozen tensors are written by every save: OutOfMemoryError: full",), ()):
+        report = loop.step()
+        assert (report.error, report.linked_bytes, report.warnings) == ("", 0, warnings)
+        assert verify(loop.path()).problems == ()
+    loop.close()
+
+
+def failing_fingerprints(_: Any) -> list[str]:
+    raise torch.OutOfMemoryError("full")
 
 
 def test_save_source_gone_or_replaced_is_written_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,21 +16,51 @@ import torch
 
 from kempnerforge.data.loader import AnyBatch, BatchLoader, Cursor, FieldsBatch
 from kempnerforge.data.map_dataset import MapSamples, UserDataset
-from kempnerforge.errors import PluginError
+from kempnerforge.errors import KempnerForgeError, PluginError
 from kempnerforge.rank_variables import FORWARDED
 
 SOURCE = """
+import multiprocessing
 import os
 import time
+from multiprocessing.shared_memory import SharedMemory
 
 import numpy as np
 
+def sleep(_):
+    open(f"child.{os.getpid()}", "w").close()
+    time.sleep(1000)
+
+def leave():
+    sockets = [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+    sockets = [int(fd) for fd in sockets if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")]
+    copies = [os.dup(fd) for fd in sockets]
+    if os.fork() == 0:
+        os.setsid()
+        sleep(0)
+    for fd in copies:
+        os.close(fd)
+
 class Numbers:
-    def __init__(self, count, bad=None, slow=None, dies=None, kind="tokens"):
+    def __init__(self, count, bad=None, slow=None, dies=None, kind="tokens", children="none"):
         self.count, self.bad, self.slow, self.dies, self.kind = count, bad, slow, dies, kind
+        self.children = children
     def __len__(self):
         return self.count
+    def start_children(self):
+        if self.children == "shared memory":
+            self.memory = SharedMemory(create=True, size=8)
+            open(f"memory.{self.memory.name}", "w").close()
+        elif self.children == "outside":
+            leave()
+        elif self.children != "none":
+            self.pool = multiprocessing.get_context(self.children).Pool(2)
+            self.result = self.pool.map_async(sleep, range(2), chunksize=1)
+            while len([name for name in os.listdir() if name.startswith("child.")]) < 2:
+                time.sleep(0.02)
+        self.children = "none"
     def __getitem__(self, i):
+        self.start_children()
         if i == self.bad:
             raise ValueError("no such number")
         if self.dies is not None and os.path.exists(self.dies):
@@ -84,6 +115,11 @@ def await_files(pattern: str, count: int) -> list[int]:
     while len(found := list(Path().glob(pattern))) < count:
         time.sleep(0.02)
     return [int(path.suffix[1:]) for path in found]
+
+
+def await_end(pids: list[int]) -> None:
+    while any(map(is_alive, pids)):
+        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:
@@ -144,18 +180,68 @@ def test_workers_close_kills_slow_ones(prefetch: int) -> None:
     assert not any(map(is_alive, pids))
 
 
-def test_workers_end_with_a_killed_rank(here: Path) -> None:
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_close_kills_their_children(method: str) -> None:
+    loader = make_loader(1, children=method, slow="slow")
+    [worker] = await_files("slow.*", 1)
+    children = await_files("child.*", 2)
+    loader.close()
+    assert not is_alive(worker)
+    await_end(children)
+
+
+def test_workers_close_ends_beside_an_escaped_child() -> None:
+    """It is in another session, and holds the socket of its worker open."""
+    loader = make_loader(1, children="outside", slow="slow")
+    await_files("slow.*", 1)
+    [child] = await_files("child.*", 1)
+    loader.close()
+    assert is_alive(child)
+    os.kill(child, signal.SIGKILL)
+
+
+def test_workers_close_removes_shared_memory() -> None:
+    loader = make_loader(1, children="shared memory", slow="slow")
+    await_files("slow.*", 1)
+    [memory] = [Path("/dev/shm", path.suffix[1:]) for path in Path().glob("memory.*")]
+    assert memory.exists()
+    loader.close()
+    while memory.exists():
+        time.sleep(0.02)
+
+
+def test_workers_killed_worker_with_child_is_named() -> None:
+    """The child outlives the worker, but does not hold its socket open."""
+    with make_loader(1, children="fork", dies="pool_numbers.py") as loader:
+        with pytest.raises(PluginError, match="was killed by SIGKILL; is the node out of memory"):
+            next(loader)
+        children = await_files("child.*", 2)
+    await_end(children)
+
+
+def test_workers_no_process_free_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    with pytest.raises(KempnerForgeError, match="cannot start a process that reads data"):
+        make_loader(1)
+
+
+@pytest.mark.parametrize("children", ["none", "fork"])
+def test_workers_end_with_a_killed_rank(here: Path, children: str) -> None:
     code = (
         "import sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "from distributed.test_worker_pool import make_loader\n"
-        'next(make_loader(2, slow="slow"))\n'
+        f'next(make_loader(2, slow="slow", children={children!r}))\n'
     )
     rank = subprocess.Popen([sys.executable, "-c", code], cwd=here)
     try:
         pids = await_files("slow.*", 2)
+        if children != "none":
+            pids += await_files("child.*", 4)
     finally:
         rank.send_signal(signal.SIGKILL)
         rank.wait()
-    while any(map(is_alive, pids)):
-        time.sleep(0.02)
+    await_end(pids)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -18,7 +19,7 @@ from support.patch_target import patch_target
 from support.polling import wait_until
 from support.runs import Launcher, make_run
 from support.tmpfs import mounted_tmpfs
-from support.tokenizers import make_tokenizer
+from support.tokenizers import make_closed_tokenizer, make_tokenizer
 
 from kempnerforge.data.prepare import ABANDONED_AFTER_S
 from kempnerforge.data.tokens import open_dataset
@@ -44,6 +45,7 @@ from kempnerforge.data.prepare import prepare
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.errors import KempnerForgeError
 
+sys.path[:0] = {first!r}
 owner, name = resolve({task_bytes!r})
 setattr(owner, name, 60_000)
 if {kill_at!r}:
@@ -74,6 +76,7 @@ def command(
     kill_at: str = "",
     kill_call: int = 1,
     action: str = "os.kill(os.getpid(), 9)",
+    first: Sequence[str] = (),
 ) -> list[str]:
     """A process that prepares ``texts``, with small tasks, and may be killed at a call of a function."""
     code = PREPARE.format(
@@ -84,6 +87,7 @@ def command(
         kill_at=kill_at,
         kill_call=kill_call,
         action=action,
+        first=[*first],
     )
     return [sys.executable, "-c", code, str(texts), str(out)]
 
@@ -128,12 +132,13 @@ def test_data_prepare_any_number_of_workers_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("has_plugin", [False, True])
 def test_data_prepare_modules_of_the_user_not_imported(
-    texts: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+    texts: Path, uninterrupted: dict[str, bytes], tmp_path: Path, has_plugin: bool
 ) -> None:
-    """The parent does not have the working directory in its path, as the command does not."""
+    """The command does not have the working directory in its path, and a rank with a plug-in has it."""
     (tmp_path / "json.py").write_text("raise SystemExit('a file of the user is imported')")
-    program, *arguments = command(texts, tmp_path / "out")
+    program, *arguments = command(texts, tmp_path / "out", first=[str(tmp_path)] if has_plugin else [])
     subprocess.run([program, "-P", *arguments], check=True, timeout=120, cwd=tmp_path)
     assert content(tmp_path / "out") == uninterrupted
 
@@ -203,6 +208,16 @@ def test_data_prepare_worker_killed_is_named(texts: Path, tmp_path: Path) -> Non
     said = parent.communicate(timeout=60)[1]
     assert "a process that tokenizes ended with signal 9" in said
     assert "Run the same command to go on" in said
+
+
+def test_data_prepare_text_without_token_is_refused(texts: Path, tmp_path: Path) -> None:
+    """Not by a traceback of a worker, with the advice to run the same command again."""
+    make_closed_tokenizer(tmp_path / "closed/tokenizer.json", ["word1"])
+    done = subprocess.run(
+        command(texts, tmp_path / "out", tokenizer=str(tmp_path / "closed")), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(r".*: tokenizer closed/tokenizer\.json cannot encode the text: .*\n", done.stderr)
 
 
 def test_data_prepare_file_changed_meanwhile_refused(texts: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,12 @@ from support.runs import Ended, Launcher, Run, make_run
 
 pytest_plugins = ["support.run_fixtures"]
 
+WAIT_S = 200.0
 UPDATE = patch_target("kempnerforge.train.step:LocalStep.update")
 SOURCE = """
+import multiprocessing
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +26,24 @@ import numpy as np
 class Walks:
     def __init__(self, count, step=1, bad=None, kind="tokens"):
         self.count, self.step, self.bad, self.kind = count, step, bad, kind
+        if kind == "pool":
+            self.pool = multiprocessing.Pool(1)
     def __len__(self):
         return self.count
     def __getitem__(self, i):
         if i == self.bad:
             raise ValueError("no such\\nwalk")
+        if self.kind == "ends children":
+            child = multiprocessing.Process(target=time.sleep, args=(1000,))
+            child.start()
+            child.terminate()
+            child.join()
+            program = subprocess.Popen(["sleep", "1000"])
+            program.terminate()
+            program.wait()
         start = np.random.default_rng(int(i)).integers(200)
         tokens = (start + self.step * np.arange(33)) % 256
-        return tokens if self.kind == "tokens" else {"tokens": tokens}
+        return {"tokens": tokens} if self.kind == "dict" else tokens
 """
 DATA = {"data.text": None, "data.dataset": "own_walks:Walks", "data.args.count": 40}
 
@@ -74,8 +90,31 @@ def test_own_dataset_workers_change_no_bits(launcher: Launcher, corpus: Path, tm
     assert run.counting() == whole.counting()
 
 
+def test_train_files_named_like_modules_not_imported(corpus: Path, tmp_path: Path) -> None:
+    """The rank, its workers and the process that writes import Python's own ``random``, not the user's."""
+    run = walks_run(tmp_path, corpus, **{"data.num_workers": 1, "train.max_steps": 4})
+    for name in ("random", "profile", "socket"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the user is imported')")
+    command = [sys.executable, "-P", "-m", "kempnerforge", "train", str(run.config)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=WAIT_S)
+    assert done.returncode == 0, done.stderr
+    assert run.sound() == [4]
+
+
 def whole_output(run: Run) -> str:
     return "".join(path.read_text() for path in sorted(run.base.glob("start_*.log")))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["pool", "ends children"])
+def test_own_dataset_with_children_finishes(
+    launcher: Launcher, corpus: Path, tmp_path: Path, kind: str, workers: int
+) -> None:
+    """A pool is never closed. The SIGTERM with which a dataset ends its children is no stop of the run."""
+    settings = {"data.args.kind": kind, "data.num_workers": workers, "train.max_steps": 4}
+    run = walks_run(tmp_path, corpus, **settings)
+    assert "SIGTERM" not in launcher.finish(run).output
+    assert run.sound() == [4]
 
 
 @pytest.mark.smoke
@@ -89,7 +128,7 @@ def test_own_dataset_that_raises_is_named_on_one_line(
         [line] = [line for line in ended.output.splitlines() if "sample 31" in line]
         assert 'data.dataset "own_walks:Walks": sample 31 raised ValueError: no such walk (' in line
         assert line.startswith("error")
-        assert "own_walks.py:13)" in line
+        assert "own_walks.py:18)" in line
     # It failed twice from one step, which is never suspected for it.
     assert run.sound()
     assert not [name for name in run.names() if name.startswith("suspect")]

@@ -14,8 +14,8 @@ PACKAGE = "kempnerforge"
 
 LAYERS = (
     (
-        *("errors", "fsio", "hostlist", "printable", "process_identity", "rank_variables"),
-        *("torch_compat", "write_behind"),
+        *("errors", "forked_children", "fsio", "hostlist", "printable", "process_identity"),
+        *("python_process", "rank_variables", "torch_compat", "write_behind"),
     ),
     ("plugins",),
     ("config", "log_setup"),
@@ -53,8 +53,8 @@ ROOMS = {
 
 # These import torch nowhere, not even inside a function.
 NO_TORCH = (
-    *("errors", "fsio", "hostlist", "log_setup", "plugins", "printable", "process_identity"),
-    *("rank_variables", "write_behind"),
+    *("errors", "forked_children", "fsio", "hostlist", "log_setup", "plugins", "printable"),
+    *("process_identity", "python_process", "rank_variables", "write_behind"),
     *("config", "goodput", "slurm", "plan", "launch", "model.hf", "train.preflight"),
     *(
         "checkpoint.format",

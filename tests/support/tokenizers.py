@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -29,3 +30,12 @@ def make_tokenizer(path: Path, *, eos: str = "</s>", vocab_size: int = 300) -> T
     path.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(path))
     return tokenizer
+
+
+def make_closed_tokenizer(path: Path, words: Sequence[str]) -> None:
+    """Save a tokenizer of ``words`` that has no token for any other."""
+    vocabulary = {word: number for number, word in enumerate([*words, "</s>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from support.tokenizers import TEXT, make_tokenizer
+from support.tokenizers import TEXT, make_closed_tokenizer, make_tokenizer
 
 from kempnerforge.data.tokenizer import ByteTokenizer, load_tokenizer, token_dtype
 from kempnerforge.errors import DataError
@@ -93,6 +93,15 @@ def test_tokenizer_unusable_file_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as JSON"):
         load_tokenizer(str(broken))
+
+
+def test_tokenizer_text_without_token_refused(tmp_path):
+    make_closed_tokenizer(tmp_path / "tokenizer.json", ["e4"])
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.encode("e4 e4").tolist() == [0, 0]
+    for encode in (lambda: tokenizer.encode("e5"), lambda: tokenizer.encode_batch([b"e4", b"e5"])):
+        with pytest.raises(DataError, match=r"/tokenizer\.json cannot encode the text: .* an unknown token"):
+            encode()
 
 
 def test_tokenizer_config_that_is_no_object_is_refused(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import chat
+from support.tokenizers import make_closed_tokenizer
 from typer.testing import CliRunner, Result
 
 from kempnerforge.cli.data import app
@@ -196,6 +197,29 @@ def test_bad_record_is_refused_with_its_line_or_left_out(base: Path, record: Any
     assert f"left out: 1 x {kind}\n" in result.stdout
     assert "chats.jsonl:4: " in result.stdout
     assert len(counted_texts("out", "train")) == len(CHATS)
+
+
+TEMPLATE = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %} {% endfor %}"
+MOVES = {"prompt": "e2 e4", "completion": "e5", "text": "e2 e4", "messages": chat.talk("e2 e4", "e5")}
+
+
+@pytest.mark.parametrize(("format_", "where"), [("text", ""), ("prompt_completion", ":2"), ("chat", ":2")])
+def test_text_without_token_refused_with_file_and_line(base: Path, format_: str, where: str) -> None:
+    """A record that is left out would be the error of a record. This is one of the tokenizer."""
+    make_closed_tokenizer(base / "closed/tokenizer.json", ["e2", "e4", "e5"])
+    (base / "closed/chat_template.jinja").write_text(TEMPLATE)
+    bad = {"prompt": "e2", "completion": "mate", "text": "mate", "messages": chat.talk("e2", "mate")}
+    options = ["--format", format_, "--tokenizer", "closed", "--val-fraction", "0", "--skip-unreadable"]
+    write("moves.jsonl", [MOVES, bad])
+    result = run("prepare", "moves.jsonl", "--out", "out", *options)
+    assert isinstance(result.exception, DataError)
+    assert f"moves.jsonl{where}: tokenizer closed/tokenizer.json cannot encode the text: Word" in str(
+        result.exception
+    )
+    write("moves.jsonl", [MOVES])
+    result = run("prepare", "moves.jsonl", "--out", "out", *options)
+    assert result.exit_code == 0, result.output
+    assert read_index(Path("out")).splits["train"].tokens == 3 + (format_ == "prompt_completion")
 
 
 @pytest.mark.parametrize(

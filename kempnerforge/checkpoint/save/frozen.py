@@ -32,6 +32,9 @@ from kempnerforge.errors import CheckpointError
 
 NEVER = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of ``link`` after which a rank does not try again. Others, such as too many links, may pass."""
+OF_OTHERS = (errno.EPERM, errno.EACCES)
+"""Of these, errors that may be due to the owner of the file. Linux does not link files of another user
+(fs.protected_hardlinks), which is who started an earlier attempt."""
 _CHUNK = 1 << 20
 """Words of which a fingerprint on a device is computed at once."""
 _FACTOR = 0x27D4EB2F165667C5
@@ -77,9 +80,12 @@ class FrozenSave:
         folder = self.step_folder
         return {folder / name: rec for name, rec in files.items() if rec.size_bytes == size_bytes}
 
-    def link_failed(self, name: str, number: int | None, why: str) -> None:
-        """Note why ``name`` is written although its tensors have not changed. ``number``: the errno."""
-        if number in NEVER:
+    def link_failed(self, name: str, number: int | None, why: str, *, is_own: bool) -> None:
+        """Note why ``name`` is written although its tensors have not changed.
+
+        ``number``: the errno. ``is_own``: whether this attempt has written or linked the file before.
+        """
+        if number in NEVER and (is_own or number not in OF_OTHERS):
             self.refused, self.may_link = why, False
             why += "; this attempt does not try again"
         self.warnings.append(f"{name} has only frozen tensors and was written again: {why}")
@@ -102,9 +108,12 @@ class FrozenFiles:
     def update(self, payload: Payload) -> frozenset[str]:
         """Return the names of the tensors of ``payload`` that are frozen and have not changed."""
         names = payload.frozen if self._names is None else self._names & payload.frozen
-        keys = [key for key in self._prints if key[0] in names]
-        now = fingerprints(piece_at(name, payload.tensors[name], offsets) for name, offsets in keys)
-        changed = sorted({key[0] for key, found in zip(keys, now, strict=True) if found != self._prints[key]})
+        changed: list[str] = []
+        if not self.refused:
+            try:
+                changed = self._changed(names, payload.tensors)
+            except Exception as error:  # noqa: BLE001 - such as a full device; the save can write
+                self._refuse(error)
         if changed:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             self._warnings.append(
@@ -113,6 +122,12 @@ class FrozenFiles:
             )
         self._names = names.difference(changed)
         return self._names
+
+    def _changed(self, names: frozenset[str], tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Return which of ``names`` have other bytes than at the last ``begin``, sorted."""
+        keys = [key for key in self._prints if key[0] in names]
+        now = fingerprints(piece_at(name, tensors[name], offsets) for name, offsets in keys)
+        return sorted({key[0] for key, found in zip(keys, now, strict=True) if found != self._prints[key]})
 
     def source_of(self, file: PlannedFile) -> FileSource | None:
         """Return the file of the last committed step to link as ``file``; None if it has to be staged."""
@@ -124,12 +139,12 @@ class FrozenFiles:
         frozen = [file for file in files if file.frozen]
         if files is not self._files:
             self._sources, self._files = {}, files
+        if not self.refused:
+            try:
+                self._remember(frozen, tensors)
+            except Exception as error:  # noqa: BLE001 - other ranks go on with the save, and this one can write
+                self._refuse(error)
         warnings, self._warnings = self._warnings, []
-        try:
-            self._remember(frozen, tensors)
-        except Exception as error:  # noqa: BLE001 - other ranks go on with the save, and this one can write
-            self.refused = f"{type(error).__name__}: {error}"
-            warnings.append(f"frozen tensors are written by every save: {self.refused}")
         found = [(file, self.source_of(file)) for file in frozen]
         return FrozenSave(
             links=[(file, source) for file, source in found if source is not None],
@@ -138,6 +153,11 @@ class FrozenFiles:
             may_link=not self.refused,
             warnings=warnings,
         )
+
+    def _refuse(self, error: Exception) -> None:
+        """Link nothing for the rest of the attempt, because fingerprints cannot be computed."""
+        self.refused = f"{type(error).__name__}: {error}"
+        self._warnings.append(f"frozen tensors are written by every save: {self.refused}")
 
     def _remember(self, files: Iterable[PlannedFile], tensors: Mapping[str, torch.Tensor]) -> None:
         keys = [(planned.item.name, planned.item.offsets) for file in files for planned in file.items]

@@ -355,7 +355,8 @@ class RankSave:
         path, size_bytes = self.job.temporary / name, record.size_bytes
         linked = self._retry(lambda: self.writer.link(source, path, size_bytes, identity, check=self._check))
         if linked.refused:
-            self.job.frozen.link_failed(name, linked.errno, linked.refused)
+            is_own = identity is not None
+            self.job.frozen.link_failed(name, linked.errno, linked.refused, is_own=is_own)
             return None
         self.job.frozen.linked_bytes += size_bytes
         return Written(record, 0.0, linked.identity)

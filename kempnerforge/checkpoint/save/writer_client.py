@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kempnerforge.checkpoint.format.checksums import FileRecord
+from kempnerforge.checkpoint.save import writer_process
 from kempnerforge.checkpoint.save.writer_process import (
     POLL_INTERVAL_S,
     PROGRESS_BYTES,
@@ -24,6 +24,7 @@ from kempnerforge.checkpoint.save.writer_process import (
     SharedProgress,
 )
 from kempnerforge.errors import SaveFailedError
+from kempnerforge.python_process import command
 
 log = logging.getLogger(__name__)
 
@@ -217,13 +218,7 @@ class Writer:
             ours, theirs = socket.socketpair()
             with theirs:
                 self._process = subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "kempnerforge.checkpoint.save.writer_process",
-                        str(theirs.fileno()),
-                        str(progress_fd),
-                    ],
+                    command(writer_process.__name__, theirs.fileno(), progress_fd),
                     pass_fds=[theirs.fileno(), progress_fd],
                     stdin=subprocess.DEVNULL,
                 )

@@ -16,8 +16,7 @@ link       links ``source`` as ``path``                ``{"identity"}`` or ``{"r
 =========  ==========================================  ============================================
 
 A failure is ``{"error"}``. ``keep`` tells whether the same buffer will come again. The process ends
-when the socket closes, so it never outlives its trainer. Start it as
-``python -m kempnerforge.checkpoint.save.writer_process SOCKET_FD PROGRESS_FD``.
+when the socket closes, so it never outlives its trainer. Its arguments are SOCKET_FD and PROGRESS_FD.
 """
 
 from __future__ import annotations
@@ -223,7 +222,3 @@ def main() -> None:
     os.nice(5)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         serve(connection, SharedProgress(int(sys.argv[2])))
-
-
-if __name__ == "__main__":
-    main()

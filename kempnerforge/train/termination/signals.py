@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TypeVar
 
 from kempnerforge.errors import StopRequestedError
+from kempnerforge.forked_children import leave_signals_to_parent
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ class StopSignals:
             if not (may_be_ignored and signal.getsignal(number) is signal.SIG_IGN):
                 signal.signal(number, self._handle)
         signal.signal(signal.SIGUSR2, self._request_save)
+        leave_signals_to_parent((*STOP_SIGNALS, signal.SIGUSR2))
 
     def interruptible(self, work: Callable[[], T]) -> T:
         """Run ``work``, which a stop signal may interrupt because nothing else depends on its effects.

@@ -27,6 +27,9 @@ from kempnerforge.train.termination.signals import ShutdownTimer, StopSignals
 
 _AGREED = 128
 """Added to the number of a signal that another rank received."""
+_CLOSE = 0
+"""Ends the thread. It is no signal. The end of the pipe would not do: a child that a dataset of the user's
+has forked holds it open."""
 _EXIT_TIMEOUT_S = 5.0
 """The longest that ending may take, including writing the stacks and the reason."""
 
@@ -58,8 +61,9 @@ class Shutdown:
 
     def close(self) -> None:
         """End the thread after an orderly stop. Main thread only."""
-        os.close(self._waker_fd)
+        os.write(self._waker_fd, bytes([_CLOSE]))
         self._thread.join()
+        os.close(self._waker_fd)
         os.close(self._wake_fd)
         signal.set_wakeup_fd(-1)
         self._stacks.disarm()
@@ -77,7 +81,7 @@ class Shutdown:
                 self._end(self._timer.timeout_reason)
             for source in ready:
                 data = os.read(source if isinstance(source, int) else source.fileno(), 64)
-                if not data:
+                if _CLOSE in data:
                     return
                 for number in data:
                     self._take(number)
