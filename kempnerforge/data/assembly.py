@@ -24,6 +24,7 @@ from kempnerforge.data.train_val_split import (
     DigestChoice,
     EvenChoice,
     cut_position,
+    max_lead_bytes,
     rules_for,
 )
 from kempnerforge.errors import DataError
@@ -141,8 +142,9 @@ class Assembly:
     def _even_choice(self, file: int) -> EvenChoice:
         """Return the choice of ``file``, which continues over the parts of the file."""
         if self._current[0] != file:
-            mean_bytes = self._file_bytes[file] / self._file_documents[file]
-            self._current = (file, EvenChoice(self._fraction, int(self._first_digests[file]), mean_bytes))
+            size_bytes, count = int(self._file_bytes[file]), int(self._file_documents[file])
+            lead_bytes = max_lead_bytes(size_bytes, count, self._fraction)
+            self._current = (file, EvenChoice(self._fraction, int(self._first_digests[file]), lead_bytes))
         return self._current[1]
 
     _current: tuple[int, Any] = (-1, None)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from support.tokenizers import make_tokenizer
 
 from kempnerforge.data import prepare as prepare_module
@@ -253,6 +257,35 @@ def test_prepare_share_of_bytes_within_a_tenth(tmp_path: Path, sizes: list[int])
     assert 0.009 <= held_out_share(index) <= 0.011
     val = documents_of(read_split(tmp_path / "out", "val"))
     assert sum(map(len, val)) == index.splits["val"].text_bytes
+
+
+@given(
+    small=st.tuples(st.integers(0, 500), st.integers(20, 1000)),
+    larger=st.lists(st.integers(1000, 50_000), max_size=5),
+    huge=st.lists(st.integers(50_000, 1_000_000), max_size=3),
+    fraction=st.sampled_from([0.003, 0.01, 0.05, 0.2]),
+    seed=st.integers(0, 10_000),
+)
+@example(small=(400, 500), larger=[], huge=[800_000], fraction=0.01, seed=1)
+@settings(deadline=None, max_examples=40)
+def test_prepare_share_with_huge_documents_within_a_tenth(
+    small: tuple[int, int], larger: list[int], huge: list[int], fraction: float, seed: int
+) -> None:
+    """Where so few bytes are to be held out that a token is many of them, it may be refused."""
+    count, size = small
+    sizes = [*huge, *larger, *[size] * count]
+    random.Random(seed).shuffle(sizes)
+    line = "some words of a line\n"
+    texts = [f"{seed} {number} {line * (length // len(line))}" for number, length in enumerate(sizes)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = jsonl(Path(folder) / "a.jsonl", texts or ["empty"])
+        share, refusal = fraction, ""
+        try:
+            share = held_out_share(prepare([str(path)], Path(folder) / "out", BYTES, val_fraction=fraction))
+        except DataError as error:
+            refusal = str(error)
+    assert 0.9 * fraction <= share <= 1.1 * fraction
+    assert not refusal or ("too little text" in refusal and fraction * sum(map(len, texts)) < 100)
 
 
 def test_prepare_too_little_text_to_hold_out_refused(tmp_path: Path) -> None:
