@@ -106,12 +106,14 @@ def prepare_cached(
     make_encoder: MakeEncoder = TextEncoder,
     val_fraction: float = 0.01,
     progress: OnProgress | None = None,
+    label: str = "data",
 ) -> Path:
     """Return the prepared folder of ``text`` below ``cache_dir``; create it if it does not exist.
 
     Its name is a digest of every file's content, the tokenizer, the options, ``val_fraction`` and
     the format, so changed text or another tokenizer gives another folder. Several processes may
-    call this at once: all get the folder that was published first. What was left out is logged.
+    call this at once: all get the folder that was published first. What was left out is logged, in
+    lines that begin with ``label``.
 
     Raises :class:`DataError` if the text cannot be read or the folder cannot be written.
     """
@@ -123,12 +125,20 @@ def prepare_cached(
         if folder.is_dir() and any(folder.iterdir()):
             raise DataError(f"{folder} is damaged: it has no {INDEX_NAME}. Delete it and start again")
         job.write_to(folder)
-    index = read_index(folder)
-    for line in index.text.notes:
-        log.info(f"data: {line}")
-    for line in (*source.passed_over.lines(), *index.unreadable.lines(), *index.text.warnings):
-        log.warning(f"data: {line}")
+    log_notes(read_index(folder), passed_over=source.passed_over, label=label)
     return folder
+
+
+def log_notes(index: Index, *, passed_over: LeftOut | None = None, label: str = "data") -> None:
+    """Log how the tokens of ``index`` were made, what was left out, and the warnings.
+
+    ``passed_over`` are the files that are not read today. None: those when the text was prepared.
+    """
+    for line in index.text.notes:
+        log.info(f"{label}: {line}")
+    passed_over = index.passed_over if passed_over is None else passed_over
+    for line in (*passed_over.lines(), *index.unreadable.lines(), *index.text.warnings):
+        log.warning(f"{label}: {line}")
 
 
 @dataclass(frozen=True)
