@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.conversation import Chat, PromptCompletion, RecordFormat
-from kempnerforge.data.encoding import Encoded, Encoder, Notice, TextEncoder, tokenizer_files
+from kempnerforge.data.encoding import Batch, Encoded, Encoder, Notice, TextEncoder, tokenizer_files
 from kempnerforge.data.reading.documents import read_records
 from kempnerforge.data.reading.items import Record, Unreadable
 from kempnerforge.data.reading.options import ReadOptions
@@ -34,6 +35,13 @@ def make_format(data: DataConfig, tokenizer: Tokenizer) -> RecordFormat:
         return Chat(tokenizer, messages_field=data.messages_field, chat_template=data.chat_template)
     fields = {"prompt_field": data.prompt_field, "completion_field": data.completion_field}
     return PromptCompletion(tokenizer, **fields)
+
+
+BATCH_BYTES = 256 << 10
+"""Bytes of records that are encoded at a time. They take several times their size as values."""
+
+ITEM_BYTES = 256
+"""What each record counts in a batch besides its size."""
 
 
 @dataclass(frozen=True)
@@ -64,33 +72,48 @@ class RecordEncoder:
         """Return the digest of the format, and how files are read."""
         return {"format": self.records.digest, "options": asdict(self.options)}
 
-    def encode(self, unit: Unit, *, threads: int = 1) -> Iterator[Encoded | Unreadable | Notice]:
-        """Yield the records of ``unit`` in order.
+    def read(self, unit: Unit) -> Iterator[Batch]:
+        """Yield the records of ``unit``."""
+        items: list[Record | Unreadable] = []
+        size_bytes = 0
+        for item in read_records(unit, self.options):
+            items.append(item)
+            size_bytes += ITEM_BYTES + (item.size_bytes if isinstance(item, Record) else 0)
+            if size_bytes >= BATCH_BYTES:
+                yield Batch(items)
+                items, size_bytes = [], 0
+        if items:
+            yield Batch(items)
+
+    def encode(self, batch: Batch) -> Iterator[Encoded | Unreadable | Notice]:
+        """Yield the records of ``batch`` in order.
 
         Raises :class:`DataError` for a record that is not of the format, with its file and line, unless
         ``options.skip_unreadable``.
         """
         seen: set[str] = set()
-        for record in read_records(unit, self.options):
+        for record in batch.items:
             if isinstance(record, Unreadable):
                 yield record
-                continue
-            try:
-                encoded = self.records.encode(record.value)
-            except RecordError as error:
-                yield self._unreadable(unit, record, error)
-                continue
-            for token in encoded.special:
-                if token not in seen:
-                    seen.add(token)
-                    what = self.records.special_text
-                    yield Notice(token, f"{record.where} has the text {token}, and there may be more; {what}")
-            yield Encoded(encoded.ids, encoded.content, ends_document=True, counted=encoded.counted)
+            elif isinstance(record, Record):
+                try:
+                    encoded = self.records.encode(record.value)
+                except RecordError as error:
+                    yield self._unreadable(record, error)
+                    continue
+                what = self.records.special_text
+                for token in encoded.special:
+                    if token not in seen:
+                        seen.add(token)
+                        where = f"{record.where} has the text {token}, and there may be more"
+                        yield Notice(token, f"{where}; {what}")
+                yield Encoded(encoded.ids, encoded.content, ends_document=True, counted=encoded.counted)
 
-    def _unreadable(self, unit: Unit, record: Record, error: RecordError) -> Unreadable:
+    def _unreadable(self, record: Record, error: RecordError) -> Unreadable:
         if not self.options.skip_unreadable:
             raise DataError(
                 f"{record.where}: {error}. To leave such records out: data.skip_unreadable = true "
                 "(--skip-unreadable)"
             ) from error
-        return Unreadable(unit.file.path, int(record.where.rpartition(":")[2]), str(error))
+        path, _, line = record.where.rpartition(":")
+        return Unreadable(Path(path), int(line), str(error))

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from kempnerforge.data.encoding import Encoder, Notice, SeparatorSeen
+from kempnerforge.data.encoding import Batch, Encoder, Notice, Result, SeparatorSeen
 from kempnerforge.data.index import NAMED_LEFT_OUT, kind_of
 from kempnerforge.data.reading.files import TextFile
 from kempnerforge.data.reading.items import Unreadable
@@ -48,6 +48,9 @@ BLOCK_TOKENS = 1 << 20
 
 Report = Callable[[int, int], None]
 """Called with the bytes of text and the tokens that were written since the last call."""
+
+EncodeAll = Callable[[Iterator[Batch]], Iterator[Result]]
+"""Encodes batches, and yields the results in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +102,12 @@ class Part:
         return cls(units=units, first_unreadable=first, **content)
 
 
-def write_part(task: Task, encoder: Encoder, parts: Path, report: Report, *, threads: int = 1) -> None:
+def write_part(
+    task: Task, encoder: Encoder, parts: Path, report: Report, *, encode: EncodeAll | None = None
+) -> None:
     """Tokenize the units of ``task`` into the folder ``parts / task.name``.
+
+    ``encode`` encodes the batches of a unit. None: in this process.
 
     Raises :class:`DataError` for text that cannot be read, and OSError if the part cannot be written.
     """
@@ -110,7 +117,9 @@ def write_part(task: Task, encoder: Encoder, parts: Path, report: Report, *, thr
     try:
         for unit in task.units:
             _check_unchanged(unit.file)
-            _write_unit(unit, encoder, writer, report, threads)
+            batches = encoder.read(unit)
+            results = encode(batches) if encode else _encode_here(encoder, batches)
+            _write_unit(results, writer, report)
             _check_unchanged(unit.file)
         writer.close()
         try:
@@ -123,6 +132,11 @@ def write_part(task: Task, encoder: Encoder, parts: Path, report: Report, *, thr
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _encode_here(encoder: Encoder, batches: Iterator[Batch]) -> Iterator[Result]:
+    for batch in batches:
+        yield from encoder.encode(batch)
+
+
 def _check_unchanged(file: TextFile) -> None:
     try:
         status = file.path.stat()
@@ -132,10 +146,10 @@ def _check_unchanged(file: TextFile) -> None:
         raise DataError(f"text file {file.path} changed while it was being prepared; start again")
 
 
-def _write_unit(unit: Unit, encoder: Encoder, writer: _PartWriter, report: Report, threads: int) -> None:
+def _write_unit(results: Iterable[Result], writer: _PartWriter, report: Report) -> None:
     writer.begin_unit()
     read_bytes = num_tokens = 0
-    for item in encoder.encode(unit, threads=threads):
+    for item in results:
         if isinstance(item, Unreadable):
             writer.drop_document()
             kind = kind_of(item.reason)

@@ -21,12 +21,13 @@ from kempnerforge.data import prepare as prepare_module
 from kempnerforge.data.index import Index, json_digest, read_index
 from kempnerforge.data.prepare import prepare, prepare_cached, turn_end_warnings
 from kempnerforge.data.prepare_progress import Progress, plain_lines
+from kempnerforge.data.prepare_workers import helpers_of_workers
 from kempnerforge.data.reading.files import TextFile, find_files
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.pieces import PIECE_BYTES
 from kempnerforge.data.reading.streams import storage_errors
 from kempnerforge.data.reading.units import Unit, units_of
-from kempnerforge.data.token_parts import make_tasks
+from kempnerforge.data.token_parts import Task, make_tasks
 from kempnerforge.data.tokenizer import ByteTokenizer, load_tokenizer
 from kempnerforge.data.tokens import open_dataset
 from kempnerforge.errors import DataError
@@ -532,3 +533,22 @@ def test_prepare_cached_logs_what_was_left_out(
         caplog.clear()
         prepare_cached([str(notes)], BYTES, tmp_path / "cache")
         assert f"left out: {start + 1} x empty" in caplog.text, "at every start, as it is then"
+
+
+@pytest.mark.parametrize(
+    ("sizes_mb", "num_processes", "expected"),
+    [
+        pytest.param([4] * 100, 8, [0] * 8, id="a large divided file"),
+        pytest.param([1000], 8, [8], id="one file that cannot be divided"),
+        pytest.param([1000], 1, [0], id="one processor"),
+        pytest.param([10], 64, [3], id="one file that is not so large"),
+        pytest.param([4, 4, 1], 64, [0] * 3, id="small text"),
+        pytest.param([1000, 500, 20], 8, [2, 3, 3], id="a few large files"),
+        pytest.param([1000] * 9, 8, [0] * 8, id="more large files than processors"),
+    ],
+)
+def test_helpers_of_workers_use_all_processors(
+    sizes_mb: list[int], num_processes: int, expected: list[int]
+) -> None:
+    tasks = [Task(number, (), size << 20) for number, size in enumerate(sizes_mb)]
+    assert helpers_of_workers(tasks, num_processes) == expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Record:
     value: dict[str, Any]
     where: str
     """``FILE:LINE``; for tables the number of the row. Both count from 1."""
+    size_bytes: int = field(default=0, compare=False)
+    """Size of the line, or of the row in memory."""
 
 
 @dataclass(frozen=True)

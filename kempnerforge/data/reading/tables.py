@@ -138,7 +138,7 @@ def _record(row: Any, path: Path, number: int) -> Record | Unreadable:
                     path, number, f'"{name}" holds a value that Python cannot represent ({error})'
                 )
             value[name] = column[0].value
-    return Record(value, f"{path}:{number}")
+    return Record(value, f"{path}:{number}", row.nbytes)
 
 
 def _without_null_fields(value: Any) -> Any:
