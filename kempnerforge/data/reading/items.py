@@ -10,7 +10,7 @@ from typing import Any
 MAX_DOCUMENT_BYTES = 64 << 20
 """Longest JSON line, and longest text in a table."""
 
-MAX_RECORD_BYTES = 16 << 20
+MAX_RECORD_BYTES = 8 << 20
 """Longest record as a whole, whose values can take several times its size in memory."""
 
 MAX_FIELDS_NAMED = 8
