@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
@@ -23,7 +23,7 @@ from kempnerforge.data.document_view import DocumentView, longest_document, view
 from kempnerforge.data.index import Index, SplitEntry
 from kempnerforge.data.prepare import SHARD_TOKENS
 from kempnerforge.data.prepare import prepare as prepare_text
-from kempnerforge.data.prepare_progress import OnProgress, plain_lines
+from kempnerforge.data.prepare_progress import OnProgress, Progress, plain_lines
 from kempnerforge.data.reading.files import PYTHON_STDLIB
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.record_encoder import make_encoder
@@ -142,10 +142,19 @@ def _progress() -> Iterator[OnProgress]:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with ProgressBar(*columns, TextColumn("{task.fields[rate]}"), console=console, transient=True) as bar:
-        task = bar.add_task("tokenizing", total=None, rate="")
-        yield lambda progress: bar.update(
-            task, completed=progress.done_bytes, total=progress.total_bytes, rate=progress.rate
-        )
+        tasks: dict[str, TaskID] = {}
+
+        def show(progress: Progress) -> None:
+            if progress.activity not in tasks:
+                tasks[progress.activity] = bar.add_task(progress.activity, total=None, rate="")
+            bar.update(
+                tasks[progress.activity],
+                completed=progress.done_bytes,
+                total=progress.total_bytes or None,
+                rate=progress.rate,
+            )
+
+        yield show
 
 
 @app.command()

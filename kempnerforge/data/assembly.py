@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from kempnerforge.data.encoding import Encoder
 from kempnerforge.data.index import SplitEntry
+from kempnerforge.data.prepare_progress import Meter, OnProgress
 from kempnerforge.data.shard_writer import ShardWriter
 from kempnerforge.data.token_parts import PartReader, Task
 from kempnerforge.data.tokenizer import token_dtype
@@ -24,6 +25,7 @@ from kempnerforge.data.train_val_split import (
     DigestChoice,
     EvenChoice,
     cut_position,
+    max_lead_bytes,
     rules_for,
 )
 from kempnerforge.errors import DataError
@@ -77,21 +79,26 @@ class Assembly:
         self._file_bytes = np.zeros(size, dtype=np.int64)
         self._file_documents = np.zeros(size, dtype=np.int64)
         self._first_digests = np.zeros(size, dtype=np.uint64)
+        self._tokens = 0
         for reader, files in self.readers():
             for file, unit in zip(files, reader.part.units, strict=True):
                 if unit.documents and not self._file_documents[file]:
                     self._first_digests[file] = unit.first_digest
                 self._file_bytes[file] += unit.text_bytes
                 self._file_documents[file] += unit.documents
+                self._tokens += unit.tokens
 
-    def write(self, folder: Path, shard_tokens: int) -> dict[str, SplitEntry]:
+    def write(
+        self, folder: Path, shard_tokens: int, progress: OnProgress | None = None
+    ) -> dict[str, SplitEntry]:
         """Write the shards of the splits into ``folder`` and return their entries. Empty splits are omitted.
 
         Raises :class:`DataError` if the held-out share cannot be within a tenth of the fraction.
         """
         limit = self._digest_limit() if self._fraction else 0
         writers = [ShardWriter(folder, name, self._dtype, shard_tokens) for name in ("train", "val")]
-        output = _Output(writers, self._encoder, self._fraction)
+        meter = Meter("wrote", self._tokens * self._dtype.itemsize, progress)
+        output = _Output(writers, self._encoder, self._fraction, meter.add)
         try:
             for reader, files in self.readers():
                 offset = 0
@@ -141,8 +148,9 @@ class Assembly:
     def _even_choice(self, file: int) -> EvenChoice:
         """Return the choice of ``file``, which continues over the parts of the file."""
         if self._current[0] != file:
-            mean_bytes = self._file_bytes[file] / self._file_documents[file]
-            self._current = (file, EvenChoice(self._fraction, int(self._first_digests[file]), mean_bytes))
+            size_bytes, count = int(self._file_bytes[file]), int(self._file_documents[file])
+            lead_bytes = max_lead_bytes(size_bytes, count, self._fraction)
+            self._current = (file, EvenChoice(self._fraction, int(self._first_digests[file]), lead_bytes))
         return self._current[1]
 
     _current: tuple[int, Any] = (-1, None)
@@ -186,11 +194,18 @@ class Assembly:
 class _Output:
     """Writes documents to the splits in which they are."""
 
-    def __init__(self, writers: Sequence[ShardWriter], encoder: Encoder, fraction: float) -> None:
+    def __init__(
+        self,
+        writers: Sequence[ShardWriter],
+        encoder: Encoder,
+        fraction: float,
+        wrote_bytes: Callable[[int], None],
+    ) -> None:
         self.text_bytes = [0, 0]
         """Bytes of text in train and val. Those of a cut document by the lengths of its tokens."""
         self._writers = writers
         self._fraction = fraction
+        self._wrote_bytes = wrote_bytes
         special = encoder.tokenizer.special
         self._bos = np.array([] if special.bos_id is None else [special.bos_id])
         self._separator = np.array([encoder.tokenizer.separator_id])
@@ -222,6 +237,7 @@ class _Output:
         for ids, counted in reader.tokens(start, stop):
             here = ends[(ends > start) & (ends <= start + ids.size)] - start
             self._writers[split].write(ids, here, counted)
+            self._wrote_bytes(ids.nbytes)
             start += ids.size
 
     def _write_cut(

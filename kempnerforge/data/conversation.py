@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +27,12 @@ from kempnerforge.data.record_fields import (
 )
 from kempnerforge.data.tokenizer import BYTES, TOKENIZER, Tokenizer, encoding_errors, token_dtype
 from kempnerforge.errors import DataError
+
+MAX_TOKENIZED_BYTES = 512 << 10
+"""Longest text of a record. It is tokenized as a whole, which needs up to 350 times its size in memory."""
+
+MAX_RENDERED_BYTES = 4 * MAX_TOKENIZED_BYTES
+"""Longest texts of a record that a chat template is given."""
 
 ANCHORS = ("\n", ":", ".", "0")
 """Texts before a completion that keep a tokenizer from treating it as the beginning of a text."""
@@ -126,17 +133,18 @@ class PromptCompletion:
         completion = read_text(record, self._completion_field, "--completion-field")
         if not completion:
             raise RecordError(f"field {self._completion_field!r} is empty, so there is nothing to learn")
+        content = f"{prompt}\0{completion}".encode()
+        _check_length(len(content) - 1)
         before = [*self._bos, *self._encode(prompt)]
         after = self._continuation(completion) if prompt else self._encode(completion)
         after.append(self._tokenizer.separator_id)
         ids = np.array([*before, *after], dtype=token_dtype(self._tokenizer.vocab_size))
         counted = np.repeat(np.array([0, 1], dtype=np.uint8), [len(before), len(after)])
         counted[0] = 0
-        content = f"{prompt}\0{completion}".encode()
         return Conversation(ids, counted, content, _matches(self._special, (prompt, completion)))
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text).tolist()
+        return self._tokenizer.encode_batch([text.encode()])[0].tolist()
 
     def _continuation(self, text: str) -> list[int]:
         """Return the ids of ``text`` as it follows other text, without a space that begins a text."""
@@ -218,6 +226,8 @@ class Chat:
         """Return the tokens of one record."""
         messages = read_messages(record, self._messages_field)
         tools = read_tools(record)
+        # It is rendered several times. A template may leave out a part of it.
+        _check_length(sum(map(len, strings_in([messages, tools]))), MAX_RENDERED_BYTES)
         template = self._templates["default"]
         if tools is not None:
             template = self._templates.get("tool_use", template)
@@ -227,10 +237,19 @@ class Chat:
                 f"the chat template {template.name} marks no text of this conversation with "
                 "{% generation %}, so there is nothing to learn"
             )
-        ids, spans = self._encoder.encode(check_encodable(text, "the text of the conversation"))
+        content = check_encodable(text, "the text of the conversation").encode()
+        _check_length(len(content))
+        ids, spans = self._encoder.encode(text)
         counted = _overlapping(spans, _weighted(answers, messages))
         counted[:1] = 0
-        return Conversation(ids, counted, text.encode(), _matches(self._special, strings_in(messages)))
+        return Conversation(ids, counted, content, _matches(self._special, strings_in(messages)))
+
+
+def _check_length(size_bytes: int, most: int = MAX_TOKENIZED_BYTES) -> None:
+    """Raise :class:`RecordError` for a record whose text is too long to be tokenized."""
+    if size_bytes > most:
+        limit = MAX_TOKENIZED_BYTES >> 10
+        raise RecordError("too long", f"its text has {size_bytes:,} bytes; at most {limit} KiB are tokenized")
 
 
 class _RenderedText:
@@ -253,8 +272,11 @@ class _RenderedText:
         """Return ids [num_tokens], and the characters of each, [start, end): int64 [num_tokens, 2]."""
         with encoding_errors(self._name):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        return np.array(encoding.ids, dtype=self._dtype), spans
+        ids = np.array(encoding.ids, dtype=self._dtype)
+        # encoding.offsets is a list of tuples, with 130 bytes for each token.
+        spans = map(encoding.token_to_chars, range(ids.size))
+        numbers = chain.from_iterable(spans)  # type: ignore[arg-type]  # None is for tokens beyond the last
+        return ids, np.fromiter(numbers, dtype=np.int64, count=2 * ids.size).reshape(-1, 2)
 
 
 def _overlapping(tokens: np.ndarray, answers: Spans) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kempnerforge.data.reading.documents import read_pieces
-from kempnerforge.data.reading.items import Piece, Unreadable
+from kempnerforge.data.reading.items import Piece, Record, Unreadable
 from kempnerforge.data.reading.locations import Location
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.units import Unit
@@ -18,7 +18,10 @@ from kempnerforge.data.tokenizer import BYTES, Tokenizer
 from kempnerforge.errors import DataError
 
 BATCH_BYTES = 1 << 20
-"""Bytes of text per call of the tokenizer and thread. It needs about 25 times as much memory."""
+"""Bytes of text per call of the tokenizer, which needs about 25 times as much memory."""
+
+ITEM_BYTES = 256
+"""What each document counts in a batch besides its text."""
 
 KNOWN_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 """Texts that separate the documents of published text files."""
@@ -53,6 +56,20 @@ class Notice:
     location: Location
     text: str
     """What is there, to be written after the location."""
+
+
+Item = Piece | Record | Unreadable | SeparatorSeen
+Result = Encoded | Unreadable | SeparatorSeen | Notice
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Neighbouring items of a unit, which are encoded without looking at others."""
+
+    path: Path
+    items: Sequence[Item]
+    begins: bool = True
+    """Whether the first piece begins a document, or continues one."""
 
 
 class Encoder(Protocol):
@@ -96,10 +113,12 @@ class Encoder(Protocol):
         """Return everything on which the ids of the same text depend, as JSON values."""
         ...
 
-    def encode(
-        self, unit: Unit, *, threads: int = 1
-    ) -> Iterator[Encoded | Unreadable | SeparatorSeen | Notice]:
-        """Yield the documents of ``unit`` in order.
+    def read(self, unit: Unit) -> Iterator[Batch]:
+        """Yield the content of ``unit`` in order. Each batch may be encoded in another process."""
+        ...
+
+    def encode(self, batch: Batch) -> Iterator[Result]:
+        """Yield the documents of ``batch`` in order.
 
         After ``Unreadable``, the caller leaves out the pieces since the last end of a document.
 
@@ -131,46 +150,53 @@ class TextEncoder:
             "options": asdict(self.options),
         }
 
-    def encode(self, unit: Unit, *, threads: int = 1) -> Iterator[Encoded | Unreadable | SeparatorSeen]:
-        """Yield the pieces of the documents of ``unit``, encoded in batches."""
+    def read(self, unit: Unit) -> Iterator[Batch]:
+        """Yield the pieces of the documents of ``unit``."""
         searched: list[str] = list(KNOWN_SEPARATORS) if self._may_have_separators(unit) else []
         begins = True
-        batch: list[Piece] = []
+        items: list[Item] = []
         size_bytes = 0
         for item in read_pieces(unit, self.options):
-            if isinstance(item, Unreadable):
-                yield from self._encode(unit, batch, begins)
-                batch, size_bytes, begins = [], 0, True
-                yield item
-                continue
-            for separator in [text for text in searched if text.encode() in item.content]:
-                searched.remove(separator)
-                yield SeparatorSeen(unit.file.path, separator)
-            batch.append(item)
-            size_bytes += len(item.content)
-            if size_bytes >= BATCH_BYTES * threads:
-                yield from self._encode(unit, batch, begins)
-                begins = batch[-1].ends_document
-                batch, size_bytes = [], 0
-        yield from self._encode(unit, batch, begins)
+            size_bytes += ITEM_BYTES
+            if isinstance(item, Piece):
+                size_bytes += len(item.content)
+                for separator in [text for text in searched if text.encode() in item.content]:
+                    searched.remove(separator)
+                    items.append(SeparatorSeen(unit.file.path, separator))
+            items.append(item)
+            if size_bytes >= BATCH_BYTES:
+                yield Batch(unit.file.path, items, begins)
+                begins = not isinstance(item, Piece) or item.ends_document
+                items, size_bytes = [], 0
+        if items:
+            yield Batch(unit.file.path, items, begins)
 
     def _may_have_separators(self, unit: Unit) -> bool:
         return unit.file.format == "text" and self.options.document_separator is None
 
-    def _encode(self, unit: Unit, batch: list[Piece], begins: bool) -> Iterator[Encoded]:
-        """Encode ``batch``, whose first piece ``begins`` a document or continues one."""
-        try:
-            ids_of_pieces = self.tokenizer.encode_batch([piece.content for piece in batch])
-        except DataError as error:
-            raise DataError(f"{unit.file.path}: {error}") from error
+    def encode(self, batch: Batch) -> Iterator[Encoded | Unreadable | SeparatorSeen]:
+        """Yield the pieces of documents, with the tokens around each document."""
         special = self.tokenizer.special
         bos = np.array([] if special.bos_id is None else [special.bos_id])
         separator = np.array([self.tokenizer.separator_id])
-        for piece, ids in zip(batch, ids_of_pieces, strict=True):
-            around = [bos[: bos.size * begins], ids, separator[: int(piece.ends_document)]]
-            ids = np.concatenate([part.astype(ids.dtype, copy=False) for part in around])
-            yield Encoded(ids, piece.content, piece.ends_document)
-            begins = piece.ends_document
+        pieces = [item for item in batch.items if isinstance(item, Piece)]
+        try:
+            encoded = iter(self.tokenizer.encode_batch([piece.content for piece in pieces]))
+        except DataError as error:
+            raise DataError(f"{batch.path}: {error}") from error
+        begins = batch.begins
+        for item in batch.items:
+            if isinstance(item, Piece):
+                ids = next(encoded)
+                around = [bos[: bos.size * begins], ids, separator[: int(item.ends_document)]]
+                ids = np.concatenate([part.astype(ids.dtype, copy=False) for part in around])
+                yield Encoded(ids, item.content, item.ends_document)
+                begins = item.ends_document
+            elif isinstance(item, Unreadable):
+                begins = True
+                yield item
+            elif isinstance(item, SeparatorSeen):
+                yield item
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -195,10 +195,34 @@ class Index:
         return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def json_digest(value: Any) -> str:
-    """Return the xxh3-128, hexadecimal, of ``value`` as JSON with sorted keys."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return xxhash.xxh3_128_hexdigest(canonical.encode())
+def json_digest(value: Any, **lists: Iterable[Any]) -> str:
+    """Return the xxh3-128, hexadecimal, of ``value`` as JSON with sorted keys.
+
+    ``lists`` are more entries of ``value``, an object. They are lists, and are never in memory as a whole.
+    """
+    digest = xxhash.xxh3_128()
+    for part in _canonical_parts(value, lists) if lists else [_canonical(value)]:
+        digest.update(part.encode())
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _canonical_parts(value: Mapping[str, Any], lists: Mapping[str, Iterable[Any]]) -> Iterator[str]:
+    between = "{"
+    for name in sorted([*value, *lists]):
+        yield f"{between}{_canonical(name)}:"
+        between = ","
+        if name in lists:
+            yield "["
+            for number, item in enumerate(lists[name]):
+                yield f"{',' if number else ''}{_canonical(item)}"
+            yield "]"
+        else:
+            yield _canonical(value[name])
+    yield "}"
 
 
 def read_index(folder: Path) -> Index:

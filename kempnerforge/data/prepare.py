@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +35,14 @@ from kempnerforge.data.index import (
     json_digest,
     read_index,
 )
-from kempnerforge.data.prepare_progress import OnProgress, Reporter
+from kempnerforge.data.prepare_progress import Meter, OnProgress, Reporter
 from kempnerforge.data.prepare_workers import write_parts
 from kempnerforge.data.reading.files import FoundFiles, digest_file, find_files
 from kempnerforge.data.reading.locations import Location, location_texts
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.streams import StorageError
-from kempnerforge.data.reading.units import UNIT_BYTES, Unit, units_of
-from kempnerforge.data.token_parts import PART_FORMAT, Part, Stamp, Task, make_tasks
+from kempnerforge.data.reading.units import UNIT_BYTES, units_of
+from kempnerforge.data.token_parts import PART_FORMAT, Part, Task, make_tasks
 from kempnerforge.data.tokenizer import BY_OPTION, HfTokenizer, Tokenizer, token_dtype
 from kempnerforge.errors import DataError
 from kempnerforge.fsio import fsync_folder, make_folder, new_folder, publish, write_new_file
@@ -55,6 +55,9 @@ SHARD_TOKENS = 128 << 20
 TASK_BYTES = 4 << 20
 """Bytes of files that one process tokenizes before it takes the next. What is not finished is repeated
 after a kill."""
+
+TASK_UNITS = 4096
+"""Files, or parts of files, of a task at most: thousands of small files are less than ``TASK_BYTES``."""
 
 ABANDONED_AFTER_S = 7 * 24 * 3600.0
 """A temporary folder without a write for this long was left by a killed process."""
@@ -91,7 +94,8 @@ def prepare(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and is not an empty folder; name another, or delete it first")
     encoder = make_encoder(tokenizer, options or ReadOptions())
-    job = _Preparation(_Source.find(text, encoder), encoder, val_fraction, shard_tokens, workers, progress)
+    source = _Source.find(text, encoder, progress)
+    job = _Preparation(source, encoder, val_fraction, shard_tokens, workers, progress)
     index = job.write_to(folder)
     if index is None:
         raise DataError(f"{folder} was created by another process in the meantime; name another folder")
@@ -107,55 +111,61 @@ def prepare_cached(
     make_encoder: MakeEncoder = TextEncoder,
     val_fraction: float = 0.01,
     progress: OnProgress | None = None,
+    label: str = "data",
 ) -> Path:
     """Return the prepared folder of ``text`` below ``cache_dir``; create it if it does not exist.
 
     Its name is a digest of every file's content, the tokenizer, the options, ``val_fraction`` and
     the format, so changed text or another tokenizer gives another folder. Several processes may
-    call this at once: all get the folder that was published first. What was left out is logged.
+    call this at once: all get the folder that was published first. What was left out is logged, in
+    lines that begin with ``label``.
 
     Raises :class:`DataError` if the text cannot be read or the folder cannot be written.
     """
     encoder = make_encoder(tokenizer, options or ReadOptions())
-    source = _Source.find(text, encoder)
+    source = _Source.find(text, encoder, progress)
     job = _Preparation(source, encoder, val_fraction, SHARD_TOKENS, None, progress)
     folder = cache_dir / f"tokens-{job.key}"
     if not (folder / INDEX_NAME).is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise DataError(f"{folder} is damaged: it has no {INDEX_NAME}. Delete it and start again")
         job.write_to(folder)
-    index = read_index(folder)
-    for line in index.text.notes:
-        log.info(f"data: {line}")
-    for line in (*source.passed_over.lines(), *index.unreadable.lines(), *index.text.warnings):
-        log.warning(f"data: {line}")
+    log_notes(read_index(folder), passed_over=source.passed_over, label=label)
     return folder
+
+
+def log_notes(index: Index, *, passed_over: LeftOut | None = None, label: str = "data") -> None:
+    """Log how the tokens of ``index`` were made, what was left out, and the warnings.
+
+    ``passed_over`` are the files that are not read today. None: those when the text was prepared.
+    """
+    for line in index.text.notes:
+        log.info(f"{label}: {line}")
+    passed_over = index.passed_over if passed_over is None else passed_over
+    for line in (*passed_over.lines(), *index.unreadable.lines(), *index.text.warnings):
+        log.warning(f"{label}: {line}")
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The files of a text setting, with their content as it was when they were found."""
+    """The files of a text setting, with a digest of the content of each. There may be very many."""
 
     found: FoundFiles
-    stamps: tuple[Stamp, ...]
-    digests: tuple[str, ...]
-    units: tuple[tuple[Unit, Stamp], ...]
+    digests: tuple[bytes, ...]
+    tasks: tuple[Task, ...]
 
     @classmethod
-    def find(cls, text: str | Sequence[str], encoder: Encoder) -> _Source:
-        found = find_files(text)
+    def find(cls, text: str | Sequence[str], encoder: Encoder, progress: OnProgress | None) -> _Source:
+        found = find_files(text, Meter("found", 0, progress).add)
         found.require_text()
-        stamps = tuple(Stamp.of(file.path) for file in found.files)
-        units = tuple(
-            (unit, stamp)
-            for file, stamp in zip(found.files, stamps, strict=True)
-            for unit in units_of(file, encoder.options)
-        )
-        return cls(found, stamps, tuple(digest_file(file.path) for file in found.files), units)
+        units = (unit for file in found.files for unit in units_of(file, encoder.options))
+        tasks = tuple(make_tasks(units, TASK_BYTES, TASK_UNITS))
+        meter = Meter("read", found.size_bytes, progress)
+        return cls(found, tuple(digest_file(file.path, meter.add) for file in found.files), tasks)
 
     @property
     def passed_over(self) -> LeftOut:
-        return LeftOut.of((str(file.path), file.reason) for file in self.found.passed_over)
+        return LeftOut.of((file.name, file.reason) for file in self.found.passed_over)
 
 
 @dataclass(frozen=True)
@@ -172,12 +182,8 @@ class _Preparation:
         """Digest of the text and of everything on which the tokens and the splits depend."""
         files = zip(self.source.found.files, self.source.digests, strict=True)
         return json_digest(
-            {
-                "format": FORMAT,
-                "files": [[digest, file.format, file.compression] for file, digest in files],
-                "encoder": self.encoder.key(),
-                "val_fraction": self.val_fraction,
-            }
+            {"format": FORMAT, "encoder": self.encoder.key(), "val_fraction": self.val_fraction},
+            files=([digest.hex(), file.format, file.compression] for file, digest in files),
         )
 
     def write_to(self, folder: Path) -> Index | None:
@@ -186,17 +192,16 @@ class _Preparation:
         Return None if another process published first.
         """
         # Parts of a version that divides files differently are others.
-        parts_key = json_digest([self.key, PART_FORMAT, TASK_BYTES, UNIT_BYTES])
+        parts_key = json_digest([self.key, PART_FORMAT, TASK_BYTES, TASK_UNITS, UNIT_BYTES])
         parts = folder.with_name(f".{folder.name}.{parts_key}.parts")
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
         try:
             make_folder(folder.parent)
             _remove_abandoned(folder, but=parts)
             make_folder(parts)
-            tasks = make_tasks(self.source.units, TASK_BYTES)
-            self._write_parts(tasks, parts)
+            self._write_parts(parts)
             new_folder(temporary)
-            index = self._assemble(tasks, parts, temporary)
+            index = self._assemble(parts, temporary)
             published = _publish_first(temporary, folder)
         except OSError as error:
             if (folder / INDEX_NAME).is_file():  # another process has published, and removed the parts
@@ -218,10 +223,10 @@ class _Preparation:
         shutil.rmtree(parts, ignore_errors=True)
         return index if published else None
 
-    def _write_parts(self, tasks: Sequence[Task], parts: Path) -> None:
+    def _write_parts(self, parts: Path) -> None:
         reporter = Reporter(self.source.found.size_bytes, self.progress)
         write_parts(
-            tasks,
+            self.source.tasks,
             self.encoder,
             parts,
             workers=self.workers,
@@ -229,9 +234,9 @@ class _Preparation:
             finished=reporter.finish,
         )
 
-    def _assemble(self, tasks: Sequence[Task], parts: Path, folder: Path) -> Index:
-        unreadable, warnings = self._notes([Part.read(parts / task.name) for task in tasks])
-        assembly = Assembly(tasks, parts, self.encoder, self.val_fraction)
+    def _assemble(self, parts: Path, folder: Path) -> Index:
+        unreadable, warnings = self._notes(Part.read(parts / task.name) for task in self.source.tasks)
+        assembly = Assembly(self.source.tasks, parts, self.encoder, self.val_fraction)
         _require_documents(assembly.num_documents, unreadable)
         tokenizer, options = self.encoder.tokenizer, self.encoder.options
         special = tokenizer.special
@@ -242,7 +247,7 @@ class _Preparation:
             tokenizer=tokenizer.name,
             tokenizer_digest=tokenizer.digest,
             val_fraction=self.val_fraction,
-            splits=assembly.write(folder, self.shard_tokens),
+            splits=assembly.write(folder, self.shard_tokens, self.progress),
             passed_over=self.source.passed_over,
             unreadable=unreadable,
             text=TextSettings(
@@ -265,7 +270,7 @@ class _Preparation:
         fsync_folder(folder)
         return index
 
-    def _notes(self, parts: Sequence[Part]) -> tuple[LeftOut, list[str]]:
+    def _notes(self, parts: Iterable[Part]) -> tuple[LeftOut, list[str]]:
         """Return what could not be read, and the warnings."""
         counts: dict[str, int] = {}
         first: list[tuple[Location, str]] = []
@@ -279,7 +284,7 @@ class _Preparation:
                 separators.setdefault(separator, path)
             notices = part.notices | notices
         where = location_texts(location for location, _ in (*first, *notices.values()))
-        notes = [f"{file.path}: {file.note}" for file in self.source.found.files if file.note]
+        notes = [f"{file.name}: {file.note}" for file in self.source.found.files if file.note]
         warnings = [*self.source.found.notes[:NAMED_LEFT_OUT], *notes[:NAMED_LEFT_OUT]]
         warnings += [
             f"{path} contains the text {separator}: if it separates documents, set "

@@ -1,10 +1,11 @@
-"""How far the text is tokenized, and at which rate."""
+"""How far the preparation of text is, and at which rate."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from kempnerforge.data.token_parts import Task
 
@@ -12,24 +13,42 @@ LINE_EVERY_S = 10.0
 """Shortest time between two lines of :func:`plain_lines`."""
 
 
+Activity = Literal["found", "read", "tokenized", "wrote"]
+"""What was done with the bytes so far. Files are found, read to know their content, and tokenized. Then
+the tokens are written into shards."""
+
+
 @dataclass(frozen=True)
 class Progress:
-    """How far the text is tokenized."""
+    """How far one activity is."""
 
+    activity: Activity
     done_bytes: int
-    """Bytes of the files that are done, those of an earlier process included."""
+    """Bytes of the files, or of the tokens, that are done, those of an earlier process included."""
     total_bytes: int
+    """0 if it is not known yet."""
     text_bytes: int
-    """Bytes of text that this process and its workers have tokenized."""
+    """Bytes that this process and its workers have done: of text while it is tokenized."""
     tokens: int
-    """Tokens of it."""
+    """Tokens that they have made."""
     seconds: float
+    """Since the activity began."""
 
     @property
     def rate(self) -> str:
-        """Bytes and tokens per second, for display."""
+        """Bytes and tokens per second, for display. Empty while it is not known how many there are."""
+        if not self.total_bytes:
+            return ""
         seconds = max(self.seconds, 1e-9)
-        return f"{self.text_bytes / seconds / 1e6:.1f} MB/s, {self.tokens / seconds / 1e6:.2f}M tokens/s"
+        rate = f"{self.text_bytes / seconds / 1e6:.1f} MB/s"
+        return f"{rate}, {self.tokens / seconds / 1e6:.2f}M tokens/s" if self.tokens else rate
+
+    @property
+    def line(self) -> str:
+        """The progress as a line of text."""
+        what = {"found": "files of ", "read": "", "tokenized": "", "wrote": "tokens: "}[self.activity]
+        total = f" of {self.total_bytes:,} bytes, {self.rate}" if self.total_bytes else " bytes"
+        return f"{self.activity} {what}{self.done_bytes:,}{total}"
 
 
 OnProgress = Callable[[Progress], None]
@@ -43,9 +62,27 @@ def plain_lines(write: Callable[[str], object], clock: Callable[[], float] = tim
         nonlocal last
         if clock() - last >= LINE_EVERY_S:
             last = clock()
-            write(f"tokenized {progress.done_bytes:,} of {progress.total_bytes:,} bytes, {progress.rate}")
+            write(progress.line)
 
     return write_line
+
+
+class Meter:
+    """Counts the bytes of one activity for the caller's progress callback."""
+
+    def __init__(self, activity: Activity, total_bytes: int, progress: OnProgress | None) -> None:
+        self._activity: Activity = activity
+        self._total_bytes = total_bytes
+        self._progress = progress
+        self._started = time.monotonic()
+        self._done_bytes = 0
+
+    def add(self, size_bytes: int) -> None:
+        """Count ``size_bytes`` more."""
+        self._done_bytes += size_bytes
+        if self._progress is not None:
+            done, seconds = self._done_bytes, time.monotonic() - self._started
+            self._progress(Progress(self._activity, done, self._total_bytes, done, 0, seconds))
 
 
 class Reporter:
@@ -77,4 +114,5 @@ class Reporter:
         if self._progress is not None:
             done_bytes = self._done_bytes + sum(self._begun.values())
             seconds = time.monotonic() - self._started
-            self._progress(Progress(done_bytes, self._total_bytes, self._text_bytes, self._tokens, seconds))
+            done = (done_bytes, self._total_bytes, self._text_bytes, self._tokens)
+            self._progress(Progress("tokenized", *done, seconds))

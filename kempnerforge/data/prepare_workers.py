@@ -1,27 +1,33 @@
 """The processes that tokenize: each writes parts (:mod:`kempnerforge.data.token_parts`) for the parent.
 
-A worker is started with a socket. It imports no torch, and the main module of the parent is not
+If there are fewer tasks than processors, as for one large file that cannot be divided, a worker has
+helpers: it reads the file and writes the part, and they encode what it has read.
+
+A process is started with a socket. It imports no torch, and the main module of the parent is not
 imported again. It ends when the socket is closed, and the kernel kills it when the parent is killed.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
-from kempnerforge.data.encoding import Encoder
+from kempnerforge.data.encoding import Batch, Encoder, Result
 from kempnerforge.data.token_parts import PART_NAME, Task, write_part
-from kempnerforge.errors import DataError, KempnerForgeError
+from kempnerforge.errors import KempnerForgeError
 from kempnerforge.python_process import start_with_socket
 from kempnerforge.rank_variables import FORWARDED, die_with_parent
 
-MAX_THREADS = 4
-"""Threads of a worker's tokenizer, if there are fewer tasks than processors. They need memory."""
+HELPER_BYTES = 4 << 20
+"""A worker has no more than one helper for so many bytes of its files. A single task of no more is
+written by the parent itself."""
 
 TaskReport = Callable[[Task, int, int], None]
 """Called with the bytes of text and the tokens that were written for a task since the last call."""
@@ -43,32 +49,45 @@ def write_parts(
 ) -> None:
     """Write the missing parts of ``tasks`` into ``parts``, with as many processes as ``workers``.
 
-    ``workers`` None means one for each processor. Parts that exist are not written again. Calls
+    ``workers`` None means one for each processor. The largest task is begun first, so that it does
+    not go on alone at the end. Parts that exist are not written again. Calls
     ``finished`` for each task, in any order.
 
     Raises :class:`DataError` for text that cannot be read, OSError if a part cannot be written, and
     :class:`KempnerForgeError` if a worker died.
     """
     missing: deque[Task] = deque()
-    for task in tasks:
+    for task in sorted(tasks, key=lambda task: -task.size_bytes):
         if _is_written(parts, task):
             finished(task)
         else:
             missing.append(task)
-    cpus = workers or allowed_cpus()
-    count = min(cpus, len(missing))
-    if len(tasks) == 1 and missing and workers is None:  # too little text for another process
-        write_part(missing[0], encoder, parts, lambda size, tokens: report(missing[0], size, tokens))
-        finished(missing[0])
+    if not missing:
+        return
+    largest = missing[0]
+    if len(tasks) == 1 and largest.size_bytes <= HELPER_BYTES and workers is None:
+        write_part(largest, encoder, parts, lambda size, tokens: report(largest, size, tokens))
+        finished(largest)
         return
     pool: list[_Worker] = []
     try:
-        for _ in range(count):
-            pool.append(_Worker(encoder, parts, threads=min(MAX_THREADS, max(1, cpus // count))))
+        for num_helpers in helpers_of_workers(missing, workers or allowed_cpus()):
+            pool.append(_Worker(encoder, parts, num_helpers))
         _run(pool, missing, parts, report, finished)
     finally:
         for worker in pool:
             worker.kill()
+
+
+def helpers_of_workers(tasks: Sequence[Task], num_processes: int) -> list[int]:
+    """Return the number of helpers of each worker, so that ``num_processes`` tokenize.
+
+    A worker without helpers tokenizes itself.
+    """
+    num_workers = min(num_processes, len(tasks))
+    useful = -(-max(task.size_bytes for task in tasks) // HELPER_BYTES)
+    shares = [min(useful, (num_processes + number) // num_workers) for number in range(num_workers)]
+    return [share if share > 1 else 0 for share in shares]
 
 
 def _is_written(parts: Path, task: Task) -> bool:
@@ -107,16 +126,11 @@ def _run(
             give_next(worker)
 
 
-class _Worker:
-    """The parent's side of one worker."""
+class _Process:
+    """The side of the process that started another one."""
 
-    def __init__(self, encoder: Encoder, parts: Path, *, threads: int) -> None:
-        self.task: Task | None = None
-        environ = {
-            **os.environ,
-            "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
-            "RAYON_NUM_THREADS": str(threads),
-        }
+    def __init__(self, setup: object) -> None:
+        environ = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         try:
             self._process, ours = start_with_socket(__name__, environ=environ)
         except OSError as error:
@@ -124,20 +138,16 @@ class _Worker:
                 f"cannot start a process that tokenizes: {error.strerror}; give fewer --workers"
             ) from error
         self.connection = Connection(ours.detach())
-        self._send((encoder, parts, threads))
+        self.send(setup)
 
-    def give(self, task: Task) -> None:
-        self.task = task
-        self._send(task)
-
-    def _send(self, value: object) -> None:
+    def send(self, value: object) -> None:
         try:
             self.connection.send(value)
         except OSError:
             raise self._died() from None
 
-    def receive(self) -> tuple[int, int] | None:
-        """Return the progress of the task, in bytes and tokens, or None when it is finished."""
+    def receive(self) -> Any:
+        """Return what the process has sent. Raises it if it is an exception."""
         try:
             answer = self.connection.recv()
         except (EOFError, OSError):
@@ -150,11 +160,12 @@ class _Worker:
         status = self._process.wait()
         cause = f"signal {-status}" if status < 0 else f"status {status}"
         hint = "; it may have been out of memory: give fewer --workers" if status == -signal.SIGKILL else ""
-        files = sorted({str(unit.file.path) for unit in self.task.units}) if self.task else []
-        where = f" while it read {', '.join(files[:3])}" if files else ""
         return KempnerForgeError(
-            f"a process that tokenizes ended with {cause}{where}{hint}. Run the same command to go on"
+            f"a process that tokenizes ended with {cause}{self._where()}{hint}. Run the same command to go on"
         )
+
+    def _where(self) -> str:
+        return ""
 
     def kill(self) -> None:
         self.connection.close()
@@ -162,21 +173,72 @@ class _Worker:
         self._process.wait()
 
 
+class _Worker(_Process):
+    """A process that writes parts. What it sends is its progress, in bytes and tokens, or None at the end."""
+
+    def __init__(self, encoder: Encoder, parts: Path, num_helpers: int) -> None:
+        self.task: Task | None = None
+        super().__init__((_write_tasks, encoder, parts, num_helpers))
+
+    def give(self, task: Task) -> None:
+        self.task = task
+        self.send(task)
+
+    def _where(self) -> str:
+        files = sorted({unit.file.name for unit in self.task.units}) if self.task else []
+        return f" while it read {', '.join(files[:3])}" if files else ""
+
+
 def main() -> None:
-    """Write the parts of the tasks that arrive, until the socket is closed."""
+    """Do what the first message says, until the socket is closed."""
     die_with_parent(int(sys.argv[2]))
     for number in FORWARDED:  # they may be sent to all processes; the parent ends its workers
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
-    encoder, parts, threads = connection.recv()
-    while True:
+    serve, *setup = connection.recv()
+    serve(connection, *setup)
+
+
+def _write_tasks(connection: Connection, encoder: Encoder, parts: Path, num_helpers: int) -> None:
+    """Write the parts of the tasks that arrive."""
+    try:
+        helpers = [_Process((_encode_batches, encoder)) for _ in range(num_helpers)]
+        encode = functools.partial(_encode_by, helpers) if helpers else None
+        for task in _received(connection):
+            write_part(task, encoder, parts, lambda *done: connection.send(done), encode=encode)
+            connection.send(None)
+    except (KempnerForgeError, OSError) as error:  # then the parent ends all workers
+        connection.send(error)
+
+
+def _encode_by(helpers: Sequence[_Process], batches: Iterator[Batch]) -> Iterator[Result]:
+    """Have ``helpers`` encode ``batches``, one each at a time, and yield the results in order."""
+    busy: deque[_Process] = deque()
+    for number, batch in enumerate(batches):
+        # It waits for its next batch until its results are received, so neither side waits for the other.
+        results = busy.popleft().receive() if len(busy) == len(helpers) else ()
+        helper = helpers[number % len(helpers)]
+        helper.send(batch)
+        busy.append(helper)
+        yield from results
+    for helper in busy:
+        yield from helper.receive()
+
+
+def _encode_batches(connection: Connection, encoder: Encoder) -> None:
+    """Encode the batches that arrive."""
+    for batch in _received(connection):
         try:
-            task = connection.recv()
-        except EOFError:
-            return
-        try:
-            write_part(task, encoder, parts, lambda *done: connection.send(done), threads=threads)
-        except (DataError, OSError) as error:
+            results = list(encoder.encode(batch))
+        except KempnerForgeError as error:
             connection.send(error)
         else:
-            connection.send(None)
+            connection.send(results)
+
+
+def _received(connection: Connection) -> Iterator[Any]:
+    while True:
+        try:
+            yield connection.recv()
+        except EOFError:
+            return

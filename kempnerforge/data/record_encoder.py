@@ -8,7 +8,7 @@ from typing import Any
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.conversation import Chat, PromptCompletion, RecordFormat
-from kempnerforge.data.encoding import Encoded, Encoder, Notice, TextEncoder, tokenizer_files
+from kempnerforge.data.encoding import Batch, Encoded, Encoder, Notice, TextEncoder, tokenizer_files
 from kempnerforge.data.reading.documents import read_records
 from kempnerforge.data.reading.items import Record, Unreadable
 from kempnerforge.data.reading.options import ReadOptions
@@ -34,6 +34,13 @@ def make_format(data: DataConfig, tokenizer: Tokenizer) -> RecordFormat:
         return Chat(tokenizer, messages_field=data.messages_field, chat_template=data.chat_template)
     fields = {"prompt_field": data.prompt_field, "completion_field": data.completion_field}
     return PromptCompletion(tokenizer, **fields)
+
+
+BATCH_BYTES = 256 << 10
+"""Bytes of records that are encoded at a time. They take several times their size as values."""
+
+ITEM_BYTES = 256
+"""What each record counts in a batch besides its size."""
 
 
 @dataclass(frozen=True)
@@ -64,31 +71,44 @@ class RecordEncoder:
         """Return the digest of the format, and how files are read."""
         return {"format": self.records.digest, "options": asdict(self.options)}
 
-    def encode(self, unit: Unit, *, threads: int = 1) -> Iterator[Encoded | Unreadable | Notice]:
-        """Yield the records of ``unit`` in order.
+    def read(self, unit: Unit) -> Iterator[Batch]:
+        """Yield the records of ``unit``."""
+        items: list[Record | Unreadable] = []
+        size_bytes = 0
+        for item in read_records(unit, self.options):
+            items.append(item)
+            size_bytes += ITEM_BYTES + (item.size_bytes if isinstance(item, Record) else 0)
+            if size_bytes >= BATCH_BYTES:
+                yield Batch(unit.file.path, items)
+                items, size_bytes = [], 0
+        if items:
+            yield Batch(unit.file.path, items)
+
+    def encode(self, batch: Batch) -> Iterator[Encoded | Unreadable | Notice]:
+        """Yield the records of ``batch`` in order.
 
         Raises :class:`DataError`, with file and line, for a record that the tokenizer cannot encode, and
         unless ``options.skip_unreadable`` for one that is not of the format.
         """
         seen: set[str] = set()
-        for record in read_records(unit, self.options):
+        for record in batch.items:
             if isinstance(record, Unreadable):
                 yield record
-                continue
-            try:
-                encoded = self.records.encode(record.value)
-            except RecordError as error:
-                yield self._unreadable(record, error)
-                continue
-            except DataError as error:  # of the tokenizer, not of the record
-                raise DataError(f"{record.where}: {error}") from error
-            for token in encoded.special:
-                if token not in seen:
-                    seen.add(token)
-                    what = self.records.special_text
-                    text = f"has the text {token}, and there may be more; {what}"
-                    yield Notice(token, record.location, text)
-            yield Encoded(encoded.ids, encoded.content, ends_document=True, counted=encoded.counted)
+            elif isinstance(record, Record):
+                try:
+                    encoded = self.records.encode(record.value)
+                except RecordError as error:
+                    yield self._unreadable(record, error)
+                    continue
+                except DataError as error:  # of the tokenizer, not of the record
+                    raise DataError(f"{record.location}: {error}") from error
+                what = self.records.special_text
+                for token in encoded.special:
+                    if token not in seen:
+                        seen.add(token)
+                        text = f"has the text {token}, and there may be more; {what}"
+                        yield Notice(token, record.location, text)
+                yield Encoded(encoded.ids, encoded.content, ends_document=True, counted=encoded.counted)
 
     def _unreadable(self, record: Record, error: RecordError) -> Unreadable:
         if not self.options.skip_unreadable:

@@ -14,10 +14,11 @@ the same part at once: the first one to rename it wins.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from kempnerforge.data.encoding import Encoder, Notice, SeparatorSeen
+from kempnerforge.data.encoding import Batch, Encoder, Notice, Result, SeparatorSeen
 from kempnerforge.data.index import NAMED_LEFT_OUT, kind_of
+from kempnerforge.data.reading.files import TextFile
 from kempnerforge.data.reading.items import Unreadable
 from kempnerforge.data.reading.locations import Location
 from kempnerforge.data.reading.units import Unit
@@ -51,45 +53,26 @@ BLOCK_TOKENS = 1 << 20
 Report = Callable[[int, int], None]
 """Called with the bytes of text and the tokens that were written since the last call."""
 
-
-@dataclass(frozen=True)
-class Stamp:
-    """A file's size and time, by which a change while it is being read is noticed."""
-
-    size_bytes: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> Stamp:
-        """Read it. Raises :class:`DataError` if the file is gone."""
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise DataError(f"text file {path}: cannot be read: {error.strerror}") from error
-        return cls(status.st_size, status.st_mtime_ns)
+EncodeAll = Callable[[Iterator[Batch]], Iterator[Result]]
+"""Encodes batches, and yields the results in their order."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """The units of one part."""
 
     number: int
     units: tuple[Unit, ...]
-    stamps: tuple[Stamp, ...]
-    """Of the file of each unit."""
+    size_bytes: int
+    """Bytes on disk of all units."""
 
     @property
     def name(self) -> str:
         """Name of the part's folder."""
         return f"part_{self.number:06d}"
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes on disk of all units."""
-        return sum(unit.size_bytes for unit in self.units)
 
-
-@dataclass
+@dataclass(slots=True)
 class UnitTotals:
     """What was read of one unit."""
 
@@ -128,8 +111,12 @@ def _location(content: dict[str, Any]) -> Location:
     return Location(Path(content["path"]), content["line"], content["first_byte"])
 
 
-def write_part(task: Task, encoder: Encoder, parts: Path, report: Report, *, threads: int = 1) -> None:
+def write_part(
+    task: Task, encoder: Encoder, parts: Path, report: Report, *, encode: EncodeAll | None = None
+) -> None:
     """Tokenize the units of ``task`` into the folder ``parts / task.name``.
+
+    ``encode`` encodes the batches of a unit. None: in this process.
 
     Raises :class:`DataError` for text that cannot be read, and OSError if the part cannot be written.
     """
@@ -137,10 +124,12 @@ def write_part(task: Task, encoder: Encoder, parts: Path, report: Report, *, thr
     new_folder(temporary)
     writer = _PartWriter(temporary, encoder)
     try:
-        for unit, stamp in zip(task.units, task.stamps, strict=True):
-            _check_unchanged(unit, stamp)
-            _write_unit(unit, encoder, writer, report, threads)
-            _check_unchanged(unit, stamp)
+        for unit in task.units:
+            _check_unchanged(unit.file)
+            batches = encoder.read(unit)
+            results = encode(batches) if encode else _encode_here(encoder, batches)
+            _write_unit(results, writer, report)
+            _check_unchanged(unit.file)
         writer.close()
         try:
             publish(temporary, parts / task.name)
@@ -152,15 +141,24 @@ def write_part(task: Task, encoder: Encoder, parts: Path, report: Report, *, thr
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_unchanged(unit: Unit, stamp: Stamp) -> None:
-    if Stamp.of(unit.file.path) != stamp:
-        raise DataError(f"text file {unit.file.path} changed while it was being prepared; start again")
+def _encode_here(encoder: Encoder, batches: Iterator[Batch]) -> Iterator[Result]:
+    for batch in batches:
+        yield from encoder.encode(batch)
 
 
-def _write_unit(unit: Unit, encoder: Encoder, writer: _PartWriter, report: Report, threads: int) -> None:
+def _check_unchanged(file: TextFile) -> None:
+    try:
+        status = file.path.stat()
+    except OSError as error:
+        raise DataError(f"text file {file.path}: cannot be read: {error.strerror}") from error
+    if (status.st_size, status.st_mtime_ns) != (file.size_bytes, file.mtime_ns):
+        raise DataError(f"text file {file.path} changed while it was being prepared; start again")
+
+
+def _write_unit(results: Iterable[Result], writer: _PartWriter, report: Report) -> None:
     writer.begin_unit()
     read_bytes = num_tokens = 0
-    for item in encoder.encode(unit, threads=threads):
+    for item in results:
         if isinstance(item, Unreadable):
             writer.drop_document()
             kind = kind_of(item.reason)
@@ -302,17 +300,19 @@ class PartReader:
             yield ids, counted
 
 
-def make_tasks(units: Sequence[tuple[Unit, Stamp]], task_bytes: int) -> list[Task]:
-    """Group neighbouring units into tasks of about ``task_bytes``, whatever the machine."""
-    groups: list[list[tuple[Unit, Stamp]]] = []
-    size_bytes = task_bytes
-    for unit, stamp in units:
-        if size_bytes >= task_bytes:
-            groups.append([])
-            size_bytes = 0
-        groups[-1].append((unit, stamp))
+def make_tasks(units: Iterable[Unit], task_bytes: int, task_units: int) -> Iterator[Task]:
+    """Group neighbouring units into tasks of about ``task_bytes``, whatever the machine.
+
+    A task has at most ``task_units``, so that what is kept of each unit of a part does not need much memory.
+    """
+    numbers = itertools.count()
+    group: list[Unit] = []
+    size_bytes = 0
+    for unit in units:
+        if group and (size_bytes >= task_bytes or len(group) == task_units):
+            yield Task(next(numbers), tuple(group), size_bytes)
+            group, size_bytes = [], 0
+        group.append(unit)
         size_bytes += unit.size_bytes
-    return [
-        Task(number, tuple(unit for unit, _ in group), tuple(stamp for _, stamp in group))
-        for number, group in enumerate(groups)
-    ]
+    if group:
+        yield Task(next(numbers), tuple(group), size_bytes)

@@ -56,18 +56,28 @@ def rules_for(
     return rules
 
 
+def max_lead_bytes(file_bytes: int, num_documents: int, fraction: float) -> float:
+    """Return the ``max_lead_bytes`` of the :class:`EvenChoice` of a file.
+
+    It is the mean size of its documents. A few huge ones can raise the mean above the size of any
+    document that is chosen whole, and then too little would be held out: so it is at most that size.
+    """
+    return min(file_bytes / num_documents, file_bytes * fraction * SMALL_PART)
+
+
 class EvenChoice:
     """Choose documents of one file, in order, so that at each place the share of bytes is the fraction.
 
     A document is chosen when fewer bytes were chosen before it than the fraction asks for. So the
     choice does not depend on its own size, and the chosen bytes never differ from the fraction by
-    more than one document. ``digest``, uint64, of the first document of the file and ``mean_bytes``
-    per document decide where the first choice is.
+    more than one document and the lead. The lead is a part of ``max_lead_bytes``, which the
+    ``digest``, uint64, of the first document of the file decides. So it decides where the first
+    choice is.
     """
 
-    def __init__(self, fraction: float, digest: int, mean_bytes: float) -> None:
+    def __init__(self, fraction: float, digest: int, max_lead_bytes: float) -> None:
         self._fraction = fraction
-        self._lead = digest / _DIGESTS * mean_bytes
+        self._lead = digest / _DIGESTS * max_lead_bytes
         self._seen = self._chosen = 0
 
     def choose(self, sizes: np.ndarray) -> np.ndarray:

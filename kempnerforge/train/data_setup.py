@@ -12,7 +12,7 @@ from kempnerforge.config.path_text import expand
 from kempnerforge.config.schema import DataConfig, JobConfig
 from kempnerforge.data.map_dataset import MapDataset, MapSamples
 from kempnerforge.data.mixture import MixtureDataset
-from kempnerforge.data.prepare import prepare_cached
+from kempnerforge.data.prepare import log_notes, prepare_cached
 from kempnerforge.data.prepare_progress import plain_lines
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.record_encoder import make_encoder
@@ -51,7 +51,11 @@ def open_data(
     splits = ("train", "val") if needs_val else ("train",)
     if job.data.sources:
         size = samples_per_step or job.geometry(world.num_ranks).global_batch_size
-        return open_mixture(job, lambda data: _open_tokens(job, data, world, signals, splits), size)
+
+        def open_source(data: DataConfig, name: str) -> TokenDataset:
+            return _open_tokens(job, data, world, signals, splits, label=f'data: source "{name}"')
+
+        return open_mixture(job, open_source, size)
     return _open_tokens(job, job.data, world, signals, splits)
 
 
@@ -63,9 +67,18 @@ def val_splits(job: JobConfig, dataset: AnyDataset) -> dict[str, Samples | MapSa
 
 
 def _open_tokens(
-    job: JobConfig, data: DataConfig, world: DistributedContext, signals: StopSignals, splits: Sequence[str]
+    job: JobConfig,
+    data: DataConfig,
+    world: DistributedContext,
+    signals: StopSignals,
+    splits: Sequence[str],
+    *,
+    label: str = "data",
 ) -> TokenDataset:
-    """Open the text or the prepared tokens of ``data``, as ``open_data`` does, with ``splits``."""
+    """Open the text or the prepared tokens of ``data``, as ``open_data`` does, with ``splits``.
+
+    Lines of the log begin with ``label``.
+    """
     options: dict[str, Any] = {
         "vocab_size": job.model.vocabulary,
         "val_fraction": data.val_fraction,
@@ -77,10 +90,12 @@ def _open_tokens(
             path = expand(data.dataset_path, key="data.dataset_path")
         else:
             assert data.text is not None
-            log.info(f"data: scanning {data.text}")
-            path = _prepare_text(data, data.text)
+            log.info(f"{label}: scanning {data.text}")
+            path = _prepare_text(data, data.text, label)
         dataset = open_dataset(path, **options)
-        log.info(f"data: {dataset.split('train', job.train.seq_len).describe()} in {path}")
+        if data.dataset_path is not None and dataset.index is not None:
+            log_notes(dataset.index, label=label)
+        log.info(f"{label}: {dataset.split('train', job.train.seq_len).describe()} in {path}")
         for name in splits[1:]:
             dataset.split(name, job.train.seq_len)
         return path
@@ -99,7 +114,7 @@ def _open_tokens(
     return dataset
 
 
-def _prepare_text(data: DataConfig, text: str | Sequence[str]) -> Path:
+def _prepare_text(data: DataConfig, text: str | Sequence[str], label: str) -> Path:
     """Return the prepared folder of ``text``, which is read as ``data`` says."""
     return prepare_cached(
         text,
@@ -108,5 +123,6 @@ def _prepare_text(data: DataConfig, text: str | Sequence[str]) -> Path:
         options=ReadOptions(data.text_field, data.document_separator, data.skip_unreadable),
         make_encoder=partial(make_encoder, data),
         val_fraction=data.val_fraction,
-        progress=plain_lines(lambda line: log.info(f"data: {line}")),
+        progress=plain_lines(lambda line: log.info(f"{label}: {line}")),
+        label=label,
     )

@@ -17,16 +17,18 @@ log = logging.getLogger(__name__)
 
 
 def open_mixture(
-    job: JobConfig, open_source: Callable[[DataConfig], TokenDataset], global_batch_size: int
+    job: JobConfig, open_source: Callable[[DataConfig, str], TokenDataset], global_batch_size: int
 ) -> MixtureDataset:
     """Open all sources of ``job``, one after the other, with ``open_source``, which is collective.
+
+    It gets the data and the name of each source.
 
     Raises DataError on all ranks, with the key and the name of the source.
     """
     sources: dict[str, TokenDataset] = {}
     for source, (key, data) in zip(job.data.sources, job.data.parts().items(), strict=True):
         try:
-            sources[source.name] = open_source(data)
+            sources[source.name] = open_source(data, source.name)
         except DataError as error:
             raise _named(error, f'{key} "{source.name}"') from error
         if sources[source.name].index is None:

@@ -21,7 +21,9 @@ from support.runs import Launcher, make_run
 from support.tmpfs import mounted_tmpfs
 from support.tokenizers import make_closed_tokenizer, make_tokenizer
 
-from kempnerforge.data.prepare import ABANDONED_AFTER_S
+from kempnerforge.data.prepare import ABANDONED_AFTER_S, prepare
+from kempnerforge.data.reading.options import ReadOptions
+from kempnerforge.data.tokenizer import ByteTokenizer
 from kempnerforge.data.tokens import open_dataset
 
 pytest_plugins = ["support.run_fixtures"]
@@ -276,3 +278,27 @@ def test_train_on_mixed_files_says_what_was_left_out(launcher: Launcher, tmp_pat
         assert "left out: 1 x PNG image" in output
         assert "image.png: PNG image" in output
         assert "a.jsonl:2: " in output
+
+
+@pytest.mark.parametrize("is_mixture", [False, True])
+def test_train_on_prepared_says_what_was_left_out(
+    launcher: Launcher, tmp_path: Path, is_mixture: bool
+) -> None:
+    """At every start, on one rank, and with the name of the source."""
+    texts = write_texts(tmp_path / "texts")
+    (texts / "a.jsonl").write_text('{"text": "good"}\n{"title": "no text"}\n')
+    (texts / "image.png").write_bytes(b"\x89PNG\0\0data")
+    (texts / "note.txt").write_text("ends with <|endoftext|>")
+    prepare([str(texts)], tmp_path / "tokens", ByteTokenizer(), options=ReadOptions(skip_unreadable=True))
+    path = str(tmp_path / "tokens")
+    alone = {} if is_mixture else {"data.dataset_path": path}
+    run = make_run(tmp_path / "base", texts, **{"train.max_steps": 4, "data.text": None, **alone})
+    if is_mixture:
+        source = f'[[data.sources]]\nname = "web"\nweight = 1\ndataset_path = "{path}"\n'
+        run.config.write_text(run.config.read_text() + source)
+    begin = 'data: source "web"' if is_mixture else "data"
+    for _ in range(2):
+        output = launcher.run(run, ranks=2).output
+        for line in ("left out: 1 x PNG image", f"  {texts}/a.jsonl:2: it has no field"):
+            assert output.count(f"{begin}: {line}") == 1
+        assert output.count(f"{begin}: {texts}/note.txt contains the text <|endoftext|>") == 1

@@ -260,6 +260,12 @@ def test_chat_with_bytes_is_refused() -> None:
         ),
         ({"messages": chat.talk("hi", "\ud800")}, "half of a surrogate pair"),
         ({"messages": chat.talk("hi", "ho"), "tools": "x"}, "field 'tools' is text"),
+        (
+            {"messages": chat.talk("hi", "a" * (512 << 10))},
+            r"too long; its text has 524,\d+ bytes; at most 512 KiB are tokenized",
+        ),
+        ({"messages": chat.talk("hi", "é" * (300 << 10))}, r"too long; its text has 614,\d+ bytes"),
+        ({"messages": chat.talk("hi", "a" * (9 << 20))}, "too long; its text has 9,437,"),
     ],
 )
 def test_record_that_is_no_conversation_is_refused(
@@ -318,11 +324,20 @@ def test_first_token_without_prompt_does_not_count() -> None:
         ({"prompt": None, "completion": "b"}, "field 'prompt' is null"),
         ({"prompt": "a", "completion": ""}, "field 'completion' is empty"),
         ({"prompt": "a", "completion": "\ud800"}, "half of a surrogate pair"),
+        (
+            {"prompt": "aé", "completion": "b" * ((512 << 10) - 2)},
+            "too long; its text has 524,289 bytes; at most 512 KiB are tokenized",
+        ),
     ],
 )
 def test_record_without_completion_is_refused(record: dict[str, Any], message: str) -> None:
     with pytest.raises(RecordError, match=message):
         PromptCompletion(ByteTokenizer()).encode(record)
+
+
+def test_longest_record_is_tokenized() -> None:
+    record = {"prompt": "aé", "completion": "b" * ((512 << 10) - 3)}
+    assert PromptCompletion(ByteTokenizer()).encode(record).ids.size == (512 << 10) + 1
 
 
 def test_digest_changes_with_what_changes_tokens(folder: Path, formats: dict[str, Chat]) -> None:

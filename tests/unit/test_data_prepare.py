@@ -5,20 +5,29 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
+import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from support.tokenizers import make_tokenizer
 
 from kempnerforge.data import prepare as prepare_module
-from kempnerforge.data.index import Index, read_index
+from kempnerforge.data.index import Index, json_digest, read_index
 from kempnerforge.data.prepare import prepare, prepare_cached, turn_end_warnings
-from kempnerforge.data.prepare_progress import Progress
+from kempnerforge.data.prepare_progress import Progress, plain_lines
+from kempnerforge.data.prepare_workers import helpers_of_workers
+from kempnerforge.data.reading.files import TextFile, find_files
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.pieces import PIECE_BYTES
 from kempnerforge.data.reading.streams import storage_errors
+from kempnerforge.data.reading.units import Unit, units_of
+from kempnerforge.data.token_parts import Task, make_tasks
 from kempnerforge.data.tokenizer import ByteTokenizer, load_tokenizer
 from kempnerforge.data.tokens import open_dataset
 from kempnerforge.errors import DataError
@@ -131,10 +140,87 @@ def test_prepare_long_document_pieces_equal_whole(tmp_path):
     assert ids[-1] == tokenizer.separator_id
     assert ids[:-1].tolist() == tokenizer.encode(text).tolist()
     assert index.tokenizer_digest == tokenizer.digest
-    last = seen[-1]
+    last = [progress for progress in seen if progress.activity == "tokenized"][-1]
     assert (last.done_bytes, last.total_bytes, last.text_bytes) == (len(text),) * 3
     assert last.tokens == ids.size
     assert "MB/s" in last.rate
+
+
+def test_prepare_reports_each_activity_to_its_end(notes: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    index = prepare([str(notes)], tmp_path / "out", BYTES, val_fraction=0.1, progress=seen.append)
+    last = {progress.activity: progress for progress in seen}
+    assert list(last) == ["found", "read", "tokenized", "wrote"]
+    text_bytes = sum(split.text_bytes or 0 for split in index.splits.values())
+    token_bytes = 2 * sum(split.tokens for split in index.splits.values())
+    done = [(progress.done_bytes, progress.total_bytes) for progress in last.values()]
+    assert done == [(text_bytes, 0), (text_bytes,) * 2, (text_bytes,) * 2, (token_bytes,) * 2]
+    for activity in last:
+        so_far = [progress.done_bytes for progress in seen if progress.activity == activity]
+        assert so_far == sorted(so_far)
+
+
+def test_plain_lines_each_activity_at_the_same_rate() -> None:
+    """The first line comes after 10 s, so a small corpus has none."""
+    now, lines = [0.0], []
+    write = plain_lines(lines.append, clock=lambda: now[0])
+    for now_s, progress in (
+        (1, Progress("found", 10, 0, 10, 0, 1.0)),
+        (9, Progress("read", 10, 5000, 10, 0, 1.0)),
+        (11, Progress("found", 4000, 0, 4000, 0, 10.0)),
+        (12, Progress("read", 10, 5000, 10, 0, 1.0)),
+        (21, Progress("read", 2000, 5000, 2000000, 0, 2.0)),
+        (31, Progress("tokenized", 3000, 5000, 9000000, 6000000, 2.0)),
+        (40, Progress("wrote", 3000, 5000, 9000000, 0, 2.0)),
+        (41, Progress("wrote", 4000, 5000, 9000000, 0, 2.0)),
+    ):
+        now[0] = now_s
+        write(progress)
+    assert lines == [
+        "found files of 4,000 bytes",
+        "read 2,000 of 5,000 bytes, 1.0 MB/s",
+        "tokenized 3,000 of 5,000 bytes, 4.5 MB/s, 3.00M tokens/s",
+        "wrote tokens: 4,000 of 5,000 bytes, 4.5 MB/s",
+    ]
+
+
+def test_found_files_and_tasks_need_little_memory(tmp_path: Path) -> None:
+    """A corpus may have a million files."""
+    for number in range(3000):
+        (tmp_path / f"{number:06d}.txt").write_text("text")
+    (tmp_path / "other").mkdir()
+    find_files(str(tmp_path / "000000.txt"))  # what is imported and cached at the first use
+    tracemalloc.start()
+    try:
+        found = find_files(str(tmp_path))
+        units = (unit for file in found.files for unit in units_of(file, ReadOptions()))
+        tasks = list(make_tasks(units, 4 << 20, 1000))
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    names = sum(len(file.name) for file in found.files)
+    assert [len(task.units) for task in tasks] == [1000] * 3
+    assert (kept - names) / 3000 < 350
+    assert (most - names) / 3000 < 600
+
+
+def test_make_tasks_by_bytes_and_units() -> None:
+    sizes = [3, 3, 9, 1, 1, 1, 1]
+    units = [
+        Unit(TextFile("a.txt", "text", None, size, 0), number, 0, None, size)
+        for number, size in enumerate(sizes)
+    ]
+    tasks = list(make_tasks(units, 5, 3))
+    assert [[unit.number for unit in task.units] for task in tasks] == [[0, 1], [2], [3, 4, 5], [6]]
+    assert [(task.name, task.size_bytes) for task in tasks[:2]] == [("part_000000", 6), ("part_000001", 9)]
+    assert list(make_tasks([], 5, 3)) == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_json_digest_list_in_parts_is_the_same(count: int) -> None:
+    value = {"format": 2, "encoder": {"b": [1, None], "a": "é"}, "z": 0.01}
+    files = [["0f", "text", None], ["1f", "jsonl", "gzip"], ["2f", "text", "zstd"]][:count]
+    assert json_digest(value, files=iter(files)) == json_digest({**value, "files": files})
 
 
 def test_prepare_non_empty_folder_untouched(notes, tmp_path):
@@ -212,8 +298,8 @@ def test_prepare_cached_slower_takes_first_folder(notes, tmp_path):
     cache = tmp_path / "cache"
     inner: list[Path] = []
 
-    def prepare_in_between(_progress: Progress) -> None:
-        if not inner:
+    def prepare_in_between(progress: Progress) -> None:
+        if progress.activity == "tokenized" and not inner:
             inner.append(prepare_cached([str(notes)], BYTES, cache))
             inner.append(Path(str((inner[0] / "index.json").stat().st_ino)))
 
@@ -253,6 +339,35 @@ def test_prepare_share_of_bytes_within_a_tenth(tmp_path: Path, sizes: list[int])
     assert 0.009 <= held_out_share(index) <= 0.011
     val = documents_of(read_split(tmp_path / "out", "val"))
     assert sum(map(len, val)) == index.splits["val"].text_bytes
+
+
+@given(
+    small=st.tuples(st.integers(0, 500), st.integers(20, 1000)),
+    larger=st.lists(st.integers(1000, 50_000), max_size=5),
+    huge=st.lists(st.integers(50_000, 1_000_000), max_size=3),
+    fraction=st.sampled_from([0.003, 0.01, 0.05, 0.2]),
+    seed=st.integers(0, 10_000),
+)
+@example(small=(400, 500), larger=[], huge=[800_000], fraction=0.01, seed=1)
+@settings(deadline=None, max_examples=40)
+def test_prepare_share_with_huge_documents_within_a_tenth(
+    small: tuple[int, int], larger: list[int], huge: list[int], fraction: float, seed: int
+) -> None:
+    """Where so few bytes are to be held out that a token is many of them, it may be refused."""
+    count, size = small
+    sizes = [*huge, *larger, *[size] * count]
+    random.Random(seed).shuffle(sizes)
+    line = "some words of a line\n"
+    texts = [f"{seed} {number} {line * (length // len(line))}" for number, length in enumerate(sizes)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = jsonl(Path(folder) / "a.jsonl", texts or ["empty"])
+        share, refusal = fraction, ""
+        try:
+            share = held_out_share(prepare([str(path)], Path(folder) / "out", BYTES, val_fraction=fraction))
+        except DataError as error:
+            refusal = str(error)
+    assert 0.9 * fraction <= share <= 1.1 * fraction
+    assert not refusal or ("too little text" in refusal and fraction * sum(map(len, texts)) < 100)
 
 
 def test_prepare_too_little_text_to_hold_out_refused(tmp_path: Path) -> None:
@@ -418,3 +533,22 @@ def test_prepare_cached_logs_what_was_left_out(
         caplog.clear()
         prepare_cached([str(notes)], BYTES, tmp_path / "cache")
         assert f"left out: {start + 1} x empty" in caplog.text, "at every start, as it is then"
+
+
+@pytest.mark.parametrize(
+    ("sizes_mb", "num_processes", "expected"),
+    [
+        pytest.param([4] * 100, 8, [0] * 8, id="a large divided file"),
+        pytest.param([1000], 8, [8], id="one file that cannot be divided"),
+        pytest.param([1000], 1, [0], id="one processor"),
+        pytest.param([10], 64, [3], id="one file that is not so large"),
+        pytest.param([4, 4, 1], 64, [0] * 3, id="small text"),
+        pytest.param([1000, 500, 20], 8, [2, 3, 3], id="a few large files"),
+        pytest.param([1000] * 9, 8, [0] * 8, id="more large files than processors"),
+    ],
+)
+def test_helpers_of_workers_use_all_processors(
+    sizes_mb: list[int], num_processes: int, expected: list[int]
+) -> None:
+    tasks = [Task(number, (), size << 20) for number, size in enumerate(sizes_mb)]
+    assert helpers_of_workers(tasks, num_processes) == expected

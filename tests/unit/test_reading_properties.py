@@ -8,7 +8,6 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,7 +47,7 @@ def written(
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()
-        yield TextFile(Path(file.name), kind, compression, len(content))
+        yield TextFile(file.name, kind, compression, len(content), mtime_ns=0)
 
 
 def read_units(file: TextFile, options: ReadOptions) -> list[list[Piece | Unreadable]]:

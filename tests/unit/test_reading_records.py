@@ -22,7 +22,7 @@ from kempnerforge.data.reading.locations import Location, location_texts
 from kempnerforge.data.reading.options import ReadOptions
 from kempnerforge.data.reading.units import units_of
 from kempnerforge.data.record_encoder import RecordEncoder
-from kempnerforge.data.token_parts import Part, Stamp, make_tasks, write_part
+from kempnerforge.data.token_parts import Part, make_tasks, write_part
 from kempnerforge.data.tokenizer import ByteTokenizer
 from kempnerforge.errors import DataError
 
@@ -197,7 +197,7 @@ def test_write_part_does_not_count_lines_of_left_out(
     write_json_lines(path, damaged_every=4)
     (file,) = find_files(str(path)).files
     parts = units_of(file, SKIP)
-    (task,) = make_tasks([(unit, Stamp.of(path)) for unit in parts], 1 << 20)
+    (task,) = make_tasks(parts, task_bytes=1 << 20, task_units=len(parts))
     count_opened.opened = 0
     write_part(task, encoder, tmp_path, lambda *_: None)
     assert count_opened.opened == len(parts)

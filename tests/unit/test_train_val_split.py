@@ -14,6 +14,7 @@ from kempnerforge.data.train_val_split import (
     DigestChoice,
     EvenChoice,
     cut_position,
+    max_lead_bytes,
     rules_for,
 )
 
@@ -47,13 +48,22 @@ def test_even_choice_never_off_by_more_than_a_document(
 ) -> None:
     """At every place, and the same when the documents arrive in two parts."""
     array = np.array(sizes, dtype=np.int64)
-    mean_bytes = float(array.mean())
-    chosen = EvenChoice(fraction, digest, mean_bytes).choose(array)
-    parts = EvenChoice(fraction, digest, mean_bytes)
+    lead_bytes = max_lead_bytes(sum(sizes), len(sizes), fraction)
+    chosen = EvenChoice(fraction, digest, lead_bytes).choose(array)
+    parts = EvenChoice(fraction, digest, lead_bytes)
     assert (np.concatenate([parts.choose(array[:cut]), parts.choose(array[cut:])]) == chosen).all()
     off = np.cumsum(array * chosen) - fraction * np.cumsum(array)
     assert off.max() <= max(sizes)
-    assert off.min() >= -(max(sizes) + mean_bytes)
+    assert off.min() >= -(max(sizes) + lead_bytes)
+
+
+def test_max_lead_huge_document_does_not_raise_it() -> None:
+    sizes = [500] * 3000
+    assert max_lead_bytes(sum(sizes), len(sizes), 0.01) == 500
+    sizes = [800_000] + [500] * 400
+    rules = rules_for(np.array(sizes), sum(sizes), 0.01)
+    assert (rules == [CUT] + [WHOLE] * 400).all()
+    assert max_lead_bytes(sum(sizes), len(sizes), 0.01) == 500
 
 
 def test_even_choice_does_not_prefer_a_size() -> None:

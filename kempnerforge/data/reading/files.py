@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,27 +25,41 @@ NAMED_AT_MOST = 3
 """Files that a message about many of them names."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TextFile:
-    """A file to read."""
+    """A file to read, as it was when it was found."""
 
-    path: Path
+    name: str
+    """Its path. There may be a million files, and a Path takes three times the memory."""
     format: Format
     compression: Compression | None
     size_bytes: int
     """Size on disk."""
+    mtime_ns: int
+    """With the size it tells whether the file has changed."""
     note: str = ""
     """What the content is, where the name says something else, or records may be meant."""
 
+    @property
+    def path(self) -> Path:
+        """Path of the file."""
+        return Path(self.name)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class PassedOver:
     """A file or folder that is not read."""
 
-    path: Path
+    name: str
+    """Its path."""
     reason: str
     size_bytes: int = 0
     """0 where nothing is lost, such as for files that were already read."""
+
+    @property
+    def path(self) -> Path:
+        """Path of the file or folder."""
+        return Path(self.name)
 
 
 @dataclass(frozen=True)
@@ -79,8 +93,11 @@ class FoundFiles:
             )
 
 
-def find_files(text: str | Sequence[str]) -> FoundFiles:
+def find_files(text: str | Sequence[str], found_bytes: Callable[[int], None] = lambda _: None) -> FoundFiles:
     """Find the files that ``text`` names, and look at the first bytes of each.
+
+    Calls ``found_bytes`` with the size of each file to read.
+
 
     Entries are ``"python-stdlib"``, files, folders or globs. ``~``, ``$VAR`` and ``**`` are expanded.
     A folder means all files in it except hidden ones. Links are followed.
@@ -93,18 +110,19 @@ def find_files(text: str | Sequence[str]) -> FoundFiles:
         raise DataError(f'no text was given; give files, globs, or "{PYTHON_STDLIB}"')
     files: list[TextFile] = []
     passed_over: list[PassedOver] = []
-    first_paths: dict[tuple[int, int | str], Path] = {}
+    first_names: dict[tuple[int, int | str], str] = {}
     notes: list[str] = []
     for entry in entries:
         first_of_entry = len(files)
         for item in list_entry(entry):
             found = (
-                PassedOver(item.path, item.reason)
+                PassedOver(str(item.path), item.reason)
                 if isinstance(item, LeftOut)
-                else _inspect(item, first_paths, is_stdlib=entry == PYTHON_STDLIB)
+                else _inspect(item, first_names, is_stdlib=entry == PYTHON_STDLIB)
             )
             if isinstance(found, TextFile):
                 files.append(found)
+                found_bytes(found.size_bytes)
             elif found is not None:
                 passed_over.append(found)
         records = [file.path for file in files[first_of_entry:] if file.format != "text"]
@@ -125,37 +143,42 @@ def is_broken_link(path: Path) -> bool:
     return path.is_symlink() and not os.path.exists(path)
 
 
-def digest_file(path: Path) -> str:
-    """Return the xxh3-128 of a file, hexadecimal. Raises :class:`DataError` if it cannot be read."""
+def digest_file(path: Path, read_bytes: Callable[[int], None] = lambda _: None) -> bytes:
+    """Return the xxh3-128 of a file. Calls ``read_bytes`` with the size of each block.
+
+    Raises :class:`DataError` if the file cannot be read.
+    """
     digest = xxhash.xxh3_128()
     with storage_errors(path), open_file(path) as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
-    return digest.hexdigest()
+            read_bytes(len(block))
+    return digest.digest()
 
 
 def _inspect(
-    path: Path, first_paths: dict[tuple[int, int | str], Path], *, is_stdlib: bool
+    path: Path, first_names: dict[tuple[int, int | str], str], *, is_stdlib: bool
 ) -> TextFile | PassedOver | None:
     """Return what ``path`` is, or None if this very path was met before."""
+    name = str(path)
     with storage_errors(path):
         if is_broken_link(path):
-            return PassedOver(path, "broken link")
+            return PassedOver(name, "broken link")
         status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        return PassedOver(path, "not a regular file")
+        return PassedOver(name, "not a regular file")
     # Some file systems have no inode numbers.
     identity = (status.st_dev, status.st_ino or str(path.resolve()))
-    if identity in first_paths:
-        first = first_paths[identity]
-        return PassedOver(path, f"already read as {first}") if first != path else None
-    first_paths[identity] = path
+    if identity in first_names:
+        first = first_names[identity]
+        return PassedOver(name, f"already read as {first}") if first != name else None
+    first_names[identity] = name
     head = inspect_head(path)
     if is_stdlib and not isinstance(head, NotText) and not _is_utf8(path):
         head = NotText("not UTF-8")
     if isinstance(head, NotText):
-        return PassedOver(path, head.reason, 0 if is_stdlib else status.st_size)
-    return TextFile(path, head.format, head.compression, status.st_size, head.note)
+        return PassedOver(name, head.reason, 0 if is_stdlib else status.st_size)
+    return TextFile(name, head.format, head.compression, status.st_size, status.st_mtime_ns, head.note)
 
 
 def _is_utf8(path: Path) -> bool:
@@ -165,7 +188,7 @@ def _is_utf8(path: Path) -> bool:
 
 
 def _named(items: Sequence[PassedOver]) -> str:
-    names = [f"{item.path} ({item.reason})" for item in items[:NAMED_AT_MOST]]
+    names = [f"{item.name} ({item.reason})" for item in items[:NAMED_AT_MOST]]
     more = f" and {len(items) - NAMED_AT_MOST} more" if len(items) > NAMED_AT_MOST else ""
     return ", ".join(names) + more
 

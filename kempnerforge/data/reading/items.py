@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kempnerforge.data.reading.locations import Location
@@ -11,7 +11,7 @@ from kempnerforge.data.reading.locations import Location
 MAX_DOCUMENT_BYTES = 64 << 20
 """Longest JSON line, and longest text in a table."""
 
-MAX_RECORD_BYTES = 16 << 20
+MAX_RECORD_BYTES = 8 << 20
 """Longest record as a whole, whose values can take several times its size in memory."""
 
 MAX_FIELDS_NAMED = 8
@@ -33,6 +33,8 @@ class Record:
 
     value: dict[str, Any]
     location: Location
+    size_bytes: int = field(default=0, compare=False)
+    """Size of the line, or of the row in memory."""
 
 
 @dataclass(frozen=True)

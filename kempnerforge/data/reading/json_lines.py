@@ -63,7 +63,7 @@ def read_json_records(unit: Unit) -> Iterator[Record | Unreadable]:
         except _UnreadableLineError as error:
             yield source.unreadable(str(error))
         else:
-            yield Record(value, source.numbers.current())
+            yield Record(value, source.numbers.current(), len(line))
 
 
 class _LineSource:

@@ -33,31 +33,37 @@ class LeftOut:
     reason: str
 
 
-def list_entry(entry: str) -> Sequence[Path | LeftOut]:
-    """Return what one entry names, sorted by path. Links are followed, and loops of them end.
+def list_entry(entry: str) -> Iterator[Path | LeftOut]:
+    """Yield what one entry names, sorted by path. Links are followed, and loops of them end.
 
     Paths are those of files, or of what is neither a file nor a folder. Nothing is opened but folders.
 
     Raises :class:`DataError` if there are none, a variable is not set, or a folder cannot be read.
     """
     if entry == PYTHON_STDLIB:
-        return list(_stdlib_files())
-    pattern = _expand(entry)
-    # A name that contains [ or * is taken literally if such a file exists.
-    if os.path.isdir(pattern):
-        found = list(_walk(Path(pattern), set()))
-    elif os.path.lexists(pattern):
-        if not os.path.exists(pattern):
-            raise DataError(f"text file {pattern} is a broken symbolic link")
-        found = [Path(pattern)]
-    else:
-        found = _match(pattern)
-    if not any(isinstance(item, Path) for item in found):
+        yield from _stdlib_files()
+        return
+    has_file = False
+    for item in _find(_expand(entry)):
+        has_file = has_file or isinstance(item, Path)
+        yield item
+    if not has_file:
         raise DataError(
             f"text {entry!r} matches no file (searched from {Path.cwd()}). "
             f'Entries are files, folders, globs such as "notes/**/*.md", or "{PYTHON_STDLIB}"'
         )
-    return found
+
+
+def _find(pattern: str) -> Iterator[Path | LeftOut]:
+    # A name that contains [ or * is taken literally if such a file exists.
+    if os.path.isdir(pattern):
+        yield from _walk(Path(pattern), set())
+    elif os.path.lexists(pattern):
+        if not os.path.exists(pattern):
+            raise DataError(f"text file {pattern} is a broken symbolic link")
+        yield Path(pattern)
+    else:
+        yield from _match(pattern)
 
 
 def is_folder(entry: str) -> bool:
@@ -73,25 +79,21 @@ def _expand(entry: str) -> str:
     return os.path.expanduser(os.path.expandvars(entry))
 
 
-def _match(pattern: str) -> Sequence[Path | LeftOut]:
-    """Return the files that a glob matches. Unlike glob.glob, ``**`` never follows a loop of links."""
+def _match(pattern: str) -> Iterator[Path | LeftOut]:
+    """Yield the files that a glob matches. Unlike glob.glob, ``**`` never follows a loop of links."""
     parts = Path(pattern).parts
     if ANY_FOLDERS not in parts:
-        return [
-            LeftOut(path, f"folder; to read its files, name it or {path}/**") if os.path.isdir(path) else path
-            for path in sorted(map(Path, glob.glob(pattern)))
-        ]
+        for path in sorted(map(Path, glob.glob(pattern))):
+            is_folder = os.path.isdir(path)
+            yield LeftOut(path, f"folder; to read its files, name it or {path}/**") if is_folder else path
+        return
     first = parts.index(ANY_FOLDERS)
     base = str(Path(*parts[:first]))
-    found: list[Path | LeftOut] = []
     for folder in sorted(map(Path, glob.glob(base) if first else ["."])):
         if os.path.isdir(folder):
-            found += [
-                item
-                for item in _walk(folder, set())
-                if _fits(_path_of(item).relative_to(folder).parts, parts[first:])
-            ]
-    return found
+            for item in _walk(folder, set()):
+                if _fits(_path_of(item).relative_to(folder).parts, parts[first:]):
+                    yield item
 
 
 def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:

@@ -140,7 +140,7 @@ def _record(row: Any, location: Location) -> Record | Unreadable:
             if not types.is_temporal(column.type):
                 return Unreadable(location, f'"{name}" holds a value that Python cannot represent ({error})')
             value[name] = column[0].value
-    return Record(value, location)
+    return Record(value, location, row.nbytes)
 
 
 def _without_null_fields(value: Any) -> Any:

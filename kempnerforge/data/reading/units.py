@@ -14,7 +14,7 @@ UNIT_BYTES = 4 << 20
 """Size of a part of a file. Fixed, so that the units of a file are the same on every machine."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
     """A part of a file, or the whole file."""
 
