@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kempnerforge.config.path_text import expand
 from kempnerforge.data.record_fields import RecordError
-from kempnerforge.errors import DataError
+from kempnerforge.errors import DataError, StopRequestedError
 
 if TYPE_CHECKING:
     import jinja2
@@ -146,6 +146,8 @@ class ChatTemplate:
         }
         try:
             return render_spans(self._compiled, variables)
+        except StopRequestedError:  # a signal arrived meanwhile
+            raise
         except Exception as error:  # a template is a program, which may raise anything
             raise RecordError(
                 f"the chat template {self.name} refuses the conversation", str(error) or type(error).__name__

@@ -31,8 +31,8 @@ from kempnerforge.errors import DataError
 MAX_TOKENIZED_BYTES = 512 << 10
 """Longest text of a record. It is tokenized as a whole, which needs up to 350 times its size in memory."""
 
-MAX_RENDERED_BYTES = 4 * MAX_TOKENIZED_BYTES
-"""Longest texts of a record that a chat template is given."""
+MAX_RENDERED_SIZE = 4 * MAX_TOKENIZED_BYTES
+"""Characters of the longest texts of a record that a chat template is given."""
 
 ANCHORS = ("\n", ":", ".", "0")
 """Texts before a completion that keep a tokenizer from treating it as the beginning of a text."""
@@ -227,7 +227,7 @@ class Chat:
         messages = read_messages(record, self._messages_field)
         tools = read_tools(record)
         # It is rendered several times. A template may leave out a part of it.
-        _check_length(sum(map(len, strings_in([messages, tools]))), MAX_RENDERED_BYTES)
+        _check_length(sum(map(len, strings_in([messages, tools]))), MAX_RENDERED_SIZE, "characters")
         template = self._templates["default"]
         if tools is not None:
             template = self._templates.get("tool_use", template)
@@ -245,11 +245,11 @@ class Chat:
         return Conversation(ids, counted, content, _matches(self._special, strings_in(messages)))
 
 
-def _check_length(size_bytes: int, most: int = MAX_TOKENIZED_BYTES) -> None:
+def _check_length(size: int, most: int = MAX_TOKENIZED_BYTES, unit: str = "bytes") -> None:
     """Raise :class:`RecordError` for a record whose text is too long to be tokenized."""
-    if size_bytes > most:
+    if size > most:
         limit = MAX_TOKENIZED_BYTES >> 10
-        raise RecordError("too long", f"its text has {size_bytes:,} bytes; at most {limit} KiB are tokenized")
+        raise RecordError("too long", f"its text has {size:,} {unit}; at most {limit} KiB are tokenized")
 
 
 class _RenderedText:

@@ -192,10 +192,8 @@ class TextEncoder:
                 ids = np.concatenate([part.astype(ids.dtype, copy=False) for part in around])
                 yield Encoded(ids, item.content, item.ends_document)
                 begins = item.ends_document
-            elif isinstance(item, Unreadable):
-                begins = True
-                yield item
-            elif isinstance(item, SeparatorSeen):
+            elif isinstance(item, Unreadable | SeparatorSeen):
+                begins |= isinstance(item, Unreadable)
                 yield item
 
 

@@ -9,6 +9,7 @@ imported again. It ends when the socket is closed, and the kernel kills it when 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -26,8 +27,10 @@ from kempnerforge.python_process import start_with_socket
 from kempnerforge.rank_variables import FORWARDED, die_with_parent
 
 HELPER_BYTES = 4 << 20
-"""A worker has no more than one helper for so many bytes of its files. A single task of no more is
+"""A worker has no more than one helper for so many bytes of its first task. A single task of no more is
 written by the parent itself."""
+
+FEWER = "run kempnerforge data prepare with fewer --workers"
 
 TaskReport = Callable[[Task, int, int], None]
 """Called with the bytes of text and the tokens that were written for a task since the last call."""
@@ -47,7 +50,7 @@ def write_parts(
     report: TaskReport,
     finished: Callable[[Task], None],
 ) -> None:
-    """Write the missing parts of ``tasks`` into ``parts``, with as many processes as ``workers``.
+    """Write the missing parts of ``tasks`` into ``parts``. As many processes as ``workers`` tokenize.
 
     ``workers`` None means one for each processor. The largest task is begun first, so that it does
     not go on alone at the end. Parts that exist are not written again. Calls
@@ -82,11 +85,18 @@ def write_parts(
 def helpers_of_workers(tasks: Sequence[Task], num_processes: int) -> list[int]:
     """Return the number of helpers of each worker, so that ``num_processes`` tokenize.
 
-    A worker without helpers tokenizes itself.
+    A worker begins with one of ``tasks``, the largest of which comes first, and has processes by its
+    share of all bytes. One without helpers tokenizes itself.
     """
-    num_workers = min(num_processes, len(tasks))
-    useful = -(-max(task.size_bytes for task in tasks) // HELPER_BYTES)
-    shares = [min(useful, (num_processes + number) // num_workers) for number in range(num_workers)]
+    shares: list[int] = []
+    size_bytes = sum(task.size_bytes for task in tasks)
+    for task in tasks:
+        left = num_processes - sum(shares)
+        if not left:
+            break
+        share = round(left * task.size_bytes / size_bytes) if size_bytes else 1
+        shares.append(max(1, min(left, share, -(-task.size_bytes // HELPER_BYTES))))
+        size_bytes -= task.size_bytes
     return [share if share > 1 else 0 for share in shares]
 
 
@@ -135,13 +145,17 @@ class _Process:
             self._process, ours = start_with_socket(__name__, environ=environ)
         except OSError as error:
             raise KempnerForgeError(
-                f"cannot start a process that tokenizes: {error.strerror}; give fewer --workers"
+                f"cannot start a process that tokenizes: {error.strerror}; {FEWER}"
             ) from error
         self.connection = Connection(ours.detach())
-        self.send(setup)
+        self.task: Task | None = None
+        self._setup: list[object] = [setup]
 
     def send(self, value: object) -> None:
+        """Send ``value``. The first call waits until the process has imported what it needs."""
         try:
+            while self._setup:
+                self.connection.send(self._setup.pop())
             self.connection.send(value)
         except OSError:
             raise self._died() from None
@@ -159,13 +173,14 @@ class _Process:
     def _died(self) -> KempnerForgeError:
         status = self._process.wait()
         cause = f"signal {-status}" if status < 0 else f"status {status}"
-        hint = "; it may have been out of memory: give fewer --workers" if status == -signal.SIGKILL else ""
+        hint = f"; it may have been out of memory: {FEWER}" if status == -signal.SIGKILL else ""
         return KempnerForgeError(
             f"a process that tokenizes ended with {cause}{self._where()}{hint}. Run the same command to go on"
         )
 
     def _where(self) -> str:
-        return ""
+        files = sorted({unit.file.name for unit in self.task.units}) if self.task else []
+        return f" while it read {', '.join(files[:3])}" if files else ""
 
     def kill(self) -> None:
         self.connection.close()
@@ -177,16 +192,11 @@ class _Worker(_Process):
     """A process that writes parts. What it sends is its progress, in bytes and tokens, or None at the end."""
 
     def __init__(self, encoder: Encoder, parts: Path, num_helpers: int) -> None:
-        self.task: Task | None = None
         super().__init__((_write_tasks, encoder, parts, num_helpers))
 
     def give(self, task: Task) -> None:
         self.task = task
         self.send(task)
-
-    def _where(self) -> str:
-        files = sorted({unit.file.name for unit in self.task.units}) if self.task else []
-        return f" while it read {', '.join(files[:3])}" if files else ""
 
 
 def main() -> None:
@@ -195,8 +205,9 @@ def main() -> None:
     for number in FORWARDED:  # they may be sent to all processes; the parent ends its workers
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
-    serve, *setup = connection.recv()
-    serve(connection, *setup)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent has ended
+        serve, *setup = connection.recv()
+        serve(connection, *setup)
 
 
 def _write_tasks(connection: Connection, encoder: Encoder, parts: Path, num_helpers: int) -> None:
@@ -205,6 +216,8 @@ def _write_tasks(connection: Connection, encoder: Encoder, parts: Path, num_help
         helpers = [_Process((_encode_batches, encoder)) for _ in range(num_helpers)]
         encode = functools.partial(_encode_by, helpers) if helpers else None
         for task in _received(connection):
+            for helper in helpers:
+                helper.task = task
             write_part(task, encoder, parts, lambda *done: connection.send(done), encode=encode)
             connection.send(None)
     except (KempnerForgeError, OSError) as error:  # then the parent ends all workers

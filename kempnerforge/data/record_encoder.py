@@ -8,7 +8,15 @@ from typing import Any
 
 from kempnerforge.config.data import DataConfig
 from kempnerforge.data.conversation import Chat, PromptCompletion, RecordFormat
-from kempnerforge.data.encoding import Batch, Encoded, Encoder, Notice, TextEncoder, tokenizer_files
+from kempnerforge.data.encoding import (
+    ITEM_BYTES,
+    Batch,
+    Encoded,
+    Encoder,
+    Notice,
+    TextEncoder,
+    tokenizer_files,
+)
 from kempnerforge.data.reading.documents import read_records
 from kempnerforge.data.reading.items import Record, Unreadable
 from kempnerforge.data.reading.options import ReadOptions
@@ -16,6 +24,9 @@ from kempnerforge.data.reading.units import Unit
 from kempnerforge.data.record_fields import RecordError
 from kempnerforge.data.tokenizer import Tokenizer
 from kempnerforge.errors import DataError
+
+BATCH_BYTES = 256 << 10
+"""Bytes of records that are encoded at a time. They take several times their size as values."""
 
 
 def make_encoder(data: DataConfig, tokenizer: Tokenizer, options: ReadOptions) -> Encoder:
@@ -34,13 +45,6 @@ def make_format(data: DataConfig, tokenizer: Tokenizer) -> RecordFormat:
         return Chat(tokenizer, messages_field=data.messages_field, chat_template=data.chat_template)
     fields = {"prompt_field": data.prompt_field, "completion_field": data.completion_field}
     return PromptCompletion(tokenizer, **fields)
-
-
-BATCH_BYTES = 256 << 10
-"""Bytes of records that are encoded at a time. They take several times their size as values."""
-
-ITEM_BYTES = 256
-"""What each record counts in a batch besides its size."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def write_part(
 ) -> None:
     """Tokenize the units of ``task`` into the folder ``parts / task.name``.
 
-    ``encode`` encodes the batches of a unit. None: in this process.
+    ``encode`` encodes the batches of a unit that has more than one. None: in this process.
 
     Raises :class:`DataError` for text that cannot be read, and OSError if the part cannot be written.
     """
@@ -127,7 +128,9 @@ def write_part(
         for unit in task.units:
             _check_unchanged(unit.file)
             batches = encoder.read(unit)
-            results = encode(batches) if encode else _encode_here(encoder, batches)
+            first = [*itertools.islice(batches, 2)]
+            encode_all = encode if encode and len(first) > 1 else partial(_encode_here, encoder)
+            results = encode_all(itertools.chain(first, batches))
             _write_unit(results, writer, report)
             _check_unchanged(unit.file)
         writer.close()

@@ -130,7 +130,9 @@ def encoding_errors(tokenizer: str) -> Iterator[None]:
     """Turn what the library raises while ``tokenizer`` encodes into :class:`DataError`."""
     try:
         yield
-    except Exception as error:  # the library raises bare Exception, as for a character without a token
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises bare ones, as for a character without a token
+            raise
         raise DataError(
             f"tokenizer {tokenizer} cannot encode the text: {error}. Use one that can encode any text, such "
             "as a byte-level one, or give its model an unknown token"

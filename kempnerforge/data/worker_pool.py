@@ -134,6 +134,7 @@ class WorkerPool:
             worker_guard.kill_sessions([process.pid for process, _ in self._workers])
             self._guard.kill()
             self._guard.wait()
+            self._guard = None  # from now on others may have the ids of these sessions
         for process, _ in self._workers:
             process.wait()
 

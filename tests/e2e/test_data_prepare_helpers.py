@@ -27,8 +27,6 @@ from kempnerforge.data.record_encoder import make_encoder
 from kempnerforge.data.tokenizer import load_tokenizer
 from kempnerforge.errors import DataError
 
-pytestmark = pytest.mark.smoke
-
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -93,7 +91,7 @@ def run(file: Path, out: Path, tokenizer: Path, workers: int, *, skip: bool = Tr
     [
         ("a.txt", write_text),
         ("a.txt.gz", write_compressed_text),
-        ("a.jsonl.gz", write_json_lines),
+        pytest.param("a.jsonl.gz", write_json_lines, marks=pytest.mark.smoke),
         ("chat.jsonl.gz", write_chats),
     ],
 )
@@ -113,6 +111,7 @@ def test_data_prepare_helpers_give_the_same_bytes(
     assert ("jsonl" in name) == bool(alone.unreadable.total)
 
 
+@pytest.mark.smoke
 def test_data_prepare_error_in_helper_has_file_and_line(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +136,7 @@ def large_text(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [["--workers", "3"], []])
+@pytest.mark.parametrize("options", [["--workers", "3"], pytest.param([], marks=pytest.mark.smoke)])
 def test_data_prepare_large_text_uses_all_processors(
     tmp_path: Path, tokenizer: Path, options: list[str]
 ) -> None:
@@ -161,7 +160,8 @@ def test_data_prepare_helper_killed_is_named(tmp_path: Path, tokenizer: Path) ->
     os.kill(helpers[0].pid, signal.SIGKILL)
     said = running.communicate(timeout=120)[1]
     assert running.returncode == 1, said
-    assert "a process that tokenizes ended with signal 9; it may have been out of memory" in said
+    assert "a process that tokenizes ended with signal 9 while it read " in said
+    assert "large.txt; it may have been out of memory: run kempnerforge data prepare with fewer" in said
     assert "Traceback" not in said
     wait_until(lambda: not any(is_alive(process) for process in (reader, *helpers)), "none of them is left")
 

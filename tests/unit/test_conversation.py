@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from support import chat
 from tokenizers import Tokenizer as TokenizersTokenizer
 
+from kempnerforge.data import template_environment
 from kempnerforge.data.conversation import Chat, Conversation, PromptCompletion
 from kempnerforge.data.record_fields import RecordError
 from kempnerforge.data.template_environment import TEMPLATE_DATE
 from kempnerforge.data.tokenizer import ByteTokenizer, HfTokenizer
-from kempnerforge.errors import DataError
+from kempnerforge.errors import DataError, StopRequestedError
 
 TALK = chat.talk("What is two and two?", "It is four.", "Name a colour.", "Blue, as the sky: \u2600\ufe0f")
 
@@ -191,6 +192,17 @@ def test_template_that_marks_nothing_is_refused(folder: Path) -> None:
 def test_template_that_fails_is_named(folder: Path, source: str) -> None:
     with pytest.raises(RecordError, match=r"the chat template .*\.jinja refuses the conversation; \S"):
         make_format(folder, source).encode({"messages": TALK})
+
+
+def test_template_stopped_by_a_signal_is_no_fault_of_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise StopRequestedError("SIGTERM")
+
+    monkeypatch.setattr(template_environment, "render_spans", stop)
+    with pytest.raises(StopRequestedError):
+        make_format(folder, chat.TEMPLATES["chatml"]).encode({"messages": TALK})
 
 
 def test_template_with_a_mistake_is_named_with_its_line(folder: Path) -> None:

@@ -543,7 +543,10 @@ def test_prepare_cached_logs_what_was_left_out(
         pytest.param([1000], 1, [0], id="one processor"),
         pytest.param([10], 64, [3], id="one file that is not so large"),
         pytest.param([4, 4, 1], 64, [0] * 3, id="small text"),
-        pytest.param([1000, 500, 20], 8, [2, 3, 3], id="a few large files"),
+        pytest.param([1000, 500, 20], 8, [5, 3], id="a few large files"),
+        pytest.param([50_000, *[10] * 1000], 8, [7, 0], id="a large file and many small ones"),
+        pytest.param([400, 4, 4], 4, [4], id="a large file and a few small ones"),
+        pytest.param([0, 0], 4, [0, 0], id="empty files"),
         pytest.param([1000] * 9, 8, [0] * 8, id="more large files than processors"),
     ],
 )

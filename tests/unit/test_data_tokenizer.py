@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from support.tokenizers import TEXT, make_closed_tokenizer, make_tokenizer
 
-from kempnerforge.data.tokenizer import ByteTokenizer, load_tokenizer, token_dtype
-from kempnerforge.errors import DataError
+from kempnerforge.data.tokenizer import ByteTokenizer, encoding_errors, load_tokenizer, token_dtype
+from kempnerforge.errors import DataError, StopRequestedError
 
 
 def test_byte_tokenizer_bytes_are_ids():
@@ -114,3 +114,10 @@ def test_tokenizer_config_that_is_no_object_is_refused(tmp_path):
 def test_token_dtype_smallest_that_fits():
     assert token_dtype(65_536).name == "uint16"
     assert token_dtype(65_537).name == "uint32"
+
+
+@pytest.mark.parametrize("error", [StopRequestedError("SIGTERM"), MemoryError()])
+def test_tokenizer_errors_of_others_are_not_its_own(error):
+    """A signal may arrive while it encodes."""
+    with pytest.raises(type(error)), encoding_errors("a"):
+        raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -359,3 +360,16 @@ def test_wrong_column_is_reported_once_for_a_file(tmp_path: Path, monkeypatch: p
         (fault,) = [item for part in parts for item in read_pieces(part, options)]
         assert len(parts) == 3
         assert str(fault).startswith(f"{file.path}: {reason}")
+
+
+def test_first_line_that_storage_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read on to tell whether the file has lines of JSON."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "I/O error")
+
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps({"text": "x" * heads.HEAD_BYTES}))
+    monkeypatch.setattr(heads, "open_stream", refuse)
+    with pytest.raises(DataError, match=r"text file .*long\.json: cannot be read: I/O error"):
+        find_files(str(path))

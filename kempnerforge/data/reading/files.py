@@ -6,6 +6,7 @@ used once, so that the same tree gives the same tokens on every machine.
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 from collections.abc import Callable, Sequence
@@ -96,11 +97,9 @@ class FoundFiles:
 def find_files(text: str | Sequence[str], found_bytes: Callable[[int], None] = lambda _: None) -> FoundFiles:
     """Find the files that ``text`` names, and look at the first bytes of each.
 
-    Calls ``found_bytes`` with the size of each file to read.
-
-
     Entries are ``"python-stdlib"``, files, folders or globs. ``~``, ``$VAR`` and ``**`` are expanded.
-    A folder means all files in it except hidden ones. Links are followed.
+    A folder means all files in it except hidden ones. Links are followed. ``found_bytes`` is called with
+    the size of each file to read.
 
     Raises :class:`DataError` if an entry matches nothing, a variable is not set, or a file or folder
     cannot be read. See ``FoundFiles.require_text`` for what is passed over.
@@ -125,7 +124,8 @@ def find_files(text: str | Sequence[str], found_bytes: Callable[[int], None] = l
                 found_bytes(found.size_bytes)
             elif found is not None:
                 passed_over.append(found)
-        records = [file.path for file in files[first_of_entry:] if file.format != "text"]
+        of_entry = itertools.islice(files, first_of_entry, None)
+        records = (file.path for file in of_entry if file.format != "text")
         notes += split_notes(records, of_folder=is_folder(entry))
     return FoundFiles(entries, tuple(files), tuple(passed_over), tuple(notes))
 

@@ -209,8 +209,8 @@ def _judge_json(path: Path, content: bytes, compression: Compression | None) -> 
         return NotText(JSON_ARRAY)
     first, _, rest = content.partition(b"\n")
     if not rest.strip():
-        is_lines = content.startswith(b"{") and _begins_with_object_lines(path, compression)
-        return "jsonl" if is_lines else "text"
+        may_be_lines = content.startswith(b"{") and len(content) >= HEAD_BYTES - len(codecs.BOM_UTF8)
+        return "jsonl" if may_be_lines and _begins_with_object_lines(path, compression) else "text"
     try:
         is_lines = rest.lstrip().startswith(b"{") and isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
@@ -224,8 +224,7 @@ def _begins_with_object_lines(path: Path, compression: Compression | None) -> bo
     Reads the first line, which is not kept. Longer ones than a reader takes are not looked at.
     """
     try:
-        stream, _ = open_stream(path, compression)
-        with stream:
+        with storage_errors(path), open_stream(path, compression)[0] as stream:
             last, left = b"", MAX_DOCUMENT_BYTES
             while left > 0 and (part := stream.readline(BLOCK_BYTES)):
                 left -= len(part)

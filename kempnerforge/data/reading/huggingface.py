@@ -70,12 +70,12 @@ def _other_splits(folder: Path, names: Collection[str]) -> Iterator[tuple[str, s
     else:
         return
     if TRAIN in splits:
-        left_out = splits - {TRAIN}
+        others = splits - {TRAIN}
     elif any(is_train(split) for split in splits):
-        left_out = {split for split in splits if is_held_out(split)}
+        others = {split for split in splits if is_held_out(split)}
     else:
         return
-    yield from ((name, split) for name, split in split_of.items() if split in left_out)
+    yield from ((name, split) for name, split in split_of.items() if split in others)
 
 
 def _other_revisions(folder: Path, names: Collection[str]) -> dict[str, str]:

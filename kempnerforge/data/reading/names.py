@@ -36,7 +36,8 @@ class LeftOut:
 def list_entry(entry: str) -> Iterator[Path | LeftOut]:
     """Yield what one entry names, sorted by path. Links are followed, and loops of them end.
 
-    Paths are those of files, or of what is neither a file nor a folder. Nothing is opened but folders.
+    Paths are those of files, or of what is neither a file nor a folder. Files are opened only to tell
+    the splits of a dataset.
 
     Raises :class:`DataError` if there are none, a variable is not set, or a folder cannot be read.
     """
@@ -84,8 +85,8 @@ def _match(pattern: str) -> Iterator[Path | LeftOut]:
     parts = Path(pattern).parts
     if ANY_FOLDERS not in parts:
         for path in sorted(map(Path, glob.glob(pattern))):
-            is_folder = os.path.isdir(path)
-            yield LeftOut(path, f"folder; to read its files, name it or {path}/**") if is_folder else path
+            is_read = not os.path.isdir(path)
+            yield path if is_read else LeftOut(path, f"folder; to read its files, name it or {path}/**")
         return
     first = parts.index(ANY_FOLDERS)
     base = str(Path(*parts[:first]))

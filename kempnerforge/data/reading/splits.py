@@ -127,6 +127,8 @@ def _holds_records(folder: Path) -> bool:
 
 
 def _is_json_lines(path: Path) -> bool:
+    if not path.is_file():
+        return False
     try:
         head = inspect_head(path)
     except DataError:
