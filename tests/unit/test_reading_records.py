@@ -20,7 +20,7 @@ from kempnerforge.data.reading.files import find_files
 from kempnerforge.data.reading.items import Record, Unreadable
 from kempnerforge.data.reading.locations import Location, location_texts
 from kempnerforge.data.reading.options import ReadOptions
-from kempnerforge.data.reading.units import units_of
+from kempnerforge.data.reading.units import Unit, units_of
 from kempnerforge.data.record_encoder import RecordEncoder
 from kempnerforge.data.token_parts import Part, make_tasks, write_part
 from kempnerforge.data.tokenizer import ByteTokenizer
@@ -154,26 +154,28 @@ def count_opened(monkeypatch: pytest.MonkeyPatch) -> type[CountedFile]:
     return CountedFile
 
 
-def write_json_lines(path: Path, *, damaged_every: int) -> None:
-    lines = ("{" if n % damaged_every == 0 else f'{{"text": "<|x|> {n}"}}' for n in range(1, 401))
-    path.write_text("\n".join(lines))
+@pytest.fixture
+def many_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Unit]:
+    """The units of 400 lines of JSON, of which every fourth is damaged."""
+    monkeypatch.setattr(units, "UNIT_BYTES", 100)
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(f'{{"text": "<|x|> {n}"}}' if n % 4 else "{" for n in range(1, 401)))
+    (file,) = find_files(str(path)).files
+    found = units_of(file, SKIP)
+    assert len(found) > 50
+    return found
 
 
 def test_json_records_of_units_open_file_once_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count_opened: type[CountedFile]
+    many_units: list[Unit], count_opened: type[CountedFile]
 ) -> None:
     """The lines before a unit are not counted, or a long file would be read again for each unit."""
-    monkeypatch.setattr(units, "UNIT_BYTES", 100)
-    path = tmp_path / "x.jsonl"
-    write_json_lines(path, damaged_every=4)
-    (file,) = find_files(str(path)).files
-    parts = units_of(file, SKIP)
-    assert len(parts) > 50
+    path = many_units[0].file.path
     count_opened.opened = 0
-    items = [item for part in parts for item in read_records(part, SKIP)]
-    assert count_opened.opened == len(parts)
+    items = [item for unit in many_units for item in read_records(unit, SKIP)]
+    assert count_opened.opened == len(many_units)
     texts = location_texts(item.location for item in items)
-    assert count_opened.opened == len(parts) + 1
+    assert count_opened.opened == len(many_units) + 1
     assert [texts[item.location] for item in items] == [f"{path}:{n}" for n in range(1, 401)]
     assert str(items[-1].location) == f"{path}:400"
 
@@ -187,23 +189,19 @@ def test_json_records_of_units_open_file_once_each(
 )
 def test_write_part_does_not_count_lines_of_left_out(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    many_units: list[Unit],
     count_opened: type[CountedFile],
     encoder: Encoder,
     lines: list[int],
 ) -> None:
-    monkeypatch.setattr(units, "UNIT_BYTES", 100)
-    path = tmp_path / "x.jsonl"
-    write_json_lines(path, damaged_every=4)
-    (file,) = find_files(str(path)).files
-    parts = units_of(file, SKIP)
-    (task,) = make_tasks(parts, task_bytes=1 << 20, task_units=len(parts))
+    (task,) = make_tasks(many_units, task_bytes=1 << 20, task_units=len(many_units))
     count_opened.opened = 0
     write_part(task, encoder, tmp_path, lambda *_: None)
-    assert count_opened.opened == len(parts)
+    assert count_opened.opened == len(many_units)
     part = Part.read(tmp_path / task.name)
     assert len(part.first_unreadable) == NAMED_LEFT_OUT
     first = location_texts(location for location, _ in part.first_unreadable)
+    path = many_units[0].file.path
     assert list(first.values())[:3] == [f"{path}:{n}" for n in lines]
 
 
