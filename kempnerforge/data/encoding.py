@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +70,20 @@ class Batch:
     items: Sequence[Item]
     begins: bool = True
     """Whether the first piece begins a document, or continues one."""
+
+
+def grouped(items: Iterable[tuple[Item, int]], batch_bytes: int) -> Iterator[Sequence[Item]]:
+    """Yield neighbouring ``items``, which come with their sizes, together: about ``batch_bytes`` each."""
+    group: list[Item] = []
+    size_bytes = 0
+    for item, item_bytes in items:
+        group.append(item)
+        size_bytes += item_bytes
+        if size_bytes >= batch_bytes:
+            yield group
+            group, size_bytes = [], 0
+    if group:
+        yield group
 
 
 class Encoder(Protocol):
@@ -152,24 +166,23 @@ class TextEncoder:
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Yield the pieces of the documents of ``unit``."""
-        searched: list[str] = list(KNOWN_SEPARATORS) if self._may_have_separators(unit) else []
         begins = True
-        items: list[Item] = []
-        size_bytes = 0
-        for item in read_pieces(unit, self.options):
-            size_bytes += ITEM_BYTES
-            if isinstance(item, Piece):
-                size_bytes += len(item.content)
-                for separator in [text for text in searched if text.encode() in item.content]:
-                    searched.remove(separator)
-                    items.append(SeparatorSeen(unit.file.path, separator))
-            items.append(item)
-            if size_bytes >= BATCH_BYTES:
-                yield Batch(unit.file.path, items, begins)
-                begins = not isinstance(item, Piece) or item.ends_document
-                items, size_bytes = [], 0
-        if items:
+        for items in grouped(self._items(unit), BATCH_BYTES):
+            last = items[-1]
             yield Batch(unit.file.path, items, begins)
+            begins = not isinstance(last, Piece) or last.ends_document
+
+    def _items(self, unit: Unit) -> Iterator[tuple[Item, int]]:
+        """Yield what ``unit`` has, with the size of each in a batch. A separator is no end of a batch."""
+        searched: list[str] = list(KNOWN_SEPARATORS) if self._may_have_separators(unit) else []
+        for item in read_pieces(unit, self.options):
+            if not isinstance(item, Piece):
+                yield item, ITEM_BYTES
+                continue
+            for separator in [text for text in searched if text.encode() in item.content]:
+                searched.remove(separator)
+                yield SeparatorSeen(unit.file.path, separator), 0
+            yield item, ITEM_BYTES + len(item.content)
 
     def _may_have_separators(self, unit: Unit) -> bool:
         return unit.file.format == "text" and self.options.document_separator is None

@@ -15,6 +15,7 @@ from kempnerforge.data.encoding import (
     Encoder,
     Notice,
     TextEncoder,
+    grouped,
     tokenizer_files,
 )
 from kempnerforge.data.reading.documents import read_records
@@ -77,15 +78,11 @@ class RecordEncoder:
 
     def read(self, unit: Unit) -> Iterator[Batch]:
         """Yield the records of ``unit``."""
-        items: list[Record | Unreadable] = []
-        size_bytes = 0
-        for item in read_records(unit, self.options):
-            items.append(item)
-            size_bytes += ITEM_BYTES + (item.size_bytes if isinstance(item, Record) else 0)
-            if size_bytes >= BATCH_BYTES:
-                yield Batch(unit.file.path, items)
-                items, size_bytes = [], 0
-        if items:
+        sized = (
+            (item, ITEM_BYTES + (item.size_bytes if isinstance(item, Record) else 0))
+            for item in read_records(unit, self.options)
+        )
+        for items in grouped(sized, BATCH_BYTES):
             yield Batch(unit.file.path, items)
 
     def encode(self, batch: Batch) -> Iterator[Encoded | Unreadable | Notice]:
